@@ -1,0 +1,158 @@
+"""Train the demo model: a byte-level Llama on Python's standard-library sources.
+
+    python -m ttt.demo.pretrain --steps 2000
+
+The weights (bf16 safetensors), the configuration and the training log go to ``ttt/demo/weights``.
+Hidden matrices are trained with Muon (Jordan et al. 2024: momentum, orthogonalised by a
+Newton-Schulz iteration), everything else with AdamW; both rates fall linearly to zero.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+from ttt.demo.text import HELD_OUT, held_out_python, training_python
+
+WEIGHTS = Path(__file__).parent / "weights"
+CONTEXT = 512
+LN2 = 0.6931471805599453
+
+
+def new_model() -> torch.nn.Module:
+    """A randomly initialised byte-level `LlamaForCausalLM` of 4.4 M parameters."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon in float32 (torch.optim.Muon iterates in bf16, which most CPUs emulate).
+
+    Matrices of one shape are orthogonalised together, as one batched product.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+            for p in group["params"]:
+                by_shape.setdefault(p.shape, []).append(p)
+            for (rows, cols), params in by_shape.items():
+                updates = []
+                for p in params:
+                    buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    buffer.lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(buffer, group["momentum"]))
+                ortho = _newton_schulz(torch.stack(updates))
+                scale = group["lr"] * max(1.0, rows / cols) ** 0.5
+                for p, u in zip(params, ortho, strict=True):
+                    p.add_(u, alpha=-scale)
+
+
+def _newton_schulz(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = g.shape[-2] > g.shape[-1]
+    x = g.mT if tall else g
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        xx = x @ x.mT
+        x = a * x + (b * xx + c * (xx @ xx)) @ x
+    return x.mT if tall else x
+
+
+def _as_tensor(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+@torch.no_grad()
+def bits_per_byte(model: torch.nn.Module, data: torch.Tensor, limit: int = 64) -> float:
+    """Mean bits per byte over ``limit`` evenly spaced windows of `CONTEXT` bytes."""
+    starts = torch.linspace(0, len(data) - CONTEXT - 1, limit).long()
+    rows = torch.stack([data[s : s + CONTEXT] for s in starts]).long()
+    total = sum(float(model(input_ids=part, labels=part).loss) * len(part) for part in rows.split(8))
+    return total / len(rows) / LN2
+
+
+def train(steps: int, batch: int, out: Path, seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    data, held_out = _as_tensor(training_python()), _as_tensor(held_out_python())
+    model = new_model()
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
+    others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in n)]
+    optimizers = [Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
+    base_rates = [[g["lr"] for g in o.param_groups] for o in optimizers]
+    log, start, mean = [], time.time(), 0.0
+    summary = {
+        "command": f"python -m ttt.demo.pretrain --steps {steps} --batch {batch} --seed {seed}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "training_bytes": len(data),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "held_out": HELD_OUT,
+    }
+    for step in range(steps):
+        rate = min(1.0, (step + 1) / 50) * (1 - step / steps)
+        for optimizer, rates in zip(optimizers, base_rates, strict=True):
+            for group, lr in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = lr * rate
+        at = torch.randint(len(data) - CONTEXT, (batch,)).tolist()
+        ids = torch.stack([data[s : s + CONTEXT] for s in at]).long()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        mean += (float(loss.detach()) / LN2 - mean) / (min(step, 49) + 1)
+        if step % 100 == 99 or step == steps - 1:
+            model.eval()
+            row = {"step": step + 1, "bytes": (step + 1) * batch * CONTEXT, "seconds": round(time.time() - start)}
+            row |= {"train_bpb": round(mean, 4), "held_out_bpb": round(bits_per_byte(model, held_out), 4)}
+            model.train()
+            log.append(row)
+            print(json.dumps(row), flush=True)
+            summary["log"] = log
+            _save(model, summary, out)  # every time, so that a run that is cut off leaves a usable model
+
+
+def _save(model: torch.nn.Module, summary: dict, out: Path) -> None:
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
+    (out / "generation_config.json").unlink(missing_ok=True)
+    (out / "training_log.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=8, help="sequences of 512 bytes per step")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=WEIGHTS)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    train(args.steps, args.batch, args.out, args.seed)
+
+
+if __name__ == "__main__":
+    main()
