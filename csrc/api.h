@@ -1,0 +1,49 @@
+// The boundary between the bindings and the kernels: plain structs of addresses and sizes.
+// Nothing here knows torch; all checks of shapes and dtypes happen before, in ttt/ops/schema.py.
+#pragma once
+#include <cstdint>
+
+namespace ttt {
+
+enum Dtype : int { kF32 = 0, kBF16 = 1 };
+enum Kind : int { kFisher = 0, kMas = 1, kSi = 2 };
+enum Replay : int { kProjection = 0, kGradient = 1 };
+
+struct WindowLinear {
+  const void *x, *weight, *bias, *win_x, *win_delta;  // dtype; bias may be null
+  const float* win_eta;                               // C
+  void* y;                                            // T x m, dtype
+  int64_t tokens, m, n, window;
+  int dtype, threads;
+  bool product_done;  // y already holds x W^T + b: only subtract the window's part
+};
+
+struct Commit {
+  void* weight;              // m x n, dtype
+  const void* anchor;        // m x n, dtype; null if neither pull nor replay needs it
+  const void* importance;    // m x n, importance_dtype; null if lam is 0
+  void* trace;               // m x n, trace_dtype; may be null
+  const void *x, *delta;     // T x n, T x m, dtype
+  const float* eta;          // T
+  const void* trace_delta;   // T x m, dtype
+  const void* memory;        // K x n, dtype
+  const int64_t* seen;       // 1
+  int64_t* step;             // 1, bumped
+  int64_t m, n, tokens, capacity, replay_rows;
+  uint64_t seed;
+  float beta, eps, lam, gamma;
+  int dtype, importance_dtype, trace_dtype, replay, kind, threads;
+};
+
+struct Kernels {
+  const char* isa;
+  void (*window_linear)(const WindowLinear&);
+  void (*commit)(const Commit&);
+};
+
+// One table per instruction set, each from its own compilation of kernels.cpp.
+const Kernels& kernels_portable();
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+
+}  // namespace ttt

@@ -1,0 +1,29 @@
+// Chooses the namespace and vector length by instruction set; the bodies are in commit.h and window_linear.h.
+// Compiled once for each instruction set with that set's flags (setup.py), never for the whole library.
+#include "api.h"
+
+#if defined(TTT_ISA_AVX512)
+#define TTT_VL 16
+#define TTT_TABLE kernels_avx512
+#define TTT_NAME "avx512"
+#elif defined(TTT_ISA_AVX2)
+#define TTT_VL 8
+#define TTT_TABLE kernels_avx2
+#define TTT_NAME "avx2"
+#else
+#define TTT_VL 4
+#define TTT_TABLE kernels_portable
+#define TTT_NAME "portable"
+#endif
+
+#include "commit.h"
+#include "window_linear.h"
+
+namespace ttt {
+
+const Kernels& TTT_TABLE() {
+  static const Kernels table = {TTT_NAME, run_window_linear, run_commit};
+  return table;
+}
+
+}  // namespace ttt

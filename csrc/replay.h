@@ -1,0 +1,91 @@
+// The replay rows of one commit: which rows are drawn, and what their drift is multiplied by.
+#pragma once
+#include <cmath>
+
+#include "philox.h"
+#include "scratch.h"
+#include "vec.h"
+
+namespace {
+
+struct Replay {
+  int64_t rows;  // R, or 0 where the memory is empty
+  Scratch x, v;  // R x n: X_r, and V
+
+  Replay(int64_t rows, int64_t n) : rows(rows), x(rows * n), v(rows * n) {}
+};
+
+inline int64_t filled_rows(const ttt::Commit& a) {
+  if (a.replay_rows == 0) return 0;
+  return *a.seen < a.capacity ? *a.seen : a.capacity;
+}
+
+inline double dot(const float* p, const float* q, int64_t n) {
+  double total = 0;  // float partial sums of 1024 products, added in double
+  for (int64_t j0 = 0; j0 < n; j0 += 1024) {
+    const int64_t j1 = j0 + 1024 < n ? j0 + 1024 : n;
+    vf acc = {};
+    for (int64_t j = j0; j < j1; j += VL) acc += load_upto(p + j, j1 - j) * load_upto(q + j, j1 - j);
+    total += sum(acc);
+  }
+  return total;
+}
+
+// V = beta (X_r X_r^T + eps tr/R I)^-1 X_r by Cholesky, or V = beta sum(eta) X_r.
+template <class T>
+void draw_replay(const ttt::Commit& a, float sum_eta, Replay& out) {
+  const int64_t n = a.n, rows = out.rows, filled = filled_rows(a);
+  if (rows == 0) return;
+  float *x = out.x.get(), *v = out.v.get();
+  for (int64_t r = 0; r < rows; r++) {
+    uint32_t words[4];
+    philox(static_cast<uint32_t>(r / 4), 0, static_cast<uint32_t>(*a.step), kDraw, a.seed, words);
+    const int64_t index = static_cast<int64_t>((static_cast<uint64_t>(words[r % 4]) * filled) >> 32);
+    const T* row = static_cast<const T*>(a.memory) + index * n;
+    for (int64_t j = 0; j < n; j++) x[r * n + j] = load1(row + j);
+  }
+  if (a.replay == ttt::kGradient) {
+    for (int64_t k = 0; k < rows * n; k++) v[k] = a.beta * sum_eta * x[k];
+    return;
+  }
+  Scratch gram_scratch(2 * rows * rows), inverse_scratch(2 * rows * rows);
+  double* gram = reinterpret_cast<double*>(gram_scratch.get());
+  double* inverse = reinterpret_cast<double*>(inverse_scratch.get());
+  double trace = 0;
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t s = 0; s <= r; s++) {
+      gram[r * rows + s] = dot(x + r * n, x + s * n, n);
+      if (r == s) trace += gram[r * rows + s];
+    }
+  double ridge = a.eps * trace / rows;
+  if (!(ridge > 0)) ridge = 1;
+  for (int64_t r = 0; r < rows; r++) gram[r * rows + r] += ridge;
+  // gram = L L^T in its lower triangle. A pivot that rounding made negative is lifted to the ridge.
+  for (int64_t r = 0; r < rows; r++) {
+    for (int64_t s = 0; s <= r; s++) {
+      double value = gram[r * rows + s];
+      for (int64_t k = 0; k < s; k++) value -= gram[r * rows + k] * gram[s * rows + k];
+      gram[r * rows + s] = r == s ? std::sqrt(value > ridge * 1e-6 ? value : ridge * 1e-6) : value / gram[s * rows + s];
+    }
+  }
+  for (int64_t c = 0; c < rows; c++) {  // column c of the inverse: forward, then backward substitution
+    for (int64_t r = 0; r < rows; r++) {
+      double value = r == c ? 1 : 0;
+      for (int64_t k = 0; k < r; k++) value -= gram[r * rows + k] * inverse[k * rows + c];
+      inverse[r * rows + c] = value / gram[r * rows + r];
+    }
+    for (int64_t r = rows - 1; r >= 0; r--) {
+      double value = inverse[r * rows + c];
+      for (int64_t k = r + 1; k < rows; k++) value -= gram[k * rows + r] * inverse[k * rows + c];
+      inverse[r * rows + c] = value / gram[r * rows + r];
+    }
+  }
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t j = 0; j < n; j++) {
+      double value = 0;  // summed in double: the inverse's entries are large and cancel
+      for (int64_t s = 0; s < rows; s++) value += inverse[r * rows + s] * x[s * n + j];
+      v[r * n + j] = static_cast<float>(a.beta * value);
+    }
+}
+
+}  // namespace

@@ -1,0 +1,117 @@
+"""The ops, each with one signature and a backend for each device; see `ttt.ops.schema` and `ttt.ops.reference`."""
+
+from __future__ import annotations
+
+import torch
+
+from ttt.ops import cpu as cpu
+from ttt.ops import cuda as cuda
+
+__all__ = ["commit", "reservoir_draw", "reservoir_insert", "window_linear"]
+
+
+def window_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    win_x: torch.Tensor,
+    win_delta: torch.Tensor,
+    win_eta: torch.Tensor,
+) -> torch.Tensor:
+    """y = x W^T + b - ((x X^T) * eta) D: a linear layer whose window of updates is already in effect.
+
+    Args:
+        x: (..., n), dtype of ``weight``, contiguous.
+        weight: (m, n), float32, bfloat16, float16 or float64.
+        bias: (m,) or None.
+        win_x: (C, n), X; win_delta: (C, m), D; win_eta: (C,), float32 (float64 for float64 weights).
+            A row whose eta is 0 is empty: what stands in it is not read.
+
+    Returns:
+        (..., m), dtype of ``x``. Sums are made in float32 (float64 for float64).
+
+    Raises:
+        ValueError, TypeError: for a wrong shape, dtype, device or stride.
+        RuntimeError: if grad mode is on and an argument requires grad (the op has no derivative).
+    """
+    return torch.ops.ttt.window_linear(x, weight, bias, win_x, win_delta, win_eta)
+
+
+def commit(
+    weight: torch.Tensor,
+    anchor: torch.Tensor | None,
+    importance: torch.Tensor | None,
+    trace: torch.Tensor | None,
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    eta: torch.Tensor,
+    step: torch.Tensor,
+    *,
+    trace_delta: torch.Tensor | None = None,
+    memory: torch.Tensor | None = None,
+    seen: torch.Tensor | None = None,
+    seed: int = 0,
+    replay_rows: int = 0,
+    replay: str = "projection",
+    beta: float = 0.3,
+    eps: float = 1e-3,
+    lam: float = 0.0,
+    gamma: float = 1.0,
+    kind: str = "fisher",
+) -> None:
+    """Write T tokens, checked against R replay rows, into ``weight`` and ``trace``, in place.
+
+    With d = W - W*, sums in float32 (float64 for float64 weights)::
+
+        E = X_r d^T - ((X_r X^T) * eta) D                  drift of the remembered outputs
+        G = D^T diag(eta) X + E^T V
+        a = lam (sum eta) Omega
+        W <- W - (G + a d) / (1 + a)                       = W* + (W - G - W*) / (1 + a)
+        F <- gamma^T F + S                                 S by ``kind``, P being ``trace_delta``:
+             fisher  S = (P*P)^T diag(gamma^(T-1-t)) (X*X)     per-token squared gradients
+             mas     S = |P|^T diag(gamma^(T-1-t)) |X|
+             si      S = -(P^T X) * (W_new - W_old)
+        step <- step + 1
+
+    The penalty is lam/2 sum Omega (W - W*)^2 per token and unit of eta. 16-bit weights and traces are
+    rounded stochastically with the Philox counters of `ttt.ops.philox`.
+
+    Args:
+        weight: (m, n), float32, bfloat16, float16 or float64.
+        anchor: W* like ``weight``; needed for lam > 0 and for replay.
+        importance: Omega >= 0, (m, n), float32 or bfloat16; needed for lam > 0.
+        trace: F, (m, n), float32 or bfloat16, or None for none.
+        x: (T, n); delta: (T, m), dL/dy of the summed loss; both of ``weight``'s dtype. T may be 0.
+        eta: (T,), float32: the step of each token.
+        step: (1,), int64: the counter of commits.
+        trace_delta: (T, m), the gradient that the trace uses; ``delta`` if None.
+        memory: (K, n) of ``weight``'s dtype, of which the first min(seen, K) rows are filled; seen: (1,), int64.
+        replay_rows: R in [0, 64], drawn uniformly with replacement; no replay while the memory is empty.
+        replay: "projection": V = beta (X_r X_r^T + eps tr/R I)^-1 X_r with tr the trace of X_r X_r^T;
+            "gradient": V = beta (sum eta) X_r.
+        beta: strength of replay; the projection is stable for 0 < beta < 2.
+        gamma: decay of the trace per token, in (0, 1].
+
+    Raises:
+        ValueError, TypeError: for a wrong argument; nothing has been written then.
+    """
+    torch.ops.ttt.commit(
+        weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
+        seed, replay_rows, replay, beta, eps, lam, gamma, kind,
+    )  # fmt: skip
+
+
+def reservoir_insert(memory: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, *, seed: int = 0) -> None:
+    """Let the rows of ``x`` (T, n) enter ``memory`` (K, n) by reservoir sampling, in place.
+
+    Algorithm R (Vitter 1985): after N rows each of them is in the memory with probability K / N.
+    ``seen`` (1,), int64, counts the rows, at most 2^31 of them.
+    """
+    torch.ops.ttt.reservoir_insert(memory, seen, x, seed)
+
+
+def reservoir_draw(
+    seen: torch.Tensor, step: torch.Tensor, *, capacity: int, rows: int, seed: int = 0
+) -> torch.Tensor:
+    """The memory rows (int64, (rows,)) that the commit with counter ``step`` replays; -1 while the memory is empty."""
+    return torch.ops.ttt.reservoir_draw(seen, step, capacity, rows, seed)

@@ -1,0 +1,21 @@
+"""Which backend runs each op, and why a faster one does not; printed by `ttt.info()`.
+
+Nothing here asks a GPU anything, compiles or touches the network: `status` may be called anywhere.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+OPS = ("window_linear", "commit", "reservoir_insert", "reservoir_draw")
+
+calls: Counter[tuple[str, str, str]] = Counter()
+"""(op, backend, why) -> calls; ``why`` is empty unless a slower backend had to stand in."""
+
+unavailable: dict[str, str] = {}
+"""Backend ("cpu", "triton") -> why it cannot be used in this process."""
+
+
+def record(op: str, backend: str, why: str = "") -> None:
+    """Count one call of ``op``; ``why`` says what kept a faster backend from taking it."""
+    calls[op, backend, why] += 1

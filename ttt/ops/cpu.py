@@ -1,0 +1,122 @@
+"""Implements the ops on CPU: the C++ kernels for float32 and bfloat16, the reference for the rest."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from ttt.ops import reference, schema
+from ttt.ops.backends import record, unavailable
+
+# torch comes first: it brings the OpenMP runtime that the extension then shares.
+try:
+    from ttt import _C
+except ImportError as error:
+    _C = None
+    unavailable["cpu"] = f"the C++ extension ttt._C cannot be imported ({error}); reinstall with a C++ compiler"
+
+ISA_VARIABLE = "TTT_CPU_ISA"
+if _C is not None and os.environ.get(ISA_VARIABLE):
+    _C.set_isa(os.environ[ISA_VARIABLE])
+
+_DTYPE = {torch.float32: 0, torch.bfloat16: 1}
+_MASK64 = (1 << 64) - 1
+
+# Above this many tokens, torch's matmul reuses each weight from its registers and the C++ kernel only
+# subtracts the window's part. Below, one stream over W is faster (bench: suite window_linear).
+_FUSED_TOKENS = {torch.float32: 4, torch.bfloat16: 8}
+
+
+def _why_not(dtype: torch.dtype) -> str:
+    """Empty if the C++ kernels take ``dtype``, else the reason they do not."""
+    if _C is None:
+        return unavailable["cpu"]
+    if dtype not in _DTYPE:
+        return f"no C++ kernel for {dtype}"
+    return ""
+
+
+def _address(t: torch.Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def window_linear(x, weight, bias, win_x, win_delta, win_eta):
+    schema.check_window_linear(x, weight, bias, win_x, win_delta, win_eta)
+    why = _why_not(weight.dtype)
+    if why:
+        record("window_linear", "reference", why)
+        return reference.window_linear(x, weight, bias, win_x, win_delta, win_eta)
+    record("window_linear", "cpu")
+    m, n = weight.shape
+    tokens = x.numel() // n if n else 0
+    by_torch = tokens > _FUSED_TOKENS[weight.dtype]
+    if by_torch:
+        y = torch.nn.functional.linear(x, weight, bias)
+    else:
+        y = x.new_empty((*x.shape[:-1], m))
+    _C.window_linear(
+        x.data_ptr(), weight.data_ptr(), _address(bias), win_x.data_ptr(), win_delta.data_ptr(), win_eta.data_ptr(),
+        y.data_ptr(), tokens, m, n, win_eta.numel(), _DTYPE[weight.dtype], torch.get_num_threads(), by_torch,
+    )  # fmt: skip
+    return y
+
+
+def commit(
+    weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
+    seed, replay_rows, replay, beta, eps, lam, gamma, kind,
+) -> None:  # fmt: skip
+    schema.check_commit(
+        weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
+        seed, replay_rows, replay, beta, eps, lam, gamma, kind,
+    )  # fmt: skip
+    why = _why_not(weight.dtype)
+    if why:
+        record("commit", "reference", why)
+        reference.commit(
+            weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
+            seed, replay_rows, replay, beta, eps, lam, gamma, kind,
+        )  # fmt: skip
+    else:
+        record("commit", "cpu")
+        m, n = weight.shape
+        pulls = lam > 0
+        _C.commit(
+            weight.data_ptr(), _address(anchor if pulls or replay_rows else None),
+            _address(importance if pulls else None), _address(trace), x.data_ptr(), delta.data_ptr(), eta.data_ptr(),
+            (delta if trace_delta is None else trace_delta).data_ptr(), _address(memory), _address(seen),
+            step.data_ptr(), m, n, eta.numel(), memory.shape[0] if replay_rows else 0, replay_rows, seed & _MASK64,
+            beta, eps, lam, gamma, _DTYPE[weight.dtype], _DTYPE[importance.dtype] if pulls else 0,
+            0 if trace is None else _DTYPE[trace.dtype], schema.REPLAY.index(replay), schema.KINDS.index(kind),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        # The kernel wrote through raw pointers: autograd and functionalization must be told.
+        torch.autograd.graph.increment_version([t for t in (weight, trace, step) if t is not None])
+
+
+def reservoir_insert(memory, seen, x, seed) -> None:
+    schema.check_reservoir_insert(memory, seen, x, seed)
+    if _C is None:
+        record("reservoir_insert", "reference", unavailable["cpu"])
+        return reference.reservoir_insert(memory, seen, x, seed)
+    record("reservoir_insert", "cpu")
+    row_bytes = memory.shape[1] * memory.element_size()
+    _C.reservoir_insert(
+        memory.data_ptr(), seen.data_ptr(), x.data_ptr(), memory.shape[0], x.shape[0], row_bytes, seed & _MASK64
+    )
+    torch.autograd.graph.increment_version([memory, seen])
+
+
+def reservoir_draw(seen, step, capacity, rows, seed):
+    schema.check_reservoir_draw(seen, step, capacity, rows, seed)
+    if _C is None:
+        record("reservoir_draw", "reference", unavailable["cpu"])
+        return reference.reservoir_draw(seen, step, capacity, rows, seed)
+    record("reservoir_draw", "cpu")
+    index = torch.empty((rows,), dtype=torch.int64)
+    _C.reservoir_draw(seen.data_ptr(), step.data_ptr(), index.data_ptr(), capacity, rows, seed & _MASK64)
+    return index
+
+
+for _function in (window_linear, commit, reservoir_insert, reservoir_draw):
+    schema.implement(_function.__name__, "CPU", _function)

@@ -1,0 +1,71 @@
+"""Philox 4x32-10 in plain torch (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+
+The C++ and Triton kernels run the same generator on the same counters, so all three backends draw
+the same replay rows and the same rounding bits. Counters, for a key made of the 64-bit seed:
+
+==========  ===============================  ==============================================
+stream      counter (c0, c1, c2)             words used
+==========  ===============================  ==============================================
+`DRAW`      (r // 4, 0, step)                word r % 4 chooses replay row r
+`INSERT`    (s, 0, 0)                        word 0 chooses the slot of the s-th row seen
+`ROUND`     (j // 4, i, step)                word j % 4 rounds element (i, j): the low 16 bits
+                                             the weight, the high 16 bits the trace
+==========  ===============================  ==============================================
+
+c3 is the stream's number.
+"""
+
+from __future__ import annotations
+
+import torch
+
+DRAW, INSERT, ROUND = 0, 1, 2
+
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_MASK = 0xFFFFFFFF
+
+
+def philox(
+    c0: torch.Tensor, c1: torch.Tensor | int, c2: torch.Tensor | int, stream: int, seed: int
+) -> tuple[torch.Tensor, ...]:
+    """Four words (int64 tensors with values in [0, 2^32)) for each counter; the counters broadcast.
+
+    int64 products of 32-bit words wrap modulo 2^64, which keeps both halves exact.
+    """
+    c1 = torch.as_tensor(c1, device=c0.device)
+    c2 = torch.as_tensor(c2, device=c0.device)
+    a, b, c = torch.broadcast_tensors(c0 & _MASK, c1 & _MASK, c2 & _MASK)
+    d = torch.full_like(a, stream)
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        p0, p1 = a * _M0, c * _M1
+        a, b, c, d = ((p1 >> 32) & _MASK) ^ b ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ d ^ k1, p0 & _MASK
+        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+    return a, b, c, d
+
+
+def rounding_bits(rows: int, cols: int, step: torch.Tensor, seed: int) -> torch.Tensor:
+    """One 32-bit word (int64, rows x cols) for each element of a matrix; see `ROUND`."""
+    groups = (cols + 3) // 4
+    c0 = torch.arange(groups, device=step.device).view(1, -1)
+    c1 = torch.arange(rows, device=step.device).view(-1, 1)
+    words = torch.stack(philox(c0, c1, step.view(1, 1), ROUND, seed), dim=-1)
+    return words.reshape(rows, 4 * groups)[:, :cols]
+
+
+def stochastic_round_(target: torch.Tensor, value: torch.Tensor, bits: torch.Tensor) -> None:
+    """Write float32 ``value`` into ``target`` in place; 16-bit targets are rounded stochastically.
+
+    The dropped mantissa bits and as many random ones are added, and the rest cut off, so that the
+    expected result is the value itself. ``bits`` (int64) holds at least 16 random bits an element.
+    """
+    if target.dtype in (torch.float32, torch.float64):
+        target.copy_(value)
+        return
+    dropped = {torch.bfloat16: 16, torch.float16: 13}[target.dtype]
+    low = (1 << dropped) - 1
+    raw = value.float().contiguous().view(torch.int32).to(torch.int64)
+    # Non-finite values have no mantissa to round: adding bits could turn an infinity into a NaN.
+    raw = torch.where(torch.isfinite(value), raw + (bits & low), raw) & ~low
+    target.copy_(raw.to(torch.int32).view(torch.float32))

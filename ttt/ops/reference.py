@@ -1,0 +1,137 @@
+"""Every op in plain torch: the definition, in any floating dtype, float64 included.
+
+State is changed exactly as the kernels change it. The fallback where no kernel applies, too; the
+m x n temporaries that the kernels avoid are made here.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ttt.ops.philox import DRAW, INSERT, philox, rounding_bits, stochastic_round_
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def window_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    win_x: torch.Tensor,
+    win_delta: torch.Tensor,
+    win_eta: torch.Tensor,
+) -> torch.Tensor:
+    """y = x W^T + b - ((x X^T) * eta) D, rows of the window with eta = 0 being empty."""
+    wide = _wide(x.dtype)
+    live = (win_eta != 0).unsqueeze(1)
+    wx = win_x.to(wide).masked_fill(~live, 0)
+    wd = win_delta.to(wide).masked_fill(~live, 0)
+    rows = x.to(wide)
+    y = rows @ weight.to(wide).T
+    if bias is not None:
+        y = y + bias.to(wide)
+    y = y - ((rows @ wx.T) * win_eta.to(wide)) @ wd
+    return y.to(x.dtype)
+
+
+def replay_rows(
+    memory: torch.Tensor,
+    seen: torch.Tensor,
+    step: torch.Tensor,
+    rows: int,
+    seed: int,
+    replay: str,
+    beta: float,
+    eps: float,
+    sum_eta: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """X_r (R x n), drawn from the memory, and V (R x n), what its drift is multiplied by.
+
+    V = beta (X_r X_r^T + eps tr/R I)^-1 X_r for the projection step, tr being the trace of
+    X_r X_r^T, so that eps has no unit; V = beta sum(eta) X_r for the gradient step.
+    """
+    index = reservoir_draw(seen, step, memory.shape[0], rows, seed)
+    xr = memory[index.clamp_min(0)].to(sum_eta.dtype)
+    if replay == "gradient":
+        return xr, beta * sum_eta * xr
+    rows64 = xr.to(torch.float64)
+    gram = rows64 @ rows64.T
+    # Rows of zeros only: any ridge will do, as V is zero.
+    ridge = eps * gram.diagonal().mean()
+    ridge = torch.where(ridge > 0, ridge, torch.ones_like(ridge))
+    gram = gram + ridge * torch.eye(rows, dtype=gram.dtype, device=gram.device)
+    return xr, (beta * torch.linalg.solve(gram, rows64)).to(sum_eta.dtype)
+
+
+def commit(
+    weight: torch.Tensor,
+    anchor: torch.Tensor | None,
+    importance: torch.Tensor | None,
+    trace: torch.Tensor | None,
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    eta: torch.Tensor,
+    trace_delta: torch.Tensor | None,
+    memory: torch.Tensor | None,
+    seen: torch.Tensor | None,
+    step: torch.Tensor,
+    seed: int,
+    replay_rows_: int,
+    replay: str,
+    beta: float,
+    eps: float,
+    lam: float,
+    gamma: float,
+    kind: str,
+) -> None:
+    """Write T tokens and R replay rows into W and F; see `ttt.ops.commit` for the formula."""
+    wide = _wide(weight.dtype)
+    tokens = x.shape[0]
+    w = weight.to(wide, copy=True)  # a copy even in float32: SI needs the weights from before the update
+    xw, dw, ew = x.to(wide), delta.to(wide), eta.to(wide)
+    sum_eta = ew.sum()
+    drift = None if anchor is None else w - anchor.to(wide)
+    g = (dw * ew.unsqueeze(1)).T @ xw
+    if replay_rows_ and int(seen) > 0:
+        xr, v = replay_rows(memory, seen, step, replay_rows_, seed, replay, beta, eps, sum_eta)
+        e = xr @ drift.T - ((xr @ xw.T) * ew) @ dw
+        g = g + e.T @ v
+    pull = 0.0
+    if lam > 0:
+        pull = lam * sum_eta * importance.to(wide)
+        g = g + pull * drift
+    bits = rounding_bits(*weight.shape, step, seed)
+    stochastic_round_(weight, w - g / (1 + pull), bits)
+    if trace is not None and tokens:
+        td = (delta if trace_delta is None else trace_delta).to(wide)
+        age = torch.arange(tokens - 1, -1, -1, device=x.device, dtype=wide).unsqueeze(1)
+        if kind == "fisher":
+            s = (td * td * gamma**age).T @ (xw * xw)
+        elif kind == "mas":
+            s = (td.abs() * gamma**age).T @ xw.abs()
+        else:
+            s = -(td.T @ xw) * (weight.to(wide) - w)
+        stochastic_round_(trace, gamma**tokens * trace.to(wide) + s, bits >> 16)
+    step += 1
+
+
+def reservoir_draw(seen: torch.Tensor, step: torch.Tensor, capacity: int, rows: int, seed: int) -> torch.Tensor:
+    """Indices (int64, rows) of memory rows, uniform with replacement; -1 where the memory is empty."""
+    r = torch.arange(rows, device=seen.device)
+    words = torch.stack(philox(r // 4, 0, step, DRAW, seed), dim=-1)
+    word = words[r, r % 4]
+    filled = seen.clamp_max(capacity)
+    return torch.where(filled > 0, (word * filled) >> 32, -1)
+
+
+def reservoir_insert(memory: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, seed: int) -> None:
+    """Algorithm R (Vitter 1985): row s goes to slot s while there is room, then to a random slot of [0, s]."""
+    capacity, rows = memory.shape[0], x.shape[0]
+    s = int(seen) + torch.arange(rows, device=x.device)
+    word = philox(s, 0, 0, INSERT, seed)[0]
+    slot = torch.where(s < capacity, s, (word * (s + 1)) >> 32)
+    for t in (slot < capacity).nonzero().flatten().tolist():  # in order: the last of two rows stays
+        memory[int(slot[t])] = x[t].to(memory.dtype)
+    seen += rows
