@@ -1,0 +1,30 @@
+"""ttt: PyTorch layers that go on learning while the model is used.
+
+    import ttt
+    ttt.adapt_(model, ttt.TTTConfig(target_modules=["down_proj"], layers="last:0.25"))
+    learner = ttt.Learner(model)
+    seen = learner.observe(input_ids)
+"""
+
+from ttt import nn, ops
+from ttt.checkpoint import load, save
+from ttt.config import TTTConfig
+from ttt.convert import adapt_, learning_layers, restore_
+from ttt.info import info
+from ttt.learner import Learner, Seen, Snapshot, learning
+
+__all__ = [
+    "Learner",
+    "Seen",
+    "Snapshot",
+    "TTTConfig",
+    "adapt_",
+    "info",
+    "learning",
+    "learning_layers",
+    "load",
+    "nn",
+    "ops",
+    "restore_",
+    "save",
+]

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
+from ttt.demo.model import WEIGHTS
 from ttt.demo.text import HELD_OUT, held_out_python, training_python
 
-WEIGHTS = Path(__file__).parent / "weights"
 CONTEXT = 512
 LN2 = 0.6931471805599453
 

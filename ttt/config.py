@@ -1,0 +1,125 @@
+"""`TTTConfig`: how the adapted layers learn."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ttt.ops.schema import KINDS, MAX_REPLAY_ROWS, REPLAY
+
+
+@dataclasses.dataclass(frozen=True)
+class TTTConfig:
+    """Which layers learn, and how. Frozen; a change needs `dataclasses.replace`.
+
+    Args:
+        target_modules: as in PEFT: a list of names or name suffixes, or one regular expression that the
+            whole name must match, or ``"all-linear"``.
+        layers: which blocks of a stack: ``"all"``, ``"last:0.25"`` (the last quarter, rounded up),
+            ``"last:2"`` (the last two), or a list of indices, negative ones counting from the end.
+            The index of a module is the first number in its name.
+        lr: step per token (eta). The loss is summed over tokens, so the rate does not depend on ``chunk``
+            or ``window`` to first order.
+        window: C, tokens that are in effect before they are written into the weights.
+        chunk: tokens that `Learner.observe` scores before it learns from them.
+        clip: bound on the norm of one token's gradient at one layer, |delta| |x|: a token above it learns at a
+            rate smaller in proportion. None for no bound.
+        importance: what the trace accumulates: ``"fisher"`` (per-token squared gradients), ``"si"`` (Synaptic
+            Intelligence) or ``"mas"`` (Memory Aware Synapses; costs a second backward pass).
+        fisher: labels that `Learner.calibrate` uses: ``"true"`` (drawn from the model's output) or ``"empirical"``.
+        ewc_lambda: strength of the penalty lambda/2 sum Omega (W - W*)^2 per token, Omega having mean 1.
+            0 keeps neither importance nor trace.
+        consolidate_decay: gamma_c of online EWC: what `Learner.consolidate` keeps of the old importance.
+        trace_decay: gamma, decay of the trace per token.
+        si_xi: xi, the damping of Synaptic Intelligence.
+        replay_rows: R, remembered inputs replayed at each commit, at most 64; 0 for no replay.
+        replay_capacity: K, inputs in the replay memory of each layer.
+        replay: ``"projection"`` or ``"gradient"``; see `ttt.ops.commit`.
+        replay_beta: beta, its strength; stable in (0, 2) for the projection.
+        replay_eps: ridge of the projection, relative to the mean squared norm of the replayed inputs.
+        state_dtype: ``"float32"`` or ``"bfloat16"`` for importance and trace; None: bfloat16 for 16-bit weights.
+        seed: of everything random: replay rows, reservoir, rounding, sampled labels.
+
+    Raises:
+        ValueError: for a value out of range; it names the argument, the value and what is allowed.
+    """
+
+    target_modules: Sequence[str] | str | None = None
+    layers: Sequence[int] | str = "all"
+    lr: float = 5e-3
+    window: int = 16
+    chunk: int = 64
+    clip: float | None = None
+    importance: str = "fisher"
+    fisher: str = "true"
+    ewc_lambda: float = 0.01
+    consolidate_decay: float = 1.0
+    trace_decay: float = 1.0
+    si_xi: float = 1e-3
+    replay_rows: int = 4
+    replay_capacity: int = 4096
+    replay: str = "projection"
+    replay_beta: float = 0.3
+    replay_eps: float = 1e-3
+    state_dtype: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        def need(name: str, ok: bool, allowed: str) -> None:
+            if not ok:
+                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+
+        def number(name: str, low: float, high: float = math.inf, *, above: bool = False) -> None:
+            value = getattr(self, name)
+            ok = isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
+            need(name, ok and (value > low or not above), f"a number in {'(' if above else '['}{low}, {high}]")
+
+        def whole(name: str, low: int, high: float = math.inf) -> None:
+            value = getattr(self, name)
+            ok = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+            need(name, ok, f"a whole number in [{low}, {high}]")
+
+        def choice(name: str, allowed: tuple[str | None, ...]) -> None:
+            need(name, getattr(self, name) in allowed, f"one of {allowed}")
+
+        number("lr", 0.0)
+        whole("window", 1)
+        whole("chunk", 1)
+        if self.clip is not None:
+            number("clip", 0.0, above=True)
+        choice("importance", KINDS)
+        choice("fisher", ("true", "empirical"))
+        number("ewc_lambda", 0.0)
+        number("consolidate_decay", 0.0, 1.0)
+        number("trace_decay", 0.0, 1.0, above=True)
+        number("si_xi", 0.0, above=True)
+        whole("replay_rows", 0, MAX_REPLAY_ROWS)
+        whole("replay_capacity", 1)
+        choice("replay", REPLAY)
+        number("replay_beta", 0.0)
+        number("replay_eps", 0.0)
+        choice("state_dtype", (None, "float32", "bfloat16"))
+        whole("seed", 0, 2**63 - 1)
+        # Lists become tuples, so that a configuration is hashable and truly frozen.
+        for name in ("target_modules", "layers"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TTTConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: for a name that is not a field.
+        """
+        unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown configuration fields {sorted(unknown)}")
+        return cls(**values)

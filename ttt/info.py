@@ -1,0 +1,85 @@
+"""`info`: what is active in this process, and why anything is not."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from ttt.ops import backends, cpu
+
+
+def info(file: TextIO | None = sys.stdout) -> dict[str, Any]:
+    """Print and return which backend runs each op, on what, and why a faster one does not.
+
+    Args:
+        file: where to print; None for nowhere.
+
+    Returns:
+        A dict with ``ttt``, ``python``, ``torch``, ``triton``, ``threads``, ``isa`` (of the C++ kernels),
+        ``isas`` (those the processor has), ``devices``, ``ops`` (op -> backend for each device), ``missing``
+        (backend -> why), ``calls`` (op, backend -> calls so far) and ``slow_calls`` (calls that a slower
+        backend took, with the reason).
+    """
+    found: dict[str, Any] = {
+        "ttt": _version("ttt"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "threads": torch.get_num_threads(),
+        "isa": None,
+        "isas": [],
+        "devices": ["cpu"],
+        "missing": dict(backends.unavailable),
+    }
+    if cpu._C is not None:
+        found["isa"], found["isas"] = cpu._C.active_isa(), cpu._C.available_isas()
+    elif (reason := _build_failure()) is not None:
+        found["missing"]["cpu"] = f"the C++ kernels were not built when ttt was installed: {reason}"
+    if torch.cuda.is_available():
+        found["devices"] += [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    else:
+        found["missing"]["cuda"] = "torch.cuda.is_available() is False: no CUDA device, or a torch built without CUDA"
+    if importlib.util.find_spec("triton") is None:
+        found["missing"]["triton"] = "the package triton is not installed (pip install 'ttt[triton]')"
+    on_cpu = f"C++ ({found['isa']}; float32, bfloat16), reference (others)" if found["isa"] else "reference"
+    on_cuda = "reference" if "triton" in found["missing"] else "Triton (float32, bfloat16, float16), reference (others)"
+    found["ops"] = {op: {"cpu": on_cpu, "cuda": on_cuda} for op in backends.OPS}
+    found["calls"] = {f"{op} on {b}": n for (op, b, why), n in sorted(backends.calls.items()) if not why}
+    found["slow_calls"] = {f"{op} on {b}: {why}": n for (op, b, why), n in sorted(backends.calls.items()) if why}
+    if file is not None:
+        _print(found, file)
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _build_failure() -> str | None:
+    report = Path(__file__).parent / "_build.json"
+    if not report.exists():
+        return None
+    return json.loads(report.read_text()).get("reason") or None
+
+
+def _print(found: dict[str, Any], file: TextIO) -> None:
+    for key in ("ttt", "python", "torch", "triton", "threads"):
+        print(f"{key:12}{found[key] if found[key] is not None else 'not installed'}", file=file)
+    forced = f" (forced by {cpu.ISA_VARIABLE})" if os.environ.get(cpu.ISA_VARIABLE) else ""
+    print(f"{'isa':12}{found['isa']}{forced}; this processor has {', '.join(found['isas']) or 'unknown'}", file=file)
+    print(f"{'devices':12}{'; '.join(found['devices'])}", file=file)
+    for title in ("missing", "ops", "calls", "slow_calls"):
+        for key, value in found[title].items():
+            text = "; ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else value
+            print(f"{title:12}{key}: {text}", file=file)

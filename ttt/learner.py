@@ -1,0 +1,398 @@
+"""`Learner`: a causal language model that learns from the text it scores; `learning`: any model, any loss."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ttt import ops
+from ttt.convert import require_layers
+from ttt.nn import Linear, Update
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What `Learner.observe` returns.
+
+    Attributes:
+        nll: (B, T-1) float32, nats: -log p(token t+1 | tokens up to t), each measured before the model learnt from
+            that token. Where either token is padding, 0.
+        mask: (B, T-1) bool: the tokens that were scored.
+        learned: chunks that the model learnt from.
+        rejected: chunks that were skipped for a non-finite loss or gradient; they changed nothing.
+    """
+
+    nll: Tensor
+    mask: Tensor
+    learned: int
+    rejected: int
+
+    @property
+    def bits(self) -> float:
+        """Mean bits per scored token."""
+        return float(self.nll[self.mask].mean(dtype=torch.float64)) / 0.6931471805599453
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """Copies of all learning state, from `Learner.snapshot`."""
+
+    layers: list[dict[str, Tensor]]
+    bases: list[dict[str, Tensor]]
+    importance_scale: float
+
+
+class _Capturing:
+    """Collects (x, delta) of every layer while it is entered; leaves nothing behind, whatever happens."""
+
+    def __init__(self, layers: list[Linear]) -> None:
+        self.layers = layers
+
+    def __enter__(self) -> _Capturing:
+        self.renew()
+        return self
+
+    def renew(self) -> list[list[tuple[Tensor, Tensor]]]:
+        """What was captured so far, by layer; collecting starts anew."""
+        captured = [layer.sink or [] for layer in self.layers]
+        for layer in self.layers:
+            layer.sink = []
+        return captured
+
+    def __exit__(self, *exc) -> None:
+        for layer in self.layers:
+            layer.sink = None
+
+
+@contextlib.contextmanager
+def learning(model: nn.Module) -> Iterator[None]:
+    """Learn from every ``backward()`` inside: ``with ttt.learning(model): loss.backward()``.
+
+    The loss must be SUMMED over tokens (or samples), as ``lr`` is a step per token. The forward pass must run
+    inside, too. What was captured is learnt when the block ends; if it raises, nothing is.
+
+    Raises:
+        ValueError: if the model has no learning layer.
+        FloatingPointError: if a gradient is not finite; nothing has changed then.
+    """
+    layers = require_layers(model)
+    with _Capturing(layers) as capturing, torch.enable_grad():
+        yield
+        captured = capturing.renew()
+    updates = [layer.update_from(rows) for layer, rows in zip(layers, captured, strict=True)]
+    for layer, update in zip(layers, updates, strict=True):
+        if update is not None and not bool(update.finite):
+            raise FloatingPointError(f"the gradient at {layer.name or layer} is not finite; nothing was learnt")
+    for layer, update in zip(layers, updates, strict=True):
+        if update is not None:
+            layer.learn(update)
+
+
+class Learner:
+    """Lets an adapted model learn from what it reads.
+
+    Args:
+        model: adapted by `ttt.adapt_`. `observe` needs a Hugging Face causal language model; it is put in eval mode.
+        context: tokens of context at most; a longer text is read in segments of that many. Default: the model's
+            ``max_position_embeddings``, or 2048.
+
+    Raises:
+        ValueError: if the model has no learning layer, or ``context`` < 2.
+    """
+
+    def __init__(self, model: nn.Module, *, context: int | None = None) -> None:
+        self.model = model.eval()
+        self.layers = require_layers(model)
+        self.config = self.layers[0].config
+        if context is None:
+            context = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 2048
+        if context < 2:
+            raise ValueError(f"context must be at least 2 tokens, got {context}")
+        self.context = context
+        self.importance_scale = 0.0  # mean importance of the first calibration; 0 before
+        self._generator = torch.Generator(device=self.layers[0].weight.device).manual_seed(self.config.seed)
+
+    # -- observe ----------------------------------------------------------------------------------------------
+
+    def observe(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        learn_mask: Tensor | None = None,
+        learn: bool = True,
+    ) -> Seen:
+        """Score the tokens, chunk by chunk, and learn from each chunk after it was scored.
+
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: (B, T) bool or 0/1: 0 marks padding, on either side; it is neither scored nor learnt.
+            learn_mask: (B, T) bool or 0/1: tokens with 0 are read and scored, but no loss is taken on them and
+                what they put through the layers is not written: they change no weight by one bit.
+            learn: False scores only.
+
+        Returns:
+            A `Seen`. A chunk with a non-finite loss or gradient is counted in ``rejected`` and changes nothing;
+            reading goes on after it with an empty context.
+
+        Raises:
+            TypeError, ValueError: for a wrong dtype, shape or token; nothing has changed then.
+        """
+        ids, attend, teach = self._checked(input_ids, attention_mask, learn_mask)
+        batch, length = ids.shape
+        scored = attend[:, :-1] & attend[:, 1:]
+        targets = scored & teach[:, 1:]
+        rows = attend & teach
+        plain = attention_mask is None and learn_mask is None
+        nll = torch.zeros((batch, max(length - 1, 0)), device=ids.device)
+        learned = rejected = 0
+        start, cache = 0, None  # of the present segment
+        position = 0
+        while position < length - 1:
+            if position - start >= self.context:
+                start, cache = position, None
+            end = min(position + self.config.chunk, start + self.context, length)
+            last = min(end, length - 1)  # the text's final token has no target
+            span, width = slice(position, last), last - position
+            wanted = targets[:, span]
+            teaches = learn and self.config.lr > 0 and (plain or bool(wanted.any()))
+            inputs = {"input_ids": ids[:, position:last], "past_key_values": cache, "use_cache": True}
+            if attention_mask is not None:
+                inputs["attention_mask"] = attend[:, start:last].to(ids.dtype)
+                inputs["position_ids"] = (attend[:, start:last].cumsum(1) - 1).clamp_min(0)[:, -width:]
+            capturing = _Capturing(self.layers) if teaches else contextlib.nullcontext()
+            with torch.set_grad_enabled(teaches), capturing:
+                out = self.model(**inputs)
+                logits = out.logits.float()
+                chunk_nll = nn.functional.cross_entropy(
+                    logits.flatten(0, 1), ids[:, position + 1 : last + 1].flatten(), reduction="none"
+                ).view(batch, width)
+                if plain:
+                    nll[:, span] = chunk_nll.detach()
+                else:
+                    nll[:, span] = torch.where(scored[:, span], chunk_nll.detach(), 0.0)
+                ok = True
+                if teaches:
+                    loss = chunk_nll.sum() if plain else chunk_nll[wanted].sum()
+                    ok = self._learn(capturing, loss, logits, None if plain else rows[:, span].flatten())
+                    learned, rejected = learned + ok, rejected + (not ok)
+            cache = _detached(out.past_key_values)
+            position = last
+            if not ok:  # what the model computed for this chunk is not to be trusted as context either
+                start, cache = position, None
+        return Seen(nll, scored, learned, rejected)
+
+    def _learn(self, capturing: _Capturing, loss: Tensor, logits: Tensor, rows: Tensor | None) -> bool:
+        """Learn from the captured chunk; False, and not a bit changed, if anything in it is not finite."""
+        mas = self.config.importance == "mas" and self.config.ewc_lambda > 0
+        loss.backward(retain_graph=mas)
+        captured = capturing.renew()
+        traced = [None] * len(self.layers)
+        if mas:
+            valid = logits if rows is None else logits.flatten(0, 1)[rows]
+            valid.square().sum().backward()
+            traced = capturing.renew()
+        updates = [
+            layer.update_from(pairs, trace, rows)
+            for layer, pairs, trace in zip(self.layers, captured, traced, strict=True)
+        ]
+        found = [(layer, u) for layer, u in zip(self.layers, updates, strict=True) if u is not None]
+        finite = torch.stack([torch.isfinite(loss.detach())] + [u.finite.to(loss.device) for _, u in found])
+        if not bool(finite.all()):
+            return False
+        for layer, update in found:
+            layer.learn(update)
+        return True
+
+    def _checked(self, ids: Tensor, attention_mask: Tensor | None, learn_mask: Tensor | None):
+        if ids.dtype != torch.int64:
+            raise TypeError(f"input_ids must be int64, got {ids.dtype}")
+        if ids.ndim != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
+            raise ValueError(f"input_ids must have shape (B, T) with B, T >= 1, got {tuple(ids.shape)}")
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+            raise ValueError(f"input_ids must be in [0, {vocabulary}), got {int(ids.min())} to {int(ids.max())}")
+        masks = []
+        for name, mask in (("attention_mask", attention_mask), ("learn_mask", learn_mask)):
+            if mask is None:
+                masks.append(torch.ones_like(ids, dtype=torch.bool))
+                continue
+            if mask.shape != ids.shape:
+                raise ValueError(f"{name} must have the shape of input_ids {tuple(ids.shape)}, got {tuple(mask.shape)}")
+            masks.append(mask.to(device=ids.device, dtype=torch.bool))
+        return ids, masks[0], masks[1]
+
+    # -- protect ----------------------------------------------------------------------------------------------
+
+    def calibrate(
+        self, batches: Iterable[Tensor], loss: Callable[[nn.Module, Tensor], Tensor] | None = None
+    ) -> None:
+        """Measure what the model knows: base importance and replay memory, from data that it knows.
+
+        Importance is the per-token Fisher (MAS for ``importance="mas"``; SI has no offline form, so Fisher too),
+        divided by its mean over all adapted weights. Inputs of the layers enter the replay memories.
+
+        Args:
+            batches: of (B, T) int64 tokens; or of anything, with ``loss``.
+            loss: called with (model, batch), returns the summed loss, whose per-token gradients are squared: for
+                models that are not causal language models. Default: true Fisher, labels drawn from the model's
+                own output, or empirical, by ``config.fisher``.
+
+        Raises:
+            ValueError: if the model has learnt already, or there is no batch.
+        """
+        if any(int(layer.step) or layer.pending or layer.base for layer in self.layers):
+            raise ValueError("calibrate before learning: the model has already learnt; call reset() first")
+        kind = "mas" if self.config.importance == "mas" else "fisher"
+        protects = self.config.ewc_lambda > 0
+        sums = [torch.zeros_like(layer.weight, dtype=layer.win_eta.dtype) if protects else None for layer in self.layers]
+        step = torch.zeros((1,), dtype=torch.int64, device=self.layers[0].weight.device)
+        memories = [None if la.memory is None else (la.memory.clone(), la.seen.clone()) for la in self.layers]
+        tokens = 0
+        for batch in batches:
+            with _Capturing(self.layers) as capturing, torch.enable_grad():
+                (self._calibration_loss(batch, kind) if loss is None else loss(self.model, batch)).backward()
+                captured = capturing.renew()
+            for layer, pairs, total, memory in zip(self.layers, captured, sums, memories, strict=True):
+                update = layer.update_from(pairs)
+                if update is None or not bool(update.finite):
+                    raise ValueError(f"calibration gave no finite gradient at {layer.name or layer}")
+                tokens += update.x.shape[0]
+                if total is not None:
+                    # eta = 0: the weights stay as they are, and only the sum of squares grows.
+                    ops.commit(
+                        layer.weight, None, None, total, update.x, update.delta, torch.zeros_like(update.eta), step,
+                        kind=kind,
+                    )  # fmt: skip
+                if memory is not None:
+                    ops.reservoir_insert(memory[0], memory[1], update.x, seed=layer.seed)
+        if tokens == 0:
+            raise ValueError("batches must hold at least one batch of tokens, got none")
+        if protects:
+            elements = sum(s.numel() for s in sums)
+            mean = float(sum(s.sum(dtype=torch.float64) for s in sums)) / elements
+            self.importance_scale = mean / (tokens / len(self.layers)) or 1.0
+            for layer, total in zip(self.layers, sums, strict=True):
+                layer.importance.copy_(total / (mean or 1.0))
+        for layer, memory in zip(self.layers, memories, strict=True):
+            if memory is not None:
+                layer.memory.copy_(memory[0])
+                layer.seen.copy_(memory[1])
+
+    def _calibration_loss(self, ids: Tensor, kind: str) -> Tensor:
+        ids, _, _ = self._checked(ids, None, None)
+        logits = self.model(input_ids=ids).logits.float()
+        if kind == "mas":
+            return logits.square().sum()
+        logits = logits.flatten(0, 1)
+        if self.config.fisher == "true":
+            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=self._generator).flatten()
+        else:
+            logits = logits.view(*ids.shape, -1)[:, :-1].flatten(0, 1)
+            labels = ids[:, 1:].flatten()
+        return nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+    @torch.no_grad()
+    def consolidate(self) -> None:
+        """What was learnt becomes something to protect (online EWC; the order of tasks is the caller's)::
+
+            Omega <- gamma_c Omega + F / tokens       (SI: Omega + relu(F / ((W - W*)^2 + xi)))
+            W* <- W;  F <- 0
+
+        in units of the first calibration's mean importance. The sample of recent inputs joins the replay memory.
+        """
+        c = self.config
+        grown = []
+        for layer in self.layers:
+            layer.remember_base()
+            layer.flush()
+            if layer.importance is None:
+                continue
+            wide = layer.win_eta.dtype
+            if c.importance == "si":
+                moved = (layer.weight.to(wide) - layer.anchor.to(wide)).square_()
+                grown.append(torch.relu(layer.trace.to(wide) / (moved + c.si_xi)))
+            else:
+                grown.append(layer.trace.to(wide) / layer.tokens.clamp_min(1))
+        if grown:
+            mean = float(sum(g.sum(dtype=torch.float64) for g in grown)) / sum(g.numel() for g in grown)
+            # SI's unit (loss per squared distance) is not the Fisher's: it is measured anew.
+            scale = mean if c.importance == "si" or not self.importance_scale else self.importance_scale
+            if not self.importance_scale:
+                self.importance_scale = mean
+            for layer, g in zip(self.layers, grown, strict=True):
+                decay = 1.0 if c.importance == "si" else c.consolidate_decay
+                layer.importance.copy_(decay * layer.importance.to(g.dtype) + g / (scale or 1.0))
+        for layer in self.layers:
+            layer.anchor.copy_(layer.weight)
+            if layer.trace is not None:
+                layer.trace.zero_()
+            layer.tokens.zero_()
+            if layer.memory is not None:
+                self._merge_recent(layer)
+
+    def _merge_recent(self, layer: Linear) -> None:
+        """Two uniform samples become one of their union: each memory row is replaced with the recent rows' share."""
+        capacity, old, new = layer.memory.shape[0], int(layer.seen), int(layer.recent_seen)
+        sample = layer.recent[: min(new, layer.recent.shape[0])]
+        room = max(0, min(capacity - old, len(sample)))
+        if room:
+            layer.memory[old : old + room] = sample[:room]
+        rest = sample[room:]
+        if len(rest):
+            share = (old + room) / (old + new)
+            count = min(len(rest), round(capacity * (1 - share)))
+            slots = torch.randperm(capacity, generator=self._generator, device=rest.device)[:count]
+            rows = torch.randperm(len(rest), generator=self._generator, device=rest.device)[:count]
+            layer.memory[slots] = rest[rows]
+        layer.seen += layer.recent_seen
+        layer.recent.zero_()
+        layer.recent_seen.zero_()
+
+    # -- go back ----------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """A copy of all learning state, for `rollback`."""
+        layers = [{name: t.clone() for name, t in layer.state().items()} for layer in self.layers]
+        bases = [{name: t.clone() for name, t in layer.base.items()} for layer in self.layers]
+        return Snapshot(layers, bases, self.importance_scale)
+
+    def rollback(self, snapshot: Snapshot) -> None:
+        """Go back to ``snapshot``, to the bit.
+
+        Raises:
+            ValueError: if it comes from a model with other layers.
+        """
+        shapes = [{name: t.shape for name, t in layer.state().items()} for layer in self.layers]
+        if [{name: t.shape for name, t in state.items()} for state in snapshot.layers] != shapes:
+            raise ValueError("snapshot does not fit this model's learning layers; nothing was changed")
+        for layer, state, base in zip(self.layers, snapshot.layers, snapshot.bases, strict=True):
+            layer.load_state(state)
+            layer.base = {name: t.clone() for name, t in base.items()}
+        self.importance_scale = snapshot.importance_scale
+
+    def reset(self) -> None:
+        """Forget everything learnt since calibration; the weights are the base model's, to the bit."""
+        for layer in self.layers:
+            layer.reset()
+
+    def flush(self) -> None:
+        """Write every layer's window into its weights, as before ``save_pretrained``."""
+        for layer in self.layers:
+            layer.flush()
+
+
+def _detached(cache):
+    """The same cache without its autograd graph: gradients never cross chunks.
+
+    Works on whatever tensors the layers of a transformers cache hold (keys, values, recurrent states).
+    """
+    for layer in getattr(cache, "layers", []):
+        for name, value in vars(layer).items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                setattr(layer, name, value.detach())
+    return cache

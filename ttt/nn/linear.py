@@ -1,0 +1,334 @@
+"""`ttt.nn.Linear`: an `nn.Linear` whose weight learns from the tokens that pass through it."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+
+import torch
+from torch import Tensor
+
+from ttt import ops
+from ttt.config import TTTConfig
+
+_SEED_MASK = (1 << 63) - 1
+
+
+@dataclasses.dataclass
+class Update:
+    """What one layer can learn from one backward pass: T rows.
+
+    ``x`` (T, n) inputs, ``delta`` (T, m) gradients of the summed loss at the output, ``eta`` (T,) steps,
+    ``trace_delta`` (T, m) the gradients that the trace uses (MAS), ``finite`` () bool.
+    """
+
+    x: Tensor
+    delta: Tensor
+    eta: Tensor
+    trace_delta: Tensor | None
+    finite: Tensor
+
+
+class _Capture(torch.autograd.Function):
+    """The layer's forward, with a backward that hands (x, delta) to the layer instead of making a weight gradient.
+
+    ``root`` requires grad, so a graph begins here even where ``x`` needs none: nothing is built below.
+    """
+
+    @staticmethod
+    def forward(ctx, x, root, layer):
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return layer._apply_window(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        layer = ctx.layer
+        delta = grad.reshape(-1, layer.out_features)
+        if layer.sink is not None:
+            layer.sink.append((x.detach().reshape(-1, layer.in_features), delta.detach()))
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        return layer._transposed_window(delta).view(x.shape), None, None
+
+
+class Linear(torch.nn.Linear):
+    """A linear layer that learns: y = x W_t^T + b with W_t = W - sum over the window of eta delta x^T.
+
+    ``weight`` stays an `nn.Parameter` (never requiring grad) and is changed in place; the state below are
+    buffers that are not part of `state_dict`, so nothing a user taught leaks into ``save_pretrained``.
+    No tensor is ever rebound after construction.
+
+    ==================  ============  =========================================================
+    ``anchor``          (m, n)        W*, the weights that must not be forgotten
+    ``importance``      (m, n)        Omega, mean 1 over the model; only if ``ewc_lambda`` > 0
+    ``trace``           (m, n)        F, importance of the present stream; likewise
+    ``win_x``           (C, n)        the window: inputs,
+    ``win_delta``       (C, m)        gradients at the output,
+    ``win_eta``         (C,)          and steps; 0 marks an empty row
+    ``win_trace``       (C, m)        gradients for the trace; only for ``importance="mas"``
+    ``memory``          (K, n)        inputs whose outputs the anchor defines; if ``replay_rows`` > 0
+    ``recent``          (K', n)       a sample of inputs since the last consolidation, K' = min(K, 1024)
+    ``seen``            (1,)          rows that ever entered ``memory``; ``recent_seen`` likewise
+    ``step``            (1,)          commits so far; ``tokens`` (1,) those in the trace
+    ==================  ============  =========================================================
+
+    Args:
+        in_features, out_features, bias, device, dtype: as `torch.nn.Linear`.
+        config: see `TTTConfig`.
+        name: seeds this layer's random draws, together with ``config.seed``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        config: TTTConfig | None = None,
+        name: str = "",
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._build(config or TTTConfig(), name)
+
+    @classmethod
+    def from_weight(cls, weight: torch.nn.Parameter, bias: torch.nn.Parameter | None, config: TTTConfig, name: str):
+        """A layer around existing parameters, which are shared, not copied."""
+        layer = cls.__new__(cls)
+        torch.nn.Module.__init__(layer)
+        layer.out_features, layer.in_features = weight.shape
+        layer.weight = weight
+        layer.bias = bias
+        layer._build(config, name)
+        return layer
+
+    def _build(self, config: TTTConfig, name: str) -> None:
+        self.config = config
+        self.name = name
+        self.seed = ((config.seed << 32) ^ zlib.crc32(name.encode())) & _SEED_MASK
+        self.pending = 0  # rows of the window in use; the kernels read win_eta instead
+        self.sink: list[tuple[Tensor, Tensor]] | None = None
+        self.transposed = False  # the weight stands transposed in state_dict (GPT-2's Conv1D)
+        self.base: dict[str, Tensor] = {}  # state from before the first consolidation; empty until then
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        m, n, c = self.out_features, self.in_features, config.window
+        w = self.weight.detach()
+        wide = torch.float64 if w.dtype == torch.float64 else torch.float32
+        if w.dtype == torch.float64:
+            state = torch.float64
+        elif config.state_dtype is not None:
+            state = getattr(torch, config.state_dtype)
+        else:
+            state = torch.float32 if w.dtype == torch.float32 else torch.bfloat16
+
+        def buffer(name: str, tensor: Tensor | None) -> None:
+            self.register_buffer(name, tensor, persistent=False)
+
+        replays, protects = config.replay_rows > 0, config.ewc_lambda > 0
+        buffer("anchor", w.clone())
+        buffer("importance", w.new_zeros((m, n), dtype=state) if protects else None)
+        buffer("trace", w.new_zeros((m, n), dtype=state) if protects else None)
+        buffer("win_x", w.new_zeros((c, n)))
+        buffer("win_delta", w.new_zeros((c, m)))
+        buffer("win_eta", w.new_zeros((c,), dtype=wide))
+        buffer("win_trace", w.new_zeros((c, m)) if protects and config.importance == "mas" else None)
+        buffer("memory", w.new_zeros((config.replay_capacity, n)) if replays else None)
+        buffer("recent", w.new_zeros((min(config.replay_capacity, 1024), n)) if replays else None)
+        for counter in ("seen", "recent_seen", "step", "tokens"):
+            buffer(counter, w.new_zeros((1,), dtype=torch.int64))
+        # Requires grad, so that autograd's graph begins at this layer; never receives one.
+        self._root = torch.zeros((), requires_grad=True, device=w.device)
+
+    # -- using ------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) -> (..., m), the window included. Gradients reach ``x``; the weight gets none."""
+        if torch.is_grad_enabled() and (self.sink is not None or x.requires_grad):
+            return _Capture.apply(x, self._root, self)
+        return self._apply_window(x)
+
+    def _apply_window(self, x: Tensor) -> Tensor:
+        return ops.window_linear(x.contiguous(), self.weight, self.bias, self.win_x, self.win_delta, self.win_eta)
+
+    def _transposed_window(self, delta: Tensor) -> Tensor:
+        """dL/dx = delta W_t, (T, m) -> (T, n)."""
+        grad = delta @ self.weight
+        if self.pending:
+            rows = slice(0, self.pending)
+            coef = (delta @ self.win_delta[rows].T) * self.win_eta[rows].to(delta.dtype)
+            grad = grad - coef @ self.win_x[rows]
+        return grad
+
+    @torch.no_grad()
+    def effective_weight(self) -> Tensor:
+        """W_t, (m, n): the weight with the window written in. A new tensor."""
+        wide = self.win_eta.dtype
+        d = self.win_delta.to(wide) * self.win_eta.unsqueeze(1)
+        return (self.weight.to(wide) - d.T @ self.win_x.to(wide)).to(self.weight.dtype)
+
+    # -- learning ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def update_from(
+        self,
+        captured: list[tuple[Tensor, Tensor]],
+        trace_captured: list[tuple[Tensor, Tensor]] | None = None,
+        rows: Tensor | None = None,
+    ) -> Update | None:
+        """An `Update` from what backward passes left in ``sink``; None if nothing was captured.
+
+        Args:
+            captured: (x, delta) pairs, in order.
+            trace_captured: the same inputs with the gradients that the trace uses.
+            rows: (T,) bool: the rows that may teach.
+
+        Raises:
+            ValueError: if ``rows`` does not fit (as where a router shows a layer only some tokens).
+        """
+        if not captured:
+            return None
+        x, delta = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*captured, strict=True))
+        trace_delta = None
+        if trace_captured:
+            trace_delta = torch.cat([d for _, d in trace_captured])
+        if rows is not None:
+            if rows.numel() != x.shape[0]:
+                raise ValueError(
+                    f"{self.name} saw {x.shape[0]} rows where the mask has {rows.numel()} tokens: "
+                    "masks need layers that see every token"
+                )
+            x, delta = x[rows], delta[rows]
+            trace_delta = None if trace_delta is None else trace_delta[rows]
+        x, delta = x.to(self.weight.dtype).contiguous(), delta.to(self.weight.dtype).contiguous()
+        wide = self.win_eta.dtype
+        norm = torch.linalg.vector_norm(delta, dim=1, dtype=wide) * torch.linalg.vector_norm(x, dim=1, dtype=wide)
+        # The squared norm bounds every entry of the token's squared gradient: the trace cannot overflow either.
+        finite = torch.isfinite(norm * norm).all()
+        eta = torch.full_like(norm, self.config.lr)
+        if self.config.clip is not None:
+            eta = eta * (self.config.clip / norm).clamp_max(1.0)
+        if trace_delta is not None:
+            trace_delta = trace_delta.to(self.weight.dtype).contiguous()
+            finite = finite & torch.isfinite(torch.linalg.vector_norm(trace_delta, dtype=wide))
+        return Update(x, delta, eta, trace_delta, finite)
+
+    @torch.no_grad()
+    def learn(self, update: Update) -> None:
+        """Take the rows of ``update`` into the window, and commit when it holds C rows or more."""
+        count = update.x.shape[0]
+        if count == 0 or self.config.lr == 0:
+            return
+        if self.recent is not None:
+            ops.reservoir_insert(self.recent, self.recent_seen, update.x, seed=self.seed)
+        p, c = self.pending, self.config.window
+        if p + count < c:
+            rows = slice(p, p + count)
+            self.win_x[rows] = update.x
+            self.win_delta[rows] = update.delta
+            if self.win_trace is not None:
+                self.win_trace[rows] = update.delta if update.trace_delta is None else update.trace_delta
+            self.win_eta[rows] = update.eta
+            self.pending = p + count
+            return
+        if p:
+            trace_delta = update.delta if update.trace_delta is None else update.trace_delta
+            if self.win_trace is not None:
+                trace_delta = torch.cat([self.win_trace[:p], trace_delta])
+            update = Update(
+                torch.cat([self.win_x[:p], update.x]),
+                torch.cat([self.win_delta[:p], update.delta]),
+                torch.cat([self.win_eta[:p], update.eta]),
+                None if self.win_trace is None else trace_delta,
+                update.finite,
+            )
+        self._commit(update.x, update.delta, update.eta, update.trace_delta)
+        self._empty_window()
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Write the window into the weights now, whatever it holds."""
+        if self.pending:
+            p = self.pending
+            trace_delta = None if self.win_trace is None else self.win_trace[:p]
+            self._commit(self.win_x[:p], self.win_delta[:p], self.win_eta[:p], trace_delta)
+            self._empty_window()
+
+    def _empty_window(self) -> None:
+        if self.pending:
+            self.win_eta.zero_()
+            self.pending = 0
+
+    def _commit(self, x: Tensor, delta: Tensor, eta: Tensor, trace_delta: Tensor | None) -> None:
+        c = self.config
+        ops.commit(
+            self.weight, self.anchor, self.importance, self.trace, x, delta, eta, self.step,
+            trace_delta=trace_delta, memory=self.memory, seen=self.seen, seed=self.seed, replay_rows=c.replay_rows,
+            replay=c.replay, beta=c.replay_beta, eps=c.replay_eps, lam=c.ewc_lambda, gamma=c.trace_decay,
+            kind=c.importance,
+        )  # fmt: skip
+        self.tokens += x.shape[0]
+
+    # -- state ------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """The live state tensors by name (not copies), and ``pending`` as a tensor."""
+        out = {"weight": self.weight.detach()}
+        out |= {name: b for name, b in self.named_buffers(recurse=False)}
+        out["pending"] = torch.tensor([self.pending])
+        return out
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Copy ``state`` (as from `state`) into the live tensors. Names and shapes must fit; the caller checks."""
+        live = self.state()
+        for name, value in state.items():
+            if name != "pending":
+                live[name].copy_(value)
+        if "pending" in state:
+            self.pending = int(state["pending"])
+
+    def remember_base(self) -> None:
+        """Keep what `reset` and `ttt.restore_` go back to; called before the anchor first moves."""
+        if not self.base:
+            names = ("anchor", "importance", "memory", "seen")
+            self.base = {name: b.clone() for name in names if (b := getattr(self, name)) is not None}
+
+    @property
+    def base_weight(self) -> Tensor:
+        """(m, n): the weight from before any learning."""
+        return self.base.get("anchor", self.anchor)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Forget everything learnt since calibration: weights, trace, window, and what was consolidated."""
+        for name, value in self.base.items():
+            getattr(self, name).copy_(value)
+        self.base = {}
+        self.weight.copy_(self.anchor)
+        # Zeroed, not only marked empty: what a user said must not stay in memory.
+        zeroed = ("trace", "win_x", "win_delta", "win_eta", "win_trace", "recent", "recent_seen", "step", "tokens")
+        for name in zeroed:
+            if (b := getattr(self, name)) is not None:
+                b.zero_()
+        self.pending = 0
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.transposed:
+            key = prefix + "weight"
+            destination[key] = destination[key].T.contiguous()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        key = prefix + "weight"
+        if self.transposed and key in state_dict:
+            state_dict = {**state_dict, key: state_dict[key].T}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, lr={self.config.lr}, window={self.config.window}"
