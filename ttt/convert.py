@@ -47,14 +47,14 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
     tied = _tied_weights(model)
     for name, module in chosen:
         _refuse_unfit(name, module, tied)
+    frozen = [(p, p.requires_grad) for p in model.parameters()]
     originals = {}
     for name, module in chosen:
         new = _learning_layer(module, config, name)
         new.train(module.training)
         originals[name] = module
         _set_module(model, name, new)
-    frozen = [(p, p.requires_grad) for p in model.parameters()]
-    for p, _ in frozen:
+    for p in model.parameters():
         p.requires_grad_(False)
     object.__setattr__(model, _ORIGINALS, originals)
     object.__setattr__(model, _FROZEN, frozen)

@@ -1,3 +1,82 @@
-"""Implements the ops on CUDA: the Triton kernels, or the reference (and a record of why) without Triton."""
+"""Implements the ops on CUDA: the Triton kernels, or the reference (and a record of why) where they do not apply.
+
+Nothing here imports triton or asks for a GPU before the first call with CUDA tensors.
+"""
 
 from __future__ import annotations
+
+import functools
+import importlib.util
+from types import SimpleNamespace
+
+import torch
+
+from ttt.ops import reference, schema
+from ttt.ops.backends import record, unavailable
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+if importlib.util.find_spec("triton") is None:
+    unavailable["triton"] = "the package triton is not installed (pip install 'ttt[triton]')"
+
+
+@functools.cache
+def _kernels() -> SimpleNamespace | None:
+    if "triton" in unavailable:
+        return None
+    try:
+        from ttt.ops.triton import commit, reservoir, window_linear
+    except ImportError as error:
+        unavailable["triton"] = f"the Triton kernels cannot be imported ({error})"
+        return None
+    return SimpleNamespace(
+        window_linear=window_linear.window_linear,
+        commit=commit.commit,
+        reservoir_insert=reservoir.reservoir_insert,
+        reservoir_draw=reservoir.reservoir_draw,
+    )
+
+
+def _run(op: str, on: torch.Tensor, dtype: torch.dtype, *args):
+    """Call ``op`` on the device of ``on``: the Triton launcher if there is one for ``dtype``, else the reference."""
+    kernels = _kernels()
+    if kernels is not None and dtype in _DTYPES:
+        record(op, "triton")
+        with torch.cuda.device(on.device):  # Triton launches on the current device, whatever the tensors' is
+            return getattr(kernels, op)(*args)
+    record(op, "reference", unavailable["triton"] if kernels is None else f"no Triton kernel for {dtype}")
+    return getattr(reference, op)(*args)
+
+
+def window_linear(x, weight, bias, win_x, win_delta, win_eta):
+    schema.check_window_linear(x, weight, bias, win_x, win_delta, win_eta)
+    return _run("window_linear", weight, weight.dtype, x, weight, bias, win_x, win_delta, win_eta)
+
+
+def commit(
+    weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
+    seed, replay_rows, replay, beta, eps, lam, gamma, kind,
+) -> None:  # fmt: skip
+    args = (
+        weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
+        seed, replay_rows, replay, beta, eps, lam, gamma, kind,
+    )  # fmt: skip
+    schema.check_commit(*args)
+    _run("commit", weight, weight.dtype, *args)
+    # A kernel wrote through raw pointers: autograd and functionalization must be told.
+    torch.autograd.graph.increment_version([t for t in (weight, trace) if t is not None])
+
+
+def reservoir_insert(memory, seen, x, seed) -> None:
+    schema.check_reservoir_insert(memory, seen, x, seed)
+    _run("reservoir_insert", memory, memory.dtype, memory, seen, x, seed)
+    torch.autograd.graph.increment_version([memory])
+
+
+def reservoir_draw(seen, step, capacity, rows, seed):
+    schema.check_reservoir_draw(seen, step, capacity, rows, seed)
+    return _run("reservoir_draw", seen, torch.float32, seen, step, capacity, rows, seed)
+
+
+for _function in (window_linear, commit, reservoir_insert, reservoir_draw):
+    schema.implement(_function.__name__, "CUDA", _function)

@@ -1,0 +1,271 @@
+"""The C++ kernels against the reference: every dtype, odd shapes, each instruction set forced in turn."""
+
+import pytest
+import torch
+from helpers import assert_close
+
+from ttt import _C, ops
+from ttt.ops import reference
+
+ISAS = _C.available_isas()
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    before = _C.active_isa()
+    _C.set_isa(request.param)
+    assert _C.active_isa() == request.param
+    yield request.param
+    _C.set_isa(before)
+
+
+def wide(tensors):
+    return [t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "n", "tokens", "window"),
+    [(1, 1, 1, 1), (7, 33, 1, 3), (64, 127, 4, 16), (129, 1000, 9, 5), (33, 1, 2, 7), (1, 64, 70, 4), (16, 32, 0, 2)],
+)
+def test_window_linear(isa, dtype, m, n, tokens, window):
+    x, weight, bias = torch.randn(tokens, n), torch.randn(m, n), torch.randn(m)
+    win_x, win_delta, win_eta = torch.randn(window, n), torch.randn(window, m), torch.rand(window)
+    win_eta[0] = 0
+    win_x[0] = win_delta[0] = float("nan")  # an empty row is never read
+    args = [t.to(dtype) for t in (x, weight, bias, win_x, win_delta)] + [win_eta]
+    before = [t.clone() for t in args]
+    y = ops.window_linear(*args)
+    assert y.shape == (tokens, m)
+    assert y.dtype == dtype
+    assert_close(y, reference.window_linear(*wide(args)), reference.window_linear(*args), "y")
+    for t, old in zip(args, before, strict=True):
+        assert torch.equal(t.nan_to_num(7.0), old.nan_to_num(7.0))
+
+
+def test_window_linear_takes_any_leading_shape_and_no_bias(isa):
+    w, wx, wd, we = torch.randn(5, 6), torch.randn(2, 6), torch.randn(2, 5), torch.rand(2)
+    for shape in ((6,), (3, 6), (2, 3, 6), (0, 6), (2, 0, 6)):
+        x = torch.randn(shape)
+        y = ops.window_linear(x, w, None, wx, wd, we)
+        expected = reference.window_linear(*wide((x, w, None, wx, wd, we)))
+        assert y.shape == (*shape[:-1], 5)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def commit_case(m, n, tokens, dtype, state):
+    weight = torch.randn(m, n)
+    return {
+        "weight": weight.to(dtype),
+        "anchor": (weight + 0.1 * torch.randn(m, n)).to(dtype),
+        "importance": (torch.rand(m, n) * 3).to(state),
+        "trace": torch.rand(m, n).to(state),
+        "x": torch.randn(tokens, n).to(dtype),
+        "delta": torch.randn(tokens, m).to(dtype),
+        "eta": torch.rand(tokens) * 0.02,
+        "trace_delta": torch.randn(tokens, m).to(dtype),
+        "memory": torch.randn(10, n).to(dtype),
+        "seen": torch.tensor([25]),
+        "step": torch.tensor([5]),
+    }
+
+
+ORDER = ("weight", "anchor", "importance", "trace", "x", "delta", "eta", "trace_delta", "memory", "seen", "step")
+
+
+def run_reference(case, options):
+    o = options
+    reference.commit(
+        *[case[k] for k in ORDER], o["seed"], o["replay_rows"], o["replay"], o["beta"], o["eps"], o["lam"], o["gamma"],
+        o["kind"],
+    )  # fmt: skip
+
+
+def check_commit(case, options):
+    """Runs the kernel, the reference at the same dtype and in float64; compares all state."""
+    exact = {k: (t.double() if t is not None and t.is_floating_point() else t) for k, t in case.items()}
+    exact = {k: None if t is None else t.clone() for k, t in exact.items()}
+    plain = {k: None if t is None else t.clone() for k, t in case.items()}
+    ours = {k: None if t is None else t.clone() for k, t in case.items()}
+    ops.commit(**ours, **options)
+    run_reference(plain, options)
+    run_reference(exact, options)
+    for name in ("weight", "trace"):
+        if case[name] is not None:
+            assert ours[name].dtype == case[name].dtype
+            # Compared as changes: the weights themselves would hide an update that is wrong.
+            change = [t[name].double() - case[name].double() for t in (ours, exact, plain)]
+            assert_close(*change, name)
+    for name in set(ORDER) - {"weight", "trace", "step"}:
+        assert case[name] is None or torch.equal(ours[name], case[name]), f"{name} was written"
+    assert int(ours["step"]) == int(case["step"]) + 1
+
+
+OPTIONS = {"seed": 123456789123, "replay": "projection", "beta": 0.3, "eps": 1e-3, "gamma": 0.99, "kind": "fisher"}
+
+
+@pytest.mark.parametrize("state", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "n", "tokens", "rows"),
+    [(1, 1, 1, 1), (7, 33, 1, 3), (64, 128, 16, 4), (129, 200, 9, 0), (33, 1, 2, 1), (1, 1000, 70, 16), (50, 70, 0, 5),
+     (127, 1000, 33, 7)],
+)  # fmt: skip
+def test_commit(isa, dtype, state, m, n, tokens, rows):
+    check_commit(commit_case(m, n, tokens, dtype, state), {**OPTIONS, "replay_rows": rows, "lam": 0.5})
+
+
+@pytest.mark.parametrize("kind", ["fisher", "mas", "si"])
+@pytest.mark.parametrize("replay", ["projection", "gradient"])
+@pytest.mark.parametrize("lam", [0.0, 30.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_commit_modes(isa, kind, replay, lam, dtype):
+    case = commit_case(34, 45, 13, dtype, torch.float32)
+    check_commit(case, {**OPTIONS, "kind": kind, "replay": replay, "lam": lam, "replay_rows": 4, "beta": 0.05})
+
+
+@pytest.mark.parametrize("missing", ["trace", "importance", "anchor", "memory", "trace_delta"])
+def test_commit_without_optional_state(isa, missing):
+    case = commit_case(19, 37, 5, torch.float32, torch.float32)
+    case[missing] = None
+    options = {**OPTIONS, "replay_rows": 3, "lam": 0.5}
+    if missing in ("importance", "anchor"):
+        options["lam"] = 0.0
+    if missing in ("memory", "anchor"):
+        options["replay_rows"] = 0
+    check_commit(case, options)
+
+
+def test_commit_over_several_cache_groups(isa):
+    # X is larger than 1 MB, so its panels are taken in groups, and rows in several blocks.
+    case = commit_case(100, 1030, 300, torch.float32, torch.float32)
+    check_commit(case, {**OPTIONS, "replay_rows": 5, "lam": 0.5})
+
+
+def test_bf16_rounds_with_the_same_bits_as_the_reference(isa):
+    """Products of small integers are exact in float32, so every backend must store the very same bf16 weights."""
+    m, n, tokens = 33, 127, 8
+    case = commit_case(m, n, tokens, torch.bfloat16, torch.bfloat16)
+    case["x"] = torch.randint(-3, 4, (tokens, n)).bfloat16()
+    case["delta"] = torch.randint(-3, 4, (tokens, m)).bfloat16()
+    case["eta"] = torch.full((tokens,), 2.0**-9)
+    case["weight"] = torch.randint(-64, 64, (m, n)).bfloat16()
+    case["trace"] = torch.randint(0, 99, (m, n)).bfloat16()
+    case["trace_delta"] = None
+    ours, theirs = ({k: None if t is None else t.clone() for k, t in case.items()} for _ in range(2))
+    options = {**OPTIONS, "replay_rows": 0, "lam": 0.0, "gamma": 1.0}
+    ops.commit(**ours, **options)
+    run_reference(theirs, options)
+    assert torch.equal(ours["weight"], theirs["weight"])
+    assert torch.equal(ours["trace"], theirs["trace"])
+    assert float((ours["weight"] != case["weight"]).float().mean()) > 0.05
+
+
+def test_zero_rate_changes_no_bit_of_the_weight(isa):
+    case = commit_case(20, 30, 5, torch.float32, torch.float32)
+    case["eta"].zero_()
+    before = case["weight"].clone()
+    ops.commit(**case, **{**OPTIONS, "replay_rows": 0, "lam": 3.0})
+    assert torch.equal(case["weight"], before)
+
+
+def test_result_does_not_depend_on_threads():
+    case = commit_case(200, 300, 20, torch.bfloat16, torch.bfloat16)
+    results, threads = [], torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        one = {k: t.clone() for k, t in case.items()}
+        ops.commit(**one, **{**OPTIONS, "replay_rows": 4, "lam": 0.5})
+        results.append(one)
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert torch.equal(results[0]["weight"], other["weight"])
+        assert torch.equal(results[0]["trace"], other["trace"])
+
+
+def test_version_counters_move():
+    case = commit_case(4, 5, 2, torch.float32, torch.float32)
+    versions = {k: case[k]._version for k in ORDER}
+    ops.commit(**case, **{**OPTIONS, "replay_rows": 2, "lam": 0.5})
+    moved = {k for k in ORDER if case[k]._version > versions[k]}
+    assert moved == {"weight", "trace", "step"}
+
+
+def test_opcheck():
+    case = commit_case(4, 5, 3, torch.float32, torch.float32)
+    args = (case["x"], case["weight"], None, torch.randn(2, 5), torch.randn(2, 4), torch.rand(2))
+    torch.library.opcheck(torch.ops.ttt.window_linear.default, args)
+    o = {**OPTIONS, "replay_rows": 2, "lam": 0.5}
+    args = tuple(case[k] for k in ORDER) + tuple(
+        o[k] for k in ("seed", "replay_rows", "replay", "beta", "eps", "lam", "gamma", "kind")
+    )
+    torch.library.opcheck(torch.ops.ttt.commit.default, args)
+    memory, seen = torch.zeros(3, 5), torch.tensor([2])
+    torch.library.opcheck(torch.ops.ttt.reservoir_insert.default, (memory, seen, torch.randn(4, 5), 1))
+    torch.library.opcheck(torch.ops.ttt.reservoir_draw.default, (seen, torch.tensor([3]), 3, 6, 1))
+
+
+BAD_COMMITS = {
+    "strided weight": ({"weight": torch.randn(5, 4).T}, ValueError, "weight must be contiguous"),
+    "strided trace": ({"trace": torch.zeros(4, 10)[:, ::2]}, ValueError, "trace must be contiguous"),
+    "integer x": ({"x": torch.zeros(3, 5, dtype=torch.int32)}, TypeError, "x must be torch.float32"),
+    "half trace": ({"trace": torch.zeros(4, 5, dtype=torch.float16)}, TypeError, "trace must be"),
+    "short delta": ({"delta": torch.zeros(2, 4)}, ValueError, r"delta must have shape \(3, 4\), got \(2, 4\)"),
+    "wide eta": ({"eta": torch.zeros(3, dtype=torch.float64)}, TypeError, "eta must be torch.float32"),
+    "float step": ({"step": torch.zeros(1)}, TypeError, "step must be torch.int64"),
+    "wide memory": ({"memory": torch.zeros(9, 6)}, ValueError, "memory must have shape"),
+    "no anchor": ({"anchor": None}, ValueError, "needs memory, seen and anchor"),
+    "no importance": ({"importance": None}, ValueError, "lam = 0.5 needs anchor and importance"),
+    "rows": ({"replay_rows": 65}, ValueError, r"replay_rows must be in \[0, 64\], got 65"),
+    "replay": ({"replay": "nothing"}, ValueError, "replay must be one of"),
+    "kind": ({"kind": "ewc"}, ValueError, "kind must be one of"),
+    "lam": ({"lam": float("nan")}, ValueError, "lam must be >= 0"),
+    "gamma": ({"gamma": 0.0}, ValueError, "gamma must be in"),
+    "eps": ({"eps": -1.0}, ValueError, "eps must be >= 0"),
+    "grad": ({"x": torch.zeros(3, 5, requires_grad=True)}, RuntimeError, "x requires grad"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_COMMITS)
+def test_refused_commits_change_nothing(name):
+    change, error, message = BAD_COMMITS[name]
+    case = {**commit_case(4, 5, 3, torch.float32, torch.float32), **OPTIONS, "replay_rows": 2, "lam": 0.5, **change}
+    before = {k: v.clone() for k, v in case.items() if torch.is_tensor(v)}
+    with pytest.raises(error, match=message):
+        ops.commit(**case)
+    for k, v in before.items():
+        assert torch.equal(case[k], v)
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "error", "message"),
+    [
+        (0, torch.randn(3, 6), ValueError, r"x must have shape \(\.\.\., 5\), got \(3, 6\)"),
+        (0, torch.randn(5, 3).T, ValueError, "x must be contiguous"),
+        (0, torch.randn(3, 5).double(), TypeError, "x must be torch.float32"),
+        (0, torch.randn(3, 5, requires_grad=True), RuntimeError, "x requires grad"),
+        (1, torch.randn(20), ValueError, r"weight must have shape \(m, n\)"),
+        (3, torch.randn(2, 4), ValueError, "win_x must have shape"),
+        (5, torch.rand(2).bfloat16(), TypeError, "win_eta must be torch.float32"),
+    ],
+)
+def test_refused_window_linear(position, value, error, message):
+    args = [torch.randn(3, 5), torch.randn(4, 5), None, torch.randn(2, 5), torch.randn(2, 4), torch.rand(2)]
+    args[position] = value
+    with pytest.raises(error, match=message):
+        ops.window_linear(*args)
+
+
+def test_unknown_instruction_set_is_refused():
+    with pytest.raises(ValueError, match="isa must be one that this processor has"):
+        _C.set_isa("sse9")
+
+
+def test_other_dtypes_use_the_reference_and_say_so():
+    from ttt.ops.backends import calls
+
+    calls.clear()
+    args = [t.double() for t in (torch.randn(3, 5), torch.randn(4, 5), torch.randn(2, 5), torch.randn(2, 4))]
+    ops.window_linear(args[0], args[1], None, args[2], args[3], torch.rand(2).double())
+    assert calls["window_linear", "reference", "no C++ kernel for torch.float64"] == 1

@@ -1,0 +1,129 @@
+"""The reference is the definition, so it is compared with brute force and autograd in float64."""
+
+import math
+
+import pytest
+import torch
+from torch.func import grad, vmap
+
+from ttt.ops import reference
+
+D = torch.float64
+
+
+def committed(weight, x, delta, eta, **options):
+    """(W, F) after one reference commit; options as the op's."""
+    state = {"anchor": None, "importance": None, "trace": None, "trace_delta": None, "memory": None, "seen": None}
+    state |= {k: options.pop(k) for k in list(options) if k in state}
+    o = {"seed": 3, "rows": 0, "replay": "projection", "beta": 0.3, "eps": 1e-9, "lam": 0.0, "gamma": 1.0}
+    o |= {"kind": "fisher", **options}
+    w = weight.clone()
+    step = torch.tensor([4])
+    reference.commit(
+        w, state["anchor"], state["importance"], state["trace"], x, delta, eta, state["trace_delta"], state["memory"],
+        state["seen"], step, o["seed"], o["rows"], o["replay"], o["beta"], o["eps"], o["lam"], o["gamma"], o["kind"],
+    )  # fmt: skip
+    assert int(step) == 5
+    return w, state["trace"]
+
+
+def test_fisher_is_the_sum_of_per_token_squares_and_not_the_squared_batch_gradient():
+    m, n, tokens = 7, 5, 11
+    w, x, target = torch.randn(m, n, dtype=D), torch.randn(tokens, n, dtype=D), torch.randint(m, (tokens,))
+
+    def loss(w, x, y):
+        return torch.nn.functional.cross_entropy((w @ x).unsqueeze(0), y.unsqueeze(0), reduction="sum")
+
+    gradients = vmap(grad(loss), (None, 0, 0))(w, x, target)  # tokens x m x n, one per token
+    delta = torch.softmax(x @ w.T, -1) - torch.nn.functional.one_hot(target, m)
+    _, f = committed(w, x, delta, torch.zeros(tokens, dtype=D), trace=torch.zeros(m, n, dtype=D))
+    torch.testing.assert_close(f, gradients.square().sum(0), rtol=1e-12, atol=1e-14)
+    batch = gradients.sum(0).square()
+    assert float((f - batch).norm() / f.norm()) > 0.1
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+@pytest.mark.parametrize("kind", ["fisher", "mas", "si"])
+def test_trace_equals_a_loop_over_tokens(kind, gamma):
+    m, n, tokens = 3, 4, 6
+    w, x = torch.randn(m, n, dtype=D), torch.randn(tokens, n, dtype=D)
+    delta, p = torch.randn(tokens, m, dtype=D), torch.randn(tokens, m, dtype=D)
+    eta, f0 = torch.rand(tokens, dtype=D) * 0.1, torch.rand(m, n, dtype=D)
+    new, f = committed(w, x, delta, eta, trace=f0.clone(), trace_delta=p, gamma=gamma, kind=kind)
+    torch.testing.assert_close(new, w - sum(e * torch.outer(d, v) for e, d, v in zip(eta, delta, x, strict=True)))
+    expected = f0 * gamma**tokens
+    for t in range(tokens):
+        g = torch.outer(p[t], x[t])
+        if kind == "si":
+            expected -= g * (new - w)
+        else:
+            expected += gamma ** (tokens - 1 - t) * (g.square() if kind == "fisher" else g.abs())
+    torch.testing.assert_close(f, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_proximal_step_solves_its_equation():
+    m, n = 6, 9
+    w, anchor, omega = torch.randn(m, n, dtype=D), torch.randn(m, n, dtype=D), torch.rand(m, n, dtype=D) * 5
+    x, delta, eta = torch.randn(2, n, dtype=D), torch.randn(2, m, dtype=D), torch.tensor([0.1, 0.2], dtype=D)
+    new, _ = committed(w, x, delta, eta, anchor=anchor, importance=omega, lam=0.7)
+    g = (delta * eta[:, None]).T @ x
+    # Implicit: the penalty's gradient is taken at the new weights.
+    torch.testing.assert_close(new, w - g - 0.7 * eta.sum() * omega * (new - anchor), rtol=1e-12, atol=1e-13)
+
+
+def test_proximal_step_is_stable_where_the_explicit_penalty_diverges():
+    m = n = 8
+    anchor, omega = torch.randn(m, n, dtype=D), torch.full((m, n), 1e6, dtype=D)
+    w = anchor + 1
+    for _ in range(20):
+        x, delta = torch.randn(1, n, dtype=D), torch.randn(1, m, dtype=D)
+        w, _ = committed(w, x, delta, torch.ones(1, dtype=D), anchor=anchor, importance=omega, lam=1.0)
+    assert bool(torch.isfinite(w).all())
+    assert float((w - anchor).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0])
+def test_projection_shrinks_the_drift_of_the_drawn_rows_by_one_minus_beta(beta):
+    m, n, rows = 5, 40, 6
+    w, anchor, memory = (torch.randn(s, n, dtype=D) for s in (m, m, 50))
+    x, delta, eta = torch.randn(3, n, dtype=D), torch.randn(3, m, dtype=D), torch.rand(3, dtype=D)
+    seen = torch.tensor([50])
+    new, _ = committed(w, x, delta, eta, anchor=anchor, memory=memory, seen=seen, rows=rows, beta=beta, eps=1e-12)
+    index = reference.reservoir_draw(seen, torch.tensor([4]), 50, rows, 3)
+    xr = memory[index]
+    before = xr @ (w - (delta * eta[:, None]).T @ x - anchor).T
+    torch.testing.assert_close(xr @ (new - anchor).T, (1 - beta) * before, rtol=1e-8, atol=1e-8)
+
+
+def test_gradient_replay_is_a_gradient_step_on_the_drift():
+    m, n, rows = 4, 6, 3
+    w = torch.randn(m, n, dtype=D, requires_grad=True)
+    anchor, memory, seen = torch.randn(m, n, dtype=D), torch.randn(9, n, dtype=D), torch.tensor([9])
+    none = torch.empty(0, n, dtype=D), torch.empty(0, m, dtype=D), torch.empty(0, dtype=D)
+    x, delta, eta = torch.zeros(1, n, dtype=D), torch.zeros(1, m, dtype=D), torch.tensor([0.5], dtype=D)
+    options = {"anchor": anchor, "memory": memory, "seen": seen, "rows": rows, "replay": "gradient", "beta": 0.1}
+    new, _ = committed(w.detach(), x, delta, eta, **options)
+    xr = memory[reference.reservoir_draw(seen, torch.tensor([4]), 9, rows, 3)]
+    (0.5 * (xr @ (w - anchor).T).square().sum()).backward()
+    torch.testing.assert_close(new, w.detach() - 0.1 * 0.5 * w.grad)
+    same, _ = committed(w.detach(), *none, **options)
+    assert torch.equal(same, w.detach())
+
+
+def test_no_replay_from_an_empty_memory():
+    w, anchor = torch.randn(3, 4, dtype=D), torch.randn(3, 4, dtype=D)
+    none = torch.empty(0, 4, dtype=D), torch.empty(0, 3, dtype=D), torch.empty(0, dtype=D)
+    memory = torch.full((5, 4), math.nan, dtype=D)
+    new, _ = committed(w, *none, anchor=anchor, memory=memory, seen=torch.tensor([0]), rows=3)
+    assert torch.equal(new, w)
+
+
+def test_trace_of_one_commit_equals_that_of_two():
+    m, n = 3, 5
+    x, delta, eta = torch.randn(7, n, dtype=D), torch.randn(7, m, dtype=D), torch.zeros(7, dtype=D)
+    w = torch.randn(m, n, dtype=D)
+    _, whole = committed(w, x, delta, eta, trace=torch.zeros(m, n, dtype=D), gamma=0.8)
+    parts = torch.zeros(m, n, dtype=D)
+    for part in (slice(0, 3), slice(3, 7)):
+        _, parts = committed(w, x[part], delta[part], eta[part], trace=parts, gamma=0.8)
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-14)

@@ -1,0 +1,49 @@
+"""Every Triton kernel compiles for sm_80 and sm_90, without a GPU, stack memory or register spills."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+import ttt.ops.triton as package
+
+
+@pytest.fixture(scope="module")
+def table():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "ttt.ops.triton.aot"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    header, *lines = done.stdout.splitlines()
+    names = header.split()[:-1]
+    return [dict(zip(names, line.split(), strict=False)) for line in lines]
+
+
+def kernels():
+    """Names of all kernels: the jit functions that are launched."""
+    sources = [file.read_text() for file in Path(package.__path__[0]).glob("*.py")]
+    defined = {node.name for text in sources for node in ast.parse(text).body
+               if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list)}
+    return defined & {name for text in sources for name in re.findall(r"(\w+)\[.*\]\(", text)}  # fmt: skip
+
+
+def test_every_kernel_compiles_without_stack_or_spills(table):
+    for arch in ("80", "90"):
+        assert {row["kernel"] for row in table if row["sm"] == arch} == kernels()
+    assert all(row["stack"] == row["spills"] == "0" for row in table)
+
+
+def test_the_bf16_commit_uses_tensor_cores_and_wide_loads(table):
+    commits = [row for row in table if row["kernel"] == "_commit" and row["weight"] == "bfloat16"]
+    assert {row["sm"] for row in commits} == {"80", "90"}
+    for row in commits:
+        assert int(row["hgmma" if row["sm"] == "90" else "hmma"]) > 0
+        assert int(row["ldg128"]) > 0
+        assert int(row["registers"]) <= 128  # four programs of four warps on a multiprocessor

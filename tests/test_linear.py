@@ -1,0 +1,185 @@
+import pytest
+import torch
+
+import ttt
+from ttt.nn import Linear
+
+PLAIN = {"ewc_lambda": 0.0, "replay_rows": 0}
+
+
+def layer_of(m, n, dtype=torch.float64, bias=True, **options):
+    config = ttt.TTTConfig(**{"replay_capacity": 8, **options})
+    return Linear(n, m, bias, dtype=dtype, config=config, name="layer")
+
+
+def step(layer, x, target):
+    """One backward pass of the summed squared error; returns the outputs from before learning."""
+    with ttt.learning(layer):
+        y = layer(x)
+        (0.5 * (y - target).square().sum()).backward()
+    return y.detach()
+
+
+@pytest.mark.parametrize("window", [1, 4, 16])
+def test_any_window_is_exactly_sgd_per_token(window):
+    m, n, tokens, lr = 5, 7, 37, 0.03
+    layer = layer_of(m, n, lr=lr, window=window, **PLAIN)
+    w, b = layer.weight.detach().clone(), layer.bias.detach()
+    x, target = torch.randn(tokens, n, dtype=torch.float64), torch.randn(tokens, m, dtype=torch.float64)
+    for t in range(tokens):
+        expected = w @ x[t] + b
+        y = step(layer, x[t : t + 1], target[t])
+        torch.testing.assert_close(y[0], expected, rtol=1e-10, atol=1e-10)
+        w = w - lr * torch.outer(expected - target[t], x[t])
+        torch.testing.assert_close(layer.effective_weight(), w, rtol=1e-10, atol=1e-10)
+    assert layer.pending == tokens % window
+    assert int(layer.step) == tokens // window
+    layer.flush()
+    torch.testing.assert_close(layer.weight.detach(), w, rtol=1e-10, atol=1e-10)
+    assert layer.pending == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_commit_hides_nothing_of_the_window(dtype):
+    layer = layer_of(33, 65, dtype, lr=0.01, window=8, **PLAIN)
+    x = torch.randn(5, 65, dtype=dtype)
+    step(layer, x, torch.zeros(33, dtype=dtype))
+    assert layer.pending == 5
+    probe = torch.randn(4, 65, dtype=dtype)
+    with torch.no_grad():
+        before = layer(probe)
+        layer.flush()
+        after = layer(probe)
+    tolerance = 1e-5 if dtype == torch.float32 else 4 * 2**-8  # one bf16 rounding of weight and output each
+    assert float((after - before).float().norm() / before.float().norm()) < tolerance
+
+
+def test_more_tokens_than_the_window_are_committed_at_once():
+    layer = layer_of(4, 6, lr=0.1, window=3, **PLAIN)
+    reference = layer_of(4, 6, lr=0.1, window=100, **PLAIN)
+    reference.load_state_dict(layer.state_dict())
+    x = torch.randn(10, 6, dtype=torch.float64)
+    for part in (x[:2], x[2:]):
+        for each in (layer, reference):
+            step(each, part, torch.zeros(4, dtype=torch.float64))
+    assert (layer.pending, reference.pending) == (0, 10)
+    torch.testing.assert_close(layer.weight.detach(), reference.effective_weight(), rtol=1e-12, atol=1e-12)
+
+
+def test_input_gradient_goes_through_the_window():
+    layer = layer_of(5, 7, lr=0.05, window=16, **PLAIN)
+    step(layer, torch.randn(6, 7, dtype=torch.float64), torch.zeros(5, dtype=torch.float64))
+    x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    (layer(x) ** 2).sum().backward()
+    z = x.detach().clone().requires_grad_()
+    (torch.nn.functional.linear(z, layer.effective_weight(), layer.bias) ** 2).sum().backward()
+    torch.testing.assert_close(x.grad, z.grad, rtol=1e-12, atol=1e-12)
+    assert layer.weight.grad is None
+    assert layer.pending == 6  # nothing is learnt outside ttt.learning
+
+
+def test_no_weight_gradient_and_no_graph_below():
+    below, layer = torch.nn.Linear(6, 6), layer_of(4, 6, torch.float32)
+    below.requires_grad_(False)
+    hidden = below(torch.randn(3, 6))
+    with ttt.learning(layer):
+        y = layer(hidden)
+        assert not hidden.requires_grad
+        assert y.requires_grad
+        y.sum().backward()
+    assert layer.weight.grad is None
+    assert layer._root.grad is None
+
+
+def test_clipping_shrinks_the_rate_of_single_tokens():
+    layer = layer_of(3, 4, lr=0.1, clip=1.0, window=16, **PLAIN)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    x[2] *= 100
+    delta = torch.randn(5, 3, dtype=torch.float64)
+    update = layer.update_from([(x, delta)])
+    for t in range(5):
+        norm = float(torch.outer(delta[t], x[t]).norm())
+        assert float(update.eta[t]) == pytest.approx(0.1 * min(1.0, 1.0 / norm))
+
+
+def test_learning_refuses_what_is_not_finite_and_changes_nothing():
+    layer = layer_of(3, 4, torch.float32)
+    step(layer, torch.randn(2, 4), torch.zeros(3))
+    before = {k: t.clone() for k, t in layer.state().items()}
+    with pytest.raises(FloatingPointError, match="not finite"), ttt.learning(layer):
+        (layer(torch.randn(2, 4)).sum() * float("inf")).backward()
+    after = layer.state()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    with pytest.raises(RuntimeError, match="boom"), ttt.learning(layer):
+        layer(torch.randn(2, 4)).sum().backward()
+        raise RuntimeError("boom")
+    assert all(torch.equal(before[k], layer.state()[k]) for k in before)
+    assert layer.sink is None
+
+
+def test_state_dict_is_that_of_a_plain_linear():
+    layer, plain = layer_of(3, 4, torch.float32), torch.nn.Linear(4, 3)
+    assert layer.state_dict().keys() == plain.state_dict().keys()
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(5, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), plain(x))
+
+
+def test_addresses_never_change():
+    layer = layer_of(6, 8, torch.float32, window=4)
+    layer.memory.normal_()
+    layer.seen.fill_(8)
+    addresses = {k: t.data_ptr() for k, t in layer.state().items() if k != "pending"}
+    for _ in range(5):
+        step(layer, torch.randn(3, 8), torch.zeros(6))
+    learner = ttt.Learner(layer)
+    snapshot = learner.snapshot()
+    learner.consolidate()
+    learner.rollback(snapshot)
+    learner.reset()
+    assert addresses == {k: t.data_ptr() for k, t in layer.state().items() if k != "pending"}
+
+
+def test_compiled_forward_equals_eager_and_does_not_recompile():
+    torch._dynamo.reset()
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    ttt.adapt_(model, ttt.TTTConfig(target_modules=["2"], window=4, lr=0.1))
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        torch._dynamo.config.error_on_recompile = True
+        try:
+            for _ in range(6):
+                x = torch.randn(3, 8)
+                torch.testing.assert_close(compiled(x), model(x))
+                with torch.enable_grad(), ttt.learning(model):
+                    model(torch.randn(3, 8)).square().sum().backward()
+        finally:
+            torch._dynamo.config.error_on_recompile = False
+
+
+def test_mas_uses_its_own_gradient_for_the_trace():
+    layer = layer_of(3, 4, importance="mas", ewc_lambda=1e-9, replay_rows=0, window=3, lr=0.1)
+    x, delta, p = torch.randn(2, 4).double(), torch.randn(2, 3).double(), torch.randn(2, 3).double()
+    layer.learn(layer.update_from([(x, delta)], [(x, p)]))
+    layer.learn(layer.update_from([(x, delta)], [(x, p)]))
+    torch.testing.assert_close(layer.trace, 2 * p.abs().T @ x.abs())
+
+
+def test_digits_classifier_learns_with_any_loss():
+    from sklearn.datasets import load_digits
+
+    torch.manual_seed(0)
+    images, labels = (torch.tensor(a) for a in load_digits(return_X_y=True))
+    images = images.float() / 16
+    model = torch.nn.Sequential(torch.nn.Linear(64, 100), torch.nn.ReLU(), torch.nn.Linear(100, 10))
+    ttt.adapt_(model, ttt.TTTConfig(target_modules="all-linear", lr=0.01, window=1, **PLAIN))
+    order = torch.randperm(len(images))
+    train, test = order[:1400], order[1400:]
+    for _ in range(6):
+        for rows in train[torch.randperm(len(train))].split(16):
+            with ttt.learning(model):
+                torch.nn.functional.cross_entropy(model(images[rows]), labels[rows], reduction="sum").backward()
+    with torch.no_grad():
+        accuracy = float((model(images[test]).argmax(1) == labels[test]).float().mean())
+    assert accuracy > 0.9

@@ -1,0 +1,185 @@
+"""Compile every Triton kernel for sm_80 and sm_90 without a GPU: ``python -m ttt.ops.triton.aot [--all]``.
+
+The launchers run on meta tensors and their launches are compiled instead of run, so what is checked is
+what a GPU would be given. Fails if a kernel needs stack memory or spills registers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from ttt.ops import schema
+from ttt.ops.triton import commit, reservoir, window_linear
+
+M, N, CAPACITY = 4096, 4096, 1024
+_TYPES = {
+    torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.int64: "*i64",
+}  # fmt: skip
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _commit(dtype, state, kind, replay, rows, tokens=16, lam=1.0) -> None:
+    matrix = _meta(M, N, dtype=dtype)
+    counter = _meta(1, dtype=torch.int64)
+    commit.commit(
+        matrix, matrix, _meta(M, N, dtype=state), _meta(M, N, dtype=state) if kind else None,
+        _meta(tokens, N, dtype=dtype), _meta(tokens, M, dtype=dtype), _meta(tokens, dtype=torch.float32), None,
+        _meta(CAPACITY, N, dtype=dtype), counter, counter, 0, rows, replay, 0.3, 1e-3, lam, 1.0, kind or "fisher",
+    )  # fmt: skip
+
+
+def _linear(dtype, tokens, bias=True, window=16) -> None:
+    window_linear.window_linear(
+        _meta(tokens, N, dtype=dtype), _meta(M, N, dtype=dtype), _meta(M, dtype=dtype) if bias else None,
+        _meta(window, N, dtype=dtype), _meta(window, M, dtype=dtype), _meta(window, dtype=torch.float32),
+    )  # fmt: skip
+
+
+def _insert(dtype) -> None:
+    memory, counter = _meta(CAPACITY, N, dtype=dtype), _meta(1, dtype=torch.int64)
+    reservoir.reservoir_insert(memory, counter, _meta(16, N, dtype=dtype), 0)
+
+
+def _draw() -> None:
+    counter = _meta(1, dtype=torch.int64)
+    reservoir.reservoir_draw(counter, counter, CAPACITY, 16, 0)
+
+
+def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
+    """(label, call): calls of the launchers that reach every kernel, or every variant of each."""
+    dtypes = (torch.bfloat16, torch.float32, torch.float16)
+    states = (torch.float32, torch.bfloat16)
+    if everything:
+        options = itertools.product(dtypes, states, (*schema.KINDS, None), schema.REPLAY, (0, 4, 32, 64), (0.0, 1.0))
+    else:
+        options = [
+            (torch.bfloat16, torch.float32, "fisher", "projection", 16, 1.0),
+            (torch.bfloat16, torch.bfloat16, "si", "gradient", 64, 1.0),
+            (torch.float32, torch.float32, "fisher", "projection", 64, 1.0),
+            (torch.float16, torch.bfloat16, "mas", "gradient", 16, 1.0),
+        ]
+    for dtype, state, kind, replay, rows, lam in options:
+        label = f"{_name(dtype)}/{_name(state)} {kind or 'no trace'} R={rows} {replay} lam={lam:g}"
+        yield label, lambda a=(dtype, state, kind, replay, rows), b=lam: _commit(*a, lam=b)
+    for dtype in dtypes if everything else dtypes[:2]:
+        for tokens in (1, 8, 64):
+            yield f"{_name(dtype)} T={tokens}", lambda a=(dtype, tokens): _linear(*a)
+    for dtype in dtypes if everything else dtypes[:1]:
+        yield _name(dtype), lambda a=dtype: _insert(a)
+    yield "", _draw
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _source(kernel: JITFunction, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
+    """What the launch ``kernel[grid](*args, **kwargs)`` would compile, and its options."""
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    options = {k: v for k, v in kwargs.items() if k not in kernel.arg_names}
+    values.update((k, v) for k, v in kwargs.items() if k in kernel.arg_names)
+    signature, constants, attrs = {}, {}, {}
+    for at, param in enumerate(kernel.params):
+        value = values[param.name]
+        special = not param.do_not_specialize
+        if param.is_constexpr or value is None or (special and type(value) is int and value == 1):
+            signature[param.name], constants[at,] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[param.name], attrs[at,] = _TYPES[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[param.name] = "fp32"
+        else:
+            signature[param.name] = "i64" if param.name == "seed" else "i32"
+            if special and value % 16 == 0:
+                attrs[at,] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attrs), options
+
+
+def launches(call: Callable[[], None]) -> list[tuple[JITFunction, tuple, dict]]:
+    """The launches that ``call`` makes; nothing runs."""
+    made = []
+
+    def record(kernel, *args, grid, warmup, **kwargs):
+        made.append((kernel, args, kwargs))
+
+    with patch.object(JITFunction, "run", record):
+        call()
+    return made
+
+
+def _tool(name: str, *args: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *args], capture_output=True, text=True, check=True).stdout
+
+
+def inspect(compiled) -> dict[str, int]:
+    """Registers, bytes of stack and of spills for each thread, tensor instructions and widest loads."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        sass = _tool("cuobjdump", "-sass", file.name)
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "shared": compiled.metadata.shared,
+        "hgmma": len(re.findall(r"\bHGMMA\b", sass)),
+        "hmma": len(re.findall(r"\bHMMA\b", sass)),
+        "ldg128": len(re.findall(r"\b(?:LDG|LDGSTS)\.E(?:\.\w+)*\.128\b", sass)),
+    }
+
+
+def compile_all(everything: bool = False, arches: tuple[int, ...] = (80, 90)) -> Iterator[tuple[str, str, int, dict]]:
+    """(kernel, label, arch, what `inspect` found) for each distinct launch."""
+    done = set()
+    for label, call in calls(everything):
+        for kernel, args, kwargs in launches(call):
+            source, options = _source(kernel, args, kwargs)
+            key = source.hash() + repr(sorted(options.items()))
+            if key in done:
+                continue
+            done.add(key)
+            for arch in arches:
+                compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+                yield kernel.__name__, label, arch, inspect(compiled)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="every variant of every kernel")
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
+    options = parser.parse_args()
+    if not isinstance(commit._commit, JITFunction):
+        parser.error("TRITON_INTERPRET is set: the kernels cannot be compiled")
+    names = ("registers", "stack", "spills", "shared", "hgmma", "hmma", "ldg128")
+    print(f"{'kernel':16} {'sm':>3} " + " ".join(f"{name:>9}" for name in names) + "  variant")
+    failed = False
+    for kernel, label, arch, found in compile_all(options.all, tuple(options.arch)):
+        bad = found["stack"] > 0 or found["spills"] > 0
+        failed |= bad
+        numbers = " ".join(f"{found[name]:9}" for name in names)
+        print(f"{kernel:16} {arch:3} {numbers}  {label}{'  FAILED' if bad else ''}", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

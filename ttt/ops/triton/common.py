@@ -1,0 +1,66 @@
+"""What the kernels share: the Philox streams of `ttt.ops.philox`, stochastic rounding, operand types."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ttt.ops import philox
+
+DRAW = tl.constexpr(philox.DRAW)
+INSERT = tl.constexpr(philox.INSERT)
+ROUND = tl.constexpr(philox.ROUND)
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+_OPERAND = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def operand(dtype: torch.dtype) -> tl.dtype:
+    """The type in which tl.dot takes values of ``dtype``: exactly these, or wider."""
+    # The interpreter multiplies the bit patterns of bfloat16 numbers as if they were integers.
+    return tl.float32 if INTERPRETED and dtype == torch.bfloat16 else _OPERAND[dtype]
+
+
+def signed(seed: int) -> int:
+    """The 64-bit seed as a signed number: the kernels sign-extend whichever integer type it arrives in."""
+    return ((seed + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63)
+
+
+def padded_rows(rows: int) -> int:
+    """Rows of a tl.dot operand that holds ``rows`` rows."""
+    return max(16, triton.next_power_of_2(rows))
+
+
+@triton.jit
+def draw(r, seen_ptr, step_ptr, capacity, seed):
+    """The memory rows (int64) that replay rows ``r`` (int32) stand for; -1 while the memory is empty."""
+    step = tl.load(step_ptr).to(tl.uint32)
+    filled = tl.minimum(tl.load(seen_ptr), capacity)
+    w0, w1, w2, w3 = tl.philox(seed, (r // 4).to(tl.uint32), r.to(tl.uint32) * 0, step, DRAW)
+    word = tl.where(r % 4 == 0, w0, tl.where(r % 4 == 1, w1, tl.where(r % 4 == 2, w2, w3)))
+    return tl.where(filled > 0, (word.to(tl.int64) * filled) >> 32, -1)
+
+
+@triton.jit
+def rounding_bits(i, group, step, seed):
+    """uint32 words for rows ``i`` (BM) and columns 4 ``group`` ... 4 ``group`` + 3 (BN / 4): BM x BN."""
+    c0 = group.to(tl.uint32)[None, :]
+    c1 = i.to(tl.uint32)[:, None]
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, step, ROUND)
+    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+
+
+@triton.jit
+def rounded(value, bits, dtype: tl.constexpr):
+    """float32 ``value`` in ``dtype``; 16-bit types are rounded stochastically by the low half of ``bits``."""
+    if dtype == tl.float32:
+        return value
+    DROPPED: tl.constexpr = 16 if dtype == tl.bfloat16 else 13
+    LOW: tl.constexpr = (1 << DROPPED) - 1
+    raw = value.to(tl.int32, bitcast=True)
+    # Non-finite values have no mantissa to round: adding bits could turn an infinity into a NaN.
+    finite = (raw & 0x7F800000) != 0x7F800000
+    raw = tl.where(finite, raw + (bits & LOW).to(tl.int32), raw) & (-1 - LOW)
+    return raw.to(tl.float32, bitcast=True).to(dtype)

@@ -1,0 +1,56 @@
+"""The replay memory: Algorithm R (Vitter 1985) and the draw of replay rows, from the same generator.
+
+Row s of all rows seen goes to slot s while there is room (s < K), then to slot floor(u (s + 1)) with u
+uniform in [0, 1), and is dropped where that is not below K.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ttt.ops.triton.common import INSERT, draw, signed
+
+
+@triton.jit
+def _slots(s, capacity, seed):
+    word, _, _, _ = tl.philox(seed, s.to(tl.uint32), 0, 0, INSERT)
+    return tl.where(s < capacity, s, (word.to(tl.int64) * (s + 1)) >> 32)
+
+
+@triton.jit(do_not_specialize=["capacity", "tokens", "seed"])
+def _insert(memory, seen, x, capacity, tokens, n, seed, BT: tl.constexpr, BN: tl.constexpr):
+    """memory[slot(seen + t)] = x[t] for t = program id, unless a later row of x takes the same slot."""
+    t = tl.program_id(0).to(tl.int64)
+    first = tl.load(seen)
+    slot = _slots(first + t, capacity, seed)
+    if slot < capacity:
+        later = 0
+        for u0 in range(t + 1, tokens, BT):
+            u = u0 + tl.arange(0, BT)
+            later += tl.sum(((_slots(first + u, capacity, seed) == slot) & (u < tokens)).to(tl.int32))
+        if later == 0:
+            for j0 in range(0, n, BN):
+                j = j0 + tl.arange(0, BN)
+                tl.store(memory + slot * n + j, tl.load(x + t * n + j, mask=j < n, other=0), mask=j < n)
+
+
+@triton.jit(do_not_specialize=["capacity", "rows", "seed"])
+def _draw(index, seen, step, capacity, rows, seed, BR: tl.constexpr):
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    tl.store(index + r, draw(r, seen, step, capacity, seed), mask=r < rows)
+
+
+def reservoir_insert(memory: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, seed: int) -> None:
+    (capacity, n), tokens = memory.shape, x.shape[0]
+    if tokens:
+        _insert[(tokens,)](memory, seen, x, capacity, tokens, n, signed(seed), BT=128, BN=1024, num_warps=4)
+    seen.add_(tokens)
+
+
+def reservoir_draw(seen: torch.Tensor, step: torch.Tensor, capacity: int, rows: int, seed: int) -> torch.Tensor:
+    index = torch.empty((rows,), dtype=torch.int64, device=seen.device)
+    if rows:
+        _draw[(triton.cdiv(rows, 128),)](index, seen, step, capacity, rows, signed(seed), BR=128, num_warps=4)
+    return index
