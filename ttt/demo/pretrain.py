@@ -96,17 +96,27 @@ def bits_per_byte(model: torch.nn.Module, data: torch.Tensor, limit: int = 64) -
     return total / len(rows) / LN2
 
 
-def train(steps: int, batch: int, out: Path, seed: int = 0) -> None:
+def train(steps: int, batch: int, out: Path, seed: int = 0, resume: bool = False, peak: float = 1.0) -> None:
     torch.manual_seed(seed)
     data, held_out = _as_tensor(training_python()), _as_tensor(held_out_python())
-    model = new_model()
+    command = f"python -m ttt.demo.pretrain --steps {steps} --batch {batch} --seed {seed}"
+    if resume:
+        from transformers import LlamaForCausalLM
+
+        model = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32, local_files_only=True).train()
+        before = json.loads((out / "training_log.json").read_text())
+        commands, log = [*before["commands"], f"{command} --resume --peak {peak}"], before["log"]
+    else:
+        model, commands, log = new_model(), [command], []
+    done = log[-1]["step"] if log else 0
+    spent = log[-1]["seconds"] if log else 0
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
     others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in n)]
     optimizers = [Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
     base_rates = [[g["lr"] for g in o.param_groups] for o in optimizers]
-    log, start, mean = [], time.time(), 0.0
+    start, mean = time.time() - spent, 0.0
     summary = {
-        "command": f"python -m ttt.demo.pretrain --steps {steps} --batch {batch} --seed {seed}",
+        "commands": commands,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "training_bytes": len(data),
@@ -114,7 +124,7 @@ def train(steps: int, batch: int, out: Path, seed: int = 0) -> None:
         "held_out": HELD_OUT,
     }
     for step in range(steps):
-        rate = min(1.0, (step + 1) / 50) * (1 - step / steps)
+        rate = peak * min(1.0, (step + 1) / 50) * (1 - step / steps)
         for optimizer, rates in zip(optimizers, base_rates, strict=True):
             for group, lr in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = lr * rate
@@ -129,7 +139,8 @@ def train(steps: int, batch: int, out: Path, seed: int = 0) -> None:
         mean += (float(loss.detach()) / LN2 - mean) / (min(step, 49) + 1)
         if step % 100 == 99 or step == steps - 1:
             model.eval()
-            row = {"step": step + 1, "bytes": (step + 1) * batch * CONTEXT, "seconds": round(time.time() - start)}
+            row = {"step": done + step + 1, "bytes": (done + step + 1) * batch * CONTEXT}
+            row["seconds"] = round(time.time() - start)
             row |= {"train_bpb": round(mean, 4), "held_out_bpb": round(bits_per_byte(model, held_out), 4)}
             model.train()
             log.append(row)
@@ -143,15 +154,18 @@ def _save(model: torch.nn.Module, summary: dict, out: Path) -> None:
     (out / "generation_config.json").unlink(missing_ok=True)
     (out / "training_log.json").write_text(json.dumps(summary, indent=1) + "\n")
 
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=8, help="sequences of 512 bytes per step")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from the weights in --out")
+    parser.add_argument("--peak", type=float, default=1.0, help="highest rate, as a share of the full one")
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    train(args.steps, args.batch, args.out, args.seed)
+    train(args.steps, args.batch, args.out, args.seed, args.resume, args.peak)
 
 
 if __name__ == "__main__":

@@ -30,21 +30,23 @@ import triton.language as tl
 from ttt.ops.triton.common import INTERPRETED, draw, padded_rows, rounded, rounding_bits, signed
 
 
-@triton.jit(do_not_specialize=["tokens", "capacity", "seed"])
-def _products(out, memory, seen, step, x, eta, tokens, capacity, n, seed, BK: tl.constexpr):
-    """out (R x (T + R)): (X_r X^T) * eta beside X_r X_r^T; one number for each program (column, row)."""
-    c, r = tl.program_id(0), tl.program_id(1)
+@triton.jit(do_not_specialize=["tokens", "columns", "capacity", "seed"])
+def _products(
+    out, memory, seen, step, x, eta, tokens, columns, capacity, n, seed, BC: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """out (R x columns): (X_r X^T) * eta beside X_r X_r^T; BC numbers of one row for each program."""
+    r, c = tl.program_id(1), tl.program_id(0) * BC + tl.arange(0, BC)
     index = draw(r, seen, step, capacity, seed)
-    if c < tokens:
-        other, scale = x + c.to(tl.int64) * n, tl.load(eta + c)
-    else:
-        other, scale = memory + tl.maximum(draw(c - tokens, seen, step, capacity, seed), 0) * n, 1.0
-    acc = tl.zeros((BK,), tl.float64)
+    replayed = tl.maximum(draw(c - tokens, seen, step, capacity, seed), 0)
+    other = tl.where(c < tokens, x + c.to(tl.int64) * n, memory + replayed * n)
+    filled = tl.where(index >= 0, n, 0)  # columns of X_r to be read
+    acc = tl.zeros((BC, BK), tl.float64)
     for k0 in range(0, n, BK):
         k = k0 + tl.arange(0, BK)
-        xr = tl.load(memory + index * n + k, mask=(index >= 0) & (k < n), other=0).to(tl.float64)
-        acc += xr * tl.load(other + k, mask=(index >= 0) & (k < n), other=0).to(tl.float64)
-    tl.store(out + r.to(tl.int64) * tl.num_programs(0) + c, tl.sum(acc) * scale)
+        xr = tl.load(memory + index * n + k, mask=k < filled, other=0).to(tl.float64)
+        acc += xr * tl.load(other[:, None] + k, mask=(c < columns)[:, None] & (k < filled), other=0).to(tl.float64)
+    scale = tl.load(eta + c, mask=c < tokens, other=1).to(tl.float64)
+    tl.store(out + r.to(tl.int64) * columns + c, scale * tl.sum(acc, axis=1), mask=c < columns)
 
 
 @triton.jit(do_not_specialize=["tokens", "rows"])
@@ -107,7 +109,7 @@ def _project(out, inverse, drift, rows, m, strength, RP: tl.constexpr, BM: tl.co
     acc = tl.zeros((RP, BM), tl.float64)
     for k in range(0, rows):
         column = tl.load(inverse + r * rows + k, mask=r < rows, other=0)
-        e = tl.load(drift + k.to(tl.int64) * m + i, mask=i < m, other=0).to(tl.float64)
+        e = tl.load(drift + tl.cast(k, tl.int64) * m + i, mask=i < m, other=0).to(tl.float64)
         acc += column[:, None] * e[None, :]
     tl.store(out + r[:, None] * m + i, (strength * acc).to(tl.float32), mask=(r < rows)[:, None] & (i < m))
 
@@ -139,7 +141,7 @@ def _commit(
     total = 0.0
     for t0 in range(0, tokens, BT):
         token = b < tokens - t0
-        d_at, x_at = t0.to(tl.int64) * m + i0 + (b * m + i), t0.to(tl.int64) * n + j0 + (b * n + j)
+        d_at, x_at = tl.cast(t0, tl.int64) * m + i0 + (b * m + i), tl.cast(t0, tl.int64) * n + j0 + (b * n + j)
         xt = tl.load(x + x_at, mask=token & column, other=0)
         d = tl.load(delta + d_at, mask=token & row, other=0).to(tl.float32)
         e = tl.load(eta + t0 + b, mask=token, other=0)
@@ -162,7 +164,7 @@ def _commit(
             index = draw(r0 + b, seen, step, capacity, seed)
             live = (b < rows - r0) & (index >= 0)
             xr = tl.load(memory + (index * n + j0) + j, mask=live & column, other=0)
-            u = tl.load(replay + r0.to(tl.int64) * m + i0 + (b * m + i), mask=live & row, other=0)
+            u = tl.load(replay + tl.cast(r0, tl.int64) * m + i0 + (b * m + i), mask=live & row, other=0)
             g = _outer(u, xr, g, SPLIT, PRECISION)
 
     inside = row[:, None] & column
@@ -258,8 +260,8 @@ def _respond(weight, anchor, x, delta, eta, memory, seen, step, seed, rows, repl
 
     products, drift = scratch(rows, columns, dtype=torch.float64), scratch(rows, m)
     if columns:
-        _products[(columns, rows)](
-            products, memory, seen, step, x, eta, tokens, capacity, n, seed, BK=1024, num_warps=4
+        _products[(triton.cdiv(columns, 8), rows)](
+            products, memory, seen, step, x, eta, tokens, columns, capacity, n, seed, BC=8, BK=256, num_warps=4
         )  # fmt: skip
     grid = (triton.cdiv(m, blocks["BM"]),)
     _drift[grid](

@@ -22,12 +22,12 @@ def _coefficient(c_ptr, x, win_x, win_eta, window, n, BK: tl.constexpr):
     """c[t, c] = eta_c (x_t . X_c), one number for each program (c, t)."""
     c, t = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     eta = tl.load(win_eta + c)
-    live = eta != 0
+    live = tl.where(eta != 0, n, 0)  # columns to be read
     acc = tl.zeros((BK,), tl.float32)
     for k0 in range(0, n, BK):
         k = k0 + tl.arange(0, BK)
         xt = tl.load(x + t * n + k, mask=k < n, other=0).to(tl.float32)
-        acc += xt * tl.load(win_x + c * n + k, mask=live & (k < n), other=0).to(tl.float32)
+        acc += xt * tl.load(win_x + c * n + k, mask=k < live, other=0).to(tl.float32)
     tl.store(c_ptr + t * window + c, eta * tl.sum(acc))
 
 

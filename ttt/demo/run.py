@@ -1,0 +1,272 @@
+"""The demo: one model, one text it has never seen, six ways to read it.
+
+Every method reads the same pieces of the same stream, in turn, so that all of them meet the same noise of the
+machine. Each byte is scored before anything is learnt from it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+import ttt
+from ttt.demo import text as texts
+from ttt.demo.model import load_model
+
+LN2 = math.log(2)
+CONTEXT = 512
+FROZEN, IN_CONTEXT, SGD, EWC, REPLAY, BOTH = "frozen", "in-context only", "SGD", "EWC", "replay", "EWC + replay"
+
+
+@dataclasses.dataclass
+class Result:
+    """One method on one domain. Bits per byte; ``curve`` holds the mean of each piece of 512 bytes."""
+
+    method: str
+    new: float = math.nan
+    old: float = math.nan
+    seconds: float = 0.0
+    tokens: int = 0
+    curve: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+def methods(config: ttt.TTTConfig) -> dict[str, ttt.TTTConfig | None]:
+    """Name -> configuration; None learns nothing. SGD is the default configuration without its protection."""
+    return {
+        FROZEN: None,
+        IN_CONTEXT: None,
+        SGD: dataclasses.replace(config, ewc_lambda=0.0, replay_rows=0),
+        EWC: dataclasses.replace(config, ewc_lambda=EWC_ALONE, replay_rows=0),
+        REPLAY: dataclasses.replace(config, ewc_lambda=0.0),
+        BOTH: config,
+    }
+
+
+EWC_ALONE = 0.01  # alone, the penalty has to be stronger than beside replay (python -m ttt.demo.tune)
+
+
+def as_ids(data: bytes) -> Tensor:
+    """(1, T) int64: the bytes themselves are the tokens."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).long().view(1, -1)
+
+
+def windows(data: bytes, count: int) -> Tensor:
+    """(count, CONTEXT) int64: evenly spaced windows."""
+    ids = as_ids(data)[0]
+    starts = torch.linspace(0, len(ids) - CONTEXT, count).long()
+    return torch.stack([ids[s : s + CONTEXT] for s in starts])
+
+
+def calibration_batches() -> list[Tensor]:
+    """128 windows of the text the model was trained on, for `ttt.Learner.calibrate`."""
+    return list(windows(texts.training_python(), 128).split(16))
+
+
+@torch.no_grad()
+def bits_per_byte(model: nn.Module, rows: Tensor) -> float:
+    """Mean bits per byte of ``rows`` (N, T)."""
+    total = 0.0
+    for part in rows.split(8):
+        logits = model(input_ids=part).logits[:, :-1].float()
+        total += float(nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
+    return total / LN2 / (rows.shape[0] * (rows.shape[1] - 1))
+
+
+class Reader:
+    """A model that reads a stream piece by piece in one of the six ways."""
+
+    def __init__(self, method: str, base: nn.Module, config: ttt.TTTConfig | None, batches: list[Tensor]) -> None:
+        self.result = Result(method)
+        self.model = copy.deepcopy(base)
+        self.learner = None
+        if config is not None:
+            ttt.adapt_(self.model, config)
+            self.learner = ttt.Learner(self.model, context=CONTEXT)
+            if config.ewc_lambda or config.replay_rows:
+                self.learner.calibrate(batches)
+
+    def read(self, stream: Tensor, start: int, end: int) -> None:
+        """Score bytes start + 1 ... end; byte ``start`` is their first context."""
+        began = time.perf_counter()
+        if self.learner is not None:
+            nll = self.learner.observe(stream[:, start : end + 1]).nll
+        elif self.result.method == FROZEN:
+            nll = self._score(stream[:, start : end + 1])
+        else:
+            # The longest context the model takes, in two halves: every byte has at least half of it.
+            half = CONTEXT // 2
+            parts = []
+            for at in range(start, end, half):
+                new = min(half, end - at)
+                first = max(0, at + new - CONTEXT)
+                parts.append(self._score(stream[:, first : at + new + 1], last=new))
+            nll = torch.cat(parts, 1)
+        self.result.seconds += time.perf_counter() - began
+        self.result.tokens += nll.numel()
+        self.result.curve.append(float(nll.double().mean()) / LN2)
+
+    @torch.no_grad()
+    def _score(self, ids: Tensor, last: int | None = None, chunk: int = 64) -> Tensor:
+        """(1, T - 1) nats, in the chunks the learners use, with a KV cache; of the ``last`` tokens only if given."""
+        cache, out = None, []
+        length = ids.shape[1] - 1
+        for at in range(0, length, chunk):
+            end = min(at + chunk, length)
+            step = self.model(input_ids=ids[:, at:end], past_key_values=cache, use_cache=True)
+            cache = step.past_key_values
+            targets = ids[:, at + 1 : end + 1].flatten()
+            out.append(nn.functional.cross_entropy(step.logits[0].float(), targets, reduction="none"))
+        nll = torch.cat(out).view(1, -1)
+        return nll if last is None else nll[:, -last:]
+
+
+def compare(
+    domain: str,
+    stream: Tensor,
+    base: nn.Module,
+    config: ttt.TTTConfig,
+    held_out: Tensor,
+    old_bits: float,
+    batches: list[Tensor],
+    progress: Progress,
+) -> tuple[dict[str, Result], dict[str, Reader]]:
+    """All methods on one stream (1, T). Returns results and readers by method."""
+    readers = {}
+    task = progress.add_task(f"{domain}: calibrating", total=len(methods(config)))
+    for name, method_config in methods(config).items():
+        readers[name] = Reader(name, base, method_config, batches)
+        progress.advance(task)
+    pieces = range(0, stream.shape[1] - 1, CONTEXT)
+    progress.update(task, description=f"{domain}: reading", total=len(pieces), completed=0)
+    for start in pieces:
+        end = min(start + CONTEXT, stream.shape[1] - 1)
+        for reader in readers.values():
+            reader.read(stream, start, end)
+        progress.advance(task)
+    progress.update(task, description=f"{domain}: testing", total=len(readers), completed=0)
+    for reader in readers.values():
+        result = reader.result
+        lengths = [min(CONTEXT, stream.shape[1] - 1 - s) for s in pieces]
+        result.new = sum(c * n for c, n in zip(result.curve, lengths, strict=True)) / sum(lengths)
+        result.old = old_bits if reader.learner is None else bits_per_byte(reader.model, held_out)
+        progress.advance(task)
+    progress.update(task, description=f"{domain}: done")
+    return {name: reader.result for name, reader in readers.items()}, readers
+
+
+def summary(results: dict[str, Result]) -> list[dict]:
+    """One row a method: the measured figures, and gain and forgetting as shares of unprotected SGD's."""
+    frozen, sgd = results[FROZEN], results[SGD]
+    gain, forgetting = frozen.new - sgd.new, sgd.old - frozen.old
+    rows = []
+    for r in results.values():
+        learns = r.method not in (FROZEN, IN_CONTEXT)
+        row = {"method": r.method, "new_bpb": r.new, "old_bpb": r.old, "tokens_per_second": r.tokens_per_second}
+        row["time_ratio"] = frozen.tokens_per_second / r.tokens_per_second
+        row["gain_share"] = (frozen.new - r.new) / gain if r.method != FROZEN and gain > 0 else None
+        row["forgetting_share"] = (r.old - frozen.old) / forgetting if learns and forgetting > 0 else None
+        rows.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+    return rows
+
+
+def table_of(domain: str, rows: list[dict]) -> Table:
+    """A rich table of `summary`."""
+    table = Table(title=f"{domain}: bits per byte, each byte scored before it is learnt")
+    for column in ("method", "new text", "gain, % of SGD", "Python after", "forgetting, % of SGD", "tokens/s", "time"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in rows:
+        share = [f"{100 * row[k]:.0f} %" if row[k] is not None else "" for k in ("gain_share", "forgetting_share")]
+        cells = [row["method"], f"{row['new_bpb']:.3f}", share[0], f"{row['old_bpb']:.3f}", share[1]]
+        cells += [f"{row['tokens_per_second']:.0f}", f"{row['time_ratio']:.2f} x"]
+        table.add_row(*cells, style="bold" if row["method"] == BOTH else None)
+    return table
+
+
+def recall(reader: Reader, unread: Tensor, folder: Path) -> dict[str, float]:
+    """Save what ``reader`` learnt, load it in a new process, and score text of the domain that nobody has read."""
+    weights, rows = folder / "user.safetensors", folder / "unread.json"
+    ttt.save(reader.model, weights)
+    rows.write_text(json.dumps(unread.tolist()))
+    command = [sys.executable, "-m", "ttt.demo.recall", str(weights), str(rows)]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return {**json.loads(done.stdout.splitlines()[-1]), "file_bytes": weights.stat().st_size}
+
+
+def machine() -> str:
+    """Processor, cores, Python and torch, in one line."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    threads = torch.get_num_threads()
+    return f"{model}, {os.cpu_count()} cores, {threads} threads, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def main(text: Path | None, report: Path, bytes_per_domain: int) -> None:
+    """Run the demo; see ``python -m ttt demo --help``."""
+    began = time.perf_counter()
+    console = Console()
+    base, config = load_model()
+    if text is None:
+        streams = {name: texts.stream_of(name)[: bytes_per_domain + 1 + 16 * CONTEXT] for name in texts.DOMAINS}
+    else:
+        streams = {text.name: text.read_bytes()[: bytes_per_domain + 1 + 16 * CONTEXT]}
+        if len(streams[text.name]) < 4 * CONTEXT:
+            raise SystemExit(f"{text} must hold at least {4 * CONTEXT} bytes, got {len(streams[text.name])}")
+    held_out = windows(texts.held_out_python(), 32)
+    batches = calibration_batches()
+    columns = [TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    found: dict = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "config": config.to_dict(), "domains": {}}
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        old_bits = bits_per_byte(base, held_out)
+        for domain, data in streams.items():
+            ids = as_ids(data)
+            # A tenth at least stays unread, for the test in a new process.
+            read = min(bytes_per_domain + 1, ids.shape[1] * 9 // 10)
+            results, readers = compare(domain, ids[:, :read], base, config, held_out, old_bits, batches, progress)
+            unread = ids[0, read:][: 16 * CONTEXT]
+            size = min(CONTEXT, len(unread))
+            unread = unread[: len(unread) // size * size].view(-1, size)
+            with tempfile.TemporaryDirectory() as folder:
+                later = recall(readers[BOTH], unread, Path(folder))
+            found["domains"][domain] = {
+                "bytes": read - 1,
+                "rows": summary(results),
+                "curves": {name: r.curve for name, r in results.items()},
+                "recall": later,
+            }
+    for domain, one in found["domains"].items():
+        console.print(table_of(domain, one["rows"]))
+        r = one["recall"]
+        console.print(
+            f"In a new process, on {r['bytes']} bytes of {domain} that nobody has read: {r['frozen']:.3f} bits per byte "
+            f"frozen, {r['loaded']:.3f} with the user's weights loaded. In-context learning starts from nothing there.\n"
+        )
+    found["seconds"] = round(time.perf_counter() - began, 1)
+    from ttt.demo.report import write
+
+    write(found, report)
+    console.print(f"{report / 'index.html'} written; {found['seconds']:.0f} s in all, on {found['machine']}.")
