@@ -34,7 +34,9 @@ class BuildKernels(build_ext):
             super().run()
         except Exception as error:  # a missing compiler must not keep the package from installing
             report = {"built": False, "reason": f"{type(error).__name__}: {error}"[:2000]}
-            print(f"ttt: the CPU kernels were not built ({report['reason']}); plain torch will be used", file=sys.stderr)
+            print(
+                f"ttt: the CPU kernels were not built ({report['reason']}); plain torch will be used", file=sys.stderr
+            )
         folder = ROOT if self.inplace else Path(self.build_lib)
         (folder / "ttt").mkdir(parents=True, exist_ok=True)
         (folder / "ttt" / "_build.json").write_text(json.dumps(report) + "\n")

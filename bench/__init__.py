@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench.run`. Each case knows its bytes and flops; each contender is checked before it is timed."""
+"""Benchmarks: `python -m bench.run`. Cases know their bytes and flops; contenders are checked, then timed."""

@@ -105,11 +105,10 @@ def _commit_case(device: str, dtype: torch.dtype, m: int, n: int, tokens: int, r
     def check() -> None:
         start = state()
         exact = {k: v.double() for k, v in start.items()}
-        none = [None] * 1
         more = (memory.double(), seen) if rows else (None, None)
         reference.commit(
-            *exact.values(), x.double(), delta.double(), eta.double(), *none, *more, step.clone(), 0, rows, "projection",
-            0.3, 1e-3, lam, 1.0, "fisher",
+            *exact.values(), x.double(), delta.double(), eta.double(), None, *more, step.clone(), 0, rows,
+            "projection", 0.3, 1e-3, lam, 1.0, "fisher",
         )  # fmt: skip
         for name, one in (("ttt", ours), ("plain torch", lambda s: plain_commit(s, x, delta, eta, lam))):
             if name not in contenders:
@@ -126,7 +125,9 @@ def _commit_case(device: str, dtype: torch.dtype, m: int, n: int, tokens: int, r
     moved = 6 * m * n * size + (tokens * (m + n) + rows * n) * size
     flops = m * n * (4 * tokens + 4 * rows)
     name = f"{m}x{n}, T = {tokens}, R = {rows}"
-    return Case("commit", name, _short(dtype), contenders, count, moved, flops, "plain torch" if not rows else "ttt", check)
+    return Case(
+        "commit", name, _short(dtype), contenders, count, moved, flops, "plain torch" if not rows else "ttt", check
+    )
 
 
 # -- decode -------------------------------------------------------------------------------------------------------
@@ -181,7 +182,16 @@ def _decode_case(device: str, dtype: torch.dtype, m: int, n: int, window: int) -
     flops = 2 * m * n + 4 * m * n
     contenders = {"ttt": ours, "nn.Linear": linear}
     return Case(
-        "decode", f"{m}x{n}, window {window}", _short(dtype), contenders, tokens, moved, flops, "nn.Linear", check, "token"
+        "decode",
+        f"{m}x{n}, window {window}",
+        _short(dtype),
+        contenders,
+        tokens,
+        moved,
+        flops,
+        "nn.Linear",
+        check,
+        "token",
     )
 
 
@@ -189,11 +199,11 @@ def _decode_case(device: str, dtype: torch.dtype, m: int, n: int, window: int) -
 
 
 def observe_cases(device: str) -> Iterator[Case]:
+    import dataclasses as dc
+
     from ttt.demo.model import load_model
     from ttt.demo.run import as_ids, calibration_batches
     from ttt.demo.text import stream_of
-
-    import dataclasses as dc
 
     ids = as_ids(stream_of("english"))[:, : 512 * 4 + 1].to(device)
     for chunk in (64, 128):
@@ -209,7 +219,9 @@ def observe_cases(device: str) -> Iterator[Case]:
             for start in range(0, ids.shape[1] - 1, 512):
                 cache = None
                 for at in range(start, start + 512, chunk):
-                    cache = frozen(input_ids=ids[:, at : at + chunk], past_key_values=cache, use_cache=True).past_key_values
+                    cache = frozen(
+                        input_ids=ids[:, at : at + chunk], past_key_values=cache, use_cache=True
+                    ).past_key_values
 
         def ours(learner: ttt.Learner = learner) -> None:
             learner.observe(ids)

@@ -43,8 +43,17 @@ def table_of(rows: list[dict], title: str) -> Table:
     for r in rows:
         # Bytes are those that ours must move: they say nothing about another contender.
         own = r["contender"] in ("ttt", "observe")
-        cells = [r["suite"], r["case"], r["dtype"], r["contender"], f"{r['us']:.1f}", f"{r['us_q1']:.1f}-{r['us_q3']:.1f}"]
-        cells += [f"{r['gb_per_s']:.1f}", f"{r['percent_of_copy']:.0f}"] if own and r["suite"] != "observe" else ["", ""]
+        cells = [
+            r["suite"],
+            r["case"],
+            r["dtype"],
+            r["contender"],
+            f"{r['us']:.1f}",
+            f"{r['us_q1']:.1f}-{r['us_q3']:.1f}",
+        ]
+        cells += (
+            [f"{r['gb_per_s']:.1f}", f"{r['percent_of_copy']:.0f}"] if own and r["suite"] != "observe" else ["", ""]
+        )
         table.add_row(*cells, "" if r["contender"] == r["baseline"] else f"{r['ratio']:.3f} {r['baseline']}")
     return table
 
@@ -71,7 +80,9 @@ def main() -> None:
     copy = copy_rate(args.device)
     ceilings = {"copy_gb_per_s": round(copy / 1e9, 1)}
     for dtype in (torch.float32, torch.bfloat16):
-        ceilings[f"matmul_{str(dtype).removeprefix('torch.')}_tflop_per_s"] = round(matmul_rate(args.device, dtype) / 1e12, 4)
+        ceilings[f"matmul_{str(dtype).removeprefix('torch.')}_tflop_per_s"] = round(
+            matmul_rate(args.device, dtype) / 1e12, 4
+        )
     console.print(ceilings)
     rows: list[dict] = []
     for suite in args.suite.split(","):
@@ -84,7 +95,9 @@ def main() -> None:
                 args.json.parent.mkdir(parents=True, exist_ok=True)
                 found = {"machine": about, "ceilings": ceilings, "rounds": args.rounds, "rows": rows}
                 args.json.write_text(json.dumps(found, indent=1) + "\n")
-    console.print(table_of(rows, f"{about['device']}, {about['threads']} threads, copy {ceilings['copy_gb_per_s']} GB/s"))
+    console.print(
+        table_of(rows, f"{about['device']}, {about['threads']} threads, copy {ceilings['copy_gb_per_s']} GB/s")
+    )
 
 
 if __name__ == "__main__":

@@ -92,7 +92,11 @@ def machine(device: str) -> dict[str, object]:
 def _commit_hash() -> str | None:
     try:
         done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+            ["git", "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parent,
         )
         return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -19,16 +19,16 @@ struct WindowLinear {
 };
 
 struct Commit {
-  void* weight;              // m x n, dtype
-  const void* anchor;        // m x n, dtype; null if neither pull nor replay needs it
-  const void* importance;    // m x n, importance_dtype; null if lam is 0
-  void* trace;               // m x n, trace_dtype; may be null
-  const void *x, *delta;     // T x n, T x m, dtype
-  const float* eta;          // T
-  const void* trace_delta;   // T x m, dtype
-  const void* memory;        // K x n, dtype
-  const int64_t* seen;       // 1
-  int64_t* step;             // 1, bumped
+  void* weight;             // m x n, dtype
+  const void* anchor;       // m x n, dtype; null if neither pull nor replay needs it
+  const void* importance;   // m x n, importance_dtype; null if lam is 0
+  void* trace;              // m x n, trace_dtype; may be null
+  const void *x, *delta;    // T x n, T x m, dtype
+  const float* eta;         // T
+  const void* trace_delta;  // T x m, dtype
+  const void* memory;       // K x n, dtype
+  const int64_t* seen;      // 1
+  int64_t* step;            // 1, bumped
   int64_t m, n, tokens, capacity, replay_rows;
   uint64_t seed;
   float beta, eps, lam, gamma;

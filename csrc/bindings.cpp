@@ -19,8 +19,8 @@ bool supports(const std::string& isa) {
   __builtin_cpu_init();
   if (isa == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (isa == "avx512")
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq");
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   return isa == "portable";
 }
 #else
@@ -62,22 +62,58 @@ T* out(address a) {
   return reinterpret_cast<T*>(a);
 }
 
-void window_linear(address x, address weight, address bias, address win_x, address win_delta, address win_eta, address y,
-                   int64_t tokens, int64_t m, int64_t n, int64_t window, int dtype, int threads, bool product_done) {
-  ttt::WindowLinear a{in<void>(x), in<void>(weight), in<void>(bias), in<void>(win_x), in<void>(win_delta),
-                      in<float>(win_eta), out<void>(y), tokens, m, n, window, dtype, threads, product_done};
+void window_linear(address x, address weight, address bias, address win_x, address win_delta, address win_eta,
+                   address y, int64_t tokens, int64_t m, int64_t n, int64_t window, int dtype, int threads,
+                   bool product_done) {
+  ttt::WindowLinear a{in<void>(x),
+                      in<void>(weight),
+                      in<void>(bias),
+                      in<void>(win_x),
+                      in<void>(win_delta),
+                      in<float>(win_eta),
+                      out<void>(y),
+                      tokens,
+                      m,
+                      n,
+                      window,
+                      dtype,
+                      threads,
+                      product_done};
   py::gil_scoped_release release;
   active->window_linear(a);
 }
 
 void commit(address weight, address anchor, address importance, address trace, address x, address delta, address eta,
             address trace_delta, address memory, address seen, address step, int64_t m, int64_t n, int64_t tokens,
-            int64_t capacity, int64_t replay_rows, uint64_t seed, float beta, float eps, float lam, float gamma, int dtype,
-            int importance_dtype, int trace_dtype, int replay, int kind, int threads) {
-  ttt::Commit a{out<void>(weight), in<void>(anchor), in<void>(importance), out<void>(trace), in<void>(x), in<void>(delta),
-                in<float>(eta), in<void>(trace_delta), in<void>(memory), in<int64_t>(seen), out<int64_t>(step), m, n,
-                tokens, capacity, replay_rows, seed, beta, eps, lam, gamma, dtype, importance_dtype, trace_dtype, replay,
-                kind, threads};
+            int64_t capacity, int64_t replay_rows, uint64_t seed, float beta, float eps, float lam, float gamma,
+            int dtype, int importance_dtype, int trace_dtype, int replay, int kind, int threads) {
+  ttt::Commit a{out<void>(weight),
+                in<void>(anchor),
+                in<void>(importance),
+                out<void>(trace),
+                in<void>(x),
+                in<void>(delta),
+                in<float>(eta),
+                in<void>(trace_delta),
+                in<void>(memory),
+                in<int64_t>(seen),
+                out<int64_t>(step),
+                m,
+                n,
+                tokens,
+                capacity,
+                replay_rows,
+                seed,
+                beta,
+                eps,
+                lam,
+                gamma,
+                dtype,
+                importance_dtype,
+                trace_dtype,
+                replay,
+                kind,
+                threads};
   py::gil_scoped_release release;
   active->commit(a);
 }

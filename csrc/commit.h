@@ -51,9 +51,9 @@ struct Row {
 };
 
 struct Scalars {
-  float pull;       // lam * sum(eta)
-  float keep;       // gamma^T
-  bool si, draws;   // draws: random bits are needed
+  float pull;      // lam * sum(eta)
+  float keep;      // gamma^T
+  bool si, draws;  // draws: random bits are needed
   uint64_t seed;
   uint32_t step;
 };

@@ -75,7 +75,8 @@ void window_linear(const ttt::WindowLinear& a) {
   Scratch y_scratch(blocks * VL * tokens);
   float* part = y_scratch.get();  // block, token, lane
 
-  const double work = static_cast<double>(m) * n * (a.product_done ? 0 : 1) + static_cast<double>(rows) * tokens * (m + n);
+  const double work =
+      static_cast<double>(m) * n * (a.product_done ? 0 : 1) + static_cast<double>(rows) * tokens * (m + n);
   const int threads = work < 65536 ? 1 : a.threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {

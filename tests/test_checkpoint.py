@@ -66,7 +66,7 @@ def damaged(path, tmp_path, how):
         data[int(len(data) * float(how.split()[1]))] ^= 1
     else:
         with safe_open(path, "pt") as file:
-            metadata, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
+            metadata, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
         if how == "version":
             metadata["format_version"] = "2"
         elif how == "format":

@@ -92,7 +92,7 @@ def test_unfit_types_are_refused():
     class Quantized(nn.Linear):
         pass
 
-    with pytest.raises(ValueError, match="is .*Quantized; only"):
+    with pytest.raises(ValueError, match=r"is .*Quantized; only"):
         ttt.adapt_(nn.Sequential(Quantized(3, 3)), ttt.TTTConfig(target_modules=["0"]))
     with pytest.raises(ValueError, match="meta device"):
         ttt.adapt_(nn.Sequential(nn.Linear(3, 3, device="meta")), ttt.TTTConfig(target_modules=["0"]))

@@ -274,7 +274,7 @@ def test_generate_uses_what_was_learnt():
 
 
 def test_long_texts_are_read_in_segments():
-    model, learner = adapted(lr=0.0)
+    _model, learner = adapted(lr=0.0)
     ids = ids_of(1, 150)  # the model has 64 positions
     seen = learner.observe(ids)
     parts = [learner.observe(ids[:, s : s + 65]).nll for s in (0, 64, 128)]
@@ -316,13 +316,13 @@ def test_consolidate_protects_and_reset_forgets(importance):
     learner.calibrate([ids_of(2, 16)])
     calibrated = state_of(model)
     learner.observe(ids_of(2, 40))
-    name, layer = learning_layers(model)[0]
+    _name, layer = learning_layers(model)[0]
     learner.flush()
     trace, old = layer.trace.clone(), layer.importance.clone()
     moved = (layer.weight - layer.anchor).square()
     tokens = int(layer.tokens)
     assert tokens == 78
-    scale = learner.importance_scale
+    scale = float(layer.importance_scale)
     learner.consolidate()
     if importance == "si":
         expected = torch.relu(trace / (moved + learner.config.si_xi))
@@ -413,3 +413,16 @@ def test_compiled_adapted_model_equals_eager():
     ids = ids_of(1, 12)
     with torch.no_grad():
         torch.testing.assert_close(compiled(ids), model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_consolidated_memory_holds_only_rows_that_were_seen():
+    model, learner = adapted(replay_capacity=2000)  # more than calibration and the sample of recent rows can fill
+    learner.calibrate([ids_of(2, 16)])
+    for _ in range(30):
+        learner.observe(ids_of(2, 40))
+    layer = learning_layers(model)[0][1]
+    assert int(layer.recent_seen) == 30 * 78
+    learner.consolidate()
+    assert int(layer.seen) == 32 + 1024
+    assert bool((layer.memory[: 32 + 1024].abs().sum(1) > 0).all())
+    assert float(layer.memory[32 + 1024 :].abs().sum()) == 0

@@ -110,9 +110,14 @@ def test_learning_refuses_what_is_not_finite_and_changes_nothing():
         (layer(torch.randn(2, 4)).sum() * float("inf")).backward()
     after = layer.state()
     assert all(torch.equal(before[k], after[k]) for k in before)
-    with pytest.raises(RuntimeError, match="boom"), ttt.learning(layer):
-        layer(torch.randn(2, 4)).sum().backward()
-        raise RuntimeError("boom")
+
+    def fails_after_backward():
+        with ttt.learning(layer):
+            layer(torch.randn(2, 4)).sum().backward()
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fails_after_backward()
     assert all(torch.equal(before[k], layer.state()[k]) for k in before)
     assert layer.sink is None
 

@@ -1,9 +1,9 @@
 """ttt: PyTorch layers that go on learning while the model is used.
 
-    import ttt
-    ttt.adapt_(model, ttt.TTTConfig(target_modules=["down_proj"], layers="last:0.25"))
-    learner = ttt.Learner(model)
-    seen = learner.observe(input_ids)
+import ttt
+ttt.adapt_(model, ttt.TTTConfig(target_modules=["down_proj"], layers="last:0.25"))
+learner = ttt.Learner(model)
+seen = learner.observe(input_ids)
 """
 
 from ttt import nn, ops

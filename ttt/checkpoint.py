@@ -116,7 +116,9 @@ def _state_of(name: str, layer, tensors: dict[str, Tensor], path) -> tuple[dict[
     got = {key: (t.shape, t.dtype) for key, t in state.items()}
     if got != expected:
         differ = sorted(key for key in got.keys() | expected.keys() if got.get(key) != expected.get(key))
-        raise ValueError(f"{path} does not fit layer {name}: {differ} differ in presence, shape or dtype (other config?)")
+        raise ValueError(
+            f"{path} does not fit layer {name}: {differ} differ in presence, shape or dtype (other config?)"
+        )
     for key, t in base.items():
         if key not in live or t.shape != live[key].shape or t.dtype != live[key].dtype:
             raise ValueError(f"{path} does not fit layer {name}: base.{key} differs in shape or dtype")
@@ -127,7 +129,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated, damaged or no safetensors file ({error})") from None
     if metadata.get("format") != FORMAT:

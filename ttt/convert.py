@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -111,7 +112,7 @@ def require_layers(model: nn.Module) -> list[Linear]:
     return layers
 
 
-def _originals(model: nn.Module) -> dict[str, nn.Module]:
+def _originals(model: nn.Module) -> dict[str, Any]:
     if not hasattr(model, _ORIGINALS):
         raise ValueError(f"model ({type(model).__name__}) is not adapted; there is nothing to restore")
     return getattr(model, _ORIGINALS)
@@ -198,7 +199,9 @@ def _names_in_layers(names: list[str], model: nn.Module, layers) -> set[str]:
         wanted = set()
         for i in layers:
             if not -count <= i < count:
-                raise ValueError(f"layers holds {i}; the model has {count} blocks, so it must be in [{-count}, {count})")
+                raise ValueError(
+                    f"layers holds {i}; the model has {count} blocks, so it must be in [{-count}, {count})"
+                )
             wanted.add(i % count)
     return {name for name, i in index.items() if i in wanted}
 
@@ -211,7 +214,7 @@ def _tied_weights(model: nn.Module) -> dict[int, list[str]]:
     return {key: found for key, found in names.items() if len(found) > 1}
 
 
-def _refuse_unfit(name: str, module: nn.Module, tied: dict[int, list[str]]) -> None:
+def _refuse_unfit(name: str, module: Any, tied: dict[int, list[str]]) -> None:
     kind = type(module)
     if kind is not nn.Linear and not _is_conv1d(module):
         held = Counter(p.ndim for p in module.parameters(recurse=False))
@@ -227,7 +230,7 @@ def _refuse_unfit(name: str, module: nn.Module, tied: dict[int, list[str]]) -> N
         raise ValueError(f"{name}.weight is on the meta device; load the model's weights first")
 
 
-def _learning_layer(module: nn.Module, config: TTTConfig, name: str) -> Linear:
+def _learning_layer(module: Any, config: TTTConfig, name: str) -> Linear:
     if not _is_conv1d(module):
         if not module.weight.is_contiguous():
             raise ValueError(f"{name}.weight must be contiguous, got strides {module.weight.stride()}")

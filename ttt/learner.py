@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ttt import ops
+from ttt import protection
 from ttt.convert import require_layers
-from ttt.nn import Linear, Update
+from ttt.nn import Capturing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,29 +44,6 @@ class Snapshot:
 
     layers: list[dict[str, Tensor]]
     bases: list[dict[str, Tensor]]
-    importance_scale: float
-
-
-class _Capturing:
-    """Collects (x, delta) of every layer while it is entered; leaves nothing behind, whatever happens."""
-
-    def __init__(self, layers: list[Linear]) -> None:
-        self.layers = layers
-
-    def __enter__(self) -> _Capturing:
-        self.renew()
-        return self
-
-    def renew(self) -> list[list[tuple[Tensor, Tensor]]]:
-        """What was captured so far, by layer; collecting starts anew."""
-        captured = [layer.sink or [] for layer in self.layers]
-        for layer in self.layers:
-            layer.sink = []
-        return captured
-
-    def __exit__(self, *exc) -> None:
-        for layer in self.layers:
-            layer.sink = None
 
 
 @contextlib.contextmanager
@@ -80,7 +58,7 @@ def learning(model: nn.Module) -> Iterator[None]:
         FloatingPointError: if a gradient is not finite; nothing has changed then.
     """
     layers = require_layers(model)
-    with _Capturing(layers) as capturing, torch.enable_grad():
+    with Capturing(layers) as capturing, torch.enable_grad():
         yield
         captured = capturing.renew()
     updates = [layer.update_from(rows) for layer, rows in zip(layers, captured, strict=True)]
@@ -105,7 +83,7 @@ class Learner:
     """
 
     def __init__(self, model: nn.Module, *, context: int | None = None) -> None:
-        self.model = model.eval()
+        self.model: Any = model.eval()
         self.layers = require_layers(model)
         self.config = self.layers[0].config
         if context is None:
@@ -113,8 +91,6 @@ class Learner:
         if context < 2:
             raise ValueError(f"context must be at least 2 tokens, got {context}")
         self.context = context
-        self.importance_scale = 0.0  # mean importance of the first calibration; 0 before
-        self._generator = torch.Generator(device=self.layers[0].weight.device).manual_seed(self.config.seed)
 
     # -- observe ----------------------------------------------------------------------------------------------
 
@@ -164,7 +140,7 @@ class Learner:
             if attention_mask is not None:
                 inputs["attention_mask"] = attend[:, start:last].to(ids.dtype)
                 inputs["position_ids"] = (attend[:, start:last].cumsum(1) - 1).clamp_min(0)[:, -width:]
-            capturing = _Capturing(self.layers) if teaches else contextlib.nullcontext()
+            capturing: Any = Capturing(self.layers) if teaches else contextlib.nullcontext()
             with torch.set_grad_enabled(teaches), capturing:
                 out = self.model(**inputs)
                 logits = out.logits.float()
@@ -186,12 +162,12 @@ class Learner:
                 start, cache = position, None
         return Seen(nll, scored, learned, rejected)
 
-    def _learn(self, capturing: _Capturing, loss: Tensor, logits: Tensor, rows: Tensor | None) -> bool:
+    def _learn(self, capturing: Capturing, loss: Tensor, logits: Tensor, rows: Tensor | None) -> bool:
         """Learn from the captured chunk; False, and not a bit changed, if anything in it is not finite."""
         mas = self.config.importance == "mas" and self.config.ewc_lambda > 0
         loss.backward(retain_graph=mas)
         captured = capturing.renew()
-        traced = [None] * len(self.layers)
+        traced: list[Any] = [None] * len(self.layers)
         if mas:
             valid = logits if rows is None else logits.flatten(0, 1)[rows]
             valid.square().sum().backward()
@@ -228,9 +204,7 @@ class Learner:
 
     # -- protect ----------------------------------------------------------------------------------------------
 
-    def calibrate(
-        self, batches: Iterable[Tensor], loss: Callable[[nn.Module, Tensor], Tensor] | None = None
-    ) -> None:
+    def calibrate(self, batches: Iterable[Tensor], loss: Callable[[nn.Module, Tensor], Tensor] | None = None) -> None:
         """Measure what the model knows: base importance and replay memory, from data that it knows.
 
         Importance is the per-token Fisher (MAS for ``importance="mas"``; SI has no offline form, so Fisher too),
@@ -245,58 +219,27 @@ class Learner:
         Raises:
             ValueError: if the model has learnt already, or there is no batch.
         """
-        if any(int(layer.step) or layer.pending or layer.base for layer in self.layers):
-            raise ValueError("calibrate before learning: the model has already learnt; call reset() first")
         kind = "mas" if self.config.importance == "mas" else "fisher"
-        protects = self.config.ewc_lambda > 0
-        sums = [torch.zeros_like(layer.weight, dtype=layer.win_eta.dtype) if protects else None for layer in self.layers]
-        step = torch.zeros((1,), dtype=torch.int64, device=self.layers[0].weight.device)
-        memories = [None if la.memory is None else (la.memory.clone(), la.seen.clone()) for la in self.layers]
-        tokens = 0
-        for batch in batches:
-            with _Capturing(self.layers) as capturing, torch.enable_grad():
-                (self._calibration_loss(batch, kind) if loss is None else loss(self.model, batch)).backward()
-                captured = capturing.renew()
-            for layer, pairs, total, memory in zip(self.layers, captured, sums, memories, strict=True):
-                update = layer.update_from(pairs)
-                if update is None or not bool(update.finite):
-                    raise ValueError(f"calibration gave no finite gradient at {layer.name or layer}")
-                tokens += update.x.shape[0]
-                if total is not None:
-                    # eta = 0: the weights stay as they are, and only the sum of squares grows.
-                    ops.commit(
-                        layer.weight, None, None, total, update.x, update.delta, torch.zeros_like(update.eta), step,
-                        kind=kind,
-                    )  # fmt: skip
-                if memory is not None:
-                    ops.reservoir_insert(memory[0], memory[1], update.x, seed=layer.seed)
-        if tokens == 0:
-            raise ValueError("batches must hold at least one batch of tokens, got none")
-        if protects:
-            elements = sum(s.numel() for s in sums)
-            mean = float(sum(s.sum(dtype=torch.float64) for s in sums)) / elements
-            self.importance_scale = mean / (tokens / len(self.layers)) or 1.0
-            for layer, total in zip(self.layers, sums, strict=True):
-                layer.importance.copy_(total / (mean or 1.0))
-        for layer, memory in zip(self.layers, memories, strict=True):
-            if memory is not None:
-                layer.memory.copy_(memory[0])
-                layer.seen.copy_(memory[1])
+        if loss is None:
+            generator = torch.Generator(device=self.layers[0].weight.device).manual_seed(self.config.seed)
+            losses = (self._calibration_loss(batch, kind, generator) for batch in batches)
+        else:
+            losses = (loss(self.model, batch) for batch in batches)
+        protection.calibrate(self.layers, losses, kind)
 
-    def _calibration_loss(self, ids: Tensor, kind: str) -> Tensor:
+    def _calibration_loss(self, ids: Tensor, kind: str, generator: torch.Generator) -> Tensor:
         ids, _, _ = self._checked(ids, None, None)
         logits = self.model(input_ids=ids).logits.float()
         if kind == "mas":
             return logits.square().sum()
         logits = logits.flatten(0, 1)
         if self.config.fisher == "true":
-            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=self._generator).flatten()
+            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
         else:
             logits = logits.view(*ids.shape, -1)[:, :-1].flatten(0, 1)
             labels = ids[:, 1:].flatten()
         return nn.functional.cross_entropy(logits, labels, reduction="sum")
 
-    @torch.no_grad()
     def consolidate(self) -> None:
         """What was learnt becomes something to protect (online EWC; the order of tasks is the caller's)::
 
@@ -305,53 +248,7 @@ class Learner:
 
         in units of the first calibration's mean importance. The sample of recent inputs joins the replay memory.
         """
-        c = self.config
-        grown = []
-        for layer in self.layers:
-            layer.remember_base()
-            layer.flush()
-            if layer.importance is None:
-                continue
-            wide = layer.win_eta.dtype
-            if c.importance == "si":
-                moved = (layer.weight.to(wide) - layer.anchor.to(wide)).square_()
-                grown.append(torch.relu(layer.trace.to(wide) / (moved + c.si_xi)))
-            else:
-                grown.append(layer.trace.to(wide) / layer.tokens.clamp_min(1))
-        if grown:
-            mean = float(sum(g.sum(dtype=torch.float64) for g in grown)) / sum(g.numel() for g in grown)
-            # SI's unit (loss per squared distance) is not the Fisher's: it is measured anew.
-            scale = mean if c.importance == "si" or not self.importance_scale else self.importance_scale
-            if not self.importance_scale:
-                self.importance_scale = mean
-            for layer, g in zip(self.layers, grown, strict=True):
-                decay = 1.0 if c.importance == "si" else c.consolidate_decay
-                layer.importance.copy_(decay * layer.importance.to(g.dtype) + g / (scale or 1.0))
-        for layer in self.layers:
-            layer.anchor.copy_(layer.weight)
-            if layer.trace is not None:
-                layer.trace.zero_()
-            layer.tokens.zero_()
-            if layer.memory is not None:
-                self._merge_recent(layer)
-
-    def _merge_recent(self, layer: Linear) -> None:
-        """Two uniform samples become one of their union: each memory row is replaced with the recent rows' share."""
-        capacity, old, new = layer.memory.shape[0], int(layer.seen), int(layer.recent_seen)
-        sample = layer.recent[: min(new, layer.recent.shape[0])]
-        room = max(0, min(capacity - old, len(sample)))
-        if room:
-            layer.memory[old : old + room] = sample[:room]
-        rest = sample[room:]
-        if len(rest):
-            share = (old + room) / (old + new)
-            count = min(len(rest), round(capacity * (1 - share)))
-            slots = torch.randperm(capacity, generator=self._generator, device=rest.device)[:count]
-            rows = torch.randperm(len(rest), generator=self._generator, device=rest.device)[:count]
-            layer.memory[slots] = rest[rows]
-        layer.seen += layer.recent_seen
-        layer.recent.zero_()
-        layer.recent_seen.zero_()
+        protection.consolidate(self.layers)
 
     # -- go back ----------------------------------------------------------------------------------------------
 
@@ -359,7 +256,7 @@ class Learner:
         """A copy of all learning state, for `rollback`."""
         layers = [{name: t.clone() for name, t in layer.state().items()} for layer in self.layers]
         bases = [{name: t.clone() for name, t in layer.base.items()} for layer in self.layers]
-        return Snapshot(layers, bases, self.importance_scale)
+        return Snapshot(layers, bases)
 
     def rollback(self, snapshot: Snapshot) -> None:
         """Go back to ``snapshot``, to the bit.
@@ -373,7 +270,6 @@ class Learner:
         for layer, state, base in zip(self.layers, snapshot.layers, snapshot.bases, strict=True):
             layer.load_state(state)
             layer.base = {name: t.clone() for name, t in base.items()}
-        self.importance_scale = snapshot.importance_scale
 
     def reset(self) -> None:
         """Forget everything learnt since calibration; the weights are the base model's, to the bit."""

@@ -5,6 +5,7 @@ import torch
 from helpers import assert_close
 
 from ttt.ops import reference
+from ttt.ops.philox import rounding_bits, stochastic_round_
 
 pytest.importorskip("triton")
 
@@ -114,7 +115,10 @@ def plain_bf16_trace(case, options):
     age = torch.arange(tokens - 1, -1, -1, device=DEVICE).unsqueeze(1)
     decay = (options["gamma"] ** age).to(p.dtype)
     s = (p * p * decay).T @ (x * x) if options["kind"] == "fisher" else (p.abs() * decay).T @ x.abs()
-    return options["gamma"] ** tokens * case["trace"].float() + s.float()
+    trace = case["trace"].clone()
+    bits = rounding_bits(*trace.shape, case["step"], options["seed"]) >> 16
+    stochastic_round_(trace, options["gamma"] ** tokens * trace.float() + s.float(), bits)
+    return trace
 
 
 def check_commit(case, options):
@@ -143,7 +147,7 @@ def check_commit(case, options):
      (9, 20, 2, 17)],
 )  # fmt: skip
 def test_commit(dtype, replay, m, n, tokens, rows):
-    state = torch.float32 if INTERPRETED or rows else torch.bfloat16
+    state = torch.float32 if rows else torch.bfloat16
     check_commit(commit_case(m, n, tokens, dtype, state), {**OPTIONS, "replay_rows": rows, "replay": replay})
 
 
@@ -228,7 +232,9 @@ def test_non_finite_weights_stay_what_they_are():
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize(("seen", "capacity", "rows"), [(0, 5, 3), (3, 5, 7), (900, 33, 130), (2**31, 127, 1), (5, 5, 0)])
+@pytest.mark.parametrize(
+    ("seen", "capacity", "rows"), [(0, 5, 3), (3, 5, 7), (900, 33, 130), (2**31, 127, 1), (5, 5, 0)]
+)
 def test_reservoir_draw(seed, seen, capacity, rows):
     for count in (0, 3, 2**32 + 1):
         args = [torch.tensor([v], device=DEVICE) for v in (seen, count)]
@@ -237,14 +243,24 @@ def test_reservoir_draw(seed, seen, capacity, rows):
         )
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.fixture(params=["first", "last"])
+def program_that_runs_first(request, monkeypatch):
+    """The interpreter runs programs in order, which a GPU does not promise: reverses it for "last"."""
+    if not INTERPRETED or request.param == "first":
+        return
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    run_as = builder.set_grid_idx
+    monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: run_as(builder.grid_dim[0] - 1 - x, y, z))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("capacity", "n"), [(1, 7), (5, 33), (8, 1)])
-def test_reservoir_insert(seed, dtype, capacity, n):
+@pytest.mark.parametrize(("capacity", "n", "seed"), [(1, 7, SEEDS[0]), (5, 33, SEEDS[1]), (8, 1, SEEDS[2])])
+def test_reservoir_insert(program_that_runs_first, dtype, capacity, n, seed):
     """Many rows fall on one slot here, and the last of them must stay."""
     ours = torch.zeros(capacity, n, dtype=dtype, device=DEVICE)
     theirs, seen = ours.clone(), [torch.zeros(1, dtype=torch.int64, device=DEVICE) for _ in range(2)]
-    for tokens in (3, 1, 0, 33, 150):
+    for tokens in (3, 1, 0, 33, 140):
         x = randn(tokens, n).to(dtype)
         reservoir_insert(ours, seen[0], x, seed)
         reference.reservoir_insert(theirs, seen[1], x, seed)

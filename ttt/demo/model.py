@@ -11,7 +11,16 @@ from ttt.config import TTTConfig
 
 WEIGHTS = Path(__file__).parent / "weights"
 
-CONFIG = TTTConfig(target_modules=["gate_proj", "up_proj", "down_proj"], layers="last:2")
+# Chosen by `python -m ttt.demo.tune`, on text that the demo does not show.
+CONFIG = TTTConfig(
+    target_modules=["gate_proj", "up_proj", "down_proj"],
+    layers="last:2",
+    lr=0.02,
+    clip=3.0,
+    ewc_lambda=0.002,
+    replay_rows=4,
+    replay_beta=0.07,
+)
 
 
 def load_model() -> tuple[nn.Module, TTTConfig]:

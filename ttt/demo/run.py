@@ -219,10 +219,12 @@ def machine() -> str:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
         model = names[0] if names else model
-    threads = torch.get_num_threads()
-    return f"{model}, {os.cpu_count()} cores, {threads} threads, Python {platform.python_version()}, torch {torch.__version__}"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {versions}"
 
 
 def main(text: Path | None, report: Path, bytes_per_domain: int) -> None:
@@ -262,8 +264,8 @@ def main(text: Path | None, report: Path, bytes_per_domain: int) -> None:
         console.print(table_of(domain, one["rows"]))
         r = one["recall"]
         console.print(
-            f"In a new process, on {r['bytes']} bytes of {domain} that nobody has read: {r['frozen']:.3f} bits per byte "
-            f"frozen, {r['loaded']:.3f} with the user's weights loaded. In-context learning starts from nothing there.\n"
+            f"In a new process, on {r['bytes']} bytes of {domain} that nobody has read: {r['frozen']:.3f} bits per "
+            f"byte frozen, {r['loaded']:.3f} with the user's weights. In-context learning starts from nothing there.\n"
         )
     found["seconds"] = round(time.perf_counter() - began, 1)
     from ttt.demo.report import write

@@ -1,5 +1,6 @@
 """Layers that learn while they are used."""
 
+from ttt.nn.capture import Capturing
 from ttt.nn.linear import Linear, Update
 
-__all__ = ["Linear", "Update"]
+__all__ = ["Capturing", "Linear", "Update"]

@@ -73,6 +73,7 @@ class Linear(torch.nn.Linear):
     ``recent``          (K', n)       a sample of inputs since the last consolidation, K' = min(K, 1024)
     ``seen``            (1,)          rows that ever entered ``memory``; ``recent_seen`` likewise
     ``step``            (1,)          commits so far; ``tokens`` (1,) those in the trace
+    ``importance_scale``  (1,)        float64: mean importance at the first calibration, Omega's unit
     ==================  ============  =========================================================
 
     Args:
@@ -80,6 +81,23 @@ class Linear(torch.nn.Linear):
         config: see `TTTConfig`.
         name: seeds this layer's random draws, together with ``config.seed``.
     """
+
+    anchor: Tensor
+    win_x: Tensor
+    win_delta: Tensor
+    win_eta: Tensor
+    # None where the configuration does without them:
+    importance: Tensor
+    trace: Tensor
+    win_trace: Tensor
+    memory: Tensor
+    recent: Tensor
+    # Counters:
+    seen: Tensor
+    recent_seen: Tensor
+    step: Tensor
+    tokens: Tensor
+    importance_scale: Tensor
 
     def __init__(
         self,
@@ -102,7 +120,7 @@ class Linear(torch.nn.Linear):
         torch.nn.Module.__init__(layer)
         layer.out_features, layer.in_features = weight.shape
         layer.weight = weight
-        layer.bias = bias
+        layer.bias = bias  # type: ignore[assignment]
         layer._build(config, name)
         return layer
 
@@ -142,6 +160,7 @@ class Linear(torch.nn.Linear):
         buffer("recent", w.new_zeros((min(config.replay_capacity, 1024), n)) if replays else None)
         for counter in ("seen", "recent_seen", "step", "tokens"):
             buffer(counter, w.new_zeros((1,), dtype=torch.int64))
+        buffer("importance_scale", w.new_zeros((1,), dtype=torch.float64))
         # Requires grad, so that autograd's graph begins at this layer; never receives one.
         self._root = torch.zeros((), requires_grad=True, device=w.device)
 
@@ -279,7 +298,7 @@ class Linear(torch.nn.Linear):
     def state(self) -> dict[str, Tensor]:
         """The live state tensors by name (not copies), and ``pending`` as a tensor."""
         out = {"weight": self.weight.detach()}
-        out |= {name: b for name, b in self.named_buffers(recurse=False)}
+        out |= dict(self.named_buffers(recurse=False))
         out["pending"] = torch.tensor([self.pending])
         return out
 
@@ -296,7 +315,7 @@ class Linear(torch.nn.Linear):
     def remember_base(self) -> None:
         """Keep what `reset` and `ttt.restore_` go back to; called before the anchor first moves."""
         if not self.base:
-            names = ("anchor", "importance", "memory", "seen")
+            names = ("anchor", "importance", "importance_scale", "memory", "seen")
             self.base = {name: b.clone() for name in names if (b := getattr(self, name)) is not None}
 
     @property

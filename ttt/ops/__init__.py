@@ -110,8 +110,6 @@ def reservoir_insert(memory: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, 
     torch.ops.ttt.reservoir_insert(memory, seen, x, seed)
 
 
-def reservoir_draw(
-    seen: torch.Tensor, step: torch.Tensor, *, capacity: int, rows: int, seed: int = 0
-) -> torch.Tensor:
+def reservoir_draw(seen: torch.Tensor, step: torch.Tensor, *, capacity: int, rows: int, seed: int = 0) -> torch.Tensor:
     """The memory rows (int64, (rows,)) that the commit with counter ``step`` replays; -1 while the memory is empty."""
     return torch.ops.ttt.reservoir_draw(seen, step, capacity, rows, seed)

@@ -11,7 +11,7 @@ from ttt.ops.backends import record, unavailable
 
 # torch comes first: it brings the OpenMP runtime that the extension then shares.
 try:
-    from ttt import _C
+    from ttt import _C  # type: ignore[attr-defined]
 except ImportError as error:
     _C = None
     unavailable["cpu"] = f"the C++ extension ttt._C cannot be imported ({error}); reinstall with a C++ compiler"

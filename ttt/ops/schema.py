@@ -13,7 +13,9 @@ KINDS = ("fisher", "mas", "si")
 MAX_REPLAY_ROWS = 64
 
 _SCHEMAS = {
-    "window_linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor win_x, Tensor win_delta, Tensor win_eta) -> Tensor",
+    "window_linear": (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor win_x, Tensor win_delta, Tensor win_eta) -> Tensor"
+    ),
     "commit": (
         "(Tensor(a!) weight, Tensor? anchor, Tensor? importance, Tensor(b!)? trace, Tensor x, Tensor delta, "
         "Tensor eta, Tensor? trace_delta, Tensor? memory, Tensor? seen, Tensor(c!) step, int seed, int replay_rows, "

@@ -38,13 +38,17 @@ def _products(
     r, c = tl.program_id(1), tl.program_id(0) * BC + tl.arange(0, BC)
     index = draw(r, seen, step, capacity, seed)
     replayed = tl.maximum(draw(c - tokens, seen, step, capacity, seed), 0)
-    other = tl.where(c < tokens, x + c.to(tl.int64) * n, memory + replayed * n)
+    of_x, of_memory = (x + c.to(tl.int64) * n)[:, None], (memory + replayed * n)[:, None]
+    is_x, is_memory = (c < tokens)[:, None], ((c >= tokens) & (c < columns))[:, None]
     filled = tl.where(index >= 0, n, 0)  # columns of X_r to be read
     acc = tl.zeros((BC, BK), tl.float64)
     for k0 in range(0, n, BK):
         k = k0 + tl.arange(0, BK)
         xr = tl.load(memory + index * n + k, mask=k < filled, other=0).to(tl.float64)
-        acc += xr * tl.load(other[:, None] + k, mask=(c < columns)[:, None] & (k < filled), other=0).to(tl.float64)
+        # One of the two is masked out; choosing between the pointers would cost the wide loads.
+        other = tl.load(of_x + k, mask=is_x & (k < filled), other=0).to(tl.float64)
+        other += tl.load(of_memory + k, mask=is_memory & (k < filled), other=0).to(tl.float64)
+        acc += xr * other
     scale = tl.load(eta + c, mask=c < tokens, other=1).to(tl.float64)
     tl.store(out + r.to(tl.int64) * columns + c, scale * tl.sum(acc, axis=1), mask=c < columns)
 
@@ -67,9 +71,10 @@ def _invert(inverse, products, tokens, rows, eps, RP: tl.constexpr):
     tl.store(inverse + r * rows + c, -a, mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "rows", "capacity", "seed"])
+@triton.jit(do_not_specialize=["tokens", "rows", "capacity", "columns", "seed"])
 def _drift(
-    drift, weight, anchor, memory, seen, step, products, delta, eta, tokens, rows, capacity, m, n, columns, seed, strength,
+    drift, weight, anchor, memory, seen, step, products, delta, eta,
+    tokens, rows, capacity, m, n, columns, seed, strength,
     GRADIENT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """E for BM rows of W and W*; times beta (sum eta) for the gradient step."""
@@ -174,12 +179,10 @@ def _commit(
         # The proximal step W* + (W - G - W*) / (1 + a), written so that G = 0 and a = 0 change no bit.
         a = lam * total * tl.load(importance + tile + at, mask=inside, other=0).to(tl.float32)
         g = (g + a * (old - tl.load(anchor + tile + at, mask=inside, other=0).to(tl.float32))) / (1.0 + a)
-    W: tl.constexpr = weight.dtype.element_ty
-    DRAWS: tl.constexpr = W != tl.float32 or (trace is not None and trace.dtype.element_ty != tl.float32)
     bits = 0
-    if DRAWS:
+    if weight.dtype.element_ty != tl.float32 or (trace is not None and trace.dtype.element_ty != tl.float32):
         bits = rounding_bits(i0 + i, j0 // 4 + tl.arange(0, BN // 4), tl.load(step).to(tl.uint32), seed)
-    new = rounded(old - g, bits, W)
+    new = rounded(old - g, bits, weight.dtype.element_ty)
     tl.store(weight + tile + at, new, mask=inside)
     if trace is not None:
         if KIND == "si":

@@ -1,0 +1,115 @@
+"""What must not be forgotten: measuring it (`calibrate`) and adding to it (`consolidate`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttt import ops
+from ttt.nn import Capturing, Linear
+
+
+def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None:
+    """Base importance and replay memory from the gradients of ``losses``; see `ttt.Learner.calibrate`.
+
+    ``losses`` are computed as they are drawn, so their forward passes run while gradients are collected.
+    All layers are written at the end: an error leaves them as they were.
+    """
+    if any(int(layer.step) or layer.pending or layer.base for layer in layers):
+        raise ValueError("calibrate before learning: the model has already learnt; call reset() first")
+    sums: list[Any] = [
+        None if la.importance is None else torch.zeros_like(la.weight, dtype=la.win_eta.dtype) for la in layers
+    ]
+    memories = [None if la.memory is None else (la.memory.clone(), la.seen.clone()) for la in layers]
+    step = torch.zeros((1,), dtype=torch.int64, device=layers[0].weight.device)
+    tokens = 0
+    with Capturing(layers) as capturing, torch.enable_grad():
+        for loss in losses:
+            loss.backward()
+            for layer, pairs, total, memory in zip(layers, capturing.renew(), sums, memories, strict=True):
+                update = layer.update_from(pairs)
+                if update is None or not bool(update.finite):
+                    raise ValueError(f"calibration gave no finite gradient at {layer.name or layer}")
+                tokens += update.x.shape[0]
+                with torch.no_grad():
+                    if total is not None:
+                        # eta = 0: the weights stay as they are, and only the sum of squares grows.
+                        rates = torch.zeros_like(update.eta)
+                        ops.commit(layer.weight, None, None, total, update.x, update.delta, rates, step, kind=kind)
+                    if memory is not None:
+                        ops.reservoir_insert(*memory, update.x, seed=layer.seed)
+    if tokens == 0:
+        raise ValueError("batches must hold at least one batch of tokens, got none")
+    protected = [(layer, total) for layer, total in zip(layers, sums, strict=True) if total is not None]
+    mean = _mean([total for _, total in protected])
+    for layer, total in protected:
+        layer.importance.copy_(total / (mean or 1.0))
+        layer.importance_scale.fill_(mean / (tokens / len(layers)))
+    for layer, memory in zip(layers, memories, strict=True):
+        if memory is not None:
+            layer.memory.copy_(memory[0])
+            layer.seen.copy_(memory[1])
+
+
+@torch.no_grad()
+def consolidate(layers: list[Linear]) -> None:
+    """Move anchors and importance to what was learnt; see `ttt.Learner.consolidate`."""
+    grown = []
+    for layer in layers:
+        layer.remember_base()
+        layer.flush()
+        if layer.importance is None:
+            continue
+        wide = layer.win_eta.dtype
+        if layer.config.importance == "si":
+            moved = (layer.weight.to(wide) - layer.anchor.to(wide)).square_()
+            grown.append((layer, torch.relu(layer.trace.to(wide) / (moved + layer.config.si_xi))))
+        else:
+            grown.append((layer, layer.trace.to(wide) / layer.tokens.clamp_min(1)))
+    mean = _mean([g for _, g in grown])
+    for layer, g in grown:
+        si, scale = layer.config.importance == "si", float(layer.importance_scale)
+        if not scale:
+            layer.importance_scale.fill_(mean)
+        # SI's unit (loss per squared distance) is not that of the Fisher: it is measured anew.
+        unit = mean if si or not scale else scale
+        decay = 1.0 if si else layer.config.consolidate_decay
+        layer.importance.copy_(decay * layer.importance.to(g.dtype) + g / (unit or 1.0))
+    for layer in layers:
+        layer.anchor.copy_(layer.weight)
+        if layer.trace is not None:
+            layer.trace.zero_()
+        layer.tokens.zero_()
+        if layer.memory is not None:
+            _merge_recent(layer)
+
+
+def _mean(parts: list[Tensor]) -> float:
+    """Mean over all elements of all tensors; 0 for none."""
+    count = sum(p.numel() for p in parts)
+    return sum(float(p.sum(dtype=torch.float64)) for p in parts) / count if count else 0.0
+
+
+def _merge_recent(layer: Linear) -> None:
+    """Two uniform samples become one of their union: memory rows are replaced with the recent rows' share."""
+    capacity, old, new = layer.memory.shape[0], int(layer.seen), int(layer.recent_seen)
+    sample = layer.recent[: min(new, layer.recent.shape[0])]
+    # Seeded by the state, so that a rolled-back or loaded layer consolidates alike.
+    generator = torch.Generator(device=sample.device).manual_seed(layer.seed ^ int(layer.step))
+    sample = sample[torch.randperm(len(sample), generator=generator, device=sample.device)]
+    room = max(0, min(capacity - old, len(sample)))
+    if room:
+        layer.memory[old : old + room] = sample[:room]
+    if old + room < capacity:
+        layer.seen += room  # all of the sample is in, and nothing else: only filled rows may be drawn
+    else:
+        rest = sample[room:]
+        count = min(len(rest), round(capacity * (new - room) / (old + new)))
+        slots = torch.randperm(capacity, generator=generator, device=rest.device)[:count]
+        layer.memory[slots] = rest[:count]
+        layer.seen += new
+    layer.recent.zero_()
+    layer.recent_seen.zero_()
