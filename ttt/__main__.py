@@ -22,7 +22,7 @@ def info() -> None:
 def demo(
     text: Annotated[Path | None, typer.Option(help="Stream this file instead of the built-in domains.")] = None,
     report: Annotated[Path, typer.Option(help="Folder for index.html and the plots.")] = Path("report"),
-    bytes_per_domain: Annotated[int, typer.Option("--bytes", min=2048, help="Bytes streamed of each domain.")] = 32768,
+    bytes_per_domain: Annotated[int, typer.Option("--bytes", min=2048, help="Bytes streamed of each domain.")] = 20480,
 ) -> None:
     """Stream real text through a small language model that learns from it, and report gain and forgetting."""
     from ttt.demo.run import main

@@ -72,6 +72,7 @@ def test_step_is_captured_in_a_cuda_graph():
         with torch.no_grad():
             y = layer(x)
             layer._commit(x, delta, eta, None)
+            ttt.ops.reservoir_insert(layer.memory, layer.seen, x, seed=3)
         return y
 
     stream = torch.cuda.Stream()

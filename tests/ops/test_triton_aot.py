@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
-
 import ttt.ops.triton as package
 
 

@@ -87,12 +87,12 @@ def _plot(one: dict, path: Path) -> None:
     frozen = rows["frozen"]
     for name, row in rows.items():
         x, y = row["old_bpb"] - frozen["old_bpb"], frozen["new_bpb"] - row["new_bpb"]
-        trade.scatter(x, y, color=COLOURS[name], s=50, zorder=3)
-        trade.annotate(name, (x, y), xytext=(6, -3 if y > 0 else 5), textcoords="offset points", fontsize=8)
+        trade.scatter(x, y, color=COLOURS[name], s=50, zorder=3, label=name)
     trade.set(
         xlabel="forgetting: bits per byte lost on Python", ylabel="gain on the new text", title="Gain, forgetting"
     )
-    trade.margins(0.25, 0.12)
+    trade.legend(fontsize=8, loc="lower right")
+    trade.margins(0.1)
     names = list(rows)
     cost.barh(names, [rows[n]["time_ratio"] for n in names], color=[COLOURS[n] for n in names])
     cost.invert_yaxis()

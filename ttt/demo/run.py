@@ -30,6 +30,8 @@ from ttt.demo.model import load_model
 
 LN2 = math.log(2)
 CONTEXT = 512
+# Alone, each defence has to be stronger than beside the other (python -m ttt.demo.tune).
+EWC_ALONE, BETA_ALONE = 0.003, 0.2
 FROZEN, IN_CONTEXT, SGD, EWC, REPLAY, BOTH = "frozen", "in-context only", "SGD", "EWC", "replay", "EWC + replay"
 
 
@@ -56,12 +58,9 @@ def methods(config: ttt.TTTConfig) -> dict[str, ttt.TTTConfig | None]:
         IN_CONTEXT: None,
         SGD: dataclasses.replace(config, ewc_lambda=0.0, replay_rows=0),
         EWC: dataclasses.replace(config, ewc_lambda=EWC_ALONE, replay_rows=0),
-        REPLAY: dataclasses.replace(config, ewc_lambda=0.0),
+        REPLAY: dataclasses.replace(config, ewc_lambda=0.0, replay_beta=BETA_ALONE),
         BOTH: config,
     }
-
-
-EWC_ALONE = 0.01  # alone, the penalty has to be stronger than beside replay (python -m ttt.demo.tune)
 
 
 def as_ids(data: bytes) -> Tensor:
@@ -77,8 +76,8 @@ def windows(data: bytes, count: int) -> Tensor:
 
 
 def calibration_batches() -> list[Tensor]:
-    """128 windows of the text the model was trained on, for `ttt.Learner.calibrate`."""
-    return list(windows(texts.training_python(), 128).split(16))
+    """64 windows of the text the model was trained on, for `ttt.Learner.calibrate`."""
+    return list(windows(texts.training_python(), 64).split(16))
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """``python -m ttt.demo.tune``: the table from which the demo's defaults were chosen.
 
-Only the C++ headers are read, and of them a part that the demo does not stream: what the demo shows on English, and on
+The default is the protected configuration that forgets least among those that keep 95 % of the gain of unprotected SGD
+at its own best rate. Only the C++ headers are read, and of them a part that the demo does not stream: what the demo shows on English, and on
 the headers, was not tuned on the same bytes. Writes ``bench/results/demo_tuning.json``.
 """
 
@@ -33,7 +34,7 @@ def grid(config: ttt.TTTConfig) -> dict[str, ttt.TTTConfig]:
         tried[f"EWC {lam}"] = {**plain, "ewc_lambda": lam}
     for beta in (0.1, 0.2):
         tried[f"replay 4 rows, beta {beta}"] = {"ewc_lambda": 0.0, "replay_rows": 4, "replay_beta": beta}
-    for rows, beta, lam in ((4, 0.05, 0.001), (4, 0.07, 0.002), (4, 0.1, 0.002), (8, 0.05, 0.002), (4, 0.07, 0.004)):
+    for rows, beta, lam in ((4, 0.05, 0.001), (4, 0.06, 0.0015), (4, 0.07, 0.002), (4, 0.1, 0.003)):
         tried[f"replay {rows} rows, beta {beta} + EWC {lam}"] = {
             "replay_rows": rows, "replay_beta": beta, "ewc_lambda": lam,
         }  # fmt: skip
@@ -49,7 +50,7 @@ def main() -> None:
     base, config = load_model()
     held_out, batches = windows(held_out_python(), 32), calibration_batches()
     stream = as_ids(stream_of("headers")[OFFSET : OFFSET + args.bytes + 1])
-    frozen_new, frozen_old = _frozen(base, stream), bits_per_byte(base, held_out)
+    frozen_new, frozen_old = _frozen(base, stream), round(bits_per_byte(base, held_out), 4)
     rows: list[dict] = [{"method": "frozen", "new_bpb": frozen_new, "old_bpb": frozen_old}]
     console.print(rows[0])
     for name, one in grid(config).items():
