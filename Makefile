@@ -14,7 +14,8 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.test
-	$(BIN)/python -m bench.run --json bench/results/cpu.json
+	$(BIN)/python -m bench.run --suite commit --rounds 5 --json bench/results/cpu_commit.json
+	$(BIN)/python -m bench.run --suite decode,observe --rounds 5 --json bench/results/cpu_layers.json
 
 lint: $(VENV)/.test $(VENV)/.lint
 	$(BIN)/ruff check .

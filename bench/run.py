@@ -24,8 +24,10 @@ def measure(case: Case, device: str, rounds: int, copy: float) -> list[dict]:
     case.check()
     times = interleaved(device, case.contenders, rounds)
     rows = []
+    for name, repeats in ((name, case.repeats_of.get(name, case.repeats)) for name in times):
+        times[name] = [seconds / repeats for seconds in times[name]]
     for name, seconds in times.items():
-        low, median, high = (value / case.repeats for value in quartiles(seconds))
+        low, median, high = quartiles(seconds)
         ratios = [s / b for s, b in zip(seconds, times[case.baseline], strict=True)]
         row = {"suite": case.suite, "case": case.name, "dtype": case.dtype, "contender": name, "unit": case.unit}
         row |= {"us": median * 1e6, "us_q1": low * 1e6, "us_q3": high * 1e6}
