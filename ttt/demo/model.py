@@ -17,9 +17,9 @@ CONFIG = TTTConfig(
     layers="last:2",
     lr=0.02,
     clip=3.0,
-    ewc_lambda=0.002,
+    ewc_lambda=0.003,
     replay_rows=4,
-    replay_beta=0.07,
+    replay_beta=0.1,
 )
 
 
