@@ -42,11 +42,11 @@ class BuildKernels(build_ext):
         (folder / "ttt" / "_build.json").write_text(json.dumps(report) + "\n")
 
     def build_extension(self, ext):
-        import pybind11
-
         compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
         if compiler is None:
             raise RuntimeError("no C++ compiler found (looked for c++, g++ and clang++; set CXX to name one)")
+        import pybind11
+
         includes = [pybind11.get_include(), sysconfig.get_paths()["include"], sysconfig.get_paths()["platinclude"]]
         cflags = COMMON + [f"-I{path}" for path in dict.fromkeys(includes)] + (["-DTTT_X86"] if X86 else [])
         target = Path(self.get_ext_fullpath(ext.name)).resolve()

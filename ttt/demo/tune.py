@@ -1,8 +1,9 @@
 """``python -m ttt.demo.tune``: the table from which the demo's defaults were chosen.
 
 The default is the protected configuration with the largest difference of its share of the gain and its share of the
-forgetting of unprotected SGD at its own best rate. Only the C++ headers are read, and of them a part that the demo does not stream: what the demo
-shows on English, and on the headers, was not tuned on the same bytes. Writes ``bench/results/demo_tuning.json``.
+forgetting of unprotected SGD at its own best rate. Only the C++ headers are read, and of them a part that the demo does
+not stream: what the demo shows on English, and on the headers, was not tuned on the same bytes. Writes
+``bench/results/demo_tuning.json``.
 """
 
 from __future__ import annotations
