@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import subprocess
 import time
@@ -69,18 +68,14 @@ def machine(device: str) -> dict[str, object]:
     """What ran where: for the first line of every result."""
     import ttt
 
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = names[0] if names else name
+    active = ttt.info(file=None)
+    name = active["processor"]
     if device == "cuda":
         name = f"{torch.cuda.get_device_name()} ({name})"
-    active = ttt.info(file=None)
     return {
         "device": name,
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": active["threads"],
         "isa": active["isa"],
         "python": active["python"],
         "torch": active["torch"],

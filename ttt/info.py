@@ -23,9 +23,9 @@ def info(file: TextIO | None = sys.stdout) -> dict[str, Any]:
         file: where to print; None for nowhere.
 
     Returns:
-        A dict with ``ttt``, ``python``, ``torch``, ``triton``, ``threads``, ``isa`` (of the C++ kernels),
-        ``isas`` (those the processor has), ``devices``, ``ops`` (op -> backend for each device), ``missing``
-        (backend -> why), ``calls`` (op, backend -> calls so far) and ``slow_calls`` (calls that a slower
+        A dict with ``ttt``, ``python``, ``torch``, ``triton``, ``processor``, ``threads``, ``isa`` (of the C++
+        kernels), ``isas`` (those the processor has), ``devices``, ``ops`` (op -> backend for each device),
+        ``missing`` (backend -> why), ``calls`` (op, backend -> calls so far) and ``slow_calls`` (calls that a slower
         backend took, with the reason).
     """
     found: dict[str, Any] = {
@@ -33,6 +33,7 @@ def info(file: TextIO | None = sys.stdout) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "processor": _processor(),
         "threads": torch.get_num_threads(),
         "isa": None,
         "isas": [],
@@ -66,6 +67,13 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def _build_failure() -> str | None:
     report = Path(__file__).parent / "_build.json"
     if not report.exists():
@@ -74,7 +82,7 @@ def _build_failure() -> str | None:
 
 
 def _print(found: dict[str, Any], file: TextIO) -> None:
-    for key in ("ttt", "python", "torch", "triton", "threads"):
+    for key in ("ttt", "python", "torch", "triton", "processor", "threads"):
         print(f"{key:12}{found[key] if found[key] is not None else 'not installed'}", file=file)
     forced = f" (forced by {cpu.ISA_VARIABLE})" if os.environ.get(cpu.ISA_VARIABLE) else ""
     print(f"{'isa':12}{found['isa']}{forced}; this processor has {', '.join(found['isas']) or 'unknown'}", file=file)

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -217,16 +216,10 @@ def recall(reader: Reader, unread: Tensor, folder: Path) -> dict[str, float]:
 
 
 def machine() -> str:
-    """Processor, cores, Python and torch, in one line."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        model = names[0] if names else model
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {versions}"
+    """Processor, cores, threads, Python and torch, in one line."""
+    active = ttt.info(file=None)
+    versions = f"Python {active['python']}, torch {active['torch']}"
+    return f"{active['processor']}, {os.cpu_count()} cores, {active['threads']} threads, {versions}"
 
 
 def main(text: Path | None, report: Path, bytes_per_domain: int) -> None:
