@@ -200,10 +200,8 @@ def _decode_case(device: str, dtype: torch.dtype, m: int, n: int, window: int) -
 
 
 def observe_cases(device: str) -> Iterator[Case]:
-    import dataclasses as dc
-
-    from ttt.demo.model import load_model
-    from ttt.demo.run import as_ids, calibration_batches
+    from ttt.demo.model import as_ids, load_model
+    from ttt.demo.run import calibration_batches
     from ttt.demo.text import stream_of
 
     ids = as_ids(stream_of("english"))[:, : 512 * 4 + 1].to(device)
@@ -211,7 +209,7 @@ def observe_cases(device: str) -> Iterator[Case]:
         model, config = load_model()
         frozen, _ = load_model()
         model, frozen = model.to(device), frozen.to(device)
-        ttt.adapt_(model, dc.replace(config, chunk=chunk))
+        ttt.adapt_(model, dataclasses.replace(config, chunk=chunk))
         learner = ttt.Learner(model, context=512)
         learner.calibrate([b.to(device) for b in calibration_batches()[:2]])
 

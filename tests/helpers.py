@@ -27,3 +27,19 @@ def assert_close(actual: torch.Tensor, exact: torch.Tensor, baseline: torch.Tens
         assert float(actual.double().norm()) <= 1e-6, f"{name} must be zero"
         return
     assert error <= allowed, f"{name}: relative error {error:.3g}, allowed {allowed:.3g}"
+
+
+ORDER = ("weight", "anchor", "importance", "trace", "x", "delta", "eta", "trace_delta", "memory", "seen", "step")
+
+
+def assert_commit(case, ours, exact, plain) -> None:
+    """State after a commit: W and F by `assert_close`, the step bumped, and not a bit of the rest written."""
+    for name in ("weight", "trace"):
+        if case[name] is not None:
+            assert ours[name].dtype == case[name].dtype
+            # Compared as changes: the weights themselves would hide an update that is wrong.
+            change = [t[name].double() - case[name].double() for t in (ours, exact, plain)]
+            assert_close(*change, name)
+    for name in set(ORDER) - {"weight", "trace", "step"}:
+        assert case[name] is None or torch.equal(ours[name], case[name]), f"{name} was written"
+    assert int(ours["step"]) == int(case["step"]) + 1

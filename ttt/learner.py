@@ -190,8 +190,9 @@ class Learner:
         if ids.ndim != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
             raise ValueError(f"input_ids must have shape (B, T) with B, T >= 1, got {tuple(ids.shape)}")
         vocabulary = self.model.get_input_embeddings().num_embeddings
-        if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-            raise ValueError(f"input_ids must be in [0, {vocabulary}), got {int(ids.min())} to {int(ids.max())}")
+        low, high = torch.stack(ids.aminmax()).tolist()
+        if low < 0 or high >= vocabulary:
+            raise ValueError(f"input_ids must be in [0, {vocabulary}), got {low} to {high}")
         masks = []
         for name, mask in (("attention_mask", attention_mask), ("learn_mask", learn_mask)):
             if mask is None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import ORDER, assert_close, assert_commit
 
 from ttt import _C, ops
 from ttt.ops import reference
@@ -71,9 +71,6 @@ def commit_case(m, n, tokens, dtype, state):
     }
 
 
-ORDER = ("weight", "anchor", "importance", "trace", "x", "delta", "eta", "trace_delta", "memory", "seen", "step")
-
-
 def run_reference(case, options):
     o = options
     reference.commit(
@@ -91,15 +88,7 @@ def check_commit(case, options):
     ops.commit(**ours, **options)
     run_reference(plain, options)
     run_reference(exact, options)
-    for name in ("weight", "trace"):
-        if case[name] is not None:
-            assert ours[name].dtype == case[name].dtype
-            # Compared as changes: the weights themselves would hide an update that is wrong.
-            change = [t[name].double() - case[name].double() for t in (ours, exact, plain)]
-            assert_close(*change, name)
-    for name in set(ORDER) - {"weight", "trace", "step"}:
-        assert case[name] is None or torch.equal(ours[name], case[name]), f"{name} was written"
-    assert int(ours["step"]) == int(case["step"]) + 1
+    assert_commit(case, ours, exact, plain)
 
 
 OPTIONS = {"seed": 123456789123, "replay": "projection", "beta": 0.3, "eps": 1e-3, "gamma": 0.99, "kind": "fisher"}

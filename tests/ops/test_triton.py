@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import ORDER, assert_close, assert_commit
 
 from ttt.ops import reference
 from ttt.ops.philox import rounding_bits, stochastic_round_
@@ -71,7 +71,6 @@ def test_window_linear_takes_any_leading_shape_and_no_bias(shape):
     assert_close(y, reference.window_linear(*wide(args)), reference.window_linear(*args), "y")
 
 
-ORDER = ("weight", "anchor", "importance", "trace", "x", "delta", "eta", "trace_delta", "memory", "seen", "step")
 OPTIONS = {
     "seed": SEEDS[0], "replay_rows": 3, "replay": "projection", "beta": 0.3, "eps": 1e-3, "lam": 0.5, "gamma": 0.9,
     "kind": "fisher",
@@ -124,15 +123,7 @@ def check_commit(case, options):
     exact = run(reference.commit, case, options, to_double)
     if case["trace"] is not None and case["weight"].dtype == torch.bfloat16 and options["kind"] != "si":
         plain["trace"] = plain_bf16_trace(case, options)
-    for name in ("weight", "trace"):
-        if case[name] is not None:
-            assert ours[name].dtype == case[name].dtype
-            # Compared as changes: the weights themselves would hide an update that is wrong.
-            change = [t[name].double() - case[name].double() for t in (ours, exact, plain)]
-            assert_close(*change, name)
-    for name in set(ORDER) - {"weight", "trace", "step"}:
-        assert case[name] is None or torch.equal(ours[name], case[name]), f"{name} was written"
-    assert int(ours["step"]) == int(case["step"]) + 1
+    assert_commit(case, ours, exact, plain)
     return ours
 
 

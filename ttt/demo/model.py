@@ -1,15 +1,18 @@
-"""The demo model and the configuration it learns with by default."""
+"""The demo model, the configuration it learns with by default, and how it is measured."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ttt.config import TTTConfig
 
 WEIGHTS = Path(__file__).parent / "weights"
+CONTEXT = 512  # bytes the model was trained to look back
+LN2 = math.log(2)
 
 # Chosen by `python -m ttt.demo.tune`, on text that the demo does not show.
 CONFIG = TTTConfig(
@@ -36,3 +39,25 @@ def load_model() -> tuple[nn.Module, TTTConfig]:
 
     model = LlamaForCausalLM.from_pretrained(WEIGHTS, dtype=torch.float32, local_files_only=True)
     return model.eval(), CONFIG
+
+
+def as_ids(data: bytes) -> Tensor:
+    """(1, T) int64: the bytes themselves are the tokens."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).long().view(1, -1)
+
+
+def windows(data: bytes, count: int) -> Tensor:
+    """(count, CONTEXT) int64: evenly spaced windows."""
+    ids = as_ids(data)[0]
+    starts = torch.linspace(0, len(ids) - CONTEXT, count).long()
+    return torch.stack([ids[s : s + CONTEXT] for s in starts])
+
+
+@torch.no_grad()
+def bits_per_byte(model: nn.Module, rows: Tensor) -> float:
+    """Mean bits per byte of ``rows`` (N, T)."""
+    total = 0.0
+    for part in rows.split(8):
+        logits = model(input_ids=part).logits[:, :-1].float()
+        total += float(nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
+    return total / LN2 / (rows.shape[0] * (rows.shape[1] - 1))

@@ -18,11 +18,8 @@ from pathlib import Path
 
 import torch
 
-from ttt.demo.model import WEIGHTS
+from ttt.demo.model import CONTEXT, LN2, WEIGHTS, as_ids, bits_per_byte, windows
 from ttt.demo.text import HELD_OUT, held_out_python, training_python
-
-CONTEXT = 512
-LN2 = 0.6931471805599453
 
 
 def new_model() -> torch.nn.Module:
@@ -83,22 +80,9 @@ def _newton_schulz(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x.mT if tall else x
 
 
-def _as_tensor(data: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-
-
-@torch.no_grad()
-def bits_per_byte(model: torch.nn.Module, data: torch.Tensor, limit: int = 64) -> float:
-    """Mean bits per byte over ``limit`` evenly spaced windows of `CONTEXT` bytes."""
-    starts = torch.linspace(0, len(data) - CONTEXT - 1, limit).long()
-    rows = torch.stack([data[s : s + CONTEXT] for s in starts]).long()
-    total = sum(float(model(input_ids=part, labels=part).loss) * len(part) for part in rows.split(8))
-    return total / len(rows) / LN2
-
-
 def train(steps: int, batch: int, out: Path, seed: int = 0, resume: bool = False, peak: float = 1.0) -> None:
     torch.manual_seed(seed)
-    data, held_out = _as_tensor(training_python()), _as_tensor(held_out_python())
+    data, held_out = as_ids(training_python())[0], windows(held_out_python(), 64)
     command = f"python -m ttt.demo.pretrain --steps {steps} --batch {batch} --seed {seed}"
     if resume:
         from transformers import LlamaForCausalLM
@@ -129,7 +113,7 @@ def train(steps: int, batch: int, out: Path, seed: int = 0, resume: bool = False
             for group, lr in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = lr * rate
         at = torch.randint(len(data) - CONTEXT, (batch,)).tolist()
-        ids = torch.stack([data[s : s + CONTEXT] for s in at]).long()
+        ids = torch.stack([data[s : s + CONTEXT] for s in at])
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 
 import ttt
-from ttt.demo.model import load_model
-from ttt.demo.run import bits_per_byte
+from ttt.demo.model import bits_per_byte, load_model
 
 
 def main(weights: str, rows: str) -> None:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -25,10 +26,8 @@ from torch import Tensor, nn
 
 import ttt
 from ttt.demo import text as texts
-from ttt.demo.model import load_model
+from ttt.demo.model import CONTEXT, LN2, as_ids, bits_per_byte, load_model, windows
 
-LN2 = math.log(2)
-CONTEXT = 512
 # Alone, each defence has to be stronger than beside the other (python -m ttt.demo.tune).
 EWC_ALONE, BETA_ALONE = 0.003, 0.2
 FROZEN, IN_CONTEXT, SGD, EWC, REPLAY, BOTH = "frozen", "in-context only", "SGD", "EWC", "replay", "EWC + replay"
@@ -62,31 +61,9 @@ def methods(config: ttt.TTTConfig) -> dict[str, ttt.TTTConfig | None]:
     }
 
 
-def as_ids(data: bytes) -> Tensor:
-    """(1, T) int64: the bytes themselves are the tokens."""
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).long().view(1, -1)
-
-
-def windows(data: bytes, count: int) -> Tensor:
-    """(count, CONTEXT) int64: evenly spaced windows."""
-    ids = as_ids(data)[0]
-    starts = torch.linspace(0, len(ids) - CONTEXT, count).long()
-    return torch.stack([ids[s : s + CONTEXT] for s in starts])
-
-
 def calibration_batches() -> list[Tensor]:
     """64 windows of the text the model was trained on, for `ttt.Learner.calibrate`."""
     return list(windows(texts.training_python(), 64).split(16))
-
-
-@torch.no_grad()
-def bits_per_byte(model: nn.Module, rows: Tensor) -> float:
-    """Mean bits per byte of ``rows`` (N, T)."""
-    total = 0.0
-    for part in rows.split(8):
-        logits = model(input_ids=part).logits[:, :-1].float()
-        total += float(nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
-    return total / LN2 / (rows.shape[0] * (rows.shape[1] - 1))
 
 
 class Reader:
@@ -95,7 +72,7 @@ class Reader:
     def __init__(self, method: str, base: nn.Module, config: ttt.TTTConfig | None, batches: list[Tensor]) -> None:
         self.result = Result(method)
         self.model = copy.deepcopy(base)
-        self.learner = None
+        self.learner: Any = None  # for the methods that learn
         if config is not None:
             ttt.adapt_(self.model, config)
             self.learner = ttt.Learner(self.model, context=CONTEXT)

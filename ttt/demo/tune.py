@@ -9,7 +9,6 @@ not stream: what the demo shows on English, and on the headers, was not tuned on
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import json
 import time
@@ -18,8 +17,8 @@ from pathlib import Path
 from rich.console import Console
 
 import ttt
-from ttt.demo.model import load_model
-from ttt.demo.run import CONTEXT, as_ids, bits_per_byte, calibration_batches, machine, windows
+from ttt.demo.model import as_ids, bits_per_byte, load_model, windows
+from ttt.demo.run import SGD, Reader, calibration_batches, machine, methods
 from ttt.demo.text import held_out_python, stream_of
 
 OFFSET = 400_000  # the demo reads the first bytes; these are others
@@ -51,17 +50,16 @@ def main() -> None:
     base, config = load_model()
     held_out, batches = windows(held_out_python(), 32), calibration_batches()
     stream = as_ids(stream_of("headers")[OFFSET : OFFSET + args.bytes + 1])
-    frozen_new, frozen_old = _frozen(base, stream), round(bits_per_byte(base, held_out), 4)
+    frozen = Reader(SGD, base, methods(config)[SGD], batches).learner
+    frozen_new = round(frozen.observe(stream, learn=False).bits, 4)
+    frozen_old = round(bits_per_byte(base, held_out), 4)
     rows: list[dict] = [{"method": "frozen", "new_bpb": frozen_new, "old_bpb": frozen_old}]
     console.print(rows[0])
     for name, one in grid(config).items():
-        model = ttt.adapt_(copy.deepcopy(base), one)
-        learner = ttt.Learner(model, context=CONTEXT)
-        if one.ewc_lambda or one.replay_rows:
-            learner.calibrate(batches)
-        seen = learner.observe(stream)
+        reader = Reader(name, base, one, batches)
+        seen = reader.learner.observe(stream)
         rows.append(
-            {"method": name, "new_bpb": round(seen.bits, 4), "old_bpb": round(bits_per_byte(model, held_out), 4)}
+            {"method": name, "new_bpb": round(seen.bits, 4), "old_bpb": round(bits_per_byte(reader.model, held_out), 4)}
         )
         console.print(rows[-1])
     best = min((r for r in rows if r["method"].startswith("SGD")), key=lambda r: r["new_bpb"])
@@ -76,11 +74,6 @@ def main() -> None:
             f"{row['method']:42} new {row['new_bpb']:.3f}  old {row['old_bpb']:.3f}  "
             f"gain {100 * row['gain_share']:.0f} %  forgetting {100 * row['forgetting_share']:.0f} %"
         )
-
-
-def _frozen(base, stream) -> float:
-    model = ttt.adapt_(copy.deepcopy(base), ttt.TTTConfig(target_modules=["down_proj"], layers="last:1"))
-    return round(ttt.Learner(model, context=CONTEXT).observe(stream, learn=False).bits, 4)
 
 
 if __name__ == "__main__":

@@ -246,27 +246,25 @@ class Linear(torch.nn.Linear):
         if self.recent is not None:
             ops.reservoir_insert(self.recent, self.recent_seen, update.x, seed=self.seed)
         p, c = self.pending, self.config.window
+        traced = None
+        if self.win_trace is not None:
+            traced = update.delta if update.trace_delta is None else update.trace_delta
         if p + count < c:
             rows = slice(p, p + count)
             self.win_x[rows] = update.x
             self.win_delta[rows] = update.delta
-            if self.win_trace is not None:
-                self.win_trace[rows] = update.delta if update.trace_delta is None else update.trace_delta
+            if traced is not None:
+                self.win_trace[rows] = traced
             self.win_eta[rows] = update.eta
             self.pending = p + count
             return
+        x, delta, eta = update.x, update.delta, update.eta
         if p:
-            trace_delta = update.delta if update.trace_delta is None else update.trace_delta
-            if self.win_trace is not None:
-                trace_delta = torch.cat([self.win_trace[:p], trace_delta])
-            update = Update(
-                torch.cat([self.win_x[:p], update.x]),
-                torch.cat([self.win_delta[:p], update.delta]),
-                torch.cat([self.win_eta[:p], update.eta]),
-                None if self.win_trace is None else trace_delta,
-                update.finite,
-            )
-        self._commit(update.x, update.delta, update.eta, update.trace_delta)
+            x = torch.cat([self.win_x[:p], x])
+            delta = torch.cat([self.win_delta[:p], delta])
+            eta = torch.cat([self.win_eta[:p], eta])
+            traced = None if traced is None else torch.cat([self.win_trace[:p], traced])
+        self._commit(x, delta, eta, traced)
         self._empty_window()
 
     @torch.no_grad()
