@@ -39,7 +39,8 @@ class TTTConfig:
         replay: ``"projection"`` or ``"gradient"``; see `ttt.ops.commit`.
         replay_beta: beta, its strength; stable in (0, 2) for the projection.
         replay_eps: ridge of the projection, relative to the mean squared norm of the replayed inputs.
-        state_dtype: ``"float32"`` or ``"bfloat16"`` for importance and trace; None: bfloat16 for 16-bit weights.
+        state_dtype: ``"float32"``, ``"bfloat16"`` or ``"8bit"`` (`ttt.ops.log8`; not for ``importance="si"``) for importance
+            and trace. None: bfloat16 for 16-bit weights, float32 for others.
         seed: of everything random: replay rows, reservoir, rounding, sampled labels.
 
     Raises:
@@ -100,7 +101,12 @@ class TTTConfig:
         choice("replay", REPLAY)
         number("replay_beta", 0.0)
         number("replay_eps", 0.0)
-        choice("state_dtype", (None, "float32", "bfloat16"))
+        choice("state_dtype", (None, "float32", "bfloat16", "8bit"))
+        need(
+            "state_dtype",
+            not (self.state_dtype == "8bit" and self.importance == "si"),
+            "a float type for importance='si'",
+        )
         whole("seed", 0, 2**63 - 1)
         # Lists become tuples, so that a configuration is hashable and truly frozen.
         for name in ("target_modules", "layers"):

@@ -3,7 +3,7 @@ import torch
 
 from ttt.ops.philox import philox, rounding_bits, stochastic_round_
 
-# Known answers of the Random123 library (kat_vectors, philox4x32 10).
+# Known answers of the Random123 library (kat_vectors, philox4x32).
 KNOWN = [
     ((0, 0, 0, 0), (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
     ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
@@ -21,13 +21,18 @@ def test_known_answers(counter, key, answer):
     assert " ".join(f"{int(w):08x}" for w in words) == answer
 
 
+def test_known_answer_of_seven_rounds():
+    words = philox(torch.tensor([0]), 0, 0, 0, 0, rounds=7)
+    assert " ".join(f"{int(w):08x}" for w in words) == "5f6fb709 0d893f64 4f121f81 4f730a48"
+
+
 def test_rounding_bits_follow_the_documented_counters():
     step, seed = torch.tensor([7]), 99
     bits = rounding_bits(5, 13, step, seed)
     assert bits.shape == (5, 13)
     for i, j in [(0, 0), (4, 12), (2, 7)]:
-        word = philox(torch.tensor([j // 4]), i, 7, 2, seed)[j % 4]
-        assert int(bits[i, j]) == int(word)
+        word = int(philox(torch.tensor([j // 8]), i, 7, 2, seed, rounds=7)[j % 8 // 2])
+        assert int(bits[i, j]) == (word >> 16 if j % 2 else word & 0xFFFF)
 
 
 def test_small_steps_survive_bf16_only_with_stochastic_rounding():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.func import grad, vmap
 
-from ttt.ops import reference
+from ttt.ops import log8, reference
 
 D = torch.float64
 
@@ -22,6 +22,7 @@ def committed(weight, x, delta, eta, **options):
     reference.commit(
         w, state["anchor"], state["importance"], state["trace"], x, delta, eta, state["trace_delta"], state["memory"],
         state["seen"], step, o["seed"], o["rows"], o["replay"], o["beta"], o["eps"], o["lam"], o["gamma"], o["kind"],
+        o.get("trace_every", 1), o.get("trace_fp8", False),
     )  # fmt: skip
     assert int(step) == 5
     return w, state["trace"]
@@ -127,3 +128,54 @@ def test_trace_of_one_commit_equals_that_of_two():
     for part in (slice(0, 3), slice(3, 7)):
         _, parts = committed(w, x[part], delta[part], eta[part], trace=parts, gamma=0.8)
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["fisher", "mas", "si"])
+def test_a_sampled_trace_is_that_of_the_chosen_tokens_times_their_number(kind):
+    m, n, tokens, every = 3, 4, 11, 4
+    w, x, delta = torch.randn(m, n, dtype=D), torch.randn(tokens, n, dtype=D), torch.randn(tokens, m, dtype=D)
+    eta, f0, gamma = torch.rand(tokens, dtype=D) * 0.1, torch.rand(m, n, dtype=D), 0.9
+    new, f = committed(w, x, delta, eta, trace=f0.clone(), gamma=gamma, kind=kind, trace_every=every)
+    chosen, size = reference.choose_tokens(tokens, every, torch.tensor([4]), 3)
+    assert [t // every for t in chosen.tolist()] == [0, 1, 2]
+    assert size.tolist() == [4, 4, 3]
+    expected = f0 * gamma**tokens
+    for t, count in zip(chosen.tolist(), size.tolist(), strict=True):
+        g = torch.outer(delta[t], x[t])
+        if kind == "si":
+            expected -= count * g * (new - w)
+        else:
+            expected += count * gamma ** (tokens - 1 - t) * (g.square() if kind == "fisher" else g.abs())
+    torch.testing.assert_close(f, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_sampled_trace_is_unbiased():
+    """Every token of a group is chosen equally often: chi-squared over many steps."""
+    counts = torch.zeros(7)
+    for step in range(2100):
+        chosen, _ = reference.choose_tokens(7, 7, torch.tensor([step]), 11)
+        counts[chosen] += 1
+    assert float(((counts - 300) ** 2 / 300).sum()) < 27.9  # 6 degrees of freedom, p = 1e-4
+
+
+def test_fp8_traces_are_products_of_values_of_four_significant_bits():
+    x, delta = torch.randn(9, 40, dtype=D), torch.randn(9, 30, dtype=D)
+    zero = torch.zeros(30, 40, dtype=D)
+    eta = torch.zeros(9, dtype=D)
+    _, exact = committed(zero, x, delta, eta, trace=zero.clone())
+    _, f = committed(zero, x, delta, eta, trace=zero.clone(), trace_fp8=True)
+    error = float((f - exact).norm() / exact.norm())
+    assert 1e-4 < error < 2**-4  # each factor is off by at most 2^-4 of itself, in both directions
+
+
+def test_state_in_8_bits_is_decoded_used_and_encoded():
+    m, n, tokens = 5, 70, 3
+    w, anchor = torch.randn(m, n), torch.randn(m, n)
+    x, delta, eta = torch.randn(tokens, n), torch.randn(tokens, m), torch.rand(tokens)
+    packed = {k: log8.encode(torch.rand(m, n) * 3) for k in ("importance", "trace")}
+    plain = {k: log8.decode(t, n) for k, t in packed.items()}
+    new8, f8 = committed(w, x, delta, eta, anchor=anchor, lam=0.7, **{k: t.clone() for k, t in packed.items()})
+    new, f = committed(w, x, delta, eta, anchor=anchor, lam=0.7, **plain)
+    assert torch.equal(new8, new)
+    bits = reference.trace_rounding_bits(m, n, torch.tensor([4]), 3)
+    assert torch.equal(f8, log8.encode(f, bits))

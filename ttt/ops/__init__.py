@@ -58,6 +58,8 @@ def commit(
     lam: float = 0.0,
     gamma: float = 1.0,
     kind: str = "fisher",
+    trace_every: int = 1,
+    trace_fp8: bool = False,
 ) -> None:
     """Write T tokens, checked against R replay rows, into ``weight`` and ``trace``, in place.
 
@@ -79,8 +81,8 @@ def commit(
     Args:
         weight: (m, n), float32, bfloat16, float16 or float64.
         anchor: W* like ``weight``; needed for lam > 0 and for replay.
-        importance: Omega >= 0, (m, n), float32 or bfloat16; needed for lam > 0.
-        trace: F, (m, n), float32 or bfloat16, or None for none.
+        importance: Omega >= 0, (m, n), float32 or bfloat16, or the uint8 tensor of `ttt.ops.log8`; needed for lam > 0.
+        trace: F like ``importance``, or None for none. In 8 bits it holds values >= 0 only: not for ``"si"``.
         x: (T, n); delta: (T, m), dL/dy of the summed loss; both of ``weight``'s dtype. T may be 0.
         eta: (T,), float32: the step of each token.
         step: (1,), int64: the counter of commits.
@@ -91,13 +93,17 @@ def commit(
             "gradient": V = beta (sum eta) X_r.
         beta: strength of replay; the projection is stable for 0 < beta < 2.
         gamma: decay of the trace per token, in (0, 1].
+        trace_every: S from one random token of each ``trace_every`` consecutive ones, times their number: unbiased, and
+            its product is cheaper by that factor.
+        trace_fp8: S from factors rounded to float8_e4m3fn, each matrix under one scale. On GPUs with fp8 units; elsewhere
+            the reference computes it.
 
     Raises:
         ValueError, TypeError: for a wrong argument; nothing has been written then.
     """
     torch.ops.ttt.commit(
         weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
-        seed, replay_rows, replay, beta, eps, lam, gamma, kind,
+        seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every, trace_fp8,
     )  # fmt: skip
 
 

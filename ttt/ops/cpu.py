@@ -64,18 +64,18 @@ def window_linear(x, weight, bias, win_x, win_delta, win_eta):
 
 def commit(
     weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
-    seed, replay_rows, replay, beta, eps, lam, gamma, kind,
+    seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every=1, trace_fp8=False,
 ) -> None:  # fmt: skip
     schema.check_commit(
         weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
-        seed, replay_rows, replay, beta, eps, lam, gamma, kind,
+        seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every, trace_fp8,
     )  # fmt: skip
     why = _why_not(weight.dtype)
     if why:
         record("commit", "reference", why)
         reference.commit(
             weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
-            seed, replay_rows, replay, beta, eps, lam, gamma, kind,
+            seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every, trace_fp8,
         )  # fmt: skip
     else:
         record("commit", "cpu")

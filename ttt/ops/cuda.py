@@ -55,11 +55,11 @@ def window_linear(x, weight, bias, win_x, win_delta, win_eta):
 
 def commit(
     weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
-    seed, replay_rows, replay, beta, eps, lam, gamma, kind,
+    seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every=1, trace_fp8=False,
 ) -> None:  # fmt: skip
     args = (
         weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
-        seed, replay_rows, replay, beta, eps, lam, gamma, kind,
+        seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every, trace_fp8,
     )  # fmt: skip
     schema.check_commit(*args)
     _run("commit", weight, weight.dtype, *args)

@@ -3,23 +3,27 @@
 The C++ and Triton kernels run the same generator on the same counters, so all three backends draw
 the same replay rows and the same rounding bits. Counters, for a key made of the 64-bit seed:
 
-==========  ===============================  ==============================================
-stream      counter (c0, c1, c2)             words used
-==========  ===============================  ==============================================
-`DRAW`      (r // 4, 0, step)                word r % 4 chooses replay row r
-`INSERT`    (s, 0, 0)                        word 0 chooses the slot of the s-th row seen
-`ROUND`     (j // 4, i, step)                word j % 4 rounds element (i, j): the low 16 bits
-                                             the weight, the high 16 bits the trace
-==========  ===============================  ==============================================
+==========  ======================  ======================================================================
+stream      counter (c0, c1, c2)    words used
+==========  ======================  ======================================================================
+`DRAW`      (r // 4, 0, step)       word r % 4 chooses replay row r
+`INSERT`    (s, 0, 0)               word 0 chooses the slot of the s-th row seen
+`ROUND`     (j // 8, i, step)       16 bits for element (i, j): word (j % 8) // 2, its low half if j is even.
+                                    They round the weight; the trace takes those of column j ^ 1
+`TOKEN`     (k // 4, 0, step)       word k % 4 chooses the token that stands for the k-th group in the trace
+==========  ======================  ======================================================================
 
-c3 is the stream's number.
+c3 is the stream's number. `ROUND` takes 7 rounds of the generator, the fewest that pass BigCrush (Salmon et al., table 2),
+the others 10. An element's weight and trace never share bits: with Synaptic Intelligence the trace depends on how its
+weight was rounded, and would be biased.
 """
 
 from __future__ import annotations
 
 import torch
 
-DRAW, INSERT, ROUND = 0, 1, 2
+DRAW, INSERT, ROUND, TOKEN = 0, 1, 2, 3
+ROUND_ROUNDS = 7
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -27,7 +31,7 @@ _MASK = 0xFFFFFFFF
 
 
 def philox(
-    c0: torch.Tensor, c1: torch.Tensor | int, c2: torch.Tensor | int, stream: int, seed: int
+    c0: torch.Tensor, c1: torch.Tensor | int, c2: torch.Tensor | int, stream: int, seed: int, rounds: int = 10
 ) -> tuple[torch.Tensor, ...]:
     """Four words (int64 tensors with values in [0, 2^32)) for each counter; the counters broadcast.
 
@@ -38,7 +42,7 @@ def philox(
     a, b, c = torch.broadcast_tensors(c0 & _MASK, c1 & _MASK, c2 & _MASK)
     d = torch.full_like(a, stream)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(10):
+    for _ in range(rounds):
         p0, p1 = a * _M0, c * _M1
         a, b, c, d = ((p1 >> 32) & _MASK) ^ b ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ d ^ k1, p0 & _MASK
         k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
@@ -46,19 +50,33 @@ def philox(
 
 
 def rounding_bits(rows: int, cols: int, step: torch.Tensor, seed: int) -> torch.Tensor:
-    """One 32-bit word (int64, rows x cols) for each element of a matrix; see `ROUND`."""
-    groups = (cols + 3) // 4
+    """16 bits (int64, rows x cols) for each element of a matrix; see `ROUND`."""
+    groups = (cols + 7) // 8
     c0 = torch.arange(groups, device=step.device).view(1, -1)
     c1 = torch.arange(rows, device=step.device).view(-1, 1)
-    words = torch.stack(philox(c0, c1, step.view(1, 1), ROUND, seed), dim=-1)
-    return words.reshape(rows, 4 * groups)[:, :cols]
+    words = torch.stack(philox(c0, c1, step.view(1, 1), ROUND, seed, ROUND_ROUNDS), dim=-1)
+    return torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(rows, 8 * groups)[:, :cols]
+
+
+def trace_rounding_bits(rows: int, cols: int, step: torch.Tensor, seed: int) -> torch.Tensor:
+    """As `rounding_bits`, for the trace: each element has the bits of the other column of its pair."""
+    bits = rounding_bits(rows, cols + cols % 2, step, seed)
+    return bits.view(rows, -1, 2).flip(-1).reshape(rows, -1)[:, :cols]
+
+
+def choose_tokens(tokens: int, every: int, step: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One random token of each group of ``every`` consecutive ones: its index, and the group's size (both int64)."""
+    k = torch.arange((tokens + every - 1) // every, device=step.device)
+    word = torch.stack(philox(k // 4, 0, step, TOKEN, seed), dim=-1)[k, k % 4]
+    size = (tokens - k * every).clamp_max(every)
+    return k * every + ((word * size) >> 32), size
 
 
 def stochastic_round_(target: torch.Tensor, value: torch.Tensor, bits: torch.Tensor) -> None:
     """Write float32 ``value`` into ``target`` in place; 16-bit targets are rounded stochastically.
 
     The dropped mantissa bits and as many random ones are added, and the rest cut off, so that the
-    expected result is the value itself. ``bits`` (int64) holds at least 16 random bits an element.
+    expected result is the value itself. ``bits`` (int64) holds 16 random bits an element.
     """
     if target.dtype in (torch.float32, torch.float64):
         target.copy_(value)

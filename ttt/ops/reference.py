@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from ttt.ops.philox import DRAW, INSERT, philox, rounding_bits, stochastic_round_
+from ttt.ops import log8
+from ttt.ops.philox import (
+    DRAW, INSERT, choose_tokens, philox, rounding_bits, stochastic_round_, trace_rounding_bits,
+)  # fmt: skip
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -85,10 +88,12 @@ def commit(
     lam: float,
     gamma: float,
     kind: str,
+    trace_every: int = 1,
+    trace_fp8: bool = False,
 ) -> None:
     """Write T tokens and R replay rows into W and F; see `ttt.ops.commit` for the formula."""
     wide = _wide(weight.dtype)
-    tokens = x.shape[0]
+    tokens, n = x.shape
     w = weight.to(wide, copy=True)  # a copy even in float32: SI needs the weights from before the update
     xw, dw, ew = x.to(wide), delta.to(wide), eta.to(wide)
     sum_eta = ew.sum()
@@ -100,21 +105,45 @@ def commit(
         g = g + e.T @ v
     pull = 0.0
     if lam > 0:
-        pull = lam * sum_eta * importance.to(wide)
+        pull = lam * sum_eta * _values(importance, n, wide)
         g = g + pull * drift
-    bits = rounding_bits(*weight.shape, step, seed)
-    stochastic_round_(weight, w - g / (1 + pull), bits)
+    stochastic_round_(weight, w - g / (1 + pull), rounding_bits(*weight.shape, step, seed))
     if trace is not None and tokens:
         td = (delta if trace_delta is None else trace_delta).to(wide)
-        age = torch.arange(tokens - 1, -1, -1, device=x.device, dtype=wide).unsqueeze(1)
+        decay = gamma ** torch.arange(tokens - 1, -1, -1, device=x.device, dtype=wide).unsqueeze(1)
+        count = 1
+        if trace_every > 1:
+            token, size = choose_tokens(tokens, trace_every, step, seed)
+            td, xw, decay, count = td[token], xw[token], decay[token], size.unsqueeze(1)
         if kind == "fisher":
-            s = (td * td * gamma**age).T @ (xw * xw)
+            s = _product(td * td * decay * count, xw * xw, trace_fp8)
         elif kind == "mas":
-            s = (td.abs() * gamma**age).T @ xw.abs()
+            s = _product(td.abs() * decay * count, xw.abs(), trace_fp8)
         else:
-            s = -(td.T @ xw) * (weight.to(wide) - w)
-        stochastic_round_(trace, gamma**tokens * trace.to(wide) + s, bits >> 16)
+            s = -((td * count).T @ xw) * (weight.to(wide) - w)
+        value = gamma**tokens * _values(trace, n, wide) + s
+        bits = trace_rounding_bits(*weight.shape, step, seed)
+        if log8.is_packed(trace):
+            trace.copy_(log8.encode(value, bits))
+        else:
+            stochastic_round_(trace, value, bits)
     step += 1
+
+
+def _values(state: torch.Tensor, n: int, wide: torch.dtype) -> torch.Tensor:
+    return log8.decode(state, n).to(wide) if log8.is_packed(state) else state.to(wide)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, fp8: bool) -> torch.Tensor:
+    """left^T right; with ``fp8`` both are rounded to float8_e4m3fn first, each under one scale."""
+    if not fp8:
+        return left.T @ right
+    factors = []
+    for t in (left, right):
+        top = t.amax()
+        scale = torch.where(top > 0, torch.finfo(torch.float8_e4m3fn).max / top, 1.0)
+        factors.append((t * scale).to(torch.float32).to(torch.float8_e4m3fn).to(t.dtype) / scale)
+    return factors[0].T @ factors[1]
 
 
 def reservoir_draw(seen: torch.Tensor, step: torch.Tensor, capacity: int, rows: int, seed: int) -> torch.Tensor:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from ttt.ops import log8
+
 REPLAY = ("projection", "gradient")
 KINDS = ("fisher", "mas", "si")
 MAX_REPLAY_ROWS = 64
@@ -19,7 +21,8 @@ _SCHEMAS = {
     "commit": (
         "(Tensor(a!) weight, Tensor? anchor, Tensor? importance, Tensor(b!)? trace, Tensor x, Tensor delta, "
         "Tensor eta, Tensor? trace_delta, Tensor? memory, Tensor? seen, Tensor(c!) step, int seed, int replay_rows, "
-        "str replay, float beta, float eps, float lam, float gamma, str kind) -> ()"
+        "str replay, float beta, float eps, float lam, float gamma, str kind, "
+        "int trace_every=1, bool trace_fp8=False) -> ()"
     ),
     "reservoir_insert": "(Tensor(a!) memory, Tensor(b!) seen, Tensor x, int seed) -> ()",
     "reservoir_draw": "(Tensor seen, Tensor step, int capacity, int rows, int seed) -> Tensor",
@@ -76,6 +79,14 @@ def _need(
         )
 
 
+def _need_state(name: str, t: torch.Tensor, m: int, n: int, dtypes: tuple[torch.dtype, ...], like) -> None:
+    """Importance and trace: a matrix of floats, or the uint8 tensor of `ttt.ops.log8`."""
+    if t.dtype == torch.uint8 and torch.float64 not in dtypes:
+        _need(name, t, (m, log8.width(n)), (torch.uint8,), like)
+    else:
+        _need(name, t, (m, n), dtypes, like)
+
+
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
@@ -107,7 +118,7 @@ def check_window_linear(x, weight, bias, win_x, win_delta, win_eta) -> None:
 
 def check_commit(
     weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
-    seed, replay_rows, replay, beta, eps, lam, gamma, kind,
+    seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every=1, trace_fp8=False,
 ) -> None:  # fmt: skip
     if weight.ndim != 2:
         raise ValueError(f"weight must have shape (m, n), got {tuple(weight.shape)}")
@@ -123,9 +134,11 @@ def check_commit(
     if anchor is not None:
         _need("anchor", anchor, (m, n), dtype, weight)
     if importance is not None:
-        _need("importance", importance, (m, n), state, weight)
+        _need_state("importance", importance, m, n, state, weight)
     if trace is not None:
-        _need("trace", trace, (m, n), state, weight)
+        _need_state("trace", trace, m, n, state, weight)
+        if log8.is_packed(trace) and kind == "si":
+            raise ValueError("trace in 8 bits holds values >= 0 only, but with kind = 'si' it has both signs")
     if trace_delta is not None:
         _need("trace_delta", trace_delta, (tokens, m), dtype, weight)
     _choice("replay", replay, REPLAY)
@@ -147,6 +160,10 @@ def check_commit(
         raise ValueError(f"gamma must be in (0, 1], got {gamma}")
     if not eps >= 0:
         raise ValueError(f"eps must be >= 0, got {eps}")
+    if trace_every < 1:
+        raise ValueError(f"trace_every must be >= 1, got {trace_every}")
+    if trace_fp8 and kind == "si":
+        raise ValueError("trace_fp8 is for products of values >= 0, but with kind = 'si' they have both signs")
 
 
 def check_reservoir_insert(memory, seen, x, seed) -> None:

@@ -229,6 +229,8 @@ def commit(
     lam: float,
     gamma: float,
     kind: str,
+    trace_every: int = 1,
+    trace_fp8: bool = False,
 ) -> None:
     (m, n), tokens, rows, seed = weight.shape, eta.numel(), replay_rows, signed(seed)
     commit_blocks, drift_blocks = _BLOCKS[weight.dtype]
