@@ -25,6 +25,7 @@ if X86:
     VARIANTS["avx2"] = ["-mavx2", "-mfma", "-DTTT_ISA_AVX2"]
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-DTTT_ISA_AVX512"]
     VARIANTS["avx512"] = [*avx512, "-mprefer-vector-width=512"]
+    VARIANTS["avx512bf16"] = [*VARIANTS["avx512"], "-mavx512bf16", "-DTTT_ISA_AVX512BF16"]
 
 
 class BuildKernels(build_ext):

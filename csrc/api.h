@@ -5,7 +5,7 @@
 
 namespace ttt {
 
-enum Dtype : int { kF32 = 0, kBF16 = 1 };
+enum Dtype : int { kF32 = 0, kBF16 = 1, kLog8 = 2 };
 enum Kind : int { kFisher = 0, kMas = 1, kSi = 2 };
 enum Replay : int { kProjection = 0, kGradient = 1 };
 
@@ -21,18 +21,18 @@ struct WindowLinear {
 struct Commit {
   void* weight;             // m x n, dtype
   const void* anchor;       // m x n, dtype; null if neither pull nor replay needs it
-  const void* importance;   // m x n, importance_dtype; null if lam is 0
-  void* trace;              // m x n, trace_dtype; may be null
+  const void* importance;   // m x n, state_dtype (kLog8: rows of packed_width(n) bytes); null if lam is 0
+  void* trace;              // likewise; may be null
   const void *x, *delta;    // T x n, T x m, dtype
   const float* eta;         // T
   const void* trace_delta;  // T x m, dtype
   const void* memory;       // K x n, dtype
   const int64_t* seen;      // 1
   int64_t* step;            // 1, bumped
-  int64_t m, n, tokens, capacity, replay_rows;
+  int64_t m, n, tokens, capacity, replay_rows, trace_every;
   uint64_t seed;
   float beta, eps, lam, gamma;
-  int dtype, importance_dtype, trace_dtype, replay, kind, threads;
+  int dtype, state_dtype, replay, kind, threads;
 };
 
 struct Kernels {
@@ -45,5 +45,6 @@ struct Kernels {
 const Kernels& kernels_portable();
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
+const Kernels& kernels_avx512bf16();
 
 }  // namespace ttt

@@ -17,6 +17,7 @@ namespace {
 #ifdef TTT_X86
 bool supports(const std::string& isa) {
   __builtin_cpu_init();
+  if (isa == "avx512bf16") return supports("avx512") && __builtin_cpu_supports("avx512bf16");
   if (isa == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (isa == "avx512")
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -29,13 +30,14 @@ bool supports(const std::string& isa) { return isa == "portable"; }
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
-  for (const char* isa : {"portable", "avx2", "avx512"})
+  for (const char* isa : {"portable", "avx2", "avx512", "avx512bf16"})
     if (supports(isa)) names.push_back(isa);
   return names;
 }
 
 const ttt::Kernels* table_of(const std::string& isa) {
 #ifdef TTT_X86
+  if (isa == "avx512bf16") return &ttt::kernels_avx512bf16();
   if (isa == "avx512") return &ttt::kernels_avx512();
   if (isa == "avx2") return &ttt::kernels_avx2();
 #endif
@@ -85,8 +87,8 @@ void window_linear(address x, address weight, address bias, address win_x, addre
 
 void commit(address weight, address anchor, address importance, address trace, address x, address delta, address eta,
             address trace_delta, address memory, address seen, address step, int64_t m, int64_t n, int64_t tokens,
-            int64_t capacity, int64_t replay_rows, uint64_t seed, float beta, float eps, float lam, float gamma,
-            int dtype, int importance_dtype, int trace_dtype, int replay, int kind, int threads) {
+            int64_t capacity, int64_t replay_rows, int64_t trace_every, uint64_t seed, float beta, float eps, float lam,
+            float gamma, int dtype, int state_dtype, int replay, int kind, int threads) {
   ttt::Commit a{out<void>(weight),
                 in<void>(anchor),
                 in<void>(importance),
@@ -103,14 +105,14 @@ void commit(address weight, address anchor, address importance, address trace, a
                 tokens,
                 capacity,
                 replay_rows,
+                trace_every,
                 seed,
                 beta,
                 eps,
                 lam,
                 gamma,
                 dtype,
-                importance_dtype,
-                trace_dtype,
+                state_dtype,
                 replay,
                 kind,
                 threads};

@@ -2,7 +2,11 @@
 // Compiled once for each instruction set with that set's flags (setup.py), never for the whole library.
 #include "api.h"
 
-#if defined(TTT_ISA_AVX512)
+#if defined(TTT_ISA_AVX512BF16)
+#define TTT_VL 16
+#define TTT_TABLE kernels_avx512bf16
+#define TTT_NAME "avx512bf16"
+#elif defined(TTT_ISA_AVX512)
 #define TTT_VL 16
 #define TTT_TABLE kernels_avx512
 #define TTT_NAME "avx512"

@@ -3,16 +3,18 @@
 #include <cmath>
 
 #include "philox.h"
+#include "product.h"
 #include "scratch.h"
 #include "vec.h"
 
 namespace {
 
 struct Replay {
-  int64_t rows;  // R, or 0 where the memory is empty
-  Scratch x, v;  // R x n: X_r, and V
+  int64_t rows;   // R, or 0 where the memory is empty
+  int64_t width;  // n, rounded up to whole tiles
+  Scratch x, v;   // R x width: X_r, and V, in the order of W's strips, zeros behind column n
 
-  Replay(int64_t rows, int64_t n) : rows(rows), x(rows * n), v(rows * n) {}
+  Replay(int64_t rows, int64_t n) : rows(rows), width((n + NC - 1) / NC * NC), x(rows * width), v(rows * width) {}
 };
 
 inline int64_t filled_rows(const ttt::Commit& a) {
@@ -20,12 +22,13 @@ inline int64_t filled_rows(const ttt::Commit& a) {
   return *a.seen < a.capacity ? *a.seen : a.capacity;
 }
 
+// n is a multiple of VL.
 inline double dot(const float* p, const float* q, int64_t n) {
   double total = 0;  // float partial sums of 1024 products, added in double
   for (int64_t j0 = 0; j0 < n; j0 += 1024) {
     const int64_t j1 = j0 + 1024 < n ? j0 + 1024 : n;
     vf acc = {};
-    for (int64_t j = j0; j < j1; j += VL) acc += load_upto(p + j, j1 - j) * load_upto(q + j, j1 - j);
+    for (int64_t j = j0; j < j1; j += VL) acc += load(p + j) * load(q + j);
     total += sum(acc);
   }
   return total;
@@ -34,7 +37,7 @@ inline double dot(const float* p, const float* q, int64_t n) {
 // V = beta (X_r X_r^T + eps tr/R I)^-1 X_r by Cholesky, or V = beta sum(eta) X_r.
 template <class T>
 void draw_replay(const ttt::Commit& a, float sum_eta, Replay& out) {
-  const int64_t n = a.n, rows = out.rows, filled = filled_rows(a);
+  const int64_t n = a.n, width = out.width, rows = out.rows, filled = filled_rows(a);
   if (rows == 0) return;
   float *x = out.x.get(), *v = out.v.get();
   for (int64_t r = 0; r < rows; r++) {
@@ -42,10 +45,14 @@ void draw_replay(const ttt::Commit& a, float sum_eta, Replay& out) {
     philox(static_cast<uint32_t>(r / 4), 0, static_cast<uint32_t>(*a.step), kDraw, a.seed, words);
     const int64_t index = static_cast<int64_t>((static_cast<uint64_t>(words[r % 4]) * filled) >> 32);
     const T* row = static_cast<const T*>(a.memory) + index * n;
-    for (int64_t j = 0; j < n; j++) x[r * n + j] = load1(row + j);
+    for (int64_t j = 0; j < width; j += STRIP) {
+      const Two strip = j < n ? load2_upto<splits<T>>(row + j, n - j) : Two{};
+      store(x + r * width + j, strip.a);
+      store(x + r * width + j + VL, strip.b);
+    }
   }
   if (a.replay == ttt::kGradient) {
-    for (int64_t k = 0; k < rows * n; k++) v[k] = a.beta * sum_eta * x[k];
+    for (int64_t k = 0; k < rows * width; k++) v[k] = a.beta * sum_eta * x[k];
     return;
   }
   Scratch gram_scratch(2 * rows * rows), inverse_scratch(2 * rows * rows);
@@ -54,7 +61,7 @@ void draw_replay(const ttt::Commit& a, float sum_eta, Replay& out) {
   double trace = 0;
   for (int64_t r = 0; r < rows; r++)
     for (int64_t s = 0; s <= r; s++) {
-      gram[r * rows + s] = dot(x + r * n, x + s * n, n);
+      gram[r * rows + s] = dot(x + r * width, x + s * width, width);
       if (r == s) trace += gram[r * rows + s];
     }
   double ridge = a.eps * trace / rows;
@@ -81,10 +88,10 @@ void draw_replay(const ttt::Commit& a, float sum_eta, Replay& out) {
     }
   }
   for (int64_t r = 0; r < rows; r++)
-    for (int64_t j = 0; j < n; j++) {
+    for (int64_t j = 0; j < width; j++) {
       double value = 0;  // summed in double: the inverse's entries are large and cancel
-      for (int64_t s = 0; s < rows; s++) value += inverse[r * rows + s] * x[s * n + j];
-      v[r * n + j] = static_cast<float>(a.beta * value);
+      for (int64_t s = 0; s < rows; s++) value += inverse[r * rows + s] * x[s * width + j];
+      v[r * width + j] = static_cast<float>(a.beta * value);
     }
 }
 

@@ -1,34 +1,57 @@
 // Vectors of VL floats in the compiler's own vector extension: the same source becomes SSE2/NEON,
 // AVX2 or AVX-512 code by the flags it is compiled with. Included by kernels.cpp only.
+//
+// Matrices are read in strips of 2 VL columns, as two vectors. For 16-bit weights these are the even and the odd
+// columns, which one shift and one mask make out of a vector of pairs; widening halves would take shuffles, and
+// narrowing them on the way back several. What else meets such a strip is brought into the same order.
 #pragma once
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
 
 namespace {
 
 constexpr int VL = TTT_VL;
+constexpr int STRIP = 2 * VL;
 
 typedef float vf __attribute__((vector_size(4 * VL)));
 typedef uint32_t vu __attribute__((vector_size(4 * VL)));
 typedef int32_t vi __attribute__((vector_size(4 * VL)));
+typedef uint64_t vq __attribute__((vector_size(4 * VL)));
 typedef uint16_t vh __attribute__((vector_size(2 * VL)));
 
 struct bf16 {
   uint16_t bits;
 };
 
+struct Two {
+  vf a, b;
+};
+
 inline vf splat(float s) { return s - vf{}; }
 
-inline vf load(const float* p) {
-  vf v;
+template <class V, class T>
+inline V load_as(const T* p) {
+  V v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-inline vf load(const bf16* p) {
-  vh h;
-  std::memcpy(&h, p, sizeof h);
-  return (vf)(__builtin_convertvector(h, vu) << 16);
+inline vf load(const float* p) { return load_as<vf>(p); }
+inline vf load(const bf16* p) { return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16); }
+inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+
+// The first `count` < VL elements, zeros behind them.
+template <class T>
+inline vf load_upto(const T* p, int64_t count) {
+  if (count >= VL) return load(p);
+  T part[VL] = {};
+  std::memcpy(part, p, count * sizeof(T));
+  return load(part);
 }
+
 inline float load1(const float* p) { return *p; }
 inline float load1(const bf16* p) {
   const uint32_t u = static_cast<uint32_t>(p->bits) << 16;
@@ -37,34 +60,99 @@ inline float load1(const bf16* p) {
   return f;
 }
 
-inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+// Whether strips of a matrix of weights T are even and odd columns, or two halves.
+template <class T>
+constexpr bool splits = sizeof(T) == 2;
+
+// Where column j of a strip stands in its two vectors.
+template <bool split>
+inline int place(int j) {
+  return split ? j / 2 + (j % 2) * VL : j;
+}
+
+template <bool split>
+inline Two load2(const float* p) {
+  if constexpr (!split) return {load(p), load(p + VL)};
+  Two v;
+  for (int l = 0; l < VL; l++) v.a[l] = p[2 * l];
+  for (int l = 0; l < VL; l++) v.b[l] = p[2 * l + 1];
+  return v;
+}
+template <bool split>
+inline Two load2(const bf16* p) {
+  if constexpr (split) {
+    const vu raw = load_as<vu>(p);
+    return {(vf)(raw << 16), (vf)(raw & 0xffff0000u)};
+  }
+  return {load(p), load(p + VL)};
+}
+
+// The first `count` < STRIP columns, zeros behind them.
+template <bool split, class T>
+inline Two load2_part(const T* p, int64_t count) {
+  T part[STRIP] = {};
+  std::memcpy(part, p, count * sizeof(T));
+  return load2<split>(part);
+}
+template <bool split, class T>
+inline Two load2_upto(const T* p, int64_t count) {
+  return count >= STRIP ? load2<split>(p) : load2_part<split>(p, count);
+}
 
 // Finite lanes are selected by an all-ones exponent: -ffast-math is never used, but isfinite has no vector form.
 inline vu finite_mask(vu u) { return (vu)((u & 0x7f800000u) != 0x7f800000u); }
 
-inline vf store_rounded(float* p, vf v, vu) {
-  store(p, v);
+// Stochastic rounding to bfloat16, as the upper half of a float32: add 16 random bits below the cut; the cut follows.
+inline vu round_up_by(vf v, vu bits) {
+#if defined(__AVX512DQ__)
+  const __mmask16 not_finite = _mm512_fpclass_ps_mask((__m512)v, 0x99);
+  return (vu)_mm512_mask_add_epi32((__m512i)v, static_cast<__mmask16>(~not_finite), (__m512i)v, (__m512i)bits);
+#else
+  return (vu)v + (bits & finite_mask((vu)v));
+#endif
+}
+
+// Store a strip, where T is bfloat16 rounded by the 16 bits of each lane. Returns what was stored.
+template <bool split>
+inline Two store2_rounded(float* p, Two v, vu, vu) {
+  if constexpr (split) {
+    for (int l = 0; l < VL; l++) p[2 * l] = v.a[l];
+    for (int l = 0; l < VL; l++) p[2 * l + 1] = v.b[l];
+  } else {
+    store(p, v.a);
+    store(p + VL, v.b);
+  }
   return v;
 }
-// Stochastic rounding: add 16 random bits below the cut, then cut. Returns what was stored.
-inline vf store_rounded(bf16* p, vf v, vu bits) {
-  vu u = (vu)v;
-  u = (u + (bits & 0xffffu & finite_mask(u))) >> 16;
-  const vh h = __builtin_convertvector(u, vh);
-  std::memcpy(p, &h, sizeof h);
-  return (vf)(u << 16);
+template <bool split>
+inline Two store2_rounded(bf16* p, Two v, vu bits_a, vu bits_b) {
+  const vu a = round_up_by(v.a, bits_a), b = round_up_by(v.b, bits_b);
+  const vu low = a >> 16, high = b & 0xffff0000u;
+  if constexpr (split) {
+    const vu pairs = low | high;
+    std::memcpy(p, &pairs, sizeof pairs);
+  } else {
+    const vh first = __builtin_convertvector(low, vh), second = __builtin_convertvector(b >> 16, vh);
+    std::memcpy(p, &first, sizeof first);
+    std::memcpy(p + VL, &second, sizeof second);
+  }
+  return {(vf)(low << 16), (vf)high};
 }
-// Round to nearest even, for activations.
+
+// Round to nearest even; the result's upper half is the bfloat16.
+inline vu nearest(vf v) {
+  const vu u = (vu)v, is_nan = (vu)(v != v);
+  return ((u + 0x7fffu + ((u >> 16) & 1u)) & ~is_nan) | (0x7fc00000u & is_nan);
+}
+
 inline void store_nearest(float* p, vf v) { store(p, v); }
 inline void store_nearest(bf16* p, vf v) {
-  vu u = (vu)v;
-  const vu is_nan = (vu)(v != v);
-  u = ((u + 0x7fffu + ((u >> 16) & 1u)) & ~is_nan) | (0x7fc00000u & is_nan);
-  const vh h = __builtin_convertvector(u >> 16, vh);
+  const vh h = __builtin_convertvector(nearest(v) >> 16, vh);
   std::memcpy(p, &h, sizeof h);
 }
 
 inline vf abs(vf v) { return (vf)((vu)v & 0x7fffffffu); }
+inline vu select(vu mask, vu yes, vu no) { return (mask & yes) | (~mask & no); }
 
 inline float sum(vf v) {
   float lanes[VL];
@@ -72,19 +160,6 @@ inline float sum(vf v) {
   for (int half = VL / 2; half > 0; half /= 2)
     for (int l = 0; l < half; l++) lanes[l] += lanes[l + half];
   return lanes[0];
-}
-
-// The first `count` < VL elements, zeros behind them.
-template <class T>
-inline vf load_part(const T* p, int64_t count) {
-  T part[VL] = {};
-  std::memcpy(part, p, count * sizeof(T));
-  return load(part);
-}
-
-template <class T>
-inline vf load_upto(const T* p, int64_t count) {
-  return count >= VL ? load(p) : load_part(p, count);
 }
 
 }  // namespace

@@ -3,49 +3,89 @@
 #pragma once
 #include <omp.h>
 
+#include "product.h"
 #include "scratch.h"
 #include "vec.h"
 
 namespace {
 
-// Dot products of one row with `tokens` vectors; four partial sums each hide the latency of the adds.
-template <int tokens, class T>
-inline void dots(const T* row, const float* x, int64_t n, float* out) {
-  constexpr int unroll = tokens == 1 ? 8 : (tokens == 2 ? 4 : 2);
-  vf acc[tokens][unroll] = {};
-  int64_t j = 0;
-  for (; j + unroll * VL <= n; j += unroll * VL) {
-#pragma GCC unroll 8
-    for (int u = 0; u < unroll; u++) {
-      const vf w = load(row + j + u * VL);
-#pragma GCC unroll 4
-      for (int t = 0; t < tokens; t++) acc[t][u] += w * load(x + t * n + j + u * VL);
-    }
+// The tokens as the dot products want them: rows of `width` elements, zeros behind column n. As float32 in the order of
+// the strips of T; where the processor multiplies pairs of bfloat16 (product.h), as they are.
+template <class T>
+struct Tokens {
+  int64_t width;
+  Scratch storage;
+
+  Tokens(const T* x, int64_t tokens, int64_t n) : width((n + STRIP - 1) / STRIP * STRIP), storage(tokens * width) {
+    for (int64_t t = 0; t < tokens; t++)
+      for (int64_t j = 0; j < width; j += STRIP) {
+        float* to = row(t) + (dots<T> ? j / 2 : j);
+        if constexpr (dots<T>) {
+          std::memset(to, 0, STRIP * sizeof(T));
+          std::memcpy(to, x + t * n + j, (n - j < STRIP ? n - j : STRIP) * sizeof(T));
+        } else {
+          const Two strip = load2_upto<splits<T>>(x + t * n + j, n - j);
+          store(to, strip.a);
+          store(to + VL, strip.b);
+        }
+      }
   }
-  for (; j < n; j += VL) {
-    const int64_t count = n - j;
-    const vf w = load_upto(row + j, count);
-    for (int t = 0; t < tokens; t++) acc[t][0] += w * load_upto(x + t * n + j, count);
+  float* row(int64_t t) const { return storage.get() + t * (dots<T> ? width / 2 : width); }
+};
+
+// acc += one strip of a row of T times the same strip of a token, which begins at x.
+template <class T>
+inline void add_strip(vf& a, vf& b, const T* row, const float* x) {
+#if TTT_DOT
+  if constexpr (dots<T>) {
+    a = (vf)_mm512_dpbf16_ps((__m512)a, (__m512bh)load_as<vu>(row), (__m512bh)load_as<vu>(x));
+    return;
+  }
+#endif
+  const Two w = load2<splits<T>>(row);
+  a += w.a * load(x);
+  b += w.b * load(x + VL);
+}
+
+// Dot products of one row with `tokens` tokens, the first at x; several partial sums hide the latency of the adds.
+template <int tokens, class T>
+inline void dot_products(const T* row, const float* x, int64_t stride, int64_t n, float* out) {
+  constexpr int unroll = tokens == 1 ? 4 : (tokens == 2 ? 2 : 1);
+  constexpr int step = dots<T> ? STRIP / 2 : STRIP;  // floats that a strip of a token takes
+  vf acc[tokens][unroll][2] = {};
+  int64_t j = 0;
+  for (; j + unroll * STRIP <= n; j += unroll * STRIP, x += unroll * step) {
+#pragma GCC unroll 4
+    for (int u = 0; u < unroll; u++)
+#pragma GCC unroll 4
+      for (int t = 0; t < tokens; t++)
+        add_strip(acc[t][u][0], acc[t][u][1], row + j + u * STRIP, x + t * stride + u * step);
+  }
+  for (; j < n; j += STRIP, x += step) {
+    T part[STRIP] = {};
+    std::memcpy(part, row + j, (n - j < STRIP ? n - j : STRIP) * sizeof(T));
+    for (int t = 0; t < tokens; t++) add_strip(acc[t][0][0], acc[t][0][1], part, x + t * stride);
   }
   for (int t = 0; t < tokens; t++) {
-    vf total = acc[t][0];
-    for (int u = 1; u < unroll; u++) total += acc[t][u];
+    vf total = {};
+    for (int u = 0; u < unroll; u++) total += acc[t][u][0] + acc[t][u][1];
     out[t] = sum(total);
   }
 }
 
 template <class T>
-inline void dots_any(const T* row, const float* x, int64_t n, int64_t tokens, float* out) {
-  for (; tokens >= 4; tokens -= 4, x += 4 * n, out += 4) dots<4>(row, x, n, out);
-  if (tokens == 3) dots<3>(row, x, n, out);
-  if (tokens == 2) dots<2>(row, x, n, out);
-  if (tokens == 1) dots<1>(row, x, n, out);
+inline void dot_products_any(const T* row, const Tokens<T>& x, int64_t n, int64_t first, int64_t tokens, float* out) {
+  const int64_t stride = x.row(1) - x.row(0), end = first + tokens;
+  int64_t t = first;
+  for (; t + 4 <= end; t += 4) dot_products<4>(row, x.row(t), stride, n, out + t - first);
+  if (end - t == 3) dot_products<3>(row, x.row(t), stride, n, out + t - first);
+  if (end - t == 2) dot_products<2>(row, x.row(t), stride, n, out + t - first);
+  if (end - t == 1) dot_products<1>(row, x.row(t), stride, n, out + t - first);
 }
 
 template <class T>
 void window_linear(const ttt::WindowLinear& a) {
   const int64_t m = a.m, n = a.n, tokens = a.tokens;
-  const T* x16 = static_cast<const T*>(a.x);
   const T* weight = static_cast<const T*>(a.weight);
   const T* bias = static_cast<const T*>(a.bias);
   const T* win_x = static_cast<const T*>(a.win_x);
@@ -60,15 +100,7 @@ void window_linear(const ttt::WindowLinear& a) {
     if (a.win_eta[c] != 0) live[rows++] = static_cast<int>(c);
   if (tokens == 0 || (a.product_done && rows == 0)) return;
 
-  Scratch x_scratch(sizeof(T) == 4 ? 0 : tokens * n);
-  const float* x;
-  if constexpr (sizeof(T) == 4) {
-    x = x16;
-  } else {
-    float* wide = x_scratch.get();
-    for (int64_t j = 0; j < tokens * n; j++) wide[j] = load1(x16 + j);
-    x = wide;
-  }
+  const Tokens<T> x(static_cast<const T*>(a.x), tokens, n);
   Scratch coef_scratch(rows * tokens);
   float* coef = coef_scratch.get();  // rows x tokens: eta_c (x_t . X_c)
   const int64_t blocks = (m + VL - 1) / VL;
@@ -82,7 +114,7 @@ void window_linear(const ttt::WindowLinear& a) {
   {
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < rows; c++) {
-      dots_any(win_x + live[c] * n, x, n, tokens, coef + c * tokens);
+      dot_products_any(win_x + live[c] * n, x, n, 0, tokens, coef + c * tokens);
       for (int64_t t = 0; t < tokens; t++) coef[c * tokens + t] *= a.win_eta[live[c]];
     }
     // Shared machines lose a core at any moment: blocks are handed out as threads become free.
@@ -95,7 +127,7 @@ void window_linear(const ttt::WindowLinear& a) {
           float sums[64];
           for (int64_t t = 0; t < tokens; t += 64) {
             const int64_t some = tokens - t < 64 ? tokens - t : 64;
-            dots_any(weight + (i0 + i) * n, x + t * n, n, some, sums);
+            dot_products_any(weight + (i0 + i) * n, x, n, t, some, sums);
             for (int64_t s = 0; s < some; s++) out[(t + s) * VL + i] = sums[s];
           }
         }

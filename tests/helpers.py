@@ -2,6 +2,9 @@
 
 import torch
 
+from ttt.ops import log8
+from ttt.ops.philox import choose_tokens, stochastic_round_, trace_rounding_bits
+
 
 def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     """Root mean square error over the root mean square of the truth, in float64."""
@@ -32,13 +35,43 @@ def assert_close(actual: torch.Tensor, exact: torch.Tensor, baseline: torch.Tens
 ORDER = ("weight", "anchor", "importance", "trace", "x", "delta", "eta", "trace_delta", "memory", "seen", "step")
 
 
+def as_double(t: torch.Tensor | None, n: int) -> torch.Tensor | None:
+    """``t`` in float64; 8-bit state decoded, other tensors that hold no floats as they are."""
+    if log8.is_packed(t):
+        return log8.decode(t, n).double()
+    return t.double() if t is not None and t.is_floating_point() else t
+
+
+def trace_of_rounded_factors(case, options) -> torch.Tensor:
+    """The trace after a commit with bfloat16 weights where both factors of S are rounded to bfloat16, as kernels on matrix
+    units take them: what plain torch makes of the formula at that dtype."""
+    p, x = case["delta" if case["trace_delta"] is None else "trace_delta"], case["x"]
+    tokens, n = x.shape
+    decay = options["gamma"] ** torch.arange(tokens - 1, -1, -1, device=x.device).unsqueeze(1)
+    if options.get("trace_every", 1) > 1:
+        token, size = choose_tokens(tokens, options["trace_every"], case["step"], options["seed"])
+        p, x, decay = p[token], x[token], decay[token] * size.unsqueeze(1)
+    fisher = options["kind"] == "fisher"
+    left = ((p.float().square() if fisher else p.float().abs()) * decay).bfloat16()
+    right = (x.float().square() if fisher else x.float().abs()).bfloat16()
+    value = options["gamma"] ** tokens * as_double(case["trace"], n).float() + left.float().T @ right.float()
+    bits = trace_rounding_bits(*case["weight"].shape, case["step"], options["seed"])
+    if log8.is_packed(case["trace"]):
+        return log8.encode(value, bits)
+    trace = case["trace"].clone()
+    stochastic_round_(trace, value, bits)
+    return trace
+
+
 def assert_commit(case, ours, exact, plain) -> None:
     """State after a commit: W and F by `assert_close`, the step bumped, and not a bit of the rest written."""
+    n = case["x"].shape[1]
     for name in ("weight", "trace"):
         if case[name] is not None:
             assert ours[name].dtype == case[name].dtype
+            assert ours[name].shape == case[name].shape
             # Compared as changes: the weights themselves would hide an update that is wrong.
-            change = [t[name].double() - case[name].double() for t in (ours, exact, plain)]
+            change = [as_double(t[name], n) - as_double(case[name], n) for t in (ours, exact, plain)]
             assert_close(*change, name)
     for name in set(ORDER) - {"weight", "trace", "step"}:
         assert case[name] is None or torch.equal(ours[name], case[name]), f"{name} was written"

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers import ORDER, assert_close, assert_commit
+from helpers import ORDER, as_double, assert_close, assert_commit, trace_of_rounded_factors
 
 from ttt import _C, ops
-from ttt.ops import reference
+from ttt.ops import log8, reference
 
 ISAS = _C.available_isas()
 DTYPES = [torch.float32, torch.bfloat16]
@@ -54,13 +54,17 @@ def test_window_linear_takes_any_leading_shape_and_no_bias(isa):
         torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def stored(values, state):
+    return log8.encode(values) if state == torch.uint8 else values.to(state)
+
+
 def commit_case(m, n, tokens, dtype, state):
     weight = torch.randn(m, n)
     return {
         "weight": weight.to(dtype),
         "anchor": (weight + 0.1 * torch.randn(m, n)).to(dtype),
-        "importance": (torch.rand(m, n) * 3).to(state),
-        "trace": torch.rand(m, n).to(state),
+        "importance": stored(torch.rand(m, n) * 3, state),
+        "trace": stored(torch.rand(m, n), state),
         "x": torch.randn(tokens, n).to(dtype),
         "delta": torch.randn(tokens, m).to(dtype),
         "eta": torch.rand(tokens) * 0.02,
@@ -75,26 +79,29 @@ def run_reference(case, options):
     o = options
     reference.commit(
         *[case[k] for k in ORDER], o["seed"], o["replay_rows"], o["replay"], o["beta"], o["eps"], o["lam"], o["gamma"],
-        o["kind"],
+        o["kind"], o.get("trace_every", 1), o.get("trace_fp8", False),
     )  # fmt: skip
 
 
 def check_commit(case, options):
     """Runs the kernel, the reference at the same dtype and in float64; compares all state."""
-    exact = {k: (t.double() if t is not None and t.is_floating_point() else t) for k, t in case.items()}
-    exact = {k: None if t is None else t.clone() for k, t in exact.items()}
+    n = case["x"].shape[1]
+    exact = {k: None if t is None else as_double(t, n).clone() for k, t in case.items()}
     plain = {k: None if t is None else t.clone() for k, t in case.items()}
     ours = {k: None if t is None else t.clone() for k, t in case.items()}
     ops.commit(**ours, **options)
     run_reference(plain, options)
     run_reference(exact, options)
+    if _C.active_isa() == "avx512bf16" and case["weight"].dtype == torch.bfloat16 and options["kind"] != "si":
+        if case["trace"] is not None and len(case["x"]):
+            plain["trace"] = trace_of_rounded_factors(case, options)
     assert_commit(case, ours, exact, plain)
 
 
 OPTIONS = {"seed": 123456789123, "replay": "projection", "beta": 0.3, "eps": 1e-3, "gamma": 0.99, "kind": "fisher"}
 
 
-@pytest.mark.parametrize("state", DTYPES)
+@pytest.mark.parametrize("state", [*DTYPES, torch.uint8])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("m", "n", "tokens", "rows"),
@@ -132,15 +139,33 @@ def test_commit_over_several_cache_groups(isa):
     check_commit(case, {**OPTIONS, "replay_rows": 5, "lam": 0.5})
 
 
-def test_bf16_rounds_with_the_same_bits_as_the_reference(isa):
-    """Products of small integers are exact in float32, so every backend must store the very same bf16 weights."""
+@pytest.mark.parametrize("every", [2, 3, 50])
+@pytest.mark.parametrize("kind", ["fisher", "mas", "si"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_commit_with_a_sampled_trace(isa, kind, dtype, every):
+    case = commit_case(34, 75, 41, dtype, torch.float32)
+    check_commit(case, {**OPTIONS, "kind": kind, "lam": 0.3, "replay_rows": 2, "trace_every": every})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_commit_with_one_rate_for_all_tokens(isa, dtype):
+    case = commit_case(34, 75, 41, dtype, torch.float32)
+    case["eta"].fill_(0.013)
+    check_commit(case, {**OPTIONS, "lam": 0.3, "replay_rows": 2})
+
+
+@pytest.mark.parametrize("state", [torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounds_with_the_same_bits_as_the_reference(isa, dtype, state):
+    """Products of small integers are exact in float32 and in pairs of bfloat16, so every backend must store the very same
+    weights and traces."""
     m, n, tokens = 33, 127, 8
-    case = commit_case(m, n, tokens, torch.bfloat16, torch.bfloat16)
-    case["x"] = torch.randint(-3, 4, (tokens, n)).bfloat16()
-    case["delta"] = torch.randint(-3, 4, (tokens, m)).bfloat16()
+    case = commit_case(m, n, tokens, dtype, state)
+    case["x"] = torch.randint(-3, 4, (tokens, n)).to(dtype)
+    case["delta"] = torch.randint(-3, 4, (tokens, m)).to(dtype)
     case["eta"] = torch.full((tokens,), 2.0**-9)
-    case["weight"] = torch.randint(-64, 64, (m, n)).bfloat16()
-    case["trace"] = torch.randint(0, 99, (m, n)).bfloat16()
+    case["weight"] = torch.randint(-64, 64, (m, n)).to(dtype)
+    case["trace"] = stored(torch.randint(0, 99, (m, n)).float(), state)
     case["trace_delta"] = None
     ours, theirs = ({k: None if t is None else t.clone() for k, t in case.items()} for _ in range(2))
     options = {**OPTIONS, "replay_rows": 0, "lam": 0.0, "gamma": 1.0}
@@ -149,6 +174,20 @@ def test_bf16_rounds_with_the_same_bits_as_the_reference(isa):
     assert torch.equal(ours["weight"], theirs["weight"])
     assert torch.equal(ours["trace"], theirs["trace"])
     assert float((ours["weight"] != case["weight"]).float().mean()) > 0.05
+
+
+def test_mixed_state_dtypes_and_fp8_products_use_the_reference_and_say_so():
+    from ttt.ops.backends import calls
+
+    calls.clear()
+    case = commit_case(5, 7, 3, torch.float32, torch.float32)
+    check_commit({**case, "trace": case["trace"].bfloat16()}, {**OPTIONS, "replay_rows": 0, "lam": 0.5})
+    assert calls["commit", "reference", "no C++ kernel for importance and trace of different dtypes"] == 1
+    ours = {k: t.clone() for k, t in case.items()}
+    run_reference(case, {**OPTIONS, "replay_rows": 2, "lam": 0.5, "trace_fp8": True})
+    ops.commit(**ours, **OPTIONS, replay_rows=2, lam=0.5, trace_fp8=True)
+    assert calls["commit", "reference", "no C++ kernel with fp8 products"] == 1
+    assert all(torch.equal(ours[k], case[k]) for k in case)
 
 
 def test_zero_rate_changes_no_bit_of_the_weight(isa):
@@ -204,6 +243,14 @@ BAD_COMMITS = {
     "wide eta": ({"eta": torch.zeros(3, dtype=torch.float64)}, TypeError, "eta must be torch.float32"),
     "float step": ({"step": torch.zeros(1)}, TypeError, "step must be torch.int64"),
     "wide memory": ({"memory": torch.zeros(9, 6)}, ValueError, "memory must have shape"),
+    "8-bit trace": (
+        {"trace": torch.zeros(4, 5, dtype=torch.uint8)},
+        ValueError,
+        r"trace must have shape \(4, 6\), got \(4, 5\)",
+    ),
+    "8-bit si": ({"trace": log8.zeros(4, 5), "kind": "si"}, ValueError, "with kind = 'si' it has both signs"),
+    "fp8 si": ({"trace_fp8": True, "kind": "si"}, ValueError, "trace_fp8 is for products of values >= 0"),
+    "every": ({"trace_every": 0}, ValueError, "trace_every must be >= 1, got 0"),
     "no anchor": ({"anchor": None}, ValueError, "needs memory, seen and anchor"),
     "no importance": ({"importance": None}, ValueError, "lam = 0.5 needs anchor and importance"),
     "rows": ({"replay_rows": 65}, ValueError, r"replay_rows must be in \[0, 64\], got 65"),

@@ -20,7 +20,7 @@ ISA_VARIABLE = "TTT_CPU_ISA"
 if _C is not None and os.environ.get(ISA_VARIABLE):
     _C.set_isa(os.environ[ISA_VARIABLE])
 
-_DTYPE = {torch.float32: 0, torch.bfloat16: 1}
+_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}  # the last for importance and trace only
 _MASK64 = (1 << 64) - 1
 
 # Above this many tokens, torch's matmul reuses each weight from its registers and the C++ kernel only
@@ -71,6 +71,12 @@ def commit(
         seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every, trace_fp8,
     )  # fmt: skip
     why = _why_not(weight.dtype)
+    pulls = lam > 0
+    states = {t.dtype for t in (importance if pulls else None, trace) if t is not None}
+    if not why and trace_fp8 and trace is not None:
+        why = "no C++ kernel with fp8 products"
+    if not why and len(states) > 1:
+        why = "no C++ kernel for importance and trace of different dtypes"
     if why:
         record("commit", "reference", why)
         reference.commit(
@@ -80,14 +86,13 @@ def commit(
     else:
         record("commit", "cpu")
         m, n = weight.shape
-        pulls = lam > 0
         _C.commit(
             weight.data_ptr(), _address(anchor if pulls or replay_rows else None),
             _address(importance if pulls else None), _address(trace), x.data_ptr(), delta.data_ptr(), eta.data_ptr(),
             (delta if trace_delta is None else trace_delta).data_ptr(), _address(memory), _address(seen),
-            step.data_ptr(), m, n, eta.numel(), memory.shape[0] if replay_rows else 0, replay_rows, seed & _MASK64,
-            beta, eps, lam, gamma, _DTYPE[weight.dtype], _DTYPE[importance.dtype] if pulls else 0,
-            0 if trace is None else _DTYPE[trace.dtype], schema.REPLAY.index(replay), schema.KINDS.index(kind),
+            step.data_ptr(), m, n, eta.numel(), memory.shape[0] if replay_rows else 0, replay_rows, trace_every, seed & _MASK64,
+            beta, eps, lam, gamma, _DTYPE[weight.dtype], _DTYPE[states.pop()] if states else 0,
+            schema.REPLAY.index(replay), schema.KINDS.index(kind),
             torch.get_num_threads(),
         )  # fmt: skip
         # The kernel wrote through raw pointers: autograd and functionalization must be told.

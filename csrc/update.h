@@ -1,0 +1,199 @@
+// Writing one register tile: the proximal step, stochastic rounding, the trace.
+#pragma once
+#include "log8.h"
+#include "product.h"
+#include "rounding.h"
+#include "vec.h"
+
+namespace {
+
+struct Scalars {
+  float pull;      // lam * sum(eta)
+  float keep;      // gamma^T
+  bool si, draws;  // draws: random bits are needed
+  uint64_t seed;
+  uint32_t step;
+};
+
+// A row's part of importance or trace. In 8 bits its codes, and the exponents of its blocks.
+template <class S>
+struct State {
+  S* value;
+  uint8_t* exponent;
+};
+
+template <class S>
+inline State<S> state_at(void* base, int64_t i, int64_t j, int64_t n) {
+  if (base == nullptr) return {nullptr, nullptr};
+  if constexpr (sizeof(S) == 1) {
+    S* row = static_cast<S*>(base) + i * packed_width(n);
+    return {row + j, reinterpret_cast<uint8_t*>(row + n) + j / BLOCK};
+  }
+  return {static_cast<S*>(base) + i * n + j, nullptr};
+}
+
+template <bool split, class S>
+inline Two load_state(const State<S>& s, int at) {
+  if constexpr (sizeof(S) == 1)
+    return decode2<split>(s.value + at, s.exponent[at / BLOCK]);
+  else
+    return load2<split>(s.value + at);
+}
+
+template <class W, class S>
+__attribute__((always_inline)) inline void update_row(W* weight, const W* anchor, const State<S>& importance,
+                                                      const State<S>& trace, const vf* g, const vf* s,
+                                                      const uint32_t* words, const Scalars& k) {
+  constexpr bool split = splits<W>;
+  constexpr int strips = NC / STRIP;
+  Two grown[strips];
+  vu trace_bits[strips][2];
+#pragma GCC unroll 4
+  for (int strip = 0; strip < strips; strip++) {
+    const int at = strip * STRIP;
+    vu bits_a = {}, bits_b = {};
+    trace_bits[strip][0] = trace_bits[strip][1] = vu{};
+    if (k.draws) {
+      const vu word = load_as<vu>(words + at / 2);
+      if constexpr (split) {
+        // The trace takes the bits of the other column of its pair: philox.py says why.
+        bits_a = trace_bits[strip][1] = word & 0xffffu;
+        bits_b = trace_bits[strip][0] = word >> 16;
+      } else {
+        const vu swapped = (word >> 16) | (word << 16);
+        vh half[2];
+        std::memcpy(half, &swapped, sizeof half);
+        trace_bits[strip][0] = __builtin_convertvector(half[0], vu);
+        trace_bits[strip][1] = __builtin_convertvector(half[1], vu);
+      }
+    }
+    const Two old = load2<split>(weight + at);
+    Two change = {g[2 * strip], g[2 * strip + 1]};
+    if (importance.value != nullptr) {
+      // The proximal step W* + (W - G - W*) / (1 + a), written so that G = 0 and a = 0 change no bit.
+      const Two omega = load_state<split>(importance, at), from = load2<split>(anchor + at);
+      const vf pull_a = k.pull * omega.a, pull_b = k.pull * omega.b;
+      change.a = (change.a + pull_a * (old.a - from.a)) / (1.0f + pull_a);
+      change.b = (change.b + pull_b * (old.b - from.b)) / (1.0f + pull_b);
+    }
+    const Two now = store2_rounded<split>(weight + at, {old.a - change.a, old.b - change.b}, bits_a, bits_b);
+    if (trace.value == nullptr) continue;
+    const Two before = load_state<split>(trace, at);
+    Two more = {s[2 * strip], s[2 * strip + 1]};
+    if (k.si) more = {more.a * (old.a - now.a), more.b * (old.b - now.b)};
+    grown[strip] = {k.keep * before.a + more.a, k.keep * before.b + more.b};
+    if constexpr (sizeof(S) > 1)
+      store2_rounded<split>(trace.value + at, grown[strip], trace_bits[strip][0], trace_bits[strip][1]);
+  }
+  if constexpr (sizeof(S) == 1) {
+    constexpr int each = BLOCK / STRIP;
+    if (trace.value == nullptr) return;
+#pragma GCC unroll 4
+    for (int b = 0; b < NC / BLOCK; b++)
+      trace.exponent[b] = encode_block<split>(trace.value + b * BLOCK, grown + b * each, trace_bits + b * each);
+  }
+}
+
+// Words of random bits for one tile, and how many tiles are drawn at once: the generator is a chain of dependent
+// products, and needs about six of them at a time.
+template <int MR>
+constexpr int WORDS = MR * NC / 2;
+template <int MR>
+constexpr int ACROSS = VL == 16 && MR == FLAT ? 3 : 1;
+
+// The tile whose first element is (i, j).
+template <int MR, class W, class S>
+struct Rows {
+  const ttt::Commit& a;
+  int64_t i, j;
+
+  Rows(const ttt::Commit& a, int64_t i, int64_t j) : a(a), i(i), j(j) {}
+
+  // Ask for NC columns from `column` on, some tiles ahead: with this many streams the processor does not see them all.
+  void prefetch(int tall, int64_t column) const {
+    if (column + NC > a.n) return;
+    for (int r = 0; r < tall; r++) {
+      const int64_t at = (i + r) * a.n + column;
+      touch(static_cast<const W*>(a.weight) + at);
+      if (a.importance != nullptr) {
+        touch(static_cast<const W*>(a.anchor) + at);
+        touch(state_at<S>(const_cast<void*>(a.importance), i + r, column, a.n).value);
+      }
+      if (a.trace != nullptr) touch(state_at<S>(a.trace, i + r, column, a.n).value);
+    }
+  }
+
+  // The random bits of this tile and of those to its right, `panels` of them at most.
+  void draw(uint32_t* words, int64_t panels, const Scalars& k) const {
+    const int across = panels < ACROSS<MR> ? 1 : ACROSS<MR>;
+    for (int c = 0; c < panels && c < ACROSS<MR>; c += across)
+      for (int at = 0; at < NC; at += 4 * VL) {
+        const uint32_t counter = static_cast<uint32_t>((j + c * NC + at) / 8), row = static_cast<uint32_t>(i);
+        uint32_t* out = words + c * WORDS<MR> + at / 2;
+        if (across == 1)
+          rounding_bits<MR, 1>(counter, row, k.step, k.seed, out);
+        else
+          rounding_bits<MR, ACROSS<MR>>(counter, row, k.step, k.seed, out);
+      }
+  }
+
+  __attribute__((always_inline)) void update(int tall, const vf (&g)[MR][NV], const vf (&s)[MR][NV],
+                                             const uint32_t* words, const Scalars& k, bool pulls, bool traces) const {
+    if constexpr (MR == FLAT) {
+#pragma GCC unroll 3
+      for (int r = 0; r < MR; r++)
+        if (r < tall) update_one(r, g[r], s[r], words, k, pulls, traces);
+    } else {
+#pragma GCC unroll 1
+      for (int r = 0; r < tall; r++) update_one(r, g[r], s[r], words, k, pulls, traces);
+    }
+  }
+
+ private:
+  __attribute__((always_inline)) void update_one(int r, const vf (&g)[NV], const vf (&s)[NV], const uint32_t* words,
+                                                 const Scalars& k, bool pulls, bool traces) const {
+    const int64_t at = (i + r) * a.n + j;
+    W* weight = static_cast<W*>(a.weight) + at;
+    const W* anchor = pulls ? static_cast<const W*>(a.anchor) + at : nullptr;
+    const State<S> importance = state_at<S>(pulls ? const_cast<void*>(a.importance) : nullptr, i + r, j, a.n);
+    const State<S> trace = state_at<S>(traces ? a.trace : nullptr, i + r, j, a.n);
+    if (j + NC <= a.n) {
+      update_row(weight, anchor, importance, trace, g, s, words + r * NC / 2, k);
+    } else {
+      vf g_copy[NV], s_copy[NV];
+      std::memcpy(g_copy, g, sizeof g);
+      std::memcpy(s_copy, s, sizeof s);
+      update_part(weight, anchor, importance, trace, a.n - j, g_copy, s_copy, words + r * NC / 2, k);
+    }
+  }
+
+  template <class T>
+  static void touch(const T* p) {
+    for (int64_t byte = 0; byte < static_cast<int64_t>(NC * sizeof(T)); byte += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, 0, 3);
+  }
+
+  // The last columns of a row, by way of copies; what stands behind them in the copies is zero.
+  __attribute__((noinline)) static void update_part(W* weight, const W* anchor, const State<S>& importance,
+                                                    const State<S>& trace, int64_t count, const vf* g, const vf* s,
+                                                    const uint32_t* words, const Scalars& k) {
+    W w[NC] = {}, w0[NC] = {};
+    S o[NC] = {};
+    S f[NC] = {};
+    uint8_t o_exponent[NC / BLOCK] = {}, f_exponent[NC / BLOCK] = {};
+    const int64_t blocks = (count + BLOCK - 1) / BLOCK;
+    std::memcpy(w, weight, count * sizeof(W));
+    if (anchor) std::memcpy(w0, anchor, count * sizeof(W));
+    if (importance.value) std::memcpy(o, importance.value, count * sizeof(S));
+    if (importance.exponent) std::memcpy(o_exponent, importance.exponent, blocks);
+    if (trace.value) std::memcpy(f, trace.value, count * sizeof(S));
+    if (trace.exponent) std::memcpy(f_exponent, trace.exponent, blocks);
+    update_row<W, S>(w, w0, {importance.value ? o : nullptr, o_exponent}, {trace.value ? f : nullptr, f_exponent}, g, s,
+                     words, k);
+    std::memcpy(weight, w, count * sizeof(W));
+    if (trace.value) std::memcpy(trace.value, f, count * sizeof(S));
+    if (trace.exponent) std::memcpy(trace.exponent, f_exponent, blocks);
+  }
+};
+
+}  // namespace
