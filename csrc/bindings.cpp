@@ -4,6 +4,7 @@
 
 #include <cstring>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "api.h"
@@ -85,56 +86,66 @@ void window_linear(address x, address weight, address bias, address win_x, addre
   active->window_linear(a);
 }
 
-void commit(address weight, address anchor, address importance, address trace, address x, address delta, address eta,
-            address trace_delta, address memory, address seen, address step, int64_t m, int64_t n, int64_t tokens,
-            int64_t capacity, int64_t replay_rows, int64_t trace_every, uint64_t seed, float beta, float eps, float lam,
-            float gamma, int dtype, int state_dtype, int replay, int kind, int threads) {
-  ttt::Commit a{out<void>(weight),
-                in<void>(anchor),
-                in<void>(importance),
-                out<void>(trace),
-                in<void>(x),
-                in<void>(delta),
-                in<float>(eta),
-                in<void>(trace_delta),
-                in<void>(memory),
-                in<int64_t>(seen),
-                out<int64_t>(step),
-                m,
-                n,
-                tokens,
-                capacity,
-                replay_rows,
-                trace_every,
-                seed,
-                beta,
-                eps,
-                lam,
-                gamma,
-                dtype,
-                state_dtype,
-                replay,
-                kind,
-                threads};
+ttt::Commit commit_of(address weight, address anchor, address importance, address trace, address x, address delta,
+                      address eta, address trace_delta, address memory, address seen, address step, int64_t m,
+                      int64_t n, int64_t tokens, int64_t capacity, int64_t replay_rows, int64_t trace_every,
+                      uint64_t seed, float beta, float eps, float lam, float gamma, int dtype, int state_dtype,
+                      int replay, int kind, int threads) {
+  return {out<void>(weight),
+          in<void>(anchor),
+          in<void>(importance),
+          out<void>(trace),
+          in<void>(x),
+          in<void>(delta),
+          in<float>(eta),
+          in<void>(trace_delta),
+          in<void>(memory),
+          in<int64_t>(seen),
+          out<int64_t>(step),
+          m,
+          n,
+          tokens,
+          capacity,
+          replay_rows,
+          trace_every,
+          seed,
+          beta,
+          eps,
+          lam,
+          gamma,
+          dtype,
+          state_dtype,
+          replay,
+          kind,
+          threads};
+}
+
+template <class... Args>
+void commit(Args... args) {
+  const ttt::Commit a = commit_of(args...);
   py::gil_scoped_release release;
   active->commit(a);
 }
 
 // Algorithm R: row s goes to slot s while there is room, then to a random slot of [0, s].
-void reservoir_insert(address memory, address seen, address x, int64_t capacity, int64_t rows, int64_t row_bytes,
-                      uint64_t seed) {
-  py::gil_scoped_release release;
-  int64_t* count = out<int64_t>(seen);
-  for (int64_t t = 0; t < rows; t++, ++*count) {
-    const int64_t s = *count;
+void insert_rows(char* memory, int64_t* seen, const char* x, int64_t capacity, int64_t rows, int64_t row_bytes,
+                 uint64_t seed) {
+  for (int64_t t = 0; t < rows; t++, ++*seen) {
+    const int64_t s = *seen;
     int64_t slot = s;
     if (s >= capacity) {
       uint32_t words[4];
       philox(static_cast<uint32_t>(s), 0, 0, kInsert, seed, words);
       slot = static_cast<int64_t>((static_cast<uint64_t>(words[0]) * static_cast<uint64_t>(s + 1)) >> 32);
     }
-    if (slot < capacity) std::memcpy(out<char>(memory) + slot * row_bytes, in<char>(x) + t * row_bytes, row_bytes);
+    if (slot < capacity) std::memcpy(memory + slot * row_bytes, x + t * row_bytes, row_bytes);
   }
+}
+
+void reservoir_insert(address memory, address seen, address x, int64_t capacity, int64_t rows, int64_t row_bytes,
+                      uint64_t seed) {
+  py::gil_scoped_release release;
+  insert_rows(out<char>(memory), out<int64_t>(seen), in<char>(x), capacity, rows, row_bytes, seed);
 }
 
 void reservoir_draw(address seen, address step, address index, int64_t capacity, int64_t rows, uint64_t seed) {
@@ -147,14 +158,78 @@ void reservoir_draw(address seen, address step, address index, int64_t capacity,
   }
 }
 
+// One layer's addresses, bound once: a small layer's decoding step costs less than unpacking twenty arguments.
+struct Layer {
+  address weight, bias, win_x, win_delta, win_eta, win_trace, recent, recent_seen;
+  int64_t m, n, window, capacity;
+  uint64_t seed;
+  int dtype;
+  ttt::Commit written = {};
+
+  void forward(address x, address y, int64_t tokens, int threads, bool product_done) const {
+    window_linear(x, weight, bias, win_x, win_delta, win_eta, y, tokens, m, n, window, dtype, threads, product_done);
+  }
+
+  // Rows `at` to `at` + rows of the window; the inputs enter the sample of recent ones, too.
+  void append(address x, address delta, address eta, address trace_delta, int64_t at, int64_t rows) const {
+    const int64_t size = dtype == ttt::kF32 ? 4 : 2, x_bytes = n * size, d_bytes = m * size;
+    if (recent) insert_rows(out<char>(recent), out<int64_t>(recent_seen), in<char>(x), capacity, rows, x_bytes, seed);
+    std::memcpy(out<char>(win_x) + at * x_bytes, in<char>(x), rows * x_bytes);
+    std::memcpy(out<char>(win_delta) + at * d_bytes, in<char>(delta), rows * d_bytes);
+    if (win_trace) std::memcpy(out<char>(win_trace) + at * d_bytes, in<char>(trace_delta), rows * d_bytes);
+    std::memcpy(out<float>(win_eta) + at, in<float>(eta), rows * sizeof(float));
+  }
+
+  // Everything that `commit` takes; the tokens may be given later.
+  template <class... Args>
+  void prepare(Args... args) {
+    written = commit_of(args...);
+  }
+
+  // The first `rows` rows of the window; they are empty afterwards.
+  void commit_window(address tokens, int64_t rows, int threads) const {
+    ttt::Commit a = written;
+    a.x = in<void>(win_x);
+    a.delta = in<void>(win_delta);
+    a.eta = in<float>(win_eta);
+    a.trace_delta = in<void>(win_trace ? win_trace : win_delta);
+    a.tokens = rows;
+    a.threads = threads;
+    py::gil_scoped_release release;
+    active->commit(a);
+    *out<int64_t>(tokens) += rows;
+    std::memset(out<float>(win_eta), 0, window * sizeof(float));
+  }
+};
+
+template <class R, class... Args>
+struct CommitAs;
+template <class R, class... Args>
+struct CommitAs<R(Args...)> {
+  static constexpr auto call = &commit<Args...>;
+  static constexpr auto prepare = &Layer::prepare<Args...>;
+};
+using CommitArguments = CommitAs<std::remove_pointer_t<decltype(&commit_of)>>;
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of ttt. Addresses and sizes only; ttt.ops checks the arguments.";
   m.def("window_linear", &window_linear);
-  m.def("commit", &commit);
+  m.def("commit", CommitArguments::call);
   m.def("reservoir_insert", &reservoir_insert);
   m.def("reservoir_draw", &reservoir_draw);
+  py::class_<Layer>(m, "Layer")
+      .def(py::init([](address weight, address bias, address win_x, address win_delta, address win_eta,
+                       address win_trace, address recent, address recent_seen, int64_t m, int64_t n, int64_t window,
+                       int64_t capacity, uint64_t seed, int dtype) {
+        return Layer{weight,      bias, win_x, win_delta, win_eta,  win_trace, recent,
+                     recent_seen, m,    n,     window,    capacity, seed,      dtype};
+      }))
+      .def("forward", &Layer::forward)
+      .def("append", &Layer::append)
+      .def("prepare", CommitArguments::prepare)
+      .def("commit_window", &Layer::commit_window);
   m.def("set_isa", &set_isa, py::arg("isa"), "Use the kernels of one instruction set from now on.");
   m.def("available_isas", &available_isas, "The instruction sets this processor has, slowest first.");
   m.def("active_isa", [] { return std::string(active->isa); });

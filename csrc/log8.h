@@ -41,7 +41,7 @@ inline void codes2(const log8* p, vu& a, vu& b) {
 
 inline vf decode(vu code, float scale) {
   const vf value = (vf)((code + FIRST) << 19) * scale;
-  return (vf)((vu)value & (vu)(code != 0));
+  return code != 0 ? value : vf{};
 }
 
 template <bool split>
@@ -56,11 +56,12 @@ inline Two decode2(const log8* p, uint8_t exponent) {
 inline vu encode(vf v, float inverse, vu r) {
   const vf scaled = v * inverse;
   const vi code = (vi)(((vu)scaled + ((r << 3) | 4u)) >> 19) - static_cast<int32_t>(FIRST);
-  const vi low = (vi)(code < 1), high = (vi)(code > 255);
-  const vi inside = (low & 1) | (high & 255) | (~(low | high) & code);
-  const vf threshold = (SMALLEST * 0x1p-16f) * (__builtin_convertvector((vi)r, vf) + 0.5f);
-  const vu small = (vu)(scaled > threshold) & 1u;
-  return select((vu)(scaled < SMALLEST), small, (vu)inside);
+  const float unit = SMALLEST * 0x1p-16f;
+  const vf threshold = __builtin_convertvector((vi)r, vf) * unit + 0.5f * unit;
+  const vi one = vi{} + 1, top = vi{} + 255;
+  const vi inside = code > top ? top : code;
+  const vi small = scaled > threshold ? one : vi{};
+  return (vu)(scaled < SMALLEST ? small : inside);
 }
 
 template <bool split>
@@ -94,7 +95,7 @@ inline uint32_t exponent_for(uint32_t top) {
   return exponent > 253 ? 253 : exponent;
 }
 
-inline vu larger(vu a, vu b) { return select((vu)((vi)a > (vi)b), a, b); }
+inline vu larger(vu a, vu b) { return (vi)a > (vi)b ? a : b; }
 
 // Encode BLOCK columns, given as strips; bits are those of the strips' lanes. Returns the exponent.
 template <bool split>

@@ -152,7 +152,6 @@ inline void store_nearest(bf16* p, vf v) {
 }
 
 inline vf abs(vf v) { return (vf)((vu)v & 0x7fffffffu); }
-inline vu select(vu mask, vu yes, vu no) { return (mask & yes) | (~mask & no); }
 
 inline float sum(vf v) {
   float lanes[VL];

@@ -33,54 +33,71 @@ struct Tokens {
   float* row(int64_t t) const { return storage.get() + t * (dots<T> ? width / 2 : width); }
 };
 
-// acc += one strip of a row of T times the same strip of a token, which begins at x.
+// acc + one strip of a row of T times the same strip of a token, which begins at x.
 template <class T>
-inline void add_strip(vf& a, vf& b, const T* row, const float* x) {
+inline vf add_strip(vf acc, const T* row, const float* x) {
 #if TTT_DOT
-  if constexpr (dots<T>) {
-    a = (vf)_mm512_dpbf16_ps((__m512)a, (__m512bh)load_as<vu>(row), (__m512bh)load_as<vu>(x));
-    return;
-  }
+  if constexpr (dots<T>) return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)load_as<vu>(row), (__m512bh)load_as<vu>(x));
 #endif
   const Two w = load2<splits<T>>(row);
-  a += w.a * load(x);
-  b += w.b * load(x + VL);
+  return acc + w.a * load(x) + w.b * load(x + VL);
 }
 
-// Dot products of one row with `tokens` tokens, the first at x; several partial sums hide the latency of the adds.
-template <int tokens, class T>
-inline void dot_products(const T* row, const float* x, int64_t stride, int64_t n, float* out) {
-  constexpr int unroll = tokens == 1 ? 4 : (tokens == 2 ? 2 : 1);
+// out[r * 4 + t] = row r . token t, the first token at x. Several rows at once: four streams from memory are faster
+// than one, and each strip of the tokens is loaded once for all of them.
+template <int rows, int tokens, class T>
+inline void dot_products(const T* const* row, const float* x, int64_t stride, int64_t n, float* out) {
+  constexpr int unroll = rows * tokens >= 8 ? 1 : 8 / (rows * tokens);
   constexpr int step = dots<T> ? STRIP / 2 : STRIP;  // floats that a strip of a token takes
-  vf acc[tokens][unroll][2] = {};
+  vf acc[rows][tokens][unroll] = {};
   int64_t j = 0;
   for (; j + unroll * STRIP <= n; j += unroll * STRIP, x += unroll * step) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int u = 0; u < unroll; u++)
 #pragma GCC unroll 4
-      for (int t = 0; t < tokens; t++)
-        add_strip(acc[t][u][0], acc[t][u][1], row + j + u * STRIP, x + t * stride + u * step);
+      for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int t = 0; t < tokens; t++)
+          acc[r][t][u] = add_strip(acc[r][t][u], row[r] + j + u * STRIP, x + t * stride + u * step);
   }
-  for (; j < n; j += STRIP, x += step) {
-    T part[STRIP] = {};
-    std::memcpy(part, row + j, (n - j < STRIP ? n - j : STRIP) * sizeof(T));
-    for (int t = 0; t < tokens; t++) add_strip(acc[t][0][0], acc[t][0][1], part, x + t * stride);
-  }
-  for (int t = 0; t < tokens; t++) {
-    vf total = {};
-    for (int u = 0; u < unroll; u++) total += acc[t][u][0] + acc[t][u][1];
-    out[t] = sum(total);
-  }
+  for (; j < n; j += STRIP, x += step)
+    for (int r = 0; r < rows; r++) {
+      T part[STRIP] = {};
+      std::memcpy(part, row[r] + j, (n - j < STRIP ? n - j : STRIP) * sizeof(T));
+      for (int t = 0; t < tokens; t++) acc[r][t][0] = add_strip(acc[r][t][0], part, x + t * stride);
+    }
+  for (int r = 0; r < rows; r++)
+    for (int t = 0; t < tokens; t++) {
+      vf total = acc[r][t][0];
+      for (int u = 1; u < unroll; u++) total += acc[r][t][u];
+      out[r * 4 + t] = sum(total);
+    }
 }
 
+template <int tokens, class T>
+inline void dot_products_of(const T* const* row, int rows, const float* x, int64_t stride, int64_t n, float* out) {
+  if (rows == 4) {
+    dot_products<4, tokens>(row, x, stride, n, out);
+    return;
+  }
+  for (int r = 0; r < rows; r++) dot_products<1, tokens>(row + r, x, stride, n, out + r * 4);
+}
+
+// out[r * by_row + t * by_token] = row r . token t for at most four rows and any number of tokens.
 template <class T>
-inline void dot_products_any(const T* row, const Tokens<T>& x, int64_t n, int64_t first, int64_t tokens, float* out) {
-  const int64_t stride = x.row(1) - x.row(0), end = first + tokens;
-  int64_t t = first;
-  for (; t + 4 <= end; t += 4) dot_products<4>(row, x.row(t), stride, n, out + t - first);
-  if (end - t == 3) dot_products<3>(row, x.row(t), stride, n, out + t - first);
-  if (end - t == 2) dot_products<2>(row, x.row(t), stride, n, out + t - first);
-  if (end - t == 1) dot_products<1>(row, x.row(t), stride, n, out + t - first);
+inline void dot_products_any(const T* const* row, int rows, const Tokens<T>& x, int64_t n, int64_t tokens, float* out,
+                             int64_t by_row, int64_t by_token) {
+  const int64_t stride = x.row(1) - x.row(0);
+  for (int64_t t = 0; t < tokens; t += 4) {
+    const int some = tokens - t < 4 ? static_cast<int>(tokens - t) : 4;
+    float part[16];
+    if (some == 1) dot_products_of<1>(row, rows, x.row(t), stride, n, part);
+    if (some == 2) dot_products_of<2>(row, rows, x.row(t), stride, n, part);
+    if (some == 3) dot_products_of<3>(row, rows, x.row(t), stride, n, part);
+    if (some == 4) dot_products_of<4>(row, rows, x.row(t), stride, n, part);
+    for (int r = 0; r < rows; r++)
+      for (int q = 0; q < some; q++) out[r * by_row + (t + q) * by_token] = part[r * 4 + q];
+  }
 }
 
 template <class T>
@@ -102,10 +119,10 @@ void window_linear(const ttt::WindowLinear& a) {
 
   const Tokens<T> x(static_cast<const T*>(a.x), tokens, n);
   Scratch coef_scratch(rows * tokens);
-  float* coef = coef_scratch.get();  // rows x tokens: eta_c (x_t . X_c)
-  const int64_t blocks = (m + VL - 1) / VL;
-  Scratch y_scratch(blocks * VL * tokens);
-  float* part = y_scratch.get();  // block, token, lane
+  float* coef = coef_scratch.get();  // tokens x rows: eta_c (x_t . X_c)
+  const int64_t groups = (m + 4 * VL - 1) / (4 * VL);
+  Scratch y_scratch(groups * 4 * VL * tokens);
+  float* part = y_scratch.get();  // block of VL outputs, token, lane
 
   const double work =
       static_cast<double>(m) * n * (a.product_done ? 0 : 1) + static_cast<double>(rows) * tokens * (m + n);
@@ -113,34 +130,43 @@ void window_linear(const ttt::WindowLinear& a) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(static)
-    for (int64_t c = 0; c < rows; c++) {
-      dot_products_any(win_x + live[c] * n, x, n, 0, tokens, coef + c * tokens);
-      for (int64_t t = 0; t < tokens; t++) coef[c * tokens + t] *= a.win_eta[live[c]];
+    for (int64_t c = 0; c < rows; c += 4) {
+      const int some = rows - c < 4 ? static_cast<int>(rows - c) : 4;
+      const T* row[4] = {};
+      for (int r = 0; r < some; r++) row[r] = win_x + live[c + r] * n;
+      dot_products_any(row, some, x, n, tokens, coef + c, 1, rows);
+      for (int64_t t = 0; t < tokens; t++)
+        for (int r = 0; r < some; r++) coef[t * rows + c + r] *= a.win_eta[live[c + r]];
     }
-    // Shared machines lose a core at any moment: blocks are handed out as threads become free.
-#pragma omp for schedule(dynamic, 8)
-    for (int64_t block = 0; block < blocks; block++) {
-      const int64_t i0 = block * VL, count = m - i0 < VL ? m - i0 : VL;
-      float* out = part + block * VL * tokens;
-      if (!a.product_done) {
-        for (int64_t i = 0; i < count; i++) {
-          float sums[64];
-          for (int64_t t = 0; t < tokens; t += 64) {
-            const int64_t some = tokens - t < 64 ? tokens - t : 64;
-            dot_products_any(weight + (i0 + i) * n, x, n, t, some, sums);
-            for (int64_t s = 0; s < some; s++) out[(t + s) * VL + i] = sums[s];
-          }
-        }
+    // A group is four blocks of VL outputs, each of which reads a stretch of W from its begin to its end.
+    // Shared machines lose a core at any moment: groups are handed out as threads become free.
+#pragma omp for schedule(dynamic, 2)
+    for (int64_t group = 0; group < groups; group++) {
+      const int64_t i0 = group * 4 * VL;
+      float* out = part + i0 * tokens;
+      for (int64_t i = 0; i < VL && !a.product_done; i++) {
+        const T* row[4] = {};
+        int some = 0;
+        for (; some < 4 && i0 + some * VL + i < m; some++) row[some] = weight + (i0 + some * VL + i) * n;
+        if (some > 0) dot_products_any(row, some, x, n, tokens, out + i, VL * tokens, VL);
       }
       for (int64_t t = 0; t < tokens; t++) {
-        T* to = y + t * m + i0;
-        vf value = a.product_done ? load_upto(to, count) : load_upto(out + t * VL, count);
-        if (!a.product_done && bias != nullptr) value += load_upto(bias + i0, count);
+        vf value[4] = {};
+        int64_t count[4];
+        for (int b = 0; b < 4; b++) {
+          const int64_t i = i0 + b * VL;
+          count[b] = m - i < VL ? (m > i ? m - i : 0) : VL;
+          value[b] = a.product_done ? load_upto(y + t * m + i, count[b]) : load(out + (b * tokens + t) * VL);
+          if (!a.product_done && bias != nullptr) value[b] += load_upto(bias + i, count[b]);
+        }
         for (int64_t c = 0; c < rows; c++)
-          value -= coef[c * tokens + t] * load_upto(win_delta + live[c] * m + i0, count);
-        T rounded[VL];
-        store_nearest(rounded, value);
-        std::memcpy(to, rounded, count * sizeof(T));
+          for (int b = 0; b < 4; b++)
+            value[b] -= coef[t * rows + c] * load_upto(win_delta + live[c] * m + i0 + b * VL, count[b]);
+        for (int b = 0; b < 4; b++) {
+          T rounded[VL];
+          store_nearest(rounded, value[b]);
+          std::memcpy(y + t * m + i0 + b * VL, rounded, count[b] * sizeof(T));
+        }
       }
     }
   }

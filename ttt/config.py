@@ -33,6 +33,8 @@ class TTTConfig:
             0 keeps neither importance nor trace.
         consolidate_decay: gamma_c of online EWC: what `Learner.consolidate` keeps of the old importance.
         trace_decay: gamma, decay of the trace per token.
+        trace_every: of each so many consecutive tokens one, drawn at random, stands for all in the trace: unbiased, and its
+            product costs that much less.
         si_xi: xi, the damping of Synaptic Intelligence.
         replay_rows: R, remembered inputs replayed at each commit, at most 64; 0 for no replay.
         replay_capacity: K, inputs in the replay memory of each layer.
@@ -58,6 +60,7 @@ class TTTConfig:
     ewc_lambda: float = 0.01
     consolidate_decay: float = 1.0
     trace_decay: float = 1.0
+    trace_every: int = 1
     si_xi: float = 1e-3
     replay_rows: int = 4
     replay_capacity: int = 4096
@@ -95,6 +98,7 @@ class TTTConfig:
         number("ewc_lambda", 0.0)
         number("consolidate_decay", 0.0, 1.0)
         number("trace_decay", 0.0, 1.0, above=True)
+        whole("trace_every", 1)
         number("si_xi", 0.0, above=True)
         whole("replay_rows", 0, MAX_REPLAY_ROWS)
         whole("replay_capacity", 1)

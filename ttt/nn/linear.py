@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ttt import ops
 from ttt.config import TTTConfig
+from ttt.nn.binding import Binding, binding_of
+from ttt.ops import log8
 
 _SEED_MASK = (1 << 63) - 1
 
@@ -125,6 +128,7 @@ class Linear(torch.nn.Linear):
         return layer
 
     def _build(self, config: TTTConfig, name: str) -> None:
+        self._binding: Binding | None = None
         self.config = config
         self.name = name
         self.seed = ((config.seed << 32) ^ zlib.crc32(name.encode())) & _SEED_MASK
@@ -141,7 +145,7 @@ class Linear(torch.nn.Linear):
         if w.dtype == torch.float64:
             state = torch.float64
         elif config.state_dtype is not None:
-            state = getattr(torch, config.state_dtype)
+            state = torch.uint8 if config.state_dtype == "8bit" else getattr(torch, config.state_dtype)
         else:
             state = torch.float32 if w.dtype == torch.float32 else torch.bfloat16
 
@@ -150,8 +154,9 @@ class Linear(torch.nn.Linear):
 
         replays, protects = config.replay_rows > 0, config.ewc_lambda > 0
         buffer("anchor", w.clone())
-        buffer("importance", w.new_zeros((m, n), dtype=state) if protects else None)
-        buffer("trace", w.new_zeros((m, n), dtype=state) if protects else None)
+        columns = log8.width(n) if state == torch.uint8 else n
+        buffer("importance", w.new_zeros((m, columns), dtype=state) if protects else None)
+        buffer("trace", w.new_zeros((m, columns), dtype=state) if protects else None)
         buffer("win_x", w.new_zeros((c, n)))
         buffer("win_delta", w.new_zeros((c, m)))
         buffer("win_eta", w.new_zeros((c,), dtype=wide))
@@ -173,7 +178,22 @@ class Linear(torch.nn.Linear):
         return self._apply_window(x)
 
     def _apply_window(self, x: Tensor) -> Tensor:
+        binding = binding_of(self)
+        if binding is not None and (y := binding.forward(x)) is not None:
+            return y
         return ops.window_linear(x.contiguous(), self.weight, self.bias, self.win_x, self.win_delta, self.win_eta)
+
+    def __setattr__(self, name, value):
+        if isinstance(value, Tensor) or name == "config":  # what a binding holds may have been replaced
+            self.__dict__["_binding"] = None
+        super().__setattr__(name, value)
+
+    def _apply(self, fn, recurse=True):
+        self._binding = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_binding": None}  # addresses are of no use to a copy
 
     def _transposed_window(self, delta: Tensor) -> Tensor:
         """dL/dx = delta W_t, (T, m) -> (T, n)."""
@@ -237,19 +257,26 @@ class Linear(torch.nn.Linear):
             finite = finite & torch.isfinite(torch.linalg.vector_norm(trace_delta, dtype=wide))
         return Update(x, delta, eta, trace_delta, finite)
 
-    @torch.no_grad()
     def learn(self, update: Update) -> None:
         """Take the rows of ``update`` into the window, and commit when it holds C rows or more."""
         count = update.x.shape[0]
         if count == 0 or self.config.lr == 0:
             return
-        if self.recent is not None:
-            ops.reservoir_insert(self.recent, self.recent_seen, update.x, seed=self.seed)
+        binding = binding_of(self)
+        if binding is not None and (held := binding.learn(update, self.pending)) is not None:
+            self.pending = held
+        else:
+            self._learn(update, count)
+
+    @torch.no_grad()
+    def _learn(self, update: Update, count: int) -> None:
         p, c = self.pending, self.config.window
         traced = None
         if self.win_trace is not None:
             traced = update.delta if update.trace_delta is None else update.trace_delta
-        if p + count < c:
+        if self.recent is not None:
+            ops.reservoir_insert(self.recent, self.recent_seen, update.x, seed=self.seed)
+        if p + count <= c:
             rows = slice(p, p + count)
             self.win_x[rows] = update.x
             self.win_delta[rows] = update.delta
@@ -257,6 +284,8 @@ class Linear(torch.nn.Linear):
                 self.win_trace[rows] = traced
             self.win_eta[rows] = update.eta
             self.pending = p + count
+            if self.pending == c:
+                self.flush()
             return
         x, delta, eta = update.x, update.delta, update.eta
         if p:
@@ -282,14 +311,20 @@ class Linear(torch.nn.Linear):
             self.pending = 0
 
     def _commit(self, x: Tensor, delta: Tensor, eta: Tensor, trace_delta: Tensor | None) -> None:
-        c = self.config
         ops.commit(
             self.weight, self.anchor, self.importance, self.trace, x, delta, eta, self.step,
-            trace_delta=trace_delta, memory=self.memory, seen=self.seen, seed=self.seed, replay_rows=c.replay_rows,
-            replay=c.replay, beta=c.replay_beta, eps=c.replay_eps, lam=c.ewc_lambda, gamma=c.trace_decay,
-            kind=c.importance,
+            trace_delta=trace_delta, memory=self.memory, seen=self.seen, **self.commit_options(),
         )  # fmt: skip
-        self.tokens += x.shape[0]
+        self.tokens.add_(x.shape[0])
+
+    def commit_options(self) -> dict[str, Any]:
+        """The arguments of `ttt.ops.commit` that are no tensors."""
+        c = self.config
+        return {
+            "seed": self.seed, "replay_rows": c.replay_rows, "replay": c.replay, "beta": c.replay_beta,
+            "eps": c.replay_eps, "lam": c.ewc_lambda, "gamma": c.trace_decay, "kind": c.importance,
+            "trace_every": c.trace_every,
+        }  # fmt: skip
 
     # -- state ------------------------------------------------------------------------------------------------
 

@@ -62,6 +62,33 @@ def window_linear(x, weight, bias, win_x, win_delta, win_eta):
     return y
 
 
+def bind_layer(layer):
+    """The addresses of a `ttt.nn.Linear`, bound for ``ttt._C``, or None where its kernels do not apply.
+
+    What is bound checks nothing: the layer does. Good until one of the tensors moves.
+    """
+    weight, recent, c = layer.weight, layer.recent, layer.config
+    if _why_not_commit(weight, layer.importance, layer.trace, False) or not weight.is_contiguous():
+        return None
+    m, n = weight.shape
+    bound = _C.Layer(
+        weight.data_ptr(), _address(layer.bias), layer.win_x.data_ptr(), layer.win_delta.data_ptr(),
+        layer.win_eta.data_ptr(), _address(layer.win_trace), _address(recent),
+        0 if recent is None else layer.recent_seen.data_ptr(), m, n, layer.win_eta.numel(),
+        0 if recent is None else recent.shape[0], layer.seed & _MASK64, _DTYPE[weight.dtype],
+    )  # fmt: skip
+    bound.prepare(*_commit_arguments(
+        weight, layer.anchor, layer.importance, layer.trace, layer.win_x, layer.win_delta, layer.win_eta,
+        layer.win_trace, layer.memory, layer.seen, layer.step, **layer.commit_options(),
+    ))  # fmt: skip
+    return bound
+
+
+def few_tokens(dtype: torch.dtype) -> int:
+    """Up to how many tokens `window_linear` makes the product itself."""
+    return _FUSED_TOKENS[dtype]
+
+
 def commit(
     weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
     seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every=1, trace_fp8=False,
@@ -70,13 +97,7 @@ def commit(
         weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
         seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every, trace_fp8,
     )  # fmt: skip
-    why = _why_not(weight.dtype)
-    pulls = lam > 0
-    states = {t.dtype for t in (importance if pulls else None, trace) if t is not None}
-    if not why and trace_fp8 and trace is not None:
-        why = "no C++ kernel with fp8 products"
-    if not why and len(states) > 1:
-        why = "no C++ kernel for importance and trace of different dtypes"
+    why = _why_not_commit(weight, importance if lam > 0 else None, trace, trace_fp8)
     if why:
         record("commit", "reference", why)
         reference.commit(
@@ -85,18 +106,38 @@ def commit(
         )  # fmt: skip
     else:
         record("commit", "cpu")
-        m, n = weight.shape
-        _C.commit(
-            weight.data_ptr(), _address(anchor if pulls or replay_rows else None),
-            _address(importance if pulls else None), _address(trace), x.data_ptr(), delta.data_ptr(), eta.data_ptr(),
-            (delta if trace_delta is None else trace_delta).data_ptr(), _address(memory), _address(seen),
-            step.data_ptr(), m, n, eta.numel(), memory.shape[0] if replay_rows else 0, replay_rows, trace_every, seed & _MASK64,
-            beta, eps, lam, gamma, _DTYPE[weight.dtype], _DTYPE[states.pop()] if states else 0,
-            schema.REPLAY.index(replay), schema.KINDS.index(kind),
-            torch.get_num_threads(),
-        )  # fmt: skip
+        _C.commit(*_commit_arguments(
+            weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
+            seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every,
+        ))  # fmt: skip
         # The kernel wrote through raw pointers: autograd and functionalization must be told.
         torch.autograd.graph.increment_version([t for t in (weight, trace, step) if t is not None])
+
+
+def _why_not_commit(weight, importance, trace, trace_fp8) -> str:
+    why = _why_not(weight.dtype)
+    if not why and trace_fp8 and trace is not None:
+        why = "no C++ kernel with fp8 products"
+    if not why and importance is not None and trace is not None and importance.dtype != trace.dtype:
+        why = "no C++ kernel for importance and trace of different dtypes"
+    return why
+
+
+def _commit_arguments(
+    weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
+    seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every,
+):  # fmt: skip
+    """What ``_C.commit`` takes."""
+    (m, n), pulls = weight.shape, lam > 0
+    state = importance if pulls else trace
+    return (
+        weight.data_ptr(), _address(anchor if pulls or replay_rows else None), _address(importance if pulls else None),
+        _address(trace), x.data_ptr(), delta.data_ptr(), eta.data_ptr(),
+        (delta if trace_delta is None else trace_delta).data_ptr(), _address(memory), _address(seen),
+        step.data_ptr(), m, n, eta.numel(), memory.shape[0] if replay_rows else 0, replay_rows, trace_every,
+        seed & _MASK64, beta, eps, lam, gamma, _DTYPE[weight.dtype], 0 if state is None else _DTYPE[state.dtype],
+        schema.REPLAY.index(replay), schema.KINDS.index(kind), torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def reservoir_insert(memory, seen, x, seed) -> None:

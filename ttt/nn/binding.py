@@ -1,0 +1,98 @@
+"""A CPU layer's addresses, bound once, so that decoding with a small layer does not cost more than its arithmetic."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ttt.ops import cpu
+from ttt.ops.backends import record
+
+# Someone who wants to see every op (a dispatch mode such as FlopCounterMode or FakeTensorMode): then only ops will do.
+_listeners = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+
+
+class Binding:
+    """The C++ kernels called directly, past the dispatcher and the checks of the ops, which cost more than a small product.
+
+    Each method does its work only where the arguments are what the ops would accept; otherwise it returns None or False
+    and has changed nothing: the caller then goes through the op, which names what is wrong.
+    """
+
+    def __init__(self, layer) -> None:
+        weight = layer.weight
+        self.address = weight.data_ptr()
+        self.dtype = weight.dtype
+        self.m, self.n = weight.shape
+        self.kernels = cpu.bind_layer(layer) if self.m and self.n else None
+        self.few = cpu.few_tokens(weight.dtype) if self.kernels is not None else 0
+        self.window = layer.config.window
+        self.tokens = layer.tokens.data_ptr()
+        self.inserts, self.traces = layer.recent is not None, layer.win_trace is not None
+        self.appended = _present(layer, "win_x", "win_delta", "win_eta", "win_trace", "recent", "recent_seen")
+        self.committed = _present(layer, "weight", "trace", "step", "tokens", "win_eta")
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        """The layer's output for at most ``few`` tokens."""
+        shape, n = x.shape, self.n
+        if not shape or shape[-1] != n or x.dtype != self.dtype or type(x) is not Tensor:
+            return None
+        tokens = x.numel() // n
+        if tokens > self.few or tokens == 0 or not x.is_contiguous() or not x.is_cpu or x.requires_grad:
+            return None
+        y = x.new_empty((*shape[:-1], self.m))
+        self.kernels.forward(x.data_ptr(), y.data_ptr(), tokens, torch.get_num_threads(), False)
+        record("window_linear", "cpu")
+        return y
+
+    def learn(self, update, at: int) -> int | None:
+        """Put the rows of ``update`` into the window, from row ``at`` on, and commit if that makes it full.
+
+        Returns:
+            The rows in the window afterwards.
+        """
+        x, delta, eta, traced = update.x, update.delta, update.eta, 0
+        rows = x.shape[0]
+        full = at + rows
+        if full > self.window or not (self._fits(x, self.n) and self._fits(delta, self.m) and self._fits(eta, 0)):
+            return None
+        if delta.shape[0] != rows or eta.shape != (rows,):
+            return None
+        if self.traces:
+            trace_delta = delta if update.trace_delta is None else update.trace_delta
+            if not self._fits(trace_delta, self.m) or trace_delta.shape[0] != rows:
+                return None
+            traced = trace_delta.data_ptr()
+        self.kernels.append(x.data_ptr(), delta.data_ptr(), eta.data_ptr(), traced, at, rows)
+        torch.autograd.graph.increment_version(self.appended)
+        if self.inserts:
+            record("reservoir_insert", "cpu")
+        if full < self.window:
+            return full
+        self.kernels.commit_window(self.tokens, full, torch.get_num_threads())
+        torch.autograd.graph.increment_version(self.committed)
+        record("commit", "cpu")
+        return 0
+
+    def _fits(self, t: Tensor, columns: int) -> bool:
+        """Whether ``t`` is (rows, columns) of the layer's dtype, or, without columns, (rows,) of float32."""
+        if not columns:
+            return t.dtype == torch.float32 and t.is_contiguous() and t.is_cpu
+        return t.dtype == self.dtype and t.ndim == 2 and t.shape[1] == columns and t.is_contiguous() and t.is_cpu
+
+
+def _present(layer, *names: str) -> list[Tensor]:
+    return [t for name in names if (t := getattr(layer, name)) is not None]
+
+
+def binding_of(layer) -> Binding | None:
+    """The layer's binding, made anew where its weight has moved; None where only the ops will do."""
+    if torch.compiler.is_compiling() or _listeners():
+        return None
+    weight = layer._parameters["weight"]
+    if type(weight) is not torch.nn.Parameter or not weight.is_cpu:
+        return None
+    binding = layer._binding
+    if binding is None or binding.address != weight.data_ptr():
+        binding = layer._binding = Binding(layer)
+    return binding if binding.kernels is not None else None
