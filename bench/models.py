@@ -17,6 +17,9 @@ def load(name: str, device: str, dtype: str) -> nn.Module:
         name: "demo": the trained byte-level Llama of `ttt.demo`. "llama LxD": a `LlamaForCausalLM` with random weights,
             L blocks of width D, 64 features a head, an MLP of 8/3 D and 32000 tokens.
     """
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     if name == "demo":
         from ttt.demo.model import load_model
 

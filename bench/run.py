@@ -53,7 +53,7 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
-    console = Console(width=170)
+    console = Console(width=190)
     found: dict[str, Any] = {"machine": machine(device.value), "ceilings": {}, "rounds": rounds}
     found |= {"rows": [], "not_timed": []}
     console.print(found["machine"])

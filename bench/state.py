@@ -90,7 +90,7 @@ def assert_change(what: str, got: Tensor, exact: Tensor, start: Tensor, allowed:
 
     Compared as changes (root mean square), or the weights themselves would hide a wrong update.
     """
-    got, exact, start = got.double(), exact.double(), start.double()
+    got, exact, start = (t.detach().double() for t in (got, exact, start))
     error = float((got - exact).norm() / (exact - start).norm())
     if not error <= allowed:  # NaN fails, too
         raise AssertionError(f"{what} is off by {error:.2e} of its change, allowed {allowed:.2e}")

@@ -164,6 +164,7 @@ def machine(device: str) -> dict[str, object]:
         name = f"{torch.cuda.get_device_name()} ({name})"
     return {
         "device": name,
+        "kind": device,
         "cores": os.cpu_count(),
         "threads": active["threads"],
         "isa": active["isa"],

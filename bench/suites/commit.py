@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -104,30 +105,31 @@ class Commit(Case):
         return found
 
     def contenders(self) -> dict[str, Callable[[], Contender]]:
-        inputs = self.inputs()
+        inputs = functools.cache(self.inputs)  # made when a contender is
         step = torch.zeros(1, dtype=torch.int64, device=self.device)
 
         def ours(layer: Layer) -> None:
-            ttt.ops.commit(**layer, **inputs, step=step, lam=LAM, replay_rows=self.replay)
+            ttt.ops.commit(**layer, **inputs(), step=step, lam=LAM, replay_rows=self.replay)
 
         def plain(function: Callable) -> Callable[[Layer], None]:
             def run(layer: Layer) -> None:
-                tokens = {k: inputs[k] for k in ("x", "delta", "eta")}
+                given = inputs()
+                tokens = {k: given[k] for k in ("x", "delta", "eta")}
                 rows = None
                 if self.replay:  # the very rows that ours draws
-                    draw = ttt.ops.reservoir_draw(inputs["seen"], step, capacity=MEMORY, rows=self.replay)
-                    rows = inputs["memory"][draw]
+                    draw = ttt.ops.reservoir_draw(given["seen"], step, capacity=MEMORY, rows=self.replay)
+                    rows = given["memory"][draw]
                 function(**layer, **tokens, lam=LAM, replayed=rows)
 
             return run
 
         def forward(layer: Layer) -> Tensor:
-            return torch.nn.functional.linear(inputs["x"], layer["weight"])
+            return torch.nn.functional.linear(inputs()["x"], layer["weight"])
 
         def writer(make: Callable[[], Callable[[Layer], None]]) -> Callable[[], Contender]:
             def contender() -> Contender:
                 run = make()
-                return self._over_layers(run, lambda: self.check(run, inputs, step))
+                return self._over_layers(run, lambda: self.check(run, inputs(), step))
 
             return contender
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -60,8 +61,13 @@ class Fisher(Case):
         x, delta = torch.randn(self.tokens, self.n, device=device), torch.randn(self.tokens, self.m, device=device)
         eta, step = torch.zeros(self.tokens, device=device), torch.zeros(1, dtype=torch.int64, device=device)
 
-        def contender(squares: Callable[[torch.nn.Linear, Tensor], None], backward: Callable = _backward) -> Contender:
+        def contender(
+            squares: Callable[[torch.nn.Linear, Tensor], object],
+            backward: Callable[[torch.nn.Linear, Tensor, Tensor], None] = _backward,
+            prepare: Callable[[torch.nn.Linear], object] = lambda layer: None,
+        ) -> Contender:
             layer = torch.nn.Linear(self.n, self.m, bias=False, device=device)
+            prepare(layer)
             trace = torch.zeros(self.m, self.n, device=device)
 
             def run() -> None:
@@ -102,12 +108,13 @@ class Fisher(Case):
             except ImportError:
                 raise Unavailable("backpack-for-pytorch is not installed") from None
 
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")  # so it is meant to, here
+
             def backward(layer: torch.nn.Linear, x: Tensor, delta: Tensor) -> None:
-                extend(layer)
                 with extension(SumGradSquared()):
                     _backward(layer, x, delta)
 
-            return contender(lambda layer, trace: trace.add_(layer.weight.sum_grad_squared), backward)
+            return contender(lambda layer, trace: trace.add_(layer.weight.sum_grad_squared), backward, extend)
 
         return {
             "ttt": lambda: contender(ours),

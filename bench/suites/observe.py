@@ -69,12 +69,11 @@ class Observe(Case):
 
     def contenders(self) -> dict[str, Callable[[], Contender]]:
         ids = models.tokens(self.model, self.text + 1, self.device)
-        base = models.frozen(self.model, self.device, self.dtype)
 
         @torch.no_grad()
         def read() -> Tensor:
             """(1, text) nats: what `ttt.Learner.observe` returns for a model that does not learn."""
-            out = []
+            base, out = models.frozen(self.model, self.device, self.dtype), []
             for start in range(0, self.text, models.CONTEXT):
                 cache = None
                 for at in range(start, min(start + models.CONTEXT, self.text), self.chunk):

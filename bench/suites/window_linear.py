@@ -14,6 +14,7 @@ import ttt
 from bench.contenders import compiled, plain_window_linear
 from bench.registry import Case, Contender, shared
 from bench.state import STORAGE, assert_change, layer_count, size_of, some_rows
+from bench.timing import product_ceiling, square_ceiling
 from ttt.ops import reference
 
 
@@ -43,6 +44,17 @@ class WindowLinear(Case):
         window = 0 if contender == "nn.Linear" else self.window * (self.m + self.n)
         return 2 * self.tokens * (self.m * self.n + window)
 
+    @property
+    def ceiling(self) -> str | None:
+        return "copy" if self.tokens <= 16 else "matmul"
+
+    def ceilings(self) -> dict[str, Callable[[], Contender]]:
+        found = super().ceilings()
+        if self.ceiling == "matmul":
+            found["matmul"] = lambda: product_ceiling(self.device, self.dtype, self.m, self.n, self.tokens)
+            found["square matmul"] = lambda: square_ceiling(self.device, self.dtype)
+        return found
+
     def parameters(self) -> dict[str, Any]:
         return {k: v for k, v in super().parameters().items() if k != "compiles"}
 
@@ -53,7 +65,6 @@ class WindowLinear(Case):
             first = (torch.randn(self.m, self.n, device=device) * 0.02).to(kind)
             return [first.clone() for _ in range(layer_count(first.nbytes))]
 
-        weights = shared(("window_linear", device, self.dtype, self.m, self.n), make)
         x, win_x = (torch.randn(rows, self.n, device=device).to(kind) for rows in (self.tokens, self.window))
         # As large a change as W x itself, whatever the window.
         win_delta = (torch.randn(self.window, self.m, device=device) / self.window**0.5).to(kind)
@@ -61,6 +72,7 @@ class WindowLinear(Case):
         window = (win_x, win_delta, win_eta)
 
         def contender(function: Callable[..., Tensor], *rest: Tensor | None) -> Contender:
+            weights = shared(("window_linear", device, self.dtype, self.m, self.n), make)
             turn = itertools.cycle(weights)
 
             def check() -> None:
