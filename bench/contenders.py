@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ class PlainLayer:
     ``layer`` holds weight, anchor, importance and trace, ``pending`` rows of the window are in use at first.
     """
 
-    def __init__(self, layer: dict[str, Tensor], window: int, lam: float, pending: int = 0) -> None:
+    def __init__(self, layer: dict[str, Any], window: int, lam: float, pending: int = 0) -> None:
         w = layer["weight"]
         self.layer, self.lam, self.pending = layer, lam, pending
         self.win_x = w.new_zeros(window, w.shape[1])

@@ -16,9 +16,10 @@ from bench.timing import quartiles, sampler
 MIN_ROUNDS = 3
 
 
-def checked(case: Case) -> tuple[dict[str, Contender], list[dict[str, str]]]:
+def checked(case: Case) -> tuple[dict[str, Contender], list[dict[str, Any]]]:
     """The contenders of ``case`` whose results are right, and for each of the others why it is not timed."""
-    good, not_timed = {}, []
+    good: dict[str, Contender] = {}
+    not_timed: list[dict[str, Any]] = []
     for name, make in case.contenders().items():
         try:
             contender = make()
@@ -43,7 +44,7 @@ def threads_of(case: Case) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def measure(case: Case, rounds: int, seconds: float = 10.0) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+def measure(case: Case, rounds: int, seconds: float = 10.0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(one row for each contender of ``case``, those that were not timed and why).
 
     Ceilings and contenders take turns, one sample each a round, so that all meet the same noise of the machine.
@@ -100,7 +101,7 @@ def row_of(case: Case, name: str, times: dict[str, list[float]], fields: dict[st
     row["percent_of_matmul"] = percent("matmul", case.product_flops(name))
     row["percent_of_square_matmul"] = percent("square matmul", case.product_flops(name))
     row["ceiling"] = case.ceiling
-    row["percent_of_ceiling"] = {"copy": row["percent_of_copy"], "matmul": row["percent_of_matmul"]}.get(case.ceiling)
+    row["percent_of_ceiling"] = row[f"percent_of_{case.ceiling}"] if case.ceiling else None
     row["us_above_baseline"] = _above(seconds, times.get(case.baseline))
     for ceiling, unit in (("copy", "gb_per_s"), ("matmul", "tflop_per_s"), ("square matmul", "tflop_per_s")):
         if times.get(ceiling):

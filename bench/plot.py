@@ -80,18 +80,19 @@ def roofline(machine: dict[str, Any], ceilings: dict[str, float], rows: list[Row
         matmul = ceilings.get(f"matmul_{dtype}_tflop_per_s")
         knee = high if matmul is None else 1e3 * matmul / copy
         axis.plot([low, min(knee, high)], [copy * low, copy * min(knee, high)], "k-", linewidth=1.2)
-        label = f"copy {copy:.3g} GB/s"
-        axis.annotate(label, (low * 1.15, copy * low * 1.15), xytext=(0, 8), textcoords="offset points", fontsize=9)
+        middle = (low * min(knee, high)) ** 0.5
+        where: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "fontsize": 9}
+        axis.annotate(f"copy: {copy:.3g} GB/s", (middle, copy * middle), xytext=(-6, 2), **where)
         if matmul is not None:
             axis.plot([min(knee, high), high], [1e3 * matmul] * 2, "k-", linewidth=1.2)
             label = f"torch.mm, square: {matmul:.3g} TFLOP/s"
-            where = {"xytext": (0, 5), "textcoords": "offset points", "ha": "right", "fontsize": 9}
-            axis.annotate(label, (high, 1e3 * matmul), **where)
+            axis.annotate(label, (high, 1e3 * matmul), xytext=(0, 5), **where)
+        axis.margins(y=0.08)
         axis.set(xscale="log", yscale="log", xlabel="flops per byte that the formula must move", title=dtype)
         axis.grid(True, which="major", alpha=0.3)
         axis.legend(fontsize=8, loc="lower right")
     axes[0][0].set_ylabel("GFLOP/s")
-    figure.suptitle(title_of(machine, "Roofline: one point a case, weights from memory"))
+    figure.suptitle(title_of(machine, "Roofline: a point for each case"))
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return True
@@ -112,7 +113,7 @@ def growth(machine: dict[str, Any], rows: list[Row], path: Path) -> bool:
         ("d", "commit of 16 tokens, d x d", "d", lambda r: r["m"], "ttt"),
         ("T", "commit of T tokens", "T, tokens", lambda r: r["tokens"], "ttt"),
         ("replay rows", "commit of 16 tokens, R replay rows", "R, rows", lambda r: r["replay"], "ttt"),
-        ("window", "decoding a token, its share of the commit included", "C, tokens", lambda r: r["window"], "ttt"),
+        ("window", "decoding with a window of C tokens", "C, tokens", lambda r: r["window"], "ttt"),
         (
             "adapted layers",
             "reading in chunks of 64",
@@ -139,27 +140,25 @@ def growth(machine: dict[str, Any], rows: list[Row], path: Path) -> bool:
 
 def _curve(axis, rows: list[Row], at: Callable[[Row], Any], ours: str) -> None:
     values = sorted({at(r) for r in rows})
-    linear = not values or values[0] == 0 or values[-1] < 16  # a few layers, or none: no logarithm
+    places: dict[Any, Any] = {v: v for v in values}
+    few = values and values[0] > 0 and values[-1] < 16
+    if values and values[0] == 0:  # 0, 1, 2, 4, ...: a logarithm but for the zero
+        places = {v: i for i, v in enumerate(values)}
     for dtype, colour in DTYPES.items():
         for contender in dict.fromkeys(r["contender"] for r in rows):
-            points = sorted((at(r), r["us"], r["us_q1"], r["us_q3"]) for r in rows if _is(r, dtype, contender))
+            points = sorted((places[at(r)], r["us"], r["us_q1"], r["us_q3"]) for r in rows if _is(r, dtype, contender))
             if not points:
                 continue
             x, y, low, high = zip(*points, strict=True)
             label = f"{contender if contender != ours else 'ttt'}, {dtype}"
             axis.plot(x, y, "o-" if contender == ours else "s--", color=colour, markersize=4, label=label)
             axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-    if linear:
+    if few:
         axis.set_ylim(bottom=0)
-        if values and values[-1] >= 16:  # 0, 1, 2, 4, ...: logarithmic but for the zero
-            axis.set_xscale("symlog", base=2, linthresh=1)
-            axis.set_yscale("log")
-            axis.set_ylim(auto=True)
-            axis.autoscale(axis="y")
     else:
-        axis.set(xscale="log", yscale="log")
+        axis.set(xscale="log" if places == {v: v for v in values} else "linear", yscale="log")
     if values:
-        axis.set_xticks(values, [str(v) for v in values])
+        axis.set_xticks(list(places.values()), [str(v) for v in values])
         axis.minorticks_off()
         _plain_ticks(axis)
         axis.legend(fontsize=8)
@@ -194,7 +193,7 @@ def _memory(axis, rows: list[Row]) -> None:
         axis.annotate(f"{total:.3g}", (i, bottom), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=8)
         labels.append(f"{row['m']}\n{'fp32' if row['dtype'] == 'float32' else 'bf16'}")
     axis.set_xticks(range(len(rows)), labels, fontsize=8)
-    axis.set(title="memory of an adapted layer (above: MiB), defaults", xlabel="d and dtype", ylabel="bytes a weight")
+    axis.set(title="memory of a layer, by default (above: MiB)", xlabel="d and dtype", ylabel="bytes a weight")
     axis.margins(y=0.08)
     if rows:
         axis.legend(fontsize=8)

@@ -20,7 +20,7 @@ from ttt.ops import reference
 
 LAM, ETA, MEMORY = 0.01, 5e-3, 256
 
-Layer = dict[str, Tensor]
+Layer = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Commit(Case):
 
         return shared(("commit", self.device, self.dtype, self.state, self.m, self.n), make)
 
-    def inputs(self) -> dict[str, Tensor]:
+    def inputs(self) -> dict[str, Any]:
         """x, delta and eta; delta so large that G is as large as the weights, for the check to see it."""
         kind, t = getattr(torch, self.dtype), self.tokens
         generator = torch.Generator(device=self.device).manual_seed(1)
@@ -146,7 +146,7 @@ class Commit(Case):
         turn = itertools.cycle(layers)
         return Contender(lambda: run(next(turn)), check, cycle=len(layers))
 
-    def check(self, run: Callable[[Layer], None], inputs: dict[str, Tensor], step: Tensor) -> None:
+    def check(self, run: Callable[[Layer], None], inputs: dict[str, Any], step: Tensor) -> None:
         """W and F against the float64 reference, on 256 rows spread over the matrix; W* and Omega to the bit."""
         start, layers = self.layers()
         got = layers[0]
@@ -154,20 +154,20 @@ class Commit(Case):
             got[name].copy_(tensor)
         rows = some_rows(self.m, device=self.device)
         decode = STORAGE[self.state].decode
-        exact = {name: start[name][rows].double() for name in ("weight", "anchor")}
+        exact: dict[str, Any] = {name: start[name][rows].double() for name in ("weight", "anchor")}
         exact |= {name: decode(start[name][rows], self.n).double() for name in ("importance", "trace")}
         before = {name: t.clone() for name, t in exact.items()}
         wide = {name: t if name == "seen" else t.double() for name, t in inputs.items()}
         wide["delta"] = wide["delta"][:, rows].contiguous()
+        w, anchor, importance, trace = exact.values()
         reference.commit(
-            *exact.values(), wide["x"], wide["delta"], wide["eta"], None, wide.get("memory"), wide.get("seen"),
-            step.clone(), 0, self.replay, "projection", 0.3, 1e-3, LAM, 1.0, "fisher",
+            w, anchor, importance, trace, wide["x"], wide["delta"], wide["eta"], None, wide.get("memory"),
+            wide.get("seen"), step.clone(), 0, self.replay, "projection", 0.3, 1e-3, LAM, 1.0, "fisher",
         )  # fmt: skip
         run(got)
         allowed = {"weight": STORAGE[self.dtype].tolerance, "trace": STORAGE[self.state].tolerance}
         assert_change("weight", got["weight"][rows], exact["weight"], before["weight"], allowed["weight"])
-        trace = decode(got["trace"][rows], self.n)
-        assert_change("trace", trace, exact["trace"], before["trace"], allowed["trace"])
+        assert_change("trace", decode(got["trace"][rows], self.n), exact["trace"], before["trace"], allowed["trace"])
         for name in ("anchor", "importance"):
             if not torch.equal(got[name], start[name]):
                 raise AssertionError(f"{name} was written")
@@ -177,12 +177,10 @@ class Commit(Case):
 
 def cases(device: str) -> list[Case]:
     """On CPU in float32 and bfloat16, from one token to 1024; on CUDA the shapes of an 8 B model in bfloat16."""
+    shapes, all_tokens = [(1024, 1024), (2048, 2048), (2048, 5632), (4096, 4096)], [1, 16, 64, 256, 1024]
+    dtypes = ["float32", "bfloat16"]
     if device == "cuda":
-        shapes, all_tokens = ((4096, 4096), (4096, 14336)), (1, 16, 64, 2048, 8192)
-        dtypes = ("bfloat16",)
-    else:
-        shapes, all_tokens = ((1024, 1024), (2048, 2048), (2048, 5632), (4096, 4096)), (1, 16, 64, 256, 1024)
-        dtypes = ("float32", "bfloat16")
+        shapes, all_tokens, dtypes = [(4096, 4096), (4096, 14336)], [1, 16, 64, 2048, 8192], ["bfloat16"]
     return [
         Commit(
             device, dtype, m, n, tokens, replay, state,

@@ -68,7 +68,7 @@ class Decode(Case):
         a share B / C of the commit: W and F read and written, W* and Omega and the C rows of the window read
         """
         m, n, size, b, c = self.m, self.n, size_of(self.dtype), self.batch, self.window
-        moved = (m * n + b * (m + n)) * size
+        moved: float = (m * n + b * (m + n)) * size
         if contender != "nn.Linear":
             written = m * n * (3 * size + 3 * STORAGE[self.state].bytes)
             moved += (b + (c - b) / 2 + b) * (m + n) * size + written * b / c
@@ -111,7 +111,7 @@ class Decode(Case):
         return ((i + 1) * pow(count, -1, self.steps) - 1) % self.steps * self.batch
 
     def contenders(self) -> dict[str, Callable[[], Contender]]:
-        found = {"ttt": self.ours, "nn.Linear": self.linear}
+        found = {"ttt": self.learning, "nn.Linear": self.linear}
         if self.state in ("float32", "bfloat16"):
             found["plain torch"] = self.plain
         return found
@@ -132,7 +132,7 @@ class Decode(Case):
             weight, state, lr=LR, window=self.window, ewc_lambda=LAM, replay_rows=0, state_dtype=self.state
         )
 
-    def ours(self) -> Contender:
+    def learning(self) -> Contender:
         weights, states = self.weights()
         layers = [self.layer(w, states[i % len(states)]) for i, w in enumerate(weights)]
         x, delta, eta = self.inputs()

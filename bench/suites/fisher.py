@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,7 +115,10 @@ class Fisher(Case):
                 with extension(SumGradSquared()):
                     _backward(layer, x, delta)
 
-            return contender(lambda layer, trace: trace.add_(layer.weight.sum_grad_squared), backward, extend)
+            def add(layer: Any, trace: Tensor) -> None:
+                trace.add_(layer.weight.sum_grad_squared)
+
+            return contender(add, backward, extend)
 
         return {
             "ttt": lambda: contender(ours),

@@ -51,7 +51,7 @@ class GrowthDecode(Decode):
         return f"{self.curve}: decode {super().name}"
 
     def contenders(self) -> dict[str, Callable[[], Contender]]:
-        return {"ttt": self.ours, "nn.Linear": self.linear}
+        return {"ttt": self.learning, "nn.Linear": self.linear}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,12 @@ class GrowthObserve(Observe):
 def layer_memory(m: int, n: int, dtype: str) -> dict[str, int]:
     """Bytes of each part of a learning layer with ttt's default configuration."""
     layer = ttt.nn.Linear(n, m, bias=False, device="meta", dtype=getattr(torch, dtype), config=ttt.TTTConfig())
-    parts = {"weight": ("weight",), "anchor": ("anchor",), "importance": ("importance",), "trace": ("trace",)}
+    parts: dict[str, tuple[str, ...]] = {
+        "weight": ("weight",),
+        "anchor": ("anchor",),
+        "importance": ("importance",),
+        "trace": ("trace",),
+    }
     parts |= {"replay memory": ("memory", "recent"), "window": ("win_x", "win_delta", "win_eta")}
     return {part: sum(getattr(layer, name).nbytes for name in names) for part, names in parts.items()}
 

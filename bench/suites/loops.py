@@ -130,6 +130,7 @@ Loops = tuple[Callable[[], object], Callable[[], None]]
 
 def observe(model: nn.Module, ids: Tensor) -> Loops:
     """`ttt.Learner.observe` with ttt's defaults, the ``down_proj`` of the last quarter of the blocks learning."""
+    learner: ttt.Learner
     tokens = ids.shape[1] - 1
     config = ttt.TTTConfig(target_modules=["down_proj"], layers="last:0.25", chunk=tokens)
 
@@ -159,7 +160,7 @@ def observe(model: nn.Module, ids: Tensor) -> Loops:
         learner = ttt.Learner(model)
         learner.calibrate([ids])
 
-    learner = ttt.Learner(ttt.adapt_(model, config))
+    ttt.adapt_(model, config)
     start()
     return lambda: learner.observe(ids), check
 
@@ -187,6 +188,7 @@ def sgd_in_hooks(model: nn.Module, ids: Tensor) -> Loops:
 
     @torch.no_grad()
     def hook(p: Tensor) -> None:
+        assert p.grad is not None
         p.add_(p.grad, alpha=-rate)
         p.grad = None
 
