@@ -88,9 +88,14 @@ def some_rows(m: int, count: int = 256, device: str = "cpu") -> Tensor:
 def assert_change(what: str, got: Tensor, exact: Tensor, start: Tensor, allowed: float) -> None:
     """Raise AssertionError unless ``got`` is ``exact`` to ``allowed`` of the change since ``start``.
 
-    Compared as changes (root mean square), or the weights themselves would hide a wrong update.
+    Compared as changes (root mean square), or the weights themselves would hide a wrong update. No element may be off
+    by more than four times ``allowed`` of its own size and the mean change, or the mean would hide a wrong tail.
     """
     got, exact, start = (t.detach().double() for t in (got, exact, start))
-    error = float((got - exact).norm() / (exact - start).norm())
+    change = (exact - start).square().mean().sqrt()
+    error = float((got - exact).square().mean().sqrt() / change)
     if not error <= allowed:  # NaN fails, too
         raise AssertionError(f"{what} is off by {error:.2e} of its change, allowed {allowed:.2e}")
+    worst = float(((got - exact).abs() / (exact.abs() + change)).max())
+    if not worst <= 4 * allowed:
+        raise AssertionError(f"an element of {what} is off by {worst:.2e} of its size, allowed {4 * allowed:.2e}")
