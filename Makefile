@@ -16,8 +16,8 @@ test: $(VENV)/.test
 
 # About 15 minutes on two cores.
 bench: $(VENV)/.bench
-	$(BIN)/python -m bench.run --suite commit --rounds 5 --seconds 4 --json bench/results/cpu_commit.json
-	$(BIN)/python -m bench.run --suite $(LAYER_SUITES) --rounds 5 --seconds 8 --json bench/results/cpu_layers.json
+	$(BIN)/python -m bench.run --suite commit --rounds 5 --seconds 3 --json bench/results/cpu_commit.json
+	$(BIN)/python -m bench.run --suite $(LAYER_SUITES) --rounds 5 --seconds 6 --json bench/results/cpu_layers.json
 	$(BIN)/python -m bench.run --suite growth --rounds 5 --seconds 4 --json bench/results/cpu_growth.json
 	$(BIN)/python -m bench.plot
 

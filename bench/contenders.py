@@ -28,7 +28,7 @@ def plain_commit(
     """`ttt.ops.commit` with the Fisher trace, without decay; ``replayed`` (R, n) are the rows it draws.
 
     In float32, with a temporary for each m x n product, and stochastic rounding for bfloat16. No ``alpha=``: on
-    CPU torch 2.13's compiler drops it.
+    CPU torch 2.13's compiler drops it; ``solve_ex``: `torch.linalg.solve` waits for a GPU.
     """
     wide = torch.float32
     xw, dw, drift = x.to(wide), delta.to(wide), weight.to(wide) - anchor.to(wide)
@@ -38,7 +38,7 @@ def plain_commit(
         e = r @ drift.T - ((r @ xw.T) * eta) @ dw
         gram = r @ r.T
         ridge = eps * gram.diagonal().mean() * torch.eye(len(r), device=r.device)
-        g = g + e.T @ (beta * torch.linalg.solve(gram + ridge, r))
+        g = g + e.T @ (beta * torch.linalg.solve_ex(gram + ridge, r).result)
     pull = importance.to(wide) * (lam * eta.sum())
     squares = dw.square().T @ xw.square()
     _store(weight, weight.to(wide) - (g + pull * drift) / (1 + pull))

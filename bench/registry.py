@@ -20,6 +20,7 @@ class Contender:
         check: raises AssertionError unless the result agrees with an independent reference. Nothing is timed before.
         units: calls, tokens or bytes that one ``run`` makes; times are per unit.
         cycle: after so many runs it comes back to the same memory (contenders rotate, so that weights are cold).
+        graph: on a GPU, capture ``run`` in a CUDA graph; False for what synchronizes with the host.
         fields: more figures for this contender's row.
     """
 
@@ -27,6 +28,7 @@ class Contender:
     check: Callable[[], None]
     units: int = 1
     cycle: int = 1
+    graph: bool = True
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 

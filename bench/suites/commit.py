@@ -39,7 +39,8 @@ class Commit(Case):
     tokens: int
     replay: int
     state: str
-    compiles: bool = False  # torch.compile takes seconds for each shape
+    plain: bool = True  # plain torch takes up to a second a call,
+    compiles: bool = False  # and torch.compile seconds for each shape
 
     @property
     def name(self) -> str:
@@ -78,7 +79,7 @@ class Commit(Case):
         return found
 
     def parameters(self) -> dict[str, Any]:
-        return {k: v for k, v in super().parameters().items() if k != "compiles"}
+        return {k: v for k, v in super().parameters().items() if k not in ("plain", "compiles")}
 
     def layers(self) -> tuple[Layer, list[Layer]]:
         """(a layer's state to start checks from, the layers to rotate among)."""
@@ -134,7 +135,7 @@ class Commit(Case):
             return contender
 
         found = {"ttt": writer(lambda: ours)}
-        if self.state in ("float32", "bfloat16"):
+        if self.plain and self.state in ("float32", "bfloat16"):
             found["plain torch"] = writer(lambda: plain(plain_commit))
             if self.compiles:
                 found["torch.compile"] = writer(lambda: plain(compiled(plain_commit)))
@@ -184,6 +185,7 @@ def cases(device: str) -> list[Case]:
     return [
         Commit(
             device, dtype, m, n, tokens, replay, state,
+            plain=not replay or tokens == 16,
             compiles=not replay and m in (1024, 4096) and tokens in (1, 64),
             quick=(m, n) == shapes[0] and tokens in (1, 16, 64),
         )

@@ -89,9 +89,9 @@ class Generate(Case):
                     raise AssertionError("nothing was learnt")
                 learner.reset()
 
-            return Contender(generate, check, units=self.new)
+            return Contender(generate, check, units=self.new, graph=False)
 
-        return {"ttt": ours, "plain generation": lambda: Contender(plain, lambda: None, units=self.new)}
+        return {"ttt": ours, "plain generation": lambda: Contender(plain, lambda: None, units=self.new, graph=False)}
 
 
 def cases(device: str) -> list[Case]:

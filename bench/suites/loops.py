@@ -59,7 +59,7 @@ class Loop(Case):
             return models.load(self.model, self.device, self.dtype)
 
         def contender(step: Callable[[], object], check: Callable[[], None]) -> Contender:
-            return Contender(step, check, units=self.tokens)
+            return Contender(step, check, units=self.tokens, graph=False)
 
         def forward() -> Contender:
             model = models.frozen(self.model, self.device, self.dtype)
@@ -242,7 +242,7 @@ def dynamic_evaluation(model: nn.Module, ids: Tensor, known: Tensor) -> Loops:
     MS is the mean square of the gradients on segments of text the model knows (``known``, (N, T)); its root's mean is
     over all parameters.
     """
-    eta, lam, eps = LR, 2e-3, 1e-5
+    eta, lam, eps = LR / 10, 2e-3, 1e-5
     named = dict(model.named_parameters())
     prior = {name: p.detach().clone() for name, p in named.items()}
     rms = {name: torch.zeros_like(p) for name, p in named.items()}

@@ -106,9 +106,9 @@ class Observe(Case):
 
             state = sum(t.nbytes for layer in learner.layers for name, t in layer.state().items() if name != "weight")
             fields = {"adapted_layers": len(learner.layers), "state_bytes": state}
-            return Contender(lambda: learner.observe(ids), check, units=self.text, fields=fields)
+            return Contender(lambda: learner.observe(ids), check, units=self.text, fields=fields, graph=False)
 
-        return {"observe": observe, "forward": lambda: Contender(read, lambda: None, units=self.text)}
+        return {"observe": observe, "forward": lambda: Contender(read, lambda: None, units=self.text, graph=False)}
 
 
 def cases(device: str) -> list[Case]:
