@@ -2,10 +2,11 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+LAYER_SUITES := decode,window_linear,fisher,observe,loops
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench bench-check lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m ttt demo
@@ -13,9 +14,17 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
-bench: $(VENV)/.test
-	$(BIN)/python -m bench.run --suite commit --rounds 5 --json bench/results/cpu_commit.json
-	$(BIN)/python -m bench.run --suite decode,observe --rounds 5 --json bench/results/cpu_layers.json
+# About 15 minutes on two cores.
+bench: $(VENV)/.bench
+	$(BIN)/python -m bench.run --suite commit --rounds 5 --seconds 3 --json bench/results/cpu_commit.json
+	$(BIN)/python -m bench.run --suite $(LAYER_SUITES) --rounds 5 --seconds 6 --json bench/results/cpu_layers.json
+	$(BIN)/python -m bench.run --suite growth --rounds 5 --seconds 4 --json bench/results/cpu_growth.json
+	$(BIN)/python -m bench.plot
+
+# What a change of the kernels should not make worse, in a minute; compared with the committed results.
+bench-check: $(VENV)/.bench
+	$(BIN)/python -m bench.run --suite commit,decode --only 1024x1024 --rounds 5 --json bench.json
+	$(BIN)/python -m bench.check bench.json
 
 lint: $(VENV)/.test $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -43,6 +52,11 @@ $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	$(PIP) --editable '.[test]'
 	touch $@ $(VENV)/.demo
+
+# The packages that ttt is compared with: optional, and reported as "not installed" where they are missing.
+$(VENV)/.bench: $(VENV)/.torch $(SOURCES)
+	$(PIP) --editable '.[bench]'
+	touch $@ $(VENV)/.demo $(VENV)/.test
 
 $(VENV)/.lint: pyproject.toml | $(BIN)/python
 	$(PIP) ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5

@@ -1,106 +1,113 @@
-"""``python -m bench.run --device cpu --suite commit,decode,observe --json bench/results/cpu.json``
+"""``python -m bench.run --device cpu --suite commit,decode --json bench/results/cpu.json``
 
-Every contender is checked against the reference, then all of a case's contenders are timed in turn. Prints a table
-and writes the same figures as JSON.
+Every contender is checked against a reference, then all of a case's contenders are timed in turn. Prints a table and
+writes the same figures as JSON.
 """
 
 from __future__ import annotations
 
-import argparse
+import enum
 import gc
 import json
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.cases import SUITES, Case
-from bench.timing import copy_rate, interleaved, machine, matmul_rate, quartiles
+from bench.measure import measure, summary_of_ceilings
+from bench.suites import SUITES, select
+from bench.timing import machine
+
+app = typer.Typer(add_completion=False)
 
 
-def measure(case: Case, device: str, rounds: int, copy: float) -> list[dict]:
-    """One row for each contender of ``case``; ratios are medians of the rounds' own ratios."""
-    case.check()
-    times = interleaved(device, case.contenders, rounds)
-    rows = []
-    for name, repeats in ((name, case.repeats_of.get(name, case.repeats)) for name in times):
-        times[name] = [seconds / repeats for seconds in times[name]]
-    for name, seconds in times.items():
-        low, median, high = quartiles(seconds)
-        ratios = [s / b for s, b in zip(seconds, times[case.baseline], strict=True)]
-        row = {"suite": case.suite, "case": case.name, "dtype": case.dtype, "contender": name, "unit": case.unit}
-        row |= {"us": median * 1e6, "us_q1": low * 1e6, "us_q3": high * 1e6}
-        row |= {"ratio": quartiles(ratios)[1], "baseline": case.baseline, "bytes": case.bytes, "flops": case.flops}
-        row |= {"gb_per_s": case.bytes / median / 1e9, "tflop_per_s": case.flops / median / 1e12}
-        row["percent_of_copy"] = 100 * case.bytes / median / copy
-        rows.append({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()})
-    return rows
+class Device(str, enum.Enum):
+    """Where to measure."""
+
+    cpu = "cpu"
+    cuda = "cuda"
 
 
-def table_of(rows: list[dict], title: str) -> Table:
+@app.command()
+def main(
+    device: Annotated[Device, typer.Option(help="Where to measure.")] = Device.cpu,
+    suite: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(SUITES)}.")] = ",".join(SUITES),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here, after every case.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Samples of each contender.")] = 9,
+    seconds: Annotated[float, typer.Option(help="After so long a case ends with fewer rounds (3 at least).")] = 10.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="torch threads (default: torch's own choice).")] = None,
+    only: Annotated[str, typer.Option(help='Only cases with this in "suite: name, dtype".')] = "",
+) -> None:
+    """Check every contender of every case against a reference, then time them in turn."""
+    try:
+        cases = select(device.value, suite.split(","), only)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if not cases:
+        raise typer.BadParameter(f"no case of {suite} has {only!r} in its name")
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise typer.BadParameter("--device cuda: torch.cuda.is_available() is False")
+    if threads:
+        torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    console = Console(width=190)
+    found: dict[str, Any] = {"machine": machine(device.value), "ceilings": {}, "rounds": rounds}
+    found |= {"rows": [], "not_timed": []}
+    console.print(found["machine"])
+    for number, case in enumerate(cases, 1):
+        rows, not_timed = measure(case, rounds, seconds)
+        gc.collect()
+        found["rows"] += rows
+        found["not_timed"] += not_timed
+        found["ceilings"] = summary_of_ceilings(found["rows"])
+        console.print(f"{number}/{len(cases)} {case.suite}: {case.name}, {case.dtype}", style="dim", highlight=False)
+        for row in not_timed:
+            console.print(f"  {row['contender']} not timed: {row['reason'].splitlines()[0]}", markup=False)
+        if json_file is not None:  # after every case, so that a run that is cut off leaves what it measured
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+            json_file.write_text(json.dumps(found, indent=1) + "\n")
+    about = found["machine"]
+    title = f"{about['device']}, {about['threads']} threads, {about['isa']}, {about['date']}; {found['ceilings']}"
+    console.print(table_of(found["rows"], title))
+    if any(row["failed"] for row in found["not_timed"]):
+        console.print("Some contenders failed their checks; they were not timed:", style="bold")
+        console.print_json(data=found["not_timed"])
+        if any(row["contender"] in ("ttt", "observe") for row in found["not_timed"] if row["failed"]):
+            raise typer.Exit(1)
+
+
+def table_of(rows: list[dict[str, Any]], title: str) -> Table:
+    """The rows of the JSON for people. "to forward" and "to baseline" are ratios of times."""
     table = Table(title=title)
-    for column in ("suite", "case", "dtype", "contender", "us", "quartiles", "GB/s", "% of copy", "ratio to"):
-        table.add_column(column, justify="left" if column in ("suite", "case", "dtype", "contender") else "right")
+    columns = ("case", "dtype", "contender", "us", "quartiles", "GB/s", "TFLOP/s", "% of", "to forward", "to baseline")
+    for column in columns:
+        table.add_column(column, justify="left" if column in columns[:3] else "right")
+    before = None
     for r in rows:
-        # Bytes are those that ours must move: they say nothing about another contender.
-        own = r["contender"] in ("ttt", "observe")
-        cells = [
-            r["suite"],
-            r["case"],
-            r["dtype"],
+        case = (r["suite"], r["case"], r["dtype"])
+        if before is not None and case != before:
+            table.add_section()
+        share = "" if r["percent_of_ceiling"] is None else f"{r['percent_of_ceiling']:.0f} % of {r['ceiling']}"
+        table.add_row(
+            f"{r['suite']}: {r['case']}" if case != before else "",
+            r["dtype"] if case != before else "",
             r["contender"],
             f"{r['us']:.1f}",
             f"{r['us_q1']:.1f}-{r['us_q3']:.1f}",
-        ]
-        cells += (
-            [f"{r['gb_per_s']:.1f}", f"{r['percent_of_copy']:.0f}"] if own and r["suite"] != "observe" else ["", ""]
-        )
-        table.add_row(*cells, "" if r["contender"] == r["baseline"] else f"{r['ratio']:.3f} {r['baseline']}")
+            *("" if r[key] is None else f"{r[key]:.4g}" for key in ("gb_per_s", "tflop_per_s")),
+            share,
+            *(
+                "" if r[key] is None else f"{r[key]:.3f}"
+                for key in ("ratio_to_forward", "ratio")
+            ),
+            style="bold" if r["ours"] else None,
+        )  # fmt: skip
+        before = case
     return table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--suite", default=",".join(SUITES), help=f"comma-separated, of {', '.join(SUITES)}")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
-    args = parser.parse_args()
-    unknown = set(args.suite.split(",")) - set(SUITES)
-    if unknown:
-        parser.error(f"--suite must be of {', '.join(SUITES)}, got {', '.join(sorted(unknown))}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch.cuda.is_available() is False")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    console = Console(width=150)
-    about = machine(args.device)
-    console.print(about)
-    copy = copy_rate(args.device)
-    ceilings = {"copy_gb_per_s": round(copy / 1e9, 1)}
-    for dtype in (torch.float32, torch.bfloat16):
-        ceilings[f"matmul_{str(dtype).removeprefix('torch.')}_tflop_per_s"] = round(
-            matmul_rate(args.device, dtype) / 1e12, 4
-        )
-    console.print(ceilings)
-    rows: list[dict] = []
-    for suite in args.suite.split(","):
-        for case in SUITES[suite](args.device):
-            rows += measure(case, args.device, args.rounds, copy)
-            console.print(f"{suite}: {case.name}, {case.dtype}: done", style="dim")
-            del case
-            gc.collect()
-            if args.json:  # after every case, so that a run that is cut off leaves what it measured
-                args.json.parent.mkdir(parents=True, exist_ok=True)
-                found = {"machine": about, "ceilings": ceilings, "rounds": args.rounds, "rows": rows}
-                args.json.write_text(json.dumps(found, indent=1) + "\n")
-    console.print(
-        table_of(rows, f"{about['device']}, {about['threads']} threads, copy {ceilings['copy_gb_per_s']} GB/s")
-    )
-
-
 if __name__ == "__main__":
-    main()
+    app()
