@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ttt import protection
 from ttt.convert import require_layers
+from ttt.head import Scored, Split
 from ttt.nn import Capturing
 
 
@@ -70,6 +71,25 @@ def learning(model: nn.Module) -> Iterator[None]:
             layer.learn(update)
 
 
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires grad inside; afterwards those do that did. Learning needs no gradient of a parameter."""
+    thawed = [p for p in model.parameters() if p.requires_grad]
+    for p in thawed:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in thawed:
+            p.requires_grad_(True)
+
+
+def masked_inputs(attend: Tensor, width: int) -> dict[str, Tensor]:
+    """The model's ``attention_mask`` and ``position_ids`` for the last ``width`` of the tokens ``attend`` (B, L)."""
+    positions = (attend.cumsum(1) - 1).clamp_min(0)[:, -width:]
+    return {"attention_mask": attend.long(), "position_ids": positions}
+
+
 class Learner:
     """Lets an adapted model learn from what it reads.
 
@@ -91,6 +111,8 @@ class Learner:
         if context < 2:
             raise ValueError(f"context must be at least 2 tokens, got {context}")
         self.context = context
+        mas = self.config.importance == "mas" and self.config.ewc_lambda > 0
+        self._split = Split(model, "importance 'mas' differentiates the logits" if mas else "")
 
     # -- observe ----------------------------------------------------------------------------------------------
 
@@ -119,11 +141,21 @@ class Learner:
             TypeError, ValueError: for a wrong dtype, shape or token; nothing has changed then.
         """
         ids, attend, teach = self._checked(input_ids, attention_mask, learn_mask)
+        plain = attention_mask is None and learn_mask is None
+        with frozen(self.model):
+            return self._read(ids, attend, teach, learn, pads=attention_mask is not None, plain=plain)[0]
+
+    def _read(
+        self, ids: Tensor, attend: Tensor, teach: Tensor, learn: bool, *, pads: bool, plain: bool
+    ) -> tuple[Seen, Any]:
+        """What `observe` does, after its checks; and the cache of the last segment, None after a rejected chunk.
+
+        ``pads``: ``attend`` holds padding. ``plain``: every token is scored and teaches.
+        """
         batch, length = ids.shape
         scored = attend[:, :-1] & attend[:, 1:]
         targets = scored & teach[:, 1:]
         rows = attend & teach
-        plain = attention_mask is None and learn_mask is None
         nll = torch.zeros((batch, max(length - 1, 0)), device=ids.device)
         learned = rejected = 0
         start, cache = 0, None  # of the present segment
@@ -133,43 +165,35 @@ class Learner:
                 start, cache = position, None
             end = min(position + self.config.chunk, start + self.context, length)
             last = min(end, length - 1)  # the text's final token has no target
-            span, width = slice(position, last), last - position
+            span = slice(position, last)
             wanted = targets[:, span]
             teaches = learn and self.config.lr > 0 and (plain or bool(wanted.any()))
             inputs = {"input_ids": ids[:, position:last], "past_key_values": cache, "use_cache": True}
-            if attention_mask is not None:
-                inputs["attention_mask"] = attend[:, start:last].to(ids.dtype)
-                inputs["position_ids"] = (attend[:, start:last].cumsum(1) - 1).clamp_min(0)[:, -width:]
+            if pads:
+                inputs |= masked_inputs(attend[:, start:last], last - position)
             capturing: Any = Capturing(self.layers) if teaches else contextlib.nullcontext()
-            with torch.set_grad_enabled(teaches), capturing:
-                out = self.model(**inputs)
-                logits = out.logits.float()
-                chunk_nll = nn.functional.cross_entropy(
-                    logits.flatten(0, 1), ids[:, position + 1 : last + 1].flatten(), reduction="none"
-                ).view(batch, width)
-                if plain:
-                    nll[:, span] = chunk_nll.detach()
-                else:
-                    nll[:, span] = torch.where(scored[:, span], chunk_nll.detach(), 0.0)
+            with torch.set_grad_enabled(teaches), capturing, self._split as split:
+                out, scores = split.run(inputs, ids[:, position + 1 : last + 1])
+                nll[:, span] = scores.nll if plain else torch.where(scored[:, span], scores.nll, 0.0)
                 ok = True
                 if teaches:
-                    loss = chunk_nll.sum() if plain else chunk_nll[wanted].sum()
-                    ok = self._learn(capturing, loss, logits, None if plain else rows[:, span].flatten())
+                    masks = (None, None) if plain else (wanted, rows[:, span].flatten())
+                    ok = self._learn(capturing, scores, *masks)
                     learned, rejected = learned + ok, rejected + (not ok)
             cache = _detached(out.past_key_values)
             position = last
             if not ok:  # what the model computed for this chunk is not to be trusted as context either
                 start, cache = position, None
-        return Seen(nll, scored, learned, rejected)
+        return Seen(nll, scored, learned, rejected), cache
 
-    def _learn(self, capturing: Capturing, loss: Tensor, logits: Tensor, rows: Tensor | None) -> bool:
+    def _learn(self, capturing: Capturing, scores: Scored, wanted: Tensor | None, rows: Tensor | None) -> bool:
         """Learn from the captured chunk; False, and not a bit changed, if anything in it is not finite."""
         mas = self.config.importance == "mas" and self.config.ewc_lambda > 0
-        loss.backward(retain_graph=mas)
+        scores.backward(wanted, self.config.head_mass, retain_graph=mas)
         captured = capturing.renew()
         traced: list[Any] = [None] * len(self.layers)
         if mas:
-            valid = logits if rows is None else logits.flatten(0, 1)[rows]
+            valid = scores.logits if rows is None else scores.logits.flatten(0, 1)[rows]
             valid.square().sum().backward()
             traced = capturing.renew()
         updates = [
@@ -177,7 +201,8 @@ class Learner:
             for layer, pairs, trace in zip(self.layers, captured, traced, strict=True)
         ]
         found = [(layer, u) for layer, u in zip(self.layers, updates, strict=True) if u is not None]
-        finite = torch.stack([torch.isfinite(loss.detach())] + [u.finite.to(loss.device) for _, u in found])
+        loss = (scores.nll if wanted is None else scores.nll[wanted]).sum()
+        finite = torch.stack([torch.isfinite(loss)] + [u.finite.to(loss.device) for _, u in found])
         if not bool(finite.all()):
             return False
         for layer, update in found:

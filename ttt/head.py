@@ -1,0 +1,213 @@
+"""The output head: scores from logits, and the loss's gradient at the hidden states without autograd's temporaries.
+
+The vocabulary projection is a model's largest matrix. With p = softmax(h W^T), the gradient of a token's loss is
+
+    dL/dh = sum_j (p_j - [j = target]) W_j
+
+and most p_j are nearly nothing. Leaving out a set of rows of mass q = sum of their p_j is wrong by at most
+q max_j |W_j|: `input_gradient` keeps, for each token, its target's row and the rows above a threshold at which
+q <= ``mass`` was verified.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+from ttt.ops.backends import record
+
+_SAMPLE = 2048  # columns on which thresholds are searched
+
+
+@dataclasses.dataclass
+class Scores:
+    """N tokens scored against V words.
+
+    ``nll`` (N,) nats; ``exp`` (N, V) exp(logits - their maximum); ``total`` (N,) its sums; ``targets`` (N,) int64.
+    """
+
+    nll: Tensor
+    exp: Tensor
+    total: Tensor
+    targets: Tensor
+
+
+@torch.no_grad()
+def score(logits: Tensor, targets: Tensor) -> Scores:
+    """`Scores` of ``targets`` (N,) under ``logits`` (N, V), which are overwritten if they are float32 or float64."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    at = targets.unsqueeze(1)
+    highest = logits.amax(1, keepdim=True)
+    wanted = logits.gather(1, at) - highest
+    exp = logits.sub_(highest).exp_()
+    total = exp.sum(1)
+    return Scores(total.log() - wanted[:, 0], exp, total, targets)
+
+
+@torch.no_grad()
+def input_gradient(scores: Scores, weight: Tensor, wanted: Tensor | None = None, mass: float = 0.0) -> Tensor:
+    """The gradient of the summed loss at the head's input, (N, d), dtype of ``weight``. Consumes ``scores``.
+
+    Args:
+        weight: (V, d), the head's.
+        wanted: (N,) bool: the tokens whose loss counts; all if None.
+        mass: bound on the probability that each token's left-out words may have in sum; 0 leaves out none.
+            The result's row t is off by at most ``mass`` times the largest norm of a row of ``weight``.
+            Where too many rows matter, the exact product is faster and is what is computed.
+    """
+    keep = _matter(scores, wanted, mass) if mass > 0 else None
+    # The target is subtracted in float32: 1 - p would be lost in a product with 16-bit p.
+    scores.exp.scatter_add_(1, scores.targets.unsqueeze(1), -scores.total.unsqueeze(1))
+    scale = 1 / scores.total if wanted is None else torch.where(wanted, 1 / scores.total, 0.0)
+    if keep is None:
+        record("head_gradient", "dense", "more rows matter than are worth picking" if mass > 0 else "")
+        return _product(scores.exp.mul_(scale.unsqueeze(1)).to(weight.dtype), weight)
+    record("head_gradient", "rows")
+    counts = keep.sum(1)
+    words = keep.nonzero()[:, 1]
+    values = (scores.exp[keep] * scale.repeat_interleave(counts, output_size=len(words))).to(weight.dtype)
+    starts = counts.cumsum(0) - counts
+    return nn.functional.embedding_bag(words, weight, starts, mode="sum", per_sample_weights=values)
+
+
+def _product(p: Tensor, weight: Tensor) -> Tensor:
+    # MKL is up to 1.7 times as fast with the long side first (measured: 32000 x 768, 16 to 64 tokens), but slow below.
+    if p.device.type == "cpu" and p.dtype == torch.float32 and 16 <= len(p) <= 64:
+        return (weight.T @ p.T).T
+    return p @ weight
+
+
+def _matter(scores: Scores, wanted: Tensor | None, mass: float) -> Tensor | None:
+    """(N, V) bool, the entries that matter; None where the exact product is the faster way.
+
+    A word's row costs as much as its bytes; the product reads each row once, and computes N times with it.
+    """
+    exp, total = scores.exp, scores.total
+    count, vocabulary = exp.shape
+    limit = vocabulary * (0.4 + count / 80)  # rows that take as long as the product: measured for N = 1, 16, 64
+    if exp.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None  # a number of rows that depends on the data cannot be captured
+    # Thresholds by bisection of their logarithm, on every step-th word.
+    step = -(-vocabulary // _SAMPLE)
+    sample = exp[:, ::step].contiguous()
+    low, high = (mass / vocabulary * total).log(), torch.zeros_like(total)
+    for _ in range(8):
+        middle = (low + high) / 2
+        dropped = torch.where(sample > middle.exp().unsqueeze(1), 0.0, sample).sum(1) * step
+        fits = dropped < 0.8 * mass * total
+        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+    if int((sample > low.exp().unsqueeze(1)).sum()) * step > limit:
+        return None
+    for _ in range(3):
+        keep = exp > low.exp().unsqueeze(1)
+        keep.scatter_(1, scores.targets.unsqueeze(1), True)
+        over = total - torch.where(keep, exp, 0.0).sum(1) > mass * total
+        if not bool(over.any()):
+            if wanted is not None:
+                keep &= wanted.unsqueeze(1)
+            return keep if int(keep.sum()) <= limit else None
+        low = torch.where(over, low - 1.5, low)  # the sample misled: try lower
+    return None
+
+
+class Split:
+    """Runs a causal language model with its autograd graph cut at the output head's input.
+
+    While entered, the head sees a leaf tensor. If the logits that the model returns are the very tensor that the head
+    made, the loss is `score`'s and the gradient at the leaf `input_gradient`'s; otherwise (softcapping, scaling) the
+    gradient comes from autograd. Which way was taken stands in `ttt.info()`.
+
+    Args:
+        model: a transformers causal language model.
+        why: a reason to leave the head to autograd; empty for none.
+    """
+
+    def __init__(self, model: Any, why: str = "") -> None:
+        self.model = model
+        self.head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        self.changed = why  # set, too, when a model was seen to change its head's logits
+        self._handles: list[Any] = []
+        self._seen: list[tuple[Tensor, Tensor]] = []
+        self._output: Tensor | None = None
+
+    def unfit(self) -> str:
+        """Why the head's gradient must come from autograd; empty if it need not."""
+        if type(self.head) is not nn.Linear:
+            return f"the output head is {type(self.head).__name__}, not torch.nn.Linear"
+        if self.head.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            return f"the output head is {self.head.weight.dtype}"
+        for each in (self.head, self.model):
+            if each._forward_hooks or each._forward_pre_hooks or "forward" in vars(each):
+                return "the output head or the model has hooks"
+        if _module._global_forward_hooks or _module._global_forward_pre_hooks:
+            return "there are global module hooks"
+        return self.changed
+
+    def __enter__(self) -> Split:
+        self.why = self.unfit()
+        if not self.why:
+            self._handles = [
+                self.head.register_forward_pre_hook(self._before),
+                self.head.register_forward_hook(self._after),
+            ]
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._seen, self._output = [], [], None
+
+    def _before(self, module, args):
+        hidden = args[0]
+        leaf = hidden.detach().requires_grad_(hidden.requires_grad)
+        self._seen.append((hidden, leaf))
+        return (leaf, *args[1:])
+
+    def _after(self, module, args, output):
+        self._output = output
+
+    def run(self, inputs: dict[str, Any], targets: Tensor) -> tuple[Any, Scored]:
+        """(the model's output, `Scored`): a forward pass, and ``targets`` (B, T) scored under its logits."""
+        self._seen, self._output = [], None
+        out = self.model(**inputs)
+        if not self.why and (len(self._seen) != 1 or out.logits is not self._output):
+            self.why = self.changed = "the model changes the logits that its output head makes"
+        hidden, leaf = self._seen[0] if len(self._seen) == 1 else (None, None)
+        self._seen, self._output = [], None
+        return out, Scored(self, out.logits, targets, hidden, leaf)
+
+
+class Scored:
+    """A forward pass whose targets (B, T) were scored. ``nll`` (B, T), nats, has no graph."""
+
+    def __init__(self, split: Split, logits: Tensor, targets: Tensor, hidden: Tensor | None, leaf: Tensor | None):
+        self._hidden, self._leaf, self._why = hidden, leaf, split.why
+        flat = targets.flatten()
+        if not split.why:
+            self._weight = split.head.weight
+            self._scores: Scores | None = score(logits.detach().flatten(0, 1), flat)
+            self.nll = self._scores.nll.view(targets.shape)
+            return
+        self.logits = logits.float()  # (B, T, V), with autograd's graph
+        self._losses = nn.functional.cross_entropy(self.logits.flatten(0, 1), flat, reduction="none")
+        self.nll = self._losses.detach().view(targets.shape)
+
+    def backward(self, wanted: Tensor | None, mass: float, retain_graph: bool = False) -> None:
+        """Backward of the summed loss of the ``wanted`` (B, T) tokens (all, if None), once."""
+        wanted = None if wanted is None else wanted.flatten()
+        if not self._why:
+            assert self._scores is not None
+            assert self._hidden is not None
+            scores, self._scores = self._scores, None
+            gradient = input_gradient(scores, self._weight, wanted, mass)
+            self._hidden.backward(gradient.view(self._hidden.shape))
+            return
+        record("head_gradient", "autograd", self._why)
+        loss = self._losses.sum() if wanted is None else self._losses[wanted].sum()
+        loss.backward(retain_graph=retain_graph)
+        if self._leaf is not None and self._hidden is not None and self._leaf.grad is not None:
+            self._hidden.backward(self._leaf.grad)  # the graph was cut before it was known to be needed
