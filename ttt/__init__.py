@@ -10,10 +10,12 @@ from ttt import nn, ops
 from ttt.checkpoint import load, save
 from ttt.config import TTTConfig
 from ttt.convert import adapt_, learning_layers, restore_
+from ttt.generate import Generated
 from ttt.info import info
 from ttt.learner import Learner, Seen, Snapshot, learning
 
 __all__ = [
+    "Generated",
     "Learner",
     "Seen",
     "Snapshot",

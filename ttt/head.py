@@ -21,6 +21,7 @@ from torch.nn.modules import module as _module
 from ttt.ops.backends import record
 
 _SAMPLE = 2048  # columns on which thresholds are searched
+_SMALL = 4096  # words below which picking rows costs more than it saves
 
 
 @dataclasses.dataclass
@@ -59,12 +60,14 @@ def input_gradient(scores: Scores, weight: Tensor, wanted: Tensor | None = None,
             The result's row t is off by at most ``mass`` times the largest norm of a row of ``weight``.
             Where too many rows matter, the exact product is faster and is what is computed.
     """
-    keep = _matter(scores, wanted, mass) if mass > 0 else None
+    small = weight.shape[0] < _SMALL
+    keep = None if small or mass == 0 else _matter(scores, wanted, mass)
     # The target is subtracted in float32: 1 - p would be lost in a product with 16-bit p.
     scores.exp.scatter_add_(1, scores.targets.unsqueeze(1), -scores.total.unsqueeze(1))
     scale = 1 / scores.total if wanted is None else torch.where(wanted, 1 / scores.total, 0.0)
     if keep is None:
-        record("head_gradient", "dense", "more rows matter than are worth picking" if mass > 0 else "")
+        why = "" if mass == 0 else "few words" if small else "more rows matter than are worth picking"
+        record("head_gradient", "dense", why)
         return _product(scores.exp.mul_(scale.unsqueeze(1)).to(weight.dtype), weight)
     record("head_gradient", "rows")
     counts = keep.sum(1)
@@ -170,44 +173,61 @@ class Split:
     def _after(self, module, args, output):
         self._output = output
 
-    def run(self, inputs: dict[str, Any], targets: Tensor) -> tuple[Any, Scored]:
-        """(the model's output, `Scored`): a forward pass, and ``targets`` (B, T) scored under its logits."""
+    def forward(self, inputs: dict[str, Any]) -> tuple[Any, Tensor | None, Tensor | None]:
+        """(the model's output, the hidden states at the head with their graph, the leaf the head saw instead)."""
         self._seen, self._output = [], None
         out = self.model(**inputs)
         if not self.why and (len(self._seen) != 1 or out.logits is not self._output):
             self.why = self.changed = "the model changes the logits that its output head makes"
         hidden, leaf = self._seen[0] if len(self._seen) == 1 else (None, None)
         self._seen, self._output = [], None
-        return out, Scored(self, out.logits, targets, hidden, leaf)
+        return out, hidden, leaf
+
+    def run(self, inputs: dict[str, Any], targets: Tensor) -> tuple[Any, Fused | Plain]:
+        """(the model's output, the scores): a forward pass, and ``targets`` (B, T) scored under its logits."""
+        out, hidden, leaf = self.forward(inputs)
+        if self.why or hidden is None:
+            return out, Plain(out.logits, targets, self.why, hidden, leaf)
+        return out, Fused(out.logits.detach(), targets, hidden, self.head.weight)
 
 
-class Scored:
-    """A forward pass whose targets (B, T) were scored. ``nll`` (B, T), nats, has no graph."""
+class Fused:
+    """``targets`` (B, T) scored under ``logits`` (B, T, V), which are consumed. ``nll`` (B, T), nats, has no graph.
 
-    def __init__(self, split: Split, logits: Tensor, targets: Tensor, hidden: Tensor | None, leaf: Tensor | None):
-        self._hidden, self._leaf, self._why = hidden, leaf, split.why
-        flat = targets.flatten()
-        if not split.why:
-            self._weight = split.head.weight
-            self._scores: Scores | None = score(logits.detach().flatten(0, 1), flat)
-            self.nll = self._scores.nll.view(targets.shape)
-            return
-        self.logits = logits.float()  # (B, T, V), with autograd's graph
-        self._losses = nn.functional.cross_entropy(self.logits.flatten(0, 1), flat, reduction="none")
-        self.nll = self._losses.detach().view(targets.shape)
+    ``hidden`` (B, T, d), with its graph, is what the head of ``weight`` (V, d) made the logits from.
+    """
+
+    def __init__(self, logits: Tensor, targets: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        self._hidden, self._weight = hidden, weight
+        self._scores = score(logits.flatten(0, 1), targets.flatten())
+        self.nll = self._scores.nll.view(targets.shape)
 
     def backward(self, wanted: Tensor | None, mass: float, retain_graph: bool = False) -> None:
-        """Backward of the summed loss of the ``wanted`` (B, T) tokens (all, if None), once."""
+        """Backward, once, of the summed loss of the ``wanted`` (B, T) tokens; of all if None."""
         wanted = None if wanted is None else wanted.flatten()
-        if not self._why:
-            assert self._scores is not None
-            assert self._hidden is not None
-            scores, self._scores = self._scores, None
-            gradient = input_gradient(scores, self._weight, wanted, mass)
-            self._hidden.backward(gradient.view(self._hidden.shape))
-            return
+        gradient = input_gradient(self._scores, self._weight, wanted, mass)
+        self._hidden.backward(gradient.view(self._hidden.shape), retain_graph=retain_graph)
+
+
+class Plain:
+    """As `Fused`, by autograd from ``logits`` (B, T, V) with a graph; ``why`` it has to be.
+
+    ``hidden`` and ``leaf``: where the graph was cut before it was known to be needed.
+    """
+
+    def __init__(
+        self, logits: Tensor, targets: Tensor, why: str, hidden: Tensor | None = None, leaf: Tensor | None = None
+    ) -> None:
+        self._why, self._hidden, self._leaf = why, hidden, leaf
+        self.logits = logits.float()
+        self._losses = nn.functional.cross_entropy(self.logits.flatten(0, 1), targets.flatten(), reduction="none").view(
+            targets.shape
+        )
+        self.nll = self._losses.detach()
+
+    def backward(self, wanted: Tensor | None, mass: float, retain_graph: bool = False) -> None:
         record("head_gradient", "autograd", self._why)
         loss = self._losses.sum() if wanted is None else self._losses[wanted].sum()
         loss.backward(retain_graph=retain_graph)
         if self._leaf is not None and self._hidden is not None and self._leaf.grad is not None:
-            self._hidden.backward(self._leaf.grad)  # the graph was cut before it was known to be needed
+            self._hidden.backward(self._leaf.grad)

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from ttt import protection
 from ttt.convert import require_layers
-from ttt.head import Scored, Split
+from ttt.generate import Generated, generate
+from ttt.head import Fused, Plain, Split
 from ttt.nn import Capturing
+from ttt.reading import detached, frozen, masked_inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,25 +71,6 @@ def learning(model: nn.Module) -> Iterator[None]:
     for layer, update in zip(layers, updates, strict=True):
         if update is not None:
             layer.learn(update)
-
-
-@contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires grad inside; afterwards those do that did. Learning needs no gradient of a parameter."""
-    thawed = [p for p in model.parameters() if p.requires_grad]
-    for p in thawed:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in thawed:
-            p.requires_grad_(True)
-
-
-def masked_inputs(attend: Tensor, width: int) -> dict[str, Tensor]:
-    """The model's ``attention_mask`` and ``position_ids`` for the last ``width`` of the tokens ``attend`` (B, L)."""
-    positions = (attend.cumsum(1) - 1).clamp_min(0)[:, -width:]
-    return {"attention_mask": attend.long(), "position_ids": positions}
 
 
 class Learner:
@@ -180,19 +163,20 @@ class Learner:
                     masks = (None, None) if plain else (wanted, rows[:, span].flatten())
                     ok = self._learn(capturing, scores, *masks)
                     learned, rejected = learned + ok, rejected + (not ok)
-            cache = _detached(out.past_key_values)
+            cache = detached(out.past_key_values)
             position = last
             if not ok:  # what the model computed for this chunk is not to be trusted as context either
                 start, cache = position, None
         return Seen(nll, scored, learned, rejected), cache
 
-    def _learn(self, capturing: Capturing, scores: Scored, wanted: Tensor | None, rows: Tensor | None) -> bool:
+    def _learn(self, capturing: Capturing, scores: Fused | Plain, wanted: Tensor | None, rows: Tensor | None) -> bool:
         """Learn from the captured chunk; False, and not a bit changed, if anything in it is not finite."""
         mas = self.config.importance == "mas" and self.config.ewc_lambda > 0
         scores.backward(wanted, self.config.head_mass, retain_graph=mas)
         captured = capturing.renew()
         traced: list[Any] = [None] * len(self.layers)
         if mas:
+            assert isinstance(scores, Plain)
             valid = scores.logits if rows is None else scores.logits.flatten(0, 1)[rows]
             valid.square().sum().backward()
             traced = capturing.renew()
@@ -208,6 +192,54 @@ class Learner:
         for layer, update in found:
             layer.learn(update)
         return True
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        *,
+        max_new_tokens: int,
+        attention_mask: Tensor | None = None,
+        learn_prompt: bool = True,
+        learn_output: bool = False,
+        learn_every: int = 16,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        eos_token_id: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Generated:
+        """Read a prompt, then write on, learning from the stream of tokens; each is scored before it is learnt.
+
+        By default the model learns from the prompt, which is what the user wrote, and not from its own output:
+        that is self-training, which makes the model surer of what it says whether it is right or not. Switch it
+        on where the output is filtered or checked, or where its style is to be kept up.
+
+        Args:
+            input_ids: (B, P) int64, the prompts; P + max_new_tokens may not exceed the learner's ``context``.
+            max_new_tokens: N, tokens to write.
+            attention_mask: (B, P) bool or 0/1: 0 marks padding, on the left only.
+            learn_prompt: learn from the prompt, in chunks of ``config.chunk``, before writing.
+            learn_output: learn from what is written, every ``learn_every`` tokens and at the end. Only the blocks
+                from the lowest learning layer upwards run again for that, on those tokens.
+            learn_every: tokens written between two times of learning.
+            do_sample: draw tokens; otherwise the likeliest is taken.
+            temperature: divides the logits that are drawn from; ``nll`` is that of the model as it is.
+            top_k: draw from the k likeliest tokens only.
+            eos_token_id: a sequence that wrote it is finished: it is filled up with it, and teaches no more.
+            generator: of the draws.
+
+        Returns:
+            A `Generated`.
+
+        Raises:
+            TypeError, ValueError: for a wrong argument; nothing has changed then.
+        """
+        ids, attend, _ = self._checked(input_ids, attention_mask, None)
+        return generate(
+            self, ids, None if attention_mask is None else attend, max_new_tokens=max_new_tokens,
+            learn_prompt=learn_prompt, learn_output=learn_output, learn_every=learn_every, do_sample=do_sample,
+            temperature=temperature, top_k=top_k, eos_token_id=eos_token_id, generator=generator,
+        )  # fmt: skip
 
     def _checked(self, ids: Tensor, attention_mask: Tensor | None, learn_mask: Tensor | None):
         if ids.dtype != torch.int64:
@@ -306,15 +338,3 @@ class Learner:
         """Write every layer's window into its weights, as before ``save_pretrained``."""
         for layer in self.layers:
             layer.flush()
-
-
-def _detached(cache):
-    """The same cache without its autograd graph: gradients never cross chunks.
-
-    Works on whatever tensors the layers of a transformers cache hold (keys, values, recurrent states).
-    """
-    for layer in getattr(cache, "layers", []):
-        for name, value in vars(layer).items():
-            if isinstance(value, Tensor) and value.requires_grad:
-                setattr(layer, name, value.detach())
-    return cache
