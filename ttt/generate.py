@@ -74,7 +74,8 @@ def generate(
             _, cache = learner._read(ids, real, real, False, pads=pads, plain=not pads)
         learned, rejected = seen.learned, seen.rejected
         span = _Span(learner, cache, learn_every) if learn_output and learner.config.lr > 0 else None
-        nlls, masks = [seen.nll], [seen.mask]
+        nlls: list[Tensor] = []
+        masks: list[Tensor] = []
         done = torch.zeros((batch,), dtype=torch.bool, device=ids.device)
         for written in range(1, max_new_tokens + 1):
             inputs = {"input_ids": ids[:, -1:], "past_key_values": cache, "use_cache": True}
@@ -88,12 +89,14 @@ def generate(
                     token = torch.where(done, eos_token_id, token)
                 nll = nn.functional.cross_entropy(logits.float(), token, reduction="none")
             cache = out.past_key_values
-            nlls.append(torch.where(done, 0.0, nll).unsqueeze(1))
-            masks.append(~done.unsqueeze(1))
+            teaches = ~done
+            nlls.append(nll if eos_token_id is None else torch.where(done, 0.0, nll))
+            masks.append(teaches)
             ids = torch.cat([ids, token.unsqueeze(1)], 1)
-            real = torch.cat([real, torch.ones_like(real[:, :1])], 1)
+            if pads:
+                real = torch.cat([real, torch.ones_like(real[:, :1])], 1)
             if span is not None:
-                span.add(logits, ~done)
+                span.add(logits, teaches)
             over = written == max_new_tokens
             if eos_token_id is not None:
                 done = done | (token == eos_token_id)
@@ -103,7 +106,8 @@ def generate(
                 learned, rejected = learned + ok, rejected + (not ok)
             if over:
                 break
-    return Generated(ids, torch.cat(nlls, 1), torch.cat(masks, 1), learned, rejected)
+    nll = torch.cat([seen.nll, torch.stack(nlls, 1)], 1)
+    return Generated(ids, nll, torch.cat([seen.mask, torch.stack(masks, 1)], 1), learned, rejected)
 
 
 def _first(learner: Any, inputs: dict[str, Any]) -> Any:

@@ -312,9 +312,12 @@ class Learner:
 
     def snapshot(self) -> Snapshot:
         """A copy of all learning state, for `rollback`."""
-        layers = [{name: t.clone() for name, t in layer.state().items()} for layer in self.layers]
-        bases = [{name: t.clone() for name, t in layer.base.items()} for layer in self.layers]
-        return Snapshot(layers, bases)
+        # Shared tensors and bases are never written in place: they need no copy.
+        layers = [
+            {name: t if name in layer.shared else t.clone() for name, t in layer.state().items()}
+            for layer in self.layers
+        ]
+        return Snapshot(layers, [dict(layer.base) for layer in self.layers])
 
     def rollback(self, snapshot: Snapshot) -> None:
         """Go back to ``snapshot``, to the bit.
@@ -327,7 +330,7 @@ class Learner:
             raise ValueError("snapshot does not fit this model's learning layers; nothing was changed")
         for layer, state, base in zip(self.layers, snapshot.layers, snapshot.bases, strict=True):
             layer.load_state(state)
-            layer.base = {name: t.clone() for name, t in base.items()}
+            layer.base = dict(base)
 
     def reset(self) -> None:
         """Forget everything learnt since calibration; the weights are the base model's, to the bit."""
