@@ -75,9 +75,9 @@ class Memory:
 
     Attributes:
         parameters: adapted parameters, those of every model counted.
-        bytes: what the learning layers hold, by kind: ``weight``, ``anchor``, ``importance``, ``trace``, ``window`` (and
-            counters), ``memory`` (replay memory and recent rows), ``base`` (what `Learner.reset` goes back to after a
-            consolidation), ``original`` (the transposed weights of ``Conv1D`` modules). Shared memory counts once.
+        bytes: what the learning layers hold, by kind; shared memory counts once. ``weight``, ``anchor``,
+            ``importance``, ``trace``, ``window`` (and counters), ``memory`` (replay memory and recent rows), ``base``
+            (what `Learner.reset` goes back to after a consolidation), ``original`` (weights of ``Conv1D`` modules).
     """
 
     parameters: int
@@ -110,7 +110,7 @@ def memory(*models: nn.Module) -> Memory:
     # What a model is using comes first: a base that it shares with a fork's live state costs nothing more.
     held = [(_KINDS.get(key, "window"), t) for layer in layers for key, t in layer.state().items() if key != "pending"]
     held += [("base", t) for layer in layers for t in layer.base.values()]
-    held += [("original", original.weight) for layer, original in originals if layer.transposed]
+    held += [("original", original.get_parameter("weight")) for layer, original in originals if layer.transposed]
     found = dict.fromkeys(("weight", "anchor", "importance", "trace", "window", "memory", "base", "original"), 0)
     counted: set[tuple[torch.device, int]] = set()
     for kind, t in held:

@@ -12,6 +12,7 @@ q <= ``mass`` was verified.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -97,7 +98,8 @@ def _matter(scores: Scores, wanted: Tensor | None, mass: float) -> Tensor | None
     # Thresholds by bisection of their logarithm, on every step-th word.
     step = -(-vocabulary // _SAMPLE)
     sample = exp[:, ::step].contiguous()
-    low, high = (mass / vocabulary * total).log(), torch.zeros_like(total)
+    high = (mass * total).log()  # no word above that may be left out
+    low = high - math.log(vocabulary)  # all below that may
     for _ in range(8):
         middle = (low + high) / 2
         dropped = torch.where(sample > middle.exp().unsqueeze(1), 0.0, sample).sum(1) * step
@@ -105,7 +107,7 @@ def _matter(scores: Scores, wanted: Tensor | None, mass: float) -> Tensor | None
         low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
     if int((sample > low.exp().unsqueeze(1)).sum()) * step > limit:
         return None
-    for _ in range(3):
+    for lower in (1, 2, 4, 8, 16):
         keep = exp > low.exp().unsqueeze(1)
         keep.scatter_(1, scores.targets.unsqueeze(1), True)
         over = total - torch.where(keep, exp, 0.0).sum(1) > mass * total
@@ -113,7 +115,7 @@ def _matter(scores: Scores, wanted: Tensor | None, mass: float) -> Tensor | None
             if wanted is not None:
                 keep &= wanted.unsqueeze(1)
             return keep if int(keep.sum()) <= limit else None
-        low = torch.where(over, low - 1.5, low)  # the sample misled: try lower
+        low = torch.where(over, low - lower, low)  # the sample misled
     return None
 
 
