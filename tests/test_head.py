@@ -94,6 +94,23 @@ def test_left_out_rows_obey_the_bound(count, mass, masked):
         assert float(ours[~wanted].abs().sum()) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_rows_of_other_dtypes(dtype):
+    logits, weight = peaked(9, 6000).to(dtype), torch.randn(6000, 7).to(dtype)
+    targets = logits.argmax(1)
+    before = ways()
+    ours = input_gradient(score(logits.clone(), targets), weight, None, 1e-3)
+    assert taken(before) == {("rows", "")}
+    assert ours.dtype == dtype
+    p = logits.double().softmax(-1)
+    p[torch.arange(9), targets] -= 1
+    plain = p.to(dtype) @ weight
+    exact = p @ weight.double()
+    largest = float(weight.double().norm(dim=1).max())
+    rounding = 2 * float((plain.double() - exact).norm(dim=1).max()) + 1e-6
+    assert float((ours.double() - exact).norm(dim=1).max()) <= 1e-3 * largest + rounding
+
+
 def test_the_targets_row_is_never_left_out():
     logits, weight = torch.full((1, 5000), -30.0), torch.zeros(5000, 2)
     logits[0, 10] = 0.0

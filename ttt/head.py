@@ -62,20 +62,19 @@ def input_gradient(scores: Scores, weight: Tensor, wanted: Tensor | None = None,
             Where too many rows matter, the exact product is faster and is what is computed.
     """
     small = weight.shape[0] < _SMALL
-    keep = None if small or mass == 0 else _matter(scores, wanted, mass)
-    # The target is subtracted in float32: 1 - p would be lost in a product with 16-bit p.
-    scores.exp.scatter_add_(1, scores.targets.unsqueeze(1), -scores.total.unsqueeze(1))
+    found = None if small or mass == 0 else _matter(scores, mass)
     scale = 1 / scores.total if wanted is None else torch.where(wanted, 1 / scores.total, 0.0)
-    if keep is None:
+    # The target is subtracted in float32: 1 - p would be lost in a product with 16-bit p.
+    if found is None:
         why = "" if mass == 0 else "few words" if small else "more rows matter than are worth picking"
         record("head_gradient", "dense", why)
+        scores.exp.scatter_add_(1, scores.targets.unsqueeze(1), -scores.total.unsqueeze(1))
         return _product(scores.exp.mul_(scale.unsqueeze(1)).to(weight.dtype), weight)
     record("head_gradient", "rows")
-    counts = keep.sum(1)
-    words = keep.nonzero()[:, 1]
-    values = (scores.exp[keep] * scale.repeat_interleave(counts, output_size=len(words))).to(weight.dtype)
-    starts = counts.cumsum(0) - counts
-    return nn.functional.embedding_bag(words, weight, starts, mode="sum", per_sample_weights=values)
+    tokens, words, values = found if wanted is None else (each[wanted[found[0]]] for each in found)
+    values = torch.where(words == scores.targets[tokens], values - scores.total[tokens], values) * scale[tokens]
+    starts = torch.searchsorted(tokens, torch.arange(len(scale), device=tokens.device))
+    return nn.functional.embedding_bag(words, weight, starts, mode="sum", per_sample_weights=values.to(weight.dtype))
 
 
 def _product(p: Tensor, weight: Tensor) -> Tensor:
@@ -85,14 +84,14 @@ def _product(p: Tensor, weight: Tensor) -> Tensor:
     return p @ weight
 
 
-def _matter(scores: Scores, wanted: Tensor | None, mass: float) -> Tensor | None:
-    """(N, V) bool, the entries that matter; None where the exact product is the faster way.
+def _matter(scores: Scores, mass: float) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(tokens, words, their ``exp``) of the entries that matter, by token; None where the exact product is faster.
 
     A word's row costs as much as its bytes; the product reads each row once, and computes N times with it.
     """
     exp, total = scores.exp, scores.total
     count, vocabulary = exp.shape
-    limit = vocabulary * (0.4 + count / 80)  # rows that take as long as the product: measured for N = 1, 16, 64
+    limit = vocabulary * (0.3 + count / 100)  # rows that take as long as the product: measured for N = 1, 16, 64
     if exp.is_cuda and torch.cuda.is_current_stream_capturing():
         return None  # a number of rows that depends on the data cannot be captured
     # Thresholds by bisection of their logarithm, on every step-th word.
@@ -100,21 +99,23 @@ def _matter(scores: Scores, wanted: Tensor | None, mass: float) -> Tensor | None
     sample = exp[:, ::step].contiguous()
     high = (mass * total).log()  # no word above that may be left out
     low = high - math.log(vocabulary)  # all below that may
-    for _ in range(8):
+    allowed = 0.8 / step * mass * total
+    for _ in range(6):
         middle = (low + high) / 2
-        dropped = torch.where(sample > middle.exp().unsqueeze(1), 0.0, sample).sum(1) * step
-        fits = dropped < 0.8 * mass * total
+        fits = torch.where(sample > middle.exp().unsqueeze(1), 0.0, sample).sum(1) < allowed
         low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
     if int((sample > low.exp().unsqueeze(1)).sum()) * step > limit:
         return None
     for lower in (1, 2, 4, 8, 16):
         keep = exp > low.exp().unsqueeze(1)
         keep.scatter_(1, scores.targets.unsqueeze(1), True)
-        over = total - torch.where(keep, exp, 0.0).sum(1) > mass * total
+        tokens, words = keep.nonzero(as_tuple=True)
+        if len(tokens) > limit:
+            return None
+        values = exp[tokens, words]
+        over = total - torch.zeros_like(total).index_add_(0, tokens, values) > mass * total
         if not bool(over.any()):
-            if wanted is not None:
-                keep &= wanted.unsqueeze(1)
-            return keep if int(keep.sum()) <= limit else None
+            return tokens, words, values
         low = torch.where(over, low - lower, low)  # the sample misled
     return None
 
