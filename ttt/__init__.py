@@ -10,19 +10,25 @@ from ttt import nn, ops
 from ttt.checkpoint import load, save
 from ttt.config import TTTConfig
 from ttt.convert import adapt_, learning_layers, restore_
+from ttt.fork import Memory, fork, memory
+from ttt.generate import Generated
 from ttt.info import info
 from ttt.learner import Learner, Seen, Snapshot, learning
 
 __all__ = [
+    "Generated",
     "Learner",
+    "Memory",
     "Seen",
     "Snapshot",
     "TTTConfig",
     "adapt_",
+    "fork",
     "info",
     "learning",
     "learning_layers",
     "load",
+    "memory",
     "nn",
     "ops",
     "restore_",

@@ -94,7 +94,8 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         raise
     for name, (state, base) in states.items():
         layer = layers[name]
-        base_weight = layer.base_weight.clone()
+        held = not layer.base and "anchor" not in layer.shared  # by the live anchor, which is written below
+        base_weight = layer.base_weight.clone() if held else layer.base_weight
         if base is None:
             layer.base = {}
             state[_FROM_BASE] = base_weight

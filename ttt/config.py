@@ -41,6 +41,8 @@ class TTTConfig:
         replay: ``"projection"`` or ``"gradient"``; see `ttt.ops.commit`.
         replay_beta: beta, its strength; stable in (0, 2) for the projection.
         replay_eps: ridge of the projection, relative to the mean squared norm of the replayed inputs.
+        head_mass: probability that words left out of the gradient at the output head may have in sum, per token
+            (`ttt.head.input_gradient`); 0 for the exact gradient.
         state_dtype: ``"float32"``, ``"bfloat16"`` or ``"8bit"`` (`ttt.ops.log8`; not for ``importance="si"``) for importance
             and trace. None: bfloat16 for 16-bit weights, float32 for others.
         seed: of everything random: replay rows, reservoir, rounding, sampled labels.
@@ -67,6 +69,7 @@ class TTTConfig:
     replay: str = "projection"
     replay_beta: float = 0.3
     replay_eps: float = 1e-3
+    head_mass: float = 0.01
     state_dtype: str | None = None
     seed: int = 0
 
@@ -105,6 +108,7 @@ class TTTConfig:
         choice("replay", REPLAY)
         number("replay_beta", 0.0)
         number("replay_eps", 0.0)
+        number("head_mass", 0.0, 0.5)
         choice("state_dtype", (None, "float32", "bfloat16", "8bit"))
         need(
             "state_dtype",

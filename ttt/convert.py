@@ -83,6 +83,8 @@ def restore_(model: nn.Module, keep_learned: bool = False) -> nn.Module:
                 learned = layer.base_weight
             if layer.transposed:
                 if keep_learned:
+                    if "original" in layer.shared:  # forks of the model hold that weight, too
+                        original.weight.data = torch.empty_like(original.weight)
                     original.weight.copy_(learned.T)
             else:
                 layer.weight.copy_(learned)  # the very parameter of the original module
@@ -110,6 +112,11 @@ def require_layers(model: nn.Module) -> list[Linear]:
     if not layers:
         raise ValueError(f"model ({type(model).__name__}) has no learning layer; call ttt.adapt_(model, config) first")
     return layers
+
+
+def kept_originals(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that `adapt_` replaced, by name; empty for a model that was built from learning layers."""
+    return getattr(model, _ORIGINALS, {})
 
 
 def _originals(model: nn.Module) -> dict[str, Any]:

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from ttt import protection
 from ttt.convert import require_layers
+from ttt.generate import Generated, generate
+from ttt.head import Fused, Plain, Split
 from ttt.nn import Capturing
+from ttt.reading import detached, frozen, masked_inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +94,8 @@ class Learner:
         if context < 2:
             raise ValueError(f"context must be at least 2 tokens, got {context}")
         self.context = context
+        mas = self.config.importance == "mas" and self.config.ewc_lambda > 0
+        self._split = Split(model, "importance 'mas' differentiates the logits" if mas else "")
 
     # -- observe ----------------------------------------------------------------------------------------------
 
@@ -119,11 +124,21 @@ class Learner:
             TypeError, ValueError: for a wrong dtype, shape or token; nothing has changed then.
         """
         ids, attend, teach = self._checked(input_ids, attention_mask, learn_mask)
+        plain = attention_mask is None and learn_mask is None
+        with frozen(self.model):
+            return self._read(ids, attend, teach, learn, pads=attention_mask is not None, plain=plain)[0]
+
+    def _read(
+        self, ids: Tensor, attend: Tensor, teach: Tensor, learn: bool, *, pads: bool, plain: bool
+    ) -> tuple[Seen, Any]:
+        """What `observe` does, after its checks; and the cache of the last segment, None after a rejected chunk.
+
+        ``pads``: ``attend`` holds padding. ``plain``: every token is scored and teaches.
+        """
         batch, length = ids.shape
         scored = attend[:, :-1] & attend[:, 1:]
         targets = scored & teach[:, 1:]
         rows = attend & teach
-        plain = attention_mask is None and learn_mask is None
         nll = torch.zeros((batch, max(length - 1, 0)), device=ids.device)
         learned = rejected = 0
         start, cache = 0, None  # of the present segment
@@ -133,43 +148,36 @@ class Learner:
                 start, cache = position, None
             end = min(position + self.config.chunk, start + self.context, length)
             last = min(end, length - 1)  # the text's final token has no target
-            span, width = slice(position, last), last - position
+            span = slice(position, last)
             wanted = targets[:, span]
             teaches = learn and self.config.lr > 0 and (plain or bool(wanted.any()))
             inputs = {"input_ids": ids[:, position:last], "past_key_values": cache, "use_cache": True}
-            if attention_mask is not None:
-                inputs["attention_mask"] = attend[:, start:last].to(ids.dtype)
-                inputs["position_ids"] = (attend[:, start:last].cumsum(1) - 1).clamp_min(0)[:, -width:]
+            if pads:
+                inputs |= masked_inputs(attend[:, start:last], last - position)
             capturing: Any = Capturing(self.layers) if teaches else contextlib.nullcontext()
-            with torch.set_grad_enabled(teaches), capturing:
-                out = self.model(**inputs)
-                logits = out.logits.float()
-                chunk_nll = nn.functional.cross_entropy(
-                    logits.flatten(0, 1), ids[:, position + 1 : last + 1].flatten(), reduction="none"
-                ).view(batch, width)
-                if plain:
-                    nll[:, span] = chunk_nll.detach()
-                else:
-                    nll[:, span] = torch.where(scored[:, span], chunk_nll.detach(), 0.0)
+            with torch.set_grad_enabled(teaches), capturing, self._split as split:
+                out, scores = split.run(inputs, ids[:, position + 1 : last + 1])
+                nll[:, span] = scores.nll if plain else torch.where(scored[:, span], scores.nll, 0.0)
                 ok = True
                 if teaches:
-                    loss = chunk_nll.sum() if plain else chunk_nll[wanted].sum()
-                    ok = self._learn(capturing, loss, logits, None if plain else rows[:, span].flatten())
+                    masks = (None, None) if plain else (wanted, rows[:, span].flatten())
+                    ok = self._learn(capturing, scores, *masks)
                     learned, rejected = learned + ok, rejected + (not ok)
-            cache = _detached(out.past_key_values)
+            cache = detached(out.past_key_values)
             position = last
             if not ok:  # what the model computed for this chunk is not to be trusted as context either
                 start, cache = position, None
-        return Seen(nll, scored, learned, rejected)
+        return Seen(nll, scored, learned, rejected), cache
 
-    def _learn(self, capturing: Capturing, loss: Tensor, logits: Tensor, rows: Tensor | None) -> bool:
+    def _learn(self, capturing: Capturing, scores: Fused | Plain, wanted: Tensor | None, rows: Tensor | None) -> bool:
         """Learn from the captured chunk; False, and not a bit changed, if anything in it is not finite."""
         mas = self.config.importance == "mas" and self.config.ewc_lambda > 0
-        loss.backward(retain_graph=mas)
+        scores.backward(wanted, self.config.head_mass, retain_graph=mas)
         captured = capturing.renew()
         traced: list[Any] = [None] * len(self.layers)
         if mas:
-            valid = logits if rows is None else logits.flatten(0, 1)[rows]
+            assert isinstance(scores, Plain)
+            valid = scores.logits if rows is None else scores.logits.flatten(0, 1)[rows]
             valid.square().sum().backward()
             traced = capturing.renew()
         updates = [
@@ -177,12 +185,61 @@ class Learner:
             for layer, pairs, trace in zip(self.layers, captured, traced, strict=True)
         ]
         found = [(layer, u) for layer, u in zip(self.layers, updates, strict=True) if u is not None]
-        finite = torch.stack([torch.isfinite(loss.detach())] + [u.finite.to(loss.device) for _, u in found])
+        loss = (scores.nll if wanted is None else scores.nll[wanted]).sum()
+        finite = torch.stack([torch.isfinite(loss)] + [u.finite.to(loss.device) for _, u in found])
         if not bool(finite.all()):
             return False
         for layer, update in found:
             layer.learn(update)
         return True
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        *,
+        max_new_tokens: int,
+        attention_mask: Tensor | None = None,
+        learn_prompt: bool = True,
+        learn_output: bool = False,
+        learn_every: int = 16,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        eos_token_id: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Generated:
+        """Read a prompt, then write on, learning from the stream of tokens; each is scored before it is learnt.
+
+        By default the model learns from the prompt, which is what the user wrote, and not from its own output:
+        that is self-training, which makes the model surer of what it says whether it is right or not. Switch it
+        on where the output is filtered or checked, or where its style is to be kept up.
+
+        Args:
+            input_ids: (B, P) int64, the prompts; P + max_new_tokens may not exceed the learner's ``context``.
+            max_new_tokens: N, tokens to write.
+            attention_mask: (B, P) bool or 0/1: 0 marks padding, on the left only.
+            learn_prompt: learn from the prompt, in chunks of ``config.chunk``, before writing.
+            learn_output: learn from what is written, every ``learn_every`` tokens and at the end. Only the blocks
+                from the lowest learning layer upwards run again for that, on those tokens.
+            learn_every: tokens written between two times of learning.
+            do_sample: draw tokens; otherwise the likeliest is taken.
+            temperature: divides the logits that are drawn from; ``nll`` is that of the model as it is.
+            top_k: draw from the k likeliest tokens only.
+            eos_token_id: a sequence that wrote it is finished: it is filled up with it, and teaches no more.
+            generator: of the draws.
+
+        Returns:
+            A `Generated`.
+
+        Raises:
+            TypeError, ValueError: for a wrong argument; nothing has changed then.
+        """
+        ids, attend, _ = self._checked(input_ids, attention_mask, None)
+        return generate(
+            self, ids, None if attention_mask is None else attend, max_new_tokens=max_new_tokens,
+            learn_prompt=learn_prompt, learn_output=learn_output, learn_every=learn_every, do_sample=do_sample,
+            temperature=temperature, top_k=top_k, eos_token_id=eos_token_id, generator=generator,
+        )  # fmt: skip
 
     def _checked(self, ids: Tensor, attention_mask: Tensor | None, learn_mask: Tensor | None):
         if ids.dtype != torch.int64:
@@ -255,9 +312,12 @@ class Learner:
 
     def snapshot(self) -> Snapshot:
         """A copy of all learning state, for `rollback`."""
-        layers = [{name: t.clone() for name, t in layer.state().items()} for layer in self.layers]
-        bases = [{name: t.clone() for name, t in layer.base.items()} for layer in self.layers]
-        return Snapshot(layers, bases)
+        # Shared tensors and bases are never written in place: they need no copy.
+        layers = [
+            {name: t if name in layer.shared else t.clone() for name, t in layer.state().items()}
+            for layer in self.layers
+        ]
+        return Snapshot(layers, [dict(layer.base) for layer in self.layers])
 
     def rollback(self, snapshot: Snapshot) -> None:
         """Go back to ``snapshot``, to the bit.
@@ -270,7 +330,7 @@ class Learner:
             raise ValueError("snapshot does not fit this model's learning layers; nothing was changed")
         for layer, state, base in zip(self.layers, snapshot.layers, snapshot.bases, strict=True):
             layer.load_state(state)
-            layer.base = {name: t.clone() for name, t in base.items()}
+            layer.base = dict(base)
 
     def reset(self) -> None:
         """Forget everything learnt since calibration; the weights are the base model's, to the bit."""
@@ -281,15 +341,3 @@ class Learner:
         """Write every layer's window into its weights, as before ``save_pretrained``."""
         for layer in self.layers:
             layer.flush()
-
-
-def _detached(cache):
-    """The same cache without its autograd graph: gradients never cross chunks.
-
-    Works on whatever tensors the layers of a transformers cache hold (keys, values, recurrent states).
-    """
-    for layer in getattr(cache, "layers", []):
-        for name, value in vars(layer).items():
-            if isinstance(value, Tensor) and value.requires_grad:
-                setattr(layer, name, value.detach())
-    return cache

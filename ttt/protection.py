@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ttt import ops
 from ttt.nn import Capturing, Linear
+from ttt.nn.state import wide, write
 
 
 def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None:
@@ -44,12 +45,14 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
     if tokens == 0:
         raise ValueError("batches must hold at least one batch of tokens, got none")
     protected = [(layer, total) for layer, total in zip(layers, sums, strict=True) if total is not None]
-    mean = _mean([total for _, total in protected])
+    mean = _mean(total for _, total in protected)
     for layer, total in protected:
-        layer.importance.copy_(total / (mean or 1.0))
+        write(layer, "importance", total.div_(mean or 1.0))
+        layer.own("importance_scale")
         layer.importance_scale.fill_(mean / (tokens / len(layers)))
     for layer, memory in zip(layers, memories, strict=True):
         if memory is not None:
+            layer.own("memory", "seen", copy=False)
             layer.memory.copy_(memory[0])
             layer.seen.copy_(memory[1])
 
@@ -57,40 +60,47 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
 @torch.no_grad()
 def consolidate(layers: list[Linear]) -> None:
     """Move anchors and importance to what was learnt; see `ttt.Learner.consolidate`."""
-    grown = []
     for layer in layers:
         layer.remember_base()
         layer.flush()
-        if layer.importance is None:
-            continue
-        wide = layer.win_eta.dtype
-        if layer.config.importance == "si":
-            moved = (layer.weight.to(wide) - layer.anchor.to(wide)).square_()
-            grown.append((layer, torch.relu(layer.trace.to(wide) / (moved + layer.config.si_xi))))
-        else:
-            grown.append((layer, layer.trace.to(wide) / layer.tokens.clamp_min(1)))
-    mean = _mean([g for _, g in grown])
-    for layer, g in grown:
+    protected = [layer for layer in layers if layer.importance is not None]
+    # What grew is computed twice, for the mean and for the sum, rather than kept for all layers at once.
+    mean = _mean(_grown(layer) for layer in protected)
+    for layer in protected:
         si, scale = layer.config.importance == "si", float(layer.importance_scale)
         if not scale:
+            layer.own("importance_scale")
             layer.importance_scale.fill_(mean)
         # SI's unit (loss per squared distance) is not that of the Fisher: it is measured anew.
         unit = mean if si or not scale else scale
         decay = 1.0 if si else layer.config.consolidate_decay
-        layer.importance.copy_(decay * layer.importance.to(g.dtype) + g / (unit or 1.0))
+        write(layer, "importance", _grown(layer).div_(unit or 1.0).add_(wide(layer, "importance"), alpha=decay))
     for layer in layers:
+        layer.own("anchor", copy=False)
         layer.anchor.copy_(layer.weight)
         if layer.trace is not None:
             layer.trace.zero_()
         layer.tokens.zero_()
         if layer.memory is not None:
+            layer.own("memory", "seen")
             _merge_recent(layer)
 
 
-def _mean(parts: list[Tensor]) -> float:
+def _grown(layer: Linear) -> Tensor:
+    """The importance that the trace stands for, (m, n), before normalisation: a new tensor."""
+    trace = wide(layer, "trace")
+    if layer.config.importance != "si":
+        return trace / layer.tokens.clamp_min(1)
+    moved = layer.weight.to(trace.dtype) - layer.anchor.to(trace.dtype)
+    return trace.div(moved.square_().add_(layer.config.si_xi)).relu_()
+
+
+def _mean(parts: Iterable[Tensor]) -> float:
     """Mean over all elements of all tensors; 0 for none."""
-    count = sum(p.numel() for p in parts)
-    return sum(float(p.sum(dtype=torch.float64)) for p in parts) / count if count else 0.0
+    total, count = 0.0, 0
+    for part in parts:
+        total, count = total + float(part.sum(dtype=torch.float64)), count + part.numel()
+    return total / count if count else 0.0
 
 
 def _merge_recent(layer: Linear) -> None:

@@ -62,7 +62,7 @@ class Linear(torch.nn.Linear):
 
     ``weight`` stays an `nn.Parameter` (never requiring grad) and is changed in place; the state below are
     buffers that are not part of `state_dict`, so nothing a user taught leaks into ``save_pretrained``.
-    No tensor is ever rebound after construction.
+    No tensor is ever rebound after construction, unless it is shared with a `ttt.fork`.
 
     ==================  ============  =========================================================
     ``anchor``          (m, n)        W*, the weights that must not be forgotten
@@ -135,6 +135,8 @@ class Linear(torch.nn.Linear):
         self.pending = 0  # rows of the window in use; the kernels read win_eta instead
         self.sink: list[tuple[Tensor, Tensor]] | None = None
         self.transposed = False  # the weight stands transposed in state_dict (GPT-2's Conv1D)
+        # Names of buffers that other models may hold, too (`ttt.fork`): never written in place; see `own`.
+        self.shared: set[str] = set()
         self.base: dict[str, Tensor] = {}  # state from before the first consolidation; empty until then
         self.weight.requires_grad_(False)
         if self.bias is not None:
@@ -338,18 +340,38 @@ class Linear(torch.nn.Linear):
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Copy ``state`` (as from `state`) into the live tensors. Names and shapes must fit; the caller checks."""
-        live = self.state()
         for name, value in state.items():
-            if name != "pending":
-                live[name].copy_(value)
-        if "pending" in state:
-            self.pending = int(state["pending"])
+            if name == "pending":
+                self.pending = int(value)
+            else:
+                self._take(name, value)
+
+    def own(self, *names: str, copy: bool = True) -> None:
+        """Make buffers ready to be written: those shared with other models are replaced by the layer's own.
+
+        ``copy`` False leaves the new ones' content undefined.
+        """
+        for name in self.shared.intersection(names):
+            held = getattr(self, name)
+            setattr(self, name, held.clone() if copy else torch.empty_like(held))
+            self.shared.discard(name)
+
+    def _take(self, name: str, value: Tensor) -> None:
+        """Give the live tensor ``name`` the content of ``value``. A shared one that has it already stays shared."""
+        live = getattr(self, name).detach()
+        if name in self.shared:
+            if torch.equal(live, value.to(live.device)):
+                return
+            self.own(name, copy=False)
+            live = getattr(self, name)
+        live.copy_(value)
 
     def remember_base(self) -> None:
         """Keep what `reset` and `ttt.restore_` go back to; called before the anchor first moves."""
         if not self.base:
             names = ("anchor", "importance", "importance_scale", "memory", "seen")
-            self.base = {name: b.clone() for name in names if (b := getattr(self, name)) is not None}
+            held = {name: b for name in names if (b := getattr(self, name)) is not None}
+            self.base = {name: b if name in self.shared else b.clone() for name, b in held.items()}
 
     @property
     def base_weight(self) -> Tensor:
@@ -360,7 +382,7 @@ class Linear(torch.nn.Linear):
     def reset(self) -> None:
         """Forget everything learnt since calibration: weights, trace, window, and what was consolidated."""
         for name, value in self.base.items():
-            getattr(self, name).copy_(value)
+            self._take(name, value)
         self.base = {}
         self.weight.copy_(self.anchor)
         # Zeroed, not only marked empty: what a user said must not stay in memory.

@@ -1,0 +1,236 @@
+"""The output head: scores from logits, and the loss's gradient at the hidden states without autograd's temporaries.
+
+The vocabulary projection is a model's largest matrix. With p = softmax(h W^T), the gradient of a token's loss is
+
+    dL/dh = sum_j (p_j - [j = target]) W_j
+
+and most p_j are nearly nothing. Leaving out a set of rows of mass q = sum of their p_j is wrong by at most
+q max_j |W_j|: `input_gradient` keeps, for each token, its target's row and the rows above a threshold at which
+q <= ``mass`` was verified.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+from ttt.ops.backends import record
+
+_SAMPLE = 2048  # columns on which thresholds are searched
+_SMALL = 4096  # words below which picking rows costs more than it saves
+
+
+@dataclasses.dataclass
+class Scores:
+    """N tokens scored against V words.
+
+    ``nll`` (N,) nats; ``exp`` (N, V) exp(logits - their maximum); ``total`` (N,) its sums; ``targets`` (N,) int64.
+    """
+
+    nll: Tensor
+    exp: Tensor
+    total: Tensor
+    targets: Tensor
+
+
+@torch.no_grad()
+def score(logits: Tensor, targets: Tensor) -> Scores:
+    """`Scores` of ``targets`` (N,) under ``logits`` (N, V), which are overwritten if they are float32 or float64."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    at = targets.unsqueeze(1)
+    highest = logits.amax(1, keepdim=True)
+    wanted = logits.gather(1, at) - highest
+    exp = logits.sub_(highest).exp_()
+    total = exp.sum(1)
+    return Scores(total.log() - wanted[:, 0], exp, total, targets)
+
+
+@torch.no_grad()
+def input_gradient(scores: Scores, weight: Tensor, wanted: Tensor | None = None, mass: float = 0.0) -> Tensor:
+    """The gradient of the summed loss at the head's input, (N, d), dtype of ``weight``. Consumes ``scores``.
+
+    Args:
+        weight: (V, d), the head's.
+        wanted: (N,) bool: the tokens whose loss counts; all if None.
+        mass: bound on the probability that each token's left-out words may have in sum; 0 leaves out none.
+            The result's row t is off by at most ``mass`` times the largest norm of a row of ``weight``.
+            Where too many rows matter, the exact product is faster and is what is computed.
+    """
+    small = weight.shape[0] < _SMALL
+    found = None if small or mass == 0 else _matter(scores, mass)
+    scale = 1 / scores.total if wanted is None else torch.where(wanted, 1 / scores.total, 0.0)
+    # The target is subtracted in float32: 1 - p would be lost in a product with 16-bit p.
+    if found is None:
+        why = "" if mass == 0 else "few words" if small else "more rows matter than are worth picking"
+        record("head_gradient", "dense", why)
+        scores.exp.scatter_add_(1, scores.targets.unsqueeze(1), -scores.total.unsqueeze(1))
+        return _product(scores.exp.mul_(scale.unsqueeze(1)).to(weight.dtype), weight)
+    record("head_gradient", "rows")
+    tokens, words, values = found if wanted is None else (each[wanted[found[0]]] for each in found)
+    values = torch.where(words == scores.targets[tokens], values - scores.total[tokens], values) * scale[tokens]
+    starts = torch.searchsorted(tokens, torch.arange(len(scale), device=tokens.device))
+    return nn.functional.embedding_bag(words, weight, starts, mode="sum", per_sample_weights=values.to(weight.dtype))
+
+
+def _product(p: Tensor, weight: Tensor) -> Tensor:
+    # MKL is up to 1.7 times as fast with the long side first (measured: 32000 x 768, 16 to 64 tokens), but slow below.
+    if p.device.type == "cpu" and p.dtype == torch.float32 and 16 <= len(p) <= 64:
+        return (weight.T @ p.T).T
+    return p @ weight
+
+
+def _matter(scores: Scores, mass: float) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(tokens, words, their ``exp``) of the entries that matter, by token; None where the exact product is faster.
+
+    A word's row costs as much as its bytes; the product reads each row once, and computes N times with it.
+    """
+    exp, total = scores.exp, scores.total
+    count, vocabulary = exp.shape
+    limit = vocabulary * (0.3 + count / 100)  # rows that take as long as the product: measured for N = 1, 16, 64
+    if exp.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None  # a number of rows that depends on the data cannot be captured
+    # Thresholds by bisection of their logarithm, on every step-th word.
+    step = -(-vocabulary // _SAMPLE)
+    sample = exp[:, ::step].contiguous()
+    high = (mass * total).log()  # no word above that may be left out
+    low = high - math.log(vocabulary)  # all below that may
+    allowed = 0.8 / step * mass * total
+    for _ in range(6):
+        middle = (low + high) / 2
+        fits = torch.where(sample > middle.exp().unsqueeze(1), 0.0, sample).sum(1) < allowed
+        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+    if int((sample > low.exp().unsqueeze(1)).sum()) * step > limit:
+        return None
+    for lower in (1, 2, 4, 8, 16):
+        keep = exp > low.exp().unsqueeze(1)
+        keep.scatter_(1, scores.targets.unsqueeze(1), True)
+        tokens, words = keep.nonzero(as_tuple=True)
+        if len(tokens) > limit:
+            return None
+        values = exp[tokens, words]
+        over = total - torch.zeros_like(total).index_add_(0, tokens, values) > mass * total
+        if not bool(over.any()):
+            return tokens, words, values
+        low = torch.where(over, low - lower, low)  # the sample misled
+    return None
+
+
+class Split:
+    """Runs a causal language model with its autograd graph cut at the output head's input.
+
+    While entered, the head sees a leaf tensor. If the logits that the model returns are the very tensor that the head
+    made, the loss is `score`'s and the gradient at the leaf `input_gradient`'s; otherwise (softcapping, scaling) the
+    gradient comes from autograd. Which way was taken stands in `ttt.info()`.
+
+    Args:
+        model: a transformers causal language model.
+        why: a reason to leave the head to autograd; empty for none.
+    """
+
+    def __init__(self, model: Any, why: str = "") -> None:
+        self.model = model
+        self.head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        self.changed = why  # set, too, when a model was seen to change its head's logits
+        self._handles: list[Any] = []
+        self._seen: list[tuple[Tensor, Tensor]] = []
+        self._output: Tensor | None = None
+
+    def unfit(self) -> str:
+        """Why the head's gradient must come from autograd; empty if it need not."""
+        if type(self.head) is not nn.Linear:
+            return f"the output head is {type(self.head).__name__}, not torch.nn.Linear"
+        if self.head.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            return f"the output head is {self.head.weight.dtype}"
+        for each in (self.head, self.model):
+            if each._forward_hooks or each._forward_pre_hooks or "forward" in vars(each):
+                return "the output head or the model has hooks"
+        if _module._global_forward_hooks or _module._global_forward_pre_hooks:
+            return "there are global module hooks"
+        return self.changed
+
+    def __enter__(self) -> Split:
+        self.why = self.unfit()
+        if not self.why:
+            self._handles = [
+                self.head.register_forward_pre_hook(self._before),
+                self.head.register_forward_hook(self._after),
+            ]
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._seen, self._output = [], [], None
+
+    def _before(self, module, args):
+        hidden = args[0]
+        leaf = hidden.detach().requires_grad_(hidden.requires_grad)
+        self._seen.append((hidden, leaf))
+        return (leaf, *args[1:])
+
+    def _after(self, module, args, output):
+        self._output = output
+
+    def forward(self, inputs: dict[str, Any]) -> tuple[Any, Tensor | None, Tensor | None]:
+        """(the model's output, the hidden states at the head with their graph, the leaf the head saw instead)."""
+        self._seen, self._output = [], None
+        out = self.model(**inputs)
+        if not self.why and (len(self._seen) != 1 or out.logits is not self._output):
+            self.why = self.changed = "the model changes the logits that its output head makes"
+        hidden, leaf = self._seen[0] if len(self._seen) == 1 else (None, None)
+        self._seen, self._output = [], None
+        return out, hidden, leaf
+
+    def run(self, inputs: dict[str, Any], targets: Tensor) -> tuple[Any, Fused | Plain]:
+        """(the model's output, the scores): a forward pass, and ``targets`` (B, T) scored under its logits."""
+        out, hidden, leaf = self.forward(inputs)
+        if self.why or hidden is None:
+            return out, Plain(out.logits, targets, self.why, hidden, leaf)
+        return out, Fused(out.logits.detach(), targets, hidden, self.head.weight)
+
+
+class Fused:
+    """``targets`` (B, T) scored under ``logits`` (B, T, V), which are consumed. ``nll`` (B, T), nats, has no graph.
+
+    ``hidden`` (B, T, d), with its graph, is what the head of ``weight`` (V, d) made the logits from.
+    """
+
+    def __init__(self, logits: Tensor, targets: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        self._hidden, self._weight = hidden, weight
+        self._scores = score(logits.flatten(0, 1), targets.flatten())
+        self.nll = self._scores.nll.view(targets.shape)
+
+    def backward(self, wanted: Tensor | None, mass: float, retain_graph: bool = False) -> None:
+        """Backward, once, of the summed loss of the ``wanted`` (B, T) tokens; of all if None."""
+        wanted = None if wanted is None else wanted.flatten()
+        gradient = input_gradient(self._scores, self._weight, wanted, mass)
+        self._hidden.backward(gradient.view(self._hidden.shape), retain_graph=retain_graph)
+
+
+class Plain:
+    """As `Fused`, by autograd from ``logits`` (B, T, V) with a graph; ``why`` it has to be.
+
+    ``hidden`` and ``leaf``: where the graph was cut before it was known to be needed.
+    """
+
+    def __init__(
+        self, logits: Tensor, targets: Tensor, why: str, hidden: Tensor | None = None, leaf: Tensor | None = None
+    ) -> None:
+        self._why, self._hidden, self._leaf = why, hidden, leaf
+        self.logits = logits.float()
+        self._losses = nn.functional.cross_entropy(self.logits.flatten(0, 1), targets.flatten(), reduction="none").view(
+            targets.shape
+        )
+        self.nll = self._losses.detach()
+
+    def backward(self, wanted: Tensor | None, mass: float, retain_graph: bool = False) -> None:
+        record("head_gradient", "autograd", self._why)
+        loss = self._losses.sum() if wanted is None else self._losses[wanted].sum()
+        loss.backward(retain_graph=retain_graph)
+        if self._leaf is not None and self._hidden is not None and self._leaf.grad is not None:
+            self._hidden.backward(self._leaf.grad)

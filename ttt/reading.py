@@ -1,0 +1,39 @@
+"""What reading and writing text with a transformers model share: its flags, masks and caches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires grad inside; afterwards those do that did. Learning needs no gradient of a parameter."""
+    thawed = [p for p in model.parameters() if p.requires_grad]
+    for p in thawed:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in thawed:
+            p.requires_grad_(True)
+
+
+def masked_inputs(attend: Tensor, width: int) -> dict[str, Tensor]:
+    """The model's ``attention_mask`` and ``position_ids`` for the last ``width`` of the tokens ``attend`` (B, L)."""
+    positions = (attend.cumsum(1) - 1).clamp_min(0)[:, -width:]
+    return {"attention_mask": attend.long(), "position_ids": positions}
+
+
+def detached(cache):
+    """The same cache without its autograd graph: gradients never cross chunks.
+
+    Works on whatever tensors the layers of a transformers cache hold (keys, values, recurrent states).
+    """
+    for layer in getattr(cache, "layers", []):
+        for name, value in vars(layer).items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                setattr(layer, name, value.detach())
+    return cache
