@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-LAYER_SUITES := decode,window_linear,fisher,observe,loops
+LAYER_SUITES := decode,window_linear,fisher,observe,generate,loops
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ttt.nn import Linear
+from ttt.ops import log8
 
 POOL = 1_600_000_000
 """Bytes that a contender rotates through, so that weights come from memory, as they do in a model."""
@@ -31,6 +32,7 @@ class Storage:
 STORAGE = {
     "float32": Storage(4, 1e-5, Tensor.float, lambda t, n: t),
     "bfloat16": Storage(2, 2**-7, Tensor.bfloat16, lambda t, n: t),
+    "8bit": Storage(33 / 32, 2**-5, log8.encode, log8.decode),
 }
 """By the name that `ttt.TTTConfig.state_dtype` gives it. The entries for float32 and bfloat16 serve weights, too."""
 

@@ -111,7 +111,9 @@ void commit(const ttt::Commit& a) {
   k.keep = static_cast<float>(keep);
   k.pull = a.lam * sum_eta;
   k.si = a.kind == ttt::kSi;
-  k.draws = sizeof(W) == 2 || (traces && sizeof(S) < 4);
+  k.writes = replay.rows > 0;
+  for (int64_t t = 0; t < tokens; t++) k.writes = k.writes || a.eta[t] != 0;
+  k.draws = (sizeof(W) == 2 && k.writes) || (traces && sizeof(S) < 4);
   k.seed = a.seed;
   k.step = static_cast<uint32_t>(*a.step);
 
@@ -230,9 +232,9 @@ void commit(const ttt::Commit& a) {
             vf g[MR][NV] = {}, s[MR][NV] = {};
             const int64_t j0 = p * NC;
             Rows<MR, W, S> tile(a, i0 + i, j0);
-            tile.prefetch(tall, j0 + 2 * NC);
+            tile.prefetch(tall, j0 + 2 * NC, k.writes);
             if ((p - p0) % ACROSS<MR> == 0 && k.draws) tile.draw(words, p1 - p, k);
-            sum_g<MR, dot>(g, u, factors, packed.get() + p * u.right());
+            if (k.writes) sum_g<MR, dot>(g, u, factors, packed.get() + p * u.right());
             if (traces) sum_s<MR, dot>(s, u, factors, packed.get() + p * u.right());
             tile.update(tall, g, s, words + (p - p0) % ACROSS<MR> * WORDS<MR>, k, pulls, traces);
           }

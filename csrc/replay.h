@@ -1,5 +1,7 @@
 // The replay rows of one commit: which rows are drawn, and what their drift is multiplied by.
 #pragma once
+#include <omp.h>
+
 #include <cmath>
 
 #include "philox.h"
@@ -58,12 +60,10 @@ void draw_replay(const ttt::Commit& a, float sum_eta, Replay& out) {
   Scratch gram_scratch(2 * rows * rows), inverse_scratch(2 * rows * rows);
   double* gram = reinterpret_cast<double*>(gram_scratch.get());
   double* inverse = reinterpret_cast<double*>(inverse_scratch.get());
-  double trace = 0;
   for (int64_t r = 0; r < rows; r++)
-    for (int64_t s = 0; s <= r; s++) {
-      gram[r * rows + s] = dot(x + r * width, x + s * width, width);
-      if (r == s) trace += gram[r * rows + s];
-    }
+    for (int64_t s = 0; s <= r; s++) gram[r * rows + s] = dot(x + r * width, x + s * width, width);
+  double trace = 0;
+  for (int64_t r = 0; r < rows; r++) trace += gram[r * rows + r];
   double ridge = a.eps * trace / rows;
   if (!(ridge > 0)) ridge = 1;
   for (int64_t r = 0; r < rows; r++) gram[r * rows + r] += ridge;
@@ -87,11 +87,15 @@ void draw_replay(const ttt::Commit& a, float sum_eta, Replay& out) {
       inverse[r * rows + c] = value / gram[r * rows + r];
     }
   }
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t j = 0; j < width; j++) {
-      double value = 0;  // summed in double: the inverse's entries are large and cancel
-      for (int64_t s = 0; s < rows; s++) value += inverse[r * rows + s] * x[s * width + j];
-      v[r * width + j] = static_cast<float>(a.beta * value);
+  // V, summed in double: the inverse's entries are large and cancel.
+  const int threads = rows * rows * width < (1 << 18) ? 1 : a.threads;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t j0 = 0; j0 < width; j0 += NC)
+    for (int64_t r = 0; r < rows; r++) {
+      double value[NC] = {};
+      for (int64_t s = 0; s < rows; s++)
+        for (int j = 0; j < NC; j++) value[j] += inverse[r * rows + s] * x[s * width + j0 + j];
+      for (int j = 0; j < NC; j++) v[r * width + j0 + j] = static_cast<float>(a.beta * value[j]);
     }
 }
 

@@ -11,6 +11,7 @@ struct Scalars {
   float pull;      // lam * sum(eta)
   float keep;      // gamma^T
   bool si, draws;  // draws: random bits are needed
+  bool writes;     // the weight changes: not where all rates are 0 and nothing is replayed
   uint64_t seed;
   uint32_t step;
 };
@@ -67,16 +68,17 @@ __attribute__((always_inline)) inline void update_row(W* weight, const W* anchor
         trace_bits[strip][1] = __builtin_convertvector(half[1], vu);
       }
     }
-    const Two old = load2<split>(weight + at);
+    const Two old = k.writes ? load2<split>(weight + at) : Two{};
     Two change = {g[2 * strip], g[2 * strip + 1]};
-    if (importance.value != nullptr) {
+    if (k.writes && importance.value != nullptr) {
       // The proximal step W* + (W - G - W*) / (1 + a), written so that G = 0 and a = 0 change no bit.
       const Two omega = load_state<split>(importance, at), from = load2<split>(anchor + at);
       const vf pull_a = k.pull * omega.a, pull_b = k.pull * omega.b;
       change.a = (change.a + pull_a * (old.a - from.a)) / (1.0f + pull_a);
       change.b = (change.b + pull_b * (old.b - from.b)) / (1.0f + pull_b);
     }
-    const Two now = store2_rounded<split>(weight + at, {old.a - change.a, old.b - change.b}, bits_a, bits_b);
+    Two now = old;
+    if (k.writes) now = store2_rounded<split>(weight + at, {old.a - change.a, old.b - change.b}, bits_a, bits_b);
     if (trace.value == nullptr) continue;
     const Two before = load_state<split>(trace, at);
     Two more = {s[2 * strip], s[2 * strip + 1]};
@@ -110,12 +112,12 @@ struct Rows {
   Rows(const ttt::Commit& a, int64_t i, int64_t j) : a(a), i(i), j(j) {}
 
   // Ask for NC columns from `column` on, some tiles ahead: with this many streams the processor does not see them all.
-  void prefetch(int tall, int64_t column) const {
+  void prefetch(int tall, int64_t column, bool writes) const {
     if (column + NC > a.n) return;
     for (int r = 0; r < tall; r++) {
       const int64_t at = (i + r) * a.n + column;
-      touch(static_cast<const W*>(a.weight) + at);
-      if (a.importance != nullptr) {
+      if (writes) touch(static_cast<const W*>(a.weight) + at);
+      if (writes && a.importance != nullptr) {
         touch(static_cast<const W*>(a.anchor) + at);
         touch(state_at<S>(const_cast<void*>(a.importance), i + r, column, a.n).value);
       }

@@ -43,8 +43,10 @@ def as_double(t: torch.Tensor | None, n: int) -> torch.Tensor | None:
 
 
 def trace_of_rounded_factors(case, options) -> torch.Tensor:
-    """The trace after a commit with bfloat16 weights where both factors of S are rounded to bfloat16, as kernels on matrix
-    units take them: what plain torch makes of the formula at that dtype."""
+    """The trace after a commit with bfloat16 weights where both factors of S are rounded to bfloat16.
+
+    Kernels on matrix units take them so: it is what plain torch makes of the formula at that dtype.
+    """
     p, x = case["delta" if case["trace_delta"] is None else "trace_delta"], case["x"]
     tokens, n = x.shape
     decay = options["gamma"] ** torch.arange(tokens - 1, -1, -1, device=x.device).unsqueeze(1)

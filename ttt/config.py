@@ -33,8 +33,8 @@ class TTTConfig:
             0 keeps neither importance nor trace.
         consolidate_decay: gamma_c of online EWC: what `Learner.consolidate` keeps of the old importance.
         trace_decay: gamma, decay of the trace per token.
-        trace_every: of each so many consecutive tokens one, drawn at random, stands for all in the trace: unbiased, and its
-            product costs that much less.
+        trace_every: of each so many consecutive tokens one, drawn at random, stands for all in the trace: unbiased, and
+            its product costs that much less.
         si_xi: xi, the damping of Synaptic Intelligence.
         replay_rows: R, remembered inputs replayed at each commit, at most 64; 0 for no replay.
         replay_capacity: K, inputs in the replay memory of each layer.
@@ -43,8 +43,8 @@ class TTTConfig:
         replay_eps: ridge of the projection, relative to the mean squared norm of the replayed inputs.
         head_mass: probability that words left out of the gradient at the output head may have in sum, per token
             (`ttt.head.input_gradient`); 0 for the exact gradient.
-        state_dtype: ``"float32"``, ``"bfloat16"`` or ``"8bit"`` (`ttt.ops.log8`; not for ``importance="si"``) for importance
-            and trace. None: bfloat16 for 16-bit weights, float32 for others.
+        state_dtype: ``"float32"``, ``"bfloat16"`` or ``"8bit"`` (`ttt.ops.log8`; not for ``importance="si"``) for
+            importance and trace. None: bfloat16 for 16-bit weights, float32 for others.
         seed: of everything random: replay rows, reservoir, rounding, sampled labels.
 
     Raises:

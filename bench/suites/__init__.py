@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from bench.registry import Case
-from bench.suites import commit, decode, fisher, growth, loops, observe, window_linear
+from bench.suites import commit, decode, fisher, generate, growth, loops, observe, window_linear
 
 SUITES: dict[str, Callable[[str], list[Case]]] = {
     "commit": commit.cases,
@@ -13,6 +13,7 @@ SUITES: dict[str, Callable[[str], list[Case]]] = {
     "window_linear": window_linear.cases,
     "fisher": fisher.cases,
     "observe": observe.cases,
+    "generate": generate.cases,
     "loops": loops.cases,
     "growth": growth.cases,
 }

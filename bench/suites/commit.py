@@ -182,16 +182,17 @@ def cases(device: str) -> list[Case]:
     dtypes = ["float32", "bfloat16"]
     if device == "cuda":
         shapes, all_tokens, dtypes = [(4096, 4096), (4096, 14336)], [1, 16, 64, 2048, 8192], ["bfloat16"]
-    return [
+    found: list[Case] = [
         Commit(
-            device, dtype, m, n, tokens, replay, state,
+            device, dtype, m, n, tokens, replay, dtype,
             plain=not replay or tokens == 16,
             compiles=not replay and m in (1024, 4096) and tokens in (1, 64),
             quick=(m, n) == shapes[0] and tokens in (1, 16, 64),
         )
         for dtype in dtypes
-        for state in (dtype,)
         for m, n in shapes
         for tokens in all_tokens
         for replay in (0, 4)
     ]  # fmt: skip
+    found += [Commit(device, "bfloat16", 4096, 4096, tokens, 0, "8bit") for tokens in all_tokens[:3]]
+    return found

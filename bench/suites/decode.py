@@ -232,10 +232,10 @@ def cases(device: str) -> list[Case]:
             for m, n in ((4096, 4096), (4096, 14336))
             for batch in (1, 8)
             for window in (16, 64, 128)
-        ]
+        ] + [Decode(device, "bfloat16", 4096, 4096, window, 1, "8bit") for window in (16, 64, 128)]
     return [
         Decode(device, dtype, d, d, window, 1, dtype, quick=window == 16 and d in (512, 4096))
         for dtype in ("float32", "bfloat16")
         for d in (256, 512, 1024, 2048, 4096)
         for window in (16, 64, 128)
-    ]
+    ] + [Decode(device, "bfloat16", 4096, 4096, window, 1, "8bit") for window in (16, 64, 128)]

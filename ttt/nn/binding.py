@@ -13,7 +13,7 @@ _listeners = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
 class Binding:
-    """The C++ kernels called directly, past the dispatcher and the checks of the ops, which cost more than a small product.
+    """The C++ kernels called directly: the dispatcher and the checks of the ops cost more than a small product.
 
     Each method does its work only where the arguments are what the ops would accept; otherwise it returns None or False
     and has changed nothing: the caller then goes through the op, which names what is wrong.

@@ -26,7 +26,7 @@ def wide(layer: Linear, name: str) -> Tensor:
 
 @torch.no_grad()
 def write(layer: Linear, name: str, values: Tensor) -> None:
-    """Store ``values`` (m, n), float32 or float64, rounded to the nearest, as ``layer``'s ``importance`` or ``trace``, in place.
+    """Store ``values`` (m, n), float32 or float64, rounded to nearest, as ``importance`` or ``trace`` of ``layer``.
 
     A tensor that is shared with other models (`ttt.fork`) is replaced by one of the layer's own first.
     """

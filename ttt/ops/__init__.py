@@ -95,8 +95,8 @@ def commit(
         gamma: decay of the trace per token, in (0, 1].
         trace_every: S from one random token of each ``trace_every`` consecutive ones, times their number: unbiased, and
             its product is cheaper by that factor.
-        trace_fp8: S from factors rounded to float8_e4m3fn, each matrix under one scale. On GPUs with fp8 units; elsewhere
-            the reference computes it.
+        trace_fp8: S from factors rounded to float8_e4m3fn, each matrix under one scale. On GPUs with fp8 units;
+            elsewhere the reference computes it.
 
     Raises:
         ValueError, TypeError: for a wrong argument; nothing has been written then.

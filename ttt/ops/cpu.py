@@ -67,7 +67,7 @@ def bind_layer(layer):
 
     What is bound checks nothing: the layer does. Good until one of the tensors moves.
     """
-    weight, recent, c = layer.weight, layer.recent, layer.config
+    weight, recent = layer.weight, layer.recent
     if _why_not_commit(weight, layer.importance, layer.trace, False) or not weight.is_contiguous():
         return None
     m, n = weight.shape

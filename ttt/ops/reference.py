@@ -10,7 +10,13 @@ import torch
 
 from ttt.ops import log8
 from ttt.ops.philox import (
-    DRAW, INSERT, choose_tokens, philox, rounding_bits, stochastic_round_, trace_rounding_bits,
+    DRAW,
+    INSERT,
+    choose_tokens,
+    philox,
+    rounding_bits,
+    stochastic_round_,
+    trace_rounding_bits,
 )  # fmt: skip
 
 
