@@ -54,7 +54,7 @@ class TTTConfig:
     target_modules: Sequence[str] | str | None = None
     layers: Sequence[int] | str = "all"
     lr: float = 5e-3
-    window: int = 16
+    window: int = 64
     chunk: int = 64
     clip: float | None = None
     importance: str = "fisher"

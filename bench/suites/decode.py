@@ -226,16 +226,16 @@ class Decode(Case):
 
 def cases(device: str) -> list[Case]:
     """Windows 16, 64 and 128."""
+    windows = (16, 64, 128)
+    found: list[Case] = []
     if device == "cuda":
-        return [
-            Decode(device, "bfloat16", m, n, window, batch, "bfloat16", quick=n == 4096 and window == 64)
-            for m, n in ((4096, 4096), (4096, 14336))
-            for batch in (1, 8)
-            for window in (16, 64, 128)
-        ] + [Decode(device, "bfloat16", 4096, 4096, window, 1, "8bit") for window in (16, 64, 128)]
-    return [
-        Decode(device, dtype, d, d, window, 1, dtype, quick=window == 16 and d in (512, 4096))
-        for dtype in ("float32", "bfloat16")
-        for d in (256, 512, 1024, 2048, 4096)
-        for window in (16, 64, 128)
-    ] + [Decode(device, "bfloat16", 4096, 4096, window, 1, "8bit") for window in (16, 64, 128)]
+        for m, n in ((4096, 4096), (4096, 14336)):
+            for batch in (1, 8):
+                found += [
+                    Decode(device, "bfloat16", m, n, c, batch, "bfloat16", quick=n == 4096 and c == 64) for c in windows
+                ]
+    else:
+        for dtype in ("float32", "bfloat16"):
+            for d in (256, 512, 1024, 2048, 4096):
+                found += [Decode(device, dtype, d, d, c, 1, dtype, quick=c == 16 and d in (512, 4096)) for c in windows]
+    return found + [Decode(device, "bfloat16", 4096, 4096, c, 1, "8bit") for c in windows]

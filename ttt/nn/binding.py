@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ class Binding:
         self.address = weight.data_ptr()
         self.dtype = weight.dtype
         self.m, self.n = weight.shape
-        self.kernels = cpu.bind_layer(layer) if self.m and self.n else None
+        self.kernels: Any = cpu.bind_layer(layer) if self.m and self.n else None
         self.few = cpu.few_tokens(weight.dtype) if self.kernels is not None else 0
         self.window = layer.config.window
         self.tokens = layer.tokens.data_ptr()

@@ -8,7 +8,8 @@ then the exponents of its blocks. With code q and exponent e a value is::
 
 Codes are spaced logarithmically, 16 to an octave and linear within it (4 bits of exponent, 4 of fraction, no sign):
 the gap to the next is 3 to 6 % of a value, over a range of 2^16 below the block's maximum. All of it is shifts of
-float32 bit patterns, cheap in every kernel. e = 0 marks a block of zeros; otherwise e is the smallest in [1, 253] for which the block's maximum is at most 31/32 2^(e - 127), code 255.
+float32 bit patterns, cheap in every kernel. e = 0 marks a block of zeros; otherwise e is the smallest in [1, 253] for
+which the block's maximum is at most 31/32 2^(e - 127), code 255.
 
 Writing rounds stochastically, with 16 random bits an element, so that what is added to a trace is not lost where it is
 smaller than the gap: the expected value is the value itself.

@@ -14,8 +14,8 @@ stream      counter (c0, c1, c2)    words used
 ==========  ======================  ======================================================================
 
 c3 is the stream's number. `ROUND` takes 7 rounds of the generator, the fewest that pass BigCrush (Salmon et al.,
-table 2), the others 10. An element's weight and trace never share bits: with Synaptic Intelligence the trace depends on how its
-weight was rounded, and would be biased.
+table 2), the others 10. An element's weight and trace never share bits: with Synaptic Intelligence the trace depends
+on how its weight was rounded, and would be biased.
 """
 
 from __future__ import annotations
