@@ -85,8 +85,8 @@ inline Traced traced_tokens(const ttt::Commit& a) {
   return out;
 }
 
-// Up to this many tokens, memory is the bound.
-constexpr int64_t FEW_TOKENS = 32;
+// Tiles are FLAT up to the first number of tokens, MID up to the second.
+constexpr int64_t HANDFUL = 4, FEW_TOKENS = 32;
 
 // `dot`: products of pairs of bfloat16; otherwise both factors are widened to float32.
 template <int MR, bool dot, class W, class S>
@@ -251,24 +251,32 @@ void commit(const ttt::Commit& a) {
   *a.step += 1;
 }
 
-template <class W, class S>
+template <bool dot, class W, class S>
 void commit_by_size(const ttt::Commit& a) {
-  if (FLAT != TALL && a.tokens <= FEW_TOKENS)
-    commit<FLAT, dots<W>, W, S>(a);
-  else if (dots<W> && a.slow_dots)
-    commit<TALL, false, W, S>(a);
+  if (FLAT != TALL && a.tokens <= HANDFUL)
+    commit<FLAT, dot, W, S>(a);
+  else if (MID != TALL && a.tokens <= FEW_TOKENS)
+    commit<MID, dot, W, S>(a);
   else
-    commit<TALL, dots<W>, W, S>(a);
+    commit<TALL, dot, W, S>(a);
+}
+
+template <class W, class S>
+void commit_by_rate(const ttt::Commit& a) {
+  if (dots<W> && (!a.slow_dots || a.tokens <= HANDFUL))
+    commit_by_size<dots<W>, W, S>(a);
+  else
+    commit_by_size<false, W, S>(a);
 }
 
 template <class W>
 void commit_by_state(const ttt::Commit& a) {
   if (a.state_dtype == ttt::kF32)
-    commit_by_size<W, float>(a);
+    commit_by_rate<W, float>(a);
   else if (a.state_dtype == ttt::kBF16)
-    commit_by_size<W, bf16>(a);
+    commit_by_rate<W, bf16>(a);
   else
-    commit_by_size<W, log8>(a);
+    commit_by_rate<W, log8>(a);
 }
 
 void run_commit(const ttt::Commit& a) {

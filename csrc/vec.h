@@ -99,8 +99,9 @@ inline Two load2_upto(const T* p, int64_t count) {
   return count >= STRIP ? load2<split>(p) : load2_part<split>(p, count);
 }
 
-// Asks for what a stream over a matrix comes to next, beyond the row's end too. The processor's own prefetchers stop at each page, after two of which a row of 4096 bfloat16 ends (Emerald Rapids: 24.9 to
-// 26.4 GB/s at 4096 x 4096; 512 bytes to 4096 do alike).
+// Asks for what a stream over a matrix comes to next, beyond the row's end too. The processor's own prefetchers stop at
+// each page, after two of which a row of 4096 bfloat16 ends (Emerald Rapids: 24.9 to 26.4 GB/s at 4096 x 4096; 512
+// bytes to 4096 do alike).
 constexpr int AHEAD = 2048;
 
 template <class T>
