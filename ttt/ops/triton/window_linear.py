@@ -14,7 +14,6 @@ included. For bfloat16, c is split into two bfloat16 numbers (relative error 2^-
 
 from __future__ import annotations
 
-import functools
 import itertools
 
 import torch
@@ -197,37 +196,43 @@ _COUNTERS = 1 << 15  # launches that can be captured on a device, each with a co
 _STRIDE = 8  # int32: every counter has the same alignment
 
 
-@functools.cache
-def _pool(device: torch.device):
-    """(counters of 0, the next that is free, stream -> its counter) of a device."""
-    pool = torch.zeros((_COUNTERS, _STRIDE), dtype=torch.int32, device=device)
-    torch.cuda.current_stream(device).synchronize()  # other streams may be the first to use theirs
-    return pool, itertools.count(), {}
+class _Pool:
+    """Counters of 0 on one device; ``streams`` keeps those of streams by their handles."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.counters = torch.zeros((_COUNTERS, _STRIDE), dtype=torch.int32, device=device)
+        torch.cuda.current_stream(device).synchronize()  # another stream may be the first to use one
+        self.free = itertools.count()
+        self.streams: dict[int, torch.Tensor] = {}
+
+
+_pools: dict[torch.device, _Pool] = {}
 
 
 def _counter(device: torch.device) -> torch.Tensor:
-    """(1,) int32: 0, and in use by no other launch that may run at the same time.
+    """int32, 0, and in use by no other launch that may run at the same time.
 
     Launches on one stream follow each other and share one. A captured launch runs on whatever stream its graph is
     replayed on, and gets one that nobody else ever gets.
     """
     if device.type != "cuda":
         return torch.zeros(_STRIDE, dtype=torch.int32, device=device)
-    captured = torch.cuda.is_current_stream_capturing()
-    if captured and not _pool.cache_info().currsize:
-        record("window_linear", "triton", "captured before it ran once: the graph zeroes a counter of its own")
-        return torch.zeros(_STRIDE, dtype=torch.int32, device=device)
-    pool, free, streams = _pool(device)
-    stream = None if captured else torch.cuda.current_stream(device).cuda_stream
-    if stream in streams:
-        return streams[stream]
-    number = next(free)
-    if number >= _COUNTERS:
-        record("window_linear", "triton", f"more than {_COUNTERS} captured launches: zeroing a counter for each")
-        return torch.zeros(_STRIDE, dtype=torch.int32, device=device)
-    if stream is not None:
-        streams[stream] = pool[number]
-    return pool[number]
+    captured, pool = torch.cuda.is_current_stream_capturing(), _pools.get(device)
+    if pool is None and not captured:
+        pool = _pools[device] = _Pool(device)
+    if pool is None:
+        why = "captured before it ran once: every replay zeroes a counter first"
+    else:
+        stream = None if captured else torch.cuda.current_stream(device).cuda_stream
+        if stream in pool.streams:
+            return pool.streams[stream]
+        if (number := next(pool.free)) < _COUNTERS:
+            if stream is not None:
+                pool.streams[stream] = pool.counters[number]
+            return pool.counters[number]
+        why = f"more than {_COUNTERS} captured launches: a counter is zeroed before each"
+    record("window_linear", "triton", why)
+    return torch.zeros(_STRIDE, dtype=torch.int32, device=device)
 
 
 def window_linear(
