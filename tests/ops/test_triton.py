@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from helpers import ORDER, assert_close, assert_commit
+from helpers import ORDER, assert_close, assert_commit, trace_of_rounded_factors
 
 from ttt.ops import reference
-from ttt.ops.philox import rounding_bits, stochastic_round_
 from ttt.ops.triton.commit import commit
 from ttt.ops.triton.common import INTERPRETED
 from ttt.ops.triton.reservoir import reservoir_draw, reservoir_insert
@@ -118,24 +117,12 @@ def to_double(t):
     return t.double() if t.is_floating_point() else t
 
 
-def plain_bf16_trace(case, options):
-    """The trace where, as torch does at bfloat16, every product is rounded; see the kernel on its precision."""
-    p, x, tokens = case["delta" if case["trace_delta"] is None else "trace_delta"], case["x"], case["x"].shape[0]
-    age = torch.arange(tokens - 1, -1, -1, device=DEVICE).unsqueeze(1)
-    decay = (options["gamma"] ** age).to(p.dtype)
-    s = (p * p * decay).T @ (x * x) if options["kind"] == "fisher" else (p.abs() * decay).T @ x.abs()
-    trace = case["trace"].clone()
-    bits = rounding_bits(*trace.shape, case["step"], options["seed"]) >> 16
-    stochastic_round_(trace, options["gamma"] ** tokens * trace.float() + s.float(), bits)
-    return trace
-
-
 def check_commit(case, options):
     ours = run(commit, case, options)
     plain = run(reference.commit, case, options)
     exact = run(reference.commit, case, options, to_double)
     if case["trace"] is not None and case["weight"].dtype == torch.bfloat16 and options["kind"] != "si":
-        plain["trace"] = plain_bf16_trace(case, options)
+        plain["trace"] = trace_of_rounded_factors(case, options)
     assert_commit(case, ours, exact, plain)
     return ours
 

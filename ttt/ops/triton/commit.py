@@ -27,7 +27,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ttt.ops.triton.common import INTERPRETED, draw, padded_rows, rounded, rounding_bits, signed
+from ttt.ops.triton.common import (
+    INTERPRETED,
+    draw,
+    padded_rows,
+    rounded,
+    rounding_words,
+    signed,
+    trace_bits,
+    weight_bits,
+)
 
 
 @triton.jit(do_not_specialize=["tokens", "columns", "capacity", "seed"])
@@ -179,16 +188,16 @@ def _commit(
         # The proximal step W* + (W - G - W*) / (1 + a), written so that G = 0 and a = 0 change no bit.
         a = lam * total * tl.load(importance + tile + at, mask=inside, other=0).to(tl.float32)
         g = (g + a * (old - tl.load(anchor + tile + at, mask=inside, other=0).to(tl.float32))) / (1.0 + a)
-    bits = 0
+    words = tl.zeros((BM, BN // 2), tl.uint32)
     if weight.dtype.element_ty != tl.float32 or (trace is not None and trace.dtype.element_ty != tl.float32):
-        bits = rounding_bits(i0 + i, j0 // 4 + tl.arange(0, BN // 4), tl.load(step).to(tl.uint32), seed)
-    new = rounded(old - g, bits, weight.dtype.element_ty)
+        words = rounding_words(i0 + i, j0 // 8 + tl.arange(0, BN // 8), tl.load(step).to(tl.uint32), seed)
+    new = rounded(old - g, weight_bits(words), weight.dtype.element_ty)
     tl.store(weight + tile + at, new, mask=inside)
     if trace is not None:
         if KIND == "si":
             s *= old - new.to(tl.float32)
         f = keep * tl.load(trace + tile + at, mask=inside, other=0).to(tl.float32) + s
-        tl.store(trace + tile + at, rounded(f, bits >> 16, trace.dtype.element_ty), mask=inside)
+        tl.store(trace + tile + at, rounded(f, trace_bits(words), trace.dtype.element_ty), mask=inside)
 
 
 _BLOCKS = {  # weight's dtype: _commit, _drift

@@ -11,6 +11,7 @@ from ttt.ops import philox
 DRAW = tl.constexpr(philox.DRAW)
 INSERT = tl.constexpr(philox.INSERT)
 ROUND = tl.constexpr(philox.ROUND)
+ROUND_ROUNDS = tl.constexpr(philox.ROUND_ROUNDS)
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -44,17 +45,29 @@ def draw(r, seen_ptr, step_ptr, capacity, seed):
 
 
 @triton.jit
-def rounding_bits(i, group, step, seed):
-    """uint32 words for rows ``i`` (BM) and columns 4 ``group`` ... 4 ``group`` + 3 (BN / 4): BM x BN."""
+def rounding_words(i, group, step, seed):
+    """uint32 words for rows ``i`` (BM) and columns 8 ``group`` ... 8 ``group`` + 7 (BN / 8): BM x BN / 2."""
     c0 = group.to(tl.uint32)[None, :]
     c1 = i.to(tl.uint32)[:, None]
-    w0, w1, w2, w3 = tl.philox(seed, c0, c1, step, ROUND)
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, step, ROUND, n_rounds=ROUND_ROUNDS)
     return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
 
 
 @triton.jit
+def weight_bits(words):
+    """16 bits (BM x BN) for the elements of a weight, from `rounding_words`."""
+    return tl.interleave(words & 0xFFFF, words >> 16)
+
+
+@triton.jit
+def trace_bits(words):
+    """The bits of the other column of each pair: `ttt.ops.philox` says why."""
+    return tl.interleave(words >> 16, words & 0xFFFF)
+
+
+@triton.jit
 def rounded(value, bits, dtype: tl.constexpr):
-    """float32 ``value`` in ``dtype``; 16-bit types are rounded stochastically by the low half of ``bits``."""
+    """float32 ``value`` in ``dtype``; 16-bit types are rounded stochastically by the 16 of ``bits``."""
     if dtype == tl.float32:
         return value
     DROPPED: tl.constexpr = 16 if dtype == tl.bfloat16 else 13
