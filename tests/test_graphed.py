@@ -82,15 +82,14 @@ def test_long_texts_are_read_in_segments():
 
 @pytest.mark.parametrize("window", [8, 16])
 def test_a_chunk_that_is_not_finite_changes_no_bit(window):
-    learner, graphed = pair(window=window)
+    _, graphed = pair(window=window)
     model = graphed.learner.model
     graphed.observe(ids_of(1, 25))
     graphed.restart()
     broken = [False]
 
     def poison(module, args, output):
-        hidden = output[0] if isinstance(output, tuple) else output
-        return output if not broken[0] else (hidden * float("nan"),) if isinstance(output, tuple) else hidden * float("nan")
+        return output * float("nan") if broken[0] else output
 
     handle = model.model.layers[0].register_forward_hook(poison)  # keys and values above it are not finite, either
     ids = ids_of(1, 33)

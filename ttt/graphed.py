@@ -8,6 +8,7 @@ context is a tensor. Results lie in tensors that the caller reads when he likes.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import Any
 
@@ -185,17 +186,17 @@ class GraphedLearner:
         if self._says_where:
             inputs["cache_position"] = positions
         teaches = learner.config.lr > 0
-        with frozen(learner.model), torch.set_grad_enabled(teaches), Capturing(learner.layers) as capturing:
-            with learner._split as split:
-                _, scores = split.run(inputs, self.ids[:, 1:])
-                self.nll.copy_(scores.nll)
-                if teaches:
-                    updates, finite = learner._updates(capturing, scores, None, None)
-                    gate = self.learning * finite
-                    for layer, update in updates:
-                        layer.learn(update, gate)
-                else:
-                    finite, gate = torch.isfinite(self.nll).all(), torch.zeros_like(self.learning)
+        capturing: Any = Capturing(learner.layers) if teaches else contextlib.nullcontext()
+        with frozen(learner.model), torch.set_grad_enabled(teaches), capturing, learner._split as split:
+            _, scores = split.run(inputs, self.ids[:, 1:])
+            self.nll.copy_(scores.nll)
+            if teaches:
+                updates, finite = learner._updates(capturing, scores, None, None)
+                gate = self.learning * finite
+                for layer, update in updates:
+                    layer.learn(update, gate)
+            else:
+                finite, gate = torch.isfinite(self.nll).all(), torch.zeros_like(self.learning)
         with torch.no_grad():
             self.learned += gate
             if teaches:

@@ -173,17 +173,15 @@ def test_any_model_and_loss_learn_in_a_graph():
     layer = ttt.nn.Linear(64, 48, device="cuda", config=ttt.TTTConfig(window=8, replay_rows=0, lr=1e-3))
     model = torch.nn.Sequential(layer, torch.nn.ReLU(), torch.nn.Linear(48, 8, device="cuda").requires_grad_(False))
     ttt.capturable_(model, 4)
-    start, x = copy.deepcopy(model), torch.zeros(4, 64, device="cuda")
-    outcomes = []
+    x, outcomes = torch.zeros(4, 64, device="cuda"), []
 
     def step(model=model):
         with ttt.learning(model) as outcome:
             model(x).square().sum().backward()
         outcomes.append(outcome)
 
-    graph, _ = captured(step)  # the warm-up learnt from zeros: gradients of the bias path alone change no weight
+    graph, _ = captured(step)  # the warm-up learnt from inputs of 0: no weight has changed
     learnt, other = outcomes[-1].learned, copy.deepcopy(model)
-    del start
     for i in range(7):
         x.normal_()
         if i == 3:
@@ -235,7 +233,7 @@ def test_a_graphed_learner_is_the_same_without_its_graph(window):
     for key in a:
         if key.endswith(".weight"):
             torch.testing.assert_close(a[key], b[key], rtol=1e-2, atol=1e-4)
-    # A token whose embedding is not finite: its chunk changes no bit, and the next ones are read as if it were not there.
+    # A token whose embedding is not finite: its chunk changes no bit, and the next are read as if it were not there.
     with torch.no_grad():
         model.get_input_embeddings().weight[7] = float("nan")
     ids[ids == 7] = 8

@@ -62,9 +62,7 @@ def test_the_counter_of_published_coefficients_ends_at_zero(tokens, monkeypatch)
     monkeypatch.setattr("ttt.ops.triton.window_linear._counter", lambda device: counter)
     for m, n, window in ((9, 33, 3), (40, 7, 130), (1, 2050, 1)):
         args = (randn(tokens, n), randn(m, n), None, randn(window, n), randn(window, m), torch.rand(window).to(DEVICE))
-        assert_close(
-            window_linear(*args), reference.window_linear(*wide(args)), plain_window_linear(*args), f"{m}x{n}"
-        )
+        assert_close(window_linear(*args), reference.window_linear(*wide(args)), plain_window_linear(*args), f"{m}x{n}")
         assert counter.tolist() == [0] * 8
 
 

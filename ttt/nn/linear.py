@@ -451,9 +451,10 @@ class Linear(torch.nn.Linear):
         Raises:
             ValueError: if the layer is capturable and ``pending`` is no number of rows that its steps make.
         """
-        if self._steps is not None and "pending" in state and not self._steps.takes(int(state["pending"])):
+        steps = self._steps
+        if steps is not None and "pending" in state and not steps.takes(int(state["pending"])):
             raise ValueError(
-                f"pending = {int(state['pending'])} is no whole number of the layer's steps of {self._steps.rows} rows; "
+                f"pending = {int(state['pending'])} is no whole number of the layer's steps of {steps.rows} rows; "
                 "call capturable_(None) first"
             )
         for name, value in state.items():

@@ -153,10 +153,8 @@ def _window_part(c_ptr, win_delta, win_eta, t, i, tokens, window, m, BC: tl.cons
         at = c_ptr + t[:, None] * window + c
         # Past the first-level cache: another multiprocessor wrote them.
         factor = tl.load(at, mask=(t < tokens)[:, None] & live, other=0, cache_modifier=".cg")
-        d = tl.load(
-            win_delta + c[:, None] * m + i, mask=live[:, None] & (i < m), other=0, eviction_policy="evict_last"
-        )
-        if OPERAND == tl.bfloat16:
+        d = tl.load(win_delta + c[:, None] * m + i, mask=live[:, None] & (i < m), other=0, eviction_policy="evict_last")
+        if OPERAND == tl.bfloat16:  # noqa: SIM300
             high = factor.to(tl.bfloat16)
             part = tl.dot(high, d, part)
             part = tl.dot((factor - high.to(tl.float32)).to(tl.bfloat16), d, part)
