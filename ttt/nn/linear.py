@@ -332,7 +332,7 @@ class Linear(torch.nn.Linear):
     def _learn_step(self, update: Update, gate: Tensor | None, steps: Steps) -> None:
         """As `_learn`, with nothing that the host must know or wait for."""
         if self.recent is not None:
-            ops.reservoir_insert(self.recent, self.recent_seen, update.x, seed=self.seed, **_gated(gate))
+            ops.reservoir_insert(self.recent, self.recent_seen, update.x, seed=self.seed, gate=gate)
         if not steps.held:
             self._commit(update.x, update.delta, update.eta, self._traced(update), gate)
             if gate is None:
@@ -369,7 +369,7 @@ class Linear(torch.nn.Linear):
     ) -> None:
         ops.commit(
             self.weight, self.anchor, self.importance, self.trace, x, delta, eta, self.step,
-            trace_delta=trace_delta, memory=self.memory, seen=self.seen, **_gated(gate), **self.commit_options(),
+            trace_delta=trace_delta, memory=self.memory, seen=self.seen, gate=gate, **self.commit_options(),
         )  # fmt: skip
 
     def commit_options(self) -> dict[str, Any]:
@@ -529,7 +529,3 @@ class Linear(torch.nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, lr={self.config.lr}, window={self.config.window}"
-
-
-def _gated(gate: Tensor | None) -> dict[str, Tensor]:
-    return {} if gate is None else {"gate": gate}

@@ -104,6 +104,7 @@ def commit(
     kind: str = "fisher",
     trace_every: int = 1,
     trace_fp8: bool = False,
+    gate: torch.Tensor | None = None,
 ) -> None:
     """Write T tokens, checked against R replay rows, into ``weight`` and ``trace``, in place.
 
@@ -139,25 +140,31 @@ def commit(
         gamma: decay of the trace per token, in (0, 1].
         trace_every: S from one random token of each ``trace_every`` consecutive ones, times their number: unbiased, and
             its product is cheaper by that factor.
-        trace_fp8: S from factors rounded to float8_e4m3fn, each matrix under one scale. On GPUs with fp8 units;
-            elsewhere the reference computes it.
+        trace_fp8: S from factors rounded to float8_e4m3fn, each matrix under one scale. On GPUs with fp8 units, and for
+            as many tokens as make it pay (`ttt.ops.triton.panels`); other GPU calls compute S without it and
+            `ttt.info` says so. On CPU the reference computes it.
+        gate: (1,), int64. Where it holds 0 the call changes nothing, not even ``step``. A GPU decides this by itself,
+            without waiting for the host: one CUDA graph can hold a commit that only some of its replays need.
 
     Raises:
         ValueError, TypeError: for a wrong argument; nothing has been written then.
     """
     torch.ops.ttt.commit(
         weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
-        seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every, trace_fp8,
+        seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every, trace_fp8, gate,
     )  # fmt: skip
 
 
-def reservoir_insert(memory: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, *, seed: int = 0) -> None:
+def reservoir_insert(
+    memory: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, *, seed: int = 0, gate: torch.Tensor | None = None
+) -> None:
     """Let the rows of ``x`` (T, n) enter ``memory`` (K, n) by reservoir sampling, in place.
 
     Algorithm R (Vitter 1985): after N rows each of them is in the memory with probability K / N.
-    ``seen`` (1,), int64, counts the rows, at most 2^31 of them.
+    ``seen`` (1,), int64, counts the rows, at most 2^31 of them. Where ``gate`` (1,), int64, holds 0 the call
+    changes nothing; on a GPU the host does not wait for it.
     """
-    torch.ops.ttt.reservoir_insert(memory, seen, x, seed)
+    torch.ops.ttt.reservoir_insert(memory, seen, x, seed, gate)
 
 
 def reservoir_draw(seen: torch.Tensor, step: torch.Tensor, *, capacity: int, rows: int, seed: int = 0) -> torch.Tensor:

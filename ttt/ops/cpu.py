@@ -100,12 +100,14 @@ def few_tokens(dtype: torch.dtype) -> int:
 
 def commit(
     weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
-    seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every=1, trace_fp8=False,
+    seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every=1, trace_fp8=False, gate=None,
 ) -> None:  # fmt: skip
     schema.check_commit(
         weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
-        seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every, trace_fp8,
+        seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every, trace_fp8, gate,
     )  # fmt: skip
+    if gate is not None and int(gate) == 0:
+        return
     why = _why_not_commit(weight, importance if lam > 0 else None, trace, trace_fp8)
     if why:
         record("commit", "reference", why)
@@ -149,8 +151,10 @@ def _commit_arguments(
     )  # fmt: skip
 
 
-def reservoir_insert(memory, seen, x, seed) -> None:
-    schema.check_reservoir_insert(memory, seen, x, seed)
+def reservoir_insert(memory, seen, x, seed, gate=None) -> None:
+    schema.check_reservoir_insert(memory, seen, x, seed, gate)
+    if gate is not None and int(gate) == 0:
+        return
     if _C is None:
         record("reservoir_insert", "reference", unavailable["cpu"])
         return reference.reservoir_insert(memory, seen, x, seed)

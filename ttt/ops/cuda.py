@@ -33,16 +33,20 @@ def _kernels() -> SimpleNamespace | None:
         window_linear=window_linear.window_linear,
         window_append=append.window_append,
         commit=commit.commit,
+        why_not_fp8=commit.why_not_fp8,
         reservoir_insert=reservoir.reservoir_insert,
         reservoir_draw=reservoir.reservoir_draw,
     )
 
 
-def _run(op: str, on: torch.Tensor, dtype: torch.dtype, *args):
-    """Call ``op`` on the device of ``on``: the Triton launcher if there is one for ``dtype``, else the reference."""
+def _run(op: str, on: torch.Tensor, dtype: torch.dtype, *args, why: str = ""):
+    """Call ``op`` on the device of ``on``: the Triton launcher if there is one for ``dtype``, else the reference.
+
+    ``why`` says what the launcher will not do, though asked.
+    """
     kernels = _kernels()
     if kernels is not None and dtype in _DTYPES:
-        record(op, "triton")
+        record(op, "triton", why)
         with torch.cuda.device(on.device):  # Triton launches on the current device, whatever the tensors' is
             return getattr(kernels, op)(*args)
     record(op, "reference", unavailable["triton"] if kernels is None else f"no Triton kernel for {dtype}")
@@ -67,21 +71,24 @@ def window_append(
 
 def commit(
     weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
-    seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every=1, trace_fp8=False,
+    seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every=1, trace_fp8=False, gate=None,
 ) -> None:  # fmt: skip
     args = (
         weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
-        seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every, trace_fp8,
+        seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every, trace_fp8, gate,
     )  # fmt: skip
     schema.check_commit(*args)
-    _run("commit", weight, weight.dtype, *args)
+    kernels, why = _kernels(), ""
+    if trace_fp8 and trace is not None and kernels is not None:
+        why = kernels.why_not_fp8(eta.numel(), weight.device)
+    _run("commit", weight, weight.dtype, *args, why=why)
     # A kernel wrote through raw pointers: autograd and functionalization must be told.
     torch.autograd.graph.increment_version([t for t in (weight, trace) if t is not None])
 
 
-def reservoir_insert(memory, seen, x, seed) -> None:
-    schema.check_reservoir_insert(memory, seen, x, seed)
-    _run("reservoir_insert", memory, memory.dtype, memory, seen, x, seed)
+def reservoir_insert(memory, seen, x, seed, gate=None) -> None:
+    schema.check_reservoir_insert(memory, seen, x, seed, gate)
+    _run("reservoir_insert", memory, memory.dtype, memory, seen, x, seed, gate)
     torch.autograd.graph.increment_version([memory])
 
 

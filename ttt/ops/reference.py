@@ -131,8 +131,11 @@ def commit(
     kind: str,
     trace_every: int = 1,
     trace_fp8: bool = False,
+    gate: torch.Tensor | None = None,
 ) -> None:
     """Write T tokens and R replay rows into W and F; see `ttt.ops.commit` for the formula."""
+    if gate is not None and int(gate) == 0:
+        return
     wide = _wide(weight.dtype)
     tokens, n = x.shape
     w = weight.to(wide, copy=True)  # a copy even in float32: SI needs the weights from before the update
@@ -196,8 +199,12 @@ def reservoir_draw(seen: torch.Tensor, step: torch.Tensor, capacity: int, rows: 
     return torch.where(filled > 0, (word * filled) >> 32, -1)
 
 
-def reservoir_insert(memory: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, seed: int) -> None:
+def reservoir_insert(
+    memory: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, seed: int, gate: torch.Tensor | None = None
+) -> None:
     """Algorithm R (Vitter 1985): row s goes to slot s while there is room, then to a random slot of [0, s]."""
+    if gate is not None and int(gate) == 0:
+        return
     capacity, rows = memory.shape[0], x.shape[0]
     s = int(seen) + torch.arange(rows, device=x.device)
     word = philox(s, 0, 0, INSERT, seed)[0]

@@ -22,14 +22,14 @@ _SCHEMAS = {
         "(Tensor(a!) weight, Tensor? anchor, Tensor? importance, Tensor(b!)? trace, Tensor x, Tensor delta, "
         "Tensor eta, Tensor? trace_delta, Tensor? memory, Tensor? seen, Tensor(c!) step, int seed, int replay_rows, "
         "str replay, float beta, float eps, float lam, float gamma, str kind, "
-        "int trace_every=1, bool trace_fp8=False) -> ()"
+        "int trace_every=1, bool trace_fp8=False, Tensor? gate=None) -> ()"
     ),
     "window_append": (
         "(Tensor(a!) win_x, Tensor(b!) win_delta, Tensor(c!) win_eta, Tensor(d!)? win_trace, Tensor x, Tensor delta, "
         "Tensor eta, Tensor? trace_delta, int at=0, Tensor(e!)? counters=None, Tensor(f!)? tokens=None, "
         "Tensor? gate=None) -> ()"
     ),
-    "reservoir_insert": "(Tensor(a!) memory, Tensor(b!) seen, Tensor x, int seed) -> ()",
+    "reservoir_insert": "(Tensor(a!) memory, Tensor(b!) seen, Tensor x, int seed, Tensor? gate=None) -> ()",
     "reservoir_draw": "(Tensor seen, Tensor step, int capacity, int rows, int seed) -> Tensor",
 }
 
@@ -161,7 +161,7 @@ def check_window_append(
 
 def check_commit(
     weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
-    seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every=1, trace_fp8=False,
+    seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every=1, trace_fp8=False, gate=None,
 ) -> None:  # fmt: skip
     if weight.ndim != 2:
         raise ValueError(f"weight must have shape (m, n), got {tuple(weight.shape)}")
@@ -174,6 +174,8 @@ def check_commit(
     _need("x", x, (tokens, n), dtype, weight)
     _need("delta", delta, (tokens, m), dtype, weight)
     _need("step", step, (1,), (torch.int64,), weight)
+    if gate is not None:
+        _need("gate", gate, (1,), (torch.int64,), weight)
     if anchor is not None:
         _need("anchor", anchor, (m, n), dtype, weight)
     if importance is not None:
@@ -209,7 +211,7 @@ def check_commit(
         raise ValueError("trace_fp8 is for products of values >= 0, but with kind = 'si' they have both signs")
 
 
-def check_reservoir_insert(memory, seen, x, seed) -> None:
+def check_reservoir_insert(memory, seen, x, seed, gate=None) -> None:
     if memory.ndim != 2:
         raise ValueError(f"memory must have shape (K, n), got {tuple(memory.shape)}")
     capacity, n = memory.shape
@@ -218,6 +220,8 @@ def check_reservoir_insert(memory, seen, x, seed) -> None:
     if x.ndim != 2:
         raise ValueError(f"x must have shape (T, {n}), got {tuple(x.shape)}")
     _need("x", x, (x.shape[0], n), (memory.dtype,), memory)
+    if gate is not None:
+        _need("gate", gate, (1,), (torch.int64,), memory)
 
 
 def check_reservoir_draw(seen, step, capacity, rows, seed) -> None:

@@ -22,28 +22,35 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from ttt.ops import schema
+from ttt.ops import log8, schema
 from ttt.ops.triton import append, commit, reservoir, window_linear
 
 M, N, CAPACITY = 4096, 4096, 1024
 _TYPES = {
     torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-    torch.int64: "*i64", torch.int32: "*i32",
+    torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv",
 }  # fmt: skip
+FP8_ARCH = 89
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _commit(dtype, state, kind, replay, rows, tokens=16, lam=1.0) -> None:
+def _state(dtype: torch.dtype) -> torch.Tensor:
+    return _meta(M, log8.width(N) if dtype == torch.uint8 else N, dtype=dtype)
+
+
+def _commit(dtype, state, kind, replay, rows, lam, tokens=16, every=1, fp8=False, gated=False) -> None:
     matrix = _meta(M, N, dtype=dtype)
     counter = _meta(1, dtype=torch.int64)
-    commit.commit(
-        matrix, matrix, _meta(M, N, dtype=state), _meta(M, N, dtype=state) if kind else None,
-        _meta(tokens, N, dtype=dtype), _meta(tokens, M, dtype=dtype), _meta(tokens, dtype=torch.float32), None,
-        _meta(CAPACITY, N, dtype=dtype), counter, counter, 0, rows, replay, 0.3, 1e-3, lam, 1.0, kind or "fisher",
-    )  # fmt: skip
+    with patch.object(commit, "capability", lambda device: (9, 0)):
+        commit.commit(
+            matrix, matrix, _state(state), _state(state) if kind else None,
+            _meta(tokens, N, dtype=dtype), _meta(tokens, M, dtype=dtype), _meta(tokens, dtype=torch.float32), None,
+            _meta(CAPACITY, N, dtype=dtype), counter, counter, 0, rows, replay, 0.3, 1e-3, lam, 1.0, kind or "fisher",
+            every, fp8, counter if gated else None,
+        )  # fmt: skip
 
 
 def _linear(dtype, tokens, bias=True, window=16) -> None:
@@ -64,7 +71,7 @@ def _append(dtype, on_device) -> None:
 
 def _insert(dtype) -> None:
     memory, counter = _meta(CAPACITY, N, dtype=dtype), _meta(1, dtype=torch.int64)
-    reservoir.reservoir_insert(memory, counter, _meta(16, N, dtype=dtype), 0)
+    reservoir.reservoir_insert(memory, counter, _meta(16, N, dtype=dtype), 0, counter)
 
 
 def _draw() -> None:
@@ -75,22 +82,39 @@ def _draw() -> None:
 def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """(label, call): calls of the launchers that reach every kernel, or every variant of each."""
     dtypes = (torch.bfloat16, torch.float32, torch.float16)
-    states = (torch.float32, torch.bfloat16)
+    bf16, fp32, fp16, codes = *dtypes, torch.uint8
+    few, many = {"tokens": 16}, {"tokens": 2048}
     if everything:
+        kinds = (*schema.KINDS, None)
         options = [
-            *itertools.product(dtypes, states, (*schema.KINDS, None), ("projection",), (0, 16), (0.0, 1.0)),
-            *itertools.product(dtypes, states[:1], (None,), schema.REPLAY, (16, 32, 64), (0.0,)),
+            (dtype, state, kind, "projection", rows, lam, size)
+            for dtype, state, kind, rows, lam, size in itertools.product(
+                dtypes, (fp32, bf16, codes), kinds, (0, 16), (0.0, 1.0), (few, many)
+            )
+            if (state, kind) != (codes, "si")
         ]
+        options += itertools.product(dtypes, (fp32,), (None,), schema.REPLAY, (16, 32, 64), (0.0,), (few,))
+        options += [
+            (dtype, bf16, kind, "projection", 16, 1.0, {**size, "every": 4, "gated": True})
+            for dtype, kind, size in itertools.product(dtypes, schema.KINDS, (few, many))
+        ]
+        options += [(dtype, bf16, kind, "projection", 0, 1.0, {**many, "fp8": True, "every": every})
+                    for dtype, kind, every in itertools.product(dtypes, ("fisher", "mas"), (1, 4))]  # fmt: skip
     else:
         options = [
-            (torch.bfloat16, torch.float32, "fisher", "projection", 16, 1.0),
-            (torch.bfloat16, torch.bfloat16, "si", "gradient", 64, 1.0),
-            (torch.float32, torch.float32, "fisher", "projection", 64, 1.0),
-            (torch.float16, torch.bfloat16, "mas", "gradient", 0, 1.0),
+            (bf16, bf16, "fisher", "projection", 16, 1.0, few),
+            (bf16, codes, "fisher", "projection", 16, 1.0, {**few, "gated": True}),
+            (bf16, bf16, "si", "gradient", 64, 1.0, {**few, "every": 4}),
+            (bf16, bf16, "fisher", "projection", 16, 1.0, many),
+            (bf16, codes, "fisher", "projection", 0, 1.0, {**many, "fp8": True}),
+            (fp32, fp32, "fisher", "projection", 64, 1.0, few),
+            (fp16, bf16, "mas", "gradient", 0, 1.0, few),
         ]
-    for dtype, state, kind, replay, rows, lam in options:
-        label = f"{_name(dtype)}/{_name(state)} {kind or 'no trace'} R={rows} {replay} lam={lam:g}"
-        yield label, lambda a=(dtype, state, kind, replay, rows), b=lam: _commit(*a, lam=b)
+    for *which, size in options:
+        dtype, state, kind, replay, rows, lam = which
+        extra = "".join(f" {k}={int(v)}" for k, v in size.items())
+        label = f"{_name(dtype)}/{_name(state)} {kind or 'no trace'} R={rows} {replay} lam={lam:g}{extra}"
+        yield label, lambda a=which, b=size: _commit(*a, **b)
     for dtype in dtypes if everything else dtypes[:2]:
         for tokens in (1, 8, 64) if everything or dtype == torch.bfloat16 else (8,):
             yield f"{_name(dtype)} T={tokens}", lambda a=(dtype, tokens): _linear(*a)
@@ -176,7 +200,8 @@ def compile_all(everything: bool = False, arches: tuple[int, ...] = (80, 90)) ->
             if key in done:
                 continue
             done.add(key)
-            for arch in arches:
+            needs = FP8_ARCH if "*fp8e4nv" in source.signature.values() else 0
+            for arch in (a for a in arches if a >= needs):
                 compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
                 yield kernel.__name__, label, arch, inspect(compiled)
 

@@ -1,4 +1,4 @@
-"""What the kernels share: the Philox streams of `ttt.ops.philox`, stochastic rounding, operand types."""
+"""What the kernels share: the Philox streams of `ttt.ops.philox`, operand types, counters."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ DRAW = tl.constexpr(philox.DRAW)
 INSERT = tl.constexpr(philox.INSERT)
 ROUND = tl.constexpr(philox.ROUND)
 ROUND_ROUNDS = tl.constexpr(philox.ROUND_ROUNDS)
+TOKEN = tl.constexpr(philox.TOKEN)
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -34,14 +35,35 @@ def padded_rows(rows: int) -> int:
     return max(16, triton.next_power_of_2(rows))
 
 
+def advance(counter: torch.Tensor, by: int, gate: torch.Tensor | None) -> None:
+    """counter <- counter + by, unless ``gate`` holds 0."""
+    if gate is None:
+        counter.add_(by)
+    else:
+        counter.add_(gate != 0, alpha=by)
+
+
+@triton.jit
+def _word_of(k, step, STREAM: tl.constexpr, seed):
+    """Word k % 4 (int64) of the counter (k // 4, 0, step)."""
+    w0, w1, w2, w3 = tl.philox(seed, (k // 4).to(tl.uint32), k.to(tl.uint32) * 0, step, STREAM)
+    return tl.where(k % 4 == 0, w0, tl.where(k % 4 == 1, w1, tl.where(k % 4 == 2, w2, w3))).to(tl.int64)
+
+
 @triton.jit
 def draw(r, seen_ptr, step_ptr, capacity, seed):
     """The memory rows (int64) that replay rows ``r`` (int32) stand for; -1 while the memory is empty."""
-    step = tl.load(step_ptr).to(tl.uint32)
     filled = tl.minimum(tl.load(seen_ptr), capacity)
-    w0, w1, w2, w3 = tl.philox(seed, (r // 4).to(tl.uint32), r.to(tl.uint32) * 0, step, DRAW)
-    word = tl.where(r % 4 == 0, w0, tl.where(r % 4 == 1, w1, tl.where(r % 4 == 2, w2, w3)))
-    return tl.where(filled > 0, (word.to(tl.int64) * filled) >> 32, -1)
+    word = _word_of(r, tl.load(step_ptr).to(tl.uint32), DRAW, seed)
+    return tl.where(filled > 0, (word * filled) >> 32, -1)
+
+
+@triton.jit
+def choose_token(k, tokens, every, step_ptr, seed):
+    """The token (int64) that stands for group ``k`` (int32) of ``every`` tokens in the trace, and the group's size."""
+    size = tl.minimum(tokens - k * every, every)
+    word = _word_of(k, tl.load(step_ptr).to(tl.uint32), TOKEN, seed)
+    return (k * every).to(tl.int64) + ((word * size) >> 32), size
 
 
 @triton.jit
@@ -63,17 +85,3 @@ def weight_bits(words):
 def trace_bits(words):
     """The bits of the other column of each pair: `ttt.ops.philox` says why."""
     return tl.interleave(words >> 16, words & 0xFFFF)
-
-
-@triton.jit
-def rounded(value, bits, dtype: tl.constexpr):
-    """float32 ``value`` in ``dtype``; 16-bit types are rounded stochastically by the 16 of ``bits``."""
-    if dtype == tl.float32:
-        return value
-    DROPPED: tl.constexpr = 16 if dtype == tl.bfloat16 else 13
-    LOW: tl.constexpr = (1 << DROPPED) - 1
-    raw = value.to(tl.int32, bitcast=True)
-    # Non-finite values have no mantissa to round: adding bits could turn an infinity into a NaN.
-    finite = (raw & 0x7F800000) != 0x7F800000
-    raw = tl.where(finite, raw + (bits & LOW).to(tl.int32), raw) & (-1 - LOW)
-    return raw.to(tl.float32, bitcast=True).to(dtype)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ttt.ops.triton.common import INSERT, draw, signed
+from ttt.ops.triton.common import INSERT, advance, draw, signed
 
 
 @triton.jit
@@ -20,8 +20,11 @@ def _slots(s, capacity, seed):
 
 
 @triton.jit(do_not_specialize=["capacity", "tokens", "seed"])
-def _insert(memory, seen, x, capacity, tokens, n, seed, BT: tl.constexpr, BN: tl.constexpr):
+def _insert(memory, seen, x, gate, capacity, tokens, n, seed, BT: tl.constexpr, BN: tl.constexpr):
     """memory[slot(seen + t)] = x[t] for t = program id, unless a later row of x takes the same slot."""
+    if gate is not None:
+        if tl.load(gate) == 0:
+            return
     t = tl.program_id(0).to(tl.int64)
     first = tl.load(seen)
     slot = _slots(first + t, capacity, seed)
@@ -42,11 +45,13 @@ def _draw(index, seen, step, capacity, rows, seed, BR: tl.constexpr):
     tl.store(index + r, draw(r, seen, step, capacity, seed), mask=r < rows)
 
 
-def reservoir_insert(memory: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, seed: int) -> None:
+def reservoir_insert(
+    memory: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, seed: int, gate: torch.Tensor | None = None
+) -> None:
     (capacity, n), tokens = memory.shape, x.shape[0]
     if tokens:
-        _insert[(tokens,)](memory, seen, x, capacity, tokens, n, signed(seed), BT=128, BN=1024, num_warps=4)
-    seen.add_(tokens)
+        _insert[(tokens,)](memory, seen, x, gate, capacity, tokens, n, signed(seed), BT=128, BN=1024, num_warps=4)
+    advance(seen, tokens, gate)
 
 
 def reservoir_draw(seen: torch.Tensor, step: torch.Tensor, capacity: int, rows: int, seed: int) -> torch.Tensor:

@@ -36,10 +36,10 @@ def _publish(
     eta = tl.load(win_eta + c)
     live = tl.where(eta != 0, n, 0)  # columns to be read
     acc = tl.zeros((BT, BK), tl.float32)
-    for k0 in range(0, live, BK):
+    for k0 in range(0, n, BK):
         k = k0 + tl.arange(0, BK)
-        xc = tl.load(win_x + c * n + k, mask=k < n, other=0, eviction_policy="evict_last").to(tl.float32)
-        xt = tl.load(x + t[:, None] * n + k, mask=(t < tokens)[:, None] & (k < n), other=0).to(tl.float32)
+        xc = tl.load(win_x + c * n + k, mask=k < live, other=0, eviction_policy="evict_last").to(tl.float32)
+        xt = tl.load(x + t[:, None] * n + k, mask=(t < tokens)[:, None] & (k < live), other=0).to(tl.float32)
         acc += xt * xc
     tl.store(coef + t * window + c, eta * tl.sum(acc, axis=1), mask=t < tokens)
     tl.debug_barrier()  # every thread has stored

@@ -1,0 +1,208 @@
+"""The commit of many tokens: products by torch's matmul, a panel of W's columns at a time, finished while in the cache.
+
+    left = eta D, left_s = P*P c gamma^age, right_s = X*X      `_factors`: T x (m + n) numbers, by kind
+    G, S = left^T X[:, j], left_s^T right_s[:, j]              torch.mm, float32, for the columns j of one panel
+    W, F <- `update` of G + U^T X_r and S                      `_finish`, the same code as the fused kernel's
+
+Both panels together take at most PANEL_BYTES, which the caches of GPUs of this class hold: nothing of size m x n is
+made. All dtypes come this way. With bfloat16 weights the factors are rounded to bfloat16 once, products and sums
+are float32; with others the factors are float32 and torch.mm multiplies as torch.backends.cuda.matmul says. With a
+closed gate the products are made for nothing, of whatever the scratch held, and `_finish` writes nothing.
+
+With ``fp8`` the factors of S are rounded to float8_e4m3fn, each matrix under one scale, and torch._scaled_mm multiplies
+them: twice the rate of bfloat16. S is then off by about 1 % of its root mean square for many random tokens, and a
+single entry by up to 1/8; taking every fourth token is off by far more, but has no bias (tests/ops/test_sampling.py).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ttt.ops.triton.common import INTERPRETED, choose_token
+from ttt.ops.triton.update import in_order, load_state, replayed, squares, update
+
+PANEL_BYTES = 32 << 20
+ALIGN = 16  # float8 matrices have sides that are multiples of it
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = tl.constexpr(torch.finfo(FP8).max)
+
+
+@triton.jit
+def _scale(top):
+    top = tl.load(top).to(tl.float32, bitcast=True)
+    return tl.where(top > 0, FP8_MAX / top, 1.0)
+
+
+@triton.jit
+def _store_factor(out, top, value, t, j, depth, size, DEST: tl.constexpr):
+    """``value`` (BT x BJ) into out (depth x size); for float8 into its transpose, scaled, or only its maximum."""
+    if DEST == "rows":
+        tl.store(out + t * size + j, value.to(out.dtype.element_ty), mask=(t < depth) & (j < size))
+    elif DEST == "top":
+        # Values >= 0, and so are ordered like their bits. The maximum does not depend on the order of its terms.
+        tl.atomic_max(top, tl.max(value.to(tl.int32, bitcast=True)))
+    else:
+        value = (value * _scale(top)).to(out.dtype.element_ty)
+        tl.store(out + j.to(tl.int64) * depth + t, value, mask=(t < depth) & (j < size))
+
+
+@triton.jit(do_not_specialize=["tokens", "every", "groups", "seed"])
+def _factors(
+    left, left_s, right_s, tops, scales, x, delta, trace_delta, eta, step, gate,
+    tokens, every, groups, depth, m, n, wide_m, wide_n, seed, log2_gamma,
+    KIND: tl.constexpr, SAMPLED: tl.constexpr, DEST: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
+):  # fmt: skip
+    """BT tokens and BJ columns of D, then of X; left_s and right_s have ``depth`` tokens, those past groups zeros."""
+    if gate is not None:
+        if tl.load(gate) == 0:
+            return
+    t, block = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)[:, None], tl.program_id(0)
+    # Columns of D or of X; the loads of the other are masked out.
+    of_m = tl.cdiv(wide_m, BJ)
+    j = block * BJ + tl.arange(0, BJ)[None, :]
+    jx = j - of_m * BJ
+    row, column = j < tl.where(block < of_m, m, 0), jx < tl.where(block < of_m, -wide_m - BJ, n)
+    if DEST != "top":
+        token = t < tokens
+        e = tl.load(eta + t, mask=token, other=0)
+        d = tl.load(delta + t * m + j, mask=token & row, other=0).to(tl.float32)
+        tl.store(left + t * m + j, (d * e).to(left.dtype.element_ty), mask=token & row)
+    if left_s is not None:
+        group, chosen, size = t < groups, t, 1.0
+        if SAMPLED:
+            chosen, size = choose_token(t.to(tl.int32), tokens, every, step, seed)
+            size = size.to(tl.float32)
+        age = tl.where(group, tokens - 1 - chosen, 0)
+        p = tl.load(trace_delta + chosen * m + j, mask=group & row, other=0)
+        q = tl.load(x + chosen * n + jx, mask=group & column, other=0)
+        p, q = squares(p, q, age, size, log2_gamma, KIND, SAMPLED)
+        if block < of_m:
+            _store_factor(left_s, tops, p, t, j, depth, wide_m, DEST)
+        else:
+            _store_factor(right_s, tops + 1 if DEST != "rows" else None, q, t, jx, depth, wide_n, DEST)
+    if DEST == "columns":
+        if (block == 0) & (tl.program_id(1) == 0):
+            tl.store(scales, 1.0 / _scale(tops))
+            tl.store(scales + 1, 1.0 / _scale(tops + 1))
+
+
+@triton.jit(do_not_specialize=["rows", "capacity", "seed"])
+def _finish(
+    weight, anchor, importance, trace, g_panel, s_panel, total, response, memory, seen, step, gate,
+    rows, capacity, m, n, width, first, g_stride, s_stride, seed, lam, keep,
+    KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, AS: tl.constexpr,
+):  # fmt: skip
+    """A BM x BN tile of W and F, whose G without replay and S stand in panels that begin at column ``first``."""
+    if gate is not None:
+        if tl.load(gate) == 0:
+            return
+    i0, local = tl.program_id(1).to(tl.int64) * BM, tl.program_id(0).to(tl.int64) * BN
+    j0 = local + first
+    i, j = tl.arange(0, BM), tl.arange(0, BN)
+    at, inside = (i0 * n + j0) + (i[:, None] * n + j), (i < m - i0)[:, None] & (j < n - j0)
+    old = tl.load(weight + at, mask=inside, other=0)
+    origin, omega, before = None, None, None
+    g = tl.load(g_panel + (i0 * g_stride + local) + (i[:, None] * g_stride + j), mask=inside, other=0)
+    s = 0.0
+    pull = 0.0
+    if importance is not None:
+        origin = tl.load(anchor + at, mask=inside, other=0)
+        omega = load_state(importance, i0, j0, i, j, n, width, inside)
+        pull = lam * tl.load(total)
+    if trace is not None:
+        before = load_state(trace, i0, j0, i, j, n, width, inside)
+        s = tl.load(s_panel + (i0 * s_stride + local) + (i[:, None] * s_stride + j), mask=inside, other=0)
+    if response is not None:
+        u_x = tl.zeros((BM, BN), tl.float32)
+        u_x = replayed(response, memory, seen, step, u_x, rows, capacity, i0, j0, i, j, m, n, seed, BR, AS)
+        g += in_order(u_x)
+    update(
+        g, s, old, origin, omega, before, weight, importance, trace, step, seed, pull, keep, i0, j0, i, j, m, n, width,
+        KIND, BM, BN,
+    )  # fmt: skip
+
+
+_BLOCKS = {  # _finish, by the weight's dtype
+    torch.bfloat16: {"BM": 64, "BN": 32, "BR": 16, "AS": "bf16x2", "num_warps": 4, "num_stages": 1},
+    torch.float16: {"BM": 64, "BN": 32, "BR": 16, "AS": "tf32x3", "num_warps": 4, "num_stages": 1},
+    torch.float32: {"BM": 64, "BN": 32, "BR": 16, "AS": "ieee", "num_warps": 4, "num_stages": 1},
+}
+
+
+def _factors_of(x, delta, trace_delta, eta, step, gate, dtype, traces, fp8, shared):
+    """left (T x m), left_s (groups x m) and right_s (groups x n); for fp8 the transposes of the last two, padded to
+    multiples of ALIGN, and their scales."""
+    (tokens, n), m, device = x.shape, delta.shape[1], x.device
+    depth, sampled = shared["groups"], shared["SAMPLED"]
+    stored = torch.float32 if INTERPRETED else dtype  # the interpreter rounds to bfloat16 wrongly
+    left = torch.empty((tokens, m), dtype=stored, device=device)
+    left_s = right_s = tops = scales = None
+    wide_m, wide_n, dest = m, n, "rows"
+    if traces and fp8:
+        depth, wide_m, wide_n = (triton.cdiv(size, ALIGN) * ALIGN for size in (depth, m, n))
+        left_s = torch.empty((wide_m, depth), dtype=FP8, device=device)
+        right_s = torch.empty((wide_n, depth), dtype=FP8, device=device)
+        tops = torch.zeros(2, dtype=torch.int32, device=device)
+        scales = torch.empty(2, dtype=torch.float32, device=device)
+        dest = "columns"
+    elif traces and (sampled or shared["KIND"] != "si"):
+        left_s = torch.empty((depth, m), dtype=stored, device=device)
+        right_s = torch.empty((depth, n), dtype=stored, device=device)
+    blocks = {"BT": 32, "BJ": 128, "num_warps": 4}
+    columns = triton.cdiv(wide_m, 128) + (0 if left_s is None else triton.cdiv(wide_n, 128))
+    for phase in (dest,) if dest == "rows" else ("top", dest):
+        _factors[(columns, triton.cdiv(max(tokens, depth), 32))](
+            left, left_s, right_s, tops, scales, x, delta, trace_delta, eta, step, gate,
+            tokens, shared["every"], shared["groups"], depth, m, n, wide_m, wide_n, shared["seed"],
+            shared["log2_gamma"], KIND=shared["KIND"], SAMPLED=sampled, DEST=phase, **blocks,
+        )  # fmt: skip
+    if left_s is None and traces:
+        left_s, right_s = trace_delta.to(dtype), x.to(dtype)
+    if INTERPRETED:
+        left, left_s, right_s = (None if t is None else t.to(dtype) for t in (left, left_s, right_s))
+    return left, left_s, right_s, scales
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left^T right in float32."""
+    if left.dtype == torch.float32:
+        return left.T @ right
+    if INTERPRETED:
+        return left.T.float() @ right.float()
+    return torch.mm(left.T, right, out_dtype=torch.float32)
+
+
+def commit(
+    weight, anchor, importance, trace, x, delta, trace_delta, eta, response, memory, seen, step, gate,
+    *, rows, capacity, m, n, width, seed, lam, keep, fp8, **shared,
+) -> None:  # fmt: skip
+    dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
+    left, left_s, right_s, scales = _factors_of(
+        x, delta, delta if trace_delta is None else trace_delta, eta, step, gate, dtype, trace is not None, fp8,
+        {**shared, "seed": seed},
+    )  # fmt: skip
+    right = x.to(dtype)
+    total, blocks = eta.sum(), _BLOCKS[weight.dtype]
+    if INTERPRETED and weight.dtype == torch.bfloat16:
+        blocks = {**blocks, "AS": "ieee"}
+    span = max(1, PANEL_BYTES // (8 * m * 128)) * 128
+    for first in range(0, n, span):
+        last = min(first + span, n)
+        g = _product(left, right[:, first:last])
+        s = None
+        if scales is not None:
+            last_s = min(first + span, right_s.shape[0])
+            s = torch._scaled_mm(
+                left_s, right_s[first:last_s].T, scale_a=scales[0], scale_b=scales[1], out_dtype=torch.float32
+            )
+        elif left_s is not None:
+            s = _product(left_s, right_s[:, first:last])
+        grid = (triton.cdiv(last - first, blocks["BN"]), triton.cdiv(m, blocks["BM"]))
+        _finish[grid](
+            weight, anchor, importance, trace, g, s, total, response, memory, seen, step, gate, rows, capacity, m, n,
+            width, first, last - first, 0 if s is None else s.shape[1], seed, lam, keep, KIND=shared["KIND"], **blocks,
+        )  # fmt: skip
+        del g, s  # so that the next panel takes the same memory, which the cache holds

@@ -1,0 +1,175 @@
+"""How the outputs on remembered inputs have drifted, and what must be subtracted from W to pull them back.
+
+With d = W - W*, X_r (R x n) drawn from the memory, A = X_r X_r^T + eps tr/R I::
+
+    E = X_r d^T - ((X_r X^T) * eta) D          R x m     `_products`, then `_drift` in slabs
+    U = beta A^-1 E                            R x m     `_invert`, then `_project`; or beta (sum eta) E
+
+The commit subtracts U^T X_r, which is E^T V with V = beta A^-1 X_r as A^-1 is symmetric: the replay rows are R
+more tokens with inputs X_r, which the weight's dtype holds exactly. An empty memory gives E = 0 on the device.
+
+`_drift` reads W and W* a second time, 4 bytes a weight beside the commit's 12 at 16 bits: they do not stay in the
+cache. It is cut along n as well as m, so that there are programs enough for all multiprocessors, and the slabs'
+sums are added in a fixed order by `_project`, not by atomics: results are the same in every run. A and its inverse
+are float64. R is at most 64: one program inverts A while nothing else could run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ttt.ops.triton.common import draw, padded_rows
+
+
+@triton.jit(do_not_specialize=["tokens", "columns", "capacity", "seed"])
+def _products(
+    out, memory, seen, step, x, eta, gate, tokens, columns, capacity, n, seed, BC: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """out (R x columns): (X_r X^T) * eta beside X_r X_r^T; BC numbers of one row for each program."""
+    if gate is not None:
+        if tl.load(gate) == 0:
+            return
+    r, c = tl.program_id(1), tl.program_id(0) * BC + tl.arange(0, BC)
+    index = draw(r, seen, step, capacity, seed)
+    replayed = tl.maximum(draw(c - tokens, seen, step, capacity, seed), 0)
+    of_x, of_memory = (x + c.to(tl.int64) * n)[:, None], (memory + replayed * n)[:, None]
+    is_x, is_memory = (c < tokens)[:, None], ((c >= tokens) & (c < columns))[:, None]
+    filled = tl.where(index >= 0, n, 0)  # columns of X_r to be read
+    acc = tl.zeros((BC, BK), tl.float64)
+    for k0 in range(0, n, BK):
+        k = k0 + tl.arange(0, BK)
+        xr = tl.load(memory + index * n + k, mask=k < filled, other=0).to(tl.float64)
+        # One of the two is masked out; choosing between the pointers would cost the wide loads.
+        other = tl.load(of_x + k, mask=is_x & (k < filled), other=0).to(tl.float64)
+        other += tl.load(of_memory + k, mask=is_memory & (k < filled), other=0).to(tl.float64)
+        acc += xr * other
+    scale = tl.load(eta + c, mask=c < tokens, other=1).to(tl.float64)
+    tl.store(out + r.to(tl.int64) * columns + c, scale * tl.sum(acc, axis=1), mask=c < columns)
+
+
+@triton.jit(do_not_specialize=["tokens", "rows"])
+def _invert(inverse, products, gate, tokens, rows, eps, RP: tl.constexpr):
+    """inverse = (X_r X_r^T + eps tr/R I)^-1 in one program, by sweeping out one row after the other."""
+    if gate is not None:
+        if tl.load(gate) == 0:
+            return
+    r, c = tl.arange(0, RP)[:, None], tl.arange(0, RP)[None, :]
+    inside = (r < rows) & (c < rows)
+    a = tl.load(products + r * (tokens + rows).to(tl.int64) + tokens + c, mask=inside, other=0)
+    ridge = eps * tl.sum(tl.sum(tl.where(r == c, a, 0.0), axis=1)) / rows
+    # Rows of zeros only: any ridge will do, as E is zero.
+    a += tl.where(r == c, tl.where(ridge > 0, ridge, 1.0), 0.0)
+    for k in range(0, rows):
+        row = tl.sum(tl.where(r == k, a, 0.0), axis=0)[None, :]
+        col = tl.sum(tl.where(c == k, a, 0.0), axis=1)[:, None]
+        pivot = 1.0 / tl.sum(tl.sum(tl.where((r == k) & (c == k), a, 0.0), axis=1))
+        swept = tl.where(r == k, tl.where(c == k, -pivot, row * pivot), col * pivot)
+        a = tl.where((r == k) | (c == k), swept, a - col * row * pivot)
+    tl.store(inverse + r * rows + c, -a, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "rows", "capacity", "columns", "slabs", "seed"])
+def _drift(
+    drift, weight, anchor, memory, seen, step, products, delta, gate,
+    tokens, rows, capacity, m, n, columns, slabs, seed,
+    BM: tl.constexpr, BK: tl.constexpr, SLAB: tl.constexpr, RP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """drift (slabs x R x m): the part of E for BM rows of W and W*, over SLAB of their columns or SLAB tokens."""
+    if gate is not None:
+        if tl.load(gate) == 0:
+            return
+    i, slab = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM), tl.program_id(1)
+    r = tl.arange(0, RP)
+    index = draw(r, seen, step, capacity, seed)
+    live = (r < rows) & (index >= 0)
+    acc = tl.zeros((RP, BM), tl.float32)
+    # The last slabs are over tokens; a loop whose turn it is not has no iterations.
+    first = slab * SLAB
+    for k0 in range(first, tl.where(slab < slabs, tl.minimum(first + SLAB, n), 0), BK):
+        k = k0 + tl.arange(0, BK)
+        inside = (i < m)[:, None] & (k < n)
+        xr = tl.load(memory + index[:, None] * n + k, mask=live[:, None] & (k < n), other=0).to(tl.float32)
+        w = tl.load(weight + i[:, None] * n + k, mask=inside, other=0).to(tl.float32)
+        w -= tl.load(anchor + i[:, None] * n + k, mask=inside, other=0).to(tl.float32)
+        acc = tl.dot(xr, tl.trans(w), acc, input_precision=PRECISION)
+    first = (slab - slabs) * SLAB
+    for t0 in range(first, tl.where(slab < slabs, first, tl.minimum(first + SLAB, tokens)), 16):
+        t = t0 + tl.arange(0, 16).to(tl.int64)
+        cross = tl.load(products + r[:, None] * columns + t, mask=live[:, None] & (t < tokens), other=0)
+        d = tl.load(delta + t[:, None] * m + i, mask=(t < tokens)[:, None] & (i < m), other=0)
+        # Unlike the rounding of d above, which all replay rows share, A^-1 would amplify one of the products.
+        acc -= tl.dot(
+            cross.to(tl.float32), d.to(tl.float32), input_precision="tf32x3" if PRECISION == "tf32" else PRECISION
+        )
+    at = drift + (slab.to(tl.int64) * rows + r[:, None]) * m + i
+    # Where nothing was drawn a weight that is not finite must not become a replay gradient.
+    tl.store(at, tl.where(live[:, None], acc, 0.0), mask=(r < rows)[:, None] & (i < m))
+
+
+@triton.jit(do_not_specialize=["tokens", "rows", "slabs"])
+def _project(
+    out, inverse, drift, eta, gate, tokens, rows, slabs, m, strength,
+    GRADIENT: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """U from the slabs of E, in float64: the entries of A^-1 are large and cancel."""
+    if gate is not None:
+        if tl.load(gate) == 0:
+            return
+    i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    r = tl.arange(0, RP)
+    mask = (r < rows)[:, None] & (i < m)
+    e = tl.zeros((RP, BM), tl.float64)
+    for slab in range(0, slabs):
+        at = drift + (tl.cast(slab, tl.int64) * rows + r[:, None]) * m + i
+        e += tl.load(at, mask=mask, other=0).to(tl.float64)
+    if GRADIENT:
+        total = 0.0
+        for t0 in range(0, tokens, 128):
+            t = t0 + tl.arange(0, 128)
+            total += tl.sum(tl.load(eta + t, mask=t < tokens, other=0))
+        tl.store(out + r[:, None] * m + i, (strength * total * e).to(tl.float32), mask=mask)
+    else:
+        acc = tl.zeros((RP, BM), tl.float64)
+        for k in range(0, rows):
+            column = tl.load(inverse + r * rows + k, mask=r < rows, other=0)
+            acc += column[:, None] * tl.sum(tl.where(r[:, None] == k, e, 0.0), axis=0)[None, :]
+        tl.store(out + r[:, None] * m + i, (strength * acc).to(tl.float32), mask=mask)
+
+
+_BLOCKS = {  # _drift, by the weight's dtype
+    torch.bfloat16: {"BM": 32, "BK": 64, "SLAB": 1024, "PRECISION": "tf32", "num_warps": 4, "num_stages": 4},
+    torch.float16: {"BM": 32, "BK": 64, "SLAB": 1024, "PRECISION": "tf32", "num_warps": 4, "num_stages": 4},
+    torch.float32: {"BM": 32, "BK": 32, "SLAB": 1024, "PRECISION": "ieee", "num_warps": 8, "num_stages": 3},
+}
+
+
+def respond(weight, anchor, x, delta, eta, memory, seen, step, seed, rows, replay, beta, eps, gate) -> torch.Tensor:
+    """U (R x m), float32. Where ``gate`` holds 0 its content is undefined."""
+    (m, n), tokens, capacity = weight.shape, eta.numel(), memory.shape[0]
+    gradient, padded, blocks = replay == "gradient", padded_rows(rows), _BLOCKS[weight.dtype]
+    columns = tokens if gradient else tokens + rows
+    slabs = triton.cdiv(n, blocks["SLAB"])
+    all_slabs = slabs + triton.cdiv(tokens, blocks["SLAB"])
+
+    def scratch(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device=weight.device)
+
+    products, inverse = scratch(rows, columns, dtype=torch.float64), scratch(rows, rows, dtype=torch.float64)
+    drift, response = scratch(all_slabs, rows, m), scratch(rows, m)
+    if columns:
+        _products[(triton.cdiv(columns, 4), rows)](
+            products, memory, seen, step, x, eta, gate, tokens, columns, capacity, n, seed, BC=4, BK=512, num_warps=8
+        )  # fmt: skip
+    if not gradient:
+        _invert[(1,)](inverse, products, gate, tokens, rows, eps, RP=padded, num_warps={16: 1, 32: 4, 64: 8}[padded])
+    _drift[(triton.cdiv(m, blocks["BM"]), all_slabs)](
+        drift, weight, anchor, memory, seen, step, products, delta, gate, tokens, rows, capacity, m, n, columns, slabs,
+        seed, RP=padded, **blocks,
+    )  # fmt: skip
+    _project[(triton.cdiv(m, 32),)](
+        response, None if gradient else inverse, drift, eta, gate, tokens, rows, all_slabs, m, beta,
+        GRADIENT=gradient, RP=padded, BM=32, num_warps=1 if padded == 16 else 4,
+    )  # fmt: skip
+    return response
