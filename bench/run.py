@@ -75,7 +75,9 @@ def main(
     if any(row["failed"] for row in found["not_timed"]):
         console.print("Some contenders failed their checks; they were not timed:", style="bold")
         console.print_json(data=found["not_timed"])
-        if any(row["contender"] in ("ttt", "observe") for row in found["not_timed"] if row["failed"]):
+        if any(
+            row["contender"] in ("ttt", "observe", "observe, captured") for row in found["not_timed"] if row["failed"]
+        ):
             raise typer.Exit(1)
 
 

@@ -139,6 +139,45 @@ def test_exactly_one_commit_falls_on_every_window_of_tokens(window, monkeypatch)
         assert sum(count for (op, _, _), count in calls.items() if op == "commit") == number
 
 
+@pytest.mark.parametrize("window", [1, 2, 3, 8])
+def test_the_decode_step_of_a_gpu_is_right_too(window, monkeypatch):
+    """Capturable layers, on CPU: their check passes, and one run is a step of each layer."""
+    case = tiny_decode(window=window)
+    monkeypatch.setattr(Decode, "in_cache", False)
+    monkeypatch.setattr(Decode, "capturable", True)
+    contender = case.learning()
+    contender.check()
+    weights, _ = case.weights()
+    assert contender.units == len(weights)
+    assert contender.cycle == 1
+    before = [w.clone() for w in weights]
+    for _ in range(window + 1):  # each layer has committed at least once
+        contender.run()
+    assert not any(torch.equal(w, old) for w, old in zip(weights, before, strict=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(ttt.nn.Linear, "_commit", lambda self, *args: None)
+        with pytest.raises(AssertionError, match="is off by"):
+            case.learning().check()
+
+
+def test_results_of_suites_run_one_by_one_are_merged(tmp_path):
+    from bench.merge import main, merged
+
+    row = {"suite": "decode", "dtype": "float32", "copy_gb_per_s": 3.0}
+    parts: list = [{"machine": {"command": name}, "ceilings": {}, "not_timed": []} for name in "ab"]
+    for part, name in zip(parts, "ab", strict=True):
+        part["rows"] = [row | {"suite": name}]
+    found = merged(parts)
+    assert [r["suite"] for r in found["rows"]] == ["a", "b"]
+    assert found["machine"]["command"] == "a; b"
+    assert found["ceilings"] == {"copy_gb_per_s": 3.0}
+    (tmp_path / "a.json").write_text(json.dumps(parts[0]))
+    main(str(tmp_path / "out.json"), str(tmp_path / "missing.json"), str(tmp_path / "a.json"))
+    assert len(json.loads((tmp_path / "out.json").read_text())["rows"]) == 1
+    with pytest.raises(SystemExit, match="none of"):
+        main(str(tmp_path / "out.json"), str(tmp_path / "missing.json"))
+
+
 def corrupted(function, **changes):
     """``function`` with some of its arguments multiplied."""
 

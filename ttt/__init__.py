@@ -12,17 +12,21 @@ from ttt.config import TTTConfig
 from ttt.convert import adapt_, learning_layers, restore_
 from ttt.fork import Memory, fork, memory
 from ttt.generate import Generated
+from ttt.graphed import GraphedLearner
 from ttt.info import info
-from ttt.learner import Learner, Seen, Snapshot, learning
+from ttt.learner import Learner, Outcome, Seen, Snapshot, capturable_, learning
 
 __all__ = [
     "Generated",
+    "GraphedLearner",
     "Learner",
     "Memory",
+    "Outcome",
     "Seen",
     "Snapshot",
     "TTTConfig",
     "adapt_",
+    "capturable_",
     "fork",
     "info",
     "learning",

@@ -14,7 +14,7 @@ from ttt import protection
 from ttt.convert import require_layers
 from ttt.generate import Generated, generate
 from ttt.head import Fused, Plain, Split
-from ttt.nn import Capturing
+from ttt.nn import Capturing, Linear, Update
 from ttt.reading import detached, frozen, masked_inputs
 
 
@@ -49,22 +49,63 @@ class Snapshot:
     bases: list[dict[str, Tensor]]
 
 
+@dataclasses.dataclass
+class Outcome:
+    """Of `ttt.learning` with capturable layers: ``learned`` (1,) int64, 1 if they learnt; None if there was nothing.
+
+    Set when the block ends; of a captured block it is the tensor that every replay writes.
+    """
+
+    learned: Tensor | None = None
+
+
+def capturable_(model: nn.Module, rows: int | None) -> nn.Module:
+    """Make learning from steps of ``rows`` rows (tokens, in a language model) capturable in a CUDA graph, in place::
+
+        ttt.capturable_(model, rows=8)
+        with torch.cuda.graph(graph), ttt.learning(model) as outcome:
+            model(static_input).square().sum().backward()
+
+    See `ttt.nn.Linear.capturable_` for what differs then. ``rows`` None ends it.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: if the model has no learning layer, or ``rows`` does not suit one of them; those before it have
+            changed then.
+    """
+    for layer in require_layers(model):
+        layer.capturable_(rows)
+    return model
+
+
 @contextlib.contextmanager
-def learning(model: nn.Module) -> Iterator[None]:
+def learning(model: nn.Module) -> Iterator[Outcome]:
     """Learn from every ``backward()`` inside: ``with ttt.learning(model): loss.backward()``.
 
     The loss must be SUMMED over tokens (or samples), as ``lr`` is a step per token. The forward pass must run
     inside, too. What was captured is learnt when the block ends; if it raises, nothing is.
 
+    After `ttt.capturable_` the block may stand in a CUDA graph. Then a gradient that is not finite raises nothing: the
+    device finds it and changes nothing, and the block's `Outcome` says so.
+
     Raises:
         ValueError: if the model has no learning layer.
         FloatingPointError: if a gradient is not finite; nothing has changed then.
     """
-    layers = require_layers(model)
+    layers, outcome = require_layers(model), Outcome()
     with Capturing(layers) as capturing, torch.enable_grad():
-        yield
+        yield outcome
         captured = capturing.renew()
     updates = [layer.update_from(rows) for layer, rows in zip(layers, captured, strict=True)]
+    if any(layer.capturable is not None for layer in layers):
+        finite = [update.finite.view(1) for update in updates if update is not None]
+        outcome.learned = torch.cat(finite).all().long().view(1) if finite else None
+        for layer, update in zip(layers, updates, strict=True):
+            if update is not None:
+                layer.learn(update, outcome.learned)
+        return
     for layer, update in zip(layers, updates, strict=True):
         if update is not None and not bool(update.finite):
             raise FloatingPointError(f"the gradient at {layer.name or layer} is not finite; nothing was learnt")
@@ -171,6 +212,17 @@ class Learner:
 
     def _learn(self, capturing: Capturing, scores: Fused | Plain, wanted: Tensor | None, rows: Tensor | None) -> bool:
         """Learn from the captured chunk; False, and not a bit changed, if anything in it is not finite."""
+        updates, finite = self._updates(capturing, scores, wanted, rows)
+        if not bool(finite):
+            return False
+        for layer, update in updates:
+            layer.learn(update)
+        return True
+
+    def _updates(
+        self, capturing: Capturing, scores: Fused | Plain, wanted: Tensor | None, rows: Tensor | None
+    ) -> tuple[list[tuple[Linear, Update]], Tensor]:
+        """(what each layer learns from the captured chunk, whether all of it is finite: () bool)."""
         mas = self.config.importance == "mas" and self.config.ewc_lambda > 0
         scores.backward(wanted, self.config.head_mass, retain_graph=mas)
         captured = capturing.renew()
@@ -187,11 +239,7 @@ class Learner:
         found = [(layer, u) for layer, u in zip(self.layers, updates, strict=True) if u is not None]
         loss = (scores.nll if wanted is None else scores.nll[wanted]).sum()
         finite = torch.stack([torch.isfinite(loss)] + [u.finite.to(loss.device) for _, u in found])
-        if not bool(finite.all()):
-            return False
-        for layer, update in found:
-            layer.learn(update)
-        return True
+        return found, finite.all()
 
     def generate(
         self,

@@ -28,6 +28,9 @@ class Decode(Case):
     Contenders rotate among as many layers as make `bench.state.POOL` bytes of weights (those of `SMALL` stay in
     cache: one layer). The layers' windows are at different stages, so that exactly one commit falls on every C
     tokens, which is what one ``run`` makes. No replay.
+
+    On a GPU ours is what a server would run: capturable layers (`ttt.capturable_`), a step of each in one CUDA graph,
+    whose replays decide on the device which of them commit.
     """
 
     suite = "decode"
@@ -53,6 +56,10 @@ class Decode(Case):
     @property
     def ceiling(self) -> str | None:
         return None if self.in_cache else "copy"
+
+    @property
+    def capturable(self) -> bool:
+        return self.device == "cuda"
 
     @property
     def steps(self) -> int:
@@ -116,8 +123,10 @@ class Decode(Case):
             found["plain torch"] = self.plain
         return found
 
-    def _contender(self, layers: list, one: Callable[[Any], object], check: Callable[[], None]) -> Contender:
-        turn, steps = itertools.cycle(layers), self.steps
+    def _contender(
+        self, layers: list, one: Callable[[Any], object], check: Callable[[], None], steps: int | None = None
+    ) -> Contender:
+        turn, steps = itertools.cycle(layers), self.steps if steps is None else steps
 
         @torch.no_grad()
         def run() -> None:
@@ -138,6 +147,8 @@ class Decode(Case):
         x, delta, eta = self.inputs()
         update = self._update(x, delta, eta)
         for i, layer in enumerate(layers):
+            if self.capturable:
+                layer.capturable_(self.batch)
             for _ in range(self.pending(i, len(layers)) // self.batch):
                 layer.learn(update)
 
@@ -145,7 +156,15 @@ class Decode(Case):
             layer(x)
             layer.learn(update)
 
-        return self._contender(layers, one, self.check_ours)
+        if not self.capturable:
+            return self._contender(layers, one, self.check_ours)
+
+        @torch.no_grad()
+        def rotation() -> None:
+            for layer in layers:
+                one(layer)
+
+        return Contender(rotation, self.check_ours, units=len(layers))
 
     def plain(self) -> Contender:
         weights, states = self.weights()
@@ -167,7 +186,7 @@ class Decode(Case):
         for layer, w in zip(layers, weights, strict=True):
             layer.weight = torch.nn.Parameter(w, requires_grad=False)
         x, _, _ = self.inputs()
-        return self._contender(layers, lambda layer: layer(x), lambda: None)
+        return self._contender(layers, lambda layer: layer(x), lambda: None, 1 if self.capturable else None)
 
     def _update(self, x: Tensor, delta: Tensor, eta: Tensor) -> Update:
         return Update(x, delta, eta, None, torch.tensor(True, device=x.device))
@@ -178,7 +197,12 @@ class Decode(Case):
         start = random_layer(self.m, self.n, self.dtype, self.state, self.device)
         state = {name: t.clone() for name, t in start.items()}
         layer = self.layer(state["weight"], state)
-        self.check(start, state, layer, lambda x, delta, eta: layer.learn(self._update(x, delta, eta)))
+        if self.capturable:
+            layer.capturable_(self.batch)
+        self.check(
+            start, state, layer, lambda x, delta, eta: layer.learn(self._update(x, delta, eta)),
+            late=self.capturable and 2 * self.batch <= self.window,
+        )  # fmt: skip
 
     def check_plain(self) -> None:
         start = random_layer(self.m, self.n, self.dtype, self.state, self.device)
@@ -187,8 +211,13 @@ class Decode(Case):
         self.check(start, state, layer, layer.learn)
 
     @torch.no_grad()
-    def check(self, start: dict[str, Tensor], state: dict[str, Tensor], forward: Callable, learn: Callable) -> None:
-        """Outputs, W and F against the float64 reference of window and commit, on 256 outputs."""
+    def check(
+        self, start: dict[str, Tensor], state: dict[str, Tensor], forward: Any, learn: Callable, late: bool = False
+    ) -> None:
+        """Outputs, W and F against the float64 reference of window and commit, on 256 outputs.
+
+        ``late``: a full window is committed by the step after, as by capturable layers.
+        """
         rows, decode = some_rows(self.m, device=self.device), STORAGE[self.state].decode
         w, anchor = (start[name][rows].double() for name in ("weight", "anchor"))
         importance, trace = (decode(start[name][rows], self.n).double() for name in ("importance", "trace"))
@@ -215,10 +244,14 @@ class Decode(Case):
                     0, 0, "projection", 0.3, 1e-3, LAM, 1.0, "fisher",
                 )  # fmt: skip
                 window.clear()
+                at_commit = None
+            if not window or (late and len(window) == 1):
                 at_commit = state["weight"][rows].clone(), decode(state["trace"][rows], self.n).clone()
         tolerance, y = STORAGE[self.dtype].tolerance, torch.cat(exact)
         assert_change("the output", torch.cat(got), y, torch.zeros_like(y), 2 * tolerance)
         if at_commit is None or self.steps < 4:  # windows of one to three steps commit more than once
+            if late and not window:
+                forward.flush()
             at_commit = state["weight"][rows], decode(state["trace"][rows], self.n)
         assert_change("weight", at_commit[0], w, before[0], 2 * tolerance)
         assert_change("trace", at_commit[1], trace, before[1], 2 * STORAGE[self.state].tolerance)

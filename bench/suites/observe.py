@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,21 +84,23 @@ class Observe(Case):
                     out.append(cross_entropy(step.logits[0].float(), ids[0, at + 1 : end + 1], reduction="none"))
             return torch.cat(out)
 
-        def observe() -> Contender:
+        def observe(captured: bool = False) -> Contender:
             model = models.load(self.model, self.device, self.dtype)
             ttt.adapt_(model, self.config())
             learner = ttt.Learner(model, context=models.CONTEXT)
             known = models.tokens(self.model, 512, self.device, skip=self.text + 1)
             learner.calibrate(list(known.view(4, 128).split(2)))
 
+            reader: Any = ttt.GraphedLearner(learner, chunk=self.chunk) if captured else learner
+
             def check() -> None:
                 """The first chunk as the frozen model scores it; a second reading better than the first; no rejects."""
-                seen = learner.observe(ids)
+                seen = reader.observe(ids)
                 first = slice(0, min(self.chunk, self.text))
                 error = float((seen.nll[0, first] - read()[first]).abs().mean())
                 if not error <= (1e-3 if self.dtype == "float32" else 0.05):
                     raise AssertionError(f"the first chunk's losses differ from the frozen model's by {error:.2e} nats")
-                again = learner.observe(ids)
+                again = reader.observe(ids)
                 if seen.rejected or again.rejected or not again.bits < seen.bits:
                     raise AssertionError(
                         f"{seen.bits} bits, then {again.bits}; {seen.rejected + again.rejected} chunks rejected"
@@ -106,9 +109,12 @@ class Observe(Case):
 
             state = sum(t.nbytes for layer in learner.layers for name, t in layer.state().items() if name != "weight")
             fields = {"adapted_layers": len(learner.layers), "state_bytes": state}
-            return Contender(lambda: learner.observe(ids), check, units=self.text, fields=fields, graph=False)
+            return Contender(lambda: reader.observe(ids), check, units=self.text, fields=fields, graph=False)
 
-        return {"observe": observe, "forward": lambda: Contender(read, lambda: None, units=self.text, graph=False)}
+        found: dict[str, Callable[[], Contender]] = {"observe": observe}
+        if self.device == "cuda":
+            found["observe, captured"] = lambda: observe(captured=True)
+        return found | {"forward": lambda: Contender(read, lambda: None, units=self.text, graph=False)}
 
 
 def cases(device: str) -> list[Case]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ttt import ops
 from ttt.config import TTTConfig
 from ttt.nn.binding import Binding, binding_of
+from ttt.nn.steps import Steps, forbid_capture
 from ttt.ops import log8
 
 _SEED_MASK = (1 << 63) - 1
@@ -132,7 +133,8 @@ class Linear(torch.nn.Linear):
         self.config = config
         self.name = name
         self.seed = ((config.seed << 32) ^ zlib.crc32(name.encode())) & _SEED_MASK
-        self.pending = 0  # rows of the window in use; the kernels read win_eta instead
+        self._steps: Steps | None = None  # of a capturable layer
+        self._pending = 0
         self.sink: list[tuple[Tensor, Tensor]] | None = None
         self.transposed = False  # the weight stands transposed in state_dict (GPT-2's Conv1D)
         # Names of buffers that other models may hold, too (`ttt.fork`): never written in place; see `own`.
@@ -183,7 +185,10 @@ class Linear(torch.nn.Linear):
         binding = binding_of(self)
         if binding is not None and (y := binding.forward(x)) is not None:
             return y
-        return ops.window_linear(x.contiguous(), self.weight, self.bias, self.win_x, self.win_delta, self.win_eta)
+        window = self.win_x, self.win_delta, self.win_eta
+        if self._steps is not None and not self._steps.held:  # never filled
+            window = window[0][:0], window[1][:0], window[2][:0]
+        return ops.window_linear(x.contiguous(), self.weight, self.bias, *window)
 
     def __setattr__(self, name, value):
         if name == "pending":  # changes with every token; torch's way takes 3 us
@@ -194,6 +199,8 @@ class Linear(torch.nn.Linear):
         super().__setattr__(name, value)
 
     def _apply(self, fn, recurse=True):
+        if self._steps is not None:
+            raise RuntimeError("a capturable layer cannot be moved or converted; call capturable_(None) first")
         self._binding = None
         return super()._apply(fn, recurse)
 
@@ -203,8 +210,10 @@ class Linear(torch.nn.Linear):
     def _transposed_window(self, delta: Tensor) -> Tensor:
         """dL/dx = delta W_t, (T, m) -> (T, n)."""
         grad = delta @ self.weight
-        if self.pending:
-            rows = slice(0, self.pending)
+        # A capturable layer's rows are counted on the device; empty ones have eta = 0.
+        held = self.pending if self._steps is None else self._steps.held
+        if held:
+            rows = slice(0, held)
             coef = (delta @ self.win_delta[rows].T) * self.win_eta[rows].to(delta.dtype)
             grad = grad - coef @ self.win_x[rows]
         return grad
@@ -262,34 +271,54 @@ class Linear(torch.nn.Linear):
             finite = finite & torch.isfinite(torch.linalg.vector_norm(trace_delta, dtype=wide))
         return Update(x, delta, eta, trace_delta, finite)
 
-    def learn(self, update: Update) -> None:
-        """Take the rows of ``update`` into the window, and commit when it holds C rows or more."""
+    def learn(self, update: Update, gate: Tensor | None = None) -> None:
+        """Take the rows of ``update`` into the window, and commit when it holds C rows or more.
+
+        Args:
+            gate: (1,) int64, for capturable layers only: where it is 0 nothing changes, which is decided on the device.
+
+        Raises:
+            ValueError: if the layer is capturable for steps of another number of rows, or ``gate`` is given and it is
+                not capturable. Nothing has changed then.
+        """
         count = update.x.shape[0]
+        if self._steps is not None and count != self._steps.rows:
+            raise ValueError(
+                f"{self.name or 'the layer'} is capturable for steps of {self._steps.rows} rows, got {count}; "
+                "capturable_(None) takes any number"
+            )
+        if self._steps is None and gate is not None:
+            raise ValueError("gate needs a capturable layer; call capturable_(rows) first")
         if count == 0 or self.config.lr == 0:
             return
+        if self._steps is not None:
+            self._learn_step(update, gate, self._steps)
+            return
         binding = binding_of(self)
-        if binding is not None and (held := binding.learn(update, self.pending)) is not None:
-            self.pending = held
+        if binding is not None and (held := binding.learn(update, self._pending)) is not None:
+            self._pending = held
         else:
             self._learn(update, count)
 
+    def _traced(self, update: Update) -> Tensor | None:
+        """What of ``update`` goes into ``win_trace``."""
+        if self.win_trace is None:
+            return None
+        return update.delta if update.trace_delta is None else update.trace_delta
+
     @torch.no_grad()
     def _learn(self, update: Update, count: int) -> None:
-        p, c = self.pending, self.config.window
-        traced = None
-        if self.win_trace is not None:
-            traced = update.delta if update.trace_delta is None else update.trace_delta
+        p, c = self._pending, self.config.window
+        traced = self._traced(update)
         if self.recent is not None:
             ops.reservoir_insert(self.recent, self.recent_seen, update.x, seed=self.seed)
         if p + count <= c:
-            rows = slice(p, p + count)
-            self.win_x[rows] = update.x
-            self.win_delta[rows] = update.delta
-            if traced is not None:
-                self.win_trace[rows] = traced
-            self.win_eta[rows] = update.eta
-            self.pending = p + count
-            if self.pending == c:
+            ops.window_append(
+                self.win_x, self.win_delta, self.win_eta, self.win_trace, update.x, update.delta, update.eta,
+                trace_delta=traced, at=p,
+            )  # fmt: skip
+            self._pending = p + count
+            if self._pending == c:
                 self.flush()
             return
         x, delta, eta = update.x, update.delta, update.eta
@@ -299,28 +328,52 @@ class Linear(torch.nn.Linear):
             eta = torch.cat([self.win_eta[:p], eta])
             traced = None if traced is None else torch.cat([self.win_trace[:p], traced])
         self._commit(x, delta, eta, traced)
+        self.tokens.add_(len(eta))
         self._empty_window()
+
+    @torch.no_grad()
+    def _learn_step(self, update: Update, gate: Tensor | None, steps: Steps) -> None:
+        """As `_learn`, with nothing that the host must know or wait for."""
+        if self.recent is not None:
+            ops.reservoir_insert(self.recent, self.recent_seen, update.x, seed=self.seed, gate=gate)
+        if not steps.held:
+            self._commit(update.x, update.delta, update.eta, self._traced(update), gate)
+            if gate is None:
+                self.tokens.add_(steps.rows)
+            else:
+                self.tokens.add_(gate, alpha=steps.rows)
+            return
+        self._commit(*self._rows(steps.held), steps.full if gate is None else steps.full * gate)
+        ops.window_append(
+            self.win_x, self.win_delta, self.win_eta, self.win_trace, update.x, update.delta, update.eta,
+            trace_delta=self._traced(update), counters=steps.counters, tokens=self.tokens, gate=gate,
+        )  # fmt: skip
 
     @torch.no_grad()
     def flush(self) -> None:
         """Write the window into the weights now, whatever it holds."""
-        if self.pending:
-            p = self.pending
-            trace_delta = None if self.win_trace is None else self.win_trace[:p]
-            self._commit(self.win_x[:p], self.win_delta[:p], self.win_eta[:p], trace_delta)
+        if held := self.pending:
+            self._commit(*self._rows(held))
+            self.tokens.add_(held)
             self._empty_window()
+
+    def _rows(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The first rows of the window, as `_commit` takes them."""
+        traced = None if self.win_trace is None else self.win_trace[:count]
+        return self.win_x[:count], self.win_delta[:count], self.win_eta[:count], traced
 
     def _empty_window(self) -> None:
         if self.pending:
             self.win_eta.zero_()
             self.pending = 0
 
-    def _commit(self, x: Tensor, delta: Tensor, eta: Tensor, trace_delta: Tensor | None) -> None:
+    def _commit(
+        self, x: Tensor, delta: Tensor, eta: Tensor, trace_delta: Tensor | None, gate: Tensor | None = None
+    ) -> None:
         ops.commit(
             self.weight, self.anchor, self.importance, self.trace, x, delta, eta, self.step,
-            trace_delta=trace_delta, memory=self.memory, seen=self.seen, **self.commit_options(),
+            trace_delta=trace_delta, memory=self.memory, seen=self.seen, gate=gate, **self.commit_options(),
         )  # fmt: skip
-        self.tokens.add_(x.shape[0])
 
     def commit_options(self) -> dict[str, Any]:
         """The arguments of `ttt.ops.commit` that are no tensors."""
@@ -330,6 +383,60 @@ class Linear(torch.nn.Linear):
             "eps": c.replay_eps, "lam": c.ewc_lambda, "gamma": c.trace_decay, "kind": c.importance,
             "trace_every": c.trace_every,
         }  # fmt: skip
+
+    # -- counting on the device -------------------------------------------------------------------------------
+
+    @property
+    def pending(self) -> int:
+        """Rows of the window in use. Those of a capturable layer are counted on the device: reading waits for it."""
+        return self._pending if self._steps is None else self._steps.pending
+
+    @pending.setter
+    def pending(self, rows: int) -> None:
+        if self._steps is None:
+            self._pending = rows
+        else:
+            self._steps.pending = rows
+
+    @property
+    def capturable(self) -> int | None:
+        """Rows of every step of a capturable layer; None for one that is not."""
+        return None if self._steps is None else self._steps.rows
+
+    def capturable_(self, rows: int | None) -> Linear:
+        """Let steps of ``rows`` rows be captured in a CUDA graph: forward, `learn`, and the commits that fall due.
+
+        Such a layer counts its window on the device and there alone, so that the graph's replays and the host cannot
+        disagree: `learn` neither reads nor allocates anything that outlives it, and whatever needs the count
+        (`pending`, `state`, `flush`, ...) still works, but waits for the device. Two things differ from other layers:
+        every step must have ``rows`` rows; and a window in which another step would not fit is written into the
+        weights by the next step, before its rows enter, as `flush` at that moment would. Steps of more than half the
+        window's rows are written at once and never enter it.
+
+        Args:
+            rows: B of every step; None for a layer as it was built. What stands in the window is committed now
+                where it is no whole number of such steps, or leaves no room for another.
+
+        Returns:
+            The layer. It cannot be moved or converted while it is capturable.
+
+        Raises:
+            ValueError: if ``rows`` is less than 1, or the layer has a dtype without GPU kernels and is on a GPU.
+            RuntimeError: while a CUDA graph is being captured.
+        """
+        if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
+            raise ValueError(f"rows must be a whole number of at least 1, or None, got {rows!r}")
+        if rows is not None and self.weight.is_cuda and self.weight.dtype == torch.float64:
+            raise ValueError("a layer of torch.float64 cannot be captured: there are no GPU kernels for it")
+        forbid_capture("capturable_")
+        held = self.pending
+        steps = None if rows is None else Steps.of(rows, self.config.window, self.weight.device)
+        if steps is not None and not steps.takes(held):
+            self.flush()
+            held = 0
+        self._steps = steps
+        self.pending = held
+        return self
 
     # -- state ------------------------------------------------------------------------------------------------
 
@@ -342,7 +449,17 @@ class Linear(torch.nn.Linear):
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Copy ``state`` (as from `state`) into the live tensors. Names and shapes must fit; the caller checks."""
+        """Copy ``state`` (as from `state`) into the live tensors. Names and shapes must fit; the caller checks.
+
+        Raises:
+            ValueError: if the layer is capturable and ``pending`` is no number of rows that its steps make.
+        """
+        steps = self._steps
+        if steps is not None and "pending" in state and not steps.takes(int(state["pending"])):
+            raise ValueError(
+                f"pending = {int(state['pending'])} is no whole number of the layer's steps of {steps.rows} rows; "
+                "call capturable_(None) first"
+            )
         for name, value in state.items():
             if name == "pending":
                 self.pending = int(value)
@@ -354,7 +471,13 @@ class Linear(torch.nn.Linear):
 
         ``copy`` False leaves the new ones' content undefined.
         """
-        for name in self.shared.intersection(names):
+        replaced = self.shared.intersection(names)
+        if replaced and self._steps is not None:
+            raise RuntimeError(
+                f"{sorted(replaced)} are shared with a fork and must be replaced, but a captured graph may hold them; "
+                "call capturable_(None) first"
+            )
+        for name in replaced:
             held = getattr(self, name)
             setattr(self, name, held.clone() if copy else torch.empty_like(held))
             self.shared.discard(name)

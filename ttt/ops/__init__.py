@@ -7,7 +7,7 @@ import torch
 from ttt.ops import cpu as cpu
 from ttt.ops import cuda as cuda
 
-__all__ = ["commit", "reservoir_draw", "reservoir_insert", "window_linear"]
+__all__ = ["commit", "reservoir_draw", "reservoir_insert", "window_append", "window_linear"]
 
 
 def window_linear(
@@ -35,6 +35,50 @@ def window_linear(
         RuntimeError: if grad mode is on and an argument requires grad (the op has no derivative).
     """
     return torch.ops.ttt.window_linear(x, weight, bias, win_x, win_delta, win_eta)
+
+
+def window_append(
+    win_x: torch.Tensor,
+    win_delta: torch.Tensor,
+    win_eta: torch.Tensor,
+    win_trace: torch.Tensor | None,
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    eta: torch.Tensor,
+    *,
+    trace_delta: torch.Tensor | None = None,
+    at: int = 0,
+    counters: torch.Tensor | None = None,
+    tokens: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+) -> None:
+    """Put B rows into a window of C, in place, from row ``at`` on, or from where ``counters`` on the device says.
+
+    With ``counters`` = (p, full, 0)::
+
+        full:   what stands in the window was committed: tokens <- tokens + p; win_eta <- 0; p <- 0
+        rows p ... p + B - 1 of the window <- x, delta, eta, trace_delta
+        p <- p + B;  full <- whether another B rows would not fit
+
+    so a window is emptied by the append after the commit that its ``full`` was the gate of, and the step (commit,
+    append) needs nothing from the host.
+
+    Args:
+        win_x: (C, n); win_delta: (C, m); win_eta: (C,), float32; win_trace: (C, m) or None.
+        x: (B, n); delta: (B, m); both of the window's dtype; eta: (B,), float32. B may be 0.
+        trace_delta: (B, m), what goes into ``win_trace``; ``delta`` if None.
+        at: the first row that is written; not used with ``counters``.
+        counters: (3,), int64; the third is the kernel's own, and 0 between calls.
+        tokens: (1,), int64; grows by the rows that were committed.
+        gate: (1,), int64: where it is 0 nothing changes.
+
+    Raises:
+        ValueError, TypeError: for a wrong argument, or rows that do not fit from ``at`` on; nothing has been written
+            then. Rows that do not fit by ``counters`` are refused on CPU, and never written on CUDA.
+    """
+    torch.ops.ttt.window_append(
+        win_x, win_delta, win_eta, win_trace, x, delta, eta, trace_delta, at, counters, tokens, gate
+    )
 
 
 def commit(

@@ -62,6 +62,15 @@ def window_linear(x, weight, bias, win_x, win_delta, win_eta):
     return y
 
 
+def window_append(
+    win_x, win_delta, win_eta, win_trace, x, delta, eta, trace_delta, at=0, counters=None, tokens=None, gate=None
+) -> None:
+    args = (win_x, win_delta, win_eta, win_trace, x, delta, eta, trace_delta, at, counters, tokens, gate)
+    schema.check_window_append(*args)
+    record("window_append", "cpu")  # rows are copied: torch does that as well as any kernel
+    reference.window_append(*args)
+
+
 def bind_layer(layer):
     """The addresses of a `ttt.nn.Linear`, bound for ``ttt._C``, or None where its kernels do not apply.
 
@@ -168,5 +177,5 @@ def reservoir_draw(seen, step, capacity, rows, seed):
     return index
 
 
-for _function in (window_linear, commit, reservoir_insert, reservoir_draw):
+for _function in (window_linear, window_append, commit, reservoir_insert, reservoir_draw):
     schema.implement(_function.__name__, "CPU", _function)

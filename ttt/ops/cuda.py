@@ -25,12 +25,13 @@ def _kernels() -> SimpleNamespace | None:
     if "triton" in unavailable:
         return None
     try:
-        from ttt.ops.triton import commit, reservoir, window_linear
+        from ttt.ops.triton import append, commit, reservoir, window_linear
     except ImportError as error:
         unavailable["triton"] = f"the Triton kernels cannot be imported ({error})"
         return None
     return SimpleNamespace(
         window_linear=window_linear.window_linear,
+        window_append=append.window_append,
         commit=commit.commit,
         why_not_fp8=commit.why_not_fp8,
         reservoir_insert=reservoir.reservoir_insert,
@@ -55,6 +56,17 @@ def _run(op: str, on: torch.Tensor, dtype: torch.dtype, *args, why: str = ""):
 def window_linear(x, weight, bias, win_x, win_delta, win_eta):
     schema.check_window_linear(x, weight, bias, win_x, win_delta, win_eta)
     return _run("window_linear", weight, weight.dtype, x, weight, bias, win_x, win_delta, win_eta)
+
+
+def window_append(
+    win_x, win_delta, win_eta, win_trace, x, delta, eta, trace_delta, at=0, counters=None, tokens=None, gate=None
+) -> None:
+    args = (win_x, win_delta, win_eta, win_trace, x, delta, eta, trace_delta, at, counters, tokens, gate)
+    schema.check_window_append(*args)
+    _run("window_append", win_x, win_x.dtype, *args)
+    torch.autograd.graph.increment_version(
+        [t for t in (win_x, win_delta, win_eta, win_trace, counters, tokens) if t is not None]
+    )
 
 
 def commit(
@@ -85,5 +97,5 @@ def reservoir_draw(seen, step, capacity, rows, seed):
     return _run("reservoir_draw", seen, torch.float32, seen, step, capacity, rows, seed)
 
 
-for _function in (window_linear, commit, reservoir_insert, reservoir_draw):
+for _function in (window_linear, window_append, commit, reservoir_insert, reservoir_draw):
     schema.implement(_function.__name__, "CUDA", _function)

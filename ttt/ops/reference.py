@@ -45,6 +45,41 @@ def window_linear(
     return y.to(x.dtype)
 
 
+def window_append(
+    win_x: torch.Tensor,
+    win_delta: torch.Tensor,
+    win_eta: torch.Tensor,
+    win_trace: torch.Tensor | None,
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    eta: torch.Tensor,
+    trace_delta: torch.Tensor | None,
+    at: int = 0,
+    counters: torch.Tensor | None = None,
+    tokens: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+) -> None:
+    """B rows into the window, which is emptied first if it was full; see `ttt.ops.window_append`."""
+    rows, window = x.shape[0], win_eta.shape[0]
+    if rows == 0 or (gate is not None and not int(gate)):
+        return
+    if counters is not None:
+        held, full = counters[:2].tolist()
+        at = 0 if full else held
+        if at + rows > window:
+            raise ValueError(f"counters says that {at} of {window} rows are in use: {rows} more do not fit")
+        if full:
+            win_eta.zero_()
+            if tokens is not None:
+                tokens += held
+        counters[0] = at + rows
+        counters[1] = at + 2 * rows > window
+    to = slice(at, at + rows)
+    win_x[to], win_delta[to], win_eta[to] = x, delta, eta
+    if win_trace is not None:
+        win_trace[to] = delta if trace_delta is None else trace_delta
+
+
 def replay_rows(
     memory: torch.Tensor,
     seen: torch.Tensor,

@@ -24,6 +24,11 @@ _SCHEMAS = {
         "str replay, float beta, float eps, float lam, float gamma, str kind, "
         "int trace_every=1, bool trace_fp8=False, Tensor? gate=None) -> ()"
     ),
+    "window_append": (
+        "(Tensor(a!) win_x, Tensor(b!) win_delta, Tensor(c!) win_eta, Tensor(d!)? win_trace, Tensor x, Tensor delta, "
+        "Tensor eta, Tensor? trace_delta, int at=0, Tensor(e!)? counters=None, Tensor(f!)? tokens=None, "
+        "Tensor? gate=None) -> ()"
+    ),
     "reservoir_insert": "(Tensor(a!) memory, Tensor(b!) seen, Tensor x, int seed, Tensor? gate=None) -> ()",
     "reservoir_draw": "(Tensor seen, Tensor step, int capacity, int rows, int seed) -> Tensor",
 }
@@ -43,6 +48,11 @@ def _(x, weight, bias, win_x, win_delta, win_eta):
 
 
 @torch.library.register_fake("ttt::commit")
+def _(*args):
+    return None
+
+
+@torch.library.register_fake("ttt::window_append")
 def _(*args):
     return None
 
@@ -114,6 +124,39 @@ def check_window_linear(x, weight, bias, win_x, win_delta, win_eta) -> None:
     _need("win_eta", win_eta, (c,), (_floats(weight),), weight)
     _need("win_x", win_x, (c, n), dtype, weight)
     _need("win_delta", win_delta, (c, m), dtype, weight)
+
+
+def check_window_append(
+    win_x, win_delta, win_eta, win_trace, x, delta, eta, trace_delta, at=0, counters=None, tokens=None, gate=None
+) -> None:
+    for name, t in (("win_x", win_x), ("win_delta", win_delta)):
+        if t.ndim != 2:
+            raise ValueError(f"{name} must have two dimensions, got shape {tuple(t.shape)}")
+    window, n, m = win_eta.numel(), win_x.shape[1], win_delta.shape[1]
+    wide, dtype, count = (_floats(win_x),), (win_x.dtype,), (torch.int64,)
+    _need("win_x", win_x, (window, n), _FLOATS, win_x)
+    _need("win_delta", win_delta, (window, m), dtype, win_x)
+    _need("win_eta", win_eta, (window,), wide, win_x)
+    rows = eta.numel()
+    _need("eta", eta, (rows,), wide, win_x)
+    _need("x", x, (rows, n), dtype, win_x)
+    _need("delta", delta, (rows, m), dtype, win_x)
+    if win_trace is not None:
+        _need("win_trace", win_trace, (window, m), dtype, win_x)
+    if trace_delta is not None:
+        if win_trace is None:
+            raise ValueError("trace_delta needs win_trace, which is None")
+        _need("trace_delta", trace_delta, (rows, m), dtype, win_x)
+    if counters is not None:
+        _need("counters", counters, (3,), count, win_x)
+    if not 0 <= at <= window - rows:
+        raise ValueError(f"at must be in [0, {window - rows}] for {rows} rows in a window of {window}, got {at}")
+    if tokens is not None:
+        if counters is None:
+            raise ValueError("tokens needs counters, which is None")
+        _need("tokens", tokens, (1,), count, win_x)
+    if gate is not None:
+        _need("gate", gate, (1,), count, win_x)
 
 
 def check_commit(

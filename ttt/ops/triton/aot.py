@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from ttt.ops import log8, schema
-from ttt.ops.triton import commit, reservoir, window_linear
+from ttt.ops.triton import append, commit, reservoir, window_linear
 
 M, N, CAPACITY = 4096, 4096, 1024
 _TYPES = {
@@ -57,6 +57,15 @@ def _linear(dtype, tokens, bias=True, window=16) -> None:
     window_linear.window_linear(
         _meta(tokens, N, dtype=dtype), _meta(M, N, dtype=dtype), _meta(M, dtype=dtype) if bias else None,
         _meta(window, N, dtype=dtype), _meta(window, M, dtype=dtype), _meta(window, dtype=torch.float32),
+    )  # fmt: skip
+
+
+def _append(dtype, on_device) -> None:
+    window, rows = (_meta(16, N, dtype=dtype), _meta(16, M, dtype=dtype)), _meta(8, N, dtype=dtype)
+    counters = [_meta(k, dtype=torch.int64) for k in (3, 1, 1)] if on_device else [None] * 3
+    append.window_append(
+        *window, _meta(16, dtype=torch.float32), window[1] if on_device else None, rows, rows,
+        _meta(8, dtype=torch.float32), None, 0, *counters,
     )  # fmt: skip
 
 
@@ -109,8 +118,14 @@ def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     for dtype in dtypes if everything else dtypes[:2]:
         for tokens in (1, 8, 64) if everything or dtype == torch.bfloat16 else (8,):
             yield f"{_name(dtype)} T={tokens}", lambda a=(dtype, tokens): _linear(*a)
+    for tokens, window in itertools.product((1, 8), (64, 128)) if everything else [(1, 128)]:
+        label = f"bfloat16 T={tokens} window {window}"
+        yield label, lambda a=(tokens, window): _linear(torch.bfloat16, a[0], window=a[1])
     for dtype in dtypes if everything else dtypes[:1]:
         yield _name(dtype), lambda a=dtype: _insert(a)
+        for where in (True, False):
+            label = f"{_name(dtype)}, counted on the {'device' if where else 'host'}"
+            yield label, lambda a=(dtype, where): _append(*a)
     yield "int64", _draw
 
 

@@ -1,34 +1,128 @@
 """y = x W^T + b - ((x X^T) * eta) D                   x: T x n, W: m x n, X: C x n, D: C x m, eta: C
 
-A few tokens (decoding) are bound by the bytes of W, which is streamed once; many tokens are left to
-torch's matmul, whose result then loses the window's part. Either way the coefficients
-c = (x X^T) * eta (T x C, float32) are made first by a skinny kernel. Sums are made in float32. A row of
-the window with eta = 0 is masked out of every load, so it may hold anything, NaN included.
+A few tokens (decoding) are bound by the bytes of W, which one launch streams once. Its first programs make the
+coefficients c = (x X^T) * eta (T x C, float32) and publish them; the others stream their rows of W meanwhile, and wait
+for c only when the last block of them is on its way. No program waits before it publishes, and those that publish
+have the lowest numbers, which a GPU starts first: so a wait always ends, however few programs fit at a time. (The
+argument of decoupled look-back, Merrill and Garland 2016, and of stream-K, Osama et al. 2023.)
+
+Many tokens are left to torch's matmul, whose result then loses the window's part, c being made by a skinny kernel.
+
+Sums are made in float32. A row of the window with eta = 0 is masked out of every load, so it may hold anything, NaN
+included. For bfloat16, c is split into two bfloat16 numbers (relative error 2^-17) where it meets D on tensor cores.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 import triton
 import triton.language as tl
 
+from ttt.ops.backends import record
 from ttt.ops.triton.common import operand
 
 FEW_TOKENS = 16
 
 
-@triton.jit(do_not_specialize=["window"])
-def _coefficient(c_ptr, x, win_x, win_eta, window, n, BK: tl.constexpr):
-    """c[t, c] = eta_c (x_t . X_c), one number for each program (c, t)."""
-    c, t = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+@triton.jit
+def _publish(
+    coef, ready, x, win_x, win_eta, program, tokens, window, n, BT: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """c[t, c] = eta_c (x_t . X_c) for BT tokens and one row of the window; then it is counted in ``ready``."""
+    c = (program % window).to(tl.int64)
+    t = (program // window).to(tl.int64) * BT + tl.arange(0, BT)
     eta = tl.load(win_eta + c)
     live = tl.where(eta != 0, n, 0)  # columns to be read
-    acc = tl.zeros((BK,), tl.float32)
+    acc = tl.zeros((BT, BK), tl.float32)
     for k0 in range(0, n, BK):
         k = k0 + tl.arange(0, BK)
-        xt = tl.load(x + t * n + k, mask=k < n, other=0).to(tl.float32)
-        acc += xt * tl.load(win_x + c * n + k, mask=k < live, other=0).to(tl.float32)
-    tl.store(c_ptr + t * window + c, eta * tl.sum(acc))
+        xc = tl.load(win_x + c * n + k, mask=k < live, other=0, eviction_policy="evict_last").to(tl.float32)
+        xt = tl.load(x + t[:, None] * n + k, mask=(t < tokens)[:, None] & (k < live), other=0).to(tl.float32)
+        acc += xt * xc
+    tl.store(coef + t * window + c, eta * tl.sum(acc, axis=1), mask=t < tokens)
+    tl.debug_barrier()  # every thread has stored
+    tl.atomic_add(ready, 1, sem="release")
+
+
+@triton.jit
+def _await(ready, publishers):
+    """Until all coefficients are there. The last program to pass leaves ``ready`` at 0, for the next launch."""
+    while tl.atomic_add(ready, 0, sem="acquire") < publishers:
+        pass
+    if tl.atomic_add(ready, 1, sem="relaxed") == tl.num_programs(0) - 1:
+        tl.store(ready, 0)
+
+
+@triton.jit(do_not_specialize=["publishers", "window"])
+def _decode_one(
+    y, x, weight, bias, coef, ready, win_x, win_delta, win_eta, publishers, window, m, n,
+    BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """y[i] for BM rows of W and one token: a matrix-vector product without tensor cores."""
+    program = tl.program_id(0)
+    if program < publishers:
+        _publish(coef, ready, x, win_x, win_eta, program, 1, window, n, 1, BP)
+    else:
+        i = (program - publishers).to(tl.int64) * BM + tl.arange(0, BM)
+        acc = tl.zeros((BM, BK), tl.float32)
+        last = (n - 1) // BK * BK
+        for k0 in range(0, last, BK):
+            k = k0 + tl.arange(0, BK)
+            w = tl.load(weight + i[:, None] * n + k, mask=(i < m)[:, None], other=0, eviction_policy="evict_first")
+            acc += w.to(tl.float32) * tl.load(x + k).to(tl.float32)
+        k = last + tl.arange(0, BK)
+        inside = (i < m)[:, None] & (k < n)
+        w = tl.load(weight + i[:, None] * n + k, mask=inside, other=0, eviction_policy="evict_first")
+        xt = tl.load(x + k, mask=k < n, other=0)
+        _await(ready, publishers)
+        part = tl.zeros((BM,), tl.float32)
+        for c0 in range(0, window, BC):
+            c = c0 + tl.arange(0, BC).to(tl.int64)
+            live = tl.load(win_eta + c, mask=c < window, other=0) != 0
+            # Past the first-level cache: another multiprocessor wrote them.
+            factor = tl.load(coef + c, mask=live, other=0, cache_modifier=".cg")
+            d = tl.load(
+                win_delta + c * m + i[:, None], mask=live & (i < m)[:, None], other=0, eviction_policy="evict_last"
+            )
+            part += tl.sum(factor * d.to(tl.float32), axis=1)
+        out = tl.sum(acc + w.to(tl.float32) * xt.to(tl.float32), axis=1) - part
+        if bias is not None:
+            out += tl.load(bias + i, mask=i < m, other=0).to(tl.float32)
+        tl.store(y + i, out.to(y.dtype.element_ty), mask=i < m)
+
+
+@triton.jit(do_not_specialize=["publishers", "tokens", "window"])
+def _decode_few(
+    y, x, weight, bias, coef, ready, win_x, win_delta, win_eta, publishers, tokens, window, m, n,
+    BT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, BTP: tl.constexpr,
+    OPERAND: tl.constexpr,
+):  # fmt: skip
+    """y[:, i] for BM rows of W and at most BT tokens."""
+    program = tl.program_id(0)
+    if program < publishers:
+        _publish(coef, ready, x, win_x, win_eta, program, tokens, window, n, BTP, BP)
+    else:
+        i = (program - publishers).to(tl.int64) * BM + tl.arange(0, BM)
+        t = tl.arange(0, BT).to(tl.int64)
+        acc = tl.zeros((BT, BM), tl.float32)
+        last = (n - 1) // BK * BK
+        for k0 in range(0, last, BK):
+            k = k0 + tl.arange(0, BK)
+            xt = tl.load(x + t[:, None] * n + k, mask=(t < tokens)[:, None], other=0)
+            w = tl.load(weight + i[:, None] * n + k, mask=(i < m)[:, None], other=0, eviction_policy="evict_first")
+            acc = tl.dot(xt.to(OPERAND), tl.trans(w.to(OPERAND)), acc, input_precision="ieee")
+        k = last + tl.arange(0, BK)
+        inside = (i < m)[:, None] & (k < n)
+        w = tl.load(weight + i[:, None] * n + k, mask=inside, other=0, eviction_policy="evict_first")
+        xt = tl.load(x + t[:, None] * n + k, mask=(t < tokens)[:, None] & (k < n), other=0)
+        _await(ready, publishers)
+        acc -= _window_part(coef, win_delta, win_eta, t, i, tokens, window, m, BC, OPERAND)
+        acc = tl.dot(xt.to(OPERAND), tl.trans(w.to(OPERAND)), acc, input_precision="ieee")
+        if bias is not None:
+            acc += tl.load(bias + i, mask=i < m, other=0).to(tl.float32)
+        tl.store(y + t[:, None] * m + i, acc.to(y.dtype.element_ty), mask=(t < tokens)[:, None] & (i < m))
 
 
 @triton.jit(do_not_specialize=["tokens", "window"])
@@ -50,85 +144,93 @@ def _coefficients(
 
 
 @triton.jit
-def _window_part(c_ptr, win_delta, win_eta, t, i, tokens, window, m, BC: tl.constexpr):
+def _window_part(c_ptr, win_delta, win_eta, t, i, tokens, window, m, BC: tl.constexpr, OPERAND: tl.constexpr):
     """(c D)[t, i] for a BT x BM block."""
     part = tl.zeros((t.shape[0], i.shape[0]), tl.float32)
     for c0 in range(0, window, BC):
         c = c0 + tl.arange(0, BC).to(tl.int64)
         live = tl.load(win_eta + c, mask=c < window, other=0) != 0
-        coef = tl.load(c_ptr + t[:, None] * window + c, mask=(t < tokens)[:, None] & live, other=0)
-        d = tl.load(win_delta + c[:, None] * m + i, mask=live[:, None] & (i < m), other=0)
-        part = tl.dot(coef, d.to(tl.float32), part, input_precision="ieee")
+        at = c_ptr + t[:, None] * window + c
+        # Past the first-level cache: another multiprocessor wrote them.
+        factor = tl.load(at, mask=(t < tokens)[:, None] & live, other=0, cache_modifier=".cg")
+        d = tl.load(win_delta + c[:, None] * m + i, mask=live[:, None] & (i < m), other=0, eviction_policy="evict_last")
+        if OPERAND == tl.bfloat16:  # noqa: SIM300
+            high = factor.to(tl.bfloat16)
+            part = tl.dot(high, d, part)
+            part = tl.dot((factor - high.to(tl.float32)).to(tl.bfloat16), d, part)
+        else:
+            part = tl.dot(factor, d.to(tl.float32), part, input_precision="ieee")
     return part
-
-
-@triton.jit(do_not_specialize=["window"])
-def _decode_one(
-    y, x, weight, bias, c_ptr, win_delta, win_eta, window, m, n,
-    BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """y[i] for BM rows of W and one token: a matrix-vector product without tensor cores."""
-    i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    acc = tl.zeros((BM, BK), tl.float32)
-    for k0 in range(0, n, BK):
-        k = k0 + tl.arange(0, BK)
-        w = tl.load(weight + i[:, None] * n + k, mask=(i < m)[:, None] & (k < n), other=0).to(tl.float32)
-        acc += w * tl.load(x + k, mask=k < n, other=0).to(tl.float32)
-    out = tl.sum(acc, axis=1)
-    if bias is not None:
-        out += tl.load(bias + i, mask=i < m, other=0).to(tl.float32)
-    for c0 in range(0, window, BC):
-        c = c0 + tl.arange(0, BC).to(tl.int64)
-        live = tl.load(win_eta + c, mask=c < window, other=0) != 0
-        coef = tl.load(c_ptr + c, mask=live, other=0)
-        d = tl.load(win_delta + c * m + i[:, None], mask=live & (i < m)[:, None], other=0).to(tl.float32)
-        out -= tl.sum(coef * d, axis=1)
-    tl.store(y + i, out.to(y.dtype.element_ty), mask=i < m)
-
-
-@triton.jit(do_not_specialize=["tokens", "window"])
-def _decode_few(
-    y, x, weight, bias, c_ptr, win_delta, win_eta, tokens, window, m, n,
-    BT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, OPERAND: tl.constexpr,
-):  # fmt: skip
-    """y[:, i] for BM rows of W and at most BT tokens."""
-    i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    t = tl.arange(0, BT).to(tl.int64)
-    acc = tl.zeros((BT, BM), tl.float32)
-    for k0 in range(0, n, BK):
-        k = k0 + tl.arange(0, BK)
-        xt = tl.load(x + t[:, None] * n + k, mask=(t < tokens)[:, None] & (k < n), other=0)
-        w = tl.load(weight + i[:, None] * n + k, mask=(i < m)[:, None] & (k < n), other=0)
-        acc = tl.dot(xt.to(OPERAND), tl.trans(w.to(OPERAND)), acc, input_precision="ieee")
-    if bias is not None:
-        acc += tl.load(bias + i, mask=i < m, other=0).to(tl.float32)
-    acc -= _window_part(c_ptr, win_delta, win_eta, t, i, tokens, window, m, BC)
-    tl.store(y + t[:, None] * m + i, acc.to(y.dtype.element_ty), mask=(t < tokens)[:, None] & (i < m))
 
 
 @triton.jit(do_not_specialize=["tokens", "window"])
 def _subtract(
-    y, c_ptr, win_delta, win_eta, tokens, window, m, BT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr
+    y, c_ptr, win_delta, win_eta, tokens, window, m, BT: tl.constexpr, BM: tl.constexpr,
+    BC: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """y <- y - c D on a BT x BM block."""
     i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
     mask = (t < tokens)[:, None] & (i < m)
     at = y + t[:, None] * m + i
-    part = _window_part(c_ptr, win_delta, win_eta, t, i, tokens, window, m, BC)
+    part = _window_part(c_ptr, win_delta, win_eta, t, i, tokens, window, m, BC, OPERAND)
     tl.store(at, (tl.load(at, mask=mask, other=0).to(tl.float32) - part).to(y.dtype.element_ty), mask=mask)
 
 
 _BLOCKS = {  # kernel, is the weight float32
-    ("one", False): {"BM": 8, "BK": 512, "BC": 16, "num_warps": 4},
-    ("one", True): {"BM": 8, "BK": 256, "BC": 16, "num_warps": 4},
-    ("few", False): {"BT": 16, "BM": 32, "BK": 128, "BC": 16, "num_warps": 4, "num_stages": 4},
-    ("few", True): {"BT": 16, "BM": 32, "BK": 64, "BC": 16, "num_warps": 4, "num_stages": 3},
+    # "one": a row for each warp, so that its sums need no other, and 6 MB of a 4096 x 4096 matrix on their way at a
+    # time; "few": 32 KB on every multiprocessor. A GPU of 5 TB/s needs about 4 MB in all.
+    ("one", False): {"BM": 4, "BK": 1024, "num_warps": 4},
+    ("one", True): {"BM": 4, "BK": 512, "num_warps": 4},
+    ("few", False): {"BT": 16, "BM": 32, "BK": 128, "BP": 1024, "BTP": 4, "num_warps": 4, "num_stages": 5},
+    ("few", True): {"BT": 16, "BM": 32, "BK": 64, "BP": 512, "BTP": 4, "num_warps": 4, "num_stages": 3},
     ("coefficients", False): {"BT": 16, "BC": 16, "BK": 256, "num_warps": 4, "num_stages": 3},
     ("coefficients", True): {"BT": 16, "BC": 16, "BK": 64, "num_warps": 4, "num_stages": 3},
     ("subtract", False): {"BT": 32, "BM": 64, "BC": 16, "num_warps": 4, "num_stages": 2},
     ("subtract", True): {"BT": 32, "BM": 64, "BC": 16, "num_warps": 4, "num_stages": 2},
 }
+
+_COUNTERS = 1 << 15  # launches that can be captured on a device, each with a counter of its own
+_STRIDE = 8  # int32: every counter has the same alignment
+
+
+class _Pool:
+    """Counters of 0 on one device; ``streams`` keeps those of streams by their handles."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.counters = torch.zeros((_COUNTERS, _STRIDE), dtype=torch.int32, device=device)
+        torch.cuda.current_stream(device).synchronize()  # another stream may be the first to use one
+        self.free = itertools.count()
+        self.streams: dict[int, torch.Tensor] = {}
+
+
+_pools: dict[torch.device, _Pool] = {}
+
+
+def _counter(device: torch.device) -> torch.Tensor:
+    """int32, 0, and in use by no other launch that may run at the same time.
+
+    Launches on one stream follow each other and share one. A captured launch runs on whatever stream its graph is
+    replayed on, and gets one that nobody else ever gets.
+    """
+    if device.type != "cuda":
+        return torch.zeros(_STRIDE, dtype=torch.int32, device=device)
+    captured, pool = torch.cuda.is_current_stream_capturing(), _pools.get(device)
+    if pool is None and not captured:
+        pool = _pools[device] = _Pool(device)
+    if pool is None:
+        why = "captured before it ran once: every replay zeroes a counter first"
+    else:
+        stream = None if captured else torch.cuda.current_stream(device).cuda_stream
+        if stream in pool.streams:
+            return pool.streams[stream]
+        if (number := next(pool.free)) < _COUNTERS:
+            if stream is not None:
+                pool.streams[stream] = pool.counters[number]
+            return pool.counters[number]
+        why = f"more than {_COUNTERS} captured launches: a counter is zeroed before each"
+    record("window_linear", "triton", why)
+    return torch.zeros(_STRIDE, dtype=torch.int32, device=device)
 
 
 def window_linear(
@@ -141,30 +243,38 @@ def window_linear(
 ) -> torch.Tensor:
     (m, n), window = weight.shape, win_eta.numel()
     tokens = x.numel() // n if n else x.shape[:-1].numel()
-    few = tokens <= FEW_TOKENS
+    few = tokens <= FEW_TOKENS and window > 0 and n > 0
     y = x.new_empty((*x.shape[:-1], m)) if few else torch.nn.functional.linear(x, weight, bias)
-    if tokens == 0 or m == 0 or (window == 0 and not few):
+    if tokens == 0 or m == 0 or window == 0:
         return y
     wide, dot_type = weight.dtype == torch.float32, operand(weight.dtype)
     coef = torch.empty((tokens, window), dtype=torch.float32, device=x.device)
-    if window and few:
-        _coefficient[(window, tokens)](coef, x, win_x, win_eta, window, n, BK=1024, num_warps=4)
-    elif window:
+    ready = _counter(x.device) if few else None
+    if tokens == 1:
+        blocks = _BLOCKS["one", wide]
+        grid = (window + triton.cdiv(m, blocks["BM"]),)
+        _decode_one[grid](
+            y, x, weight, bias, coef, ready, win_x, win_delta, win_eta, window, window, m, n,
+            BC=_padded(window, 128), BP=_padded(n, 2048), **blocks,
+        )  # fmt: skip
+    elif few:
+        blocks = _BLOCKS["few", wide]
+        publishers = window * triton.cdiv(tokens, blocks["BTP"])
+        grid = (publishers + triton.cdiv(m, blocks["BM"]),)
+        _decode_few[grid](
+            y, x, weight, bias, coef, ready, win_x, win_delta, win_eta, publishers, tokens, window, m, n,
+            BC=_padded(window, 64), OPERAND=dot_type, **blocks,
+        )  # fmt: skip
+    else:
         blocks = _BLOCKS["coefficients", wide]
         grid = (triton.cdiv(tokens, blocks["BT"]), triton.cdiv(window, blocks["BC"]))
         _coefficients[grid](coef, x, win_x, win_eta, tokens, window, n, OPERAND=dot_type, **blocks)
-    if tokens == 1:
-        blocks = _BLOCKS["one", wide]
-        grid = (triton.cdiv(m, blocks["BM"]),)
-        _decode_one[grid](y, x, weight, bias, coef, win_delta, win_eta, window, m, n, **blocks)
-    elif few:
-        blocks = _BLOCKS["few", wide]
-        grid = (triton.cdiv(m, blocks["BM"]),)
-        _decode_few[grid](
-            y, x, weight, bias, coef, win_delta, win_eta, tokens, window, m, n, OPERAND=dot_type, **blocks
-        )
-    else:
         blocks = _BLOCKS["subtract", wide]
         grid = (triton.cdiv(m, blocks["BM"]), triton.cdiv(tokens, blocks["BT"]))
-        _subtract[grid](y, coef, win_delta, win_eta, tokens, window, m, **blocks)
+        _subtract[grid](y, coef, win_delta, win_eta, tokens, window, m, OPERAND=dot_type, **blocks)
     return y
+
+
+def _padded(size: int, most: int) -> int:
+    """Elements of a block that holds ``size``, or ``most`` of them at a time; one size for all of a few."""
+    return min(most, max(16, triton.next_power_of_2(size)))

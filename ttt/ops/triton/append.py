@@ -1,0 +1,79 @@
+"""Rows p ... p + B - 1 of the window <- x, delta, eta, trace_delta          x: B x n, delta: B x m, eta: B
+
+p is an argument, or ``counters`` = (p, full, ticket) on the device. There a full window, which has been
+committed, is emptied first: tokens += p, eta = 0, p = 0. Afterwards p += B and full = (p + B > C). All
+programs read the counters and one must write them: the last to take a ticket, when all have read.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["at", "rows", "window"])
+def _append(
+    win_x, win_delta, win_eta, win_trace, x, delta, eta, trace_delta, counters, tokens, gate,
+    at, rows, window, m, n, BN: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """BN columns of one row for each program."""
+    b = tl.program_id(1).to(tl.int64)
+    j = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    opened = True
+    if gate is not None:
+        opened = tl.load(gate) != 0
+    if opened:
+        first, held, full = tl.cast(at, tl.int64), tl.cast(at, tl.int64), False
+        if counters is not None:
+            held = tl.load(counters)
+            full = tl.load(counters + 1) != 0
+            first = tl.where(full, 0, held)
+        slot = first + b
+        in_x, in_delta = j < tl.where(slot < window, n, 0), j < tl.where(slot < window, m, 0)
+        tl.store(win_x + slot * n + j, tl.load(x + b * n + j, mask=in_x, other=0), mask=in_x)
+        tl.store(win_delta + slot * m + j, tl.load(delta + b * m + j, mask=in_delta, other=0), mask=in_delta)
+        if win_trace is not None:
+            p = tl.load(trace_delta + b * m + j, mask=in_delta, other=0)
+            tl.store(win_trace + slot * m + j, p, mask=in_delta)
+        if counters is None:
+            if tl.program_id(0) == 0:
+                tl.store(win_eta + slot, tl.load(eta + b))
+        else:
+            tl.debug_barrier()  # every thread has read the counters
+            if tl.atomic_add(counters + 2, 1) == tl.num_programs(0) * tl.num_programs(1) - 1:
+                for c0 in range(0, window, BC):
+                    c = c0 + tl.arange(0, BC).to(tl.int64)
+                    new = (c >= first) & (c < first + rows)
+                    value = tl.load(eta + (c - first), mask=new, other=0)
+                    # Rows before the new ones stay, and those behind them are 0: empty.
+                    tl.store(win_eta + c, value, mask=(c < window) & (c >= first))
+                if tokens is not None:
+                    tl.store(tokens, tl.load(tokens) + tl.where(full, held, 0))
+                tl.store(counters, tl.minimum(first + rows, window))
+                tl.store(counters + 1, (first + 2 * rows > window).to(tl.int64))
+                tl.store(counters + 2, 0)
+
+
+def window_append(
+    win_x: torch.Tensor,
+    win_delta: torch.Tensor,
+    win_eta: torch.Tensor,
+    win_trace: torch.Tensor | None,
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    eta: torch.Tensor,
+    trace_delta: torch.Tensor | None,
+    at: int = 0,
+    counters: torch.Tensor | None = None,
+    tokens: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+) -> None:
+    rows, n, m, window = x.shape[0], win_x.shape[1], win_delta.shape[1], win_eta.shape[0]
+    if rows:
+        grid = (max(1, triton.cdiv(max(m, n), 1024)), rows)
+        _append[grid](
+            win_x, win_delta, win_eta, win_trace, x, delta, eta,
+            delta if trace_delta is None and win_trace is not None else trace_delta, counters, tokens, gate,
+            at, rows, window, m, n, BN=1024, BC=128, num_warps=4,
+        )  # fmt: skip
