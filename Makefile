@@ -49,16 +49,16 @@ $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 	$(PIP) --editable '.[demo]'
 	touch $@
 
+# BackPACK asks for torchvision, which nothing here uses, and which breaks transformers where its build does not fit
+# torch's: it is installed without.
 $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	$(PIP) --editable '.[test]'
+	$(PIP) --no-deps 'backpack-for-pytorch>=1.6' unfoldNd
 	touch $@ $(VENV)/.demo
 
 # The packages that ttt is compared with: optional, and reported as "not installed" where they are missing.
-# BackPACK asks for torchvision, which nothing here uses, and which breaks transformers where its build does not fit
-# torch's: it is installed without.
-$(VENV)/.bench: $(VENV)/.torch $(SOURCES)
+$(VENV)/.bench: $(VENV)/.test
 	$(PIP) --editable '.[bench]'
-	$(PIP) --no-deps 'backpack-for-pytorch>=1.6' unfoldNd
 	touch $@ $(VENV)/.demo $(VENV)/.test
 
 $(VENV)/.lint: pyproject.toml | $(BIN)/python
