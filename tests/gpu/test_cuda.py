@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import as_double, assert_close, assert_commit, trace_of_rounded_factors
 
 import ttt
-from ttt.ops import backends, reference
+from ttt.ops import backends, log8, reference
+from ttt.ops.triton import commit as fused
+from ttt.ops.triton import panels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -194,3 +196,150 @@ def test_launches_on_two_streams_do_not_share_a_counter():
                 graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(y, want) for y in found + [y for _, y in graphs])
+
+
+def commit_case(m, n, tokens, dtype, state):
+    def stored(t):
+        return log8.encode(t) if state == torch.uint8 else t.to(state)
+
+    w = torch.randn(m, n, device="cuda")
+    return {
+        "weight": w.to(dtype),
+        "anchor": (w + 0.1 * torch.randn_like(w)).to(dtype),
+        "importance": stored(torch.rand_like(w)),
+        "trace": stored(torch.rand_like(w)),
+        "x": torch.randn(tokens, n, device="cuda").to(dtype),
+        "delta": torch.randn(tokens, m, device="cuda").to(dtype),
+        "eta": torch.rand(tokens, device="cuda") * 0.01,
+        "trace_delta": None,
+        "memory": torch.randn(20, n, device="cuda").to(dtype),
+        "seen": torch.tensor([50], device="cuda"),
+        "step": torch.tensor([3], device="cuda"),
+    }
+
+
+OPTIONS = {
+    "seed": 7, "replay_rows": 4, "replay": "projection", "beta": 0.3, "eps": 1e-3, "lam": 0.5, "gamma": 0.99,
+    "kind": "fisher", "trace_every": 1, "trace_fp8": False,
+}  # fmt: skip
+
+
+def committed(function, case, options, convert=lambda t: t, gate=None):
+    after = {k: None if t is None else convert(t).clone() for k, t in case.items()}
+    function(*after.values(), *options.values(), gate)
+    return after
+
+
+def check_commit(case, options):
+    n = case["x"].shape[1]
+    ours = committed(torch.ops.ttt.commit, case, options)
+    plain = committed(reference.commit, case, options)
+    # fp8 products are also summed with fewer bits: what counts is the error against S without fp8.
+    exact = committed(reference.commit, case, {**options, "trace_fp8": False}, lambda t: as_double(t, n))
+    if case["weight"].dtype == torch.bfloat16 and options["kind"] != "si" and not options["trace_fp8"]:
+        plain["trace"] = trace_of_rounded_factors(case, options)
+    assert_commit(case, ours, exact, plain)
+    return ours
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize(("tokens", "every"), [(64, 1), (64, 4), (700, 1), (1029, 4)])
+def test_commit_of_few_and_of_many_tokens(dtype, state, tokens, every):
+    check_commit(commit_case(200, 531, tokens, dtype, state), {**OPTIONS, "trace_every": every})
+
+
+@pytest.mark.parametrize("kind", ["fisher", "mas", "si"])
+def test_commit_in_several_panels(kind, monkeypatch):
+    monkeypatch.setattr(panels, "PANEL_BYTES", 1)
+    check_commit(commit_case(200, 531, 700, torch.bfloat16, torch.bfloat16), {**OPTIONS, "kind": kind})
+
+
+@pytest.mark.parametrize("path", ["fused", "panels"])
+@pytest.mark.parametrize("state", [torch.bfloat16, torch.uint8])
+def test_bits_are_the_reference_s(path, state, monkeypatch):
+    """Where all sums are exact, the stored weights and traces agree to the bit."""
+    monkeypatch.setattr(fused, "FEW_TOKENS", 10**9 if path == "fused" else 0)
+    m, n, tokens = 133, 275, 5
+    case = commit_case(m, n, tokens, torch.bfloat16, state)
+    case["x"] = torch.randint(-3, 4, (tokens, n), device="cuda").bfloat16()
+    case["delta"] = torch.randint(-3, 4, (tokens, m), device="cuda").bfloat16()
+    case["weight"] = torch.randint(-512, 513, (m, n), device="cuda").div(64).bfloat16()
+    trace = torch.randint(0, 100, (m, n), device="cuda").float()
+    case["trace"] = log8.encode(trace) if state == torch.uint8 else trace.to(state)
+    case["eta"].fill_(2.0**-12)
+    options = {**OPTIONS, "replay_rows": 0, "lam": 0.0, "gamma": 1.0}
+    ours, theirs = (committed(f, case, options) for f in (torch.ops.ttt.commit, reference.commit))
+    assert torch.equal(ours["weight"], theirs["weight"])
+    assert torch.equal(ours["trace"], theirs["trace"])
+
+
+@pytest.mark.parametrize("shape", [(133, 275), (256, 1024)])
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("kind", ["fisher", "mas"])
+def test_trace_in_fp8(shape, every, kind, monkeypatch):
+    monkeypatch.setattr(panels, "PANEL_BYTES", 8 * 256 * 384)
+    case = commit_case(*shape, 1100, torch.bfloat16, torch.float32)
+    backends.calls.clear()
+    check_commit(case, {**OPTIONS, "kind": kind, "trace_every": every, "trace_fp8": True})
+    (found,) = backends.calls
+    assert found[:2] == ("commit", "triton")
+    assert (found[2] == "") == (torch.cuda.get_device_capability() >= (8, 9))
+
+
+def test_fp8_for_few_tokens_is_declined_aloud():
+    case = commit_case(64, 64, 16, torch.bfloat16, torch.float32)
+    backends.calls.clear()
+    asked = committed(torch.ops.ttt.commit, case, {**OPTIONS, "trace_fp8": True})
+    assert backends.calls["commit", "triton", fused.why_not_fp8(16, case["x"].device)] == 1
+    assert torch.equal(asked["trace"], committed(torch.ops.ttt.commit, case, OPTIONS)["trace"])
+
+
+@pytest.mark.parametrize("tokens", [16, 700])
+@pytest.mark.parametrize("state", [torch.bfloat16, torch.uint8])
+def test_results_are_the_same_in_every_run(tokens, state):
+    case = commit_case(300, 2100, tokens, torch.bfloat16, state)
+    first, second = (committed(torch.ops.ttt.commit, case, OPTIONS) for _ in range(2))
+    assert torch.equal(first["weight"], second["weight"])
+    assert torch.equal(first["trace"], second["trace"])
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("tokens", [16, 700])
+def test_a_gated_commit_in_a_cuda_graph(tokens, fp8):
+    """One graph, replayed with the gate open, closed and open again; the host never waits."""
+    case = commit_case(133, 275, tokens, torch.bfloat16, torch.uint8)
+    options = {**OPTIONS, "trace_fp8": fp8}
+    gate = torch.ones(1, dtype=torch.int64, device="cuda")
+    live = {k: None if t is None else t.clone() for k, t in case.items()}
+
+    def step():
+        torch.ops.ttt.commit(*live.values(), *options.values(), gate)
+        torch.ops.ttt.reservoir_insert(live["memory"], live["seen"], live["x"], 3, gate)
+
+    def restore():
+        for k, t in case.items():
+            if t is not None:
+                live[k].copy_(t)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()  # compiles
+    torch.cuda.synchronize()
+    restore()
+    for _ in range(2):
+        step()
+    expected = {k: None if t is None else t.clone() for k, t in live.items()}
+    restore()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    restore()
+    x = case["x"].clone()
+    for value in (1, 0, 0, 1):
+        gate.fill_(value)
+        live["x"].copy_(x if value else torch.full_like(x, float("nan")))
+        graph.replay()
+    assert int(live["step"]) == int(case["step"]) + 2
+    for k, t in live.items():
+        assert t is None or torch.equal(t, expected[k]), k

@@ -219,6 +219,26 @@ def test_version_counters_move():
     assert moved == {"weight", "trace", "step"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gate(dtype):
+    """Closed: no bit and no version changes, by the kernel as by the reference. Open: as without one."""
+    case = commit_case(9, 40, 5, torch.float32, torch.float32)
+    case = {k: as_double(t, 40) if dtype == torch.float64 else t for k, t in case.items()}
+    options = {**OPTIONS, "replay_rows": 2, "lam": 0.5}
+    state = {k: t.clone() for k, t in case.items()}
+    versions = {k: t._version for k, t in state.items()}
+    ops.commit(**state, **options, gate=torch.tensor([0]))
+    ops.reservoir_insert(state["memory"], state["seen"], state["x"], gate=torch.tensor([0]))
+    assert all(torch.equal(t, case[k]) and t._version == versions[k] for k, t in state.items())
+    opened, plain = ({k: t.clone() for k, t in case.items()} for _ in range(2))
+    for one, gate in ((opened, {"gate": torch.tensor([3])}), (plain, {})):
+        ops.commit(**one, **options, **gate)
+        ops.reservoir_insert(one["memory"], one["seen"], one["x"], **gate)
+    assert all(torch.equal(opened[k], plain[k]) for k in case)
+    assert int(opened["step"]) == int(case["step"]) + 1
+    assert int(opened["seen"]) == int(case["seen"]) + 5
+
+
 def test_opcheck():
     case = commit_case(4, 5, 3, torch.float32, torch.float32)
     args = (case["x"], case["weight"], None, torch.randn(2, 5), torch.randn(2, 4), torch.rand(2))
@@ -228,8 +248,11 @@ def test_opcheck():
         o[k] for k in ("seed", "replay_rows", "replay", "beta", "eps", "lam", "gamma", "kind")
     )
     torch.library.opcheck(torch.ops.ttt.commit.default, args)
+    torch.library.opcheck(torch.ops.ttt.commit.default, args, {"trace_every": 2, "gate": torch.tensor([1])})
     memory, seen = torch.zeros(3, 5), torch.tensor([2])
     torch.library.opcheck(torch.ops.ttt.reservoir_insert.default, (memory, seen, torch.randn(4, 5), 1))
+    gated = {"gate": torch.tensor([1])}
+    torch.library.opcheck(torch.ops.ttt.reservoir_insert.default, (memory, seen, torch.randn(4, 5), 1), gated)
     torch.library.opcheck(torch.ops.ttt.reservoir_draw.default, (seen, torch.tensor([3]), 3, 6, 1))
 
 
@@ -249,6 +272,8 @@ BAD_COMMITS = {
     ),
     "8-bit si": ({"trace": log8.zeros(4, 5), "kind": "si"}, ValueError, "with kind = 'si' it has both signs"),
     "fp8 si": ({"trace_fp8": True, "kind": "si"}, ValueError, "trace_fp8 is for products of values >= 0"),
+    "float gate": ({"gate": torch.ones(1)}, TypeError, "gate must be torch.int64, got torch.float32"),
+    "scalar gate": ({"gate": torch.tensor(1)}, ValueError, r"gate must have shape \(1,\), got \(\)"),
     "every": ({"trace_every": 0}, ValueError, "trace_every must be >= 1, got 0"),
     "no anchor": ({"anchor": None}, ValueError, "needs memory, seen and anchor"),
     "no importance": ({"importance": None}, ValueError, "lam = 0.5 needs anchor and importance"),

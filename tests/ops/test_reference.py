@@ -168,6 +168,44 @@ def test_fp8_traces_are_products_of_values_of_four_significant_bits():
     assert 1e-4 < error < 2**-4  # each factor is off by at most 2^-4 of itself, in both directions
 
 
+def error_of_s(tokens, **options):
+    """Root mean square error of S over its root mean square, for x and delta of a normal distribution."""
+    m, n = 200, 300
+    x, delta = torch.randn(tokens, n, dtype=D), torch.randn(tokens, m, dtype=D)
+    zero, eta = torch.zeros(m, n, dtype=D), torch.zeros(tokens, dtype=D)
+    exact, f = (committed(zero, x, delta, eta, trace=zero.clone(), **o)[1] for o in ({}, options))
+    return float((f - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("tokens", [16, 256, 2048])
+def test_the_errors_of_sampling_and_of_fp8_are_those_that_the_docs_state(tokens):
+    """A token's term of S, x^2 delta^2, has mean 1 and mean square 9 here, so S has mean square T^2 + 8 T.
+
+    One token of each four, times 4, has variance 4 * 4 * 9 - (4 * 9 + 12) = 96 a group, 24 T in all. Rounding both
+    factors to 4 significant bits is off by 2.6 % each, independently in each token: variance 2 * .026^2 * 9 T.
+    """
+    sampled, fp8 = error_of_s(tokens, trace_every=4), error_of_s(tokens, trace_fp8=True)
+    assert sampled == pytest.approx(math.sqrt(24 / (tokens + 8)), rel=0.15)
+    ratio = fp8 / (0.026 * math.sqrt(18 / (tokens + 8)))
+    assert 0.85 < ratio < 1.3  # many tokens also show the bias of rounding, about a thousandth
+
+
+def test_a_closed_gate_changes_nothing():
+    m, n = 3, 5
+    case = {"weight": torch.randn(m, n), "x": torch.full((2, n), math.nan), "delta": torch.randn(2, m)}
+    trace, step, seen = torch.rand(m, n), torch.tensor([4]), torch.tensor([2])
+    before = [t.clone() for t in (case["weight"], trace, step, seen)]
+    tail = (0, 0, "projection", 0.3, 1e-3, 0.0, 1.0, "fisher", 1, False)
+    given = (case["weight"], None, None, trace, case["x"], case["delta"], torch.ones(2), None, None, None, step)
+    reference.commit(*given, *tail, torch.tensor([0]))
+    memory = torch.zeros(4, n)
+    reference.reservoir_insert(memory, seen, case["x"], 3, torch.tensor([0]))
+    assert all(torch.equal(a, b) for a, b in zip((case["weight"], trace, step, seen), before, strict=True))
+    assert not memory.any()
+    reference.commit(*given, *tail, torch.tensor([-1]))
+    assert int(step) == 5
+
+
 def test_state_in_8_bits_is_decoded_used_and_encoded():
     m, n, tokens = 5, 70, 3
     w, anchor = torch.randn(m, n), torch.randn(m, n)

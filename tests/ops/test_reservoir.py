@@ -50,7 +50,8 @@ def test_draw_from_an_empty_memory():
 @pytest.mark.parametrize(
     ("change", "error"),
     [({"x": torch.zeros(2, 6)}, ValueError), ({"x": torch.zeros(2, 5).double()}, TypeError),
-     ({"memory": torch.zeros(5, 8).T}, ValueError), ({"seen": torch.zeros(1)}, TypeError)],
+     ({"memory": torch.zeros(5, 8).T}, ValueError), ({"seen": torch.zeros(1)}, TypeError),
+     ({"gate": torch.zeros(1)}, TypeError), ({"gate": torch.zeros(2, dtype=torch.int64)}, ValueError)],
 )  # fmt: skip
 def test_refused_insert_changes_nothing(change, error):
     case = {"memory": torch.randn(8, 5), "seen": torch.tensor([3]), "x": torch.randn(2, 5)} | change

@@ -139,10 +139,10 @@ def commit(
         beta: strength of replay; the projection is stable for 0 < beta < 2.
         gamma: decay of the trace per token, in (0, 1].
         trace_every: S from one random token of each ``trace_every`` consecutive ones, times their number: unbiased, and
-            its product is cheaper by that factor.
-        trace_fp8: S from factors rounded to float8_e4m3fn, each matrix under one scale. On GPUs with fp8 units, and for
-            as many tokens as make it pay (`ttt.ops.triton.panels`); other GPU calls compute S without it and
-            `ttt.info` says so. On CPU the reference computes it.
+            its product is cheaper by that factor. For normal x and delta one in four of 2048 tokens is off by 11 %.
+        trace_fp8: S from factors rounded to float8_e4m3fn, each matrix under one scale; off by .3 % for 2048 normal
+            tokens. On GPUs with fp8 units, and for as many tokens as make it pay; other calls on a GPU compute S
+            without it, and `ttt.info` says why. On CPU the reference computes it.
         gate: (1,), int64. Where it holds 0 the call changes nothing, not even ``step``. A GPU decides this by itself,
             without waiting for the host: one CUDA graph can hold a commit that only some of its replays need.
 

@@ -10,8 +10,9 @@ are float32; with others the factors are float32 and torch.mm multiplies as torc
 closed gate the products are made for nothing, of whatever the scratch held, and `_finish` writes nothing.
 
 With ``fp8`` the factors of S are rounded to float8_e4m3fn, each matrix under one scale, and torch._scaled_mm multiplies
-them: twice the rate of bfloat16. S is then off by about 1 % of its root mean square for many random tokens, and a
-single entry by up to 1/8; taking every fourth token is off by far more, but has no bias (tests/ops/test_sampling.py).
+them. For normally distributed x and delta the error of S, root mean square over root mean square, is then .7 % at 256
+tokens and .28 % at 2048; S of one token in four is unbiased, but off by 30 % and 11 % (measured with the reference:
+tests/ops/test_reference.py).
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ def respond(weight, anchor, x, delta, eta, memory, seen, step, seed, rows, repla
             products, memory, seen, step, x, eta, gate, tokens, columns, capacity, n, seed, BC=4, BK=512, num_warps=8
         )  # fmt: skip
     if not gradient:
-        _invert[(1,)](inverse, products, gate, tokens, rows, eps, RP=padded, num_warps={16: 1, 32: 4, 64: 8}[padded])
+        _invert[(1,)](inverse, products, gate, tokens, rows, eps, RP=padded, num_warps={16: 2, 32: 4, 64: 8}[padded])
     _drift[(triton.cdiv(m, blocks["BM"]), all_slabs)](
         drift, weight, anchor, memory, seen, step, products, delta, gate, tokens, rows, capacity, m, n, columns, slabs,
         seed, RP=padded, **blocks,
