@@ -33,6 +33,7 @@ struct Commit {
   uint64_t seed;
   float beta, eps, lam, gamma;
   int dtype, state_dtype, replay, kind, threads;
+  bool slow_dots;  // this processor multiplies float32 faster than pairs of bfloat16
 };
 
 struct Kernels {

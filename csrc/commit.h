@@ -30,6 +30,8 @@ inline void drift_tile(const W* w, const W* w0, int64_t n, const Replay& replay,
     for (int q = 0; q < deep; q++) value[q] = {load(x + q * replay.width), load(x + q * replay.width + VL)};
 #pragma GCC unroll 4
     for (int i = 0; i < wide; i++) {
+      prefetch_strip(w + i * n + j);
+      prefetch_strip(w0 + i * n + j);
       const Two now = load2_upto<splits<W>>(w + i * n + j, n - j), then = load2_upto<splits<W>>(w0 + i * n + j, n - j);
       const vf a = now.a - then.a, b = now.b - then.b;
 #pragma GCC unroll 4
@@ -83,9 +85,12 @@ inline Traced traced_tokens(const ttt::Commit& a) {
   return out;
 }
 
-template <int MR, class W, class S>
+// Tiles are FLAT up to the first number of tokens, MID up to the second.
+constexpr int64_t HANDFUL = 4, FEW_TOKENS = 32;
+
+// `dot`: products of pairs of bfloat16; otherwise both factors are widened to float32.
+template <int MR, bool dot, class W, class S>
 void commit(const ttt::Commit& a) {
-  constexpr bool dot = dots<W>;
   const int64_t m = a.m, n = a.n, tokens = a.tokens;
   const W *x = static_cast<const W*>(a.x), *delta = static_cast<const W*>(a.delta);
   const W* trace_delta = static_cast<const W*>(a.trace_delta);
@@ -129,9 +134,10 @@ void commit(const ttt::Commit& a) {
   // (X_r X^T) * eta: what the tokens being written do to the remembered outputs.
   Scratch cross(replay.rows * tokens);
 
-  // Row blocks: with replay, W and W* of one block stay in the L2 cache between drift and update.
+  // Row blocks: with replay, W and W* of one block stay in the L2 cache between drift and update, unless there are so
+  // many tokens that reading their panels again for each block would cost more.
   const int64_t bytes_per_row = 2 * n * static_cast<int64_t>(sizeof(W));
-  int64_t block = replay.rows ? (384 << 10) / bytes_per_row : 48;
+  int64_t block = replay.rows && tokens <= FEW_TOKENS ? (384 << 10) / bytes_per_row : 48;
   block = block < 2 * TALL ? 2 * TALL : (block > 48 ? 48 : block);
   block = block / MR * MR;
   // Panels in one group stay in the L2 cache while the block's rows go over them; a small X is one group.
@@ -245,25 +251,32 @@ void commit(const ttt::Commit& a) {
   *a.step += 1;
 }
 
-// Up to this many units of work for each element, memory is the bound.
-constexpr int64_t FEW_TOKENS = 32;
+template <bool dot, class W, class S>
+void commit_by_size(const ttt::Commit& a) {
+  if (FLAT != TALL && a.tokens <= HANDFUL)
+    commit<FLAT, dot, W, S>(a);
+  else if (MID != TALL && a.tokens <= FEW_TOKENS)
+    commit<MID, dot, W, S>(a);
+  else
+    commit<TALL, dot, W, S>(a);
+}
 
 template <class W, class S>
-void commit_by_size(const ttt::Commit& a) {
-  if (FLAT != TALL && a.tokens <= FEW_TOKENS)
-    commit<FLAT, W, S>(a);
+void commit_by_rate(const ttt::Commit& a) {
+  if (dots<W> && (!a.slow_dots || a.tokens <= HANDFUL))
+    commit_by_size<dots<W>, W, S>(a);
   else
-    commit<TALL, W, S>(a);
+    commit_by_size<false, W, S>(a);
 }
 
 template <class W>
 void commit_by_state(const ttt::Commit& a) {
   if (a.state_dtype == ttt::kF32)
-    commit_by_size<W, float>(a);
+    commit_by_rate<W, float>(a);
   else if (a.state_dtype == ttt::kBF16)
-    commit_by_size<W, bf16>(a);
+    commit_by_rate<W, bf16>(a);
   else
-    commit_by_size<W, log8>(a);
+    commit_by_rate<W, log8>(a);
 }
 
 void run_commit(const ttt::Commit& a) {

@@ -141,8 +141,8 @@ struct Rows {
 
   __attribute__((always_inline)) void update(int tall, const vf (&g)[MR][NV], const vf (&s)[MR][NV],
                                              const uint32_t* words, const Scalars& k, bool pulls, bool traces) const {
-    if constexpr (MR == FLAT) {
-#pragma GCC unroll 3
+    if constexpr (MR <= MID) {
+#pragma GCC unroll 4
       for (int r = 0; r < MR; r++)
         if (r < tall) update_one(r, g[r], s[r], words, k, pulls, traces);
     } else {

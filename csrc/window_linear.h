@@ -59,6 +59,10 @@ inline void dot_products(const T* const* row, const float* x, int64_t stride, in
 #pragma GCC unroll 4
         for (int t = 0; t < tokens; t++)
           acc[r][t][u] = add_strip(acc[r][t][u], row[r] + j + u * STRIP, x + t * stride + u * step);
+#pragma GCC unroll 8
+    for (int u = 0; u < unroll; u++)
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; r++) prefetch_strip(row[r] + j + u * STRIP);
   }
   for (; j < n; j += STRIP, x += step)
     for (int r = 0; r < rows; r++) {

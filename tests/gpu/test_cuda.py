@@ -94,110 +94,6 @@ def test_step_is_captured_in_a_cuda_graph():
     assert all(torch.equal(t, expected[k]) for k, t in layer.state().items())
 
 
-def captured(run):
-    """A CUDA graph of ``run``, which has run before, so that all kernels are compiled."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-    return graph, result
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("window", "rows"), [(16, 1), (16, 5), (8, 8), (12, 3)])
-@pytest.mark.parametrize("options", [{}, {"ewc_lambda": 0.0, "replay_rows": 0}, {"importance": "mas"}])
-def test_a_whole_decode_step_is_one_graph(dtype, window, rows, options):
-    """Forward, append and the commits that fall due: bit for bit what the same calls do without a graph."""
-    config = ttt.TTTConfig(window=window, replay_capacity=64, lr=1e-2, **options)
-    layer = ttt.nn.Linear(256, 128, device="cuda", dtype=dtype, config=config).capturable_(rows)
-    if layer.memory is not None:
-        layer.memory.normal_()
-        layer.seen.fill_(64)
-    x, delta = (torch.zeros(rows, k, device="cuda", dtype=dtype) for k in (256, 128))
-    gate = torch.zeros(1, dtype=torch.int64, device="cuda")
-
-    def step(layer=layer):
-        with torch.no_grad():
-            y = layer(x)
-            layer.learn(layer.update_from([(x, delta)]), gate)
-        return y
-
-    other = copy.deepcopy(layer)
-    before = {k: t.clone() for k, t in layer.state().items()}
-    graph, y = captured(step)
-    assert all(torch.equal(t, before[k]) for k, t in layer.state().items())  # the gate was closed
-    for i in range(3 * window // rows + 4):
-        x.normal_()
-        delta.normal_()
-        gate.fill_(i % 5 != 3)
-        graph.replay()
-        assert torch.equal(y, step(other))
-    state, theirs = layer.state(), other.state()
-    assert int(state["step"]) > 1
-    assert all(torch.equal(t.nan_to_num(7.0), theirs[k].nan_to_num(7.0)) for k, t in state.items())
-    probe = torch.randn(3, 256, device="cuda", dtype=dtype)
-    with torch.no_grad():
-        exact = wide(probe) @ wide(layer.effective_weight()).T + wide(layer.bias)
-        assert float((layer(probe) - exact).norm() / exact.norm()) < 0.02
-
-
-def test_reading_the_count_while_capturing_says_why_it_cannot():
-    layer = ttt.nn.Linear(64, 32, device="cuda", config=ttt.TTTConfig(window=4, replay_rows=0)).capturable_(1)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        torch.zeros(1, device="cuda")
-        with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
-            layer.flush()
-
-
-def test_any_model_and_loss_learn_in_a_graph():
-    layer = ttt.nn.Linear(64, 48, device="cuda", config=ttt.TTTConfig(window=8, replay_rows=0, lr=1e-3))
-    model = torch.nn.Sequential(layer, torch.nn.ReLU(), torch.nn.Linear(48, 8, device="cuda").requires_grad_(False))
-    ttt.capturable_(model, 4)
-    x, outcomes = torch.zeros(4, 64, device="cuda"), []
-
-    def step(model=model):
-        with ttt.learning(model) as outcome:
-            model(x).square().sum().backward()
-        outcomes.append(outcome)
-
-    graph, _ = captured(step)  # the warm-up learnt from inputs of 0: no weight has changed
-    learnt, other = outcomes[-1].learned, copy.deepcopy(model)
-    for i in range(7):
-        x.normal_()
-        if i == 3:
-            x[0, 0] = float("nan")
-        graph.replay()
-        step(other)
-        assert int(learnt) == (i != 3)
-    for key, t in model[0].state().items():
-        torch.testing.assert_close(t, other[0].state()[key], rtol=1e-4, atol=1e-5)
-
-
-def test_launches_on_two_streams_do_not_share_a_counter():
-    args = [torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in ((1, 2048), (2048, 2048))]
-    window = [torch.randn(64, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-    eta = torch.rand(64, device="cuda")
-    want = ttt.ops.window_linear(*args, None, *window, eta)
-    streams, found = [torch.cuda.Stream() for _ in range(4)], []
-    torch.cuda.synchronize()
-    for _ in range(200):
-        for stream in streams:
-            with torch.cuda.stream(stream):
-                found.append(ttt.ops.window_linear(*args, None, *window, eta))
-    graphs = [captured(lambda: ttt.ops.window_linear(*args, None, *window, eta)) for _ in range(2)]
-    for _ in range(50):
-        for stream, (graph, _) in zip(streams, graphs, strict=False):
-            with torch.cuda.stream(stream):
-                graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(y, want) for y in found + [y for _, y in graphs])
-
-
 def commit_case(m, n, tokens, dtype, state):
     def stored(t):
         return log8.encode(t) if state == torch.uint8 else t.to(state)
@@ -343,3 +239,107 @@ def test_a_gated_commit_in_a_cuda_graph(tokens, fp8):
     assert int(live["step"]) == int(case["step"]) + 2
     for k, t in live.items():
         assert t is None or torch.equal(t, expected[k]), k
+
+
+def captured(run):
+    """A CUDA graph of ``run``, which has run before, so that all kernels are compiled."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph, result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("window", "rows"), [(16, 1), (16, 5), (8, 8), (12, 3)])
+@pytest.mark.parametrize("options", [{}, {"ewc_lambda": 0.0, "replay_rows": 0}, {"importance": "mas"}])
+def test_a_whole_decode_step_is_one_graph(dtype, window, rows, options):
+    """Forward, append and the commits that fall due: bit for bit what the same calls do without a graph."""
+    config = ttt.TTTConfig(window=window, replay_capacity=64, lr=1e-2, **options)
+    layer = ttt.nn.Linear(256, 128, device="cuda", dtype=dtype, config=config).capturable_(rows)
+    if layer.memory is not None:
+        layer.memory.normal_()
+        layer.seen.fill_(64)
+    x, delta = (torch.zeros(rows, k, device="cuda", dtype=dtype) for k in (256, 128))
+    gate = torch.zeros(1, dtype=torch.int64, device="cuda")
+
+    def step(layer=layer):
+        with torch.no_grad():
+            y = layer(x)
+            layer.learn(layer.update_from([(x, delta)]), gate)
+        return y
+
+    other = copy.deepcopy(layer)
+    before = {k: t.clone() for k, t in layer.state().items()}
+    graph, y = captured(step)
+    assert all(torch.equal(t, before[k]) for k, t in layer.state().items())  # the gate was closed
+    for i in range(3 * window // rows + 4):
+        x.normal_()
+        delta.normal_()
+        gate.fill_(i % 5 != 3)
+        graph.replay()
+        assert torch.equal(y, step(other))
+    state, theirs = layer.state(), other.state()
+    assert int(state["step"]) > 1
+    assert all(torch.equal(t.nan_to_num(7.0), theirs[k].nan_to_num(7.0)) for k, t in state.items())
+    probe = torch.randn(3, 256, device="cuda", dtype=dtype)
+    with torch.no_grad():
+        exact = wide(probe) @ wide(layer.effective_weight()).T + wide(layer.bias)
+        assert float((layer(probe) - exact).norm() / exact.norm()) < 0.02
+
+
+def test_reading_the_count_while_capturing_says_why_it_cannot():
+    layer = ttt.nn.Linear(64, 32, device="cuda", config=ttt.TTTConfig(window=4, replay_rows=0)).capturable_(1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.zeros(1, device="cuda")
+        with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
+            layer.flush()
+
+
+def test_any_model_and_loss_learn_in_a_graph():
+    layer = ttt.nn.Linear(64, 48, device="cuda", config=ttt.TTTConfig(window=8, replay_rows=0, lr=1e-3))
+    model = torch.nn.Sequential(layer, torch.nn.ReLU(), torch.nn.Linear(48, 8, device="cuda").requires_grad_(False))
+    ttt.capturable_(model, 4)
+    x, outcomes = torch.zeros(4, 64, device="cuda"), []
+
+    def step(model=model):
+        with ttt.learning(model) as outcome:
+            model(x).square().sum().backward()
+        outcomes.append(outcome)
+
+    graph, _ = captured(step)  # the warm-up learnt from inputs of 0: no weight has changed
+    learnt, other = outcomes[-1].learned, copy.deepcopy(model)
+    for i in range(7):
+        x.normal_()
+        if i == 3:
+            x[0, 0] = float("nan")
+        graph.replay()
+        step(other)
+        assert int(learnt) == (i != 3)
+    for key, t in model[0].state().items():
+        torch.testing.assert_close(t, other[0].state()[key], rtol=1e-4, atol=1e-5)
+
+
+def test_launches_on_two_streams_do_not_share_a_counter():
+    args = [torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in ((1, 2048), (2048, 2048))]
+    window = [torch.randn(64, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    eta = torch.rand(64, device="cuda")
+    want = ttt.ops.window_linear(*args, None, *window, eta)
+    streams, found = [torch.cuda.Stream() for _ in range(4)], []
+    torch.cuda.synchronize()
+    for _ in range(200):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(ttt.ops.window_linear(*args, None, *window, eta))
+    graphs = [captured(lambda: ttt.ops.window_linear(*args, None, *window, eta)) for _ in range(2)]
+    for _ in range(50):
+        for stream, (graph, _) in zip(streams, graphs, strict=False):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, want) for y in found + [y for _, y in graphs])

@@ -56,13 +56,13 @@ class Binding:
         x, delta, eta, traced = update.x, update.delta, update.eta, 0
         rows = x.shape[0]
         full = at + rows
-        if full > self.window or not (self._fits(x, self.n) and self._fits(delta, self.m) and self._fits(eta, 0)):
+        if full > self.window or x.shape != (rows, self.n) or delta.shape != (rows, self.m) or eta.shape != (rows,):
             return None
-        if delta.shape[0] != rows or eta.shape != (rows,):
+        if not (self._plain(x) and self._plain(delta) and self._plain(eta, torch.float32)):
             return None
         if self.traces:
             trace_delta = delta if update.trace_delta is None else update.trace_delta
-            if not self._fits(trace_delta, self.m) or trace_delta.shape[0] != rows:
+            if trace_delta.shape != delta.shape or not self._plain(trace_delta):
                 return None
             traced = trace_delta.data_ptr()
         self.kernels.append(x.data_ptr(), delta.data_ptr(), eta.data_ptr(), traced, at, rows)
@@ -76,11 +76,9 @@ class Binding:
         record("commit", "cpu")
         return 0
 
-    def _fits(self, t: Tensor, columns: int) -> bool:
-        """Whether ``t`` is (rows, columns) of the layer's dtype, or, without columns, (rows,) of float32."""
-        if not columns:
-            return t.dtype == torch.float32 and t.is_contiguous() and t.is_cpu
-        return t.dtype == self.dtype and t.ndim == 2 and t.shape[1] == columns and t.is_contiguous() and t.is_cpu
+    def _plain(self, t: Tensor, dtype: torch.dtype | None = None) -> bool:
+        """Whether ``t`` has ``dtype``, by default the layer's, and stands in one piece in the CPU's memory."""
+        return t.dtype is (dtype or self.dtype) and t.is_contiguous() and t.is_cpu
 
 
 def _present(layer, *names: str) -> list[Tensor]:

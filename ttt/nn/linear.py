@@ -191,6 +191,9 @@ class Linear(torch.nn.Linear):
         return ops.window_linear(x.contiguous(), self.weight, self.bias, *window)
 
     def __setattr__(self, name, value):
+        if name == "pending":  # changes with every token; torch's way takes 3 us
+            self.__dict__[name] = value
+            return
         if isinstance(value, Tensor) or name == "config":  # what a binding holds may have been replaced
             self.__dict__["_binding"] = None
         super().__setattr__(name, value)
