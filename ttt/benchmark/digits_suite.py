@@ -1,0 +1,102 @@
+"""The suite "digits": continual learning of scikit-learn's digits by a small multilayer perceptron."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ttt.benchmark import metrics
+from ttt.benchmark.digits import SCENARIOS
+from ttt.benchmark.methods import METHODS, fits, method
+from ttt.benchmark.suite import Figure, Record
+from ttt.benchmark.vision import BATCH, EPOCHS, HIDDEN, run
+
+# Drawn as curves: one of each kind, so that they can be told apart.
+CURVES = ("joint", "naive", "EWC online", "SI", "LwF", "ER 200", "DER++ 200", "generative", "layer replay", "PNN")
+
+
+class DigitsSuite:
+    """See `ttt.benchmark.digits` for the scenarios and `ttt.benchmark.methods` for the methods."""
+
+    name = "digits"
+    scenarios: Sequence[str] = SCENARIOS
+    methods: Sequence[str] = tuple(METHODS)
+    figures: Sequence[Figure] = (
+        Figure("acc", "ACC"),
+        Figure("bwt", "BWT"),
+        Figure("fwt", "FWT"),
+        Figure("forgetting", "forgetting"),
+        Figure("intransigence", "intransigence"),
+        Figure("us_per_sample", "us/sample", 0),
+        Figure("state_kb", "state, kB", 0),
+    )
+
+    def protocol(self) -> Record:
+        return {"hidden": HIDDEN, "epochs": EPOCHS, "batch": BATCH}
+
+    def fits(self, method: str, scenario: str) -> bool:
+        return fits(method, scenario)
+
+    def family(self, name: str) -> str:
+        return method(name).family
+
+    def grid(self, name: str) -> Mapping[str, Sequence[Any]]:
+        return method(name).grid
+
+    def run(self, scenario: str, method: str, seed: int, options: Record, *, tuning: bool) -> Record:
+        return run(scenario, method, seed, options, tuning=tuning)
+
+    def score(self, record: Record) -> float:
+        matrix = record["matrix"]
+        if method(record["method"]).score == "learning":
+            return sum(row[i] for i, row in enumerate(matrix)) / len(matrix)
+        return metrics.average_accuracy(matrix)
+
+    def measure(self, record: Record, others: Mapping[str, Record]) -> dict[str, float | None]:
+        matrix = record["matrix"]
+        joint = others.get("joint")
+        return {
+            "acc": metrics.average_accuracy(matrix),
+            "bwt": metrics.backward_transfer(matrix),
+            "fwt": metrics.forward_transfer(matrix, record["untrained"]),
+            "forgetting": metrics.forgetting(matrix),
+            "intransigence": None if joint is None else metrics.intransigence(
+                matrix, [row[j] for j, row in enumerate(joint["matrix"])]
+            ),
+            "us_per_sample": 1e6 * record["seconds"] / record["samples"],
+            "state_kb": record["state_bytes"] / 1024,
+        }  # fmt: skip
+
+    def plot(self, records: Sequence[Record], prefix: str) -> list[str]:
+        """Mean accuracy on the tasks seen so far, against their number."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        scenarios = [s for s in self.scenarios if any(r["scenario"] == s for r in records)]
+        size = (4.2 * len(scenarios), 4.4)
+        drawing, axes = plt.subplots(1, len(scenarios), figsize=size, squeeze=False, layout="constrained")
+        for ax, scenario in zip(axes[0], scenarios, strict=True):
+            for number, name in enumerate(CURVES):
+                mine = [r for r in records if r["scenario"] == scenario and r["method"] == name]
+                if not mine:
+                    continue
+                curves = [[sum(row[: i + 1]) / (i + 1) for i, row in enumerate(r["matrix"])] for r in mine]
+                tasks = range(1, len(curves[0]) + 1)
+                found = [metrics.interval(points) for points in zip(*curves, strict=True)]
+                middle = [m for m, _ in found]
+                ax.plot(tasks, middle, label=name, color=f"C{number}", marker=".")
+                if len(mine) > 1:
+                    low, high = [m - w for m, w in found], [m + w for m, w in found]
+                    ax.fill_between(tasks, low, high, color=f"C{number}", alpha=0.15, linewidth=0)
+            ax.set_title(scenario, fontsize=10)
+            ax.set_xlabel("tasks learnt", fontsize=8)
+            ax.set_ylabel("mean accuracy on them", fontsize=8)
+            ax.set_ylim(0, 1.02)
+            ax.grid(alpha=0.3)
+        axes[0][0].legend(fontsize=7)
+        path = f"{prefix}_curves.png"
+        drawing.savefig(path, dpi=110)
+        plt.close(drawing)
+        return [path]
