@@ -58,6 +58,7 @@ class Trainer:
 
         Raises:
             RuntimeError: before the first `begin_task`.
+            ValueError: if nothing may learn from ``batch``.
             FloatingPointError: if a gradient is not finite; nothing has changed then.
         """
         if self.task < 0:
@@ -69,6 +70,8 @@ class Trainer:
                 term = rule.term(batch, logits)
                 if term is not None:
                     loss = loss + term
+            if not loss.requires_grad:
+                raise ValueError("batch passes no layer that may learn, as where its task's column is an old one")
             loss.backward()
         logits = logits.detach()
         for rule in self.rules:
