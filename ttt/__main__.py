@@ -47,7 +47,7 @@ def benchmark(
 
     try:
         main(suite, scenarios, methods, seeds, tune, jobs, results, tuned, plots)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
 
 

@@ -114,11 +114,8 @@ def measure(
     if plots:
         prefix = str(results / f"benchmark_{suite.name}")
         m = found["machine"]
-        title = (
-            f"{suite.name}: mean accuracy after the last task; {m['processor']}, torch {m['torch']}, {found['date']}"
-        )
-        report.bars(suite, rows, "acc", "ACC", title, Path(f"{prefix}_acc.png"))
-        written += [f"{prefix}_acc.png", *suite.plot(records, prefix)]
+        title = f"{suite.name}; {m['processor']}, torch {m['torch']}, {found['date']}"
+        written += suite.plot(records, rows, title, prefix)
     console.print(", ".join(written) + " written")
     return rows
 

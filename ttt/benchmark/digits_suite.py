@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ttt.benchmark import metrics
+from ttt.benchmark import metrics, report
 from ttt.benchmark.digits import SCENARIOS
 from ttt.benchmark.methods import METHODS, fits, method
 from ttt.benchmark.suite import Figure, Record
@@ -67,8 +67,14 @@ class DigitsSuite:
             "state_kb": record["state_bytes"] / 1024,
         }  # fmt: skip
 
-    def plot(self, records: Sequence[Record], prefix: str) -> list[str]:
-        """Mean accuracy on the tasks seen so far, against their number."""
+    def plot(self, records: Sequence[Record], rows: Sequence[Record], title: str, prefix: str) -> list[str]:
+        """ACC of every method as bars; of some, the mean accuracy on the tasks seen so far against their number."""
+        paths = [f"{prefix}_acc.png", f"{prefix}_curves.png"]
+        report.bars(self, rows, "acc", "ACC", title, paths[0])
+        self._curves(records, title, paths[1])
+        return paths
+
+    def _curves(self, records: Sequence[Record], title: str, path: str) -> None:
         import matplotlib
 
         matplotlib.use("Agg")
@@ -96,7 +102,6 @@ class DigitsSuite:
             ax.set_ylim(0, 1.02)
             ax.grid(alpha=0.3)
         axes[0][0].legend(fontsize=7)
-        path = f"{prefix}_curves.png"
+        drawing.suptitle(title, fontsize=9)
         drawing.savefig(path, dpi=110)
         plt.close(drawing)
-        return [path]

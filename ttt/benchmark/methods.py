@@ -12,9 +12,10 @@ from ttt.rules import EWC, MAS, LwF, Progressive, Rule, SynapticIntelligence
 Options = Mapping[str, Any]
 
 BUFFER = 200
-RATES = (0.0025, 0.005, 0.01, 0.02)
+RATES = (0.005, 0.01, 0.02)
+SLOW = (0.0025, *RATES)
 # Penalties span decades: which is best depends on the scenario, not only on the rule.
-LAMBDAS = (0.001, 0.01, 0.1, 1.0, 10.0)
+LAMBDAS = (0.01, 0.1, 1.0, 10.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +46,11 @@ METHODS: dict[str, Method] = {
     "frozen": Method("reference", lambda o, s: [], {"lr": RATES}),
     # Plain SGD at the rate that learns each new task best, and at the rate that ends with the best ACC, as the others'.
     "naive": Method("reference", lambda o, s: [], {"lr": RATES}, score="learning"),
-    "naive (own rate)": Method("reference", lambda o, s: [], {"lr": RATES}),
+    "naive (own rate)": Method("reference", lambda o, s: [], {"lr": SLOW}),
     # For each row a new model, trained on all tasks so far together: the upper bound.
     "joint": Method("reference", lambda o, s: [], {"lr": RATES}),
     "EWC separate": Method("regularisation", _ewc("separate", "exact"), {"lr": RATES, "lam": LAMBDAS}),
     "EWC online": Method("regularisation", _ewc("online", "exact"), {"lr": RATES, "lam": LAMBDAS}),
-    "EWC online (sampled)": Method("regularisation", _ewc("online", "true"), {"lr": RATES, "lam": LAMBDAS}),
     "EWC online (empirical)": Method("regularisation", _ewc("online", "empirical"), {"lr": RATES, "lam": LAMBDAS}),
     "SI": Method(
         "regularisation", lambda o, s: [SynapticIntelligence(o["lam"])],
@@ -59,7 +59,7 @@ METHODS: dict[str, Method] = {
     "MAS": Method("regularisation", lambda o, s: [MAS(o["lam"])], {"lr": RATES, "lam": LAMBDAS}),
     "LwF": Method(
         "regularisation", lambda o, s: [LwF(o["weight"], temperature=2.0)],
-        {"lr": RATES, "weight": (0.05, 0.1, 0.25, 0.5, 1.0)},
+        {"lr": RATES, "weight": (0.05, 0.1, 0.25, 0.5)},
     ),
     f"ER {BUFFER}": Method(
         "replay", lambda o, s: [ExperienceReplay(BUFFER, fill=o["fill"], seed=s)],
@@ -67,24 +67,24 @@ METHODS: dict[str, Method] = {
     ),
     f"DER {BUFFER}": Method(
         "replay", lambda o, s: [DarkExperienceReplay(BUFFER, alpha=o["alpha"], beta=0.0, seed=s)],
-        {"lr": RATES, "alpha": (0.01, 0.03, 0.1, 0.3)},
+        {"lr": RATES, "alpha": (0.03, 0.1, 0.3)},
     ),
     f"DER++ {BUFFER}": Method(
         "replay", lambda o, s: [DarkExperienceReplay(BUFFER, alpha=o["alpha"], beta=o["beta"], seed=s)],
-        {"lr": RATES, "alpha": (0.03, 0.1, 0.3), "beta": (0.5, 1.0)},
+        {"lr": RATES, "alpha": (0.03, 0.1), "beta": (0.5, 1.0)},
     ),
     "generative": Method(
         "replay", lambda o, s: [GenerativeReplay(components=o["components"], low=0.0, high=1.0, weight=o["weight"],
                                                  seed=s)],
-        {"lr": RATES, "components": (4, 16), "weight": (0.3, 1.0)},
+        {"lr": RATES, "components": (16,), "weight": (0.3, 1.0)},
     ),
     "layer replay": Method(
         "replay", lambda o, s: [LayerReplay(o["rows"], beta=o["beta"], capacity=BUFFER)],
-        {"lr": RATES, "rows": (16, 64), "beta": (0.1, 0.3, 1.0)},
+        {"lr": RATES, "rows": (16, 64), "beta": (0.3, 1.0)},
     ),
     "EWC + ER": Method(
         "replay", lambda o, s: [EWC(o["lam"], fisher="exact", seed=s), ExperienceReplay(BUFFER, fill="task", seed=s)],
-        {"lr": RATES, "lam": LAMBDAS[:4]},
+        {"lr": RATES, "lam": LAMBDAS[:3]},
     ),
     "PNN": Method("architecture", lambda o, s: [Progressive()], {"lr": RATES}, needs_task=True),
 }  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -66,7 +65,7 @@ def _cell(value: Sequence[float | None] | None, digits: int) -> str:
     return f"{mean:.{digits}f}" + ("" if width is None else f" ± {width:.{digits}f}")
 
 
-def bars(suite: Suite, rows: Sequence[Mapping[str, Any]], figure: str, label: str, title: str, path: Path) -> None:
+def bars(suite: Suite, rows: Sequence[Mapping[str, Any]], figure: str, label: str, title: str, path: str) -> None:
     """One panel a scenario: a figure of every method, with its interval."""
     import matplotlib
 

@@ -56,8 +56,8 @@ class Suite(Protocol):
         """The figures of a run; ``others`` holds the runs of the same scenario and seed, by method."""
         ...
 
-    def plot(self, records: Sequence[Record], prefix: str) -> list[str]:
-        """Draw what is particular to the suite into files that begin with ``prefix``; returns their paths."""
+    def plot(self, records: Sequence[Record], rows: Sequence[Record], title: str, prefix: str) -> list[str]:
+        """Draw runs, and the rows that sum them up, into files that begin with ``prefix``; returns their paths."""
         ...
 
 

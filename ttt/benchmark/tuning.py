@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ttt.benchmark.runs import Journal, wanted
+from ttt.benchmark.runs import Journal, key_of, wanted
 from ttt.benchmark.suite import Record, Suite, candidates
 
 SEEDS = (1000, 1001)
@@ -52,8 +52,6 @@ def choose(suite: Suite, journal: Journal, runs: Sequence[Record]) -> dict[str, 
     ``at_edge`` names the numeric options whose best value is the first or last of its grid: a better one may lie
     outside.
     """
-    from ttt.benchmark.runs import key_of
-
     tried: dict[tuple[str, str], dict[str, list[float]]] = {}
     for record in runs:
         found = journal.records[key_of(record)]

@@ -158,6 +158,7 @@ class EWC(_Penalty):
             total = wide(layer, "importance")
             weight = layer.weight.to(total.dtype)
             centre = weight + old * (anchor - weight) / total.clamp_min(torch.finfo(total.dtype).tiny)
+            layer.own("anchor", copy=False)
             layer.anchor.copy_(centre)
         self._before = []
 
