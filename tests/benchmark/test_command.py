@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ttt.__main__ import app
-from ttt.benchmark import SUITES, DigitsSuite, report, runs, tuning
+from ttt.benchmark import SUITES, DigitsSuite, report, runs, tuning, vision
 from ttt.benchmark.suite import Figure, candidates
 
 
@@ -125,8 +125,19 @@ def test_all_combinations_in_the_grids_order():
     assert candidates({}) == [{}]
 
 
-def test_the_digits_run_side_by_side_and_are_drawn(tmp_path):
-    args = ["--scenarios", "split-task", "--methods", "frozen,PNN", "--seeds", "2", "--jobs", "2"]
+def test_runs_side_by_side_are_the_runs_one_by_one(tmp_path):
+    todo = [runs.wanted(Toy(), "hill", "moving", seed, {"a": 2}, tuning=False) for seed in range(3)]
+    seen = []
+    for jobs in (1, 2):
+        journal = runs.Journal(tmp_path / f"{jobs}.jsonl")
+        runs.run_all(Toy(), todo, journal, jobs=jobs, finished=seen.append)
+    assert len(seen) == 6
+    assert runs.Journal(tmp_path / "1.jsonl").records == runs.Journal(tmp_path / "2.jsonl").records
+
+
+def test_the_digits_run_and_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.setitem(vision.EPOCHS, "split-task", 1)
+    args = ["--scenarios", "split-task", "--methods", "frozen,PNN", "--seeds", "2"]
     done = CliRunner().invoke(app, ["benchmark", *args, "--results", str(tmp_path)])
     assert done.exit_code == 0, done.output
     names = {p.name for p in tmp_path.iterdir()}

@@ -25,7 +25,7 @@ def test_reservoir_is_uniform_and_draws_are_distinct():
     held = torch.zeros(60)
     for seed in range(400):
         reservoir = SampleReservoir(6, seed=seed)
-        for part in torch.arange(60).split(7):
+        for part in torch.arange(60).split(25):
             reservoir.insert(i=part)
         held[reservoir.fields["i"]] += 1
     # 400 draws with probability .1: 40 +- 6 each; early, middle and late thirds 800 +- 27 each

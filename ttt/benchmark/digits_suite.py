@@ -23,12 +23,14 @@ class DigitsSuite:
     methods: Sequence[str] = tuple(METHODS)
     figures: Sequence[Figure] = (
         Figure("acc", "ACC"),
+        # Of the same seed, so that the interval is that of the difference.
+        Figure("over_naive", "over naive (own rate)"),
         Figure("bwt", "BWT"),
         Figure("fwt", "FWT"),
         Figure("forgetting", "forgetting"),
         Figure("intransigence", "intransigence"),
-        Figure("us_per_sample", "us/sample", 0),
-        Figure("state_kb", "state, kB", 0),
+        Figure("us_per_sample", "CPU us/sample", 0),
+        Figure("state_kib", "state, KiB", 0),
     )
 
     def protocol(self) -> Record:
@@ -54,9 +56,11 @@ class DigitsSuite:
 
     def measure(self, record: Record, others: Mapping[str, Record]) -> dict[str, float | None]:
         matrix = record["matrix"]
-        joint = others.get("joint")
+        joint, naive = others.get("joint"), others.get("naive (own rate)")
+        acc = metrics.average_accuracy(matrix)
         return {
-            "acc": metrics.average_accuracy(matrix),
+            "acc": acc,
+            "over_naive": None if naive is None else acc - metrics.average_accuracy(naive["matrix"]),
             "bwt": metrics.backward_transfer(matrix),
             "fwt": metrics.forward_transfer(matrix, record["untrained"]),
             "forgetting": metrics.forgetting(matrix),
@@ -64,7 +68,7 @@ class DigitsSuite:
                 matrix, [row[j] for j, row in enumerate(joint["matrix"])]
             ),
             "us_per_sample": 1e6 * record["seconds"] / record["samples"],
-            "state_kb": record["state_bytes"] / 1024,
+            "state_kib": record["state_bytes"] / 1024,
         }  # fmt: skip
 
     def plot(self, records: Sequence[Record], rows: Sequence[Record], title: str, prefix: str) -> list[str]:
@@ -101,7 +105,9 @@ class DigitsSuite:
             ax.set_ylabel("mean accuracy on them", fontsize=8)
             ax.set_ylim(0, 1.02)
             ax.grid(alpha=0.3)
-        axes[0][0].legend(fontsize=7)
+        # A method may be missing from a panel: the legend is gathered from all of them.
+        lines = {label: line for ax in axes[0] for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+        drawing.legend(lines.values(), lines.keys(), fontsize=8, loc="outside right center")
         drawing.suptitle(title, fontsize=9)
         drawing.savefig(path, dpi=110)
         plt.close(drawing)
