@@ -36,18 +36,22 @@ def test_components_find_clusters_and_tasks_keep_their_share():
 
 
 def test_what_the_mixture_refuses():
-    mixture = GaussianMixture(2)
+    mixture = GaussianMixture(2, least=2)
     with pytest.raises(RuntimeError, match="call fit"):
         mixture.sample(3)
     with pytest.raises(ValueError, match=r"got \(0, 3\)"):
         mixture.fit(torch.zeros(0, 3))
-    mixture.fit(torch.randn(1, 3))  # one input is a point
+    with pytest.raises(ValueError, match=r"x must be at least 2 inputs, got \(1, 3\)"):
+        mixture.fit(torch.randn(1, 3))
+    mixture.fit(torch.randn(2, 3))
     mixture.fit(torch.randn(9, 3))
     assert bool(torch.isfinite(mixture.sample(5)).all())
     with pytest.raises(ValueError, match=r"got \(4, 2\)"):
         mixture.fit(torch.zeros(4, 2))
     with pytest.raises(ValueError, match="components must be a whole number"):
         GaussianMixture(0)
+    with pytest.raises(ValueError, match="least must be a whole number of at least 2, got 1"):
+        GaussianMixture(1, least=1)
     with pytest.raises(ValueError, match="temperature must be a number"):
         GenerativeReplay(temperature=0.0)
 
@@ -113,6 +117,18 @@ def test_it_learns_what_the_old_model_says_not_what_the_new_batch_is():
         past = trainer.model(rule.draw()[0].x).argmax(-1)
         assert bool((past == 1).double().mean() > 0.95)
         assert bool((trainer.model(far.x).argmax(-1) == 3).double().mean() > 0.95)
+
+
+def test_an_input_far_from_all_others_is_no_component():
+    near = torch.randn(40, 3)
+    far = torch.tensor([[50.0, 0.0, 0.0]])
+    mixture = GaussianMixture(5, rank=1, least=3)
+    mixture.fit(torch.cat([near, far]))
+    assert sum(mixture.counts) == 41
+    assert min(mixture.counts) >= 3
+    assert float(torch.cdist(torch.stack(mixture.means), far).min()) > 1
+    mixture.fit(torch.zeros(7, 3))  # equal inputs are one component
+    assert mixture.counts[-1] == 7
 
 
 def test_no_sample_is_kept():

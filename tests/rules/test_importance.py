@@ -31,7 +31,17 @@ def measured(rule, batches, model):
     return [layer.trace / layer.tokens for layer in layers_of(trainer)], trainer
 
 
+def test_empirical_fisher_is_the_mean_of_squared_per_sample_gradients():
+    model, data = plain_mlp(), samples(23)
+    found, _ = measured(EWC(1.0, fisher="empirical"), [data[:10], data[10:]], model)
+    gradients = per_sample(model, lambda z, y: torch.nn.functional.cross_entropy(z, y), data.x, data.y)
+    for mine, g in zip(found, gradients, strict=True):
+        torch.testing.assert_close(mine, g.square().mean(0), **EXACT)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 def test_empirical_fisher_is_backpacks_sum_of_squared_gradients():
+    pytest.importorskip("backpack")
     from backpack import backpack, extend
     from backpack.extensions import SumGradSquared
 

@@ -20,17 +20,20 @@ class GaussianMixture:
     in the other directions. Components are drawn in proportion to the inputs they stand for.
 
     Args:
-        components: added by each fit, at most one for every two inputs.
+        components: added by each fit, at most.
         rank: columns of U_k, >= 0.
+        least: inputs that a component stands for at least, >= 2; a smaller cluster joins its nearest. The mean of one
+            input would be that input.
         seed: of k-means and the draws.
 
     Raises:
         ValueError: for a value out of range.
     """
 
-    def __init__(self, components: int = 8, *, rank: int = 8, seed: int = 0) -> None:
+    def __init__(self, components: int = 8, *, rank: int = 8, least: int = 4, seed: int = 0) -> None:
         self.components = check_whole("components", components, 1)
         self.rank = check_whole("rank", rank, 0)
+        self.least = check_whole("least", least, 2)
         self.generator = torch.Generator().manual_seed(seed)
         self.shape: torch.Size | None = None
         self.means: list[Tensor] = []  # (n,)
@@ -43,21 +46,19 @@ class GaussianMixture:
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """Add components for ``x`` (N, ...), N >= 1.
+        """Add components for ``x`` (N, ...).
 
         Raises:
-            ValueError: for inputs of another shape than before, or none.
+            ValueError: for inputs of another shape than before, or fewer than ``least``.
         """
-        if len(x) == 0 or (self.shape is not None and x.shape[1:] != self.shape):
-            raise ValueError(f"x must be at least one input of shape {self.shape or '(...)'}, got {tuple(x.shape)}")
+        if len(x) < self.least or (self.shape is not None and x.shape[1:] != self.shape):
+            shape = "" if self.shape is None else f" of shape {tuple(self.shape)}"
+            raise ValueError(f"x must be at least {self.least} inputs{shape}, got {tuple(x.shape)}")
         self.shape = x.shape[1:]
         rows = x.detach().flatten(1)
-        k = min(self.components, max(1, len(rows) // 2))
-        nearest = self._k_means(rows, k)
-        for c in range(k):
+        nearest = self._k_means(rows, min(self.components, len(rows) // self.least))
+        for c in nearest.unique().tolist():
             mine = rows[nearest == c]
-            if not len(mine):
-                continue
             mean = mine.mean(0)
             variance, directions = self._principal(mine - mean)
             r = min(self.rank, len(variance))
@@ -74,7 +75,7 @@ class GaussianMixture:
         return s.square() / max(1, len(centred) - 1), v.T
 
     def _k_means(self, rows: Tensor, k: int, rounds: int = 20) -> Tensor:
-        """(N,) the cluster of each row."""
+        """(N,) the cluster of each row; every cluster has at least ``least`` rows."""
         first = int(torch.randint(len(rows), (1,), generator=self.generator))
         centres = rows[first : first + 1]
         while len(centres) < k:
@@ -86,7 +87,13 @@ class GaussianMixture:
             nearest = torch.cdist(rows, centres).argmin(1)
             centres = torch.stack([rows[nearest == c].mean(0) if bool((nearest == c).any()) else centres[c]
                                    for c in range(k)])  # fmt: skip
-        return torch.cdist(rows, centres).argmin(1)
+        distance = torch.cdist(rows, centres)
+        while True:
+            counts = torch.bincount(distance.argmin(1), minlength=k)
+            small = [c for c in range(k) if 0 < counts[c] < self.least]
+            if not small:
+                return distance.argmin(1)
+            distance[:, min(small, key=counts.tolist().__getitem__)] = torch.inf
 
     @torch.no_grad()
     def sample(self, rows: int) -> Tensor:
