@@ -1,4 +1,4 @@
-"""``python -m ttt``: info and demo."""
+"""``python -m ttt``: info, demo and benchmark."""
 
 from __future__ import annotations
 
@@ -28,6 +28,27 @@ def demo(
     from ttt.demo.run import main
 
     main(text, report, bytes_per_domain)
+
+
+@app.command()
+def benchmark(
+    suite: Annotated[str, typer.Option(help="Which suite to run.")] = "digits",
+    scenarios: Annotated[str | None, typer.Option(help="Comma-separated; all by default.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated; all by default.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ...")] = 5,
+    tune: Annotated[bool, typer.Option("--tune", help="Search the methods' options instead, on other seeds.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that run side by side.")] = 1,
+    results: Annotated[Path, typer.Option(help="Folder of runs, figures and plots.")] = Path("bench/results"),
+    tuned: Annotated[Path | None, typer.Option(help="File of tuned options; by default the package's own.")] = None,
+    plots: Annotated[bool, typer.Option(help="Draw plots.")] = True,
+) -> None:
+    """Compare methods of continual learning on sequences of tasks. Finished runs are kept, and not run again."""
+    from ttt.benchmark.command import main
+
+    try:
+        main(suite, scenarios, methods, seeds, tune, jobs, results, tuned, plots)
+    except (ValueError, FileNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 if __name__ == "__main__":

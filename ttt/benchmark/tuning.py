@@ -1,0 +1,92 @@
+"""The search for each method's options, and the file that holds what it chose."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ttt.benchmark.runs import Journal, key_of, wanted
+from ttt.benchmark.suite import Record, Suite, candidates
+
+SEEDS = (1000, 1001)
+"""Never reported: reported seeds count from 0."""
+
+
+def tuned_path(suite: Suite) -> Path:
+    """The file of chosen options that comes with the package."""
+    return Path(str(resources.files("ttt.benchmark") / "tuned" / f"{suite.name}.json"))
+
+
+def load(path: Path) -> dict[str, dict[str, Record]]:
+    """Scenario -> method -> options.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; `python -m ttt benchmark --tune` writes it")
+    chosen = json.loads(path.read_text())["chosen"]
+    return {s: {m: found["options"] for m, found in methods.items()} for s, methods in chosen.items()}
+
+
+def todo(suite: Suite, scenarios: Sequence[str], methods: Sequence[str]) -> list[Record]:
+    """Every run of the search."""
+    return [
+        wanted(suite, scenario, method, seed, options, tuning=True)
+        for scenario in scenarios
+        for method in methods
+        if suite.fits(method, scenario)
+        for options in candidates(suite.grid(method))
+        for seed in SEEDS
+    ]
+
+
+def choose(suite: Suite, journal: Journal, runs: Sequence[Record]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Scenario -> method -> the options with the best mean score over the tuning seeds, and what is to be known of it.
+
+    ``at_edge`` names the numeric options whose best value is the first or last of its grid: a better one may lie
+    outside.
+    """
+    tried: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for record in runs:
+        found = journal.records[key_of(record)]
+        options = json.dumps(found["options"])
+        scores = tried.setdefault((found["scenario"], found["method"]), {}).setdefault(options, [])
+        scores.append(suite.score(found))
+    chosen: dict[str, dict[str, dict[str, Any]]] = {}
+    for (scenario, method), scored in tried.items():
+        best = max(scored, key=lambda o: fmean(scored[o]))
+        options = json.loads(best)
+        chosen.setdefault(scenario, {})[method] = {
+            "options": options,
+            "score": round(fmean(scored[best]), 4),
+            "worst": round(min(fmean(s) for s in scored.values()), 4),
+            "tried": len(scored),
+            "at_edge": _edges(options, suite.grid(method)),
+        }
+    return chosen
+
+
+def _edges(options: Record, grid: Mapping[str, Sequence[Any]]) -> list[str]:
+    numeric = [n for n, values in grid.items() if len(values) > 2 and not isinstance(values[0], str)]
+    return [n for n in numeric if options[n] in (grid[n][0], grid[n][-1])]
+
+
+def save(path: Path, suite: Suite, chosen: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write ``chosen``, beside what the file already holds for other scenarios and methods."""
+    held: dict[str, dict[str, Any]] = json.loads(path.read_text())["chosen"] if path.exists() else {}
+    for scenario, methods in chosen.items():
+        held.setdefault(scenario, {}).update(methods)
+    ordered = {
+        s: {m: held[s][m] for m in suite.methods if m in held[s]} for s in suite.scenarios if s in held
+    }  # methods that are no more are dropped
+    content = {"suite": suite.name, "seeds": list(SEEDS), "protocol": suite.protocol(), "chosen": ordered}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)

@@ -1,0 +1,15 @@
+"""Replay: the past comes back, as samples, as stored logits, as layer inputs, or from a generator."""
+
+from ttt.replay.experience import DarkExperienceReplay, ExperienceReplay
+from ttt.replay.generative import GaussianMixture, GenerativeReplay
+from ttt.replay.layer import LayerReplay
+from ttt.replay.reservoir import SampleReservoir
+
+__all__ = [
+    "DarkExperienceReplay",
+    "ExperienceReplay",
+    "GaussianMixture",
+    "GenerativeReplay",
+    "LayerReplay",
+    "SampleReservoir",
+]

@@ -1,0 +1,72 @@
+"""`SampleReservoir`: a uniform sample of everything seen, of a fixed size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ttt.ops.philox import INSERT, philox
+from ttt.rules.base import check_whole
+
+
+class SampleReservoir:
+    """Samples of any fields, kept by reservoir sampling (algorithm R; Vitter 1985).
+
+    After N samples each of them is held with probability capacity / N. Slots are drawn from the counters that
+    `ttt.ops.reservoir_insert` uses: the same seed keeps the same samples.
+
+    Args:
+        capacity: K >= 1.
+        seed: of the slots, and of `draw`.
+
+    Raises:
+        ValueError: for a capacity below 1.
+    """
+
+    def __init__(self, capacity: int, seed: int = 0) -> None:
+        self.capacity, self.seed = check_whole("capacity", capacity, 1), seed
+        self.seen = 0
+        self.fields: dict[str, Tensor | None] = {}
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return min(self.seen, self.capacity)
+
+    def insert(self, **fields: Tensor | None) -> None:
+        """Let N samples enter: each field is (N, ...), or None, in every call.
+
+        Raises:
+            ValueError: for fields of different lengths, or others than before.
+        """
+        given = {name: t.detach() for name, t in fields.items() if t is not None}
+        lengths = {name: len(t) for name, t in given.items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"fields must have one length, got {lengths}")
+        if self.fields and {n for n, t in self.fields.items() if t is not None} != set(given):
+            raise ValueError(f"fields must be {sorted(self.fields)} as before, got {sorted(given)}")
+        if not self.fields:
+            empty = {name: t.new_zeros((self.capacity, *t.shape[1:])) for name, t in given.items()}
+            self.fields = {name: empty.get(name) for name in fields}
+        count = next(iter(lengths.values()))
+        s = self.seen + torch.arange(count)
+        slots = torch.where(s < self.capacity, s, (philox(s, 0, 0, INSERT, self.seed)[0] * (s + 1)) >> 32)
+        kept = dict(zip(slots.tolist(), range(count), strict=True))  # in order: the last of two samples stays
+        pairs = [(slot, row) for slot, row in kept.items() if slot < self.capacity]
+        if pairs:
+            into, rows = torch.tensor(pairs).T
+            for name, t in given.items():
+                held = self.fields[name]
+                assert held is not None
+                held[into] = t[rows].to(held.dtype)
+        self.seen += count
+
+    def draw(self, rows: int) -> dict[str, Tensor | None]:
+        """``rows`` distinct samples, or all if fewer are held, in random order; {} while it is empty."""
+        if not len(self):
+            return {}
+        index = torch.randperm(len(self), generator=self.generator)[:rows]
+        return {name: None if t is None else t[index] for name, t in self.fields.items()}
+
+    def tensors(self) -> list[Tensor]:
+        """What is held, for counting bytes."""
+        return [t for t in self.fields.values() if t is not None]

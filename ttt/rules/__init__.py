@@ -1,0 +1,30 @@
+"""Rules against forgetting that act on weights, on the loss, or on the model's shape; replay is in `ttt.replay`.
+
+Any number of them compose in a `Trainer`. Linear layers change by the fused commit alone.
+"""
+
+from ttt.rules.base import Batch, Rule, configure, forward_inputs, masked, task_loss
+from ttt.rules.distil import LwF, SeenOutputs, distillation
+from ttt.rules.importance import EWC, MAS, SynapticIntelligence, measure_importance
+from ttt.rules.progressive import Progressive, ProgressiveNet, forward_task
+from ttt.rules.trainer import Trainer
+
+__all__ = [
+    "EWC",
+    "MAS",
+    "Batch",
+    "LwF",
+    "Progressive",
+    "ProgressiveNet",
+    "Rule",
+    "SeenOutputs",
+    "SynapticIntelligence",
+    "Trainer",
+    "configure",
+    "distillation",
+    "forward_inputs",
+    "forward_task",
+    "masked",
+    "measure_importance",
+    "task_loss",
+]

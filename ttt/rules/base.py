@@ -1,0 +1,150 @@
+"""What every learning rule is made of: `Batch`, `Rule`, and the losses that they share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ttt.config import TTTConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """N samples.
+
+    Attributes:
+        x: (N, ...) inputs.
+        y: (N,) int64, the output each sample should choose.
+        task: (N,) int64, the task each sample belongs to; None where nobody says (class- and domain-incremental).
+        allowed: (N, K) bool, the outputs each sample may choose among; None for all of them. A model that is told
+            the task at test time (task-incremental) gets its heads this way.
+    """
+
+    x: Tensor
+    y: Tensor
+    task: Tensor | None = None
+    allowed: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, rows: Tensor | slice) -> Batch:
+        return Batch(**{name: None if t is None else t[rows] for name, t in self.tensors().items()})  # type: ignore[arg-type]
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """The fields by name."""
+        return {"x": self.x, "y": self.y, "task": self.task, "allowed": self.allowed}
+
+
+Forward = Callable[[nn.Module, Batch], Tensor]
+
+
+def forward_inputs(model: nn.Module, batch: Batch) -> Tensor:
+    """The usual forward pass: logits (N, K) from ``batch.x`` alone."""
+    return model(batch.x)
+
+
+def masked(logits: Tensor, allowed: Tensor | None) -> Tensor:
+    """(N, K) logits, -inf where an output is not allowed."""
+    return logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)
+
+
+def task_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Cross entropy of (N, K) logits, summed over the samples, among the outputs each sample is allowed."""
+    return nn.functional.cross_entropy(masked(logits, batch.allowed), batch.y, reduction="sum")
+
+
+class Rule:
+    """A way not to forget. Rules compose: a `Trainer` takes any number of them.
+
+    A rule acts in three places: fields of the `TTTConfig` (what the fused commit does), terms of the loss, and the
+    boundary between tasks. One object serves one model.
+    """
+
+    architecture: ClassVar[bool] = False
+    """The rule changes the model's shape."""
+
+    model: nn.Module
+    forward: Forward
+
+    def options(self) -> dict[str, Any]:
+        """Fields of `TTTConfig` that this rule needs."""
+        return {}
+
+    def attach(self, model: nn.Module, forward: Forward) -> None:
+        """Called once, by the `Trainer`."""
+        self.model, self.forward = model, forward
+
+    def begin_task(self, task: int) -> None:
+        """Before the first step of task number ``task``, counted from 0."""
+
+    def term(self, batch: Batch, logits: Tensor) -> Tensor | None:
+        """A term of the loss, summed over samples; called where gradients are captured. ``logits`` (N, K)."""
+        return None
+
+    def end_step(self, batch: Batch, logits: Tensor) -> None:
+        """After a step: what the model said about ``batch`` before it learnt from it."""
+
+    def measure(self, batches: Sequence[Batch]) -> None:
+        """After the last step of a task, before anchors move: ``batches`` holds each of its samples once."""
+
+    def end_task(self, batches: Sequence[Batch]) -> None:
+        """After anchors and importance have moved."""
+
+    def tensors(self) -> Iterable[Tensor]:
+        """What the rule itself keeps between steps, for counting bytes."""
+        return ()
+
+
+def configure(config: TTTConfig, rules: Iterable[Rule]) -> TTTConfig:
+    """``config`` with what ``rules`` need of the fused commit; without what none of them needs.
+
+    Raises:
+        ValueError: if two rules want different values of one field.
+    """
+    wanted: dict[str, Any] = {}
+    source: dict[str, Rule] = {}
+    for rule in rules:
+        for name, value in rule.options().items():
+            if wanted.get(name, value) != value:
+                pair = f"{type(source[name]).__name__} and {type(rule).__name__}"
+                raise ValueError(f"rules cannot be combined: {pair} need {name} = {wanted[name]!r} and {value!r}")
+            wanted[name], source[name] = value, rule
+    return dataclasses.replace(config, **{"ewc_lambda": 0.0, "replay_rows": 0, **wanted})
+
+
+def check_number(name: str, value: float, low: float, high: float = float("inf"), *, above: bool = False) -> float:
+    """``value``, if it is in [low, high], in (low, high] with ``above``.
+
+    Raises:
+        ValueError: otherwise; it names the argument, the value and what is allowed.
+    """
+    if not (low <= value <= high) or (above and value == low):
+        raise ValueError(f"{name} must be a number in {'(' if above else '['}{low}, {high}], got {value!r}")
+    return value
+
+
+def check_whole(name: str, value: int, low: int) -> int:
+    """``value``, if it is a whole number of at least ``low``.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+    return value
+
+
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> str:
+    """``value``, if it is one of ``allowed``.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {tuple(allowed)}, got {value!r}")
+    return value
