@@ -152,7 +152,7 @@ def _factors_of(x, delta, trace_delta, eta, step, gate, dtype, traces, fp8, shar
     elif traces and (sampled or shared["KIND"] != "si"):
         left_s = torch.empty((depth, m), dtype=stored, device=device)
         right_s = torch.empty((depth, n), dtype=stored, device=device)
-    blocks = {"BT": 32, "BJ": 128, "num_warps": 4}
+    blocks = {"BT": 32, "BJ": 128, "num_warps": 8}
     columns = triton.cdiv(wide_m, 128) + (0 if left_s is None else triton.cdiv(wide_n, 128))
     for phase in (dest,) if dest == "rows" else ("top", dest):
         _factors[(columns, triton.cdiv(max(tokens, depth), 32))](
@@ -189,6 +189,8 @@ def commit(
     total, blocks = eta.sum(), _BLOCKS[weight.dtype]
     if INTERPRETED and weight.dtype == torch.bfloat16:
         blocks = {**blocks, "AS": "ieee"}
+    if response is None:
+        blocks = {**blocks, "maxnreg": 128}  # left alone, the assembler aims at 96 and spills a little
     span = max(1, PANEL_BYTES // (8 * m * 128)) * 128
     for first in range(0, n, span):
         last = min(first + span, n)
