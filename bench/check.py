@@ -35,7 +35,9 @@ def key_of(row: dict[str, Any]) -> tuple[str, str, str, str]:
 def load(path: Path) -> dict[str, Any] | None:
     """A result of `bench.run`; None if ``path`` is JSON of another kind."""
     found = json.loads(path.read_text())
-    return found if isinstance(found, dict) and "rows" in found and isinstance(found.get("machine"), dict) else None
+    machine = found.get("machine") if isinstance(found, dict) and "rows" in found else None
+    known = isinstance(machine, dict) and {"device", "isa", "threads", "date"} <= machine.keys()
+    return found if known else None
 
 
 def committed(paths: list[Path], kind: tuple) -> dict[tuple, dict[str, Any]]:

@@ -466,6 +466,17 @@ def test_check_passes_and_fails(results, monkeypatch):
     assert "No committed result of another processor" in done.output
 
 
+def test_only_results_of_the_bench_are_read():
+    """The folder holds those of the demo and of the comparison of methods as well."""
+    found = {path.name: check.load(path) for path in check.RESULTS.glob("*.json")}
+    assert {name for name, results in found.items() if results is not None} == {
+        n for n in found if n.startswith("cpu_")
+    }
+    assert any(name.startswith("benchmark_") for name in found)
+    kinds = {check.kind_of(results) for results in found.values() if results is not None}
+    assert all(check.committed(list(check.RESULTS.glob("*.json")), kind) for kind in kinds)
+
+
 def test_check_fails_when_ours_was_not_timed(results):
     file, _ = results
     row = {"suite": "commit", "case": "c", "dtype": "float32", "contender": "ttt", "reason": "off", "failed": True}
