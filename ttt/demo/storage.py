@@ -11,6 +11,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -30,7 +31,8 @@ def main() -> None:
     console = Console()
     base, config = load_model()
     held_out, batches = windows(held_out_python(), 32), calibration_batches()
-    half, rows = args.bytes // 2, []
+    half = args.bytes // 2
+    rows: list[dict[str, Any]] = []
     for domain in ("english", "headers"):
         stream = as_ids(stream_of(domain)[: args.bytes + 1])
         for method in (BOTH, EWC):
@@ -44,7 +46,12 @@ def main() -> None:
                         reader.learner.consolidate()
                     second = reader.learner.observe(stream[:, half:])
                     held = ttt.memory(reader.model).per_parameter
-                    row = {"domain": domain, "method": method, "consolidates": consolidates, "state_dtype": dtype}
+                    row: dict[str, Any] = {
+                        "domain": domain,
+                        "method": method,
+                        "consolidates": consolidates,
+                        "state_dtype": dtype,
+                    }
                     row |= {"new_bpb": round((first.bits + second.bits) / 2, 4)}
                     row |= {"old_bpb": round(bits_per_byte(reader.model, held_out), 4)}
                     row["state_bytes_per_weight"] = round(held["importance"] + held["trace"], 3)
