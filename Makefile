@@ -14,7 +14,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
-# About 15 minutes on two cores.
+# About 10 minutes on two cores.
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench.run --suite commit --rounds 5 --seconds 2 --json bench/results/cpu_commit.json
 	$(BIN)/python -m bench.run --suite $(LAYER_SUITES) --rounds 5 --seconds 3 --json bench/results/cpu_layers.json
@@ -59,7 +59,7 @@ $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 # The packages that ttt is compared with: optional, and reported as "not installed" where they are missing.
 $(VENV)/.bench: $(VENV)/.test
 	$(PIP) --editable '.[bench]'
-	touch $@ $(VENV)/.demo $(VENV)/.test
+	touch $@
 
 $(VENV)/.lint: pyproject.toml | $(BIN)/python
 	$(PIP) ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5

@@ -47,14 +47,14 @@ const ttt::Kernels* table_of(const std::string& isa) {
 
 // Intel's processors multiply pairs of bfloat16 at half the rate of float32 (4096 x 4096, T = 256, Emerald Rapids: a
 // commit takes 111 ms by pairs, 71 ms widened), AMD's at twice that rate. For few tokens pairs are faster on both.
-bool slow_dots() {
+const bool slow_dots = [] {
 #ifdef TTT_X86
   __builtin_cpu_init();
   return __builtin_cpu_is("intel");
 #else
   return false;
 #endif
-}
+}();
 
 const ttt::Kernels* active = table_of(available_isas().back());
 
@@ -129,7 +129,7 @@ ttt::Commit commit_of(address weight, address anchor, address importance, addres
           replay,
           kind,
           threads,
-          slow_dots()};
+          slow_dots};
 }
 
 template <class... Args>

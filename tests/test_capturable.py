@@ -94,6 +94,16 @@ def test_a_closed_gate_changes_no_bit(window, rows):
         assert_same(layer, other, step)
 
 
+@pytest.mark.parametrize(("window", "rows"), [(6, 2), (4, 3)])
+def test_any_other_number_opens_a_gate(window, rows):
+    gated = layer_of(5, 9, torch.float32, window=window).capturable_(rows)
+    ungated = copy.deepcopy(gated)
+    for update in updates_of(gated, rows, 5):
+        gated.learn(update, torch.tensor([3]))
+        ungated.learn(update)
+        assert_same(gated, ungated, "under a gate of 3")
+
+
 def test_input_gradients_see_the_rows_that_the_device_counts():
     ordinary = layer_of(5, 7, torch.float64, window=9, replay_rows=0)
     ours = copy.deepcopy(ordinary).capturable_(2)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttt.checks import check_whole
 from ttt.head import Fused
 from ttt.nn import Capturing
 from ttt.ops.backends import record
@@ -54,8 +55,8 @@ def generate(
 ) -> Generated:
     """`ttt.Learner.generate`, after the check of its tokens ``ids`` (B, P) and mask ``attend`` (B, P)."""
     for name, value in (("max_new_tokens", max_new_tokens), ("learn_every", learn_every), ("top_k", top_k)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if value is not None:
+            check_whole(name, value, 1)
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be a number above 0, got {temperature!r}")
     batch, prompt = ids.shape

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttt.checks import check_whole
 from ttt.learner import Learner, Seen
 from ttt.nn import Capturing
 from ttt.ops.backends import record
@@ -52,8 +53,7 @@ class GraphedLearner:
     def __init__(self, learner: Learner, *, batch: int = 1, chunk: int | None = None, graph: bool = True) -> None:
         chunk = learner.config.chunk if chunk is None else chunk
         for name, value in (("batch", batch), ("chunk", chunk)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            check_whole(name, value, 1)
         if chunk > learner.context:
             raise ValueError(f"chunk must be at most the learner's context of {learner.context} tokens, got {chunk}")
         devices = {p.device for p in learner.model.parameters()}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ttt import ops
-from ttt.nn import Capturing, Linear
+from ttt.nn import Capturing, Linear, Update
 from ttt.nn.state import wide, write
 
 
@@ -35,17 +35,15 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
                 if update is None or not bool(update.finite):
                     raise ValueError(f"calibration gave no finite gradient at {layer.name or layer}")
                 tokens += update.x.shape[0]
-                with torch.no_grad():
-                    if total is not None:
-                        # eta = 0: the weights stay as they are, and only the sum of squares grows.
-                        rates = torch.zeros_like(update.eta)
-                        ops.commit(layer.weight, None, None, total, update.x, update.delta, rates, step, kind=kind)
-                    if memory is not None:
+                if total is not None:
+                    accumulate(layer, update, total, step, kind)
+                if memory is not None:
+                    with torch.no_grad():
                         ops.reservoir_insert(*memory, update.x, seed=layer.seed)
     if tokens == 0:
         raise ValueError("batches must hold at least one batch of tokens, got none")
     protected = [(layer, total) for layer, total in zip(layers, sums, strict=True) if total is not None]
-    mean = _mean(total for _, total in protected)
+    mean = mean_of(total for _, total in protected)
     for layer, total in protected:
         write(layer, "importance", total.div_(mean or 1.0))
         layer.own("importance_scale")
@@ -58,6 +56,13 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
 
 
 @torch.no_grad()
+def accumulate(layer: Linear, update: Update, total: Tensor, step: Tensor, kind: str) -> None:
+    """Add to ``total`` (m, n) what ``update`` says of the importance of ``layer``'s weights, which stay as they are."""
+    rates = torch.zeros_like(update.eta)  # so that only the sum grows
+    ops.commit(layer.weight, None, None, total, update.x, update.delta, rates, step, kind=kind)
+
+
+@torch.no_grad()
 def consolidate(layers: list[Linear]) -> None:
     """Move anchors and importance to what was learnt; see `ttt.Learner.consolidate`."""
     for layer in layers:
@@ -65,7 +70,7 @@ def consolidate(layers: list[Linear]) -> None:
         layer.flush()
     protected = [layer for layer in layers if layer.importance is not None]
     # What grew is computed twice, for the mean and for the sum, rather than kept for all layers at once.
-    mean = _mean(_grown(layer) for layer in protected)
+    mean = mean_of(grown(layer) for layer in protected)
     for layer in protected:
         si, scale = layer.config.importance == "si", float(layer.importance_scale)
         if not scale:
@@ -74,7 +79,7 @@ def consolidate(layers: list[Linear]) -> None:
         # SI's unit (loss per squared distance) is not that of the Fisher: it is measured anew.
         unit = mean if si or not scale else scale
         decay = 1.0 if si else layer.config.consolidate_decay
-        write(layer, "importance", _grown(layer).div_(unit or 1.0).add_(wide(layer, "importance"), alpha=decay))
+        write(layer, "importance", grown(layer).div_(unit or 1.0).add_(wide(layer, "importance"), alpha=decay))
     for layer in layers:
         layer.own("anchor", copy=False)
         layer.anchor.copy_(layer.weight)
@@ -86,7 +91,7 @@ def consolidate(layers: list[Linear]) -> None:
             _merge_recent(layer)
 
 
-def _grown(layer: Linear) -> Tensor:
+def grown(layer: Linear) -> Tensor:
     """The importance that the trace stands for, (m, n), before normalisation: a new tensor."""
     trace = wide(layer, "trace")
     if layer.config.importance != "si":
@@ -95,7 +100,7 @@ def _grown(layer: Linear) -> Tensor:
     return trace.div(moved.square_().add_(layer.config.si_xi)).relu_()
 
 
-def _mean(parts: Iterable[Tensor]) -> float:
+def mean_of(parts: Iterable[Tensor]) -> float:
     """Mean over all elements of all tensors; 0 for none."""
     total, count = 0.0, 0
     for part in parts:

@@ -33,21 +33,7 @@ def test_dispatched_window_linear(dtype, tokens):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 33])
 def test_dispatched_commit(dtype, tokens):
-    m, n = 127, 500
-    w = torch.randn(m, n, device="cuda")
-    case = {
-        "weight": w.to(dtype),
-        "anchor": (w + 0.1 * torch.randn_like(w)).to(dtype),
-        "importance": torch.rand_like(w),
-        "trace": torch.rand_like(w),
-        "x": torch.randn(tokens, n, device="cuda").to(dtype),
-        "delta": torch.randn(tokens, m, device="cuda").to(dtype),
-        "eta": torch.rand(tokens, device="cuda") * 0.01,
-        "trace_delta": None,
-        "memory": torch.randn(20, n, device="cuda").to(dtype),
-        "seen": torch.tensor([50], device="cuda"),
-        "step": torch.tensor([3], device="cuda"),
-    }
+    case = commit_case(127, 500, tokens, dtype, torch.float32)
     tail = (7, 4, "projection", 0.3, 1e-3, 0.5, 0.99, "fisher")
     exact = {k: copy.deepcopy(wide(v)) for k, v in case.items()}
     plain, ours = copy.deepcopy(case), copy.deepcopy(case)

@@ -6,30 +6,25 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import ttt
 from ttt.benchmark.digits import Scenario, Task, joined, scenario
 from ttt.benchmark.methods import Options, fits, method
 from ttt.rules import ProgressiveNet, Rule, Trainer, configure, forward_task
-from ttt.rules.progressive import with_ones
+from ttt.rules.progressive import Ones
 
 HIDDEN, BATCH = 100, 32
 EPOCHS = {"split-class": 20, "split-domain": 20, "split-task": 20, "permuted": 10}
 
 
-class _Ones(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return with_ones(x)
-
-
 def network(inputs: int, outputs: int, hidden: int = HIDDEN) -> nn.Module:
     """A multilayer perceptron. Biases are weights of a constant input, so that they learn, and are protected, too."""
     return nn.Sequential(
-        _Ones(),
+        Ones(),
         nn.Linear(inputs + 1, hidden, bias=False),
         nn.ReLU(),
-        _Ones(),
+        Ones(),
         nn.Linear(hidden + 1, outputs, bias=False),
     )
 

@@ -14,6 +14,7 @@ from ttt.config import TTTConfig
 from ttt.nn.binding import Binding, binding_of
 from ttt.nn.steps import Steps, forbid_capture
 from ttt.ops import log8
+from ttt.ops.gate import advance
 
 _SEED_MASK = (1 << 63) - 1
 
@@ -338,10 +339,7 @@ class Linear(torch.nn.Linear):
             ops.reservoir_insert(self.recent, self.recent_seen, update.x, seed=self.seed, gate=gate)
         if not steps.held:
             self._commit(update.x, update.delta, update.eta, self._traced(update), gate)
-            if gate is None:
-                self.tokens.add_(steps.rows)
-            else:
-                self.tokens.add_(gate, alpha=steps.rows)
+            advance(self.tokens, steps.rows, gate)
             return
         self._commit(*self._rows(steps.held), steps.full if gate is None else steps.full * gate)
         ops.window_append(

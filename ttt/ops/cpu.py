@@ -8,6 +8,7 @@ import torch
 
 from ttt.ops import reference, schema
 from ttt.ops.backends import record, unavailable
+from ttt.ops.gate import closed
 
 # torch comes first: it brings the OpenMP runtime that the extension then shares.
 try:
@@ -106,7 +107,7 @@ def commit(
         weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
         seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every, trace_fp8, gate,
     )  # fmt: skip
-    if gate is not None and int(gate) == 0:
+    if closed(gate):
         return
     why = _why_not_commit(weight, importance if lam > 0 else None, trace, trace_fp8)
     if why:
@@ -153,7 +154,7 @@ def _commit_arguments(
 
 def reservoir_insert(memory, seen, x, seed, gate=None) -> None:
     schema.check_reservoir_insert(memory, seen, x, seed, gate)
-    if gate is not None and int(gate) == 0:
+    if closed(gate):
         return
     if _C is None:
         record("reservoir_insert", "reference", unavailable["cpu"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from ttt.ops import log8
+from ttt.ops.gate import closed
 from ttt.ops.philox import (
     DRAW,
     INSERT,
@@ -61,7 +62,7 @@ def window_append(
 ) -> None:
     """B rows into the window, which is emptied first if it was full; see `ttt.ops.window_append`."""
     rows, window = x.shape[0], win_eta.shape[0]
-    if rows == 0 or (gate is not None and not int(gate)):
+    if rows == 0 or closed(gate):
         return
     if counters is not None:
         held, full = counters[:2].tolist()
@@ -134,7 +135,7 @@ def commit(
     gate: torch.Tensor | None = None,
 ) -> None:
     """Write T tokens and R replay rows into W and F; see `ttt.ops.commit` for the formula."""
-    if gate is not None and int(gate) == 0:
+    if closed(gate):
         return
     wide = _wide(weight.dtype)
     tokens, n = x.shape
@@ -203,7 +204,7 @@ def reservoir_insert(
     memory: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, seed: int, gate: torch.Tensor | None = None
 ) -> None:
     """Algorithm R (Vitter 1985): row s goes to slot s while there is room, then to a random slot of [0, s]."""
-    if gate is not None and int(gate) == 0:
+    if closed(gate):
         return
     capacity, rows = memory.shape[0], x.shape[0]
     s = int(seen) + torch.arange(rows, device=x.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ttt.checks import check_choice
 from ttt.ops import log8
 
 REPLAY = ("projection", "gradient")
@@ -97,11 +98,6 @@ def _need_state(name: str, t: torch.Tensor, m: int, n: int, dtypes: tuple[torch.
         _need(name, t, (m, n), dtypes, like)
 
 
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
-
-
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -186,8 +182,8 @@ def check_commit(
             raise ValueError("trace in 8 bits holds values >= 0 only, but with kind = 'si' it has both signs")
     if trace_delta is not None:
         _need("trace_delta", trace_delta, (tokens, m), dtype, weight)
-    _choice("replay", replay, REPLAY)
-    _choice("kind", kind, KINDS)
+    check_choice("replay", replay, REPLAY)
+    check_choice("kind", kind, KINDS)
     if not 0 <= replay_rows <= MAX_REPLAY_ROWS:
         raise ValueError(f"replay_rows must be in [0, {MAX_REPLAY_ROWS}], got {replay_rows}")
     if replay_rows:

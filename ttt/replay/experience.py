@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from ttt.checks import check_choice, check_number, check_whole
 from ttt.replay.reservoir import SampleReservoir
-from ttt.rules.base import Batch, Rule, check_choice, check_number, check_whole, task_loss
+from ttt.rules.base import Batch, Rule, task_loss
 
 FILL = ("step", "task")
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ttt.checks import check_number, check_whole
 from ttt.fork import fork
-from ttt.rules.base import Batch, Rule, check_number, check_whole
+from ttt.rules.base import Batch, Rule
 from ttt.rules.distil import SeenOutputs, distillation
 
 

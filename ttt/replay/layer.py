@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ttt.rules.base import Rule, check_number, check_whole
+from ttt.checks import check_number, check_whole
+from ttt.rules.base import Rule
 
 
 class LayerReplay(Rule):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ttt.checks import check_whole
 from ttt.ops.philox import INSERT, philox
-from ttt.rules.base import check_whole
 
 
 class SampleReservoir:

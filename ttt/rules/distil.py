@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ttt.checks import check_number
 from ttt.fork import fork
-from ttt.rules.base import Batch, Rule, check_number
+from ttt.rules.base import Batch, Rule
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float, groups: Sequence[Tensor]) -> Tensor:

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt import ops
+from ttt.checks import check_choice, check_number
 from ttt.convert import require_layers
 from ttt.nn import Capturing, Linear
 from ttt.nn.state import wide, write
-from ttt.rules.base import Batch, Rule, check_choice, check_number, masked, task_loss
+from ttt.protection import accumulate, grown, mean_of
+from ttt.rules.base import Batch, Rule, masked, task_loss
 
 FISHER = ("true", "exact", "empirical", "stream")
 
@@ -61,10 +62,7 @@ def measure_importance(model: nn.Module, losses: Iterator[Tensor], kind: str = "
                     continue
                 if not bool(update.finite):
                     raise ValueError(f"the loss gave a gradient at {layer.name or layer} that is not finite")
-                with torch.no_grad():
-                    # eta = 0: the weights stay as they are, and only the sum grows.
-                    rates = torch.zeros_like(update.eta)
-                    ops.commit(layer.weight, None, None, sums[k], update.x, update.delta, rates, step, kind=kind)
+                accumulate(layer, update, sums[k], step, kind)
                 rows[k] += update.x.shape[0]
     if not any(rows):
         raise ValueError("batches must hold at least one sample, got none")
@@ -240,8 +238,7 @@ class MAS(_Penalty):
 
 def _scale_to_mean(layers: list[Linear]) -> None:
     """Make the mean of what the traces hold the unit of the next consolidation."""
-    grown = [wide(layer, "trace") / layer.tokens.clamp_min(1) for layer in layers]
-    mean = sum(float(g.sum(dtype=torch.float64)) for g in grown) / sum(g.numel() for g in grown)
+    mean = mean_of(grown(layer) for layer in layers)
     for layer in layers:
         layer.own("importance_scale")
         layer.importance_scale.fill_(mean)

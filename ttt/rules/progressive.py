@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ttt.checks import check_whole
 from ttt.config import TTTConfig
 from ttt.nn import Linear
-from ttt.rules.base import Batch, Rule, check_whole
+from ttt.rules.base import Batch, Rule
 
 
 def with_ones(x: Tensor) -> Tensor:
@@ -37,7 +38,7 @@ class Column(nn.Module):
                 self.adapters.append(linear(older * n, m, f"lateral.{i}"))
             else:
                 parts = linear(older * n + 1, adapter, f"adapter.{i}"), linear(adapter, m, f"lateral.{i}")
-                self.adapters.append(nn.Sequential(_Ones(), parts[0], nn.ReLU(), parts[1]))
+                self.adapters.append(nn.Sequential(Ones(), parts[0], nn.ReLU(), parts[1]))
 
     def forward(self, x: Tensor, older: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """Activations of every layer; the last is the output. ``older``: those of the earlier columns."""
@@ -53,7 +54,9 @@ class Column(nn.Module):
         return out
 
 
-class _Ones(nn.Module):
+class Ones(nn.Module):
+    """`with_ones` as a module."""
+
     def forward(self, x: Tensor) -> Tensor:
         return with_ones(x)
 

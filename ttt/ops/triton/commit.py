@@ -27,8 +27,9 @@ import triton
 import triton.language as tl
 
 from ttt.ops import log8
+from ttt.ops.gate import advance
 from ttt.ops.triton import panels, replay
-from ttt.ops.triton.common import INTERPRETED, advance, choose_token, signed
+from ttt.ops.triton.common import INTERPRETED, choose_token, signed
 from ttt.ops.triton.update import in_order, load_state, outer, replayed, squares, update
 
 

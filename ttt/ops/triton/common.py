@@ -1,4 +1,4 @@
-"""What the kernels share: the Philox streams of `ttt.ops.philox`, operand types, counters."""
+"""What the kernels share: the Philox streams of `ttt.ops.philox`, operand types."""
 
 from __future__ import annotations
 
@@ -33,14 +33,6 @@ def signed(seed: int) -> int:
 def padded_rows(rows: int) -> int:
     """Rows of a tl.dot operand that holds ``rows`` rows."""
     return max(16, triton.next_power_of_2(rows))
-
-
-def advance(counter: torch.Tensor, by: int, gate: torch.Tensor | None) -> None:
-    """counter <- counter + by, unless ``gate`` holds 0."""
-    if gate is None:
-        counter.add_(by)
-    else:
-        counter.add_(gate != 0, alpha=by)
 
 
 @triton.jit

@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ttt.ops.triton.common import INSERT, advance, draw, signed
+from ttt.ops.gate import advance
+from ttt.ops.triton.common import INSERT, draw, signed
 
 
 @triton.jit

@@ -1,0 +1,18 @@
+"""Gates of ops: (1,) int64 tensors, or None. Where one holds 0 the op changes nothing."""
+
+from __future__ import annotations
+
+import torch
+
+
+def closed(gate: torch.Tensor | None) -> bool:
+    """Whether ``gate`` holds 0. The host waits for its device."""
+    return gate is not None and int(gate) == 0
+
+
+def advance(counter: torch.Tensor, by: int, gate: torch.Tensor | None) -> None:
+    """counter <- counter + by, unless ``gate`` holds 0, which the device decides by itself."""
+    if gate is None:
+        counter.add_(by)
+    else:
+        counter.add_(gate != 0, alpha=by)
