@@ -14,7 +14,7 @@ OWN = ("weight", "trace", "win_x", "win_delta", "win_eta", "recent", "recent_see
 
 
 def taught(family="llama", **options):
-    model, learner = adapted(family, window=5, **options)
+    model, learner = adapted(family, window=5, **{"orthogonal": 2, **options})
     learner.calibrate([ids_of(2, 16)])
     learner.observe(ids_of(1, 23))
     return model, learner

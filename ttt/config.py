@@ -37,10 +37,14 @@ class TTTConfig:
             its product costs that much less.
         si_xi: xi, the damping of Synaptic Intelligence.
         replay_rows: R, remembered inputs replayed at each commit, at most 64; 0 for no replay.
-        replay_capacity: K, inputs in the replay memory of each layer.
+        replay_capacity: K, inputs in the replay memory of each layer (of ``orthogonal``, too).
         replay: ``"projection"`` or ``"gradient"``; see `ttt.ops.commit`.
         replay_beta: beta, its strength; stable in (0, 2) for the projection.
         replay_eps: ridge of the projection, relative to the mean squared norm of the replayed inputs.
+        orthogonal: k, principal directions of the remembered inputs that updates leave alone, 0 for none: with the rows
+            of U spanning them, inputs enter the window as x - U^T U x (`ttt.ops.project_out`). `Learner.calibrate` and
+            `Learner.consolidate` renew U. Trace and ``clip`` are of the gradients that are applied. Without penalty and
+            replay no output on inputs in the span changes (Saha et al., "Gradient Projection Memory", ICLR 2021).
         head_mass: probability that words left out of the gradient at the output head may have in sum, per token
             (`ttt.head.input_gradient`); 0 for the exact gradient.
         state_dtype: ``"float32"``, ``"bfloat16"`` or ``"8bit"`` (`ttt.ops.log8`; not for ``importance="si"``) for
@@ -69,6 +73,7 @@ class TTTConfig:
     replay: str = "projection"
     replay_beta: float = 0.3
     replay_eps: float = 1e-3
+    orthogonal: int = 0
     head_mass: float = 0.01
     state_dtype: str | None = None
     seed: int = 0
@@ -108,6 +113,7 @@ class TTTConfig:
         choice("replay", REPLAY)
         number("replay_beta", 0.0)
         number("replay_eps", 0.0)
+        whole("orthogonal", 0)
         number("head_mass", 0.0, 0.5)
         choice("state_dtype", (None, "float32", "bfloat16", "8bit"))
         need(

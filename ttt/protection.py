@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ttt import ops
 from ttt.nn import Capturing, Linear, Update
+from ttt.nn.basis import refresh
 from ttt.nn.state import wide, write
 
 
@@ -53,6 +54,7 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
             layer.own("memory", "seen", copy=False)
             layer.memory.copy_(memory[0])
             layer.seen.copy_(memory[1])
+            refresh(layer)
 
 
 @torch.no_grad()
@@ -89,6 +91,7 @@ def consolidate(layers: list[Linear]) -> None:
         if layer.memory is not None:
             layer.own("memory", "seen")
             _merge_recent(layer)
+            refresh(layer)
 
 
 def grown(layer: Linear) -> Tensor:

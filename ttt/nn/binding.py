@@ -31,6 +31,7 @@ class Binding:
         self.window = layer.config.window
         self.tokens = layer.tokens.data_ptr()
         self.inserts, self.traces = layer.recent is not None, layer.win_trace is not None
+        self.projects = layer.basis is not None
         self.appended = _present(layer, "win_x", "win_delta", "win_eta", "win_trace", "recent", "recent_seen")
         self.committed = _present(layer, "weight", "trace", "step", "tokens", "win_eta")
 
@@ -65,10 +66,12 @@ class Binding:
             if trace_delta.shape != delta.shape or not self._plain(trace_delta):
                 return None
             traced = trace_delta.data_ptr()
-        self.kernels.append(x.data_ptr(), delta.data_ptr(), eta.data_ptr(), traced, at, rows)
+        self.kernels.append(x.data_ptr(), delta.data_ptr(), eta.data_ptr(), traced, at, rows, torch.get_num_threads())
         torch.autograd.graph.increment_version(self.appended)
         if self.inserts:
             record("reservoir_insert", "cpu")
+        if self.projects:
+            record("project_out", "cpu")
         if full < self.window:
             return full
         self.kernels.commit_window(self.tokens, full, torch.get_num_threads())

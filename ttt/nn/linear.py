@@ -74,8 +74,10 @@ class Linear(torch.nn.Linear):
     ``win_delta``       (C, m)        gradients at the output,
     ``win_eta``         (C,)          and steps; 0 marks an empty row
     ``win_trace``       (C, m)        gradients for the trace; only for ``importance="mas"``
-    ``memory``          (K, n)        inputs whose outputs the anchor defines; if ``replay_rows`` > 0
+    ``memory``          (K, n)        inputs whose outputs the anchor defines; if ``replay_rows`` or ``orthogonal`` > 0
     ``recent``          (K', n)       a sample of inputs since the last consolidation, K' = min(K, 1024)
+    ``basis``           (k, n)        U, orthonormal directions that learning leaves alone, or rows of zeros; if
+                                      ``orthogonal`` > 0
     ``seen``            (1,)          rows that ever entered ``memory``; ``recent_seen`` likewise
     ``step``            (1,)          commits so far; ``tokens`` (1,) those in the trace
     ``importance_scale``  (1,)        float64: mean importance at the first calibration, Omega's unit
@@ -97,6 +99,7 @@ class Linear(torch.nn.Linear):
     win_trace: Tensor
     memory: Tensor
     recent: Tensor
+    basis: Tensor
     # Counters:
     seen: Tensor
     recent_seen: Tensor
@@ -157,7 +160,7 @@ class Linear(torch.nn.Linear):
         def buffer(name: str, tensor: Tensor | None) -> None:
             self.register_buffer(name, tensor, persistent=False)
 
-        replays, protects = config.replay_rows > 0, config.ewc_lambda > 0
+        remembers, protects = config.replay_rows > 0 or config.orthogonal > 0, config.ewc_lambda > 0
         buffer("anchor", w.clone())
         columns = log8.width(n) if state == torch.uint8 else n
         buffer("importance", w.new_zeros((m, columns), dtype=state) if protects else None)
@@ -166,8 +169,9 @@ class Linear(torch.nn.Linear):
         buffer("win_delta", w.new_zeros((c, m)))
         buffer("win_eta", w.new_zeros((c,), dtype=wide))
         buffer("win_trace", w.new_zeros((c, m)) if protects and config.importance == "mas" else None)
-        buffer("memory", w.new_zeros((config.replay_capacity, n)) if replays else None)
-        buffer("recent", w.new_zeros((min(config.replay_capacity, 1024), n)) if replays else None)
+        buffer("memory", w.new_zeros((config.replay_capacity, n)) if remembers else None)
+        buffer("recent", w.new_zeros((min(config.replay_capacity, 1024), n)) if remembers else None)
+        buffer("basis", w.new_zeros((config.orthogonal, n)) if config.orthogonal else None)
         for counter in ("seen", "recent_seen", "step", "tokens"):
             buffer(counter, w.new_zeros((1,), dtype=torch.int64))
         buffer("importance_scale", w.new_zeros((1,), dtype=torch.float64))
@@ -261,11 +265,14 @@ class Linear(torch.nn.Linear):
             trace_delta = None if trace_delta is None else trace_delta[rows]
         x, delta = x.to(self.weight.dtype).contiguous(), delta.to(self.weight.dtype).contiguous()
         wide = self.win_eta.dtype
-        norm = torch.linalg.vector_norm(delta, dim=1, dtype=wide) * torch.linalg.vector_norm(x, dim=1, dtype=wide)
+        delta_norm = torch.linalg.vector_norm(delta, dim=1, dtype=wide)
+        norm = delta_norm * torch.linalg.vector_norm(x, dim=1, dtype=wide)
         # The squared norm bounds every entry of the token's squared gradient: the trace cannot overflow either.
         finite = torch.isfinite(norm * norm).all()
         eta = torch.full_like(norm, self.config.lr)
         if self.config.clip is not None:
+            if self.basis is not None:  # the bound is on what will be applied
+                norm = delta_norm * torch.linalg.vector_norm(self._learnable(x), dim=1, dtype=wide)
             eta = eta * (self.config.clip / norm).clamp_max(1.0)
         if trace_delta is not None:
             trace_delta = trace_delta.to(self.weight.dtype).contiguous()
@@ -301,6 +308,10 @@ class Linear(torch.nn.Linear):
         else:
             self._learn(update, count)
 
+    def _learnable(self, x: Tensor) -> Tensor:
+        """Inputs (T, n) as updates are made with them."""
+        return x if self.basis is None else ops.project_out(x, self.basis)
+
     def _traced(self, update: Update) -> Tensor | None:
         """What of ``update`` goes into ``win_trace``."""
         if self.win_trace is None:
@@ -313,16 +324,15 @@ class Linear(torch.nn.Linear):
         traced = self._traced(update)
         if self.recent is not None:
             ops.reservoir_insert(self.recent, self.recent_seen, update.x, seed=self.seed)
+        x, delta, eta = self._learnable(update.x), update.delta, update.eta
         if p + count <= c:
             ops.window_append(
-                self.win_x, self.win_delta, self.win_eta, self.win_trace, update.x, update.delta, update.eta,
-                trace_delta=traced, at=p,
-            )  # fmt: skip
+                self.win_x, self.win_delta, self.win_eta, self.win_trace, x, delta, eta, trace_delta=traced, at=p
+            )
             self._pending = p + count
             if self._pending == c:
                 self.flush()
             return
-        x, delta, eta = update.x, update.delta, update.eta
         if p:
             x = torch.cat([self.win_x[:p], x])
             delta = torch.cat([self.win_delta[:p], delta])
@@ -337,13 +347,14 @@ class Linear(torch.nn.Linear):
         """As `_learn`, with nothing that the host must know or wait for."""
         if self.recent is not None:
             ops.reservoir_insert(self.recent, self.recent_seen, update.x, seed=self.seed, gate=gate)
+        x = self._learnable(update.x)
         if not steps.held:
-            self._commit(update.x, update.delta, update.eta, self._traced(update), gate)
+            self._commit(x, update.delta, update.eta, self._traced(update), gate)
             advance(self.tokens, steps.rows, gate)
             return
         self._commit(*self._rows(steps.held), steps.full if gate is None else steps.full * gate)
         ops.window_append(
-            self.win_x, self.win_delta, self.win_eta, self.win_trace, update.x, update.delta, update.eta,
+            self.win_x, self.win_delta, self.win_eta, self.win_trace, x, update.delta, update.eta,
             trace_delta=self._traced(update), counters=steps.counters, tokens=self.tokens, gate=gate,
         )  # fmt: skip
 
@@ -370,8 +381,13 @@ class Linear(torch.nn.Linear):
     ) -> None:
         ops.commit(
             self.weight, self.anchor, self.importance, self.trace, x, delta, eta, self.step,
-            trace_delta=trace_delta, memory=self.memory, seen=self.seen, gate=gate, **self.commit_options(),
+            trace_delta=trace_delta, memory=self.replayed, seen=self.seen, gate=gate, **self.commit_options(),
         )  # fmt: skip
+
+    @property
+    def replayed(self) -> Tensor | None:
+        """The memory, if commits replay from it."""
+        return self.memory if self.config.replay_rows else None
 
     def commit_options(self) -> dict[str, Any]:
         """The arguments of `ttt.ops.commit` that are no tensors."""
@@ -493,7 +509,7 @@ class Linear(torch.nn.Linear):
     def remember_base(self) -> None:
         """Keep what `reset` and `ttt.restore_` go back to; called before the anchor first moves."""
         if not self.base:
-            names = ("anchor", "importance", "importance_scale", "memory", "seen")
+            names = ("anchor", "importance", "importance_scale", "memory", "seen", "basis")
             held = {name: b for name in names if (b := getattr(self, name)) is not None}
             self.base = {name: b if name in self.shared else b.clone() for name, b in held.items()}
 

@@ -7,7 +7,7 @@ import torch
 from ttt.ops import cpu as cpu
 from ttt.ops import cuda as cuda
 
-__all__ = ["commit", "reservoir_draw", "reservoir_insert", "window_append", "window_linear"]
+__all__ = ["commit", "project_out", "reservoir_draw", "reservoir_insert", "window_append", "window_linear"]
 
 
 def window_linear(
@@ -35,6 +35,23 @@ def window_linear(
         RuntimeError: if grad mode is on and an argument requires grad (the op has no derivative).
     """
     return torch.ops.ttt.window_linear(x, weight, bias, win_x, win_delta, win_eta)
+
+
+def project_out(x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """x' = x - (x U^T) U: ``x`` without its part in the span of U.
+
+    Args:
+        x: (..., n), float32, bfloat16, float16 or float64, contiguous.
+        basis: (k, n), U, of the dtype of ``x``: orthonormal rows. Rows of zeros change nothing. k may be 0.
+
+    Returns:
+        A new tensor like ``x``. Sums are made in float32 (float64 for float64).
+
+    Raises:
+        ValueError, TypeError: for a wrong shape, dtype, device or stride.
+        RuntimeError: if grad mode is on and an argument requires grad (the op has no derivative).
+    """
+    return torch.ops.ttt.project_out(x, basis)
 
 
 def window_append(

@@ -46,6 +46,13 @@ def window_linear(
     return y.to(x.dtype)
 
 
+def project_out(x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """x' = x - (x U^T) U."""
+    wide = _wide(x.dtype)
+    rows, u = x.to(wide), basis.to(wide)
+    return (rows - (rows @ u.T) @ u).to(x.dtype)
+
+
 def window_append(
     win_x: torch.Tensor,
     win_delta: torch.Tensor,

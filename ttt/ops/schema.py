@@ -19,6 +19,7 @@ _SCHEMAS = {
     "window_linear": (
         "(Tensor x, Tensor weight, Tensor? bias, Tensor win_x, Tensor win_delta, Tensor win_eta) -> Tensor"
     ),
+    "project_out": "(Tensor x, Tensor basis) -> Tensor",
     "commit": (
         "(Tensor(a!) weight, Tensor? anchor, Tensor? importance, Tensor(b!)? trace, Tensor x, Tensor delta, "
         "Tensor eta, Tensor? trace_delta, Tensor? memory, Tensor? seen, Tensor(c!) step, int seed, int replay_rows, "
@@ -46,6 +47,11 @@ def implement(name: str, device: str, function) -> None:
 @torch.library.register_fake("ttt::window_linear")
 def _(x, weight, bias, win_x, win_delta, win_eta):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("ttt::project_out")
+def _(x, basis):
+    return torch.empty_like(x)
 
 
 @torch.library.register_fake("ttt::commit")
@@ -120,6 +126,16 @@ def check_window_linear(x, weight, bias, win_x, win_delta, win_eta) -> None:
     _need("win_eta", win_eta, (c,), (_floats(weight),), weight)
     _need("win_x", win_x, (c, n), dtype, weight)
     _need("win_delta", win_delta, (c, m), dtype, weight)
+
+
+def check_project_out(x, basis) -> None:
+    if basis.ndim != 2:
+        raise ValueError(f"basis must have shape (k, n), got {tuple(basis.shape)}")
+    k, n = basis.shape
+    if x.ndim < 1 or x.shape[-1] != n:
+        raise ValueError(f"x must have shape (..., {n}), got {tuple(x.shape)}")
+    _need("x", x, tuple(x.shape), _FLOATS, x)
+    _need("basis", basis, (k, n), (x.dtype,), x)
 
 
 def check_window_append(
