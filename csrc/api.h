@@ -27,7 +27,7 @@ struct Commit {
   const float* eta;         // T
   const void* trace_delta;  // T x m, dtype
   const void* memory;       // K x n, dtype
-  const int64_t* seen;      // 1
+  const int64_t* seen;      // 1; null: the memory's K = R rows are the replay rows
   int64_t* step;            // 1, bumped
   int64_t m, n, tokens, capacity, replay_rows, trace_every;
   uint64_t seed;

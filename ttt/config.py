@@ -37,6 +37,11 @@ class TTTConfig:
             its product costs that much less.
         si_xi: xi, the damping of Synaptic Intelligence.
         replay_rows: R, remembered inputs replayed at each commit, at most 64; 0 for no replay.
+        distill_rows: inputs of the window itself replayed at each commit: the layer's outputs on them are pulled to
+            the anchor's (Learning without Forgetting, Li & Hoiem 2016, at the layer).
+        generated_rows: inputs replayed at each commit that are drawn from a Gaussian of past ones; none is kept for it
+            (`ttt.nn.gaussian`). replay_rows + distill_rows + generated_rows may be 64 at most.
+        generated_rank: principal directions of that Gaussian.
         replay_capacity: K, inputs in the replay memory of each layer (of ``orthogonal``, too).
         replay: ``"projection"`` or ``"gradient"``; see `ttt.ops.commit`.
         replay_beta: beta, its strength; stable in (0, 2) for the projection.
@@ -69,6 +74,9 @@ class TTTConfig:
     trace_every: int = 1
     si_xi: float = 1e-3
     replay_rows: int = 4
+    distill_rows: int = 0
+    generated_rows: int = 0
+    generated_rank: int = 16
     replay_capacity: int = 4096
     replay: str = "projection"
     replay_beta: float = 0.3
@@ -108,7 +116,14 @@ class TTTConfig:
         number("trace_decay", 0.0, 1.0, above=True)
         whole("trace_every", 1)
         number("si_xi", 0.0, above=True)
-        whole("replay_rows", 0, MAX_REPLAY_ROWS)
+        for name in ("replay_rows", "distill_rows", "generated_rows"):
+            whole(name, 0, MAX_REPLAY_ROWS)
+        if self.commit_rows > MAX_REPLAY_ROWS:
+            raise ValueError(
+                f"replay_rows + distill_rows + generated_rows must be at most {MAX_REPLAY_ROWS}, got "
+                f"{self.replay_rows} + {self.distill_rows} + {self.generated_rows}"
+            )
+        whole("generated_rank", 1)
         whole("replay_capacity", 1)
         choice("replay", REPLAY)
         number("replay_beta", 0.0)
@@ -127,6 +142,11 @@ class TTTConfig:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
+
+    @property
+    def commit_rows(self) -> int:
+        """R of every commit, wherever its rows come from."""
+        return self.replay_rows + self.distill_rows + self.generated_rows
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ttt import ops
 from ttt.config import TTTConfig
+from ttt.nn import gaussian, rows
 from ttt.nn.binding import Binding, binding_of
 from ttt.nn.steps import Steps, forbid_capture
 from ttt.ops import log8
@@ -79,6 +80,8 @@ class Linear(torch.nn.Linear):
     ``basis``           (k, n)        U, orthonormal directions that learning leaves alone, or rows of zeros; if
                                       ``orthogonal`` > 0
     ``seen``            (1,)          rows that ever entered ``memory``; ``recent_seen`` likewise
+    ``past_mean``, ...                the Gaussian of past inputs; if ``generated_rows`` > 0; see `ttt.nn.gaussian`
+    ``present_mean``, ...             that of inputs since the last consolidation
     ``step``            (1,)          commits so far; ``tokens`` (1,) those in the trace
     ``importance_scale``  (1,)        float64: mean importance at the first calibration, Omega's unit
     ==================  ============  =========================================================
@@ -100,6 +103,7 @@ class Linear(torch.nn.Linear):
     memory: Tensor
     recent: Tensor
     basis: Tensor
+    past_mean: Tensor
     # Counters:
     seen: Tensor
     recent_seen: Tensor
@@ -172,6 +176,8 @@ class Linear(torch.nn.Linear):
         buffer("memory", w.new_zeros((config.replay_capacity, n)) if remembers else None)
         buffer("recent", w.new_zeros((min(config.replay_capacity, 1024), n)) if remembers else None)
         buffer("basis", w.new_zeros((config.orthogonal, n)) if config.orthogonal else None)
+        for held, empty in gaussian.buffers(w, wide, config.generated_rank, config.generated_rows).items():
+            buffer(held, empty)
         for counter in ("seen", "recent_seen", "step", "tokens"):
             buffer(counter, w.new_zeros((1,), dtype=torch.int64))
         buffer("importance_scale", w.new_zeros((1,), dtype=torch.float64))
@@ -379,10 +385,17 @@ class Linear(torch.nn.Linear):
     def _commit(
         self, x: Tensor, delta: Tensor, eta: Tensor, trace_delta: Tensor | None, gate: Tensor | None = None
     ) -> None:
+        memory, seen = (rows.assemble(self, x), None) if self.assembles else (self.replayed, self.seen)
         ops.commit(
             self.weight, self.anchor, self.importance, self.trace, x, delta, eta, self.step,
-            trace_delta=trace_delta, memory=self.replayed, seen=self.seen, gate=gate, **self.commit_options(),
+            trace_delta=trace_delta, memory=memory, seen=seen, gate=gate, **self.commit_options(),
         )  # fmt: skip
+        gaussian.absorb(self, x)
+
+    @property
+    def assembles(self) -> bool:
+        """Whether replay rows come from elsewhere than the memory alone, and are put together before each commit."""
+        return self.config.commit_rows > self.config.replay_rows
 
     @property
     def replayed(self) -> Tensor | None:
@@ -393,7 +406,7 @@ class Linear(torch.nn.Linear):
         """The arguments of `ttt.ops.commit` that are no tensors."""
         c = self.config
         return {
-            "seed": self.seed, "replay_rows": c.replay_rows, "replay": c.replay, "beta": c.replay_beta,
+            "seed": self.seed, "replay_rows": c.commit_rows, "replay": c.replay, "beta": c.replay_beta,
             "eps": c.replay_eps, "lam": c.ewc_lambda, "gamma": c.trace_decay, "kind": c.importance,
             "trace_every": c.trace_every,
         }  # fmt: skip
@@ -435,13 +448,19 @@ class Linear(torch.nn.Linear):
             The layer. It cannot be moved or converted while it is capturable.
 
         Raises:
-            ValueError: if ``rows`` is less than 1, or the layer has a dtype without GPU kernels and is on a GPU.
+            ValueError: if ``rows`` is less than 1, or the layer has a dtype without GPU kernels and is on a GPU, or
+                generates rows, which takes an eigendecomposition that the host waits for.
             RuntimeError: while a CUDA graph is being captured.
         """
         if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
             raise ValueError(f"rows must be a whole number of at least 1, or None, got {rows!r}")
         if rows is not None and self.weight.is_cuda and self.weight.dtype == torch.float64:
             raise ValueError("a layer of torch.float64 cannot be captured: there are no GPU kernels for it")
+        if rows is not None and self.config.generated_rows:
+            raise ValueError(
+                f"a layer with generated_rows = {self.config.generated_rows} cannot be captured: each of its commits "
+                "takes an eigendecomposition, for which the host waits"
+            )
         forbid_capture("capturable_")
         held = self.pending
         steps = None if rows is None else Steps.of(rows, self.config.window, self.weight.device)
@@ -509,7 +528,7 @@ class Linear(torch.nn.Linear):
     def remember_base(self) -> None:
         """Keep what `reset` and `ttt.restore_` go back to; called before the anchor first moves."""
         if not self.base:
-            names = ("anchor", "importance", "importance_scale", "memory", "seen", "basis")
+            names = ("anchor", "importance", "importance_scale", "memory", "seen", "basis", *gaussian.PAST)
             held = {name: b for name in names if (b := getattr(self, name)) is not None}
             self.base = {name: b if name in self.shared else b.clone() for name, b in held.items()}
 
@@ -527,7 +546,7 @@ class Linear(torch.nn.Linear):
         self.weight.copy_(self.anchor)
         # Zeroed, not only marked empty: what a user said must not stay in memory.
         zeroed = ("trace", "win_x", "win_delta", "win_eta", "win_trace", "recent", "recent_seen", "step", "tokens")
-        for name in zeroed:
+        for name in zeroed + gaussian.PRESENT:
             if (b := getattr(self, name)) is not None:
                 b.zero_()
         self.pending = 0

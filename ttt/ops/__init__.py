@@ -149,7 +149,8 @@ def commit(
         eta: (T,), float32: the step of each token.
         step: (1,), int64: the counter of commits.
         trace_delta: (T, m), the gradient that the trace uses; ``delta`` if None.
-        memory: (K, n) of ``weight``'s dtype, of which the first min(seen, K) rows are filled; seen: (1,), int64.
+        memory: (K, n) of ``weight``'s dtype, of which the first min(seen, K) rows are filled; seen: (1,), int64, or
+            None: then nothing is drawn, and ``memory`` (R, n) holds the replay rows themselves, X_r.
         replay_rows: R in [0, 64], drawn uniformly with replacement; no replay while the memory is empty.
         replay: "projection": V = beta (X_r X_r^T + eps tr/R I)^-1 X_r with tr the trace of X_r X_r^T;
             "gradient": V = beta (sum eta) X_r.

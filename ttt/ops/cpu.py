@@ -103,10 +103,11 @@ def bind_layer(layer):
         0 if recent is None else layer.recent_seen.data_ptr(), _address(layer.basis), m, n, layer.win_eta.numel(),
         0 if recent is None else recent.shape[0], layer.config.orthogonal, layer.seed & _MASK64, _DTYPE[weight.dtype],
     )  # fmt: skip
-    bound.prepare(*_commit_arguments(
-        weight, layer.anchor, layer.importance, layer.trace, layer.win_x, layer.win_delta, layer.win_eta,
-        layer.win_trace, layer.replayed, layer.seen, layer.step, **layer.commit_options(),
-    ))  # fmt: skip
+    if not layer.assembles:
+        bound.prepare(*_commit_arguments(
+            weight, layer.anchor, layer.importance, layer.trace, layer.win_x, layer.win_delta, layer.win_eta,
+            layer.win_trace, layer.replayed, layer.seen, layer.step, **layer.commit_options(),
+        ))  # fmt: skip
     return bound
 
 

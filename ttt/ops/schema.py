@@ -203,12 +203,13 @@ def check_commit(
     if not 0 <= replay_rows <= MAX_REPLAY_ROWS:
         raise ValueError(f"replay_rows must be in [0, {MAX_REPLAY_ROWS}], got {replay_rows}")
     if replay_rows:
-        if memory is None or seen is None or anchor is None:
-            raise ValueError(f"replay_rows = {replay_rows} needs memory, seen and anchor; one of them is None")
+        if memory is None or anchor is None:
+            raise ValueError(f"replay_rows = {replay_rows} needs memory and anchor; one of them is None")
         if memory.ndim != 2:
             raise ValueError(f"memory must have shape (K, {n}), got {tuple(memory.shape)}")
-        _need("memory", memory, (memory.shape[0], n), dtype, weight)
-        _need("seen", seen, (1,), (torch.int64,), weight)
+        _need("memory", memory, (replay_rows if seen is None else memory.shape[0], n), dtype, weight)
+        if seen is not None:
+            _need("seen", seen, (1,), (torch.int64,), weight)
     if not lam >= 0:
         raise ValueError(f"lam must be >= 0, got {lam}")
     if lam > 0 and (anchor is None or importance is None):

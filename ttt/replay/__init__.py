@@ -3,6 +3,7 @@
 from ttt.replay.experience import DarkExperienceReplay, ExperienceReplay
 from ttt.replay.generative import GaussianMixture, GenerativeReplay
 from ttt.replay.layer import LayerReplay
+from ttt.replay.layer_generative import LayerGenerativeReplay
 from ttt.replay.reservoir import SampleReservoir
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "ExperienceReplay",
     "GaussianMixture",
     "GenerativeReplay",
+    "LayerGenerativeReplay",
     "LayerReplay",
     "SampleReservoir",
 ]

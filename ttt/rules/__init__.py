@@ -5,6 +5,7 @@ Any number of them compose in a `Trainer`. Linear layers change by the fused com
 
 from ttt.rules.base import Batch, Rule, configure, forward_inputs, masked, task_loss
 from ttt.rules.distil import LwF, SeenOutputs, distillation
+from ttt.rules.distil_layer import LayerDistillation
 from ttt.rules.importance import EWC, MAS, SynapticIntelligence, measure_importance
 from ttt.rules.orthogonal import OrthogonalUpdates
 from ttt.rules.progressive import Progressive, ProgressiveNet, forward_task
@@ -14,6 +15,7 @@ __all__ = [
     "EWC",
     "MAS",
     "Batch",
+    "LayerDistillation",
     "LwF",
     "OrthogonalUpdates",
     "Progressive",
