@@ -4,12 +4,17 @@ from ttt.replay.experience import DarkExperienceReplay, ExperienceReplay
 from ttt.replay.generative import GaussianMixture, GenerativeReplay
 from ttt.replay.layer import LayerReplay
 from ttt.replay.reservoir import SampleReservoir
+from ttt.replay.sampled import SampledReplay
+from ttt.replay.sequences import DarkSequenceReplay, SequenceReplay
 
 __all__ = [
     "DarkExperienceReplay",
+    "DarkSequenceReplay",
     "ExperienceReplay",
     "GaussianMixture",
     "GenerativeReplay",
     "LayerReplay",
     "SampleReservoir",
+    "SampledReplay",
+    "SequenceReplay",
 ]
