@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from ttt.convert import require_layers
 from ttt.generate import Generated, generate
 from ttt.head import Fused, Plain, Split
 from ttt.nn import Capturing, Linear, Update
-from ttt.reading import detached, frozen, masked_inputs
+from ttt.reading import detached, frozen
+from ttt.stream import Chunk, Segment, StreamRule, backward_terms, check_rules, joined
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Snapshot:
 
     layers: list[dict[str, Tensor]]
     bases: list[dict[str, Tensor]]
+    rules: list[tuple[type[StreamRule], Any]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -121,12 +123,16 @@ class Learner:
         model: adapted by `ttt.adapt_`. `observe` needs a Hugging Face causal language model; it is put in eval mode.
         context: tokens of context at most; a longer text is read in segments of that many. Default: the model's
             ``max_position_embeddings``, or 2048.
+        rules: add terms to the loss of every chunk that teaches, as `ttt.replay.SequenceReplay` does. What they send
+            through the model is learnt in the same update, at ``lr`` a token. Its rows count as the chunk's do: in
+            the window, in the sample of recent inputs, and in the trace, which has a share of them (zeros for "mas").
 
     Raises:
-        ValueError: if the model has no learning layer, or ``context`` < 2.
+        TypeError: if one of ``rules`` is no `ttt.rules.StreamRule`.
+        ValueError: if the model has no learning layer, ``context`` < 2, or a rule cannot serve this learner.
     """
 
-    def __init__(self, model: nn.Module, *, context: int | None = None) -> None:
+    def __init__(self, model: nn.Module, *, context: int | None = None, rules: Sequence[StreamRule] = ()) -> None:
         self.model: Any = model.eval()
         self.layers = require_layers(model)
         self.config = self.layers[0].config
@@ -137,6 +143,9 @@ class Learner:
         self.context = context
         mas = self.config.importance == "mas" and self.config.ewc_lambda > 0
         self._split = Split(model, "importance 'mas' differentiates the logits" if mas else "")
+        self.rules = check_rules(rules)
+        for rule in self.rules:
+            rule.attach(self)
 
     # -- observe ----------------------------------------------------------------------------------------------
 
@@ -182,49 +191,76 @@ class Learner:
         rows = attend & teach
         nll = torch.zeros((batch, max(length - 1, 0)), device=ids.device)
         learned = rejected = 0
-        start, cache = 0, None  # of the present segment
+        texts = ids, attend if pads else None, None if plain else rows
+        segment, cache = Segment.of(*texts, 0, self.context), None
         position = 0
         while position < length - 1:
-            if position - start >= self.context:
-                start, cache = position, None
-            end = min(position + self.config.chunk, start + self.context, length)
+            if position - segment.start >= self.context:
+                segment, cache = Segment.of(*texts, position, self.context), None
+            end = min(position + self.config.chunk, segment.start + self.context, length)
             last = min(end, length - 1)  # the text's final token has no target
             span = slice(position, last)
             wanted = targets[:, span]
             teaches = learn and self.config.lr > 0 and (plain or bool(wanted.any()))
-            inputs = {"input_ids": ids[:, position:last], "past_key_values": cache, "use_cache": True}
-            if pads:
-                inputs |= masked_inputs(attend[:, start:last], last - position)
+            here = position - segment.start, last - segment.start
+            inputs = segment.inputs(*here) | {"past_key_values": cache, "use_cache": True}
+            ruled = teaches and bool(self.rules)
             capturing: Any = Capturing(self.layers) if teaches else contextlib.nullcontext()
-            with torch.set_grad_enabled(teaches), capturing, self._split as split:
-                out, scores = split.run(inputs, ids[:, position + 1 : last + 1])
+            with torch.set_grad_enabled(teaches), capturing:
+                with self._split as split:
+                    out, scores = split.run(inputs, ids[:, position + 1 : last + 1], keep=ruled)
                 nll[:, span] = scores.nll if plain else torch.where(scored[:, span], scores.nll, 0.0)
                 ok = True
                 if teaches:
                     masks = (None, None) if plain else (wanted, rows[:, span].flatten())
-                    ok = self._learn(capturing, scores, *masks)
+                    chunk = Chunk.of(segment, *here, scores.logits, masks[0]) if ruled else None
+                    ok = self._learn(capturing, scores, masks[0], masks[1], chunk)
                     learned, rejected = learned + ok, rejected + (not ok)
             cache = detached(out.past_key_values)
             position = last
             if not ok:  # what the model computed for this chunk is not to be trusted as context either
-                start, cache = position, None
+                segment, cache = Segment.of(*texts, position, self.context), None
         return Seen(nll, scored, learned, rejected), cache
 
-    def _learn(self, capturing: Capturing, scores: Fused | Plain, wanted: Tensor | None, rows: Tensor | None) -> bool:
-        """Learn from the captured chunk; False, and not a bit changed, if anything in it is not finite."""
-        updates, finite = self._updates(capturing, scores, wanted, rows)
+    def _learn(
+        self,
+        capturing: Capturing,
+        scores: Fused | Plain,
+        wanted: Tensor | None,
+        rows: Tensor | None,
+        chunk: Chunk | None = None,
+    ) -> bool:
+        """Learn from the captured chunk; False, and not a bit changed, if anything in it is not finite.
+
+        ``chunk``: what the rules are shown; None where there are none.
+        """
+        updates, finite = self._updates(capturing, scores, wanted, rows, chunk)
         if not bool(finite):
             return False
         for layer, update in updates:
             layer.learn(update)
+        if chunk is not None:
+            with torch.no_grad():
+                for rule in self.rules:
+                    rule.seen(chunk)
         return True
 
     def _updates(
-        self, capturing: Capturing, scores: Fused | Plain, wanted: Tensor | None, rows: Tensor | None
+        self,
+        capturing: Capturing,
+        scores: Fused | Plain,
+        wanted: Tensor | None,
+        rows: Tensor | None,
+        chunk: Chunk | None = None,
     ) -> tuple[list[tuple[Linear, Update]], Tensor]:
         """(what each layer learns from the captured chunk, whether all of it is finite: () bool)."""
         mas = self.config.importance == "mas" and self.config.ewc_lambda > 0
-        scores.backward(wanted, self.config.head_mass, retain_graph=mas)
+        term, beside = None, None
+        replayed: list[Any] = [[] for _ in self.layers]
+        if chunk is not None:
+            term, replayed = backward_terms(self.rules, chunk, capturing)
+            beside = chunk.logits.grad
+        scores.backward(wanted, self.config.head_mass, retain_graph=mas, beside=beside)
         captured = capturing.renew()
         traced: list[Any] = [None] * len(self.layers)
         if mas:
@@ -233,11 +269,12 @@ class Learner:
             valid.square().sum().backward()
             traced = capturing.renew()
         updates = [
-            layer.update_from(pairs, trace, rows)
-            for layer, pairs, trace in zip(self.layers, captured, traced, strict=True)
+            layer.update_from(*joined(pairs, trace, rows, more))
+            for layer, pairs, trace, more in zip(self.layers, captured, traced, replayed, strict=True)
         ]
         found = [(layer, u) for layer, u in zip(self.layers, updates, strict=True) if u is not None]
         loss = (scores.nll if wanted is None else scores.nll[wanted]).sum()
+        loss = loss if term is None else loss + term
         finite = torch.stack([torch.isfinite(loss)] + [u.finite.to(loss.device) for _, u in found])
         return found, finite.all()
 
@@ -355,35 +392,51 @@ class Learner:
         in units of the first calibration's mean importance. The sample of recent inputs joins the replay memory.
         """
         protection.consolidate(self.layers)
+        for rule in self.rules:
+            rule.consolidated()
 
     # -- go back ----------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
-        """A copy of all learning state, for `rollback`."""
+        """A copy of all learning state, that of the rules included, for `rollback`."""
         # Shared tensors and bases are never written in place: they need no copy.
         layers = [
             {name: t if name in layer.shared else t.clone() for name, t in layer.state().items()}
             for layer in self.layers
         ]
-        return Snapshot(layers, [dict(layer.base) for layer in self.layers])
+        return Snapshot(
+            layers, [dict(layer.base) for layer in self.layers], [(type(rule), rule.state()) for rule in self.rules]
+        )
 
     def rollback(self, snapshot: Snapshot) -> None:
         """Go back to ``snapshot``, to the bit.
 
         Raises:
-            ValueError: if it comes from a model with other layers.
+            ValueError: if it comes from a model with other layers, or a learner with other rules.
         """
         shapes = [{name: t.shape for name, t in layer.state().items()} for layer in self.layers]
         if [{name: t.shape for name, t in state.items()} for state in snapshot.layers] != shapes:
             raise ValueError("snapshot does not fit this model's learning layers; nothing was changed")
+        if (kinds := [type(rule) for rule in self.rules]) != [kind for kind, _ in snapshot.rules]:
+            raise ValueError(
+                f"snapshot must be of a learner with the rules {[kind.__name__ for kind in kinds]}, "
+                f"got {[kind.__name__ for kind, _ in snapshot.rules]}; nothing was changed"
+            )
         for layer, state, base in zip(self.layers, snapshot.layers, snapshot.bases, strict=True):
             layer.load_state(state)
             layer.base = dict(base)
+        for rule, (_, held) in zip(self.rules, snapshot.rules, strict=True):
+            rule.load_state(held)
 
     def reset(self) -> None:
-        """Forget everything learnt since calibration; the weights are the base model's, to the bit."""
+        """Forget everything learnt since calibration; the weights are the base model's, to the bit.
+
+        Rules forget what they hold of the stream.
+        """
         for layer in self.layers:
             layer.reset()
+        for rule in self.rules:
+            rule.reset()
 
     def flush(self) -> None:
         """Write every layer's window into its weights, as before ``save_pretrained``."""

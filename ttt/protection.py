@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,6 +14,7 @@ from ttt import ops
 from ttt.nn import Capturing, Linear, Update, gaussian
 from ttt.nn.basis import refresh
 from ttt.nn.state import wide, write
+from ttt.reading import swapped
 
 
 def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None:
@@ -98,6 +101,19 @@ def consolidate(layers: list[Linear]) -> None:
             layer.own("memory", "seen")
             _merge_recent(layer)
             refresh(layer)
+
+
+@contextlib.contextmanager
+def anchored(layers: Iterable[Linear]) -> Iterator[None]:
+    """Inside, the layers compute with their anchors: the model is the one that must not be forgotten.
+
+    Nothing is copied, and the anchors are those of the moment, whatever moved them. There is no graph.
+    """
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        for layer in layers:
+            linear = functools.partial(torch.nn.functional.linear, weight=layer.anchor, bias=layer.bias)
+            stack.enter_context(swapped(layer, linear))
+        yield
 
 
 def grown(layer: Linear) -> Tensor:
