@@ -41,12 +41,20 @@ def benchmark(
     results: Annotated[Path, typer.Option(help="Folder of runs, figures and plots.")] = Path("bench/results"),
     tuned: Annotated[Path | None, typer.Option(help="File of tuned options; by default the package's own.")] = None,
     plots: Annotated[bool, typer.Option(help="Draw plots.")] = True,
+    curves: Annotated[bool, typer.Option("--curves", help="Also sweep each method's strength.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Run nothing: write the results so far as one page.")] = None,
 ) -> None:
     """Compare methods of continual learning on sequences of tasks. Finished runs are kept, and not run again."""
     from ttt.benchmark.command import main
 
     try:
-        main(suite, scenarios, methods, seeds, tune, jobs, results, tuned, plots)
+        if report is not None:
+            from ttt.benchmark.page import write
+
+            write(results, report)
+            print(f"{report} written")
+            return
+        main(suite, scenarios, methods, seeds, tune, jobs, results, tuned, plots, curves)
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
 

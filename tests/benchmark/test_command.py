@@ -17,6 +17,7 @@ class Toy:
     scenarios = ("flat", "hill")
     methods = ("still", "moving")
     figures = (Figure("score", "score"), Figure("missing", "missing"))
+    references = ()
     ran: list = []  # noqa: RUF012  every run, in order
 
     def protocol(self):
@@ -35,7 +36,16 @@ class Toy:
         self.ran.append((scenario, method, seed, options["a"], tuning))
         return {"value": -((options["a"] - 2) ** 2) + (scenario == "hill") + seed / 1e4}
 
-    def score(self, record):
+    def tuned_on(self, scenario):
+        return scenario
+
+    def sweep(self, method, scenario):
+        return ("a", (1, 2, 4)) if (method, scenario) == ("moving", "hill") else None
+
+    def facts(self):
+        return {"known": 1}
+
+    def score(self, record, others):
         return record["value"]
 
     def measure(self, record, others):
