@@ -77,8 +77,8 @@ class Lab:
         return ttt.Learner(model, context=CONTEXT)
 
     def _calibrated_under(self, config: ttt.TTTConfig) -> nn.Module:
-        on = {"ewc_lambda": float(config.ewc_lambda > 0), "replay_rows": int(config.replay_rows > 0)}
-        config = dataclasses.replace(config, **_STRENGTHS, **on)
+        protects, replays = float(config.ewc_lambda > 0), int(config.replay_rows > 0)
+        config = dataclasses.replace(config, ewc_lambda=protects, replay_rows=replays, **_STRENGTHS)
         if config not in self._calibrated:
             model = ttt.adapt_(copy.deepcopy(self.model), config)
             learner = ttt.Learner(model, context=CONTEXT)
@@ -108,7 +108,10 @@ def demo_lab(*, tuning: bool = False) -> Lab:
 
 
 def run(scenario: str, method_name: str, seed: int, options: Options, *, tuning: bool = False) -> dict[str, Any]:
-    """One run with the demo model; see `read` for what it returns.
+    """One run with the demo model.
+
+    Returns:
+        What `read` does; ``seconds`` of the processor that it took; ``sources``, see `Stream.sources`.
 
     Raises:
         ValueError: for an unknown scenario or method.
@@ -116,7 +119,10 @@ def run(scenario: str, method_name: str, seed: int, options: Options, *, tuning:
     found = method(method_name)
     text = stream(scenario, seed, tuning=tuning)
     held = {d: held_out(d) for d in text.domains} if scenario == "recurring" else {}
-    return {**read(demo_lab(tuning=tuning), found, text, held, seed, options), "sources": text.sources()}
+    lab = demo_lab(tuning=tuning)
+    began = time.process_time()
+    out = read(lab, found, text, held, seed, options)
+    return {**out, "seconds": round(time.process_time() - began, 2), "sources": text.sources()}
 
 
 def read(
