@@ -1,4 +1,4 @@
-# make demo, make test, make bench, make lint: each installs what it needs into .venv first, once.
+# make demo, make test, make benchmark, make bench, make lint: each installs what it needs into .venv first, once.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -6,13 +6,19 @@ LAYER_SUITES := decode,window_linear,fisher,observe,generate,loops
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test bench bench-check lint format clean
+.PHONY: demo test benchmark bench bench-check lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m ttt demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+# Under the options in ttt/benchmark/tuned; runs that bench/results holds are not made again.
+benchmark: $(VENV)/.benchmark
+	$(BIN)/python -m ttt benchmark --suite digits --jobs 2
+	$(BIN)/python -m ttt benchmark --suite text --seeds 3 --curves --jobs 2
+	$(BIN)/python -m ttt benchmark --report
 
 # About 10 minutes on two cores.
 bench: $(VENV)/.bench
@@ -50,12 +56,16 @@ $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 	$(PIP) --editable '.[demo]'
 	touch $@
 
+$(VENV)/.benchmark: $(VENV)/.torch $(SOURCES)
+	$(PIP) --editable '.[benchmark]'
+	touch $@ $(VENV)/.demo
+
 # BackPACK asks for torchvision, which nothing here uses, and which breaks transformers where its build does not fit
 # torch's: it is installed without.
 $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	$(PIP) --editable '.[test]'
 	$(PIP) --no-deps 'backpack-for-pytorch>=1.6' unfoldNd
-	touch $@ $(VENV)/.demo
+	touch $@ $(VENV)/.demo $(VENV)/.benchmark
 
 # The packages that ttt is compared with: optional, and reported as "not installed" where they are missing.
 $(VENV)/.bench: $(VENV)/.test

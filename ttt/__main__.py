@@ -41,12 +41,21 @@ def benchmark(
     results: Annotated[Path, typer.Option(help="Folder of runs, figures and plots.")] = Path("bench/results"),
     tuned: Annotated[Path | None, typer.Option(help="File of tuned options; by default the package's own.")] = None,
     plots: Annotated[bool, typer.Option(help="Draw plots.")] = True,
+    curves: Annotated[bool, typer.Option("--curves", help="Also sweep each method's strength.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Run nothing: write all results as one page.")] = False,
+    page: Annotated[Path, typer.Option(help="That page.")] = Path("report/benchmark.html"),
 ) -> None:
     """Compare methods of continual learning on sequences of tasks. Finished runs are kept, and not run again."""
     from ttt.benchmark.command import main
 
     try:
-        main(suite, scenarios, methods, seeds, tune, jobs, results, tuned, plots)
+        if report:
+            from ttt.benchmark.page import write
+
+            write(results, page)
+            print(f"{page} written")
+            return
+        main(suite, scenarios, methods, seeds, tune, jobs, results, tuned, plots, curves)
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
 

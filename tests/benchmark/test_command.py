@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from ttt.__main__ import app
 from ttt.benchmark import SUITES, DigitsSuite, report, runs, tuning, vision
+from ttt.benchmark import suite as suite_module
 from ttt.benchmark.suite import Figure, candidates
 
 
@@ -17,6 +18,7 @@ class Toy:
     scenarios = ("flat", "hill")
     methods = ("still", "moving")
     figures = (Figure("score", "score"), Figure("missing", "missing"))
+    references = ()
     ran: list = []  # noqa: RUF012  every run, in order
 
     def protocol(self):
@@ -35,7 +37,16 @@ class Toy:
         self.ran.append((scenario, method, seed, options["a"], tuning))
         return {"value": -((options["a"] - 2) ** 2) + (scenario == "hill") + seed / 1e4}
 
-    def score(self, record):
+    def tuned_on(self, scenario):
+        return scenario
+
+    def sweep(self, method, scenario):
+        return ("a", (1, 2, 4)) if (method, scenario) == ("moving", "hill") else None
+
+    def facts(self):
+        return {"known": 1}
+
+    def score(self, record, others):
         return record["value"]
 
     def measure(self, record, others):
@@ -111,6 +122,81 @@ def test_other_options_or_another_protocol_are_other_runs(call, tmp_path, monkey
     monkeypatch.setattr(Toy, "protocol", lambda self: {"steps": 4})
     call("--seeds", "1", "--scenarios", "hill")
     assert Toy.ran == [("hill", "moving", 0, 2, False)]
+
+
+def test_curves_are_runs_of_one_seed_that_the_tables_leave_out(call, tmp_path, monkeypatch):
+    call("--tune")
+    call("--seeds", "2")
+    rows = json.loads((tmp_path / "benchmark_toy.json").read_text())["rows"]
+    seen = []
+    monkeypatch.setattr(Toy, "plot", lambda self, records, *args: seen.extend(records) or [])
+    call("--seeds", "2", "--curves")
+    # Of 1, 2, 4 the search chose 2, which has been run.
+    assert Toy.ran == [("hill", "moving", 0, 1, False), ("hill", "moving", 0, 4, False)]
+    assert [r["options"]["a"] for r in seen if suite_module.swept(r)] == [1, 4]
+    assert json.loads((tmp_path / "benchmark_toy.json").read_text())["rows"] == rows
+    assert json.loads((tmp_path / "benchmark_toy.json").read_text())["known"] == 1
+    # They stay beside later runs, and stand by to be gone on with.
+    call("--seeds", "3")
+    assert {run[2] for run in Toy.ran} == {2}
+    call("--seeds", "3", "--curves")
+    assert Toy.ran == []
+    # Around other tuned options they would be another curve.
+    tuned = tmp_path / "tuned.json"
+    held = json.loads(tuned.read_text())
+    held["chosen"]["hill"]["moving"]["options"]["b"] = "y"
+    tuned.write_text(json.dumps(held))
+    seen.clear()
+    call("--seeds", "1")
+    assert not any(suite_module.swept(r) for r in seen)
+
+
+class Referenced(Toy):
+    """Scores are differences from "still" of the same seed, under the options chosen for it; one search for both."""
+
+    references = ("still",)
+
+    def fits(self, method, scenario):
+        return True
+
+    def tuned_on(self, scenario):
+        return "hill"
+
+    def score(self, record, others):
+        if record["method"] == "still":
+            return record["value"]
+        return record["value"] - 10 * others["still"]["value"] * record["options"]["a"]
+
+
+def test_references_are_chosen_first_and_scored_against(call, tmp_path, monkeypatch):
+    monkeypatch.setitem(SUITES, "toy", Referenced)
+    call("--tune", "--methods", "moving", "--scenarios", "flat")
+    assert {run[:2] for run in Toy.ran} == {("hill", "still"), ("hill", "moving")}
+    chosen = json.loads((tmp_path / "tuned.json").read_text())["chosen"]
+    assert set(chosen) == {"hill"}
+    assert chosen["hill"]["still"]["options"] == {"a": 2}
+    # "still" is worth about 1.1 there: -(a - 2)^2 + 1.1 - 11 a is best at a = 1.
+    assert chosen["hill"]["moving"]["options"] == {"a": 1, "b": "x"}
+    assert chosen["hill"]["moving"]["score"] == pytest.approx(0.1 - 11, abs=0.01)
+    call("--seeds", "1", "--scenarios", "flat")
+    assert {run[:4] for run in Toy.ran} == {("flat", "still", 0, 2), ("flat", "moving", 0, 1)}
+
+
+def test_page_holds_tables_and_pictures(call, tmp_path):
+    page = tmp_path / "report" / "page.html"
+    assert "holds no benchmark_*.json" in call("--report", "--page", str(page), fails=True)
+    call("--tune")
+    call("--seeds", "2")
+    (tmp_path / "benchmark_toy_a.png").write_bytes(b"picture")
+    call("--report", "--page", str(page))
+    assert len(Toy.ran) == 0
+    text = page.read_text()
+    assert 'src="data:image/png;base64,cGljdHVyZQ=="' in text
+    assert "src=" not in text.replace('src="data:', "")
+    for scenario in Toy.scenarios:
+        assert f"<h3>{scenario} (2 seeds)</h3>" in text
+    assert "<th>score</tr>" in text  # and no column for what is always missing
+    assert '<tr title="a = 2, b = x"><td>moving<td>1.000 ± 0.001</tr>' in text
 
 
 def test_what_the_command_refuses(call):

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 from ttt.benchmark.digits_suite import DigitsSuite
 from ttt.benchmark.suite import Suite
+from ttt.benchmark.text_suite import TextSuite
 
-SUITES: dict[str, Callable[[], Suite]] = {"digits": DigitsSuite}
+SUITES: dict[str, Callable[[], Suite]] = {"digits": DigitsSuite, "text": TextSuite}
 """Name -> what makes the suite."""
 
-__all__ = ["SUITES", "DigitsSuite", "Suite"]
+__all__ = ["SUITES", "DigitsSuite", "Suite", "TextSuite"]

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ttt.benchmark import SUITES, report, tuning
 from ttt.benchmark.runs import Journal, key_of, machine, run_all, wanted
-from ttt.benchmark.suite import Record, Suite
+from ttt.benchmark.suite import Record, Suite, swept
 
 
 def pick(name: str, given: str | None, allowed: Sequence[str]) -> list[str]:
@@ -74,36 +74,59 @@ def tune(
     console.print(f"{tuned} written")
 
 
-def measure(
-    suite: Suite, scenarios: Sequence[str], methods: Sequence[str], seeds: int, results: Path, tuned: Path, jobs: int,
-    console: Console, plots: bool,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Run every method under its tuned options; write runs, figures and plots; print the tables."""
+def runs_of(
+    suite: Suite, scenarios: Sequence[str], methods: Sequence[str], seeds: int, tuned: Path, curves: bool
+) -> list[Record]:
+    """The runs to report: every method under its tuned options; with ``curves`` the sweeps, too, on seed 0.
+
+    Raises:
+        ValueError: for a method without tuned options.
+    """
     options = tuning.load(tuned)
-    todo = []
+    todo, sweeps = [], []
     for scenario in scenarios:
         for method in methods:
             if not suite.fits(method, scenario):
                 continue
-            if method not in options.get(scenario, {}):
+            own = options.get(suite.tuned_on(scenario), {}).get(method)
+            if own is None:
                 raise ValueError(f"{tuned} has no options for {method!r} in {scenario!r}; run with --tune first")
-            for seed in range(seeds):
-                todo.append(wanted(suite, scenario, method, seed, options[scenario][method], tuning=False))
+            todo += [wanted(suite, scenario, method, seed, own, tuning=False) for seed in range(seeds)]
+            swept_option, values = suite.sweep(method, scenario) or ("", ())
+            for value in values if curves else ():
+                if value != own[swept_option]:
+                    other = {**own, swept_option: value}
+                    sweeps.append(wanted(suite, scenario, method, 0, other, tuning=False, sweep=True))
+    return todo + sweeps
+
+
+def measure(
+    suite: Suite, scenarios: Sequence[str], methods: Sequence[str], seeds: int, results: Path, tuned: Path, jobs: int,
+    console: Console, plots: bool, curves: bool,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Run every method under its tuned options; write runs, figures and plots; print the tables."""
+    todo = runs_of(suite, scenarios, methods, seeds, tuned, curves)
     journal = Journal(results / f"benchmark_{suite.name}.jsonl")
     _run(suite, todo, journal, jobs, console, suite.name)
     # Runs of this call, and earlier ones under options that are still the tuned ones.
     asked = {key_of(r) for r in todo}
+    options = tuning.load(tuned)
 
     def current(r: Record) -> bool:
-        fresh = options.get(r["scenario"], {}).get(r["method"]) == r["options"]
-        same = r["protocol"] == {**suite.protocol(), "tuning": False}
-        return key_of(r) in asked or (fresh and same)
+        chosen = options.get(suite.tuned_on(r["scenario"]), {}).get(r["method"])
+        protocol = {**suite.protocol(), "tuning": False}
+        if swept(r):
+            protocol["sweep"] = True
+            option, values = suite.sweep(r["method"], r["scenario"]) or ("", ())
+            if chosen is not None and r["options"].get(option) in values:
+                chosen = {**chosen, option: r["options"][option]}
+        return key_of(r) in asked or (chosen == r["options"] and r["protocol"] == protocol)
 
     journal.rewrite(current)
     records = list(journal.records.values())
     rows = report.summarise(suite, records)
     found: dict[str, Any] = {"suite": suite.name, "machine": machine(), "date": time.strftime("%Y-%m-%d")}
-    found |= {"protocol": suite.protocol(), "rows": rows}
+    found |= {"protocol": suite.protocol(), **suite.facts(), "rows": rows}
     path = results / f"benchmark_{suite.name}.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(found, indent=1) + "\n")
@@ -122,7 +145,7 @@ def measure(
 
 def main(
     suite: str, scenarios: str | None, methods: str | None, seeds: int, tune_first: bool, jobs: int, results: Path,
-    tuned: Path | None, plots: bool,
+    tuned: Path | None, plots: bool, curves: bool,
 ) -> None:  # fmt: skip
     """What the command does.
 
@@ -136,4 +159,4 @@ def main(
     if tune_first:
         tune(found, *chosen, results, path, jobs, console)
     else:
-        measure(found, *chosen, seeds, results, path, jobs, console, plots)
+        measure(found, *chosen, seeds, results, path, jobs, console, plots, curves)

@@ -22,16 +22,17 @@ class DigitsSuite:
     scenarios: Sequence[str] = SCENARIOS
     methods: Sequence[str] = tuple(METHODS)
     figures: Sequence[Figure] = (
-        Figure("acc", "ACC"),
+        Figure("acc", "ACC", meaning="mean accuracy on all tasks after the last"),
         # Of the same seed, so that the interval is that of the difference.
-        Figure("over_naive", "over naive (own rate)"),
-        Figure("bwt", "BWT"),
-        Figure("fwt", "FWT"),
-        Figure("forgetting", "forgetting"),
-        Figure("intransigence", "intransigence"),
-        Figure("us_per_sample", "CPU us/sample", 0),
-        Figure("state_kib", "state, KiB", 0),
+        Figure("over_naive", "over naive (own rate)", meaning="ACC less that of plain SGD at its own best rate"),
+        Figure("bwt", "BWT", meaning="backward transfer: what later tasks did to accuracy on earlier ones"),
+        Figure("fwt", "FWT", meaning="forward transfer: accuracy before a task was learnt, over no training"),
+        Figure("forgetting", "forgetting", meaning="best earlier accuracy on a task less the last, mean over tasks"),
+        Figure("intransigence", "intransigence", meaning="what joint training does better on the newest task"),
+        Figure("us_per_sample", "CPU us/sample", 0, "processor time of learning"),
+        Figure("state_kib", "state, KiB", 0, "what learning keeps beside the weights"),
     )
+    references: Sequence[str] = ()
 
     def protocol(self) -> Record:
         return {"hidden": HIDDEN, "epochs": EPOCHS, "batch": BATCH}
@@ -48,7 +49,16 @@ class DigitsSuite:
     def run(self, scenario: str, method: str, seed: int, options: Record, *, tuning: bool) -> Record:
         return run(scenario, method, seed, options, tuning=tuning)
 
-    def score(self, record: Record) -> float:
+    def tuned_on(self, scenario: str) -> str:
+        return scenario
+
+    def sweep(self, method: str, scenario: str) -> None:
+        return None
+
+    def facts(self) -> Record:
+        return {}
+
+    def score(self, record: Record, others: Mapping[str, Record]) -> float:
         matrix = record["matrix"]
         if method(record["method"]).score == "learning":
             return sum(row[i] for i, row in enumerate(matrix)) / len(matrix)

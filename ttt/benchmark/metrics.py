@@ -116,3 +116,69 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
     t = _T95[n - 2] if n - 2 < len(_T95) else 1.96
     return mean, t * deviation / math.sqrt(n)
+
+
+# -- streams of text: bits per byte, less is better -------------------------------------------------------------------
+
+
+def _last_visits(matrix: Matrix, visits: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """Column -> (first row, last row) of its visits, without the column that the last row visits."""
+    if not visits or len(matrix) != len(visits):
+        raise ValueError(f"visits must name a column for each of the {len(matrix)} rows, got {len(visits)}")
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for row, column in enumerate(visits):
+        first.setdefault(column, row)
+        last[column] = row
+    return {c: (first[c], last[c]) for c in first if c != visits[-1]}
+
+
+def recurring_forgetting(bits: Matrix, visits: Sequence[int]) -> float | None:
+    """`forgetting` where tasks come back: mean over tasks of the last row less the best row before it, in bits.
+
+    ``bits[i][j]`` are bits per byte on task j after segment i, which taught task ``visits[i]``. The best is the least
+    of the rows from the one that first taught the task. The task of the last segment is left out. None if it is the
+    only one.
+
+    Raises:
+        ValueError: if ``visits`` does not name a task for each row, or an entry that is needed is None.
+    """
+    tasks = _last_visits(bits, visits)
+    end = len(bits) - 1
+    best = {c: min(_entry(bits, i, c) for i in range(first, end)) for c, (first, _) in tasks.items()}
+    lost = [_entry(bits, end, c) - least for c, least in best.items()]
+    return sum(lost) / len(lost) if lost else None
+
+
+def recurring_backward_transfer(bits: Matrix, visits: Sequence[int]) -> float | None:
+    """`backward_transfer` where tasks come back: mean over tasks of the row that last taught one less the last row.
+
+    In bits per byte, so that negative is forgetting, as for accuracy. For the rest see `recurring_forgetting`.
+    """
+    tasks = _last_visits(bits, visits)
+    end = len(bits) - 1
+    moved = [_entry(bits, last, c) - _entry(bits, end, c) for c, (_, last) in tasks.items()]
+    return sum(moved) / len(moved) if moved else None
+
+
+def recovery(bits: Sequence[float], level: float, window: int, tolerance: float = 0.05) -> int:
+    """Bytes of a segment read when the mean of the latest ``window`` is first at most ``level`` (1 + ``tolerance``).
+
+    All of the segment, if that never is; at least ``window`` otherwise.
+
+    Args:
+        bits: of each byte of the segment.
+        level: that was reached at the end of the last segment of the same kind.
+    """
+    total = sum(bits[: window - 1])
+    for end in range(window, len(bits) + 1):
+        total += bits[end - 1]
+        if total / window <= level * (1 + tolerance):
+            return end
+        total -= bits[end - window]
+    return len(bits)
+
+
+def share(value: float, of: float) -> float | None:
+    """``value / of``; None where ``of`` is not above 0, as there is nothing to have a share of."""
+    return value / of if of > 0 else None

@@ -9,9 +9,10 @@ from typing import Any
 from rich.table import Table
 
 from ttt.benchmark.metrics import interval
-from ttt.benchmark.suite import Record, Suite
+from ttt.benchmark.suite import Figure, Record, Suite, swept
 
-COLOURS = {"reference": "#7f7f7f", "regularisation": "#1f77b4", "replay": "#2ca02c", "architecture": "#d62728"}
+COLOURS = {"reference": "#7f7f7f", "regularisation": "#1f77b4", "replay": "#2ca02c", "architecture": "#d62728",
+           "combination": "#ff7f0e", "workaround": "#8c564b"}  # fmt: skip
 
 
 def summarise(suite: Suite, records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -20,6 +21,7 @@ def summarise(suite: Suite, records: Sequence[Record]) -> list[dict[str, Any]]:
     A figure is [mean, half width of the 95 % interval over seeds]; the width is None for one seed, and the figure is
     None where it has no meaning.
     """
+    records = [r for r in records if not swept(r)]
     same: dict[tuple[str, int], dict[str, Record]] = {}
     for record in records:
         same.setdefault((record["scenario"], record["seed"]), {})[record["method"]] = record
@@ -51,14 +53,20 @@ def table_of(suite: Suite, scenario: str, rows: Sequence[Mapping[str, Any]]) -> 
     many = " or ".join(map(str, seeds))
     table = Table(title=f"{suite.name}, {scenario}", caption=f"mean ± 95 % interval over {many} seeds")
     table.add_column("method")
-    for figure in suite.figures:
+    for figure in (shown := shown_figures(suite, mine)):
         table.add_column(figure.title, justify="right")
     for row in mine:
-        table.add_row(row["method"], *(_cell(row[f.name], f.digits) for f in suite.figures))
+        table.add_row(row["method"], *(cell(row[f.name], f.digits) for f in shown))
     return table
 
 
-def _cell(value: Sequence[float | None] | None, digits: int) -> str:
+def shown_figures(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    """The figures that have a meaning in any of ``rows``."""
+    return [f for f in suite.figures if any(row[f.name] is not None for row in rows)]
+
+
+def cell(value: Sequence[float | None] | None, digits: int) -> str:
+    """A figure as a table shows it."""
     if value is None:
         return ""
     mean, width = value

@@ -65,9 +65,11 @@ class Journal:
         os.replace(temporary, self.path)
 
 
-def wanted(suite: Suite, scenario: str, method: str, seed: int, options: Record, *, tuning: bool) -> Record:
-    """A run that is to be made."""
-    protocol = {**suite.protocol(), "tuning": tuning}
+def wanted(
+    suite: Suite, scenario: str, method: str, seed: int, options: Record, *, tuning: bool, sweep: bool = False
+) -> Record:
+    """A run that is to be made; with ``sweep``, for a trade-off curve alone."""
+    protocol = {**suite.protocol(), "tuning": tuning, **({"sweep": True} if sweep else {})}
     return {"scenario": scenario, "method": method, "seed": seed, "options": options, "protocol": protocol}
 
 

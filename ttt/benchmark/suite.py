@@ -13,11 +13,12 @@ Record = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A column of the table: how a figure is called, its unit, and how it is printed."""
+    """A column of the table: how a figure is called, its unit, how it is printed, and what it says."""
 
     name: str
     title: str
     digits: int = 3
+    meaning: str = ""
 
 
 class Suite(Protocol):
@@ -27,6 +28,8 @@ class Suite(Protocol):
     scenarios: Sequence[str]
     methods: Sequence[str]
     figures: Sequence[Figure]
+    references: Sequence[str]
+    """Methods whose runs scoring needs: tuning chooses their options first."""
 
     def protocol(self) -> Record:
         """What all runs have in common; runs under another protocol are run again."""
@@ -48,17 +51,37 @@ class Suite(Protocol):
         """One run; with ``tuning``, on data that reported runs are not scored on."""
         ...
 
-    def score(self, record: Record) -> float:
-        """What tuning maximises."""
+    def tuned_on(self, scenario: str) -> str:
+        """The scenario in which the options for ``scenario`` are searched."""
+        ...
+
+    def sweep(self, method: str, scenario: str) -> tuple[str, Sequence[Any]] | None:
+        """(option, values) of the method's trade-off curve in ``scenario``; None if none is drawn."""
+        ...
+
+    def score(self, record: Record, others: Mapping[str, Record]) -> float:
+        """What tuning maximises; ``others`` holds the chosen runs of `references`, of the same scenario and seed."""
         ...
 
     def measure(self, record: Record, others: Mapping[str, Record]) -> dict[str, float | None]:
         """The figures of a run; ``others`` holds the runs of the same scenario and seed, by method."""
         ...
 
-    def plot(self, records: Sequence[Record], rows: Sequence[Record], title: str, prefix: str) -> list[str]:
-        """Draw runs, and the rows that sum them up, into files that begin with ``prefix``; returns their paths."""
+    def facts(self) -> Record:
+        """What else is to be known of the figures: goes into the results as it is."""
         ...
+
+    def plot(self, records: Sequence[Record], rows: Sequence[Record], title: str, prefix: str) -> list[str]:
+        """Draw runs, and the rows that sum them up, into files that begin with ``prefix``; returns their paths.
+
+        Runs of a `sweep` are among ``records``: `swept` tells them.
+        """
+        ...
+
+
+def swept(record: Record) -> bool:
+    """Whether a run belongs to a trade-off curve, and not to the tables."""
+    return record["protocol"].get("sweep", False)
 
 
 def candidates(grid: Mapping[str, Sequence[Any]]) -> list[Record]:

@@ -35,11 +35,11 @@ def load(path: Path) -> dict[str, dict[str, Record]]:
 
 
 def todo(suite: Suite, scenarios: Sequence[str], methods: Sequence[str]) -> list[Record]:
-    """Every run of the search."""
+    """Every run of the search, in the scenarios in which the options for ``scenarios`` are searched."""
     return [
         wanted(suite, scenario, method, seed, options, tuning=True)
-        for scenario in scenarios
-        for method in methods
+        for scenario in dict.fromkeys(suite.tuned_on(s) for s in scenarios)
+        for method in dict.fromkeys([*suite.references, *methods])
         if suite.fits(method, scenario)
         for options in candidates(suite.grid(method))
         for seed in SEEDS
@@ -52,22 +52,28 @@ def choose(suite: Suite, journal: Journal, runs: Sequence[Record]) -> dict[str, 
     ``at_edge`` names the numeric options whose best value is the first or last of its grid: a better one may lie
     outside.
     """
-    tried: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for record in runs:
-        found = journal.records[key_of(record)]
-        options = json.dumps(found["options"])
-        scores = tried.setdefault((found["scenario"], found["method"]), {}).setdefault(options, [])
-        scores.append(suite.score(found))
+    tried: dict[tuple[str, str], dict[str, list[Record]]] = {}
+    for wish in runs:
+        record = journal.records[key_of(wish)]
+        options = json.dumps(record["options"])
+        tried.setdefault((record["scenario"], record["method"]), {}).setdefault(options, []).append(record)
     chosen: dict[str, dict[str, dict[str, Any]]] = {}
-    for (scenario, method), scored in tried.items():
-        best = max(scored, key=lambda o: fmean(scored[o]))
-        options = json.loads(best)
+    settled: dict[tuple[str, int], dict[str, Record]] = {}
+    for (scenario, method), found in tried.items():  # the references come first
+        scores = {
+            options: [suite.score(r, settled.get((scenario, r["seed"]), {})) for r in records]
+            for options, records in found.items()
+        }
+        best = max(scores, key=lambda o: fmean(scores[o]))
+        if method in suite.references:
+            for record in found[best]:
+                settled.setdefault((scenario, record["seed"]), {})[method] = record
         chosen.setdefault(scenario, {})[method] = {
-            "options": options,
-            "score": round(fmean(scored[best]), 4),
-            "worst": round(min(fmean(s) for s in scored.values()), 4),
-            "tried": len(scored),
-            "at_edge": _edges(options, suite.grid(method)),
+            "options": json.loads(best),
+            "score": round(fmean(scores[best]), 4),
+            "worst": round(min(fmean(s) for s in scores.values()), 4),
+            "tried": len(scores),
+            "at_edge": _edges(json.loads(best), suite.grid(method)),
         }
     return chosen
 
@@ -83,7 +89,9 @@ def save(path: Path, suite: Suite, chosen: Mapping[str, Mapping[str, Any]]) -> N
     for scenario, methods in chosen.items():
         held.setdefault(scenario, {}).update(methods)
     ordered = {
-        s: {m: held[s][m] for m in suite.methods if m in held[s]} for s in suite.scenarios if s in held
+        s: {m: held[s][m] for m in suite.methods if m in held[s]}
+        for s in dict.fromkeys(suite.tuned_on(scenario) for scenario in suite.scenarios)
+        if s in held
     }  # methods that are no more are dropped
     content = {"suite": suite.name, "seeds": list(SEEDS), "protocol": suite.protocol(), "chosen": ordered}
     path.parent.mkdir(parents=True, exist_ok=True)

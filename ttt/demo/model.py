@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,34 @@ def windows(data: bytes, count: int) -> Tensor:
     ids = as_ids(data)[0]
     starts = torch.linspace(0, len(ids) - CONTEXT, count).long()
     return torch.stack([ids[s : s + CONTEXT] for s in starts])
+
+
+@torch.no_grad()
+def score(model: Any, ids: Tensor, chunk: int = 64) -> Tensor:
+    """(1, T - 1) float32, nats, of ``ids`` (1, T), read as the learners do: in chunks, with a KV cache."""
+    cache, out = None, []
+    length = ids.shape[1] - 1
+    for at in range(0, length, chunk):
+        end = min(at + chunk, length)
+        step = model(input_ids=ids[:, at:end], past_key_values=cache, use_cache=True)
+        cache = step.past_key_values
+        targets = ids[:, at + 1 : end + 1].flatten()
+        out.append(nn.functional.cross_entropy(step.logits[0].float(), targets, reduction="none"))
+    return torch.cat(out).view(1, -1)
+
+
+def score_in_context(model: Any, ids: Tensor, start: int, end: int) -> Tensor:
+    """(1, end - start) nats of bytes ``start + 1`` ... ``end`` of ``ids`` (1, T), within the longest context there is.
+
+    It is `CONTEXT`, in two halves: every byte has at least half of it before it, if the text has.
+    """
+    half = CONTEXT // 2
+    parts = []
+    for at in range(start, end, half):
+        new = min(half, end - at)
+        first = max(0, at + new - CONTEXT)
+        parts.append(score(model, ids[:, first : at + new + 1])[:, -new:])
+    return torch.cat(parts, 1)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ COLOURS = {
     "EWC + replay": "#1f77b4",
 }
 
-_STYLE = """
+STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }
@@ -35,7 +35,7 @@ def write(found: dict, folder: Path) -> None:
         _plot(one, folder / f"domain{number}.png")
         body.append(_section(domain, one, f"domain{number}.png"))
     page = f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>ttt: a model that learns while it reads</title><style>{_STYLE}</style>
+<html lang="en"><meta charset="utf-8"><title>ttt: a model that learns while it reads</title><style>{STYLE}</style>
 <h1>A model that learns while it reads</h1>
 <p>A byte-level language model of 4.4 million parameters, trained on Python sources, reads text of a kind it has never
 seen. Every byte is scored <em>before</em> the model learns from it; nothing is read twice. Afterwards the model is

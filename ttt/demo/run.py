@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 import ttt
 from ttt.demo import text as texts
-from ttt.demo.model import CONTEXT, LN2, as_ids, bits_per_byte, load_model, windows
+from ttt.demo.model import CONTEXT, LN2, as_ids, bits_per_byte, load_model, score, score_in_context, windows
 
 # Alone, each defence has to be stronger than beside the other (python -m ttt.demo.tune).
 EWC_ALONE, BETA_ALONE = 0.003, 0.2
@@ -85,33 +84,12 @@ class Reader:
         if self.learner is not None:
             nll = self.learner.observe(stream[:, start : end + 1]).nll
         elif self.result.method == FROZEN:
-            nll = self._score(stream[:, start : end + 1])
+            nll = score(self.model, stream[:, start : end + 1])
         else:
-            # The longest context the model takes, in two halves: every byte has at least half of it.
-            half = CONTEXT // 2
-            parts = []
-            for at in range(start, end, half):
-                new = min(half, end - at)
-                first = max(0, at + new - CONTEXT)
-                parts.append(self._score(stream[:, first : at + new + 1], last=new))
-            nll = torch.cat(parts, 1)
+            nll = score_in_context(self.model, stream, start, end)
         self.result.seconds += time.perf_counter() - began
         self.result.tokens += nll.numel()
         self.result.curve.append(float(nll.double().mean()) / LN2)
-
-    @torch.no_grad()
-    def _score(self, ids: Tensor, last: int | None = None, chunk: int = 64) -> Tensor:
-        """(1, T - 1) nats, in the chunks the learners use, with a KV cache; of the ``last`` tokens only if given."""
-        cache, out = None, []
-        length = ids.shape[1] - 1
-        for at in range(0, length, chunk):
-            end = min(at + chunk, length)
-            step = self.model(input_ids=ids[:, at:end], past_key_values=cache, use_cache=True)
-            cache = step.past_key_values
-            targets = ids[:, at + 1 : end + 1].flatten()
-            out.append(nn.functional.cross_entropy(step.logits[0].float(), targets, reduction="none"))
-        nll = torch.cat(out).view(1, -1)
-        return nll if last is None else nll[:, -last:]
 
 
 def compare(

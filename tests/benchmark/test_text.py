@@ -1,0 +1,225 @@
+"""The text suite: every method on a tiny random model, and its figures and curves on runs made by hand."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import ttt
+from ttt.benchmark import TextSuite, text, text_plots
+from ttt.benchmark.readers import Learning, NearestNeighbours
+from ttt.benchmark.streams import Segment, Stream
+from ttt.benchmark.text_methods import METHODS, method
+
+
+@pytest.fixture(scope="module")
+def lab():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False, initializer_range=0.3,
+    )  # fmt: skip
+    learns = ttt.TTTConfig(target_modules=["up_proj", "down_proj"], layers="last:1", replay_capacity=64)
+    known = bytes(torch.randint(256, (3000,)).tolist())
+    batches = list(torch.randint(256, (4, 40)).split(2))
+    return text.Lab(LlamaForCausalLM(config).eval(), learns, known, batches, torch.randint(256, (3, 50)))
+
+
+def options_of(name):
+    return {option: values[0] for option, values in METHODS[name].grid.items()}
+
+
+def random_stream(domains="AB", length=1024):
+    segments = [Segment(d, torch.randint(ord(d), ord(d) + 8, (1, length + 1))) for d in domains]
+    return Stream(segments, torch.randint(256, (len(domains) * length // 512, 513)))
+
+
+def reader_of(lab, name, stream):
+    found = METHODS[name]
+    options = options_of(name)
+    return found.reader(lab, stream, options, 5) if found.reader else Learning(lab.learner(found, options, 5))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_reads_is_tested_and_leaves_the_base_model_alone(lab, name, monkeypatch):
+    monkeypatch.setattr("ttt.benchmark.text_methods.PERIOD", 512)
+    before = copy.deepcopy(lab.model.state_dict())
+    stream = random_stream("ABA")
+    held = {d: torch.randint(256, (2, 40)) for d in "AB"}
+    out = text.read(lab, METHODS[name], stream, held, 5, options_of(name))
+    assert len(out["curve"]) == 6
+    assert np.mean(out["curve"]) == pytest.approx(out["new"], abs=1e-3)
+    assert [[v is None for v in row] for row in out["matrix"]] == [[False, True], [False, False], [False, False]]
+    assert len(out["recovery"]) == 1
+    assert 512 <= out["recovery"][0] <= 1024
+    assert (out["time_ratio"] is None) == (name == "joint")
+    again = text.read(lab, METHODS[name], stream, held, 5, options_of(name))
+    assert {**again, "time_ratio": 0} == {**out, "time_ratio": 0}
+    for key, value in lab.model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    still = {"frozen", "in-context only", "joint"}
+    frozen = text.read(lab, METHODS["frozen"], stream, held, 5, {})
+    assert (out["old"] == frozen["old"]) == (name in still - {"joint"})
+    assert (out["state_bytes"] == 0) == (name in still - {"joint"})
+    columns = list(zip(*out["matrix"], strict=True))
+    assert (len({v for v in columns[0] if v is not None}) == 1) == (name in still)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_comes_later_changes_no_score(lab, name, monkeypatch):
+    monkeypatch.setattr("ttt.benchmark.text_methods.PERIOD", 512)
+    stream = random_stream("A")
+    ids = stream.segments[0].ids
+    other = ids.clone()
+    other[:, 701:] = torch.randint(256, other[:, 701:].shape)
+    scores = []
+    for each in (ids, other):
+        reader = reader_of(lab, name, stream)
+        scores.append(torch.cat([reader.read(each, 0, 512), reader.read(each, 512, 1024)], 1))
+    assert scores[0].shape == (1, 1024)
+    assert torch.equal(scores[0][:, :700], scores[1][:, :700])
+    assert not torch.equal(scores[0][:, 700:], scores[1][:, 700:])
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"joint", "in-context only"}))
+def test_the_first_chunk_is_scored_by_the_base_model(lab, name):
+    stream = random_stream("A")
+    nll = reader_of(lab, name, stream).read(stream.segments[0].ids, 0, 128)
+    with torch.no_grad():
+        logits = lab.model(input_ids=stream.segments[0].ids[:, :64]).logits[0]
+    expected = torch.nn.functional.cross_entropy(logits, stream.segments[0].ids[0, 1:65], reduction="none")
+    torch.testing.assert_close(nll[0, :64], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["EWC", "EWC (empirical)", "MAS", "EWC + layer replay"])
+def test_shared_calibration_is_calibration(lab, name):
+    found, options = method(name), options_of(name)
+    config = found.config(lab.config, options, 0)
+    alone = ttt.adapt_(copy.deepcopy(lab.model), config)
+    ttt.Learner(alone).calibrate(lab.batches)
+    shared = lab.learner(found, options, 0).model
+    assert lab.learner(found, {**options, "lr": 0.5}, 3).model is not shared
+    for (_, a), (_, b) in zip(ttt.learning_layers(alone), ttt.learning_layers(shared), strict=True):
+        assert a.config == b.config
+        for key, value in a.state().items():
+            other = b.state()[key]
+            assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, key
+
+
+def test_si_starts_from_its_own_importance_and_the_base_weights(lab):
+    si, ewc = (lab.learner(method(name), options_of(name), 0) for name in ("SI", "EWC"))
+    for (_, a), (_, b) in zip(ttt.learning_layers(si.model), ttt.learning_layers(ewc.model), strict=True):
+        assert torch.equal(a.weight, b.weight)
+        assert torch.equal(a.anchor, b.anchor)
+        assert not torch.equal(a.importance, b.importance)
+    total = sum(float(layer.importance.sum()) for _, layer in ttt.learning_layers(si.model))
+    assert total / lab.parameters == pytest.approx(1, abs=1e-4)
+
+
+def test_nearest_neighbours_mix_with_the_model(lab):
+    ids = torch.randint(256, (1, 41))
+    reader = NearestNeighbours(lab.model, 0.3, 2.0, neighbours=5, chunk=8)
+    nll = reader.read(ids, 0, 40)[0]
+    with torch.no_grad():
+        hidden = lab.model.base_model(input_ids=ids[:, :40]).last_hidden_state[0]
+        p = lab.model.get_output_embeddings()(hidden).softmax(-1).double()
+    hidden, values = hidden.double().numpy(), ids[0, 1:].numpy()
+    for t in range(40):
+        mixed = float(p[t, values[t]])
+        if stored := t // 8 * 8:  # what the chunks before this one added
+            distance = ((hidden[t] - hidden[:stored]) ** 2).sum(1)
+            near = np.argsort(distance)[:5]
+            weight = np.exp(-distance[near] / 2)
+            mixed = 0.7 * mixed + 0.3 * weight[values[near] == values[t]].sum() / weight.sum()
+        assert float(nll[t]) == pytest.approx(-np.log(mixed), rel=1e-4)
+
+
+def test_fine_tuning_changes_the_layers_it_should(lab):
+    stream = random_stream("A", 2048)
+    for name, all_of_them in (("fine-tuning", False), ("fine-tuning (all)", True)):
+        reader = reader_of(lab, name, stream)
+        for start in range(0, 2048, 512):
+            reader.read(stream.segments[0].ids, start, start + 512)
+        base = lab.model.state_dict()
+        changed = {key for key, value in reader.model.state_dict().items() if not torch.equal(value, base[key])}
+        layers = {f"model.layers.1.mlp.{m}.weight" for m in ("up_proj", "down_proj")}
+        assert changed == (set(base) if all_of_them else layers)
+
+
+def test_time_is_the_median_over_blocks_of_turns(monkeypatch):
+    clock = text.Clock()
+    # Blocks of four turns, the first of each followed by a frozen one.
+    spans = [(2, 1), (2,), (2,), (6,), (4, 2), (4,), (4,), (4,), (1, 0.1)]
+    now, ticks = 0.0, []
+    for span in (s for group in spans for s in group):
+        ticks += [now, now := now + span]
+    monkeypatch.setattr(text.time, "perf_counter", lambda: ticks.pop(0))
+    for group in spans:
+        with clock.turn():
+            pass
+        assert clock.due() == (len(group) == 2)
+        if clock.due():
+            with clock.frozen():
+                pass
+    assert clock.ratio() == 3.0  # of 12 / 4 / 1, 16 / 4 / 2 and 1 / 0.1
+
+
+# -- figures of runs made by hand -------------------------------------------------------------------------------------
+
+
+def record(name, new, old, scenario="adapt-html", **more):
+    base = {"scenario": scenario, "method": name, "seed": 0, "new": new, "old": old, "segments": ["html"],
+            "matrix": [[]], "recovery": [], "time_ratio": 1.5, "state_bytes": 60, "parameters": 10, "options": {},
+            "protocol": {"tuning": False}}  # fmt: skip
+    return {**base, **more}
+
+
+OTHERS = {"frozen": record("frozen", 3.0, 1.0), "naive": record("naive", 2.0, 1.5)}
+
+
+def test_shares_are_of_naive():
+    suite = TextSuite()
+    found = suite.measure(record("EWC", 2.1, 1.1), OTHERS)
+    assert found["gain"] == pytest.approx(0.9)
+    assert found["gain_share"] == pytest.approx(0.9)
+    assert found["forgetting_share"] == pytest.approx(0.2)
+    assert found["state"] == 6.0
+    assert found["forgetting"] is found["bwt"] is found["recovery"] is None
+    assert suite.score(record("EWC", 2.1, 1.1), OTHERS) == pytest.approx(0.7)
+    assert suite.score(record("naive", 2.0, 1.5), {}) == -2.0  # at its best rate for new text
+    assert suite.score(record("naive (own rate)", 2.5, 1.1), OTHERS) == pytest.approx(0.5 - 0.2)
+    assert suite.measure(record("EWC", 2.1, 1.1), {})["gain_share"] is None
+    lucky = {**OTHERS, "naive": record("naive", 2.0, 0.9)}
+    assert suite.measure(record("EWC", 2.1, 1.1), lucky)["forgetting_share"] is None
+    with pytest.raises(ValueError, match="naive gained or forgot nothing"):
+        suite.score(record("EWC", 2.1, 1.1), lucky)
+
+
+def test_figures_of_a_recurring_stream():
+    matrix = [[2.0, None], [2.4, 1.0], [1.8, 1.1], [2.1, 0.9], [1.9, 1.3]]
+    visits = ["html", "rst", "html", "rst", "html"]
+    run = record("EWC", 2.1, 1.1, "recurring", matrix=matrix, segments=visits, recovery=[512, 600, 1000])
+    found = TextSuite().measure(run, OTHERS)
+    assert found["forgetting"] == pytest.approx(1.3 - 0.9)  # html is the last segment's
+    assert found["bwt"] == pytest.approx(0.9 - 1.3)
+    assert found["recovery"] == pytest.approx(704)
+
+
+def test_points_of_a_trade_off_curve():
+    runs = []
+    for where in ("adapt-html", "adapt-rst"):
+        runs += [record("frozen", 3.0, 1.0, where), record("naive", 2.0, 1.5, where, options={"lr": 0.02})]
+        shift = 0.1 if where == "adapt-rst" else 0.0
+        runs.append(record("EWC", 2.1 + shift, 1.1, where, options={"lr": 0.02, "ewc_lambda": 0.01}))
+        for value, new in ((0.001, 2.0), (0.1, 2.5)):
+            more = {"options": {"lr": 0.02, "ewc_lambda": value}, "protocol": {"tuning": False, "sweep": True}}
+            runs.append(record("EWC", new, 1.2, where, **more))
+    runs.append({**runs[-1], "scenario": "adapt-html", "options": {"lr": 0.02, "ewc_lambda": 9.0}})  # unfinished
+    points = text_plots.tradeoff(TextSuite(), runs, "EWC")
+    assert [(p[0], p[3]) for p in points] == [(0.001, False), (0.01, True), (0.1, False)]
+    assert [p[1] for p in points] == pytest.approx([0.4, 0.2, 0.4])
+    assert [p[2] for p in points] == pytest.approx([1.0, 0.85, 0.5])
+    assert text_plots.tradeoff(TextSuite(), runs, "joint") == []

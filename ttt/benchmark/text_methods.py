@@ -1,0 +1,137 @@
+"""The methods that the text suite compares: what each is made of, and what tuning may try.
+
+A method is a line of `METHODS`. Options and fixed values that are fields of `ttt.TTTConfig` change the demo's
+configuration, from which protection is taken first; ``rules`` are made of the other options.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ttt.benchmark import readers
+from ttt.config import TTTConfig
+from ttt.rules import Rule
+
+if TYPE_CHECKING:
+    from ttt.benchmark.streams import Stream
+    from ttt.benchmark.text import Lab
+
+Options = Mapping[str, Any]
+Sweep = tuple[str, Sequence[Any]]
+
+PLAIN = {"ewc_lambda": 0.0, "replay_rows": 0}
+FIELDS = frozenset(f.name for f in dataclasses.fields(TTTConfig))
+PERIOD, EPOCHS, NEIGHBOURS = 2048, 2, 32
+
+RATES = (0.01, 0.02)
+LAMBDAS = (0.001, 0.003, 0.01, 0.03)
+# Sweeps go from hardly any protection to hardly any learning.
+LAMBDA_SWEEP: Sweep = ("ewc_lambda", (0.0003, 0.002, 0.01, 0.05, 0.3))
+RATE_SWEEP: Sweep = ("lr", (0.001, 0.0025, 0.005, 0.01, 0.02))
+
+
+@dataclasses.dataclass(frozen=True)
+class TextMethod:
+    """One row of the table: a learner, unless ``reader`` makes something else.
+
+    Attributes:
+        family: "reference", "regularisation", "replay", "combination" or "workaround".
+        grid: option -> values that tuning tries, all combinations of them.
+        fixed: fields of `ttt.TTTConfig` that are no options.
+        rules: each makes a rule of one run, from the options and a seed, for ``Learner(model, rules=...)``.
+        sweep: the option that trades gain for forgetting, and the values that its curve is drawn through.
+        score: what tuning maximises: "shares", the share of naive's gain less that of its forgetting; or "new", the
+            gain alone.
+        reader: from the lab, the stream, the options and a seed; None for a learner.
+    """
+
+    family: str
+    grid: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rules: Sequence[Callable[[Options, int], Rule]] = ()
+    sweep: Sweep | None = None
+    score: str = "shares"
+    reader: Callable[[Lab, Stream, Options, int], readers.Reader] | None = None
+
+    def config(self, base: TTTConfig, options: Options, seed: int) -> TTTConfig:
+        """``base`` without its protection, under this method's fixed values and ``options``."""
+        own = {name: value for name, value in options.items() if name in FIELDS}
+        return dataclasses.replace(base, **{**PLAIN, **self.fixed, **own, "seed": seed})
+
+
+def _joint(lab: Lab, stream: Stream, o: Options, seed: int) -> readers.Reader:
+    # As much text of the stream's domains as the stream holds, none of it the stream's, and as much of what the base
+    # model was trained on, shuffled: independent samples of all there is to know, of the same layers and steps.
+    rows = torch.cat([stream.other, lab.base_rows(len(stream.other), seed)])
+    generator = torch.Generator().manual_seed(seed)
+    rows = rows[torch.randperm(len(rows), generator=generator)]
+    return readers.Joint(lab.learner(METHODS["joint"], o, seed), rows)
+
+
+def _neighbours(lab: Lab, stream: Stream, o: Options, seed: int) -> readers.Reader:
+    return readers.NearestNeighbours(lab.model, o["weight"], o["temperature"], NEIGHBOURS)
+
+
+def _tune_layers(lab: Lab, stream: Stream, o: Options, seed: int) -> readers.Reader:
+    names = readers.adapted_weights(lab.model, lab.config)
+    return readers.FineTuning(lab.model, names, o["lr"], PERIOD, EPOCHS, seed)
+
+
+def _tune_all(lab: Lab, stream: Stream, o: Options, seed: int) -> readers.Reader:
+    return readers.FineTuning(lab.model, None, o["lr"], PERIOD, EPOCHS, seed)
+
+
+METHODS: dict[str, TextMethod] = {
+    "frozen": TextMethod("reference", reader=lambda lab, *_: readers.Reader(lab.model)),
+    # Plain SGD at the rate that gains most on the new text: what shares are shares of.
+    "naive": TextMethod("reference", {"lr": (0.005, 0.01, 0.02, 0.04)}, sweep=RATE_SWEEP, score="new"),
+    # And at the rate that is best by the score of the others.
+    "naive (own rate)": TextMethod("reference", {"lr": (0.001, 0.0025, 0.005, 0.01, 0.02)}),
+    "joint": TextMethod("reference", {"lr": (0.005, 0.01, 0.02)}, reader=_joint),
+    "EWC": TextMethod("regularisation", {"lr": RATES, "ewc_lambda": LAMBDAS}, sweep=LAMBDA_SWEEP),
+    "EWC (empirical)": TextMethod(
+        "regularisation", {"lr": RATES, "ewc_lambda": LAMBDAS}, {"fisher": "empirical"}, sweep=LAMBDA_SWEEP
+    ),
+    "SI": TextMethod(
+        "regularisation", {"lr": RATES, "ewc_lambda": LAMBDAS}, {"importance": "si"}, sweep=LAMBDA_SWEEP
+    ),
+    "MAS": TextMethod(
+        "regularisation", {"lr": RATES, "ewc_lambda": LAMBDAS}, {"importance": "mas"}, sweep=LAMBDA_SWEEP
+    ),
+    "layer replay": TextMethod(
+        "replay", {"lr": RATES, "replay_beta": (0.05, 0.1, 0.2, 0.3)}, {"replay_rows": 4},
+        sweep=("replay_beta", (0.02, 0.05, 0.1, 0.3, 1.0)),
+    ),
+    "EWC + layer replay": TextMethod(
+        "combination", {"lr": RATES, "ewc_lambda": (0.001, 0.003, 0.01), "replay_beta": (0.05, 0.1, 0.2)},
+        {"replay_rows": 4}, sweep=LAMBDA_SWEEP,
+    ),
+    # What is done today instead of learning.
+    "in-context only": TextMethod("workaround", reader=lambda lab, *_: readers.InContext(lab.model)),
+    "kNN-LM": TextMethod(
+        "workaround", {"weight": (0.1, 0.2, 0.4), "temperature": (3.0, 10.0, 30.0)},
+        sweep=("weight", (0.05, 0.1, 0.2, 0.4, 0.7)), reader=_neighbours,
+    ),
+    "fine-tuning": TextMethod(
+        "workaround", {"lr": (3e-4, 1e-3, 3e-3)}, sweep=("lr", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)), reader=_tune_layers
+    ),
+    "fine-tuning (all)": TextMethod(
+        "workaround", {"lr": (1e-4, 3e-4, 1e-3)}, sweep=("lr", (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)), reader=_tune_all
+    ),
+}  # fmt: skip
+"""Name -> method, in the order of the tables; what others are scored against comes first."""
+
+
+def method(name: str) -> TextMethod:
+    """The method ``name``.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {list(METHODS)}, got {name!r}")
+    return METHODS[name]
