@@ -46,11 +46,14 @@ class GraphedLearner:
         graph: capture in a CUDA graph; False runs step by step.
 
     Raises:
-        ValueError: for a wrong batch or chunk, or a model whose attention it cannot give a static cache.
+        ValueError: for a wrong batch or chunk, a model whose attention it cannot give a static cache, or a learner with
+            a guard.
         RuntimeError: if ``graph`` is True and the model is not on a CUDA device.
     """
 
     def __init__(self, learner: Learner, *, batch: int = 1, chunk: int | None = None, graph: bool = True) -> None:
+        if learner.guard is not None:
+            raise ValueError("learner has a guard, which changes rates and strengths that a CUDA graph holds fixed")
         chunk = learner.config.chunk if chunk is None else chunk
         for name, value in (("batch", batch), ("chunk", chunk)):
             check_whole(name, value, 1)

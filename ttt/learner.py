@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ttt import protection
 from ttt.convert import require_layers
 from ttt.generate import Generated, generate
+from ttt.guard import Guard
 from ttt.head import Fused, Plain, Split
 from ttt.nn import Capturing, Linear, Update
 from ttt.reading import detached, frozen, masked_inputs
@@ -28,12 +29,16 @@ class Seen:
         mask: (B, T-1) bool: the tokens that were scored.
         learned: chunks that the model learnt from.
         rejected: chunks that were skipped for a non-finite loss or gradient; they changed nothing.
+        rollbacks: how often a `ttt.Guard` went back to the last good state meanwhile.
+        strength: of the protection afterwards, in units of the configured one; a `ttt.Guard` raises it.
     """
 
     nll: Tensor
     mask: Tensor
     learned: int
     rejected: int
+    rollbacks: int = 0
+    strength: float = 1.0
 
     @property
     def bits(self) -> float:
@@ -121,12 +126,13 @@ class Learner:
         model: adapted by `ttt.adapt_`. `observe` needs a Hugging Face causal language model; it is put in eval mode.
         context: tokens of context at most; a longer text is read in segments of that many. Default: the model's
             ``max_position_embeddings``, or 2048.
+        guard: holds what is forgotten within a bound; None learns unwatched.
 
     Raises:
-        ValueError: if the model has no learning layer, or ``context`` < 2.
+        ValueError: if the model has no learning layer, or ``context`` < 2, or ``guard`` does not fit the model.
     """
 
-    def __init__(self, model: nn.Module, *, context: int | None = None) -> None:
+    def __init__(self, model: nn.Module, *, context: int | None = None, guard: Guard | None = None) -> None:
         self.model: Any = model.eval()
         self.layers = require_layers(model)
         self.config = self.layers[0].config
@@ -137,6 +143,9 @@ class Learner:
         self.context = context
         mas = self.config.importance == "mas" and self.config.ewc_lambda > 0
         self._split = Split(model, "importance 'mas' differentiates the logits" if mas else "")
+        self.guard = guard
+        if guard is not None:
+            guard.attach(self)
 
     # -- observe ----------------------------------------------------------------------------------------------
 
@@ -166,8 +175,12 @@ class Learner:
         """
         ids, attend, teach = self._checked(input_ids, attention_mask, learn_mask)
         plain = attention_mask is None and learn_mask is None
+        before = 0 if self.guard is None else self.guard.rollbacks
         with frozen(self.model):
-            return self._read(ids, attend, teach, learn, pads=attention_mask is not None, plain=plain)[0]
+            seen = self._read(ids, attend, teach, learn, pads=attention_mask is not None, plain=plain)[0]
+        if self.guard is None:
+            return seen
+        return dataclasses.replace(seen, rollbacks=self.guard.rollbacks - before, strength=self.guard.strength)
 
     def _read(
         self, ids: Tensor, attend: Tensor, teach: Tensor, learn: bool, *, pads: bool, plain: bool
@@ -204,6 +217,8 @@ class Learner:
                     masks = (None, None) if plain else (wanted, rows[:, span].flatten())
                     ok = self._learn(capturing, scores, *masks)
                     learned, rejected = learned + ok, rejected + (not ok)
+            if self.guard is not None:
+                self.guard.check_if_due()
             cache = detached(out.past_key_values)
             position = last
             if not ok:  # what the model computed for this chunk is not to be trusted as context either
@@ -215,6 +230,8 @@ class Learner:
         updates, finite = self._updates(capturing, scores, wanted, rows)
         if not bool(finite):
             return False
+        if self.guard is not None:
+            self.guard.pace(updates, scores.nll if wanted is None else scores.nll[wanted])
         for layer, update in updates:
             layer.learn(update)
         return True
@@ -354,7 +371,11 @@ class Learner:
 
         in units of the first calibration's mean importance. The sample of recent inputs joins the replay memory.
         """
+        if self.guard is not None:
+            self.guard.check()
         protection.consolidate(self.layers)
+        if self.guard is not None:
+            self.guard.resume()
 
     # -- go back ----------------------------------------------------------------------------------------------
 
@@ -379,11 +400,15 @@ class Learner:
         for layer, state, base in zip(self.layers, snapshot.layers, snapshot.bases, strict=True):
             layer.load_state(state)
             layer.base = dict(base)
+        if self.guard is not None:
+            self.guard.resume()
 
     def reset(self) -> None:
         """Forget everything learnt since calibration; the weights are the base model's, to the bit."""
         for layer in self.layers:
             layer.reset()
+        if self.guard is not None:
+            self.guard.restart()
 
     def flush(self) -> None:
         """Write every layer's window into its weights, as before ``save_pretrained``."""
