@@ -13,12 +13,15 @@ from ttt.convert import adapt_, learning_layers, restore_
 from ttt.fork import Memory, fork, memory
 from ttt.generate import Generated
 from ttt.graphed import GraphedLearner
+from ttt.guard import Check, Guard
 from ttt.info import info
 from ttt.learner import Learner, Outcome, Seen, Snapshot, capturable_, learning
 
 __all__ = [
+    "Check",
     "Generated",
     "GraphedLearner",
+    "Guard",
     "Learner",
     "Memory",
     "Outcome",

@@ -107,6 +107,8 @@ def generate(
             if span is not None and (over or span.count == learn_every):
                 ok = span.learn(ids, cache, real if pads else None)
                 learned, rejected = learned + ok, rejected + (not ok)
+                if learner.guard is not None:
+                    learner.guard.check_if_due()
             if over:
                 break
     nll = torch.cat([seen.nll, torch.stack(nlls, 1)], 1)

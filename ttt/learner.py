@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ttt import protection
 from ttt.convert import require_layers
 from ttt.generate import Generated, generate
+from ttt.guard import Guard
 from ttt.head import Fused, Plain, Split
 from ttt.nn import Capturing, Linear, Update
 from ttt.reading import detached, frozen
@@ -29,12 +30,16 @@ class Seen:
         mask: (B, T-1) bool: the tokens that were scored.
         learned: chunks that the model learnt from.
         rejected: chunks that were skipped for a non-finite loss or gradient; they changed nothing.
+        rollbacks: how often a `ttt.Guard` went back to the last good state meanwhile.
+        strength: of the protection afterwards, in units of the configured one; a `ttt.Guard` raises it.
     """
 
     nll: Tensor
     mask: Tensor
     learned: int
     rejected: int
+    rollbacks: int = 0
+    strength: float = 1.0
 
     @property
     def bits(self) -> float:
@@ -126,13 +131,21 @@ class Learner:
         rules: add terms to the loss of every chunk that teaches, as `ttt.replay.SequenceReplay` does. What they send
             through the model is learnt in the same update, at ``lr`` a token. Its rows count as the chunk's do: in
             the window, in the sample of recent inputs, and in the trace, which has a share of them (zeros for "mas").
+        guard: holds what is forgotten within a bound; None learns unwatched.
 
     Raises:
         TypeError: if one of ``rules`` is no `ttt.rules.StreamRule`.
-        ValueError: if the model has no learning layer, ``context`` < 2, or a rule cannot serve this learner.
+        ValueError: if the model has no learning layer, ``context`` < 2, or a rule or ``guard`` cannot serve it.
     """
 
-    def __init__(self, model: nn.Module, *, context: int | None = None, rules: Sequence[StreamRule] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        context: int | None = None,
+        rules: Sequence[StreamRule] = (),
+        guard: Guard | None = None,
+    ) -> None:
         self.model: Any = model.eval()
         self.layers = require_layers(model)
         self.config = self.layers[0].config
@@ -146,6 +159,9 @@ class Learner:
         self.rules = check_rules(rules)
         for rule in self.rules:
             rule.attach(self)
+        self.guard = guard
+        if guard is not None:
+            guard.attach(self)
 
     # -- observe ----------------------------------------------------------------------------------------------
 
@@ -175,8 +191,12 @@ class Learner:
         """
         ids, attend, teach = self._checked(input_ids, attention_mask, learn_mask)
         plain = attention_mask is None and learn_mask is None
+        before = 0 if self.guard is None else self.guard.rollbacks
         with frozen(self.model):
-            return self._read(ids, attend, teach, learn, pads=attention_mask is not None, plain=plain)[0]
+            seen = self._read(ids, attend, teach, learn, pads=attention_mask is not None, plain=plain)[0]
+        if self.guard is None:
+            return seen
+        return dataclasses.replace(seen, rollbacks=self.guard.rollbacks - before, strength=self.guard.strength)
 
     def _read(
         self, ids: Tensor, attend: Tensor, teach: Tensor, learn: bool, *, pads: bool, plain: bool
@@ -216,6 +236,8 @@ class Learner:
                     chunk = Chunk.of(segment, *here, scores.logits, masks[0]) if ruled else None
                     ok = self._learn(capturing, scores, masks[0], masks[1], chunk)
                     learned, rejected = learned + ok, rejected + (not ok)
+            if self.guard is not None:
+                self.guard.check_if_due()
             cache = detached(out.past_key_values)
             position = last
             if not ok:  # what the model computed for this chunk is not to be trusted as context either
@@ -237,6 +259,8 @@ class Learner:
         updates, finite = self._updates(capturing, scores, wanted, rows, chunk)
         if not bool(finite):
             return False
+        if self.guard is not None:
+            self.guard.pace(updates, scores.nll if wanted is None else scores.nll[wanted])
         for layer, update in updates:
             layer.learn(update)
         if chunk is not None:
@@ -391,9 +415,13 @@ class Learner:
 
         in units of the first calibration's mean importance. The sample of recent inputs joins the replay memory.
         """
+        if self.guard is not None:
+            self.guard.check()
         protection.consolidate(self.layers)
         for rule in self.rules:
             rule.consolidated()
+        if self.guard is not None:
+            self.guard.resume()
 
     # -- go back ----------------------------------------------------------------------------------------------
 
@@ -427,6 +455,8 @@ class Learner:
             layer.base = dict(base)
         for rule, (_, held) in zip(self.rules, snapshot.rules, strict=True):
             rule.load_state(held)
+        if self.guard is not None:
+            self.guard.resume()
 
     def reset(self) -> None:
         """Forget everything learnt since calibration; the weights are the base model's, to the bit.
@@ -437,6 +467,8 @@ class Learner:
             layer.reset()
         for rule in self.rules:
             rule.reset()
+        if self.guard is not None:
+            self.guard.restart()
 
     def flush(self) -> None:
         """Write every layer's window into its weights, as before ``save_pretrained``."""

@@ -143,6 +143,7 @@ class Linear(torch.nn.Linear):
         self.seed = ((config.seed << 32) ^ zlib.crc32(name.encode())) & _SEED_MASK
         self._steps: Steps | None = None  # of a capturable layer
         self._pending = 0
+        self.strength = 1.0  # of the protection: multiplies ewc_lambda and replay_beta (`ttt.Guard`)
         self.sink: list[tuple[Tensor, Tensor]] | None = None
         self.transposed = False  # the weight stands transposed in state_dict (GPT-2's Conv1D)
         # Names of buffers that other models may hold, too (`ttt.fork`): never written in place; see `own`.
@@ -205,7 +206,7 @@ class Linear(torch.nn.Linear):
         if name == "_pending":  # changes with every token; torch's way takes 3 us
             self.__dict__[name] = value
             return
-        if isinstance(value, Tensor) or name == "config":  # what a binding holds may have been replaced
+        if isinstance(value, Tensor) or name in ("config", "strength"):  # what a binding holds may have been replaced
             self.__dict__["_binding"] = None
         super().__setattr__(name, value)
 
@@ -405,9 +406,10 @@ class Linear(torch.nn.Linear):
     def commit_options(self) -> dict[str, Any]:
         """The arguments of `ttt.ops.commit` that are no tensors."""
         c = self.config
+        beta = max(c.replay_beta, min(c.replay_beta * self.strength, 1.0))  # 1: the projection in full
         return {
-            "seed": self.seed, "replay_rows": c.commit_rows, "replay": c.replay, "beta": c.replay_beta,
-            "eps": c.replay_eps, "lam": c.ewc_lambda, "gamma": c.trace_decay, "kind": c.importance,
+            "seed": self.seed, "replay_rows": c.commit_rows, "replay": c.replay, "beta": beta,
+            "eps": c.replay_eps, "lam": c.ewc_lambda * self.strength, "gamma": c.trace_decay, "kind": c.importance,
             "trace_every": c.trace_every,
         }  # fmt: skip
 
