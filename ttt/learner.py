@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from ttt import protection
 from ttt.convert import require_layers
+from ttt.fleet import learner as fleet
+from ttt.fleet.pool import Pool, has_pool, pool_of
+from ttt.fleet.protection import calibrate as calibrate_fleet
 from ttt.generate import Generated, generate
 from ttt.head import Fused, Plain, Split
 from ttt.nn import Capturing, Linear, Update
@@ -28,12 +31,14 @@ class Seen:
         mask: (B, T-1) bool: the tokens that were scored.
         learned: chunks that the model learnt from.
         rejected: chunks that were skipped for a non-finite loss or gradient; they changed nothing.
+        rejected_users: with ``users``, whose they were: how many of each. Chunks are counted for each user then.
     """
 
     nll: Tensor
     mask: Tensor
     learned: int
     rejected: int
+    rejected_users: dict[Hashable, int] = dataclasses.field(default_factory=dict)
 
     @property
     def bits(self) -> float:
@@ -128,8 +133,9 @@ class Learner:
 
     def __init__(self, model: nn.Module, *, context: int | None = None) -> None:
         self.model: Any = model.eval()
-        self.layers = require_layers(model)
-        self.config = self.layers[0].config
+        self.pool: Pool | None = pool_of(model) if has_pool(model) else None
+        self.layers = require_layers(model) if self.pool is None else []
+        self.config = self.layers[0].config if self.pool is None else self.pool.config
         if context is None:
             context = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 2048
         if context < 2:
@@ -147,6 +153,7 @@ class Learner:
         attention_mask: Tensor | None = None,
         learn_mask: Tensor | None = None,
         learn: bool = True,
+        users: Sequence[Hashable | None] | None = None,
     ) -> Seen:
         """Score the tokens, chunk by chunk, and learn from each chunk after it was scored.
 
@@ -156,15 +163,23 @@ class Learner:
             learn_mask: (B, T) bool or 0/1: tokens with 0 are read and scored, but no loss is taken on them and
                 what they put through the layers is not written: they change no weight by one bit.
             learn: False scores only.
+            users: for a model adapted with ``TTTConfig(users=...)``: whose each of the B rows is; None for rows that
+                the base model only scores. Changing one user's tokens changes no bit of what another gets or learns.
 
         Returns:
             A `Seen`. A chunk with a non-finite loss or gradient is counted in ``rejected`` and changes nothing;
-            reading goes on after it with an empty context.
+            reading goes on after it with an empty context. With ``users`` that holds for each user alone.
 
         Raises:
             TypeError, ValueError: for a wrong dtype, shape or token; nothing has changed then.
         """
         ids, attend, teach = self._checked(input_ids, attention_mask, learn_mask)
+        if (self.pool is None) != (users is None):
+            raise ValueError(f"users must be given if, and only if, every user has weights of their own; got {users!r}")
+        if self.pool is not None and users is not None:
+            found = fleet.observe(self, self.pool, ids, attend, teach, users, learn, attention_mask is not None)
+            rejected = {user: count for user, count in found.rejected.items() if count}
+            return Seen(found.nll, found.mask, sum(found.learned.values()), sum(rejected.values()), rejected)
         plain = attention_mask is None and learn_mask is None
         with frozen(self.model):
             return self._read(ids, attend, teach, learn, pads=attention_mask is not None, plain=plain)[0]
@@ -282,6 +297,7 @@ class Learner:
         Raises:
             TypeError, ValueError: for a wrong argument; nothing has changed then.
         """
+        self._one_for_all("generate", "with ttt.users(model, [...]): model.generate(...)")
         ids, attend, _ = self._checked(input_ids, attention_mask, None)
         return generate(
             self, ids, None if attention_mask is None else attend, max_new_tokens=max_new_tokens,
@@ -327,10 +343,15 @@ class Learner:
         """
         kind = "mas" if self.config.importance == "mas" else "fisher"
         if loss is None:
-            generator = torch.Generator(device=self.layers[0].weight.device).manual_seed(self.config.seed)
+            generator = torch.Generator(device=next(self.model.parameters()).device).manual_seed(self.config.seed)
             losses = (self._calibration_loss(batch, kind, generator) for batch in batches)
         else:
             losses = (loss(self.model, batch) for batch in batches)
+        if self.pool is not None:
+            if self.pool.users:
+                raise ValueError(f"calibrate before learning: users {list(self.pool.users)} have slots already")
+            calibrate_fleet(list(self.pool.layers.values()), losses, kind)
+            return
         protection.calibrate(self.layers, losses, kind)
 
     def _calibration_loss(self, ids: Tensor, kind: str, generator: torch.Generator) -> Tensor:
@@ -354,12 +375,18 @@ class Learner:
 
         in units of the first calibration's mean importance. The sample of recent inputs joins the replay memory.
         """
+        self._one_for_all("consolidate", "the anchor is shared by all users")
         protection.consolidate(self.layers)
+
+    def _one_for_all(self, what: str, instead: str) -> None:
+        if self.pool is not None:
+            raise ValueError(f"{what} is for one set of weights, but every user has their own: {instead}")
 
     # -- go back ----------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
         """A copy of all learning state, for `rollback`."""
+        self._one_for_all("snapshot", "pool.export(user)")
         # Shared tensors and bases are never written in place: they need no copy.
         layers = [
             {name: t if name in layer.shared else t.clone() for name, t in layer.state().items()}
@@ -373,6 +400,7 @@ class Learner:
         Raises:
             ValueError: if it comes from a model with other layers.
         """
+        self._one_for_all("rollback", "pool.load(user, state)")
         shapes = [{name: t.shape for name, t in layer.state().items()} for layer in self.layers]
         if [{name: t.shape for name, t in state.items()} for state in snapshot.layers] != shapes:
             raise ValueError("snapshot does not fit this model's learning layers; nothing was changed")
@@ -382,6 +410,8 @@ class Learner:
 
     def reset(self) -> None:
         """Forget everything learnt since calibration; the weights are the base model's, to the bit."""
+        if self.pool is not None:
+            self.pool.forget_all()
         for layer in self.layers:
             layer.reset()
 
