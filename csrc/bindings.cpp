@@ -151,6 +151,34 @@ void commit(Args... args) {
   active->commit(a);
 }
 
+void fleet_linear(address x, address a, address b, address rows, address users, address y, int64_t tokens, int64_t m,
+                  int64_t n, int64_t capacity, int dtype, int threads) {
+  const ttt::FleetLinear f{
+      in<void>(x), in<void>(a), in<void>(b), in<int32_t>(rows), in<int32_t>(users), out<void>(y), tokens, m, n,
+      capacity,    dtype,       threads};
+  py::gil_scoped_release release;
+  active->fleet_linear(f);
+}
+
+void fleet_append(address a, address b, address rows, address eta_sum, address x, address delta, address eta,
+                  address users, int64_t tokens, int64_t m, int64_t n, int64_t capacity, int dtype) {
+  const ttt::FleetAppend f{out<void>(a),
+                           out<void>(b),
+                           out<int32_t>(rows),
+                           out<float>(eta_sum),
+                           in<void>(x),
+                           in<void>(delta),
+                           in<float>(eta),
+                           in<int32_t>(users),
+                           tokens,
+                           m,
+                           n,
+                           capacity,
+                           dtype};
+  py::gil_scoped_release release;
+  active->fleet_append(f);
+}
+
 // Algorithm R: row s goes to slot s while there is room, then to a random slot of [0, s].
 void insert_rows(char* memory, int64_t* seen, const char* x, int64_t capacity, int64_t rows, int64_t row_bytes,
                  uint64_t seed) {
@@ -242,6 +270,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("window_linear", &window_linear);
   m.def("project_out", &project_out);
   m.def("commit", CommitArguments::call);
+  m.def("fleet_linear", &fleet_linear);
+  m.def("fleet_append", &fleet_append);
   m.def("reservoir_insert", &reservoir_insert);
   m.def("reservoir_draw", &reservoir_draw);
   py::class_<Layer>(m, "Layer")

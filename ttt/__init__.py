@@ -10,6 +10,8 @@ from ttt import nn, ops
 from ttt.checkpoint import load, save
 from ttt.config import TTTConfig
 from ttt.convert import adapt_, learning_layers, restore_
+from ttt.fleet.options import Fleet
+from ttt.fleet.pool import Pool, pool_of, users
 from ttt.fork import Memory, fork, memory
 from ttt.generate import Generated
 from ttt.graphed import GraphedLearner
@@ -19,12 +21,14 @@ from ttt.learner import Learner, Outcome, Seen, Snapshot, capturable_, learning
 
 __all__ = [
     "Check",
+    "Fleet",
     "Generated",
     "GraphedLearner",
     "Guard",
     "Learner",
     "Memory",
     "Outcome",
+    "Pool",
     "Seen",
     "Snapshot",
     "TTTConfig",
@@ -38,6 +42,8 @@ __all__ = [
     "memory",
     "nn",
     "ops",
+    "pool_of",
     "restore_",
     "save",
+    "users",
 ]

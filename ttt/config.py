@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ttt.fleet.options import Fleet
 from ttt.ops.schema import KINDS, MAX_REPLAY_ROWS, REPLAY
 
 
@@ -55,6 +56,9 @@ class TTTConfig:
         state_dtype: ``"float32"``, ``"bfloat16"`` or ``"8bit"`` (`ttt.ops.log8`; not for ``importance="si"``) for
             importance and trace. None: bfloat16 for 16-bit weights, float32 for others.
         seed: of everything random: replay rows, reservoir, rounding, sampled labels.
+        users: `ttt.Fleet`: every user has low-rank weights of their own beside the model's, which never change
+            (`ttt.nn.FleetLinear`); ``window`` and what is said of the trace do not apply then. None: one set of
+            weights.
 
     Raises:
         ValueError: for a value out of range; it names the argument, the value and what is allowed.
@@ -85,6 +89,7 @@ class TTTConfig:
     head_mass: float = 0.01
     state_dtype: str | None = None
     seed: int = 0
+    users: Fleet | None = None
 
     def __post_init__(self) -> None:
         def need(name: str, ok: bool, allowed: str) -> None:
@@ -137,6 +142,9 @@ class TTTConfig:
             "a float type for importance='si'",
         )
         whole("seed", 0, 2**63 - 1)
+        need("users", self.users is None or isinstance(self.users, Fleet), "a ttt.Fleet or None")
+        if self.users is not None and self.ewc_lambda > 0:
+            need("importance", self.importance != "si", "'fisher' or 'mas' with users (SI needs a trace of each user)")
         # Lists become tuples, so that a configuration is hashable and truly frozen.
         for name in ("target_modules", "layers"):
             value = getattr(self, name)
@@ -162,4 +170,6 @@ class TTTConfig:
         unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"unknown configuration fields {sorted(unknown)}")
+        if isinstance(values.get("users"), dict):
+            values = {**values, "users": Fleet(**values["users"])}
         return cls(**values)

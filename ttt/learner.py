@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from ttt import protection
 from ttt.convert import require_layers
+from ttt.fleet import learner as fleet
+from ttt.fleet.pool import Pool, has_pool, pool_of
+from ttt.fleet.protection import calibrate as calibrate_fleet
 from ttt.generate import Generated, generate
 from ttt.guard import Guard
 from ttt.head import Fused, Plain, Split
@@ -32,6 +35,7 @@ class Seen:
         rejected: chunks that were skipped for a non-finite loss or gradient; they changed nothing.
         rollbacks: how often a `ttt.Guard` went back to the last good state meanwhile.
         strength: of the protection afterwards, in units of the configured one; a `ttt.Guard` raises it.
+        rejected_users: with ``users``, whose they were: how many of each. Chunks are counted for each user then.
     """
 
     nll: Tensor
@@ -40,6 +44,7 @@ class Seen:
     rejected: int
     rollbacks: int = 0
     strength: float = 1.0
+    rejected_users: dict[Hashable, int] = dataclasses.field(default_factory=dict)
 
     @property
     def bits(self) -> float:
@@ -147,8 +152,9 @@ class Learner:
         guard: Guard | None = None,
     ) -> None:
         self.model: Any = model.eval()
-        self.layers = require_layers(model)
-        self.config = self.layers[0].config
+        self.pool: Pool | None = pool_of(model) if has_pool(model) else None
+        self.layers = require_layers(model) if self.pool is None else []
+        self.config = self.layers[0].config if self.pool is None else self.pool.config
         if context is None:
             context = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 2048
         if context < 2:
@@ -172,6 +178,7 @@ class Learner:
         attention_mask: Tensor | None = None,
         learn_mask: Tensor | None = None,
         learn: bool = True,
+        users: Sequence[Hashable | None] | None = None,
     ) -> Seen:
         """Score the tokens, chunk by chunk, and learn from each chunk after it was scored.
 
@@ -181,15 +188,24 @@ class Learner:
             learn_mask: (B, T) bool or 0/1: tokens with 0 are read and scored, but no loss is taken on them and
                 what they put through the layers is not written: they change no weight by one bit.
             learn: False scores only.
+            users: for a model adapted with ``TTTConfig(users=...)``: whose each of the B rows is; None for rows that
+                the base model only scores. Changing one user's tokens changes no bit of what another gets or learns.
 
         Returns:
             A `Seen`. A chunk with a non-finite loss or gradient is counted in ``rejected`` and changes nothing;
-            reading goes on after it with an empty context.
+            reading goes on after it with an empty context. With ``users`` that holds for each user alone.
 
         Raises:
             TypeError, ValueError: for a wrong dtype, shape or token; nothing has changed then.
         """
         ids, attend, teach = self._checked(input_ids, attention_mask, learn_mask)
+        if (self.pool is None) != (users is None):
+            raise ValueError(f"users must be given if, and only if, every user has weights of their own; got {users!r}")
+        if self.pool is not None and users is not None:
+            found = fleet.observe(self, self.pool, ids, attend, teach, users, learn, attention_mask is not None)
+            rejected = {user: count for user, count in found.rejected.items() if count}
+            learned, lost = sum(found.learned.values()), sum(rejected.values())
+            return Seen(found.nll, found.mask, learned, lost, rejected_users=rejected)
         plain = attention_mask is None and learn_mask is None
         before = 0 if self.guard is None else self.guard.rollbacks
         with frozen(self.model):
@@ -343,6 +359,7 @@ class Learner:
         Raises:
             TypeError, ValueError: for a wrong argument; nothing has changed then.
         """
+        self._one_for_all("generate", "with ttt.users(model, [...]): model.generate(...)")
         ids, attend, _ = self._checked(input_ids, attention_mask, None)
         return generate(
             self, ids, None if attention_mask is None else attend, max_new_tokens=max_new_tokens,
@@ -388,10 +405,15 @@ class Learner:
         """
         kind = "mas" if self.config.importance == "mas" else "fisher"
         if loss is None:
-            generator = torch.Generator(device=self.layers[0].weight.device).manual_seed(self.config.seed)
+            generator = torch.Generator(device=next(self.model.parameters()).device).manual_seed(self.config.seed)
             losses = (self._calibration_loss(batch, kind, generator) for batch in batches)
         else:
             losses = (loss(self.model, batch) for batch in batches)
+        if self.pool is not None:
+            if self.pool.users:
+                raise ValueError(f"calibrate before learning: users {list(self.pool.users)} have slots already")
+            calibrate_fleet(list(self.pool.layers.values()), losses, kind)
+            return
         protection.calibrate(self.layers, losses, kind)
 
     def _calibration_loss(self, ids: Tensor, kind: str, generator: torch.Generator) -> Tensor:
@@ -415,6 +437,7 @@ class Learner:
 
         in units of the first calibration's mean importance. The sample of recent inputs joins the replay memory.
         """
+        self._one_for_all("consolidate", "the anchor is shared by all users")
         if self.guard is not None:
             self.guard.check()
         protection.consolidate(self.layers)
@@ -423,10 +446,15 @@ class Learner:
         if self.guard is not None:
             self.guard.resume()
 
+    def _one_for_all(self, what: str, instead: str) -> None:
+        if self.pool is not None:
+            raise ValueError(f"{what} is for one set of weights, but every user has their own: {instead}")
+
     # -- go back ----------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
         """A copy of all learning state, that of the rules included, for `rollback`."""
+        self._one_for_all("snapshot", "pool.export(user)")
         # Shared tensors and bases are never written in place: they need no copy.
         layers = [
             {name: t if name in layer.shared else t.clone() for name, t in layer.state().items()}
@@ -442,6 +470,7 @@ class Learner:
         Raises:
             ValueError: if it comes from a model with other layers, or a learner with other rules.
         """
+        self._one_for_all("rollback", "pool.load(user, state)")
         shapes = [{name: t.shape for name, t in layer.state().items()} for layer in self.layers]
         if [{name: t.shape for name, t in state.items()} for state in snapshot.layers] != shapes:
             raise ValueError("snapshot does not fit this model's learning layers; nothing was changed")
@@ -463,6 +492,8 @@ class Learner:
 
         Rules forget what they hold of the stream.
         """
+        if self.pool is not None:
+            self.pool.forget_all()
         for layer in self.layers:
             layer.reset()
         for rule in self.rules:

@@ -13,7 +13,9 @@ from ttt import ops
 from ttt.config import TTTConfig
 from ttt.nn import gaussian, rows
 from ttt.nn.binding import Binding, binding_of
+from ttt.nn.rates import rates
 from ttt.nn.steps import Steps, forbid_capture
+from ttt.nn.transposed import Transposed
 from ttt.ops import log8
 from ttt.ops.gate import advance
 
@@ -60,7 +62,7 @@ class _Capture(torch.autograd.Function):
         return layer._transposed_window(delta).view(x.shape), None, None
 
 
-class Linear(torch.nn.Linear):
+class Linear(Transposed):
     """A linear layer that learns: y = x W_t^T + b with W_t = W - sum over the window of eta delta x^T.
 
     ``weight`` stays an `nn.Parameter` (never requiring grad) and is changed in place; the state below are
@@ -145,7 +147,6 @@ class Linear(torch.nn.Linear):
         self._pending = 0
         self.strength = 1.0  # of the protection: multiplies ewc_lambda and replay_beta (`ttt.Guard`)
         self.sink: list[tuple[Tensor, Tensor]] | None = None
-        self.transposed = False  # the weight stands transposed in state_dict (GPT-2's Conv1D)
         # Names of buffers that other models may hold, too (`ttt.fork`): never written in place; see `own`.
         self.shared: set[str] = set()
         self.base: dict[str, Tensor] = {}  # state from before the first consolidation; empty until then
@@ -272,15 +273,8 @@ class Linear(torch.nn.Linear):
             trace_delta = None if trace_delta is None else trace_delta[rows]
         x, delta = x.to(self.weight.dtype).contiguous(), delta.to(self.weight.dtype).contiguous()
         wide = self.win_eta.dtype
-        delta_norm = torch.linalg.vector_norm(delta, dim=1, dtype=wide)
-        norm = delta_norm * torch.linalg.vector_norm(x, dim=1, dtype=wide)
-        # The squared norm bounds every entry of the token's squared gradient: the trace cannot overflow either.
-        finite = torch.isfinite(norm * norm).all()
-        eta = torch.full_like(norm, self.config.lr)
-        if self.config.clip is not None:
-            if self.basis is not None:  # the bound is on what will be applied
-                norm = delta_norm * torch.linalg.vector_norm(self._learnable(x), dim=1, dtype=wide)
-            eta = eta * (self.config.clip / norm).clamp_max(1.0)
+        eta, each = rates(x, delta, self.config, wide, None if self.basis is None else self._learnable)
+        finite = each.all()
         if trace_delta is not None:
             trace_delta = trace_delta.to(self.weight.dtype).contiguous()
             finite = finite & torch.isfinite(torch.linalg.vector_norm(trace_delta, dtype=wide))
@@ -552,18 +546,6 @@ class Linear(torch.nn.Linear):
             if (b := getattr(self, name)) is not None:
                 b.zero_()
         self.pending = 0
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.transposed:
-            key = prefix + "weight"
-            destination[key] = destination[key].T.contiguous()
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        key = prefix + "weight"
-        if self.transposed and key in state_dict:
-            state_dict = {**state_dict, key: state_dict[key].T}
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, lr={self.config.lr}, window={self.config.window}"

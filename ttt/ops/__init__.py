@@ -6,8 +6,10 @@ import torch
 
 from ttt.ops import cpu as cpu
 from ttt.ops import cuda as cuda
+from ttt.ops.fleet import fleet_append, fleet_compress, fleet_linear
 
-__all__ = ["commit", "project_out", "reservoir_draw", "reservoir_insert", "window_append", "window_linear"]
+__all__ = ["commit", "fleet_append", "fleet_compress", "fleet_linear", "project_out", "reservoir_draw",
+           "reservoir_insert", "window_append", "window_linear"]  # fmt: skip
 
 
 def window_linear(
