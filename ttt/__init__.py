@@ -6,6 +6,9 @@ learner = ttt.Learner(model)
 seen = learner.observe(input_ids)
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from ttt import nn, ops
 from ttt.checkpoint import load, save
 from ttt.config import TTTConfig
@@ -16,6 +19,12 @@ from ttt.graphed import GraphedLearner
 from ttt.info import info
 from ttt.learner import Learner, Outcome, Seen, Snapshot, capturable_, learning
 
+if TYPE_CHECKING:
+    from ttt.store import Store
+
+# Imported when first used.
+_LAZY = {"Store": "ttt.store"}
+
 __all__ = [
     "Generated",
     "GraphedLearner",
@@ -24,6 +33,7 @@ __all__ = [
     "Outcome",
     "Seen",
     "Snapshot",
+    "Store",
     "TTTConfig",
     "adapt_",
     "capturable_",
@@ -38,3 +48,9 @@ __all__ = [
     "restore_",
     "save",
 ]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
