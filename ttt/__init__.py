@@ -6,6 +6,9 @@ learner = ttt.Learner(model)
 seen = learner.observe(input_ids)
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from ttt import nn, ops
 from ttt.checkpoint import load, save
 from ttt.config import TTTConfig
@@ -19,6 +22,12 @@ from ttt.guard import Check, Guard
 from ttt.info import info
 from ttt.learner import Learner, Outcome, Seen, Snapshot, capturable_, learning
 
+if TYPE_CHECKING:
+    from ttt.store import Store
+
+# Imported when first used.
+_LAZY = {"Store": "ttt.store"}
+
 __all__ = [
     "Check",
     "Fleet",
@@ -31,6 +40,7 @@ __all__ = [
     "Pool",
     "Seen",
     "Snapshot",
+    "Store",
     "TTTConfig",
     "adapt_",
     "capturable_",
@@ -47,3 +57,9 @@ __all__ = [
     "save",
     "users",
 ]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
