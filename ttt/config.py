@@ -24,8 +24,11 @@ class TTTConfig:
             or ``window`` to first order.
         window: C, tokens that are in effect before they are written into the weights.
         chunk: tokens that `Learner.observe` scores before it learns from them.
+        rate: what ``lr`` is a multiple of, at each layer (`ttt.nn.rates`): ``"constant"`` 1; ``"energy"`` 1 / the mean
+            |x|^2 of its inputs (normalised least mean squares); ``"rms"`` 1 / the root mean square of its tokens'
+            gradient norms |delta| |x|. Means are over all rows learnt, and those of the calibration.
         clip: bound on the norm of one token's gradient at one layer, |delta| |x|: a token above it learns at a
-            rate smaller in proportion. None for no bound.
+            rate smaller in proportion. For ``rate="rms"`` in units of the root mean square. None for no bound.
         importance: what the trace accumulates: ``"fisher"`` (per-token squared gradients), ``"si"`` (Synaptic
             Intelligence) or ``"mas"`` (Memory Aware Synapses; costs a second backward pass).
         fisher: labels that `Learner.calibrate` uses: ``"true"`` (drawn from the model's output) or ``"empirical"``.
@@ -56,6 +59,7 @@ class TTTConfig:
     lr: float = 5e-3
     window: int = 64
     chunk: int = 64
+    rate: str = "constant"
     clip: float | None = None
     importance: str = "fisher"
     fisher: str = "true"
@@ -94,6 +98,7 @@ class TTTConfig:
         number("lr", 0.0)
         whole("window", 1)
         whole("chunk", 1)
+        choice("rate", ("constant", "energy", "rms"))
         if self.clip is not None:
             number("clip", 0.0, above=True)
         choice("importance", KINDS)

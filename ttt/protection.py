@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ttt import ops
 from ttt.nn import Capturing, Linear, Update
+from ttt.nn.rates import CALIBRATED
 from ttt.nn.state import wide, write
 
 
@@ -25,18 +26,23 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
         None if la.importance is None else torch.zeros_like(la.weight, dtype=la.win_eta.dtype) for la in layers
     ]
     memories = [None if la.memory is None else (la.memory.clone(), la.seen.clone()) for la in layers]
+    moments = [None if la.moments is None or kind == "mas" else torch.zeros_like(la.moments[0]) for la in layers]
     step = torch.zeros((1,), dtype=torch.int64, device=layers[0].weight.device)
     tokens = 0
     with Capturing(layers) as capturing, torch.enable_grad():
         for loss in losses:
             loss.backward()
-            for layer, pairs, total, memory in zip(layers, capturing.renew(), sums, memories, strict=True):
+            for layer, pairs, total, memory, moment in zip(
+                layers, capturing.renew(), sums, memories, moments, strict=True
+            ):
                 update = layer.update_from(pairs)
                 if update is None or not bool(update.finite):
                     raise ValueError(f"calibration gave no finite gradient at {layer.name or layer}")
                 tokens += update.x.shape[0]
                 if total is not None:
                     accumulate(layer, update, total, step, kind)
+                if moment is not None and update.moments is not None:
+                    moment += update.moments
                 if memory is not None:
                     with torch.no_grad():
                         ops.reservoir_insert(*memory, update.x, seed=layer.seed)
@@ -48,7 +54,9 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
         write(layer, "importance", total.div_(mean or 1.0))
         layer.own("importance_scale")
         layer.importance_scale.fill_(mean / (tokens / len(layers)))
-    for layer, memory in zip(layers, memories, strict=True):
+    for layer, memory, moment in zip(layers, memories, moments, strict=True):
+        if moment is not None:  # the gradients of MAS are not the loss's
+            layer.moments[CALIBRATED].copy_(moment)
         if memory is not None:
             layer.own("memory", "seen", copy=False)
             layer.memory.copy_(memory[0])

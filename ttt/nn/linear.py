@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ttt import ops
 from ttt.config import TTTConfig
+from ttt.nn import rates
 from ttt.nn.binding import Binding, binding_of
 from ttt.nn.steps import Steps, forbid_capture
 from ttt.ops import log8
@@ -24,7 +25,8 @@ class Update:
     """What one layer can learn from one backward pass: T rows.
 
     ``x`` (T, n) inputs, ``delta`` (T, m) gradients of the summed loss at the output, ``eta`` (T,) steps,
-    ``trace_delta`` (T, m) the gradients that the trace uses (MAS), ``finite`` () bool.
+    ``trace_delta`` (T, m) the gradients that the trace uses (MAS), ``finite`` () bool, ``moments`` (3,) float64 what
+    the rows add to the layer's, where steps depend on them.
     """
 
     x: Tensor
@@ -32,6 +34,7 @@ class Update:
     eta: Tensor
     trace_delta: Tensor | None
     finite: Tensor
+    moments: Tensor | None = None
 
 
 class _Capture(torch.autograd.Function):
@@ -78,6 +81,8 @@ class Linear(torch.nn.Linear):
     ``recent``          (K', n)       a sample of inputs since the last consolidation, K' = min(K, 1024)
     ``seen``            (1,)          rows that ever entered ``memory``; ``recent_seen`` likewise
     ``step``            (1,)          commits so far; ``tokens`` (1,) those in the trace
+    ``moments``         (2, 3)        float64: sums of |x|^2 and |delta|^2 |x|^2, and rows; at calibration, and since;
+                                      unless ``rate`` is "constant"
     ``importance_scale``  (1,)        float64: mean importance at the first calibration, Omega's unit
     ==================  ============  =========================================================
 
@@ -97,6 +102,7 @@ class Linear(torch.nn.Linear):
     win_trace: Tensor
     memory: Tensor
     recent: Tensor
+    moments: Tensor
     # Counters:
     seen: Tensor
     recent_seen: Tensor
@@ -170,6 +176,7 @@ class Linear(torch.nn.Linear):
         buffer("recent", w.new_zeros((min(config.replay_capacity, 1024), n)) if replays else None)
         for counter in ("seen", "recent_seen", "step", "tokens"):
             buffer(counter, w.new_zeros((1,), dtype=torch.int64))
+        buffer("moments", None if config.rate == "constant" else w.new_zeros((2, 3), dtype=torch.float64))
         buffer("importance_scale", w.new_zeros((1,), dtype=torch.float64))
         # Requires grad, so that autograd's graph begins at this layer; never receives one.
         self._root = torch.zeros((), requires_grad=True, device=w.device)
@@ -203,7 +210,11 @@ class Linear(torch.nn.Linear):
         if self._steps is not None:
             raise RuntimeError("a capturable layer cannot be moved or converted; call capturable_(None) first")
         self._binding = None
-        return super()._apply(fn, recurse)
+        moments = self.moments
+        super()._apply(fn, recurse)
+        if moments is not None:  # sums over a stream: 16 bits would soon not grow any more
+            self.moments = moments.to(self.weight.device)
+        return self
 
     def __getstate__(self):
         return {**self.__dict__, "_binding": None}  # addresses are of no use to a copy
@@ -261,16 +272,17 @@ class Linear(torch.nn.Linear):
             trace_delta = None if trace_delta is None else trace_delta[rows]
         x, delta = x.to(self.weight.dtype).contiguous(), delta.to(self.weight.dtype).contiguous()
         wide = self.win_eta.dtype
-        norm = torch.linalg.vector_norm(delta, dim=1, dtype=wide) * torch.linalg.vector_norm(x, dim=1, dtype=wide)
+        x_norm = torch.linalg.vector_norm(x, dim=1, dtype=wide)
+        norm = torch.linalg.vector_norm(delta, dim=1, dtype=wide) * x_norm
         # The squared norm bounds every entry of the token's squared gradient: the trace cannot overflow either.
         finite = torch.isfinite(norm * norm).all()
-        eta = torch.full_like(norm, self.config.lr)
-        if self.config.clip is not None:
-            eta = eta * (self.config.clip / norm).clamp_max(1.0)
+        eta, moments = rates.steps(self.config, x_norm, norm, self.moments)
+        if moments is not None:  # of inputs that are hardly there
+            finite = finite & torch.isfinite(eta).all()
         if trace_delta is not None:
             trace_delta = trace_delta.to(self.weight.dtype).contiguous()
             finite = finite & torch.isfinite(torch.linalg.vector_norm(trace_delta, dtype=wide))
-        return Update(x, delta, eta, trace_delta, finite)
+        return Update(x, delta, eta, trace_delta, finite, moments)
 
     def learn(self, update: Update, gate: Tensor | None = None) -> None:
         """Take the rows of ``update`` into the window, and commit when it holds C rows or more.
@@ -294,12 +306,12 @@ class Linear(torch.nn.Linear):
             return
         if self._steps is not None:
             self._learn_step(update, gate, self._steps)
-            return
-        binding = binding_of(self)
-        if binding is not None and (held := binding.learn(update, self._pending)) is not None:
+        elif (binding := binding_of(self)) is not None and (held := binding.learn(update, self._pending)) is not None:
             self._pending = held
         else:
             self._learn(update, count)
+        if self.moments is not None and update.moments is not None:
+            rates.count_(self.moments, update.moments, gate)
 
     def _traced(self, update: Update) -> Tensor | None:
         """What of ``update`` goes into ``win_trace``."""
@@ -514,6 +526,8 @@ class Linear(torch.nn.Linear):
         for name in zeroed:
             if (b := getattr(self, name)) is not None:
                 b.zero_()
+        if self.moments is not None:
+            self.moments[rates.STREAM].zero_()
         self.pending = 0
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
