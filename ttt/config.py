@@ -11,6 +11,10 @@ from ttt.fleet.options import Fleet
 from ttt.ops.schema import KINDS, MAX_REPLAY_ROWS, REPLAY
 
 
+# What weights of every user's own do without, and the value that says so.
+_ALONE = {"rate": "constant", "orthogonal": 0, "distill_rows": 0, "generated_rows": 0}
+
+
 @dataclasses.dataclass(frozen=True)
 class TTTConfig:
     """Which layers learn, and how. Frozen; a change needs `dataclasses.replace`.
@@ -25,8 +29,11 @@ class TTTConfig:
             or ``window`` to first order.
         window: C, tokens that are in effect before they are written into the weights.
         chunk: tokens that `Learner.observe` scores before it learns from them.
+        rate: what ``lr`` is a multiple of, at each layer (`ttt.nn.rates`): ``"constant"`` 1; ``"energy"`` 1 / the mean
+            |x|^2 of its inputs (normalised least mean squares); ``"rms"`` 1 / the root mean square of its tokens'
+            gradient norms |delta| |x|. Means are over all rows learnt, and those of the calibration.
         clip: bound on the norm of one token's gradient at one layer, |delta| |x|: a token above it learns at a
-            rate smaller in proportion. None for no bound.
+            rate smaller in proportion. For ``rate="rms"`` in units of the root mean square. None for no bound.
         importance: what the trace accumulates: ``"fisher"`` (per-token squared gradients), ``"si"`` (Synaptic
             Intelligence) or ``"mas"`` (Memory Aware Synapses; costs a second backward pass).
         fisher: labels that `Learner.calibrate` uses: ``"true"`` (drawn from the model's output) or ``"empirical"``.
@@ -69,6 +76,7 @@ class TTTConfig:
     lr: float = 5e-3
     window: int = 64
     chunk: int = 64
+    rate: str = "constant"
     clip: float | None = None
     importance: str = "fisher"
     fisher: str = "true"
@@ -112,6 +120,7 @@ class TTTConfig:
         number("lr", 0.0)
         whole("window", 1)
         whole("chunk", 1)
+        choice("rate", ("constant", "energy", "rms"))
         if self.clip is not None:
             number("clip", 0.0, above=True)
         choice("importance", KINDS)
@@ -143,6 +152,8 @@ class TTTConfig:
         )
         whole("seed", 0, 2**63 - 1)
         need("users", self.users is None or isinstance(self.users, Fleet), "a ttt.Fleet or None")
+        for name, none in _ALONE.items() if self.users is not None else ():
+            need(name, getattr(self, name) == none, f"{none!r} with users")
         if self.users is not None and self.ewc_lambda > 0:
             need("importance", self.importance != "si", "'fisher' or 'mas' with users (SI needs a trace of each user)")
         # Lists become tuples, so that a configuration is hashable and truly frozen.

@@ -13,6 +13,7 @@ from torch import Tensor
 from ttt import ops
 from ttt.nn import Capturing, Linear, Update, gaussian
 from ttt.nn.basis import refresh
+from ttt.nn.rates import CALIBRATED
 from ttt.nn.state import wide, write
 from ttt.reading import swapped
 
@@ -30,13 +31,14 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
     ]
     memories = [None if la.memory is None else (la.memory.clone(), la.seen.clone()) for la in layers]
     pasts = [gaussian.of_layer(la) for la in layers]
+    moments = [None if la.moments is None or kind == "mas" else torch.zeros_like(la.moments[0]) for la in layers]
     step = torch.zeros((1,), dtype=torch.int64, device=layers[0].weight.device)
     tokens = 0
     with Capturing(layers) as capturing, torch.enable_grad():
         for loss in losses:
             loss.backward()
-            captured = zip(layers, capturing.renew(), sums, memories, strict=True)
-            for at, (layer, pairs, total, memory) in enumerate(captured):
+            captured = zip(layers, capturing.renew(), sums, memories, moments, strict=True)
+            for at, (layer, pairs, total, memory, moment) in enumerate(captured):
                 update = layer.update_from(pairs)
                 if update is None or not bool(update.finite):
                     raise ValueError(f"calibration gave no finite gradient at {layer.name or layer}")
@@ -45,6 +47,8 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
                     accumulate(layer, update, total, step, kind)
                 if (past := pasts[at]) is not None:
                     pasts[at] = past.with_rows(update.x)
+                if moment is not None and update.moments is not None:
+                    moment += update.moments
                 if memory is not None:
                     with torch.no_grad():
                         ops.reservoir_insert(*memory, update.x, seed=layer.seed)
@@ -56,8 +60,10 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
         write(layer, "importance", total.div_(mean or 1.0))
         layer.own("importance_scale")
         layer.importance_scale.fill_(mean / (tokens / len(layers)))
-    for layer, memory, past in zip(layers, memories, pasts, strict=True):
+    for layer, memory, past, moment in zip(layers, memories, pasts, moments, strict=True):
         gaussian.write_past(layer, past)
+        if moment is not None:  # the gradients of MAS are not the loss's
+            layer.moments[CALIBRATED].copy_(moment)
         if memory is not None:
             layer.own("memory", "seen", copy=False)
             layer.memory.copy_(memory[0])

@@ -63,8 +63,7 @@ class Lab:
         config = found.config(self.config, options, seed)
         model = ttt.adapt_(copy.deepcopy(self.model), config)
         if found.rules:
-            made = {"rules": [rule(options, seed) for rule in found.rules]}
-            learner = ttt.Learner(model, context=CONTEXT, **made)  # type: ignore[call-arg]
+            learner = ttt.Learner(model, context=CONTEXT, rules=[rule(options, seed) for rule in found.rules])
             learner.calibrate(self.batches)
             return learner
         if config.ewc_lambda or config.replay_rows:

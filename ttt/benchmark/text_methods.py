@@ -14,7 +14,7 @@ import torch
 
 from ttt.benchmark import readers
 from ttt.config import TTTConfig
-from ttt.rules import Rule
+from ttt.rules import StreamRule
 
 if TYPE_CHECKING:
     from ttt.benchmark.streams import Stream
@@ -52,7 +52,7 @@ class TextMethod:
     family: str
     grid: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    rules: Sequence[Callable[[Options, int], Rule]] = ()
+    rules: Sequence[Callable[[Options, int], StreamRule]] = ()
     sweep: Sweep | None = None
     score: str = "shares"
     reader: Callable[[Lab, Stream, Options, int], readers.Reader] | None = None

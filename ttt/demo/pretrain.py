@@ -1,8 +1,9 @@
 """Train the demo model: a byte-level Llama on Python's standard-library sources.
 
     python -m ttt.demo.pretrain --steps 2000
+    python -m ttt.demo.pretrain --steps 600 --hidden 128 --layers 4 --out build/models/128x4   # another width and depth
 
-The weights (bf16 safetensors), the configuration and the training log go to ``ttt/demo/weights``.
+The weights (bf16 safetensors), the configuration and the training log go to ``ttt/demo/weights``, or to ``--out``.
 Hidden matrices are trained with Muon (Jordan et al. 2024: momentum, orthogonalised by a
 Newton-Schulz iteration), everything else with AdamW; both rates fall linearly to zero.
 """
@@ -21,18 +22,28 @@ import torch
 from ttt.demo.model import CONTEXT, LN2, WEIGHTS, as_ids, bits_per_byte, windows
 from ttt.demo.text import HELD_OUT, held_out_python, training_python
 
+HIDDEN, LAYERS = 256, 5  # of the demo model: 4.4 M parameters
 
-def new_model() -> torch.nn.Module:
-    """A randomly initialised byte-level `LlamaForCausalLM` of 4.4 M parameters."""
+
+def new_model(hidden: int = HIDDEN, layers: int = LAYERS) -> torch.nn.Module:
+    """A randomly initialised byte-level `LlamaForCausalLM`: heads of 64, MLPs three times as wide as ``hidden``.
+
+    Raises:
+        ValueError: if ``hidden`` is no multiple of 64 or ``layers`` is less than 1.
+    """
+    if hidden < 64 or hidden % 64:
+        raise ValueError(f"hidden must be a multiple of 64, got {hidden}")
+    if layers < 1:
+        raise ValueError(f"layers must be at least 1, got {layers}")
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=256,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=False,
         bos_token_id=0,
@@ -80,10 +91,22 @@ def _newton_schulz(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x.mT if tall else x
 
 
-def train(steps: int, batch: int, out: Path, seed: int = 0, resume: bool = False, peak: float = 1.0) -> None:
+def train(
+    steps: int,
+    batch: int,
+    out: Path,
+    seed: int = 0,
+    resume: bool = False,
+    peak: float = 1.0,
+    hidden: int = HIDDEN,
+    layers: int = LAYERS,
+) -> None:
+    """Train ``steps`` steps of ``batch`` sequences; write weights, configuration and log to ``out`` every 100 steps."""
     torch.manual_seed(seed)
     data, held_out = as_ids(training_python())[0], windows(held_out_python(), 64)
     command = f"python -m ttt.demo.pretrain --steps {steps} --batch {batch} --seed {seed}"
+    if (hidden, layers) != (HIDDEN, LAYERS):
+        command += f" --hidden {hidden} --layers {layers}"
     if resume:
         from transformers import LlamaForCausalLM
 
@@ -91,7 +114,7 @@ def train(steps: int, batch: int, out: Path, seed: int = 0, resume: bool = False
         before = json.loads((out / "training_log.json").read_text())
         commands, log = [*before["commands"], f"{command} --resume --peak {peak}"], before["log"]
     else:
-        model, commands, log = new_model(), [command], []
+        model, commands, log = new_model(hidden, layers), [command], []
     done = log[-1]["step"] if log else 0
     spent = log[-1]["seconds"] if log else 0
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
@@ -144,12 +167,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=8, help="sequences of 512 bytes per step")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hidden", type=int, default=HIDDEN, help="width, a multiple of 64")
+    parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--resume", action="store_true", help="go on from the weights in --out")
     parser.add_argument("--peak", type=float, default=1.0, help="highest rate, as a share of the full one")
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    train(args.steps, args.batch, args.out, args.seed, args.resume, args.peak)
+    train(args.steps, args.batch, args.out, args.seed, args.resume, args.peak, args.hidden, args.layers)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def _learn(pool: Pool, captured: list, slots: Tensor, rows: Tensor, nll: Tensor,
         if len(x) != len(users):
             raise ValueError(f"{layer.name} saw {len(x)} rows of {len(users)} tokens: users need every token seen once")
         x, delta = (t.to(layer.weight.dtype).contiguous() for t in (x, delta))
-        eta, finite = rates(x, delta, layer.config, layer.eta_sum.dtype)
+        eta, finite, _ = rates(x, delta, layer.config, layer.eta_sum.dtype)
         ok = ok & (finite.to(ok.device) | ~rows)
         updates.append((layer, x, delta, eta))
     bad = torch.zeros(pool.slots + 1, dtype=torch.int64, device=users.device)

@@ -37,7 +37,7 @@ def calibrate(layers: Sequence[FleetLinear], losses: Iterator[Tensor], kind: str
             ):
                 for x, delta in pairs:
                     x, delta = x.to(layer.weight.dtype).contiguous(), delta.to(layer.weight.dtype)
-                    if not bool(rates(x, delta, layer.config, wide)[1].all()):
+                    if not bool(rates(x, delta, layer.config, wide).finite.all()):
                         raise ValueError(f"calibration gave no finite gradient at {layer.name or layer}")
                     tokens += len(x)
                     xs, ds = (t.to(wide).abs() if kind == "mas" else t.to(wide).square() for t in (x, delta))

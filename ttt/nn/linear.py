@@ -13,7 +13,7 @@ from ttt import ops
 from ttt.config import TTTConfig
 from ttt.nn import gaussian, rows
 from ttt.nn.binding import Binding, binding_of
-from ttt.nn.rates import rates
+from ttt.nn.rates import STREAM, count_, rates
 from ttt.nn.steps import Steps, forbid_capture
 from ttt.nn.transposed import Transposed
 from ttt.ops import log8
@@ -27,7 +27,8 @@ class Update:
     """What one layer can learn from one backward pass: T rows.
 
     ``x`` (T, n) inputs, ``delta`` (T, m) gradients of the summed loss at the output, ``eta`` (T,) steps,
-    ``trace_delta`` (T, m) the gradients that the trace uses (MAS), ``finite`` () bool.
+    ``trace_delta`` (T, m) the gradients that the trace uses (MAS), ``finite`` () bool, ``moments`` (3,) float64 what
+    the rows add to the layer's, where steps depend on them.
     """
 
     x: Tensor
@@ -35,6 +36,7 @@ class Update:
     eta: Tensor
     trace_delta: Tensor | None
     finite: Tensor
+    moments: Tensor | None = None
 
 
 class _Capture(torch.autograd.Function):
@@ -85,6 +87,8 @@ class Linear(Transposed):
     ``past_mean``, ...                the Gaussian of past inputs; if ``generated_rows`` > 0; see `ttt.nn.gaussian`
     ``present_mean``, ...             that of inputs since the last consolidation
     ``step``            (1,)          commits so far; ``tokens`` (1,) those in the trace
+    ``moments``         (2, 3)        float64: sums of |x|^2 and |delta|^2 |x|^2, and rows; at calibration, and since;
+                                      unless ``rate`` is "constant"
     ``importance_scale``  (1,)        float64: mean importance at the first calibration, Omega's unit
     ==================  ============  =========================================================
 
@@ -106,6 +110,7 @@ class Linear(Transposed):
     recent: Tensor
     basis: Tensor
     past_mean: Tensor
+    moments: Tensor
     # Counters:
     seen: Tensor
     recent_seen: Tensor
@@ -182,6 +187,7 @@ class Linear(Transposed):
             buffer(held, empty)
         for counter in ("seen", "recent_seen", "step", "tokens"):
             buffer(counter, w.new_zeros((1,), dtype=torch.int64))
+        buffer("moments", None if config.rate == "constant" else w.new_zeros((2, 3), dtype=torch.float64))
         buffer("importance_scale", w.new_zeros((1,), dtype=torch.float64))
         # Requires grad, so that autograd's graph begins at this layer; never receives one.
         self._root = torch.zeros((), requires_grad=True, device=w.device)
@@ -215,7 +221,11 @@ class Linear(Transposed):
         if self._steps is not None:
             raise RuntimeError("a capturable layer cannot be moved or converted; call capturable_(None) first")
         self._binding = None
-        return super()._apply(fn, recurse)
+        moments = self.moments
+        super()._apply(fn, recurse)
+        if moments is not None:  # sums over a stream: 16 bits would soon not grow any more
+            self.moments = moments.to(self.weight.device)
+        return self
 
     def __getstate__(self):
         return {**self.__dict__, "_binding": None}  # addresses are of no use to a copy
@@ -273,12 +283,15 @@ class Linear(Transposed):
             trace_delta = None if trace_delta is None else trace_delta[rows]
         x, delta = x.to(self.weight.dtype).contiguous(), delta.to(self.weight.dtype).contiguous()
         wide = self.win_eta.dtype
-        eta, each = rates(x, delta, self.config, wide, None if self.basis is None else self._learnable)
+        eta, each, moments = rates(
+            x, delta, self.config, wide,
+            moments=self.moments, applied=None if self.basis is None else self._learnable,
+        )  # fmt: skip
         finite = each.all()
         if trace_delta is not None:
             trace_delta = trace_delta.to(self.weight.dtype).contiguous()
             finite = finite & torch.isfinite(torch.linalg.vector_norm(trace_delta, dtype=wide))
-        return Update(x, delta, eta, trace_delta, finite)
+        return Update(x, delta, eta, trace_delta, finite, moments)
 
     def learn(self, update: Update, gate: Tensor | None = None) -> None:
         """Take the rows of ``update`` into the window, and commit when it holds C rows or more.
@@ -302,12 +315,12 @@ class Linear(Transposed):
             return
         if self._steps is not None:
             self._learn_step(update, gate, self._steps)
-            return
-        binding = binding_of(self)
-        if binding is not None and (held := binding.learn(update, self._pending)) is not None:
+        elif (binding := binding_of(self)) is not None and (held := binding.learn(update, self._pending)) is not None:
             self._pending = held
         else:
             self._learn(update, count)
+        if self.moments is not None and update.moments is not None:
+            count_(self.moments, update.moments, gate)
 
     def _learnable(self, x: Tensor) -> Tensor:
         """Inputs (T, n) as updates are made with them."""
@@ -545,6 +558,8 @@ class Linear(Transposed):
         for name in zeroed + gaussian.PRESENT:
             if (b := getattr(self, name)) is not None:
                 b.zero_()
+        if self.moments is not None:
+            self.moments[STREAM].zero_()
         self.pending = 0
 
     def extra_repr(self) -> str:

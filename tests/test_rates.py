@@ -1,0 +1,230 @@
+"""Steps in units of a layer's own inputs and gradients: against loops by hand in float64, and the means' life."""
+
+import copy
+
+import pytest
+import torch
+from test_learner import adapted, assert_same, ids_of, state_of
+
+import ttt
+from ttt.nn import Linear
+from ttt.nn.rates import CALIBRATED, STREAM
+
+SCALED = ["energy", "rms"]
+
+
+def layer_of(m, n, dtype=torch.float64, **options):
+    options = {"lr": 0.05, "window": 4, "replay_capacity": 8, **options}
+    layer = Linear(n, m, dtype=dtype, config=ttt.TTTConfig(**options), name="layer")
+    if layer.memory is not None:
+        layer.memory.normal_()
+        layer.seen.fill_(8)
+    return layer
+
+
+def rows_of(layer, count):
+    """x and delta of very different sizes from row to row."""
+    m, n, dtype = layer.out_features, layer.in_features, layer.weight.dtype
+    size = torch.randn(count, 1).exp()
+    return (torch.randn(count, n) * size).to(dtype), (torch.randn(count, m) * size.flip(0)).to(dtype)
+
+
+def steps_by_hand(x, delta, config, start=(0.0, 0.0, 0)):
+    """eta of every row, token by token, from the definition; and the sums at the end."""
+    energy, square, rows = start
+    found = []
+    for one, d in zip(x.double(), delta.double(), strict=True):
+        gradient = float(torch.outer(d, one).norm())
+        energy, square, rows = energy + float(one @ one), square + gradient**2, rows + 1
+        scale = energy / rows if config.rate == "energy" else (square / rows) ** 0.5
+        eta = config.lr / scale if scale else 0.0
+        bound = None if config.clip is None else config.clip * (scale if config.rate == "rms" else 1.0)
+        found.append(eta if bound is None or gradient <= bound else eta * bound / gradient)
+    return torch.tensor(found, dtype=torch.float64), (energy, square, rows)
+
+
+@pytest.mark.parametrize("rate", SCALED)
+@pytest.mark.parametrize("clip", [None, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("m", "n", "sizes"), [(1, 1, (1, 1, 2)), (7, 33, (5, 1, 13)), (40, 3, (2, 9, 4))])
+def test_steps_are_those_of_the_definition(rate, clip, dtype, m, n, sizes):
+    layer = layer_of(m, n, dtype, rate=rate, clip=clip)
+    state = (0.0, 0.0, 0)
+    for count in sizes:
+        x, delta = rows_of(layer, count)
+        update = layer.update_from([(x, delta)])
+        expected, state = steps_by_hand(x, delta, layer.config, state)
+        tolerance = 1e-12 if dtype == torch.float64 else 1e-5  # norms in float32
+        torch.testing.assert_close(update.eta.double(), expected, rtol=tolerance, atol=0)
+        assert update.eta.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        layer.learn(update)
+        torch.testing.assert_close(
+            layer.moments[STREAM], torch.tensor(state, dtype=torch.float64), rtol=tolerance, atol=0
+        )
+    assert not layer.moments[CALIBRATED].any()
+
+
+@pytest.mark.parametrize("rate", SCALED)
+def test_steps_do_not_depend_on_how_a_stream_is_cut(rate):
+    whole = layer_of(5, 11, rate=rate, clip=1.3)
+    x, delta = rows_of(whole, 29)
+    (together,) = [whole.update_from([(x, delta)])]
+    whole.learn(together)
+    for cut in ((1,) * 29, (29,), (3, 20, 6), (28, 1)):
+        layer, found = layer_of(5, 11, rate=rate, clip=1.3), []
+        for a, d in zip(x.split(cut), delta.split(cut), strict=True):
+            update = layer.update_from([(a, d)])
+            layer.learn(update)
+            found.append(update.eta)
+        torch.testing.assert_close(torch.cat(found), together.eta, rtol=1e-12, atol=0)
+        torch.testing.assert_close(layer.moments, whole.moments, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rate", SCALED)
+def test_bound_kernels_ops_and_capturable_layers_take_the_same_steps(rate, dtype, monkeypatch):
+    bound = layer_of(9, 17, dtype, rate=rate, clip=1.5, window=6)
+    ops, steps = copy.deepcopy(bound), copy.deepcopy(bound).capturable_(2)
+    for _ in range(3):
+        x, delta = rows_of(bound, 2)
+        updates = [layer.update_from([(x, delta)]) for layer in (bound, ops, steps)]
+        assert torch.equal(updates[0].eta, updates[1].eta)
+        assert torch.equal(updates[0].eta, updates[2].eta)
+        bound.learn(updates[0])
+        with monkeypatch.context() as patch:
+            patch.setattr("ttt.nn.linear.binding_of", lambda layer: None)
+            ops.learn(updates[1])
+        steps.learn(updates[2], torch.ones(1, dtype=torch.int64))
+        before = {name: t.clone() for name, t in steps.state().items()}
+        steps.learn(updates[2], torch.zeros(1, dtype=torch.int64))
+        assert all(torch.equal(t, before[name]) for name, t in steps.state().items())
+        assert torch.equal(bound.moments, ops.moments)
+        assert torch.equal(bound.moments, steps.moments)
+    steps.flush()  # as the others have
+    assert torch.equal(bound.weight, ops.weight)
+    assert torch.equal(bound.weight, steps.weight)
+    assert not torch.equal(bound.weight, bound.anchor)
+
+
+@pytest.mark.parametrize("rate", SCALED)
+def test_rows_of_zeros_take_no_step_and_leave_the_others_theirs(rate):
+    layer = layer_of(4, 6, rate=rate, clip=1.0)
+    x, delta = rows_of(layer, 5)
+    x[:2] = 0
+    update = layer.update_from([(x, delta)])
+    assert bool(update.finite)
+    expected, _ = steps_by_hand(x, delta, layer.config)
+    torch.testing.assert_close(update.eta, expected, rtol=1e-12, atol=0)
+    assert update.eta[:2].tolist() == [0, 0]
+    assert float(update.eta[2:].min()) > 0
+
+
+@pytest.mark.parametrize("rate", SCALED)
+@pytest.mark.parametrize("size", [float("nan"), float("inf"), 3e-21])
+def test_what_is_not_finite_changes_no_bit(rate, size):
+    """The last is finite, but a step in its units is not."""
+    layer = layer_of(3, 4, torch.float32, rate=rate)
+    if size != 3e-21:
+        layer.learn(layer.update_from([rows_of(layer, 2)]))
+    before = {name: t.clone() for name, t in layer.state().items()}
+    with pytest.raises(FloatingPointError, match="not finite"), ttt.learning(layer):
+        (layer(torch.full((2, 4), size)) * 1e-20).sum().backward()
+    after = layer.state()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    layer.capturable_(2)
+    before = {name: t.clone() for name, t in layer.state().items()}
+    with ttt.learning(layer) as outcome:
+        (layer(torch.full((2, 4), size)) * 1e-20).sum().backward()
+    assert outcome.learned.tolist() == [0]
+    assert all(torch.equal(before[name], t) for name, t in layer.state().items())
+
+
+@pytest.mark.parametrize("rate", SCALED)
+def test_calibration_measures_and_reset_rollback_fork_and_files_keep_the_means(rate, tmp_path):
+    model, learner = adapted(rate=rate, lr=0.03, window=5)
+    calibrated = [ids_of(2, 16), ids_of(3, 9)]
+    learner.calibrate(calibrated)
+    layer = learner.layers[0]
+    assert layer.moments[CALIBRATED, 2] == 2 * 16 + 3 * 9
+    assert float(layer.moments[CALIBRATED, :2].min()) > 0
+    assert not layer.moments[STREAM].any()
+    start = state_of(model)
+    learner.observe(ids_of(1, 24))
+    assert layer.moments[STREAM, 2] == 23
+    other = ttt.fork(model)
+    assert_same(state_of(model), state_of(other))
+    snapshot, middle = learner.snapshot(), state_of(model)
+    ttt.Learner(other).observe(ids_of(1, 24))
+    assert_same(middle, state_of(model))
+    ttt.save(other, tmp_path / "other.safetensors")
+    learner.observe(ids_of(2, 20))
+    ttt.load(model, tmp_path / "other.safetensors")
+    assert_same(state_of(other), state_of(model))
+    learner.rollback(snapshot)
+    assert_same(middle, state_of(model))
+    learner.consolidate()
+    learner.observe(ids_of(2, 20))
+    learner.reset()
+    assert_same({k: t for k, t in start.items() if ".win_" not in k}, {
+        k: t for k, t in state_of(model).items() if ".win_" not in k
+    })  # fmt: skip
+    before = layer.moments.clone()
+    learner.calibrate(calibrated[:1])  # anew, not on top
+    assert layer.moments[CALIBRATED, 2] == 32
+    assert not torch.equal(before, layer.moments)
+
+
+def test_calibrated_steps_are_in_units_of_what_was_measured():
+    """Inputs and gradients by hand, through hooks, in float64."""
+    _, learner = adapted(rate="energy", lr=0.5, layers=[3])
+    (layer,) = learner.layers
+    seen = []
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().double()))
+    learner.calibrate([ids_of(2, 16)])
+    handle.remove()
+    exact = torch.cat([x.flatten(0, -2) for x in seen]).square().sum(1)
+    assert float(layer.moments[CALIBRATED, 0]) == pytest.approx(float(exact.sum()), rel=1e-6)
+    x, delta = rows_of(layer, 3)
+    mean = (exact.sum() + x.double().square().sum(1).cumsum(0)) / (32 + torch.arange(1, 4))
+    torch.testing.assert_close(layer.update_from([(x, delta)]).eta.double(), 0.5 / mean, rtol=1e-5, atol=0)
+
+
+def test_the_gradients_of_mas_are_no_measure():
+    _, learner = adapted(rate="rms", importance="mas")
+    learner.calibrate([ids_of(2, 16)])
+    assert not any(layer.moments.any() for layer in learner.layers)
+    seen = learner.observe(ids_of(1, 20))
+    assert seen.rejected == 0
+    assert all(layer.moments[STREAM, 2] == 19 for layer in learner.layers)
+
+
+@pytest.mark.parametrize("rate", SCALED)
+def test_masked_rows_are_not_counted(rate):
+    _, learner = adapted(rate=rate)
+    mask = torch.ones(1, 20, dtype=torch.bool)
+    mask[0, 4:9] = False
+    learner.observe(ids_of(1, 20), learn_mask=mask)
+    assert all(layer.moments[STREAM, 2] == 19 - 5 for layer in learner.layers)
+
+
+def test_steps_of_rms_do_not_depend_on_the_scale_of_the_layers_around():
+    """Outputs in other units, with the loss as it is: the same relative change of the weight."""
+    layer, scaled = layer_of(6, 8, rate="rms", replay_rows=0), layer_of(6, 8, rate="rms", replay_rows=0)
+    x, delta = rows_of(layer, 7)
+    layer.learn(layer.update_from([(x, delta)]))
+    scaled.learn(scaled.update_from([(x, 1000 * delta)]))
+    one, other = layer.effective_weight() - layer.anchor, scaled.effective_weight() - scaled.anchor
+    torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-9)
+
+
+def test_the_means_stay_in_float64_when_a_layer_is_converted():
+    layer = layer_of(5, 6, torch.float32, rate="rms")
+    layer.learn(layer.update_from([rows_of(layer, 3)]))
+    before = layer.moments.clone()
+    layer.to(torch.bfloat16)
+    assert layer.moments.dtype == torch.float64
+    assert torch.equal(layer.moments, before)
+    assert "moments" in dict(layer.named_buffers())
+    assert layer_of(5, 6).moments is None
+    with pytest.raises(ValueError, match=r"rate must be one of .*got 'adam'"):
+        ttt.TTTConfig(rate="adam")
