@@ -10,7 +10,6 @@ from typing import Any
 from ttt.fleet.options import Fleet
 from ttt.ops.schema import KINDS, MAX_REPLAY_ROWS, REPLAY
 
-
 # What weights of every user's own do without, and the value that says so.
 _ALONE = {"rate": "constant", "orthogonal": 0, "distill_rows": 0, "generated_rows": 0}
 
