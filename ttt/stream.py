@@ -84,6 +84,8 @@ class StreamRule:
     One object serves one learner. What it remembers changes in `seen`, `consolidated`, `reset` and `load_state` alone:
     a chunk that is rejected leaves it as it was. (The draws of what is replayed go on after a rejected chunk, lest one
     bad sequence be drawn for ever.)
+
+    A rule's memory is part of `ttt.Learner.snapshot`, not of the files that `ttt.save` writes.
     """
 
     learner: Any = None

@@ -96,7 +96,8 @@ class SequenceReplay(Replayed):
 
     The reservoir samples uniformly from ``base`` and then what was learnt from: the stream is cut into pieces of L
     tokens, which enter when the last of them was learnt. Pieces with padding, or a token that may not teach, do not.
-    `reset` forgets the stream and goes back to ``base``; `ttt.Learner.rollback` goes back to the bit.
+    So text that was read is kept, as tokens, in this object and in snapshots. `ttt.Learner.reset` forgets it and goes
+    back to ``base``; `ttt.Learner.rollback` goes back to the bit.
 
     Costs a pass, forward and backward, through the model for S L tokens. They join the chunk's update, at ``lr`` each.
 
