@@ -167,6 +167,31 @@ def test_time_is_the_median_over_blocks_of_turns(monkeypatch):
     assert clock.ratio() == 3.0  # of 12 / 4 / 1, 16 / 4 / 2 and 1 / 0.1
 
 
+def test_tuning_is_tested_in_other_windows():
+    data = text.texts.held_out_python()
+    reported, tuned = (text.old_windows(tuning=tuning) for tuning in (False, True))
+    assert reported.shape == (32, 512)
+    assert tuned.shape == (31, 512)
+    starts, others = ([data.find(bytes(row.tolist())) for row in rows] for rows in (reported, tuned))
+    assert min(starts + others) >= 0
+    assert min(abs(a - b) for a in starts for b in others) >= 512
+
+
+def test_rules_are_made_for_each_run_and_given_what_the_model_knows(lab, monkeypatch):
+    lab.learner(METHODS["layer replay"], {"lr": 0.1}, 0)  # so that calibration is done
+    monkeypatch.setattr(ttt, "Learner", lambda model, **given: given)
+    given = []
+    rules = [lambda *args: given.append(args) or "a", lambda *args: "b"]
+    found = text.TextMethod("replay", {"alpha": (0.1,)}, {"replay_rows": 4}, rules=rules)
+    made = lab.learner(found, {"alpha": 0.1, "lr": 0.5}, 7)
+    assert made == {"context": 512, "rules": ["a", "b"]}
+    ((options, seed, known),) = given
+    assert (options, seed) == ({"alpha": 0.1, "lr": 0.5}, 7)
+    assert torch.equal(known, torch.cat(lab.batches))
+    config = found.config(lab.config, options, 7)
+    assert (config.lr, config.replay_rows, config.ewc_lambda, config.seed) == (0.5, 4, 0.0, 7)
+
+
 # -- figures of runs made by hand -------------------------------------------------------------------------------------
 
 

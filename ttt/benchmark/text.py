@@ -62,11 +62,6 @@ class Lab:
         """A learner that has read nothing, calibrated if it protects anything."""
         config = found.config(self.config, options, seed)
         model = ttt.adapt_(copy.deepcopy(self.model), config)
-        if found.rules:
-            made = {"rules": [rule(options, seed) for rule in found.rules]}
-            learner = ttt.Learner(model, context=CONTEXT, **made)  # type: ignore[call-arg]
-            learner.calibrate(self.batches)
-            return learner
         if config.ewc_lambda or config.replay_rows:
             source = self._calibrated_under(config)
             for (_, layer), (_, other) in zip(ttt.learning_layers(model), ttt.learning_layers(source), strict=True):
@@ -74,7 +69,9 @@ class Lab:
                     # The anchor stays the base model's: SI moved the source's.
                     if name != "anchor" and (held := getattr(layer, name)) is not None:
                         held.copy_(getattr(other, name))
-        return ttt.Learner(model, context=CONTEXT)
+        rules = [rule(options, seed, torch.cat(self.batches)) for rule in found.rules]
+        more: dict[str, Any] = {"rules": rules} if rules else {}
+        return ttt.Learner(model, context=CONTEXT, **more)
 
     def _calibrated_under(self, config: ttt.TTTConfig) -> nn.Module:
         protects, replays = float(config.ewc_lambda > 0), int(config.replay_rows > 0)
@@ -95,16 +92,16 @@ class Lab:
 
 @functools.cache
 def demo_lab(*, tuning: bool = False) -> Lab:
-    """The demo model. Python's held-out modules are tested in other windows while tuning."""
-    if tuning:
-        lab = demo_lab()
-        between = windows(texts.held_out_python(), 2 * OLD_WINDOWS - 1)[1::2]
-        mine = Lab(lab.model, lab.config, lab.known, lab.batches, between)
-        mine._calibrated = lab._calibrated
-        return mine
+    """The demo model."""
     model, config = load_model()
-    old = windows(texts.held_out_python(), OLD_WINDOWS)
-    return Lab(model, config, texts.training_python(), calibration_batches(), old)
+    return Lab(model, config, texts.training_python(), calibration_batches(), old_windows(tuning=tuning))
+
+
+def old_windows(*, tuning: bool) -> Tensor:
+    """(OLD_WINDOWS, CONTEXT) int64 of the Python modules that the demo model never saw; for tuning one less, others."""
+    data = texts.held_out_python()
+    # While tuning, those halfway between the reported ones.
+    return windows(data, 2 * OLD_WINDOWS - 1)[1::2] if tuning else windows(data, OLD_WINDOWS)
 
 
 def run(scenario: str, method_name: str, seed: int, options: Options, *, tuning: bool = False) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ttt.benchmark import readers
 from ttt.config import TTTConfig
-from ttt.rules import Rule
 
 if TYPE_CHECKING:
     from ttt.benchmark.streams import Stream
@@ -42,7 +42,8 @@ class TextMethod:
         family: "reference", "regularisation", "replay", "combination" or "workaround".
         grid: option -> values that tuning tries, all combinations of them.
         fixed: fields of `ttt.TTTConfig` that are no options.
-        rules: each makes a rule of one run, from the options and a seed, for ``Learner(model, rules=...)``.
+        rules: each makes a rule of one run for ``Learner(model, rules=...)``, from the options, a seed, and windows
+            (N, T) of text that the model was trained on.
         sweep: the option that trades gain for forgetting, and the values that its curve is drawn through.
         score: what tuning maximises: "shares", the share of naive's gain less that of its forgetting; or "new", the
             gain alone.
@@ -52,7 +53,7 @@ class TextMethod:
     family: str
     grid: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    rules: Sequence[Callable[[Options, int], Rule]] = ()
+    rules: Sequence[Callable[[Options, int, Tensor], Any]] = ()
     sweep: Sweep | None = None
     score: str = "shares"
     reader: Callable[[Lab, Stream, Options, int], readers.Reader] | None = None
