@@ -27,7 +27,7 @@ struct Commit {
   const float* eta;         // T
   const void* trace_delta;  // T x m, dtype
   const void* memory;       // K x n, dtype
-  const int64_t* seen;      // 1
+  const int64_t* seen;      // 1; null: the memory's K = R rows are the replay rows
   int64_t* step;            // 1, bumped
   int64_t m, n, tokens, capacity, replay_rows, trace_every;
   uint64_t seed;
@@ -36,10 +36,33 @@ struct Commit {
   bool slow_dots;  // this processor multiplies float32 faster than pairs of bfloat16
 };
 
+struct FleetLinear {
+  const void* x;         // T x n, dtype
+  const void *a, *b;     // slots x capacity x n, slots x capacity x m, dtype
+  const int32_t* rows;   // slots: rows in use
+  const int32_t* users;  // T: slot of each token, or less than 0
+  void* y;               // T x m, dtype: holds x W^T + b, is added to
+  int64_t tokens, m, n, capacity;
+  int dtype, threads;
+};
+
+struct FleetAppend {
+  void *a, *b;            // as above
+  int32_t* rows;          // slots
+  float* eta_sum;         // slots
+  const void *x, *delta;  // T x n, T x m, dtype
+  const float* eta;       // T
+  const int32_t* users;   // T
+  int64_t tokens, m, n, capacity;
+  int dtype;
+};
+
 struct Kernels {
   const char* isa;
   void (*window_linear)(const WindowLinear&);
   void (*commit)(const Commit&);
+  void (*fleet_linear)(const FleetLinear&);
+  void (*fleet_append)(const FleetAppend&);
 };
 
 // One table per instruction set, each from its own compilation of kernels.cpp.

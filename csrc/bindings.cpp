@@ -97,6 +97,18 @@ void window_linear(address x, address weight, address bias, address win_x, addre
   active->window_linear(a);
 }
 
+// y = x - (x U^T) U. It is what a window of the rows of U takes from a product, with x as the product that was done.
+void project_out(address x, address basis, address y, int64_t tokens, int64_t k, int64_t n, int dtype, int threads) {
+  std::memcpy(out<void>(y), in<void>(x), tokens * n * (dtype == ttt::kF32 ? 4 : 2));
+  if (k == 0) return;
+  const std::vector<float> ones(k, 1.0f);
+  ttt::WindowLinear a{
+      in<void>(x), nullptr, nullptr, in<void>(basis), in<void>(basis), ones.data(), out<void>(y), tokens,
+      n,           n,       k,       dtype,           threads,         true};
+  py::gil_scoped_release release;
+  active->window_linear(a);
+}
+
 ttt::Commit commit_of(address weight, address anchor, address importance, address trace, address x, address delta,
                       address eta, address trace_delta, address memory, address seen, address step, int64_t m,
                       int64_t n, int64_t tokens, int64_t capacity, int64_t replay_rows, int64_t trace_every,
@@ -139,6 +151,34 @@ void commit(Args... args) {
   active->commit(a);
 }
 
+void fleet_linear(address x, address a, address b, address rows, address users, address y, int64_t tokens, int64_t m,
+                  int64_t n, int64_t capacity, int dtype, int threads) {
+  const ttt::FleetLinear f{
+      in<void>(x), in<void>(a), in<void>(b), in<int32_t>(rows), in<int32_t>(users), out<void>(y), tokens, m, n,
+      capacity,    dtype,       threads};
+  py::gil_scoped_release release;
+  active->fleet_linear(f);
+}
+
+void fleet_append(address a, address b, address rows, address eta_sum, address x, address delta, address eta,
+                  address users, int64_t tokens, int64_t m, int64_t n, int64_t capacity, int dtype) {
+  const ttt::FleetAppend f{out<void>(a),
+                           out<void>(b),
+                           out<int32_t>(rows),
+                           out<float>(eta_sum),
+                           in<void>(x),
+                           in<void>(delta),
+                           in<float>(eta),
+                           in<int32_t>(users),
+                           tokens,
+                           m,
+                           n,
+                           capacity,
+                           dtype};
+  py::gil_scoped_release release;
+  active->fleet_append(f);
+}
+
 // Algorithm R: row s goes to slot s while there is room, then to a random slot of [0, s].
 void insert_rows(char* memory, int64_t* seen, const char* x, int64_t capacity, int64_t rows, int64_t row_bytes,
                  uint64_t seed) {
@@ -172,8 +212,8 @@ void reservoir_draw(address seen, address step, address index, int64_t capacity,
 
 // One layer's addresses, bound once: a small layer's decoding step costs less than unpacking twenty arguments.
 struct Layer {
-  address weight, bias, win_x, win_delta, win_eta, win_trace, recent, recent_seen;
-  int64_t m, n, window, capacity;
+  address weight, bias, win_x, win_delta, win_eta, win_trace, recent, recent_seen, basis;
+  int64_t m, n, window, capacity, directions;
   uint64_t seed;
   int dtype;
   ttt::Commit written = {};
@@ -182,11 +222,11 @@ struct Layer {
     window_linear(x, weight, bias, win_x, win_delta, win_eta, y, tokens, m, n, window, dtype, threads, product_done);
   }
 
-  // Rows `at` to `at` + rows of the window; the inputs enter the sample of recent ones, too.
-  void append(address x, address delta, address eta, address trace_delta, int64_t at, int64_t rows) const {
+  // Rows `at` to `at` + rows of the window; the inputs enter the sample of recent ones, too, and that as they are.
+  void append(address x, address delta, address eta, address trace_delta, int64_t at, int64_t rows, int threads) const {
     const int64_t size = dtype == ttt::kF32 ? 4 : 2, x_bytes = n * size, d_bytes = m * size;
     if (recent) insert_rows(out<char>(recent), out<int64_t>(recent_seen), in<char>(x), capacity, rows, x_bytes, seed);
-    std::memcpy(out<char>(win_x) + at * x_bytes, in<char>(x), rows * x_bytes);
+    project_out(x, basis, win_x + at * x_bytes, rows, directions, n, dtype, threads);
     std::memcpy(out<char>(win_delta) + at * d_bytes, in<char>(delta), rows * d_bytes);
     if (win_trace) std::memcpy(out<char>(win_trace) + at * d_bytes, in<char>(trace_delta), rows * d_bytes);
     std::memcpy(out<float>(win_eta) + at, in<float>(eta), rows * sizeof(float));
@@ -228,15 +268,18 @@ using CommitArguments = CommitAs<std::remove_pointer_t<decltype(&commit_of)>>;
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of ttt. Addresses and sizes only; ttt.ops checks the arguments.";
   m.def("window_linear", &window_linear);
+  m.def("project_out", &project_out);
   m.def("commit", CommitArguments::call);
+  m.def("fleet_linear", &fleet_linear);
+  m.def("fleet_append", &fleet_append);
   m.def("reservoir_insert", &reservoir_insert);
   m.def("reservoir_draw", &reservoir_draw);
   py::class_<Layer>(m, "Layer")
       .def(py::init([](address weight, address bias, address win_x, address win_delta, address win_eta,
-                       address win_trace, address recent, address recent_seen, int64_t m, int64_t n, int64_t window,
-                       int64_t capacity, uint64_t seed, int dtype) {
-        return Layer{weight,      bias, win_x, win_delta, win_eta,  win_trace, recent,
-                     recent_seen, m,    n,     window,    capacity, seed,      dtype};
+                       address win_trace, address recent, address recent_seen, address basis, int64_t m, int64_t n,
+                       int64_t window, int64_t capacity, int64_t directions, uint64_t seed, int dtype) {
+        return Layer{weight, bias, win_x, win_delta, win_eta,  win_trace,  recent, recent_seen,
+                     basis,  m,    n,     window,    capacity, directions, seed,   dtype};
       }))
       .def("forward", &Layer::forward)
       .def("append", &Layer::append)

@@ -1,4 +1,4 @@
-// Chooses the namespace and vector length by instruction set; the bodies are in commit.h and window_linear.h.
+// Chooses the namespace and vector length by instruction set; the bodies are in commit.h, window_linear.h and fleet.h.
 // Compiled once for each instruction set with that set's flags (setup.py), never for the whole library.
 #include "api.h"
 
@@ -21,12 +21,13 @@
 #endif
 
 #include "commit.h"
+#include "fleet.h"
 #include "window_linear.h"
 
 namespace ttt {
 
 const Kernels& TTT_TABLE() {
-  static const Kernels table = {TTT_NAME, run_window_linear, run_commit};
+  static const Kernels table = {TTT_NAME, run_window_linear, run_commit, run_fleet_linear, run_fleet_append};
   return table;
 }
 

@@ -21,6 +21,7 @@ struct Replay {
 
 inline int64_t filled_rows(const ttt::Commit& a) {
   if (a.replay_rows == 0) return 0;
+  if (a.seen == nullptr) return a.capacity;
   return *a.seen < a.capacity ? *a.seen : a.capacity;
 }
 
@@ -43,9 +44,12 @@ void draw_replay(const ttt::Commit& a, float sum_eta, Replay& out) {
   if (rows == 0) return;
   float *x = out.x.get(), *v = out.v.get();
   for (int64_t r = 0; r < rows; r++) {
-    uint32_t words[4];
-    philox(static_cast<uint32_t>(r / 4), 0, static_cast<uint32_t>(*a.step), kDraw, a.seed, words);
-    const int64_t index = static_cast<int64_t>((static_cast<uint64_t>(words[r % 4]) * filled) >> 32);
+    int64_t index = r;
+    if (a.seen != nullptr) {
+      uint32_t words[4];
+      philox(static_cast<uint32_t>(r / 4), 0, static_cast<uint32_t>(*a.step), kDraw, a.seed, words);
+      index = static_cast<int64_t>((static_cast<uint64_t>(words[r % 4]) * filled) >> 32);
+    }
     const T* row = static_cast<const T*>(a.memory) + index * n;
     for (int64_t j = 0; j < width; j += STRIP) {
       const Two strip = j < n ? load2_upto<splits<T>>(row + j, n - j) : Two{};

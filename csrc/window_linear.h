@@ -16,19 +16,23 @@ struct Tokens {
   int64_t width;
   Scratch storage;
 
-  Tokens(const T* x, int64_t tokens, int64_t n) : width((n + STRIP - 1) / STRIP * STRIP), storage(tokens * width) {
-    for (int64_t t = 0; t < tokens; t++)
+  // `which`: the rows of x that are wanted; null for the first ones.
+  Tokens(const T* x, int64_t tokens, int64_t n, const int* which = nullptr)
+      : width((n + STRIP - 1) / STRIP * STRIP), storage(tokens * width) {
+    for (int64_t t = 0; t < tokens; t++) {
+      const T* from = x + (which == nullptr ? t : which[t]) * n;
       for (int64_t j = 0; j < width; j += STRIP) {
         float* to = row(t) + (dots<T> ? j / 2 : j);
         if constexpr (dots<T>) {
           std::memset(to, 0, STRIP * sizeof(T));
-          std::memcpy(to, x + t * n + j, (n - j < STRIP ? n - j : STRIP) * sizeof(T));
+          std::memcpy(to, from + j, (n - j < STRIP ? n - j : STRIP) * sizeof(T));
         } else {
-          const Two strip = load2_upto<splits<T>>(x + t * n + j, n - j);
+          const Two strip = load2_upto<splits<T>>(from + j, n - j);
           store(to, strip.a);
           store(to + VL, strip.b);
         }
       }
+    }
   }
   float* row(int64_t t) const { return storage.get() + t * (dots<T> ? width / 2 : width); }
 };
@@ -87,18 +91,18 @@ inline void dot_products_of(const T* const* row, int rows, const float* x, int64
   for (int r = 0; r < rows; r++) dot_products<1, tokens>(row + r, x, stride, n, out + r * 4);
 }
 
-// out[r * by_row + t * by_token] = row r . token t for at most four rows and any number of tokens.
+// out[r * by_row + t * by_token] = row r . token t for at most four rows and any number of tokens, `stride` floats
+// apart.
 template <class T>
-inline void dot_products_any(const T* const* row, int rows, const Tokens<T>& x, int64_t n, int64_t tokens, float* out,
-                             int64_t by_row, int64_t by_token) {
-  const int64_t stride = x.row(1) - x.row(0);
+inline void dot_products_any(const T* const* row, int rows, const float* x, int64_t stride, int64_t n, int64_t tokens,
+                             float* out, int64_t by_row, int64_t by_token) {
   for (int64_t t = 0; t < tokens; t += 4) {
     const int some = tokens - t < 4 ? static_cast<int>(tokens - t) : 4;
     float part[16];
-    if (some == 1) dot_products_of<1>(row, rows, x.row(t), stride, n, part);
-    if (some == 2) dot_products_of<2>(row, rows, x.row(t), stride, n, part);
-    if (some == 3) dot_products_of<3>(row, rows, x.row(t), stride, n, part);
-    if (some == 4) dot_products_of<4>(row, rows, x.row(t), stride, n, part);
+    if (some == 1) dot_products_of<1>(row, rows, x + t * stride, stride, n, part);
+    if (some == 2) dot_products_of<2>(row, rows, x + t * stride, stride, n, part);
+    if (some == 3) dot_products_of<3>(row, rows, x + t * stride, stride, n, part);
+    if (some == 4) dot_products_of<4>(row, rows, x + t * stride, stride, n, part);
     for (int r = 0; r < rows; r++)
       for (int q = 0; q < some; q++) out[r * by_row + (t + q) * by_token] = part[r * 4 + q];
   }
@@ -122,6 +126,7 @@ void window_linear(const ttt::WindowLinear& a) {
   if (tokens == 0 || (a.product_done && rows == 0)) return;
 
   const Tokens<T> x(static_cast<const T*>(a.x), tokens, n);
+  const int64_t stride = x.row(1) - x.row(0);
   Scratch coef_scratch(rows * tokens);
   float* coef = coef_scratch.get();  // tokens x rows: eta_c (x_t . X_c)
   const int64_t groups = (m + 4 * VL - 1) / (4 * VL);
@@ -138,7 +143,7 @@ void window_linear(const ttt::WindowLinear& a) {
       const int some = rows - c < 4 ? static_cast<int>(rows - c) : 4;
       const T* row[4] = {};
       for (int r = 0; r < some; r++) row[r] = win_x + live[c + r] * n;
-      dot_products_any(row, some, x, n, tokens, coef + c, 1, rows);
+      dot_products_any(row, some, x.row(0), stride, n, tokens, coef + c, 1, rows);
       for (int64_t t = 0; t < tokens; t++)
         for (int r = 0; r < some; r++) coef[t * rows + c + r] *= a.win_eta[live[c + r]];
     }
@@ -152,7 +157,7 @@ void window_linear(const ttt::WindowLinear& a) {
         const T* row[4] = {};
         int some = 0;
         for (; some < 4 && i0 + some * VL + i < m; some++) row[some] = weight + (i0 + some * VL + i) * n;
-        if (some > 0) dot_products_any(row, some, x, n, tokens, out + i, VL * tokens, VL);
+        if (some > 0) dot_products_any(row, some, x.row(0), stride, n, tokens, out + i, VL * tokens, VL);
       }
       for (int64_t t = 0; t < tokens; t++) {
         vf value[4] = {};

@@ -115,6 +115,17 @@ def test_right_contenders_pass(make, dtype):
         contender.run()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_directions_that_are_taken_out_are_checked(dtype, monkeypatch):
+    case = Decode("cpu", dtype, 24, 40, 4, 1, dtype, orthogonal=3)
+    assert set(measure.checked(case)[0]) == {"ttt", "ttt, k = 0", "nn.Linear"}
+    assert case.bytes("ttt") - case.bytes("ttt, k = 0") == (3 + 1) * 40 * getattr(torch, dtype).itemsize
+    assert case.flops("ttt") - case.flops("ttt, k = 0") == 4 * 40 * 3
+    monkeypatch.setattr("ttt.nn.linear.binding_of", lambda layer: None)
+    monkeypatch.setattr(ttt.nn.Linear, "_learnable", lambda self, x: x)
+    assert set(reasons(case)) == {"ttt"}
+
+
 def test_layers_rotate():
     case = tiny_commit()
     _, layers = case.layers()

@@ -19,6 +19,8 @@ def layer_and_twin(m, n, dtype, **options):
     layer.importance.copy_(torch.rand(m, n) * 3 if layer.importance.dtype != torch.uint8 else layer.importance)
     layer.memory.copy_(torch.randn(5, n))
     layer.seen.fill_(9)
+    if layer.basis is not None:
+        layer.basis.copy_(torch.linalg.qr(torch.randn(n, options["orthogonal"])).Q.T)
     return layer, copy.deepcopy(layer)
 
 
@@ -34,7 +36,9 @@ def same(layer, twin):
     return all(torch.equal(state[name].nan_to_num(7.0), other[name].nan_to_num(7.0)) for name in state)
 
 
-@pytest.mark.parametrize("options", [{}, {"importance": "mas"}, {"state_dtype": "8bit"}, {"importance": "si"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"importance": "mas"}, {"state_dtype": "8bit"}, {"importance": "si"}, {"orthogonal": 3}]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_outputs_and_state_are_those_of_the_ops(dtype, options, monkeypatch):
     layer, twin = layer_and_twin(17, 37, dtype, window=4, **options)

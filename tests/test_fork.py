@@ -9,12 +9,13 @@ from test_learner import TARGETS, adapted, assert_same, ids_of, state_of, tiny
 import ttt
 from ttt.convert import learning_layers
 from ttt.fork import SHARED
+from ttt.nn.gaussian import PRESENT
 
 OWN = ("weight", "trace", "win_x", "win_delta", "win_eta", "recent", "recent_seen", "step", "tokens")
 
 
 def taught(family="llama", **options):
-    model, learner = adapted(family, window=5, **options)
+    model, learner = adapted(family, window=5, **{"orthogonal": 2, **options})
     learner.calibrate([ids_of(2, 16)])
     learner.observe(ids_of(1, 23))
     return model, learner
@@ -28,7 +29,7 @@ def everything(model):
 
 
 def test_a_fork_is_the_same_to_the_bit_and_shares_what_learning_does_not_write():
-    model, _ = taught()
+    model, _ = taught(generated_rows=2)
     other = ttt.fork(model)
     assert_same(everything(model), everything(other))
     ids = ids_of(2, 12)
@@ -38,7 +39,7 @@ def test_a_fork_is_the_same_to_the_bit_and_shares_what_learning_does_not_write()
         assert a is not b
         for name in SHARED:
             assert getattr(a, name).data_ptr() == getattr(b, name).data_ptr(), name
-        for name in OWN:
+        for name in OWN + PRESENT:
             assert getattr(a, name).data_ptr() != getattr(b, name).data_ptr(), name
     learn = {f"{name}.weight" for name, _ in learning_layers(model)}
     for (name, p), (_, q) in zip(model.named_parameters(), other.named_parameters(), strict=True):
@@ -116,7 +117,7 @@ def test_restoring_a_fork_gives_the_base_weights_and_flags():
 
 
 def test_a_fork_can_be_saved_loaded_and_forked_again(tmp_path):
-    model, _ = taught()
+    model, _ = taught(generated_rows=2)
     other = ttt.fork(model)
     ttt.Learner(other).observe(ids_of(2, 20))
     ttt.save(other, tmp_path / "other.safetensors")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import safetensors.torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from ttt.config import TTTConfig
 from ttt.convert import adapt_, learning_layers, require_layers, restore_
+from ttt.files import write_atomically
 
 FORMAT = "ttt"
 FORMAT_VERSION = "1"
@@ -47,7 +47,9 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
         if not layer.base:
             state.pop(_FROM_BASE)
         tensors |= {f"{name}:{key}": t for key, t in state.items()}
-        tensors |= {f"{name}:base.{key}": t for key, t in layer.base.items() if key != _FROM_BASE}
+        # Of a fork, the base may be the live tensor itself, and a file holds no tensor twice.
+        base = {key: t.clone() if t is state.get(key) else t for key, t in layer.base.items() if key != _FROM_BASE}
+        tensors |= {f"{name}:base.{key}": t for key, t in base.items()}
     tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
     metadata = {
         "format": FORMAT,
@@ -57,7 +59,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
         "base_sha256": _base_hash(model),
         "tensors_sha256": _tensor_hash(tensors),
     }
-    _write_atomically(Path(path), safetensors.torch.save(tensors, metadata))
+    write_atomically(Path(path), safetensors.torch.save(tensors, metadata))
 
 
 def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
@@ -178,22 +180,3 @@ def _base_hash(model: nn.Module, names: list[str] | None = None) -> str:
             flat = flat[:: -(-flat.numel() // _SAMPLE)]
         digest.update(_bytes_of(flat))
     return digest.hexdigest()
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the new name itself must reach the disk, too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ttt.fleet.options import Fleet
 from ttt.ops.schema import KINDS, MAX_REPLAY_ROWS, REPLAY
 
 
@@ -37,15 +38,27 @@ class TTTConfig:
             its product costs that much less.
         si_xi: xi, the damping of Synaptic Intelligence.
         replay_rows: R, remembered inputs replayed at each commit, at most 64; 0 for no replay.
-        replay_capacity: K, inputs in the replay memory of each layer.
+        distill_rows: inputs of the window itself replayed at each commit: the layer's outputs on them are pulled to
+            the anchor's (Learning without Forgetting, Li & Hoiem 2016, at the layer).
+        generated_rows: inputs replayed at each commit that are drawn from a Gaussian of past ones; none is kept for it
+            (`ttt.nn.gaussian`). replay_rows + distill_rows + generated_rows may be 64 at most.
+        generated_rank: principal directions of that Gaussian.
+        replay_capacity: K, inputs in the replay memory of each layer (of ``orthogonal``, too).
         replay: ``"projection"`` or ``"gradient"``; see `ttt.ops.commit`.
         replay_beta: beta, its strength; stable in (0, 2) for the projection.
         replay_eps: ridge of the projection, relative to the mean squared norm of the replayed inputs.
+        orthogonal: k, principal directions of the remembered inputs that updates leave alone, 0 for none: with the rows
+            of U spanning them, inputs enter the window as x - U^T U x (`ttt.ops.project_out`). `Learner.calibrate` and
+            `Learner.consolidate` renew U. Trace and ``clip`` are of the gradients that are applied. Without penalty and
+            replay no output on inputs in the span changes (Saha et al., "Gradient Projection Memory", ICLR 2021).
         head_mass: probability that words left out of the gradient at the output head may have in sum, per token
             (`ttt.head.input_gradient`); 0 for the exact gradient.
         state_dtype: ``"float32"``, ``"bfloat16"`` or ``"8bit"`` (`ttt.ops.log8`; not for ``importance="si"``) for
             importance and trace. None: bfloat16 for 16-bit weights, float32 for others.
         seed: of everything random: replay rows, reservoir, rounding, sampled labels.
+        users: `ttt.Fleet`: every user has low-rank weights of their own beside the model's, which never change
+            (`ttt.nn.FleetLinear`); ``window`` and what is said of the trace do not apply then. None: one set of
+            weights.
 
     Raises:
         ValueError: for a value out of range; it names the argument, the value and what is allowed.
@@ -65,13 +78,18 @@ class TTTConfig:
     trace_every: int = 1
     si_xi: float = 1e-3
     replay_rows: int = 4
+    distill_rows: int = 0
+    generated_rows: int = 0
+    generated_rank: int = 16
     replay_capacity: int = 4096
     replay: str = "projection"
     replay_beta: float = 0.3
     replay_eps: float = 1e-3
+    orthogonal: int = 0
     head_mass: float = 0.01
     state_dtype: str | None = None
     seed: int = 0
+    users: Fleet | None = None
 
     def __post_init__(self) -> None:
         def need(name: str, ok: bool, allowed: str) -> None:
@@ -103,11 +121,19 @@ class TTTConfig:
         number("trace_decay", 0.0, 1.0, above=True)
         whole("trace_every", 1)
         number("si_xi", 0.0, above=True)
-        whole("replay_rows", 0, MAX_REPLAY_ROWS)
+        for name in ("replay_rows", "distill_rows", "generated_rows"):
+            whole(name, 0, MAX_REPLAY_ROWS)
+        if self.commit_rows > MAX_REPLAY_ROWS:
+            raise ValueError(
+                f"replay_rows + distill_rows + generated_rows must be at most {MAX_REPLAY_ROWS}, got "
+                f"{self.replay_rows} + {self.distill_rows} + {self.generated_rows}"
+            )
+        whole("generated_rank", 1)
         whole("replay_capacity", 1)
         choice("replay", REPLAY)
         number("replay_beta", 0.0)
         number("replay_eps", 0.0)
+        whole("orthogonal", 0)
         number("head_mass", 0.0, 0.5)
         choice("state_dtype", (None, "float32", "bfloat16", "8bit"))
         need(
@@ -116,11 +142,19 @@ class TTTConfig:
             "a float type for importance='si'",
         )
         whole("seed", 0, 2**63 - 1)
+        need("users", self.users is None or isinstance(self.users, Fleet), "a ttt.Fleet or None")
+        if self.users is not None and self.ewc_lambda > 0:
+            need("importance", self.importance != "si", "'fisher' or 'mas' with users (SI needs a trace of each user)")
         # Lists become tuples, so that a configuration is hashable and truly frozen.
         for name in ("target_modules", "layers"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
+
+    @property
+    def commit_rows(self) -> int:
+        """R of every commit, wherever its rows come from."""
+        return self.replay_rows + self.distill_rows + self.generated_rows
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -136,4 +170,6 @@ class TTTConfig:
         unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"unknown configuration fields {sorted(unknown)}")
+        if isinstance(values.get("users"), dict):
+            values = {**values, "users": Fleet(**values["users"])}
         return cls(**values)

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from ttt.config import TTTConfig
-from ttt.nn import Linear
+from ttt.fleet import pool as fleet
+from ttt.nn import FleetLinear, Linear
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -25,6 +26,8 @@ FilterFn = Callable[[nn.Module, str], bool]
 
 def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterFn | None = None) -> nn.Module:
     """Replace linear layers of ``model`` by `ttt.nn.Linear`, in place, and freeze its parameters.
+
+    With ``config.users`` by `ttt.nn.FleetLinear`, whose weights never change: see `ttt.users`.
 
     `nn.Linear` and transformers' ``Conv1D`` are replaced. The new layers share the old ones' parameters;
     each keeps a copy, the anchor.
@@ -49,9 +52,11 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
     for name, module in chosen:
         _refuse_unfit(name, module, tied)
     frozen = [(p, p.requires_grad) for p in model.parameters()]
-    originals = {}
+    originals, fleets = {}, {}
     for name, module in chosen:
-        new = _learning_layer(module, config, name)
+        new = _fleet_layer(module, config, name) if config.users is not None else _learning_layer(module, config, name)
+        if isinstance(new, FleetLinear):
+            fleets[name] = new
         new.train(module.training)
         originals[name] = module
         _set_module(model, name, new)
@@ -59,6 +64,8 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
         p.requires_grad_(False)
     object.__setattr__(model, _ORIGINALS, originals)
     object.__setattr__(model, _FROZEN, frozen)
+    if fleets:
+        fleet.attach(model, fleets)
     return model
 
 
@@ -70,9 +77,18 @@ def restore_(model: nn.Module, keep_learned: bool = False) -> nn.Module:
             learnt, the window included.
 
     Raises:
-        ValueError: if ``model`` is not adapted.
+        ValueError: if ``model`` is not adapted; with ``keep_learned``, if its users learnt, each something else.
     """
     originals = _originals(model)
+    if fleet.has_pool(model):
+        if keep_learned:
+            raise ValueError(
+                "keep_learned must be False for a model of many users; pool_of(model).export(user) keeps one"
+            )
+        for name in fleet.pool_of(model).layers:  # they never wrote to what they share with the original
+            originals[name].train(model.get_submodule(name).training)
+            _set_module(model, name, originals[name])
+        fleet.detach(model)
     for name, layer in learning_layers(model):
         original = originals[name]
         with torch.no_grad():
@@ -244,6 +260,15 @@ def _learning_layer(module: Any, config: TTTConfig, name: str) -> Linear:
         return Linear.from_weight(module.weight, module.bias, config, name)
     # Conv1D keeps (n, m). The learning layer gets a transposed copy; the original stays as it is.
     layer = Linear.from_weight(nn.Parameter(module.weight.detach().T.contiguous()), module.bias, config, name)
+    layer.transposed = True
+    return layer
+
+
+def _fleet_layer(module: Any, config: TTTConfig, name: str) -> FleetLinear:
+    if not _is_conv1d(module):
+        return FleetLinear.from_weight(module.weight, module.bias, config, name)
+    # The very memory of the Conv1D, seen as (m, n): it is never written.
+    layer = FleetLinear.from_weight(nn.Parameter(module.weight.detach().T), module.bias, config, name)
     layer.transposed = True
     return layer
 

@@ -10,20 +10,22 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ttt.convert import kept_originals, learning_layers, require_layers
+from ttt.nn.gaussian import PAST, PRESENT
 
-SHARED = ("anchor", "importance", "importance_scale", "memory", "seen")
+SHARED = ("anchor", "importance", "importance_scale", "memory", "seen", "basis", *PAST)
 
 _KINDS = {"weight": "weight", "anchor": "anchor", "importance": "importance", "trace": "trace", "memory": "memory",
-          "recent": "memory"}  # fmt: skip
+          "recent": "memory", "basis": "memory"} | dict.fromkeys(PAST + PRESENT, "memory")  # fmt: skip
 
 
 def fork(model: nn.Module) -> nn.Module:
     """Another user's model, in the state that ``model`` is in, to the bit.
 
     It shares memory with ``model`` for every tensor that learning does not write: frozen parameters, buffers, and in
-    the learning layers the anchor, the importance and the replay memory. Its own are weight, trace, window, recent rows
-    and counters. What one model learns, and calibrating, consolidating, resetting, loading, rolling back or restoring
-    it, changes no bit of the other: what such a call has to write is copied first, and shared no longer.
+    the learning layers the anchor, the importance, the replay memory, the basis and the Gaussian of past inputs. Its
+    own are weight, trace, window, recent rows, the Gaussian of present inputs and counters. What one model learns, and
+    calibrating, consolidating, resetting, loading, rolling back or restoring it, changes no bit of the other: what such
+    a call has to write is copied first, and shared no longer.
 
     Fork a model that nobody has taught yet, or the new user begins with what another one taught.
 
@@ -76,8 +78,9 @@ class Memory:
     Attributes:
         parameters: adapted parameters, those of every model counted.
         bytes: what the learning layers hold, by kind; shared memory counts once. ``weight``, ``anchor``,
-            ``importance``, ``trace``, ``window`` (and counters), ``memory`` (replay memory and recent rows), ``base``
-            (what `Learner.reset` goes back to after a consolidation), ``original`` (weights of ``Conv1D`` modules).
+            ``importance``, ``trace``, ``window`` (and counters), ``memory`` (replay memory, recent rows, basis,
+            Gaussians), ``base`` (what `Learner.reset` goes back to after a consolidation), ``original`` (weights of
+            ``Conv1D`` modules).
     """
 
     parameters: int

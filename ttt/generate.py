@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from ttt.checks import check_whole
 from ttt.head import Fused
 from ttt.nn import Capturing
 from ttt.ops.backends import record
-from ttt.reading import detached, frozen, masked_inputs
+from ttt.reading import detached, frozen, masked_inputs, swapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,8 @@ def generate(
         )
     if attend is not None and not bool((attend[:, 1:] >= attend[:, :-1]).all() & attend[:, -1].all()):
         raise ValueError("attention_mask must mark padding on the left only, and every prompt must end with a token")
+    if learn_output and learner.rules:
+        raise ValueError("learn_output cannot be True for a learner with rules: they learn from what is read")
     pads = attend is not None
     real = torch.ones_like(ids, dtype=torch.bool) if attend is None else attend
     with frozen(learner.model):
@@ -105,6 +107,8 @@ def generate(
             if span is not None and (over or span.count == learn_every):
                 ok = span.learn(ids, cache, real if pads else None)
                 learned, rejected = learned + ok, rejected + (not ok)
+                if learner.guard is not None:
+                    learner.guard.check_if_due()
             if over:
                 break
     nll = torch.cat([seen.nll, torch.stack(nlls, 1)], 1)
@@ -214,7 +218,7 @@ class _Span:
                     self._lag = detached(out.past_key_values)
             else:
                 head = learner._split.head
-                stack.enter_context(_swapped(head, lambda hidden: hidden))  # logits are known; the rest is wanted
+                stack.enter_context(swapped(head, lambda hidden: hidden))  # logits are known; the rest is wanted
                 hidden = learner.model(**inputs).logits
                 scores = Fused(self._logits[:, :count], targets, hidden, head.weight)
             ok = learner._learn(capturing, scores, wanted, None if wanted is None else wanted.flatten())
@@ -235,7 +239,7 @@ class _Span:
 
         with contextlib.ExitStack() as stack:
             for block in self._blocks[: self._lowest]:
-                stack.enter_context(_swapped(block, skip))
+                stack.enter_context(swapped(block, skip))
             handle = self._blocks[self._lowest].register_forward_pre_hook(before, with_kwargs=True)
             stack.callback(handle.remove)
             yield
@@ -283,13 +287,3 @@ def _cropped(cache: Any, count: int) -> Iterator[None]:
     finally:
         for layer, keys, values in full:
             layer.keys, layer.values = keys, values
-
-
-@contextlib.contextmanager
-def _swapped(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """``module`` computes ``forward`` instead."""
-    object.__setattr__(module, "forward", forward)
-    try:
-        yield
-    finally:
-        object.__delattr__(module, "forward")

@@ -46,11 +46,17 @@ class GraphedLearner:
         graph: capture in a CUDA graph; False runs step by step.
 
     Raises:
-        ValueError: for a wrong batch or chunk, or a model whose attention it cannot give a static cache.
+        ValueError: for a wrong batch or chunk, a learner with rules or a guard, or a model whose attention it cannot
+            give a static cache.
         RuntimeError: if ``graph`` is True and the model is not on a CUDA device.
     """
 
     def __init__(self, learner: Learner, *, batch: int = 1, chunk: int | None = None, graph: bool = True) -> None:
+        if learner.rules:
+            names = [type(rule).__name__ for rule in learner.rules]
+            raise ValueError(f"learner must have no rules, whose terms cannot be captured, got {names}")
+        if learner.guard is not None:
+            raise ValueError("learner has a guard, which changes rates and strengths that a CUDA graph holds fixed")
         chunk = learner.config.chunk if chunk is None else chunk
         for name, value in (("batch", batch), ("chunk", chunk)):
             check_whole(name, value, 1)

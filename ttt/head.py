@@ -186,30 +186,41 @@ class Split:
         self._seen, self._output = [], None
         return out, hidden, leaf
 
-    def run(self, inputs: dict[str, Any], targets: Tensor) -> tuple[Any, Fused | Plain]:
-        """(the model's output, the scores): a forward pass, and ``targets`` (B, T) scored under its logits."""
+    def run(self, inputs: dict[str, Any], targets: Tensor, keep: bool = False) -> tuple[Any, Fused | Plain]:
+        """(the model's output, the scores): a forward pass, and ``targets`` (B, T) scored under its logits.
+
+        ``keep``: the scores' ``logits`` outlive scoring.
+        """
         out, hidden, leaf = self.forward(inputs)
         if self.why or hidden is None:
             return out, Plain(out.logits, targets, self.why, hidden, leaf)
-        return out, Fused(out.logits.detach(), targets, hidden, self.head.weight)
+        return out, Fused(out.logits.detach(), targets, hidden, self.head.weight, keep)
 
 
 class Fused:
-    """``targets`` (B, T) scored under ``logits`` (B, T, V), which are consumed. ``nll`` (B, T), nats, has no graph.
+    """``targets`` (B, T) scored under ``logits`` (B, T, V). ``nll`` (B, T), nats, has no graph.
 
-    ``hidden`` (B, T, d), with its graph, is what the head of ``weight`` (V, d) made the logits from.
+    ``hidden`` (B, T, d), with its graph, is what the head of ``weight`` (V, d) made the logits from. They are
+    consumed, unless ``keep``.
     """
 
-    def __init__(self, logits: Tensor, targets: Tensor, hidden: Tensor, weight: Tensor) -> None:
-        self._hidden, self._weight = hidden, weight
-        self._scores = score(logits.flatten(0, 1), targets.flatten())
+    def __init__(self, logits: Tensor, targets: Tensor, hidden: Tensor, weight: Tensor, keep: bool = False) -> None:
+        self._hidden, self._weight, self.logits = hidden, weight, logits
+        self._scores = score((logits.clone() if keep else logits).flatten(0, 1), targets.flatten())
         self.nll = self._scores.nll.view(targets.shape)
 
-    def backward(self, wanted: Tensor | None, mass: float, retain_graph: bool = False) -> None:
-        """Backward, once, of the summed loss of the ``wanted`` (B, T) tokens; of all if None."""
+    def backward(
+        self, wanted: Tensor | None, mass: float, retain_graph: bool = False, beside: Tensor | None = None
+    ) -> None:
+        """Backward, once, of the summed loss of the ``wanted`` (B, T) tokens; of all if None.
+
+        ``beside`` (B, T, V): the gradient at the logits of what else is in the loss.
+        """
         wanted = None if wanted is None else wanted.flatten()
-        gradient = input_gradient(self._scores, self._weight, wanted, mass)
-        self._hidden.backward(gradient.view(self._hidden.shape), retain_graph=retain_graph)
+        gradient = input_gradient(self._scores, self._weight, wanted, mass).view(self._hidden.shape)
+        if beside is not None:
+            gradient = gradient + beside.to(self._weight.dtype) @ self._weight
+        self._hidden.backward(gradient, retain_graph=retain_graph)
 
 
 class Plain:
@@ -228,9 +239,14 @@ class Plain:
         )
         self.nll = self._losses.detach()
 
-    def backward(self, wanted: Tensor | None, mass: float, retain_graph: bool = False) -> None:
+    def backward(
+        self, wanted: Tensor | None, mass: float, retain_graph: bool = False, beside: Tensor | None = None
+    ) -> None:
         record("head_gradient", "autograd", self._why)
         loss = self._losses.sum() if wanted is None else self._losses[wanted].sum()
-        loss.backward(retain_graph=retain_graph)
+        if beside is None:
+            loss.backward(retain_graph=retain_graph)
+        else:
+            torch.autograd.backward([loss, self.logits], [None, beside], retain_graph=retain_graph)
         if self._leaf is not None and self._hidden is not None and self._leaf.grad is not None:
             self._hidden.backward(self._leaf.grad)

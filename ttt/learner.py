@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,15 @@ from torch import Tensor, nn
 
 from ttt import protection
 from ttt.convert import require_layers
+from ttt.fleet import learner as fleet
+from ttt.fleet.pool import Pool, has_pool, pool_of
+from ttt.fleet.protection import calibrate as calibrate_fleet
 from ttt.generate import Generated, generate
+from ttt.guard import Guard
 from ttt.head import Fused, Plain, Split
 from ttt.nn import Capturing, Linear, Update
-from ttt.reading import detached, frozen, masked_inputs
+from ttt.reading import detached, frozen
+from ttt.stream import Chunk, Segment, StreamRule, backward_terms, check_rules, joined
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +33,18 @@ class Seen:
         mask: (B, T-1) bool: the tokens that were scored.
         learned: chunks that the model learnt from.
         rejected: chunks that were skipped for a non-finite loss or gradient; they changed nothing.
+        rollbacks: how often a `ttt.Guard` went back to the last good state meanwhile.
+        strength: of the protection afterwards, in units of the configured one; a `ttt.Guard` raises it.
+        rejected_users: with ``users``, whose they were: how many of each. Chunks are counted for each user then.
     """
 
     nll: Tensor
     mask: Tensor
     learned: int
     rejected: int
+    rollbacks: int = 0
+    strength: float = 1.0
+    rejected_users: dict[Hashable, int] = dataclasses.field(default_factory=dict)
 
     @property
     def bits(self) -> float:
@@ -47,6 +58,7 @@ class Snapshot:
 
     layers: list[dict[str, Tensor]]
     bases: list[dict[str, Tensor]]
+    rules: list[tuple[type[StreamRule], Any]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -121,15 +133,28 @@ class Learner:
         model: adapted by `ttt.adapt_`. `observe` needs a Hugging Face causal language model; it is put in eval mode.
         context: tokens of context at most; a longer text is read in segments of that many. Default: the model's
             ``max_position_embeddings``, or 2048.
+        rules: add terms to the loss of every chunk that teaches, as `ttt.replay.SequenceReplay` does. What they send
+            through the model is learnt in the same update, at ``lr`` a token. Its rows count as the chunk's do: in
+            the window, in the sample of recent inputs, and in the trace, which has a share of them (zeros for "mas").
+        guard: holds what is forgotten within a bound; None learns unwatched.
 
     Raises:
-        ValueError: if the model has no learning layer, or ``context`` < 2.
+        TypeError: if one of ``rules`` is no `ttt.rules.StreamRule`.
+        ValueError: if the model has no learning layer, ``context`` < 2, or a rule or ``guard`` cannot serve it.
     """
 
-    def __init__(self, model: nn.Module, *, context: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        context: int | None = None,
+        rules: Sequence[StreamRule] = (),
+        guard: Guard | None = None,
+    ) -> None:
         self.model: Any = model.eval()
-        self.layers = require_layers(model)
-        self.config = self.layers[0].config
+        self.pool: Pool | None = pool_of(model) if has_pool(model) else None
+        self.layers = require_layers(model) if self.pool is None else []
+        self.config = self.layers[0].config if self.pool is None else self.pool.config
         if context is None:
             context = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 2048
         if context < 2:
@@ -137,6 +162,12 @@ class Learner:
         self.context = context
         mas = self.config.importance == "mas" and self.config.ewc_lambda > 0
         self._split = Split(model, "importance 'mas' differentiates the logits" if mas else "")
+        self.rules = check_rules(rules)
+        for rule in self.rules:
+            rule.attach(self)
+        self.guard = guard
+        if guard is not None:
+            guard.attach(self)
 
     # -- observe ----------------------------------------------------------------------------------------------
 
@@ -147,6 +178,7 @@ class Learner:
         attention_mask: Tensor | None = None,
         learn_mask: Tensor | None = None,
         learn: bool = True,
+        users: Sequence[Hashable | None] | None = None,
     ) -> Seen:
         """Score the tokens, chunk by chunk, and learn from each chunk after it was scored.
 
@@ -156,18 +188,31 @@ class Learner:
             learn_mask: (B, T) bool or 0/1: tokens with 0 are read and scored, but no loss is taken on them and
                 what they put through the layers is not written: they change no weight by one bit.
             learn: False scores only.
+            users: for a model adapted with ``TTTConfig(users=...)``: whose each of the B rows is; None for rows that
+                the base model only scores. Changing one user's tokens changes no bit of what another gets or learns.
 
         Returns:
             A `Seen`. A chunk with a non-finite loss or gradient is counted in ``rejected`` and changes nothing;
-            reading goes on after it with an empty context.
+            reading goes on after it with an empty context. With ``users`` that holds for each user alone.
 
         Raises:
             TypeError, ValueError: for a wrong dtype, shape or token; nothing has changed then.
         """
         ids, attend, teach = self._checked(input_ids, attention_mask, learn_mask)
+        if (self.pool is None) != (users is None):
+            raise ValueError(f"users must be given if, and only if, every user has weights of their own; got {users!r}")
+        if self.pool is not None and users is not None:
+            found = fleet.observe(self, self.pool, ids, attend, teach, users, learn, attention_mask is not None)
+            rejected = {user: count for user, count in found.rejected.items() if count}
+            learned, lost = sum(found.learned.values()), sum(rejected.values())
+            return Seen(found.nll, found.mask, learned, lost, rejected_users=rejected)
         plain = attention_mask is None and learn_mask is None
+        before = 0 if self.guard is None else self.guard.rollbacks
         with frozen(self.model):
-            return self._read(ids, attend, teach, learn, pads=attention_mask is not None, plain=plain)[0]
+            seen = self._read(ids, attend, teach, learn, pads=attention_mask is not None, plain=plain)[0]
+        if self.guard is None:
+            return seen
+        return dataclasses.replace(seen, rollbacks=self.guard.rollbacks - before, strength=self.guard.strength)
 
     def _read(
         self, ids: Tensor, attend: Tensor, teach: Tensor, learn: bool, *, pads: bool, plain: bool
@@ -182,49 +227,80 @@ class Learner:
         rows = attend & teach
         nll = torch.zeros((batch, max(length - 1, 0)), device=ids.device)
         learned = rejected = 0
-        start, cache = 0, None  # of the present segment
+        texts = ids, attend if pads else None, None if plain else rows
+        segment, cache = Segment.of(*texts, 0, self.context), None
         position = 0
         while position < length - 1:
-            if position - start >= self.context:
-                start, cache = position, None
-            end = min(position + self.config.chunk, start + self.context, length)
+            if position - segment.start >= self.context:
+                segment, cache = Segment.of(*texts, position, self.context), None
+            end = min(position + self.config.chunk, segment.start + self.context, length)
             last = min(end, length - 1)  # the text's final token has no target
             span = slice(position, last)
             wanted = targets[:, span]
             teaches = learn and self.config.lr > 0 and (plain or bool(wanted.any()))
-            inputs = {"input_ids": ids[:, position:last], "past_key_values": cache, "use_cache": True}
-            if pads:
-                inputs |= masked_inputs(attend[:, start:last], last - position)
+            here = position - segment.start, last - segment.start
+            inputs = segment.inputs(*here) | {"past_key_values": cache, "use_cache": True}
+            ruled = teaches and bool(self.rules)
             capturing: Any = Capturing(self.layers) if teaches else contextlib.nullcontext()
-            with torch.set_grad_enabled(teaches), capturing, self._split as split:
-                out, scores = split.run(inputs, ids[:, position + 1 : last + 1])
+            with torch.set_grad_enabled(teaches), capturing:
+                with self._split as split:
+                    out, scores = split.run(inputs, ids[:, position + 1 : last + 1], keep=ruled)
                 nll[:, span] = scores.nll if plain else torch.where(scored[:, span], scores.nll, 0.0)
                 ok = True
                 if teaches:
                     masks = (None, None) if plain else (wanted, rows[:, span].flatten())
-                    ok = self._learn(capturing, scores, *masks)
+                    chunk = Chunk.of(segment, *here, scores.logits, masks[0]) if ruled else None
+                    ok = self._learn(capturing, scores, masks[0], masks[1], chunk)
                     learned, rejected = learned + ok, rejected + (not ok)
+            if self.guard is not None:
+                self.guard.check_if_due()
             cache = detached(out.past_key_values)
             position = last
             if not ok:  # what the model computed for this chunk is not to be trusted as context either
-                start, cache = position, None
+                segment, cache = Segment.of(*texts, position, self.context), None
         return Seen(nll, scored, learned, rejected), cache
 
-    def _learn(self, capturing: Capturing, scores: Fused | Plain, wanted: Tensor | None, rows: Tensor | None) -> bool:
-        """Learn from the captured chunk; False, and not a bit changed, if anything in it is not finite."""
-        updates, finite = self._updates(capturing, scores, wanted, rows)
+    def _learn(
+        self,
+        capturing: Capturing,
+        scores: Fused | Plain,
+        wanted: Tensor | None,
+        rows: Tensor | None,
+        chunk: Chunk | None = None,
+    ) -> bool:
+        """Learn from the captured chunk; False, and not a bit changed, if anything in it is not finite.
+
+        ``chunk``: what the rules are shown; None where there are none.
+        """
+        updates, finite = self._updates(capturing, scores, wanted, rows, chunk)
         if not bool(finite):
             return False
+        if self.guard is not None:
+            self.guard.pace(updates, scores.nll if wanted is None else scores.nll[wanted])
         for layer, update in updates:
             layer.learn(update)
+        if chunk is not None:
+            with torch.no_grad():
+                for rule in self.rules:
+                    rule.seen(chunk)
         return True
 
     def _updates(
-        self, capturing: Capturing, scores: Fused | Plain, wanted: Tensor | None, rows: Tensor | None
+        self,
+        capturing: Capturing,
+        scores: Fused | Plain,
+        wanted: Tensor | None,
+        rows: Tensor | None,
+        chunk: Chunk | None = None,
     ) -> tuple[list[tuple[Linear, Update]], Tensor]:
         """(what each layer learns from the captured chunk, whether all of it is finite: () bool)."""
         mas = self.config.importance == "mas" and self.config.ewc_lambda > 0
-        scores.backward(wanted, self.config.head_mass, retain_graph=mas)
+        term, beside = None, None
+        replayed: list[Any] = [[] for _ in self.layers]
+        if chunk is not None:
+            term, replayed = backward_terms(self.rules, chunk, capturing)
+            beside = chunk.logits.grad
+        scores.backward(wanted, self.config.head_mass, retain_graph=mas, beside=beside)
         captured = capturing.renew()
         traced: list[Any] = [None] * len(self.layers)
         if mas:
@@ -233,11 +309,12 @@ class Learner:
             valid.square().sum().backward()
             traced = capturing.renew()
         updates = [
-            layer.update_from(pairs, trace, rows)
-            for layer, pairs, trace in zip(self.layers, captured, traced, strict=True)
+            layer.update_from(*joined(pairs, trace, rows, more))
+            for layer, pairs, trace, more in zip(self.layers, captured, traced, replayed, strict=True)
         ]
         found = [(layer, u) for layer, u in zip(self.layers, updates, strict=True) if u is not None]
         loss = (scores.nll if wanted is None else scores.nll[wanted]).sum()
+        loss = loss if term is None else loss + term
         finite = torch.stack([torch.isfinite(loss)] + [u.finite.to(loss.device) for _, u in found])
         return found, finite.all()
 
@@ -282,6 +359,7 @@ class Learner:
         Raises:
             TypeError, ValueError: for a wrong argument; nothing has changed then.
         """
+        self._one_for_all("generate", "with ttt.users(model, [...]): model.generate(...)")
         ids, attend, _ = self._checked(input_ids, attention_mask, None)
         return generate(
             self, ids, None if attention_mask is None else attend, max_new_tokens=max_new_tokens,
@@ -327,10 +405,15 @@ class Learner:
         """
         kind = "mas" if self.config.importance == "mas" else "fisher"
         if loss is None:
-            generator = torch.Generator(device=self.layers[0].weight.device).manual_seed(self.config.seed)
+            generator = torch.Generator(device=next(self.model.parameters()).device).manual_seed(self.config.seed)
             losses = (self._calibration_loss(batch, kind, generator) for batch in batches)
         else:
             losses = (loss(self.model, batch) for batch in batches)
+        if self.pool is not None:
+            if self.pool.users:
+                raise ValueError(f"calibrate before learning: users {list(self.pool.users)} have slots already")
+            calibrate_fleet(list(self.pool.layers.values()), losses, kind)
+            return
         protection.calibrate(self.layers, losses, kind)
 
     def _calibration_loss(self, ids: Tensor, kind: str, generator: torch.Generator) -> Tensor:
@@ -354,36 +437,69 @@ class Learner:
 
         in units of the first calibration's mean importance. The sample of recent inputs joins the replay memory.
         """
+        self._one_for_all("consolidate", "the anchor is shared by all users")
+        if self.guard is not None:
+            self.guard.check()
         protection.consolidate(self.layers)
+        for rule in self.rules:
+            rule.consolidated()
+        if self.guard is not None:
+            self.guard.resume()
+
+    def _one_for_all(self, what: str, instead: str) -> None:
+        if self.pool is not None:
+            raise ValueError(f"{what} is for one set of weights, but every user has their own: {instead}")
 
     # -- go back ----------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
-        """A copy of all learning state, for `rollback`."""
+        """A copy of all learning state, that of the rules included, for `rollback`."""
+        self._one_for_all("snapshot", "pool.export(user)")
         # Shared tensors and bases are never written in place: they need no copy.
         layers = [
             {name: t if name in layer.shared else t.clone() for name, t in layer.state().items()}
             for layer in self.layers
         ]
-        return Snapshot(layers, [dict(layer.base) for layer in self.layers])
+        return Snapshot(
+            layers, [dict(layer.base) for layer in self.layers], [(type(rule), rule.state()) for rule in self.rules]
+        )
 
     def rollback(self, snapshot: Snapshot) -> None:
         """Go back to ``snapshot``, to the bit.
 
         Raises:
-            ValueError: if it comes from a model with other layers.
+            ValueError: if it comes from a model with other layers, or a learner with other rules.
         """
+        self._one_for_all("rollback", "pool.load(user, state)")
         shapes = [{name: t.shape for name, t in layer.state().items()} for layer in self.layers]
         if [{name: t.shape for name, t in state.items()} for state in snapshot.layers] != shapes:
             raise ValueError("snapshot does not fit this model's learning layers; nothing was changed")
+        if (kinds := [type(rule) for rule in self.rules]) != [kind for kind, _ in snapshot.rules]:
+            raise ValueError(
+                f"snapshot must be of a learner with the rules {[kind.__name__ for kind in kinds]}, "
+                f"got {[kind.__name__ for kind, _ in snapshot.rules]}; nothing was changed"
+            )
         for layer, state, base in zip(self.layers, snapshot.layers, snapshot.bases, strict=True):
             layer.load_state(state)
             layer.base = dict(base)
+        for rule, (_, held) in zip(self.rules, snapshot.rules, strict=True):
+            rule.load_state(held)
+        if self.guard is not None:
+            self.guard.resume()
 
     def reset(self) -> None:
-        """Forget everything learnt since calibration; the weights are the base model's, to the bit."""
+        """Forget everything learnt since calibration; the weights are the base model's, to the bit.
+
+        Rules forget what they hold of the stream.
+        """
+        if self.pool is not None:
+            self.pool.forget_all()
         for layer in self.layers:
             layer.reset()
+        for rule in self.rules:
+            rule.reset()
+        if self.guard is not None:
+            self.guard.restart()
 
     def flush(self) -> None:
         """Write every layer's window into its weights, as before ``save_pretrained``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -9,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ttt import ops
-from ttt.nn import Capturing, Linear, Update
+from ttt.nn import Capturing, Linear, Update, gaussian
+from ttt.nn.basis import refresh
 from ttt.nn.state import wide, write
+from ttt.reading import swapped
 
 
 def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None:
@@ -25,18 +29,22 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
         None if la.importance is None else torch.zeros_like(la.weight, dtype=la.win_eta.dtype) for la in layers
     ]
     memories = [None if la.memory is None else (la.memory.clone(), la.seen.clone()) for la in layers]
+    pasts = [gaussian.of_layer(la) for la in layers]
     step = torch.zeros((1,), dtype=torch.int64, device=layers[0].weight.device)
     tokens = 0
     with Capturing(layers) as capturing, torch.enable_grad():
         for loss in losses:
             loss.backward()
-            for layer, pairs, total, memory in zip(layers, capturing.renew(), sums, memories, strict=True):
+            captured = zip(layers, capturing.renew(), sums, memories, strict=True)
+            for at, (layer, pairs, total, memory) in enumerate(captured):
                 update = layer.update_from(pairs)
                 if update is None or not bool(update.finite):
                     raise ValueError(f"calibration gave no finite gradient at {layer.name or layer}")
                 tokens += update.x.shape[0]
                 if total is not None:
                     accumulate(layer, update, total, step, kind)
+                if (past := pasts[at]) is not None:
+                    pasts[at] = past.with_rows(update.x)
                 if memory is not None:
                     with torch.no_grad():
                         ops.reservoir_insert(*memory, update.x, seed=layer.seed)
@@ -48,11 +56,13 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
         write(layer, "importance", total.div_(mean or 1.0))
         layer.own("importance_scale")
         layer.importance_scale.fill_(mean / (tokens / len(layers)))
-    for layer, memory in zip(layers, memories, strict=True):
+    for layer, memory, past in zip(layers, memories, pasts, strict=True):
+        gaussian.write_past(layer, past)
         if memory is not None:
             layer.own("memory", "seen", copy=False)
             layer.memory.copy_(memory[0])
             layer.seen.copy_(memory[1])
+            refresh(layer)
 
 
 @torch.no_grad()
@@ -86,9 +96,24 @@ def consolidate(layers: list[Linear]) -> None:
         if layer.trace is not None:
             layer.trace.zero_()
         layer.tokens.zero_()
+        gaussian.consolidate(layer)
         if layer.memory is not None:
             layer.own("memory", "seen")
             _merge_recent(layer)
+            refresh(layer)
+
+
+@contextlib.contextmanager
+def anchored(layers: Iterable[Linear]) -> Iterator[None]:
+    """Inside, the layers compute with their anchors: the model is the one that must not be forgotten.
+
+    Nothing is copied, and the anchors are those of the moment, whatever moved them. There is no graph.
+    """
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        for layer in layers:
+            linear = functools.partial(torch.nn.functional.linear, weight=layer.anchor, bias=layer.bias)
+            stack.enter_context(swapped(layer, linear))
+        yield
 
 
 def grown(layer: Linear) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
@@ -37,3 +37,13 @@ def detached(cache):
             if isinstance(value, Tensor) and value.requires_grad:
                 setattr(layer, name, value.detach())
     return cache
+
+
+@contextlib.contextmanager
+def swapped(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """``module`` computes ``forward`` instead."""
+    object.__setattr__(module, "forward", forward)
+    try:
+        yield
+    finally:
+        object.__delattr__(module, "forward")

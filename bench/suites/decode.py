@@ -27,7 +27,8 @@ class Decode(Case):
 
     Contenders rotate among as many layers as make `bench.state.POOL` bytes of weights (those of `SMALL` stay in
     cache: one layer). The layers' windows are at different stages, so that exactly one commit falls on every C
-    tokens, which is what one ``run`` makes. No replay.
+    tokens, which is what one ``run`` makes. No replay. With ``orthogonal`` = k, so many directions are taken out of the
+    inputs (`ttt.ops.project_out`), and the same without them is a contender.
 
     On a GPU ours is what a server would run: capturable layers (`ttt.capturable_`), a step of each in one CUDA graph,
     whose replays decide on the device which of them commit.
@@ -42,12 +43,14 @@ class Decode(Case):
     window: int
     batch: int
     state: str
+    orthogonal: int = 0
 
     @property
     def name(self) -> str:
         batch = "" if self.batch == 1 else f", batch {self.batch}"
         state = "" if self.state == self.dtype else f", {self.state} state"
-        return f"{self.m}x{self.n}, window {self.window}{batch}{state}"
+        directions = f", k = {self.orthogonal}" if self.orthogonal else ""
+        return f"{self.m}x{self.n}, window {self.window}{batch}{state}{directions}"
 
     @property
     def in_cache(self) -> bool:
@@ -72,13 +75,16 @@ class Decode(Case):
         W read; x read and y written                                    every contender
         B rows of m + n appended to the window;
         (C - B) / 2 rows read, the mean that the window holds at a forward;
-        a share B / C of the commit: W and F read and written, W* and Omega and the C rows of the window read
+        a share B / C of the commit: W and F read and written, W* and Omega and the C rows of the window read;
+        B rows of n into the sample of recent inputs, and the k directions, where there are any
         """
         m, n, size, b, c = self.m, self.n, size_of(self.dtype), self.batch, self.window
         moved: float = (m * n + b * (m + n)) * size
         if contender != "nn.Linear":
             written = m * n * (3 * size + 3 * STORAGE[self.state].bytes)
             moved += (b + (c - b) / 2 + b) * (m + n) * size + written * b / c
+        if self.orthogonal and contender == "ttt":
+            moved += (self.orthogonal + b) * n * size
         return round(moved)
 
     def flops(self, contender: str) -> int:
@@ -86,7 +92,8 @@ class Decode(Case):
         m, n, b = self.m, self.n, self.batch
         if contender == "nn.Linear":
             return 2 * m * n * b
-        return 6 * m * n * b + b * (self.window - b) * (m + n)
+        taken_out = 4 * b * n * self.orthogonal if contender == "ttt" else 0
+        return 6 * m * n * b + b * (self.window - b) * (m + n) + taken_out
 
     def parameters(self) -> dict[str, Any]:
         return super().parameters() | {"in_cache": self.in_cache}
@@ -119,6 +126,8 @@ class Decode(Case):
 
     def contenders(self) -> dict[str, Callable[[], Contender]]:
         found = {"ttt": self.learning, "nn.Linear": self.linear}
+        if self.orthogonal:
+            return found | {"ttt, k = 0": dataclasses.replace(self, orthogonal=0).learning}
         if self.state in ("float32", "bfloat16"):
             found["plain torch"] = self.plain
         return found
@@ -137,9 +146,13 @@ class Decode(Case):
 
     def layer(self, weight: Tensor, state: dict[str, Tensor]) -> Linear:
         """Our layer, with an empty window."""
-        return learning_layer(
-            weight, state, lr=LR, window=self.window, ewc_lambda=LAM, replay_rows=0, state_dtype=self.state
-        )
+        layer = learning_layer(
+            weight, state, lr=LR, window=self.window, ewc_lambda=LAM, replay_rows=0, state_dtype=self.state,
+            orthogonal=self.orthogonal, replay_capacity=64,
+        )  # fmt: skip
+        if self.orthogonal:
+            layer.basis.copy_(torch.linalg.qr(torch.randn(self.n, self.orthogonal, device=self.device)).Q.T)
+        return layer
 
     def learning(self) -> Contender:
         weights, states = self.weights()
@@ -201,7 +214,7 @@ class Decode(Case):
             layer.capturable_(self.batch)
         self.check(
             start, state, layer, lambda x, delta, eta: layer.learn(self._update(x, delta, eta)),
-            late=self.capturable and 2 * self.batch <= self.window,
+            late=self.capturable and 2 * self.batch <= self.window, basis=layer.basis,
         )  # fmt: skip
 
     def check_plain(self) -> None:
@@ -212,11 +225,18 @@ class Decode(Case):
 
     @torch.no_grad()
     def check(
-        self, start: dict[str, Tensor], state: dict[str, Tensor], forward: Any, learn: Callable, late: bool = False
+        self,
+        start: dict[str, Tensor],
+        state: dict[str, Tensor],
+        forward: Any,
+        learn: Callable,
+        late: bool = False,
+        basis: Tensor | None = None,
     ) -> None:
         """Outputs, W and F against the float64 reference of window and commit, on 256 outputs.
 
-        ``late``: a full window is committed by the step after, as by capturable layers.
+        ``late``: a full window is committed by the step after, as by capturable layers. ``basis``: what is taken out of
+        the inputs that are learnt.
         """
         rows, decode = some_rows(self.m, device=self.device), STORAGE[self.state].decode
         w, anchor = (start[name][rows].double() for name in ("weight", "anchor"))
@@ -236,7 +256,8 @@ class Decode(Case):
             exact.append(reference.window_linear(x.double(), w, None, *rows_now))
             got.append(forward(x)[:, rows])
             learn(x, delta, eta)
-            window.append((x.double(), delta[:, rows].double(), eta.double()))
+            learnt = x.double() if basis is None else reference.project_out(x.double(), basis.double())
+            window.append((learnt, delta[:, rows].double(), eta.double()))
             if len(window) == self.steps:
                 xs, deltas, etas = (torch.cat(part) for part in zip(*window, strict=True))
                 reference.commit(
@@ -271,4 +292,5 @@ def cases(device: str) -> list[Case]:
         for dtype in ("float32", "bfloat16"):
             for d in (256, 512, 1024, 2048, 4096):
                 found += [Decode(device, dtype, d, d, c, 1, dtype, quick=c == 16 and d in (512, 4096)) for c in windows]
+        found += [Decode(device, "float32", d, d, 64, 1, "float32", orthogonal=16) for d in (512, 2048, 4096)]
     return found + [Decode(device, "bfloat16", 4096, 4096, c, 1, "8bit") for c in windows]

@@ -275,7 +275,7 @@ BAD_COMMITS = {
     "float gate": ({"gate": torch.ones(1)}, TypeError, "gate must be torch.int64, got torch.float32"),
     "scalar gate": ({"gate": torch.tensor(1)}, ValueError, r"gate must have shape \(1,\), got \(\)"),
     "every": ({"trace_every": 0}, ValueError, "trace_every must be >= 1, got 0"),
-    "no anchor": ({"anchor": None}, ValueError, "needs memory, seen and anchor"),
+    "no anchor": ({"anchor": None}, ValueError, "needs memory and anchor"),
     "no importance": ({"importance": None}, ValueError, "lam = 0.5 needs anchor and importance"),
     "rows": ({"replay_rows": 65}, ValueError, r"replay_rows must be in \[0, 64\], got 65"),
     "replay": ({"replay": "nothing"}, ValueError, "replay must be one of"),

@@ -75,7 +75,7 @@ class Reader:
         if config is not None:
             ttt.adapt_(self.model, config)
             self.learner = ttt.Learner(self.model, context=CONTEXT)
-            if config.ewc_lambda or config.replay_rows:
+            if config.ewc_lambda or config.replay_rows or config.generated_rows:
                 self.learner.calibrate(batches)
 
     def read(self, stream: Tensor, start: int, end: int) -> None:

@@ -28,9 +28,11 @@ class Binding:
         self.m, self.n = weight.shape
         self.kernels: Any = cpu.bind_layer(layer) if self.m and self.n else None
         self.few = cpu.few_tokens(weight.dtype) if self.kernels is not None else 0
-        self.window = layer.config.window
+        # A commit whose rows are put together is left to the ops.
+        self.window, self.room = layer.config.window, layer.config.window - layer.assembles
         self.tokens = layer.tokens.data_ptr()
         self.inserts, self.traces = layer.recent is not None, layer.win_trace is not None
+        self.projects = layer.basis is not None
         self.appended = _present(layer, "win_x", "win_delta", "win_eta", "win_trace", "recent", "recent_seen")
         self.committed = _present(layer, "weight", "trace", "step", "tokens", "win_eta")
 
@@ -56,7 +58,7 @@ class Binding:
         x, delta, eta, traced = update.x, update.delta, update.eta, 0
         rows = x.shape[0]
         full = at + rows
-        if full > self.window or x.shape != (rows, self.n) or delta.shape != (rows, self.m) or eta.shape != (rows,):
+        if full > self.room or x.shape != (rows, self.n) or delta.shape != (rows, self.m) or eta.shape != (rows,):
             return None
         if not (self._plain(x) and self._plain(delta) and self._plain(eta, torch.float32)):
             return None
@@ -65,10 +67,12 @@ class Binding:
             if trace_delta.shape != delta.shape or not self._plain(trace_delta):
                 return None
             traced = trace_delta.data_ptr()
-        self.kernels.append(x.data_ptr(), delta.data_ptr(), eta.data_ptr(), traced, at, rows)
+        self.kernels.append(x.data_ptr(), delta.data_ptr(), eta.data_ptr(), traced, at, rows, torch.get_num_threads())
         torch.autograd.graph.increment_version(self.appended)
         if self.inserts:
             record("reservoir_insert", "cpu")
+        if self.projects:
+            record("project_out", "cpu")
         if full < self.window:
             return full
         self.kernels.commit_window(self.tokens, full, torch.get_num_threads())

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
+from ttt.nn.fleet import FleetLinear
 from ttt.nn.linear import Linear
 
 
 class Capturing:
     """Collects (x, delta) of every layer while it is entered; leaves nothing behind, whatever happens."""
 
-    def __init__(self, layers: list[Linear]) -> None:
+    def __init__(self, layers: Sequence[Linear | FleetLinear]) -> None:
         self.layers = layers
 
     def __enter__(self) -> Capturing:

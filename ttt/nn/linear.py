@@ -11,8 +11,11 @@ from torch import Tensor
 
 from ttt import ops
 from ttt.config import TTTConfig
+from ttt.nn import gaussian, rows
 from ttt.nn.binding import Binding, binding_of
+from ttt.nn.rates import rates
 from ttt.nn.steps import Steps, forbid_capture
+from ttt.nn.transposed import Transposed
 from ttt.ops import log8
 from ttt.ops.gate import advance
 
@@ -59,7 +62,7 @@ class _Capture(torch.autograd.Function):
         return layer._transposed_window(delta).view(x.shape), None, None
 
 
-class Linear(torch.nn.Linear):
+class Linear(Transposed):
     """A linear layer that learns: y = x W_t^T + b with W_t = W - sum over the window of eta delta x^T.
 
     ``weight`` stays an `nn.Parameter` (never requiring grad) and is changed in place; the state below are
@@ -74,9 +77,13 @@ class Linear(torch.nn.Linear):
     ``win_delta``       (C, m)        gradients at the output,
     ``win_eta``         (C,)          and steps; 0 marks an empty row
     ``win_trace``       (C, m)        gradients for the trace; only for ``importance="mas"``
-    ``memory``          (K, n)        inputs whose outputs the anchor defines; if ``replay_rows`` > 0
+    ``memory``          (K, n)        inputs whose outputs the anchor defines; if ``replay_rows`` or ``orthogonal`` > 0
     ``recent``          (K', n)       a sample of inputs since the last consolidation, K' = min(K, 1024)
+    ``basis``           (k, n)        U, orthonormal directions that learning leaves alone, or rows of zeros; if
+                                      ``orthogonal`` > 0
     ``seen``            (1,)          rows that ever entered ``memory``; ``recent_seen`` likewise
+    ``past_mean``, ...                the Gaussian of past inputs; if ``generated_rows`` > 0; see `ttt.nn.gaussian`
+    ``present_mean``, ...             that of inputs since the last consolidation
     ``step``            (1,)          commits so far; ``tokens`` (1,) those in the trace
     ``importance_scale``  (1,)        float64: mean importance at the first calibration, Omega's unit
     ==================  ============  =========================================================
@@ -97,6 +104,8 @@ class Linear(torch.nn.Linear):
     win_trace: Tensor
     memory: Tensor
     recent: Tensor
+    basis: Tensor
+    past_mean: Tensor
     # Counters:
     seen: Tensor
     recent_seen: Tensor
@@ -136,8 +145,8 @@ class Linear(torch.nn.Linear):
         self.seed = ((config.seed << 32) ^ zlib.crc32(name.encode())) & _SEED_MASK
         self._steps: Steps | None = None  # of a capturable layer
         self._pending = 0
+        self.strength = 1.0  # of the protection: multiplies ewc_lambda and replay_beta (`ttt.Guard`)
         self.sink: list[tuple[Tensor, Tensor]] | None = None
-        self.transposed = False  # the weight stands transposed in state_dict (GPT-2's Conv1D)
         # Names of buffers that other models may hold, too (`ttt.fork`): never written in place; see `own`.
         self.shared: set[str] = set()
         self.base: dict[str, Tensor] = {}  # state from before the first consolidation; empty until then
@@ -157,7 +166,7 @@ class Linear(torch.nn.Linear):
         def buffer(name: str, tensor: Tensor | None) -> None:
             self.register_buffer(name, tensor, persistent=False)
 
-        replays, protects = config.replay_rows > 0, config.ewc_lambda > 0
+        remembers, protects = config.replay_rows > 0 or config.orthogonal > 0, config.ewc_lambda > 0
         buffer("anchor", w.clone())
         columns = log8.width(n) if state == torch.uint8 else n
         buffer("importance", w.new_zeros((m, columns), dtype=state) if protects else None)
@@ -166,8 +175,11 @@ class Linear(torch.nn.Linear):
         buffer("win_delta", w.new_zeros((c, m)))
         buffer("win_eta", w.new_zeros((c,), dtype=wide))
         buffer("win_trace", w.new_zeros((c, m)) if protects and config.importance == "mas" else None)
-        buffer("memory", w.new_zeros((config.replay_capacity, n)) if replays else None)
-        buffer("recent", w.new_zeros((min(config.replay_capacity, 1024), n)) if replays else None)
+        buffer("memory", w.new_zeros((config.replay_capacity, n)) if remembers else None)
+        buffer("recent", w.new_zeros((min(config.replay_capacity, 1024), n)) if remembers else None)
+        buffer("basis", w.new_zeros((config.orthogonal, n)) if config.orthogonal else None)
+        for held, empty in gaussian.buffers(w, wide, config.generated_rank, config.generated_rows).items():
+            buffer(held, empty)
         for counter in ("seen", "recent_seen", "step", "tokens"):
             buffer(counter, w.new_zeros((1,), dtype=torch.int64))
         buffer("importance_scale", w.new_zeros((1,), dtype=torch.float64))
@@ -195,7 +207,7 @@ class Linear(torch.nn.Linear):
         if name == "_pending":  # changes with every token; torch's way takes 3 us
             self.__dict__[name] = value
             return
-        if isinstance(value, Tensor) or name == "config":  # what a binding holds may have been replaced
+        if isinstance(value, Tensor) or name in ("config", "strength"):  # what a binding holds may have been replaced
             self.__dict__["_binding"] = None
         super().__setattr__(name, value)
 
@@ -261,12 +273,8 @@ class Linear(torch.nn.Linear):
             trace_delta = None if trace_delta is None else trace_delta[rows]
         x, delta = x.to(self.weight.dtype).contiguous(), delta.to(self.weight.dtype).contiguous()
         wide = self.win_eta.dtype
-        norm = torch.linalg.vector_norm(delta, dim=1, dtype=wide) * torch.linalg.vector_norm(x, dim=1, dtype=wide)
-        # The squared norm bounds every entry of the token's squared gradient: the trace cannot overflow either.
-        finite = torch.isfinite(norm * norm).all()
-        eta = torch.full_like(norm, self.config.lr)
-        if self.config.clip is not None:
-            eta = eta * (self.config.clip / norm).clamp_max(1.0)
+        eta, each = rates(x, delta, self.config, wide, None if self.basis is None else self._learnable)
+        finite = each.all()
         if trace_delta is not None:
             trace_delta = trace_delta.to(self.weight.dtype).contiguous()
             finite = finite & torch.isfinite(torch.linalg.vector_norm(trace_delta, dtype=wide))
@@ -301,6 +309,10 @@ class Linear(torch.nn.Linear):
         else:
             self._learn(update, count)
 
+    def _learnable(self, x: Tensor) -> Tensor:
+        """Inputs (T, n) as updates are made with them."""
+        return x if self.basis is None else ops.project_out(x, self.basis)
+
     def _traced(self, update: Update) -> Tensor | None:
         """What of ``update`` goes into ``win_trace``."""
         if self.win_trace is None:
@@ -313,16 +325,15 @@ class Linear(torch.nn.Linear):
         traced = self._traced(update)
         if self.recent is not None:
             ops.reservoir_insert(self.recent, self.recent_seen, update.x, seed=self.seed)
+        x, delta, eta = self._learnable(update.x), update.delta, update.eta
         if p + count <= c:
             ops.window_append(
-                self.win_x, self.win_delta, self.win_eta, self.win_trace, update.x, update.delta, update.eta,
-                trace_delta=traced, at=p,
-            )  # fmt: skip
+                self.win_x, self.win_delta, self.win_eta, self.win_trace, x, delta, eta, trace_delta=traced, at=p
+            )
             self._pending = p + count
             if self._pending == c:
                 self.flush()
             return
-        x, delta, eta = update.x, update.delta, update.eta
         if p:
             x = torch.cat([self.win_x[:p], x])
             delta = torch.cat([self.win_delta[:p], delta])
@@ -337,13 +348,14 @@ class Linear(torch.nn.Linear):
         """As `_learn`, with nothing that the host must know or wait for."""
         if self.recent is not None:
             ops.reservoir_insert(self.recent, self.recent_seen, update.x, seed=self.seed, gate=gate)
+        x = self._learnable(update.x)
         if not steps.held:
-            self._commit(update.x, update.delta, update.eta, self._traced(update), gate)
+            self._commit(x, update.delta, update.eta, self._traced(update), gate)
             advance(self.tokens, steps.rows, gate)
             return
         self._commit(*self._rows(steps.held), steps.full if gate is None else steps.full * gate)
         ops.window_append(
-            self.win_x, self.win_delta, self.win_eta, self.win_trace, update.x, update.delta, update.eta,
+            self.win_x, self.win_delta, self.win_eta, self.win_trace, x, update.delta, update.eta,
             trace_delta=self._traced(update), counters=steps.counters, tokens=self.tokens, gate=gate,
         )  # fmt: skip
 
@@ -368,17 +380,30 @@ class Linear(torch.nn.Linear):
     def _commit(
         self, x: Tensor, delta: Tensor, eta: Tensor, trace_delta: Tensor | None, gate: Tensor | None = None
     ) -> None:
+        memory, seen = (rows.assemble(self, x), None) if self.assembles else (self.replayed, self.seen)
         ops.commit(
             self.weight, self.anchor, self.importance, self.trace, x, delta, eta, self.step,
-            trace_delta=trace_delta, memory=self.memory, seen=self.seen, gate=gate, **self.commit_options(),
+            trace_delta=trace_delta, memory=memory, seen=seen, gate=gate, **self.commit_options(),
         )  # fmt: skip
+        gaussian.absorb(self, x)
+
+    @property
+    def assembles(self) -> bool:
+        """Whether replay rows come from elsewhere than the memory alone, and are put together before each commit."""
+        return self.config.commit_rows > self.config.replay_rows
+
+    @property
+    def replayed(self) -> Tensor | None:
+        """The memory, if commits replay from it."""
+        return self.memory if self.config.replay_rows else None
 
     def commit_options(self) -> dict[str, Any]:
         """The arguments of `ttt.ops.commit` that are no tensors."""
         c = self.config
+        beta = max(c.replay_beta, min(c.replay_beta * self.strength, 1.0))  # 1: the projection in full
         return {
-            "seed": self.seed, "replay_rows": c.replay_rows, "replay": c.replay, "beta": c.replay_beta,
-            "eps": c.replay_eps, "lam": c.ewc_lambda, "gamma": c.trace_decay, "kind": c.importance,
+            "seed": self.seed, "replay_rows": c.commit_rows, "replay": c.replay, "beta": beta,
+            "eps": c.replay_eps, "lam": c.ewc_lambda * self.strength, "gamma": c.trace_decay, "kind": c.importance,
             "trace_every": c.trace_every,
         }  # fmt: skip
 
@@ -419,13 +444,19 @@ class Linear(torch.nn.Linear):
             The layer. It cannot be moved or converted while it is capturable.
 
         Raises:
-            ValueError: if ``rows`` is less than 1, or the layer has a dtype without GPU kernels and is on a GPU.
+            ValueError: if ``rows`` is less than 1, or the layer has a dtype without GPU kernels and is on a GPU, or
+                generates rows, which takes an eigendecomposition that the host waits for.
             RuntimeError: while a CUDA graph is being captured.
         """
         if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
             raise ValueError(f"rows must be a whole number of at least 1, or None, got {rows!r}")
         if rows is not None and self.weight.is_cuda and self.weight.dtype == torch.float64:
             raise ValueError("a layer of torch.float64 cannot be captured: there are no GPU kernels for it")
+        if rows is not None and self.config.generated_rows:
+            raise ValueError(
+                f"a layer with generated_rows = {self.config.generated_rows} cannot be captured: each of its commits "
+                "takes an eigendecomposition, for which the host waits"
+            )
         forbid_capture("capturable_")
         held = self.pending
         steps = None if rows is None else Steps.of(rows, self.config.window, self.weight.device)
@@ -493,7 +524,7 @@ class Linear(torch.nn.Linear):
     def remember_base(self) -> None:
         """Keep what `reset` and `ttt.restore_` go back to; called before the anchor first moves."""
         if not self.base:
-            names = ("anchor", "importance", "importance_scale", "memory", "seen")
+            names = ("anchor", "importance", "importance_scale", "memory", "seen", "basis", *gaussian.PAST)
             held = {name: b for name in names if (b := getattr(self, name)) is not None}
             self.base = {name: b if name in self.shared else b.clone() for name, b in held.items()}
 
@@ -511,22 +542,10 @@ class Linear(torch.nn.Linear):
         self.weight.copy_(self.anchor)
         # Zeroed, not only marked empty: what a user said must not stay in memory.
         zeroed = ("trace", "win_x", "win_delta", "win_eta", "win_trace", "recent", "recent_seen", "step", "tokens")
-        for name in zeroed:
+        for name in zeroed + gaussian.PRESENT:
             if (b := getattr(self, name)) is not None:
                 b.zero_()
         self.pending = 0
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.transposed:
-            key = prefix + "weight"
-            destination[key] = destination[key].T.contiguous()
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        key = prefix + "weight"
-        if self.transposed and key in state_dict:
-            state_dict = {**state_dict, key: state_dict[key].T}
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, lr={self.config.lr}, window={self.config.window}"

@@ -1,7 +1,9 @@
-"""Reading and writing the (m, n) state of a layer, importance and trace, in whatever form it is stored."""
+"""Reading and writing the (m, n) state of layers: importance and trace, however they are stored, and the weight."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,3 +35,30 @@ def write(layer: Linear, name: str, values: Tensor) -> None:
     layer.own(name, copy=False)
     state = getattr(layer, name)
     state.copy_(log8.encode(values) if log8.is_packed(state) else values)
+
+
+@torch.no_grad()
+def put(layer: Linear, delta: Tensor | None) -> None:
+    """W <- W* + ``delta`` (m, n), W* for None, with nothing in the window."""
+    if delta is None:
+        layer.weight.copy_(layer.anchor)
+    else:
+        layer.weight.copy_(layer.anchor + delta)
+    layer.win_eta.zero_()
+    layer.pending = 0
+
+
+@contextlib.contextmanager
+def standing_in(layers: Sequence[Linear], deltas: Sequence[Tensor | None]) -> Iterator[None]:
+    """Inside, every layer is as `put` with its delta leaves it; afterwards as it was, to the bit."""
+    held = [(layer.weight.detach().clone(), layer.win_eta.clone(), layer.pending) for layer in layers]
+    try:
+        for layer, delta in zip(layers, deltas, strict=True):
+            put(layer, delta)
+        yield
+    finally:
+        with torch.no_grad():
+            for layer, (weight, eta, pending) in zip(layers, held, strict=True):
+                layer.weight.copy_(weight)
+                layer.win_eta.copy_(eta)
+                layer.pending = pending

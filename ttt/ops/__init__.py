@@ -6,8 +6,10 @@ import torch
 
 from ttt.ops import cpu as cpu
 from ttt.ops import cuda as cuda
+from ttt.ops.fleet import fleet_append, fleet_compress, fleet_linear
 
-__all__ = ["commit", "reservoir_draw", "reservoir_insert", "window_append", "window_linear"]
+__all__ = ["commit", "fleet_append", "fleet_compress", "fleet_linear", "project_out", "reservoir_draw",
+           "reservoir_insert", "window_append", "window_linear"]  # fmt: skip
 
 
 def window_linear(
@@ -35,6 +37,23 @@ def window_linear(
         RuntimeError: if grad mode is on and an argument requires grad (the op has no derivative).
     """
     return torch.ops.ttt.window_linear(x, weight, bias, win_x, win_delta, win_eta)
+
+
+def project_out(x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """x' = x - (x U^T) U: ``x`` without its part in the span of U.
+
+    Args:
+        x: (..., n), float32, bfloat16, float16 or float64, contiguous.
+        basis: (k, n), U, of the dtype of ``x``: orthonormal rows. Rows of zeros change nothing. k may be 0.
+
+    Returns:
+        A new tensor like ``x``. Sums are made in float32 (float64 for float64).
+
+    Raises:
+        ValueError, TypeError: for a wrong shape, dtype, device or stride.
+        RuntimeError: if grad mode is on and an argument requires grad (the op has no derivative).
+    """
+    return torch.ops.ttt.project_out(x, basis)
 
 
 def window_append(
@@ -132,7 +151,8 @@ def commit(
         eta: (T,), float32: the step of each token.
         step: (1,), int64: the counter of commits.
         trace_delta: (T, m), the gradient that the trace uses; ``delta`` if None.
-        memory: (K, n) of ``weight``'s dtype, of which the first min(seen, K) rows are filled; seen: (1,), int64.
+        memory: (K, n) of ``weight``'s dtype, of which the first min(seen, K) rows are filled; seen: (1,), int64, or
+            None: then nothing is drawn, and ``memory`` (R, n) holds the replay rows themselves, X_r.
         replay_rows: R in [0, 64], drawn uniformly with replacement; no replay while the memory is empty.
         replay: "projection": V = beta (X_r X_r^T + eps tr/R I)^-1 X_r with tr the trace of X_r X_r^T;
             "gradient": V = beta (sum eta) X_r.

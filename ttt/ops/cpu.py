@@ -63,6 +63,22 @@ def window_linear(x, weight, bias, win_x, win_delta, win_eta):
     return y
 
 
+def project_out(x, basis):
+    schema.check_project_out(x, basis)
+    why = _why_not(x.dtype)
+    if why:
+        record("project_out", "reference", why)
+        return reference.project_out(x, basis)
+    record("project_out", "cpu")
+    k, n = basis.shape
+    y = torch.empty_like(x)
+    _C.project_out(
+        x.data_ptr(), basis.data_ptr(), y.data_ptr(), x.numel() // n if n else 0, k, n, _DTYPE[x.dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
 def window_append(
     win_x, win_delta, win_eta, win_trace, x, delta, eta, trace_delta, at=0, counters=None, tokens=None, gate=None
 ) -> None:
@@ -84,13 +100,14 @@ def bind_layer(layer):
     bound = _C.Layer(
         weight.data_ptr(), _address(layer.bias), layer.win_x.data_ptr(), layer.win_delta.data_ptr(),
         layer.win_eta.data_ptr(), _address(layer.win_trace), _address(recent),
-        0 if recent is None else layer.recent_seen.data_ptr(), m, n, layer.win_eta.numel(),
-        0 if recent is None else recent.shape[0], layer.seed & _MASK64, _DTYPE[weight.dtype],
+        0 if recent is None else layer.recent_seen.data_ptr(), _address(layer.basis), m, n, layer.win_eta.numel(),
+        0 if recent is None else recent.shape[0], layer.config.orthogonal, layer.seed & _MASK64, _DTYPE[weight.dtype],
     )  # fmt: skip
-    bound.prepare(*_commit_arguments(
-        weight, layer.anchor, layer.importance, layer.trace, layer.win_x, layer.win_delta, layer.win_eta,
-        layer.win_trace, layer.memory, layer.seen, layer.step, **layer.commit_options(),
-    ))  # fmt: skip
+    if not layer.assembles:
+        bound.prepare(*_commit_arguments(
+            weight, layer.anchor, layer.importance, layer.trace, layer.win_x, layer.win_delta, layer.win_eta,
+            layer.win_trace, layer.replayed, layer.seen, layer.step, **layer.commit_options(),
+        ))  # fmt: skip
     return bound
 
 
@@ -178,5 +195,5 @@ def reservoir_draw(seen, step, capacity, rows, seed):
     return index
 
 
-for _function in (window_linear, window_append, commit, reservoir_insert, reservoir_draw):
+for _function in (window_linear, project_out, window_append, commit, reservoir_insert, reservoir_draw):
     schema.implement(_function.__name__, "CPU", _function)

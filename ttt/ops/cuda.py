@@ -25,12 +25,13 @@ def _kernels() -> SimpleNamespace | None:
     if "triton" in unavailable:
         return None
     try:
-        from ttt.ops.triton import append, commit, reservoir, window_linear
+        from ttt.ops.triton import append, commit, project, reservoir, window_linear
     except ImportError as error:
         unavailable["triton"] = f"the Triton kernels cannot be imported ({error})"
         return None
     return SimpleNamespace(
         window_linear=window_linear.window_linear,
+        project_out=project.project_out,
         window_append=append.window_append,
         commit=commit.commit,
         why_not_fp8=commit.why_not_fp8,
@@ -56,6 +57,11 @@ def _run(op: str, on: torch.Tensor, dtype: torch.dtype, *args, why: str = ""):
 def window_linear(x, weight, bias, win_x, win_delta, win_eta):
     schema.check_window_linear(x, weight, bias, win_x, win_delta, win_eta)
     return _run("window_linear", weight, weight.dtype, x, weight, bias, win_x, win_delta, win_eta)
+
+
+def project_out(x, basis):
+    schema.check_project_out(x, basis)
+    return _run("project_out", x, x.dtype, x, basis)
 
 
 def window_append(
@@ -97,5 +103,5 @@ def reservoir_draw(seen, step, capacity, rows, seed):
     return _run("reservoir_draw", seen, torch.float32, seen, step, capacity, rows, seed)
 
 
-for _function in (window_linear, window_append, commit, reservoir_insert, reservoir_draw):
+for _function in (window_linear, project_out, window_append, commit, reservoir_insert, reservoir_draw):
     schema.implement(_function.__name__, "CUDA", _function)

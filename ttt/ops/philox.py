@@ -11,6 +11,8 @@ stream      counter (c0, c1, c2)    words used
 `ROUND`     (j // 8, i, step)       16 bits for element (i, j): word (j % 8) // 2, its low half if j is even.
                                     They round the weight; the trace takes those of column j ^ 1
 `TOKEN`     (k // 4, 0, step)       word k % 4 chooses the token that stands for the k-th group in the trace
+`DISTIL`    (r // 4, 0, step)       word r % 4 chooses the token that is distillation row r
+`NORMAL`    (j // 4, r, step)       words 0 and 1 make normals 0 and 1 of four, words 2 and 3 the others
 ==========  ======================  ======================================================================
 
 c3 is the stream's number. `ROUND` takes 7 rounds of the generator, the fewest that pass BigCrush (Salmon et al.,
@@ -20,9 +22,11 @@ on how its weight was rounded, and would be biased.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-DRAW, INSERT, ROUND, TOKEN = 0, 1, 2, 3
+DRAW, INSERT, ROUND, TOKEN, DISTIL, NORMAL = 0, 1, 2, 3, 4, 5
 ROUND_ROUNDS = 7
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
@@ -37,8 +41,10 @@ def philox(
 
     int64 products of 32-bit words wrap modulo 2^64, which keeps both halves exact.
     """
-    c1 = torch.as_tensor(c1, device=c0.device)
-    c2 = torch.as_tensor(c2, device=c0.device)
+    # Filled there: a number copied to a GPU would make the host wait.
+    c1, c2 = (
+        c if isinstance(c, torch.Tensor) else torch.full((), c, dtype=torch.int64, device=c0.device) for c in (c1, c2)
+    )
     a, b, c = torch.broadcast_tensors(c0 & _MASK, c1 & _MASK, c2 & _MASK)
     d = torch.full_like(a, stream)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
@@ -70,6 +76,27 @@ def choose_tokens(tokens: int, every: int, step: torch.Tensor, seed: int) -> tup
     word = torch.stack(philox(k // 4, 0, step, TOKEN, seed), dim=-1)[k, k % 4]
     size = (tokens - k * every).clamp_max(every)
     return k * every + ((word * size) >> 32), size
+
+
+def spread_tokens(tokens: int, rows: int, step: torch.Tensor, seed: int) -> torch.Tensor:
+    """``rows`` of ``tokens`` >= 1 tokens (int64), rising: row r falls anywhere into the r-th of as many equal parts.
+
+    Each token is expected ``rows / tokens`` times, and none comes more than twice while rows <= tokens.
+    """
+    r = torch.arange(rows, device=step.device)
+    word = torch.stack(philox(r // 4, 0, step, DISTIL, seed), dim=-1)[r, r % 4]
+    return ((r << 32) + word) * tokens // (rows << 32)
+
+
+def normals(rows: int, cols: int, step: torch.Tensor, seed: int) -> torch.Tensor:
+    """Standard normal numbers (float64, rows x cols), by the transform of Box and Muller (1958); see `NORMAL`."""
+    c0 = torch.arange((cols + 3) // 4, device=step.device).view(1, -1)
+    c1 = torch.arange(rows, device=step.device).view(-1, 1)
+    words = torch.stack(philox(c0, c1, step.view(1, 1), NORMAL, seed), dim=-1)
+    u = (words.to(torch.float64) + 0.5) * 2.0**-32  # never 0
+    radius, angle = (-2 * u[..., 0::2].log()).sqrt(), 2 * math.pi * u[..., 1::2]
+    z = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
+    return z.reshape(rows, 4 * c0.numel())[:, :cols]
 
 
 def stochastic_round_(target: torch.Tensor, value: torch.Tensor, bits: torch.Tensor) -> None:

@@ -46,6 +46,13 @@ def window_linear(
     return y.to(x.dtype)
 
 
+def project_out(x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """x' = x - (x U^T) U."""
+    wide = _wide(x.dtype)
+    rows, u = x.to(wide), basis.to(wide)
+    return (rows - (rows @ u.T) @ u).to(x.dtype)
+
+
 def window_append(
     win_x: torch.Tensor,
     win_delta: torch.Tensor,
@@ -83,7 +90,7 @@ def window_append(
 
 def replay_rows(
     memory: torch.Tensor,
-    seen: torch.Tensor,
+    seen: torch.Tensor | None,
     step: torch.Tensor,
     rows: int,
     seed: int,
@@ -92,13 +99,15 @@ def replay_rows(
     eps: float,
     sum_eta: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """X_r (R x n), drawn from the memory, and V (R x n), what its drift is multiplied by.
+    """X_r (R x n), drawn from the memory or, without ``seen``, the memory itself, and V (R x n), what its drift is
+    multiplied by.
 
     V = beta (X_r X_r^T + eps tr/R I)^-1 X_r for the projection step, tr being the trace of
     X_r X_r^T, so that eps has no unit; V = beta sum(eta) X_r for the gradient step.
     """
-    index = reservoir_draw(seen, step, memory.shape[0], rows, seed)
-    xr = memory[index.clamp_min(0)].to(sum_eta.dtype)
+    if seen is not None:
+        memory = memory[reservoir_draw(seen, step, memory.shape[0], rows, seed).clamp_min(0)]
+    xr = memory.to(sum_eta.dtype)
     if replay == "gradient":
         return xr, beta * sum_eta * xr
     rows64 = xr.to(torch.float64)
@@ -144,7 +153,7 @@ def commit(
     sum_eta = ew.sum()
     drift = None if anchor is None else w - anchor.to(wide)
     g = (dw * ew.unsqueeze(1)).T @ xw
-    if replay_rows_ and int(seen) > 0:
+    if replay_rows_ and (seen is None or int(seen) > 0):
         xr, v = replay_rows(memory, seen, step, replay_rows_, seed, replay, beta, eps, sum_eta)
         e = xr @ drift.T - ((xr @ xw.T) * ew) @ dw
         g = g + e.T @ v

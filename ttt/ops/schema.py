@@ -13,12 +13,14 @@ from ttt.ops import log8
 
 REPLAY = ("projection", "gradient")
 KINDS = ("fisher", "mas", "si")
+SHRINK = ("truncate", "directions")
 MAX_REPLAY_ROWS = 64
 
 _SCHEMAS = {
     "window_linear": (
         "(Tensor x, Tensor weight, Tensor? bias, Tensor win_x, Tensor win_delta, Tensor win_eta) -> Tensor"
     ),
+    "project_out": "(Tensor x, Tensor basis) -> Tensor",
     "commit": (
         "(Tensor(a!) weight, Tensor? anchor, Tensor? importance, Tensor(b!)? trace, Tensor x, Tensor delta, "
         "Tensor eta, Tensor? trace_delta, Tensor? memory, Tensor? seen, Tensor(c!) step, int seed, int replay_rows, "
@@ -32,6 +34,18 @@ _SCHEMAS = {
     ),
     "reservoir_insert": "(Tensor(a!) memory, Tensor(b!) seen, Tensor x, int seed, Tensor? gate=None) -> ()",
     "reservoir_draw": "(Tensor seen, Tensor step, int capacity, int rows, int seed) -> Tensor",
+    "fleet_linear": (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor rows, Tensor users) -> Tensor"
+    ),
+    "fleet_append": (
+        "(Tensor(a!) a, Tensor(b!) b, Tensor(c!) rows, Tensor(d!) eta_sum, Tensor x, Tensor delta, Tensor eta, "
+        "Tensor users) -> ()"
+    ),
+    "fleet_compress": (
+        "(Tensor(a!) a, Tensor(b!) b, Tensor(c!) rows, Tensor(d!) eta_sum, Tensor(e!) lost, Tensor(f!) step, "
+        "Tensor slots, int rank, str shrink, float lam, Tensor? importance_m, Tensor? importance_n, Tensor? memory, "
+        "Tensor? seen, int seed, int replay_rows, str replay, float beta, float eps) -> ()"
+    ),
 }
 
 for _name, _schema in _SCHEMAS.items():
@@ -48,6 +62,11 @@ def _(x, weight, bias, win_x, win_delta, win_eta):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+@torch.library.register_fake("ttt::project_out")
+def _(x, basis):
+    return torch.empty_like(x)
+
+
 @torch.library.register_fake("ttt::commit")
 def _(*args):
     return None
@@ -59,6 +78,21 @@ def _(*args):
 
 
 @torch.library.register_fake("ttt::reservoir_insert")
+def _(*args):
+    return None
+
+
+@torch.library.register_fake("ttt::fleet_linear")
+def _(x, weight, bias, a, b, rows, users):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("ttt::fleet_append")
+def _(*args):
+    return None
+
+
+@torch.library.register_fake("ttt::fleet_compress")
 def _(*args):
     return None
 
@@ -120,6 +154,16 @@ def check_window_linear(x, weight, bias, win_x, win_delta, win_eta) -> None:
     _need("win_eta", win_eta, (c,), (_floats(weight),), weight)
     _need("win_x", win_x, (c, n), dtype, weight)
     _need("win_delta", win_delta, (c, m), dtype, weight)
+
+
+def check_project_out(x, basis) -> None:
+    if basis.ndim != 2:
+        raise ValueError(f"basis must have shape (k, n), got {tuple(basis.shape)}")
+    k, n = basis.shape
+    if x.ndim < 1 or x.shape[-1] != n:
+        raise ValueError(f"x must have shape (..., {n}), got {tuple(x.shape)}")
+    _need("x", x, tuple(x.shape), _FLOATS, x)
+    _need("basis", basis, (k, n), (x.dtype,), x)
 
 
 def check_window_append(
@@ -187,12 +231,13 @@ def check_commit(
     if not 0 <= replay_rows <= MAX_REPLAY_ROWS:
         raise ValueError(f"replay_rows must be in [0, {MAX_REPLAY_ROWS}], got {replay_rows}")
     if replay_rows:
-        if memory is None or seen is None or anchor is None:
-            raise ValueError(f"replay_rows = {replay_rows} needs memory, seen and anchor; one of them is None")
+        if memory is None or anchor is None:
+            raise ValueError(f"replay_rows = {replay_rows} needs memory and anchor; one of them is None")
         if memory.ndim != 2:
             raise ValueError(f"memory must have shape (K, {n}), got {tuple(memory.shape)}")
-        _need("memory", memory, (memory.shape[0], n), dtype, weight)
-        _need("seen", seen, (1,), (torch.int64,), weight)
+        _need("memory", memory, (replay_rows if seen is None else memory.shape[0], n), dtype, weight)
+        if seen is not None:
+            _need("seen", seen, (1,), (torch.int64,), weight)
     if not lam >= 0:
         raise ValueError(f"lam must be >= 0, got {lam}")
     if lam > 0 and (anchor is None or importance is None):

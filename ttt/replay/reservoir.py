@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -44,20 +46,28 @@ class SampleReservoir:
             raise ValueError(f"fields must have one length, got {lengths}")
         if self.fields and {n for n, t in self.fields.items() if t is not None} != set(given):
             raise ValueError(f"fields must be {sorted(self.fields)} as before, got {sorted(given)}")
-        if not self.fields:
-            empty = {name: t.new_zeros((self.capacity, *t.shape[1:])) for name, t in given.items()}
-            self.fields = {name: empty.get(name) for name in fields}
-        count = next(iter(lengths.values()))
+        self.admit(
+            next(iter(lengths.values())),
+            lambda rows: {n: None if t is None else t.detach()[rows] for n, t in fields.items()},
+        )
+
+    def admit(self, count: int, fields_of: Callable[[Tensor], dict[str, Tensor | None]]) -> None:
+        """As `insert` of ``count`` samples, whose fields are made only for those that stay.
+
+        Args:
+            fields_of: (R,) int64, rows of them -> their fields, (R, ...) or None each. Not called if none stays.
+        """
         s = self.seen + torch.arange(count)
         slots = torch.where(s < self.capacity, s, (philox(s, 0, 0, INSERT, self.seed)[0] * (s + 1)) >> 32)
         kept = dict(zip(slots.tolist(), range(count), strict=True))  # in order: the last of two samples stays
         pairs = [(slot, row) for slot, row in kept.items() if slot < self.capacity]
         if pairs:
             into, rows = torch.tensor(pairs).T
-            for name, t in given.items():
-                held = self.fields[name]
-                assert held is not None
-                held[into] = t[rows].to(held.dtype)
+            for name, t in fields_of(rows).items():
+                if self.seen == 0:
+                    self.fields[name] = None if t is None else t.new_zeros((self.capacity, *t.shape[1:]))
+                if (held := self.fields[name]) is not None and t is not None:
+                    held[into] = t.to(held.dtype)
         self.seen += count
 
     def draw(self, rows: int) -> dict[str, Tensor | None]:
@@ -66,6 +76,17 @@ class SampleReservoir:
             return {}
         index = torch.randperm(len(self), generator=self.generator)[:rows]
         return {name: None if t is None else t[index] for name, t in self.fields.items()}
+
+    def state(self) -> tuple:
+        """A copy of all that it holds, the state of its draws included."""
+        fields = {name: None if t is None else t.clone() for name, t in self.fields.items()}
+        return self.seen, fields, self.generator.get_state()
+
+    def load_state(self, state: tuple) -> None:
+        """Go back to ``state``, to the bit."""
+        self.seen, fields, drawn = state
+        self.fields = {name: None if t is None else t.clone() for name, t in fields.items()}
+        self.generator.set_state(drawn)
 
     def tensors(self) -> list[Tensor]:
         """What is held, for counting bytes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from ttt.fork import fork
 from ttt.rules.base import Batch, Rule
 
 
-def distillation(student: Tensor, teacher: Tensor, temperature: float, groups: Sequence[Tensor]) -> Tensor:
+def distillation(student: Tensor, teacher: Tensor, temperature: float, groups: Sequence[Tensor | slice]) -> Tensor:
     """T^2 sum over samples and groups of KL(softmax(teacher / T) || softmax(student / T)).
 
     Without the factor T^2 the gradient would fall as 1/T^2 (Hinton, Vinyals & Dean, 2015); with it, it tends to the
@@ -22,7 +23,7 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float, groups: S
         student: (N, K) logits; gradients reach these alone.
         teacher: (N, K) logits; -inf for an output that it rules out.
         temperature: T > 0.
-        groups: of (k,) int64: the outputs over which one softmax runs; a group for each head.
+        groups: of (k,) int64, or slices: the outputs over which one softmax runs; a group for each head.
     """
     total = student.new_zeros(())
     for group in groups:
@@ -30,6 +31,52 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float, groups: S
         q = (student[:, group] / temperature).log_softmax(-1)
         total = total + nn.functional.kl_div(q, p, reduction="sum")
     return temperature**2 * total
+
+
+class TopLogits(NamedTuple):
+    """A teacher's softmax(z / T), its k likeliest outputs one by one and all others as one.
+
+    ``outputs`` (..., k) int32; ``logp`` (..., k + 1) float: their log-probabilities, then that of the rest together.
+    """
+
+    outputs: Tensor
+    logp: Tensor
+
+
+@torch.no_grad()
+def top_logits(logits: Tensor, k: int, temperature: float) -> TopLogits:
+    """`TopLogits` of ``logits`` (..., V) at ``temperature``; at most V outputs are kept one by one."""
+    wide = logits.dtype if logits.dtype == torch.float64 else torch.float32
+    logp = (logits.to(wide) / temperature).log_softmax(-1)
+    values, index = logp.topk(min(k, logp.shape[-1]), dim=-1)
+    return TopLogits(index.int(), torch.cat([values, _rest(logp, index)], -1))
+
+
+def top_distillation(student: Tensor, teacher: TopLogits, temperature: float) -> Tensor:
+    """`distillation` from what is left of the teacher's logits: T^2 times the divergence over k + 1 outputs, summed.
+
+    The last output is "any of the rest": so the student is told how much probability they have together, not how to
+    share it. It is a lower bound of the divergence over all outputs (log sum inequality), which it equals for k = V.
+    The squared error of the kept logits would leave the rest free to grow, unless the shift of all logits, which no
+    probability depends on, were held too.
+
+    Args:
+        student: (..., V) logits; gradients reach these alone.
+        teacher: at the same ``temperature``.
+        temperature: T > 0.
+    """
+    index, logp = teacher.outputs.long(), teacher.logp
+    q = (student / temperature).log_softmax(-1)
+    kept = q.gather(-1, index)
+    if index.shape[-1] < student.shape[-1]:
+        kept = torch.cat([kept, _rest(q, index)], -1)
+    p = logp[..., : kept.shape[-1]].exp()
+    return temperature**2 * nn.functional.kl_div(kept, p, reduction="sum")
+
+
+def _rest(logp: Tensor, index: Tensor) -> Tensor:
+    """(..., 1): the logarithm of the probability of all outputs but those of ``index`` (..., k)."""
+    return logp.scatter(-1, index, -torch.inf).logsumexp(-1, keepdim=True)
 
 
 class SeenOutputs:

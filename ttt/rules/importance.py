@@ -134,7 +134,8 @@ class EWC(_Penalty):
     def options(self) -> dict[str, Any]:
         options = super().options() | {"consolidate_decay": self.decay}
         # One weight matrix cannot be both the centre of all parabolas and the model whose outputs are replayed.
-        return options | ({"replay_rows": 0} if self.mode == "separate" else {})
+        none = dict.fromkeys(("replay_rows", "distill_rows", "generated_rows"), 0)
+        return options | (none if self.mode == "separate" else {})
 
     def measure(self, batches: Sequence[Batch]) -> None:
         layers = require_layers(self.model)

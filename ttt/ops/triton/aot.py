@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from ttt.ops import log8, schema
-from ttt.ops.triton import append, commit, reservoir, window_linear
+from ttt.ops.triton import append, commit, project, reservoir, window_linear
 
 M, N, CAPACITY = 4096, 4096, 1024
 _TYPES = {
@@ -67,6 +67,10 @@ def _append(dtype, on_device) -> None:
         *window, _meta(16, dtype=torch.float32), window[1] if on_device else None, rows, rows,
         _meta(8, dtype=torch.float32), None, 0, *counters,
     )  # fmt: skip
+
+
+def _project(dtype) -> None:
+    project.project_out(_meta(8, N, dtype=dtype), _meta(16, N, dtype=dtype))
 
 
 def _insert(dtype) -> None:
@@ -121,6 +125,8 @@ def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     for tokens, window in itertools.product((1, 8), (64, 128)) if everything else [(1, 128)]:
         label = f"bfloat16 T={tokens} window {window}"
         yield label, lambda a=(tokens, window): _linear(torch.bfloat16, a[0], window=a[1])
+    for dtype in dtypes if everything else dtypes[:2]:
+        yield _name(dtype), lambda a=dtype: _project(a)
     for dtype in dtypes if everything else dtypes[:1]:
         yield _name(dtype), lambda a=dtype: _insert(a)
         for where in (True, False):

@@ -44,10 +44,17 @@ def _word_of(k, step, STREAM: tl.constexpr, seed):
 
 @triton.jit
 def draw(r, seen_ptr, step_ptr, capacity, seed):
-    """The memory rows (int64) that replay rows ``r`` (int32) stand for; -1 while the memory is empty."""
-    filled = tl.minimum(tl.load(seen_ptr), capacity)
-    word = _word_of(r, tl.load(step_ptr).to(tl.uint32), DRAW, seed)
-    return tl.where(filled > 0, (word * filled) >> 32, -1)
+    """The memory rows (int64) that replay rows ``r`` (int32) stand for; -1 while the memory is empty.
+
+    None for ``seen_ptr``: they are the memory's rows, in order.
+    """
+    if seen_ptr is None:
+        index = r.to(tl.int64)
+    else:
+        filled = tl.minimum(tl.load(seen_ptr), capacity)
+        word = _word_of(r, tl.load(step_ptr).to(tl.uint32), DRAW, seed)
+        index = tl.where(filled > 0, (word * filled) >> 32, -1)
+    return index
 
 
 @triton.jit

@@ -1,0 +1,151 @@
+// y_t += B_u^T (A_u x_t), each token with the rows of its own user's slot; and the rows that learning appends to slots.
+// A user's tokens stand together, so that a slot is read once for all of them. No sum runs over tokens: what a token
+// gets depends on no token of another user.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "product.h"
+#include "scratch.h"
+#include "vec.h"
+#include "window_linear.h"
+
+namespace {
+
+constexpr int64_t FLEET_COLUMNS = 512;  // of y at a time: they stay in the first-level cache while B's rows pass
+
+// A run of tokens of one user, in the order of `FleetBatch`.
+struct FleetGroup {
+  int64_t slot, first, count, rows;
+  int64_t inner;  // where its count x rows products A x begin
+};
+
+struct FleetBatch {
+  std::vector<int> token;  // those that have a user, by user and then as they came
+  std::vector<FleetGroup> groups;
+  int64_t products = 0;
+
+  explicit FleetBatch(const ttt::FleetLinear& a) {
+    for (int64_t t = 0; t < a.tokens; t++)
+      if (a.users[t] >= 0 && a.rows[a.users[t]] > 0) token.push_back(static_cast<int>(t));
+    std::stable_sort(token.begin(), token.end(), [&](int s, int t) { return a.users[s] < a.users[t]; });
+    for (size_t i = 0; i < token.size(); i++) {
+      const int64_t slot = a.users[token[i]];
+      if (groups.empty() || groups.back().slot != slot)
+        groups.push_back({slot, static_cast<int64_t>(i), 0, std::min<int64_t>(a.rows[slot], a.capacity), 0});
+      groups.back().count++;
+    }
+    for (auto& g : groups) {
+      g.inner = products;
+      products += g.count * g.rows;
+    }
+  }
+};
+
+// acc[j] += sum over `some` <= 4 rows of factor[r] row[r][j], `count` columns.
+template <class T>
+inline void add_rows(float* acc, const float* factor, const T* const* row, int some, int64_t count) {
+  for (int64_t j = 0; j < count; j += VL) {
+    const int64_t left = count - j;
+    vf value = load(acc + j);
+    for (int r = 0; r < some; r++) value += factor[r] * load_upto(row[r] + j, left);
+    store(acc + j, value);
+  }
+}
+
+template <class T>
+void fleet_linear(const ttt::FleetLinear& a) {
+  const int64_t m = a.m, n = a.n;
+  const FleetBatch batch(a);
+  if (batch.token.empty()) return;
+  const Tokens<T> x(static_cast<const T*>(a.x), batch.token.size(), n, batch.token.data());
+  const int64_t stride = x.row(1) - x.row(0);
+  Scratch inner(batch.products);
+
+  struct Unit {
+    const FleetGroup* group;
+    int64_t at;  // row of A, or column of B
+  };
+  std::vector<Unit> dots, sums;
+  double work = 0;
+  for (const auto& g : batch.groups) {
+    for (int64_t r = 0; r < g.rows; r += 4) dots.push_back({&g, r});
+    for (int64_t i = 0; i < m; i += FLEET_COLUMNS) sums.push_back({&g, i});
+    work += static_cast<double>(g.rows) * g.count * (m + n);
+  }
+  const int threads = work < 65536 ? 1 : a.threads;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    // inner[t * rows + r] = A_r . x_t
+#pragma omp for schedule(dynamic, 2)
+    for (size_t unit = 0; unit < dots.size(); unit++) {
+      const FleetGroup& g = *dots[unit].group;
+      const int64_t r0 = dots[unit].at;
+      const int some = static_cast<int>(std::min<int64_t>(4, g.rows - r0));
+      const T* row[4] = {};
+      for (int r = 0; r < some; r++) row[r] = static_cast<const T*>(a.a) + (g.slot * a.capacity + r0 + r) * n;
+      dot_products_any(row, some, x.row(g.first), stride, n, g.count, inner.get() + g.inner + r0, 1, g.rows);
+    }
+#pragma omp for schedule(dynamic, 2)
+    for (size_t unit = 0; unit < sums.size(); unit++) {
+      const FleetGroup& g = *sums[unit].group;
+      const int64_t i0 = sums[unit].at, count = std::min(FLEET_COLUMNS, m - i0);
+      const T* b = static_cast<const T*>(a.b) + g.slot * a.capacity * m + i0;
+      for (int64_t t = 0; t < g.count; t++) {
+        T* y = static_cast<T*>(a.y) + batch.token[g.first + t] * m + i0;
+        float acc[FLEET_COLUMNS];
+        for (int64_t j = 0; j < count; j += VL) store(acc + j, load_upto(y + j, count - j));
+        const float* factor = inner.get() + g.inner + t * g.rows;
+        for (int64_t r = 0; r < g.rows; r += 4) {
+          const T* row[4] = {};
+          const int some = static_cast<int>(std::min<int64_t>(4, g.rows - r));
+          for (int k = 0; k < some; k++) row[k] = b + (r + k) * m;
+          if (some == 4)
+            add_rows(acc, factor + r, row, 4, count);
+          else
+            add_rows(acc, factor + r, row, some, count);
+        }
+        for (int64_t j = 0; j < count; j += VL) {
+          T rounded[VL];
+          store_nearest(rounded, load(acc + j));
+          std::memcpy(y + j, rounded, std::min<int64_t>(VL, count - j) * sizeof(T));
+        }
+      }
+    }
+  }
+}
+
+// a[u, rows[u]] = x_t, b[u, rows[u]] = -eta_t delta_t for each token, in order. There is room: the caller checked.
+template <class T>
+void fleet_append(const ttt::FleetAppend& a) {
+  for (int64_t t = 0; t < a.tokens; t++) {
+    const int64_t u = a.users[t];
+    if (u < 0) continue;
+    const int64_t to = u * a.capacity + a.rows[u]++;
+    a.eta_sum[u] += a.eta[t];
+    std::memcpy(static_cast<T*>(a.a) + to * a.n, static_cast<const T*>(a.x) + t * a.n, a.n * sizeof(T));
+    const T* delta = static_cast<const T*>(a.delta) + t * a.m;
+    T* b = static_cast<T*>(a.b) + to * a.m;
+    for (int64_t i = 0; i < a.m; i += VL) {
+      T rounded[VL];
+      store_nearest(rounded, -a.eta[t] * load_upto(delta + i, a.m - i));
+      std::memcpy(b + i, rounded, std::min<int64_t>(VL, a.m - i) * sizeof(T));
+    }
+  }
+}
+
+void run_fleet_linear(const ttt::FleetLinear& a) {
+  if (a.dtype == ttt::kF32)
+    fleet_linear<float>(a);
+  else
+    fleet_linear<bf16>(a);
+}
+
+void run_fleet_append(const ttt::FleetAppend& a) {
+  if (a.dtype == ttt::kF32)
+    fleet_append<float>(a);
+  else
+    fleet_append<bf16>(a);
+}
+
+}  // namespace

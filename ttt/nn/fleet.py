@@ -1,0 +1,288 @@
+"""`ttt.nn.FleetLinear`: an `nn.Linear` with low-rank weights of many users beside its own, in one batch."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ttt import ops
+from ttt.config import TTTConfig
+from ttt.fleet.options import Fleet
+from ttt.nn.linear import _SEED_MASK
+from ttt.nn.transposed import Transposed
+
+PER_ROW = ("a", "b")
+PER_SLOT = ("eta_sum", "lost", "step")
+
+
+class Routing:
+    """Whose the rows of the present batch are; one for all layers of a model. ``slots`` (B,) int32, or None."""
+
+    def __init__(self) -> None:
+        self.slots: Tensor | None = None
+        self._tokens: dict[int, Tensor] = {}
+
+    def set(self, slots: Tensor | None) -> None:
+        """``slots``: (B,) int32, the slot of each row of the batch, -1 for the base model; None: all are the base's."""
+        self.slots, self._tokens = slots, {}
+
+    def tokens(self, x: Tensor) -> Tensor | None:
+        """(T,) int32: the slot of each token of ``x`` (B, ..., n).
+
+        Raises:
+            ValueError: if ``x`` has another number of rows.
+        """
+        if self.slots is None:
+            return None
+        batch = self.slots.numel()
+        if x.ndim < 2 or x.shape[0] != batch:
+            raise ValueError(f"x must have shape ({batch}, ..., n) for {batch} users, got {tuple(x.shape)}")
+        each = x.shape[1:-1].numel()
+        if each not in self._tokens:
+            self._tokens[each] = self.slots.repeat_interleave(each)
+        return self._tokens[each]
+
+
+class _Capture(torch.autograd.Function):
+    """As that of `ttt.nn.Linear`: hands (x, delta) to the layer, and makes no gradient of a weight.
+
+    dL/dx_t = delta_t W + (delta_t B_u^T) A_u.
+    """
+
+    @staticmethod
+    def forward(ctx, x, root, layer, users):
+        ctx.save_for_backward(x, users)
+        ctx.layer = layer
+        return layer._product(x, users)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, users = ctx.saved_tensors
+        layer = ctx.layer
+        if layer.sink is not None:
+            delta = grad.detach().reshape(-1, layer.out_features)
+            layer.sink.append((x.detach().reshape(-1, layer.in_features), delta))
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        return layer._transposed_product(grad, users), None, None, None
+
+
+class FleetLinear(Transposed):
+    """y_t = W x_t + b + B_u^T (A_u x_t): a linear layer for a batch in which each row belongs to a user, or to none.
+
+    ``weight`` and ``bias`` never change; rows of no user get the base layer's output bit for bit. The state is in
+    buffers that are no part of `state_dict`, at fixed addresses. S slots of R = rank + window rows:
+
+    =================  ============  ==========================================================
+    ``a``              (S, R, n)     inputs, or right singular vectors,
+    ``b``              (S, R, m)     and -eta delta, or left ones. In float16 a step below 3e-8 is 0
+    ``rows``           (S,) int32    rows in use
+    ``eta_sum``        (S,)          steps since the slot was compressed
+    ``lost``           (S,)          bound on the Frobenius norm of what truncation dropped
+    ``step``           (S,) int64    compressions so far
+    ``importance_m``   (m,)          shared by all users, if ``ewc_lambda`` > 0: Omega_ij is taken
+    ``importance_n``   (n,)          as importance_m[i] importance_n[j], by its row and column means
+    ``memory``         (K, n)        shared, if ``replay_rows`` > 0: inputs whose outputs the
+    ``seen``           (1,)          anchor defines, and how many rows ever entered
+    =================  ============  ==========================================================
+
+    Args:
+        in_features, out_features, bias, device, dtype: as `torch.nn.Linear`.
+        config: see `TTTConfig`; its ``users`` (`ttt.Fleet`) says how many slots there are.
+        name: seeds this layer's random draws, together with ``config.seed``.
+    """
+
+    a: Tensor
+    b: Tensor
+    rows: Tensor
+    eta_sum: Tensor
+    lost: Tensor
+    step: Tensor
+    # None where the configuration does without them:
+    importance_m: Tensor
+    importance_n: Tensor
+    memory: Tensor
+    seen: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        config: TTTConfig | None = None,
+        name: str = "",
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._build(config or TTTConfig(users=Fleet()), name)
+
+    @classmethod
+    def from_weight(cls, weight: torch.nn.Parameter, bias: torch.nn.Parameter | None, config: TTTConfig, name: str):
+        """A layer around existing parameters, which are shared, not copied."""
+        layer = cls.__new__(cls)
+        torch.nn.Module.__init__(layer)
+        layer.out_features, layer.in_features = weight.shape
+        layer.weight = weight
+        layer.bias = bias  # type: ignore[assignment]
+        layer._build(config, name)
+        return layer
+
+    def _build(self, config: TTTConfig, name: str) -> None:
+        if config.users is None:
+            raise ValueError("config.users must be a ttt.Fleet, got None")
+        self.config, self.fleet = config, config.users
+        self.name = name
+        self.seed = ((config.seed << 32) ^ zlib.crc32(name.encode())) & _SEED_MASK
+        self.routing = Routing()
+        self.sink: list[tuple[Tensor, Tensor]] | None = None
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        m, n, slots, capacity = self.out_features, self.in_features, self.fleet.slots, self.fleet.capacity
+        w = self.weight.detach()
+        wide = torch.float64 if w.dtype == torch.float64 else torch.float32
+
+        def buffer(name: str, *shape: int, dtype: torch.dtype, kept: bool = True) -> None:
+            self.register_buffer(name, w.new_zeros(shape, dtype=dtype) if kept else None, persistent=False)
+
+        buffer("a", slots, capacity, n, dtype=w.dtype)
+        buffer("b", slots, capacity, m, dtype=w.dtype)
+        buffer("rows", slots, dtype=torch.int32)
+        buffer("eta_sum", slots, dtype=wide)
+        buffer("lost", slots, dtype=wide)
+        buffer("step", slots, dtype=torch.int64)
+        protects, replays = config.ewc_lambda > 0, config.replay_rows > 0
+        buffer("importance_m", m, dtype=wide, kept=protects)
+        buffer("importance_n", n, dtype=wide, kept=protects)
+        buffer("memory", config.replay_capacity, n, dtype=w.dtype, kept=replays)
+        buffer("seen", 1, dtype=torch.int64, kept=replays)
+        # Requires grad, so that autograd's graph begins at this layer; never receives one.
+        self._root = torch.zeros((), requires_grad=True, device=w.device)
+
+    # -- using ------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ..., n) -> (B, ..., m), row by row with the weights of the users that `ttt.users` names.
+
+        Gradients reach ``x``; no weight gets one.
+        """
+        users = self.routing.tokens(x)
+        if torch.is_grad_enabled() and (self.sink is not None or x.requires_grad):
+            return _Capture.apply(x, self._root, self, users)
+        return self._product(x, users)
+
+    def _product(self, x: Tensor, users: Tensor | None) -> Tensor:
+        if users is None:
+            return linear(x, self.weight, self.bias)
+        return ops.fleet_linear(x.contiguous(), self.weight, self.bias, self.a, self.b, self.rows, users)
+
+    def _transposed_product(self, delta: Tensor, users: Tensor | None) -> Tensor:
+        if users is None:
+            return delta @ self.weight
+        return ops.fleet_linear(delta.contiguous(), self.weight.T, None, self.b, self.a, self.rows, users)
+
+    @torch.no_grad()
+    def effective_weight(self, slot: int) -> Tensor:
+        """W + B^T A of one slot, (m, n). A new tensor."""
+        held = slice(0, int(self.rows[slot]))
+        wide = self.eta_sum.dtype
+        change = self.b[slot, held].to(wide).T @ self.a[slot, held].to(wide)
+        return (self.weight.to(wide) + change).to(self.weight.dtype)
+
+    # -- learning ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def learn(self, x: Tensor, delta: Tensor, eta: Tensor, users: Tensor) -> None:
+        """Append each token's step to its user's slot; a slot is compressed when it is full, or has too little room.
+
+        Args:
+            x: (T, n); delta: (T, m), gradients of the summed loss at the output; both of the weight's dtype.
+            eta: (T,), float32 (float64 for float64): steps. users: (T,), int32; -1 for tokens that teach nobody.
+        """
+        window = self.fleet.window
+        counts = torch.bincount(users[users >= 0], minlength=self.fleet.slots)
+        parts = -(-int(counts.max()) // window)
+        if parts > 1:  # more tokens of one user than a slot has room for at a time
+            place = _places(users)
+            for k in range(parts):
+                part = torch.where(place // window == k, users, -1)
+                self._append(x, delta, eta, part, torch.bincount(part[part >= 0], minlength=self.fleet.slots))
+        elif parts:
+            self._append(x, delta, eta, users, counts)
+
+    def _append(self, x: Tensor, delta: Tensor, eta: Tensor, users: Tensor, counts: Tensor) -> None:
+        capacity = self.fleet.capacity
+        self.compress((self.rows + counts > capacity) & (counts > 0))
+        ops.fleet_append(self.a, self.b, self.rows, self.eta_sum, x, delta, eta, users)
+        self.compress((self.rows == capacity) & (counts > 0))
+
+    @torch.no_grad()
+    def compress(self, chosen: Tensor) -> None:
+        """Bring the ``chosen`` slots, (S,) bool, back to ``rank`` rows, with the pull and the replay of ``config``."""
+        slots = chosen.nonzero().flatten()
+        if slots.numel():
+            c = self.config
+            ops.fleet_compress(
+                self.a, self.b, self.rows, self.eta_sum, self.lost, self.step, slots, rank=self.fleet.rank,
+                shrink=self.fleet.shrink, lam=c.ewc_lambda, importance_m=self.importance_m,
+                importance_n=self.importance_n, memory=self.memory, seen=self.seen, seed=self.seed,
+                replay_rows=c.replay_rows, replay=c.replay, beta=c.replay_beta, eps=c.replay_eps,
+            )  # fmt: skip
+
+    # -- a user's state -----------------------------------------------------------------------------------------
+
+    def slot_state(self, slot: int) -> dict[str, Tensor]:
+        """Copies of all that one slot holds: ``a`` (rows, n), ``b`` (rows, m), and (1,) each of the counters."""
+        held = int(self.rows[slot])
+        state = {name: getattr(self, name)[slot, :held].clone() for name in PER_ROW}
+        return state | {name: getattr(self, name)[slot : slot + 1].clone() for name in PER_SLOT}
+
+    def check_slot_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError or TypeError unless ``state`` is one that `load_slot` can take."""
+        if set(state) != {*PER_ROW, *PER_SLOT}:
+            raise ValueError(f"{self.name} needs the tensors {[*PER_ROW, *PER_SLOT]}, got {sorted(state)}")
+        held = state["a"].shape[0] if state["a"].ndim else 0
+        if held > self.fleet.capacity:
+            raise ValueError(f"{self.name}.a must have at most {self.fleet.capacity} rows, got {held}")
+        for name, value in state.items():
+            live = getattr(self, name)
+            shape = (held, live.shape[2]) if name in PER_ROW else (1,)
+            if value.shape != shape:
+                raise ValueError(f"{self.name}.{name} must have shape {shape}, got {tuple(value.shape)}")
+            if value.dtype != live.dtype:
+                raise TypeError(f"{self.name}.{name} must be {live.dtype}, got {value.dtype}")
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{self.name}.{name} must be finite")
+
+    @torch.no_grad()
+    def load_slot(self, slot: int, state: dict[str, Tensor]) -> None:
+        """Give a slot what `slot_state` returned, to the bit; the caller checks."""
+        self.clear_slot(slot)
+        held = state["a"].shape[0]
+        for name, value in state.items():
+            (getattr(self, name)[slot, :held] if name in PER_ROW else getattr(self, name)[slot : slot + 1]).copy_(value)
+        self.rows[slot] = held
+
+    @torch.no_grad()
+    def clear_slot(self, slot: int) -> None:
+        """Zero the slot's memory, all of it: what a user said must not stay."""
+        for name in (*PER_ROW, *PER_SLOT, "rows"):
+            getattr(self, name)[slot].zero_()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, lr={self.config.lr}, {self.fleet}"
+
+
+def _places(users: Tensor) -> Tensor:
+    """(T,) int64: how many tokens of the same user stand before each."""
+    order = users.argsort(stable=True)
+    ranked = users[order]
+    starts = torch.searchsorted(ranked, ranked)
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(users), device=users.device) - starts)

@@ -1,0 +1,105 @@
+"""Argument checks of the fleet's ops. All run before anything is written."""
+
+from __future__ import annotations
+
+import torch
+
+from ttt.checks import check_choice, check_whole
+from ttt.ops.schema import _FLOATS as FLOATS
+from ttt.ops.schema import MAX_REPLAY_ROWS, REPLAY, SHRINK, _floats, _need
+
+
+def _pool(a, b, rows) -> tuple[int, int, int, int]:
+    """(S, R, n, m) of a pool."""
+    for name, t in (("a", a), ("b", b)):
+        if t.ndim != 3:
+            raise ValueError(f"{name} must have three dimensions, got shape {tuple(t.shape)}")
+    slots, capacity, n = a.shape
+    m = b.shape[2]
+    _need("a", a, (slots, capacity, n), FLOATS, a)
+    _need("b", b, (slots, capacity, m), (a.dtype,), a)
+    _need("rows", rows, (slots,), (torch.int32,), a)
+    return slots, capacity, n, m
+
+
+def check_fleet_linear(x, weight, bias, a, b, rows, users) -> None:
+    if weight.ndim != 2:
+        raise ValueError(f"weight must have shape (m, n), got {tuple(weight.shape)}")
+    _, _, n, m = _pool(a, b, rows)
+    if weight.is_contiguous():
+        _need("weight", weight, (m, n), (a.dtype,), a)
+    else:
+        _need("weight, transposed,", weight.T, (n, m), (a.dtype,), a)
+    if x.ndim < 1 or x.shape[-1] != n:
+        raise ValueError(f"x must have shape (..., {n}), got {tuple(x.shape)}")
+    _need("x", x, tuple(x.shape), (a.dtype,), a)
+    if bias is not None:
+        _need("bias", bias, (m,), (a.dtype,), a)
+    _need("users", users, (x.shape[:-1].numel(),), (torch.int32,), a)
+
+
+def check_fleet_append(a, b, rows, eta_sum, x, delta, eta, users) -> None:
+    slots, _, n, m = _pool(a, b, rows)
+    tokens = users.numel()
+    _need("users", users, (tokens,), (torch.int32,), a)
+    _need("eta_sum", eta_sum, (slots,), (_floats(a),), a)
+    _need("eta", eta, (tokens,), (_floats(a),), a)
+    _need("x", x, (tokens, n), (a.dtype,), a)
+    _need("delta", delta, (tokens, m), (a.dtype,), a)
+
+
+def check_users(users: torch.Tensor, slots: int) -> None:
+    """On CPU, where looking at values costs no wait."""
+    if users.numel() == 0:
+        return
+    low, high = users.aminmax()
+    if low < -1 or high >= slots:
+        raise ValueError(f"users must be in [-1, {slots}), got {int(low)} to {int(high)}")
+
+
+def check_room(users: torch.Tensor, rows: torch.Tensor, capacity: int) -> None:
+    """On CPU: every slot has room for its tokens."""
+    counts = torch.bincount(users[users >= 0], minlength=rows.numel())
+    over = (rows + counts > capacity) & (counts > 0)
+    if bool(over.any()):
+        u = int(over.nonzero()[0])
+        raise ValueError(
+            f"users gives slot {u} {int(counts[u])} rows more, but {int(rows[u])} of its {capacity} are in use; "
+            "compress it first"
+        )
+
+
+def check_fleet_compress(
+    a, b, rows, eta_sum, lost, step, slots, rank, shrink, lam, importance_m, importance_n, memory, seen, seed,
+    replay_rows, replay, beta, eps,
+) -> None:  # fmt: skip
+    count, _, n, m = _pool(a, b, rows)
+    wide = (_floats(a),)
+    _need("eta_sum", eta_sum, (count,), wide, a)
+    _need("lost", lost, (count,), wide, a)
+    _need("step", step, (count,), (torch.int64,), a)
+    _need("slots", slots, (slots.numel(),), (torch.int64,), slots)
+    wanted = slots.tolist()
+    if len(set(wanted)) < len(wanted) or not all(0 <= u < count for u in wanted):
+        raise ValueError(f"slots must be distinct and in [0, {count}), got {wanted}")
+    check_whole("rank", rank, 1)
+    check_choice("shrink", shrink, SHRINK)
+    check_choice("replay", replay, REPLAY)
+    if not lam >= 0:
+        raise ValueError(f"lam must be >= 0, got {lam}")
+    if lam > 0:
+        for name, t, size in (("importance_m", importance_m, m), ("importance_n", importance_n, n)):
+            if t is None:
+                raise ValueError(f"lam = {lam} needs {name}, which is None")
+            _need(name, t, (size,), wide, a)
+    if not 0 <= replay_rows <= MAX_REPLAY_ROWS:
+        raise ValueError(f"replay_rows must be in [0, {MAX_REPLAY_ROWS}], got {replay_rows}")
+    if replay_rows:
+        if memory is None or seen is None:
+            raise ValueError(f"replay_rows = {replay_rows} needs memory and seen; one of them is None")
+        if memory.ndim != 2:
+            raise ValueError(f"memory must have shape (K, {n}), got {tuple(memory.shape)}")
+        _need("memory", memory, (memory.shape[0], n), (a.dtype,), a)
+        _need("seen", seen, (1,), (torch.int64,), a)
+    if not eps >= 0:
+        raise ValueError(f"eps must be >= 0, got {eps}")

@@ -1,0 +1,55 @@
+"""The fleet's ops on CPU."""
+
+from __future__ import annotations
+
+import torch
+
+from ttt.ops import schema
+from ttt.ops.backends import record
+from ttt.ops.cpu import _C, _DTYPE, _why_not
+from ttt.ops.fleet import checks, reference
+
+_LAPACK = "LAPACK, through torch, decomposes the factors"
+
+
+def fleet_linear(x, weight, bias, a, b, rows, users):
+    checks.check_fleet_linear(x, weight, bias, a, b, rows, users)
+    checks.check_users(users, a.shape[0])
+    if why := _why_not(x.dtype):
+        record("fleet_linear", "reference", why)
+        return reference.fleet_linear(x, weight, bias, a, b, rows, users)
+    record("fleet_linear", "cpu")
+    m, n = weight.shape
+    y = torch.nn.functional.linear(x, weight, bias)
+    _C.fleet_linear(
+        x.data_ptr(), a.data_ptr(), b.data_ptr(), rows.data_ptr(), users.data_ptr(), y.data_ptr(), users.numel(), m, n,
+        a.shape[1], _DTYPE[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def fleet_append(a, b, rows, eta_sum, x, delta, eta, users) -> None:
+    checks.check_fleet_append(a, b, rows, eta_sum, x, delta, eta, users)
+    checks.check_users(users, a.shape[0])
+    checks.check_room(users, rows, a.shape[1])
+    if why := _why_not(a.dtype):
+        record("fleet_append", "reference", why)
+        reference.fleet_append(a, b, rows, eta_sum, x, delta, eta, users)
+        return
+    record("fleet_append", "cpu")
+    _C.fleet_append(
+        a.data_ptr(), b.data_ptr(), rows.data_ptr(), eta_sum.data_ptr(), x.data_ptr(), delta.data_ptr(),
+        eta.data_ptr(), users.data_ptr(), users.numel(), b.shape[2], a.shape[2], a.shape[1], _DTYPE[a.dtype],
+    )  # fmt: skip
+    # The kernel wrote through raw pointers: autograd and functionalization must be told.
+    torch.autograd.graph.increment_version([a, b, rows, eta_sum])
+
+
+def fleet_compress(*args) -> None:
+    checks.check_fleet_compress(*args)
+    record("fleet_compress", "reference", _LAPACK)
+    reference.fleet_compress(*args)
+
+
+for _function in (fleet_linear, fleet_append, fleet_compress):
+    schema.implement(_function.__name__, "CPU", _function)

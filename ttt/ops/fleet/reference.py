@@ -1,0 +1,102 @@
+"""The fleet's ops in plain torch: the definition, in any floating dtype, on any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ttt.ops.philox import rounding_bits, stochastic_round_
+from ttt.ops.reference import _wide
+from ttt.ops.reference import replay_rows as draw_replay
+
+
+def _by_user(users: Tensor) -> list[tuple[int, Tensor]]:
+    """(slot, its tokens in order) for each slot that has tokens."""
+    return [(u, (users == u).nonzero().flatten()) for u in users.unique().tolist() if u >= 0]
+
+
+def add_delta_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: Tensor, users: Tensor) -> Tensor:
+    """y_t (T, m) += B_u^T (A_u x_t) for x (T, n), in place."""
+    wide = _wide(x.dtype)
+    for u, tokens in _by_user(users):
+        held = int(rows[u])
+        inner = x[tokens].to(wide) @ a[u, :held].to(wide).T
+        y[tokens] = (y[tokens].to(wide) + inner @ b[u, :held].to(wide)).to(y.dtype)
+    return y
+
+
+def fleet_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, rows: Tensor, users: Tensor):
+    y = torch.nn.functional.linear(x, weight, bias)
+    add_delta_(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), a, b, rows, users)
+    return y
+
+
+def fleet_append(
+    a: Tensor, b: Tensor, rows: Tensor, eta_sum: Tensor, x: Tensor, delta: Tensor, eta: Tensor, users: Tensor
+) -> None:
+    capacity, wide = a.shape[1], eta_sum.dtype
+    for u, tokens in _by_user(users):
+        first = int(rows[u])
+        tokens = tokens[: capacity - first]
+        to = slice(first, first + len(tokens))
+        a[u, to] = x[tokens]
+        b[u, to] = (-eta[tokens].unsqueeze(1) * delta[tokens].to(wide)).to(b.dtype)
+        rows[u] += len(tokens)
+        for t in tokens.tolist():  # in order, as the kernels add
+            eta_sum[u] += eta[t]
+
+
+def fleet_compress(
+    a: Tensor, b: Tensor, rows: Tensor, eta_sum: Tensor, lost: Tensor, step: Tensor, slots: Tensor, rank: int,
+    shrink: str, lam: float, importance_m: Tensor | None, importance_n: Tensor | None, memory: Tensor | None,
+    seen: Tensor | None, seed: int, replay_rows: int, replay: str, beta: float, eps: float,
+) -> None:  # fmt: skip
+    """See `ttt.ops.fleet_compress`. One slot at a time: batched routines give bits that depend on the batch."""
+    for u in slots.tolist():
+        held, spent, counter = int(rows[u]), eta_sum[u].double(), step[u : u + 1]
+        left, right = a[u, :held].double(), b[u, :held].double()
+        if held and replay_rows and int(seen) > 0:
+            xr, v = draw_replay(memory, seen, counter, replay_rows, seed, replay, beta, eps, spent)
+            left = left - (left @ xr.T) @ v
+        if held > rank:
+            left, right, gone = truncate(left, right, rank, shrink)
+            lost[u] += gone
+        if held and lam > 0:
+            left, right = pull(left, right, lam * spent, importance_m.double(), importance_n.double())
+        kept = len(left)
+        for pool, part in ((a, left), (b, right)):
+            size = pool.shape[2]
+            bits = rounding_bits(kept, size, counter, seed) if pool.itemsize == 2 else None
+            stochastic_round_(pool[u, :kept], part.to(_wide(pool.dtype)), bits)
+            pool[u, kept:held].zero_()
+        rows[u] = kept
+        eta_sum[u] = 0
+        step[u] += 1
+
+
+def truncate(a: Tensor, b: Tensor, rank: int, shrink: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(A, B of at most ``rank`` rows, |change|_F): B^T A by its largest singular values. a: R x n, b: R x m."""
+    (qa, ra), (qb, rb) = torch.linalg.qr(a.T), torch.linalg.qr(b.T)
+    u, s, zt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
+    cut = s[rank] if rank < len(s) else s.new_zeros(())
+    kept = s[:rank] - cut if shrink == "directions" else s[:rank]
+    gone = torch.cat([s[:rank] - kept, s[rank:]]).norm()
+    root = kept.sqrt().unsqueeze(1)
+    return root * (zt[:rank] @ qa.T), root * (u.T[:rank] @ qb.T), gone
+
+
+def pull(a: Tensor, b: Tensor, strength: Tensor, rho: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of diag(p) B^T A diag(q); see `ttt.ops.fleet_compress`. a: R x n, b: R x m, rho: m, kappa: n."""
+    p = _restricted(b, a, rho, kappa, strength)
+    q = _restricted(a, b, kappa, rho, strength)
+    return a * q, b * p
+
+
+def _restricted(own: Tensor, other: Tensor, weights: Tensor, others: Tensor, strength: Tensor) -> Tensor:
+    """(1 + strength w_i o'_i)^-1/2, o'_i being the mean of ``others`` under the squares of row i of own^T other."""
+    total = ((other @ other.T) @ own * own).sum(0)
+    mean = (((other * others) @ other.T) @ own * own).sum(0) / total
+    mean = (
+        torch.where(total > 0, mean, 0).clamp_min(0).minimum(others.max())
+    )  # a row of nearly nothing has rounding errors only
+    return (1 + strength * weights * mean).rsqrt()

@@ -1,0 +1,43 @@
+"""The store of per-user weights: persistent, versioned, safe against crashes.
+
+store = ttt.Store("users")  # a folder; or SQLite and S3, or PostgreSQL
+with store.lease("ada") as lease:
+    version = store.put(lease, tensors, {"tokens": 1200})
+state = store.get("ada")  # state.tensors, state.meta, state.version
+store.rollback("ada", version - 1); store.history("ada"); store.forget("ada"); store.gc(); store.verify()
+"""
+
+from ttt.store.errors import (
+    CommitUncertain,
+    DamagedState,
+    DamagedStateWarning,
+    LeaseHeld,
+    StaleLease,
+    StorageFailure,
+    StoreError,
+    UnknownUser,
+    UnknownVersion,
+)
+from ttt.store.index import User, Version
+from ttt.store.store import Lease, State, Store
+from ttt.store.upkeep import Broken, Collected, Report
+
+__all__ = [
+    "Broken",
+    "Collected",
+    "CommitUncertain",
+    "DamagedState",
+    "DamagedStateWarning",
+    "Lease",
+    "LeaseHeld",
+    "Report",
+    "StaleLease",
+    "State",
+    "StorageFailure",
+    "Store",
+    "StoreError",
+    "UnknownUser",
+    "UnknownVersion",
+    "User",
+    "Version",
+]
