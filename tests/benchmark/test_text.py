@@ -22,9 +22,11 @@ def lab():
         vocab_size=256, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False, initializer_range=0.3,
     )  # fmt: skip
-    learns = ttt.TTTConfig(target_modules=["up_proj", "down_proj"], layers="last:1", replay_capacity=64)
+    learns = ttt.TTTConfig(
+        target_modules=["up_proj", "down_proj"], layers="last:1", replay_capacity=64, generated_rank=3
+    )
     known = bytes(torch.randint(256, (3000,)).tolist())
-    batches = list(torch.randint(256, (4, 40)).split(2))
+    batches = list(torch.randint(256, (4, 70)).split(2))
     return text.Lab(LlamaForCausalLM(config).eval(), learns, known, batches, torch.randint(256, (3, 50)))
 
 
@@ -94,7 +96,9 @@ def test_the_first_chunk_is_scored_by_the_base_model(lab, name):
     torch.testing.assert_close(nll[0, :64], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["EWC", "EWC (empirical)", "MAS", "EWC + layer replay"])
+@pytest.mark.parametrize(
+    "name", ["EWC", "EWC (empirical)", "MAS", "EWC + layer replay", "layer generative", "orthogonal + layer replay"]
+)
 def test_shared_calibration_is_calibration(lab, name):
     found, options = method(name), options_of(name)
     config = found.config(lab.config, options, 0)
