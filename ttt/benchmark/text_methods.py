@@ -44,7 +44,7 @@ class TextMethod:
     """One row of the table: a learner, unless ``reader`` makes something else.
 
     Attributes:
-        family: "reference", "regularisation", "replay", "combination" or "workaround".
+        family: a key of `ttt.benchmark.report.COLOURS`.
         grid: option -> values that tuning tries, all combinations of them.
         fixed: fields of `ttt.TTTConfig` that are no options.
         rules: each makes a rule of one run for ``Learner(model, rules=...)``, from the options, a seed, and windows
@@ -109,14 +109,11 @@ METHODS: dict[str, TextMethod] = {
         "regularisation", {"lr": RATES, "ewc_lambda": LAMBDAS}, {"importance": "mas"}, sweep=LAMBDA_SWEEP
     ),
     "LwF": TextMethod(
-        "regularisation", {"lr": RATES, "weight": (0.1, 0.3, 1.0)}, sweep=("weight", (0.03, 0.1, 0.3, 1.0)),
+        "distillation", {"lr": RATES, "weight": (0.1, 0.3, 1.0)}, sweep=("weight", (0.03, 0.1, 0.3, 1.0)),
         rules=[lambda o, seed, known: LogitDistillation(o["weight"])],
     ),
     "layer LwF": TextMethod(
-        "regularisation", {"lr": RATES, "replay_beta": BETAS}, {"distill_rows": ROWS}, sweep=BETA_SWEEP
-    ),
-    "orthogonal": TextMethod(
-        "regularisation", {"lr": (0.02, 0.04), "orthogonal": (8, 16, 32)}, sweep=("orthogonal", (4, 16, 64, 128))
+        "distillation", {"lr": RATES, "replay_beta": BETAS}, {"distill_rows": ROWS}, sweep=BETA_SWEEP
     ),
     "ER": TextMethod(
         "replay", {"lr": RATES, "weight": (0.3, 1.0)}, sweep=("weight", (0.1, 0.3, 1.0, 3.0)),
@@ -140,8 +137,11 @@ METHODS: dict[str, TextMethod] = {
         "combination", {"lr": RATES, "ewc_lambda": (0.001, 0.003, 0.01), "replay_beta": (0.05, 0.1, 0.2)},
         {"replay_rows": ROWS}, sweep=LAMBDA_SWEEP,
     ),
+    "orthogonal": TextMethod(
+        "orthogonal", {"lr": (0.02, 0.04), "orthogonal": (8, 16, 32)}, sweep=("orthogonal", (4, 16, 64, 128))
+    ),
     "orthogonal + layer replay": TextMethod(
-        "combination", {"lr": (0.02, 0.04), "orthogonal": (8, 16, 32), "replay_beta": (0.1, 0.2)},
+        "orthogonal", {"lr": (0.02, 0.04), "orthogonal": (8, 16, 32), "replay_beta": (0.1, 0.2)},
         {"replay_rows": ROWS}, sweep=BETA_SWEEP,
     ),
     # What is done today instead of learning.
