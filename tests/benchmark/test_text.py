@@ -22,9 +22,11 @@ def lab():
         vocab_size=256, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False, initializer_range=0.3,
     )  # fmt: skip
-    learns = ttt.TTTConfig(target_modules=["up_proj", "down_proj"], layers="last:1", replay_capacity=64)
+    learns = ttt.TTTConfig(
+        target_modules=["up_proj", "down_proj"], layers="last:1", replay_capacity=64, generated_rank=3
+    )
     known = bytes(torch.randint(256, (3000,)).tolist())
-    batches = list(torch.randint(256, (4, 40)).split(2))
+    batches = list(torch.randint(256, (4, 70)).split(2))
     return text.Lab(LlamaForCausalLM(config).eval(), learns, known, batches, torch.randint(256, (3, 50)))
 
 
@@ -94,7 +96,9 @@ def test_the_first_chunk_is_scored_by_the_base_model(lab, name):
     torch.testing.assert_close(nll[0, :64], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["EWC", "EWC (empirical)", "MAS", "EWC + layer replay"])
+@pytest.mark.parametrize(
+    "name", ["EWC", "EWC (empirical)", "MAS", "EWC + layer replay", "layer generative", "orthogonal + layer replay"]
+)
 def test_shared_calibration_is_calibration(lab, name):
     found, options = method(name), options_of(name)
     config = found.config(lab.config, options, 0)
@@ -165,6 +169,31 @@ def test_time_is_the_median_over_blocks_of_turns(monkeypatch):
             with clock.frozen():
                 pass
     assert clock.ratio() == 3.0  # of 12 / 4 / 1, 16 / 4 / 2 and 1 / 0.1
+
+
+def test_tuning_is_tested_in_other_windows():
+    data = text.texts.held_out_python()
+    reported, tuned = (text.old_windows(tuning=tuning) for tuning in (False, True))
+    assert reported.shape == (32, 512)
+    assert tuned.shape == (31, 512)
+    starts, others = ([data.find(bytes(row.tolist())) for row in rows] for rows in (reported, tuned))
+    assert min(starts + others) >= 0
+    assert min(abs(a - b) for a in starts for b in others) >= 512
+
+
+def test_rules_are_made_for_each_run_and_given_what_the_model_knows(lab, monkeypatch):
+    lab.learner(METHODS["layer replay"], {"lr": 0.1}, 0)  # so that calibration is done
+    monkeypatch.setattr(ttt, "Learner", lambda model, **given: given)
+    given = []
+    rules = [lambda *args: given.append(args) or "a", lambda *args: "b"]
+    found = text.TextMethod("replay", {"alpha": (0.1,)}, {"replay_rows": 4}, rules=rules)
+    made = lab.learner(found, {"alpha": 0.1, "lr": 0.5}, 7)
+    assert made == {"context": 512, "rules": ["a", "b"]}
+    ((options, seed, known),) = given
+    assert (options, seed) == ({"alpha": 0.1, "lr": 0.5}, 7)
+    assert torch.equal(known, torch.cat(lab.batches))
+    config = found.config(lab.config, options, 7)
+    assert (config.lr, config.replay_rows, config.ewc_lambda, config.seed) == (0.5, 4, 0.0, 7)
 
 
 # -- figures of runs made by hand -------------------------------------------------------------------------------------

@@ -11,8 +11,11 @@ from rich.table import Table
 from ttt.benchmark.metrics import interval
 from ttt.benchmark.suite import Figure, Record, Suite, swept
 
-COLOURS = {"reference": "#7f7f7f", "regularisation": "#1f77b4", "replay": "#2ca02c", "architecture": "#d62728",
-           "combination": "#ff7f0e", "workaround": "#8c564b"}  # fmt: skip
+COLOURS = {
+    "reference": "#7f7f7f", "regularisation": "#1f77b4", "replay": "#2ca02c", "architecture": "#d62728",
+    "distillation": "#17becf", "orthogonal": "#9467bd", "combination": "#ff7f0e", "workaround": "#8c564b",
+}  # fmt: skip
+"""Family of methods -> colour, in all suites."""
 
 
 def summarise(suite: Suite, records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -91,7 +94,7 @@ def bars(suite: Suite, rows: Sequence[Mapping[str, Any]], figure: str, label: st
             [r["method"] for r in mine],
             [r[figure][0] for r in mine],
             xerr=[r[figure][1] or 0.0 for r in mine],
-            color=[COLOURS.get(r["family"], "#9467bd") for r in mine],
+            color=[COLOURS[r["family"]] for r in mine],
             error_kw={"elinewidth": 1, "capsize": 2},
         )
         ax.set_title(scenario, fontsize=10)

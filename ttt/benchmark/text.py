@@ -21,12 +21,14 @@ from ttt.demo import text as texts
 from ttt.demo.model import CONTEXT, LN2, as_ids, load_model, windows
 from ttt.demo.run import calibration_batches
 from ttt.fork import SHARED
+from ttt.nn.basis import refresh
 
 OLD_WINDOWS = 32
 TIMED = 4  # of each so many pieces one is read by the frozen model, too
 
-# What importance and replay memory, once measured, do not depend on.
-_STRENGTHS: dict[str, Any] = {"lr": 0.02, "clip": 3.0, "replay_beta": 0.1, "seed": 0}
+# What importance, replay memory and the rest of `SHARED`, once measured, do not depend on.
+_STRENGTHS: dict[str, Any] = {"lr": 0.02, "clip": 3.0, "replay_beta": 0.1, "distill_rows": 0, "seed": 0}
+_DEFENCES = ("ewc_lambda", "replay_rows", "generated_rows", "orthogonal")
 
 
 class Lab:
@@ -62,22 +64,20 @@ class Lab:
         """A learner that has read nothing, calibrated if it protects anything."""
         config = found.config(self.config, options, seed)
         model = ttt.adapt_(copy.deepcopy(self.model), config)
-        if found.rules:
-            learner = ttt.Learner(model, context=CONTEXT, rules=[rule(options, seed) for rule in found.rules])
-            learner.calibrate(self.batches)
-            return learner
-        if config.ewc_lambda or config.replay_rows:
+        if any(getattr(config, name) for name in _DEFENCES):
             source = self._calibrated_under(config)
             for (_, layer), (_, other) in zip(ttt.learning_layers(model), ttt.learning_layers(source), strict=True):
-                for name in SHARED:
-                    # The anchor stays the base model's: SI moved the source's.
-                    if name != "anchor" and (held := getattr(layer, name)) is not None:
+                # The anchor stays the base model's (SI moved the source's), and a basis has its own size.
+                for name in set(SHARED) - {"anchor", "basis"}:
+                    if (held := getattr(layer, name)) is not None:
                         held.copy_(getattr(other, name))
-        return ttt.Learner(model, context=CONTEXT)
+                refresh(layer)
+        rules = [rule(options, seed, torch.cat(self.batches)) for rule in found.rules]
+        return ttt.Learner(model, context=CONTEXT, rules=rules)
 
     def _calibrated_under(self, config: ttt.TTTConfig) -> nn.Module:
-        protects, replays = float(config.ewc_lambda > 0), int(config.replay_rows > 0)
-        config = dataclasses.replace(config, ewc_lambda=protects, replay_rows=replays, **_STRENGTHS)
+        used = {name: int(getattr(config, name) > 0) for name in _DEFENCES}
+        config = dataclasses.replace(config, **{**_STRENGTHS, **used})
         if config not in self._calibrated:
             model = ttt.adapt_(copy.deepcopy(self.model), config)
             learner = ttt.Learner(model, context=CONTEXT)
@@ -94,16 +94,16 @@ class Lab:
 
 @functools.cache
 def demo_lab(*, tuning: bool = False) -> Lab:
-    """The demo model. Python's held-out modules are tested in other windows while tuning."""
-    if tuning:
-        lab = demo_lab()
-        between = windows(texts.held_out_python(), 2 * OLD_WINDOWS - 1)[1::2]
-        mine = Lab(lab.model, lab.config, lab.known, lab.batches, between)
-        mine._calibrated = lab._calibrated
-        return mine
+    """The demo model."""
     model, config = load_model()
-    old = windows(texts.held_out_python(), OLD_WINDOWS)
-    return Lab(model, config, texts.training_python(), calibration_batches(), old)
+    return Lab(model, config, texts.training_python(), calibration_batches(), old_windows(tuning=tuning))
+
+
+def old_windows(*, tuning: bool) -> Tensor:
+    """(OLD_WINDOWS, CONTEXT) int64 of the Python modules that the demo model never saw; for tuning one less, others."""
+    data = texts.held_out_python()
+    # While tuning, those halfway between the reported ones.
+    return windows(data, 2 * OLD_WINDOWS - 1)[1::2] if tuning else windows(data, OLD_WINDOWS)
 
 
 def run(scenario: str, method_name: str, seed: int, options: Options, *, tuning: bool = False) -> dict[str, Any]:

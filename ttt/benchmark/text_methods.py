@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ttt.benchmark import readers
 from ttt.config import TTTConfig
-from ttt.rules import StreamRule
+from ttt.replay import DarkSequenceReplay, SampledReplay, SequenceReplay
+from ttt.rules import LogitDistillation, StreamRule
 
 if TYPE_CHECKING:
     from ttt.benchmark.streams import Stream
@@ -23,14 +25,17 @@ if TYPE_CHECKING:
 Options = Mapping[str, Any]
 Sweep = tuple[str, Sequence[Any]]
 
-PLAIN = {"ewc_lambda": 0.0, "replay_rows": 0}
+PLAIN = {"ewc_lambda": 0.0, "replay_rows": 0, "distill_rows": 0, "generated_rows": 0, "orthogonal": 0}
 FIELDS = frozenset(f.name for f in dataclasses.fields(TTTConfig))
 PERIOD, EPOCHS, NEIGHBOURS = 2048, 2, 32
+ROWS, CAPACITY = 4, 256  # inputs replayed a commit; sequences of 64 bytes in a replay memory of text
 
 RATES = (0.01, 0.02)
 LAMBDAS = (0.001, 0.003, 0.01, 0.03)
 # Sweeps go from hardly any protection to hardly any learning.
-LAMBDA_SWEEP: Sweep = ("ewc_lambda", (0.0003, 0.002, 0.01, 0.05, 0.3))
+LAMBDA_SWEEP: Sweep = ("ewc_lambda", (0.0003, 0.003, 0.03, 0.3))
+BETAS = (0.05, 0.1, 0.2, 0.4)
+BETA_SWEEP: Sweep = ("replay_beta", (0.03, 0.1, 0.3, 1.0))
 RATE_SWEEP: Sweep = ("lr", (0.001, 0.0025, 0.005, 0.01, 0.02))
 
 
@@ -39,10 +44,11 @@ class TextMethod:
     """One row of the table: a learner, unless ``reader`` makes something else.
 
     Attributes:
-        family: "reference", "regularisation", "replay", "combination" or "workaround".
+        family: a key of `ttt.benchmark.report.COLOURS`.
         grid: option -> values that tuning tries, all combinations of them.
         fixed: fields of `ttt.TTTConfig` that are no options.
-        rules: each makes a rule of one run, from the options and a seed, for ``Learner(model, rules=...)``.
+        rules: each makes a rule of one run for ``Learner(model, rules=...)``, from the options, a seed, and windows
+            (N, T) of text that the model was trained on.
         sweep: the option that trades gain for forgetting, and the values that its curve is drawn through.
         score: what tuning maximises: "shares", the share of naive's gain less that of its forgetting; or "new", the
             gain alone.
@@ -52,7 +58,7 @@ class TextMethod:
     family: str
     grid: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    rules: Sequence[Callable[[Options, int], StreamRule]] = ()
+    rules: Sequence[Callable[[Options, int, Tensor], StreamRule]] = ()
     sweep: Sweep | None = None
     score: str = "shares"
     reader: Callable[[Lab, Stream, Options, int], readers.Reader] | None = None
@@ -102,25 +108,53 @@ METHODS: dict[str, TextMethod] = {
     "MAS": TextMethod(
         "regularisation", {"lr": RATES, "ewc_lambda": LAMBDAS}, {"importance": "mas"}, sweep=LAMBDA_SWEEP
     ),
+    "LwF": TextMethod(
+        "distillation", {"lr": RATES, "weight": (0.1, 0.3, 1.0)}, sweep=("weight", (0.03, 0.1, 0.3, 1.0)),
+        rules=[lambda o, seed, known: LogitDistillation(o["weight"])],
+    ),
+    "layer LwF": TextMethod(
+        "distillation", {"lr": RATES, "replay_beta": BETAS}, {"distill_rows": ROWS}, sweep=BETA_SWEEP
+    ),
+    "ER": TextMethod(
+        "replay", {"lr": RATES, "weight": (0.3, 1.0)}, sweep=("weight", (0.1, 0.3, 1.0, 3.0)),
+        rules=[lambda o, seed, known: SequenceReplay(CAPACITY, weight=o["weight"], base=known, seed=seed)],
+    ),
+    "DER++": TextMethod(
+        "replay", {"lr": RATES, "alpha": (0.3, 1.0)}, sweep=("alpha", (0.1, 0.3, 1.0, 3.0)),
+        rules=[lambda o, seed, known: DarkSequenceReplay(CAPACITY, alpha=o["alpha"], beta=0.5, base=known, seed=seed)],
+    ),
+    "generative replay": TextMethod(
+        "replay", {"lr": RATES, "weight": (0.3, 1.0)}, sweep=("weight", (0.1, 0.3, 1.0, 3.0)),
+        rules=[lambda o, seed, known: SampledReplay(weight=o["weight"])],
+    ),
     "layer replay": TextMethod(
-        "replay", {"lr": RATES, "replay_beta": (0.05, 0.1, 0.2, 0.3)}, {"replay_rows": 4},
-        sweep=("replay_beta", (0.02, 0.05, 0.1, 0.3, 1.0)),
+        "replay", {"lr": RATES, "replay_beta": BETAS}, {"replay_rows": ROWS}, sweep=BETA_SWEEP
+    ),
+    "layer generative": TextMethod(
+        "replay", {"lr": RATES, "replay_beta": BETAS}, {"generated_rows": 4 * ROWS}, sweep=BETA_SWEEP
     ),
     "EWC + layer replay": TextMethod(
         "combination", {"lr": RATES, "ewc_lambda": (0.001, 0.003, 0.01), "replay_beta": (0.05, 0.1, 0.2)},
-        {"replay_rows": 4}, sweep=LAMBDA_SWEEP,
+        {"replay_rows": ROWS}, sweep=LAMBDA_SWEEP,
+    ),
+    "orthogonal": TextMethod(
+        "orthogonal", {"lr": (0.02, 0.04), "orthogonal": (8, 16, 32)}, sweep=("orthogonal", (4, 16, 64, 128))
+    ),
+    "orthogonal + layer replay": TextMethod(
+        "orthogonal", {"lr": (0.02, 0.04), "orthogonal": (8, 16, 32), "replay_beta": (0.1, 0.2)},
+        {"replay_rows": ROWS}, sweep=BETA_SWEEP,
     ),
     # What is done today instead of learning.
     "in-context only": TextMethod("workaround", reader=lambda lab, *_: readers.InContext(lab.model)),
     "kNN-LM": TextMethod(
         "workaround", {"weight": (0.1, 0.2, 0.4), "temperature": (3.0, 10.0, 30.0)},
-        sweep=("weight", (0.05, 0.1, 0.2, 0.4, 0.7)), reader=_neighbours,
+        sweep=("weight", (0.05, 0.2, 0.4, 0.7)), reader=_neighbours,
     ),
     "fine-tuning": TextMethod(
-        "workaround", {"lr": (3e-4, 1e-3, 3e-3)}, sweep=("lr", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)), reader=_tune_layers
+        "workaround", {"lr": (3e-4, 1e-3, 3e-3)}, sweep=("lr", (1e-4, 3e-4, 1e-3, 3e-3)), reader=_tune_layers
     ),
     "fine-tuning (all)": TextMethod(
-        "workaround", {"lr": (1e-4, 3e-4, 1e-3)}, sweep=("lr", (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)), reader=_tune_all
+        "workaround", {"lr": (1e-4, 3e-4, 1e-3)}, sweep=("lr", (3e-5, 1e-4, 3e-4, 1e-3)), reader=_tune_all
     ),
 }  # fmt: skip
 """Name -> method, in the order of the tables; what others are scored against comes first."""

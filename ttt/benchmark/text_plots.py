@@ -119,17 +119,20 @@ def _tradeoff(suite: Suite, records: Sequence[Record], title: str) -> Any:
     families = _families(suite, list(curves)[::-1])
     if not families:
         return None
+    columns = min(3, len(families))
+    lines = -(-len(families) // columns)
     figure, axes = plt.subplots(
-        1, len(families), figsize=(4.1 * len(families), 5.2), squeeze=False, sharex=True, sharey=True,
-        layout="constrained",
-    )  # fmt: skip
-    for ax, family in zip(axes[0], families, strict=True):
+        lines, columns, figsize=(4.4 * columns, 5 * lines), squeeze=False, sharey=True, layout="constrained"
+    )
+    for ax in axes.flat[len(families) :]:
+        ax.set_visible(False)
+    for ax, family in zip(axes.flat, families, strict=False):
         mine = {m: points for m, points in curves.items() if suite.family(m) == family}
         for number, (name, points) in enumerate([("naive", naive), *mine.items()]):
             colour = "#7f7f7f" if name == "naive" else f"C{number - 1}"
             option = (suite.sweep(name, "adapt-") or ("",))[0]
             x, y = [p[1] for p in points], [p[2] for p in points]
-            ax.plot(x, y, "-o", color=colour, markersize=3.5, linewidth=1.4, label=f"{name} ({option})")
+            ax.plot(x, y, "-o", color=colour, markersize=3.5, linewidth=1.4, label=f"{name}: {option}")
             chosen = [p for p in points if p[3]]
             ax.plot([p[1] for p in chosen], [p[2] for p in chosen], "*", color=colour, markersize=13, mec="black")
         ax.axhline(GAIN, color="black", linestyle=":", linewidth=1)
@@ -138,9 +141,9 @@ def _tradeoff(suite: Suite, records: Sequence[Record], title: str) -> Any:
         ax.set_xlabel("share of naive's forgetting", fontsize=9)
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
-    axes[0][0].set_ylabel("share of naive's gain", fontsize=9)
-    axes[0][0].set_xlim(-0.15, 1.5)
-    axes[0][0].set_ylim(-0.1, 1.5)
+        ax.set(xlim=(-0.15, 1.5), ylim=(-0.1, 1.4))
+    for ax in axes[:, 0]:
+        ax.set_ylabel("share of naive's gain", fontsize=9)
     note = f"mean over the single shifts, seed 0; star: tuned; dotted: {GAIN:.0%} of the gain, {FORGETTING:.0%} of the "
     figure.suptitle(f"{title}\n{note}forgetting; up and left is better", fontsize=9)
     return figure
