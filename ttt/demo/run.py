@@ -51,12 +51,13 @@ class Result:
 
 def methods(config: ttt.TTTConfig) -> dict[str, ttt.TTTConfig | None]:
     """Name -> configuration; None learns nothing. SGD is the default configuration without its protection."""
+    plain = {"ewc_lambda": 0.0, "replay_rows": 0, "orthogonal": 0}
     return {
         FROZEN: None,
         IN_CONTEXT: None,
-        SGD: dataclasses.replace(config, ewc_lambda=0.0, replay_rows=0),
-        EWC: dataclasses.replace(config, ewc_lambda=EWC_ALONE, replay_rows=0),
-        REPLAY: dataclasses.replace(config, ewc_lambda=0.0, replay_beta=BETA_ALONE),
+        SGD: dataclasses.replace(config, **plain),
+        EWC: dataclasses.replace(config, **{**plain, "ewc_lambda": EWC_ALONE}),
+        REPLAY: dataclasses.replace(config, ewc_lambda=0.0, orthogonal=0, replay_beta=BETA_ALONE),
         BOTH: config,
     }
 
@@ -76,7 +77,7 @@ class Reader:
         if config is not None:
             ttt.adapt_(self.model, config)
             self.learner = ttt.Learner(self.model, context=CONTEXT)
-            if config.ewc_lambda or config.replay_rows:
+            if config.ewc_lambda or config.replay_rows or config.orthogonal:
                 self.learner.calibrate(batches)
 
     def read(self, stream: Tensor, start: int, end: int) -> None:

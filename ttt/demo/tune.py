@@ -26,7 +26,7 @@ OFFSET = 400_000  # the demo reads the first bytes; these are others
 
 def grid(config: ttt.TTTConfig) -> dict[str, ttt.TTTConfig]:
     """Name -> configuration: unprotected SGD at several rates, then protection at the best of them."""
-    plain = {"ewc_lambda": 0.0, "replay_rows": 0}
+    plain = {"ewc_lambda": 0.0, "replay_rows": 0, "orthogonal": 0}
     tried: dict[str, dict] = {}
     for lr in (0.005, 0.01, 0.02, 0.04):
         tried[f"SGD, lr {lr}"] = {"lr": lr, **plain}
