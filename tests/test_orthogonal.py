@@ -43,12 +43,6 @@ def step(layer, x, target):
         (0.5 * (layer(x) - target).square().sum()).backward()
 
 
-def spanned(rows):
-    """The projector on the span of ``rows``."""
-    q = torch.linalg.svd(rows.double(), full_matrices=False).Vh
-    return q.T @ q
-
-
 @pytest.mark.parametrize("window", [1, 4, 16])
 def test_any_window_is_sgd_per_token_with_projected_inputs(window):
     m, n, tokens, lr = 5, 7, 37, 0.05

@@ -10,6 +10,9 @@ from typing import Any
 from ttt.fleet.options import Fleet
 from ttt.ops.schema import KINDS, MAX_REPLAY_ROWS, REPLAY
 
+DEFENCES = {"ewc_lambda": 0.0, "replay_rows": 0, "distill_rows": 0, "generated_rows": 0, "orthogonal": 0}
+"""The fields that protect what the anchor knows, each with the value that switches it off."""
+
 # What weights of every user's own do without, and the value that says so.
 _ALONE = {"rate": "constant", "orthogonal": 0, "distill_rows": 0, "generated_rows": 0}
 
@@ -160,6 +163,11 @@ class TTTConfig:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether a defence is on that `Learner.calibrate` measures something for."""
+        return any(getattr(self, name) for name in DEFENCES if name != "distill_rows")
 
     @property
     def commit_rows(self) -> int:

@@ -31,6 +31,17 @@ def test_dispatched_window_linear(dtype, tokens):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_dispatched_project_out(dtype, tokens):
+    x, basis = torch.randn(tokens, 1000, device="cuda"), torch.linalg.qr(torch.randn(1000, 17, device="cuda")).Q.T
+    args = x.to(dtype), basis.contiguous().to(dtype)
+    backends.calls.clear()
+    y = ttt.ops.project_out(*args)
+    assert backends.calls["project_out", "triton", ""] == 1
+    assert_close(y, reference.project_out(*map(wide, args)), args[0] - (args[0] @ args[1].T) @ args[1], "x'")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 33])
 def test_dispatched_commit(dtype, tokens):
     case = commit_case(127, 500, tokens, dtype, torch.float32)

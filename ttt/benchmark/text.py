@@ -17,6 +17,7 @@ from ttt.benchmark import metrics
 from ttt.benchmark.readers import Learning, Reader
 from ttt.benchmark.streams import Stream, held_out, stream
 from ttt.benchmark.text_methods import Options, TextMethod, method
+from ttt.config import DEFENCES
 from ttt.demo import text as texts
 from ttt.demo.model import CONTEXT, LN2, as_ids, load_model, windows
 from ttt.demo.run import calibration_batches
@@ -28,7 +29,6 @@ TIMED = 4  # of each so many pieces one is read by the frozen model, too
 
 # What importance, replay memory and the rest of `SHARED`, once measured, do not depend on.
 _STRENGTHS: dict[str, Any] = {"lr": 0.02, "clip": 3.0, "replay_beta": 0.1, "distill_rows": 0, "seed": 0}
-_DEFENCES = ("ewc_lambda", "replay_rows", "generated_rows", "orthogonal")
 
 
 class Lab:
@@ -64,7 +64,7 @@ class Lab:
         """A learner that has read nothing, calibrated if it protects anything."""
         config = found.config(self.config, options, seed)
         model = ttt.adapt_(copy.deepcopy(self.model), config)
-        if any(getattr(config, name) for name in _DEFENCES):
+        if config.calibrates:
             source = self._calibrated_under(config)
             for (_, layer), (_, other) in zip(ttt.learning_layers(model), ttt.learning_layers(source), strict=True):
                 # The anchor stays the base model's (SI moved the source's), and a basis has its own size.
@@ -76,7 +76,7 @@ class Lab:
         return ttt.Learner(model, context=CONTEXT, rules=rules)
 
     def _calibrated_under(self, config: ttt.TTTConfig) -> nn.Module:
-        used = {name: int(getattr(config, name) > 0) for name in _DEFENCES}
+        used = {name: int(getattr(config, name) > 0) for name in DEFENCES if name != "distill_rows"}
         config = dataclasses.replace(config, **{**_STRENGTHS, **used})
         if config not in self._calibrated:
             model = ttt.adapt_(copy.deepcopy(self.model), config)

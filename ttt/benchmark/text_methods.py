@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ttt.benchmark import readers
-from ttt.config import TTTConfig
+from ttt.config import DEFENCES, TTTConfig
 from ttt.replay import DarkSequenceReplay, SampledReplay, SequenceReplay
 from ttt.rules import LogitDistillation, StreamRule
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 Options = Mapping[str, Any]
 Sweep = tuple[str, Sequence[Any]]
 
-PLAIN = {"ewc_lambda": 0.0, "replay_rows": 0, "distill_rows": 0, "generated_rows": 0, "orthogonal": 0}
 FIELDS = frozenset(f.name for f in dataclasses.fields(TTTConfig))
 PERIOD, EPOCHS, NEIGHBOURS = 2048, 2, 32
 ROWS, CAPACITY = 4, 256  # inputs replayed a commit; sequences of 64 bytes in a replay memory of text
@@ -66,7 +65,7 @@ class TextMethod:
     def config(self, base: TTTConfig, options: Options, seed: int) -> TTTConfig:
         """``base`` without its protection, under this method's fixed values and ``options``."""
         own = {name: value for name, value in options.items() if name in FIELDS}
-        return dataclasses.replace(base, **{**PLAIN, **self.fixed, **own, "seed": seed})
+        return dataclasses.replace(base, **{**DEFENCES, **self.fixed, **own, "seed": seed})
 
 
 def _joint(lab: Lab, stream: Stream, o: Options, seed: int) -> readers.Reader:

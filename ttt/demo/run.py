@@ -24,6 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import ttt
+from ttt.config import DEFENCES
 from ttt.demo import text as texts
 from ttt.demo.model import CONTEXT, LN2, as_ids, bits_per_byte, load_model, score, score_in_context, windows
 
@@ -50,12 +51,13 @@ class Result:
 
 def methods(config: ttt.TTTConfig) -> dict[str, ttt.TTTConfig | None]:
     """Name -> configuration; None learns nothing. SGD is the default configuration without its protection."""
+    plain: dict[str, Any] = {**DEFENCES}
     return {
         FROZEN: None,
         IN_CONTEXT: None,
-        SGD: dataclasses.replace(config, ewc_lambda=0.0, replay_rows=0),
-        EWC: dataclasses.replace(config, ewc_lambda=EWC_ALONE, replay_rows=0),
-        REPLAY: dataclasses.replace(config, ewc_lambda=0.0, replay_beta=BETA_ALONE),
+        SGD: dataclasses.replace(config, **plain),
+        EWC: dataclasses.replace(config, **{**plain, "ewc_lambda": EWC_ALONE}),
+        REPLAY: dataclasses.replace(config, ewc_lambda=0.0, orthogonal=0, replay_beta=BETA_ALONE),
         BOTH: config,
     }
 
@@ -75,7 +77,7 @@ class Reader:
         if config is not None:
             ttt.adapt_(self.model, config)
             self.learner = ttt.Learner(self.model, context=CONTEXT)
-            if config.ewc_lambda or config.replay_rows or config.generated_rows:
+            if config.calibrates:
                 self.learner.calibrate(batches)
 
     def read(self, stream: Tensor, start: int, end: int) -> None:

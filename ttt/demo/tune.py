@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 import ttt
+from ttt.config import DEFENCES
 from ttt.demo.model import as_ids, bits_per_byte, load_model, windows
 from ttt.demo.run import SGD, Reader, calibration_batches, machine, methods
 from ttt.demo.text import held_out_python, stream_of
@@ -25,8 +26,9 @@ OFFSET = 400_000  # the demo reads the first bytes; these are others
 
 
 def grid(config: ttt.TTTConfig) -> dict[str, ttt.TTTConfig]:
-    """Name -> configuration: unprotected SGD at several rates, then protection at the best of them."""
-    plain = {"ewc_lambda": 0.0, "replay_rows": 0}
+    """Name -> configuration: unprotected SGD at several rates, then protection at the best of them; with directions
+    taken out, which bears more, at higher ones, too."""
+    plain = DEFENCES
     tried: dict[str, dict] = {}
     for lr in (0.005, 0.01, 0.02, 0.04):
         tried[f"SGD, lr {lr}"] = {"lr": lr, **plain}
@@ -38,7 +40,12 @@ def grid(config: ttt.TTTConfig) -> dict[str, ttt.TTTConfig]:
         tried[f"replay {rows} rows, beta {beta} + EWC {lam}"] = {
             "replay_rows": rows, "replay_beta": beta, "ewc_lambda": lam,
         }  # fmt: skip
-    return {name: dataclasses.replace(config, **options) for name, options in tried.items()}
+    tried["16 directions, lr 0.02"] = {**plain, "lr": 0.02, "orthogonal": 16}
+    both = {"replay_rows": 4, "replay_beta": 0.1, "ewc_lambda": 0.003}
+    for k, lr in ((0, 0.04), (16, 0.03), (16, 0.04), (32, 0.04)):
+        tried[f"4 rows, beta 0.1 + EWC 0.003 + {k} directions, lr {lr}"] = {**both, "lr": lr, "orthogonal": k}
+    start = {"lr": 0.02, "orthogonal": 0}
+    return {name: dataclasses.replace(config, **{**start, **options}) for name, options in tried.items()}
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ttt.config import TTTConfig
+from ttt.config import DEFENCES, TTTConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,5 +114,4 @@ def configure(config: TTTConfig, rules: Iterable[Rule]) -> TTTConfig:
                 pair = f"{type(source[name]).__name__} and {type(rule).__name__}"
                 raise ValueError(f"rules cannot be combined: {pair} need {name} = {wanted[name]!r} and {value!r}")
             wanted[name], source[name] = value, rule
-    without = {"ewc_lambda": 0.0, "replay_rows": 0, "distill_rows": 0, "generated_rows": 0, "orthogonal": 0}
-    return dataclasses.replace(config, **{**without, **wanted})  # type: ignore[arg-type]
+    return dataclasses.replace(config, **{**DEFENCES, **wanted})  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ STRETCH = 512
 
 
 @triton.jit(do_not_specialize=["tokens", "directions"])
-def _coefficients(
+def _components(
     parts, x, basis, tokens, directions, n,
     BT: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STRETCH: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
@@ -36,7 +36,7 @@ def _coefficients(
 
 
 @triton.jit(do_not_specialize=["stretches", "tokens", "directions"])
-def _subtract(
+def _take_out(
     y, x, parts, basis, stretches, tokens, directions, n, BT: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
     """y[t, j] = x[t, j] - H[t] U[:, j] for BT tokens and BN columns."""
@@ -63,11 +63,11 @@ def project_out(x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
         stretches, blocks = triton.cdiv(n, STRETCH), triton.cdiv(tokens, 16)
         parts = torch.empty((stretches, tokens, k), dtype=torch.float32, device=x.device)
         if k:
-            _coefficients[(stretches, blocks, triton.cdiv(k, 16))](
+            _components[(stretches, blocks, triton.cdiv(k, 16))](
                 parts, x, basis, tokens, k, n, BT=16, BK=16, BN=128, STRETCH=STRETCH, OPERAND=operand(x.dtype),
                 num_warps=4,
             )  # fmt: skip
-        _subtract[(triton.cdiv(n, 64), blocks)](
+        _take_out[(triton.cdiv(n, 64), blocks)](
             y, x, parts, basis, stretches, tokens, k, n, BT=16, BK=16, BN=64, num_warps=4
         )
     return y
