@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from bench.registry import Case
-from bench.suites import commit, decode, fisher, generate, growth, loops, observe, window_linear
+from bench.suites import commit, decode, fisher, generate, growth, head, loops, observe, window_linear
 
 SUITES: dict[str, Callable[[str], list[Case]]] = {
     "commit": commit.cases,
@@ -15,6 +15,7 @@ SUITES: dict[str, Callable[[str], list[Case]]] = {
     "observe": observe.cases,
     "generate": generate.cases,
     "loops": loops.cases,
+    "head": head.cases,
     "growth": growth.cases,
 }
 
