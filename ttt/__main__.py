@@ -1,4 +1,4 @@
-"""``python -m ttt``: info, demo and benchmark."""
+"""``python -m ttt``: info, demo, benchmark, and the store of users."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from ttt.store import cli as store_cli
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Models that go on learning while they are used.")
+store_cli.add_to(app)
 
 
 @app.command()

@@ -1,0 +1,23 @@
+"""kill -9 at random moments. `crash.py` does the work, and does it 1,000 times when run by hand."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize("url", ["folder", "postgres"], indirect=True)
+def test_killed_writers_lose_nothing_acknowledged(url):
+    """In a process of its own: it forks, and pytest's process may have threads."""
+    seed = str(torch.initial_seed())  # from TTT_TEST_SEED, see tests/conftest.py
+    command = [sys.executable, HERE / "crash.py", "--kills", "12", "--seed", seed, "--url", url]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent.parent)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["acknowledged"] > 0
+    assert found["versions"] == found["acknowledged"] + found["committed, not acknowledged"]

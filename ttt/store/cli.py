@@ -1,0 +1,226 @@
+"""``python -m ttt users ...`` and ``python -m ttt verify``: a store from the command line.
+
+STORE is a URL of `ttt.Store`. Exit codes: 0 done; 1 the store refused or failed (unknown user, held lease, damage);
+2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ttt.files import write_atomically
+from ttt.store.errors import DamagedStateWarning, StoreError
+from ttt.store.state import decode, encode
+from ttt.store.store import State, Store
+
+users = typer.Typer(no_args_is_help=True, help="Per-user weights in a store: list, show, roll back, forget, exchange.")
+
+StoreUrl = Annotated[str, typer.Argument(metavar="STORE", help="URL of the store; a path names a folder.")]
+UserId = Annotated[str, typer.Argument(metavar="USER", help="Id of the user.")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON for machines instead of a table.")]
+Steal = Annotated[bool, typer.Option("--steal", help="Take the user over from a process that holds the lease.")]
+
+
+@users.command("ls")
+def list_users(store: StoreUrl, as_json: AsJson = False) -> None:
+    """List all users."""
+    with _opened(store) as opened:
+        found = opened.users()
+        if as_json:
+            _print_json([user._asdict() for user in found])
+            return
+        table = _table("user", "version", "kept", "bytes", "written")
+        for user in found:
+            table.add_row(_shown(user.name), *_cells(user.head, user.versions, user.bytes), _date(user.updated))
+        _print(table)
+
+
+@users.command()
+def show(store: StoreUrl, user: UserId, as_json: AsJson = False) -> None:
+    """Show a user's versions, and the tensors and metadata of the newest."""
+    with _opened(store) as opened:
+        history, state = opened.history(user), _served(opened, user)
+        tensors = {name: (str(t.dtype).removeprefix("torch."), _shape(t)) for name, t in state.tensors.items()}
+        if as_json:
+            about = {"user": user, "served": state.version, "damaged": state.damaged, "meta": state.meta}
+            _print_json(about | {"tensors": tensors, "versions": [version._asdict() for version in history]})
+            return
+        versions = _table("version", "bytes", "written", "repeats", "sha256")
+        for version in history:
+            repeats = "" if version.source is None else str(version.source)
+            versions.add_row(
+                *_cells(version.number, version.size), _date(version.created), repeats, version.sha256[:16]
+            )
+        _print(versions)
+        held = _table("tensor", "dtype", "shape")
+        for name, (dtype, shape) in tensors.items():
+            held.add_row(_shown(name), dtype, shape)
+        _print(held)
+        _print_json(state.meta)
+
+
+@users.command()
+def rollback(
+    store: StoreUrl,
+    user: UserId,
+    version: Annotated[int, typer.Argument(min=1, help="The version to go back to.")],
+    steal: Steal = False,
+) -> None:
+    """Make a new version that is an old one, bit for bit."""
+    with _opened(store) as opened:
+        opened.history(user)  # before a lease makes a row for an unknown user
+        with opened.lease(user, steal=steal) as lease:
+            print(f"version {opened.rollback(user, version, lease=lease)} repeats version {version}")
+
+
+@users.command()
+def forget(
+    store: StoreUrl, user: UserId, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False
+) -> None:
+    """Remove a user for good, with all versions."""
+    with _opened(store) as opened:
+        if not yes:
+            count = len(opened.history(user))
+            typer.confirm(f"Remove {_shown(user)} and {count} versions for good?", abort=True)
+        opened.forget(user)
+        print(f"{_shown(user)} is forgotten")
+
+
+@users.command("export")
+def export_user(
+    store: StoreUrl,
+    user: UserId,
+    file: Annotated[Path, typer.Argument(metavar="FILE", dir_okay=False, help="The safetensors file to write.")],
+    version: Annotated[int | None, typer.Option(min=1, help="By default the newest.")] = None,
+) -> None:
+    """Write a user's state to a safetensors file."""
+    with _opened(store) as opened:
+        state = opened.get(user, version) if version else _served(opened, user)
+        write_atomically(file, encode(state.tensors, state.meta))
+        print(f"version {state.version} of {_shown(user)} is in {file}")
+
+
+@users.command("import")
+def import_user(
+    store: StoreUrl,
+    user: UserId,
+    file: Annotated[Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="A safetensors file.")],
+    steal: Steal = False,
+) -> None:
+    """Make a safetensors file a user's newest version."""
+    with _opened(store) as opened:
+        try:
+            tensors, meta = decode(file.read_bytes())
+        except ValueError as error:
+            raise typer.BadParameter(f"{file} is {error}", param_hint="FILE") from None
+        with opened.lease(user, steal=steal) as lease:
+            print(f"{file} is version {opened.put(lease, tensors, meta)} of {_shown(user)}")
+
+
+def verify(store: StoreUrl, as_json: AsJson = False) -> None:
+    """Read every stored state and check it; exit with 1 if one is missing or damaged."""
+    with _opened(store) as opened:
+        report = opened.verify()
+        if as_json:
+            lists = {name: [item._asdict() for item in getattr(report, name)] for name in ("damaged", "orphans")}
+            _print_json({"sound": report.sound} | report._asdict() | lists)
+        else:
+            if report.damaged:
+                table = _table("user", "version", "damage")
+                for broken in report.damaged:
+                    table.add_row(_shown(broken.user), *_cells(broken.version), broken.reason)
+                _print(table)
+            size = sum(found.size for found in report.orphans)
+            orphans = f"{len(report.orphans)} files that no version names ({size} bytes; gc removes them)"
+            print(f"{report.versions} versions in {report.blobs} blobs; {len(report.damaged)} damaged; {orphans}")
+        if not report.sound:
+            raise typer.Exit(1)
+
+
+def gc(
+    store: StoreUrl,
+    keep_last: Annotated[int, typer.Option(min=1, help="Versions kept of each user.")] = 10,
+    keep_days: Annotated[float, typer.Option(min=0, help="Younger versions are kept, too.")] = 7,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that a file without a version stays.")] = 3600,
+    as_json: AsJson = False,
+) -> None:
+    """Drop versions past retention, and files that no version names."""
+    with _opened(store) as opened:
+        found = opened.gc(keep_last=keep_last, keep_days=keep_days, grace=grace)
+        if as_json:
+            _print_json(found._asdict())
+        else:
+            print(f"removed {found.versions} versions, {found.blobs} blobs ({found.bytes} bytes), {found.users} users")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add ``users``, ``verify`` and ``gc``."""
+    app.add_typer(users, name="users")
+    app.command()(verify)
+    app.command()(gc)
+
+
+@contextlib.contextmanager
+def _opened(url: str) -> Iterator[Store]:
+    """The store; its errors end the command with a line on stderr."""
+    try:
+        with Store(url) as store:
+            yield store
+    except (StoreError, OSError, ImportError) as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        raise typer.Exit(1) from error
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _served(store: Store, user: str) -> State:
+    """The state that `Store.get` serves; damage is told on stderr."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DamagedStateWarning)
+        state = store.get(user)
+    for warning in caught:
+        typer.echo(f"warning: {warning.message}", err=True)
+    return state
+
+
+def _table(*columns: str) -> Table:
+    table = Table()
+    for column in columns:
+        table.add_column(column, justify="right" if column in ("version", "kept", "bytes", "repeats") else "left")
+    return table
+
+
+def _cells(*numbers: int) -> Iterator[str]:
+    return (str(number) for number in numbers)
+
+
+def _shown(text: str) -> str:
+    """``text`` for a terminal, which an id must not be able to control."""
+    return text if text.isprintable() else repr(text)
+
+
+def _shape(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape)) or "scalar"
+
+
+def _date(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def _print(table: Table) -> None:
+    Console(markup=False, highlight=False).print(table)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))
