@@ -7,6 +7,7 @@ from ttt.rules.base import Batch, Rule, configure, forward_inputs, masked, task_
 from ttt.rules.distil import LwF, SeenOutputs, distillation
 from ttt.rules.distil_layer import LayerDistillation
 from ttt.rules.importance import EWC, MAS, SynapticIntelligence, measure_importance
+from ttt.rules.momentum import Momentum
 from ttt.rules.progressive import Progressive, ProgressiveNet, forward_task
 from ttt.rules.trainer import Trainer
 
@@ -16,6 +17,7 @@ __all__ = [
     "Batch",
     "LayerDistillation",
     "LwF",
+    "Momentum",
     "Progressive",
     "ProgressiveNet",
     "Rule",

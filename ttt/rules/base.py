@@ -114,5 +114,6 @@ def configure(config: TTTConfig, rules: Iterable[Rule]) -> TTTConfig:
                 pair = f"{type(source[name]).__name__} and {type(rule).__name__}"
                 raise ValueError(f"rules cannot be combined: {pair} need {name} = {wanted[name]!r} and {value!r}")
             wanted[name], source[name] = value, rule
-    without = {"ewc_lambda": 0.0, "replay_rows": 0, "distill_rows": 0, "generated_rows": 0}
-    return dataclasses.replace(config, **{**without, **wanted})  # type: ignore[arg-type]
+    without = dict.fromkeys(("ewc_lambda", "momentum", "decay"), 0.0)
+    rows = dict.fromkeys(("replay_rows", "distill_rows", "generated_rows"), 0)
+    return dataclasses.replace(config, **{**without, **rows, **wanted})
