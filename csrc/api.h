@@ -34,6 +34,9 @@ struct Commit {
   float beta, eps, lam, gamma;
   int dtype, state_dtype, replay, kind, threads;
   bool slow_dots;  // this processor multiplies float32 faster than pairs of bfloat16
+  void* momentum;  // m x n, momentum_dtype; may be null
+  float mu, decay;
+  int momentum_dtype;
 };
 
 struct FleetLinear {

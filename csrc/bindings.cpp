@@ -113,7 +113,7 @@ ttt::Commit commit_of(address weight, address anchor, address importance, addres
                       address eta, address trace_delta, address memory, address seen, address step, int64_t m,
                       int64_t n, int64_t tokens, int64_t capacity, int64_t replay_rows, int64_t trace_every,
                       uint64_t seed, float beta, float eps, float lam, float gamma, int dtype, int state_dtype,
-                      int replay, int kind, int threads) {
+                      int replay, int kind, int threads, address momentum, float mu, float decay, int momentum_dtype) {
   return {out<void>(weight),
           in<void>(anchor),
           in<void>(importance),
@@ -141,7 +141,11 @@ ttt::Commit commit_of(address weight, address anchor, address importance, addres
           replay,
           kind,
           threads,
-          slow_dots};
+          slow_dots,
+          out<void>(momentum),
+          mu,
+          decay,
+          momentum_dtype};
 }
 
 template <class... Args>

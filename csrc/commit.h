@@ -9,8 +9,10 @@
 
 #include <omp.h>
 
+#include <cmath>
 #include <vector>
 
+#include "drift.h"
 #include "product.h"
 #include "replay.h"
 #include "scratch.h"
@@ -18,46 +20,14 @@
 
 namespace {
 
-// E for `rows` rows of W: drift[r * rows + i] = X_r . (W_i - W*_i).
-template <int wide, int deep, class W>
-inline void drift_tile(const W* w, const W* w0, int64_t n, const Replay& replay, int64_t r, int64_t rows,
-                       float* drift) {
-  vf acc[wide][deep][2] = {};
-  const float* x = replay.x.get() + r * replay.width;
-  for (int64_t j = 0; j < n; j += STRIP, x += STRIP) {
-    Two value[deep];
-#pragma GCC unroll 4
-    for (int q = 0; q < deep; q++) value[q] = {load(x + q * replay.width), load(x + q * replay.width + VL)};
-#pragma GCC unroll 4
-    for (int i = 0; i < wide; i++) {
-      prefetch_strip(w + i * n + j);
-      prefetch_strip(w0 + i * n + j);
-      const Two now = load2_upto<splits<W>>(w + i * n + j, n - j), then = load2_upto<splits<W>>(w0 + i * n + j, n - j);
-      const vf a = now.a - then.a, b = now.b - then.b;
-#pragma GCC unroll 4
-      for (int q = 0; q < deep; q++) {
-        acc[i][q][0] += a * value[q].a;
-        acc[i][q][1] += b * value[q].b;
-      }
-    }
-  }
-  for (int i = 0; i < wide; i++)
-    for (int q = 0; q < deep; q++) drift[(r + q) * rows + i] = sum(acc[i][q][0] + acc[i][q][1]);
-}
-
-template <class W>
-void drift_of_rows(const W* weight, const W* anchor, int64_t n, int64_t rows, const Replay& replay, float* drift) {
-  constexpr int wide = VL == 16 ? 2 : 1;
-  int64_t i = 0;
-  for (; i + wide <= rows; i += wide) {
-    int64_t r = 0;
-    for (; r + 4 <= replay.rows; r += 4)
-      drift_tile<wide, 4>(weight + i * n, anchor + i * n, n, replay, r, rows, drift + i);
-    for (; r < replay.rows; r++) drift_tile<wide, 1>(weight + i * n, anchor + i * n, n, replay, r, rows, drift + i);
-  }
-  for (; i < rows; i++)
-    for (int64_t r = 0; r < replay.rows; r++)
-      drift_tile<1, 1>(weight + i * n, anchor + i * n, n, replay, r, rows, drift + i);
+// carry, gain, remember and share: ttt/ops/momentum.py derives them.
+inline void set_momentum(const ttt::Commit& a, Scalars& k) {
+  const double mu = a.mu, keep = std::pow(mu, static_cast<double>(a.tokens));
+  const double share = (1 - keep) / (static_cast<double>(a.tokens) * (1 - mu));
+  k.remember = static_cast<float>(keep);
+  k.share = static_cast<float>(share);
+  k.carry = static_cast<float>(mu * (1 - keep) / (1 - mu));
+  k.gain = static_cast<float>((1 - mu * share) / (1 - mu));
 }
 
 // The tokens that the trace's sum runs over, and by how much each counts: gamma^age, times its group's size.
@@ -88,8 +58,8 @@ inline Traced traced_tokens(const ttt::Commit& a) {
 // Tiles are FLAT up to the first number of tokens, MID up to the second.
 constexpr int64_t HANDFUL = 4, FEW_TOKENS = 32;
 
-// `dot`: products of pairs of bfloat16; otherwise both factors are widened to float32.
-template <int MR, bool dot, class W, class S>
+// `dot`: products of pairs of bfloat16; otherwise both factors are widened to float32. `moves`: there is a momentum.
+template <int MR, bool dot, bool moves, class W, class S>
 void commit(const ttt::Commit& a) {
   const int64_t m = a.m, n = a.n, tokens = a.tokens;
   const W *x = static_cast<const W*>(a.x), *delta = static_cast<const W*>(a.delta);
@@ -106,7 +76,7 @@ void commit(const ttt::Commit& a) {
   const float sum_eta = static_cast<float>(total_eta);
   Replay replay(filled_rows(a) > 0 ? a.replay_rows : 0, n);
   draw_replay<W>(a, sum_eta, replay);
-  const bool pulls = a.lam > 0, traces = a.trace != nullptr && tokens > 0;
+  const bool pulls = a.lam > 0 || a.decay > 0, traces = a.trace != nullptr && tokens > 0;
   const Traced traced = traces ? traced_tokens(a) : Traced();
   const int64_t chosen = static_cast<int64_t>(traced.token.size());
 
@@ -115,10 +85,12 @@ void commit(const ttt::Commit& a) {
   for (int64_t t = 0; t < tokens; t++) keep *= a.gamma;
   k.keep = static_cast<float>(keep);
   k.pull = a.lam * sum_eta;
+  k.decay = a.decay * sum_eta;
   k.si = a.kind == ttt::kSi;
-  k.writes = replay.rows > 0;
+  k.writes = replay.rows > 0 || moves;
   for (int64_t t = 0; t < tokens; t++) k.writes = k.writes || a.eta[t] != 0;
-  k.draws = (sizeof(W) == 2 && k.writes) || (traces && sizeof(S) < 4);
+  k.draws = (sizeof(W) == 2 && k.writes) || (traces && sizeof(S) < 4) || (moves && a.momentum_dtype == ttt::kBF16);
+  if constexpr (moves) set_momentum(a, k);
   k.seed = a.seed;
   k.step = static_cast<uint32_t>(*a.step);
 
@@ -128,6 +100,8 @@ void commit(const ttt::Commit& a) {
   u.rows = replay.rows;
   u.parts = dot && !one_eta ? 2 : 1;
   u.scale = dot && one_eta && tokens ? a.eta[0] : 1.0f;
+  Units of_tokens = u;
+  of_tokens.rows = 0;
 
   const int64_t panels = (n + NC - 1) / NC;
   Scratch packed(panels * u.right());
@@ -179,14 +153,20 @@ void commit(const ttt::Commit& a) {
           acc.a += v.a * load(xr + j);
           acc.b += v.b * load(xr + j + VL);
         }
-        cross.get()[t * replay.rows + r] = sum(acc.a + acc.b) * a.eta[t];
+        cross.get()[t * replay.rows + r] = sum(acc.a + acc.b) * a.eta[t] * (moves ? k.gain : 1.0f);
       }
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i0 = 0; i0 < m; i0 += block) {
       const int64_t rows = m - i0 < block ? m - i0 : block;
       if (replay.rows) {
-        drift_of_rows(weight + i0 * n, anchor + i0 * n, n, rows, replay, drift);
+        const W *w = weight + i0 * n, *w0 = anchor + i0 * n;
+        if constexpr (!moves)
+          drift_of_rows(w, w0, n, rows, replay, drift);
+        else if (a.momentum_dtype == ttt::kF32)
+          drift_of_rows(w, w0, n, rows, replay, drift, static_cast<const float*>(a.momentum) + i0 * n, k.carry);
+        else
+          drift_of_rows(w, w0, n, rows, replay, drift, static_cast<const bf16*>(a.momentum) + i0 * n, k.carry);
         for (int64_t t = 0; t < tokens; t++)
           for (int64_t r = 0; r < replay.rows; r++) {
             const float c = cross.get()[t * replay.rows + r];
@@ -240,8 +220,15 @@ void commit(const ttt::Commit& a) {
             Rows<MR, W, S> tile(a, i0 + i, j0);
             tile.prefetch(tall, j0 + 2 * NC, k.writes);
             if ((p - p0) % ACROSS<MR> == 0 && k.draws) tile.draw(words, p1 - p, k);
-            if (k.writes) sum_g<MR, dot>(g, u, factors, packed.get() + p * u.right());
-            if (traces) sum_s<MR, dot>(s, u, factors, packed.get() + p * u.right());
+            const float* right = packed.get() + p * u.right();
+            if constexpr (moves) {
+              sum_g<MR, dot>(g, of_tokens, factors, right);
+              tile.pass_momentum(tall, g, words + (p - p0) % ACROSS<MR> * WORDS<MR>, k);
+              add_products<MR>(g, factors + u.parts * u.g * MR, right + u.g * NC, u.rows);
+            } else if (k.writes) {
+              sum_g<MR, dot>(g, u, factors, right);
+            }
+            if (traces) sum_s<MR, dot>(s, u, factors, right);
             tile.update(tall, g, s, words + (p - p0) % ACROSS<MR> * WORDS<MR>, k, pulls, traces);
           }
         }
@@ -253,12 +240,14 @@ void commit(const ttt::Commit& a) {
 
 template <bool dot, class W, class S>
 void commit_by_size(const ttt::Commit& a) {
-  if (FLAT != TALL && a.tokens <= HANDFUL)
-    commit<FLAT, dot, W, S>(a);
+  if (a.momentum != nullptr && a.tokens > 0)  // one height of tiles for all: the code would grow too much
+    commit<MID, dot, true, W, S>(a);
+  else if (FLAT != TALL && a.tokens <= HANDFUL)
+    commit<FLAT, dot, false, W, S>(a);
   else if (MID != TALL && a.tokens <= FEW_TOKENS)
-    commit<MID, dot, W, S>(a);
+    commit<MID, dot, false, W, S>(a);
   else
-    commit<TALL, dot, W, S>(a);
+    commit<TALL, dot, false, W, S>(a);
 }
 
 template <class W, class S>

@@ -9,11 +9,13 @@ namespace {
 
 struct Scalars {
   float pull;      // lam * sum(eta)
+  float decay;     // decay * sum(eta)
   float keep;      // gamma^T
   bool si, draws;  // draws: random bits are needed
   bool writes;     // the weight changes: not where all rates are 0 and nothing is replayed
   uint64_t seed;
   uint32_t step;
+  float carry, gain, remember, share;  // of the momentum: ttt/ops/momentum.py, where remember is called keep
 };
 
 // A row's part of importance or trace. In 8 bits its codes, and the exponents of its blocks.
@@ -70,10 +72,11 @@ __attribute__((always_inline)) inline void update_row(W* weight, const W* anchor
     }
     const Two old = k.writes ? load2<split>(weight + at) : Two{};
     Two change = {g[2 * strip], g[2 * strip + 1]};
-    if (k.writes && importance.value != nullptr) {
+    if (k.writes && anchor != nullptr) {
       // The proximal step W* + (W - G - W*) / (1 + a), written so that G = 0 and a = 0 change no bit.
-      const Two omega = load_state<split>(importance, at), from = load2<split>(anchor + at);
-      const vf pull_a = k.pull * omega.a, pull_b = k.pull * omega.b;
+      const Two omega = importance.value != nullptr ? load_state<split>(importance, at) : Two{};
+      const Two from = load2<split>(anchor + at);
+      const vf pull_a = k.pull * omega.a + k.decay, pull_b = k.pull * omega.b + k.decay;
       change.a = (change.a + pull_a * (old.a - from.a)) / (1.0f + pull_a);
       change.b = (change.b + pull_b * (old.b - from.b)) / (1.0f + pull_b);
     }
@@ -117,6 +120,7 @@ struct Rows {
     for (int r = 0; r < tall; r++) {
       const int64_t at = (i + r) * a.n + column;
       if (writes) touch(static_cast<const W*>(a.weight) + at);
+      if (writes && a.decay > 0) touch(static_cast<const W*>(a.anchor) + at);
       if (writes && a.importance != nullptr) {
         touch(static_cast<const W*>(a.anchor) + at);
         touch(state_at<S>(const_cast<void*>(a.importance), i + r, column, a.n).value);
@@ -139,6 +143,15 @@ struct Rows {
       }
   }
 
+  // The tokens' part of G passes through the momentum: g <- carry M + gain g, M <- remember M + share g.
+  void pass_momentum(int tall, vf (&g)[MR][NV], const uint32_t* words, const Scalars& k) const {
+    const int64_t at = i * a.n + j;
+    if (a.momentum_dtype == ttt::kF32)
+      pass_rows(static_cast<float*>(a.momentum) + at, tall, g, words, k);
+    else
+      pass_rows(static_cast<bf16*>(a.momentum) + at, tall, g, words, k);
+  }
+
   __attribute__((always_inline)) void update(int tall, const vf (&g)[MR][NV], const vf (&s)[MR][NV],
                                              const uint32_t* words, const Scalars& k, bool pulls, bool traces) const {
     if constexpr (MR <= MID) {
@@ -152,6 +165,43 @@ struct Rows {
   }
 
  private:
+  template <class V>
+  __attribute__((noinline)) void pass_rows(V* momentum, int tall, vf (&g)[MR][NV], const uint32_t* words,
+                                           const Scalars& k) const {
+    constexpr bool split = splits<W>;
+    for (int r = 0; r < tall; r++, momentum += a.n, words += NC / 2)
+      for (int at = 0; at < NC && at < a.n - j; at += STRIP) {
+        const int64_t count = a.n - j - at;
+        const Two before = load2_upto<split>(momentum + at, count);
+        vf &first = g[r][at / VL], &second = g[r][at / VL + 1];
+        const Two after = {k.remember * before.a + k.share * first, k.remember * before.b + k.share * second};
+        first = k.carry * before.a + k.gain * first;
+        second = k.carry * before.b + k.gain * second;
+        vu bits[2] = {};
+        if constexpr (sizeof(V) == 2) {
+          // The bits of the other pair of four columns: philox.py says why.
+          const vq pairs = load_as<vq>(words + at / 2);
+          const vu other = (vu)((pairs >> 32) | (pairs << 32));
+          if constexpr (split) {
+            bits[0] = other & 0xffffu;
+            bits[1] = other >> 16;
+          } else {
+            vh half[2];
+            std::memcpy(half, &other, sizeof half);
+            bits[0] = __builtin_convertvector(half[0], vu);
+            bits[1] = __builtin_convertvector(half[1], vu);
+          }
+        }
+        if (count >= STRIP) {
+          store2_rounded<split>(momentum + at, after, bits[0], bits[1]);
+        } else {
+          V part[STRIP];
+          store2_rounded<split>(part, after, bits[0], bits[1]);
+          std::memcpy(momentum + at, part, count * sizeof(V));
+        }
+      }
+  }
+
   __attribute__((always_inline)) void update_one(int r, const vf (&g)[NV], const vf (&s)[NV], const uint32_t* words,
                                                  const Scalars& k, bool pulls, bool traces) const {
     const int64_t at = (i + r) * a.n + j;
@@ -190,8 +240,8 @@ struct Rows {
     if (importance.exponent) std::memcpy(o_exponent, importance.exponent, blocks);
     if (trace.value) std::memcpy(f, trace.value, count * sizeof(S));
     if (trace.exponent) std::memcpy(f_exponent, trace.exponent, blocks);
-    update_row<W, S>(w, w0, {importance.value ? o : nullptr, o_exponent}, {trace.value ? f : nullptr, f_exponent}, g, s,
-                     words, k);
+    update_row<W, S>(w, anchor ? w0 : nullptr, {importance.value ? o : nullptr, o_exponent},
+                     {trace.value ? f : nullptr, f_exponent}, g, s, words, k);
     std::memcpy(weight, w, count * sizeof(W));
     if (trace.value) std::memcpy(trace.value, f, count * sizeof(S));
     if (trace.exponent) std::memcpy(trace.exponent, f_exponent, blocks);

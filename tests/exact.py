@@ -31,3 +31,16 @@ def commit(case, *, rows, replay, beta, eps, lam, **_):
         omega = log8.decode(omega, w.shape[1]).double() if log8.is_packed(omega) else omega.double()
         w = anchor + (w - anchor) / (1 + lam * total * omega)
     return w
+
+
+def steps(case, *, mu, decay, lam=0.0, **_):
+    """(W, M) after the tokens of ``case`` by the recurrence of Titans, each of its gradients being their mean; the
+    pulls to the anchor are taken at the end. There are no replay rows."""
+    w, m, anchor, x, delta, eta = (double(case[k]) for k in ("weight", "momentum", "anchor", "x", "delta", "eta"))
+    tokens = len(eta)
+    for _ in range(tokens):
+        m = mu * m + sum(e * torch.outer(d, v) for e, d, v in zip(eta, delta, x, strict=True)) / tokens
+        w = w - m
+    omega = lam * double(case["importance"]) if lam else 0.0
+    pull = eta.sum() * (omega + decay)
+    return (anchor + (w - anchor) / (1 + pull) if lam or decay else w), m

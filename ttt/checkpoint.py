@@ -47,9 +47,8 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
         if not layer.base:
             state.pop(_FROM_BASE)
         tensors |= {f"{name}:{key}": t for key, t in state.items()}
-        # Of a fork, the base may be the live tensor itself, and a file holds no tensor twice.
-        base = {key: t.clone() if t is state.get(key) else t for key, t in layer.base.items() if key != _FROM_BASE}
-        tensors |= {f"{name}:base.{key}": t for key, t in base.items()}
+        # Of a fork's layer the base and the live state may be one tensor, which the file's format does not take.
+        tensors |= {f"{name}:base.{key}": t.clone() for key, t in layer.base.items() if key != _FROM_BASE}
     tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
     metadata = {
         "format": FORMAT,

@@ -10,11 +10,15 @@ from typing import Any
 from ttt.fleet.options import Fleet
 from ttt.ops.schema import KINDS, MAX_REPLAY_ROWS, REPLAY
 
-DEFENCES = {"ewc_lambda": 0.0, "replay_rows": 0, "distill_rows": 0, "generated_rows": 0, "orthogonal": 0}
+DEFENCES = {
+    "ewc_lambda": 0.0, "replay_rows": 0, "distill_rows": 0, "generated_rows": 0, "orthogonal": 0, "decay": 0.0,
+}  # fmt: skip
 """The fields that protect what the anchor knows, each with the value that switches it off."""
 
 # What weights of every user's own do without, and the value that says so.
-_ALONE = {"rate": "constant", "orthogonal": 0, "distill_rows": 0, "generated_rows": 0}
+_ALONE = {
+    "rate": "constant", "orthogonal": 0, "distill_rows": 0, "generated_rows": 0, "momentum": 0.0, "decay": 0.0,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,11 @@ class TTTConfig:
         fisher: labels that `Learner.calibrate` uses: ``"true"`` (drawn from the model's output) or ``"empirical"``.
         ewc_lambda: strength of the penalty lambda/2 sum Omega (W - W*)^2 per token, Omega having mean 1.
             0 keeps neither importance nor trace.
+        momentum: mu, what the update of one token keeps of that before: a velocity that the commit carries (Titans,
+            Behrouz et al. 2024; see `ttt.ops.momentum`). In the end a token moves the weights by 1 / (1 - mu) times
+            its gradient: choose ``lr`` smaller accordingly. 0 keeps no velocity.
+        decay: pull of all weights to the anchor, per token and unit of ``lr``, as Omega + decay / ewc_lambda would:
+            a forget gate. Needs no importance.
         consolidate_decay: gamma_c of online EWC: what `Learner.consolidate` keeps of the old importance.
         trace_decay: gamma, decay of the trace per token.
         trace_every: of each so many consecutive tokens one, drawn at random, stands for all in the trace: unbiased, and
@@ -83,6 +92,8 @@ class TTTConfig:
     importance: str = "fisher"
     fisher: str = "true"
     ewc_lambda: float = 0.01
+    momentum: float = 0.0
+    decay: float = 0.0
     consolidate_decay: float = 1.0
     trace_decay: float = 1.0
     trace_every: int = 1
@@ -128,6 +139,9 @@ class TTTConfig:
         choice("importance", KINDS)
         choice("fisher", ("true", "empirical"))
         number("ewc_lambda", 0.0)
+        number("momentum", 0.0)
+        need("momentum", self.momentum < 1, "a number in [0.0, 1.0)")
+        number("decay", 0.0)
         number("consolidate_decay", 0.0, 1.0)
         number("trace_decay", 0.0, 1.0, above=True)
         whole("trace_every", 1)
@@ -167,7 +181,7 @@ class TTTConfig:
     @property
     def calibrates(self) -> bool:
         """Whether a defence is on that `Learner.calibrate` measures something for."""
-        return any(getattr(self, name) for name in DEFENCES if name != "distill_rows")
+        return any(getattr(self, name) for name in DEFENCES if name not in ("distill_rows", "decay"))
 
     @property
     def commit_rows(self) -> int:

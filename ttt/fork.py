@@ -14,8 +14,8 @@ from ttt.nn.gaussian import PAST, PRESENT
 
 SHARED = ("anchor", "importance", "importance_scale", "memory", "seen", "basis", *PAST)
 
-_KINDS = {"weight": "weight", "anchor": "anchor", "importance": "importance", "trace": "trace", "memory": "memory",
-          "recent": "memory", "basis": "memory"} | dict.fromkeys(PAST + PRESENT, "memory")  # fmt: skip
+_KINDS = {"weight": "weight", "anchor": "anchor", "importance": "importance", "trace": "trace", "momentum": "trace"}
+_KINDS |= dict.fromkeys(("memory", "recent", "basis", *PAST, *PRESENT), "memory")
 
 
 def fork(model: nn.Module) -> nn.Module:
@@ -23,9 +23,9 @@ def fork(model: nn.Module) -> nn.Module:
 
     It shares memory with ``model`` for every tensor that learning does not write: frozen parameters, buffers, and in
     the learning layers the anchor, the importance, the replay memory, the basis and the Gaussian of past inputs. Its
-    own are weight, trace, window, recent rows, the Gaussian of present inputs and counters. What one model learns, and
-    calibrating, consolidating, resetting, loading, rolling back or restoring it, changes no bit of the other: what such
-    a call has to write is copied first, and shared no longer.
+    own are weight, trace, momentum, window, recent rows, the Gaussian of present inputs and counters. What one model
+    learns, and calibrating, consolidating, resetting, loading, rolling back or restoring it, changes no bit of the
+    other: what such a call has to write is copied first, and shared no longer.
 
     Fork a model that nobody has taught yet, or the new user begins with what another one taught.
 
@@ -78,9 +78,9 @@ class Memory:
     Attributes:
         parameters: adapted parameters, those of every model counted.
         bytes: what the learning layers hold, by kind; shared memory counts once. ``weight``, ``anchor``,
-            ``importance``, ``trace``, ``window`` (and counters), ``memory`` (replay memory, recent rows, basis,
-            Gaussians), ``base`` (what `Learner.reset` goes back to after a consolidation), ``original`` (weights of
-            ``Conv1D`` modules).
+            ``importance``, ``trace`` (and momentum), ``window`` (and counters), ``memory`` (replay memory, recent
+            rows, basis, Gaussians), ``base`` (what `Learner.reset` goes back to after a consolidation), ``original``
+            (weights of ``Conv1D`` modules).
     """
 
     parameters: int

@@ -55,7 +55,8 @@ def test_the_bf16_commit_uses_tensor_cores_and_wide_loads(table):
         assert int(row["hgmma" if row["sm"] == "90" else "hmma"]) > 0
         assert int(row["ldg128"]) > 0
         if row["sm"] == "90":
-            assert int(row["registers"]) <= 128  # four programs of four warps on a multiprocessor
+            # Four programs of four warps on a multiprocessor, or three where there is one matrix more.
+            assert int(row["registers"]) <= (168 if "momentum" in row["variant"] else 128)
         # Room for factors of the products only: the state does not pass through shared memory.
         assert int(row["shared"]) <= 8192
 
@@ -65,4 +66,5 @@ def test_the_bf16_finish_of_a_panel_has_wide_loads(table):
     assert {row["sm"] for row in finishes} == {"80", "90"}
     for row in finishes:
         assert int(row["ldg128"]) > 0
-        assert int(row["registers"]) <= (128 if row["sm"] == "90" else 168)
+        most = 168 if "momentum" in row["variant"] or row["sm"] == "80" else 128
+        assert int(row["registers"]) <= most

@@ -76,7 +76,7 @@ class Lab:
         return ttt.Learner(model, context=CONTEXT, rules=rules)
 
     def _calibrated_under(self, config: ttt.TTTConfig) -> nn.Module:
-        used = {name: int(getattr(config, name) > 0) for name in DEFENCES if name != "distill_rows"}
+        used = {name: int(getattr(config, name) > 0) for name in DEFENCES}
         config = dataclasses.replace(config, **{**_STRENGTHS, **used})
         if config not in self._calibrated:
             model = ttt.adapt_(copy.deepcopy(self.model), config)

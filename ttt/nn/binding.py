@@ -34,7 +34,7 @@ class Binding:
         self.inserts, self.traces = layer.recent is not None, layer.win_trace is not None
         self.projects = layer.basis is not None
         self.appended = _present(layer, "win_x", "win_delta", "win_eta", "win_trace", "recent", "recent_seen")
-        self.committed = _present(layer, "weight", "trace", "step", "tokens", "win_eta")
+        self.committed = _present(layer, "weight", "trace", "momentum", "step", "tokens", "win_eta")
 
     def forward(self, x: Tensor) -> Tensor | None:
         """The layer's output for at most ``few`` tokens."""

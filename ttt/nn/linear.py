@@ -75,6 +75,7 @@ class Linear(Transposed):
     ``anchor``          (m, n)        W*, the weights that must not be forgotten
     ``importance``      (m, n)        Omega, mean 1 over the model; only if ``ewc_lambda`` > 0
     ``trace``           (m, n)        F, importance of the present stream; likewise
+    ``momentum``        (m, n)        M, the velocity; only if ``momentum`` > 0
     ``win_x``           (C, n)        the window: inputs,
     ``win_delta``       (C, m)        gradients at the output,
     ``win_eta``         (C,)          and steps; 0 marks an empty row
@@ -105,6 +106,7 @@ class Linear(Transposed):
     # None where the configuration does without them:
     importance: Tensor
     trace: Tensor
+    momentum: Tensor
     win_trace: Tensor
     memory: Tensor
     recent: Tensor
@@ -161,12 +163,13 @@ class Linear(Transposed):
         m, n, c = self.out_features, self.in_features, config.window
         w = self.weight.detach()
         wide = torch.float64 if w.dtype == torch.float64 else torch.float32
+        default = torch.float32 if w.dtype == torch.float32 else torch.bfloat16
         if w.dtype == torch.float64:
             state = torch.float64
         elif config.state_dtype is not None:
             state = torch.uint8 if config.state_dtype == "8bit" else getattr(torch, config.state_dtype)
         else:
-            state = torch.float32 if w.dtype == torch.float32 else torch.bfloat16
+            state = default
 
         def buffer(name: str, tensor: Tensor | None) -> None:
             self.register_buffer(name, tensor, persistent=False)
@@ -176,6 +179,8 @@ class Linear(Transposed):
         columns = log8.width(n) if state == torch.uint8 else n
         buffer("importance", w.new_zeros((m, columns), dtype=state) if protects else None)
         buffer("trace", w.new_zeros((m, columns), dtype=state) if protects else None)
+        signed = state if state.is_floating_point else default  # 8 bits hold no signs
+        buffer("momentum", w.new_zeros((m, n), dtype=signed) if config.momentum else None)
         buffer("win_x", w.new_zeros((c, n)))
         buffer("win_delta", w.new_zeros((c, m)))
         buffer("win_eta", w.new_zeros((c,), dtype=wide))
@@ -396,7 +401,8 @@ class Linear(Transposed):
         memory, seen = (rows.assemble(self, x), None) if self.assembles else (self.replayed, self.seen)
         ops.commit(
             self.weight, self.anchor, self.importance, self.trace, x, delta, eta, self.step,
-            trace_delta=trace_delta, memory=memory, seen=seen, gate=gate, **self.commit_options(),
+            trace_delta=trace_delta, memory=memory, seen=seen, gate=gate, momentum=self.momentum,
+            **self.commit_options(),
         )  # fmt: skip
         gaussian.absorb(self, x)
 
@@ -417,7 +423,7 @@ class Linear(Transposed):
         return {
             "seed": self.seed, "replay_rows": c.commit_rows, "replay": c.replay, "beta": beta,
             "eps": c.replay_eps, "lam": c.ewc_lambda * self.strength, "gamma": c.trace_decay, "kind": c.importance,
-            "trace_every": c.trace_every,
+            "trace_every": c.trace_every, "mu": c.momentum, "decay": c.decay,
         }  # fmt: skip
 
     # -- counting on the device -------------------------------------------------------------------------------
@@ -554,8 +560,8 @@ class Linear(Transposed):
         self.base = {}
         self.weight.copy_(self.anchor)
         # Zeroed, not only marked empty: what a user said must not stay in memory.
-        zeroed = ("trace", "win_x", "win_delta", "win_eta", "win_trace", "recent", "recent_seen", "step", "tokens")
-        for name in zeroed + gaussian.PRESENT:
+        learnt = ("trace", "momentum", "recent", "recent_seen", "step", "tokens", *gaussian.PRESENT)
+        for name in ("win_x", "win_delta", "win_eta", "win_trace", *learnt):
             if (b := getattr(self, name)) is not None:
                 b.zero_()
         if self.moments is not None:

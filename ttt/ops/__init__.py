@@ -124,6 +124,9 @@ def commit(
     trace_every: int = 1,
     trace_fp8: bool = False,
     gate: torch.Tensor | None = None,
+    momentum: torch.Tensor | None = None,
+    mu: float = 0.0,
+    decay: float = 0.0,
 ) -> None:
     """Write T tokens, checked against R replay rows, into ``weight`` and ``trace``, in place.
 
@@ -139,8 +142,20 @@ def commit(
              si      S = -(P^T X) * (W_new - W_old)
         step <- step + 1
 
-    The penalty is lam/2 sum Omega (W - W*)^2 per token and unit of eta. 16-bit weights and traces are
+    The penalty is lam/2 sum Omega (W - W*)^2 per token and unit of eta. 16-bit weights, traces and momenta are
     rounded stochastically with the Philox counters of `ttt.ops.philox`.
+
+    With ``momentum`` M the tokens' part of G, G' = D^T diag(eta) X, passes through a velocity, and with ``decay`` the
+    weights go back to the anchor whatever their importance: the momentum and the forget gate of Titans (Behrouz et al.
+    2024), towards W* instead of 0::
+
+        G = G'' + E^T V,  G'' = carry M + gain G'          E = X_r (W - G'' - W*)^T: replay checks the whole move
+        M <- keep M + share G'                             the four numbers: `ttt.ops.momentum`
+        a = (sum eta) (lam Omega + decay)
+
+    For T = 1 this is M <- mu M + eta delta x^T; W <- W* + (W - M - E^T V - W*) / (1 + eta (lam Omega + decay)). For
+    T > 1 it is what T such steps make of W and M with every g_t taken as G' / T, but for replay and the pull to the
+    anchor, which come once, at the end.
 
     Args:
         weight: (m, n), float32, bfloat16, float16 or float64.
@@ -165,6 +180,9 @@ def commit(
             without it, and `ttt.info` says why. On CPU the reference computes it.
         gate: (1,), int64. Where it holds 0 the call changes nothing, not even ``step``. A GPU decides this by itself,
             without waiting for the host: one CUDA graph can hold a commit that only some of its replays need.
+        momentum: M, (m, n), float32 or bfloat16 (float64 for float64 weights); None for none.
+        mu: what M keeps of itself per token, in [0, 1); needs ``momentum`` if > 0.
+        decay: >= 0, the pull to the anchor per token and unit of eta; needs ``anchor`` if > 0.
 
     Raises:
         ValueError, TypeError: for a wrong argument; nothing has been written then.
@@ -172,6 +190,7 @@ def commit(
     torch.ops.ttt.commit(
         weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
         seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every, trace_fp8, gate,
+        momentum, mu, decay,
     )  # fmt: skip
 
 

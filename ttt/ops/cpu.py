@@ -106,7 +106,7 @@ def bind_layer(layer):
     if not layer.assembles:
         bound.prepare(*_commit_arguments(
             weight, layer.anchor, layer.importance, layer.trace, layer.win_x, layer.win_delta, layer.win_eta,
-            layer.win_trace, layer.replayed, layer.seen, layer.step, **layer.commit_options(),
+            layer.win_trace, layer.replayed, layer.seen, layer.step, momentum=layer.momentum, **layer.commit_options(),
         ))  # fmt: skip
     return bound
 
@@ -119,10 +119,11 @@ def few_tokens(dtype: torch.dtype) -> int:
 def commit(
     weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
     seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every=1, trace_fp8=False, gate=None,
+    momentum=None, mu=0.0, decay=0.0,
 ) -> None:  # fmt: skip
     schema.check_commit(
         weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
-        seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every, trace_fp8, gate,
+        seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every, trace_fp8, gate, momentum, mu, decay,
     )  # fmt: skip
     if closed(gate):
         return
@@ -131,16 +132,16 @@ def commit(
         record("commit", "reference", why)
         reference.commit(
             weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
-            seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every, trace_fp8,
+            seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every, trace_fp8, None, momentum, mu, decay,
         )  # fmt: skip
     else:
         record("commit", "cpu")
         _C.commit(*_commit_arguments(
             weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
-            seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every,
+            seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every, momentum, mu, decay,
         ))  # fmt: skip
         # The kernel wrote through raw pointers: autograd and functionalization must be told.
-        torch.autograd.graph.increment_version([t for t in (weight, trace, step) if t is not None])
+        torch.autograd.graph.increment_version([t for t in (weight, trace, step, momentum) if t is not None])
 
 
 def _why_not_commit(weight, importance, trace, trace_fp8) -> str:
@@ -154,18 +155,20 @@ def _why_not_commit(weight, importance, trace, trace_fp8) -> str:
 
 def _commit_arguments(
     weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
-    seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every,
+    seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every, momentum, mu, decay,
 ):  # fmt: skip
     """What ``_C.commit`` takes."""
     (m, n), pulls = weight.shape, lam > 0
     state = importance if pulls else trace
+    origin = anchor if pulls or decay > 0 or replay_rows else None
     return (
-        weight.data_ptr(), _address(anchor if pulls or replay_rows else None), _address(importance if pulls else None),
+        weight.data_ptr(), _address(origin), _address(importance if pulls else None),
         _address(trace), x.data_ptr(), delta.data_ptr(), eta.data_ptr(),
         (delta if trace_delta is None else trace_delta).data_ptr(), _address(memory), _address(seen),
         step.data_ptr(), m, n, eta.numel(), memory.shape[0] if replay_rows else 0, replay_rows, trace_every,
         seed & _MASK64, beta, eps, lam, gamma, _DTYPE[weight.dtype], 0 if state is None else _DTYPE[state.dtype],
         schema.REPLAY.index(replay), schema.KINDS.index(kind), torch.get_num_threads(),
+        _address(momentum), mu, decay, 0 if momentum is None else _DTYPE[momentum.dtype],
     )  # fmt: skip
 
 

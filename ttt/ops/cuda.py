@@ -78,10 +78,12 @@ def window_append(
 def commit(
     weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
     seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every=1, trace_fp8=False, gate=None,
+    momentum=None, mu=0.0, decay=0.0,
 ) -> None:  # fmt: skip
     args = (
         weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
         seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every, trace_fp8, gate,
+        momentum, mu, decay,
     )  # fmt: skip
     schema.check_commit(*args)
     kernels, why = _kernels(), ""
@@ -89,7 +91,7 @@ def commit(
         why = kernels.why_not_fp8(eta.numel(), weight.device)
     _run("commit", weight, weight.dtype, *args, why=why)
     # A kernel wrote through raw pointers: autograd and functionalization must be told.
-    torch.autograd.graph.increment_version([t for t in (weight, trace) if t is not None])
+    torch.autograd.graph.increment_version([t for t in (weight, trace, momentum) if t is not None])
 
 
 def reservoir_insert(memory, seen, x, seed, gate=None) -> None:

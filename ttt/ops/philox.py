@@ -9,7 +9,8 @@ stream      counter (c0, c1, c2)    words used
 `DRAW`      (r // 4, 0, step)       word r % 4 chooses replay row r
 `INSERT`    (s, 0, 0)               word 0 chooses the slot of the s-th row seen
 `ROUND`     (j // 8, i, step)       16 bits for element (i, j): word (j % 8) // 2, its low half if j is even.
-                                    They round the weight; the trace takes those of column j ^ 1
+                                    They round the weight; the trace takes those of column j ^ 1,
+                                    the momentum those of column j ^ 2
 `TOKEN`     (k // 4, 0, step)       word k % 4 chooses the token that stands for the k-th group in the trace
 `DISTIL`    (r // 4, 0, step)       word r % 4 chooses the token that is distillation row r
 `NORMAL`    (j // 4, r, step)       words 0 and 1 make normals 0 and 1 of four, words 2 and 3 the others
@@ -68,6 +69,12 @@ def trace_rounding_bits(rows: int, cols: int, step: torch.Tensor, seed: int) -> 
     """As `rounding_bits`, for the trace: each element has the bits of the other column of its pair."""
     bits = rounding_bits(rows, cols + cols % 2, step, seed)
     return bits.view(rows, -1, 2).flip(-1).reshape(rows, -1)[:, :cols]
+
+
+def momentum_rounding_bits(rows: int, cols: int, step: torch.Tensor, seed: int) -> torch.Tensor:
+    """As `rounding_bits`, for the momentum: each element has the bits of the other pair of its four columns."""
+    bits = rounding_bits(rows, (cols + 3) // 4 * 4, step, seed)
+    return bits.view(rows, -1, 2, 2).flip(-2).reshape(rows, -1)[:, :cols]
 
 
 def choose_tokens(tokens: int, every: int, step: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,10 +10,12 @@ import torch
 
 from ttt.ops import log8
 from ttt.ops.gate import closed
+from ttt.ops.momentum import coefficients
 from ttt.ops.philox import (
     DRAW,
     INSERT,
     choose_tokens,
+    momentum_rounding_bits,
     philox,
     rounding_bits,
     stochastic_round_,
@@ -142,6 +144,9 @@ def commit(
     trace_every: int = 1,
     trace_fp8: bool = False,
     gate: torch.Tensor | None = None,
+    momentum: torch.Tensor | None = None,
+    mu: float = 0.0,
+    decay: float = 0.0,
 ) -> None:
     """Write T tokens and R replay rows into W and F; see `ttt.ops.commit` for the formula."""
     if closed(gate):
@@ -153,13 +158,23 @@ def commit(
     sum_eta = ew.sum()
     drift = None if anchor is None else w - anchor.to(wide)
     g = (dw * ew.unsqueeze(1)).T @ xw
+    gain, at = 1.0, drift
+    if momentum is not None:
+        keep, share, carry, gain = coefficients(mu, tokens)
+        old = momentum.to(wide, copy=True)
+        stochastic_round_(momentum, keep * old + share * g, momentum_rounding_bits(*weight.shape, step, seed))
+        g = carry * old + gain * g
+        at = drift if drift is None else drift - carry * old
     if replay_rows_ and (seen is None or int(seen) > 0):
         xr, v = replay_rows(memory, seen, step, replay_rows_, seed, replay, beta, eps, sum_eta)
-        e = xr @ drift.T - ((xr @ xw.T) * ew) @ dw
+        e = xr @ at.T - gain * (((xr @ xw.T) * ew) @ dw)
         g = g + e.T @ v
     pull = 0.0
     if lam > 0:
         pull = lam * sum_eta * _values(importance, n, wide)
+    if decay > 0:
+        pull = pull + decay * sum_eta
+    if lam > 0 or decay > 0:
         g = g + pull * drift
     stochastic_round_(weight, w - g / (1 + pull), rounding_bits(*weight.shape, step, seed))
     if trace is not None and tokens:

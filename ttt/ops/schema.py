@@ -25,7 +25,8 @@ _SCHEMAS = {
         "(Tensor(a!) weight, Tensor? anchor, Tensor? importance, Tensor(b!)? trace, Tensor x, Tensor delta, "
         "Tensor eta, Tensor? trace_delta, Tensor? memory, Tensor? seen, Tensor(c!) step, int seed, int replay_rows, "
         "str replay, float beta, float eps, float lam, float gamma, str kind, "
-        "int trace_every=1, bool trace_fp8=False, Tensor? gate=None) -> ()"
+        "int trace_every=1, bool trace_fp8=False, Tensor? gate=None, Tensor(d!)? momentum=None, float mu=0., "
+        "float decay=0.) -> ()"
     ),
     "window_append": (
         "(Tensor(a!) win_x, Tensor(b!) win_delta, Tensor(c!) win_eta, Tensor(d!)? win_trace, Tensor x, Tensor delta, "
@@ -202,6 +203,7 @@ def check_window_append(
 def check_commit(
     weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
     seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every=1, trace_fp8=False, gate=None,
+    momentum=None, mu=0.0, decay=0.0,
 ) -> None:  # fmt: skip
     if weight.ndim != 2:
         raise ValueError(f"weight must have shape (m, n), got {tuple(weight.shape)}")
@@ -242,6 +244,16 @@ def check_commit(
         raise ValueError(f"lam must be >= 0, got {lam}")
     if lam > 0 and (anchor is None or importance is None):
         raise ValueError(f"lam = {lam} needs anchor and importance; one of them is None")
+    if not decay >= 0:
+        raise ValueError(f"decay must be >= 0, got {decay}")
+    if decay > 0 and anchor is None:
+        raise ValueError(f"decay = {decay} needs anchor, which is None")
+    if not 0 <= mu < 1:
+        raise ValueError(f"mu must be in [0, 1), got {mu}")
+    if mu > 0 and momentum is None:
+        raise ValueError(f"mu = {mu} needs momentum, which is None")
+    if momentum is not None:
+        _need("momentum", momentum, (m, n), state, weight)
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma must be in (0, 1], got {gamma}")
     if not eps >= 0:

@@ -8,6 +8,7 @@ from ttt.rules.base import Batch, Rule, configure, forward_inputs, masked, task_
 from ttt.rules.distil import LwF, SeenOutputs, TopLogits, distillation, top_distillation, top_logits
 from ttt.rules.distil_layer import LayerDistillation
 from ttt.rules.importance import EWC, MAS, SynapticIntelligence, measure_importance
+from ttt.rules.momentum import Momentum
 from ttt.rules.orthogonal import OrthogonalUpdates
 from ttt.rules.progressive import Progressive, ProgressiveNet, forward_task
 from ttt.rules.stream import LogitDistillation
@@ -22,6 +23,7 @@ __all__ = [
     "LayerDistillation",
     "LogitDistillation",
     "LwF",
+    "Momentum",
     "OrthogonalUpdates",
     "Progressive",
     "ProgressiveNet",

@@ -114,4 +114,4 @@ def configure(config: TTTConfig, rules: Iterable[Rule]) -> TTTConfig:
                 pair = f"{type(source[name]).__name__} and {type(rule).__name__}"
                 raise ValueError(f"rules cannot be combined: {pair} need {name} = {wanted[name]!r} and {value!r}")
             wanted[name], source[name] = value, rule
-    return dataclasses.replace(config, **{**DEFENCES, **wanted})  # type: ignore[arg-type]
+    return dataclasses.replace(config, **{**DEFENCES, "momentum": 0.0, **wanted})  # type: ignore[arg-type]

@@ -41,15 +41,19 @@ def _state(dtype: torch.dtype) -> torch.Tensor:
     return _meta(M, log8.width(N) if dtype == torch.uint8 else N, dtype=dtype)
 
 
-def _commit(dtype, state, kind, replay, rows, lam, tokens=16, every=1, fp8=False, gated=False) -> None:
+def _commit(
+    dtype, state, kind, replay, rows, lam, tokens=16, every=1, fp8=False, gated=False, given=False, momentum=None,
+    decay=0.0,
+) -> None:  # fmt: skip
     matrix = _meta(M, N, dtype=dtype)
     counter = _meta(1, dtype=torch.int64)
     with patch.object(commit, "capability", lambda device: (9, 0)):
         commit.commit(
             matrix, matrix, _state(state), _state(state) if kind else None,
             _meta(tokens, N, dtype=dtype), _meta(tokens, M, dtype=dtype), _meta(tokens, dtype=torch.float32), None,
-            _meta(CAPACITY, N, dtype=dtype), counter, counter, 0, rows, replay, 0.3, 1e-3, lam, 1.0, kind or "fisher",
-            every, fp8, counter if gated else None,
+            _meta(rows if given else CAPACITY, N, dtype=dtype), None if given else counter, counter, 0, rows, replay,
+            0.3, 1e-3, lam, 1.0, kind or "fisher", every, fp8, counter if gated else None,
+            None if momentum is None else _meta(M, N, dtype=momentum), 0.9 if momentum else 0.0, decay,
         )  # fmt: skip
 
 
@@ -102,6 +106,12 @@ def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
             (dtype, bf16, kind, "projection", 16, 1.0, {**size, "every": 4, "gated": True})
             for dtype, kind, size in itertools.product(dtypes, schema.KINDS, (few, many))
         ]
+        options += [
+            (dtype, state, "fisher", "projection", rows, lam, {**size, "momentum": moving, "decay": 0.1, "given": True})
+            for dtype, state, rows, lam, size, moving in itertools.product(
+                dtypes, (bf16, codes), (0, 16), (0.0, 1.0), (few, many), (bf16, fp32)
+            )
+        ]
         options += [(dtype, bf16, kind, "projection", 0, 1.0, {**many, "fp8": True, "every": every})
                     for dtype, kind, every in itertools.product(dtypes, ("fisher", "mas"), (1, 4))]  # fmt: skip
     else:
@@ -113,10 +123,13 @@ def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
             (bf16, codes, "fisher", "projection", 0, 1.0, {**many, "fp8": True}),
             (fp32, fp32, "fisher", "projection", 64, 1.0, few),
             (fp16, bf16, "mas", "gradient", 0, 1.0, few),
+            (bf16, bf16, "fisher", "projection", 16, 1.0, {**few, "momentum": bf16, "decay": 0.1, "given": True}),
+            (fp32, fp32, "fisher", "projection", 16, 1.0, {**few, "momentum": fp32}),
+            (bf16, bf16, "fisher", "projection", 16, 0.0, {**many, "momentum": bf16, "decay": 0.1}),
         ]
     for *which, size in options:
         dtype, state, kind, replay, rows, lam = which
-        extra = "".join(f" {k}={int(v)}" for k, v in size.items())
+        extra = "".join(f" {k}={_name(v) if isinstance(v, torch.dtype) else f'{v:g}'}" for k, v in size.items())
         label = f"{_name(dtype)}/{_name(state)} {kind or 'no trace'} R={rows} {replay} lam={lam:g}{extra}"
         yield label, lambda a=which, b=size: _commit(*a, **b)
     for dtype in dtypes if everything else dtypes[:2]:

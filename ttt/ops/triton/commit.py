@@ -4,9 +4,10 @@ With d = W - W*, X: T x n, D and P: T x m, X_r: R x n drawn from the memory, U: 
 
     G = D^T diag(eta) X + U^T X_r              m x n     never stored: made tile by tile
     S = (P*P)^T diag(c gamma^age) (X*X), |P|^T diag(c gamma^age) |X| or P^T diag(c) X, by kind
-    W <- W - (G + a d) / (1 + a)               a = lam (sum eta) Omega; `update` does it
+    W <- W - (G + a d) / (1 + a)               a = (sum eta) (lam Omega + decay); `update` does it
     F <- gamma^T F + S                         for SI with S * (W_old - W_new)
 
+With a momentum M the tokens' part of G becomes carry M + gain G before U^T X_r joins it, and M <- remember M + share G.
 S runs over all tokens, c = 1, or over one of each `trace_every`, c being the size of its group. Up to FEW_TOKENS
 tokens `_commit` makes the products of a tile itself and finishes it at once: one pass over W, W*, Omega and F, which
 bounds it. For more, `panels` leaves the products to torch's matmul. Nothing here waits for the host, and all of it can
@@ -28,15 +29,17 @@ import triton.language as tl
 
 from ttt.ops import log8
 from ttt.ops.gate import advance
+from ttt.ops.momentum import coefficients
 from ttt.ops.triton import panels, replay
 from ttt.ops.triton.common import INTERPRETED, choose_token, signed
-from ttt.ops.triton.update import in_order, load_state, outer, replayed, squares, update
+from ttt.ops.triton.update import in_order, load_state, outer, pass_momentum, replayed, squares, update
 
 
 @triton.jit(do_not_specialize=["tokens", "every", "groups", "rows", "capacity", "seed"])
 def _commit(
     weight, anchor, importance, trace, x, delta, trace_delta, eta, response, memory, seen, step, gate,
-    tokens, every, groups, rows, capacity, m, n, width, seed, lam, keep, log2_gamma,
+    momentum, tokens, every, groups, rows, capacity, m, n, width, seed, lam, decay, keep, log2_gamma,
+    carry, gain, remember, share,
     KIND: tl.constexpr, SAMPLED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
     G_AS: tl.constexpr, S_AS: tl.constexpr,
 ):  # fmt: skip
@@ -51,12 +54,15 @@ def _commit(
     # The tile's state is asked for first, and arrives from memory while the products are made.
     at, inside = (i0 * n + j0) + (i[:, None] * n + j), row[:, None] & column
     old = tl.load(weight + at, mask=inside, other=0)
-    origin, omega, before = None, None, None
-    if importance is not None:
+    origin, omega, before, velocity = None, None, None, None
+    if anchor is not None:
         origin = tl.load(anchor + at, mask=inside, other=0)
+    if importance is not None:
         omega = load_state(importance, i0, j0, i, j, n, width, inside)
     if trace is not None:
         before = load_state(trace, i0, j0, i, j, n, width, inside)
+    if momentum is not None:
+        velocity = tl.load(momentum + at, mask=inside, other=0)
 
     g = tl.zeros((BM, BN), tl.float32)
     s = tl.zeros((BM, BN), tl.float32)
@@ -86,10 +92,23 @@ def _commit(
             age = tl.where(group, tokens - 1 - chosen, 0)
             p, q = squares(p, xt, age, size.to(tl.float32), log2_gamma, KIND, SAMPLED)
             s = outer(p, q, s, S_AS)
-    if response is not None:
-        g = replayed(response, memory, seen, step, g, rows, capacity, i0, j0, i, j, m, n, seed, 16, G_AS)
+    if momentum is not None:
+        g = pass_momentum(
+            in_order(g), velocity, momentum, step, seed, carry, gain, remember, share, i0, j0, i, j, m, n, BM, BN
+        )
+        if response is not None:
+            u_x = tl.zeros((BM, BN), tl.float32)
+            g += in_order(
+                replayed(response, memory, seen, step, u_x, rows, capacity, i0, j0, i, j, m, n, seed, 16, G_AS)
+            )
+    else:
+        if response is not None:
+            g = replayed(response, memory, seen, step, g, rows, capacity, i0, j0, i, j, m, n, seed, 16, G_AS)
+        g = in_order(g)
+    if decay is not None:
+        decay *= total
     update(
-        in_order(g), in_order(s), old, origin, omega, before, weight, importance, trace, step, seed, lam * total, keep,
+        g, in_order(s), old, origin, omega, before, weight, importance, trace, step, seed, lam * total, decay, keep,
         i0, j0, i, j, m, n, width, KIND, BM, BN,
     )  # fmt: skip
 
@@ -148,26 +167,33 @@ def commit(
     trace_every: int = 1,
     trace_fp8: bool = False,
     gate: torch.Tensor | None = None,
+    momentum: torch.Tensor | None = None,
+    mu: float = 0.0,
+    decay: float = 0.0,
 ) -> None:
     (m, n), tokens, seed = weight.shape, eta.numel(), signed(seed)
     if m and n:
         response = None
+        momentum = momentum if tokens else None
+        remember, share, carry, gain = coefficients(mu, tokens) if momentum is not None else [None] * 4
         if replay_rows:
             response = replay.respond(
-                weight, anchor, x, delta, eta, memory, seen, step, seed, replay_rows, replay_kind, beta, eps, gate
-            )
-        if lam == 0:
-            anchor = importance = None
+                weight, anchor, x, delta, eta, memory, seen, step, seed, replay_rows, replay_kind, beta, eps, gate,
+                momentum, carry, gain,
+            )  # fmt: skip
+        importance = importance if lam > 0 else None
+        anchor = anchor if lam > 0 or decay > 0 else None
         trace = trace if tokens else None
         every = min(trace_every, max(tokens, 1))
         shared = {
             "tokens": tokens, "every": every, "groups": triton.cdiv(tokens, every), "rows": replay_rows,
             "capacity": memory.shape[0] if replay_rows else 0, "m": m, "n": n, "width": log8.width(n), "seed": seed,
-            "lam": lam, "keep": gamma**tokens, "log2_gamma": None if gamma == 1 else math.log2(gamma),
-            "KIND": kind, "SAMPLED": every > 1,
+            "lam": lam, "decay": decay if decay > 0 else None, "keep": gamma**tokens,
+            "log2_gamma": None if gamma == 1 else math.log2(gamma), "carry": carry, "gain": gain,
+            "remember": remember, "share": share, "KIND": kind, "SAMPLED": every > 1,
         }  # fmt: skip
         state = (weight, anchor, importance, trace)
-        rows = (response, memory if replay_rows else None, seen if replay_rows else None, step, gate)
+        rows = (response, memory if replay_rows else None, seen if replay_rows else None, step, gate, momentum)
         if tokens > FEW_TOKENS:
             fp8 = trace_fp8 and not why_not_fp8(tokens, weight.device)
             panels.commit(*state, x, delta, trace_delta, eta, *rows, **shared, fp8=fp8)

@@ -81,6 +81,14 @@ def weight_bits(words):
 
 
 @triton.jit
+def momentum_bits(i, group, step, seed):
+    """16 bits (BM x BN) for the elements of a momentum: those of the other pair of four columns in `rounding_words`."""
+    w0, w1, w2, w3 = tl.philox(seed, group.to(tl.uint32)[None, :], i.to(tl.uint32)[:, None], step, ROUND,
+                               n_rounds=ROUND_ROUNDS)  # fmt: skip
+    return weight_bits(tl.interleave(tl.interleave(w1, w3), tl.interleave(w0, w2)))
+
+
+@triton.jit
 def trace_bits(words):
     """The bits of the other column of each pair: `ttt.ops.philox` says why."""
     return tl.interleave(words >> 16, words & 0xFFFF)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from ttt.ops.triton.common import INTERPRETED, choose_token
-from ttt.ops.triton.update import in_order, load_state, replayed, squares, update
+from ttt.ops.triton.update import in_order, load_state, pass_momentum, replayed, squares, update
 
 PANEL_BYTES = 32 << 20
 ALIGN = 16  # float8 matrices have sides that are multiples of it
@@ -92,8 +92,8 @@ def _factors(
 
 @triton.jit(do_not_specialize=["rows", "capacity", "seed"])
 def _finish(
-    weight, anchor, importance, trace, g_panel, s_panel, total, response, memory, seen, step, gate,
-    rows, capacity, m, n, width, first, g_stride, s_stride, seed, lam, keep,
+    weight, anchor, importance, trace, g_panel, s_panel, total, response, memory, seen, step, gate, momentum,
+    rows, capacity, m, n, width, first, g_stride, s_stride, seed, lam, decay, keep, carry, gain, remember, share,
     KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, AS: tl.constexpr,
 ):  # fmt: skip
     """A BM x BN tile of W and F, whose G without replay and S stand in panels that begin at column ``first``."""
@@ -109,20 +109,26 @@ def _finish(
     g = tl.load(g_panel + (i0 * g_stride + local) + (i[:, None] * g_stride + j), mask=inside, other=0)
     s = 0.0
     pull = 0.0
-    if importance is not None:
+    if anchor is not None:
         origin = tl.load(anchor + at, mask=inside, other=0)
+    if importance is not None:
         omega = load_state(importance, i0, j0, i, j, n, width, inside)
         pull = lam * tl.load(total)
+    if decay is not None:
+        decay *= tl.load(total)
     if trace is not None:
         before = load_state(trace, i0, j0, i, j, n, width, inside)
         s = tl.load(s_panel + (i0 * s_stride + local) + (i[:, None] * s_stride + j), mask=inside, other=0)
+    if momentum is not None:
+        velocity = tl.load(momentum + at, mask=inside, other=0)
+        g = pass_momentum(g, velocity, momentum, step, seed, carry, gain, remember, share, i0, j0, i, j, m, n, BM, BN)
     if response is not None:
         u_x = tl.zeros((BM, BN), tl.float32)
         u_x = replayed(response, memory, seen, step, u_x, rows, capacity, i0, j0, i, j, m, n, seed, BR, AS)
         g += in_order(u_x)
     update(
-        g, s, old, origin, omega, before, weight, importance, trace, step, seed, pull, keep, i0, j0, i, j, m, n, width,
-        KIND, BM, BN,
+        g, s, old, origin, omega, before, weight, importance, trace, step, seed, pull, decay, keep, i0, j0, i, j, m, n,
+        width, KIND, BM, BN,
     )  # fmt: skip
 
 
@@ -177,8 +183,8 @@ def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def commit(
-    weight, anchor, importance, trace, x, delta, trace_delta, eta, response, memory, seen, step, gate,
-    *, rows, capacity, m, n, width, seed, lam, keep, fp8, **shared,
+    weight, anchor, importance, trace, x, delta, trace_delta, eta, response, memory, seen, step, gate, momentum,
+    *, rows, capacity, m, n, width, seed, lam, decay, keep, carry, gain, remember, share, fp8, **shared,
 ) -> None:  # fmt: skip
     dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
     left, left_s, right_s, scales = _factors_of(
@@ -205,7 +211,8 @@ def commit(
             s = _product(left_s, right_s[:, first:last])
         grid = (triton.cdiv(last - first, blocks["BN"]), triton.cdiv(m, blocks["BM"]))
         _finish[grid](
-            weight, anchor, importance, trace, g, s, total, response, memory, seen, step, gate, rows, capacity, m, n,
-            width, first, last - first, 0 if s is None else s.shape[1], seed, lam, keep, KIND=shared["KIND"], **blocks,
+            weight, anchor, importance, trace, g, s, total, response, memory, seen, step, gate, momentum, rows,
+            capacity, m, n, width, first, last - first, 0 if s is None else s.shape[1], seed, lam, decay, keep,
+            carry, gain, remember, share, KIND=shared["KIND"], **blocks,
         )  # fmt: skip
         del g, s  # so that the next panel takes the same memory, which the cache holds

@@ -2,7 +2,8 @@
 
 With d = W - W*, X_r (R x n) drawn from the memory, A = X_r X_r^T + eps tr/R I::
 
-    E = X_r d^T - ((X_r X^T) * eta) D          R x m     `_products`, then `_drift` in slabs
+    E = X_r d^T - ((X_r X^T) * eta) D          R x m     `_products`, then `_drift` in slabs; with a momentum
+                                                         X_r (d - carry M)^T - gain ((X_r X^T) * eta) D
     U = beta A^-1 E                            R x m     `_invert`, then `_project`; or beta (sum eta) E
 
 The commit subtracts U^T X_r, which is E^T V with V = beta A^-1 X_r as A^-1 is symmetric: the replay rows are R
@@ -72,8 +73,8 @@ def _invert(inverse, products, gate, tokens, rows, eps, RP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens", "rows", "capacity", "columns", "slabs", "seed"])
 def _drift(
-    drift, weight, anchor, memory, seen, step, products, delta, gate,
-    tokens, rows, capacity, m, n, columns, slabs, seed,
+    drift, weight, anchor, memory, seen, step, products, delta, gate, momentum,
+    tokens, rows, capacity, m, n, columns, slabs, seed, carry, gain,
     BM: tl.constexpr, BK: tl.constexpr, SLAB: tl.constexpr, RP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """drift (slabs x R x m): the part of E for BM rows of W and W*, over SLAB of their columns or SLAB tokens."""
@@ -93,11 +94,15 @@ def _drift(
         xr = tl.load(memory + index[:, None] * n + k, mask=live[:, None] & (k < n), other=0).to(tl.float32)
         w = tl.load(weight + i[:, None] * n + k, mask=inside, other=0).to(tl.float32)
         w -= tl.load(anchor + i[:, None] * n + k, mask=inside, other=0).to(tl.float32)
+        if momentum is not None:
+            w -= carry * tl.load(momentum + i[:, None] * n + k, mask=inside, other=0).to(tl.float32)
         acc = tl.dot(xr, tl.trans(w), acc, input_precision=PRECISION)
     first = (slab - slabs) * SLAB
     for t0 in range(first, tl.where(slab < slabs, first, tl.minimum(first + SLAB, tokens)), 16):
         t = t0 + tl.arange(0, 16).to(tl.int64)
         cross = tl.load(products + r[:, None] * columns + t, mask=live[:, None] & (t < tokens), other=0)
+        if gain is not None:
+            cross *= gain
         d = tl.load(delta + t[:, None] * m + i, mask=(t < tokens)[:, None] & (i < m), other=0)
         # Unlike the rounding of d above, which all replay rows share, A^-1 would amplify one of the products.
         acc -= tl.dot(
@@ -145,7 +150,10 @@ _BLOCKS = {  # _drift, by the weight's dtype
 }
 
 
-def respond(weight, anchor, x, delta, eta, memory, seen, step, seed, rows, replay, beta, eps, gate) -> torch.Tensor:
+def respond(
+    weight, anchor, x, delta, eta, memory, seen, step, seed, rows, replay, beta, eps, gate,
+    momentum=None, carry=None, gain=None,
+) -> torch.Tensor:  # fmt: skip
     """U (R x m), float32. Where ``gate`` holds 0 its content is undefined."""
     (m, n), tokens, capacity = weight.shape, eta.numel(), memory.shape[0]
     gradient, padded, blocks = replay == "gradient", padded_rows(rows), _BLOCKS[weight.dtype]
@@ -165,8 +173,8 @@ def respond(weight, anchor, x, delta, eta, memory, seen, step, seed, rows, repla
     if not gradient:
         _invert[(1,)](inverse, products, gate, tokens, rows, eps, RP=padded, num_warps={16: 2, 32: 4, 64: 8}[padded])
     _drift[(triton.cdiv(m, blocks["BM"]), all_slabs)](
-        drift, weight, anchor, memory, seen, step, products, delta, gate, tokens, rows, capacity, m, n, columns, slabs,
-        seed, RP=padded, **blocks,
+        drift, weight, anchor, memory, seen, step, products, delta, gate, momentum, tokens, rows, capacity, m, n,
+        columns, slabs, seed, carry, gain, RP=padded, **blocks,
     )  # fmt: skip
     _project[(triton.cdiv(m, 32),)](
         response, None if gradient else inverse, drift, eta, gate, tokens, rows, all_slabs, m, beta,

@@ -1,7 +1,8 @@
 """What becomes of one tile of W and F once its G and S are known, and the factors of both: the fused kernel and the
 panels share them.
 
-    W <- W - (G + a d) / (1 + a)               a = lam (sum eta) Omega, d = W - W*
+    G <- carry M + gain G;  M <- keep M + share G        with a momentum, before the replay rows join G
+    W <- W - (G + a d) / (1 + a)               a = (sum eta) (lam Omega + decay), d = W - W*
     F <- gamma^T F + S                         for SI: S = S' * (W_old - W_new), with S' = P^T X
 
 16-bit weights and traces are rounded stochastically, and 8-bit ones written in the blocks of `ttt.ops.log8`,
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ttt.ops import log8
-from ttt.ops.triton.common import draw, rounding_words, trace_bits, weight_bits
+from ttt.ops.triton.common import draw, momentum_bits, rounding_words, trace_bits, weight_bits
 
 BLOCK = tl.constexpr(log8.BLOCK)
 FIRST = tl.constexpr(log8.FIRST)
@@ -171,19 +172,41 @@ def _store_codes(state, value, bits, i0, j0, i, j, m, n, width, inside, BM: tl.c
 
 
 @triton.jit
+def pass_momentum(
+    g, velocity, momentum, step, seed, carry, gain, remember, share, i0, j0, i, j, m, n, BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """carry M + gain G for a tile in order; M, of which ``velocity`` is the tile, becomes remember M + share G."""
+    velocity = velocity.to(tl.float32)
+    after = remember * velocity + share * g
+    bits = tl.zeros((BM, BN), tl.uint32)
+    if momentum.dtype.element_ty != tl.float32:
+        bits = momentum_bits(i0 + i, j0 // 8 + tl.arange(0, BN // 8), tl.load(step).to(tl.uint32), seed)
+    inside = (i < m - i0)[:, None] & (j < n - j0)
+    after = rounded(after, bits, momentum.dtype.element_ty)
+    tl.store(momentum + (i0 * n + j0) + (i[:, None] * n + j), after, mask=inside)
+    return carry * velocity + gain * g
+
+
+@triton.jit
 def update(
-    g, s, old, origin, omega, before, weight, importance, trace, step, seed, pull, keep, i0, j0, i, j, m, n, width,
-    KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    g, s, old, origin, omega, before, weight, importance, trace, step, seed, pull, decay, keep, i0, j0, i, j, m, n,
+    width, KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Write the tile of W and F whose first element is (i0, j0), from its G and S.
 
-    ``old``, ``origin``, ``omega`` and ``before`` are its W, W*, Omega and F as stored, None where not needed.
+    ``old``, ``origin``, ``omega`` and ``before`` are its W, W*, Omega and F as stored, None where not needed; ``pull``
+    and ``decay`` are lam and decay times sum eta.
     """
     inside = (i < m - i0)[:, None] & (j < n - j0)
     old = old.to(tl.float32)
-    if importance is not None:
+    if origin is not None:
         # The proximal step W* + (W - G - W*) / (1 + a), written so that G = 0 and a = 0 change no bit.
-        a = pull * _values(omega, importance, i0, j0, i, m, n, width, BM, BN)
+        a = 0.0
+        if importance is not None:
+            a = pull * _values(omega, importance, i0, j0, i, m, n, width, BM, BN)
+        if decay is not None:
+            a += decay
         g = (g + a * (old - origin.to(tl.float32))) / (1.0 + a)
     words = tl.zeros((BM, BN // 2), tl.uint32)
     if weight.dtype.element_ty != tl.float32 or (trace is not None and trace.dtype.element_ty != tl.float32):
