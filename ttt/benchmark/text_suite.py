@@ -42,7 +42,7 @@ class TextSuite:
         fixed = {name: getattr(CONFIG, name) for name in ("layers", "window", "chunk", "clip")}
         fixed["target_modules"] = list(CONFIG.target_modules or ())
         return {
-            "adapt": streams.ADAPT, "segment": streams.SEGMENT, "config": fixed,
+            "adapt": streams.ADAPT, "segment": streams.SEGMENT, "search": streams.SEARCH, "config": fixed,
             "fine_tuning": {"period": PERIOD, "epochs": EPOCHS}, "neighbours": NEIGHBOURS,
         }  # fmt: skip
 
