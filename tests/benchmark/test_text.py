@@ -1,6 +1,7 @@
 """The text suite: every method on a tiny random model, and its figures and curves on runs made by hand."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -207,6 +208,16 @@ def record(name, new, old, scenario="adapt-html", **more):
 
 
 OTHERS = {"frozen": record("frozen", 3.0, 1.0), "naive": record("naive", 2.0, 1.5)}
+
+
+def test_protocol_and_options_are_what_json_gives_back():
+    suite = TextSuite()
+    for value in (suite.protocol(), suite.facts(), *(options_of(name) for name in METHODS)):
+        assert json.loads(json.dumps(value)) == value  # or finished runs would not be known again
+    for name, found in METHODS.items():
+        option, values = suite.sweep(name, "adapt-html") or ("", ())
+        assert not values or option in found.grid
+        assert len(set(values)) == len(values)
 
 
 def test_shares_are_of_naive():

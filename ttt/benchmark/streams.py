@@ -39,7 +39,7 @@ SCENARIOS = (*(f"adapt-{domain}" for domain in REPORTED), "recurring")
 TUNED_ON = "tuning"
 """The scenario that options are chosen in: an even seed reads the headers, an odd one JavaScript."""
 
-ADAPT, SEGMENT = 12288, 6144  # bytes; multiples of CONTEXT
+ADAPT, SEGMENT, SEARCH = 12288, 6144, 8192  # bytes; multiples of CONTEXT
 HELD_WINDOWS = 4
 MINIMUM = 60_000
 _HELD = 5  # one part in so many
@@ -223,7 +223,7 @@ def stream(scenario: str, seed: int, *, tuning: bool = False) -> Stream:
 
     * ``adapt-DOMAIN``: `ADAPT` bytes of one domain.
     * ``recurring``: segments of `SEGMENT` bytes of all the reported domains, in the order of `visits`.
-    * ``tuning``: `ADAPT` bytes of a domain that is not reported.
+    * ``tuning``: `SEARCH` bytes of a domain that is not reported.
 
     Raises:
         ValueError: for an unknown scenario, or one that ``tuning`` does not fit.
@@ -238,7 +238,7 @@ def stream(scenario: str, seed: int, *, tuning: bool = False) -> Stream:
         lengths, order = [SEGMENT], [domains[i] for i in visits(len(domains))]
     else:
         domains = [TUNING[seed % len(TUNING)] if tuning else scenario.removeprefix("adapt-")]
-        lengths, order = [ADAPT], domains
+        lengths, order = [SEARCH if tuning else ADAPT], domains
     cuts = {d: cut(streamed(d), lengths * order.count(d), generator) for d in domains}
     fresh = {d: iter(pieces) for d, (pieces, _) in cuts.items()}
     return Stream([Segment(d, next(fresh[d])) for d in order], torch.cat([other for _, other in cuts.values()]))

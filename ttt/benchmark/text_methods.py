@@ -30,12 +30,12 @@ PERIOD, EPOCHS, NEIGHBOURS = 2048, 2, 32
 ROWS, CAPACITY = 4, 256  # inputs replayed a commit; sequences of 64 bytes in a replay memory of text
 
 RATES = (0.01, 0.02)
-LAMBDAS = (0.001, 0.003, 0.01, 0.03)
+LAMBDAS = (0.003, 0.01, 0.03)
 # Sweeps go from hardly any protection to hardly any learning.
-LAMBDA_SWEEP: Sweep = ("ewc_lambda", (0.0003, 0.003, 0.03, 0.3))
-BETAS = (0.05, 0.1, 0.2, 0.4)
-BETA_SWEEP: Sweep = ("replay_beta", (0.03, 0.1, 0.3, 1.0))
-RATE_SWEEP: Sweep = ("lr", (0.001, 0.0025, 0.005, 0.01, 0.02))
+LAMBDA_SWEEP: Sweep = ("ewc_lambda", (0.0005, 0.02, 0.2))
+BETAS = (0.1, 0.2, 0.4)
+BETA_SWEEP: Sweep = ("replay_beta", (0.03, 0.3, 1.0))
+RATE_SWEEP: Sweep = ("lr", (0.001, 0.0025, 0.005, 0.01))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,22 +108,22 @@ METHODS: dict[str, TextMethod] = {
         "regularisation", {"lr": RATES, "ewc_lambda": LAMBDAS}, {"importance": "mas"}, sweep=LAMBDA_SWEEP
     ),
     "LwF": TextMethod(
-        "distillation", {"lr": RATES, "weight": (0.1, 0.3, 1.0)}, sweep=("weight", (0.03, 0.1, 0.3, 1.0)),
+        "distillation", {"lr": RATES, "weight": (0.1, 0.3, 1.0)}, sweep=("weight", (0.03, 0.3, 3.0)),
         rules=[lambda o, seed, known: LogitDistillation(o["weight"])],
     ),
     "layer LwF": TextMethod(
         "distillation", {"lr": RATES, "replay_beta": BETAS}, {"distill_rows": ROWS}, sweep=BETA_SWEEP
     ),
     "ER": TextMethod(
-        "replay", {"lr": RATES, "weight": (0.3, 1.0)}, sweep=("weight", (0.1, 0.3, 1.0, 3.0)),
+        "replay", {"lr": RATES, "weight": (0.3, 1.0)}, sweep=("weight", (0.1, 0.5, 3.0)),
         rules=[lambda o, seed, known: SequenceReplay(CAPACITY, weight=o["weight"], base=known, seed=seed)],
     ),
     "DER++": TextMethod(
-        "replay", {"lr": RATES, "alpha": (0.3, 1.0)}, sweep=("alpha", (0.1, 0.3, 1.0, 3.0)),
+        "replay", {"lr": RATES, "alpha": (0.3, 1.0)}, sweep=("alpha", (0.1, 0.5, 3.0)),
         rules=[lambda o, seed, known: DarkSequenceReplay(CAPACITY, alpha=o["alpha"], beta=0.5, base=known, seed=seed)],
     ),
     "generative replay": TextMethod(
-        "replay", {"lr": RATES, "weight": (0.3, 1.0)}, sweep=("weight", (0.1, 0.3, 1.0, 3.0)),
+        "replay", {"lr": RATES, "weight": (0.3, 1.0)}, sweep=("weight", (0.1, 0.5, 3.0)),
         rules=[lambda o, seed, known: SampledReplay(weight=o["weight"])],
     ),
     "layer replay": TextMethod(
@@ -133,27 +133,27 @@ METHODS: dict[str, TextMethod] = {
         "replay", {"lr": RATES, "replay_beta": BETAS}, {"generated_rows": 4 * ROWS}, sweep=BETA_SWEEP
     ),
     "EWC + layer replay": TextMethod(
-        "combination", {"lr": RATES, "ewc_lambda": (0.001, 0.003, 0.01), "replay_beta": (0.05, 0.1, 0.2)},
+        "combination", {"lr": (0.02,), "ewc_lambda": (0.001, 0.003, 0.01), "replay_beta": (0.05, 0.1, 0.2)},
         {"replay_rows": ROWS}, sweep=LAMBDA_SWEEP,
     ),
     "orthogonal": TextMethod(
-        "orthogonal", {"lr": (0.02, 0.04), "orthogonal": (8, 16, 32)}, sweep=("orthogonal", (4, 16, 64, 128))
+        "orthogonal", {"lr": (0.02, 0.04), "orthogonal": (8, 16, 32)}, sweep=("orthogonal", (4, 24, 96))
     ),
     "orthogonal + layer replay": TextMethod(
-        "orthogonal", {"lr": (0.02, 0.04), "orthogonal": (8, 16, 32), "replay_beta": (0.1, 0.2)},
+        "orthogonal", {"lr": (0.02, 0.04), "orthogonal": (8, 16), "replay_beta": (0.1, 0.2)},
         {"replay_rows": ROWS}, sweep=BETA_SWEEP,
     ),
     # What is done today instead of learning.
     "in-context only": TextMethod("workaround", reader=lambda lab, *_: readers.InContext(lab.model)),
     "kNN-LM": TextMethod(
-        "workaround", {"weight": (0.1, 0.2, 0.4), "temperature": (3.0, 10.0, 30.0)},
-        sweep=("weight", (0.05, 0.2, 0.4, 0.7)), reader=_neighbours,
+        "workaround", {"weight": (0.2, 0.4), "temperature": (3.0, 10.0, 30.0)},
+        sweep=("weight", (0.05, 0.3, 0.6)), reader=_neighbours,
     ),
     "fine-tuning": TextMethod(
-        "workaround", {"lr": (3e-4, 1e-3, 3e-3)}, sweep=("lr", (1e-4, 3e-4, 1e-3, 3e-3)), reader=_tune_layers
+        "workaround", {"lr": (3e-4, 1e-3, 3e-3)}, sweep=("lr", (1e-4, 5e-4, 2e-3)), reader=_tune_layers
     ),
     "fine-tuning (all)": TextMethod(
-        "workaround", {"lr": (1e-4, 3e-4, 1e-3)}, sweep=("lr", (3e-5, 1e-4, 3e-4, 1e-3)), reader=_tune_all
+        "workaround", {"lr": (1e-4, 3e-4, 1e-3)}, sweep=("lr", (3e-5, 2e-4, 5e-4)), reader=_tune_all
     ),
 }  # fmt: skip
 """Name -> method, in the order of the tables; what others are scored against comes first."""

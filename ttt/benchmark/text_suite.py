@@ -39,10 +39,10 @@ class TextSuite:
     )  # fmt: skip
 
     def protocol(self) -> Record:
-        config = CONFIG.to_dict()
-        fixed = {name: config[name] for name in ("target_modules", "layers", "window", "chunk", "clip")}
+        fixed = {name: getattr(CONFIG, name) for name in ("layers", "window", "chunk", "clip")}
+        fixed["target_modules"] = list(CONFIG.target_modules or ())
         return {
-            "adapt": streams.ADAPT, "segment": streams.SEGMENT, "config": fixed,
+            "adapt": streams.ADAPT, "segment": streams.SEGMENT, "search": streams.SEARCH, "config": fixed,
             "fine_tuning": {"period": PERIOD, "epochs": EPOCHS}, "neighbours": NEIGHBOURS,
         }  # fmt: skip
 
