@@ -13,6 +13,7 @@ from ttt.convert import adapt_, learning_layers, restore_
 from ttt.fork import Memory, fork, memory
 from ttt.generate import Generated
 from ttt.graphed import GraphedLearner
+from ttt.growth import GrowingLearner
 from ttt.guard import Check, Guard
 from ttt.info import info
 from ttt.learner import Learner, Outcome, Seen, Snapshot, capturable_, learning
@@ -21,6 +22,7 @@ __all__ = [
     "Check",
     "Generated",
     "GraphedLearner",
+    "GrowingLearner",
     "Guard",
     "Learner",
     "Memory",
