@@ -80,7 +80,7 @@ def test_strength_follows_the_drift():
     assert guard.strength == 8.0
     drifts, reference = iter([0.01, 0.0125, 0.015, 1.0, 1.0, 0.0095, 0.005, -0.5]), guard.reference
     guard.loss = lambda: reference * (1 + next(drifts))
-    for s in (8.0, 8 * 4**0.25, 8 * 4**0.75, 30.0, 30.0, 30 * 4**-0.05, 30 * 4**-0.175, 30 * 4**-0.3):
+    for s in (8.0, 8 * 4**0.25, 8 * 4**0.75, 30.0, 30.0, 30 * 4**-0.05, 30 * 4**-0.1125, 30 * 4**-0.175):
         seen = learner.observe(ids_of(1, 9))
         assert seen.strength == guard.history[-1].strength == pytest.approx(s)
         assert seen.rollbacks == 0
@@ -89,7 +89,7 @@ def test_strength_follows_the_drift():
             assert options["lam"] == pytest.approx(config.ewc_lambda * s)
             assert options["beta"] == 1.0  # of at most 2, where the projection is unstable
     guard.loss = lambda: reference
-    for _ in range(20):
+    for _ in range(40):
         learner.observe(ids_of(1, 9))
     assert guard.strength == 1.0
     assert learner.layers[0].commit_options()["lam"] == learner.config.ewc_lambda
@@ -260,6 +260,13 @@ def test_generate_is_guarded_too():
     learner.generate(ids_of(1, 9), max_new_tokens=8, learn_output=True, learn_every=4)
     assert guard.tokens == 8 + 8
     assert len(guard.history) == 1 + 2
+
+
+def test_a_fork_learns_at_the_configured_strength():
+    model, learner, guard = guarded()
+    other = ttt.Learner(ttt.fork(model))
+    assert {layer.strength for layer in learner.layers} == {guard.strength} == {8.0}
+    assert {layer.strength for layer in other.layers} == {1.0}
 
 
 def test_wrong_arguments_are_refused_and_change_nothing():

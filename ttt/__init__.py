@@ -18,6 +18,7 @@ from ttt.fleet.pool import Pool, pool_of, users
 from ttt.fork import Memory, fork, memory
 from ttt.generate import Generated
 from ttt.graphed import GraphedLearner
+from ttt.growth import GrowingLearner
 from ttt.guard import Check, Guard
 from ttt.info import info
 from ttt.learner import Learner, Outcome, Seen, Snapshot, capturable_, learning
@@ -33,6 +34,7 @@ __all__ = [
     "Fleet",
     "Generated",
     "GraphedLearner",
+    "GrowingLearner",
     "Guard",
     "Learner",
     "Memory",

@@ -68,7 +68,10 @@ def fork(model: nn.Module) -> nn.Module:
                 layer.shared.add(name)
         for b in layer.base.values():
             memo[id(b)] = b
-    return copy.deepcopy(model, memo)
+    forked = copy.deepcopy(model, memo)
+    for _, layer in learning_layers(forked):
+        layer.strength = 1.0  # its guard, if it has one, is another one
+    return forked
 
 
 @dataclasses.dataclass(frozen=True)

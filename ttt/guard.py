@@ -16,7 +16,7 @@ from ttt.nn import Linear, Update
 from ttt.nn.state import standing_in
 
 _LEVEL_TOKENS = 65536  # time constant of the running level of surprise
-_RISE, _FALL = 1 / 2, 1 / 8  # largest steps of the strength's exponent: protection is raised soon and lowered late
+_RISE, _FALL = 1 / 2, 1 / 16  # largest steps of the strength's exponent: protection is raised soon and lowered late
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Guard:
     Every ``every`` learnt tokens, drift = loss / loss of the frozen model - 1 is measured, and the strength s of the
     protection follows it, so that it settles where the drift is ``threshold``::
 
-        s <- min(cap, max(1, s strengthen^e))        e = min(1/2, max(-1/8, drift / threshold - 1))
+        s <- min(cap, max(1, s strengthen^e))        e = min(1/2, max(-1/16, drift / threshold - 1))
 
     If the drift is past ``bound``, e = 1/2 and the state goes back to the last one that was within the threshold, to
     the bit. At strength s the layers learn with ``ewc_lambda`` s and ``replay_beta`` min(s beta, 1) (never below the
@@ -146,9 +146,11 @@ class Guard:
 
     def pace(self, updates: list[tuple[Linear, Update]], nll: Tensor) -> None:
         """Scale the steps of ``updates``, from one chunk with losses ``nll``, and count its tokens."""
-        surprise, tokens = float(nll.mean(dtype=torch.float64)), nll.numel()
+        tokens = nll.numel()
+        surprise = float(nll.sum(dtype=torch.float64)) / max(tokens, 1)
         limit = self.surprise * self._level
-        rate = min(1.0, limit / surprise) ** 4 / (self.strength if self._step else 1.0)
+        rate = 1.0 if surprise <= limit else (limit / surprise) ** 4
+        rate /= self.strength if self._step else 1.0
         self._level += min(1.0, tokens / _LEVEL_TOKENS) * (min(surprise, limit) - self._level)
         if rate < 1.0:
             for _, update in updates:
