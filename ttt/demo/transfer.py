@@ -191,6 +191,14 @@ def plot(rows: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
+def _write(found: dict[str, Any], path: Path) -> None:
+    """``found`` with what follows from its rows."""
+    shares(found["rows"])
+    found["summary"] = summary(found["rows"])
+    found["default"] = default(found["summary"])
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bytes", type=int, default=12288)
@@ -215,10 +223,7 @@ def main() -> None:
                 rows.append(setting | model.measure(setting, stream))
                 console.print(name, text, rows[-1])
             found["rows"] += [{"model": name, "text": text} | row for row in rows]
-    shares(found["rows"])
-    found["summary"] = summary(found["rows"])
-    found["default"] = default(found["summary"])
-    args.json.write_text(json.dumps(found, indent=1) + "\n")
+            _write(found, args.json)  # every time, so that a run that is cut off leaves what it measured
     plot(found["rows"], args.json.with_suffix(".png"))
     for line in found["summary"]:
         console.print(line)
