@@ -60,14 +60,15 @@ def fleet_compress(
             left = left - (left @ xr.T) @ v
         if held > rank:
             left, right, gone = truncate(left, right, rank, shrink)
-            lost[u] += gone
+            lost[u] = (lost[u] + gone).clamp_max(torch.finfo(lost.dtype).max)
         if held and lam > 0:
             left, right = pull(left, right, lam * spent, importance_m.double(), importance_n.double())
         kept = len(left)
         for pool, part in ((a, left), (b, right)):
             size = pool.shape[2]
             bits = rounding_bits(kept, size, counter, seed) if pool.itemsize == 2 else None
-            stochastic_round_(pool[u, :kept], part.to(_wide(pool.dtype)), bits)
+            top = torch.finfo(pool.dtype).max  # what one user learnt may be absurd, but stays finite
+            stochastic_round_(pool[u, :kept], part.clamp(-top, top).to(_wide(pool.dtype)), bits)
             pool[u, kept:held].zero_()
         rows[u] = kept
         eta_sum[u] = 0
