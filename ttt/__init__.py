@@ -24,10 +24,11 @@ from ttt.info import info
 from ttt.learner import Learner, Outcome, Seen, Snapshot, capturable_, learning
 
 if TYPE_CHECKING:
+    from ttt.exchange import export_peft, import_peft
     from ttt.store import Store
 
 # Imported when first used.
-_LAZY = {"Store": "ttt.store"}
+_LAZY = {"Store": "ttt.store", "export_peft": "ttt.exchange", "import_peft": "ttt.exchange"}
 
 __all__ = [
     "Check",
@@ -46,7 +47,9 @@ __all__ = [
     "TTTConfig",
     "adapt_",
     "capturable_",
+    "export_peft",
     "fork",
+    "import_peft",
     "info",
     "learning",
     "learning_layers",
