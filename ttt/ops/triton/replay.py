@@ -157,6 +157,8 @@ def respond(
     """U (R x m), float32. Where ``gate`` holds 0 its content is undefined."""
     (m, n), tokens, capacity = weight.shape, eta.numel(), memory.shape[0]
     gradient, padded, blocks = replay == "gradient", padded_rows(rows), _BLOCKS[weight.dtype]
+    if momentum is not None:
+        blocks = {**blocks, "maxnreg": 255}  # left alone, the assembler aims at 80 in one variant, and spills a little
     columns = tokens if gradient else tokens + rows
     slabs = triton.cdiv(n, blocks["SLAB"])
     all_slabs = slabs + triton.cdiv(tokens, blocks["SLAB"])
