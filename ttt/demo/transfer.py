@@ -23,6 +23,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import ttt
+from ttt.config import DEFENCES
 from ttt.demo import pretrain
 from ttt.demo.model import CONFIG, CONTEXT, WEIGHTS, as_ids, bits_per_byte, windows
 from ttt.demo.run import calibration_batches, machine
@@ -33,7 +34,6 @@ CACHE = Path("build/models")
 MODELS = {"128x4": (128, 4, 600), "256x5": None, "384x2": (384, 2, 400)}
 """Name, hidden width x blocks -> (width, blocks, training steps), or None for the demo's own."""
 
-PLAIN = {"ewc_lambda": 0.0, "replay_rows": 0}
 RATES = {
     "constant": (0.0025, 0.005, 0.01, 0.02, 0.04),
     "rms": (0.03, 0.042, 0.06, 0.12),
@@ -102,7 +102,7 @@ class Model:
     def measure(self, setting: Row, stream: Tensor) -> dict[str, float]:
         """Bits per byte of ``stream``, each byte scored before it is learnt, and of held-out Python afterwards."""
         options: dict[str, Any] = {name: setting[name] for name in ("rate", "lr", "clip")}
-        config = dataclasses.replace(CONFIG, **options | ({} if setting["protected"] else PLAIN))
+        config = dataclasses.replace(CONFIG, **options | ({} if setting["protected"] else DEFENCES))
         model = ttt.adapt_(copy.deepcopy(self.base), config)
         learner = ttt.Learner(model, context=CONTEXT)
         if setting["protected"]:
