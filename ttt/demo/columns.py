@@ -35,7 +35,8 @@ FIRST = 1024  # bytes after a switch that are reported apart
 @torch.no_grad()
 def second_halves(model: nn.Module, rows: Tensor, reader: Any) -> tuple[float, dict[str, int]]:
     """(bits per byte of the second halves of ``rows`` (N, T), how often which column was chosen by the first)."""
-    total, chosen, half = 0.0, {}, rows.shape[1] // 2
+    total, half = 0.0, rows.shape[1] // 2
+    chosen: dict[str, int] = {}
     for row in rows.split(1):
         with reader.routed(row[:, :half]) as name:
             logits = model(input_ids=row).logits[0, half - 1 : -1].float()
@@ -74,7 +75,8 @@ def main() -> None:
         learner.calibrate(batches)
         growing = ttt.GrowingLearner(learner, rank=RANK) if name == "columns" else None
         reader: Any = growing or Single(learner)
-        rows, at = [], dict.fromkeys(texts, 0)
+        rows: list[dict[str, Any]] = []
+        at = dict.fromkeys(texts, 0)
         for domain in ORDER:
             start = at[domain]
             at[domain] += args.part
