@@ -134,7 +134,7 @@ def save(columns: Sequence[Column], model: nn.Module, path: str | os.PathLike) -
         "base_sha256": checkpoint._base_hash(model),
         "tensors_sha256": checkpoint._tensor_hash(tensors),
     }
-    checkpoint._write_atomically(Path(path), safetensors.torch.save(tensors, metadata))
+    checkpoint.write_atomically(Path(path), safetensors.torch.save(tensors, metadata))
 
 
 def load(model: nn.Module, path: str | os.PathLike) -> list[Column]:

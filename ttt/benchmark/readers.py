@@ -12,6 +12,8 @@ import ttt
 from ttt.benchmark.knn import Datastore
 from ttt.demo.model import LN2, bits_per_byte, score, score_in_context
 
+ROUTE = 128  # bytes by which a column is chosen
+
 
 class Reader:
     """Reads with a model that stays as it is, piece by piece, each with an empty context.
@@ -63,6 +65,30 @@ class Learning(Reader):
         held = ttt.memory(self.model).bytes
         rules = [t for rule in getattr(self.learner, "rules", ()) for t in rule.tensors()]
         return sum(held.values()) - held["weight"] + sum(t.numel() * t.element_size() for t in rules)
+
+
+class Growing(Learning):
+    """A `ttt.GrowingLearner`. Of text that is not learnt from, the first `ROUTE` bytes choose the column for the rest;
+    they are themselves scored by the column that was active."""
+
+    def __init__(self, growing: ttt.GrowingLearner) -> None:
+        super().__init__(growing.learner)
+        self.growing = growing
+
+    def read(self, ids: Tensor, start: int, end: int) -> Tensor:
+        return self.growing.observe(ids[:, start : end + 1]).nll
+
+    def bits(self, rows: Tensor) -> float:
+        total = 0.0
+        for row in rows.split(1):
+            known = row[:, : ROUTE + 1]
+            total += float(score(self.model, known).sum(dtype=torch.float64))
+            with self.growing.routed(known):
+                total += float(score(self.model, row)[:, known.shape[1] - 1 :].sum(dtype=torch.float64))
+        return total / LN2 / rows[:, 1:].numel()
+
+    def state_bytes(self) -> int:
+        return super().state_bytes() + self.growing.bytes()
 
 
 class Joint(Learning):

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+import ttt
 from ttt.benchmark import readers
 from ttt.config import DEFENCES, TTTConfig
+from ttt.demo.model import CONFIG
 from ttt.replay import DarkSequenceReplay, SampledReplay, SequenceReplay
 from ttt.rules import LogitDistillation, StreamRule
 
@@ -52,6 +54,7 @@ class TextMethod:
         score: what tuning maximises: "shares", the share of naive's gain less that of its forgetting; or "new", the
             gain alone.
         reader: from the lab, the stream, the options and a seed; None for a learner.
+        recurs: it also reads the long stream in which domains come back.
     """
 
     family: str
@@ -61,6 +64,7 @@ class TextMethod:
     sweep: Sweep | None = None
     score: str = "shares"
     reader: Callable[[Lab, Stream, Options, int], readers.Reader] | None = None
+    recurs: bool = True
 
     def config(self, base: TTTConfig, options: Options, seed: int) -> TTTConfig:
         """``base`` without its protection, under this method's fixed values and ``options``."""
@@ -90,17 +94,16 @@ def _tune_all(lab: Lab, stream: Stream, o: Options, seed: int) -> readers.Reader
     return readers.FineTuning(lab.model, None, o["lr"], PERIOD, EPOCHS, seed)
 
 
+def _growing(lab: Lab, stream: Stream, o: Options, seed: int) -> readers.Reader:
+    return readers.Growing(ttt.GrowingLearner(lab.learner(METHODS["growing columns"], o, seed)))
+
+
 METHODS: dict[str, TextMethod] = {
     "frozen": TextMethod("reference", reader=lambda lab, *_: readers.Reader(lab.model)),
     # Plain SGD at the rate that gains most on the new text: what shares are shares of.
     "naive": TextMethod("reference", {"lr": (0.005, 0.01, 0.02, 0.04)}, sweep=RATE_SWEEP, score="new"),
-    # And at the rate that is best by the score of the others.
-    "naive (own rate)": TextMethod("reference", {"lr": (0.001, 0.0025, 0.005, 0.01, 0.02)}),
     "joint": TextMethod("reference", {"lr": (0.005, 0.01, 0.02)}, reader=_joint),
     "EWC": TextMethod("regularisation", {"lr": RATES, "ewc_lambda": LAMBDAS}, sweep=LAMBDA_SWEEP),
-    "EWC (empirical)": TextMethod(
-        "regularisation", {"lr": RATES, "ewc_lambda": LAMBDAS}, {"fisher": "empirical"}, sweep=LAMBDA_SWEEP
-    ),
     "SI": TextMethod(
         "regularisation", {"lr": RATES, "ewc_lambda": LAMBDAS}, {"importance": "si"}, sweep=LAMBDA_SWEEP
     ),
@@ -112,7 +115,7 @@ METHODS: dict[str, TextMethod] = {
         rules=[lambda o, seed, known: LogitDistillation(o["weight"])],
     ),
     "layer LwF": TextMethod(
-        "distillation", {"lr": RATES, "replay_beta": BETAS}, {"distill_rows": ROWS}, sweep=BETA_SWEEP
+        "distillation", {"lr": RATES, "replay_beta": BETAS}, {"distill_rows": ROWS}, sweep=BETA_SWEEP, recurs=False
     ),
     "ER": TextMethod(
         "replay", {"lr": RATES, "weight": (0.3, 1.0)}, sweep=("weight", (0.1, 0.5, 3.0)),
@@ -130,18 +133,31 @@ METHODS: dict[str, TextMethod] = {
         "replay", {"lr": RATES, "replay_beta": BETAS}, {"replay_rows": ROWS}, sweep=BETA_SWEEP
     ),
     "layer generative": TextMethod(
-        "replay", {"lr": RATES, "replay_beta": BETAS}, {"generated_rows": 4 * ROWS}, sweep=BETA_SWEEP
+        "replay", {"lr": RATES, "replay_beta": BETAS}, {"generated_rows": 4 * ROWS}, sweep=BETA_SWEEP, recurs=False
     ),
     "EWC + layer replay": TextMethod(
         "combination", {"lr": (0.02,), "ewc_lambda": (0.001, 0.003, 0.01), "replay_beta": (0.05, 0.1, 0.2)},
         {"replay_rows": ROWS}, sweep=LAMBDA_SWEEP,
     ),
     "orthogonal": TextMethod(
-        "orthogonal", {"lr": (0.02, 0.04), "orthogonal": (8, 16, 32)}, sweep=("orthogonal", (4, 24, 96))
+        "orthogonal", {"lr": (0.02, 0.04), "orthogonal": (8, 16, 32)}, sweep=("orthogonal", (4, 24, 96)), recurs=False
     ),
     "orthogonal + layer replay": TextMethod(
         "orthogonal", {"lr": (0.02, 0.04), "orthogonal": (8, 16), "replay_beta": (0.1, 0.2)},
-        {"replay_rows": ROWS}, sweep=BETA_SWEEP,
+        {"replay_rows": ROWS}, sweep=BETA_SWEEP, recurs=False,
+    ),
+    # What ttt.demo.load_model() comes with: chosen by `python -m ttt.demo.tune`, on headers that the search reads, too.
+    "default": TextMethod(
+        "combination", {}, {name: getattr(CONFIG, name) for name in ("lr", "replay_beta", *DEFENCES)},
+        sweep=("lr", (0.01, 0.02, 0.08)),
+    ),
+    "momentum": TextMethod(
+        "regularisation", {"lr": (0.005, 0.01), "momentum": (0.5, 0.9), "decay": (0.1, 1.0)},
+        sweep=("decay", (0.03, 0.3, 3.0)), recurs=False,
+    ),
+    "growing columns": TextMethod(
+        "architecture", {"lr": RATES}, {name: getattr(CONFIG, name) for name in ("replay_beta", *DEFENCES)},
+        reader=_growing,
     ),
     # What is done today instead of learning.
     "in-context only": TextMethod("workaround", reader=lambda lab, *_: readers.InContext(lab.model)),
@@ -153,7 +169,8 @@ METHODS: dict[str, TextMethod] = {
         "workaround", {"lr": (3e-4, 1e-3, 3e-3)}, sweep=("lr", (1e-4, 5e-4, 2e-3)), reader=_tune_layers
     ),
     "fine-tuning (all)": TextMethod(
-        "workaround", {"lr": (1e-4, 3e-4, 1e-3)}, sweep=("lr", (3e-5, 2e-4, 5e-4)), reader=_tune_all
+        "workaround", {"lr": (1e-4, 3e-4, 1e-3)}, sweep=("lr", (3e-5, 2e-4, 5e-4)), reader=_tune_all,
+        recurs=False,
     ),
 }  # fmt: skip
 """Name -> method, in the order of the tables; what others are scored against comes first."""

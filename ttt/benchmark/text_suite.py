@@ -51,6 +51,8 @@ class TextSuite:
         return {"domains": held, "missing": streams.missing()}
 
     def fits(self, method: str, scenario: str) -> bool:
+        if scenario == "recurring" and not METHODS[method].recurs:
+            return False
         return scenario.removeprefix("adapt-") not in streams.missing()
 
     def family(self, name: str) -> str:

@@ -19,11 +19,12 @@ LN2 = math.log(2)
 CONFIG = TTTConfig(
     target_modules=["gate_proj", "up_proj", "down_proj"],
     layers="last:2",
-    lr=0.02,
+    lr=0.04,
     clip=3.0,
     ewc_lambda=0.003,
     replay_rows=4,
     replay_beta=0.1,
+    orthogonal=32,
 )
 
 

@@ -12,7 +12,8 @@ COLOURS = {
     "SGD": "#d62728",
     "EWC": "#ff7f0e",
     "replay": "#9467bd",
-    "EWC + replay": "#1f77b4",
+    "orthogonal": "#2ca02c",
+    "default": "#1f77b4",
 }
 
 STYLE = """
@@ -54,7 +55,7 @@ def _section(domain: str, one: dict, picture: str) -> str:
     for row in one["rows"]:
         share = ["" if row[k] is None else f"{100 * row[k]:.0f} %" for k in ("gain_share", "forgetting_share")]
         values = [f"{row['new_bpb']:.3f}", share[0], f"{row['old_bpb']:.3f}", share[1], f"{row['time_ratio']:.2f} x"]
-        ours = ' class="ours"' if row["method"] == "EWC + replay" else ""
+        ours = ' class="ours"' if row["method"] == "default" else ""
         line = "".join(f"<td>{value}</td>" for value in (html.escape(row["method"]), *values))
         cells.append(f"<tr{ours}>{line}</tr>")
     r = one["recall"]
@@ -63,9 +64,10 @@ def _section(domain: str, one: dict, picture: str) -> str:
 <table><tr><th>method<th>new text, bits/byte<th>gain, of SGD's<th>Python afterwards<th>forgetting, of SGD's<th>time</tr>
 {"".join(cells)}</table>
 <img src="{picture}" alt="learning curve, gain against forgetting, cost">
-<p>The weights that <b>EWC + replay</b> learnt were saved ({r["file_bytes"] / 1e6:.1f} MB) and loaded in a new process.
-On {r["bytes"]} bytes of the same kind that nobody has read it scores {r["loaded"]:.3f} bits per byte; the frozen model,
-and in-context learning with its empty context, {r["frozen"]:.3f}.</p>
+<p>The weights that the <b>default</b> learnt (EWC, replay and orthogonal updates together) were saved
+({r["file_bytes"] / 1e6:.1f} MB) and loaded in a new process. On {r["bytes"]} bytes of the same kind that nobody has
+read it scores {r["loaded"]:.3f} bits per byte; the frozen model, and in-context learning with its empty context,
+{r["frozen"]:.3f}.</p>
 """
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 
 import ttt
 from ttt.demo.model import as_ids, bits_per_byte, load_model, windows
-from ttt.demo.run import BOTH, EWC, Reader, calibration_batches, machine, methods
+from ttt.demo.run import DEFAULT, EWC, Reader, calibration_batches, machine, methods
 from ttt.demo.text import held_out_python, stream_of
 
 DTYPES = ("float32", "bfloat16", "8bit")
@@ -35,7 +35,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for domain in ("english", "headers"):
         stream = as_ids(stream_of(domain)[: args.bytes + 1])
-        for method in (BOTH, EWC):
+        for method in (DEFAULT, EWC):
             for consolidates in (False, True):
                 for dtype in DTYPES:
                     chosen = methods(config)[method]

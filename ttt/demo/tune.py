@@ -42,7 +42,7 @@ def grid(config: ttt.TTTConfig) -> dict[str, ttt.TTTConfig]:
         }  # fmt: skip
     tried["16 directions, lr 0.02"] = {**plain, "lr": 0.02, "orthogonal": 16}
     both = {"replay_rows": 4, "replay_beta": 0.1, "ewc_lambda": 0.003}
-    for k, lr in ((0, 0.04), (16, 0.03), (16, 0.04), (32, 0.04)):
+    for k, lr in ((0, 0.04), (16, 0.03), (16, 0.04), (32, 0.04), (32, 0.05), (64, 0.05)):
         tried[f"4 rows, beta 0.1 + EWC 0.003 + {k} directions, lr {lr}"] = {**both, "lr": lr, "orthogonal": k}
     start = {"lr": 0.02, "orthogonal": 0}
     return {name: dataclasses.replace(config, **{**start, **options}) for name, options in tried.items()}
