@@ -12,14 +12,10 @@ import random
 import select
 import signal
 import struct
-import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from states import assert_same_state, small_state

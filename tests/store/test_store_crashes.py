@@ -1,6 +1,7 @@
 """kill -9 at random moments. `crash.py` does the work, and does it 1,000 times when run by hand."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ def test_killed_writers_lose_nothing_acknowledged(url):
     """In a process of its own: it forks, and pytest's process may have threads."""
     seed = str(torch.initial_seed())  # from TTT_TEST_SEED, see tests/conftest.py
     command = [sys.executable, HERE / "crash.py", "--kills", "12", "--seed", seed, "--url", url]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent.parent)
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["acknowledged"] > 0

@@ -217,6 +217,26 @@ def test_an_index_that_fails_in_its_commit(three, monkeypatch, stands):
         assert_unharmed(three)
 
 
+@pytest.mark.parametrize("committed", [False, True])
+def test_an_interrupt_around_the_commit(three, monkeypatch, committed):
+    """Ctrl-C just before the commit, or just after it: what stands can be read, what does not is garbage."""
+    commit = three.index.commit
+
+    def interrupted(*args, **kwargs):
+        if committed:
+            commit(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with three.lease("ada") as lease, monkeypatch.context() as patch:
+        patch.setattr(three.index, "commit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            three.put(lease, small_state(4))
+    if committed:
+        assert_same_state(three.get("ada", 4).tensors, small_state(4))
+    else:
+        assert_unharmed(three)
+
+
 def test_an_index_locked_by_another_process(tmp_path):
     with ttt.Store(tmp_path) as store, ttt.Store(tmp_path, timeout=0.05) as other:
         put(store, "ada", 1)

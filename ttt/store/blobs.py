@@ -130,8 +130,10 @@ class FsspecBlobs(Blobs):
     """
 
     def __init__(self, url: str) -> None:
-        import fsspec
-
+        try:
+            import fsspec
+        except ImportError as error:
+            raise ImportError(f"{url} needs fsspec (pip install 'ttt[store]'): {error}") from error
         self.fs, root = fsspec.core.url_to_fs(url)
         self.root = root.rstrip("/")
 

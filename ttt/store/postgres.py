@@ -49,8 +49,10 @@ class PostgresIndex(Index):
 
     def __init__(self, conninfo: str, timeout: float = 30.0) -> None:
         super().__init__()
-        import psycopg
-
+        try:
+            import psycopg
+        except ImportError as error:
+            raise ImportError(f"PostgreSQL needs psycopg (pip install 'ttt[postgres]'): {error}") from error
         self._psycopg, self.error = psycopg, psycopg.Error
         self.conninfo, self.timeout = conninfo, timeout
         with self.transaction() as run:

@@ -185,9 +185,8 @@ class Store:
                 return self._commit(lease, blob)
             except OSError as error:
                 raise StorageFailure(f"the state of {lease.user!r} could not be written: {error}") from error
-        except CommitUncertain:
-            raise  # the version may stand: if it does not, the blob is garbage
-        except BaseException:
+        except (StaleLease, StorageFailure):
+            # Raised before the commit only. After any other, an interrupt say, the version may stand and need its blob.
             with contextlib.suppress(OSError):  # what cannot be removed now is garbage
                 self.blobs.remove(key)
             raise
