@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ttt import checkpoint
 from ttt.convert import require_layers
+from ttt.files import write_atomically
 
 _OVERSAMPLED, _ITERATIONS = 8, 2  # of the range finder, as Halko et al. advise for spectra that fall slowly
 
@@ -134,7 +135,7 @@ def save(columns: Sequence[Column], model: nn.Module, path: str | os.PathLike) -
         "base_sha256": checkpoint._base_hash(model),
         "tensors_sha256": checkpoint._tensor_hash(tensors),
     }
-    checkpoint.write_atomically(Path(path), safetensors.torch.save(tensors, metadata))
+    write_atomically(Path(path), safetensors.torch.save(tensors, metadata))
 
 
 def load(model: nn.Module, path: str | os.PathLike) -> list[Column]:

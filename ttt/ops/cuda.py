@@ -25,7 +25,7 @@ def _kernels() -> SimpleNamespace | None:
     if "triton" in unavailable:
         return None
     try:
-        from ttt.ops.triton import append, commit, project, reservoir, window_linear
+        from ttt.ops.triton import append, commit, fleet, project, reservoir, window_linear
     except ImportError as error:
         unavailable["triton"] = f"the Triton kernels cannot be imported ({error})"
         return None
@@ -37,13 +37,15 @@ def _kernels() -> SimpleNamespace | None:
         why_not_fp8=commit.why_not_fp8,
         reservoir_insert=reservoir.reservoir_insert,
         reservoir_draw=reservoir.reservoir_draw,
+        fleet_linear=fleet.fleet_linear,
+        fleet_append=fleet.fleet_append,
     )
 
 
-def _run(op: str, on: torch.Tensor, dtype: torch.dtype, *args, why: str = ""):
+def _run(op: str, on: torch.Tensor, dtype: torch.dtype, *args, why: str = "", fallback=None):
     """Call ``op`` on the device of ``on``: the Triton launcher if there is one for ``dtype``, else the reference.
 
-    ``why`` says what the launcher will not do, though asked.
+    ``why`` says what the launcher will not do, though asked. ``fallback``: the reference, if it is elsewhere.
     """
     kernels = _kernels()
     if kernels is not None and dtype in _DTYPES:
@@ -51,7 +53,7 @@ def _run(op: str, on: torch.Tensor, dtype: torch.dtype, *args, why: str = ""):
         with torch.cuda.device(on.device):  # Triton launches on the current device, whatever the tensors' is
             return getattr(kernels, op)(*args)
     record(op, "reference", unavailable["triton"] if kernels is None else f"no Triton kernel for {dtype}")
-    return getattr(reference, op)(*args)
+    return (fallback or getattr(reference, op))(*args)
 
 
 def window_linear(x, weight, bias, win_x, win_delta, win_eta):

@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from ttt.ops import log8, schema
-from ttt.ops.triton import append, commit, project, reservoir, window_linear
+from ttt.ops.triton import append, commit, fleet, project, reservoir, window_linear
 
 M, N, CAPACITY = 4096, 4096, 1024
 _TYPES = {
@@ -87,6 +87,14 @@ def _draw() -> None:
     reservoir.reservoir_draw(counter, counter, CAPACITY, 16, 0)
 
 
+def _fleet(dtype, tokens) -> None:
+    pool, rows = (_meta(32, 80, N, dtype=dtype), _meta(32, 80, M, dtype=dtype)), _meta(32, dtype=torch.int32)
+    x, y, users = _meta(tokens, N, dtype=dtype), _meta(tokens, M, dtype=dtype), _meta(tokens, dtype=torch.int32)
+    fleet.fleet_linear(x, _meta(M, N, dtype=dtype), None, *pool, rows, users)
+    rates = _meta(32, dtype=torch.float32), _meta(tokens, dtype=torch.float32)
+    fleet.fleet_append(*pool, rows, rates[0], x, y, rates[1], users)
+
+
 def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """(label, call): calls of the launchers that reach every kernel, or every variant of each."""
     dtypes = (torch.bfloat16, torch.float32, torch.float16)
@@ -145,6 +153,8 @@ def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
         for where in (True, False):
             label = f"{_name(dtype)}, counted on the {'device' if where else 'host'}"
             yield label, lambda a=(dtype, where): _append(*a)
+    for dtype, tokens in itertools.product(dtypes if everything else dtypes[:2], (32, 2048)):
+        yield f"{_name(dtype)} fleet T={tokens}", lambda a=(dtype, tokens): _fleet(*a)
     yield "int64", _draw
 
 

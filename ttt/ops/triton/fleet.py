@@ -1,0 +1,234 @@
+"""y_t += B_u^T (A_u x_t), u = users[t]; and rows appended to slots     a: S x R x n, b: S x R x m, x: T x n, y: T x m
+
+y holds torch's base product, which is not touched where u is -1. A few tokens (decoding) are bound by the bytes of the
+slots, and take one launch: its first programs make the products A x and publish them, the others wait for them and add
+B's rows (see `ttt.ops.triton.window_linear`, whose counter this uses). Many tokens take two launches, of blocks of
+tokens on tensor cores: a block that holds several users is done once for each of them. A user's tokens mostly stand
+side by side, and a slot that is read again comes from the second-level cache.
+
+A token's sums run in an order that the number of tokens decides, and over rows of its own slot only.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ttt.ops.triton.common import operand
+from ttt.ops.triton.window_linear import _await, _counter, _padded
+
+FEW_TOKENS = 64
+
+
+@triton.jit
+def _held(rows, u, capacity):
+    """Rows of slot ``u`` (int64) in use; 0 for u = -1."""
+    return tl.where(u >= 0, tl.minimum(tl.load(rows + tl.maximum(u, 0)), capacity), 0)
+
+
+@triton.jit
+def _publish(
+    inner, ready, x, a, rows, users, t, first, capacity, n, BR: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """inner[t, r] = A_r . x_t for BR rows of the token's slot; then they are counted in ``ready``."""
+    u = tl.load(users + t).to(tl.int64)
+    held = _held(rows, u, capacity)
+    r = first + tl.arange(0, BR).to(tl.int64)
+    live = (r < held)[:, None]
+    acc = tl.zeros((BR, BK), tl.float32)
+    for k0 in range(0, tl.where(first < held, n, 0), BK):
+        k = k0 + tl.arange(0, BK)
+        xt = tl.load(x + t * n + k, mask=k < n, other=0).to(tl.float32)
+        at = a + (u * capacity + r)[:, None] * n + k
+        acc += tl.load(at, mask=live & (k < n), other=0, eviction_policy="evict_first").to(tl.float32) * xt
+    tl.store(inner + t * capacity + r, tl.sum(acc, axis=1), mask=r < held)
+    tl.debug_barrier()  # every thread has stored
+    tl.atomic_add(ready, 1, sem="release")
+
+
+@triton.jit(do_not_specialize=["publishers", "row_blocks", "column_blocks", "capacity"])
+def _fleet_few(
+    y, x, a, b, rows, users, inner, ready, publishers, row_blocks, column_blocks, capacity, m, n,
+    BR: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """BR products A x of one token, or BM of its outputs."""
+    program = tl.program_id(0)
+    if program < publishers:
+        token = (program // row_blocks).to(tl.int64)
+        _publish(inner, ready, x, a, rows, users, token, program % row_blocks * BR, capacity, n, BR, BK)
+    else:
+        t = ((program - publishers) // column_blocks).to(tl.int64)
+        i = ((program - publishers) % column_blocks).to(tl.int64) * BM + tl.arange(0, BM)
+        u = tl.load(users + t).to(tl.int64)
+        held = _held(rows, u, capacity)
+        wanted = i < tl.where(held > 0, m, 0)
+        out = tl.load(y + t * m + i, mask=wanted, other=0).to(tl.float32)
+        _await(ready, publishers)
+        acc = tl.zeros((BC, BM), tl.float32)
+        for r0 in range(0, held, BC):
+            r = r0 + tl.arange(0, BC).to(tl.int64)
+            # Past the first-level cache: another multiprocessor wrote them.
+            factor = tl.load(inner + t * capacity + r, mask=r < held, other=0, cache_modifier=".cg")
+            at = b + (u * capacity + r)[:, None] * m + i
+            row = tl.load(at, mask=(r < held)[:, None] & wanted, other=0, eviction_policy="evict_first")
+            acc += factor[:, None] * row.to(tl.float32)
+        tl.store(y + t * m + i, (out + tl.sum(acc, axis=0)).to(y.dtype.element_ty), mask=wanted)
+
+
+@triton.jit(do_not_specialize=["tokens", "capacity"])
+def _fleet_inner(
+    inner, x, a, rows, users, tokens, capacity, n,
+    BT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """A x of BT tokens and BR rows of the slots of each of their users in turn."""
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    first = tl.program_id(1) * BR
+    r = first + tl.arange(0, BR).to(tl.int64)
+    owner = tl.load(users + t, mask=t < tokens, other=-1)
+    left = owner
+    user = tl.max(left)
+    while user >= 0:
+        u = user.to(tl.int64)
+        held = _held(rows, u, capacity)
+        acc = tl.zeros((BT, BR), tl.float32)
+        for k0 in range(0, tl.where(first < held, n, 0), BK):
+            k = k0 + tl.arange(0, BK)
+            xt = tl.load(x + t[:, None] * n + k, mask=(t < tokens)[:, None] & (k < n), other=0)
+            row = tl.load(a + (u * capacity + r)[:, None] * n + k, mask=(r < held)[:, None] & (k < n), other=0)
+            acc = tl.dot(xt.to(OPERAND), tl.trans(row.to(OPERAND)), acc, input_precision="ieee")
+        tl.store(inner + t[:, None] * capacity + r, acc, mask=(owner == user)[:, None] & (r < held))
+        left = tl.where(left == user, -1, left)
+        user = tl.max(left)
+
+
+@triton.jit(do_not_specialize=["tokens", "capacity"])
+def _fleet_add(
+    y, inner, b, rows, users, tokens, capacity, m,
+    BT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """y += B^T (A x) for BT tokens and BM outputs, by user."""
+    t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
+    i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    owner = tl.load(users + t, mask=t < tokens, other=-1)
+    at = y + t[:, None] * m + i
+    left = owner
+    user = tl.max(left)
+    while user >= 0:
+        u = user.to(tl.int64)
+        held = _held(rows, u, capacity)
+        mine = (owner == user)[:, None]
+        part = tl.zeros((BT, BM), tl.float32)
+        for r0 in range(0, held, BC):
+            r = r0 + tl.arange(0, BC).to(tl.int64)
+            factor = tl.load(inner + t[:, None] * capacity + r, mask=mine & (r < held), other=0)
+            row = tl.load(b + (u * capacity + r)[:, None] * m + i, mask=(r < held)[:, None] & (i < m), other=0)
+            if OPERAND == tl.bfloat16:  # noqa: SIM300
+                high = factor.to(tl.bfloat16)
+                part = tl.dot(high, row, part)
+                part = tl.dot((factor - high.to(tl.float32)).to(tl.bfloat16), row, part)
+            else:
+                part = tl.dot(factor, row.to(tl.float32), part, input_precision="ieee")
+        wanted = mine & (i < tl.where(held > 0, m, 0))
+        out = tl.load(at, mask=wanted, other=0).to(tl.float32) + part
+        tl.store(at, out.to(y.dtype.element_ty), mask=wanted)
+        left = tl.where(left == user, -1, left)
+        user = tl.max(left)
+
+
+@triton.jit(do_not_specialize=["tokens", "capacity"])
+def _fleet_append(
+    a, b, rows, x, delta, eta, users, tokens, capacity, m, n, BN: tl.constexpr, BT: tl.constexpr
+):  # fmt: skip
+    """BN columns of one token's row, behind those of its user's earlier tokens; not past the slot's end."""
+    t = tl.program_id(1).to(tl.int64)
+    j = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    u = tl.load(users + t).to(tl.int64)
+    if u >= 0:
+        before = tl.zeros((BT,), tl.int32)
+        for t0 in range(0, t, BT):
+            s = t0 + tl.arange(0, BT)
+            before += (tl.load(users + s, mask=s < t, other=-1) == u).to(tl.int32)
+        to = tl.load(rows + u) + tl.sum(before)
+        if to < capacity:
+            at = u * capacity + to
+            tl.store(a + at * n + j, tl.load(x + t * n + j, mask=j < n, other=0), mask=j < n)
+            d = tl.load(delta + t * m + j, mask=j < m, other=0).to(tl.float32)
+            tl.store(b + at * m + j, (-tl.load(eta + t) * d).to(b.dtype.element_ty), mask=j < m)
+
+
+@triton.jit(do_not_specialize=["tokens", "capacity"])
+def _fleet_count(rows, eta_sum, eta, users, tokens, capacity, BT: tl.constexpr):
+    """Rows and steps of one slot after `_fleet_append`."""
+    u = tl.program_id(0)
+    held = tl.load(rows + u)
+    total = 0.0
+    for t0 in range(0, tokens, BT):
+        t = t0 + tl.arange(0, BT)
+        mine = tl.load(users + t, mask=t < tokens, other=-1) == u
+        written = mine & (held + tl.cumsum(mine.to(tl.int32), axis=0) <= capacity)
+        total += tl.sum(tl.load(eta + t, mask=written, other=0), axis=0)
+        held = tl.minimum(held + tl.sum(mine.to(tl.int32), axis=0), capacity)
+    tl.store(rows + u, held)
+    tl.store(eta_sum + u, tl.load(eta_sum + u) + total)
+
+
+_FEW = {"BR": 4, "BK": 1024, "BC": 16, "BM": 256, "num_warps": 4}
+# By whether values are float32.
+_INNER = {
+    False: {"BT": 16, "BR": 32, "BK": 128, "num_warps": 4},
+    True: {"BT": 16, "BR": 32, "BK": 64, "num_warps": 4},
+}
+_ADD = {
+    False: {"BT": 16, "BM": 128, "BC": 32, "num_warps": 4},
+    True: {"BT": 16, "BM": 64, "BC": 32, "num_warps": 4},
+}
+
+
+def fleet_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    rows: torch.Tensor,
+    users: torch.Tensor,
+) -> torch.Tensor:
+    y = torch.nn.functional.linear(x, weight, bias)
+    (_, capacity, n), m, tokens = a.shape, b.shape[2], users.numel()
+    if tokens == 0 or m == 0 or n == 0 or capacity == 0:
+        return y
+    inner = torch.empty((tokens, capacity), dtype=torch.float32, device=x.device)
+    if tokens <= FEW_TOKENS:
+        row_blocks, column_blocks = triton.cdiv(capacity, _FEW["BR"]), triton.cdiv(m, _FEW["BM"])
+        publishers = tokens * row_blocks
+        _fleet_few[(publishers + tokens * column_blocks,)](
+            y, x, a, b, rows, users, inner, _counter(x.device), publishers, row_blocks, column_blocks, capacity, m, n,
+            **{**_FEW, "BK": _padded(n, _FEW["BK"])},
+        )  # fmt: skip
+        return y
+    wide, dot_type = x.dtype == torch.float32, operand(x.dtype)
+    blocks = _INNER[wide]
+    grid = (triton.cdiv(tokens, blocks["BT"]), triton.cdiv(capacity, blocks["BR"]))
+    _fleet_inner[grid](inner, x, a, rows, users, tokens, capacity, n, OPERAND=dot_type, **blocks)
+    blocks = _ADD[wide]
+    grid = (triton.cdiv(m, blocks["BM"]), triton.cdiv(tokens, blocks["BT"]))
+    _fleet_add[grid](y, inner, b, rows, users, tokens, capacity, m, OPERAND=dot_type, **blocks)
+    return y
+
+
+def fleet_append(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    rows: torch.Tensor,
+    eta_sum: torch.Tensor,
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    eta: torch.Tensor,
+    users: torch.Tensor,
+) -> None:
+    (slots, capacity, n), m, tokens = a.shape, b.shape[2], users.numel()
+    if tokens and slots:
+        grid = (max(1, triton.cdiv(max(m, n), 1024)), tokens)
+        _fleet_append[grid](a, b, rows, x, delta, eta, users, tokens, capacity, m, n, BN=1024, BT=128, num_warps=4)
+        _fleet_count[(slots,)](rows, eta_sum, eta, users, tokens, capacity, BT=128, num_warps=4)
