@@ -32,7 +32,9 @@ def lab():
 
 
 def options_of(name):
-    return {option: values[0] for option, values in METHODS[name].grid.items()}
+    options = {option: values[0] for option, values in METHODS[name].grid.items()}
+    # The tiny model has fewer directions than the default leaves alone.
+    return options | ({"orthogonal": 2} if METHODS[name].fixed.get("orthogonal") else {})
 
 
 def random_stream(domains="AB", length=1024):
