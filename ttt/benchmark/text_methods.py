@@ -148,7 +148,7 @@ METHODS: dict[str, TextMethod] = {
     ),
     # What ttt.demo.load_model() comes with: chosen by `python -m ttt.demo.tune`, on headers that the search reads, too.
     "default": TextMethod(
-        "combination", {}, {name: getattr(CONFIG, name) for name in ("lr", "replay_beta", *DEFENCES)},
+        "combination", {"lr": (CONFIG.lr,)}, {name: getattr(CONFIG, name) for name in ("replay_beta", *DEFENCES)},
         sweep=("lr", (0.01, 0.02, 0.08)),
     ),
     "momentum": TextMethod(
