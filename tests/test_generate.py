@@ -10,6 +10,7 @@ from transformers import MistralConfig, MistralForCausalLM
 import ttt
 from ttt.convert import learning_layers
 from ttt.ops import backends
+from ttt.reading import cache_of, cached
 
 
 def ways():
@@ -63,11 +64,11 @@ def test_a_span_teaches_an_explicit_gradient_step(family, layers, prompt):
     assert made.learned == 1
     # The cached prompt is context, as its keys and values stand: no gradient reaches the layers through them.
     out = plain(ids[:, :-1], use_cache=True) if prompt > 1 else None
-    cache = out.past_key_values if out is not None else None
+    cache = cache_of(out) if out is not None else None
     for layer in cache.layers if cache is not None else []:
         layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
     text = made.sequences
-    logits = plain(text[:, prompt - 1 : -1], past_key_values=cache, use_cache=True).logits
+    logits = plain(text[:, prompt - 1 : -1], **cached(plain, cache)).logits
     targets = text[:, prompt:]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     loss.backward()

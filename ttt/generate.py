@@ -15,7 +15,7 @@ from ttt.checks import check_whole
 from ttt.head import Fused
 from ttt.nn import Capturing
 from ttt.ops.backends import record
-from ttt.reading import detached, frozen, masked_inputs, swapped
+from ttt.reading import cache_of, cached, detached, frozen, masked_inputs, swapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def generate(
         masks: list[Tensor] = []
         done = torch.zeros((batch,), dtype=torch.bool, device=ids.device)
         for written in range(1, max_new_tokens + 1):
-            inputs = {"input_ids": ids[:, -1:], "past_key_values": cache, "use_cache": True}
+            inputs = {"input_ids": ids[:, -1:], **cached(learner.model, cache)}
             if pads:
                 inputs |= masked_inputs(real, 1)
             with torch.no_grad(), span.recording() if span is not None else contextlib.nullcontext():
@@ -91,7 +91,7 @@ def generate(
                 if eos_token_id is not None:
                     token = torch.where(done, eos_token_id, token)
                 nll = nn.functional.cross_entropy(logits.float(), token, reduction="none")
-            cache = out.past_key_values
+            cache = cache_of(out)
             teaches = ~done
             nlls.append(nll if eos_token_id is None else torch.where(done, 0.0, nll))
             masks.append(teaches)
@@ -194,7 +194,7 @@ class _Span:
     def learn(self, ids: Tensor, cache: Any, real: Tensor | None) -> bool:
         """Learn from the span, which ends with the last of ``ids`` (B, L); False if it was rejected."""
         learner, count = self.learner, self.count
-        inputs: dict[str, Any] = {"input_ids": ids[:, -count - 1 : -1], "use_cache": True}
+        inputs = {"input_ids": ids[:, -count - 1 : -1]}
         if real is not None:
             inputs |= masked_inputs(real[:, :-1], count)
         targets = ids[:, -count:]
@@ -205,9 +205,9 @@ class _Span:
         record("generate", "whole model again" if self.why else "top blocks again", self.why)
         with Capturing(learner.layers) as capturing, torch.enable_grad(), contextlib.ExitStack() as stack:
             if self.why:
-                inputs["past_key_values"] = self._lag
+                inputs |= cached(learner.model, self._lag)
             else:
-                inputs["past_key_values"] = cache
+                inputs |= cached(learner.model, cache)
                 stack.enter_context(_cropped(cache, count))
                 stack.enter_context(self._skipping(torch.cat(self._inputs, 1)))
             scores: Any
@@ -215,7 +215,7 @@ class _Span:
                 with learner._split as split:
                     out, scores = split.run(inputs, targets)
                 if self.why:
-                    self._lag = detached(out.past_key_values)
+                    self._lag = detached(cache_of(out))
             else:
                 head = learner._split.head
                 stack.enter_context(swapped(head, lambda hidden: hidden))  # logits are known; the rest is wanted

@@ -19,7 +19,7 @@ from ttt.checks import check_whole
 from ttt.learner import Learner, Seen
 from ttt.nn import Capturing
 from ttt.ops.backends import record
-from ttt.reading import frozen
+from ttt.reading import cached, frozen
 
 _WARMUP = 3
 
@@ -186,7 +186,7 @@ class GraphedLearner:
         dtype = learner.model.dtype
         mask = torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype).expand(self.batch, 1, *seen.shape)
         inputs = {
-            "input_ids": self.ids[:, :-1], "attention_mask": mask, "past_key_values": self._cache, "use_cache": True,
+            "input_ids": self.ids[:, :-1], "attention_mask": mask, **cached(learner.model, self._cache),
             "position_ids": positions.unsqueeze(0).expand(self.batch, -1),
         }  # fmt: skip
         if self._says_where:

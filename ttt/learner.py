@@ -19,7 +19,7 @@ from ttt.generate import Generated, generate
 from ttt.guard import Guard
 from ttt.head import Fused, Plain, Split
 from ttt.nn import Capturing, Linear, Update
-from ttt.reading import detached, frozen
+from ttt.reading import cache_of, cached, detached, frozen
 from ttt.stream import Chunk, Segment, StreamRule, backward_terms, check_rules, joined
 
 
@@ -239,7 +239,7 @@ class Learner:
             wanted = targets[:, span]
             teaches = learn and self.config.lr > 0 and (plain or bool(wanted.any()))
             here = position - segment.start, last - segment.start
-            inputs = segment.inputs(*here) | {"past_key_values": cache, "use_cache": True}
+            inputs = segment.inputs(*here) | cached(self.model, cache)
             ruled = teaches and bool(self.rules)
             capturing: Any = Capturing(self.layers) if teaches else contextlib.nullcontext()
             with torch.set_grad_enabled(teaches), capturing:
@@ -254,7 +254,7 @@ class Learner:
                     learned, rejected = learned + ok, rejected + (not ok)
             if self.guard is not None:
                 self.guard.check_if_due()
-            cache = detached(out.past_key_values)
+            cache = detached(cache_of(out))
             position = last
             if not ok:  # what the model computed for this chunk is not to be trusted as context either
                 segment, cache = Segment.of(*texts, position, self.context), None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,6 +28,24 @@ def masked_inputs(attend: Tensor, width: int) -> dict[str, Tensor]:
     """The model's ``attention_mask`` and ``position_ids`` for the last ``width`` of the tokens ``attend`` (B, L)."""
     positions = (attend.cumsum(1) - 1).clamp_min(0)[:, -width:]
     return {"attention_mask": attend.long(), "position_ids": positions}
+
+
+def cached(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """The arguments with which ``model`` goes on from ``cache``, None for a new text, and returns it.
+
+    transformers 5.2x calls it ``cache``, and older ones ``past_key_values``.
+    """
+    return {_cache_name(type(model)): cache, "use_cache": True}
+
+
+@functools.cache
+def _cache_name(kind: type[nn.Module]) -> str:
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+
+
+def cache_of(out: Any) -> Any:
+    """The cache that a model returned."""
+    return out.cache if hasattr(out, "cache") else out.past_key_values
 
 
 def detached(cache):

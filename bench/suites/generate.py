@@ -12,6 +12,7 @@ import ttt
 from bench import models
 from bench.registry import Case, Contender
 from bench.suites.observe import LLAMA
+from ttt.reading import cache_of, cached
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +62,8 @@ class Generate(Case):
             base = models.frozen(self.model, self.device, self.dtype)
             out, cache, now = [ids], None, ids
             for _ in range(self.new):
-                step = base(input_ids=now, past_key_values=cache, use_cache=True)
-                cache = step.past_key_values
+                step = base(input_ids=now, **cached(base, cache))
+                cache = cache_of(step)
                 now = step.logits[:, -1:].argmax(-1)
                 out.append(now)
             return torch.cat(out, 1)

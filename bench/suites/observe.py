@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 import ttt
 from bench import models
 from bench.registry import Case, Contender
+from ttt.reading import cache_of, cached
 
 QUARTER = "down_proj, last quarter"
 DEFAULTS = "the demo's layers and rates"
@@ -79,8 +80,8 @@ class Observe(Case):
                 cache = None
                 for at in range(start, min(start + models.CONTEXT, self.text), self.chunk):
                     end = min(at + self.chunk, start + models.CONTEXT, self.text)
-                    step = base(input_ids=ids[:, at:end], past_key_values=cache, use_cache=True)
-                    cache = step.past_key_values
+                    step = base(input_ids=ids[:, at:end], **cached(base, cache))
+                    cache = cache_of(step)
                     out.append(cross_entropy(step.logits[0].float(), ids[0, at + 1 : end + 1], reduction="none"))
             return torch.cat(out)
 

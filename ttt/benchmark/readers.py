@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import ttt
 from ttt.benchmark.knn import Datastore
 from ttt.demo.model import LN2, bits_per_byte, score, score_in_context
+from ttt.reading import cache_of, cached
 
 ROUTE = 128  # bytes by which a column is chosen
 
@@ -122,8 +123,8 @@ class NearestNeighbours(Reader):
         cache, out = None, []
         for at in range(start, end, self.chunk):
             stop = min(at + self.chunk, end)
-            step = self.model.base_model(input_ids=ids[:, at:stop], past_key_values=cache, use_cache=True)
-            cache = step.past_key_values
+            step = self.model.base_model(input_ids=ids[:, at:stop], **cached(self.model.base_model, cache))
+            cache = cache_of(step)
             hidden, targets = step.last_hidden_state[0].float(), ids[0, at + 1 : stop + 1]
             out.append(self._nll(hidden, targets))
             self.store.add(hidden, targets)

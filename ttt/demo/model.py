@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt.config import TTTConfig
+from ttt.reading import cache_of, cached
 
 WEIGHTS = Path(__file__).parent / "weights"
 CONTEXT = 512  # bytes the model was trained to look back
@@ -62,8 +63,8 @@ def score(model: Any, ids: Tensor, chunk: int = 64) -> Tensor:
     length = ids.shape[1] - 1
     for at in range(0, length, chunk):
         end = min(at + chunk, length)
-        step = model(input_ids=ids[:, at:end], past_key_values=cache, use_cache=True)
-        cache = step.past_key_values
+        step = model(input_ids=ids[:, at:end], **cached(model, cache))
+        cache = cache_of(step)
         targets = ids[:, at + 1 : end + 1].flatten()
         out.append(nn.functional.cross_entropy(step.logits[0].float(), targets, reduction="none"))
     return torch.cat(out).view(1, -1)

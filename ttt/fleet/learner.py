@@ -13,7 +13,7 @@ from torch import Tensor
 from ttt.fleet.pool import Pool
 from ttt.nn import Capturing, FleetLinear
 from ttt.nn.rates import rates
-from ttt.reading import detached, frozen, masked_inputs
+from ttt.reading import cache_of, cached, detached, frozen, masked_inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ def observe(
                 start, cache = position, None
             last = min(position + chunk, start + context, length - 1)
             span = slice(position, last)
-            inputs = {"input_ids": ids[:, span], "past_key_values": cache, "use_cache": True}
+            inputs = {"input_ids": ids[:, span], **cached(learner.model, cache)}
             if pads:
                 inputs |= masked_inputs(attend[:, start:last], last - position)
             capturing: Any = Capturing(list(pool.layers.values())) if teaches else contextlib.nullcontext()
@@ -69,7 +69,7 @@ def observe(
                 if teaches:
                     scores.backward(targets[:, span], 0.0)
                     captured = capturing.renew()
-            cache = detached(out.past_key_values)
+            cache = detached(cache_of(out))
             if teaches:
                 bad = _learn(pool, captured, slots, rows[:, span], scores.nll.detach(), targets[:, span])
                 for user in _count(pool, named, bad, slots, targets[:, span], learned, rejected):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ttt.checks import check_number
 from ttt.protection import anchored
+from ttt.reading import cache_of, cached
 from ttt.rules.distil import distillation
 from ttt.stream import Chunk, Segment, StreamRule
 
@@ -53,8 +54,8 @@ class LogitDistillation(StreamRule):
 
         def read(end: int) -> Tensor:
             nonlocal cache, at
-            out = learner.model(**segment.inputs(at, end), past_key_values=cache, use_cache=True)
-            cache, at = out.past_key_values, end
+            out = learner.model(**segment.inputs(at, end), **cached(learner.model, cache))
+            cache, at = cache_of(out), end
             return out.logits
 
         with anchored(learner.layers):
