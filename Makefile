@@ -19,6 +19,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m bench.run --suite commit --rounds 5 --seconds 2 --json bench/results/cpu_commit.json
 	$(BIN)/python -m bench.run --suite $(LAYER_SUITES) --rounds 5 --seconds 3 --json bench/results/cpu_layers.json
 	$(BIN)/python -m bench.run --suite growth --rounds 5 --seconds 4 --json bench/results/cpu_growth.json
+	$(BIN)/python -m bench.run --suite fleet --rounds 5 --seconds 3 --json bench/results/cpu_fleet.json
 	$(BIN)/python -m bench.plot
 
 # What a change of the kernels should not make worse, in a minute; compared with the committed results.

@@ -51,6 +51,7 @@ class GraphedLearner:
     """
 
     def __init__(self, learner: Learner, *, batch: int = 1, chunk: int | None = None, graph: bool = True) -> None:
+        learner._one_for_all("GraphedLearner", "Learner.observe(input_ids, users=[...])")
         chunk = learner.config.chunk if chunk is None else chunk
         for name, value in (("batch", batch), ("chunk", chunk)):
             check_whole(name, value, 1)

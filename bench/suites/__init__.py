@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from bench.registry import Case
-from bench.suites import commit, decode, fisher, generate, growth, loops, observe, window_linear
+from bench.suites import commit, decode, fisher, fleet, generate, growth, loops, observe, window_linear
 
 SUITES: dict[str, Callable[[str], list[Case]]] = {
     "commit": commit.cases,
@@ -16,6 +16,7 @@ SUITES: dict[str, Callable[[str], list[Case]]] = {
     "generate": generate.cases,
     "loops": loops.cases,
     "growth": growth.cases,
+    "fleet": fleet.cases,
 }
 
 
