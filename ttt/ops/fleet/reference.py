@@ -61,7 +61,8 @@ def fleet_compress(
             xr, v = draw_replay(memory, seen, counter, replay_rows, seed, replay, beta, eps, spent)
             left = left - (left @ xr.T) @ v
         if held > rank:
-            left, right, gone = truncate(left, right, rank, shrink)
+            by = truncate if a.dtype == torch.float64 else truncate_by_gram
+            left, right, gone = by(left, right, rank, shrink)
             lost[u] = (lost[u] + gone).clamp_max(torch.finfo(lost.dtype).max)
         if held and lam > 0:
             left, right = pull(left, right, lam * spent, importance_m.double(), importance_n.double())
@@ -87,6 +88,28 @@ def truncate(a: Tensor, b: Tensor, rank: int, shrink: str) -> tuple[Tensor, Tens
     gone = torch.cat([s[:rank] - kept, s[rank:]]).norm()
     root = kept.sqrt().unsqueeze(1)
     return root * reflect_a(zt[:rank].T).T, root * reflect_b(u[:, :rank]).T, gone
+
+
+def truncate_by_gram(a: Tensor, b: Tensor, rank: int, shrink: str) -> tuple[Tensor, Tensor, Tensor]:
+    """As `truncate`, for rows that are kept in float32 or less, from R x R Gram matrices: in half the time.
+
+    With A A^T = U L U^T the rows of L^-1/2 U^T A are orthonormal, so the singular values of B^T A are those of
+    B^T U L^1/2, whose squares are the eigenvalues of L^1/2 U^T (B B^T) U L^1/2. In float64 that squaring costs what
+    is below 1e-8 of the largest: less than the rows' own rounding.
+    """
+    rank = min(rank, a.shape[1], b.shape[1])
+    squares, u = torch.linalg.eigh(a @ a.T)
+    squares = torch.where(squares > 1e-15 * squares[-1], squares, 0)
+    scaled = u * squares.sqrt()
+    power, v = torch.linalg.eigh(scaled.T @ (b @ b.T) @ scaled)
+    power, v = power.flip(0).clamp_min(0), v.flip(1)
+    s = torch.where(power > 1e-15 * power[0], power, 0).sqrt()
+    kept = s[:rank] - s[rank] if shrink == "directions" else s[:rank]
+    gone = torch.cat([s[:rank] - kept, s[rank:]]).norm()
+    root, v = kept.sqrt().unsqueeze(1), v[:, :rank].T
+    to_a = root * ((v * torch.where(squares > 0, squares.rsqrt(), 0)) @ u.T)
+    to_b = torch.where(s[:rank] > 0, root.squeeze(1) / s[:rank], 0).unsqueeze(1) * (v @ scaled.T)
+    return to_a @ a, to_b @ b, gone
 
 
 def _factored(t: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
