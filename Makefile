@@ -26,6 +26,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m bench.run --suite $(LAYER_SUITES) --rounds 5 --seconds 3 --json bench/results/cpu_layers.json
 	$(BIN)/python -m bench.run --suite growth --rounds 5 --seconds 4 --json bench/results/cpu_growth.json
 	$(BIN)/python -m bench.run --suite head --rounds 5 --seconds 3 --json bench/results/cpu_head.json
+	$(BIN)/python -m bench.run --suite fleet --rounds 5 --seconds 3 --json bench/results/cpu_fleet.json
 	$(BIN)/python -m bench.plot
 	$(BIN)/python -m bench.targets
 

@@ -52,6 +52,7 @@ class GraphedLearner:
     """
 
     def __init__(self, learner: Learner, *, batch: int = 1, chunk: int | None = None, graph: bool = True) -> None:
+        learner._one_for_all("GraphedLearner", "Learner.observe(input_ids, users=[...])")
         if learner.rules:
             names = [type(rule).__name__ for rule in learner.rules]
             raise ValueError(f"learner must have no rules, whose terms cannot be captured, got {names}")

@@ -189,7 +189,8 @@ class Learner:
                 what they put through the layers is not written: they change no weight by one bit.
             learn: False scores only.
             users: for a model adapted with ``TTTConfig(users=...)``: whose each of the B rows is; None for rows that
-                the base model only scores. Changing one user's tokens changes no bit of what another gets or learns.
+                the base model only scores. Changing one user's tokens changes no bit of what another gets or learns;
+                the shape of the batch, and where it is padded, may.
 
         Returns:
             A `Seen`. A chunk with a non-finite loss or gradient is counted in ``rejected`` and changes nothing;

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from bench.registry import Case
-from bench.suites import commit, decode, fisher, generate, growth, head, loops, observe, window_linear
+from bench.suites import commit, decode, fisher, fleet, generate, growth, head, loops, observe, window_linear
 
 SUITES: dict[str, Callable[[str], list[Case]]] = {
     "commit": commit.cases,
@@ -17,6 +17,7 @@ SUITES: dict[str, Callable[[str], list[Case]]] = {
     "loops": loops.cases,
     "head": head.cases,
     "growth": growth.cases,
+    "fleet": fleet.cases,
 }
 
 

@@ -241,7 +241,8 @@ def test_refusals_change_nothing():
         learner.observe(ids_of(3, 12), users=["c", "d", "e"])
     with pytest.raises(ValueError, match=r"input_ids must be in \[0"):
         learner.observe(ids + VOCAB, users=["a", "b"])
-    for what in (learner.snapshot, learner.consolidate, lambda: learner.generate(ids, max_new_tokens=2)):
+    graphed = (lambda: ttt.GraphedLearner(learner, graph=False), lambda: learner.generate(ids, max_new_tokens=2))
+    for what in (learner.snapshot, learner.consolidate, *graphed):
         with pytest.raises(ValueError, match="every user has their own"):
             what()
     with pytest.raises(ValueError, match="have slots already"):

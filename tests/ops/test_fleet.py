@@ -168,6 +168,20 @@ def test_compress_keeps_the_best_approximation(capacity, n, m, rank, shrink):
     assert (eta_sum.tolist(), step.tolist(), lost[1:].tolist()) == ([0, 0.25, 0], [1, 0, 1], [0, 0])
 
 
+@pytest.mark.parametrize("shrink", ["truncate", "directions"])
+@pytest.mark.parametrize(("capacity", "n", "m", "rank"), [(9, 33, 20, 4), (12, 7, 40, 5), (12, 40, 5, 3), (6, 1, 3, 2)])
+def test_gram_matrices_give_the_same_approximation(capacity, n, m, rank, shrink):
+    """As QR and SVD, also of rows that repeat and differ in size by six orders of magnitude."""
+    a, b, _ = pool_of(1, capacity, n, m, torch.float64, full=True)
+    a, b = a[0] * torch.logspace(-3, 3, capacity, dtype=torch.float64).unsqueeze(1), b[0]
+    a[1] = a[0]
+    (a1, b1, gone1), (a2, b2, gone2) = (f(a, b, rank, shrink) for f in (reference.truncate, reference.truncate_by_gram))
+    assert a1.shape == a2.shape
+    size = float((b.T @ a).norm())
+    assert float((b1.T @ a1 - b2.T @ a2).norm()) < 1e-7 * size
+    assert abs(float(gone1 - gone2)) < 1e-7 * size
+
+
 def test_equal_and_empty_rows_are_no_trouble():
     a, b, rows = pool_of(2, 8, 20, 30, torch.float32, full=True)
     a[0, 1:] = a[0, :1]

@@ -123,7 +123,8 @@ def fleet_compress(
 
     ``lost`` bounds, by the triangle inequality, the Frobenius norm of all that a slot ever lost to truncation; for one
     call it is exact: (sum over i >= r of s_i^2)^1/2. Each slot is treated by itself, so its bits do not depend on which
-    others are compressed. Formed in float64; 16-bit rows are rounded stochastically (`ttt.ops.philox`).
+    others are compressed. Formed in float64, for rows of float32 and less from the factors' R x R Gram matrices, which
+    give the same approximation sooner; 16-bit rows are rounded stochastically (`ttt.ops.philox`).
 
     Args:
         a, b, rows, eta_sum: as in `fleet_append`.

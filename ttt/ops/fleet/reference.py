@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -59,7 +61,8 @@ def fleet_compress(
             xr, v = draw_replay(memory, seen, counter, replay_rows, seed, replay, beta, eps, spent)
             left = left - (left @ xr.T) @ v
         if held > rank:
-            left, right, gone = truncate(left, right, rank, shrink)
+            by = truncate if a.dtype == torch.float64 else truncate_by_gram
+            left, right, gone = by(left, right, rank, shrink)
             lost[u] = (lost[u] + gone).clamp_max(torch.finfo(lost.dtype).max)
         if held and lam > 0:
             left, right = pull(left, right, lam * spent, importance_m.double(), importance_n.double())
@@ -77,13 +80,47 @@ def fleet_compress(
 
 def truncate(a: Tensor, b: Tensor, rank: int, shrink: str) -> tuple[Tensor, Tensor, Tensor]:
     """(A, B of at most ``rank`` rows, |change|_F): B^T A by its largest singular values. a: R x n, b: R x m."""
-    (qa, ra), (qb, rb) = torch.linalg.qr(a.T), torch.linalg.qr(b.T)
+    reflect_a, ra = _factored(a.T)
+    reflect_b, rb = _factored(b.T)
     u, s, zt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
     cut = s[rank] if rank < len(s) else s.new_zeros(())
     kept = s[:rank] - cut if shrink == "directions" else s[:rank]
     gone = torch.cat([s[:rank] - kept, s[rank:]]).norm()
     root = kept.sqrt().unsqueeze(1)
-    return root * (zt[:rank] @ qa.T), root * (u.T[:rank] @ qb.T), gone
+    return root * reflect_a(zt[:rank].T).T, root * reflect_b(u[:, :rank]).T, gone
+
+
+def truncate_by_gram(a: Tensor, b: Tensor, rank: int, shrink: str) -> tuple[Tensor, Tensor, Tensor]:
+    """As `truncate`, for rows that are kept in float32 or less, from R x R Gram matrices: in half the time.
+
+    With A A^T = U L U^T the rows of L^-1/2 U^T A are orthonormal, so the singular values of B^T A are those of
+    B^T U L^1/2, whose squares are the eigenvalues of L^1/2 U^T (B B^T) U L^1/2. In float64 that squaring costs what
+    is below 1e-8 of the largest: less than the rows' own rounding.
+    """
+    rank = min(rank, a.shape[1], b.shape[1])
+    squares, u = torch.linalg.eigh(a @ a.T)
+    squares = torch.where(squares > 1e-15 * squares[-1], squares, 0)
+    scaled = u * squares.sqrt()
+    power, v = torch.linalg.eigh(scaled.T @ (b @ b.T) @ scaled)
+    power, v = power.flip(0).clamp_min(0), v.flip(1)
+    s = torch.where(power > 1e-15 * power[0], power, 0).sqrt()
+    kept = s[:rank] - s[rank] if shrink == "directions" else s[:rank]
+    gone = torch.cat([s[:rank] - kept, s[rank:]]).norm()
+    root, v = kept.sqrt().unsqueeze(1), v[:, :rank].T
+    to_a = root * ((v * torch.where(squares > 0, squares.rsqrt(), 0)) @ u.T)
+    to_b = torch.where(s[:rank] > 0, root.squeeze(1) / s[:rank], 0).unsqueeze(1) * (v @ scaled.T)
+    return to_a @ a, to_b @ b, gone
+
+
+def _factored(t: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """(Z -> Q Z, R) of t = Q R; Q is never formed, which halves the time. t: k x R, Z: min(k, R) x r."""
+    reflectors, tau = torch.geqrf(t)
+    size = len(tau)
+
+    def times(z: Tensor) -> Tensor:
+        return torch.ormqr(reflectors[:, :size], tau, torch.nn.functional.pad(z, (0, 0, 0, len(t) - size)))
+
+    return times, reflectors[:size].triu()
 
 
 def pull(a: Tensor, b: Tensor, strength: Tensor, rho: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor]:
