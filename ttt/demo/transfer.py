@@ -173,6 +173,8 @@ def plot(rows: list[Row], path: Path) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), "o-", color=f"C{list(MODELS).index(model)}", label=model)
         axis.set(xscale="log", xlabel="lr", title=titles[rate], ylim=(0, 105))
+        axis.set_xticks(RATES[rate], [f"{lr:g}" for lr in RATES[rate]])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("gain, % of the model's best")
     axes[0].legend(fontsize=8)
