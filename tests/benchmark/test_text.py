@@ -215,7 +215,7 @@ def test_protocol_and_options_are_what_json_gives_back():
     for value in (suite.protocol(), suite.facts(), *(options_of(name) for name in METHODS)):
         assert json.loads(json.dumps(value)) == value  # or finished runs would not be known again
     for name, found in METHODS.items():
-        option, values = suite.sweep(name, "adapt-html") or ("", ())
+        option, values = suite.sweep(name, "adapt-rst") or ("", ())
         assert not values or option in found.grid
         assert len(set(values)) == len(values)
 
@@ -250,14 +250,14 @@ def test_figures_of_a_recurring_stream():
 
 def test_points_of_a_trade_off_curve():
     runs = []
-    for where in ("adapt-html", "adapt-rst"):
+    for where in ("adapt-english", "adapt-rst"):
         runs += [record("frozen", 3.0, 1.0, where), record("naive", 2.0, 1.5, where, options={"lr": 0.02})]
         shift = 0.1 if where == "adapt-rst" else 0.0
         runs.append(record("EWC", 2.1 + shift, 1.1, where, options={"lr": 0.02, "ewc_lambda": 0.01}))
         for value, new in ((0.001, 2.0), (0.1, 2.5)):
             more = {"options": {"lr": 0.02, "ewc_lambda": value}, "protocol": {"tuning": False, "sweep": True}}
             runs.append(record("EWC", new, 1.2, where, **more))
-    runs.append({**runs[-1], "scenario": "adapt-html", "options": {"lr": 0.02, "ewc_lambda": 9.0}})  # unfinished
+    runs.append({**runs[-1], "scenario": "adapt-english", "options": {"lr": 0.02, "ewc_lambda": 9.0}})  # unfinished
     points = text_plots.tradeoff(TextSuite(), runs, "EWC")
     assert [(p[0], p[3]) for p in points] == [(0.001, False), (0.01, True), (0.1, False)]
     assert [p[1] for p in points] == pytest.approx([0.4, 0.2, 0.4])

@@ -39,6 +39,7 @@ SCENARIOS = (*(f"adapt-{domain}" for domain in REPORTED), "recurring")
 TUNED_ON = "tuning"
 """The scenario that options are chosen in: an even seed reads the headers, an odd one JavaScript."""
 
+SWEPT = ("adapt-english", "adapt-rst")  # whose trade-off curves are drawn: prose and markup
 ADAPT, SEGMENT, SEARCH = 12288, 6144, 8192  # bytes; multiples of CONTEXT
 HELD_WINDOWS = 4
 MINIMUM = 60_000

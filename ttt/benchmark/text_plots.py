@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ttt.benchmark.report import COLOURS
+from ttt.benchmark.streams import SWEPT
 from ttt.benchmark.suite import Record, Suite, swept
 
 GAIN, FORGETTING = 0.97, 0.20  # what is to be reached: so much of naive's gain, at so much of its forgetting
@@ -130,7 +131,7 @@ def _tradeoff(suite: Suite, records: Sequence[Record], title: str) -> Any:
         mine = {m: points for m, points in curves.items() if suite.family(m) == family}
         for number, (name, points) in enumerate([("naive", naive), *mine.items()]):
             colour = "#7f7f7f" if name == "naive" else f"C{number - 1}"
-            option = (suite.sweep(name, "adapt-") or ("",))[0]
+            option = (suite.sweep(name, SWEPT[0]) or ("",))[0]
             x, y = [p[1] for p in points], [p[2] for p in points]
             ax.plot(x, y, "-o", color=colour, markersize=3.5, linewidth=1.4, label=f"{name}: {option}")
             chosen = [p for p in points if p[3]]

@@ -65,7 +65,7 @@ class TextSuite:
         return streams.TUNED_ON
 
     def sweep(self, name: str, scenario: str) -> tuple[str, Sequence[Any]] | None:
-        return method(name).sweep if scenario.startswith("adapt-") else None
+        return method(name).sweep if scenario in streams.SWEPT else None
 
     def run(self, scenario: str, method: str, seed: int, options: Record, *, tuning: bool) -> Record:
         from ttt.benchmark.text import run
