@@ -127,6 +127,23 @@ def test_principal_directions_are_right_singular_vectors(n, rows):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.parametrize(("rows", "n"), [(70, 90), (90, 70)])
+def test_principal_directions_of_large_matrices(rows, n, monkeypatch):
+    """By iteration, against an SVD: with a spectrum that falls, and with a rank below what is asked for."""
+    monkeypatch.setattr("ttt.nn.basis._EXACT", 8)
+    u, v = (torch.linalg.qr(torch.randn(size, 60, dtype=torch.float64)).Q for size in (rows, n))
+    a = u * 0.8 ** torch.arange(60, dtype=torch.float64) @ v.T
+    got, state = principal_directions(a, 6), torch.random.get_rng_state()
+    torch.testing.assert_close(got @ got.T, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-12)
+    for i in range(6):
+        torch.testing.assert_close(got[i].abs(), v.T[i].abs(), rtol=0, atol=1e-6)
+    assert torch.equal(principal_directions(a, 6), got)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    low = principal_directions(u[:, :3] @ v[:, :3].T, 6)
+    assert not low[3:].any()
+    torch.testing.assert_close(low[:3].T @ low[:3], v[:, :3] @ v[:, :3].T, rtol=0, atol=1e-9)
+
+
 def test_calibrating_and_consolidating_renew_the_basis():
     model, learner = adapted(window=5, orthogonal=4, replay_capacity=64, **PLAIN)
     assert not any(layer.basis.any() for layer in learner.layers)
