@@ -51,7 +51,7 @@ class Result:
 
 def methods(config: ttt.TTTConfig) -> dict[str, ttt.TTTConfig | None]:
     """Name -> configuration; None learns nothing. SGD is the default configuration without its protection."""
-    plain = {"ewc_lambda": 0.0, "replay_rows": 0, "orthogonal": 0}
+    plain: dict[str, Any] = {"ewc_lambda": 0.0, "replay_rows": 0, "orthogonal": 0}
     return {
         FROZEN: None,
         IN_CONTEXT: None,
