@@ -8,8 +8,8 @@ from test_learner import TARGETS, adapted, assert_same, ids_of, state_of, tiny
 
 import ttt
 from ttt.convert import learning_layers
-from ttt.fork import SHARED
 from ttt.nn.gaussian import PRESENT
+from ttt.nn.held import BASE
 
 OWN = ("weight", "trace", "win_x", "win_delta", "win_eta", "recent", "recent_seen", "step", "tokens")
 
@@ -37,7 +37,7 @@ def test_a_fork_is_the_same_to_the_bit_and_shares_what_learning_does_not_write()
         assert torch.equal(model(ids).logits, other(ids).logits)
     for (_, a), (_, b) in zip(learning_layers(model), learning_layers(other), strict=True):
         assert a is not b
-        for name in SHARED:
+        for name in BASE:
             assert getattr(a, name).data_ptr() == getattr(b, name).data_ptr(), name
         for name in OWN + PRESENT:
             assert getattr(a, name).data_ptr() != getattr(b, name).data_ptr(), name
@@ -124,7 +124,7 @@ def test_a_fork_can_be_saved_loaded_and_forked_again(tmp_path):
     third = ttt.load(ttt.fork(model), tmp_path / "other.safetensors")
     assert_same(state_of(other), state_of(third))
     for (_, a), (_, b) in zip(learning_layers(model), learning_layers(third), strict=True):
-        for name in SHARED:  # the file holds what they had already: no copy is made
+        for name in BASE:  # the file holds what they had already: no copy is made
             assert getattr(a, name).data_ptr() == getattr(b, name).data_ptr(), name
     before = everything(model), everything(other)
     ttt.Learner(third).consolidate()

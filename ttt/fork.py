@@ -11,8 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ttt.convert import kept_originals, learning_layers, require_layers
 from ttt.nn.gaussian import PAST, PRESENT
-
-SHARED = ("anchor", "importance", "importance_scale", "memory", "seen", "basis", *PAST)
+from ttt.nn.held import BASE
 
 _KINDS = {"weight": "weight", "anchor": "anchor", "importance": "importance", "trace": "trace", "momentum": "trace"}
 _KINDS |= dict.fromkeys(("memory", "recent", "basis", *PAST, *PRESENT), "memory")
@@ -62,7 +61,7 @@ def fork(model: nn.Module) -> nn.Module:
     for layer in layers.values():
         memo[id(layer.config)] = layer.config
         layer.shared.add("original")  # the replaced module's weight, where it is not the layer's
-        for name in SHARED:
+        for name in BASE:
             if (b := getattr(layer, name)) is not None:
                 memo[id(b)] = b
                 layer.shared.add(name)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ttt.checks import check_number, check_whole
-from ttt.fork import SHARED
 from ttt.nn import Linear, Update
+from ttt.nn.held import BASE
 from ttt.nn.state import standing_in
 
 _LEVEL_TOKENS = 65536  # time constant of the running level of surprise
@@ -198,7 +198,7 @@ class Guard:
 
     def _copy(self) -> list[dict[str, Tensor]]:
         """What learning writes, of every layer."""
-        kept = [{k: t for k, t in layer.state().items() if k not in SHARED} for layer in self._learner.layers]
+        kept = [{k: t for k, t in layer.state().items() if k not in BASE} for layer in self._learner.layers]
         return [{name: t.clone() for name, t in state.items()} for state in kept]
 
     def _restore(self, states: list[dict[str, Tensor]]) -> None:

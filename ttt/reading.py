@@ -39,7 +39,7 @@ def cached(model: nn.Module, cache: Any) -> dict[str, Any]:
 
 
 @functools.cache
-def _cache_name(kind: type[nn.Module]) -> str:
+def _cache_name(kind: type) -> str:
     return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 

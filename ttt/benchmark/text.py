@@ -21,13 +21,13 @@ from ttt.config import DEFENCES
 from ttt.demo import text as texts
 from ttt.demo.model import CONTEXT, LN2, as_ids, load_model, windows
 from ttt.demo.run import calibration_batches
-from ttt.fork import SHARED
 from ttt.nn.basis import refresh
+from ttt.nn.held import BASE
 
 OLD_WINDOWS = 32
 TIMED = 4  # of each so many pieces one is read by the frozen model, too
 
-# What importance, replay memory and the rest of `SHARED`, once measured, do not depend on.
+# What importance, replay memory and the rest of `BASE`, once measured, do not depend on.
 _STRENGTHS: dict[str, Any] = {"lr": 0.02, "clip": 3.0, "replay_beta": 0.1, "distill_rows": 0, "seed": 0}
 
 
@@ -68,7 +68,7 @@ class Lab:
             source = self._calibrated_under(config)
             for (_, layer), (_, other) in zip(ttt.learning_layers(model), ttt.learning_layers(source), strict=True):
                 # The anchor stays the base model's (SI moved the source's), and a basis has its own size.
-                for name in set(SHARED) - {"anchor", "basis"}:
+                for name in set(BASE) - {"anchor", "basis"}:
                     if (held := getattr(layer, name)) is not None:
                         held.copy_(getattr(other, name))
                 refresh(layer)

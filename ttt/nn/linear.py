@@ -13,9 +13,9 @@ from ttt import ops
 from ttt.config import TTTConfig
 from ttt.nn import gaussian, rows
 from ttt.nn.binding import Binding, binding_of
-from ttt.nn.rates import STREAM, count_, rates
+from ttt.nn.held import Held
+from ttt.nn.rates import count_, rates
 from ttt.nn.steps import Steps, forbid_capture
-from ttt.nn.transposed import Transposed
 from ttt.ops import log8
 from ttt.ops.gate import advance
 
@@ -64,7 +64,7 @@ class _Capture(torch.autograd.Function):
         return layer._transposed_window(delta).view(x.shape), None, None
 
 
-class Linear(Transposed):
+class Linear(Held):
     """A linear layer that learns: y = x W_t^T + b with W_t = W - sum over the window of eta delta x^T.
 
     ``weight`` stays an `nn.Parameter` (never requiring grad) and is changed in place; the state below are
@@ -99,7 +99,6 @@ class Linear(Transposed):
         name: seeds this layer's random draws, together with ``config.seed``.
     """
 
-    anchor: Tensor
     win_x: Tensor
     win_delta: Tensor
     win_eta: Tensor
@@ -112,7 +111,6 @@ class Linear(Transposed):
     recent: Tensor
     basis: Tensor
     past_mean: Tensor
-    moments: Tensor
     # Counters:
     seen: Tensor
     recent_seen: Tensor
@@ -154,9 +152,8 @@ class Linear(Transposed):
         self._pending = 0
         self.strength = 1.0  # of the protection: multiplies ewc_lambda and replay_beta (`ttt.Guard`)
         self.sink: list[tuple[Tensor, Tensor]] | None = None
-        # Names of buffers that other models may hold, too (`ttt.fork`): never written in place; see `own`.
-        self.shared: set[str] = set()
-        self.base: dict[str, Tensor] = {}  # state from before the first consolidation; empty until then
+        self.shared = set()
+        self.base = {}
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
@@ -485,88 +482,6 @@ class Linear(Transposed):
         self._steps = steps
         self.pending = held
         return self
-
-    # -- state ------------------------------------------------------------------------------------------------
-
-    def state(self) -> dict[str, Tensor]:
-        """The live state tensors by name (not copies), and ``pending`` as a tensor."""
-        out = {"weight": self.weight.detach()}
-        out |= dict(self.named_buffers(recurse=False))
-        out["pending"] = torch.tensor([self.pending])
-        return out
-
-    @torch.no_grad()
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Copy ``state`` (as from `state`) into the live tensors. Names and shapes must fit; the caller checks.
-
-        Raises:
-            ValueError: if the layer is capturable and ``pending`` is no number of rows that its steps make.
-        """
-        steps = self._steps
-        if steps is not None and "pending" in state and not steps.takes(int(state["pending"])):
-            raise ValueError(
-                f"pending = {int(state['pending'])} is no whole number of the layer's steps of {steps.rows} rows; "
-                "call capturable_(None) first"
-            )
-        for name, value in state.items():
-            if name == "pending":
-                self.pending = int(value)
-            else:
-                self._take(name, value)
-
-    def own(self, *names: str, copy: bool = True) -> None:
-        """Make buffers ready to be written: those shared with other models are replaced by the layer's own.
-
-        ``copy`` False leaves the new ones' content undefined.
-        """
-        replaced = self.shared.intersection(names)
-        if replaced and self._steps is not None:
-            raise RuntimeError(
-                f"{sorted(replaced)} are shared with a fork and must be replaced, but a captured graph may hold them; "
-                "call capturable_(None) first"
-            )
-        for name in replaced:
-            held = getattr(self, name)
-            setattr(self, name, held.clone() if copy else torch.empty_like(held))
-            self.shared.discard(name)
-
-    def _take(self, name: str, value: Tensor) -> None:
-        """Give the live tensor ``name`` the content of ``value``. A shared one that has it already stays shared."""
-        live = getattr(self, name).detach()
-        if name in self.shared:
-            if torch.equal(live, value.to(live.device)):
-                return
-            self.own(name, copy=False)
-            live = getattr(self, name)
-        live.copy_(value)
-
-    def remember_base(self) -> None:
-        """Keep what `reset` and `ttt.restore_` go back to; called before the anchor first moves."""
-        if not self.base:
-            names = ("anchor", "importance", "importance_scale", "memory", "seen", "basis", *gaussian.PAST)
-            held = {name: b for name in names if (b := getattr(self, name)) is not None}
-            self.base = {name: b if name in self.shared else b.clone() for name, b in held.items()}
-
-    @property
-    def base_weight(self) -> Tensor:
-        """(m, n): the weight from before any learning."""
-        return self.base.get("anchor", self.anchor)
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Forget everything learnt since calibration: weights, trace, window, and what was consolidated."""
-        for name, value in self.base.items():
-            self._take(name, value)
-        self.base = {}
-        self.weight.copy_(self.anchor)
-        # Zeroed, not only marked empty: what a user said must not stay in memory.
-        learnt = ("trace", "momentum", "recent", "recent_seen", "step", "tokens", *gaussian.PRESENT)
-        for name in ("win_x", "win_delta", "win_eta", "win_trace", *learnt):
-            if (b := getattr(self, name)) is not None:
-                b.zero_()
-        if self.moments is not None:
-            self.moments[STREAM].zero_()
-        self.pending = 0
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, lr={self.config.lr}, window={self.config.window}"
