@@ -35,12 +35,12 @@ def cached(model: nn.Module, cache: Any) -> dict[str, Any]:
 
     transformers 5.2x calls it ``cache``, and older ones ``past_key_values``.
     """
-    return {_cache_name(type(model)): cache, "use_cache": True}
+    return {_cache_name(type(model).forward): cache, "use_cache": True}
 
 
 @functools.cache
-def _cache_name(kind: type) -> str:
-    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+def _cache_name(forward: Callable) -> str:
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def cache_of(out: Any) -> Any:
