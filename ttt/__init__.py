@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ttt import nn, ops
+from ttt.blocks import Outcome, capturable_, learning
 from ttt.checkpoint import load, save
 from ttt.config import TTTConfig
 from ttt.convert import adapt_, learning_layers, restore_
@@ -21,7 +22,7 @@ from ttt.graphed import GraphedLearner
 from ttt.growth import GrowingLearner
 from ttt.guard import Check, Guard
 from ttt.info import info
-from ttt.learner import Learner, Outcome, Seen, Snapshot, capturable_, learning
+from ttt.learner import Learner, Seen, Snapshot
 
 if TYPE_CHECKING:
     from ttt.exchange import export_peft, import_peft

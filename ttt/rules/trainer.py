@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ttt import protection
+from ttt.blocks import learning
 from ttt.convert import learning_layers, require_layers
-from ttt.learner import learning
 from ttt.rules.base import Batch, Forward, Rule, forward_inputs, masked, task_loss
 
 
