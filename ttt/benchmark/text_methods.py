@@ -102,16 +102,16 @@ METHODS: dict[str, TextMethod] = {
     "frozen": TextMethod("reference", reader=lambda lab, *_: readers.Reader(lab.model)),
     # Plain SGD at the rate that gains most on the new text: what shares are shares of.
     "naive": TextMethod("reference", {"lr": (0.005, 0.01, 0.02, 0.04)}, sweep=RATE_SWEEP, score="new"),
-    "joint": TextMethod("reference", {"lr": (0.005, 0.01, 0.02)}, reader=_joint),
+    "joint": TextMethod("reference", {"lr": (0.005, 0.01, 0.02)}, reader=_joint, recurs=False),
     "EWC": TextMethod("regularisation", {"lr": RATES, "ewc_lambda": LAMBDAS}, sweep=LAMBDA_SWEEP),
     "SI": TextMethod(
         "regularisation", {"lr": RATES, "ewc_lambda": LAMBDAS}, {"importance": "si"}, sweep=LAMBDA_SWEEP
     ),
     "MAS": TextMethod(
-        "regularisation", {"lr": RATES, "ewc_lambda": LAMBDAS}, {"importance": "mas"}, sweep=LAMBDA_SWEEP
+        "regularisation", {"lr": RATES, "ewc_lambda": LAMBDAS}, {"importance": "mas"}, sweep=LAMBDA_SWEEP, recurs=False
     ),
     "LwF": TextMethod(
-        "distillation", {"lr": RATES, "weight": (0.1, 0.3, 1.0)}, sweep=("weight", (0.03, 0.3, 3.0)),
+        "distillation", {"lr": RATES, "weight": (0.1, 0.3, 1.0)}, sweep=("weight", (0.03, 0.3, 3.0)), recurs=False,
         rules=[lambda o, seed, known: LogitDistillation(o["weight"])],
     ),
     "layer LwF": TextMethod(
@@ -122,7 +122,7 @@ METHODS: dict[str, TextMethod] = {
         rules=[lambda o, seed, known: SequenceReplay(CAPACITY, weight=o["weight"], base=known, seed=seed)],
     ),
     "DER++": TextMethod(
-        "replay", {"lr": RATES, "alpha": (0.3, 1.0)}, sweep=("alpha", (0.1, 0.5, 3.0)),
+        "replay", {"lr": RATES, "alpha": (0.3, 1.0)}, sweep=("alpha", (0.1, 0.5, 3.0)), recurs=False,
         rules=[lambda o, seed, known: DarkSequenceReplay(CAPACITY, alpha=o["alpha"], beta=0.5, base=known, seed=seed)],
     ),
     "generative replay": TextMethod(
