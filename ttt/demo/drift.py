@@ -1,11 +1,12 @@
 """``python -m ttt.demo.drift``: what a guard holds back while the model reads 200,000 bytes of other text, and noise.
 
-EWC and replay (not the demo's orthogonal updates, at half its rate) read one stream, once as it is and once with a `ttt.Guard`: C++ headers, English, random bytes,
-YAML, one line over and over, then headers and English again. After every 2,048 bytes, halfway between two checks of
-the guard, it is tested on Python modules that neither it nor the guard has seen: the guard's own inputs are from the
-text the model was trained on. Writes ``bench/results/demo_drift.json`` and a plot beside it. The guard's settings were
-chosen on other parts of the headers, CMake files and other noise, but for two: after a first run on this stream, 2.03 %
-worse at one test, the bound was lowered from .016 to .015, and the strength made to fall half as fast.
+EWC and replay (not the demo's orthogonal updates, at half its rate) read one stream, once as it is and once with a
+`ttt.Guard`: C++ headers, English, random bytes, YAML, one line over and over, then headers and English again. After
+every 2,048 bytes, halfway between two checks of the guard, it is tested on Python modules that neither it nor the guard
+has seen: the guard's own inputs are from the text the model was trained on. Writes ``bench/results/demo_drift.json``
+and a plot beside it. The guard's settings were chosen on other parts of the headers, CMake files and other noise, but
+for two: after a first run on this stream, 2.03 % worse at one test, the bound was lowered from .016 to .015, and the
+strength made to fall half as fast.
 """
 
 from __future__ import annotations
