@@ -101,7 +101,7 @@ def _growing(lab: Lab, stream: Stream, o: Options, seed: int) -> readers.Reader:
 METHODS: dict[str, TextMethod] = {
     "frozen": TextMethod("reference", reader=lambda lab, *_: readers.Reader(lab.model)),
     # Plain SGD at the rate that gains most on the new text: what shares are shares of.
-    "naive": TextMethod("reference", {"lr": (0.005, 0.01, 0.02, 0.04)}, sweep=RATE_SWEEP, score="new"),
+    "naive": TextMethod("reference", {"lr": (0.005, 0.01, 0.02, 0.04, 0.08)}, sweep=RATE_SWEEP, score="new"),
     "joint": TextMethod("reference", {"lr": (0.005, 0.01, 0.02)}, reader=_joint, recurs=False),
     "EWC": TextMethod("regularisation", {"lr": RATES, "ewc_lambda": LAMBDAS}, sweep=LAMBDA_SWEEP),
     "SI": TextMethod(
@@ -111,7 +111,7 @@ METHODS: dict[str, TextMethod] = {
         "regularisation", {"lr": RATES, "ewc_lambda": LAMBDAS}, {"importance": "mas"}, sweep=LAMBDA_SWEEP, recurs=False
     ),
     "LwF": TextMethod(
-        "distillation", {"lr": RATES, "weight": (0.1, 0.3, 1.0)}, sweep=("weight", (0.03, 0.3, 3.0)), recurs=False,
+        "distillation", {"lr": RATES, "weight": (0.1, 0.3, 1.0, 2.0)}, sweep=("weight", (0.03, 0.3, 4.0)), recurs=False,
         rules=[lambda o, seed, known: LogitDistillation(o["weight"])],
     ),
     "layer LwF": TextMethod(
@@ -130,7 +130,7 @@ METHODS: dict[str, TextMethod] = {
         rules=[lambda o, seed, known: SampledReplay(weight=o["weight"])],
     ),
     "layer replay": TextMethod(
-        "replay", {"lr": RATES, "replay_beta": BETAS}, {"replay_rows": ROWS}, sweep=BETA_SWEEP
+        "replay", {"lr": RATES, "replay_beta": (*BETAS, 0.8)}, {"replay_rows": ROWS}, sweep=BETA_SWEEP
     ),
     "layer generative": TextMethod(
         "replay", {"lr": RATES, "replay_beta": BETAS}, {"generated_rows": 4 * ROWS}, sweep=BETA_SWEEP, recurs=False
@@ -156,20 +156,20 @@ METHODS: dict[str, TextMethod] = {
         sweep=("decay", (0.03, 0.3, 3.0)), recurs=False,
     ),
     "growing columns": TextMethod(
-        "architecture", {"lr": RATES}, {name: getattr(CONFIG, name) for name in ("replay_beta", *DEFENCES)},
+        "architecture", {"lr": (*RATES, CONFIG.lr)}, {name: getattr(CONFIG, name) for name in ("replay_beta", *DEFENCES)},
         reader=_growing,
     ),
     # What is done today instead of learning.
     "in-context only": TextMethod("workaround", reader=lambda lab, *_: readers.InContext(lab.model)),
     "kNN-LM": TextMethod(
-        "workaround", {"weight": (0.2, 0.4), "temperature": (3.0, 10.0, 30.0)},
+        "workaround", {"weight": (0.2, 0.4), "temperature": (3.0, 10.0, 30.0, 100.0)},
         sweep=("weight", (0.05, 0.3, 0.6)), reader=_neighbours,
     ),
     "fine-tuning": TextMethod(
-        "workaround", {"lr": (3e-4, 1e-3, 3e-3)}, sweep=("lr", (1e-4, 5e-4, 2e-3)), reader=_tune_layers
+        "workaround", {"lr": (1e-4, 3e-4, 1e-3, 3e-3)}, sweep=("lr", (1e-4, 5e-4, 2e-3)), reader=_tune_layers
     ),
     "fine-tuning (all)": TextMethod(
-        "workaround", {"lr": (1e-4, 3e-4, 1e-3)}, sweep=("lr", (3e-5, 2e-4, 5e-4)), reader=_tune_all,
+        "workaround", {"lr": (3e-5, 1e-4, 3e-4, 1e-3)}, sweep=("lr", (3e-5, 2e-4, 5e-4)), reader=_tune_all,
         recurs=False,
     ),
 }  # fmt: skip
