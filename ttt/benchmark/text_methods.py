@@ -156,8 +156,8 @@ METHODS: dict[str, TextMethod] = {
         sweep=("decay", (0.03, 0.3, 3.0)), recurs=False,
     ),
     "growing columns": TextMethod(
-        "architecture", {"lr": (*RATES, CONFIG.lr)}, {name: getattr(CONFIG, name) for name in ("replay_beta", *DEFENCES)},
-        reader=_growing,
+        "architecture", {"lr": (*RATES, CONFIG.lr)},
+        {name: getattr(CONFIG, name) for name in ("replay_beta", *DEFENCES)}, reader=_growing,
     ),
     # What is done today instead of learning.
     "in-context only": TextMethod("workaround", reader=lambda lab, *_: readers.InContext(lab.model)),
