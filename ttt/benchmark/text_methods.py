@@ -103,7 +103,7 @@ METHODS: dict[str, TextMethod] = {
     # Plain SGD at the rate that gains most on the new text: what shares are shares of.
     "naive": TextMethod("reference", {"lr": (0.005, 0.01, 0.02, 0.04, 0.08)}, sweep=RATE_SWEEP, score="new"),
     # And at lower ones: which rate is best differs from text to text.
-    **{f"naive, lr {lr}": TextMethod("reference", {"lr": (lr,)}, recurs=False) for lr in (0.01, 0.02)},
+    **{f"naive (lr {lr})": TextMethod("reference", {"lr": (lr,)}, recurs=False) for lr in (0.01, 0.02)},
     "joint": TextMethod("reference", {"lr": (0.005, 0.01, 0.02)}, reader=_joint, recurs=False),
     "EWC": TextMethod("regularisation", {"lr": RATES, "ewc_lambda": LAMBDAS}, sweep=LAMBDA_SWEEP),
     "SI": TextMethod(
