@@ -1,5 +1,6 @@
 """The package as a user meets it: import, info, command line, build without a compiler, README."""
 
+import itertools
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import readme_tables
 
 import ttt
 
@@ -115,3 +117,13 @@ def test_readme_figures_come_from_the_results():
         assert us == f"{row['us']:.0f}"
         value = 1 / row["ratio"] if row["baseline"] == "plain torch" else row["ratio"]
         assert ratio == f"{value:.2f}"
+
+
+def test_readme_tables_are_those_of_the_results():
+    """Every row of a table of the demo or the benchmark is made of bench/results, and none is missing."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    made = {"demo": readme_tables.demo(), "digits": readme_tables.digits(), "text": readme_tables.text()}
+    for first, name in (("| text |", "demo"), ("| digits |", "digits"), ("| streams of text |", "text")):
+        (head,) = (i for i, line in enumerate(lines) if line.startswith(first))
+        shown = list(itertools.takewhile(lambda line: line.startswith("|"), lines[head + 2 :]))
+        assert shown == made[name]

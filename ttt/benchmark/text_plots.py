@@ -10,7 +10,7 @@ from ttt.benchmark.streams import SWEPT
 from ttt.benchmark.suite import Record, Suite, swept
 
 GAIN, FORGETTING = 0.97, 0.20  # what is to be reached: so much of naive's gain, at so much of its forgetting
-ALONG = ("frozen", "naive", "EWC + layer replay", "kNN-LM", "fine-tuning (all)")  # drawn along the stream
+ALONG = ("frozen", "naive", "default", "growing columns", "generative replay", "kNN-LM")  # drawn along the stream
 SMOOTHED = 4  # pieces of CONTEXT bytes
 
 

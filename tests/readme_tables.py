@@ -1,0 +1,65 @@
+"""Tables of the README, from bench/results: ``python tests/readme_tables.py`` prints them, and a test compares."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import fmean
+
+RESULTS = Path(__file__).parents[1] / "bench" / "results"
+DOMAINS = ("english", "html", "rst", "licences")
+SPLITS = ("split-class", "split-domain", "split-task", "permuted")
+
+
+def _load(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text())
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def demo() -> list[str]:
+    """The demo's rows, one for each text and method."""
+    lines = []
+    for domain, one in _load("demo.json")["domains"].items():
+        for row in one["rows"]:
+            gain, lost = ("" if row[k] is None else f"{100 * row[k]:.0f} %" for k in ("gain_share", "forgetting_share"))
+            method = f"**{row['method']}**" if row["method"] == "default" else row["method"]
+            bits = [f"{row['new_bpb']:.3f}", gain, f"{row['old_bpb']:.3f}", lost]
+            lines.append(_line(domain, method, *bits, f"{row['tokens_per_second']:.0f}", f"{row['time_ratio']:.2f} x"))
+    return lines
+
+
+def digits() -> list[str]:
+    """Mean accuracy over all tasks at the end, with the 95 % interval, and cost: a row a method."""
+    rows = {(r["scenario"], r["method"]): r for r in _load("benchmark_digits.json")["rows"]}
+    lines = []
+    for method in dict.fromkeys(name for _, name in rows):
+        cells = []
+        for split in SPLITS:
+            row = rows.get((split, method))
+            cells.append("" if row is None else f"{row['acc'][0]:.3f} ± {row['acc'][1]:.3f}")
+        first = next(rows[split, method] for split in SPLITS if (split, method) in rows)
+        lines.append(_line(method, *cells, f"{first['us_per_sample'][0]:.0f}", f"{first['state_kib'][0]:.0f}"))
+    return lines
+
+
+def text() -> list[str]:
+    """Each domain's bits per byte and share of naive's forgetting; the long stream; time and state: a row a method."""
+    rows = {(r["scenario"], r["method"]): r for r in _load("benchmark_text.json")["rows"]}
+    lines = []
+    for method in dict.fromkeys(name for _, name in rows):
+        alone = [rows[f"adapt-{domain}", method] for domain in DOMAINS]
+        cells = [f"{r['new'][0]:.3f} / {100 * r['forgetting_share'][0]:.0f} %" for r in alone]
+        long = rows.get(("recurring", method))
+        cells += ["", ""] if long is None else [f"{long[name][0]:.3f}" for name in ("new", "forgetting")]
+        time = "" if alone[0]["time"] is None else f"{fmean(r['time'][0] for r in alone):.2f} x"
+        lines.append(_line(method, *cells, time, f"{alone[0]['state'][0]:.1f}"))
+    return lines
+
+
+if __name__ == "__main__":
+    for table in (demo, digits, text):
+        print(f"\n{table.__name__}")
+        print("\n".join(table()))
