@@ -142,7 +142,7 @@ def _tradeoff(suite: Suite, records: Sequence[Record], title: str) -> Any:
         ax.set_xlabel("share of naive's forgetting", fontsize=9)
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
-        ax.set(xlim=(-0.15, 1.5), ylim=(-0.1, 1.4))
+        ax.set(xlim=(-0.1, 1.1), ylim=(-0.1, 1.8))
     for ax in axes[:, 0]:
         ax.set_ylabel("share of naive's gain", fontsize=9)
     note = f"mean over the single shifts, seed 0; star: tuned; dotted: {GAIN:.0%} of the gain, {FORGETTING:.0%} of the "
