@@ -55,8 +55,8 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
         "format_version": FORMAT_VERSION,
         "config": json.dumps(layers[0][1].config.to_dict()),
         "layers": json.dumps([name for name, _ in layers]),
-        "base_sha256": _base_hash(model),
-        "tensors_sha256": _tensor_hash(tensors),
+        "base_sha256": base_hash(model),
+        "tensors_sha256": tensor_hash(tensors),
     }
     write_atomically(Path(path), safetensors.torch.save(tensors, metadata))
 
@@ -82,7 +82,7 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     present = found if fresh else [name for name, _ in learning_layers(model)]
     if sorted(present or []) != sorted(names):
         raise ValueError(f"{path} is of a model with learning layers {names}; this model has {present}")
-    if metadata.get("base_sha256") != _base_hash(model, names if fresh else None):
+    if metadata.get("base_sha256") != base_hash(model, names if fresh else None):
         raise ValueError(f"{path} belongs to another base model: the hash of the base weights differs")
     if fresh:
         adapt_(model, config, filter_fn=lambda _, name: name in names)
@@ -139,7 +139,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if metadata.get("format_version") != FORMAT_VERSION:
         version = metadata.get("format_version")
         raise ValueError(f"{path} has format version {version!r}; this release reads version {FORMAT_VERSION!r}")
-    if metadata.get("tensors_sha256") != _tensor_hash(tensors):
+    if metadata.get("tensors_sha256") != tensor_hash(tensors):
         raise ValueError(f"{path} is damaged: its checksum does not fit its content")
     return tensors, metadata
 
@@ -149,7 +149,7 @@ def _bytes_of(t: Tensor):
     return t.view(torch.uint8).numpy() if t.numel() else b""
 
 
-def _tensor_hash(tensors: dict[str, Tensor]) -> str:
+def tensor_hash(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for key in sorted(tensors):
         t = tensors[key]
@@ -158,7 +158,7 @@ def _tensor_hash(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _base_hash(model: nn.Module, names: list[str] | None = None) -> str:
+def base_hash(model: nn.Module, names: list[str] | None = None) -> str:
     """SHA-256 of the base weights: those that learn in full, of every other up to 16384 evenly spaced elements.
 
     ``names`` are the modules that will learn, for a model that is not adapted.

@@ -132,8 +132,8 @@ def save(columns: Sequence[Column], model: nn.Module, path: str | os.PathLike) -
         "format": checkpoint.FORMAT,
         "format_version": checkpoint.FORMAT_VERSION,
         "columns": json.dumps(rows),
-        "base_sha256": checkpoint._base_hash(model),
-        "tensors_sha256": checkpoint._tensor_hash(tensors),
+        "base_sha256": checkpoint.base_hash(model),
+        "tensors_sha256": checkpoint.tensor_hash(tensors),
     }
     write_atomically(Path(path), safetensors.torch.save(tensors, metadata))
 
@@ -149,7 +149,7 @@ def load(model: nn.Module, path: str | os.PathLike) -> list[Column]:
     tensors, metadata = checkpoint._read(Path(path))
     if "columns" not in metadata:
         raise ValueError(f"{path} holds no columns")
-    if metadata.get("base_sha256") != checkpoint._base_hash(model):
+    if metadata.get("base_sha256") != checkpoint.base_hash(model):
         raise ValueError(f"{path} belongs to another base model: the hash of the base weights differs")
     found = []
     for number, row in enumerate(json.loads(metadata["columns"])):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import torch
@@ -12,8 +11,7 @@ from torch.nn.functional import linear
 from ttt import ops
 from ttt.config import TTTConfig
 from ttt.fleet.options import Fleet
-from ttt.nn.linear import _SEED_MASK
-from ttt.nn.transposed import Transposed
+from ttt.nn.adapted import Adapted
 
 PER_ROW = ("a", "b")
 PER_SLOT = ("eta_sum", "lost", "step")
@@ -72,7 +70,7 @@ class _Capture(torch.autograd.Function):
         return layer._transposed_product(grad, users), None, None, None
 
 
-class FleetLinear(Transposed):
+class FleetLinear(Adapted):
     """y_t = W x_t + b + B_u^T (A_u x_t): a linear layer for a batch in which each row belongs to a user, or to none.
 
     ``weight`` and ``bias`` never change; rows of no user get the base layer's output bit for bit. The state is in
@@ -109,42 +107,16 @@ class FleetLinear(Transposed):
     memory: Tensor
     seen: Tensor
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        config: TTTConfig | None = None,
-        name: str = "",
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
-        self._build(config or TTTConfig(users=Fleet()), name)
-
-    @classmethod
-    def from_weight(cls, weight: torch.nn.Parameter, bias: torch.nn.Parameter | None, config: TTTConfig, name: str):
-        """A layer around existing parameters, which are shared, not copied."""
-        layer = cls.__new__(cls)
-        torch.nn.Module.__init__(layer)
-        layer.out_features, layer.in_features = weight.shape
-        layer.weight = weight
-        layer.bias = bias  # type: ignore[assignment]
-        layer._build(config, name)
-        return layer
+    @staticmethod
+    def _default_config() -> TTTConfig:
+        return TTTConfig(users=Fleet())
 
     def _build(self, config: TTTConfig, name: str) -> None:
         if config.users is None:
             raise ValueError("config.users must be a ttt.Fleet, got None")
-        self.config, self.fleet = config, config.users
-        self.name = name
-        self.seed = ((config.seed << 32) ^ zlib.crc32(name.encode())) & _SEED_MASK
+        super()._build(config, name)
+        self.fleet = config.users
         self.routing = Routing()
-        self.sink: list[tuple[Tensor, Tensor]] | None = None
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
         m, n, slots, capacity = self.out_features, self.in_features, self.fleet.slots, self.fleet.capacity
         w = self.weight.detach()
         wide = torch.float64 if w.dtype == torch.float64 else torch.float32
@@ -163,8 +135,6 @@ class FleetLinear(Transposed):
         buffer("importance_n", n, dtype=wide, kept=protects)
         buffer("memory", config.replay_capacity, n, dtype=w.dtype, kept=replays)
         buffer("seen", 1, dtype=torch.int64, kept=replays)
-        # Requires grad, so that autograd's graph begins at this layer; never receives one.
-        self._root = torch.zeros((), requires_grad=True, device=w.device)
 
     # -- using ------------------------------------------------------------------------------------------------
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ttt.nn import gaussian
+from ttt.nn.adapted import Adapted
 from ttt.nn.rates import STREAM
-from ttt.nn.transposed import Transposed
 
 if TYPE_CHECKING:
     from ttt.nn.steps import Steps
@@ -18,7 +18,7 @@ BASE = ("anchor", "importance", "importance_scale", "memory", "seen", "basis", *
 """Buffers that calibrating and consolidating write, and learning does not."""
 
 
-class Held(Transposed):
+class Held(Adapted):
     """The state of a `ttt.nn.Linear`, whose docstring lists the buffers."""
 
     anchor: Tensor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from typing import Any
 
 import torch
@@ -18,8 +17,6 @@ from ttt.nn.rates import count_, rates
 from ttt.nn.steps import Steps, forbid_capture
 from ttt.ops import log8
 from ttt.ops.gate import advance
-
-_SEED_MASK = (1 << 63) - 1
 
 
 @dataclasses.dataclass
@@ -118,45 +115,14 @@ class Linear(Held):
     tokens: Tensor
     importance_scale: Tensor
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        config: TTTConfig | None = None,
-        name: str = "",
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
-        self._build(config or TTTConfig(), name)
-
-    @classmethod
-    def from_weight(cls, weight: torch.nn.Parameter, bias: torch.nn.Parameter | None, config: TTTConfig, name: str):
-        """A layer around existing parameters, which are shared, not copied."""
-        layer = cls.__new__(cls)
-        torch.nn.Module.__init__(layer)
-        layer.out_features, layer.in_features = weight.shape
-        layer.weight = weight
-        layer.bias = bias  # type: ignore[assignment]
-        layer._build(config, name)
-        return layer
-
     def _build(self, config: TTTConfig, name: str) -> None:
         self._binding: Binding | None = None
-        self.config = config
-        self.name = name
-        self.seed = ((config.seed << 32) ^ zlib.crc32(name.encode())) & _SEED_MASK
+        super()._build(config, name)
         self._steps: Steps | None = None  # of a capturable layer
         self._pending = 0
         self.strength = 1.0  # of the protection: multiplies ewc_lambda and replay_beta (`ttt.Guard`)
-        self.sink: list[tuple[Tensor, Tensor]] | None = None
         self.shared = set()
         self.base = {}
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
         m, n, c = self.out_features, self.in_features, config.window
         w = self.weight.detach()
         wide = torch.float64 if w.dtype == torch.float64 else torch.float32
@@ -191,8 +157,6 @@ class Linear(Held):
             buffer(counter, w.new_zeros((1,), dtype=torch.int64))
         buffer("moments", None if config.rate == "constant" else w.new_zeros((2, 3), dtype=torch.float64))
         buffer("importance_scale", w.new_zeros((1,), dtype=torch.float64))
-        # Requires grad, so that autograd's graph begins at this layer; never receives one.
-        self._root = torch.zeros((), requires_grad=True, device=w.device)
 
     # -- using ------------------------------------------------------------------------------------------------
 

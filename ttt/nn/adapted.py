@@ -1,0 +1,74 @@
+"""What the layers that stand in for `nn.Linear` share: how they are made, their seed, and their place in state_dict."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from ttt.config import TTTConfig
+
+_SEED_MASK = (1 << 63) - 1
+
+
+class Adapted(torch.nn.Linear):
+    """A linear layer made anew or around existing parameters, none of which receives a gradient.
+
+    With ``transposed`` True, ``weight`` (m, n) is saved and loaded as (n, m), as GPT-2's ``Conv1D`` has it.
+    """
+
+    transposed = False
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        config: TTTConfig | None = None,
+        name: str = "",
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._build(config or self._default_config(), name)
+
+    @classmethod
+    def from_weight(cls, weight: torch.nn.Parameter, bias: torch.nn.Parameter | None, config: TTTConfig, name: str):
+        """A layer around existing parameters, which are shared, not copied."""
+        layer = cls.__new__(cls)
+        torch.nn.Module.__init__(layer)
+        layer.out_features, layer.in_features = weight.shape
+        layer.weight = weight
+        layer.bias = bias  # type: ignore[assignment]
+        layer._build(config, name)
+        return layer
+
+    @staticmethod
+    def _default_config() -> TTTConfig:
+        return TTTConfig()
+
+    def _build(self, config: TTTConfig, name: str) -> None:
+        """What a layer needs beside its parameters; subclasses add their buffers."""
+        self.config = config
+        self.name = name
+        self.seed = ((config.seed << 32) ^ zlib.crc32(name.encode())) & _SEED_MASK
+        self.sink: list[tuple[Tensor, Tensor]] | None = None  # where backward passes leave (x, delta)
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        # Requires grad, so that autograd's graph begins at this layer; never receives one.
+        self._root = torch.zeros((), requires_grad=True, device=self.weight.device)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.transposed:
+            key = prefix + "weight"
+            destination[key] = destination[key].T.contiguous()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        key = prefix + "weight"
+        if self.transposed and key in state_dict:
+            state_dict = {**state_dict, key: state_dict[key].T}
+        super()._load_from_state_dict(state_dict, prefix, *args)
