@@ -15,8 +15,8 @@ from torch import nn
 from ttt.config import TTTConfig
 from ttt.fleet import pool as fleet
 from ttt.nn import FleetLinear, Linear
+from ttt.nn.adapted import DTYPES
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 # What restore_ needs lies beside the model, in attributes that are neither modules nor in state_dict.
 _ORIGINALS, _FROZEN = "_ttt_originals", "_ttt_requires_grad"
@@ -247,8 +247,8 @@ def _refuse_unfit(name: str, module: Any, tied: dict[int, list[str]]) -> None:
     if id(weight) in tied:
         others = [other for other in tied[id(weight)] if other != f"{name}.weight"]
         raise ValueError(f"{name}.weight is tied to {others}: learning in one would change the other; leave it out")
-    if weight.dtype not in _DTYPES:
-        raise ValueError(f"{name}.weight is {weight.dtype}; it must be one of {[str(d) for d in _DTYPES]}")
+    if weight.dtype not in DTYPES:
+        raise ValueError(f"{name}.weight is {weight.dtype}; it must be one of {[str(d) for d in DTYPES]}")
     if weight.is_meta:
         raise ValueError(f"{name}.weight is on the meta device; load the model's weights first")
 

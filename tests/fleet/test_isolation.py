@@ -35,18 +35,24 @@ def tokens(seed, rows, length):
 class Isolation(RuleBasedStateMachine):
     base = None
 
-    @initialize(protected=st.booleans(), shrink=st.sampled_from(["truncate", "directions"]))
-    def begin(self, protected, shrink):
+    @initialize(
+        protected=st.booleans(),
+        shrink=st.sampled_from(["truncate", "directions"]),
+        rate=st.sampled_from(["constant", "energy", "rms"]),
+        directions=st.sampled_from([0, 5]),
+    )
+    def begin(self, protected, shrink, rate, directions):
         if Isolation.base is None:
             Isolation.base = tiny(layers=2)
         self.learners, self.stores = [], []
         for _ in range(2):
             config = ttt.TTTConfig(
-                target_modules=["down_proj"], lr=0.02, chunk=6, replay_capacity=16, ewc_lambda=0.1 * protected,
-                replay_rows=2 * protected, users=ttt.Fleet(slots=3, rank=2, window=6, shrink=shrink),
+                target_modules=["down_proj"], lr=0.5 if rate == "energy" else 0.02, rate=rate, clip=3.0, chunk=6,
+                replay_capacity=16, ewc_lambda=0.1 * protected, replay_rows=2 * protected, orthogonal=directions,
+                users=ttt.Fleet(slots=3, rank=2, window=6, shrink=shrink),
             )  # fmt: skip
             learner = ttt.Learner(ttt.adapt_(copy.deepcopy(Isolation.base), config), context=24)
-            if protected:
+            if protected or directions:
                 learner.calibrate([tokens(7, 2, 12)])  # of the base model, which all share
             store = {}
             learner.pool.on_evict, learner.pool.on_miss = store.__setitem__, store.get
@@ -152,6 +158,7 @@ class Isolation(RuleBasedStateMachine):
             for layer in learner.pool.layers.values():  # who has no slot has left nothing in memory
                 free = [s for s in range(3) if s not in learner.pool._slot.values()]
                 assert float(layer.a[free].abs().sum() + layer.b[free].abs().sum()) == 0
+                assert layer.moments is None or not layer.moments[free].any()
         if states:
             assert [k for k, t in states[0].items() if not torch.equal(t, states[1][k])] == []
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ttt.fleet.pool import Pool
 from ttt.nn import Capturing, FleetLinear
-from ttt.nn.rates import rates
+from ttt.nn.rates import Rates
 from ttt.reading import cache_of, cached, detached, frozen, masked_inputs
 
 
@@ -87,7 +87,7 @@ def _learn(pool: Pool, captured: list, slots: Tensor, rows: Tensor, nll: Tensor,
     owners = slots.repeat_interleave(nll.shape[1])
     users = torch.where(rows, owners, -1)
     ok = torch.isfinite(torch.where(targets, nll, 0.0)).flatten()
-    updates: list[tuple[FleetLinear, Tensor, Tensor, Tensor]] = []
+    updates: list[tuple[FleetLinear, Tensor, Tensor, Rates]] = []
     for layer, pairs in zip(pool.layers.values(), captured, strict=True):
         if not pairs:
             continue
@@ -95,14 +95,15 @@ def _learn(pool: Pool, captured: list, slots: Tensor, rows: Tensor, nll: Tensor,
         if len(x) != len(users):
             raise ValueError(f"{layer.name} saw {len(x)} rows of {len(users)} tokens: users need every token seen once")
         x, delta = (t.to(layer.weight.dtype).contiguous() for t in (x, delta))
-        eta, finite, _ = rates(x, delta, layer.config, layer.eta_sum.dtype)
-        ok = ok & (finite.to(ok.device) | ~rows)
-        updates.append((layer, x, delta, eta))
+        x, steps = layer.steps(x, delta, users)
+        ok = ok & (steps.finite.to(ok.device) | ~rows)
+        updates.append((layer, x, delta, steps))
     bad = torch.zeros(pool.slots + 1, dtype=torch.int64, device=users.device)
     bad = bad.index_add_(0, owners.long() + 1, (~ok).long())[1:] > 0
     users = torch.where(bad[users.clamp_min(0).long()], -1, users)
-    for layer, x, delta, eta in updates:
-        layer.learn(x, delta, eta, users)
+    for layer, x, delta, steps in updates:
+        layer.learn(x, delta, steps.eta, users)
+        layer.count(steps.grown, ~bad)
     return bad
 
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ttt import ops
 from ttt.nn import Capturing, FleetLinear
-from ttt.nn.rates import rates
+from ttt.nn.basis import refresh
 
 
 def calibrate(layers: Sequence[FleetLinear], losses: Iterator[Tensor], kind: str) -> None:
-    """Importance and replay memory of the base model from the gradients of ``losses``.
+    """Importance, replay memory, its principal directions, and the scale of gradients, from those of ``losses``.
 
     Omega's row and column means come from those of the tokens' squares (``kind`` "mas": absolute values), without an
     m x n matrix: row i has sum_t delta_ti^2 mean_j x_tj^2. They are stored so that importance_m[i] importance_n[j] has
@@ -29,17 +29,21 @@ def calibrate(layers: Sequence[FleetLinear], losses: Iterator[Tensor], kind: str
         for la in layers
     ]
     memories = [None if la.memory is None else (la.memory.clone(), la.seen.clone()) for la in layers]
+    # The gradients of MAS are not the loss's.
+    moments = [None if la.calibrated is None or kind == "mas" else torch.zeros_like(la.calibrated) for la in layers]
     with Capturing(layers) as capturing, torch.enable_grad():
         for loss in losses:
             loss.backward()
-            for layer, pairs, (by_row, by_column), memory in zip(
-                layers, capturing.renew(), sums, memories, strict=True
-            ):
+            captured = zip(layers, capturing.renew(), sums, memories, moments, strict=True)
+            for layer, pairs, (by_row, by_column), memory, moment in captured:
                 for x, delta in pairs:
                     x, delta = x.to(layer.weight.dtype).contiguous(), delta.to(layer.weight.dtype)
-                    if not bool(rates(x, delta, layer.config, wide).finite.all()):
+                    _, steps = layer.steps(x, delta, None)
+                    if not bool(steps.finite.all()):
                         raise ValueError(f"calibration gave no finite gradient at {layer.name or layer}")
                     tokens += len(x)
+                    if moment is not None and steps.grown is not None:
+                        moment += steps.grown
                     xs, ds = (t.to(wide).abs() if kind == "mas" else t.to(wide).square() for t in (x, delta))
                     by_row += ds.T @ xs.mean(1)
                     by_column += xs.T @ ds.mean(1)
@@ -50,10 +54,13 @@ def calibrate(layers: Sequence[FleetLinear], losses: Iterator[Tensor], kind: str
         raise ValueError("batches must hold at least one batch of tokens, got none")
     weights = sum(layer.weight.numel() for layer in layers)
     mean = sum(float(rows.mean()) * layer.weight.numel() for layer, (rows, _) in zip(layers, sums, strict=True))
-    for layer, (by_row, by_column), memory in zip(layers, sums, memories, strict=True):
+    for layer, (by_row, by_column), memory, moment in zip(layers, sums, memories, moments, strict=True):
         if layer.importance_m is not None:
             layer.importance_m.copy_(by_row / (mean / weights or 1.0))
             layer.importance_n.copy_(by_column / (by_column.mean() or 1.0))
         if memory is not None:
             layer.memory.copy_(memory[0])
             layer.seen.copy_(memory[1])
+            refresh(layer)
+        if moment is not None:
+            layer.calibrated.copy_(moment)

@@ -1,4 +1,4 @@
-"""What the layers that stand in for `nn.Linear` share: how they are made, their seed, and their place in state_dict."""
+"""What the layers that stand in for `nn.Linear` share: how they are made, their buffers, their place in state_dict."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ import torch
 from torch import Tensor
 
 from ttt.config import TTTConfig
+from ttt.ops.schema import _FLOATS
+
+DTYPES = _FLOATS
+"""Of weights that can be adapted."""
+
+Layout = dict[str, "tuple[tuple[int, ...], torch.dtype] | None"]
+"""Buffer -> its shape and dtype; None for one that the configuration does without."""
 
 _SEED_MASK = (1 << 63) - 1
 
@@ -49,8 +56,12 @@ class Adapted(torch.nn.Linear):
     def _default_config() -> TTTConfig:
         return TTTConfig()
 
+    def _layout(self, dtype: torch.dtype) -> Layout:
+        """The buffers beside a weight of ``dtype``."""
+        raise NotImplementedError
+
     def _build(self, config: TTTConfig, name: str) -> None:
-        """What a layer needs beside its parameters; subclasses add their buffers."""
+        """What a layer needs beside its parameters; buffers are zeros."""
         self.config = config
         self.name = name
         self.seed = ((config.seed << 32) ^ zlib.crc32(name.encode())) & _SEED_MASK
@@ -60,6 +71,12 @@ class Adapted(torch.nn.Linear):
             self.bias.requires_grad_(False)
         # Requires grad, so that autograd's graph begins at this layer; never receives one.
         self._root = torch.zeros((), requires_grad=True, device=self.weight.device)
+        for held, kind in self._layout(self.weight.dtype).items():
+            empty = None if kind is None else torch.zeros(kind[0], dtype=kind[1], device=self.weight.device)
+            self.register_buffer(held, empty, persistent=False)
+
+    def own(self, *names: str, copy: bool = True) -> None:
+        """Make buffers ready to be written, which other models may hold, too."""
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ttt import ops
+
 if TYPE_CHECKING:
+    from ttt.nn.fleet import FleetLinear
     from ttt.nn.linear import Linear
 
 _EXACT = 1024  # of a Gram matrix: larger ones take seconds
@@ -15,11 +18,16 @@ _OVERSAMPLE, _ROUNDS = 32, 8
 
 
 @torch.no_grad()
-def refresh(layer: Linear) -> None:
+def refresh(layer: Linear | FleetLinear) -> None:
     """Let ``layer.basis`` hold the principal directions of the inputs that ``layer.memory`` holds."""
     if layer.basis is not None:
         layer.own("basis", copy=False)
-        layer.basis.copy_(principal_directions(layer.memory[: int(layer.seen)], layer.config.orthogonal))
+        layer.basis.copy_(principal_directions(layer.memory[: int(layer.seen)], len(layer.basis)))
+
+
+def learnable(layer: Linear | FleetLinear, x: Tensor) -> Tensor:
+    """Inputs (T, n) as updates are made with them: x - U^T U x."""
+    return x if layer.basis is None else ops.project_out(x, layer.basis)
 
 
 def principal_directions(rows: Tensor, count: int) -> Tensor:

@@ -11,7 +11,10 @@ from torch.nn.functional import linear
 from ttt import ops
 from ttt.config import TTTConfig
 from ttt.fleet.options import Fleet
-from ttt.nn.adapted import Adapted
+from ttt.nn.adapted import Adapted, Layout
+from ttt.nn.basis import learnable
+from ttt.nn.rates import Rates, count_, places, rates
+from ttt.ops.reference import _wide
 
 PER_ROW = ("a", "b")
 PER_SLOT = ("eta_sum", "lost", "step")
@@ -85,8 +88,13 @@ class FleetLinear(Adapted):
     ``step``           (S,) int64    compressions so far
     ``importance_m``   (m,)          shared by all users, if ``ewc_lambda`` > 0: Omega_ij is taken
     ``importance_n``   (n,)          as importance_m[i] importance_n[j], by its row and column means
-    ``memory``         (K, n)        shared, if ``replay_rows`` > 0: inputs whose outputs the
-    ``seen``           (1,)          anchor defines, and how many rows ever entered
+    ``memory``         (K, n)        shared, if ``replay_rows`` or ``orthogonal`` > 0: inputs whose
+    ``seen``           (1,)          outputs the anchor defines, and how many rows ever entered
+    ``basis``          (k, n)        shared, if ``orthogonal`` > 0: U, orthonormal directions that
+                                     learning leaves alone, or rows of zeros
+    ``calibrated``     (3,)          shared, unless ``rate`` is "constant"; float64: sums of |x|^2 and
+                                     |delta|^2 |x|^2, and rows, at calibration,
+    ``moments``        (S, 3)        and of each user since
     =================  ============  ==========================================================
 
     Args:
@@ -106,35 +114,41 @@ class FleetLinear(Adapted):
     importance_n: Tensor
     memory: Tensor
     seen: Tensor
+    basis: Tensor
+    calibrated: Tensor
+    moments: Tensor
 
     @staticmethod
     def _default_config() -> TTTConfig:
         return TTTConfig(users=Fleet())
 
+    def _layout(self, dtype: torch.dtype) -> Layout:
+        config, wide, fleet = self.config, _wide(dtype), self.fleet
+        m, n = self.out_features, self.in_features
+        protects, scaled = config.ewc_lambda > 0, config.rate != "constant"
+        remembers = config.replay_rows > 0 or config.orthogonal > 0
+        return {
+            "a": ((fleet.slots, fleet.capacity, n), dtype),
+            "b": ((fleet.slots, fleet.capacity, m), dtype),
+            "rows": ((fleet.slots,), torch.int32),
+            "eta_sum": ((fleet.slots,), wide),
+            "lost": ((fleet.slots,), wide),
+            "step": ((fleet.slots,), torch.int64),
+            "importance_m": ((m,), wide) if protects else None,
+            "importance_n": ((n,), wide) if protects else None,
+            "memory": ((config.replay_capacity, n), dtype) if remembers else None,
+            "seen": ((1,), torch.int64) if remembers else None,
+            "basis": ((config.orthogonal, n), dtype) if config.orthogonal else None,
+            "calibrated": ((3,), torch.float64) if scaled else None,
+            "moments": ((fleet.slots, 3), torch.float64) if scaled else None,
+        }
+
     def _build(self, config: TTTConfig, name: str) -> None:
         if config.users is None:
             raise ValueError("config.users must be a ttt.Fleet, got None")
-        super()._build(config, name)
         self.fleet = config.users
         self.routing = Routing()
-        m, n, slots, capacity = self.out_features, self.in_features, self.fleet.slots, self.fleet.capacity
-        w = self.weight.detach()
-        wide = torch.float64 if w.dtype == torch.float64 else torch.float32
-
-        def buffer(name: str, *shape: int, dtype: torch.dtype, kept: bool = True) -> None:
-            self.register_buffer(name, w.new_zeros(shape, dtype=dtype) if kept else None, persistent=False)
-
-        buffer("a", slots, capacity, n, dtype=w.dtype)
-        buffer("b", slots, capacity, m, dtype=w.dtype)
-        buffer("rows", slots, dtype=torch.int32)
-        buffer("eta_sum", slots, dtype=wide)
-        buffer("lost", slots, dtype=wide)
-        buffer("step", slots, dtype=torch.int64)
-        protects, replays = config.ewc_lambda > 0, config.replay_rows > 0
-        buffer("importance_m", m, dtype=wide, kept=protects)
-        buffer("importance_n", n, dtype=wide, kept=protects)
-        buffer("memory", config.replay_capacity, n, dtype=w.dtype, kept=replays)
-        buffer("seen", 1, dtype=torch.int64, kept=replays)
+        super()._build(config, name)
 
     # -- using ------------------------------------------------------------------------------------------------
 
@@ -169,18 +183,39 @@ class FleetLinear(Adapted):
     # -- learning ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    def steps(self, x: Tensor, delta: Tensor, users: Tensor | None) -> tuple[Tensor, Rates]:
+        """What updates are made with: the inputs without their part in the span of ``basis`` (T, n), and the steps.
+
+        A user's steps depend on the user's own tokens and on calibration alone. Nothing is written: `count` does.
+
+        Args:
+            x: (T, n); delta: (T, m), gradients of the summed loss at the output; both of the weight's dtype.
+            users: (T,), int32; -1 for tokens that teach nobody. None: as those of one user who has learnt nothing yet.
+        """
+        x, before = learnable(self, x), self.moments
+        if before is not None:
+            before = self.calibrated if users is None else self.calibrated + before
+        return x, rates(x, delta, self.config, self.eta_sum.dtype, before=before, users=users)
+
+    @torch.no_grad()
+    def count(self, grown: Tensor | None, kept: Tensor) -> None:
+        """Add to the moments what `steps` found, of the slots that ``kept`` (S,) bool says."""
+        if grown is not None:
+            count_(self.moments, grown, kept.unsqueeze(1))
+
+    @torch.no_grad()
     def learn(self, x: Tensor, delta: Tensor, eta: Tensor, users: Tensor) -> None:
         """Append each token's step to its user's slot; a slot is compressed when it is full, or has too little room.
 
         Args:
-            x: (T, n); delta: (T, m), gradients of the summed loss at the output; both of the weight's dtype.
+            x: (T, n), inputs as `steps` returns them; delta: (T, m); both of the weight's dtype.
             eta: (T,), float32 (float64 for float64): steps. users: (T,), int32; -1 for tokens that teach nobody.
         """
         window = self.fleet.window
         counts = torch.bincount(users[users >= 0], minlength=self.fleet.slots)
         parts = -(-int(counts.max()) // window)
         if parts > 1:  # more tokens of one user than a slot has room for at a time
-            place = _places(users)
+            place = places(users)
             for k in range(parts):
                 part = torch.where(place // window == k, users, -1)
                 self._append(x, delta, eta, part, torch.bincount(part[part >= 0], minlength=self.fleet.slots))
@@ -199,37 +234,50 @@ class FleetLinear(Adapted):
         slots = chosen.nonzero().flatten()
         if slots.numel():
             c = self.config
+            memory, seen = (self.memory, self.seen) if c.replay_rows else (None, None)
             ops.fleet_compress(
                 self.a, self.b, self.rows, self.eta_sum, self.lost, self.step, slots, rank=self.fleet.rank,
                 shrink=self.fleet.shrink, lam=c.ewc_lambda, importance_m=self.importance_m,
-                importance_n=self.importance_n, memory=self.memory, seen=self.seen, seed=self.seed,
+                importance_n=self.importance_n, memory=memory, seen=seen, seed=self.seed,
                 replay_rows=c.replay_rows, replay=c.replay, beta=c.replay_beta, eps=c.replay_eps,
             )  # fmt: skip
 
     # -- a user's state -----------------------------------------------------------------------------------------
 
+    @property
+    def _per_slot(self) -> tuple[str, ...]:
+        return PER_SLOT if self.moments is None else (*PER_SLOT, "moments")
+
     def slot_state(self, slot: int) -> dict[str, Tensor]:
-        """Copies of all that one slot holds: ``a`` (rows, n), ``b`` (rows, m), and (1,) each of the counters."""
+        """Copies of all that one slot holds: ``a`` (rows, n), ``b`` (rows, m), (1,) each of the counters, and unless
+        ``rate`` is "constant" ``moments`` (1, 3)."""
         held = int(self.rows[slot])
         state = {name: getattr(self, name)[slot, :held].clone() for name in PER_ROW}
-        return state | {name: getattr(self, name)[slot : slot + 1].clone() for name in PER_SLOT}
+        return state | {name: getattr(self, name)[slot : slot + 1].clone() for name in self._per_slot}
 
     def check_slot_state(self, state: dict[str, Any]) -> None:
-        """Raise ValueError or TypeError unless ``state`` is one that `load_slot` can take."""
-        if set(state) != {*PER_ROW, *PER_SLOT}:
-            raise ValueError(f"{self.name} needs the tensors {[*PER_ROW, *PER_SLOT]}, got {sorted(state)}")
+        """Raise ValueError or TypeError unless ``state`` is one that `load_slot` can take.
+
+        It may lack ``moments``, as where the user learnt at a constant rate: they are zeros then.
+        """
+        allowed = {*PER_ROW, *self._per_slot}
+        if not {*PER_ROW, *PER_SLOT} <= set(state) <= allowed:
+            why = f" (rate is {self.config.rate!r})" if "moments" in state and self.moments is None else ""
+            raise ValueError(f"{self.name} needs the tensors {sorted(allowed)}{why}, got {sorted(state)}")
         held = state["a"].shape[0] if state["a"].ndim else 0
         if held > self.fleet.capacity:
             raise ValueError(f"{self.name}.a must have at most {self.fleet.capacity} rows, got {held}")
         for name, value in state.items():
             live = getattr(self, name)
-            shape = (held, live.shape[2]) if name in PER_ROW else (1,)
+            shape = (held, live.shape[2]) if name in PER_ROW else (1, *live.shape[1:])
             if value.shape != shape:
                 raise ValueError(f"{self.name}.{name} must have shape {shape}, got {tuple(value.shape)}")
             if value.dtype != live.dtype:
                 raise TypeError(f"{self.name}.{name} must be {live.dtype}, got {value.dtype}")
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{self.name}.{name} must be finite")
+            if name == "moments" and float(value.min()) < 0:
+                raise ValueError(f"{self.name}.moments must be sums of squares, got {value.tolist()}")
 
     @torch.no_grad()
     def load_slot(self, slot: int, state: dict[str, Tensor]) -> None:
@@ -243,16 +291,8 @@ class FleetLinear(Adapted):
     @torch.no_grad()
     def clear_slot(self, slot: int) -> None:
         """Zero the slot's memory, all of it: what a user said must not stay."""
-        for name in (*PER_ROW, *PER_SLOT, "rows"):
+        for name in (*PER_ROW, *self._per_slot, "rows"):
             getattr(self, name)[slot].zero_()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, lr={self.config.lr}, {self.fleet}"
-
-
-def _places(users: Tensor) -> Tensor:
-    """(T,) int64: how many tokens of the same user stand before each."""
-    order = users.argsort(stable=True)
-    ranked = users[order]
-    starts = torch.searchsorted(ranked, ranked)
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(users), device=users.device) - starts)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ttt.ops.philox import normals
 
 if TYPE_CHECKING:
+    from ttt.nn.adapted import Layout
     from ttt.nn.linear import Linear
 
 _FIELDS = ("mean", "factor", "moments")
@@ -80,15 +81,10 @@ class Gaussian:
         return self.mean.double() + (z[:, :k] * spread) @ factor + noise.sqrt() * z[:, k:]
 
 
-def buffers(like: Tensor, dtype: torch.dtype, rank: int, rows: int) -> dict[str, Tensor | None]:
-    """The buffers of both Gaussians by name, empty, for a weight ``like``; None where no ``rows`` are to be drawn."""
-    n = like.shape[1]
-    fresh = {"mean": ((n,), dtype), "factor": ((rank, n), dtype), "moments": ((2,), torch.float64)}
-    return {
-        f"{which}_{field}": like.new_zeros(shape, dtype=kind) if rows else None
-        for which in ("past", "present")
-        for field, (shape, kind) in fresh.items()
-    }
+def layout(n: int, dtype: torch.dtype, rank: int, rows: int) -> Layout:
+    """The buffers of both Gaussians of inputs (n,); None each where no ``rows`` are to be drawn."""
+    fields = {"mean": ((n,), dtype), "factor": ((rank, n), dtype), "moments": ((2,), torch.float64)}
+    return {f"{which}_{name}": fields[name] if rows else None for which in ("past", "present") for name in _FIELDS}
 
 
 def of_layer(layer: Linear, names: tuple[str, ...] = PAST) -> Gaussian | None:

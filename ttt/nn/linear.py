@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -11,12 +12,15 @@ from torch import Tensor
 from ttt import ops
 from ttt.config import TTTConfig
 from ttt.nn import gaussian, rows
+from ttt.nn.adapted import Layout
+from ttt.nn.basis import learnable
 from ttt.nn.binding import Binding, binding_of
 from ttt.nn.held import Held
-from ttt.nn.rates import count_, rates
+from ttt.nn.rates import STREAM, count_, rates
 from ttt.nn.steps import Steps, forbid_capture
 from ttt.ops import log8
 from ttt.ops.gate import advance
+from ttt.ops.reference import _wide
 
 
 @dataclasses.dataclass
@@ -115,48 +119,50 @@ class Linear(Held):
     tokens: Tensor
     importance_scale: Tensor
 
-    def _build(self, config: TTTConfig, name: str) -> None:
-        self._binding: Binding | None = None
-        super()._build(config, name)
-        self._steps: Steps | None = None  # of a capturable layer
-        self._pending = 0
-        self.strength = 1.0  # of the protection: multiplies ewc_lambda and replay_beta (`ttt.Guard`)
-        self.shared = set()
-        self.base = {}
-        m, n, c = self.out_features, self.in_features, config.window
-        w = self.weight.detach()
-        wide = torch.float64 if w.dtype == torch.float64 else torch.float32
-        default = torch.float32 if w.dtype == torch.float32 else torch.bfloat16
-        if w.dtype == torch.float64:
+    def _layout(self, dtype: torch.dtype) -> Layout:
+        config, wide = self.config, _wide(dtype)
+        m, n, c = self.out_features, self.in_features, self.config.window
+        default = torch.float32 if dtype == torch.float32 else torch.bfloat16
+        if dtype == torch.float64:
             state = torch.float64
         elif config.state_dtype is not None:
             state = torch.uint8 if config.state_dtype == "8bit" else getattr(torch, config.state_dtype)
         else:
             state = default
-
-        def buffer(name: str, tensor: Tensor | None) -> None:
-            self.register_buffer(name, tensor, persistent=False)
-
-        remembers, protects = config.replay_rows > 0 or config.orthogonal > 0, config.ewc_lambda > 0
-        buffer("anchor", w.clone())
-        columns = log8.width(n) if state == torch.uint8 else n
-        buffer("importance", w.new_zeros((m, columns), dtype=state) if protects else None)
-        buffer("trace", w.new_zeros((m, columns), dtype=state) if protects else None)
         signed = state if state.is_floating_point else default  # 8 bits hold no signs
-        buffer("momentum", w.new_zeros((m, n), dtype=signed) if config.momentum else None)
-        buffer("win_x", w.new_zeros((c, n)))
-        buffer("win_delta", w.new_zeros((c, m)))
-        buffer("win_eta", w.new_zeros((c,), dtype=wide))
-        buffer("win_trace", w.new_zeros((c, m)) if protects and config.importance == "mas" else None)
-        buffer("memory", w.new_zeros((config.replay_capacity, n)) if remembers else None)
-        buffer("recent", w.new_zeros((min(config.replay_capacity, 1024), n)) if remembers else None)
-        buffer("basis", w.new_zeros((config.orthogonal, n)) if config.orthogonal else None)
-        for held, empty in gaussian.buffers(w, wide, config.generated_rank, config.generated_rows).items():
-            buffer(held, empty)
-        for counter in ("seen", "recent_seen", "step", "tokens"):
-            buffer(counter, w.new_zeros((1,), dtype=torch.int64))
-        buffer("moments", None if config.rate == "constant" else w.new_zeros((2, 3), dtype=torch.float64))
-        buffer("importance_scale", w.new_zeros((1,), dtype=torch.float64))
+        remembers, protects = config.replay_rows > 0 or config.orthogonal > 0, config.ewc_lambda > 0
+        columns, capacity = log8.width(n) if state == torch.uint8 else n, config.replay_capacity
+        counter = ((1,), torch.int64)
+        return {
+            "anchor": ((m, n), dtype),
+            "importance": ((m, columns), state) if protects else None,
+            "trace": ((m, columns), state) if protects else None,
+            "momentum": ((m, n), signed) if config.momentum else None,
+            "win_x": ((c, n), dtype),
+            "win_delta": ((c, m), dtype),
+            "win_eta": ((c,), wide),
+            "win_trace": ((c, m), dtype) if protects and config.importance == "mas" else None,
+            "memory": ((capacity, n), dtype) if remembers else None,
+            "recent": ((min(capacity, 1024), n), dtype) if remembers else None,
+            "basis": ((config.orthogonal, n), dtype) if config.orthogonal else None,
+            **gaussian.layout(n, wide, config.generated_rank, config.generated_rows),
+            "seen": counter,
+            "recent_seen": counter,
+            "step": counter,
+            "tokens": counter,
+            "moments": None if config.rate == "constant" else ((2, 3), torch.float64),
+            "importance_scale": ((1,), torch.float64),
+        }
+
+    def _build(self, config: TTTConfig, name: str) -> None:
+        self._binding: Binding | None = None
+        super()._build(config, name)
+        self.anchor.copy_(self.weight.detach())
+        self._steps: Steps | None = None  # of a capturable layer
+        self._pending = 0
+        self.strength = 1.0  # of the protection: multiplies ewc_lambda and replay_beta (`ttt.Guard`)
+        self.shared = set()
+        self.base = {}
 
     # -- using ------------------------------------------------------------------------------------------------
 
@@ -251,7 +257,8 @@ class Linear(Held):
         wide = self.win_eta.dtype
         eta, each, moments = rates(
             x, delta, self.config, wide,
-            moments=self.moments, applied=None if self.basis is None else self._learnable,
+            before=None if self.moments is None else self.moments.sum(0),
+            applied=None if self.basis is None else functools.partial(learnable, self),
         )  # fmt: skip
         finite = each.all()
         if trace_delta is not None:
@@ -286,11 +293,7 @@ class Linear(Held):
         else:
             self._learn(update, count)
         if self.moments is not None and update.moments is not None:
-            count_(self.moments, update.moments, gate)
-
-    def _learnable(self, x: Tensor) -> Tensor:
-        """Inputs (T, n) as updates are made with them."""
-        return x if self.basis is None else ops.project_out(x, self.basis)
+            count_(self.moments[STREAM], update.moments, None if gate is None else gate != 0)
 
     def _traced(self, update: Update) -> Tensor | None:
         """What of ``update`` goes into ``win_trace``."""
@@ -304,7 +307,7 @@ class Linear(Held):
         traced = self._traced(update)
         if self.recent is not None:
             ops.reservoir_insert(self.recent, self.recent_seen, update.x, seed=self.seed)
-        x, delta, eta = self._learnable(update.x), update.delta, update.eta
+        x, delta, eta = learnable(self, update.x), update.delta, update.eta
         if p + count <= c:
             ops.window_append(
                 self.win_x, self.win_delta, self.win_eta, self.win_trace, x, delta, eta, trace_delta=traced, at=p
@@ -327,7 +330,7 @@ class Linear(Held):
         """As `_learn`, with nothing that the host must know or wait for."""
         if self.recent is not None:
             ops.reservoir_insert(self.recent, self.recent_seen, update.x, seed=self.seed, gate=gate)
-        x = self._learnable(update.x)
+        x = learnable(self, update.x)
         if not steps.held:
             self._commit(x, update.delta, update.eta, self._traced(update), gate)
             advance(self.tokens, steps.rows, gate)

@@ -8,6 +8,8 @@ With g_t = |delta_t| |x_t|, the norm of a token's gradient at the layer, and mea
 
 Where g_t is above ``clip``, for "rms" above ``clip`` sqrt(mean g^2), eta_t is smaller by their ratio. A token counts in
 its own mean, so that the first has a scale, and the means do not depend on how a stream is cut into chunks.
+
+Tokens of several users have means of their own: those of the rows before, and of their user's rows up to them.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ CALIBRATED, STREAM = 0, 1  # rows of a layer's moments
 
 
 class Rates(NamedTuple):
-    """``eta`` (T,) steps; ``finite`` (T,) bool, whether a token can be learnt from; ``grown`` (3,) float64 or None,
-    what the tokens add to the moments."""
+    """``eta`` (T,) steps; ``finite`` (T,) bool, whether a token can be learnt from; ``grown`` (3,) float64, (S, 3) of
+    users, or None: what the tokens add to the moments."""
 
     eta: Tensor
     finite: Tensor
@@ -38,44 +40,72 @@ def rates(
     config: TTTConfig,
     wide: torch.dtype,
     *,
-    moments: Tensor | None = None,
+    before: Tensor | None = None,
+    users: Tensor | None = None,
     applied: Callable[[Tensor], Tensor] | None = None,
 ) -> Rates:
-    """The steps of T tokens, computed in ``wide``. Nothing is written, and the host waits for nothing.
+    """The steps of T tokens, computed in ``wide``. Nothing is written; the host waits only if there are ``users``.
 
     Args:
         x: (T, n).
         delta: (T, m).
-        moments: (2, 3) float64, sums of |x|^2 and g^2 and the rows summed: at calibration, and since. None if
+        before: (3,) float64, sums of |x|^2 and g^2 over earlier rows, calibration included, and their number. None if
             ``config.rate`` is "constant".
+        users: (T,) int32, the slot of each token; ``before`` is (S, 3) then. Tokens with -1 teach nobody: their steps
+            mean nothing. No bit of what a user gets depends on tokens of others.
         applied: makes of ``x`` the inputs that updates are made with; norms are of those.
     """
     x_norm, d_norm = (torch.linalg.vector_norm(t, dim=1, dtype=wide) for t in (x, delta))
     norm = d_norm * x_norm
     # The squared norm bounds every entry of the token's squared gradient: a trace cannot overflow either.
     finite = torch.isfinite(norm * norm)
-    if applied is not None and (moments is not None or config.clip is not None):
+    if applied is not None and (before is not None or config.clip is not None):
         x_norm = torch.linalg.vector_norm(applied(x), dim=1, dtype=wide)
         norm = d_norm * x_norm
-    if moments is None:
+    if before is None:
         return Rates(_clipped(torch.full_like(norm, config.lr), norm, config.clip), finite, None)
     squares = torch.stack([x_norm, norm]).double().square_()
-    before = moments.sum(0)
-    rows = before[2] + torch.arange(1, len(norm) + 1, device=norm.device)
-    energy, square = (before[:2].unsqueeze(1) + squares.cumsum(1)) / rows
+    if users is None:
+        sums, place = squares.cumsum(1), torch.arange(1, len(norm) + 1, device=norm.device)
+        grown = torch.cat([squares.sum(1), squares.new_full((1,), len(norm))])
+        earlier = before.unsqueeze(1)
+    else:
+        sums, place, grown = _by_user(squares, users, len(before))
+        earlier = before[users.clamp_min(0).long()].T
+    energy, square = (earlier[:2] + sums) / (earlier[2] + place)
     scale = energy if config.rate == "energy" else square.sqrt()
     # A scale of 0 means that the row's x, or its gradient, is 0.
     eta = torch.where(scale > 0, config.lr / scale, 0.0).to(norm.dtype)
     bound = config.clip if config.clip is None or config.rate == "energy" else config.clip * scale
     eta = _clipped(eta, norm, bound)
-    grown = torch.cat([squares.sum(1), rows.new_full((1,), len(norm))])
     return Rates(eta, finite & torch.isfinite(eta), grown)  # inputs that are hardly there have steps without bound
+
+
+def _by_user(squares: Tensor, users: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(sums (2, T) of ``squares`` over the user's tokens up to each, its place (T,) among them, from 1 on, and the
+    users' sums and numbers of tokens, (S, 3))."""
+    place, owner = places(users), torch.where(users < 0, slots, users).long()
+    longest = int(place.max()) + 1 if len(place) else 1
+    each = squares.new_zeros((longest, slots + 1, 2))
+    each[place, owner] = squares.T
+    # Along the first dimension sums are made one after the other, whatever stands in the other columns.
+    running = each.cumsum(0)
+    count = torch.bincount(owner, minlength=slots + 1).unsqueeze(1)
+    return running[place, owner].T, place + 1, torch.cat([running[-1], count.to(running)], 1)[:slots]
+
+
+def places(users: Tensor) -> Tensor:
+    """(T,) int64: how many tokens of the same user stand before each."""
+    order = users.argsort(stable=True)
+    ranked = users[order]
+    starts = torch.searchsorted(ranked, ranked)
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(users), device=users.device) - starts)
 
 
 def _clipped(eta: Tensor, norm: Tensor, bound: float | Tensor | None) -> Tensor:
     return eta if bound is None else torch.where(norm > bound, eta * (bound / norm), eta).to(norm.dtype)
 
 
-def count_(moments: Tensor, grown: Tensor, gate: Tensor | None) -> None:
-    """Add ``grown`` of `steps` to the stream's moments, unless ``gate`` holds 0, which the device decides by itself."""
-    moments[STREAM].add_(grown if gate is None else torch.where(gate != 0, grown, 0.0))
+def count_(stream: Tensor, grown: Tensor, counts: Tensor | None) -> None:
+    """Add ``grown`` of `rates` to the ``stream``'s moments where ``counts`` (bool) says, which the device decides."""
+    stream.add_(grown if counts is None else torch.where(counts, grown, 0.0))

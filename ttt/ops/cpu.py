@@ -101,7 +101,8 @@ def bind_layer(layer):
         weight.data_ptr(), _address(layer.bias), layer.win_x.data_ptr(), layer.win_delta.data_ptr(),
         layer.win_eta.data_ptr(), _address(layer.win_trace), _address(recent),
         0 if recent is None else layer.recent_seen.data_ptr(), _address(layer.basis), m, n, layer.win_eta.numel(),
-        0 if recent is None else recent.shape[0], layer.config.orthogonal, layer.seed & _MASK64, _DTYPE[weight.dtype],
+        0 if recent is None else recent.shape[0], 0 if layer.basis is None else len(layer.basis),
+        layer.seed & _MASK64, _DTYPE[weight.dtype],
     )  # fmt: skip
     if not layer.assembles:
         bound.prepare(*_commit_arguments(
