@@ -60,12 +60,29 @@ struct FleetAppend {
   int dtype;
 };
 
+struct FleetCompress {
+  void *a, *b;                               // as above
+  int32_t* rows;                             // slots
+  float *eta_sum, *lost;                     // slots
+  int64_t* step;                             // slots
+  const int64_t* slots;                      // count
+  const float *importance_m, *importance_n;  // m, n; null if lam is 0
+  const void* memory;                        // K x n, dtype
+  const int64_t* seen;                       // 1
+  int64_t count, m, n, capacity, rank, memory_rows, replay_rows;
+  uint64_t seed;
+  double lam, beta, eps;
+  bool directions;
+  int dtype, replay, threads;
+};
+
 struct Kernels {
   const char* isa;
   void (*window_linear)(const WindowLinear&);
   void (*commit)(const Commit&);
   void (*fleet_linear)(const FleetLinear&);
   void (*fleet_append)(const FleetAppend&);
+  int64_t (*fleet_compress)(const FleetCompress&);
 };
 
 // One table per instruction set, each from its own compilation of kernels.cpp.

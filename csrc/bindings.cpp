@@ -183,6 +183,42 @@ void fleet_append(address a, address b, address rows, address eta_sum, address x
   active->fleet_append(f);
 }
 
+// The first slot that was left as it was, because its rows are not finite; -1 if none was.
+int64_t fleet_compress(address a, address b, address rows, address eta_sum, address lost, address step, address slots,
+                       address importance_m, address importance_n, address memory, address seen, int64_t count,
+                       int64_t m, int64_t n, int64_t capacity, int64_t rank, int64_t memory_rows, int64_t replay_rows,
+                       uint64_t seed, double lam, double beta, double eps, bool directions, int dtype, int replay,
+                       int threads) {
+  const ttt::FleetCompress f{out<void>(a),
+                             out<void>(b),
+                             out<int32_t>(rows),
+                             out<float>(eta_sum),
+                             out<float>(lost),
+                             out<int64_t>(step),
+                             in<int64_t>(slots),
+                             in<float>(importance_m),
+                             in<float>(importance_n),
+                             in<void>(memory),
+                             in<int64_t>(seen),
+                             count,
+                             m,
+                             n,
+                             capacity,
+                             rank,
+                             memory_rows,
+                             replay_rows,
+                             seed,
+                             lam,
+                             beta,
+                             eps,
+                             directions,
+                             dtype,
+                             replay,
+                             threads};
+  py::gil_scoped_release release;
+  return active->fleet_compress(f);
+}
+
 // Algorithm R: row s goes to slot s while there is room, then to a random slot of [0, s].
 void insert_rows(char* memory, int64_t* seen, const char* x, int64_t capacity, int64_t rows, int64_t row_bytes,
                  uint64_t seed) {
@@ -276,6 +312,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("commit", CommitArguments::call);
   m.def("fleet_linear", &fleet_linear);
   m.def("fleet_append", &fleet_append);
+  m.def("fleet_compress", &fleet_compress);
   m.def("reservoir_insert", &reservoir_insert);
   m.def("reservoir_draw", &reservoir_draw);
   py::class_<Layer>(m, "Layer")

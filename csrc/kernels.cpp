@@ -22,12 +22,14 @@
 
 #include "commit.h"
 #include "fleet.h"
+#include "fleet_compress.h"
 #include "window_linear.h"
 
 namespace ttt {
 
 const Kernels& TTT_TABLE() {
-  static const Kernels table = {TTT_NAME, run_window_linear, run_commit, run_fleet_linear, run_fleet_append};
+  static const Kernels table = {TTT_NAME,         run_window_linear, run_commit,
+                                run_fleet_linear, run_fleet_append,  run_fleet_compress};
   return table;
 }
 

@@ -6,10 +6,8 @@ import torch
 
 from ttt.ops import schema
 from ttt.ops.backends import record
-from ttt.ops.cpu import _C, _DTYPE, _why_not
+from ttt.ops.cpu import _C, _DTYPE, _MASK64, _address, _why_not
 from ttt.ops.fleet import checks, reference
-
-_LAPACK = "LAPACK, through torch, decomposes the factors"
 
 
 def fleet_linear(x, weight, bias, a, b, rows, users):
@@ -45,10 +43,30 @@ def fleet_append(a, b, rows, eta_sum, x, delta, eta, users) -> None:
     torch.autograd.graph.increment_version([a, b, rows, eta_sum])
 
 
-def fleet_compress(*args) -> None:
+def fleet_compress(
+    a, b, rows, eta_sum, lost, step, slots, rank, shrink, lam, importance_m, importance_n, memory, seen, seed,
+    replay_rows, replay, beta, eps,
+) -> None:  # fmt: skip
+    args = (
+        a, b, rows, eta_sum, lost, step, slots, rank, shrink, lam, importance_m, importance_n, memory, seen, seed,
+        replay_rows, replay, beta, eps,
+    )  # fmt: skip
     checks.check_fleet_compress(*args)
-    record("fleet_compress", "reference", _LAPACK)
-    reference.fleet_compress(*args)
+    if why := _why_not(a.dtype):
+        record("fleet_compress", "reference", why)
+        reference.fleet_compress(*args)
+        return
+    record("fleet_compress", "cpu")
+    failed = _C.fleet_compress(
+        a.data_ptr(), b.data_ptr(), rows.data_ptr(), eta_sum.data_ptr(), lost.data_ptr(), step.data_ptr(),
+        slots.data_ptr(), _address(importance_m), _address(importance_n), _address(memory), _address(seen),
+        slots.numel(), b.shape[2], a.shape[2], a.shape[1], rank, memory.shape[0] if replay_rows else 0, replay_rows,
+        seed & _MASK64, lam, beta, eps, shrink == "directions", _DTYPE[a.dtype], schema.REPLAY.index(replay),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    torch.autograd.graph.increment_version([a, b, rows, eta_sum, lost, step])
+    if failed >= 0:
+        raise RuntimeError(f"slot {failed} holds rows that are not finite; it was left as it is")
 
 
 for _function in (fleet_linear, fleet_append, fleet_compress):
