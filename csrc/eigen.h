@@ -1,6 +1,6 @@
-// Small symmetric matrices in float64: pivoted Cholesky factors, and eigenvectors of the largest eigenvalues.
+// Small symmetric matrices in float64: pivoted Cholesky factors, and the largest eigenvalues with their vectors.
 //
-// Matrices are square arrays of rows `ld` apart, ld = padded(size); what stands behind their size is zero.
+// Matrices are square arrays of rows `ld` apart, a multiple of PAD; what stands behind their size is zero.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -11,24 +11,33 @@
 namespace {
 
 // G = L L^T with the largest pivot first, until none is above `tolerance`: row q of `lt` is column q of L. Returns how
-// many there are. `left`: `ld` numbers of work.
+// many there are. `lt` comes as zeros. `left`: `ld` numbers of work.
 inline int64_t pivoted_cholesky(const double* g, int64_t size, int64_t ld, double tolerance, double* lt, double* left) {
   for (int64_t r = 0; r < ld; r++) left[r] = r < size ? g[r * ld + r] : 0;  // -1 once a row has been the pivot
   for (int64_t k = 0; k < size; k++) {
-    const int64_t p = std::max_element(left, left + size) - left;
+    int64_t p = 0;
+    for (int64_t r = 1; r < size; r++)
+      if (left[r] > left[p]) p = r;
     if (!(left[p] > tolerance)) return k;
     double* row = lt + k * ld;
-    const double root = std::sqrt(left[p]);
-    for (int64_t j = 0; j < ld; j += PAD) {
-      vw acc[PAD / WL];
-      for (int v = 0; v < PAD / WL; v++) acc[v] = load_wide(g + p * ld + j + v * WL);
-      for (int64_t q = 0; q < k; q++)
-        for (int v = 0; v < PAD / WL; v++) acc[v] -= lt[q * ld + p] * load_wide(lt + q * ld + j + v * WL);
-      for (int v = 0; v < PAD / WL; v++) store(row + j + v * WL, acc[v] / root);
+    std::memcpy(row, g + p * ld, ld * sizeof(double));
+    for (int64_t q = 0; q < k; q += 4) {
+      const double* before = lt + q * ld;
+      double f[4];
+      for (int i = 0; i < 4; i++) f[i] = q + i < k ? before[i * ld + p] : 0;
+      for (int64_t j = 0; j < ld; j += WL) {
+        vw acc = load_wide(row + j);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) acc -= f[i] * load_wide(before + i * ld + j);
+        store(row + j, acc);
+      }
     }
-    for (int64_t r = 0; r < size; r++) {
-      if (left[r] < 0) row[r] = 0;
-      left[r] = left[r] < 0 ? -1 : std::max(left[r] - row[r] * row[r], 0.0);
+    const double root = std::sqrt(left[p]), inverse = 1 / root;
+    for (int64_t j = 0; j < ld; j += WL) {
+      const vw rest = load_wide(left + j), value = rest < 0 ? vw{} : inverse * load_wide(row + j);
+      const vw after = rest - value * value;
+      store(row + j, value);
+      store(left + j, rest < 0 ? rest : (after > 0 ? after : vw{}));
     }
     row[p] = root;
     left[p] = -1;
@@ -37,36 +46,101 @@ inline int64_t pivoted_cholesky(const double* g, int64_t size, int64_t ld, doubl
 }
 
 // Householder's reduction C = Q T Q^T, T of diagonal `d` and off-diagonal `e` (e[j] beside d[j] and d[j + 1]). Row j of
-// `reflectors` is v of the j-th factor I - tau[j] v v^T of Q. C is destroyed. `p`: `ld` numbers of work.
+// `reflectors` is v of the j-th factor I - tau[j] v v^T of Q. C is destroyed. `work`: 2 `ld` numbers.
 inline void tridiagonalize(double* c, int64_t size, int64_t ld, double* d, double* e, double* reflectors, double* tau,
-                           double* p) {
+                           double* work) {
+  // C <- C - u p^T - p u^T of one step is made in the pass over C of the next, which multiplies by its v.
+  double *p = work, *fresh = work + ld;
+  const double* u = nullptr;
   for (int64_t j = 0; j < size; j++) {
-    d[j] = c[j * ld + j];
+    double* row = c + j * ld;
+    const int64_t now = j / WL * WL, first = (j + 1) / WL * WL;
+    if (u != nullptr)
+      for (int64_t k = now; k < ld; k += WL)
+        store(row + k, load_wide(row + k) - u[j] * load_wide(p + k) - p[j] * load_wide(u + k));
+    d[j] = row[j];
     e[j] = tau[j] = 0;
     if (j + 1 >= size) return;
     double* v = reflectors + j * ld;
-    const int64_t first = (j + 1) / WL * WL;
-    for (int64_t i = 0; i < ld; i++) v[i] = i > j + 1 ? c[j * ld + i] : 0;
-    const double head = c[j * ld + j + 1], tail = dot(v + first, v + first, ld - first);
+    for (int64_t i = 0; i < ld; i++) v[i] = i > j + 1 ? row[i] : 0;
+    const double head = row[j + 1], tail = dot(v + first, v + first, ld - first);
     e[j] = head;
-    if (!(tail > 0)) continue;
-    e[j] = -std::copysign(std::sqrt(head * head + tail), head);
-    v[j + 1] = head - e[j];
-    tau[j] = -1 / (e[j] * v[j + 1]);  // 2 / v . v
+    if (tail > 0) {
+      e[j] = -std::copysign(std::sqrt(head * head + tail), head);
+      v[j + 1] = head - e[j];
+      tau[j] = -1 / (e[j] * v[j + 1]);  // 2 / v . v
+    }
     double along = 0;
-    for (int64_t i = first; i < ld; i++) p[i] = 0;
+    std::memset(fresh + now, 0, (ld - now) * sizeof(double));
     for (int64_t i = j + 1; i < size; i++) {
-      p[i] = tau[j] * dot(c + i * ld + first, v + first, ld - first);
-      along += p[i] * v[i];
+      double* other = c + i * ld;
+      vw acc = {};
+      if (u != nullptr)
+        for (int64_t k = first; k < ld; k += WL) {
+          const vw value = load_wide(other + k) - u[i] * load_wide(p + k) - p[i] * load_wide(u + k);
+          store(other + k, value);
+          acc += value * load_wide(v + k);
+        }
+      else
+        for (int64_t k = first; k < ld; k += WL) acc += load_wide(other + k) * load_wide(v + k);
+      fresh[i] = tau[j] * sum(acc);
+      along += fresh[i] * v[i];
     }
     along *= tau[j] / 2;
-    for (int64_t i = first; i < ld; i += WL) store(p + i, load_wide(p + i) - along * load_wide(v + i));
-    for (int64_t i = j + 1; i < size; i++) {
-      double* row = c + i * ld;
-      for (int64_t k = first; k < ld; k += WL)
-        store(row + k, load_wide(row + k) - v[i] * load_wide(p + k) - p[i] * load_wide(v + k));
-    }
+    for (int64_t k = now; k < ld; k += WL) store(fresh + k, load_wide(fresh + k) - along * load_wide(v + k));
+    std::swap(p, fresh);
+    u = v;
   }
+}
+
+// The `count` largest eigenvalues of T, falling: as many bisections side by side. `values`: `count` and what rounds it
+// up to a multiple of WL.
+inline void largest_eigenvalues(const double* d, const double* e, int64_t size, int64_t count, double* values) {
+  double low = d[0], high = d[0], most = 0;
+  for (int64_t i = 0; i < size; i++) {
+    const double radius = (i > 0 ? std::fabs(e[i - 1]) : 0) + (i + 1 < size ? std::fabs(e[i]) : 0);
+    low = std::min(low, d[i] - radius);
+    high = std::max(high, d[i] + radius);
+    most = std::max(most, radius);
+  }
+  std::vector<double> squares(size);
+  for (int64_t i = 1; i < size; i++) squares[i] = std::max(e[i - 1] * e[i - 1], 1e-300);  // 0 / 0 would count nothing
+  constexpr int GROUP = 2;  // vectors, so that divisions overlap
+  for (int64_t at = 0; at < count; at += GROUP * WL) {
+    vw lower[GROUP], upper[GROUP], rank[GROUP];
+    for (int v = 0; v < GROUP; v++) {
+      lower[v] = low - vw{};
+      upper[v] = high - vw{};
+      for (int l = 0; l < WL; l++) rank[v][l] = static_cast<double>(at + v * WL + l);
+    }
+    for (int halving = 0; halving < 52; halving++) {
+      vw x[GROUP], q[GROUP], above[GROUP];
+      for (int v = 0; v < GROUP; v++) {
+        x[v] = 0.5 * (lower[v] + upper[v]);
+        q[v] = d[0] - x[v];
+        above[v] = vw{} - __builtin_convertvector(q[v] > 0, vw);
+      }
+      for (int64_t i = 1; i < size; i++)
+        for (int v = 0; v < GROUP; v++) {
+          q[v] = d[i] - x[v] - squares[i] / q[v];
+          above[v] -= __builtin_convertvector(q[v] > 0, vw);
+        }
+      for (int v = 0; v < GROUP; v++) {
+        lower[v] = above[v] > rank[v] ? x[v] : lower[v];
+        upper[v] = above[v] > rank[v] ? upper[v] : x[v];
+      }
+    }
+    for (int v = 0; v < GROUP; v++)
+      for (int l = 0; l < WL; l++)
+        if (at + v * WL + l < count) values[at + v * WL + l] = 0.5 * (lower[v][l] + upper[v][l]);
+  }
+}
+
+// Whether T has an eigenvalue above `x`.
+inline bool any_above(double x, const double* d, const double* e, int64_t size) {
+  double q = d[0] - x;
+  for (int64_t i = 1; i < size && !(q > 0); i++) q = d[i] - x - std::max(e[i - 1] * e[i - 1], 1e-300) / q;
+  return q > 0;
 }
 
 // Plane rotations in the order in which the QL algorithm makes them: a run is those of rows (i, i + 1), from i = last -
@@ -89,46 +163,67 @@ struct Rotations {
   }
 };
 
-// T = Z diag(d) Z^T by QL steps with implicit shifts (Bowdler et al., 1968), Z being the product of the rotations. `e`
-// is destroyed.
-inline void ql(double* d, double* e, int64_t size, Rotations& z) {
+// Rotations Z that split the first diagonal element of T, from `l` on, off from the others, by QL steps with implicit
+// shifts (Bowdler et al., 1968): the first two with `shift`, which is meant to be an eigenvalue, if it is given.
+// `negligible`: an off-diagonal of this size is no larger than the rounding errors of all.
+inline void split_first(double* d, double* e, int64_t size, int64_t l, double negligible, const double* shift,
+                        Rotations& z) {
+  for (int tries = 0; tries < 60; tries++) {
+    int64_t m = l;
+    while (m + 1 < size && std::fabs(e[m]) > negligible) m++;
+    if (m == l) return;
+    double g;
+    if (shift != nullptr && tries < 2) {
+      g = d[m] - *shift;
+    } else {
+      const double apart = (d[l + 1] - d[l]) / (2 * e[l]);
+      g = d[m] - d[l] + e[l] / (apart + std::copysign(std::sqrt(apart * apart + 1), apart));
+    }
+    double s = 1, c = 1, p = 0;
+    const int64_t last = m;
+    int64_t i = m - 1;
+    for (; i >= l; i--) {
+      const double f = s * e[i], b = c * e[i], r = std::sqrt(f * f + g * g);
+      e[i + 1] = r;
+      if (r == 0) {  // the matrix falls apart here
+        d[i + 1] -= p;
+        e[m] = 0;
+        break;
+      }
+      s = f / r;
+      c = g / r;
+      g = d[i + 1] - p;
+      const double t = (d[i] - g) * s + 2 * c * b;
+      p = s * t;
+      d[i + 1] = g + p;
+      g = c * t - b;
+      z.c.push_back(c);
+      z.s.push_back(s);
+    }
+    z.runs.push_back({i + 1, last});
+    if (i >= l) continue;
+    d[l] -= p;
+    e[l] = g;
+    e[m] = 0;
+  }
+}
+
+// T <- Z^T T Z, whose first `count` diagonal elements, or all, are eigenvalues and their columns of Z eigenvectors: the
+// `count` largest are among them. Returns how many are. `e` is destroyed. `work`: `count` and what rounds it up.
+inline int64_t diagonalize(double* d, double* e, int64_t size, int64_t count, double* work, Rotations& z) {
   double largest = 0;
   for (int64_t i = 0; i < size; i++) largest = std::max({largest, std::fabs(d[i]), std::fabs(e[i])});
-  const double negligible = largest * 0x1p-53;  // an error of this size is that of any entry of the matrix
-  for (int64_t l = 0; l < size; l++)
-    for (int tries = 0; tries < 60; tries++) {
-      int64_t m = l;
-      while (m + 1 < size && std::fabs(e[m]) > negligible) m++;
-      if (m == l) break;
-      double g = (d[l + 1] - d[l]) / (2 * e[l]);
-      g = d[m] - d[l] + e[l] / (g + std::copysign(std::sqrt(g * g + 1), g));
-      double s = 1, c = 1, p = 0;
-      const int64_t last = m;
-      int64_t i = m - 1;
-      for (; i >= l; i--) {
-        const double f = s * e[i], b = c * e[i], r = std::sqrt(f * f + g * g);
-        e[i + 1] = r;
-        if (r == 0) {  // the matrix falls apart here
-          d[i + 1] -= p;
-          e[m] = 0;
-          break;
-        }
-        s = f / r;
-        c = g / r;
-        g = d[i + 1] - p;
-        const double t = (d[i] - g) * s + 2 * c * b;
-        p = s * t;
-        d[i + 1] = g + p;
-        g = c * t - b;
-        z.c.push_back(c);
-        z.s.push_back(s);
-      }
-      z.runs.push_back({i + 1, last});
-      if (i >= l) continue;
-      d[l] -= p;
-      e[l] = g;
-      e[m] = 0;
-    }
+  const double negligible = largest * 0x1p-53;
+  int64_t done = 0;
+  if (count < size) {
+    largest_eigenvalues(d, e, size, count, work);
+    for (; done < count; done++) split_first(d, e, size, done, negligible, work + done, z);
+    // Rounding, or a matrix of several parts, may have split others off: nothing that is left may be larger.
+    const double least = *std::min_element(d, d + done) + 16 * negligible;
+    if (!any_above(least, d + done, e + done, size - done)) return done;
+  }
+  for (; done < size; done++) split_first(d, e, size, done, negligible, nullptr, z);
+  return size;
 }
 
 // X <- Z X for rows of `columns` numbers (a multiple of WL), `ld` apart.

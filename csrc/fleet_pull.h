@@ -21,10 +21,10 @@ struct Pull {
 
   explicit Pull(const ttt::FleetCompress& a) : on(a.lam > 0), m(a.m), n(a.n) {
     if (!on) return;
-    rho.need(m + BLOCK_COLUMNS);
-    kappa.need(n + BLOCK_COLUMNS);
-    widen(a.importance_m, m, wide(m) + BLOCK_COLUMNS, rho.get());
-    widen(a.importance_n, n, wide(n) + BLOCK_COLUMNS, kappa.get());
+    rho.need(wide(m));
+    kappa.need(wide(n));
+    widen(a.importance_m, m, wide(m), rho.get());
+    widen(a.importance_n, n, wide(n), kappa.get());
     for (int64_t i = 0; i < m; i++) highest_rho = std::max<double>(highest_rho, a.importance_m[i]);
     for (int64_t j = 0; j < n; j++) highest_kappa = std::max<double>(highest_kappa, a.importance_n[j]);
   }
@@ -79,7 +79,7 @@ struct Pull {
         shrink[l] = 1 / std::sqrt(1 + strength * weight[j + l] * mean);
       }
       for (int64_t i = 0; i < rows; i++)
-        store(out + i * BLOCK_COLUMNS + j, load_wide(at + i * width) * load_wide(shrink));
+        store(out + i * BLOCK_COLUMNS + j, load_wide(at + i * width) * load_as<vw>(shrink));
     }
   }
 };
