@@ -85,12 +85,14 @@ def restore_(model: nn.Module, keep_learned: bool = False) -> nn.Module:
             raise ValueError(
                 "keep_learned must be False for a model of many users; pool_of(model).export(user) keeps one"
             )
-        for name in fleet.pool_of(model).layers:  # they never wrote to what they share with the original
-            originals[name].train(model.get_submodule(name).training)
+        for name, layer in fleet.pool_of(model).layers.items():  # they never wrote to what they share with the original
+            _follow(originals[name], layer)
+            originals[name].train(layer.training)
             _set_module(model, name, originals[name])
         fleet.detach(model)
     for name, layer in learning_layers(model):
         original = originals[name]
+        _follow(original, layer)
         with torch.no_grad():
             if keep_learned:
                 layer.flush()
@@ -271,6 +273,11 @@ def _fleet_layer(module: Any, config: TTTConfig, name: str) -> FleetLinear:
     layer = FleetLinear.from_weight(nn.Parameter(module.weight.detach().T), module.bias, config, name)
     layer.transposed = True
     return layer
+
+
+def _follow(original: nn.Module, layer: Linear | FleetLinear) -> None:
+    """Convert and move ``original`` as ``layer`` was meanwhile: a ``Conv1D`` has a weight of its own."""
+    original.to(layer.weight.device, layer.weight.dtype)
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ttt.config import TTTConfig
+from ttt.ops import log8
 from ttt.ops.schema import _FLOATS
 
 DTYPES = _FLOATS
@@ -22,7 +23,9 @@ _SEED_MASK = (1 << 63) - 1
 class Adapted(torch.nn.Linear):
     """A linear layer made anew or around existing parameters, none of which receives a gradient.
 
-    With ``transposed`` True, ``weight`` (m, n) is saved and loaded as (n, m), as GPT-2's ``Conv1D`` has it.
+    With ``transposed`` True, ``weight`` (m, n) is saved and loaded as (n, m), as GPT-2's ``Conv1D`` has it. Converted
+    to another dtype (``model.to(torch.bfloat16)``, ``.half()``, ...), its weights and what is stored like them are
+    rounded to it; sums, steps and counters keep the dtypes that they have beside weights of the new one.
     """
 
     transposed = False
@@ -77,6 +80,29 @@ class Adapted(torch.nn.Linear):
 
     def own(self, *names: str, copy: bool = True) -> None:
         """Make buffers ready to be written, which other models may hold, too."""
+
+    def _apply(self, fn, recurse=True):
+        dtype = fn(self.weight.detach().new_empty(0)).dtype
+        if dtype not in DTYPES:
+            raise TypeError(f"{self.name or 'the layer'} must be one of {[str(d) for d in DTYPES]}, got {dtype}")
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, held in before.items():
+            if held is not None:
+                self._buffers[name] = self._as_beside(name, held, getattr(self, name))
+        return self
+
+    def _as_beside(self, name: str, before: Tensor, after: Tensor) -> Tensor:
+        """What buffer ``name`` is beside the present weight, if a conversion made ``after`` of ``before``."""
+        kind = self._layout(self.weight.dtype)[name]
+        if kind is None or after.dtype == kind[1]:
+            return after
+        # From the tensor before: ``after`` may hold less.
+        held, dtype = before.to(after.device), kind[1]
+        if held.dtype == dtype:
+            return held
+        held = log8.decode(held, self.in_features) if log8.is_packed(held) else held
+        return log8.encode(held) if dtype == torch.uint8 else held.to(dtype)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -192,11 +192,9 @@ class Linear(Held):
     def _apply(self, fn, recurse=True):
         if self._steps is not None:
             raise RuntimeError("a capturable layer cannot be moved or converted; call capturable_(None) first")
-        self._binding = None
-        moments = self.moments
         super()._apply(fn, recurse)
-        if moments is not None:  # sums over a stream: 16 bits would soon not grow any more
-            self.moments = moments.to(self.weight.device)
+        self._binding = None
+        self.base = {name: self._as_beside(name, t, fn(t)) for name, t in self.base.items()}
         return self
 
     def __getstate__(self):
