@@ -1,11 +1,12 @@
 """`ttt.GrowingLearner` on a tiny random Llama that reads domains of different alphabets."""
 
+import math
+
 import pytest
 import torch
 from test_learner import adapted, assert_same, ids_of, state_of
 
 import ttt
-from ttt.change import Change
 
 OPTIONS = {"target_modules": ["gate_proj", "up_proj", "down_proj"], "lr": 0.03, "clip": 3.0, "chunk": 8, "window": 8}
 ALPHABETS = {"a": 1, "b": 13, "c": 25}
@@ -20,7 +21,7 @@ def text(domain, length):
 def growing(learner_options=None, **options):
     model, learner = adapted(**{**OPTIONS, **(learner_options or {})})
     learner.calibrate([ids_of(2, 20)])
-    return model, ttt.GrowingLearner(learner, **{"young": 128, "patience": 1, "rank": 16, "alarm": 1.0, **options})
+    return model, ttt.GrowingLearner(learner, **{"recent": 64, "evidence": 8.0, "rank": 16, **options})
 
 
 def kinds(learner, since=0):
@@ -28,11 +29,11 @@ def kinds(learner, since=0):
 
 
 def factors(column):
-    return [t.clone() for t in column.a + column.b]
+    return [t.clone() for t in column.a + column.b + column.signature.counts]
 
 
 def test_without_a_change_it_is_the_learner_to_the_bit():
-    model, learner = growing(alarm=1e9)
+    model, learner = growing(evidence=1e9)
     _, plain = adapted(**OPTIONS)
     plain.rollback(learner.learner.snapshot())
     plain.model.load_state_dict(model.state_dict())
@@ -56,7 +57,7 @@ def test_a_column_is_born_at_the_switch_and_reopened_when_the_domain_comes_back(
     learner.observe(text("b", 576))
     assert kinds(learner) == ["new"]
     assert len(learner.columns) == 1
-    assert 640 <= learner.columns[0].tokens < 640 + 4 * 64
+    assert 560 <= learner.columns[0].tokens <= 640  # as it was before the first sign of change
     kept = factors(learner.columns[0])
     for index, domain in enumerate("ab"):
         learner.observe(text(domain, 320))
@@ -98,12 +99,106 @@ def test_scores_come_before_learning_and_before_routing():
 
 
 def test_beyond_the_budget_the_nearest_columns_are_merged():
-    _, learner = growing(budget=2, alarm=1e9)
+    _, learner = growing(budget=2, evidence=1e9)
     for domain in "aba":
         learner.observe(text(domain, 640))
         learner.close()
     assert [c.tokens for c in learner.columns] == [1280, 640]  # the two of one domain became one
-    assert learner.bytes() == sum(c.bytes for c in learner.columns)
+    held = learner._calm + list(learner._signature.counts + learner._latest.counts)
+    assert learner.bytes() == sum(c.bytes for c in learner.columns) + sum(t.numel() * t.element_size() for t in held)
+
+
+def test_what_comes_later_changes_no_score_and_a_switch_keeps_the_context():
+    """The domain changes within a piece, and so does the column: at a chunk's end, for the tokens after it."""
+    scores, switched = [], []
+    for change in (0, 1):
+        torch.manual_seed(7)
+        _, learner = growing()
+        for domain in "ab":
+            learner.observe(text(domain, 640))
+        back = torch.cat([text("b", 23), text("a", 39)], 1)
+        tokens = learner.read
+        other = back.clone()
+        other[:, 56:] = (other[:, 56:] + change * 5) % 60
+        scores.append(learner.observe(other).nll)
+        assert kinds(learner)[:2] == ["new", "reopen"]
+        switched.append(next(s.tokens for s in learner.history if s.kind == "reopen") - tokens)
+    assert torch.equal(scores[0][:, :55], scores[1][:, :55])
+    assert not torch.equal(scores[0][:, 55:], scores[1][:, 55:])
+    assert switched[0] == switched[1]
+    assert 24 < switched[0] <= 48
+
+
+def test_what_is_stored_is_the_column_before_the_first_sign_of_change():
+    torch.manual_seed(3)
+    model, learner = growing(rank=64)
+    _, plain = adapted(**OPTIONS)
+    plain.rollback(learner.learner.snapshot())
+    plain.model.load_state_dict(model.state_dict())
+    ids = torch.cat([text("a", 639), text("b", 200)], 1)
+    for start in range(0, 832, 64):
+        learner.observe(ids[:, start : start + 65])
+    assert kinds(learner) == ["new"]
+    (column,) = learner.columns
+    for start in range(0, column.tokens, 64):
+        plain.observe(ids[:, start : min(start + 64, column.tokens) + 1])
+    for i, layer in enumerate(plain.layers):
+        expected = layer.effective_weight() - layer.anchor
+        torch.testing.assert_close(column.delta(i), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    assert float(column.signature.first.sum()) == column.tokens
+
+
+def test_a_column_opened_by_mistake_stays_as_it_was():
+    _, learner = growing()
+    learner.observe(text("a", 640))
+    learner.close()
+    kept = factors(learner.columns[0])
+    learner._open(0, 0)
+    learner.observe(torch.cat([text("a", 71), text("c", 63)], 1))
+    assert kinds(learner) == ["new"]
+    assert (len(learner.columns), learner.active) == (1, None)
+    assert all(torch.equal(x, y) for x, y in zip(kept, factors(learner.columns[0]), strict=True))
+
+
+def test_text_that_is_not_learnt_is_scored_by_the_mixture(monkeypatch):
+    """Against the weights of every token, one after the other, in float64."""
+    monkeypatch.setattr("ttt.growth._PREFIX", 20)
+    model, learner = growing()
+    for domain in "ab":
+        learner.observe(text(domain, 640))
+        learner.close()
+    learner.observe(text("c", 320))
+    before = state_of(model)
+    ids = torch.cat([text("a", 50), text("c", 50), ids_of(1, 51)])
+    ways = [learner.learner.observe(ids, learn=False).nll, *(math.log(2) * b for b in learner.bits(ids, _all(learner)))]
+    found = learner.score(ids)
+    assert found.shape == (3, 50)
+    chosen = set()
+    for row in range(3):
+        p = torch.stack(ways)[:, row].double().neg().exp()
+        weights = torch.full((4,), 0.25, dtype=torch.float64)
+        for t in range(20):
+            expected = float(weights @ p[:, t])
+            assert float(found[row, t]) == pytest.approx(-math.log(expected), rel=1e-3, abs=1e-4)
+            weights = weights * p[:, t] / expected
+        best = int(weights.argmax())
+        chosen.add(best)
+        torch.testing.assert_close(found[row, 20:].double(), -p[best, 20:].log(), rtol=1e-3, atol=1e-4)
+    assert {0, 2} <= chosen  # the active column's own text, and the first one's
+    assert_same(before, state_of(model))
+
+
+def _all(learner):
+    return [None, *learner.columns]
+
+
+def test_long_text_is_scored_piece_by_piece_and_one_token_not_at_all():
+    _, learner = growing()
+    learner.observe(text("a", 640))
+    ids = text("a", 2 * learner.context + 5)
+    parts = [learner.score(ids[:, i : i + learner.context + 1]) for i in range(0, ids.shape[1] - 1, learner.context)]
+    assert torch.equal(learner.score(ids), torch.cat(parts, 1))
+    assert learner.score(ids[:, :1]).shape == (1, 0)
 
 
 def test_text_that_the_anchor_knows_leaves_no_column():
@@ -114,7 +209,7 @@ def test_text_that_the_anchor_knows_leaves_no_column():
 
 
 def test_scoring_and_routing_change_no_bit():
-    model, learner = growing(alarm=1e9)
+    model, learner = growing(evidence=1e9)
     learner.observe(text("a", 640))
     learner.close()
     learner.observe(text("b", 640))
@@ -133,7 +228,7 @@ def test_scoring_and_routing_change_no_bit():
 def test_routing_to_the_anchor_gives_its_scores():
     model, learner = growing()
     start = {k: v.clone() for k, v in model.state_dict().items()}
-    known = model.generate(torch.randint(49, 60, (1, 1)), max_new_tokens=50, do_sample=True, pad_token_id=0)
+    known = model.generate(torch.randint(49, 60, (4, 1)), max_new_tokens=50, do_sample=True, pad_token_id=0)
     with torch.no_grad():
         frozen = model(input_ids=known).logits
     for domain in "ab":
@@ -184,35 +279,9 @@ def test_reset_forgets_everything():
     assert (learner.columns, learner.active, learner.tokens, learner.worth) == ([], None, 0, 0.0)
 
 
-def test_change_is_noticed_soon_either_way_and_rarely_without_one():
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(2000, generator=generator).tolist()
-    change = Change(8.0)
-    assert sum(change.update(2 + 0.3 * z) for z in noise) == 0
-    for step in (1.0, -1.0):
-        change.restart()
-        assert not any(change.update(2 + 0.3 * z) for z in noise[:200])
-        alarms = [change.update(2 + step + 0.3 * z) for z in noise[200:210]]
-        assert any(alarms[:6])
-        assert change.since >= 1 + alarms.index(True)
-
-
-def test_change_sums_are_pages():
-    """Against the recursion written out, with level and spread fixed by a long calm."""
-    change = Change(5.0, slack=0.5, warm=2)
-    for i in range(64 * 50):
-        change.update(1.0 + (0.2 if i % 2 else -0.2))
-    level, spread = change.level, change.spread
-    assert level == pytest.approx(1.0, abs=0.01)
-    assert spread == pytest.approx(0.25, rel=0.05)
-    up = change._up[0]
-    assert change.update(1.6) == (max(0.0, up + (1.6 - level) / spread - 0.5) > 5.0)
-    assert change._up[0] == pytest.approx(max(0.0, up + (1.6 - level) / spread - 0.5))
-
-
 def test_wrong_arguments_are_refused():
     model, learner = adapted()
-    for options in ({"rank": 0}, {"budget": 0}, {"margin": -1.0}, {"alarm": 0.0}, {"young": -1}, {"patience": 0}):
+    for options in ({"rank": 0}, {"budget": 0}, {"margin": -1.0}, {"evidence": 0.0}, {"recent": 0}):
         (name,) = options
         with pytest.raises(ValueError, match=name):
             ttt.GrowingLearner(learner, **options)

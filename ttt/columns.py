@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -17,7 +16,9 @@ from torch import Tensor, nn
 from ttt import checkpoint
 from ttt.convert import require_layers
 from ttt.files import write_atomically
+from ttt.signature import Signature, joined
 
+_COUNTS = ("pairs", "first", "second")
 _OVERSAMPLED, _ITERATIONS = 8, 2  # of the range finder, as Halko et al. advise for spectra that fall slowly
 
 
@@ -31,6 +32,7 @@ class Column:
         tokens: tokens that were learnt into it.
         worth: bits per token that it gains over the anchor on its own text; `ttt.GrowingLearner` measures it.
         error: relative Frobenius error of the last truncation, over all layers together.
+        signature: of the text that it read.
     """
 
     a: tuple[Tensor, ...]
@@ -38,11 +40,12 @@ class Column:
     tokens: int
     worth: float
     error: float
+    signature: Signature
 
     @property
     def bytes(self) -> int:
-        """Of its factors."""
-        return sum(t.numel() * t.element_size() for t in (*self.a, *self.b))
+        """Of its factors and its signature."""
+        return sum(t.numel() * t.element_size() for t in (*self.a, *self.b)) + self.signature.bytes
 
     def delta(self, layer: int) -> Tensor:
         """(m, n): W - W* of one layer. A new tensor."""
@@ -50,7 +53,7 @@ class Column:
 
 
 @torch.no_grad()
-def compress(deltas: Sequence[Tensor], rank: int, tokens: int, worth: float, seed: int) -> Column:
+def compress(deltas: Sequence[Tensor], rank: int, tokens: int, worth: float, signature: Signature, seed: int) -> Column:
     """The column nearest to ``deltas``, (m, n) of every layer, in the Frobenius norm, to within the range finder.
 
     Randomised SVD (Halko, Martinsson, Tropp 2011, algorithm 4.4), seeded. Columns of different devices may differ.
@@ -70,23 +73,7 @@ def compress(deltas: Sequence[Tensor], rank: int, tokens: int, worth: float, see
         b.append(root * (q @ u[:, :rank]).T)
         kept += float(s[:rank].square().sum(dtype=torch.float64))
         whole += float(delta.square().sum(dtype=torch.float64))
-    return Column(tuple(a), tuple(b), tokens, worth, _missing(kept, whole))
-
-
-@torch.no_grad()
-def inner(one: Column, other: Column) -> float:
-    """<Delta_1, Delta_2> in the Frobenius inner product over all layers: sum of (B_1 B_2^T) * (A_1 A_2^T), r x r."""
-    return sum(
-        float(((b1 @ b2.T) * (a1 @ a2.T)).sum(dtype=torch.float64))
-        for a1, b1, a2, b2 in zip(one.a, one.b, other.a, other.b, strict=True)
-    )
-
-
-def nearest(columns: Sequence[Column]) -> tuple[int, int]:
-    """The pair (i < j) whose deltas have the largest cosine."""
-    norms = [math.sqrt(max(inner(c, c), 1e-300)) for c in columns]
-    pairs = itertools.combinations(range(len(columns)), 2)
-    return max(pairs, key=lambda p: inner(columns[p[0]], columns[p[1]]) / (norms[p[0]] * norms[p[1]]))
+    return Column(tuple(a), tuple(b), tokens, worth, _missing(kept, whole), signature)
 
 
 @torch.no_grad()
@@ -108,7 +95,7 @@ def merge(one: Column, other: Column, rank: int) -> Column:
         kept += float(s[:rank].square().sum(dtype=torch.float64))
         whole += float(s.square().sum(dtype=torch.float64))
     worth = share * one.worth + (1 - share) * other.worth
-    return Column(tuple(a), tuple(b), tokens, worth, _missing(kept, whole))
+    return Column(tuple(a), tuple(b), tokens, worth, _missing(kept, whole), joined(one.signature, other.signature))
 
 
 def _missing(kept: float, whole: float) -> float:
@@ -127,6 +114,9 @@ def save(columns: Sequence[Column], model: nn.Module, path: str | os.PathLike) -
         for side in ("a", "b")
         for layer, t in enumerate(getattr(column, side))
     }
+    for number, column in enumerate(columns):
+        for name, counts in zip(_COUNTS, column.signature.counts, strict=True):
+            tensors[f"{number}.{name}"] = counts.cpu()
     rows = [{"tokens": c.tokens, "worth": c.worth, "error": c.error} for c in columns]
     metadata = {
         "format": checkpoint.FORMAT,
@@ -158,10 +148,11 @@ def load(model: nn.Module, path: str | os.PathLike) -> list[Column]:
                 tuple(tensors[f"{number}.{side}.{i}"].to(layer.weight.device) for i, layer in enumerate(layers))
                 for side in ("a", "b")
             )
+            signature = Signature.of(*(tensors[f"{number}.{name}"].to(layers[0].weight.device) for name in _COUNTS))
         except KeyError as error:
             raise ValueError(f"{path} does not fit this model's learning layers: {error} is missing") from None
         shapes = [(layer.out_features, layer.in_features) for layer in layers]
         if [(y.shape[1], x.shape[1]) for x, y in zip(a, b, strict=True)] != shapes:
             raise ValueError(f"{path} does not fit this model's learning layers of shapes {shapes}")
-        found.append(Column(a, b, **row))
+        found.append(Column(a, b, signature=signature, **row))
     return found

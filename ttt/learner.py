@@ -151,11 +151,20 @@ class Learner:
         return dataclasses.replace(seen, rollbacks=self.guard.rollbacks - before, strength=self.guard.strength)
 
     def _read(
-        self, ids: Tensor, attend: Tensor, teach: Tensor, learn: bool, *, pads: bool, plain: bool
+        self,
+        ids: Tensor,
+        attend: Tensor,
+        teach: Tensor,
+        learn: bool,
+        *,
+        pads: bool,
+        plain: bool,
+        after: Callable[[Tensor, int], None] | None = None,
     ) -> tuple[Seen, Any]:
         """What `observe` does, after its checks; and the cache of the last segment, None after a rejected chunk.
 
-        ``pads``: ``attend`` holds padding. ``plain``: every token is scored and teaches.
+        ``pads``: ``attend`` holds padding. ``plain``: every token is scored and teaches. ``after`` is called when a
+        chunk was scored and learnt, with the nats (B, T - 1) and how many of them are scored; it may change weights.
         """
         batch, length = ids.shape
         scored = attend[:, :-1] & attend[:, 1:]
@@ -190,6 +199,8 @@ class Learner:
                     learned, rejected = learned + ok, rejected + (not ok)
             if self.guard is not None:
                 self.guard.check_if_due()
+            if after is not None:
+                after(nll, last)
             cache = detached(cache_of(out))
             position = last
             if not ok:  # what the model computed for this chunk is not to be trusted as context either

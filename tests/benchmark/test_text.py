@@ -33,8 +33,8 @@ def lab():
 
 def options_of(name):
     options = {option: values[0] for option, values in METHODS[name].grid.items()}
-    # The tiny model has fewer directions than the default leaves alone.
-    return options | ({"orthogonal": 2} if METHODS[name].fixed.get("orthogonal") else {})
+    # The tiny model has fewer directions than the default and the columns leave alone.
+    return options | ({"orthogonal": 2} if {**METHODS[name].fixed, **options}.get("orthogonal", 0) > 8 else {})
 
 
 def random_stream(domains="AB", length=1024):
@@ -140,6 +140,20 @@ def test_nearest_neighbours_mix_with_the_model(lab):
             weight = np.exp(-distance[near] / 2)
             mixed = 0.7 * mixed + 0.3 * weight[values[near] == values[t]].sum() / weight.sum()
         assert float(nll[t]) == pytest.approx(-np.log(mixed), rel=1e-4)
+
+
+def test_growing_columns_score_what_they_do_not_learn_by_all_they_know(lab):
+    stream = random_stream("AB")
+    reader = reader_of(lab, "growing columns", stream)
+    for segment in stream.segments:
+        for start in (0, 512):
+            reader.read(segment.ids, start, start + 512)
+        reader.growing.close()
+    rows = torch.cat([segment.ids[:, :60] for segment in stream.segments] * 5)
+    expected = float(reader.growing.score(rows).double().mean()) / np.log(2)
+    assert reader.bits(rows) == pytest.approx(expected, rel=1e-5)
+    assert reader.state_bytes() == Learning.state_bytes(reader) + reader.growing.bytes()
+    assert reader.growing.bytes() > sum(column.bytes for column in reader.growing.columns)
 
 
 def test_fine_tuning_changes_the_layers_it_should(lab):

@@ -13,8 +13,6 @@ from ttt.benchmark.knn import Datastore
 from ttt.demo.model import LN2, bits_per_byte, score, score_in_context
 from ttt.reading import cache_of, cached
 
-ROUTE = 128  # bytes by which a column is chosen
-
 
 class Reader:
     """Reads with a model that stays as it is, piece by piece, each with an empty context.
@@ -69,8 +67,7 @@ class Learning(Reader):
 
 
 class Growing(Learning):
-    """A `ttt.GrowingLearner`. Of text that is not learnt from, the first `ROUTE` bytes choose the column for the rest;
-    they are themselves scored by the column that was active."""
+    """A `ttt.GrowingLearner`. What is not learnt from is scored by all that it knows: `ttt.GrowingLearner.score`."""
 
     def __init__(self, growing: ttt.GrowingLearner) -> None:
         super().__init__(growing.learner)
@@ -80,12 +77,7 @@ class Growing(Learning):
         return self.growing.observe(ids[:, start : end + 1]).nll
 
     def bits(self, rows: Tensor) -> float:
-        total = 0.0
-        for row in rows.split(1):
-            known = row[:, : ROUTE + 1]
-            total += float(score(self.model, known).sum(dtype=torch.float64))
-            with self.growing.routed(known):
-                total += float(score(self.model, row)[:, known.shape[1] - 1 :].sum(dtype=torch.float64))
+        total = sum(float(self.growing.score(part).sum(dtype=torch.float64)) for part in rows.split(8))
         return total / LN2 / rows[:, 1:].numel()
 
     def state_bytes(self) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 import ttt
 from ttt.benchmark import readers
 from ttt.config import DEFENCES, TTTConfig
-from ttt.demo.model import CONFIG
+from ttt.demo.model import COLUMNS, CONFIG
 from ttt.replay import DarkSequenceReplay, SampledReplay, SequenceReplay
 from ttt.rules import LogitDistillation, StreamRule
 
@@ -158,8 +158,10 @@ METHODS: dict[str, TextMethod] = {
         sweep=("decay", (0.03, 0.3, 3.0)), recurs=False,
     ),
     "growing columns": TextMethod(
-        "architecture", {"lr": (*RATES, CONFIG.lr)},
-        {name: getattr(CONFIG, name) for name in ("replay_beta", *DEFENCES)}, reader=_growing,
+        "architecture",
+        {"rate": ("constant", "rms"), "lr": (0.06, 0.08, 0.12, 0.16), "orthogonal": (16, 32)},
+        {"replay_capacity": COLUMNS.replay_capacity},
+        sweep=("lr", (0.01, 0.02, 0.12)), reader=_growing,
     ),
     # What is done today instead of learning.
     "in-context only": TextMethod("workaround", reader=lambda lab, *_: readers.InContext(lab.model)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,12 @@ CONFIG = TTTConfig(
     replay_beta=0.1,
     orthogonal=32,
 )
+
+# Inside `ttt.GrowingLearner`, where the anchor is always at hand, less protection gains more: chosen by
+# `python -m ttt benchmark --suite text --tune --methods "growing columns"`, on text that no benchmark reports.
+COLUMNS = dataclasses.replace(
+    CONFIG, lr=0.06, ewc_lambda=0.0, replay_rows=0, replay_capacity=512, orthogonal=32
+)  # fmt: skip
 
 
 def load_model() -> tuple[nn.Module, TTTConfig]:

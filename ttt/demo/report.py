@@ -14,6 +14,7 @@ COLOURS = {
     "replay": "#9467bd",
     "orthogonal": "#2ca02c",
     "default": "#1f77b4",
+    "columns": "#8c564b",
 }
 
 STYLE = """
@@ -41,7 +42,8 @@ def write(found: dict, folder: Path) -> None:
 <h1>A model that learns while it reads</h1>
 <p>A byte-level language model of 4.4 million parameters, trained on Python sources, reads text of a kind it has never
 seen. Every byte is scored <em>before</em> the model learns from it; nothing is read twice. Afterwards the model is
-tested on Python modules that it was not trained on: what that costs is what learning has overwritten.</p>
+tested on Python modules that it was not trained on: what that costs is what learning has overwritten. "Columns" keeps
+what it learns apart from the model it started from, and chooses between them by likelihood.</p>
 {"".join(body)}
 <p class="small">{html.escape(found["machine"])}; {found["date"]}; {found["seconds"]} s in all. All figures are in
 <a href="results.json">results.json</a>. Times are per byte read, against the frozen model, all methods in turn on the

@@ -1,4 +1,4 @@
-"""The demo: one model, one text it has never seen, seven ways to read it.
+"""The demo: one model, one text it has never seen, eight ways to read it.
 
 Every method reads the same pieces of the same stream, in turn, so that all of them meet the same noise of the
 machine. Each byte is scored before anything is learnt from it.
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -26,12 +27,12 @@ from torch import Tensor, nn
 import ttt
 from ttt.config import DEFENCES
 from ttt.demo import text as texts
-from ttt.demo.model import CONTEXT, LN2, as_ids, bits_per_byte, load_model, score, score_in_context, windows
+from ttt.demo.model import COLUMNS, CONTEXT, LN2, as_ids, bits_per_byte, load_model, score, score_in_context, windows
 
 # Alone, each defence has to be stronger than beside the others, and the best rate is lower (python -m ttt.demo.tune).
 RATE_ALONE, EWC_ALONE, BETA_ALONE, DIRECTIONS_ALONE = 0.02, 0.003, 0.2, 16
 FROZEN, IN_CONTEXT, SGD, EWC, REPLAY = "frozen", "in-context only", "SGD", "EWC", "replay"
-ORTHOGONAL, DEFAULT = "orthogonal", "default"
+ORTHOGONAL, DEFAULT, GROWING = "orthogonal", "default", "columns"
 
 
 @dataclasses.dataclass
@@ -51,7 +52,10 @@ class Result:
 
 
 def methods(config: ttt.TTTConfig) -> dict[str, ttt.TTTConfig | None]:
-    """Name -> configuration; None learns nothing. SGD has no protection, at its own best rate; the default has all."""
+    """Name -> configuration; None learns nothing.
+
+    SGD has no protection, at its own best rate; the default has all; the columns have a configuration of their own.
+    """
     plain: dict[str, Any] = {**DEFENCES, "lr": RATE_ALONE}
     return {
         FROZEN: None,
@@ -61,6 +65,7 @@ def methods(config: ttt.TTTConfig) -> dict[str, ttt.TTTConfig | None]:
         REPLAY: dataclasses.replace(config, **{**plain, "replay_rows": config.replay_rows, "replay_beta": BETA_ALONE}),
         ORTHOGONAL: dataclasses.replace(config, **{**plain, "orthogonal": DIRECTIONS_ALONE}),
         DEFAULT: config,
+        GROWING: COLUMNS,
     }
 
 
@@ -70,7 +75,7 @@ def calibration_batches() -> list[Tensor]:
 
 
 class Reader:
-    """A model that reads a stream piece by piece in one of the seven ways."""
+    """A model that reads a stream piece by piece in one of the eight ways."""
 
     def __init__(self, method: str, base: nn.Module, config: ttt.TTTConfig | None, batches: list[Tensor]) -> None:
         self.result = Result(method)
@@ -81,6 +86,14 @@ class Reader:
             self.learner = ttt.Learner(self.model, context=CONTEXT)
             if config.calibrates:
                 self.learner.calibrate(batches)
+            if method == GROWING:
+                self.learner = ttt.GrowingLearner(self.learner)
+
+    def bits(self, rows: Tensor) -> float:
+        """Mean bits per byte of ``rows`` (N, T), text that is not learnt from."""
+        if isinstance(self.learner, ttt.GrowingLearner):
+            return float(self.learner.score(rows).mean(dtype=torch.float64)) / LN2
+        return bits_per_byte(self.model, rows)
 
     def read(self, stream: Tensor, start: int, end: int) -> None:
         """Score bytes start + 1 ... end; byte ``start`` is their first context."""
@@ -124,7 +137,7 @@ def compare(
         result = reader.result
         lengths = [min(CONTEXT, stream.shape[1] - 1 - s) for s in pieces]
         result.new = sum(c * n for c, n in zip(result.curve, lengths, strict=True)) / sum(lengths)
-        result.old = old_bits if reader.learner is None else bits_per_byte(reader.model, held_out)
+        result.old = old_bits if reader.learner is None else reader.bits(held_out)
         progress.advance(task)
     progress.update(task, description=f"{domain}: done")
     return {name: reader.result for name, reader in readers.items()}, readers
