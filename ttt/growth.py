@@ -191,7 +191,7 @@ class GrowingLearner:
         chunk = ids[:, begin:]
         count = nll[:, begin:].numel()
         self.read += count
-        known = self.tokens > 0
+        known = bool(self._recent)
         if known:
             own = self._signature.bits(chunk)
             for column, returned in zip(self.columns, self._returned, strict=True):
@@ -384,7 +384,7 @@ class GrowingLearner:
         signature = self._empty() if opened is None else opened.signature.copy()
         for chunk in recent:
             signature.add(chunk)
-        tokens = (0 if opened is None else opened.tokens) + self._held(recent)
+        tokens = self._held(recent) if keep else 0 if opened is None else opened.tokens
         self._began(opened, signature, tokens, recent)
 
     def _store(self) -> None:

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import ttt
-from ttt.benchmark import TextSuite, text, text_plots
+from ttt.benchmark import TextSuite, text, text_plots, tuning
 from ttt.benchmark.readers import Learning, NearestNeighbours
 from ttt.benchmark.streams import Segment, Stream
 from ttt.benchmark.text_methods import METHODS, method
+from ttt.demo.model import COLUMNS, CONFIG
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +155,11 @@ def test_growing_columns_score_what_they_do_not_learn_by_all_they_know(lab):
     assert reader.bits(rows) == pytest.approx(expected, rel=1e-5)
     assert reader.state_bytes() == Learning.state_bytes(reader) + reader.growing.bytes()
     assert reader.growing.bytes() > sum(column.bytes for column in reader.growing.columns)
+
+
+def test_the_configuration_for_columns_is_what_tuning_chose():
+    chosen = tuning.load(tuning.tuned_path(TextSuite()))["tuning"]["growing columns"]
+    assert METHODS["growing columns"].config(CONFIG, chosen, CONFIG.seed) == COLUMNS
 
 
 def test_fine_tuning_changes_the_layers_it_should(lab):

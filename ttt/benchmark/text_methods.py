@@ -161,7 +161,7 @@ METHODS: dict[str, TextMethod] = {
         "architecture",
         {"rate": ("constant", "rms"), "lr": (0.06, 0.08, 0.12, 0.16), "orthogonal": (16, 32)},
         {"replay_capacity": COLUMNS.replay_capacity},
-        sweep=("lr", (0.01, 0.02, 0.12)), reader=_growing,
+        sweep=("lr", (0.015, 0.03, 0.06, 0.24)), reader=_growing,
     ),
     # What is done today instead of learning.
     "in-context only": TextMethod("workaround", reader=lambda lab, *_: readers.InContext(lab.model)),
