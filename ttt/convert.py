@@ -85,9 +85,9 @@ def restore_(model: nn.Module, keep_learned: bool = False) -> nn.Module:
             raise ValueError(
                 "keep_learned must be False for a model of many users; pool_of(model).export(user) keeps one"
             )
-        for name, layer in fleet.pool_of(model).layers.items():  # they never wrote to what they share with the original
-            _follow(originals[name], layer)
-            originals[name].train(layer.training)
+        for name, own in fleet.pool_of(model).layers.items():  # they never wrote to what they share with the original
+            _follow(originals[name], own)
+            originals[name].train(own.training)
             _set_module(model, name, originals[name])
         fleet.detach(model)
     for name, layer in learning_layers(model):
