@@ -252,7 +252,9 @@ void commit_by_size(const ttt::Commit& a) {
 
 template <class W, class S>
 void commit_by_rate(const ttt::Commit& a) {
-  if (dots<W> && (!a.slow_dots || a.tokens <= HANDFUL))
+  // A velocity in float32 is there for its precision: eta delta as two bfloat16 would be 5e-7 off.
+  const bool precise = a.momentum != nullptr && a.momentum_dtype == ttt::kF32;
+  if (dots<W> && !precise && (!a.slow_dots || a.tokens <= HANDFUL))
     commit_by_size<dots<W>, W, S>(a);
   else
     commit_by_size<false, W, S>(a);
