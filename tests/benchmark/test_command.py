@@ -37,6 +37,14 @@ class Toy:
         self.ran.append((scenario, method, seed, options["a"], tuning))
         return {"value": -((options["a"] - 2) ** 2) + (scenario == "hill") + seed / 1e4}
 
+    more = ()
+
+    def seeds(self, method):
+        return tuning.SEEDS + (self.more if method == "moving" else ())
+
+    def combine(self, method, scores):
+        return sum(scores) / len(scores)
+
     def tuned_on(self, scenario):
         return scenario
 
@@ -83,6 +91,21 @@ def test_tuning_chooses_the_best_mean_and_names_edges(call, tmp_path):
     call("--tune", "--methods", "still", "--scenarios", "flat")
     assert Toy.ran == []  # all of it had been run
     assert json.loads((tmp_path / "tuned.json").read_text())["chosen"] == chosen
+
+
+def test_a_method_searched_on_more_seeds_changes_no_choice_of_the_references(call, tmp_path, monkeypatch):
+    def run(self, scenario, method, seed, options, *, tuning):
+        self.ran.append((method, seed))
+        return {"value": -((options["a"] - 2) ** 2) + 100 * (seed == 1002 and options["a"] == 1)}
+
+    monkeypatch.setattr(Toy, "more", (1002,))
+    monkeypatch.setattr(Toy, "references", ("still",))
+    monkeypatch.setattr(Toy, "run", run)
+    call("--tune", "--scenarios", "flat")
+    expected = [("still", s) for s in (1000, 1001, 1002)] * 2 + [("moving", s) for s in (1000, 1001, 1002)] * 3
+    assert sorted(Toy.ran) == sorted(expected)
+    chosen = json.loads((tmp_path / "tuned.json").read_text())["chosen"]["flat"]
+    assert (chosen["still"]["options"]["a"], chosen["moving"]["options"]["a"]) == (2, 1)
 
 
 def test_finished_runs_are_not_run_again(call, tmp_path):

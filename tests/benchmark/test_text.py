@@ -252,6 +252,11 @@ def test_shares_are_of_naive():
     assert suite.score(record("naive", 2.0, 1.5), {}) == -2.0  # at its best rate for new text
     assert suite.score(record("EWC", 2.5, 1.1), OTHERS) == pytest.approx(0.5 - 0.2)
     assert suite.measure(record("EWC", 2.1, 1.1), {})["gain_share"] is None
+    others = {**OTHERS, "naive, best": record("naive", 1.8, 1.4)}
+    assert suite.score(record("EWC", 2.1, 1.1), others) == pytest.approx(0.7)
+    assert suite.score(record("growing columns", 2.1, 1.1), others) == pytest.approx(0.75 - 0.25)
+    assert suite.combine("EWC", [0.5, 0.7]) == pytest.approx(0.6)
+    assert suite.combine("growing columns", [0.7, 0.5, 0.9]) == 0.5
     lucky = {**OTHERS, "naive": record("naive", 2.0, 0.9)}
     assert suite.measure(record("EWC", 2.1, 1.1), lucky)["forgetting_share"] is None
     with pytest.raises(ValueError, match="naive gained or forgot nothing"):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from ttt.benchmark import metrics, report
 from ttt.benchmark.digits import SCENARIOS
 from ttt.benchmark.methods import METHODS, fits, method
-from ttt.benchmark.suite import Figure, Record
+from ttt.benchmark.suite import SEEDS, Figure, Record
 from ttt.benchmark.vision import BATCH, EPOCHS, HIDDEN, run
 
 # Drawn as curves: one of each kind, so that they can be told apart.
@@ -48,6 +49,12 @@ class DigitsSuite:
 
     def run(self, scenario: str, method: str, seed: int, options: Record, *, tuning: bool) -> Record:
         return run(scenario, method, seed, options, tuning=tuning)
+
+    def seeds(self, name: str) -> Sequence[int]:
+        return SEEDS
+
+    def combine(self, name: str, scores: Sequence[float]) -> float:
+        return fmean(scores)
 
     def tuned_on(self, scenario: str) -> str:
         return scenario

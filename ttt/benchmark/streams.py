@@ -1,4 +1,4 @@
-"""The text suite's streams: six kinds of text that are on any machine with the `benchmark` extra.
+"""The text suite's streams: eight kinds of text that are on any machine with the `benchmark` extra.
 
 The demo model was trained on none of them. They differ between machines with the versions installed, so each run
 records how many bytes of a kind it found, and a hash of those it read.
@@ -7,7 +7,8 @@ records how many bytes of a kind it found, and a hash of those it read.
 * ``html``: pages that pydoc makes of modules that are mostly C, whose docstrings are in no Python file.
 * ``rst``: scikit-learn's descriptions of data sets, then its docstrings.
 * ``licences``: of the installed packages, each text once (many differ from another in a few words).
-* ``headers`` (C++, second half) and ``javascript``: options are tuned on them, and on nothing else.
+* ``headers`` (C++, second half) and ``javascript``: options are tuned on them, and on nothing else; but for methods
+  that say so, on ``readmes`` of the installed packages and ``docs`` (torch's docstrings), too.
 
 The last fifth of each is never streamed: there a model is tested on what it has read.
 """
@@ -34,10 +35,10 @@ from ttt.demo import text as texts
 from ttt.demo.model import CONTEXT, as_ids, windows
 
 REPORTED = ("english", "html", "rst", "licences")
-TUNING = ("headers", "javascript")
+TUNING = ("headers", "javascript", "readmes", "docs")
 SCENARIOS = (*(f"adapt-{domain}" for domain in REPORTED), "recurring")
 TUNED_ON = "tuning"
-"""The scenario that options are chosen in: an even seed reads the headers, an odd one JavaScript."""
+"""The scenario that options are chosen in: seeds 1000, 1001, ... read the kinds of `TUNING` in turn."""
 
 SWEPT = ("adapt-english", "adapt-rst")  # whose trade-off curves are drawn: prose and markup
 ADAPT, SEGMENT, SEARCH = 12288, 6144, 8192  # bytes; multiples of CONTEXT
@@ -74,14 +75,36 @@ def _html() -> bytes:
     return _SEPARATOR.join(pages)
 
 
-def _rst() -> bytes:
-    root = _package("sklearn")
-    parts = [path.read_bytes() for path in sorted((root / "datasets" / "descr").glob("*.rst"))]
-    for path in sorted((root / "linear_model").glob("*.py")):
+def _docstrings(folder: Path) -> list[bytes]:
+    parts = []
+    for path in sorted(folder.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                 parts.append((ast.get_docstring(node) or "").encode())
+    return parts
+
+
+def _long(parts: Iterable[bytes]) -> bytes:
+    """Each once, without the short ones."""
     return _SEPARATOR.join(part for part in dict.fromkeys(parts) if len(part) >= CONTEXT)
+
+
+def _rst() -> bytes:
+    root = _package("sklearn")
+    parts = [path.read_bytes() for path in sorted((root / "datasets" / "descr").glob("*.rst"))]
+    return _long(parts + _docstrings(root / "linear_model"))
+
+
+def _docs() -> bytes:
+    root = _package("torch")
+    folders = ("nn/modules", "optim", "distributions", "utils/data")
+    return _long(part for folder in folders for part in _docstrings(root / folder))
+
+
+def _readmes() -> bytes:
+    packages = {str(d.metadata["Name"]).lower(): d for d in importlib.metadata.distributions()}
+    whole = [d.read_text("METADATA") or "" for name, d in sorted(packages.items()) if name != "ttt"]
+    return _long(text.partition("\n\n")[2].encode() for text in whole)  # without the fields above it
 
 
 def _licences() -> bytes:
@@ -109,7 +132,7 @@ def _javascript() -> bytes:
 
 _SOURCES: dict[str, Callable[[], bytes]] = {
     "english": lambda: texts.stream_of("english"), "html": _html, "rst": _rst, "licences": _licences,
-    "headers": _headers, "javascript": _javascript,
+    "headers": _headers, "javascript": _javascript, "readmes": _readmes, "docs": _docs,
 }  # fmt: skip
 
 

@@ -7,6 +7,10 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+SEEDS = (1000, 1001)
+"""Of the search for options: of the references, and of methods for which a suite names no others. Never reported:
+reported seeds count from 0."""
+
 Record = dict[str, Any]
 """A finished run: ``scenario``, ``method``, ``seed``, ``options``, ``protocol``, and what `Suite.run` returned."""
 
@@ -51,6 +55,10 @@ class Suite(Protocol):
         """One run; with ``tuning``, on data that reported runs are not scored on."""
         ...
 
+    def seeds(self, method: str) -> Sequence[int]:
+        """Those of the search for ``method``'s options: `SEEDS`, or more."""
+        ...
+
     def tuned_on(self, scenario: str) -> str:
         """The scenario in which the options for ``scenario`` are searched."""
         ...
@@ -60,7 +68,14 @@ class Suite(Protocol):
         ...
 
     def score(self, record: Record, others: Mapping[str, Record]) -> float:
-        """What tuning maximises; ``others`` holds the chosen runs of `references`, of the same scenario and seed."""
+        """What tuning maximises; ``others`` holds runs of `references`, of the same scenario and seed.
+
+        The chosen ones by their names, and under `best_of` their names those that scored best on this very seed.
+        """
+        ...
+
+    def combine(self, method: str, scores: Sequence[float]) -> float:
+        """The scores of one setting over the seeds as one number."""
         ...
 
     def measure(self, record: Record, others: Mapping[str, Record]) -> dict[str, float | None]:
@@ -77,6 +92,11 @@ class Suite(Protocol):
         Runs of a `sweep` are among ``records``: `swept` tells them.
         """
         ...
+
+
+def best_of(method: str) -> str:
+    """The name under which `Suite.score` finds the run of a reference that scored best on the same seed."""
+    return f"{method}, best"
 
 
 def swept(record: Record) -> bool:

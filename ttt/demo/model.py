@@ -32,7 +32,7 @@ CONFIG = TTTConfig(
 # Inside `ttt.GrowingLearner`, where the anchor is always at hand, less protection gains more: chosen by
 # `python -m ttt benchmark --suite text --tune --methods "growing columns"`, on text that no benchmark reports.
 COLUMNS = dataclasses.replace(
-    CONFIG, rate="rms", lr=0.12, ewc_lambda=0.0, replay_rows=0, replay_capacity=512, orthogonal=16
+    CONFIG, rate="rms", lr=0.08, ewc_lambda=0.0, replay_rows=0, replay_capacity=512, orthogonal=32
 )
 
 
