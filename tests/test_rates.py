@@ -81,9 +81,9 @@ def test_steps_do_not_depend_on_how_a_stream_is_cut(rate):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rate", SCALED)
-def test_bound_kernels_ops_and_capturable_layers_take_the_same_steps(rate, dtype, monkeypatch):
-    bound = layer_of(9, 17, dtype, rate=rate, clip=1.5, window=6)
+@pytest.mark.parametrize(("rate", "burst"), [("energy", None), ("rms", None), ("rms", 0.6)])
+def test_bound_kernels_ops_and_capturable_layers_take_the_same_steps(rate, burst, dtype, monkeypatch):
+    bound = layer_of(9, 17, dtype, rate=rate, clip=1.5, burst=burst, window=6)
     ops, steps = copy.deepcopy(bound), copy.deepcopy(bound).capturable_(2)
     for _ in range(3):
         x, delta = rows_of(bound, 2)
@@ -228,3 +228,62 @@ def test_the_means_stay_in_float64_when_a_layer_is_converted():
     assert layer_of(5, 6).moments is None
     with pytest.raises(ValueError, match=r"rate must be one of .*got 'adam'"):
         ttt.TTTConfig(rate="adam")
+
+
+def burst_by_hand(x, delta, eta, config):
+    """The steps with the sum of the rows' gradients bounded, from the whole matrix."""
+    total = sum(e * torch.outer(d, one) for e, d, one in zip(eta, delta.double(), x.double(), strict=True))
+    most = config.burst * config.lr * len(eta) ** 0.5
+    return eta * min(1.0, most / float(total.norm()))
+
+
+@pytest.mark.parametrize("orthogonal", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("m", "n", "rows"), [(1, 1, 1), (7, 33, 4), (7, 33, 40), (40, 3, 9)])
+def test_gradients_that_agree_take_smaller_steps_together(m, n, rows, dtype, orthogonal):
+    """Rows that are all but alike, and rows that are not, by hand: few, whose pairs are multiplied, and many."""
+    layer = layer_of(m, n, dtype, rate="rms", clip=2.5, burst=0.9, orthogonal=min(orthogonal, n - 1))
+    if layer.basis is not None:
+        layer.basis.copy_(torch.linalg.qr(torch.randn(n, min(orthogonal, n - 1)))[0].T)
+    free = layer_of(m, n, dtype, rate="rms", clip=2.5)
+    state = (0.0, 0.0, 0)
+    for alike in (True, False):
+        x, delta = rows_of(layer, rows)
+        if alike:
+            x, delta = x[:1] + 0.1 * x, delta[:1] + 0.1 * delta
+        applied = layer._learnable(x)
+        steps, state = steps_by_hand(applied, delta, free.config, state)
+        update = layer.update_from([(x, delta)])
+        expected = burst_by_hand(applied, delta, steps, layer.config)
+        tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 1e-4)
+        torch.testing.assert_close(update.eta.double(), expected, rtol=tolerance, atol=0)
+        layer.learn(update)
+        torch.testing.assert_close(layer.moments[STREAM], torch.tensor(state, dtype=torch.float64), rtol=1e-3, atol=0)
+        if alike and rows > 2:
+            assert float((update.eta.double() / steps).max()) < 0.95
+
+
+def test_gradients_that_do_not_agree_take_the_steps_that_they_would():
+    layer, free = layer_of(31, 29, rate="rms", burst=1.5), layer_of(31, 29, rate="rms")
+    x, delta = torch.randn(12, 29).double(), torch.randn(12, 31).double()
+    assert torch.equal(layer.update_from([(x, delta)]).eta, free.update_from([(x, delta)]).eta)
+
+
+def test_a_burst_of_large_inputs_and_small_gradients_is_bounded_too():
+    layer = layer_of(4, 5, torch.float32, rate="rms", burst=0.5)
+    x, delta = torch.full((6, 5), 1e18), torch.full((6, 4), 1e-18)
+    update = layer.update_from([(x, delta)])
+    assert bool(update.finite)
+    total = (update.eta.double().unsqueeze(1) * delta.double()).T @ x.double()
+    assert float(total.norm()) == pytest.approx(0.5 * layer.config.lr * 6**0.5, rel=1e-5)
+    x[0] = 0  # a row of zeros has no direction
+    assert bool(layer.update_from([(x, delta)]).finite)
+
+
+def test_burst_is_refused_where_it_has_no_unit():
+    for options, match in (({"burst": 1.0}, "burst must be None with rate='constant', got 1.0"),
+                           ({"burst": 1.0, "rate": "energy"}, "burst must be None"),
+                           ({"burst": 0.0, "rate": "rms"}, "burst must be a number in"),
+                           ({"burst": float("nan"), "rate": "rms"}, "burst must be a number in")):  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            ttt.TTTConfig(**options)

@@ -17,7 +17,7 @@ DEFENCES = {
 
 # What weights of every user's own do without, and the value that says so.
 _ALONE = {
-    "distill_rows": 0, "generated_rows": 0, "momentum": 0.0, "decay": 0.0,
+    "burst": None, "distill_rows": 0, "generated_rows": 0, "momentum": 0.0, "decay": 0.0,
 }  # fmt: skip
 
 
@@ -40,6 +40,8 @@ class TTTConfig:
             gradient norms |delta| |x|. Means are over all rows learnt, and those of the calibration.
         clip: bound on the norm of one token's gradient at one layer, |delta| |x|: a token above it learns at a
             rate smaller in proportion. For ``rate="rms"`` in units of the root mean square. None for no bound.
+        burst: for ``rate="rms"``: bound on the norm of the gradients of T tokens that are learnt at once, in units of
+            sqrt(T) root mean squares, of which ordinary text has about 1 (`ttt.nn.rates`). None for no bound.
         importance: what the trace accumulates: ``"fisher"`` (per-token squared gradients), ``"si"`` (Synaptic
             Intelligence) or ``"mas"`` (Memory Aware Synapses; costs a second backward pass).
         fisher: labels that `Learner.calibrate` uses: ``"true"`` (drawn from the model's output) or ``"empirical"``.
@@ -89,6 +91,7 @@ class TTTConfig:
     chunk: int = 64
     rate: str = "constant"
     clip: float | None = None
+    burst: float | None = None
     importance: str = "fisher"
     fisher: str = "true"
     ewc_lambda: float = 0.01
@@ -136,6 +139,9 @@ class TTTConfig:
         choice("rate", ("constant", "energy", "rms"))
         if self.clip is not None:
             number("clip", 0.0, above=True)
+        if self.burst is not None:
+            number("burst", 0.0, above=True)
+            need("burst", self.rate == "rms", f"None with rate={self.rate!r}")
         choice("importance", KINDS)
         choice("fisher", ("true", "empirical"))
         number("ewc_lambda", 0.0)

@@ -1,10 +1,11 @@
 """``python -m ttt.demo.transfer``: do one model's step sizes suit another?
 
 Three byte-level models of different width and depth read text they have not seen, under a grid of rates, with and
-without protection. On C++ headers (a part that the demo does not show) one default is chosen: the setting whose
-smallest share of a model's best gain is largest. On reStructuredText, which nothing was tuned on, it is compared with
-what is best there for each model. Two of the models are not shipped: they are trained when they are missing, which
-takes five to twenty minutes each. Writes ``bench/results/demo_transfer.json`` and ``demo_transfer.png``.
+without protection. The default is chosen on C++ headers, JavaScript and YAML: of the settings in units of a layer's own
+gradients, that whose smallest share of the best gain, over models and texts and with protection, is largest. On
+reStructuredText, English and licences, which nothing was chosen on, it is compared with what is best there for each
+model, of all settings. Two of the models are not shipped: they are trained when they are missing, which takes five to
+twenty minutes each. Writes ``bench/results/demo_transfer.json`` and ``demo_transfer.png``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import importlib.util
 import json
 import time
 from pathlib import Path
@@ -23,26 +23,36 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import ttt
+from ttt.benchmark import streams as texts
 from ttt.config import DEFENCES
 from ttt.demo import pretrain
-from ttt.demo.model import CONFIG, CONTEXT, WEIGHTS, as_ids, bits_per_byte, windows
+from ttt.demo.drift import yaml
+from ttt.demo.model import CONFIG, CONTEXT, WEIGHTS, bits_per_byte, windows
 from ttt.demo.run import calibration_batches, machine
-from ttt.demo.text import held_out_python, stream_of
-from ttt.demo.tune import OFFSET
+from ttt.demo.text import held_out_python
 
 CACHE = Path("build/models")
 MODELS = {"128x4": (128, 4, 600), "256x5": None, "384x2": (384, 2, 400)}
 """Name, hidden width x blocks -> (width, blocks, training steps), or None for the demo's own."""
 
-RATES = {
-    "constant": (0.0025, 0.005, 0.01, 0.02, 0.04),
-    "rms": (0.03, 0.042, 0.06, 0.12),
-    "energy": (2.0, 8.0, 32.0),
-}
-PROTECTED = {"constant": (0.005, 0.01, 0.02), "rms": (0.03, 0.042, 0.06)}
-CLIPS = {"constant": None, "rms": 3.0, "energy": None}
+TUNING = ("headers", "javascript", "yaml")
+REPORTED = ("rst", "english", "licences")
+"""Domains of `ttt.benchmark.streams`, and YAML."""
 
+Setting = dict[str, Any]  # rate, lr, clip, burst, protected
 Row = dict[str, Any]
+
+CLIP, BURST = 3.0, 1.2
+GRID: dict[str, tuple[Setting, tuple[float, ...], tuple[float, ...]]] = {
+    "constant": ({"rate": "constant", "clip": None, "burst": None}, (0.005, 0.01, 0.02), (0.0025, 0.005, 0.01, 0.02)),
+    "rms": ({"rate": "rms", "clip": CLIP, "burst": None}, (0.06, 0.085, 0.1, 0.12), (0.03, 0.042)),
+    "rms, burst": (
+        {"rate": "rms", "clip": CLIP, "burst": BURST},
+        (0.06, 0.085, 0.1, 0.12, 0.17, 0.24),
+        (0.021, 0.03, 0.042, 0.06, 0.1),
+    ),
+}
+"""Kind -> (what it is, its rates with protection, and without)."""
 
 
 def load(name: str, console: Console) -> nn.Module:
@@ -61,33 +71,18 @@ def load(name: str, console: Console) -> nn.Module:
     return LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
 
 
-def rst() -> bytes:
-    """scikit-learn's descriptions of its datasets.
-
-    Raises:
-        FileNotFoundError: without scikit-learn (``pip install 'ttt[benchmark]'``).
-    """
-    spec = importlib.util.find_spec("sklearn")
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError("the report reads scikit-learn's descriptions of datasets; scikit-learn is missing")
-    files = sorted((Path(spec.origin).parent / "datasets" / "descr").glob("*.rst"))
-    return b"\n\0".join(path.read_bytes() for path in files)
+def stream(domain: str, size: int, seed: int = 0) -> Tensor:
+    """(1, size + 1): text of ``domain``, from a place that ``seed`` draws."""
+    data = yaml() if domain == "yaml" else texts.streamed(domain)
+    return texts.cut(data, [size], torch.Generator().manual_seed(seed))[0][0]
 
 
-def streams(size: int) -> dict[str, Tensor]:
-    """Name -> (1, size + 1): the text that is tuned on, and the one that is reported."""
-    return {
-        "tuning: headers": as_ids(stream_of("headers")[OFFSET : OFFSET + size + 1]),
-        "report: reStructuredText": as_ids(rst()[: size + 1]),
-    }
-
-
-def grid() -> list[Row]:
-    """All settings that are tried: rate, lr, clip, and whether the demo's protection is on."""
+def grid() -> list[Setting]:
+    """All settings that are tried."""
     return [
-        {"rate": rate, "lr": lr, "clip": CLIPS[rate], "protected": protected}
-        for protected, rates in ((False, RATES), (True, PROTECTED))
-        for rate, lrs in rates.items()
+        {**kind, "lr": lr, "protected": protected}
+        for kind, *rates in GRID.values()
+        for protected, lrs in zip((True, False), rates, strict=True)
         for lr in lrs
     ]
 
@@ -99,9 +94,9 @@ class Model:
         self.base, self.held_out = base, held_out
         self.known: dict[str, Any] = {}
 
-    def measure(self, setting: Row, stream: Tensor) -> dict[str, float]:
-        """Bits per byte of ``stream``, each byte scored before it is learnt, and of held-out Python afterwards."""
-        options: dict[str, Any] = {name: setting[name] for name in ("rate", "lr", "clip")}
+    def measure(self, setting: Setting, ids: Tensor) -> dict[str, float]:
+        """Bits per byte of ``ids``, each byte scored before it is learnt, and of held-out Python afterwards."""
+        options: dict[str, Any] = {name: setting[name] for name in ("rate", "lr", "clip", "burst")}
         config = dataclasses.replace(CONFIG, **options | ({} if setting["protected"] else DEFENCES))
         model = ttt.adapt_(copy.deepcopy(self.base), config)
         learner = ttt.Learner(model, context=CONTEXT)
@@ -110,7 +105,7 @@ class Model:
                 learner.calibrate(calibration_batches())
                 self.known[config.rate] = learner.snapshot()
             learner.rollback(self.known[config.rate])
-        new = learner.observe(stream).bits
+        new = learner.observe(ids).bits
         return {"new_bpb": round(new, 4), "old_bpb": round(bits_per_byte(model, self.held_out), 4)}
 
 
@@ -129,13 +124,26 @@ def shares(rows: list[Row]) -> None:
         r["share"] = None if r["rate"] is None else round(r["gain"] / best[r["model"], r["text"], r["protected"]], 4)
 
 
+def edges(rows: list[Row]) -> list[Row]:
+    """The best rows whose rate is the lowest or highest that was tried of their kind: there the grid is too narrow."""
+    rates: dict[tuple, list[float]] = {}
+
+    def kind(r: Row) -> tuple:
+        return tuple(r[n] for n in ("rate", "clip", "burst", "protected"))
+
+    for r in rows:
+        rates.setdefault(kind(r), []).append(r["lr"])
+    found = (r for r in rows if r["share"] == 1.0)
+    return [r for r in found if r["lr"] in (min(rates[kind(r)]), max(rates[kind(r)]))]
+
+
 def summary(rows: list[Row]) -> list[Row]:
     """For each setting and text, the share on each model and the smallest, best first; settings tried on all only."""
     found: dict[tuple, Row] = {}
     for r in rows:
         if r["rate"] is None:
             continue
-        names = ("text", "protected", "rate", "clip", "lr")
+        names = ("text", "protected", "rate", "clip", "burst", "lr")
         line = found.setdefault(tuple(r[n] for n in names), {n: r[n] for n in names} | {"shares": {}})
         line["shares"][r["model"]] = r["share"]
     complete = [line for line in found.values() if len(line["shares"]) == len(MODELS)]
@@ -144,49 +152,62 @@ def summary(rows: list[Row]) -> list[Row]:
     return sorted(complete, key=lambda line: (line["text"], line["protected"], -line["worst"]))
 
 
-def default(lines: list[Row]) -> Row:
-    """Of the settings tried with and without protection, that with the largest smallest share on the tuning text.
+def ranking(lines: list[Row]) -> list[Row]:
+    """The settings, by the smallest share with protection over models and the tuning texts, largest first.
 
-    ``tuning`` and ``report``: its shares on each text, by "protected" and "unprotected" and model.
+    ``tuning`` and ``report``: the smallest share with protection on each text; ``unprotected`` likewise, where tried.
     """
     found: dict[tuple, Row] = {}
     for line in lines:
-        one = found.setdefault(tuple(line[n] for n in ("rate", "lr", "clip")), {"tuning": {}, "report": {}})
-        one[line["text"].split(":")[0]]["protected" if line["protected"] else "unprotected"] = line["shares"]
-    tried = [(key, one) for key, one in found.items() if len(one["tuning"]) == 2]
-    if not tried:
-        return {}
-    key, best = max(tried, key=lambda pair: min(min(shares.values()) for shares in pair[1]["tuning"].values()))
-    return dict(zip(("rate", "lr", "clip"), key, strict=True)) | best
+        one = found.setdefault(
+            tuple(line[n] for n in ("rate", "lr", "clip", "burst")), {"tuning": {}, "report": {}, "unprotected": {}}
+        )
+        role = "tuning" if line["text"] in TUNING else "report"
+        one[role if line["protected"] else "unprotected"][line["text"]] = line["worst"]
+    tried = [
+        dict(zip(("rate", "lr", "clip", "burst"), key, strict=True)) | {"worst": min(one["tuning"].values())} | one
+        for key, one in found.items()
+        if set(one["tuning"]) == set(TUNING)
+    ]
+    return sorted(tried, key=lambda one: -one["worst"])
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Gain on the tuning text against the rate, a panel for each way to scale it, a curve for each model."""
+    """Gain with protection against the rate: a panel for each way to scale it, above on the tuning texts, below on
+    those reported; a colour for each model, a line for each text."""
     import matplotlib.pyplot as plt
 
-    shown = [r for r in rows if r["text"].startswith("tuning") and not r["protected"] and r["rate"]]
-    figure, axes = plt.subplots(1, len(RATES), figsize=(4.6 * len(RATES), 3.8), sharey=True, constrained_layout=True)
-    titles = {"constant": "constant", "rms": "lr / rms gradient", "energy": "lr / mean squared input"}
-    for axis, rate in zip(axes, RATES, strict=True):
-        for model in MODELS:
-            points = sorted((r["lr"], 100 * r["share"]) for r in shown if (r["model"], r["rate"]) == (model, rate))
-            if points:
-                axis.plot(*zip(*points, strict=True), "o-", color=f"C{list(MODELS).index(model)}", label=model)
-        axis.set(xscale="log", xlabel="lr", title=titles[rate], ylim=(0, 105))
-        axis.set_xticks(RATES[rate], [f"{lr:g}" for lr in RATES[rate]])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("gain, % of the model's best")
-    axes[0].legend(fontsize=8)
+    kinds = [name for name, (_, protected, _) in GRID.items() if len(protected) > 2]
+    figure, axes = plt.subplots(2, len(kinds), figsize=(4.6 * len(kinds), 7), sharey=True, constrained_layout=True)
+    for line, (title, domains) in zip(axes, (("tuned on", TUNING), ("reported", REPORTED)), strict=True):
+        for axis, name in zip(line, kinds, strict=True):
+            kind, rates, _ = GRID[name]
+            shown = [r for r in rows if r["protected"] and all(r[k] == v for k, v in kind.items())]
+            for colour, model in enumerate(MODELS):
+                for domain, style in zip(domains, ("-", "--", ":"), strict=True):
+                    points = [(r["lr"], 100 * r["share"]) for r in shown if (r["model"], r["text"]) == (model, domain)]
+                    if points:
+                        label = f"{model}, {domain}" if axis is line[0] else None
+                        axis.plot(
+                            *zip(*sorted(points), strict=True), f"o{style}", ms=3, color=f"C{colour}", label=label
+                        )
+            axis.axhline(95, color="black", lw=0.8, ls=":")
+            axis.set(xscale="log", xlabel="lr", title=f"{name}: {title}", ylim=(60, 101))
+            axis.set_xticks(rates, [f"{lr:g}" for lr in rates], fontsize=7)
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        line[0].set_ylabel("gain with protection, % of the best")
+        line[0].legend(fontsize=7)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def _write(found: dict[str, Any], path: Path) -> None:
-    """``found`` with what follows from its rows."""
+def finish(found: dict[str, Any], path: Path) -> None:
+    """Write ``found`` with what follows from its rows, and the plot."""
     shares(found["rows"])
+    found["edges"] = edges(found["rows"])
     found["summary"] = summary(found["rows"])
-    found["default"] = default(found["summary"])
+    found["ranking"] = ranking(found["summary"])
     path.write_text(json.dumps(found, indent=1) + "\n")
 
 
@@ -202,23 +223,24 @@ def main() -> None:
         before = json.loads(args.json.read_text())
         if before["bytes"] == args.bytes:
             found["rows"] = [r for r in before["rows"] if r["model"] not in args.models.split(",")]
-    found |= {"offset": OFFSET, "config": CONFIG.to_dict()}
+    found |= {"config": CONFIG.to_dict()}
     for name in args.models.split(","):
         model = Model(load(name, console), held_out)
-        for text, stream in streams(args.bytes).items():
-            frozen = {"rate": "constant", "lr": 0.0, "clip": None, "protected": False}
-            rows = [frozen | model.measure(frozen, stream) | {"rate": None}]
+        for domain in (*TUNING, *REPORTED):
+            ids = stream(domain, args.bytes)
+            frozen = {"rate": "constant", "clip": None, "burst": None, "lr": 0.0, "protected": False}
+            rows = [frozen | model.measure(frozen, ids) | {"rate": None}]
             for setting in grid():
-                if text.startswith("report") and setting["rate"] == "energy":  # far behind on the first text
+                if domain in TUNING and not setting["protected"]:  # the choice is not made by them
                     continue
-                rows.append(setting | model.measure(setting, stream))
-                console.print(name, text, rows[-1])
-            found["rows"] += [{"model": name, "text": text} | row for row in rows]
-            _write(found, args.json)  # every time, so that a run that is cut off leaves what it measured
+                rows.append(setting | model.measure(setting, ids))
+                console.print(name, domain, rows[-1])
+            found["rows"] += [{"model": name, "text": domain} | row for row in rows]
+            finish(found, args.json)  # every time, so that a run that is cut off leaves what it measured
     plot(found["rows"], args.json.with_suffix(".png"))
-    for line in found["summary"]:
+    for line in found["ranking"]:
         console.print(line)
-    console.print("default:", found["default"])
+    console.print("best at an edge of the grid:", found["edges"])
 
 
 if __name__ == "__main__":

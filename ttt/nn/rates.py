@@ -10,6 +10,14 @@ Where g_t is above ``clip``, for "rms" above ``clip`` sqrt(mean g^2), eta_t is s
 its own mean, so that the first has a scale, and the means do not depend on how a stream is cut into chunks.
 
 Tokens of several users have means of their own: those of the rows before, and of their user's rows up to them.
+
+The gradients of T tokens that are learnt at once all are of the weights before them. Those of ordinary text hardly
+agree, and their sum has a norm of about sqrt(T) of theirs; those of one byte over and over have up to T. So for "rms"::
+
+    |sum_t eta_t delta_t x_t^T|  <=  burst lr sqrt(T)
+
+where it would be more, all T steps are smaller by the ratio (gradient clipping, Pascanu et al. 2013, in units in which
+ordinary text has about 1). It changes nothing in the means, and with T = 1 it is a second ``clip``.
 """
 
 from __future__ import annotations
@@ -60,7 +68,8 @@ def rates(
     # The squared norm bounds every entry of the token's squared gradient: a trace cannot overflow either.
     finite = torch.isfinite(norm * norm)
     if applied is not None and (before is not None or config.clip is not None):
-        x_norm = torch.linalg.vector_norm(applied(x), dim=1, dtype=wide)
+        x = applied(x)
+        x_norm = torch.linalg.vector_norm(x, dim=1, dtype=wide)
         norm = d_norm * x_norm
     if before is None:
         return Rates(_clipped(torch.full_like(norm, config.lr), norm, config.clip), finite, None)
@@ -78,6 +87,9 @@ def rates(
     eta = torch.where(scale > 0, config.lr / scale, 0.0).to(norm.dtype)
     bound = config.clip if config.clip is None or config.rate == "energy" else config.clip * scale
     eta = _clipped(eta, norm, bound)
+    if config.burst is not None and config.lr > 0:
+        size = _sum_norm(x, delta, x_norm, d_norm, eta / config.lr) / len(eta) ** 0.5
+        eta = torch.where(size > config.burst, eta * (config.burst / size), eta)
     return Rates(eta, finite & torch.isfinite(eta), grown)  # inputs that are hardly there have steps without bound
 
 
@@ -104,6 +116,20 @@ def places(users: Tensor) -> Tensor:
 
 def _clipped(eta: Tensor, norm: Tensor, bound: float | Tensor | None) -> Tensor:
     return eta if bound is None else torch.where(norm > bound, eta * (bound / norm), eta).to(norm.dtype)
+
+
+def _sum_norm(x: Tensor, delta: Tensor, x_norm: Tensor, d_norm: Tensor, weight: Tensor) -> Tensor:
+    """|sum_t weight_t delta_t x_t^T|, (), from rows of length 1, so that no product overflows."""
+    tiny = torch.finfo(weight.dtype).tiny
+    x, delta = (
+        rows.to(weight.dtype) / norm.clamp_min(tiny).unsqueeze(1) for rows, norm in ((x, x_norm), (delta, d_norm))
+    )
+    weight = weight * (x_norm * d_norm)
+    rows, n, m = len(weight), x.shape[1], delta.shape[1]
+    if rows * (m + n) > m * n:  # the sum itself is less work than the products of all pairs
+        return torch.linalg.vector_norm((delta * weight.unsqueeze(1)).T @ x)
+    pairs = (x @ x.T) * (delta @ delta.T)
+    return (weight @ pairs @ weight).clamp_min(0.0).sqrt()
 
 
 def count_(stream: Tensor, grown: Tensor, counts: Tensor | None) -> None:
