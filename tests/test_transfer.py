@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from ttt.demo import transfer
+import ttt
+from ttt.demo import drift, transfer
 from ttt.demo.pretrain import new_model
 
 
-def row(model, rate, lr, new, protected=False, text="tuning: headers"):
-    return {"model": model, "text": text, "rate": rate, "lr": lr, "clip": None, "protected": protected, "new_bpb": new}
+def row(model, rate, lr, new, protected=False, text="headers"):
+    setting = {"rate": rate, "lr": lr, "clip": None, "burst": None, "protected": protected}
+    return {"model": model, "text": text, **setting, "new_bpb": new}
 
 
 def test_shares_are_of_the_best_of_each_model():
@@ -33,24 +35,42 @@ def test_the_summary_has_settings_tried_on_all_models_best_first():
     assert set(found[0]["shares"]) == set(transfer.MODELS)
 
 
-def test_the_default_has_the_largest_smallest_share_with_and_without_protection():
-    def line(lr, protected, *shares, text="tuning: headers"):
+def test_the_ranking_is_by_the_smallest_share_on_the_tuning_texts_with_protection():
+    def line(lr, protected, text, *shares):
         shares = dict(zip(transfer.MODELS, shares, strict=True))
-        return {"text": text, "protected": protected, "rate": "rms", "clip": 3.0, "lr": lr, "shares": shares}
+        setting = {"rate": "rms", "clip": 3.0, "burst": None, "lr": lr}
+        return {"text": text, "protected": protected, **setting, "shares": shares, "worst": min(shares.values())}
 
-    lines = [line(0.1, False, 1.0, 0.9, 1.0), line(0.1, True, 1.0, 0.5, 1.0),
-             line(0.2, False, 0.7, 0.8, 0.9), line(0.2, True, 0.6, 0.8, 0.9),
-             line(0.3, False, 1.0, 1.0, 1.0), line(0.2, True, 0.1, 0.2, 0.3, text="report: other")]  # fmt: skip
-    found = transfer.default(lines)
-    assert (found["rate"], found["lr"], found["clip"]) == ("rms", 0.2, 3.0)
-    assert found["report"] == {"protected": dict(zip(transfer.MODELS, (0.1, 0.2, 0.3), strict=True))}
-    assert transfer.default(lines[4:5]) == {}
+    lines = [
+        line(lr, True, text, 1.0, share, 1.0) for lr, share in ((0.1, 0.5), (0.2, 0.7)) for text in transfer.TUNING
+    ]
+    lines += [line(0.3, True, text, 1.0, 1.0, 1.0) for text in transfer.TUNING[:2]]  # not tried on all of them
+    lines += [line(0.1, True, "rst", 1.0, 1.0, 0.9), line(0.2, True, "rst", 0.1, 0.2, 0.3)]
+    lines += [line(0.2, False, "headers", 0.4, 0.6, 0.5)]
+    found = transfer.ranking(lines)
+    assert [(one["lr"], one["worst"]) for one in found] == [(0.2, 0.7), (0.1, 0.5)]
+    assert found[0]["tuning"] == dict.fromkeys(transfer.TUNING, 0.7)
+    assert [one["report"] for one in found] == [{"rst": 0.1}, {"rst": 0.9}]
+    assert [one["unprotected"] for one in found] == [{"headers": 0.4}, {}]
+
+
+def test_a_best_rate_at_the_end_of_its_grid_is_pointed_out():
+    rows = [
+        row("a", None, 0.0, 3.0),
+        *(row("a", "rms", lr, new) for lr, new in ((0.1, 2.0), (0.2, 1.0), (0.4, 2.0))),
+        row("b", None, 0.0, 3.0),
+        *(row("b", "rms", lr, new) for lr, new in ((0.1, 2.0), (0.2, 1.5), (0.4, 1.2))),
+    ]
+    transfer.shares(rows)
+    assert [(r["model"], r["lr"]) for r in transfer.edges(rows)] == [("b", 0.4)]
 
 
 def test_the_grid_tries_each_setting_once():
     grid = transfer.grid()
     assert len({tuple(setting.values()) for setting in grid}) == len(grid)
-    assert {setting["rate"] for setting in grid} == set(transfer.RATES)
+    assert {setting["rate"] for setting in grid} == {kind["rate"] for kind, _, _ in transfer.GRID.values()}
+    for setting in grid:
+        ttt.TTTConfig(**{name: value for name, value in setting.items() if name != "protected"})
 
 
 @pytest.mark.parametrize(("hidden", "layers"), [(64, 1), (192, 2)])
@@ -69,3 +89,31 @@ def test_shapes_that_cannot_be_are_refused():
             new_model(hidden)
     with pytest.raises(ValueError, match="layers must be at least 1, got 0"):
         new_model(64, 0)
+
+
+def test_the_reported_texts_are_none_of_those_tuned_on():
+    assert not set(transfer.TUNING) & set(transfer.REPORTED)
+    for domain in ("yaml", "headers"):
+        first, again, other = (transfer.stream(domain, 512, seed) for seed in (1, 1, 2))
+        assert first.shape == (1, 513)
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+
+
+def test_the_second_stream_of_drift_has_no_part_of_the_first():
+    plans = drift.PLANS
+    for plan in plans.values():
+        assert sum(pieces for _, pieces in plan.parts) == 100
+    texts = [{domain for domain, _ in plan.parts} - set(drift.UNNATURAL) for plan in plans.values()]
+    assert not set.intersection(*texts)
+    assert len({plan.line for plan in plans.values()}) == len({plan.seed for plan in plans.values()}) == len(plans)
+    for name, plan in plans.items():
+        parts = drift.stream(name, 0.2)
+        assert [domain for domain, _ in parts] == [domain for domain, _ in plan.parts]
+        assert all(len(data) == max(1, round(0.2 * n)) * drift.EVERY
+                   for (_, data), (_, n) in zip(parts, plan.parts, strict=True))  # fmt: skip
+        natural = [data for domain, data in parts if domain not in drift.UNNATURAL]
+        assert len(set(natural)) == len(natural)
+        assert parts == drift.stream(name, 0.2)
+    with pytest.raises(ValueError, match="name must be one of"):
+        drift.stream("third")
