@@ -8,6 +8,7 @@ from test_learner import adapted, assert_same, ids_of, state_of
 
 import ttt
 from ttt.nn import Linear
+from ttt.nn.basis import learnable
 from ttt.nn.rates import CALIBRATED, STREAM
 
 SCALED = ["energy", "rms"]
@@ -251,7 +252,7 @@ def test_gradients_that_agree_take_smaller_steps_together(m, n, rows, dtype, ort
         x, delta = rows_of(layer, rows)
         if alike:
             x, delta = x[:1] + 0.1 * x, delta[:1] + 0.1 * delta
-        applied = layer._learnable(x)
+        applied = learnable(layer, x)
         steps, state = steps_by_hand(applied, delta, free.config, state)
         update = layer.update_from([(x, delta)])
         expected = burst_by_hand(applied, delta, steps, layer.config)
