@@ -119,7 +119,7 @@ def _results(suite: Suite, todo: list[Record], jobs: int) -> Iterator[Record]:
 def _one(suite: Suite, record: Record) -> Record:
     p = record["protocol"]
     out = suite.run(record["scenario"], record["method"], record["seed"], record["options"], tuning=p["tuning"])
-    return {**record, **out, "date": time.strftime("%Y-%m-%d")}
+    return {**record, **out, "processor": machine()["processor"], "date": time.strftime("%Y-%m-%d")}
 
 
 def machine() -> dict[str, Any]:
