@@ -57,7 +57,7 @@ struct FleetAppend {
   const float* eta;       // T
   const int32_t* users;   // T
   int64_t tokens, m, n, capacity;
-  int dtype;
+  int dtype, threads;
 };
 
 struct FleetCompress {

@@ -155,6 +155,18 @@ void commit(Args... args) {
   active->commit(a);
 }
 
+// Whether all users are slots, or -1, and, where `rows` is given, each has room for rows of its tokens.
+bool fleet_fits(address users, address rows, int64_t tokens, int64_t slots, int64_t capacity) {
+  const int32_t* user = in<int32_t>(users);
+  std::vector<int64_t> left(slots, tokens);
+  for (int64_t u = 0; u < slots && rows; u++) left[u] = capacity - in<int32_t>(rows)[u];
+  for (int64_t t = 0; t < tokens; t++) {
+    if (user[t] < -1 || user[t] >= slots) return false;
+    if (user[t] >= 0 && left[user[t]]-- == 0) return false;
+  }
+  return true;
+}
+
 void fleet_linear(address x, address a, address b, address rows, address users, address y, int64_t tokens, int64_t m,
                   int64_t n, int64_t capacity, int dtype, int threads) {
   const ttt::FleetLinear f{
@@ -165,7 +177,7 @@ void fleet_linear(address x, address a, address b, address rows, address users, 
 }
 
 void fleet_append(address a, address b, address rows, address eta_sum, address x, address delta, address eta,
-                  address users, int64_t tokens, int64_t m, int64_t n, int64_t capacity, int dtype) {
+                  address users, int64_t tokens, int64_t m, int64_t n, int64_t capacity, int dtype, int threads) {
   const ttt::FleetAppend f{out<void>(a),
                            out<void>(b),
                            out<int32_t>(rows),
@@ -178,7 +190,8 @@ void fleet_append(address a, address b, address rows, address eta_sum, address x
                            m,
                            n,
                            capacity,
-                           dtype};
+                           dtype,
+                           threads};
   py::gil_scoped_release release;
   active->fleet_append(f);
 }
@@ -310,6 +323,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("window_linear", &window_linear);
   m.def("project_out", &project_out);
   m.def("commit", CommitArguments::call);
+  m.def("fleet_fits", &fleet_fits);
   m.def("fleet_linear", &fleet_linear);
   m.def("fleet_append", &fleet_append);
   m.def("fleet_compress", &fleet_compress);

@@ -12,7 +12,8 @@
 
 namespace {
 
-constexpr int64_t FLEET_COLUMNS = 512;  // of y at a time: they stay in the first-level cache while B's rows pass
+constexpr int64_t FLEET_COLUMNS =
+    2048;  // of y, of all tokens at a time: the first-level cache holds them while B's rows pass
 
 // A run of tokens of one user, in the order of `FleetBatch`.
 struct FleetGroup {
@@ -24,6 +25,8 @@ struct FleetBatch {
   std::vector<int> token;  // those that have a user, by user and then as they came
   std::vector<FleetGroup> groups;
   int64_t products = 0;
+
+  bool one_each() const { return groups.size() == token.size(); }
 
   explicit FleetBatch(const ttt::FleetLinear& a) {
     for (int64_t t = 0; t < a.tokens; t++)
@@ -42,15 +45,43 @@ struct FleetBatch {
   }
 };
 
-// acc[j] += sum over `some` <= 4 rows of factor[r] row[r][j], `count` columns.
-template <class T>
-inline void add_rows(float* acc, const float* factor, const T* const* row, int some, int64_t count) {
-  for (int64_t j = 0; j < count; j += VL) {
-    const int64_t left = count - j;
-    vf value = load(acc + j);
-    for (int r = 0; r < some; r++) value += factor[r] * load_upto(row[r] + j, left);
-    store(acc + j, value);
+// y_t += sum over `rows` rows of factor[t * stride + r] row_r for `tokens` tokens and `count` columns of y and B, in
+// the order of B's strips.
+template <int tokens, int rows, class T>
+inline void add_rows(float* acc, int64_t width, const float* factor, int64_t stride, const T* b, int64_t m,
+                     int64_t count, int64_t ahead) {
+  for (int64_t j = 0; j < count; j += STRIP) {
+    Two value[tokens];
+#pragma GCC unroll 4
+    for (int t = 0; t < tokens; t++) value[t] = {load(acc + t * width + j), load(acc + t * width + j + VL)};
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+      const Two row = load2_upto<splits<T>>(b + r * m + j, count - j);
+      prefetch_strip(b + r * m + j, ahead);
+#pragma GCC unroll 4
+      for (int t = 0; t < tokens; t++) {
+        value[t].a += factor[t * stride + r] * row.a;
+        value[t].b += factor[t * stride + r] * row.b;
+      }
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < tokens; t++) {
+      store(acc + t * width + j, value[t].a);
+      store(acc + t * width + j + VL, value[t].b);
+    }
   }
+}
+
+template <int tokens, class T>
+inline void add_all_rows(float* acc, int64_t width, const float* factor, int64_t held, const T* b, int64_t m,
+                         int64_t count) {
+  constexpr int each = 8;
+  int64_t r = 0;
+  for (; r + each <= held; r += each) {
+    const int64_t ahead = r + 2 * each <= held ? each * m * static_cast<int64_t>(sizeof(T)) : 0;
+    add_rows<tokens, each>(acc, width, factor + r, held, b + r * m, m, count, ahead);
+  }
+  for (; r < held; r++) add_rows<tokens, 1>(acc, width, factor + r, held, b + r * m, m, count, 0);
 }
 
 template <class T>
@@ -66,11 +97,14 @@ void fleet_linear(const ttt::FleetLinear& a) {
     const FleetGroup* group;
     int64_t at;  // row of A, or column of B
   };
+  // Long stretches of a row are read faster, but each thread should get several.
+  const bool many = static_cast<int64_t>(batch.groups.size()) * m >= 4 * a.threads * FLEET_COLUMNS;
+  const int64_t width = many && batch.one_each() ? FLEET_COLUMNS : FLEET_COLUMNS / 4;
   std::vector<Unit> dots, sums;
   double work = 0;
   for (const auto& g : batch.groups) {
     for (int64_t r = 0; r < g.rows; r += 4) dots.push_back({&g, r});
-    for (int64_t i = 0; i < m; i += FLEET_COLUMNS) sums.push_back({&g, i});
+    for (int64_t i = 0; i < m; i += width) sums.push_back({&g, i});
     work += static_cast<double>(g.rows) * g.count * (m + n);
   }
   const int threads = work < 65536 ? 1 : a.threads;
@@ -84,31 +118,40 @@ void fleet_linear(const ttt::FleetLinear& a) {
       const int some = static_cast<int>(std::min<int64_t>(4, g.rows - r0));
       const T* row[4] = {};
       for (int r = 0; r < some; r++) row[r] = static_cast<const T*>(a.a) + (g.slot * a.capacity + r0 + r) * n;
-      dot_products_any(row, some, x.row(g.first), stride, n, g.count, inner.get() + g.inner + r0, 1, g.rows);
+      dot_products_any(row, some, x.row(g.first), stride, n, g.count, inner.get() + g.inner + r0, 1, g.rows,
+                       r0 + 8 <= g.rows ? 4 * n * static_cast<int64_t>(sizeof(T)) : AHEAD);
     }
 #pragma omp for schedule(dynamic, 2)
     for (size_t unit = 0; unit < sums.size(); unit++) {
       const FleetGroup& g = *sums[unit].group;
-      const int64_t i0 = sums[unit].at, count = std::min(FLEET_COLUMNS, m - i0);
+      const int64_t i0 = sums[unit].at, count = std::min(width, m - i0);
       const T* b = static_cast<const T*>(a.b) + g.slot * a.capacity * m + i0;
-      for (int64_t t = 0; t < g.count; t++) {
-        T* y = static_cast<T*>(a.y) + batch.token[g.first + t] * m + i0;
-        float acc[FLEET_COLUMNS];
-        for (int64_t j = 0; j < count; j += VL) store(acc + j, load_upto(y + j, count - j));
-        const float* factor = inner.get() + g.inner + t * g.rows;
-        for (int64_t r = 0; r < g.rows; r += 4) {
-          const T* row[4] = {};
-          const int some = static_cast<int>(std::min<int64_t>(4, g.rows - r));
-          for (int k = 0; k < some; k++) row[k] = b + (r + k) * m;
-          if (some == 4)
-            add_rows(acc, factor + r, row, 4, count);
-          else
-            add_rows(acc, factor + r, row, some, count);
+      alignas(64) float acc[FLEET_COLUMNS];
+      for (int64_t t = 0; t < g.count; t += 4) {
+        const int some = static_cast<int>(std::min<int64_t>(4, g.count - t));
+        for (int k = 0; k < some; k++) {
+          const T* y = static_cast<const T*>(a.y) + batch.token[g.first + t + k] * m + i0;
+          for (int64_t j = 0; j < count; j += STRIP) {
+            const Two strip = load2_upto<splits<T>>(y + j, count - j);
+            store(acc + k * width + j, strip.a);
+            store(acc + k * width + j + VL, strip.b);
+          }
         }
-        for (int64_t j = 0; j < count; j += VL) {
-          T rounded[VL];
-          store_nearest(rounded, load(acc + j));
-          std::memcpy(y + j, rounded, std::min<int64_t>(VL, count - j) * sizeof(T));
+        const float* factor = inner.get() + g.inner + t * g.rows;
+        if (some == 1) add_all_rows<1>(acc, width, factor, g.rows, b, m, count);
+        if (some == 2) add_all_rows<2>(acc, width, factor, g.rows, b, m, count);
+        if (some == 3) add_all_rows<3>(acc, width, factor, g.rows, b, m, count);
+        if (some == 4) add_all_rows<4>(acc, width, factor, g.rows, b, m, count);
+        for (int k = 0; k < some; k++) {
+          T* y = static_cast<T*>(a.y) + batch.token[g.first + t + k] * m + i0;
+          for (int64_t j = 0; j < count; j += STRIP) {
+            float strip[STRIP];
+            T rounded[STRIP];
+            store2_rounded<splits<T>>(strip, {load(acc + k * width + j), load(acc + k * width + j + VL)}, vu{}, vu{});
+            store_nearest(rounded, load(strip));
+            store_nearest(rounded + VL, load(strip + VL));
+            std::memcpy(y + j, rounded, std::min<int64_t>(STRIP, count - j) * sizeof(T));
+          }
         }
       }
     }
@@ -118,14 +161,20 @@ void fleet_linear(const ttt::FleetLinear& a) {
 // a[u, rows[u]] = x_t, b[u, rows[u]] = -eta_t delta_t for each token, in order. There is room: the caller checked.
 template <class T>
 void fleet_append(const ttt::FleetAppend& a) {
+  std::vector<int64_t> to(a.tokens, -1);
   for (int64_t t = 0; t < a.tokens; t++) {
     const int64_t u = a.users[t];
     if (u < 0) continue;
-    const int64_t to = u * a.capacity + a.rows[u]++;
+    to[t] = u * a.capacity + a.rows[u]++;
     a.eta_sum[u] += a.eta[t];
-    std::memcpy(static_cast<T*>(a.a) + to * a.n, static_cast<const T*>(a.x) + t * a.n, a.n * sizeof(T));
+  }
+  const int threads = a.tokens * (a.m + a.n) < 65536 ? 1 : a.threads;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t t = 0; t < a.tokens; t++) {
+    if (to[t] < 0) continue;
+    std::memcpy(static_cast<T*>(a.a) + to[t] * a.n, static_cast<const T*>(a.x) + t * a.n, a.n * sizeof(T));
     const T* delta = static_cast<const T*>(a.delta) + t * a.m;
-    T* b = static_cast<T*>(a.b) + to * a.m;
+    T* b = static_cast<T*>(a.b) + to[t] * a.m;
     for (int64_t i = 0; i < a.m; i += VL) {
       T rounded[VL];
       store_nearest(rounded, -a.eta[t] * load_upto(delta + i, a.m - i));

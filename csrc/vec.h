@@ -105,9 +105,9 @@ inline Two load2_upto(const T* p, int64_t count) {
 constexpr int AHEAD = 2048;
 
 template <class T>
-inline void prefetch_strip(const T* p) {
+inline void prefetch_strip(const T* p, int64_t ahead = AHEAD) {
   for (size_t byte = 0; byte < STRIP * sizeof(T); byte += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + AHEAD + byte, 0, 3);
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead + byte, 0, 3);
 }
 
 // Finite lanes are selected by an all-ones exponent: -ffast-math is never used, but isfinite has no vector form.

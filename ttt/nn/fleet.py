@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -212,31 +214,37 @@ class FleetLinear(Adapted):
             eta: (T,), float32 (float64 for float64): steps. users: (T,), int32; -1 for tokens that teach nobody.
         """
         window = self.fleet.window
-        counts = torch.bincount(users[users >= 0], minlength=self.fleet.slots)
-        parts = -(-int(counts.max()) // window)
-        if parts > 1:  # more tokens of one user than a slot has room for at a time
+        # On the host, which has to know anyway what to compress: so it waits for a GPU once, not for each count.
+        counts = {u: count for u, count in Counter(users.tolist()).items() if u >= 0}
+        parts = -(-max(counts.values(), default=0) // window)
+        if parts == 1:
+            self._append(x, delta, eta, users, counts)
+        elif parts > 1:  # more tokens of one user than a slot has room for at a time
             place = places(users)
             for k in range(parts):
-                part = torch.where(place // window == k, users, -1)
-                self._append(x, delta, eta, part, torch.bincount(part[part >= 0], minlength=self.fleet.slots))
-        elif parts:
-            self._append(x, delta, eta, users, counts)
+                left = {u: min(count - k * window, window) for u, count in counts.items() if count > k * window}
+                self._append(x, delta, eta, torch.where(place // window == k, users, -1), left)
 
-    def _append(self, x: Tensor, delta: Tensor, eta: Tensor, users: Tensor, counts: Tensor) -> None:
-        capacity = self.fleet.capacity
-        self.compress((self.rows + counts > capacity) & (counts > 0))
+    def _append(self, x: Tensor, delta: Tensor, eta: Tensor, users: Tensor, counts: dict[int, int]) -> None:
+        """``counts``: tokens of each user that has any."""
+        capacity, rows = self.fleet.capacity, self.rows.tolist()
+        self._compress(u for u, count in counts.items() if rows[u] + count > capacity)
         ops.fleet_append(self.a, self.b, self.rows, self.eta_sum, x, delta, eta, users)
-        self.compress((self.rows == capacity) & (counts > 0))
+        rows = self.rows.tolist()
+        self._compress(u for u in counts if rows[u] == capacity)
 
     @torch.no_grad()
     def compress(self, chosen: Tensor) -> None:
         """Bring the ``chosen`` slots, (S,) bool, back to ``rank`` rows, with the pull and the replay of ``config``."""
-        slots = chosen.nonzero().flatten()
-        if slots.numel():
-            c = self.config
+        self._compress(chosen.nonzero().flatten().tolist())
+
+    def _compress(self, slots: Iterable[int]) -> None:
+        c = self.config
+        chosen = torch.tensor(sorted(slots), dtype=torch.int64, device=self.rows.device)
+        if chosen.numel():
             memory, seen = (self.memory, self.seen) if c.replay_rows else (None, None)
             ops.fleet_compress(
-                self.a, self.b, self.rows, self.eta_sum, self.lost, self.step, slots, rank=self.fleet.rank,
+                self.a, self.b, self.rows, self.eta_sum, self.lost, self.step, chosen, rank=self.fleet.rank,
                 shrink=self.fleet.shrink, lam=c.ewc_lambda, importance_m=self.importance_m,
                 importance_n=self.importance_n, memory=memory, seen=seen, seed=self.seed,
                 replay_rows=c.replay_rows, replay=c.replay, beta=c.replay_beta, eps=c.replay_eps,

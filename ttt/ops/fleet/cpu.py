@@ -10,9 +10,19 @@ from ttt.ops.cpu import _C, _DTYPE, _MASK64, _address, _why_not
 from ttt.ops.fleet import checks, reference
 
 
+def _check_users(users, a, rows=None) -> None:
+    """Every token's slot exists and, where ``rows`` is given, has room for it. The kernel asks, torch words the error."""
+    slots, capacity = a.shape[:2]
+    if _C is not None and _C.fleet_fits(users.data_ptr(), _address(rows), users.numel(), slots, capacity):
+        return
+    checks.check_users(users, slots)
+    if rows is not None:
+        checks.check_room(users, rows, capacity)
+
+
 def fleet_linear(x, weight, bias, a, b, rows, users):
     checks.check_fleet_linear(x, weight, bias, a, b, rows, users)
-    checks.check_users(users, a.shape[0])
+    _check_users(users, a)
     if why := _why_not(x.dtype):
         record("fleet_linear", "reference", why)
         return reference.fleet_linear(x, weight, bias, a, b, rows, users)
@@ -28,8 +38,7 @@ def fleet_linear(x, weight, bias, a, b, rows, users):
 
 def fleet_append(a, b, rows, eta_sum, x, delta, eta, users) -> None:
     checks.check_fleet_append(a, b, rows, eta_sum, x, delta, eta, users)
-    checks.check_users(users, a.shape[0])
-    checks.check_room(users, rows, a.shape[1])
+    _check_users(users, a, rows)
     if why := _why_not(a.dtype):
         record("fleet_append", "reference", why)
         reference.fleet_append(a, b, rows, eta_sum, x, delta, eta, users)
@@ -38,6 +47,7 @@ def fleet_append(a, b, rows, eta_sum, x, delta, eta, users) -> None:
     _C.fleet_append(
         a.data_ptr(), b.data_ptr(), rows.data_ptr(), eta_sum.data_ptr(), x.data_ptr(), delta.data_ptr(),
         eta.data_ptr(), users.data_ptr(), users.numel(), b.shape[2], a.shape[2], a.shape[1], _DTYPE[a.dtype],
+        torch.get_num_threads(),
     )  # fmt: skip
     # The kernel wrote through raw pointers: autograd and functionalization must be told.
     torch.autograd.graph.increment_version([a, b, rows, eta_sum])
