@@ -11,7 +11,7 @@ from ttt.ops.fleet import checks, reference
 
 
 def _check_users(users, a, rows=None) -> None:
-    """Every token's slot exists and, where ``rows`` is given, has room for it. The kernel asks, torch words the error."""
+    """Every token's slot exists and, where ``rows`` is given, has room. The kernel asks, torch words the error."""
     slots, capacity = a.shape[:2]
     if _C is not None and _C.fleet_fits(users.data_ptr(), _address(rows), users.numel(), slots, capacity):
         return
