@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,13 @@ from ttt.ops import log8
 
 POOL = 1_600_000_000
 """Bytes that a contender rotates through, so that weights come from memory, as they do in a model."""
+
+
+LEARNS: dict[str, Any] = {
+    "rate": "constant", "lr": 5e-3, "clip": None, "ewc_lambda": 0.01, "replay_beta": 0.3, "orthogonal": 0,
+}  # fmt: skip
+"""How layers learn where a suite says nothing else: EWC and layer replay at a constant rate. Results are of these, not
+of `ttt.TTTConfig`'s defaults, which may change."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +82,7 @@ def learning_layer(weight: Tensor, state: dict[str, Tensor] | None = None, **con
     import ttt
 
     layer = Linear.from_weight(
-        torch.nn.Parameter(weight, requires_grad=False), None, ttt.TTTConfig(**config), name="bench"
+        torch.nn.Parameter(weight, requires_grad=False), None, ttt.TTTConfig(**LEARNS | config), name="bench"
     )
     for name, tensor in (state or {}).items():
         if name != "weight" and getattr(layer, name) is not None:

@@ -1,9 +1,17 @@
-"""The one rule by which tests compare a kernel with the truth."""
+"""The one rule by which tests compare a kernel with the truth, and the configuration that most tests vary."""
 
 import torch
 
+import ttt
 from ttt.ops import log8
 from ttt.ops.philox import choose_tokens, stochastic_round_, trace_rounding_bits
+
+PLAIN = {"rate": "constant", "lr": 5e-3, "clip": None, "ewc_lambda": 0.01, "replay_beta": 0.3, "orthogonal": 0}
+
+
+def plain_config(**options) -> ttt.TTTConfig:
+    """EWC and layer replay at a constant rate, and ``options``: what a test is of does not hang on ttt's defaults."""
+    return ttt.TTTConfig(**PLAIN | options)
 
 
 def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:

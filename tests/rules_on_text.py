@@ -1,6 +1,7 @@
 """What the tests of rules for streams share: a float64 model that learns, and its brute-force step."""
 
 import torch
+from helpers import plain_config
 from test_learner import tiny
 
 import ttt
@@ -13,7 +14,7 @@ def double(rules=(), **options):
     """(a float64 model, its learner)."""
     model = tiny().double()
     options = {"target_modules": ["down_proj"], "layers": "last:0.5", "chunk": 8, **PLAIN, **options}
-    ttt.adapt_(model, ttt.TTTConfig(**options))
+    ttt.adapt_(model, plain_config(**options))
     return model, ttt.Learner(model, rules=rules)
 
 

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from helpers import plain_config
 from torch.utils.flop_counter import FlopCounterMode
 
-import ttt
 from ttt.nn import Linear, Update, binding
 from ttt.ops import cpu
 
@@ -14,7 +14,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def layer_and_twin(m, n, dtype, **options):
-    config = ttt.TTTConfig(lr=0.01, ewc_lambda=0.1, replay_rows=2, replay_capacity=5, **options)
+    config = plain_config(lr=0.01, ewc_lambda=0.1, replay_rows=2, replay_capacity=5, **options)
     layer = Linear(n, m, dtype=dtype, config=config, name="layer")
     layer.importance.copy_(torch.rand(m, n) * 3 if layer.importance.dtype != torch.uint8 else layer.importance)
     layer.memory.copy_(torch.randn(5, n))

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import plain_config
 
 import ttt
 from ttt.nn import Linear
@@ -12,7 +13,7 @@ STATE = ("weight", "trace", "recent", "recent_seen", "step", "tokens", "win_eta"
 
 
 def layer_of(m, n, dtype, **options):
-    config = ttt.TTTConfig(**{"replay_capacity": 8, "lr": 0.01, **options})
+    config = plain_config(**{"replay_capacity": 8, "lr": 0.01, **options})
     layer = Linear(n, m, dtype=dtype, config=config, name="layer")
     with torch.no_grad():
         if layer.importance is not None:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import plain_config
 from test_learner import TARGETS, VOCAB, adapted, assert_same, ids_of, state_of, tiny
 from transformers import MistralConfig, MistralForCausalLM
 
@@ -192,7 +193,7 @@ def test_other_importances_and_an_adapted_head(importance):
     learner.calibrate([ids_of(2, 16)])
     made = learner.generate(ids_of(2, 9), max_new_tokens=9, learn_output=True, learn_every=4)
     assert (made.learned, made.rejected) == (1 + 3, 0)
-    model = ttt.adapt_(tiny(), ttt.TTTConfig(target_modules=["down_proj", "lm_head"], lr=0.01, replay_capacity=32))
+    model = ttt.adapt_(tiny(), plain_config(target_modules=["down_proj", "lm_head"], lr=0.01, replay_capacity=32))
     made = ttt.Learner(model).generate(ids_of(2, 9), max_new_tokens=9, learn_output=True, learn_every=4)
     assert (made.learned, made.rejected) == (1 + 3, 0)
     assert {int(layer.tokens) + layer.pending for _, layer in learning_layers(model)} == {2 * (8 + 9)}
@@ -202,7 +203,7 @@ def test_models_whose_cache_cannot_be_cropped_run_whole_again():
     config = MistralConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
                            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, sliding_window=6,
                            bos_token_id=0, eos_token_id=None, pad_token_id=0)  # fmt: skip
-    model = ttt.adapt_(MistralForCausalLM(config).eval(), ttt.TTTConfig(target_modules=["down_proj"], lr=0.01))
+    model = ttt.adapt_(MistralForCausalLM(config).eval(), plain_config(target_modules=["down_proj"], lr=0.01))
     before = ways()
     made = ttt.Learner(model).generate(ids_of(1, 9), max_new_tokens=12, learn_output=True, learn_every=5)
     assert (made.learned, made.rejected) == (1 + 3, 0)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, plain_config
 from test_learner import TARGETS, adapted, assert_same, ids_of, state_of, tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -153,7 +153,7 @@ def wide_model(vocabulary=5000):
 def changes(model, ids, **options):
     options = {"target_modules": ["down_proj"], "lr": 1e-3, "chunk": 16, "window": 1, "ewc_lambda": 0.0,
                "replay_rows": 0, **options}  # fmt: skip
-    ttt.adapt_(model, ttt.TTTConfig(**options))
+    ttt.adapt_(model, plain_config(**options))
     seen = ttt.Learner(model).observe(ids)
     assert seen.rejected == 0
     return [(layer.weight - layer.anchor).double() for _, layer in learning_layers(model)], seen.nll
@@ -223,7 +223,7 @@ def test_heads_that_cannot_be_split_learn_by_autograd_and_it_is_said(change, why
         plain(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
     )
     loss.backward()
-    model = ttt.adapt_(change(base), ttt.TTTConfig(target_modules=["down_proj"], lr=0.01, chunk=64, window=1,
+    model = ttt.adapt_(change(base), plain_config(target_modules=["down_proj"], lr=0.01, chunk=64, window=1,
                                                    ewc_lambda=0.0, replay_rows=0))  # fmt: skip
     before = ways()
     seen = ttt.Learner(model).observe(ids)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import plain_config
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -40,7 +41,7 @@ TARGETS = {"llama": ["down_proj"], "qwen2": ["down_proj", "up_proj"], "gpt2": ["
 def adapted(family="llama", **options):
     options = {"target_modules": TARGETS[family], "layers": "last:0.5", "lr": 0.01, "chunk": 8, "replay_capacity": 32,
                **options}  # fmt: skip
-    model = ttt.adapt_(tiny(family), ttt.TTTConfig(**options))
+    model = ttt.adapt_(tiny(family), plain_config(**options))
     return model, ttt.Learner(model)
 
 
@@ -62,7 +63,7 @@ def test_adapt_observe_generate_save_load_restore(family, tmp_path):
     base = tiny(family)
     pristine = copy.deepcopy(base)
     options = {"target_modules": TARGETS[family], "layers": "last:0.5", "lr": 0.02, "chunk": 8, "window": 5}
-    model = ttt.adapt_(base, ttt.TTTConfig(**options, replay_capacity=32))
+    model = ttt.adapt_(base, plain_config(**options, replay_capacity=32))
     learner = ttt.Learner(model)
     learner.calibrate([ids_of(2, 20), ids_of(3, 9)])
     ids = ids_of(2, 50)
@@ -371,7 +372,7 @@ def test_other_importances_learn_too(importance):
 
 def test_16_bit_models():
     model = tiny().to(torch.bfloat16)
-    ttt.adapt_(model, ttt.TTTConfig(target_modules=["down_proj"], lr=0.02, chunk=8, replay_capacity=32))
+    ttt.adapt_(model, plain_config(target_modules=["down_proj"], lr=0.02, chunk=8, replay_capacity=32))
     learner = ttt.Learner(model)
     learner.calibrate([ids_of(2, 16)])
     assert model.model.layers[0].mlp.down_proj.trace.dtype == torch.bfloat16

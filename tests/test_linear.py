@@ -1,5 +1,6 @@
 import pytest
 import torch
+from helpers import plain_config
 
 import ttt
 from ttt.nn import Linear
@@ -8,7 +9,7 @@ PLAIN = {"ewc_lambda": 0.0, "replay_rows": 0}
 
 
 def layer_of(m, n, dtype=torch.float64, bias=True, **options):
-    config = ttt.TTTConfig(**{"replay_capacity": 8, **options})
+    config = plain_config(**{"replay_capacity": 8, **options})
     return Linear(n, m, bias, dtype=dtype, config=config, name="layer")
 
 
@@ -149,7 +150,7 @@ def test_addresses_never_change():
 def test_compiled_forward_equals_eager_and_does_not_recompile():
     torch._dynamo.reset()
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
-    ttt.adapt_(model, ttt.TTTConfig(target_modules=["2"], window=4, lr=0.1))
+    ttt.adapt_(model, plain_config(target_modules=["2"], window=4, lr=0.1))
     compiled = torch.compile(model, fullgraph=True)
     with torch.no_grad():
         torch._dynamo.config.error_on_recompile = True
@@ -178,7 +179,7 @@ def test_digits_classifier_learns_with_any_loss():
     images, labels = (torch.tensor(a) for a in load_digits(return_X_y=True))
     images = images.float() / 16
     model = torch.nn.Sequential(torch.nn.Linear(64, 100), torch.nn.ReLU(), torch.nn.Linear(100, 10))
-    ttt.adapt_(model, ttt.TTTConfig(target_modules="all-linear", lr=0.01, window=1, **PLAIN))
+    ttt.adapt_(model, plain_config(target_modules="all-linear", lr=0.01, window=1, **PLAIN))
     order = torch.randperm(len(images))
     train, test = order[:1400], order[1400:]
     for _ in range(6):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import plain_config
 from test_capturable import assert_same as assert_same_step
 from test_capturable import updates_of
 from test_learner import adapted, assert_same, ids_of, state_of, tiny
@@ -21,7 +22,7 @@ PLAIN = {"ewc_lambda": 0.0, "replay_rows": 0}
 
 def layer_of(m, n, k, dtype=torch.float64, **options):
     """With a basis of k random directions, and a memory that no commit may read."""
-    config = ttt.TTTConfig(**{"replay_capacity": 8, "orthogonal": k, **PLAIN, **options})
+    config = plain_config(**{"replay_capacity": 8, "orthogonal": k, **PLAIN, **options})
     layer = Linear(n, m, dtype=dtype, config=config, name="layer")
     with torch.no_grad():
         layer.memory.normal_()
@@ -99,7 +100,7 @@ def test_without_directions_learning_is_as_without_the_option(dtype, rows):
     layer = layer_of(9, 13, 4, dtype, lr=0.05, window=4)
     with torch.no_grad():
         layer.basis.zero_()
-    plain = Linear(13, 9, dtype=dtype, config=ttt.TTTConfig(lr=0.05, window=4, **PLAIN), name="layer")
+    plain = Linear(13, 9, dtype=dtype, config=plain_config(lr=0.05, window=4, **PLAIN), name="layer")
     plain.load_state_dict(layer.state_dict())
     for _ in range(7):
         x, target = torch.randn(rows, 13).to(dtype), torch.randn(9).to(dtype)
@@ -175,7 +176,7 @@ def test_calibrating_and_consolidating_renew_the_basis():
 def test_state_survives_files_forks_snapshots_and_restoring(tmp_path):
     pristine = tiny()
     options = {"target_modules": ["down_proj"], "window": 5, "chunk": 8, "orthogonal": 3, "replay_capacity": 32}
-    model = ttt.adapt_(copy.deepcopy(pristine), ttt.TTTConfig(**options))
+    model = ttt.adapt_(copy.deepcopy(pristine), plain_config(**options))
     learner = ttt.Learner(model)
     learner.calibrate([ids_of(2, 16)])
     learner.observe(ids_of(1, 23))
@@ -234,7 +235,7 @@ def test_capturable_steps_are_those_of_an_ordinary_layer(dtype, window, rows):
 
 
 def test_as_a_rule_it_keeps_what_earlier_tasks_gave_and_composes():
-    config = ttt.TTTConfig(target_modules="all-linear", lr=0.02, replay_capacity=64)
+    config = plain_config(target_modules="all-linear", lr=0.02, replay_capacity=64)
     both = configure(config, [EWC(0.1), OrthogonalUpdates(5), LayerReplay(3, capacity=9)])
     assert (both.orthogonal, both.replay_rows, both.replay_capacity, both.ewc_lambda) == (5, 3, 9, 0.1)
     assert configure(both, []).orthogonal == 0

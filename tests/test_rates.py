@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import plain_config
 from test_learner import adapted, assert_same, ids_of, state_of
 
 import ttt
@@ -16,7 +17,7 @@ SCALED = ["energy", "rms"]
 
 def layer_of(m, n, dtype=torch.float64, **options):
     options = {"lr": 0.05, "window": 4, "replay_capacity": 8, **options}
-    layer = Linear(n, m, dtype=dtype, config=ttt.TTTConfig(**options), name="layer")
+    layer = Linear(n, m, dtype=dtype, config=plain_config(**options), name="layer")
     if layer.memory is not None:
         layer.memory.normal_()
         layer.seen.fill_(8)
@@ -228,7 +229,7 @@ def test_the_means_stay_in_float64_when_a_layer_is_converted():
     assert "moments" in dict(layer.named_buffers())
     assert layer_of(5, 6).moments is None
     with pytest.raises(ValueError, match=r"rate must be one of .*got 'adam'"):
-        ttt.TTTConfig(rate="adam")
+        plain_config(rate="adam")
 
 
 def burst_by_hand(x, delta, eta, config):
@@ -287,4 +288,4 @@ def test_burst_is_refused_where_it_has_no_unit():
                            ({"burst": 0.0, "rate": "rms"}, "burst must be a number in"),
                            ({"burst": float("nan"), "rate": "rms"}, "burst must be a number in")):  # fmt: skip
         with pytest.raises(ValueError, match=match):
-            ttt.TTTConfig(**options)
+            plain_config(**options)

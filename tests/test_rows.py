@@ -5,6 +5,7 @@ import copy
 import exact
 import pytest
 import torch
+from helpers import plain_config
 from test_learner import adapted, assert_same, ids_of, state_of
 from tiny_tasks import layers_of, samples, trainer_of
 
@@ -20,7 +21,7 @@ ALL = {"replay_rows": 3, "distill_rows": 4, "generated_rows": 5, "generated_rank
 
 
 def layer_of(m, n, dtype=D, **options):
-    config = ttt.TTTConfig(**{"lr": 0.03, "window": 6, "ewc_lambda": 0.4, **options})
+    config = plain_config(**{"lr": 0.03, "window": 6, "ewc_lambda": 0.4, **options})
     layer = Linear(n, m, dtype=dtype, config=config, name="layer")
     with torch.no_grad():
         layer.weight.add_(0.1 * torch.randn(m, n))
@@ -211,10 +212,10 @@ def test_generated_rows_cannot_be_captured():
 
 def test_options_that_make_too_many_rows():
     with pytest.raises(ValueError, match="must be at most 64, got 40 \\+ 20 \\+ 5"):
-        ttt.TTTConfig(replay_rows=40, distill_rows=20, generated_rows=5)
+        plain_config(replay_rows=40, distill_rows=20, generated_rows=5)
     for name, value in (("distill_rows", -1), ("generated_rows", 65), ("generated_rank", 0), ("distill_rows", True)):
         with pytest.raises(ValueError, match=f"{name} must be a whole number in .*got {value}"):
-            ttt.TTTConfig(**{name: value, "replay_rows": 0})
+            plain_config(**{name: value, "replay_rows": 0})
 
 
 def test_the_rules_make_these_rows():
@@ -231,10 +232,10 @@ def test_the_rules_make_these_rows():
         trainer.learn_task(samples(30), epochs=1, generator=torch.Generator().manual_seed(1))
         assert all(float(layer.past_moments[0]) == 30 * (task + 1) for layer in layers_of(trainer))
     with pytest.raises(ValueError, match=r"LayerGenerativeReplay need replay_beta = 0\.1 and 0\.3"):
-        configure(ttt.TTTConfig(), [LayerDistillation(beta=0.1), LayerGenerativeReplay(beta=0.3)])
+        configure(plain_config(), [LayerDistillation(beta=0.1), LayerGenerativeReplay(beta=0.3)])
     for rule in (LayerDistillation, LayerGenerativeReplay):
         for bad in ({"rows": 0}, {"beta": -1.0}):
             with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
                 rule(**bad)
-    plain = configure(ttt.TTTConfig(distill_rows=3, generated_rows=2), [])
+    plain = configure(plain_config(distill_rows=3, generated_rows=2), [])
     assert plain.commit_rows == 0

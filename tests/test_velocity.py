@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import plain_config
 from test_learner import adapted, assert_same, ids_of, state_of
 from tiny_tasks import layers_of, samples, trainer_of
 
@@ -16,7 +17,7 @@ D = torch.float64
 
 
 def layer_of(m, n, dtype=torch.float32, **options):
-    config = ttt.TTTConfig(**{"lr": 0.03, "window": 4, "replay_rows": 0, "ewc_lambda": 0.0, **options})
+    config = plain_config(**{"lr": 0.03, "window": 4, "replay_rows": 0, "ewc_lambda": 0.0, **options})
     layer = Linear(n, m, dtype=dtype, config=config, name="layer")
     with torch.no_grad():
         layer.weight.add_(0.1 * torch.randn(m, n).to(dtype))
@@ -126,4 +127,4 @@ def test_the_rule():
             Momentum(**bad)
     for name, value in (("momentum", 1.0), ("momentum", -0.1), ("decay", -1.0), ("decay", float("inf"))):
         with pytest.raises(ValueError, match=f"{name} must be a number in .*got {value}"):
-            ttt.TTTConfig(**{name: value})
+            plain_config(**{name: value})

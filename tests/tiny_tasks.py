@@ -1,6 +1,7 @@
 """Small models and tasks for the tests of learning rules, in float64 so that loops by hand can be compared closely."""
 
 import torch
+from helpers import plain_config
 
 import ttt
 from ttt.rules import Batch, Trainer, configure
@@ -18,7 +19,7 @@ def trainer_of(rules, lr=0.02, model=None, **options):
     """(trainer, weights of the two layers as they were)."""
     model = plain_mlp() if model is None else model
     start = [model[0].weight.detach().clone(), model[2].weight.detach().clone()]
-    config = configure(ttt.TTTConfig(target_modules="all-linear", lr=lr, window=1, **options), rules)
+    config = configure(plain_config(target_modules="all-linear", lr=lr, window=1, **options), rules)
     return Trainer(ttt.adapt_(model, config), rules), start
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import ttt
 from bench.registry import Case, Contender, Unavailable, shared
-from bench.state import STORAGE, assert_change, layer_count, size_of, some_rows
+from bench.state import LEARNS, STORAGE, assert_change, layer_count, size_of, some_rows
 from ttt.nn import FleetLinear
 
 SLOTS, WINDOW, LR = 32, 64, 1e-3
@@ -72,7 +72,7 @@ class Mixed(Case):
     def layers(self) -> list[FleetLinear]:
         """Layers to rotate among, with r random rows in every slot."""
         fleet = ttt.Fleet(slots=SLOTS, rank=self.rank, window=WINDOW)
-        config = ttt.TTTConfig(users=fleet, lr=LR, ewc_lambda=0.0, replay_rows=0)
+        config = ttt.TTTConfig(**LEARNS | {"lr": LR, "ewc_lambda": 0.0, "replay_rows": 0}, users=fleet)
         kind = getattr(torch, self.dtype)
 
         def make() -> list[FleetLinear]:

@@ -11,6 +11,7 @@ from torch import Tensor
 import ttt
 from bench import models
 from bench.registry import Case, Contender
+from bench.state import LEARNS
 from bench.suites.observe import LLAMA
 from ttt.reading import cache_of, cached
 
@@ -19,7 +20,7 @@ from ttt.reading import cache_of, cached
 class Generate(Case):
     """``new`` tokens after a prompt of ``prompt``, greedily, with a KV cache; times are per new token.
 
-    The ``down_proj`` of the last quarter of the blocks learn from what is written, with ttt's defaults.
+    The ``down_proj`` of the last quarter of the blocks learn from what is written, by `bench.state.LEARNS`.
     """
 
     suite = "generate"
@@ -70,7 +71,7 @@ class Generate(Case):
 
         def ours() -> Contender:
             model = models.load(self.model, self.device, self.dtype)
-            ttt.adapt_(model, ttt.TTTConfig(target_modules=["down_proj"], layers="last:0.25"))
+            ttt.adapt_(model, ttt.TTTConfig(target_modules=["down_proj"], layers="last:0.25", **LEARNS))
             learner = ttt.Learner(model, context=models.CONTEXT)
             known = models.tokens(self.model, 512, self.device, skip=self.prompt)
             learner.calibrate(list(known.view(4, 128).split(2)))

@@ -10,6 +10,7 @@ import torch
 
 import ttt
 from bench.registry import Case, Contender
+from bench.state import LEARNS
 from bench.suites.commit import Commit
 from bench.suites.decode import Decode
 from bench.suites.observe import Observe
@@ -68,8 +69,8 @@ class GrowthObserve(Observe):
 
 
 def layer_memory(m: int, n: int, dtype: str) -> dict[str, int]:
-    """Bytes of each part of a learning layer with ttt's default configuration."""
-    layer = ttt.nn.Linear(n, m, bias=False, device="meta", dtype=getattr(torch, dtype), config=ttt.TTTConfig())
+    """Bytes of each part of a learning layer under `bench.state.LEARNS`."""
+    layer = ttt.nn.Linear(n, m, bias=False, device="meta", dtype=getattr(torch, dtype), config=ttt.TTTConfig(**LEARNS))
     parts: dict[str, tuple[str, ...]] = {
         "weight": ("weight",),
         "anchor": ("anchor",),

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 import ttt
 from bench import models
 from bench.registry import Case, Contender, Unavailable
-from bench.state import assert_change
+from bench.state import LEARNS, assert_change
 from bench.suites.observe import LLAMA
 
 LR = 1e-4
@@ -128,10 +128,10 @@ Loops = tuple[Callable[[], object], Callable[[], None]]
 
 
 def observe(model: nn.Module, ids: Tensor) -> Loops:
-    """`ttt.Learner.observe` with ttt's defaults, the ``down_proj`` of the last quarter of the blocks learning."""
+    """`ttt.Learner.observe` with `bench.state.LEARNS`, the ``down_proj`` of the last quarter of the blocks learning."""
     learner: ttt.Learner
     tokens = ids.shape[1] - 1
-    config = ttt.TTTConfig(target_modules=["down_proj"], layers="last:0.25", chunk=tokens)
+    config = ttt.TTTConfig(target_modules=["down_proj"], layers="last:0.25", chunk=tokens, **LEARNS)
 
     def check() -> None:
         """Without protection, it is SGD on the summed loss with autograd's own gradients; with it, it learns."""

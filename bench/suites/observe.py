@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 import ttt
 from bench import models
 from bench.registry import Case, Contender
+from bench.state import LEARNS
 from ttt.reading import cache_of, cached
 
 QUARTER = "down_proj, last quarter"
@@ -61,13 +62,13 @@ class Observe(Case):
         return {}
 
     def config(self) -> ttt.TTTConfig:
-        """How the model learns: ttt's defaults, but for the layers and the chunk."""
+        """How the model learns: by `bench.state.LEARNS`, or as the demo's does."""
         if self.adapted == DEFAULTS:
             from ttt.demo.model import CONFIG
 
             return dataclasses.replace(CONFIG, chunk=self.chunk)
         layers = "last:0.25" if self.adapted == QUARTER else self.adapted.replace(" ", ":")
-        return ttt.TTTConfig(target_modules=["down_proj"], layers=layers, chunk=self.chunk)
+        return ttt.TTTConfig(target_modules=["down_proj"], layers=layers, chunk=self.chunk, **LEARNS)
 
     def contenders(self) -> dict[str, Callable[[], Contender]]:
         ids = models.tokens(self.model, self.text + 1, self.device)

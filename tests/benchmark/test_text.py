@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers import plain_config
 
 import ttt
 from ttt.benchmark import TextSuite, text, text_plots, tuning
@@ -24,7 +25,7 @@ def lab():
         vocab_size=256, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False, initializer_range=0.3,
     )  # fmt: skip
-    learns = ttt.TTTConfig(
+    learns = plain_config(
         target_modules=["up_proj", "down_proj"], layers="last:1", replay_capacity=64, generated_rank=3
     )
     known = bytes(torch.randint(256, (3000,)).tolist())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import plain_config
 from test_learner import TARGETS, VOCAB, ids_of, tiny
 
 import ttt
@@ -12,7 +13,7 @@ HUGE = 1e25
 def adapted(family="llama", slots=4, rank=3, window=16, model=None, **options):
     fleet = ttt.Fleet(slots=slots, rank=rank, window=window)
     options = {"ewc_lambda": 0.0, "replay_rows": 0, "lr": 0.01, "chunk": 8, "replay_capacity": 32, **options}
-    config = ttt.TTTConfig(target_modules=TARGETS[family], layers="last:0.5", users=fleet, **options)
+    config = plain_config(target_modules=TARGETS[family], layers="last:0.5", users=fleet, **options)
     model = ttt.adapt_(tiny(family) if model is None else model, config)
     return model, ttt.Learner(model)
 
@@ -41,7 +42,7 @@ def test_each_user_learns_as_alone_with_weights_of_their_own(family):
     for row, user in ((0, "a"), (2, "b")):
         alone = tiny(family)
         alone.load_state_dict(base.state_dict())
-        other = ttt.Learner(ttt.adapt_(alone, ttt.TTTConfig(**plain)))
+        other = ttt.Learner(ttt.adapt_(alone, plain_config(**plain)))
         for _ in range(2):
             want = other.observe(ids[row : row + 1])
         torch.testing.assert_close(seen.nll[row : row + 1], want.nll, rtol=1e-3, atol=1e-3)
@@ -50,7 +51,7 @@ def test_each_user_learns_as_alone_with_weights_of_their_own(family):
             change = layer.effective_weight(learner.pool.slot(user)) - layer.weight
             expected = reference.effective_weight() - reference.anchor
             assert float((change - expected).norm()) < 1e-2 * float(expected.norm())
-    frozen = ttt.Learner(ttt.adapt_(base, ttt.TTTConfig(**plain))).observe(ids, learn=False)
+    frozen = ttt.Learner(ttt.adapt_(base, plain_config(**plain))).observe(ids, learn=False)
     torch.testing.assert_close(seen.nll[1], frozen.nll[1], rtol=1e-4, atol=1e-4)
 
 
@@ -193,7 +194,7 @@ def test_calibration_measures_the_means_of_the_dense_importance(importance):
     model, learner = adapted(**options)
     dense = tiny()
     dense.load_state_dict(model.state_dict())
-    other = ttt.Learner(ttt.adapt_(dense, ttt.TTTConfig(
+    other = ttt.Learner(ttt.adapt_(dense, plain_config(
         target_modules=["down_proj"], layers="last:0.5", replay_capacity=32, **options)))  # fmt: skip
     batches = [ids_of(2, 20), ids_of(3, 9)]
     for each in (learner, other):
@@ -248,7 +249,7 @@ def test_refusals_change_nothing():
     with pytest.raises(ValueError, match="have slots already"):
         learner.calibrate([ids])
     assert_same(before, exports(learner.pool, "a", "b"))
-    plain = ttt.Learner(ttt.adapt_(tiny(), ttt.TTTConfig(target_modules=["down_proj"])))
+    plain = ttt.Learner(ttt.adapt_(tiny(), plain_config(target_modules=["down_proj"])))
     with pytest.raises(ValueError, match="users must be given if, and only if"):
         plain.observe(ids, users=["a", "b"])
 

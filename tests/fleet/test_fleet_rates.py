@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import plain_config
 from test_fleet_learner import adapted, assert_same, exports
 from test_layer import layer_of
 from test_learner import TARGETS, ids_of, tiny
@@ -125,7 +126,7 @@ def test_each_user_learns_as_in_a_model_of_their_own(family, options):
     for row, user in ((0, "a"), (2, "b")):
         alone = tiny(family)
         alone.load_state_dict(base.state_dict())
-        config = ttt.TTTConfig(target_modules=TARGETS[family], layers="last:0.5", window=8, **plain)
+        config = plain_config(target_modules=TARGETS[family], layers="last:0.5", window=8, **plain)
         other = ttt.Learner(ttt.adapt_(alone, config))
         other.calibrate(known)
         for _ in range(2):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import plain_config
 
 import ttt
 from ttt.fleet.options import Fleet
@@ -13,7 +14,7 @@ from ttt.nn import FleetLinear
 def layer_of(n=9, m=7, dtype=torch.float64, **options):
     fleet = options.pop("fleet", Fleet(slots=3, rank=2, window=4))
     options = {"ewc_lambda": 0.0, "replay_rows": 0, **options}
-    return FleetLinear(n, m, dtype=dtype, config=ttt.TTTConfig(users=fleet, **options), name="layer")
+    return FleetLinear(n, m, dtype=dtype, config=plain_config(users=fleet, **options), name="layer")
 
 
 def taught(layer, rows=3):
@@ -156,7 +157,7 @@ def test_options_out_of_range_are_refused():
         with pytest.raises(ValueError, match=message):
             Fleet(**options)
     with pytest.raises(ValueError, match=r"users must be a ttt\.Fleet or None, got 3"):
-        ttt.TTTConfig(users=3)
+        plain_config(users=3)
     with pytest.raises(ValueError, match="importance must be 'fisher' or 'mas' with users"):
         ttt.TTTConfig(users=Fleet(), importance="si")
     config = ttt.TTTConfig(users=Fleet(rank=3))

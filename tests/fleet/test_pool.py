@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import plain_config
 
 import ttt
 from ttt.fleet.options import Fleet
@@ -9,7 +10,7 @@ from ttt.fleet.options import Fleet
 
 def model_of(slots=3, layers=2):
     model = torch.nn.Sequential(*(torch.nn.Linear(6, 6) for _ in range(layers)))
-    config = ttt.TTTConfig(target_modules="all-linear", users=Fleet(slots=slots, rank=2, window=3), lr=0.1)
+    config = plain_config(target_modules="all-linear", users=Fleet(slots=slots, rank=2, window=3), lr=0.1)
     ttt.adapt_(model, config)
     return model, ttt.pool_of(model)
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import as_double, assert_close, assert_commit, trace_of_rounded_factors
+from helpers import as_double, assert_close, assert_commit, plain_config, trace_of_rounded_factors
 
 import ttt
 from ttt.ops import backends, log8, reference
@@ -50,7 +50,7 @@ def test_dispatched_commit(dtype, tokens):
 
 
 def test_step_is_captured_in_a_cuda_graph():
-    config = ttt.TTTConfig(window=4, replay_capacity=64, lr=1e-3)
+    config = plain_config(window=4, replay_capacity=64, lr=1e-3)
     layer = ttt.nn.Linear(256, 128, device="cuda", dtype=torch.bfloat16, config=config)
     layer.memory.normal_()
     layer.seen.fill_(64)
@@ -248,7 +248,7 @@ def captured(run):
 @pytest.mark.parametrize("options", [{}, {"ewc_lambda": 0.0, "replay_rows": 0}, {"importance": "mas"}])
 def test_a_whole_decode_step_is_one_graph(dtype, window, rows, options):
     """Forward, append and the commits that fall due: bit for bit what the same calls do without a graph."""
-    config = ttt.TTTConfig(window=window, replay_capacity=64, lr=1e-2, **options)
+    config = plain_config(window=window, replay_capacity=64, lr=1e-2, **options)
     layer = ttt.nn.Linear(256, 128, device="cuda", dtype=dtype, config=config).capturable_(rows)
     if layer.memory is not None:
         layer.memory.normal_()
@@ -282,7 +282,7 @@ def test_a_whole_decode_step_is_one_graph(dtype, window, rows, options):
 
 
 def test_reading_the_count_while_capturing_says_why_it_cannot():
-    layer = ttt.nn.Linear(64, 32, device="cuda", config=ttt.TTTConfig(window=4, replay_rows=0)).capturable_(1)
+    layer = ttt.nn.Linear(64, 32, device="cuda", config=plain_config(window=4, replay_rows=0)).capturable_(1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         torch.zeros(1, device="cuda")
@@ -291,7 +291,7 @@ def test_reading_the_count_while_capturing_says_why_it_cannot():
 
 
 def test_any_model_and_loss_learn_in_a_graph():
-    layer = ttt.nn.Linear(64, 48, device="cuda", config=ttt.TTTConfig(window=8, replay_rows=0, lr=1e-3))
+    layer = ttt.nn.Linear(64, 48, device="cuda", config=plain_config(window=8, replay_rows=0, lr=1e-3))
     model = torch.nn.Sequential(layer, torch.nn.ReLU(), torch.nn.Linear(48, 8, device="cuda").requires_grad_(False))
     ttt.capturable_(model, 4)
     x, outcomes = torch.zeros(4, 64, device="cuda"), []

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import plain_config
 from tiny_tasks import plain_mlp
 
 import ttt
@@ -12,7 +13,7 @@ SIZES = (5, 7, 6, 4)
 
 def net_of(adapter=None, lr=0.05, columns=0):
     rules = [Progressive()]
-    config = configure(ttt.TTTConfig(lr=lr, window=1), rules)
+    config = configure(plain_config(lr=lr, window=1), rules)
     trainer = Trainer(ProgressiveNet(SIZES, config, adapter=adapter), rules, forward=forward_task)
     for _ in range(columns):
         trainer.begin_task()
@@ -107,8 +108,8 @@ def test_what_it_refuses():
     with pytest.raises(ValueError, match="task must be one of the 1 tasks that have a column, got 1"):
         trainer.model(torch.randn(2, 5), 1)
     with pytest.raises(ValueError, match="sizes must be at least three"):
-        ProgressiveNet((5, 4), ttt.TTTConfig())
+        ProgressiveNet((5, 4), plain_config())
     with pytest.raises(ValueError, match="adapter must be a whole number of at least 1, got 0"):
-        ProgressiveNet(SIZES, ttt.TTTConfig(), adapter=0)
+        ProgressiveNet(SIZES, plain_config(), adapter=0)
     with pytest.raises(TypeError, match="model must be a ProgressiveNet, got Sequential"):
-        Trainer(ttt.adapt_(plain_mlp(), configure(ttt.TTTConfig(target_modules="all-linear"), [])), [Progressive()])
+        Trainer(ttt.adapt_(plain_mlp(), configure(plain_config(target_modules="all-linear"), [])), [Progressive()])

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import plain_config
 from tiny_tasks import layers_of, plain_mlp, samples, trainer_of
 
 import ttt
@@ -42,7 +43,7 @@ def test_rules_compose():
 
 
 def test_rules_that_need_different_commits_are_refused():
-    config = ttt.TTTConfig()
+    config = plain_config()
     with pytest.raises(ValueError, match="EWC and SynapticIntelligence need importance = 'fisher' and 'si'"):
         configure(config, [EWC(0.1), SynapticIntelligence(0.1)])
     with pytest.raises(ValueError, match=r"need ewc_lambda = 0\.1 and 0\.2"):
@@ -55,7 +56,7 @@ def test_rules_that_need_different_commits_are_refused():
 
 
 def test_a_model_adapted_for_other_rules_is_refused():
-    model = ttt.adapt_(plain_mlp(), configure(ttt.TTTConfig(target_modules="all-linear"), [EWC(0.1)]))
+    model = ttt.adapt_(plain_mlp(), configure(plain_config(target_modules="all-linear"), [EWC(0.1)]))
     with pytest.raises(ValueError, match="MAS needs importance = 'mas', but the model was adapted with 'fisher'"):
         Trainer(model, [MAS(0.1)])
 

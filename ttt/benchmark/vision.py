@@ -30,8 +30,9 @@ def network(inputs: int, outputs: int, hidden: int = HIDDEN) -> nn.Module:
 
 
 def _trainer(found: Scenario, rules: list[Rule], lr: float, seed: int) -> Trainer:
-    # window=1: what a batch teaches is committed at once.
-    config = configure(ttt.TTTConfig(target_modules="all-linear", lr=lr, window=1, seed=seed), rules)
+    # window=1: what a batch teaches is committed at once. Rates are the options', whatever ttt's defaults are.
+    plain = ttt.TTTConfig(target_modules="all-linear", rate="constant", lr=lr, clip=None, window=1, seed=seed)
+    config = configure(plain, rules)
     torch.manual_seed(seed)
     if any(rule.architecture for rule in rules):
         net = ProgressiveNet((found.inputs, HIDDEN, found.outputs), config)

@@ -21,6 +21,7 @@ LN2 = math.log(2)
 CONFIG = TTTConfig(
     target_modules=["gate_proj", "up_proj", "down_proj"],
     layers="last:2",
+    rate="constant",
     lr=0.04,
     clip=3.0,
     ewc_lambda=0.003,

@@ -10,11 +10,17 @@ from torch import Tensor
 from ttt import ops
 
 if TYPE_CHECKING:
+    from ttt.config import TTTConfig
     from ttt.nn.fleet import FleetLinear
     from ttt.nn.linear import Linear
 
 _EXACT = 1024  # of a Gram matrix: larger ones take seconds
 _OVERSAMPLE, _ROUNDS = 32, 8
+
+
+def directions(config: TTTConfig, n: int) -> int:
+    """k of a layer of ``n`` inputs: at most half of them, so that every layer can learn."""
+    return min(config.orthogonal, n // 2)
 
 
 @torch.no_grad()

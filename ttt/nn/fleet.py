@@ -14,7 +14,7 @@ from ttt import ops
 from ttt.config import TTTConfig
 from ttt.fleet.options import Fleet
 from ttt.nn.adapted import Adapted, Layout
-from ttt.nn.basis import learnable
+from ttt.nn.basis import directions, learnable
 from ttt.nn.rates import Rates, count_, places, rates
 from ttt.ops.reference import _wide
 
@@ -127,8 +127,8 @@ class FleetLinear(Adapted):
     def _layout(self, dtype: torch.dtype) -> Layout:
         config, wide, fleet = self.config, _wide(dtype), self.fleet
         m, n = self.out_features, self.in_features
-        protects, scaled = config.ewc_lambda > 0, config.rate != "constant"
-        remembers = config.replay_rows > 0 or config.orthogonal > 0
+        k, protects, scaled = directions(config, n), config.ewc_lambda > 0, config.rate != "constant"
+        remembers = config.replay_rows > 0 or k > 0
         return {
             "a": ((fleet.slots, fleet.capacity, n), dtype),
             "b": ((fleet.slots, fleet.capacity, m), dtype),
@@ -140,7 +140,7 @@ class FleetLinear(Adapted):
             "importance_n": ((n,), wide) if protects else None,
             "memory": ((config.replay_capacity, n), dtype) if remembers else None,
             "seen": ((1,), torch.int64) if remembers else None,
-            "basis": ((config.orthogonal, n), dtype) if config.orthogonal else None,
+            "basis": ((k, n), dtype) if k else None,
             "calibrated": ((3,), torch.float64) if scaled else None,
             "moments": ((fleet.slots, 3), torch.float64) if scaled else None,
         }

@@ -13,7 +13,7 @@ from ttt import ops
 from ttt.config import TTTConfig
 from ttt.nn import gaussian, rows
 from ttt.nn.adapted import Layout
-from ttt.nn.basis import learnable
+from ttt.nn.basis import directions, learnable
 from ttt.nn.binding import Binding, binding_of
 from ttt.nn.held import Held
 from ttt.nn.rates import STREAM, count_, rates
@@ -130,7 +130,8 @@ class Linear(Held):
         else:
             state = default
         signed = state if state.is_floating_point else default  # 8 bits hold no signs
-        remembers, protects = config.replay_rows > 0 or config.orthogonal > 0, config.ewc_lambda > 0
+        k, protects = directions(config, n), config.ewc_lambda > 0
+        remembers = config.replay_rows > 0 or k > 0
         columns, capacity = log8.width(n) if state == torch.uint8 else n, config.replay_capacity
         counter = ((1,), torch.int64)
         return {
@@ -144,7 +145,7 @@ class Linear(Held):
             "win_trace": ((c, m), dtype) if protects and config.importance == "mas" else None,
             "memory": ((capacity, n), dtype) if remembers else None,
             "recent": ((min(capacity, 1024), n), dtype) if remembers else None,
-            "basis": ((config.orthogonal, n), dtype) if config.orthogonal else None,
+            "basis": ((k, n), dtype) if k else None,
             **gaussian.layout(n, wide, config.generated_rank, config.generated_rows),
             "seen": counter,
             "recent_seen": counter,
