@@ -73,7 +73,7 @@ class TTTConfig:
         generated_rank: principal directions of that Gaussian.
         replay_capacity: K, inputs in the replay memory of each layer (of ``orthogonal``, too).
         replay: ``"projection"`` or ``"gradient"``; see `ttt.ops.commit`.
-        replay_beta: beta, its strength; stable in (0, 2) for the projection.
+        replay_beta: beta, its strength; stable in (0, 2) for the projection. That of ``"gradient"`` is in units of eta.
         replay_eps: ridge of the projection, relative to the mean squared norm of the replayed inputs.
         orthogonal: k, principal directions of the remembered inputs that updates leave alone, 0 for none: with the rows
             of U spanning them, inputs enter the window as x - U^T U x (`ttt.ops.project_out`). A layer of n inputs
