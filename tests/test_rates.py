@@ -246,7 +246,7 @@ def test_gradients_that_agree_take_smaller_steps_together(m, n, rows, dtype, ort
     """Rows that are all but alike, and rows that are not, by hand: few, whose pairs are multiplied, and many."""
     layer = layer_of(m, n, dtype, rate="rms", clip=2.5, burst=0.9, orthogonal=min(orthogonal, n - 1))
     if layer.basis is not None:
-        layer.basis.copy_(torch.linalg.qr(torch.randn(n, min(orthogonal, n - 1)))[0].T)
+        layer.basis.copy_(torch.linalg.qr(torch.randn(n, len(layer.basis)))[0].T)
     free = layer_of(m, n, dtype, rate="rms", clip=2.5)
     state = (0.0, 0.0, 0)
     for alike in (True, False):
