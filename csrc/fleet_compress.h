@@ -254,8 +254,9 @@ struct Compression {
       if constexpr (std::is_same_v<T, float>) {
         std::memcpy(out, narrow, sizeof out);
       } else {
-        rounding_bits<1, BLOCK_COLUMNS / NC>(static_cast<uint32_t>(first / 8), static_cast<uint32_t>(i),
-                                             static_cast<uint32_t>(a.step[s.slot]), a.seed, words);
+        for (int j = 0; j < NC; j += 4 * VL)
+          rounding_bits<1, BLOCK_COLUMNS / NC>(static_cast<uint32_t>((first + j) / 8), static_cast<uint32_t>(i),
+                                               static_cast<uint32_t>(a.step[s.slot]), a.seed, words + j / 2);
         for (int j = 0; j < BLOCK_COLUMNS; j += STRIP) {
           const vu bits_a = __builtin_convertvector(load_as<vh>(words + j / 2), vu);
           const vu bits_b = __builtin_convertvector(load_as<vh>(words + (j + VL) / 2), vu);
