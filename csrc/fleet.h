@@ -12,8 +12,8 @@
 
 namespace {
 
-constexpr int64_t FLEET_COLUMNS =
-    2048;  // of y, of all tokens at a time: the first-level cache holds them while B's rows pass
+// Of y, of all tokens at a time: the first-level cache holds them while B's rows pass.
+constexpr int64_t FLEET_COLUMNS = 2048;
 
 // A run of tokens of one user, in the order of `FleetBatch`.
 struct FleetGroup {

@@ -26,11 +26,12 @@ class TTTConfig:
     """Which layers learn, and how. Frozen; a change needs `dataclasses.replace`.
 
     The defaults are what was found to learn well and forget little: steps in units of each layer's own gradients, at a
-    rate that suits models of three sizes (``python -m ttt.demo.transfer``), with a weak penalty, a few replayed inputs
-    and updates outside the principal directions of remembered ones, in one commit (``python -m ttt.demo.tune``). They
-    want `Learner.calibrate` with data that the model knows. Without it the model learns all the same, unprotected until
-    `Learner.consolidate`: importance, replay memory and directions are zeros, which pull nothing and take nothing out,
-    and the scale of ``rate`` is that of the stream, the first token's step having the norm ``lr``.
+    careful rate (how far it carries over to other models: ``python -m ttt.demo.transfer``), a weak penalty, a few
+    replayed inputs and updates outside the principal directions of remembered ones, in one commit
+    (``python -m ttt.demo.tune``). They want `Learner.calibrate` with data that the model knows. Without it the model
+    learns all the same, unprotected until `Learner.consolidate`: importance, replay memory and directions are zeros,
+    which pull nothing and take nothing out, and the scale of ``rate`` is that of the stream, the first token's step
+    having the norm ``lr``.
 
     Args:
         target_modules: as in PEFT: a list of names or name suffixes, or one regular expression that the

@@ -308,15 +308,15 @@ class GrowingLearner:
 
     def load(self, path: str | os.PathLike) -> None:
         """Forget every column, the active one too, and take those of ``path``; as `ttt.columns.load` raises."""
-        found = columns.load(self.model, path)
-        self.learner.reset()
-        self.columns = found
-        self._began(None, self._empty(), 0)
+        self._restart(columns.load(self.model, path))
 
     def reset(self) -> None:
         """Forget every column, and what the active one learnt."""
+        self._restart([])
+
+    def _restart(self, stored: list[Column]) -> None:
         self.learner.reset()
-        self.columns = []
+        self.columns = stored
         self._began(None, self._empty(), 0)
 
     # -- routing ----------------------------------------------------------------------------------------------

@@ -101,16 +101,19 @@ def _docs() -> bytes:
     return _long(part for folder in folders for part in _docstrings(root / folder))
 
 
+def _distributions() -> list[tuple[str, importlib.metadata.Distribution]]:
+    """The installed packages by name, each once."""
+    return sorted({str(d.metadata["Name"]).lower(): d for d in importlib.metadata.distributions()}.items())
+
+
 def _readmes() -> bytes:
-    packages = {str(d.metadata["Name"]).lower(): d for d in importlib.metadata.distributions()}
-    whole = [d.read_text("METADATA") or "" for name, d in sorted(packages.items()) if name != "ttt"]
+    whole = [d.read_text("METADATA") or "" for name, d in _distributions() if name != "ttt"]
     return _long(text.partition("\n\n")[2].encode() for text in whole)  # without the fields above it
 
 
 def _licences() -> bytes:
     found = [Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt"]
-    packages = {str(d.metadata["Name"]).lower(): d for d in importlib.metadata.distributions()}
-    for _, package in sorted(packages.items()):
+    for _, package in _distributions():
         for file in sorted(package.files or (), key=str):
             name = file.name.lower()
             if ".dist-info" in str(file) and name.startswith(("license", "licence", "copying")):

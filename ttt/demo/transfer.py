@@ -221,7 +221,7 @@ def main() -> None:
     found: dict[str, Any] = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "bytes": args.bytes, "rows": []}
     if args.json.exists():
         before = json.loads(args.json.read_text())
-        if before["bytes"] == args.bytes:
+        if before["bytes"] == args.bytes and "ranking" in before:  # rows of the first protocol have other fields
             found["rows"] = [r for r in before["rows"] if r["model"] not in args.models.split(",")]
     found |= {"config": CONFIG.to_dict()}
     for name in args.models.split(","):
