@@ -17,7 +17,7 @@ DEFENCES = {
 
 # What weights of every user's own do without, and the value that says so.
 _ALONE = {
-    "burst": None, "distill_rows": 0, "generated_rows": 0, "momentum": 0.0, "decay": 0.0,
+    "distill_rows": 0, "generated_rows": 0, "momentum": 0.0, "decay": 0.0,
 }  # fmt: skip
 
 

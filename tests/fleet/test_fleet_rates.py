@@ -6,7 +6,7 @@ from helpers import plain_config
 from test_fleet_learner import adapted, assert_same, exports
 from test_layer import layer_of
 from test_learner import TARGETS, ids_of, tiny
-from test_rates import steps_by_hand
+from test_rates import burst_by_hand, steps_by_hand
 
 import ttt
 from ttt.fleet.options import Fleet
@@ -14,6 +14,7 @@ from ttt.nn.basis import principal_directions
 from ttt.nn.rates import CALIBRATED, STREAM, places
 
 SCALED = ["energy", "rms"]
+BOUNDED = [("energy", None), ("rms", None), ("rms", 0.6)]
 NOBODY = -1
 
 
@@ -42,14 +43,15 @@ def read(layer, x, delta, users):
     return applied, steps
 
 
-@pytest.mark.parametrize("rate", SCALED)
+@pytest.mark.parametrize(("rate", "burst"), BOUNDED)
 @pytest.mark.parametrize("clip", [None, 0.7])
 @pytest.mark.parametrize("calibrated", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("n", "m", "k"), [(1, 1, 0), (33, 7, 0), (9, 40, 3)])
-def test_steps_are_those_of_each_user_by_hand(rate, clip, calibrated, dtype, n, m, k):
+def test_steps_are_those_of_each_user_by_hand(rate, burst, clip, calibrated, dtype, n, m, k):
     """Tokens interleaved, users who come late, come twice or not at all; in float64, token by token."""
-    layer = scaled(n, m, dtype, calibrated, rate=rate, clip=clip, orthogonal=k, fleet=Fleet(slots=4, rank=2, window=4))
+    options = {"rate": rate, "clip": clip, "burst": burst, "orthogonal": k}
+    layer = scaled(n, m, dtype, calibrated, **options, fleet=Fleet(slots=4, rank=2, window=4))
     start = tuple(layer.calibrated.tolist())
     state, tolerance = dict.fromkeys(range(4), start), 1e-12 if dtype == torch.float64 else 1e-5
     for count in (11, 1, 0, 6):
@@ -60,6 +62,8 @@ def test_steps_are_those_of_each_user_by_hand(rate, clip, calibrated, dtype, n, 
         for user in range(3):
             own = users == user
             expected, state[user] = steps_by_hand(applied[own], delta[own], layer.config, state[user])
+            if burst is not None and own.any():
+                expected = burst_by_hand(applied[own], delta[own], expected, layer.config)
             torch.testing.assert_close(steps.eta[own].double(), expected, rtol=tolerance, atol=0)
             total = layer.calibrated + layer.moments[user]
             torch.testing.assert_close(total, torch.tensor(state[user], dtype=torch.float64), rtol=tolerance, atol=0)
@@ -72,16 +76,16 @@ def test_places_count_a_users_tokens():
     assert places(users).tolist() == [users[:t].tolist().count(int(u)) for t, u in enumerate(users)]
 
 
-@pytest.mark.parametrize("rate", SCALED)
+@pytest.mark.parametrize(("rate", "burst"), BOUNDED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_bit_of_a_users_steps_depends_on_others(rate, dtype):
+def test_no_bit_of_a_users_steps_depends_on_others(rate, burst, dtype):
     """What others send, how often they are named, and whether it is finite, differs; one user's tokens do not."""
     first = torch.randint(-1, 3, (4, 30), dtype=torch.int32)
     mine, found = first == 1, []
-    base = scaled(17, 11, dtype, rate=rate, clip=1.1, orthogonal=4)
+    base = scaled(17, 11, dtype, rate=rate, clip=1.1, burst=burst, orthogonal=4)
     texts = [rows_of(base, 30) for _ in range(4)]
     for side in range(3):
-        layer = scaled(17, 11, dtype, rate=rate, clip=1.1, orthogonal=4)
+        layer = scaled(17, 11, dtype, rate=rate, clip=1.1, burst=burst, orthogonal=4)
         layer.basis.copy_(base.basis)
         bits = []
         for (x, delta), own, users in zip(texts, mine, first, strict=True):
@@ -108,7 +112,8 @@ def test_no_bit_of_a_users_steps_depends_on_others(rate, dtype):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("options", [
-    {"rate": "rms", "clip": 2.0}, {"rate": "energy", "lr": 0.5}, {"rate": "rms", "orthogonal": 6, "clip": 3.0},
+    {"rate": "rms", "clip": 2.0}, {"rate": "rms", "burst": 0.5}, {"rate": "energy", "lr": 0.5},
+    {"rate": "rms", "orthogonal": 6, "clip": 3.0},
     {"rate": "constant", "orthogonal": 6, "clip": 1.0},
 ])  # fmt: skip
 def test_each_user_learns_as_in_a_model_of_their_own(family, options):

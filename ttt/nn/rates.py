@@ -17,7 +17,8 @@ agree, and their sum has a norm of about sqrt(T) of theirs; those of one byte ov
     |sum_t eta_t delta_t x_t^T|  <=  burst lr sqrt(T)
 
 where it would be more, all T steps are smaller by the ratio (gradient clipping, Pascanu et al. 2013, in units in which
-ordinary text has about 1). It changes nothing in the means, and with T = 1 it is a second ``clip``.
+ordinary text has about 1). It changes nothing in the means, and with T = 1 it is a second ``clip``. Of several users
+each has a sum, and a T, of its own.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def rates(
     bound = config.clip if config.clip is None or config.rate == "energy" else config.clip * scale
     eta = _clipped(eta, norm, bound)
     if config.burst is not None and config.lr > 0:
-        size = _sum_norm(x, delta, x_norm, d_norm, eta / config.lr) / len(eta) ** 0.5
+        size = _sizes(x, delta, x_norm, d_norm, eta / config.lr, users)
         eta = torch.where(size > config.burst, eta * (config.burst / size), eta)
     return Rates(eta, finite & torch.isfinite(eta), grown)  # inputs that are hardly there have steps without bound
 
@@ -116,6 +117,20 @@ def places(users: Tensor) -> Tensor:
 
 def _clipped(eta: Tensor, norm: Tensor, bound: float | Tensor | None) -> Tensor:
     return eta if bound is None else torch.where(norm > bound, eta * (bound / norm), eta).to(norm.dtype)
+
+
+def _sizes(x: Tensor, delta: Tensor, x_norm: Tensor, d_norm: Tensor, weight: Tensor, users: Tensor | None) -> Tensor:
+    """|sum_t weight_t delta_t x_t^T| / sqrt(T), (), or (T,) of each token's user; 0 for tokens of nobody."""
+    if users is None:
+        return _sum_norm(x, delta, x_norm, d_norm, weight) / len(weight) ** 0.5
+    # A user's rows alone make its sum, in products whose shape tells nothing of others: so their bits do not, either.
+    sizes = torch.where(users < 0, 0.0, weight * (x_norm * d_norm))
+    owners, counts = users.unique(return_counts=True)
+    for user, count in zip(owners.tolist(), counts.tolist(), strict=True):
+        if user >= 0 and count > 1:
+            own = (users == user).nonzero().flatten()
+            sizes[own] = _sum_norm(x[own], delta[own], x_norm[own], d_norm[own], weight[own]) / count**0.5
+    return sizes
 
 
 def _sum_norm(x: Tensor, delta: Tensor, x_norm: Tensor, d_norm: Tensor, weight: Tensor) -> Tensor:
