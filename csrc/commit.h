@@ -10,9 +10,9 @@
 #include <omp.h>
 
 #include <cmath>
-#include <vector>
 
 #include "drift.h"
+#include "factors.h"
 #include "product.h"
 #include "replay.h"
 #include "scratch.h"
@@ -30,31 +30,6 @@ inline void set_momentum(const ttt::Commit& a, Scalars& k) {
   k.gain = static_cast<float>((1 - mu * share) / (1 - mu));
 }
 
-// The tokens that the trace's sum runs over, and by how much each counts: gamma^age, times its group's size.
-struct Traced {
-  std::vector<int64_t> token;
-  std::vector<float> weight;
-};
-
-inline Traced traced_tokens(const ttt::Commit& a) {
-  Traced out;
-  std::vector<float> age(a.tokens);
-  double power = 1;
-  for (int64_t t = a.tokens - 1; t >= 0; t--, power *= a.gamma) age[t] = static_cast<float>(power);
-  uint32_t words[4] = {};
-  for (int64_t k = 0, t0 = 0; t0 < a.tokens; k++, t0 += a.trace_every) {
-    const int64_t size = a.tokens - t0 < a.trace_every ? a.tokens - t0 : a.trace_every;
-    int64_t t = t0;
-    if (a.trace_every > 1) {
-      if (k % 4 == 0) philox(static_cast<uint32_t>(k / 4), 0, static_cast<uint32_t>(*a.step), kToken, a.seed, words);
-      t += static_cast<int64_t>((static_cast<uint64_t>(words[k % 4]) * static_cast<uint64_t>(size)) >> 32);
-    }
-    out.token.push_back(t);
-    out.weight.push_back((a.kind == ttt::kSi ? 1.0f : age[t]) * static_cast<float>(size));
-  }
-  return out;
-}
-
 // Tiles are FLAT up to the first number of tokens, MID up to the second.
 constexpr int64_t HANDFUL = 4, FEW_TOKENS = 32;
 
@@ -63,7 +38,6 @@ template <int MR, bool dot, bool moves, class W, class S>
 void commit(const ttt::Commit& a) {
   const int64_t m = a.m, n = a.n, tokens = a.tokens;
   const W *x = static_cast<const W*>(a.x), *delta = static_cast<const W*>(a.delta);
-  const W* trace_delta = static_cast<const W*>(a.trace_delta);
   W* weight = static_cast<W*>(a.weight);
   const W* anchor = static_cast<const W*>(a.anchor);
 
@@ -111,8 +85,8 @@ void commit(const ttt::Commit& a) {
   // Row blocks: with replay, W and W* of one block stay in the L2 cache between drift and update, unless there are so
   // many tokens that reading their panels again for each block would cost more.
   const int64_t bytes_per_row = 2 * n * static_cast<int64_t>(sizeof(W));
-  int64_t block = replay.rows && tokens <= FEW_TOKENS ? (384 << 10) / bytes_per_row : 48;
-  block = block < 2 * TALL ? 2 * TALL : (block > 48 ? 48 : block);
+  int64_t block = replay.rows && tokens <= FEW_TOKENS ? (384 << 10) / bytes_per_row : BLOCK_ROWS;
+  block = block < 2 * TALL ? 2 * TALL : (block > BLOCK_ROWS ? BLOCK_ROWS : block);
   block = block / MR * MR;
   // Panels in one group stay in the L2 cache while the block's rows go over them; a small X is one group.
   const int64_t panel_bytes = u.right() * 4;
@@ -121,7 +95,7 @@ void commit(const ttt::Commit& a) {
 
   const double work = static_cast<double>(m) * n * (4 + tokens + replay.rows);
   const int threads = work < 65536 ? 1 : a.threads;
-  const int64_t own = block * u.left() + replay.rows * block + 64;
+  const int64_t own = block * u.left() + replay.rows * BLOCK_ROWS + 64;
   Scratch scratch(own * threads);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -146,12 +120,11 @@ void commit(const ttt::Commit& a) {
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < tokens; t++) {
       for (int64_t r = 0; r < replay.rows; r++) {
-        const float* xr = replay.x.get() + r * replay.width;
         Two acc = {};
         for (int64_t j = 0; j < n; j += STRIP) {
           const Two v = load2_upto<splits<W>>(x + t * n + j, n - j);
-          acc.a += v.a * load(xr + j);
-          acc.b += v.b * load(xr + j + VL);
+          acc.a += v.a * load(replay.at(r, j));
+          acc.b += v.b * load(replay.at(r, j) + VL);
         }
         cross.get()[t * replay.rows + r] = sum(acc.a + acc.b) * a.eta[t] * (moves ? k.gain : 1.0f);
       }
@@ -169,46 +142,13 @@ void commit(const ttt::Commit& a) {
           drift_of_rows(w, w0, n, rows, replay, drift, static_cast<const bf16*>(a.momentum) + i0 * n, k.carry);
         for (int64_t t = 0; t < tokens; t++)
           for (int64_t r = 0; r < replay.rows; r++) {
-            const float c = cross.get()[t * replay.rows + r];
-            for (int64_t i = 0; i < rows; i++) drift[r * rows + i] -= c * load1(delta + t * m + i0 + i);
+            const vf c = splat(cross.get()[t * replay.rows + r]);
+            float* to = drift + r * BLOCK_ROWS;
+            for (int64_t i = 0; i < rows; i += VL)
+              store(to + i, load(to + i) - c * load_upto(delta + t * m + i0 + i, m - i0 - i));
           }
       }
-      // The left factors of both products, MR rows interleaved; rows beyond the end are zero.
-      for (int64_t i = 0; i < rows; i += MR)
-        for (int r = 0; r < MR; r++) {
-          const bool real = i + r < rows;
-          const int64_t row = i0 + i + r;
-          float* to = left + i * u.left() + r;
-          const auto of_g = [&](int64_t t) { return real && t < tokens ? load1(delta + t * m + row) : 0.0f; };
-          const auto of_s = [&](int64_t c) {
-            if (!real || c >= chosen) return 0.0f;
-            return factor_of(load1(trace_delta + traced.token[c] * m + row), a.kind) * traced.weight[c];
-          };
-          if constexpr (dot) {
-            uint32_t* words = reinterpret_cast<uint32_t*>(to);
-            for (int64_t t = 0; t < 2 * u.g; t += 2, words += MR) {
-              if (u.parts == 1) {
-                *words = nearest1(of_g(t)) | nearest1(of_g(t + 1)) << 16;
-                continue;
-              }
-              const float v0 = of_g(t) * a.eta[t], v1 = t + 1 < tokens ? of_g(t + 1) * a.eta[t + 1] : 0.0f;
-              const uint32_t h0 = nearest1(v0), h1 = nearest1(v1);
-              *words = h0 | h1 << 16;
-              words[u.g * MR] = nearest1(v0 - widened(h0)) | nearest1(v1 - widened(h1)) << 16;
-            }
-            to += u.parts * u.g * MR;
-          } else {
-            for (int64_t t = 0; t < tokens; t++, to += MR) *to = a.eta[t] * of_g(t);
-          }
-          for (int64_t q = 0; q < replay.rows; q++, to += MR) *to = real ? drift[q * rows + i + r] : 0.0f;
-          if constexpr (dot) {
-            uint32_t* words = reinterpret_cast<uint32_t*>(to);
-            for (int64_t c = 0; c < 2 * u.s; c += 2, words += MR)
-              *words = nearest1(of_s(c)) | nearest1(of_s(c + 1)) << 16;
-          } else {
-            for (int64_t c = 0; c < chosen; c++, to += MR) *to = of_s(c);
-          }
-        }
+      pack_left<MR, dot, W>(a, u, traced, drift, i0, rows, left);
       for (int64_t p0 = 0; p0 < panels; p0 += group) {
         const int64_t p1 = p0 + group < panels ? p0 + group : panels;
         for (int64_t i = 0; i < rows; i += MR) {

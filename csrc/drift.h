@@ -2,6 +2,7 @@
 #pragma once
 #include <type_traits>
 
+#include "factors.h"
 #include "product.h"
 #include "replay.h"
 #include "vec.h"
@@ -10,16 +11,16 @@ namespace {
 
 struct Nothing {};
 
-// E for `rows` rows of W: drift[r * rows + i] = X_r . (W_i - W*_i - carry M_i); for V = Nothing without M.
+// E for `rows` rows of W: drift[r * BLOCK_ROWS + i] = X_r . (W_i - W*_i - carry M_i); for V = Nothing without M.
 template <int wide, int deep, class W, class V>
 inline void drift_tile(const W* w, const W* w0, const V* momentum, float carry, int64_t n, const Replay& replay,
-                       int64_t r, int64_t rows, float* drift) {
+                       int64_t r, float* drift) {
   vf acc[wide][deep][2] = {};
-  const float* x = replay.x.get() + r * replay.width;
-  for (int64_t j = 0; j < n; j += STRIP, x += STRIP) {
+  const float* x = replay.at(r, 0);
+  for (int64_t j = 0; j < n; j += STRIP, x += replay.rows * STRIP) {
     Two value[deep];
 #pragma GCC unroll 4
-    for (int q = 0; q < deep; q++) value[q] = {load(x + q * replay.width), load(x + q * replay.width + VL)};
+    for (int q = 0; q < deep; q++) value[q] = {load(x + q * STRIP), load(x + q * STRIP + VL)};
 #pragma GCC unroll 4
     for (int i = 0; i < wide; i++) {
       prefetch_strip(w + i * n + j);
@@ -39,7 +40,7 @@ inline void drift_tile(const W* w, const W* w0, const V* momentum, float carry, 
     }
   }
   for (int i = 0; i < wide; i++)
-    for (int q = 0; q < deep; q++) drift[(r + q) * rows + i] = sum(acc[i][q][0] + acc[i][q][1]);
+    for (int q = 0; q < deep; q++) drift[(r + q) * BLOCK_ROWS + i] = sum(acc[i][q][0] + acc[i][q][1]);
 }
 
 template <class W, class V = Nothing>
@@ -48,7 +49,7 @@ void drift_of_rows(const W* weight, const W* anchor, int64_t n, int64_t rows, co
   constexpr int wide = VL == 16 ? 2 : 1;
   const auto tile = [&](auto high, auto deep, int64_t i, int64_t r) {
     drift_tile<high, deep>(weight + i * n, anchor + i * n, momentum ? momentum + i * n : nullptr, carry, n, replay, r,
-                           rows, drift + i);
+                           drift + i);
   };
   constexpr std::integral_constant<int, 1> one;
   int64_t i = 0;

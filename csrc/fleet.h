@@ -147,7 +147,7 @@ void fleet_linear(const ttt::FleetLinear& a) {
           for (int64_t j = 0; j < count; j += STRIP) {
             float strip[STRIP];
             T rounded[STRIP];
-            store2_rounded<splits<T>>(strip, {load(acc + k * width + j), load(acc + k * width + j + VL)}, vu{}, vu{});
+            store2<splits<T>>(strip, {load(acc + k * width + j), load(acc + k * width + j + VL)});
             store_nearest(rounded, load(strip));
             store_nearest(rounded + VL, load(strip + VL));
             std::memcpy(y + j, rounded, std::min<int64_t>(STRIP, count - j) * sizeof(T));

@@ -116,13 +116,16 @@ struct Compression {
     factors.need(2 * rows * stride);
     drifts.need(s.held * rows);
     double *x = factors.get(), *v = x + rows * stride;
-    for (int64_t k = 0; k < rows * stride; k += STRIP) {
-      float strip[STRIP];  // in the columns' own order
-      store2_rounded<splits<T>>(strip, {load(drawn.x.get() + k), load(drawn.x.get() + k + VL)}, vu{}, vu{});
-      widen(strip, STRIP, STRIP, x + k);
-      store2_rounded<splits<T>>(strip, {load(drawn.v.get() + k), load(drawn.v.get() + k + VL)}, vu{}, vu{});
-      widen(strip, STRIP, STRIP, v + k);
-    }
+    const auto in_order = [](const float* from, double* to) {
+      float strip[STRIP];
+      store2<splits<T>>(strip, {load(from), load(from + VL)});
+      widen(strip, STRIP, STRIP, to);
+    };
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t j = 0; j < stride; j += STRIP) {
+        in_order(drawn.at(r, j), x + r * stride + j);
+        in_order(drawn.v.get() + r * stride + j, v + r * stride + j);
+      }
     s.replayed.need(s.held * width);
     const int threads = s.held * rows * width < (1 << 16) ? 1 : a.threads;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
@@ -258,9 +261,8 @@ struct Compression {
           rounding_bits<1, BLOCK_COLUMNS / NC>(static_cast<uint32_t>((first + j) / 8), static_cast<uint32_t>(i),
                                                static_cast<uint32_t>(a.step[s.slot]), a.seed, words + j / 2);
         for (int j = 0; j < BLOCK_COLUMNS; j += STRIP) {
-          const vu bits_a = __builtin_convertvector(load_as<vh>(words + j / 2), vu);
-          const vu bits_b = __builtin_convertvector(load_as<vh>(words + (j + VL) / 2), vu);
-          store2_rounded<false>(out + j, {load(narrow + j), load(narrow + j + VL)}, bits_a, bits_b);
+          store2_rounded(out + j, {load(narrow + j), load(narrow + j + VL)},
+                         bits_of<false>(load_as<vu>(words + j / 2)));
         }
       }
       std::memcpy(row(s, of_a, i) + first, out, count * sizeof(T));

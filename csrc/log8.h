@@ -99,15 +99,20 @@ inline vu larger(vu a, vu b) { return (vi)a > (vi)b ? a : b; }
 
 // Encode BLOCK columns, given as strips; bits are those of the strips' lanes. Returns the exponent.
 template <bool split>
-inline uint8_t encode_block(log8* p, const Two* strips, const vu (*bits)[2]) {
+inline uint8_t encode_block(log8* p, const Two* strips, const Bits<split>* bits) {
   constexpr int count = BLOCK / STRIP;
   vu top = {};
   for (int s = 0; s < count; s++) top = larger(larger((vu)strips[s].a, (vu)strips[s].b), top);
   const uint32_t exponent = exponent_for(largest(top));
   const float inverse = scale_of(254 - exponent);
-  for (int s = 0; s < count; s++)
-    store_codes2<split>(p + s * STRIP, encode(strips[s].a, inverse, bits[s][0]),
-                        encode(strips[s].b, inverse, bits[s][1]));
+  for (int s = 0; s < count; s++) {
+    vu a, b;
+    if constexpr (split)
+      a = bits[s].pairs & 0xffffu, b = bits[s].pairs >> 16;
+    else
+      a = bits[s].a, b = bits[s].b;
+    store_codes2<split>(p + s * STRIP, encode(strips[s].a, inverse, a), encode(strips[s].b, inverse, b));
+  }
   return static_cast<uint8_t>(exponent);
 }
 

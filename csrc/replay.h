@@ -14,9 +14,13 @@ namespace {
 struct Replay {
   int64_t rows;   // R, or 0 where the memory is empty
   int64_t width;  // n, rounded up to whole tiles
-  Scratch x, v;   // R x width: X_r, and V, in the order of W's strips, zeros behind column n
+  Scratch x, v;   // R x width: X_r, strip by strip, and V, in the order of W's strips, zeros behind column n
 
   Replay(int64_t rows, int64_t n) : rows(rows), width((n + NC - 1) / NC * NC), x(rows * width), v(rows * width) {}
+
+  // X_r from column j on, of which one strip stands together. The same strip of the next row follows: rows as far apart
+  // as those of W would contend with them for the same lines of the cache.
+  float* at(int64_t r, int64_t j) const { return x.get() + j * rows + r * STRIP; }
 };
 
 inline int64_t filled_rows(const ttt::Commit& a) {
@@ -25,13 +29,17 @@ inline int64_t filled_rows(const ttt::Commit& a) {
   return *a.seen < a.capacity ? *a.seen : a.capacity;
 }
 
-// n is a multiple of VL.
-inline double dot(const float* p, const float* q, int64_t n) {
+// X_r . X_s
+inline double dot(const Replay& replay, int64_t r, int64_t s) {
   double total = 0;  // float partial sums of 1024 products, added in double
-  for (int64_t j0 = 0; j0 < n; j0 += 1024) {
-    const int64_t j1 = j0 + 1024 < n ? j0 + 1024 : n;
+  for (int64_t j0 = 0; j0 < replay.width; j0 += 1024) {
+    const int64_t j1 = j0 + 1024 < replay.width ? j0 + 1024 : replay.width;
     vf acc = {};
-    for (int64_t j = j0; j < j1; j += VL) acc += load(p + j) * load(q + j);
+    for (int64_t j = j0; j < j1; j += STRIP) {
+      const float *p = replay.at(r, j), *q = replay.at(s, j);
+      acc += load(p) * load(q);
+      acc += load(p + VL) * load(q + VL);
+    }
     total += sum(acc);
   }
   return total;
@@ -42,7 +50,7 @@ template <class T>
 void draw_replay(const ttt::Commit& a, float sum_eta, Replay& out) {
   const int64_t n = a.n, width = out.width, rows = out.rows, filled = filled_rows(a);
   if (rows == 0) return;
-  float *x = out.x.get(), *v = out.v.get();
+  float* v = out.v.get();
   for (int64_t r = 0; r < rows; r++) {
     int64_t index = r;
     if (a.seen != nullptr) {
@@ -53,19 +61,21 @@ void draw_replay(const ttt::Commit& a, float sum_eta, Replay& out) {
     const T* row = static_cast<const T*>(a.memory) + index * n;
     for (int64_t j = 0; j < width; j += STRIP) {
       const Two strip = j < n ? load2_upto<splits<T>>(row + j, n - j) : Two{};
-      store(x + r * width + j, strip.a);
-      store(x + r * width + j + VL, strip.b);
+      store(out.at(r, j), strip.a);
+      store(out.at(r, j) + VL, strip.b);
     }
   }
   if (a.replay == ttt::kGradient) {
-    for (int64_t k = 0; k < rows * width; k++) v[k] = a.beta * sum_eta * x[k];
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t j = 0; j < width; j += VL)
+        store(v + r * width + j, a.beta * sum_eta * load(out.at(r, j / STRIP * STRIP) + j % STRIP));
     return;
   }
   Scratch gram_scratch(2 * rows * rows), inverse_scratch(2 * rows * rows);
   double* gram = reinterpret_cast<double*>(gram_scratch.get());
   double* inverse = reinterpret_cast<double*>(inverse_scratch.get());
   for (int64_t r = 0; r < rows; r++)
-    for (int64_t s = 0; s <= r; s++) gram[r * rows + s] = dot(x + r * width, x + s * width, width);
+    for (int64_t s = 0; s <= r; s++) gram[r * rows + s] = dot(out, r, s);
   double trace = 0;
   for (int64_t r = 0; r < rows; r++) trace += gram[r * rows + r];
   double ridge = a.eps * trace / rows;
@@ -98,7 +108,8 @@ void draw_replay(const ttt::Commit& a, float sum_eta, Replay& out) {
     for (int64_t r = 0; r < rows; r++) {
       double value[NC] = {};
       for (int64_t s = 0; s < rows; s++)
-        for (int j = 0; j < NC; j++) value[j] += inverse[r * rows + s] * x[s * width + j0 + j];
+        for (int at = 0; at < NC; at += STRIP)
+          for (int j = 0; j < STRIP; j++) value[at + j] += inverse[r * rows + s] * out.at(s, j0 + at)[j];
       for (int j = 0; j < NC; j++) v[r * width + j0 + j] = static_cast<float>(a.beta * value[j]);
     }
 }

@@ -43,56 +43,44 @@ inline Two load_state(const State<S>& s, int at) {
     return load2<split>(s.value + at);
 }
 
-template <class W, class S>
+// `usual`: the weight changes, and is pulled by its importance; there is a trace, not of Synaptic Intelligence.
+template <bool usual, class W, class S>
 __attribute__((always_inline)) inline void update_row(W* weight, const W* anchor, const State<S>& importance,
                                                       const State<S>& trace, const vf* g, const vf* s,
                                                       const uint32_t* words, const Scalars& k) {
-  constexpr bool split = splits<W>;
+  constexpr bool split = splits<W>, rounds = sizeof(W) == 2 || sizeof(S) < 4;
   constexpr int strips = NC / STRIP;
+  const bool writes = usual || k.writes, pulls = usual || anchor != nullptr, traces = usual || trace.value != nullptr;
   Two grown[strips];
-  vu trace_bits[strips][2];
+  Bits<split> trace_bits[strips];
 #pragma GCC unroll 4
   for (int strip = 0; strip < strips; strip++) {
     const int at = strip * STRIP;
-    vu bits_a = {}, bits_b = {};
-    trace_bits[strip][0] = trace_bits[strip][1] = vu{};
-    if (k.draws) {
-      const vu word = load_as<vu>(words + at / 2);
-      if constexpr (split) {
-        // The trace takes the bits of the other column of its pair: philox.py says why.
-        bits_a = trace_bits[strip][1] = word & 0xffffu;
-        bits_b = trace_bits[strip][0] = word >> 16;
-      } else {
-        const vu swapped = (word >> 16) | (word << 16);
-        vh half[2];
-        std::memcpy(half, &swapped, sizeof half);
-        trace_bits[strip][0] = __builtin_convertvector(half[0], vu);
-        trace_bits[strip][1] = __builtin_convertvector(half[1], vu);
-      }
-    }
-    const Two old = k.writes ? load2<split>(weight + at) : Two{};
+    const vu word = rounds && (usual || k.draws) ? load_as<vu>(words + at / 2) : vu{};
+    // The trace takes the bits of the other column of its pair: philox.py says why.
+    trace_bits[strip] = bits_of<split>((word >> 16) | (word << 16));
+    const Two old = writes ? load2<split>(weight + at) : Two{};
     Two change = {g[2 * strip], g[2 * strip + 1]};
-    if (k.writes && anchor != nullptr) {
+    if (writes && pulls) {
       // The proximal step W* + (W - G - W*) / (1 + a), written so that G = 0 and a = 0 change no bit.
-      const Two omega = importance.value != nullptr ? load_state<split>(importance, at) : Two{};
+      const Two omega = usual || importance.value != nullptr ? load_state<split>(importance, at) : Two{};
       const Two from = load2<split>(anchor + at);
       const vf pull_a = k.pull * omega.a + k.decay, pull_b = k.pull * omega.b + k.decay;
       change.a = (change.a + pull_a * (old.a - from.a)) / (1.0f + pull_a);
       change.b = (change.b + pull_b * (old.b - from.b)) / (1.0f + pull_b);
     }
     Two now = old;
-    if (k.writes) now = store2_rounded<split>(weight + at, {old.a - change.a, old.b - change.b}, bits_a, bits_b);
-    if (trace.value == nullptr) continue;
+    if (writes) now = store2_rounded(weight + at, {old.a - change.a, old.b - change.b}, bits_of<split>(word));
+    if (!traces) continue;
     const Two before = load_state<split>(trace, at);
     Two more = {s[2 * strip], s[2 * strip + 1]};
-    if (k.si) more = {more.a * (old.a - now.a), more.b * (old.b - now.b)};
+    if (!usual && k.si) more = {more.a * (old.a - now.a), more.b * (old.b - now.b)};
     grown[strip] = {k.keep * before.a + more.a, k.keep * before.b + more.b};
-    if constexpr (sizeof(S) > 1)
-      store2_rounded<split>(trace.value + at, grown[strip], trace_bits[strip][0], trace_bits[strip][1]);
+    if constexpr (sizeof(S) > 1) store2_rounded(trace.value + at, grown[strip], trace_bits[strip]);
   }
   if constexpr (sizeof(S) == 1) {
     constexpr int each = BLOCK / STRIP;
-    if (trace.value == nullptr) return;
+    if (!traces) return;
 #pragma GCC unroll 4
     for (int b = 0; b < NC / BLOCK; b++)
       trace.exponent[b] = encode_block<split>(trace.value + b * BLOCK, grown + b * each, trace_bits + b * each);
@@ -154,17 +142,29 @@ struct Rows {
 
   __attribute__((always_inline)) void update(int tall, const vf (&g)[MR][NV], const vf (&s)[MR][NV],
                                              const uint32_t* words, const Scalars& k, bool pulls, bool traces) const {
-    if constexpr (MR <= MID) {
+    const bool usual = pulls && traces && a.importance != nullptr && k.writes && !k.si;
+    if (!usual) {
+      vf g_copy[MR][NV], s_copy[MR][NV];  // the originals stay in registers
+      std::memcpy(g_copy, g, sizeof g);
+      std::memcpy(s_copy, s, sizeof s);
+      update_rest(tall, g_copy, s_copy, words, k, pulls, traces);
+    } else if constexpr (MR <= MID) {
 #pragma GCC unroll 4
       for (int r = 0; r < MR; r++)
-        if (r < tall) update_one(r, g[r], s[r], words, k, pulls, traces);
+        if (r < tall) update_one<true>(r, g[r], s[r], words, k, pulls, traces);
     } else {
 #pragma GCC unroll 1
-      for (int r = 0; r < tall; r++) update_one(r, g[r], s[r], words, k, pulls, traces);
+      for (int r = 0; r < tall; r++) update_one<true>(r, g[r], s[r], words, k, pulls, traces);
     }
   }
 
  private:
+  __attribute__((noinline)) void update_rest(int tall, const vf (&g)[MR][NV], const vf (&s)[MR][NV],
+                                             const uint32_t* words, const Scalars& k, bool pulls, bool traces) const {
+#pragma GCC unroll 1
+    for (int r = 0; r < tall; r++) update_one<false>(r, g[r], s[r], words, k, pulls, traces);
+  }
+
   template <class V>
   __attribute__((noinline)) void pass_rows(V* momentum, int tall, vf (&g)[MR][NV], const uint32_t* words,
                                            const Scalars& k) const {
@@ -177,31 +177,23 @@ struct Rows {
         const Two after = {k.remember * before.a + k.share * first, k.remember * before.b + k.share * second};
         first = k.carry * before.a + k.gain * first;
         second = k.carry * before.b + k.gain * second;
-        vu bits[2] = {};
+        vu other = {};
         if constexpr (sizeof(V) == 2) {
           // The bits of the other pair of four columns: philox.py says why.
           const vq pairs = load_as<vq>(words + at / 2);
-          const vu other = (vu)((pairs >> 32) | (pairs << 32));
-          if constexpr (split) {
-            bits[0] = other & 0xffffu;
-            bits[1] = other >> 16;
-          } else {
-            vh half[2];
-            std::memcpy(half, &other, sizeof half);
-            bits[0] = __builtin_convertvector(half[0], vu);
-            bits[1] = __builtin_convertvector(half[1], vu);
-          }
+          other = (vu)((pairs >> 32) | (pairs << 32));
         }
         if (count >= STRIP) {
-          store2_rounded<split>(momentum + at, after, bits[0], bits[1]);
+          store2_rounded(momentum + at, after, bits_of<split>(other));
         } else {
           V part[STRIP];
-          store2_rounded<split>(part, after, bits[0], bits[1]);
+          store2_rounded(part, after, bits_of<split>(other));
           std::memcpy(momentum + at, part, count * sizeof(V));
         }
       }
   }
 
+  template <bool usual>
   __attribute__((always_inline)) void update_one(int r, const vf (&g)[NV], const vf (&s)[NV], const uint32_t* words,
                                                  const Scalars& k, bool pulls, bool traces) const {
     const int64_t at = (i + r) * a.n + j;
@@ -210,7 +202,7 @@ struct Rows {
     const State<S> importance = state_at<S>(pulls ? const_cast<void*>(a.importance) : nullptr, i + r, j, a.n);
     const State<S> trace = state_at<S>(traces ? a.trace : nullptr, i + r, j, a.n);
     if (j + NC <= a.n) {
-      update_row(weight, anchor, importance, trace, g, s, words + r * NC / 2, k);
+      update_row<usual>(weight, anchor, importance, trace, g, s, words + r * NC / 2, k);
     } else {
       vf g_copy[NV], s_copy[NV];
       std::memcpy(g_copy, g, sizeof g);
@@ -240,8 +232,8 @@ struct Rows {
     if (importance.exponent) std::memcpy(o_exponent, importance.exponent, blocks);
     if (trace.value) std::memcpy(f, trace.value, count * sizeof(S));
     if (trace.exponent) std::memcpy(f_exponent, trace.exponent, blocks);
-    update_row<W, S>(w, anchor ? w0 : nullptr, {importance.value ? o : nullptr, o_exponent},
-                     {trace.value ? f : nullptr, f_exponent}, g, s, words, k);
+    update_row<false, W, S>(w, anchor ? w0 : nullptr, {importance.value ? o : nullptr, o_exponent},
+                            {trace.value ? f : nullptr, f_exponent}, g, s, words, k);
     std::memcpy(weight, w, count * sizeof(W));
     if (trace.value) std::memcpy(trace.value, f, count * sizeof(S));
     if (trace.exponent) std::memcpy(trace.exponent, f_exponent, blocks);

@@ -123,9 +123,31 @@ inline vu round_up_by(vf v, vu bits) {
 #endif
 }
 
-// Store a strip, where T is bfloat16 rounded by the 16 bits of each lane. Returns what was stored.
+// The random bits of a strip, 16 for each column. Where strips split, as they come: words of two columns; otherwise for
+// each of the two vectors, in the lower half of each lane.
 template <bool split>
-inline Two store2_rounded(float* p, Two v, vu, vu) {
+struct Bits {
+  vu a, b;
+};
+template <>
+struct Bits<true> {
+  vu pairs;
+};
+
+template <bool split>
+inline Bits<split> bits_of(vu words) {
+  if constexpr (split) {
+    return {words};
+  } else {
+    vh half[2];
+    std::memcpy(half, &words, sizeof half);
+    return {__builtin_convertvector(half[0], vu), __builtin_convertvector(half[1], vu)};
+  }
+}
+
+// Store a strip in the order of its columns.
+template <bool split>
+inline void store2(float* p, Two v) {
   if constexpr (split) {
     for (int l = 0; l < VL; l++) p[2 * l] = v.a[l];
     for (int l = 0; l < VL; l++) p[2 * l + 1] = v.b[l];
@@ -133,21 +155,34 @@ inline Two store2_rounded(float* p, Two v, vu, vu) {
     store(p, v.a);
     store(p + VL, v.b);
   }
+}
+
+// The same where T is bfloat16 rounded stochastically. Returns what was stored.
+template <bool split>
+inline Two store2_rounded(float* p, Two v, const Bits<split>&) {
+  store2<split>(p, v);
   return v;
 }
-template <bool split>
-inline Two store2_rounded(bf16* p, Two v, vu bits_a, vu bits_b) {
-  const vu a = round_up_by(v.a, bits_a), b = round_up_by(v.b, bits_b);
-  const vu low = a >> 16, high = b & 0xffff0000u;
-  if constexpr (split) {
-    const vu pairs = low | high;
-    std::memcpy(p, &pairs, sizeof pairs);
-  } else {
-    const vh first = __builtin_convertvector(low, vh), second = __builtin_convertvector(b >> 16, vh);
-    std::memcpy(p, &first, sizeof first);
-    std::memcpy(p + VL, &second, sizeof second);
-  }
-  return {(vf)(low << 16), (vf)high};
+inline Two store2_rounded(bf16* p, Two v, const Bits<false>& bits) {
+  const vu a = round_up_by(v.a, bits.a), b = round_up_by(v.b, bits.b);
+  const vh first = __builtin_convertvector(a >> 16, vh), second = __builtin_convertvector(b >> 16, vh);
+  std::memcpy(p, &first, sizeof first);
+  std::memcpy(p + VL, &second, sizeof second);
+  return {(vf)(a & 0xffff0000u), (vf)(b & 0xffff0000u)};
+}
+inline Two store2_rounded(bf16* p, Two v, const Bits<true>& bits) {
+#if defined(__AVX512BW__)
+  // Both columns of a pair at once: a half goes up by one where its lower half and the bits make a carry. Inverted,
+  // for then the exponent is tested and the lower half compared without another step.
+  const vu low = ~(((vu)v.a & 0xffffu) | ((vu)v.b << 16)), high = ~(((vu)v.a >> 16) | ((vu)v.b & 0xffff0000u));
+  const __mmask32 finite = _mm512_test_epi16_mask((__m512i)high, _mm512_set1_epi16(0x7f80));
+  const __mmask32 carry = _mm512_mask_cmplt_epu16_mask(finite, (__m512i)low, (__m512i)bits.pairs);
+  const vu pairs = ~(vu)_mm512_mask_add_epi16((__m512i)high, carry, (__m512i)high, _mm512_set1_epi16(-1));
+#else
+  const vu pairs = round_up_by(v.a, bits.pairs & 0xffffu) >> 16 | (round_up_by(v.b, bits.pairs >> 16) & 0xffff0000u);
+#endif
+  std::memcpy(p, &pairs, sizeof pairs);
+  return {(vf)(pairs << 16), (vf)(pairs & 0xffff0000u)};
 }
 
 // Round to nearest even; the result's upper half is the bfloat16.

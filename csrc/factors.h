@@ -1,0 +1,81 @@
+// The left factors of the commit's products: delta of the tokens, the drift of the replay rows, what the trace sums.
+#pragma once
+#include <vector>
+
+#include "philox.h"
+#include "product.h"
+#include "vec.h"
+
+namespace {
+
+constexpr int64_t BLOCK_ROWS = 48;  // of W at most that are written at a time: whole tiles and whole vectors
+
+// The tokens that the trace's sum runs over, and by how much each counts: gamma^age, times its group's size.
+struct Traced {
+  std::vector<int64_t> token;
+  std::vector<float> weight;
+};
+
+inline Traced traced_tokens(const ttt::Commit& a) {
+  Traced out;
+  std::vector<float> age(a.tokens);
+  double power = 1;
+  for (int64_t t = a.tokens - 1; t >= 0; t--, power *= a.gamma) age[t] = static_cast<float>(power);
+  uint32_t words[4] = {};
+  for (int64_t k = 0, t0 = 0; t0 < a.tokens; k++, t0 += a.trace_every) {
+    const int64_t size = a.tokens - t0 < a.trace_every ? a.tokens - t0 : a.trace_every;
+    int64_t t = t0;
+    if (a.trace_every > 1) {
+      if (k % 4 == 0) philox(static_cast<uint32_t>(k / 4), 0, static_cast<uint32_t>(*a.step), kToken, a.seed, words);
+      t += static_cast<int64_t>((static_cast<uint64_t>(words[k % 4]) * static_cast<uint64_t>(size)) >> 32);
+    }
+    out.token.push_back(t);
+    out.weight.push_back((a.kind == ttt::kSi ? 1.0f : age[t]) * static_cast<float>(size));
+  }
+  return out;
+}
+
+// For `rows` rows of W from i0 on, MR rows interleaved: out[i * u.left() + unit * MR + row]. What stands for rows
+// behind W's end is of no account.
+template <int MR, bool dot, class W>
+inline void pack_left(const ttt::Commit& a, const Units& u, const Traced& traced, const float* drift, int64_t i0,
+                      int64_t rows, float* out) {
+  const W *delta = static_cast<const W*>(a.delta), *trace_delta = static_cast<const W*>(a.trace_delta);
+  const int64_t chosen = static_cast<int64_t>(traced.token.size());
+  const auto rows_of = [&](const W* of, int64_t t, int64_t i) {
+    return load_upto(of + t * a.m + i0 + i, a.m - i0 - i);
+  };
+  const auto of_g = [&](int64_t t, int64_t i) { return t < a.tokens ? rows_of(delta, t, i) : vf{}; };
+  const auto of_s = [&](int64_t c, int64_t i) {
+    if (c >= chosen) return vf{};
+    return factor_of({rows_of(trace_delta, traced.token[c], i), vf{}}, a.kind).a * traced.weight[c];
+  };
+  const auto pair = [](vf v, vf w) { return (vf)((nearest(v) >> 16) | (nearest(w) & 0xffff0000u)); };
+  // Next unit: VL rows at a time by `value`.
+  alignas(64) float unit[BLOCK_ROWS + VL] = {};
+  const auto put = [&](auto value) {
+    for (int64_t i = 0; i < rows; i += VL) store(unit + i, value(i));
+    for (int64_t i = 0; i < rows; i += MR) std::memcpy(out + i * u.left(), unit + i, MR * sizeof(float));
+    out += MR;
+  };
+  if constexpr (dot) {
+    const auto scaled = [&](int64_t t, int64_t i) { return t < a.tokens ? of_g(t, i) * a.eta[t] : vf{}; };
+    const auto rest = [](vf v) { return v - (vf)(nearest(v) & 0xffff0000u); };
+    for (int64_t t = 0; t < a.tokens; t += 2)
+      if (u.parts == 1)
+        put([&](int64_t i) { return pair(of_g(t, i), of_g(t + 1, i)); });
+      else
+        put([&](int64_t i) { return pair(scaled(t, i), scaled(t + 1, i)); });
+    for (int64_t t = 0; t < a.tokens && u.parts == 2; t += 2)
+      put([&](int64_t i) { return pair(rest(scaled(t, i)), rest(scaled(t + 1, i))); });
+  } else {
+    for (int64_t t = 0; t < a.tokens; t++) put([&](int64_t i) { return a.eta[t] * of_g(t, i); });
+  }
+  for (int64_t q = 0; q < u.rows; q++) put([&](int64_t i) { return load(drift + q * BLOCK_ROWS + i); });
+  if constexpr (dot)
+    for (int64_t c = 0; c < chosen; c += 2) put([&](int64_t i) { return pair(of_s(c, i), of_s(c + 1, i)); });
+  else
+    for (int64_t c = 0; c < chosen; c++) put([&](int64_t i) { return of_s(c, i); });
+}
+
+}  // namespace
