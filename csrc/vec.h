@@ -104,10 +104,12 @@ inline Two load2_upto(const T* p, int64_t count) {
 // bytes to 4096 do alike).
 constexpr int AHEAD = 2048;
 
-template <class T>
+// `level`: 3 for the first-level cache, 2 for the second: of many rows, 4 KB apart, the streams would push one another
+// out of the first.
+template <int level = 3, class T>
 inline void prefetch_strip(const T* p, int64_t ahead = AHEAD) {
   for (size_t byte = 0; byte < STRIP * sizeof(T); byte += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead + byte, 0, 3);
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead + byte, 0, level);
 }
 
 // Finite lanes are selected by an all-ones exponent: -ffast-math is never used, but isfinite has no vector form.
