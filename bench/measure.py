@@ -98,15 +98,17 @@ def row_of(case: Case, name: str, times: dict[str, list[float]], fields: dict[st
     row |= {"gb_per_s": moved and moved / median / 1e9, "tflop_per_s": flops and flops / median / 1e12}
     row["percent_of_copy"] = percent("copy", moved)
     row["ratio_to_bound"] = against("copy", moved) if moved else None
+    row["ratio_to_read_bound"] = against("read", moved) if moved else None
     row["percent_of_matmul"] = percent("matmul", case.product_flops(name))
     row["percent_of_square_matmul"] = percent("square matmul", case.product_flops(name))
     row["ceiling"] = case.ceiling
     row["percent_of_ceiling"] = row[f"percent_of_{case.ceiling}"] if case.ceiling else None
     row["us_above_baseline"] = _above(seconds, times.get(case.baseline))
-    for ceiling, unit in (("copy", "gb_per_s"), ("matmul", "tflop_per_s"), ("square matmul", "tflop_per_s")):
+    units = {"copy": "gb_per_s", "read": "gb_per_s", "matmul": "tflop_per_s", "square matmul": "tflop_per_s"}
+    for ceiling, unit in units.items():
         if times.get(ceiling):
             rate = 1 / statistics.median(times[ceiling])
-            row[f"{ceiling.replace(' ', '_')}_{unit}"] = rate / (1e9 if ceiling == "copy" else 1e12)
+            row[f"{ceiling.replace(' ', '_')}_{unit}"] = rate / (1e9 if unit == "gb_per_s" else 1e12)
     row |= fields
     return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()} | case.parameters()
 
@@ -118,9 +120,12 @@ def _above(seconds: list[float], baseline: list[float] | None) -> float | None:
 
 
 def summary_of_ceilings(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The ceilings of a whole run: the median copy rate, and the best rate of a square product for each dtype."""
-    copies = [r["copy_gb_per_s"] for r in rows if "copy_gb_per_s" in r]
-    found = {"copy_gb_per_s": statistics.median(copies)} if copies else {}
+    """The ceilings of a whole run: the median rates of copy and read, and the best of a square product by dtype."""
+    found = {}
+    for name in ("copy_gb_per_s", "read_gb_per_s"):
+        rates = [r[name] for r in rows if name in r]
+        if rates:
+            found[name] = statistics.median(rates)
     for dtype in sorted({r["dtype"] for r in rows}):
         rates = [
             r["square_matmul_tflop_per_s"] for r in rows if r["dtype"] == dtype and "square_matmul_tflop_per_s" in r

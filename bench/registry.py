@@ -90,7 +90,7 @@ class Case:
         raise NotImplementedError
 
     def ceilings(self) -> dict[str, Callable[[], Contender]]:
-        """Makers of the ceilings that are measured in the same rounds; a unit is one byte ("copy") or flop."""
+        """Makers of the ceilings that are measured in the same rounds; a unit is one byte ("copy", "read") or flop."""
         from bench.timing import copy_ceiling
 
         return {"copy": lambda: copy_ceiling(self.device)}

@@ -352,6 +352,11 @@ def test_a_row_holds_ratios_of_its_rounds():
     assert row["percent_of_copy"] == pytest.approx(100 * moved / rate / 2e-3, rel=1e-5)
     assert row["ratio_to_bound"] == pytest.approx(100 / row["percent_of_copy"], rel=1e-5)
     assert row["copy_gb_per_s"] == 2
+    assert row["ratio_to_read_bound"] is None
+    read = measure.row_of(case, "ttt", times | {"read": [2 / rate, 2 / rate, 4 / rate]}, {})
+    assert read["ratio_to_read_bound"] == pytest.approx(row["ratio_to_bound"] / 2, rel=1e-5)
+    assert read["read_gb_per_s"] == 1
+    assert measure.summary_of_ceilings([row, read]) == {"copy_gb_per_s": 2, "read_gb_per_s": 1}
     assert row["ours"] is True
     assert row["percent_of_matmul"] is None
     assert row["more"] == 1

@@ -31,6 +31,8 @@ def test_upper_bounds_and_packed_state():
         [{**decode, "case": f"window {w}, 8bit state", "ratio_to_bound": b} for w, b in ((16, 1.1), (64, 1.11))]
     )
     assert line[0][1:4] == ["8bit", "1 of 2", "window 64: 1.11"]
+    read = {**decode, "case": "window 64", "ratio_to_bound": 1.3, "ratio_to_read_bound": 1.054}
+    assert cells([read])[0][3] == "window 64: 1.30 (1.05 x at the rate of a pure read)"
 
 
 def test_the_committed_page_is_that_of_the_committed_results(tmp_path):

@@ -13,6 +13,7 @@ from torch import Tensor
 from bench.contenders import PlainLayer
 from bench.registry import Case, Contender, shared
 from bench.state import STORAGE, assert_change, copies, layer_count, learning_layer, random_layer, size_of, some_rows
+from bench.timing import read_ceiling
 from ttt.nn import Linear, Update
 from ttt.ops import reference
 
@@ -59,6 +60,10 @@ class Decode(Case):
     @property
     def ceiling(self) -> str | None:
         return None if self.in_cache else "copy"
+
+    def ceilings(self) -> dict[str, Callable[[], Contender]]:
+        """Nearly all bytes of a step are read: a stream that only reads is the nearer bound."""
+        return super().ceilings() | {"read": lambda: read_ceiling(self.device)}
 
     @property
     def capturable(self) -> bool:

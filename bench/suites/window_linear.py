@@ -14,7 +14,7 @@ import ttt
 from bench.contenders import compiled, plain_window_linear
 from bench.registry import Case, Contender, shared
 from bench.state import STORAGE, assert_change, layer_count, size_of, some_rows
-from bench.timing import product_ceiling, square_ceiling
+from bench.timing import product_ceiling, read_ceiling, square_ceiling
 from ttt.ops import reference
 
 
@@ -49,7 +49,7 @@ class WindowLinear(Case):
         return "copy" if self.tokens <= 16 else "matmul"
 
     def ceilings(self) -> dict[str, Callable[[], Contender]]:
-        found = super().ceilings()
+        found = super().ceilings() | {"read": lambda: read_ceiling(self.device)}
         if self.ceiling == "matmul":
             found["matmul"] = lambda: product_ceiling(self.device, self.dtype, self.m, self.n, self.tokens)
             found["square matmul"] = lambda: square_ceiling(self.device, self.dtype)
