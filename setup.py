@@ -55,7 +55,7 @@ class BuildKernels(build_ext):
         work = Path(self.build_temp).resolve()
         work.mkdir(parents=True, exist_ok=True)
         objects = {f"kernels_{name}.o": ("kernels.cpp", flags) for name, flags in VARIANTS.items()}
-        objects["bindings.o"] = ("bindings.cpp", [])
+        objects |= {f"{name}.o": (f"{name}.cpp", []) for name in ("bindings", "tiles")}
         lines = [
             f"cflags = {' '.join(cflags)}",
             f"rule cxx\n  command = {compiler} -MMD -MF $out.d $cflags $flags -c $in -o $out\n  depfile = $out.d",

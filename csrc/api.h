@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "tiles.h"
+
 namespace ttt {
 
 enum Dtype : int { kF32 = 0, kBF16 = 1, kLog8 = 2 };
@@ -37,6 +39,7 @@ struct Commit {
   void* momentum;  // m x n, momentum_dtype; may be null
   float mu, decay;
   int momentum_dtype;
+  const Tiles* tiles;  // may be null
 };
 
 struct FleetLinear {

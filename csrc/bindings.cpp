@@ -18,6 +18,8 @@ namespace {
 #ifdef TTT_X86
 bool supports(const std::string& isa) {
   __builtin_cpu_init();
+  if (isa == "amx") return supports("avx512bf16") && ttt::amx_tiles() != nullptr;
+  if (isa == "amx, emulated") return supports("avx512bf16");
   if (isa == "avx512bf16") return supports("avx512") && __builtin_cpu_supports("avx512bf16");
   if (isa == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (isa == "avx512")
@@ -31,14 +33,14 @@ bool supports(const std::string& isa) { return isa == "portable"; }
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
-  for (const char* isa : {"portable", "avx2", "avx512", "avx512bf16"})
+  for (const char* isa : {"portable", "avx2", "avx512", "avx512bf16", "amx"})
     if (supports(isa)) names.push_back(isa);
   return names;
 }
 
 const ttt::Kernels* table_of(const std::string& isa) {
 #ifdef TTT_X86
-  if (isa == "avx512bf16") return &ttt::kernels_avx512bf16();
+  if (isa == "avx512bf16" || isa.rfind("amx", 0) == 0) return &ttt::kernels_avx512bf16();
   if (isa == "avx512") return &ttt::kernels_avx512();
   if (isa == "avx2") return &ttt::kernels_avx2();
 #endif
@@ -56,7 +58,14 @@ const bool slow_dots = [] {
 #endif
 }();
 
-const ttt::Kernels* active = table_of(available_isas().back());
+std::string active_isa = available_isas().back();
+const ttt::Kernels* active = table_of(active_isa);
+
+const ttt::Tiles* tiles_of(const std::string& isa) {
+  if (isa == "amx, emulated") return ttt::emulated_tiles();  // for tests
+  return isa == "amx" ? ttt::amx_tiles() : nullptr;
+}
+const ttt::Tiles* active_tiles = tiles_of(active_isa);
 
 void set_isa(const std::string& isa) {
   if (!supports(isa)) {
@@ -64,7 +73,9 @@ void set_isa(const std::string& isa) {
     for (const auto& name : available_isas()) allowed += (allowed.empty() ? "" : ", ") + name;
     throw py::value_error("isa must be one that this processor has (" + allowed + "), got '" + isa + "'");
   }
+  active_isa = isa;
   active = table_of(isa);
+  active_tiles = tiles_of(isa);
 }
 
 template <class T>
@@ -145,7 +156,8 @@ ttt::Commit commit_of(address weight, address anchor, address importance, addres
           out<void>(momentum),
           mu,
           decay,
-          momentum_dtype};
+          momentum_dtype,
+          active_tiles};
 }
 
 template <class... Args>
@@ -342,5 +354,5 @@ PYBIND11_MODULE(_C, m) {
       .def("commit_window", &Layer::commit_window);
   m.def("set_isa", &set_isa, py::arg("isa"), "Use the kernels of one instruction set from now on.");
   m.def("available_isas", &available_isas, "The instruction sets this processor has, slowest first.");
-  m.def("active_isa", [] { return std::string(active->isa); });
+  m.def("active_isa", [] { return active_isa; });
 }

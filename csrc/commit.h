@@ -30,6 +30,19 @@ inline void set_momentum(const ttt::Commit& a, Scalars& k) {
   k.gain = static_cast<float>((1 - mu * share) / (1 - mu));
 }
 
+// Whether a commit's products are made by matrix units.
+inline bool tiles_fit(bool dot, const ttt::Commit& a) {
+  return dot && NC == ttt::TILE_COLUMNS && a.tiles != nullptr && a.tokens >= a.tiles->fewest;
+}
+
+template <int MR>
+__attribute__((always_inline)) inline void take_sums(vf (&to)[MR][NV], const float* sums, float scale) {
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) to[r][v] = load(sums + r * NC + v * VL) * scale;
+}
+
 // Tiles are FLAT up to the first number of tokens, MID up to the second.
 constexpr int64_t HANDFUL = 4, FEW_TOKENS = 32;
 
@@ -74,6 +87,12 @@ void commit(const ttt::Commit& a) {
   u.rows = replay.rows;
   u.parts = dot && !one_eta ? 2 : 1;
   u.scale = dot && one_eta && tokens ? a.eta[0] : 1.0f;
+  const bool tiled = tiles_fit(dot, a);
+  if (tiled) {
+    const auto whole = [](int64_t units) { return (units + ttt::TILE - 1) / ttt::TILE * ttt::TILE; };
+    u.g = whole(u.g);
+    u.s = whole(u.s);
+  }
   Units of_tokens = u;
   of_tokens.rows = 0;
 
@@ -91,17 +110,23 @@ void commit(const ttt::Commit& a) {
   // Panels in one group stay in the L2 cache while the block's rows go over them; a small X is one group.
   const int64_t panel_bytes = u.right() * 4;
   int64_t group = panel_bytes * panels <= (512 << 10) ? panels : (256 << 10) / (panel_bytes ? panel_bytes : 1);
-  if (group < 1) group = 1;
+  if (group < 1 || tiled) group = 1;
 
   const double work = static_cast<double>(m) * n * (4 + tokens + replay.rows);
   const int threads = work < 65536 ? 1 : a.threads;
-  const int64_t own = block * u.left() + replay.rows * BLOCK_ROWS + 64;
+  const int64_t left_size = (block * u.left() + 15) / 16 * 16, drift_size = replay.rows * BLOCK_ROWS;
+  const int64_t tile_size = tiled ? BLOCK_ROWS * (u.parts * u.g + u.s + 2 * NC) + 16 : 0;
+  const int64_t own = left_size + drift_size + tile_size + 64;
   Scratch scratch(own * threads);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     float* left = scratch.get() + own * omp_get_thread_num();
-    float* drift = left + block * u.left();
+    float* drift = left + left_size;
+    uint32_t* left_tiles = reinterpret_cast<uint32_t*>(drift + drift_size);
+    float* sums = drift + drift_size + BLOCK_ROWS * (u.parts * u.g + u.s);  // of G, and below them of S
+    alignas(64) char configured[64] = {};
+    if (tiled) a.tiles->begin(configured);
     alignas(64) uint32_t words[ACROSS<MR> * WORDS<MR>];
 
 #pragma omp for schedule(static)
@@ -109,13 +134,16 @@ void commit(const ttt::Commit& a) {
       const int64_t j0 = p * NC, count = n - j0;
       float* to = packed.get() + p * u.right();
       const int step = dot ? 2 : 1;
-      for (int64_t t = 0; t < tokens; t += step, to += NC)
-        pack_unit<W, dot>(x + t * n + j0, t + 1 < tokens ? x + (t + 1) * n + j0 : nullptr, count, ttt::kSi, to);
+      const auto pack = [&](int64_t first, int64_t second, int kind) {  // -1: no token
+        pack_unit<W, dot>(x + first * n + j0, second < 0 ? nullptr : x + second * n + j0, first < 0 ? 0 : count, kind,
+                          to);
+        to += NC;
+      };
+      for (int64_t t = 0; t < step * u.g; t += step) pack(t < tokens ? t : -1, t + 1 < tokens ? t + 1 : -1, ttt::kSi);
       for (int64_t r = 0; r < replay.rows; r++, to += NC)
         std::memcpy(to, replay.v.get() + r * replay.width + j0, NC * sizeof(float));
-      for (int64_t c = 0; c < chosen; c += step, to += NC)
-        pack_unit<W, dot>(x + traced.token[c] * n + j0, c + 1 < chosen ? x + traced.token[c + 1] * n + j0 : nullptr,
-                          count, a.kind, to);
+      for (int64_t c = 0; c < step * u.s; c += step)
+        pack(c < chosen ? traced.token[c] : -1, c + 1 < chosen ? traced.token[c + 1] : -1, a.kind);
     }
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < tokens; t++) {
@@ -149,7 +177,22 @@ void commit(const ttt::Commit& a) {
           }
       }
       pack_left<MR, dot, W>(a, u, traced, drift, i0, rows, left);
+      const int64_t row_tiles = (rows + ttt::TILE - 1) / ttt::TILE, chunks_g = u.g / ttt::TILE;
+      uint32_t* s_tiles = left_tiles + row_tiles * u.parts * u.g * ttt::TILE;
+      if (tiled) {
+        for (int64_t part = 0; part < u.parts; part++)
+          tiles_of<MR>(left + part * u.g * MR, u.left(), u.g, rows, left_tiles + part * row_tiles * u.g * ttt::TILE);
+        tiles_of<MR>(left + (u.parts * u.g + u.rows) * MR, u.left(), u.s, rows, s_tiles);
+      }
       for (int64_t p0 = 0; p0 < panels; p0 += group) {
+        if (tiled) {
+          const uint32_t* right = reinterpret_cast<const uint32_t*>(packed.get() + p0 * u.right());
+          for (int64_t part = 0; part < u.parts; part++)
+            a.tiles->multiply(left_tiles + part * row_tiles * u.g * ttt::TILE, right, chunks_g, row_tiles, part > 0,
+                              sums);
+          a.tiles->multiply(s_tiles, right + (u.g + u.rows) * NC, u.s / ttt::TILE, row_tiles, false,
+                            sums + BLOCK_ROWS * NC);
+        }
         const int64_t p1 = p0 + group < panels ? p0 + group : panels;
         for (int64_t i = 0; i < rows; i += MR) {
           const int tall = rows - i < MR ? static_cast<int>(rows - i) : MR;
@@ -161,19 +204,26 @@ void commit(const ttt::Commit& a) {
             tile.prefetch(tall, j0 + 2 * NC, k.writes);
             if ((p - p0) % ACROSS<MR> == 0 && k.draws) tile.draw(words, p1 - p, k);
             const float* right = packed.get() + p * u.right();
+            if (tiled) {
+              take_sums<MR>(g, sums + i * NC, u.scale);
+              take_sums<MR>(s, sums + (BLOCK_ROWS + i) * NC, 1.0f);
+            }
             if constexpr (moves) {
-              sum_g<MR, dot>(g, of_tokens, factors, right);
+              if (!tiled) sum_g<MR, dot>(g, of_tokens, factors, right);
               tile.pass_momentum(tall, g, words + (p - p0) % ACROSS<MR> * WORDS<MR>, k);
+              add_products<MR>(g, factors + u.parts * u.g * MR, right + u.g * NC, u.rows);
+            } else if (tiled) {
               add_products<MR>(g, factors + u.parts * u.g * MR, right + u.g * NC, u.rows);
             } else if (k.writes) {
               sum_g<MR, dot>(g, u, factors, right);
             }
-            if (traces) sum_s<MR, dot>(s, u, factors, right);
+            if (traces && !tiled) sum_s<MR, dot>(s, u, factors, right);
             tile.update(tall, g, s, words + (p - p0) % ACROSS<MR> * WORDS<MR>, k, pulls, traces);
           }
         }
       }
     }
+    if (tiled) a.tiles->end(configured);
   }
   *a.step += 1;
 }
@@ -194,7 +244,7 @@ template <class W, class S>
 void commit_by_rate(const ttt::Commit& a) {
   // A velocity in float32 is there for its precision: eta delta as two bfloat16 would be 5e-7 off.
   const bool precise = a.momentum != nullptr && a.momentum_dtype == ttt::kF32;
-  if (dots<W> && !precise && (!a.slow_dots || a.tokens <= HANDFUL))
+  if (dots<W> && !precise && (!a.slow_dots || a.tokens <= HANDFUL || tiles_fit(true, a)))
     commit_by_size<dots<W>, W, S>(a);
   else
     commit_by_size<false, W, S>(a);

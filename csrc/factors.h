@@ -61,21 +61,36 @@ inline void pack_left(const ttt::Commit& a, const Units& u, const Traced& traced
   if constexpr (dot) {
     const auto scaled = [&](int64_t t, int64_t i) { return t < a.tokens ? of_g(t, i) * a.eta[t] : vf{}; };
     const auto rest = [](vf v) { return v - (vf)(nearest(v) & 0xffff0000u); };
-    for (int64_t t = 0; t < a.tokens; t += 2)
+    for (int64_t t = 0; t < 2 * u.g; t += 2)
       if (u.parts == 1)
         put([&](int64_t i) { return pair(of_g(t, i), of_g(t + 1, i)); });
       else
         put([&](int64_t i) { return pair(scaled(t, i), scaled(t + 1, i)); });
-    for (int64_t t = 0; t < a.tokens && u.parts == 2; t += 2)
+    for (int64_t t = 0; t < 2 * u.g && u.parts == 2; t += 2)
       put([&](int64_t i) { return pair(rest(scaled(t, i)), rest(scaled(t + 1, i))); });
   } else {
     for (int64_t t = 0; t < a.tokens; t++) put([&](int64_t i) { return a.eta[t] * of_g(t, i); });
   }
   for (int64_t q = 0; q < u.rows; q++) put([&](int64_t i) { return load(drift + q * BLOCK_ROWS + i); });
   if constexpr (dot)
-    for (int64_t c = 0; c < chosen; c += 2) put([&](int64_t i) { return pair(of_s(c, i), of_s(c + 1, i)); });
+    for (int64_t c = 0; c < 2 * u.s; c += 2) put([&](int64_t i) { return pair(of_s(c, i), of_s(c + 1, i)); });
   else
     for (int64_t c = 0; c < chosen; c++) put([&](int64_t i) { return of_s(c, i); });
+}
+
+// Of `units` of factors that pack_left packed, from the first of `packed` on, tiles of 16 rows and 16 units (tiles.h),
+// units innermost. Rows from `rows` on are zero.
+template <int MR>
+inline void tiles_of(const float* packed, int64_t stride, int64_t units, int64_t rows, uint32_t* out) {
+  constexpr int64_t tile = ttt::TILE;
+  for (int64_t i0 = 0; i0 < rows; i0 += tile)
+    for (int64_t u0 = 0; u0 < units; u0 += tile, out += tile * tile)
+      for (int64_t i = i0; i < i0 + tile; i++)
+        for (int64_t u = 0; u < tile; u++) {
+          uint32_t pair = 0;
+          if (i < rows) std::memcpy(&pair, packed + i / MR * MR * stride + (u0 + u) * MR + i % MR, sizeof pair);
+          out[(i - i0) * tile + u] = pair;
+        }
 }
 
 }  // namespace

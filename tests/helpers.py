@@ -3,10 +3,20 @@
 import torch
 
 import ttt
-from ttt.ops import log8
+from ttt.ops import cpu, log8
 from ttt.ops.philox import choose_tokens, stochastic_round_, trace_rounding_bits
 
 PLAIN = {"rate": "constant", "lr": 5e-3, "clip": None, "ewc_lambda": 0.01, "replay_beta": 0.3, "orthogonal": 0}
+
+
+ISAS = [] if cpu._C is None else cpu._C.available_isas()
+"""The C++ kernels that are run; matrix units are emulated, wherever pairs of bfloat16 are multiplied at all."""
+ISAS += ["amx, emulated"] if "avx512bf16" in ISAS else []
+
+
+def multiplies_pairs(isa: str) -> bool:
+    """Whether kernels for ``isa`` multiply bfloat16 without widening it."""
+    return isa == "avx512bf16" or isa.startswith("amx")
 
 
 def plain_config(**options) -> ttt.TTTConfig:

@@ -2,12 +2,19 @@
 
 import pytest
 import torch
-from helpers import ORDER, as_double, assert_close, assert_commit, trace_of_rounded_factors
+from helpers import (
+    ISAS,
+    ORDER,
+    as_double,
+    assert_close,
+    assert_commit,
+    multiplies_pairs,
+    trace_of_rounded_factors,
+)
 
 from ttt import _C, ops
 from ttt.ops import log8, reference
 
-ISAS = _C.available_isas()
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -92,7 +99,7 @@ def check_commit(case, options):
     ops.commit(**ours, **options)
     run_reference(plain, options)
     run_reference(exact, options)
-    pairs = _C.active_isa() == "avx512bf16" and case["weight"].dtype == torch.bfloat16
+    pairs = multiplies_pairs(_C.active_isa()) and case["weight"].dtype == torch.bfloat16
     if pairs and options["kind"] != "si" and case["trace"] is not None and len(case["x"]):
         plain["trace"] = trace_of_rounded_factors(case, options)
     assert_commit(case, ours, exact, plain)
@@ -133,9 +140,10 @@ def test_commit_without_optional_state(isa, missing):
     check_commit(case, options)
 
 
-def test_commit_over_several_cache_groups(isa):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_commit_over_several_cache_groups(isa, dtype):
     # X is larger than 1 MB, so its panels are taken in groups, and rows in several blocks.
-    case = commit_case(100, 1030, 300, torch.float32, torch.float32)
+    case = commit_case(100, 1030, 300, dtype, torch.float32)
     check_commit(case, {**OPTIONS, "replay_rows": 5, "lam": 0.5})
 
 

@@ -3,7 +3,7 @@
 import exact
 import pytest
 import torch
-from helpers import ORDER, as_double, assert_close, assert_commit, trace_of_rounded_factors
+from helpers import ORDER, as_double, assert_close, assert_commit, multiplies_pairs, trace_of_rounded_factors
 from test_replay_rows import BACKENDS, DEVICE, fused, panels
 
 from ttt import _C, ops
@@ -45,7 +45,7 @@ def commit(request, monkeypatch):
 
     # The interpreter rounds float32 to bfloat16 wrongly.
     run.half = torch.float16 if function is fused.commit and DEVICE == "cpu" else torch.bfloat16
-    run.pairs = name == "avx512bf16" or function is fused.commit
+    run.pairs = multiplies_pairs(name) or function is fused.commit
     yield run
     _C.set_isa(active)
 

@@ -3,7 +3,7 @@
 import exact
 import pytest
 import torch
-from helpers import ORDER, as_double, assert_close
+from helpers import ISAS, ORDER, as_double, assert_close
 
 from ttt import _C, ops
 from ttt.ops import reference
@@ -17,7 +17,7 @@ OPTIONS = {
     "seed": 2**63 - 9, "replay": "projection", "beta": 0.3, "eps": 1e-3, "lam": 0.5, "gamma": 0.9, "kind": "fisher",
     "trace_every": 1, "trace_fp8": False, "gate": None,
 }  # fmt: skip
-BACKENDS = ["reference", *_C.available_isas(), "fused", "panels"]
+BACKENDS = ["reference", *ISAS, "fused", "panels"]
 
 
 @pytest.fixture(params=BACKENDS)
