@@ -49,7 +49,7 @@ struct FleetBatch {
 // the order of B's strips.
 template <int tokens, int rows, class T>
 inline void add_rows(float* acc, int64_t width, const float* factor, int64_t stride, const T* b, int64_t m,
-                     int64_t count, int64_t ahead) {
+                     int64_t count, int64_t later) {
   for (int64_t j = 0; j < count; j += STRIP) {
     Two value[tokens];
 #pragma GCC unroll 4
@@ -57,7 +57,7 @@ inline void add_rows(float* acc, int64_t width, const float* factor, int64_t str
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
       const Two row = load2_upto<splits<T>>(b + r * m + j, count - j);
-      prefetch_strip(b + r * m + j, ahead);
+      prefetch_strip<2>(b + r * m + later + j, 0);
 #pragma GCC unroll 4
       for (int t = 0; t < tokens; t++) {
         value[t].a += factor[t * stride + r] * row.a;
@@ -78,8 +78,8 @@ inline void add_all_rows(float* acc, int64_t width, const float* factor, int64_t
   constexpr int each = 8;
   int64_t r = 0;
   for (; r + each <= held; r += each) {
-    const int64_t ahead = r + 2 * each <= held ? each * m * static_cast<int64_t>(sizeof(T)) : 0;
-    add_rows<tokens, each>(acc, width, factor + r, held, b + r * m, m, count, ahead);
+    const int64_t later = r + 2 * each <= held ? each * m : 0;
+    add_rows<tokens, each>(acc, width, factor + r, held, b + r * m, m, count, later);
   }
   for (; r < held; r++) add_rows<tokens, 1>(acc, width, factor + r, held, b + r * m, m, count, 0);
 }
@@ -119,7 +119,7 @@ void fleet_linear(const ttt::FleetLinear& a) {
       const T* row[4] = {};
       for (int r = 0; r < some; r++) row[r] = static_cast<const T*>(a.a) + (g.slot * a.capacity + r0 + r) * n;
       dot_products_any(row, some, x.row(g.first), stride, n, g.count, inner.get() + g.inner + r0, 1, g.rows,
-                       r0 + 8 <= g.rows ? 4 * n * static_cast<int64_t>(sizeof(T)) : AHEAD);
+                       r0 + 8 <= g.rows ? 4 * n : 0);
     }
 #pragma omp for schedule(dynamic, 2)
     for (size_t unit = 0; unit < sums.size(); unit++) {

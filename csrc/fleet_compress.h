@@ -21,6 +21,7 @@ namespace {
 
 constexpr int64_t GRAM_COLUMNS = 512;  // of all rows at a time: the second-level cache holds them, as doubles too
 constexpr int64_t MOST_PIECES = 8;     // of a Gram matrix
+constexpr int64_t KEPT_ROWS = 256;     // memory of slots with more rows, tens of megabytes, is given back
 
 struct Pieces {
   int64_t width, count;
@@ -291,10 +292,13 @@ template <class T>
 int64_t fleet_compress(const ttt::FleetCompress& a) {
   const Compression<T> work(a);
   const int threads = static_cast<double>(a.capacity) * a.capacity * (a.m + a.n) < 65536 ? 1 : a.threads;
-  std::vector<Compressed> slots(std::min<int64_t>(a.count, threads));
+  // Kept by each thread that calls: the system takes a while to hand out fresh pages.
+  thread_local std::vector<Compressed> slots;
+  thread_local Wide scratch;
+  if (static_cast<int>(slots.size()) < threads) slots = std::vector<Compressed>(threads);
   const int64_t own = work.ld * std::max(GRAM_COLUMNS, 2 * BLOCK_COLUMNS);
-  Wide scratch;
   scratch.need(own * threads);
+  double* const memory = scratch.get();
   int64_t failed = -1;
   for (int64_t k = 0; k < a.count; k += threads) {
     std::vector<Compressed*> chosen, cut;
@@ -312,7 +316,7 @@ int64_t fleet_compress(const ttt::FleetCompress& a) {
     }
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-      double* mine = scratch.get() + own * omp_get_thread_num();
+      double* mine = memory + own * omp_get_thread_num();
 #pragma omp for schedule(dynamic, 1)
       for (size_t i = 0; i < grams.size(); i++) work.gram(*grams[i].slot, grams[i].of_a, grams[i].at, mine);
 #pragma omp for schedule(dynamic, 1)
@@ -344,6 +348,10 @@ int64_t fleet_compress(const ttt::FleetCompress& a) {
       else if (failed < 0)
         failed = s->slot;
     }
+  }
+  if (work.ld > KEPT_ROWS) {
+    slots.clear();
+    scratch = Wide();
   }
   return failed;
 }

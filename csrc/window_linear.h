@@ -47,10 +47,11 @@ inline vf add_strip(vf acc, const T* row, const float* x) {
   return acc + w.a * load(x) + w.b * load(x + VL);
 }
 
-// out[r * 4 + t] = row r . token t, the first token at x. Several rows at once: four streams from memory are faster
-// than one, and each strip of the tokens is loaded once for all of them.
+// out[r * 4 + t] = row r . token t, the first token at x. `later`: how many elements behind these rows others begin
+// that come next; 0 if that is not known. Several rows at once: four streams from memory are faster than one, and each
+// strip of the tokens is loaded once for all of them.
 template <int rows, int tokens, class T>
-inline void dot_products(const T* const* row, const float* x, int64_t stride, int64_t n, float* out, int64_t ahead) {
+inline void dot_products(const T* const* row, const float* x, int64_t stride, int64_t n, float* out, int64_t later) {
   constexpr int unroll = rows * tokens >= 8 ? 1 : 8 / (rows * tokens);
   constexpr int step = dots<T> ? STRIP / 2 : STRIP;  // floats that a strip of a token takes
   vf acc[rows][tokens][unroll] = {};
@@ -66,7 +67,13 @@ inline void dot_products(const T* const* row, const float* x, int64_t stride, in
 #pragma GCC unroll 8
     for (int u = 0; u < unroll; u++)
 #pragma GCC unroll 4
-      for (int r = 0; r < rows; r++) prefetch_strip(row[r] + j + u * STRIP, ahead);
+      for (int r = 0; r < rows; r++) {
+        const T* strip = row[r] + j + u * STRIP;
+        if (later == 0)
+          prefetch_strip(strip);
+        else
+          prefetch_strip<2>(strip + later, 0);
+      }
   }
   for (; j < n; j += STRIP, x += step)
     for (int r = 0; r < rows; r++) {
@@ -84,26 +91,26 @@ inline void dot_products(const T* const* row, const float* x, int64_t stride, in
 
 template <int tokens, class T>
 inline void dot_products_of(const T* const* row, int rows, const float* x, int64_t stride, int64_t n, float* out,
-                            int64_t ahead) {
+                            int64_t later) {
   if (rows == 4) {
-    dot_products<4, tokens>(row, x, stride, n, out, ahead);
+    dot_products<4, tokens>(row, x, stride, n, out, later);
     return;
   }
-  for (int r = 0; r < rows; r++) dot_products<1, tokens>(row + r, x, stride, n, out + r * 4, ahead);
+  for (int r = 0; r < rows; r++) dot_products<1, tokens>(row + r, x, stride, n, out + r * 4, later);
 }
 
 // out[r * by_row + t * by_token] = row r . token t for at most four rows and any number of tokens, `stride` floats
 // apart.
 template <class T>
 inline void dot_products_any(const T* const* row, int rows, const float* x, int64_t stride, int64_t n, int64_t tokens,
-                             float* out, int64_t by_row, int64_t by_token, int64_t ahead = AHEAD) {
+                             float* out, int64_t by_row, int64_t by_token, int64_t later = 0) {
   for (int64_t t = 0; t < tokens; t += 4) {
     const int some = tokens - t < 4 ? static_cast<int>(tokens - t) : 4;
     float part[16];
-    if (some == 1) dot_products_of<1>(row, rows, x + t * stride, stride, n, part, ahead);
-    if (some == 2) dot_products_of<2>(row, rows, x + t * stride, stride, n, part, ahead);
-    if (some == 3) dot_products_of<3>(row, rows, x + t * stride, stride, n, part, ahead);
-    if (some == 4) dot_products_of<4>(row, rows, x + t * stride, stride, n, part, ahead);
+    if (some == 1) dot_products_of<1>(row, rows, x + t * stride, stride, n, part, later);
+    if (some == 2) dot_products_of<2>(row, rows, x + t * stride, stride, n, part, later);
+    if (some == 3) dot_products_of<3>(row, rows, x + t * stride, stride, n, part, later);
+    if (some == 4) dot_products_of<4>(row, rows, x + t * stride, stride, n, part, later);
     for (int r = 0; r < rows; r++)
       for (int q = 0; q < some; q++) out[r * by_row + (t + q) * by_token] = part[r * 4 + q];
   }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -228,20 +227,19 @@ class FleetLinear(Adapted):
     def _append(self, x: Tensor, delta: Tensor, eta: Tensor, users: Tensor, counts: dict[int, int]) -> None:
         """``counts``: tokens of each user that has any."""
         capacity, rows = self.fleet.capacity, self.rows.tolist()
-        self._compress(u for u, count in counts.items() if rows[u] + count > capacity)
+        self._compress([u for u, count in counts.items() if rows[u] + count > capacity])
         ops.fleet_append(self.a, self.b, self.rows, self.eta_sum, x, delta, eta, users)
         rows = self.rows.tolist()
-        self._compress(u for u in counts if rows[u] == capacity)
+        self._compress([u for u in counts if rows[u] == capacity])
 
     @torch.no_grad()
     def compress(self, chosen: Tensor) -> None:
         """Bring the ``chosen`` slots, (S,) bool, back to ``rank`` rows, with the pull and the replay of ``config``."""
         self._compress(chosen.nonzero().flatten().tolist())
 
-    def _compress(self, slots: Iterable[int]) -> None:
-        c = self.config
-        chosen = torch.tensor(sorted(slots), dtype=torch.int64, device=self.rows.device)
-        if chosen.numel():
+    def _compress(self, slots: list[int]) -> None:
+        if slots:
+            c, chosen = self.config, torch.tensor(sorted(slots), dtype=torch.int64, device=self.rows.device)
             memory, seen = (self.memory, self.seen) if c.replay_rows else (None, None)
             ops.fleet_compress(
                 self.a, self.b, self.rows, self.eta_sum, self.lost, self.step, chosen, rank=self.fleet.rank,

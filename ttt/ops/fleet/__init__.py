@@ -124,7 +124,8 @@ def fleet_compress(
     ``lost`` bounds, by the triangle inequality, the Frobenius norm of all that a slot ever lost to truncation; for one
     call it is exact: (sum over i >= r of s_i^2)^1/2. Each slot is treated by itself, so its bits do not depend on which
     others are compressed. Formed in float64, for rows of float32 and less from the factors' R x R Gram matrices, which
-    give the same approximation sooner; 16-bit rows are rounded stochastically (`ttt.ops.philox`).
+    give the same approximation sooner, up to 1e-8 of its norm; products of 16-bit rows, which are rounded
+    stochastically (`ttt.ops.philox`), are summed in float32 first.
 
     Args:
         a, b, rows, eta_sum: as in `fleet_append`.
@@ -139,6 +140,7 @@ def fleet_compress(
 
     Raises:
         ValueError, TypeError: for a wrong argument; nothing has been written then.
+        RuntimeError: on CPU for a slot of more than ``rank`` rows that are not all finite; it stays as it was.
     """
     torch.ops.ttt.fleet_compress(
         a, b, rows, eta_sum, lost, step, slots, rank, shrink, lam, importance_m, importance_n, memory, seen, seed,
