@@ -2,8 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
 #include <string>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -208,38 +210,43 @@ void fleet_append(address a, address b, address rows, address eta_sum, address x
   active->fleet_append(f);
 }
 
+ttt::FleetCompress compress_of(address a, address b, address rows, address eta_sum, address lost, address step,
+                               address slots, address importance_m, address importance_n, address memory, address seen,
+                               int64_t count, int64_t m, int64_t n, int64_t capacity, int64_t rank, int64_t memory_rows,
+                               int64_t replay_rows, uint64_t seed, double lam, double beta, double eps, bool directions,
+                               int dtype, int replay, int threads) {
+  return {out<void>(a),
+          out<void>(b),
+          out<int32_t>(rows),
+          out<float>(eta_sum),
+          out<float>(lost),
+          out<int64_t>(step),
+          in<int64_t>(slots),
+          in<float>(importance_m),
+          in<float>(importance_n),
+          in<void>(memory),
+          in<int64_t>(seen),
+          count,
+          m,
+          n,
+          capacity,
+          rank,
+          memory_rows,
+          replay_rows,
+          seed,
+          lam,
+          beta,
+          eps,
+          directions,
+          dtype,
+          replay,
+          threads};
+}
+
 // The first slot that was left as it was, because its rows are not finite; -1 if none was.
-int64_t fleet_compress(address a, address b, address rows, address eta_sum, address lost, address step, address slots,
-                       address importance_m, address importance_n, address memory, address seen, int64_t count,
-                       int64_t m, int64_t n, int64_t capacity, int64_t rank, int64_t memory_rows, int64_t replay_rows,
-                       uint64_t seed, double lam, double beta, double eps, bool directions, int dtype, int replay,
-                       int threads) {
-  const ttt::FleetCompress f{out<void>(a),
-                             out<void>(b),
-                             out<int32_t>(rows),
-                             out<float>(eta_sum),
-                             out<float>(lost),
-                             out<int64_t>(step),
-                             in<int64_t>(slots),
-                             in<float>(importance_m),
-                             in<float>(importance_n),
-                             in<void>(memory),
-                             in<int64_t>(seen),
-                             count,
-                             m,
-                             n,
-                             capacity,
-                             rank,
-                             memory_rows,
-                             replay_rows,
-                             seed,
-                             lam,
-                             beta,
-                             eps,
-                             directions,
-                             dtype,
-                             replay,
-                             threads};
+template <class... Args>
+int64_t fleet_compress(Args... args) {
+  const ttt::FleetCompress f = compress_of(args...);
   py::gil_scoped_release release;
   return active->fleet_compress(f);
 }
@@ -319,6 +326,72 @@ struct Layer {
   }
 };
 
+// The addresses of one layer of many users, bound once, too.
+struct Fleet {
+  ttt::FleetCompress held;  // its `slots`, `count` and `threads` are set at each call
+  int64_t slots, window;
+
+  // y holds x W^T + b. False, and nothing was done, if a user has no slot.
+  bool forward(address x, address users, address y, int64_t tokens, int threads) const {
+    if (!fleet_fits(users, 0, tokens, slots, held.capacity)) return false;
+    const ttt::FleetLinear f{in<void>(x), held.a, held.b, held.rows,     in<int32_t>(users), out<void>(y),
+                             tokens,      held.m, held.n, held.capacity, held.dtype,         threads};
+    py::gil_scoped_release release;
+    active->fleet_linear(f);
+    return true;
+  }
+
+  // Slots that `chosen` names are compressed; the first that could not be, or -1.
+  int64_t compress(const std::vector<int64_t>& chosen, int threads, int* calls) const {
+    if (chosen.empty()) return -1;
+    ttt::FleetCompress f = held;
+    f.slots = chosen.data();
+    f.count = static_cast<int64_t>(chosen.size());
+    f.threads = threads;
+    ++*calls;
+    return active->fleet_compress(f);
+  }
+
+  // Every token's step into its user's slot, as `ttt.nn.FleetLinear.learn` says. How often tokens were appended and
+  // slots compressed, and -1; or the slot that could not be, at which it ended; or -2, and nothing was done, if a user
+  // has no slot.
+  std::tuple<int, int, int64_t> learn(address x, address delta, address eta, address users, int64_t tokens,
+                                      int threads) const {
+    if (!fleet_fits(users, 0, tokens, slots, held.capacity)) return {0, 0, -2};
+    py::gil_scoped_release release;
+    const int32_t* user = in<int32_t>(users);
+    std::vector<int64_t> before(tokens), total(slots), count(slots), chosen;
+    int64_t most = 0;
+    for (int64_t t = 0; t < tokens; t++)
+      if (user[t] >= 0) {
+        before[t] = total[user[t]]++;
+        most = std::max(most, total[user[t]]);
+      }
+    std::vector<int32_t> part(tokens);
+    int appends = 0, compressions = 0;
+    for (int64_t first = 0; first < most; first += window) {  // as many tokens of a user as a slot has room for
+      for (int64_t t = 0; t < tokens; t++)
+        part[t] = user[t] >= 0 && before[t] >= first && before[t] < first + window ? user[t] : -1;
+      chosen.clear();
+      for (int64_t u = 0; u < slots; u++) {
+        count[u] = std::min(window, std::max<int64_t>(0, total[u] - first));
+        if (count[u] && held.rows[u] + count[u] > held.capacity) chosen.push_back(u);
+      }
+      int64_t failed = compress(chosen, threads, &compressions);
+      if (failed >= 0) return {appends, compressions, failed};
+      active->fleet_append({held.a, held.b, held.rows, held.eta_sum, in<void>(x), in<void>(delta), in<float>(eta),
+                            part.data(), tokens, held.m, held.n, held.capacity, held.dtype, threads});
+      appends++;
+      chosen.clear();
+      for (int64_t u = 0; u < slots; u++)
+        if (count[u] && held.rows[u] == held.capacity) chosen.push_back(u);
+      failed = compress(chosen, threads, &compressions);
+      if (failed >= 0) return {appends, compressions, failed};
+    }
+    return {appends, compressions, -1};
+  }
+};
+
 template <class R, class... Args>
 struct CommitAs;
 template <class R, class... Args>
@@ -327,6 +400,15 @@ struct CommitAs<R(Args...)> {
   static constexpr auto prepare = &Layer::prepare<Args...>;
 };
 using CommitArguments = CommitAs<std::remove_pointer_t<decltype(&commit_of)>>;
+
+template <class R, class... Args>
+struct CompressAs;
+template <class R, class... Args>
+struct CompressAs<R(Args...)> {
+  static constexpr auto call = &fleet_compress<Args...>;
+  static Fleet bind(int64_t slots, int64_t window, Args... args) { return {compress_of(args...), slots, window}; }
+};
+using CompressArguments = CompressAs<std::remove_pointer_t<decltype(&compress_of)>>;
 
 }  // namespace
 
@@ -338,7 +420,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("fleet_fits", &fleet_fits);
   m.def("fleet_linear", &fleet_linear);
   m.def("fleet_append", &fleet_append);
-  m.def("fleet_compress", &fleet_compress);
+  m.def("fleet_compress", CompressArguments::call);
+  py::class_<Fleet>(m, "Fleet")
+      .def(py::init(&CompressArguments::bind))
+      .def("forward", &Fleet::forward)
+      .def("learn", &Fleet::learn);
   m.def("reservoir_insert", &reservoir_insert);
   m.def("reservoir_draw", &reservoir_draw);
   py::class_<Layer>(m, "Layer")

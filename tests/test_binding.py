@@ -7,8 +7,10 @@ import torch
 from helpers import plain_config
 from torch.utils.flop_counter import FlopCounterMode
 
-from ttt.nn import Linear, Update, binding
-from ttt.ops import cpu
+from ttt import TTTConfig
+from ttt.fleet.options import Fleet
+from ttt.nn import FleetLinear, Linear, Update, binding
+from ttt.ops import backends, cpu
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -126,3 +128,70 @@ def test_without_the_extension_nothing_is_bound(monkeypatch):
         layer.learn(update(layer, 1))
         assert layer.pending == 1
     assert not same(layer, twin)
+
+
+def fleet_and_twin(m, n, dtype, **options):
+    fleet = Fleet(slots=3, rank=2, window=4, shrink=options.pop("shrink", "truncate"))
+    config = TTTConfig(users=fleet, lr=0.1, rate="constant", orthogonal=0, **options)
+    layer = FleetLinear(n, m, dtype=dtype, config=config, name="layer")
+    for name in ("importance_m", "importance_n", "memory"):
+        if getattr(layer, name) is not None:
+            getattr(layer, name).uniform_()
+    if layer.seen is not None:
+        layer.seen.fill_(3)
+    return layer, copy.deepcopy(layer)
+
+
+def same_fleets(layer, twin):
+    return all(torch.equal(t, u) for t, u in zip(layer.buffers(), twin.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"shrink": "directions"}, {"ewc_lambda": 0.5, "replay_rows": 2}])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_users_outputs_and_state_are_those_of_the_ops(dtype, options, monkeypatch):
+    """Also where one user has more tokens than a slot has room for, and where nobody learns."""
+    options = {"ewc_lambda": 0.0, "replay_rows": 0, "replay_capacity": 5, **options}
+    layer, twin = fleet_and_twin(17, 37, dtype, **options)
+    backends.calls.clear()
+    for tokens in (1, 5, 3, 2, 9, 4, 31, 0, 6):
+        x, delta = torch.randn(tokens, 37).to(dtype), torch.randn(tokens, 17).to(dtype)
+        eta, users = torch.rand(tokens), torch.randint(-1, 3, (tokens,), dtype=torch.int32)
+        users[tokens // 2 :] = 1 if tokens > 8 else -1
+        for one in (layer, twin):
+            one.routing.set(users)
+        with torch.no_grad():
+            y = layer(x)
+            layer.learn(x, delta, eta, users)
+            assert layer._binding.kernels is not None
+            before = {op for op, _, _ in backends.calls}
+            with monkeypatch.context() as patch:
+                patch.setattr("ttt.nn.fleet.binding_of", lambda layer: None)
+                assert torch.equal(twin(x), y)
+                twin.learn(x, delta, eta, users)
+        assert same_fleets(layer, twin)
+    assert before == {"fleet_linear", "fleet_append", "fleet_compress"}
+    assert int(layer.step[1]) > 5
+
+
+def test_many_users_what_an_op_would_refuse_is_refused():
+    layer, twin = fleet_and_twin(5, 6, torch.float32, ewc_lambda=0.0, replay_rows=0)
+    users = torch.tensor([0, 3], dtype=torch.int32)
+    layer.routing.set(users)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"users must be in \[-1, 3\)"):
+            layer(torch.randn(2, 6))
+        with pytest.raises(TypeError, match=r"delta must be torch\.float32"):
+            layer.learn(torch.randn(2, 6), torch.randn(2, 5).double(), torch.rand(2), users.clamp_max(2))
+        assert same_fleets(layer, twin)
+        x, delta, eta = torch.randn(7, 6), torch.randn(7, 5), torch.rand(7)
+        delta[1] = torch.inf
+        versions = layer.rows._version
+        with pytest.raises(RuntimeError, match="slot 2 holds rows that are not finite"):
+            layer.learn(x, delta, eta, torch.full((7,), 2, dtype=torch.int32))
+        assert layer.rows._version > versions
+        layer.routing.set(None)
+        clone = copy.deepcopy(layer)
+        assert clone._binding is None
+    layer.to(torch.float64)
+    layer.routing.set(users.clamp_max(1))
+    assert layer(torch.randn(2, 6, dtype=torch.float64)).shape == (2, 5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class Adapted(torch.nn.Linear):
     """
 
     transposed = False
+    _binding: Any = None  # its tensors' addresses, for the kernels; made by `ttt.nn.binding.binding_of`
 
     def __init__(
         self,
@@ -78,6 +80,18 @@ class Adapted(torch.nn.Linear):
             empty = None if kind is None else torch.zeros(kind[0], dtype=kind[1], device=self.weight.device)
             self.register_buffer(held, empty, persistent=False)
 
+    def _bind(self) -> Any:
+        """A new binding."""
+        raise NotImplementedError
+
+    def __setattr__(self, name, value):
+        if isinstance(value, Tensor) or name in ("config", "strength"):  # what a binding holds may have been replaced
+            self.__dict__["_binding"] = None
+        super().__setattr__(name, value)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_binding": None}  # addresses are of no use to a copy
+
     def own(self, *names: str, copy: bool = True) -> None:
         """Make buffers ready to be written, which other models may hold, too."""
 
@@ -87,6 +101,7 @@ class Adapted(torch.nn.Linear):
             raise TypeError(f"{self.name or 'the layer'} must be one of {[str(d) for d in DTYPES]}, got {dtype}")
         before = dict(self._buffers)
         super()._apply(fn, recurse)
+        self._binding = None
         for name, held in before.items():
             if held is not None:
                 self._buffers[name] = self._as_beside(name, held, getattr(self, name))

@@ -14,6 +14,7 @@ from ttt.config import TTTConfig
 from ttt.fleet.options import Fleet
 from ttt.nn.adapted import Adapted, Layout
 from ttt.nn.basis import directions, learnable
+from ttt.nn.binding import FleetBinding, binding_of
 from ttt.nn.rates import Rates, count_, places, rates
 from ttt.ops.reference import _wide
 
@@ -151,6 +152,9 @@ class FleetLinear(Adapted):
         self.routing = Routing()
         super()._build(config, name)
 
+    def _bind(self) -> FleetBinding:
+        return FleetBinding(self)
+
     # -- using ------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
@@ -166,6 +170,9 @@ class FleetLinear(Adapted):
     def _product(self, x: Tensor, users: Tensor | None) -> Tensor:
         if users is None:
             return linear(x, self.weight, self.bias)
+        binding = binding_of(self)
+        if binding is not None and (y := binding.forward(x, users)) is not None:
+            return y
         return ops.fleet_linear(x.contiguous(), self.weight, self.bias, self.a, self.b, self.rows, users)
 
     def _transposed_product(self, delta: Tensor, users: Tensor | None) -> Tensor:
@@ -212,6 +219,9 @@ class FleetLinear(Adapted):
             x: (T, n), inputs as `steps` returns them; delta: (T, m); both of the weight's dtype.
             eta: (T,), float32 (float64 for float64): steps. users: (T,), int32; -1 for tokens that teach nobody.
         """
+        binding = binding_of(self)
+        if binding is not None and binding.learn(x, delta, eta, users):
+            return
         window = self.fleet.window
         # On the host, which has to know anyway what to compress: so it waits for a GPU once, not for each count.
         counts = {u: count for u, count in Counter(users.tolist()).items() if u >= 0}
@@ -239,14 +249,20 @@ class FleetLinear(Adapted):
 
     def _compress(self, slots: list[int]) -> None:
         if slots:
-            c, chosen = self.config, torch.tensor(sorted(slots), dtype=torch.int64, device=self.rows.device)
-            memory, seen = (self.memory, self.seen) if c.replay_rows else (None, None)
-            ops.fleet_compress(
-                self.a, self.b, self.rows, self.eta_sum, self.lost, self.step, chosen, rank=self.fleet.rank,
-                shrink=self.fleet.shrink, lam=c.ewc_lambda, importance_m=self.importance_m,
-                importance_n=self.importance_n, memory=memory, seen=seen, seed=self.seed,
-                replay_rows=c.replay_rows, replay=c.replay, beta=c.replay_beta, eps=c.replay_eps,
-            )  # fmt: skip
+            chosen = torch.tensor(sorted(slots), dtype=torch.int64, device=self.rows.device)
+            state = self.a, self.b, self.rows, self.eta_sum, self.lost, self.step
+            ops.fleet_compress(*state, chosen, **self.compress_options())
+
+    def compress_options(self) -> dict[str, Any]:
+        """The keywords of `ttt.ops.fleet_compress`."""
+        c = self.config
+        memory, seen = (self.memory, self.seen) if c.replay_rows else (None, None)
+        return {
+            "rank": self.fleet.rank, "shrink": self.fleet.shrink, "lam": c.ewc_lambda,
+            "importance_m": self.importance_m, "importance_n": self.importance_n, "memory": memory, "seen": seen,
+            "seed": self.seed, "replay_rows": c.replay_rows, "replay": c.replay, "beta": c.replay_beta,
+            "eps": c.replay_eps,
+        }  # fmt: skip
 
     # -- a user's state -----------------------------------------------------------------------------------------
 

@@ -156,7 +156,6 @@ class Linear(Held):
         }
 
     def _build(self, config: TTTConfig, name: str) -> None:
-        self._binding: Binding | None = None
         super()._build(config, name)
         self.anchor.copy_(self.weight.detach())
         self._steps: Steps | None = None  # of a capturable layer
@@ -164,6 +163,9 @@ class Linear(Held):
         self.strength = 1.0  # of the protection: multiplies ewc_lambda and replay_beta (`ttt.Guard`)
         self.shared = set()
         self.base = {}
+
+    def _bind(self) -> Binding:
+        return Binding(self)
 
     # -- using ------------------------------------------------------------------------------------------------
 
@@ -186,20 +188,14 @@ class Linear(Held):
         if name == "_pending":  # changes with every token; torch's way takes 3 us
             self.__dict__[name] = value
             return
-        if isinstance(value, Tensor) or name in ("config", "strength"):  # what a binding holds may have been replaced
-            self.__dict__["_binding"] = None
         super().__setattr__(name, value)
 
     def _apply(self, fn, recurse=True):
         if self._steps is not None:
             raise RuntimeError("a capturable layer cannot be moved or converted; call capturable_(None) first")
         super()._apply(fn, recurse)
-        self._binding = None
         self.base = {name: self._as_beside(name, t, fn(t)) for name, t in self.base.items()}
         return self
-
-    def __getstate__(self):
-        return {**self.__dict__, "_binding": None}  # addresses are of no use to a copy
 
     def _transposed_window(self, delta: Tensor) -> Tensor:
         """dL/dx = delta W_t, (T, m) -> (T, n)."""

@@ -67,16 +67,42 @@ def fleet_compress(
         reference.fleet_compress(*args)
         return
     record("fleet_compress", "cpu")
-    failed = _C.fleet_compress(
-        a.data_ptr(), b.data_ptr(), rows.data_ptr(), eta_sum.data_ptr(), lost.data_ptr(), step.data_ptr(),
-        slots.data_ptr(), _address(importance_m), _address(importance_n), _address(memory), _address(seen),
-        slots.numel(), b.shape[2], a.shape[2], a.shape[1], rank, memory.shape[0] if replay_rows else 0, replay_rows,
-        seed & _MASK64, lam, beta, eps, shrink == "directions", _DTYPE[a.dtype], schema.REPLAY.index(replay),
-        torch.get_num_threads(),
-    )  # fmt: skip
+    failed = _C.fleet_compress(*_compress_arguments(*args))
     torch.autograd.graph.increment_version([a, b, rows, eta_sum, lost, step])
-    if failed >= 0:
-        raise RuntimeError(f"slot {failed} holds rows that are not finite; it was left as it is")
+    refuse(failed)
+
+
+def _compress_arguments(
+    a, b, rows, eta_sum, lost, step, slots, rank, shrink, lam, importance_m, importance_n, memory, seen, seed,
+    replay_rows, replay, beta, eps,
+):  # fmt: skip
+    """What ``_C.fleet_compress`` takes."""
+    return (
+        a.data_ptr(), b.data_ptr(), rows.data_ptr(), eta_sum.data_ptr(), lost.data_ptr(), step.data_ptr(),
+        _address(slots), _address(importance_m), _address(importance_n), _address(memory), _address(seen),
+        0 if slots is None else slots.numel(), b.shape[2], a.shape[2], a.shape[1], rank,
+        memory.shape[0] if replay_rows else 0, replay_rows, seed & _MASK64, lam, beta, eps, shrink == "directions",
+        _DTYPE[a.dtype], schema.REPLAY.index(replay), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def refuse(slot: int) -> None:
+    """Raise for the slot that could not be compressed, if it is one."""
+    if slot >= 0:
+        raise RuntimeError(f"slot {slot} holds rows that are not finite; it was left as it is")
+
+
+def bind_fleet(layer):
+    """The addresses of a `ttt.nn.FleetLinear`, bound for ``ttt._C``, or None where its kernels do not apply.
+
+    What is bound checks the users' slots and nothing else: the layer does. Good until one of the tensors moves.
+    """
+    a = layer.a
+    if _why_not(a.dtype):
+        return None
+    state = a, layer.b, layer.rows, layer.eta_sum, layer.lost, layer.step
+    options = layer.compress_options()
+    return _C.Fleet(a.shape[0], layer.fleet.window, *_compress_arguments(*state, None, **options))
 
 
 for _function in (fleet_linear, fleet_append, fleet_compress):
