@@ -45,6 +45,36 @@ inline int64_t pivoted_cholesky(const double* g, int64_t size, int64_t ld, doubl
   return size;
 }
 
+// Rows i and on of C <- C - u p^T - p u^T, unless `u` is null, from column `first` on; and fresh = tau C v there.
+// Several rows at once share what they load. Returns their part of fresh . v.
+template <int rows>
+inline double update_rows(double* row, int64_t ld, int64_t first, const double* u, const double* p, const double* v,
+                          double tau, int64_t i, double* fresh) {
+  vw acc[rows] = {};
+  for (int64_t k = first; k < ld; k += WL) {
+    vw value[rows];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) value[r] = load_wide(row + r * ld + k);
+    if (u != nullptr) {
+      const vw pk = load_wide(p + k), uk = load_wide(u + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; r++) {
+        value[r] = value[r] - u[i + r] * pk - p[i + r] * uk;
+        store(row + r * ld + k, value[r]);
+      }
+    }
+    const vw vk = load_wide(v + k);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) acc[r] += value[r] * vk;
+  }
+  double along = 0;
+  for (int r = 0; r < rows; r++) {
+    fresh[i + r] = tau * sum(acc[r]);
+    along += fresh[i + r] * v[i + r];
+  }
+  return along;
+}
+
 // Householder's reduction C = Q T Q^T, T of diagonal `d` and off-diagonal `e` (e[j] beside d[j] and d[j + 1]). Row j of
 // `reflectors` is v of the j-th factor I - tau[j] v v^T of Q. C is destroyed. `work`: 2 `ld` numbers.
 inline void tridiagonalize(double* c, int64_t size, int64_t ld, double* d, double* e, double* reflectors, double* tau,
@@ -72,20 +102,9 @@ inline void tridiagonalize(double* c, int64_t size, int64_t ld, double* d, doubl
     }
     double along = 0;
     std::memset(fresh + now, 0, (ld - now) * sizeof(double));
-    for (int64_t i = j + 1; i < size; i++) {
-      double* other = c + i * ld;
-      vw acc = {};
-      if (u != nullptr)
-        for (int64_t k = first; k < ld; k += WL) {
-          const vw value = load_wide(other + k) - u[i] * load_wide(p + k) - p[i] * load_wide(u + k);
-          store(other + k, value);
-          acc += value * load_wide(v + k);
-        }
-      else
-        for (int64_t k = first; k < ld; k += WL) acc += load_wide(other + k) * load_wide(v + k);
-      fresh[i] = tau[j] * sum(acc);
-      along += fresh[i] * v[i];
-    }
+    int64_t i = j + 1;
+    for (; i + 1 < size; i += 2) along += update_rows<2>(c + i * ld, ld, first, u, p, v, tau[j], i, fresh);
+    if (i < size) along += update_rows<1>(c + i * ld, ld, first, u, p, v, tau[j], i, fresh);
     along *= tau[j] / 2;
     for (int64_t k = now; k < ld; k += WL) store(fresh + k, load_wide(fresh + k) - along * load_wide(v + k));
     std::swap(p, fresh);
@@ -244,17 +263,31 @@ inline void apply_rotations(const Rotations& z, double* x, int64_t ld, int64_t c
   }
 }
 
-// X <- Q X, with Q of `tridiagonalize`.
+// X <- Q X, with Q of `tridiagonalize`; `columns` is a multiple of PAD.
 inline void apply_reflectors(const double* reflectors, const double* tau, int64_t size, int64_t ld_v, double* x,
                              int64_t ld, int64_t columns) {
   for (int64_t q = size - 1; q-- > 0;) {
     if (tau[q] == 0) continue;
     const double* v = reflectors + q * ld_v;
-    for (int64_t j = 0; j < columns; j += WL) {
-      vw along = {};
-      for (int64_t i = q + 1; i < size; i++) along += v[i] * load_wide(x + i * ld + j);
-      along *= tau[q];
-      for (int64_t i = q + 1; i < size; i++) store(x + i * ld + j, load_wide(x + i * ld + j) - v[i] * along);
+    for (int64_t j = 0; j < columns; j += PAD) {
+      constexpr int vectors = PAD / WL;
+      vw along[vectors] = {}, other[vectors] = {};
+      int64_t i = q + 1;
+      for (; i + 1 < size; i += 2)
+#pragma GCC unroll 2
+        for (int k = 0; k < vectors; k++) {
+          along[k] += v[i] * load_wide(x + i * ld + j + k * WL);
+          other[k] += v[i + 1] * load_wide(x + (i + 1) * ld + j + k * WL);
+        }
+#pragma GCC unroll 2
+      for (int k = 0; k < vectors; k++) {
+        if (i < size) along[k] += v[i] * load_wide(x + i * ld + j + k * WL);
+        along[k] = tau[q] * (along[k] + other[k]);
+      }
+      for (i = q + 1; i < size; i++)
+#pragma GCC unroll 2
+        for (int k = 0; k < vectors; k++)
+          store(x + i * ld + j + k * WL, load_wide(x + i * ld + j + k * WL) - v[i] * along[k]);
     }
   }
 }

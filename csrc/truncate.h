@@ -71,7 +71,7 @@ inline void Truncation::make(double* ga, double* gb, int64_t size, int64_t ld, i
   gone = 0;
   finite = balance(ga, gb, size, ld, scale_a, scale_b, &largest);
   if (!finite) return;
-  std::memset(lt, 0, 4 * square * sizeof(double));
+  std::memset(lt, 0, square * sizeof(double));
   const int64_t count = pivoted_cholesky(ga, size, ld, NEGLIGIBLE, lt, spare);
   if (count == 0) {
     std::memset(factor_a.get(), 0, width * ld * sizeof(double));
@@ -79,6 +79,7 @@ inline void Truncation::make(double* ga, double* gb, int64_t size, int64_t ld, i
     return;
   }
   combine(lt, ld, padded(count), size, gb, ld, padded(size), t, ld);  // L^T (B B^T)
+  std::memset(c, 0, padded(count) * ld * sizeof(double));
   add_row_products(t, padded(count), lt, padded(count), ld, padded(size), true, c, ld);
   for (int64_t i = 0; i < count; i++) {
     for (int64_t j = 0; j < i; j++) c[j * ld + i] = c[i * ld + j];

@@ -281,7 +281,8 @@ def test_bfloat16_factors_are_rounded_without_bias():
         copy = [t.clone() for t in start]
         zero, count = torch.zeros(1), torch.tensor([step])
         ttt.ops.fleet_compress(*copy, zero, zero.clone(), count, torch.tensor([0]), rank=3)
-        total += copy[0][0, :3].float()
+        row = copy[0][0, :3].float()
+        total += row * (row * wide_a[0, :3]).sum(1, keepdim=True).sign()  # singular vectors have no sign of their own
     error = total / 400 - wide_a[0, :3]
     nearest = wide_a[0, :3].bfloat16().float() - wide_a[0, :3]
     assert float(error.norm()) < 0.2 * float(nearest.norm())
