@@ -105,8 +105,8 @@ inline Two load2_upto(const T* p, int64_t count) {
 constexpr int AHEAD = 2048;
 
 // `level`: 3 for the first-level cache, 2 for the second: of many rows, 4 KB apart, the streams would push one another
-// out of the first, and it waits for fewer lines at a time (48 rows of 32 users, 2048 columns of bfloat16, Zen 4: 430 us
-// instead of 490).
+// out of the first, and it waits for fewer lines at a time (48 rows of 32 users, 2048 columns of bfloat16, Zen 4: 430
+// us instead of 490).
 template <int level = 3, class T>
 inline void prefetch_strip(const T* p, int64_t ahead = AHEAD) {
   for (size_t byte = 0; byte < STRIP * sizeof(T); byte += 64)
