@@ -299,6 +299,15 @@ def test_other_schema_versions_are_refused(tmp_path):
         ttt.Store(tmp_path)
 
 
+def test_a_store_is_opened_and_read_while_another_writes(tmp_path):
+    with ttt.Store(tmp_path) as store:
+        put(store, "ada", 1)
+        with store.index.transaction() as run:
+            run("UPDATE ttt_users SET expires = 0")
+            with ttt.Store(tmp_path, timeout=0.001) as other:
+                assert_same_state(other.get("ada").tensors, small_state(1))
+
+
 def test_reading_warns_of_nothing_when_all_is_well(local):
     put(local, "ada", 1)
     with warnings.catch_warnings():
