@@ -45,6 +45,10 @@ __attribute__((always_inline)) inline void take_sums(vf (&to)[MR][NV], const flo
 
 // Tiles are FLAT up to the first number of tokens, MID up to the second.
 constexpr int64_t HANDFUL = 4, FEW_TOKENS = 32;
+// How many tiles ahead of the one being written W, W*, Omega and F are asked for: high tiles take long, and what they
+// ask for takes room in the first-level cache from the panels.
+template <int MR>
+constexpr int64_t TILES_AHEAD = VL == 16 && MR == TALL ? 1 : 3;
 
 // `dot`: products of pairs of bfloat16; otherwise both factors are widened to float32. `moves`: there is a momentum.
 template <int MR, bool dot, bool moves, class W, class S>
@@ -201,7 +205,9 @@ void commit(const ttt::Commit& a) {
             vf g[MR][NV] = {}, s[MR][NV] = {};
             const int64_t j0 = p * NC;
             Rows<MR, W, S> tile(a, i0 + i, j0);
-            tile.prefetch(tall, j0 + 2 * NC, k.writes);
+            // What is wanted some tiles from now, perhaps of the next rows.
+            const int64_t q = p + (TILES_AHEAD<MR> < p1 - p0 ? TILES_AHEAD<MR> : p1 - p0), beyond = q - p1;
+            const Rows<MR, W, S> ahead(a, i0 + i + (beyond < 0 ? 0 : MR), (beyond < 0 ? q : p0 + beyond) * NC);
             if ((p - p0) % ACROSS<MR> == 0 && k.draws) tile.draw(words, p1 - p, k);
             const float* right = packed.get() + p * u.right();
             if (tiled) {
@@ -218,7 +224,7 @@ void commit(const ttt::Commit& a) {
               sum_g<MR, dot>(g, u, factors, right);
             }
             if (traces && !tiled) sum_s<MR, dot>(s, u, factors, right);
-            tile.update(tall, g, s, words + (p - p0) % ACROSS<MR> * WORDS<MR>, k, pulls, traces);
+            tile.update(tall, g, s, words + (p - p0) % ACROSS<MR> * WORDS<MR>, k, pulls, traces, ahead);
           }
         }
       }

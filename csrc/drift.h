@@ -11,34 +11,75 @@ namespace {
 
 struct Nothing {};
 
-// E for `rows` rows of W: drift[r * BLOCK_ROWS + i] = X_r . (W_i - W*_i - carry M_i); for V = Nothing without M.
+// acc[i][q] += a strip of (W_i - W*_i - carry M_i) . the same of replay row r + q; M only where V is not Nothing.
+template <int wide, int deep, class W, class V>
+inline void add_strips(vf (&acc)[wide][deep], const W* w, const W* w0, const V* momentum, float carry, int64_t n,
+                       int64_t left, const Replay& replay, int64_t r, int64_t j) {
+  Two value[deep];
+#pragma GCC unroll 4
+  for (int q = 0; q < deep; q++) value[q] = {load(replay.at(r + q, j)), load(replay.at(r + q, j) + VL)};
+#pragma GCC unroll 4
+  for (int i = 0; i < wide; i++) {
+    const Two now = load2_upto<splits<W>>(w + i * n, left), then = load2_upto<splits<W>>(w0 + i * n, left);
+    vf a = now.a - then.a, b = now.b - then.b;
+    if constexpr (!std::is_same_v<V, Nothing>) {
+      const Two velocity = load2_upto<splits<W>>(momentum + i * n, left);
+      a -= carry * velocity.a;
+      b -= carry * velocity.b;
+    }
+#pragma GCC unroll 4
+    for (int q = 0; q < deep; q++) {
+      acc[i][q] += a * value[q].a;
+      acc[i][q] += b * value[q].b;
+    }
+  }
+}
+
+#if TTT_DOT
+// The same as products of pairs: what each adds to the sum and takes from it nearly cancels at once.
+template <int wide, int deep>
+inline void add_pairs(vf (&acc)[wide][deep], const bf16* w, const bf16* w0, int64_t n, int64_t left,
+                      const Replay& replay, int64_t r, int64_t j) {
+  __m512bh value[deep];
+#pragma GCC unroll 4
+  for (int q = 0; q < deep; q++) value[q] = (__m512bh)load(replay.pairs_at(r + q, j));
+#pragma GCC unroll 4
+  for (int i = 0; i < wide; i++) {
+    const __m512bh now = (__m512bh)load_raw(w + i * n, left);
+    const __m512bh then = (__m512bh)((vu)load_raw(w0 + i * n, left) ^ constant<0x80008000u>());
+#pragma GCC unroll 4
+    for (int q = 0; q < deep; q++) {
+      acc[i][q] = (vf)_mm512_dpbf16_ps((__m512)acc[i][q], now, value[q]);
+      acc[i][q] = (vf)_mm512_dpbf16_ps((__m512)acc[i][q], then, value[q]);
+    }
+  }
+}
+#endif
+
+// E for `wide` rows of W and `deep` replay rows: drift[(r + q) * BLOCK_ROWS + i].
 template <int wide, int deep, class W, class V>
 inline void drift_tile(const W* w, const W* w0, const V* momentum, float carry, int64_t n, const Replay& replay,
                        int64_t r, float* drift) {
   vf acc[wide][deep] = {};
-  const float* x = replay.at(r, 0);
-  for (int64_t j = 0; j < n; j += STRIP, x += replay.rows * STRIP) {
-    Two value[deep];
-#pragma GCC unroll 4
-    for (int q = 0; q < deep; q++) value[q] = {load(x + q * STRIP), load(x + q * STRIP + VL)};
+  const auto add = [&](int64_t j, int64_t left) {
+#if TTT_DOT
+    if constexpr (splits<W> && std::is_same_v<V, Nothing>) {
+      add_pairs(acc, w + j, w0 + j, n, left, replay, r, j);
+      return;
+    }
+#endif
+    add_strips(acc, w + j, w0 + j, momentum ? momentum + j : nullptr, carry, n, left, replay, r, j);
+  };
+  int64_t j = 0;
+  for (; j + STRIP <= n; j += STRIP) {
 #pragma GCC unroll 4
     for (int i = 0; i < wide; i++) {
       prefetch_strip<2>(w + i * n + j, 1024);  // not AHEAD: in short rows that is the tile's own next row
       prefetch_strip<2>(w0 + i * n + j, 1024);
-      const Two now = load2_upto<splits<W>>(w + i * n + j, n - j), then = load2_upto<splits<W>>(w0 + i * n + j, n - j);
-      vf a = now.a - then.a, b = now.b - then.b;
-      if constexpr (!std::is_same_v<V, Nothing>) {
-        const Two velocity = load2_upto<splits<W>>(momentum + i * n + j, n - j);
-        a -= carry * velocity.a;
-        b -= carry * velocity.b;
-      }
-#pragma GCC unroll 4
-      for (int q = 0; q < deep; q++) {
-        acc[i][q] += a * value[q].a;
-        acc[i][q] += b * value[q].b;
-      }
     }
+    add(j, STRIP);
   }
+  if (j < n) add(j, n - j);
   for (int i = 0; i < wide; i++)
     for (int q = 0; q < deep; q++) drift[(r + q) * BLOCK_ROWS + i] = sum(acc[i][q]);
 }

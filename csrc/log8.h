@@ -4,6 +4,8 @@
 #include <immintrin.h>
 #endif
 
+#include <type_traits>
+
 #include "vec.h"
 
 namespace {
@@ -15,6 +17,9 @@ struct log8 {
 constexpr int BLOCK = 32;               // columns that share an exponent
 constexpr uint32_t FIRST = 111 << 4;    // the bits of 2^-16, shifted right by 19
 constexpr float SMALLEST = 0x1.1p-16f;  // code 1
+
+template <int order>
+using Order = std::integral_constant<int, order>;
 
 inline int64_t packed_width(int64_t n) { return n + (n + BLOCK - 1) / BLOCK; }
 
@@ -46,6 +51,16 @@ inline vf decode(vu code, float scale) {
 
 template <bool split>
 inline Two decode2(const log8* p, uint8_t exponent) {
+#if defined(__AVX512BW__)
+  if constexpr (split) {  // both columns of a pair at once, as the upper halves of two floats
+    const __m512i codes = _mm512_cvtepu8_epi16(load_as<__m256i>(p));
+    const __mmask32 some = _mm512_test_epi16_mask(codes, codes);
+    const __m512i bits = _mm512_maskz_add_epi16(some, codes, (__m512i)constant<FIRST << 16 | FIRST>());
+    const vu pairs = (vu)_mm512_slli_epi16(bits, 3);
+    const float scale = scale_of(exponent);
+    return {(vf)(pairs << 16) * scale, (vf)(pairs & constant<0xffff0000u>()) * scale};
+  }
+#endif
   vu a, b;
   codes2<split>(p, a, b);
   const float scale = scale_of(exponent);
@@ -53,7 +68,7 @@ inline Two decode2(const log8* p, uint8_t exponent) {
 }
 
 // The code of v / scale, rounded by 16 bits r.
-inline vu encode(vf v, float inverse, vu r) {
+inline vu encode(vf v, vf inverse, vu r) {
   const vf scaled = v * inverse;
   const vi code = (vi)(((vu)scaled + ((r << 3) | 4u)) >> 19) - static_cast<int32_t>(FIRST);
   const float unit = SMALLEST * 0x1p-16f;
@@ -77,6 +92,17 @@ inline void store_codes2(log8* p, vu a, vu b) {
   }
 }
 
+// One strip of codes; bits are those of its lanes.
+template <bool split>
+inline void encode_strip(log8* p, const Two& v, vf inverse, const Bits<split>& bits) {
+  vu a, b;
+  if constexpr (split)
+    a = bits.pairs & 0xffffu, b = bits.pairs >> 16;
+  else
+    a = bits.a, b = bits.b;
+  store_codes2<split>(p, encode(v.a, inverse, a), encode(v.b, inverse, b));
+}
+
 // The largest of values >= 0, as bits: they order like the values.
 inline uint32_t largest(vu v) {
 #if defined(__AVX512F__)
@@ -95,7 +121,13 @@ inline uint32_t exponent_for(uint32_t top) {
   return exponent > 253 ? 253 : exponent;
 }
 
-inline vu larger(vu a, vu b) { return (vi)a > (vi)b ? a : b; }
+inline vu larger(vu a, vu b) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#else
+  return (vi)a > (vi)b ? a : b;
+#endif
+}
 
 // Encode BLOCK columns, given as strips; bits are those of the strips' lanes. Returns the exponent.
 template <bool split>
@@ -105,15 +137,70 @@ inline uint8_t encode_block(log8* p, const Two* strips, const Bits<split>* bits)
   for (int s = 0; s < count; s++) top = larger(larger((vu)strips[s].a, (vu)strips[s].b), top);
   const uint32_t exponent = exponent_for(largest(top));
   const float inverse = scale_of(254 - exponent);
-  for (int s = 0; s < count; s++) {
-    vu a, b;
-    if constexpr (split)
-      a = bits[s].pairs & 0xffffu, b = bits[s].pairs >> 16;
-    else
-      a = bits[s].a, b = bits[s].b;
-    store_codes2<split>(p + s * STRIP, encode(strips[s].a, inverse, a), encode(strips[s].b, inverse, b));
-  }
+  for (int s = 0; s < count; s++) encode_strip<split>(p + s * STRIP, strips[s], vf{} + inverse, bits[s]);
   return static_cast<uint8_t>(exponent);
+}
+
+#if defined(__AVX512BW__)
+// A block that is one strip, both columns of a pair at once. `inverse`: in all lanes.
+inline void encode_pairs(log8* p, const Two& v, vf inverse, const Bits<true>& bits) {
+  // All but 16 bits of the fraction are rounded off; then the code rises by one where those and the bits make a carry.
+  const vu four = constant<4>();
+  const vu a = ((vu)(v.a * inverse) + four) >> 3, b = ((vu)(v.b * inverse) + four) >> 3;
+  const vu high = merge(b, constant<0xffff0000u>(), a >> 16), not_low = merge_not(a, constant<0xffffu>(), b << 16);
+  // Codes of 1 and more, less 1; the sign would stand above the rest.
+  constexpr uint32_t second = FIRST + 1, beyond = 0x1000 - second;
+  const __m512i code = _mm512_sub_epi16((__m512i)high, (__m512i)constant<second << 16 | second>());
+  const __mmask32 inside = _mm512_cmplt_epu16_mask(code, (__m512i)constant<beyond << 16 | beyond>());
+  if (__builtin_expect(!_kortestc_mask32_u8(inside, inside), 0) &&
+      _mm512_mask_test_epi16_mask(~inside, (__m512i)high, (__m512i)high)) {
+    encode_strip<true>(p, v, inverse, bits);
+    return;
+  }
+  const __mmask32 carry = _mm512_mask_cmplt_epu16_mask(inside, (__m512i)not_low, (__m512i)bits.pairs);
+  const __m512i one = (__m512i)constant<0x00010001u>(), least = _mm512_maskz_add_epi16(inside, code, one);
+  const __m256i codes = _mm512_cvtusepi16_epi8(_mm512_mask_add_epi16(least, carry, least, one));
+  std::memcpy(p, &codes, sizeof codes);
+}
+
+// Two such blocks, whose maxima are found together.
+inline void encode_two(log8* p, uint8_t* exponents, const Two* strips, const Bits<true>* bits) {
+  const vu first = larger((vu)strips[0].a, (vu)strips[0].b), second = larger((vu)strips[1].a, (vu)strips[1].b);
+  const auto quarters = [](vu a, vu b, auto order) {
+    return (vu)_mm512_shuffle_i64x2((__m512i)a, (__m512i)b, decltype(order)::value);
+  };
+  const auto within = [](vu a, auto order) {
+    return (vu)_mm512_shuffle_epi32((__m512i)a, static_cast<_MM_PERM_ENUM>(decltype(order)::value));
+  };
+  // The first block's in the lower half of the vector, the second's in the upper half.
+  vu top = larger(quarters(first, second, Order<0x44>()), quarters(first, second, Order<0xee>()));
+  top = larger(top, quarters(top, top, Order<0xb1>()));
+  top = larger(top, within(top, Order<0x4e>()));
+  top = larger(top, within(top, Order<0xb1>()));
+  const __m512i beyond = (__m512i)(((top + constant<0x7ffffu>()) >> 23) + constant<1>());
+  const __mmask16 some = _mm512_test_epi32_mask((__m512i)top, (__m512i)top);
+  const vu exponent = (vu)_mm512_maskz_min_epu32(some, beyond, (__m512i)constant<253>());
+  const __m128i bytes = _mm_bsrli_si128(_mm512_cvtepi32_epi8((__m512i)exponent), VL / 2 - 1);
+  std::memcpy(exponents, &bytes, 2);
+  const vu inverse = (constant<254>() - exponent) << 23;
+  encode_pairs(p, strips[0], (vf)quarters(inverse, inverse, Order<0x00>()), bits[0]);
+  encode_pairs(p + STRIP, strips[1], (vf)quarters(inverse, inverse, Order<0xff>()), bits[1]);
+}
+#endif
+
+// Encode the blocks of a row of `strips` strips.
+template <bool split, int strips>
+inline void encode_blocks(log8* p, uint8_t* exponents, const Two (&values)[strips], const Bits<split> (&bits)[strips]) {
+#if defined(__AVX512BW__)
+  if constexpr (split && strips == 2) {
+    encode_two(p, exponents, values, bits);
+    return;
+  }
+#endif
+  constexpr int each = BLOCK / STRIP;
+#pragma GCC unroll 4
+  for (int b = 0; b < strips / each; b++)
+    exponents[b] = encode_block<split>(p + b * BLOCK, values + b * each, bits + b * each);
 }
 
 }  // namespace

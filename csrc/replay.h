@@ -15,12 +15,19 @@ struct Replay {
   int64_t rows;   // R, or 0 where the memory is empty
   int64_t width;  // n, rounded up to whole tiles
   Scratch x, v;   // R x width: X_r, strip by strip, and V, in the order of W's strips, zeros behind column n
+  Scratch pairs;  // X_r once more, as it came: for products of pairs of bfloat16, where there are those
 
-  Replay(int64_t rows, int64_t n) : rows(rows), width((n + NC - 1) / NC * NC), x(rows * width), v(rows * width) {}
+  Replay(int64_t rows, int64_t n)
+      : rows(rows),
+        width((n + NC - 1) / NC * NC),
+        x(rows * width),
+        v(rows * width),
+        pairs(TTT_DOT * rows * width / 2) {}
 
   // X_r from column j on, of which one strip stands together. The same strip of the next row follows: rows as far apart
   // as those of W would contend with them for the same lines of the cache.
   float* at(int64_t r, int64_t j) const { return x.get() + j * rows + r * STRIP; }
+  float* pairs_at(int64_t r, int64_t j) const { return pairs.get() + (j * rows + r * STRIP) / 2; }
 };
 
 inline int64_t filled_rows(const ttt::Commit& a) {
@@ -63,6 +70,7 @@ void draw_replay(const ttt::Commit& a, float sum_eta, Replay& out) {
       const Two strip = j < n ? load2_upto<splits<T>>(row + j, n - j) : Two{};
       store(out.at(r, j), strip.a);
       store(out.at(r, j) + VL, strip.b);
+      if constexpr (dots<T>) store(out.pairs_at(r, j), j < n ? load_raw(row + j, n - j) : vf{});
     }
   }
   if (a.replay == ttt::kGradient) {

@@ -79,11 +79,7 @@ __attribute__((always_inline)) inline void update_row(W* weight, const W* anchor
     if constexpr (sizeof(S) > 1) store2_rounded(trace.value + at, grown[strip], trace_bits[strip]);
   }
   if constexpr (sizeof(S) == 1) {
-    constexpr int each = BLOCK / STRIP;
-    if (!traces) return;
-#pragma GCC unroll 4
-    for (int b = 0; b < NC / BLOCK; b++)
-      trace.exponent[b] = encode_block<split>(trace.value + b * BLOCK, grown + b * each, trace_bits + b * each);
+    if (traces) encode_blocks(trace.value, trace.exponent, grown, trace_bits);
   }
 }
 
@@ -102,19 +98,13 @@ struct Rows {
 
   Rows(const ttt::Commit& a, int64_t i, int64_t j) : a(a), i(i), j(j) {}
 
-  // Ask for NC columns from `column` on, some tiles ahead: with this many streams the processor does not see them all.
-  void prefetch(int tall, int64_t column, bool writes) const {
-    if (column + NC > a.n) return;
-    for (int r = 0; r < tall; r++) {
-      const int64_t at = (i + r) * a.n + column;
-      if (writes) touch(static_cast<const W*>(a.weight) + at);
-      if (writes && a.decay > 0) touch(static_cast<const W*>(a.anchor) + at);
-      if (writes && a.importance != nullptr) {
-        touch(static_cast<const W*>(a.anchor) + at);
-        touch(state_at<S>(const_cast<void*>(a.importance), i + r, column, a.n).value);
-      }
-      if (a.trace != nullptr) touch(state_at<S>(a.trace, i + r, column, a.n).value);
-    }
+  // Ask for row r's NC columns: with this many streams the processor does not see them all.
+  void prefetch(int r, bool writes) const {
+    const int64_t at = (i + r) * a.n + j;
+    if (writes) touch(static_cast<const W*>(a.weight) + at);
+    if (writes && (a.decay > 0 || a.importance != nullptr)) touch(static_cast<const W*>(a.anchor) + at);
+    if (writes && a.importance != nullptr) touch_state(const_cast<void*>(a.importance), r);
+    if (a.trace != nullptr) touch_state(a.trace, r);
   }
 
   // The random bits of this tile and of those to its right, `panels` of them at most.
@@ -141,20 +131,28 @@ struct Rows {
   }
 
   __attribute__((always_inline)) void update(int tall, const vf (&g)[MR][NV], const vf (&s)[MR][NV],
-                                             const uint32_t* words, const Scalars& k, bool pulls, bool traces) const {
+                                             const uint32_t* words, const Scalars& k, bool pulls, bool traces,
+                                             const Rows& ahead) const {
     const bool usual = pulls && traces && a.importance != nullptr && k.writes && !k.si;
     if (!usual) {
       vf g_copy[MR][NV], s_copy[MR][NV];  // the originals stay in registers
       std::memcpy(g_copy, g, sizeof g);
       std::memcpy(s_copy, s, sizeof s);
+      for (int r = 0; r < tall; r++) ahead.prefetch(r, k.writes);
       update_rest(tall, g_copy, s_copy, words, k, pulls, traces);
     } else if constexpr (MR <= MID) {
 #pragma GCC unroll 4
       for (int r = 0; r < MR; r++)
-        if (r < tall) update_one<true>(r, g[r], s[r], words, k, pulls, traces);
+        if (r < tall) {
+          ahead.prefetch(r, true);
+          update_one<true>(r, g[r], s[r], words, k, pulls, traces);
+        }
     } else {
 #pragma GCC unroll 1
-      for (int r = 0; r < tall; r++) update_one<true>(r, g[r], s[r], words, k, pulls, traces);
+      for (int r = 0; r < tall; r++) {
+        ahead.prefetch(r, true);
+        update_one<true>(r, g[r], s[r], words, k, pulls, traces);
+      }
     }
   }
 
@@ -211,6 +209,11 @@ struct Rows {
     }
   }
 
+  void touch_state(void* base, int r) const {
+    const State<S> state = state_at<S>(base, i + r, j, a.n);
+    touch(state.value);
+    if (sizeof(S) == 1 && j % (64 * BLOCK) == 0) __builtin_prefetch(state.exponent, 0, 3);
+  }
   template <class T>
   static void touch(const T* p) {
     for (int64_t byte = 0; byte < static_cast<int64_t>(NC * sizeof(T)); byte += 64)

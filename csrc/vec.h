@@ -31,6 +31,31 @@ struct Two {
   vf a, b;
 };
 
+#if defined(__AVX512F__)
+// A constant as a vector, from memory. Left to themselves compilers make it by way of a general register, in two
+// instructions at each use where vectors' registers are all taken.
+template <uint32_t value>
+struct InMemory {
+  static constexpr uint32_t word = value;
+};
+template <uint32_t value>
+inline vu constant() {
+  vu v;
+  asm("vpbroadcastd %1, %0" : "=v"(v) : "m"(InMemory<value>::word));
+  return v;
+}
+// (x and y) or z; likewise inverted.
+inline vu merge(vu x, vu y, vu z) { return (vu)_mm512_ternarylogic_epi32((__m512i)x, (__m512i)y, (__m512i)z, 0xea); }
+inline vu merge_not(vu x, vu y, vu z) {
+  return (vu)_mm512_ternarylogic_epi32((__m512i)x, (__m512i)y, (__m512i)z, 0x15);
+}
+#else
+template <uint32_t value>
+inline vu constant() {
+  return vu{} + value;
+}
+#endif
+
 inline vf splat(float s) { return s - vf{}; }
 
 template <class V, class T>
@@ -82,7 +107,7 @@ template <bool split>
 inline Two load2(const bf16* p) {
   if constexpr (split) {
     const vu raw = load_as<vu>(p);
-    return {(vf)(raw << 16), (vf)(raw & 0xffff0000u)};
+    return {(vf)(raw << 16), (vf)(raw & constant<0xffff0000u>())};
   }
   return {load(p), load(p + VL)};
 }
@@ -97,6 +122,15 @@ inline Two load2_part(const T* p, int64_t count) {
 template <bool split, class T>
 inline Two load2_upto(const T* p, int64_t count) {
   return count >= STRIP ? load2<split>(p) : load2_part<split>(p, count);
+}
+
+// A strip of 16-bit numbers as it stands in memory; the first `count` of them, zeros behind.
+template <class T>
+inline vf load_raw(const T* p, int64_t count) {
+  if (count >= STRIP) return load_as<vf>(p);
+  T part[STRIP] = {};
+  std::memcpy(part, p, count * sizeof(T));
+  return load_as<vf>(part);
 }
 
 // Asks for what a stream over a matrix comes to next, beyond the row's end too. The processor's own prefetchers stop at
@@ -175,17 +209,19 @@ inline Two store2_rounded(bf16* p, Two v, const Bits<false>& bits) {
 }
 inline Two store2_rounded(bf16* p, Two v, const Bits<true>& bits) {
 #if defined(__AVX512BW__)
-  // Both columns of a pair at once: a half goes up by one where its lower half and the bits make a carry. Inverted,
-  // for then the exponent is tested and the lower half compared without another step.
-  const vu low = ~(((vu)v.a & 0xffffu) | ((vu)v.b << 16)), high = ~(((vu)v.a >> 16) | ((vu)v.b & 0xffff0000u));
-  const __mmask32 finite = _mm512_test_epi16_mask((__m512i)high, _mm512_set1_epi16(0x7f80));
-  const __mmask32 carry = _mm512_mask_cmplt_epu16_mask(finite, (__m512i)low, (__m512i)bits.pairs);
-  const vu pairs = ~(vu)_mm512_mask_add_epi16((__m512i)high, carry, (__m512i)high, _mm512_set1_epi16(-1));
+  // Both columns of a pair at once: a half goes up by one where its lower half and the bits make a carry. Infinity has
+  // no lower half; a NaN must not be carried beyond the last of them.
+  const vu high = merge((vu)v.b, constant<0xffff0000u>(), (vu)v.a >> 16);
+  const vu not_low = merge_not((vu)v.a, constant<0xffffu>(), (vu)v.b << 16);
+  const vu magnitude = high | constant<0x80008000u>();
+  const __mmask32 holds = _mm512_cmpneq_epi16_mask((__m512i)magnitude, _mm512_set1_epi32(-1));
+  const __mmask32 carry = _mm512_mask_cmplt_epu16_mask(holds, (__m512i)not_low, (__m512i)bits.pairs);
+  const vu pairs = (vu)_mm512_mask_add_epi16((__m512i)high, carry, (__m512i)high, (__m512i)constant<0x00010001u>());
 #else
   const vu pairs = round_up_by(v.a, bits.pairs & 0xffffu) >> 16 | (round_up_by(v.b, bits.pairs >> 16) & 0xffff0000u);
 #endif
   std::memcpy(p, &pairs, sizeof pairs);
-  return {(vf)(pairs << 16), (vf)(pairs & 0xffff0000u)};
+  return {(vf)(pairs << 16), (vf)(pairs & constant<0xffff0000u>())};
 }
 
 // Round to nearest even; the result's upper half is the bfloat16.

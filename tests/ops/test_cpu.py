@@ -183,6 +183,48 @@ def test_rounds_with_the_same_bits_as_the_reference(isa, dtype, state):
     assert float((ours["weight"] != case["weight"]).float().mean()) > 0.05
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_codes_of_what_a_growing_block_leaves_behind(isa, dtype):
+    """One column of each block grows by 2^18; the rest falls below the smallest code, is rounded to it or to 0."""
+    m, n, tokens = 40, 150, 8
+    case = commit_case(m, n, tokens, dtype, torch.uint8)
+    case["x"] = torch.where(torch.arange(n) % 32 == int(torch.randint(22, ())), 64.0, 0.0).expand(tokens, n).to(dtype)
+    case["x"] = case["x"].contiguous()
+    case["trace_delta"] = torch.randint(-3, 4, (tokens, m)).to(dtype)
+    case["trace"] = log8.encode((1 + torch.randint(16, (m, n)) / 16) * 2.0 ** torch.randint(-16, 5, (m, n)))
+    ours, theirs = ({k: t.clone() for k, t in case.items()} for _ in range(2))
+    options = {**OPTIONS, "replay_rows": 0, "lam": 0.5, "gamma": 1.0}
+    ops.commit(**ours, **options)
+    run_reference(theirs, options)
+    assert torch.equal(ours["trace"], theirs["trace"])
+    assert float((ours["trace"][:, :n] <= 1).float().mean()) > 0.5
+    assert bool((ours["trace"][:, :n] == 1).any())
+
+
+@pytest.mark.parametrize("state", DTYPES)
+@pytest.mark.parametrize("rows", [0, 2])
+def test_what_is_not_finite_stays_so(isa, state, rows):
+    """Rounding bits must not carry a NaN to zero, whatever its bits; the other rows are as without it."""
+    m, n = 20, 70
+    case = commit_case(m, n, 5, torch.bfloat16, state)
+    options = {**OPTIONS, "replay_rows": rows, "lam": 0.5}
+    good, bad = ({k: t.clone() for k, t in case.items()} for _ in range(2))
+    bad["weight"].view(torch.int16)[3, [0, 9, 33, 69]] = torch.tensor([0x7FFF, -1, 0x7F80, -128], dtype=torch.int16)
+    bad["importance"][4, 10:12] = float("nan")
+    if state == torch.float32:
+        bad["importance"].view(torch.int32)[5, 7] = -1
+    for one in (good, bad):
+        ops.commit(**one, **options)
+    assert bool(bad["weight"][3, [0, 9]].isnan().all())
+    assert not bool(bad["weight"][3, [33, 69]].isfinite().any())
+    assert bool(bad["weight"][4, 10:12].isnan().all())
+    assert state != torch.float32 or bool(bad["weight"][5, 7].isnan())
+    same = torch.ones(m, n, dtype=torch.bool)
+    same[3] = False
+    same[4, 10:12] = same[5, 7] = False
+    assert torch.equal(good["weight"][same], bad["weight"][same])
+
+
 def test_mixed_state_dtypes_and_fp8_products_use_the_reference_and_say_so():
     from ttt.ops.backends import calls
 
