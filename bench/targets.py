@@ -70,9 +70,11 @@ TARGETS = (
         "commit, T <= 16: at least 70 % of copy bandwidth on the bytes that the formula moves",
         _commit(few=True), lambda r: r["percent_of_copy"], 70.0, True, _name,
         {
-            "bfloat16": "arithmetic: half the bytes of float32, but the same work a weight, done in float32; replay "
-            "adds two products of R rows, and a matrix that fits in the cache does not wait for memory",
-            "8bit": "encoding (logarithm, block scale, stochastic rounding) takes longer than the bytes",
+            "bfloat16": "arithmetic: half the bytes of float32, but the same work a weight, and rounding besides; "
+            "replay adds a pass over W and W* and two products of R rows. T = 16, R = 4 takes as long with all of it "
+            "in a core's own cache as a copy of the bytes does (AMD EPYC, Zen 4)",
+            "8bit": "arithmetic: decoding, block maxima and encoding with stochastic rounding take as long with all of "
+            "it in a core's own cache as a copy of the bytes does (AMD EPYC, Zen 4)",
         },
     ),
     Target(
