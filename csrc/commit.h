@@ -45,10 +45,10 @@ __attribute__((always_inline)) inline void take_sums(vf (&to)[MR][NV], const flo
 
 // Tiles are FLAT up to the first number of tokens, MID up to the second.
 constexpr int64_t HANDFUL = 4, FEW_TOKENS = 32;
-// How many tiles ahead of the one being written W, W*, Omega and F are asked for: high tiles take long, and what they
-// ask for takes room in the first-level cache from the panels.
+// How many tiles ahead of the one being written W, W*, Omega and F are asked for: high tiles take longer. (2048 x 2048
+// in bfloat16, Zen 4: T = 64 6.1 ms with 2, 6.7 with 1; T = 16 2.20 with 2, 2.30 with 3.)
 template <int MR>
-constexpr int64_t TILES_AHEAD = VL == 16 && MR == TALL ? 1 : 3;
+constexpr int64_t TILES_AHEAD = VL == 16 && MR != FLAT ? 2 : 3;
 
 // `dot`: products of pairs of bfloat16; otherwise both factors are widened to float32. `moves`: there is a momentum.
 template <int MR, bool dot, bool moves, class W, class S>
