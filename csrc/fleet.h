@@ -72,16 +72,25 @@ inline void add_rows(float* acc, int64_t width, const float* factor, int64_t str
   }
 }
 
-template <int tokens, class T>
-inline void add_all_rows(float* acc, int64_t width, const float* factor, int64_t held, const T* b, int64_t m,
-                         int64_t count) {
-  constexpr int each = 8;
-  int64_t r = 0;
+// From row `r` on, `each` rows at a time, while there are so many; the first row that is left.
+template <int tokens, int each, class T>
+inline int64_t add_rows_by(int64_t r, float* acc, int64_t width, const float* factor, int64_t held, const T* b,
+                           int64_t m, int64_t count, int64_t next) {
   for (; r + each <= held; r += each) {
-    const int64_t later = r + 2 * each <= held ? each * m : 0;
+    const int64_t later = r + each < held ? each * m : next - r * m;
     add_rows<tokens, each>(acc, width, factor + r, held, b + r * m, m, count, later);
   }
-  for (; r < held; r++) add_rows<tokens, 1>(acc, width, factor + r, held, b + r * m, m, count, 0);
+  return r;
+}
+
+// `next`: how many elements behind these rows others begin that come after them.
+template <int tokens, class T>
+inline void add_all_rows(float* acc, int64_t width, const float* factor, int64_t held, const T* b, int64_t m,
+                         int64_t count, int64_t next) {
+  int64_t r = add_rows_by<tokens, 8>(0, acc, width, factor, held, b, m, count, next);
+  r = add_rows_by<tokens, 4>(r, acc, width, factor, held, b, m, count, next);
+  r = add_rows_by<tokens, 2>(r, acc, width, factor, held, b, m, count, next);
+  add_rows_by<tokens, 1>(r, acc, width, factor, held, b, m, count, next);
 }
 
 template <class T>
@@ -108,24 +117,34 @@ void fleet_linear(const ttt::FleetLinear& a) {
     work += static_cast<double>(g.rows) * g.count * (m + n);
   }
   const int threads = work < 65536 ? 1 : a.threads;
+  // Units that follow each other are read ahead for: a thread gets several, but of each 16th of all only so many.
+  const auto run = [&](const std::vector<Unit>& units) {
+    return std::clamp(static_cast<int>(units.size()) / (8 * threads), 2, 16);
+  };
+  const int dots_run = run(dots), sums_run = run(sums);
+  const auto row_a = [&](const Unit& u) {
+    return static_cast<const T*>(a.a) + (u.group->slot * a.capacity + u.at) * n;
+  };
+  const auto row_b = [&](const Unit& u) { return static_cast<const T*>(a.b) + u.group->slot * a.capacity * m + u.at; };
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     // inner[t * rows + r] = A_r . x_t
-#pragma omp for schedule(dynamic, 2)
+#pragma omp for schedule(dynamic, dots_run)
     for (size_t unit = 0; unit < dots.size(); unit++) {
       const FleetGroup& g = *dots[unit].group;
       const int64_t r0 = dots[unit].at;
       const int some = static_cast<int>(std::min<int64_t>(4, g.rows - r0));
       const T* row[4] = {};
-      for (int r = 0; r < some; r++) row[r] = static_cast<const T*>(a.a) + (g.slot * a.capacity + r0 + r) * n;
-      dot_products_any(row, some, x.row(g.first), stride, n, g.count, inner.get() + g.inner + r0, 1, g.rows,
-                       r0 + 8 <= g.rows ? 4 * n : 0);
+      for (int r = 0; r < some; r++) row[r] = row_a(dots[unit]) + r * n;
+      const int64_t later = unit + 1 < dots.size() ? row_a(dots[unit + 1]) - row[0] : 0;
+      dot_products_any(row, some, x.row(g.first), stride, n, g.count, inner.get() + g.inner + r0, 1, g.rows, later);
     }
-#pragma omp for schedule(dynamic, 2)
+#pragma omp for schedule(dynamic, sums_run)
     for (size_t unit = 0; unit < sums.size(); unit++) {
       const FleetGroup& g = *sums[unit].group;
       const int64_t i0 = sums[unit].at, count = std::min(width, m - i0);
-      const T* b = static_cast<const T*>(a.b) + g.slot * a.capacity * m + i0;
+      const T* b = row_b(sums[unit]);
+      const int64_t next = unit + 1 < sums.size() ? row_b(sums[unit + 1]) - b : 0;
       alignas(64) float acc[FLEET_COLUMNS];
       for (int64_t t = 0; t < g.count; t += 4) {
         const int some = static_cast<int>(std::min<int64_t>(4, g.count - t));
@@ -138,10 +157,10 @@ void fleet_linear(const ttt::FleetLinear& a) {
           }
         }
         const float* factor = inner.get() + g.inner + t * g.rows;
-        if (some == 1) add_all_rows<1>(acc, width, factor, g.rows, b, m, count);
-        if (some == 2) add_all_rows<2>(acc, width, factor, g.rows, b, m, count);
-        if (some == 3) add_all_rows<3>(acc, width, factor, g.rows, b, m, count);
-        if (some == 4) add_all_rows<4>(acc, width, factor, g.rows, b, m, count);
+        if (some == 1) add_all_rows<1>(acc, width, factor, g.rows, b, m, count, next);
+        if (some == 2) add_all_rows<2>(acc, width, factor, g.rows, b, m, count, next);
+        if (some == 3) add_all_rows<3>(acc, width, factor, g.rows, b, m, count, next);
+        if (some == 4) add_all_rows<4>(acc, width, factor, g.rows, b, m, count, next);
         for (int k = 0; k < some; k++) {
           T* y = static_cast<T*>(a.y) + batch.token[g.first + t + k] * m + i0;
           for (int64_t j = 0; j < count; j += STRIP) {

@@ -234,7 +234,7 @@ struct Compression {
     finish(s, of_a, first, scratch);
   }
 
-  // New rows into the slot, as its type; zeros into those that become free.
+  // New rows into the slot, as its type.
   template <class Real>
   void finish(const Compressed& s, bool of_a, int64_t first, const Real* fresh) const {
     using V = Lanes<Real>;
@@ -268,7 +268,11 @@ struct Compression {
       }
       std::memcpy(row(s, of_a, i) + first, out, count * sizeof(T));
     }
-    for (int64_t r = s.kept; r < s.held; r++) std::memset(row(s, of_a, r) + first, 0, count * sizeof(T));
+  }
+
+  // Zeros into a row that becomes free: all of it at once, which is faster than block by block.
+  void clear(const Compressed& s, bool of_a, int64_t r) const {
+    std::memset(row(s, of_a, r), 0, columns(of_a) * sizeof(T));
   }
 
   void end(const Compressed& s) const {
@@ -280,7 +284,7 @@ struct Compression {
   }
 };
 
-// A share of the work of one slot: a piece of a Gram matrix, a row of one, or a block of columns.
+// A share of the work of one slot: a piece of a Gram matrix, a row of one, a block of columns, or a row.
 struct Share {
   Compressed* slot;
   bool of_a;
@@ -302,7 +306,7 @@ int64_t fleet_compress(const ttt::FleetCompress& a) {
   int64_t failed = -1;
   for (int64_t k = 0; k < a.count; k += threads) {
     std::vector<Compressed*> chosen, cut;
-    std::vector<Share> grams, weights, blocks;
+    std::vector<Share> grams, weights, blocks, freed;
     for (int64_t i = k; i < std::min<int64_t>(a.count, k + threads); i++) {
       Compressed* s = &slots[i - k];
       chosen.push_back(s);
@@ -312,6 +316,7 @@ int64_t fleet_compress(const ttt::FleetCompress& a) {
         for (int64_t p = 0; s->cuts && p < work.pieces(of_a); p++) grams.push_back({s, of_a, p});
         for (int64_t r = 0; work.pull.on && r < s->kept; r++) weights.push_back({s, of_a, r});
         for (int64_t j = 0; j < work.columns(of_a); j += BLOCK_COLUMNS) blocks.push_back({s, of_a, j});
+        for (int64_t r = s->kept; r < s->held; r++) freed.push_back({s, of_a, r});
       }
     }
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -341,6 +346,9 @@ int64_t fleet_compress(const ttt::FleetCompress& a) {
         for (size_t i = 0; i < blocks.size(); i++)
           if (!blocks[i].slot->stays()) work.pulled(*blocks[i].slot, blocks[i].of_a, blocks[i].at, mine);
       }
+#pragma omp for schedule(dynamic, 8)
+      for (size_t i = 0; i < freed.size(); i++)
+        if (!freed[i].slot->stays()) work.clear(*freed[i].slot, freed[i].of_a, freed[i].at);
     }
     for (const Compressed* s : chosen) {
       if (!s->stays())

@@ -239,6 +239,9 @@ inline void store_nearest(bf16* p, vf v) {
 inline vf abs(vf v) { return (vf)((vu)v & 0x7fffffffu); }
 
 inline float sum(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);  // the same order; by way of memory it takes twice as long
+#endif
   float lanes[VL];
   std::memcpy(lanes, &v, sizeof v);
   for (int half = VL / 2; half > 0; half /= 2)

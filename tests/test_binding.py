@@ -170,7 +170,7 @@ def test_many_users_outputs_and_state_are_those_of_the_ops(dtype, options, monke
                 twin.learn(x, delta, eta, users)
         assert same_fleets(layer, twin)
     assert before == {"fleet_linear", "fleet_append", "fleet_compress"}
-    assert int(layer.step[1]) > 5
+    assert int(layer.step[1]) >= 4  # of 21 tokens at least, which a slot of 6 rows takes by fours
 
 
 def test_many_users_what_an_op_would_refuse_is_refused():
