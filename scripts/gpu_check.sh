@@ -44,16 +44,20 @@ timeout --kill-after=5 170 python3 -m ttt.ops.triton.aot >"$out/aot.log" 2>&1 &
 aot=$!
 workers=()
 python3 -c "import xdist" 2>/dev/null && workers=(-n 8)
-step tests.log 170 python3 -m pytest "${workers[@]}" tests/gpu tests/ops/test_triton.py tests/ops/test_append.py
+step tests.log 170 python3 -m pytest "${workers[@]}" tests/gpu tests/ops/test_triton.py tests/ops/test_append.py \
+  tests/ops/test_fleet_triton.py tests/ops/test_fleet_compress_triton.py
 wait "$aot"
 code=$?
 tail -n 3 "$out/aot.log"
 ((code)) && failed+=("python3 -m ttt.ops.triton.aot (exit $code)")
 
-for suite in decode commit window_linear observe generate; do
-  step bench.log 110 python3 -m bench.run --device cuda --suite "$suite" --rounds 5 --seconds 2 --json "$parts/$suite.json"
+suites=(decode commit fleet window_linear head observe generate)
+results=()
+for suite in "${suites[@]}"; do
+  results+=("$parts/$suite.json")
+  step bench.log 70 python3 -m bench.run --device cuda --suite "$suite" --rounds 5 --seconds 2 --json "$parts/$suite.json"
 done
-step bench.log 20 python3 -m bench.merge "$out/cuda.json" "$parts"/{decode,commit,window_linear,observe,generate}.json
+step bench.log 20 python3 -m bench.merge "$out/cuda.json" "${results[@]}"
 
 if ((${#failed[@]})); then
   printf 'failed: %s\n' "${failed[@]}"

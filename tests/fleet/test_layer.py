@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from fleet_steps import check_rates_are_a_users_own, check_steps
 from helpers import plain_config
 
 import ttt
@@ -162,3 +163,15 @@ def test_options_out_of_range_are_refused():
         ttt.TTTConfig(users=Fleet(), importance="si")
     config = ttt.TTTConfig(users=Fleet(rank=3))
     assert ttt.TTTConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"shrink": "directions", "ewc_lambda": 0.5, "replay_rows": 2}])
+@pytest.mark.parametrize("tokens", [5, 14])
+def test_slots_that_are_chosen_on_the_device_are_those_that_the_host_chooses(dtype, options, tokens):
+    check_steps("cpu", dtype, lambda step: step, tokens, **options)
+
+
+@pytest.mark.parametrize("rate", ["energy", "rms"])
+def test_rates_are_a_users_own(rate):
+    check_rates_are_a_users_own("cpu", torch.float32, rate)

@@ -320,8 +320,9 @@ def test_refusals_name_the_argument_and_change_nothing():
     lost, step = torch.zeros(2), torch.zeros(2, dtype=torch.int64)
     state, slots = (a, b, rows, eta_sum, lost, step), torch.tensor([0])
     compress = ttt.ops.fleet_compress
-    refused(ValueError, "slots must be distinct", compress, *state, torch.tensor([0, 0]), rank=1)
-    refused(ValueError, r"slots must be distinct and in \[0, 2\)", compress, *state, torch.tensor([2]), rank=1)
+    refused(ValueError, "slots must be -1, or distinct", compress, *state, torch.tensor([0, 0]), rank=1)
+    refused(ValueError, r"slots must be -1, or distinct and in \[0, 2\)", compress, *state, torch.tensor([2]), rank=1)
+    refused(ValueError, r"got \[-2\]", compress, *state, torch.tensor([-2]), rank=1)
     refused(ValueError, "rank must be a whole number of at least 1, got 0", compress, *state, slots, rank=0)
     refused(ValueError, "shrink must be one of", compress, *state, slots, rank=1, shrink="half")
     refused(ValueError, "lam = 1.0 needs importance_m", compress, *state, slots, rank=1, lam=1.0)

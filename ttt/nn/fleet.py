@@ -222,8 +222,10 @@ class FleetLinear(Adapted):
         binding = binding_of(self)
         if binding is not None and binding.learn(x, delta, eta, users):
             return
+        if not users.is_cpu:
+            self._learn_on_device(x, delta, eta, users)
+            return
         window = self.fleet.window
-        # On the host, which has to know anyway what to compress: so it waits for a GPU once, not for each count.
         counts = {u: count for u, count in Counter(users.tolist()).items() if u >= 0}
         parts = -(-max(counts.values(), default=0) // window)
         if parts == 1:
@@ -242,16 +244,35 @@ class FleetLinear(Adapted):
         rows = self.rows.tolist()
         self._compress([u for u in counts if rows[u] == capacity])
 
+    def _learn_on_device(self, x: Tensor, delta: Tensor, eta: Tensor, users: Tensor) -> None:
+        """The same to the bit, the slots to compress being chosen on the device. The host waits only where there are
+        more tokens than a window, and not while a CUDA graph is captured."""
+        tokens, window, capacity = users.numel(), self.fleet.window, self.fleet.capacity
+        place, parts = None, min(tokens, 1)
+        if tokens > window:  # there may be more of one user than a slot has room for at a time
+            place, parts = places(users), -(-tokens // window)
+            if not (users.is_cuda and torch.cuda.is_current_stream_capturing()):
+                parts = int(torch.where(users >= 0, place, -window).max()) // window + 1
+        for k in range(parts):
+            part = users if place is None else torch.where(place // window == k, users, -1)
+            count = torch.zeros(self.fleet.slots + 1, dtype=torch.int32, device=users.device)
+            count = count.index_add_(0, part + 1, torch.ones_like(part))[1:]
+            self.compress((count > 0) & (self.rows + count > capacity))
+            ops.fleet_append(self.a, self.b, self.rows, self.eta_sum, x, delta, eta, part)
+            self.compress((count > 0) & (self.rows == capacity))
+
     @torch.no_grad()
     def compress(self, chosen: Tensor) -> None:
         """Bring the ``chosen`` slots, (S,) bool, back to ``rank`` rows, with the pull and the replay of ``config``."""
-        self._compress(chosen.nonzero().flatten().tolist())
+        self._compress_slots(torch.where(chosen, torch.arange(len(chosen), device=chosen.device), -1))
 
     def _compress(self, slots: list[int]) -> None:
         if slots:
-            chosen = torch.tensor(sorted(slots), dtype=torch.int64, device=self.rows.device)
-            state = self.a, self.b, self.rows, self.eta_sum, self.lost, self.step
-            ops.fleet_compress(*state, chosen, **self.compress_options())
+            self._compress_slots(torch.tensor(sorted(slots), dtype=torch.int64, device=self.rows.device))
+
+    def _compress_slots(self, slots: Tensor) -> None:
+        state = self.a, self.b, self.rows, self.eta_sum, self.lost, self.step
+        ops.fleet_compress(*state, slots, **self.compress_options())
 
     def compress_options(self) -> dict[str, Any]:
         """The keywords of `ttt.ops.fleet_compress`."""

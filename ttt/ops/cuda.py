@@ -25,7 +25,7 @@ def _kernels() -> SimpleNamespace | None:
     if "triton" in unavailable:
         return None
     try:
-        from ttt.ops.triton import append, commit, fleet, project, reservoir, window_linear
+        from ttt.ops.triton import append, commit, fleet, fleet_compress, project, reservoir, window_linear
     except ImportError as error:
         unavailable["triton"] = f"the Triton kernels cannot be imported ({error})"
         return None
@@ -39,6 +39,8 @@ def _kernels() -> SimpleNamespace | None:
         reservoir_draw=reservoir.reservoir_draw,
         fleet_linear=fleet.fleet_linear,
         fleet_append=fleet.fleet_append,
+        fleet_compress=fleet_compress.fleet_compress,
+        why_not_compress=fleet_compress.why_not,
     )
 
 

@@ -130,7 +130,7 @@ def fleet_compress(
     Args:
         a, b, rows, eta_sum: as in `fleet_append`.
         lost: (S,), float32 (float64 for float64). step: (S,), int64: compressions so far, the counter of random draws.
-        slots: (K,), int64: the slots to compress, each at most once.
+        slots: (K,), int64: the slots to compress, each at most once; -1 stands for none, so that a device can choose.
         rank: r, at least 1. A slot with no more rows keeps them (replay and pull apply).
         shrink: "truncate" or "directions".
         lam: strength of the pull; needs ``importance_m`` (m,) and ``importance_n`` (n,): rho and kappa, float32
@@ -140,7 +140,9 @@ def fleet_compress(
 
     Raises:
         ValueError, TypeError: for a wrong argument; nothing has been written then.
-        RuntimeError: on CPU for a slot of more than ``rank`` rows that are not all finite; it stays as it was.
+        RuntimeError: on CPU for a slot of more than ``rank`` rows that are not all finite; it stays as it was. On CUDA,
+            where the host does not wait, such a slot stays as it was and nothing is raised; slots of more than 1024
+            rows, float64 and empty factors are left to the reference there, for which the host does wait.
     """
     torch.ops.ttt.fleet_compress(
         a, b, rows, eta_sum, lost, step, slots, rank, shrink, lam, importance_m, importance_n, memory, seen, seed,

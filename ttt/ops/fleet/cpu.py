@@ -67,7 +67,8 @@ def fleet_compress(
         reference.fleet_compress(*args)
         return
     record("fleet_compress", "cpu")
-    failed = _C.fleet_compress(*_compress_arguments(*args))
+    slots = slots[slots >= 0]  # kept until the kernel has ended
+    failed = _C.fleet_compress(*_compress_arguments(*args[:6], slots, *args[7:]))
     torch.autograd.graph.increment_version([a, b, rows, eta_sum, lost, step])
     refuse(failed)
 

@@ -1,4 +1,4 @@
-"""The fleet's ops on CUDA: Triton kernels; QR and SVD by cuSOLVER, which torch calls."""
+"""The fleet's ops on CUDA: the Triton kernels, or the reference (and a record of why) where they do not apply."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from ttt.ops import schema
 from ttt.ops.backends import record
-from ttt.ops.cuda import _run
+from ttt.ops.cuda import _DTYPES, _kernels, _run
 from ttt.ops.fleet import checks, reference
 
 
@@ -26,8 +26,14 @@ def fleet_append(a, b, rows, eta_sum, x, delta, eta, users) -> None:
 
 def fleet_compress(*args) -> None:
     checks.check_fleet_compress(*args)
-    record("fleet_compress", "reference", "cuSOLVER, through torch, decomposes the factors")
-    reference.fleet_compress(*args)
+    a, b = args[:2]
+    kernels = _kernels() if a.dtype in _DTYPES else None
+    if kernels is not None and (why := kernels.why_not_compress(a, b)):
+        record("fleet_compress", "reference", why)
+        reference.fleet_compress(*args)
+    else:
+        _run("fleet_compress", a, a.dtype, *args, fallback=reference.fleet_compress)
+    torch.autograd.graph.increment_version(list(args[:6]))
 
 
 for _function in (fleet_linear, fleet_append, fleet_compress):

@@ -54,7 +54,7 @@ def fleet_compress(
     seen: Tensor | None, seed: int, replay_rows: int, replay: str, beta: float, eps: float,
 ) -> None:  # fmt: skip
     """See `ttt.ops.fleet_compress`. One slot at a time: batched routines give bits that depend on the batch."""
-    for u in slots.tolist():
+    for u in slots[slots >= 0].tolist():
         held, spent, counter = int(rows[u]), eta_sum[u].double(), step[u : u + 1]
         left, right = a[u, :held].double(), b[u, :held].double()
         if held and replay_rows and int(seen) > 0:

@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from ttt.ops import log8, schema
-from ttt.ops.triton import append, commit, fleet, project, reservoir, window_linear
+from ttt.ops.triton import append, commit, fleet, fleet_compress, project, reservoir, window_linear
 
 M, N, CAPACITY = 4096, 4096, 1024
 _TYPES = {
@@ -95,6 +95,17 @@ def _fleet(dtype, tokens) -> None:
     fleet.fleet_append(*pool, rows, rates[0], x, y, rates[1], users)
 
 
+def _compress(dtype, slots, rank, window, shrink="truncate", lam=0.0, replay_rows=0, replay="projection") -> None:
+    pool, rates = [_meta(slots, rank + window, k, dtype=dtype) for k in (N, M)], _meta(slots, dtype=torch.float32)
+    counters = _meta(slots, dtype=torch.int64)
+    importance = [_meta(k, dtype=torch.float32) if lam else None for k in (M, N)]
+    memory, seen = (_meta(CAPACITY, N, dtype=dtype), counters[:1]) if replay_rows else (None, None)
+    fleet_compress.fleet_compress(
+        *pool, _meta(slots, dtype=torch.int32), rates, rates, counters, counters, rank, shrink, lam, *importance,
+        memory, seen, 0, replay_rows, replay, 0.3, 1e-3,
+    )  # fmt: skip
+
+
 def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """(label, call): calls of the launchers that reach every kernel, or every variant of each."""
     dtypes = (torch.bfloat16, torch.float32, torch.float16)
@@ -155,6 +166,27 @@ def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
             yield label, lambda a=(dtype, where): _append(*a)
     for dtype, tokens in itertools.product(dtypes if everything else dtypes[:2], (32, 2048)):
         yield f"{_name(dtype)} fleet T={tokens}", lambda a=(dtype, tokens): _fleet(*a)
+    if everything:
+        squeezes = [
+            (dtype, 32, rank, window, shrink, lam, *replayed)
+            for dtype, (rank, window), shrink, lam, replayed in itertools.product(
+                dtypes,
+                ((4, 8), (8, 24), (16, 48), (16, 64), (64, 192), (128, 384), (64, 960)),
+                schema.SHRINK,
+                (0.0, 1.0),
+                ((0,), (4,), (16, "gradient"), (64,)),
+            )
+        ]
+    else:
+        squeezes = [
+            (fp32, 32, 16, 64),
+            (bf16, 32, 16, 64, "directions", 1.0, 4),
+            (fp32, 32, 8, 24, "truncate", 0.0, 32),
+        ]
+    for a in squeezes:
+        dtype, _, rank, window, *rest = a
+        label = " ".join(map(str, (_name(dtype), f"slots of {rank}+{window}", *rest)))
+        yield label, lambda a=a: _compress(*a)
     yield "int64", _draw
 
 

@@ -50,15 +50,9 @@ def _products(
     tl.store(out + r.to(tl.int64) * columns + c, scale * tl.sum(acc, axis=1), mask=c < columns)
 
 
-@triton.jit(do_not_specialize=["tokens", "rows"])
-def _invert(inverse, products, gate, tokens, rows, eps, RP: tl.constexpr):
-    """inverse = (X_r X_r^T + eps tr/R I)^-1 in one program, by sweeping out one row after the other."""
-    if gate is not None:
-        if tl.load(gate) == 0:
-            return
-    r, c = tl.arange(0, RP)[:, None], tl.arange(0, RP)[None, :]
-    inside = (r < rows) & (c < rows)
-    a = tl.load(products + r * (tokens + rows).to(tl.int64) + tokens + c, mask=inside, other=0)
+@triton.jit
+def ridged_inverse(a, r, c, rows, eps):
+    """(A + eps tr A / rows I)^-1 of a matrix of ``rows`` rows and zeros, by sweeping out one after the other."""
     ridge = eps * tl.sum(tl.sum(tl.where(r == c, a, 0.0), axis=1)) / rows
     # Rows of zeros only: any ridge will do, as E is zero.
     a += tl.where(r == c, tl.where(ridge > 0, ridge, 1.0), 0.0)
@@ -68,7 +62,19 @@ def _invert(inverse, products, gate, tokens, rows, eps, RP: tl.constexpr):
         pivot = 1.0 / tl.sum(tl.sum(tl.where((r == k) & (c == k), a, 0.0), axis=1))
         swept = tl.where(r == k, tl.where(c == k, -pivot, row * pivot), col * pivot)
         a = tl.where((r == k) | (c == k), swept, a - col * row * pivot)
-    tl.store(inverse + r * rows + c, -a, mask=inside)
+    return -a
+
+
+@triton.jit(do_not_specialize=["tokens", "rows"])
+def _invert(inverse, products, gate, tokens, rows, eps, RP: tl.constexpr):
+    """inverse = (X_r X_r^T + eps tr/R I)^-1 in one program."""
+    if gate is not None:
+        if tl.load(gate) == 0:
+            return
+    r, c = tl.arange(0, RP)[:, None], tl.arange(0, RP)[None, :]
+    inside = (r < rows) & (c < rows)
+    a = tl.load(products + r * (tokens + rows).to(tl.int64) + tokens + c, mask=inside, other=0)
+    tl.store(inverse + r * rows + c, ridged_inverse(a, r, c, rows, eps), mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens", "rows", "capacity", "columns", "slabs", "seed"])
