@@ -64,17 +64,26 @@ class SqliteIndex(Index):
         connection = sqlite3.connect(self.path, self.timeout, isolation_level=None, check_same_thread=False)
         for pragma in _PRAGMAS:
             connection.execute(f"PRAGMA {pragma}")
-        connection.execute("BEGIN IMMEDIATE")
-        (found,) = connection.execute("PRAGMA user_version").fetchone()
-        if found == 0:
-            for statement in _SCHEMA.split(";\n"):
-                connection.execute(statement)
-            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        connection.execute("COMMIT")
-        if found not in (0, SCHEMA_VERSION):
+        found = self._schema_of(connection)
+        if found == 0:  # look again, alone: a store that is there already is opened without waiting for its writers
+            connection.execute("BEGIN IMMEDIATE")
+            found = self._schema_of(connection) or self._make_schema(connection)
+            connection.execute("COMMIT")
+        if found != SCHEMA_VERSION:
             connection.close()
             raise StorageFailure(f"{self.path} has schema version {found}; this release reads {SCHEMA_VERSION}")
         return connection
+
+    @staticmethod
+    def _schema_of(connection: sqlite3.Connection) -> int:
+        return connection.execute("PRAGMA user_version").fetchone()[0]
+
+    @staticmethod
+    def _make_schema(connection: sqlite3.Connection) -> int:
+        for statement in _SCHEMA.split(";\n"):
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        return SCHEMA_VERSION
 
     def begin(self) -> sqlite3.Connection:
         connection = self.connection()
