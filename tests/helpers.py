@@ -6,7 +6,10 @@ import ttt
 from ttt.ops import cpu, log8
 from ttt.ops.philox import choose_tokens, stochastic_round_, trace_rounding_bits
 
-PLAIN = {"rate": "constant", "lr": 5e-3, "clip": None, "ewc_lambda": 0.01, "replay_beta": 0.3, "orthogonal": 0}
+PLAIN = {
+    "rate": "constant", "lr": 5e-3, "clip": None, "burst": None, "ewc_lambda": 0.01, "replay_beta": 0.3,
+    "orthogonal": 0,
+}  # fmt: skip
 
 
 ISAS = [] if cpu._C is None else cpu._C.available_isas()

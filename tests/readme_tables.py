@@ -59,7 +59,36 @@ def text() -> list[str]:
     return lines
 
 
+COMMITS = ("1024x1024, T = 1, R = 0", "1024x1024, T = 16, R = 0", "4096x4096, T = 1, R = 0", "4096x4096, T = 16, R = 0",
+           "4096x4096, T = 16, R = 4", "4096x4096, T = 16, R = 0, 8bit state", "4096x4096, T = 64, R = 0",
+           "4096x4096, T = 1024, R = 0")  # fmt: skip
+DECODES = tuple(f"{size}x{size}, window {window}" for size in (512, 4096) for window in (16, 64, 128))
+
+
+def costs() -> list[str]:
+    """What the kernels and the loops around them cost, beside what is timed in the same run."""
+    measured = [r for name in ("commit", "layers") for r in _load(f"cpu_{name}.json")["rows"] if r["ours"]]
+    lines = []
+    for suite, cases in (("commit", COMMITS), ("decode", DECODES), ("observe", None), ("generate", None)):
+        rows = [r for r in measured if r["suite"] == suite and (cases is None or r["case"] in cases)]
+        for row in sorted(rows, key=lambda r: r["dtype"], reverse=True):
+            ratio, name = row["ratio"], row["baseline"]
+            if ratio is None:
+                beside = ""
+            elif name == "plain torch":
+                beside = f"{1 / ratio:.2f} x as fast as {name}"
+            else:
+                beside = f"{ratio:.2f} x the time of {f'`{name}`' if name == 'nn.Linear' else name}"
+            of = "" if row["ceiling"] is None else f"{row['percent_of_ceiling']:.0f} % of {row['ceiling']}"
+            bound = "" if row["ceiling"] != "copy" else f"{row['ratio_to_bound']:.2f}"
+            lines.append(_line(suite, row["case"], row["dtype"], f"{row['us']:.0f}", beside, of, bound))
+    return lines
+
+
+TABLES = {"text": demo, "digits": digits, "streams of text": text, "suite": costs}
+"""What the head of a table begins with -> its rows."""
+
 if __name__ == "__main__":
-    for table in (demo, digits, text):
-        print(f"\n{table.__name__}")
+    for head, table in TABLES.items():
+        print(f"\n{head}")
         print("\n".join(table()))

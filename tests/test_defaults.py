@@ -1,6 +1,7 @@
 """`TTTConfig` as it comes: all defences and scaled steps, with and without calibration, in layers of any size."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -62,6 +63,31 @@ def test_without_calibration_what_is_consolidated_is_protected():
     assert learner.observe(ids_of(1, 40)).rejected == 0
     learner.reset()
     assert all(torch.equal(layer.weight, layer.anchor) and not layer.basis.any() for layer in learner.layers)
+
+
+@pytest.mark.parametrize("users", [None, ["a", "b"]])
+def test_a_learner_that_is_to_protect_and_cannot_says_so_once(users):
+    options = {} if users is None else {"users": ttt.Fleet(slots=2, rank=2, window=16)}
+    ids, match = ids_of(2, 20), "learning is unprotected: Learner.calibrate was not called"
+
+    def observe(learner, **also):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            learner.observe(ids, users=users, **also)
+
+    learner = learner_of(tiny(), **options)
+    observe(learner, learn=False)
+    with pytest.warns(UserWarning, match=match):
+        learner.observe(ids, users=users)
+    observe(learner)
+    observe(learner_of(tiny(), **OFF, **options))
+    for protection in ("ewc_lambda", "replay_rows", "orthogonal"):
+        only = {name: value for name, value in OFF.items() if name != protection}
+        with pytest.warns(UserWarning, match=match):
+            learner_of(tiny(), **only, **options).observe(ids, users=users)
+        learner = learner_of(tiny(), **only, **options)
+        learner.calibrate([ids])
+        observe(learner)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])

@@ -103,27 +103,10 @@ def test_readme_code_blocks_run_in_order(tmp_path, monkeypatch):
         exec(compile(block, f"README.md block {number}", "exec"), namespace)
 
 
-def test_readme_figures_come_from_the_results():
-    """Every row of the README's bench table stands in bench/results, to the digits shown."""
-    readme = (ROOT / "README.md").read_text()
-    files = [ROOT / "bench" / "results" / f"cpu_{name}.json" for name in ("commit", "layers")]
-    measured = [row for file in files for row in json.loads(file.read_text())["rows"]]
-    rows = re.findall(r"^\| (commit|decode|observe) \| (.+?) \| (\w+) \| ([\d.]+) \| ([\d.]+) x", readme, re.M)
-    assert rows
-    shown = {("commit", "ttt"), ("decode", "ttt"), ("observe", "observe")}
-    found = {(r["suite"], r["case"], r["dtype"]): r for r in measured if (r["suite"], r["contender"]) in shown}
-    for suite, case, dtype, us, ratio in rows:
-        row = found[suite, case, dtype]
-        assert us == f"{row['us']:.0f}"
-        value = 1 / row["ratio"] if row["baseline"] == "plain torch" else row["ratio"]
-        assert ratio == f"{value:.2f}"
-
-
 def test_readme_tables_are_those_of_the_results():
-    """Every row of a table of the demo or the benchmark is made of bench/results, and none is missing."""
+    """Every row of a table with figures is made of bench/results, and none is missing."""
     lines = (ROOT / "README.md").read_text().splitlines()
-    made = {"demo": readme_tables.demo(), "digits": readme_tables.digits(), "text": readme_tables.text()}
-    for first, name in (("| text |", "demo"), ("| digits |", "digits"), ("| streams of text |", "text")):
-        (head,) = (i for i, line in enumerate(lines) if line.startswith(first))
+    for first, made in readme_tables.TABLES.items():
+        (head,) = (i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
         shown = list(itertools.takewhile(lambda line: line.startswith("|"), lines[head + 2 :]))
-        assert shown == made[name]
+        assert shown == made()

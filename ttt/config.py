@@ -25,13 +25,13 @@ _ALONE = {
 class TTTConfig:
     """Which layers learn, and how. Frozen; a change needs `dataclasses.replace`.
 
-    The defaults are what was found to learn well and forget little: steps in units of each layer's own gradients, at a
-    careful rate (how far it carries over to other models: ``python -m ttt.demo.transfer``), a weak penalty, a few
-    replayed inputs and updates outside the principal directions of remembered ones, in one commit
-    (``python -m ttt.demo.tune``). They want `Learner.calibrate` with data that the model knows. Without it the model
-    learns all the same, unprotected until `Learner.consolidate`: importance, replay memory and directions are zeros,
-    which pull nothing and take nothing out, and the scale of ``rate`` is that of the stream, the first token's step
-    having the norm ``lr``.
+    The defaults are what was found to learn well and forget little: steps in units of each layer's own gradients, which
+    suit models of several sizes (``python -m ttt.demo.transfer``), a weak penalty, a few replayed inputs and updates
+    outside the principal directions of remembered ones, in one commit (``python -m ttt.demo.tune``). They want
+    `Learner.calibrate` with data that the model knows. Without it the model learns all the same, unprotected until
+    `Learner.consolidate`, and `Learner` warns: importance, replay memory and directions are zeros, which pull nothing
+    and take nothing out, and the scale of ``rate`` is that of the stream, the first token's step having the norm
+    ``lr``. Without protection, about a third of the rate is best.
 
     Args:
         target_modules: as in PEFT: a list of names or name suffixes, or one regular expression that the
@@ -49,8 +49,9 @@ class TTTConfig:
         clip: bound on the norm of one token's gradient at one layer, |delta| |x|: a token above it learns at a
             rate smaller in proportion. For ``rate="rms"`` in units of the root mean square, so that the default is none
             that suits the other rates. None for no bound.
-        burst: for ``rate="rms"``: bound on the norm of the gradients of T tokens that are learnt at once, in units of
-            sqrt(T) root mean squares, of which ordinary text has about 1 (`ttt.nn.rates`). None for no bound.
+        burst: bound on the norm of the gradients of T tokens that are learnt at once, in units of sqrt(T) root mean
+            squares, of which ordinary text has about 1 (`ttt.nn.rates`). None for no bound. Of no account unless
+            ``rate`` is "rms": nothing else has that unit.
         importance: what the trace accumulates: ``"fisher"`` (per-token squared gradients), ``"si"`` (Synaptic
             Intelligence) or ``"mas"`` (Memory Aware Synapses; costs a second backward pass).
         fisher: labels that `Learner.calibrate` uses: ``"true"`` (drawn from the model's output) or ``"empirical"``.
@@ -96,12 +97,12 @@ class TTTConfig:
 
     target_modules: Sequence[str] | str | None = None
     layers: Sequence[int] | str = "all"
-    lr: float = 0.03
+    lr: float = 0.07
     window: int = 64
     chunk: int = 64
     rate: str = "rms"
     clip: float | None = 3.0
-    burst: float | None = None
+    burst: float | None = 1.2
     importance: str = "fisher"
     fisher: str = "true"
     ewc_lambda: float = 0.003
@@ -151,7 +152,6 @@ class TTTConfig:
             number("clip", 0.0, above=True)
         if self.burst is not None:
             number("burst", 0.0, above=True)
-            need("burst", self.rate == "rms", f"None with rate={self.rate!r}")
         choice("importance", KINDS)
         choice("fisher", ("true", "empirical"))
         number("ewc_lambda", 0.0)

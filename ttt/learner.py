@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -103,6 +104,7 @@ class Learner:
         self.guard = guard
         if guard is not None:
             guard.attach(self)
+        self._looked = False  # for protection, once
 
     # -- observe ----------------------------------------------------------------------------------------------
 
@@ -137,6 +139,9 @@ class Learner:
         ids, attend, teach = self._checked(input_ids, attention_mask, learn_mask)
         if (self.pool is None) != (users is None):
             raise ValueError(f"users must be given if, and only if, every user has weights of their own; got {users!r}")
+        if learn and not self._looked:
+            self._looked = True
+            self._warn_if_unprotected()
         if self.pool is not None and users is not None:
             found = fleet.observe(self, self.pool, ids, attend, teach, users, learn, attention_mask is not None)
             rejected = {user: count for user, count in found.rejected.items() if count}
@@ -362,6 +367,17 @@ class Learner:
             calibrate_fleet(list(self.pool.layers.values()), losses, kind)
             return
         protection.calibrate(self.layers, losses, kind)
+
+    def _warn_if_unprotected(self) -> None:
+        """Where the configuration protects, but there is nothing yet that it could do so with."""
+        c, layer = self.config, next(iter(self.layers if self.pool is None else self.pool.layers.values()))
+        held = (getattr(layer, name, None) for name in ("importance", "importance_m", "seen", "basis"))
+        if (c.ewc_lambda or c.replay_rows or c.orthogonal) and not any(t is not None and bool(t.any()) for t in held):
+            warnings.warn(
+                "learning is unprotected: Learner.calibrate was not called (it takes data that the model knows). "
+                f"Without protection a smaller lr is best, of the default about a third; got lr={c.lr:g}",
+                stacklevel=3,
+            )
 
     def _calibration_loss(self, ids: Tensor, kind: str, generator: torch.Generator) -> Tensor:
         ids, _, _ = self._checked(ids, None, None)

@@ -24,6 +24,7 @@ CONFIG = TTTConfig(
     rate="constant",
     lr=0.04,
     clip=3.0,
+    burst=None,
     ewc_lambda=0.003,
     replay_rows=4,
     replay_beta=0.1,

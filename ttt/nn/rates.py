@@ -88,7 +88,7 @@ def rates(
     eta = torch.where(scale > 0, config.lr / scale, 0.0).to(norm.dtype)
     bound = config.clip if config.clip is None or config.rate == "energy" else config.clip * scale
     eta = _clipped(eta, norm, bound)
-    if config.burst is not None and config.lr > 0:
+    if config.burst is not None and config.rate == "rms" and config.lr > 0:
         size = _sizes(x, delta, x_norm, d_norm, eta / config.lr, users)
         eta = torch.where(size > config.burst, eta * (config.burst / size), eta)
     return Rates(eta, finite & torch.isfinite(eta), grown)  # inputs that are hardly there have steps without bound
