@@ -70,7 +70,9 @@ TARGETS = (
         "commit, T <= 16: at least 70 % of copy bandwidth on the bytes that the formula moves",
         _commit(few=True), lambda r: r["percent_of_copy"], 70.0, True, _name,
         {
-            "bfloat16": "arithmetic: half the bytes of float32, but the same work a weight, and rounding besides; "
+            "float32": "the copy that a case is held against is timed beside it, and moved between 33 and 54 GB/s (AMD "
+            "EPYC, shared): at the higher rate arithmetic shows",
+            "bfloat16": "arithmetic: half the bytes, but the same work a weight, and rounding besides; "
             "replay adds a pass over W and W* and two products of R rows. T = 16, R = 4 takes as long with all of it "
             "in a core's own cache as a copy of the bytes does (AMD EPYC, Zen 4)",
             "8bit": "arithmetic: decoding, block maxima and encoding with stochastic rounding take as long with all of "
@@ -83,12 +85,18 @@ TARGETS = (
         {
             "float32": "at T = 64 the bytes of W, W*, Omega and F take about as long as the products, and the two "
             "overlap in part only: these rows reach 53 to 61 % of copy bandwidth at the same time",
+            "bfloat16": "as for float32: at T = 64 and R = 4 the bytes and the drift of the replay rows weigh most",
         },
     ),
     Target(
         "decode at 4096x4096, commit amortised: at most 1.10 x the traffic bound of its own state",
         _of("decode", m=4096), lambda r: r["ratio_to_bound"], 1.10, False, _name,
-        {"8bit": "the commit's encoding, as above; it weighs less in larger windows"}, _of_read,
+        {
+            "float32": "little in the window of 128; k = 16 is with its part in 16 directions taken out of each input",
+            "bfloat16": "the commit's arithmetic, as above; it weighs less in larger windows",
+            "8bit": "the commit's encoding, as above; it weighs less in larger windows",
+        },
+        _of_read,
     ),
     Target(
         "decode, layers of 512 and less: at most 15 us a token above nn.Linear",
