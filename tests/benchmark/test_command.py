@@ -131,6 +131,20 @@ def test_finished_runs_are_not_run_again(call, tmp_path):
     assert rows[2]["missing"] is None
 
 
+def test_figures_keep_the_machine_that_the_runs_were_made_on(call, tmp_path):
+    call("--tune")
+    call("--seeds", "2")
+    path = tmp_path / "benchmark_toy.json"
+    found = json.loads(path.read_text())
+    elsewhere = {"machine": {"processor": "another", "torch": "1.0"}, "date": "2001-02-03"}
+    path.write_text(json.dumps(found | elsewhere))
+    call("--seeds", "2")
+    assert json.loads(path.read_text()) == found | elsewhere
+    call("--seeds", "3")
+    again = json.loads(path.read_text())
+    assert (again["machine"], again["date"]) == (found["machine"], found["date"])
+
+
 def test_other_options_or_another_protocol_are_other_runs(call, tmp_path, monkeypatch):
     call("--tune")
     call("--seeds", "1")

@@ -107,6 +107,7 @@ def measure(
     """Run every method under its tuned options; write runs, figures and plots; print the tables."""
     todo = runs_of(suite, scenarios, methods, seeds, tuned, curves)
     journal = Journal(results / f"benchmark_{suite.name}.jsonl")
+    nothing_new = all(key_of(r) in journal.records for r in todo)
     _run(suite, todo, journal, jobs, console, suite.name)
     # Runs of this call, and earlier ones under options that are still the tuned ones.
     asked = {key_of(r) for r in todo}
@@ -125,9 +126,12 @@ def measure(
     journal.rewrite(current)
     records = list(journal.records.values())
     rows = report.summarise(suite, records)
-    found: dict[str, Any] = {"suite": suite.name, "machine": machine(), "date": time.strftime("%Y-%m-%d")}
-    found |= {"protocol": suite.protocol(), **suite.facts(), "rows": rows}
     path = results / f"benchmark_{suite.name}.json"
+    found: dict[str, Any] = {"suite": suite.name, "machine": machine(), "date": time.strftime("%Y-%m-%d")}
+    if nothing_new and path.exists():  # figures are of where the runs were made, not of where they are read
+        before = json.loads(path.read_text())
+        found |= {key: before[key] for key in ("machine", "date")}
+    found |= {"protocol": suite.protocol(), **suite.facts(), "rows": rows}
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(found, indent=1) + "\n")
     os.replace(temporary, path)
