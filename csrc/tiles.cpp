@@ -89,46 +89,26 @@ TTT_TARGET void end(const void* saved) {
     _tile_loadconfig(saved);
 }
 
-// Tiles 0 to 3 are sums of 32 rows and 32 columns; 4 and 5 hold left factors, 6 and 7 right ones. A tile more of rows
-// or columns would be a load for each product; this is one for each.
-TTT_TARGET void multiply_two(const uint32_t* left, const uint32_t* right, int64_t chunks, bool add, float* sums) {
+// Tiles 0 to 3 are sums of 32 rows and 32 columns; 4 and 5 hold left factors, 6 and 7 right ones: a load for each
+// product. Without `two`, of the upper 16 rows only.
+template <bool two>
+TTT_TARGET void multiply_block(const uint32_t* left, const uint32_t* right, int64_t chunks, bool add, float* sums) {
   constexpr int64_t stride = TILE_COLUMNS * 4;
   float* below = sums + TILE * TILE_COLUMNS;
   if (add) {
     _tile_loadd(0, sums, stride);
     _tile_loadd(1, sums + TILE, stride);
-    _tile_loadd(2, below, stride);
-    _tile_loadd(3, below + TILE, stride);
+    if constexpr (two) {
+      _tile_loadd(2, below, stride);
+      _tile_loadd(3, below + TILE, stride);
+    }
   } else {
     _tile_zero(0);
     _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  for (int64_t k = 0; k < chunks; k++, left += WORDS, right += TILE * TILE_COLUMNS) {
-    _tile_loadd(4, left, TILE * 4);
-    _tile_loadd(6, right, stride);
-    _tile_loadd(7, right + TILE, stride);
-    _tile_loadd(5, left + chunks * WORDS, TILE * 4);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, sums, stride);
-  _tile_stored(1, sums + TILE, stride);
-  _tile_stored(2, below, stride);
-  _tile_stored(3, below + TILE, stride);
-}
-
-TTT_TARGET void multiply_one(const uint32_t* left, const uint32_t* right, int64_t chunks, bool add, float* sums) {
-  constexpr int64_t stride = TILE_COLUMNS * 4;
-  if (add) {
-    _tile_loadd(0, sums, stride);
-    _tile_loadd(1, sums + TILE, stride);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
+    if constexpr (two) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
   }
   for (int64_t k = 0; k < chunks; k++, left += WORDS, right += TILE * TILE_COLUMNS) {
     _tile_loadd(4, left, TILE * 4);
@@ -136,9 +116,18 @@ TTT_TARGET void multiply_one(const uint32_t* left, const uint32_t* right, int64_
     _tile_loadd(7, right + TILE, stride);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
+    if constexpr (two) {
+      _tile_loadd(5, left + chunks * WORDS, TILE * 4);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
   }
   _tile_stored(0, sums, stride);
   _tile_stored(1, sums + TILE, stride);
+  if constexpr (two) {
+    _tile_stored(2, below, stride);
+    _tile_stored(3, below + TILE, stride);
+  }
 }
 
 void multiply_amx(const uint32_t* left, const uint32_t* right, int64_t chunks, int64_t row_tiles, bool add,
@@ -148,9 +137,9 @@ void multiply_amx(const uint32_t* left, const uint32_t* right, int64_t chunks, i
       const uint32_t* from = left + i * chunks * WORDS;
       float* to = sums + i * TILE * TILE_COLUMNS + c;
       if (i + 1 < row_tiles)
-        multiply_two(from, right + c, chunks, add, to);
+        multiply_block<true>(from, right + c, chunks, add, to);
       else
-        multiply_one(from, right + c, chunks, add, to);
+        multiply_block<false>(from, right + c, chunks, add, to);
     }
 }
 #endif

@@ -24,7 +24,7 @@ import triton.language as tl
 
 from ttt.ops.triton.common import draw, padded_rows, rounding_words, signed, weight_bits
 from ttt.ops.triton.replay import ridged_inverse
-from ttt.ops.triton.truncate import diagonal, truncate
+from ttt.ops.triton.truncate import diagonal, times, truncate
 from ttt.ops.triton.update import rounded
 
 MOST_ROWS = 1024  # of a slot: `_decide` holds vectors of them
@@ -87,20 +87,6 @@ def _cross(
     tl.store(at, tl.sum(acc, axis=2), mask=(r < capacity + replay_rows)[:, None] & (q < replay_rows)[None, :])
 
 
-@triton.jit
-def _rows_times(to, x, y, rows, depth, columns, by, BR: tl.constexpr, QP: tl.constexpr):
-    """to (rows x columns) = ``by`` X (rows x depth) Y (depth x columns), all in one piece; columns at most QP."""
-    c = tl.arange(0, QP)
-    for r0 in range(0, rows, BR):
-        r = r0 + tl.arange(0, BR)
-        acc = tl.zeros((BR, QP), tl.float64)
-        for d in range(0, depth):
-            factor = tl.load(x + r * depth + d, mask=r < rows, other=0)
-            acc += factor[:, None] * tl.load(y + d * columns + c, mask=c < columns, other=0)[None, :]
-        tl.store(to + r[:, None] * columns + c, by * acc, mask=(r < rows)[:, None] & (c < columns))
-    tl.debug_barrier()
-
-
 @triton.jit(do_not_specialize=["capacity", "rank", "replay_rows", "pieces", "at_piece"])
 def _shares(
     out, middle, inverse, gram, cross, eta_sum, rows, seen, slots, capacity, rank, replay_rows, pieces, at_piece, beta,
@@ -126,8 +112,8 @@ def _shares(
         by = ridged_inverse(tl.load(square + whole, mask=inside, other=0), q, c, replay_rows, eps)
     tl.store(inverse + whole, by, mask=inside)
     tl.debug_barrier()
-    _rows_times(out, cross, inverse, held, replay_rows, replay_rows, beta, BR, QP)
-    _rows_times(middle, out, square, held, replay_rows, replay_rows, -0.5, BR, QP)
+    times(out, cross, inverse, held, replay_rows, replay_rows, replay_rows, replay_rows, 1, beta, QP, BR)
+    times(middle, out, square, held, replay_rows, replay_rows, replay_rows, replay_rows, 1, -0.5, QP, BR)
     gram += (k * pieces + at_piece) * capacity * capacity
     for r0 in range(0, held, BR):
         r = r0 + tl.arange(0, BR)

@@ -78,10 +78,10 @@ def _cholesky(lt, g, rows, size, RP: tl.constexpr, BQ: tl.constexpr):
 
 
 @triton.jit
-def _times(
-    to, x, g, rows, depth, columns, size, g_row, g_column, RP: tl.constexpr, BQ: tl.constexpr
+def times(
+    to, x, g, rows, depth, columns, size, g_row, g_column, by, RP: tl.constexpr, BQ: tl.constexpr
 ):  # fmt: skip
-    """to (rows x columns) = X (rows x depth) G, whose strides are given."""
+    """to (rows x columns) = ``by`` X (rows x depth) G, whose strides are given; ``size`` is that of the other two."""
     c = tl.arange(0, RP)
     for q0 in range(0, rows, BQ):
         q = q0 + tl.arange(0, BQ)
@@ -89,7 +89,7 @@ def _times(
         for r in range(0, depth):
             factor = tl.load(x + q * size + r, mask=q < rows, other=0)
             acc += factor[:, None] * tl.load(g + r * g_row + c * g_column, mask=c < columns, other=0)[None, :]
-        tl.store(to + q[:, None] * size + c, acc, mask=(q < rows)[:, None] & (c < columns))
+        tl.store(to + q[:, None] * size + c, by * acc, mask=(q < rows)[:, None] & (c < columns))
     tl.debug_barrier()
 
 
@@ -206,8 +206,8 @@ def truncate(
         _scaled_sum(of_b, gram_b, pieces_b, scale_b, held, size, RP, BQ)
         depth = _cholesky(lt, of_a, held, size, RP, BQ)
         ht = of_a  # which is needed no more, as soon B B^T is not
-        _times(ht, lt, of_b, depth, held, held, size, size, 1, RP, BQ)
-        _times(of_b, lt, ht, depth, held, depth, size, 1, size, RP, BQ)
+        times(ht, lt, of_b, depth, held, held, size, size, 1, 1.0, RP, BQ)
+        times(of_b, lt, ht, depth, held, depth, size, 1, size, 1.0, RP, BQ)
         negligible = NEGLIGIBLE * tl.sum(tl.load(of_b + c * (size + 1), mask=c < depth, other=0), axis=0)
         count = _cholesky(nt, of_b, depth, size, RP, BQ)
         players = count + count % 2
@@ -242,8 +242,8 @@ def truncate(
             column = tl.load(nt + q[:, None] * size + c, mask=live, other=0)
             tl.store(vt + row[:, None] * size + c, column, mask=live)
         tl.debug_barrier()
-        _times(to_a, vt, ht, kept, depth, held, size, size, 1, RP, BQ)
-        _times(to_b, vt, lt, kept, depth, held, size, size, 1, RP, BQ)
+        times(to_a, vt, ht, kept, depth, held, size, size, 1, 1.0, RP, BQ)
+        times(to_b, vt, lt, kept, depth, held, size, size, 1, 1.0, RP, BQ)
         found = tl.minimum(kept, count)
         _scale(to_a, by_a, scale_a, found, held, size, RP, BQ)
         _scale(to_b, by_b, scale_b, found, held, size, RP, BQ)
