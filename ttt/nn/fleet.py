@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import torch
@@ -220,33 +219,12 @@ class FleetLinear(Adapted):
             eta: (T,), float32 (float64 for float64): steps. users: (T,), int32; -1 for tokens that teach nobody.
         """
         binding = binding_of(self)
-        if binding is not None and binding.learn(x, delta, eta, users):
-            return
-        if not users.is_cpu:
-            self._learn_on_device(x, delta, eta, users)
-            return
-        window = self.fleet.window
-        counts = {u: count for u, count in Counter(users.tolist()).items() if u >= 0}
-        parts = -(-max(counts.values(), default=0) // window)
-        if parts == 1:
-            self._append(x, delta, eta, users, counts)
-        elif parts > 1:  # more tokens of one user than a slot has room for at a time
-            place = places(users)
-            for k in range(parts):
-                left = {u: min(count - k * window, window) for u, count in counts.items() if count > k * window}
-                self._append(x, delta, eta, torch.where(place // window == k, users, -1), left)
+        if binding is None or not binding.learn(x, delta, eta, users):
+            self._learn(x, delta, eta, users)
 
-    def _append(self, x: Tensor, delta: Tensor, eta: Tensor, users: Tensor, counts: dict[int, int]) -> None:
-        """``counts``: tokens of each user that has any."""
-        capacity, rows = self.fleet.capacity, self.rows.tolist()
-        self._compress([u for u, count in counts.items() if rows[u] + count > capacity])
-        ops.fleet_append(self.a, self.b, self.rows, self.eta_sum, x, delta, eta, users)
-        rows = self.rows.tolist()
-        self._compress([u for u in counts if rows[u] == capacity])
-
-    def _learn_on_device(self, x: Tensor, delta: Tensor, eta: Tensor, users: Tensor) -> None:
-        """The same to the bit, the slots to compress being chosen on the device. The host waits only where there are
-        more tokens than a window, and not while a CUDA graph is captured."""
+    def _learn(self, x: Tensor, delta: Tensor, eta: Tensor, users: Tensor) -> None:
+        """`learn` by the ops, to the bit what the bound kernels do. The slots to compress are chosen on the device: the
+        host waits only where there are more tokens than a window, and not while a CUDA graph is captured."""
         tokens, window, capacity = users.numel(), self.fleet.window, self.fleet.capacity
         place, parts = None, min(tokens, 1)
         if tokens > window:  # there may be more of one user than a slot has room for at a time
@@ -264,13 +242,9 @@ class FleetLinear(Adapted):
     @torch.no_grad()
     def compress(self, chosen: Tensor) -> None:
         """Bring the ``chosen`` slots, (S,) bool, back to ``rank`` rows, with the pull and the replay of ``config``."""
-        self._compress_slots(torch.where(chosen, torch.arange(len(chosen), device=chosen.device), -1))
-
-    def _compress(self, slots: list[int]) -> None:
-        if slots:
-            self._compress_slots(torch.tensor(sorted(slots), dtype=torch.int64, device=self.rows.device))
-
-    def _compress_slots(self, slots: Tensor) -> None:
+        if chosen.is_cpu and not chosen.any():  # where looking costs no wait
+            return
+        slots = torch.where(chosen, torch.arange(len(chosen), device=chosen.device), -1)
         state = self.a, self.b, self.rows, self.eta_sum, self.lost, self.step
         ops.fleet_compress(*state, slots, **self.compress_options())
 
