@@ -10,6 +10,8 @@
 #include <omp.h>
 
 #include <cmath>
+#include <limits>
+#include <vector>
 
 #include "drift.h"
 #include "factors.h"
@@ -43,8 +45,14 @@ __attribute__((always_inline)) inline void take_sums(vf (&to)[MR][NV], const flo
     for (int v = 0; v < NV; v++) to[r][v] = load(sums + r * NC + v * VL) * scale;
 }
 
-// Tiles are FLAT up to the first number of tokens, MID up to the second.
-constexpr int64_t HANDFUL = 4, FEW_TOKENS = 32;
+// Tiles are FLAT up to the first number of tokens, MID up to the second. Of pairs of bfloat16, products are cheap
+// enough for FLAT up to 16 (4096 x 4096, T = 16, Zen 4: 5.8 ms, MID 6.1). TALL wins by 2 % at 1024 tokens, and loses up
+// to 12 % at 64.
+template <bool dot>
+constexpr int64_t HANDFUL = dot ? 16 : 4;
+constexpr int64_t MANY_TOKENS = 512;
+// With replay, up to as many tokens, rows of W stay in the cache between drift and update.
+constexpr int64_t FEW_TOKENS = 32;
 // How many tiles ahead of the one being written W, W*, Omega and F are asked for: high tiles take longer. (2048 x 2048
 // in bfloat16, Zen 4: T = 64 6.1 ms with 2, 6.7 with 1; T = 16 2.20 with 2, 2.30 with 3.)
 template <int MR>
@@ -82,8 +90,7 @@ void commit(const ttt::Commit& a) {
   for (int64_t t = 0; t < tokens; t++) k.writes = k.writes || a.eta[t] != 0;
   k.draws = (sizeof(W) == 2 && k.writes) || (traces && sizeof(S) < 4) || (moves && a.momentum_dtype == ttt::kBF16);
   if constexpr (moves) set_momentum(a, k);
-  k.seed = a.seed;
-  k.step = static_cast<uint32_t>(*a.step);
+  const StepKey step_key(a.seed, static_cast<uint32_t>(*a.step));
 
   Units u;
   u.g = dot ? (tokens + 1) / 2 : tokens;
@@ -131,7 +138,7 @@ void commit(const ttt::Commit& a) {
     float* sums = drift + drift_size + BLOCK_ROWS * (u.parts * u.g + u.s);  // of G, and below them of S
     alignas(64) char configured[64] = {};
     if (tiled) a.tiles->begin(configured);
-    alignas(64) uint32_t words[ACROSS<MR> * WORDS<MR>];
+    RowKey keys[BLOCK_ROWS];
 
 #pragma omp for schedule(static)
     for (int64_t p = 0; p < panels; p++) {
@@ -164,6 +171,7 @@ void commit(const ttt::Commit& a) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i0 = 0; i0 < m; i0 += block) {
       const int64_t rows = m - i0 < block ? m - i0 : block;
+      for (int64_t i = 0; i < rows && k.draws; i++) keys[i] = step_key.of_row(i0 + i);
       if (replay.rows) {
         const W *w = weight + i0 * n, *w0 = anchor + i0 * n;
         if constexpr (!moves)
@@ -208,7 +216,6 @@ void commit(const ttt::Commit& a) {
             // What is wanted some tiles from now, perhaps of the next rows.
             const int64_t q = p + (TILES_AHEAD<MR> < p1 - p0 ? TILES_AHEAD<MR> : p1 - p0), beyond = q - p1;
             const Rows<MR, W, S> ahead(a, i0 + i + (beyond < 0 ? 0 : MR), (beyond < 0 ? q : p0 + beyond) * NC);
-            if ((p - p0) % ACROSS<MR> == 0 && k.draws) tile.draw(words, p1 - p, k);
             const float* right = packed.get() + p * u.right();
             if (tiled) {
               take_sums<MR>(g, sums + i * NC, u.scale);
@@ -216,7 +223,7 @@ void commit(const ttt::Commit& a) {
             }
             if constexpr (moves) {
               if (!tiled) sum_g<MR, dot>(g, of_tokens, factors, right);
-              tile.pass_momentum(tall, g, words + (p - p0) % ACROSS<MR> * WORDS<MR>, k);
+              tile.pass_momentum(tall, g, keys + i, k);
               add_products<MR>(g, factors + u.parts * u.g * MR, right + u.g * NC, u.rows);
             } else if (tiled) {
               add_products<MR>(g, factors + u.parts * u.g * MR, right + u.g * NC, u.rows);
@@ -224,7 +231,7 @@ void commit(const ttt::Commit& a) {
               sum_g<MR, dot>(g, u, factors, right);
             }
             if (traces && !tiled) sum_s<MR, dot>(s, u, factors, right);
-            tile.update(tall, g, s, words + (p - p0) % ACROSS<MR> * WORDS<MR>, k, pulls, traces, ahead);
+            tile.update(tall, g, s, keys + i, k, pulls, traces, ahead);
           }
         }
       }
@@ -238,9 +245,9 @@ template <bool dot, class W, class S>
 void commit_by_size(const ttt::Commit& a) {
   if (a.momentum != nullptr && a.tokens > 0)  // one height of tiles for all: the code would grow too much
     commit<MID, dot, true, W, S>(a);
-  else if (FLAT != TALL && a.tokens <= HANDFUL)
+  else if (FLAT != TALL && a.tokens <= HANDFUL<dot>)
     commit<FLAT, dot, false, W, S>(a);
-  else if (MID != TALL && a.tokens <= FEW_TOKENS)
+  else if (MID != TALL && a.tokens < MANY_TOKENS)
     commit<MID, dot, false, W, S>(a);
   else
     commit<TALL, dot, false, W, S>(a);
@@ -250,7 +257,7 @@ template <class W, class S>
 void commit_by_rate(const ttt::Commit& a) {
   // A velocity in float32 is there for its precision: eta delta as two bfloat16 would be 5e-7 off.
   const bool precise = a.momentum != nullptr && a.momentum_dtype == ttt::kF32;
-  if (dots<W> && !precise && (!a.slow_dots || a.tokens <= HANDFUL || tiles_fit(true, a)))
+  if (dots<W> && !precise && (!a.slow_dots || a.tokens <= HANDFUL<false> || tiles_fit(true, a)))
     commit_by_size<dots<W>, W, S>(a);
   else
     commit_by_size<false, W, S>(a);
@@ -266,7 +273,13 @@ void commit_by_state(const ttt::Commit& a) {
     commit_by_rate<W, log8>(a);
 }
 
-void run_commit(const ttt::Commit& a) {
+void run_commit(const ttt::Commit& given) {
+  ttt::Commit a = given;
+  // As `plain_nan`: a rate's NaN may come from another device.
+  std::vector<float> eta(a.eta, a.eta + a.tokens);
+  for (float& rate : eta)
+    if (std::isnan(rate)) rate = std::numeric_limits<float>::quiet_NaN();
+  a.eta = eta.data();
   if (a.dtype == ttt::kF32)
     commit_by_state<float>(a);
   else

@@ -240,7 +240,6 @@ struct Compression {
     using V = Lanes<Real>;
     const int64_t count = std::min(BLOCK_COLUMNS, columns(of_a) - first);
     const V top = static_cast<Real>(std::is_same_v<T, bf16> ? 0x1.fep127f : std::numeric_limits<float>::max()) - V{};
-    alignas(64) uint32_t words[BLOCK_COLUMNS / 2];
     alignas(64) float narrow[BLOCK_COLUMNS];
     alignas(64) T out[BLOCK_COLUMNS];
     for (int64_t i = 0; i < s.kept; i++) {
@@ -258,13 +257,10 @@ struct Compression {
       if constexpr (std::is_same_v<T, float>) {
         std::memcpy(out, narrow, sizeof out);
       } else {
-        for (int j = 0; j < NC; j += 4 * VL)
-          rounding_bits<1, BLOCK_COLUMNS / NC>(static_cast<uint32_t>((first + j) / 8), static_cast<uint32_t>(i),
-                                               static_cast<uint32_t>(a.step[s.slot]), a.seed, words + j / 2);
-        for (int j = 0; j < BLOCK_COLUMNS; j += STRIP) {
-          store2_rounded(out + j, {load(narrow + j), load(narrow + j + VL)},
-                         bits_of<false>(load_as<vu>(words + j / 2)));
-        }
+        const RowKey key = StepKey(a.seed, static_cast<uint32_t>(a.step[s.slot])).of_row(i);
+        for (int j = 0; j < BLOCK_COLUMNS; j += STRIP)
+          store2_rounded<false>(out + j, {load(narrow + j), load(narrow + j + VL)},
+                                bits_of<false>(random_words(key, first + j)));
       }
       std::memcpy(row(s, of_a, i) + first, out, count * sizeof(T));
     }

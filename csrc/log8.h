@@ -94,13 +94,8 @@ inline void store_codes2(log8* p, vu a, vu b) {
 
 // One strip of codes; bits are those of its lanes.
 template <bool split>
-inline void encode_strip(log8* p, const Two& v, vf inverse, const Bits<split>& bits) {
-  vu a, b;
-  if constexpr (split)
-    a = bits.pairs & 0xffffu, b = bits.pairs >> 16;
-  else
-    a = bits.a, b = bits.b;
-  store_codes2<split>(p, encode(v.a, inverse, a), encode(v.b, inverse, b));
+inline void encode_strip(log8* p, const Two& v, vf inverse, const Bits& bits) {
+  store_codes2<split>(p, encode(v.a, inverse, bits.a), encode(v.b, inverse, bits.b));
 }
 
 // The largest of values >= 0, as bits: they order like the values.
@@ -131,7 +126,7 @@ inline vu larger(vu a, vu b) {
 
 // Encode BLOCK columns, given as strips; bits are those of the strips' lanes. Returns the exponent.
 template <bool split>
-inline uint8_t encode_block(log8* p, const Two* strips, const Bits<split>* bits) {
+inline uint8_t encode_block(log8* p, const Two* strips, const Bits* bits) {
   constexpr int count = BLOCK / STRIP;
   vu top = {};
   for (int s = 0; s < count; s++) top = larger(larger((vu)strips[s].a, (vu)strips[s].b), top);
@@ -143,7 +138,7 @@ inline uint8_t encode_block(log8* p, const Two* strips, const Bits<split>* bits)
 
 #if defined(__AVX512BW__)
 // A block that is one strip, both columns of a pair at once. `inverse`: in all lanes.
-inline void encode_pairs(log8* p, const Two& v, vf inverse, const Bits<true>& bits) {
+inline void encode_pairs(log8* p, const Two& v, vf inverse, const Bits& bits) {
   // All but 16 bits of the fraction are rounded off; then the code rises by one where those and the bits make a carry.
   const vu four = constant<4>();
   const vu a = ((vu)(v.a * inverse) + four) >> 3, b = ((vu)(v.b * inverse) + four) >> 3;
@@ -157,14 +152,14 @@ inline void encode_pairs(log8* p, const Two& v, vf inverse, const Bits<true>& bi
     encode_strip<true>(p, v, inverse, bits);
     return;
   }
-  const __mmask32 carry = _mm512_mask_cmplt_epu16_mask(inside, (__m512i)not_low, (__m512i)bits.pairs);
+  const __mmask32 carry = _mm512_mask_cmplt_epu16_mask(inside, (__m512i)not_low, (__m512i)(bits.b << 16 | bits.a));
   const __m512i one = (__m512i)constant<0x00010001u>(), least = _mm512_maskz_add_epi16(inside, code, one);
   const __m256i codes = _mm512_cvtusepi16_epi8(_mm512_mask_add_epi16(least, carry, least, one));
   std::memcpy(p, &codes, sizeof codes);
 }
 
 // Two such blocks, whose maxima are found together.
-inline void encode_two(log8* p, uint8_t* exponents, const Two* strips, const Bits<true>* bits) {
+inline void encode_two(log8* p, uint8_t* exponents, const Two* strips, const Bits* bits) {
   const vu first = larger((vu)strips[0].a, (vu)strips[0].b), second = larger((vu)strips[1].a, (vu)strips[1].b);
   const auto quarters = [](vu a, vu b, auto order) {
     return (vu)_mm512_shuffle_i64x2((__m512i)a, (__m512i)b, decltype(order)::value);
@@ -190,7 +185,7 @@ inline void encode_two(log8* p, uint8_t* exponents, const Two* strips, const Bit
 
 // Encode the blocks of a row of `strips` strips.
 template <bool split, int strips>
-inline void encode_blocks(log8* p, uint8_t* exponents, const Two (&values)[strips], const Bits<split> (&bits)[strips]) {
+inline void encode_blocks(log8* p, uint8_t* exponents, const Two (&values)[strips], const Bits (&bits)[strips]) {
 #if defined(__AVX512BW__)
   if constexpr (split && strips == 2) {
     encode_two(p, exponents, values, bits);

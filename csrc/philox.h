@@ -6,7 +6,6 @@
 namespace {
 
 enum Stream : uint32_t { kDraw = 0, kInsert = 1, kRound = 2, kToken = 3 };
-constexpr int kRoundRounds = 7;  // of kRound; the other streams take 10
 
 // The four words of one counter.
 inline void philox(uint32_t c0, uint32_t c1, uint32_t c2, Stream stream, uint64_t seed, uint32_t out[4]) {

@@ -15,11 +15,10 @@
 
 namespace {
 
-// A register tile is MR rows by NV vectors. For many tokens, which are bound by arithmetic, MR is TALL: as many sums as
-// leave registers for the factors (16 registers of SSE and AVX2, 32 of AVX-512). For a handful, which are bound by
-// memory, it is FLAT: 2 rows of four matrices stream at 45 GB/s where 6 rows did at 38 (Zen 4). In between it is MID (T
-// = 16, 4096 x 4096 in bfloat16, Emerald Rapids: 9.7 ms with 4 rows, 12.5 with 2). NC is a multiple of the 32 columns
-// that an 8-bit block takes.
+// A register tile is MR rows by NV vectors. For very many tokens, which are bound by arithmetic, MR is TALL: as many
+// sums as leave registers for the factors (16 registers of SSE and AVX2, 32 of AVX-512). For a handful, which are bound
+// by memory, it is FLAT: 2 rows of four matrices stream at 45 GB/s where 6 rows did at 38 (Zen 4). In between it is
+// MID, whose update is unrolled. NC is a multiple of the 32 columns that an 8-bit block takes.
 constexpr int TALL = VL == 16 ? 6 : (VL == 8 ? 3 : 1);
 constexpr int MID = VL == 16 ? 4 : TALL;
 constexpr int FLAT = VL == 16 ? 2 : TALL;

@@ -8,13 +8,11 @@
 namespace {
 
 struct Scalars {
-  float pull;      // lam * sum(eta)
-  float decay;     // decay * sum(eta)
-  float keep;      // gamma^T
-  bool si, draws;  // draws: random bits are needed
-  bool writes;     // the weight changes: not where all rates are 0 and nothing is replayed
-  uint64_t seed;
-  uint32_t step;
+  float pull;                          // lam * sum(eta)
+  float decay;                         // decay * sum(eta)
+  float keep;                          // gamma^T
+  bool si, draws;                      // draws: random bits are needed
+  bool writes;                         // the weight changes: not where all rates are 0 and nothing is replayed
   float carry, gain, remember, share;  // of the momentum: ttt/ops/momentum.py, where remember is called keep
 };
 
@@ -46,19 +44,20 @@ inline Two load_state(const State<S>& s, int at) {
 // `usual`: the weight changes, and is pulled by its importance; there is a trace, not of Synaptic Intelligence.
 template <bool usual, class W, class S>
 __attribute__((always_inline)) inline void update_row(W* weight, const W* anchor, const State<S>& importance,
-                                                      const State<S>& trace, const vf* g, const vf* s,
-                                                      const uint32_t* words, const Scalars& k) {
+                                                      const State<S>& trace, const vf* g, const vf* s, RowKey key,
+                                                      int64_t column, const Scalars& k) {
   constexpr bool split = splits<W>, rounds = sizeof(W) == 2 || sizeof(S) < 4;
   constexpr int strips = NC / STRIP;
   const bool writes = usual || k.writes, pulls = usual || anchor != nullptr, traces = usual || trace.value != nullptr;
   Two grown[strips];
-  Bits<split> trace_bits[strips];
+  [[maybe_unused]] Bits later[strips];
 #pragma GCC unroll 4
   for (int strip = 0; strip < strips; strip++) {
     const int at = strip * STRIP;
-    const vu word = rounds && (usual || k.draws) ? load_as<vu>(words + at / 2) : vu{};
-    // The trace takes the bits of the other column of its pair: philox.py says why.
-    trace_bits[strip] = bits_of<split>((word >> 16) | (word << 16));
+    const vu words = rounds && (usual || k.draws) ? random_words(key, column + at) : vu{};
+    const Bits bits = bits_of<split>(words);
+    // The trace takes the bits of the other column of its pair: rounding.py says why.
+    const Bits others = split ? Bits{bits.b, bits.a} : bits_of<split>((words >> 16) | (words << 16));
     const Two old = writes ? load2<split>(weight + at) : Two{};
     Two change = {g[2 * strip], g[2 * strip + 1]};
     if (writes && pulls) {
@@ -70,25 +69,21 @@ __attribute__((always_inline)) inline void update_row(W* weight, const W* anchor
       change.b = (change.b + pull_b * (old.b - from.b)) / (1.0f + pull_b);
     }
     Two now = old;
-    if (writes) now = store2_rounded(weight + at, {old.a - change.a, old.b - change.b}, bits_of<split>(word));
+    if (writes) now = store2_rounded<split>(weight + at, {old.a - change.a, old.b - change.b}, bits);
     if (!traces) continue;
     const Two before = load_state<split>(trace, at);
     Two more = {s[2 * strip], s[2 * strip + 1]};
     if (!usual && k.si) more = {more.a * (old.a - now.a), more.b * (old.b - now.b)};
     grown[strip] = {k.keep * before.a + more.a, k.keep * before.b + more.b};
-    if constexpr (sizeof(S) > 1) store2_rounded(trace.value + at, grown[strip], trace_bits[strip]);
+    if constexpr (sizeof(S) > 1)
+      store2_rounded<split>(trace.value + at, grown[strip], others);
+    else
+      later[strip] = others;
   }
   if constexpr (sizeof(S) == 1) {
-    if (traces) encode_blocks(trace.value, trace.exponent, grown, trace_bits);
+    if (traces) encode_blocks<split>(trace.value, trace.exponent, grown, later);
   }
 }
-
-// Words of random bits for one tile, and how many tiles are drawn at once: the generator is a chain of dependent
-// products, and needs about six of them at a time.
-template <int MR>
-constexpr int WORDS = MR * NC / 2;
-template <int MR>
-constexpr int ACROSS = VL == 16 && MR == FLAT ? 3 : 1;
 
 // The tile whose first element is (i, j).
 template <int MR, class W, class S>
@@ -107,67 +102,52 @@ struct Rows {
     if (a.trace != nullptr) touch_state(a.trace, r);
   }
 
-  // The random bits of this tile and of those to its right, `panels` of them at most.
-  void draw(uint32_t* words, int64_t panels, const Scalars& k) const {
-    const int across = panels < ACROSS<MR> ? 1 : ACROSS<MR>;
-    for (int c = 0; c < panels && c < ACROSS<MR>; c += across)
-      for (int at = 0; at < NC; at += 4 * VL) {
-        const uint32_t counter = static_cast<uint32_t>((j + c * NC + at) / 8), row = static_cast<uint32_t>(i);
-        uint32_t* out = words + c * WORDS<MR> + at / 2;
-        if (across == 1)
-          rounding_bits<MR, 1>(counter, row, k.step, k.seed, out);
-        else
-          rounding_bits<MR, ACROSS<MR>>(counter, row, k.step, k.seed, out);
-      }
-  }
-
   // The tokens' part of G passes through the momentum: g <- carry M + gain g, M <- remember M + share g.
-  void pass_momentum(int tall, vf (&g)[MR][NV], const uint32_t* words, const Scalars& k) const {
+  void pass_momentum(int tall, vf (&g)[MR][NV], const RowKey* keys, const Scalars& k) const {
     const int64_t at = i * a.n + j;
     if (a.momentum_dtype == ttt::kF32)
-      pass_rows(static_cast<float*>(a.momentum) + at, tall, g, words, k);
+      pass_rows(static_cast<float*>(a.momentum) + at, tall, g, keys, k);
     else
-      pass_rows(static_cast<bf16*>(a.momentum) + at, tall, g, words, k);
+      pass_rows(static_cast<bf16*>(a.momentum) + at, tall, g, keys, k);
   }
 
-  __attribute__((always_inline)) void update(int tall, const vf (&g)[MR][NV], const vf (&s)[MR][NV],
-                                             const uint32_t* words, const Scalars& k, bool pulls, bool traces,
-                                             const Rows& ahead) const {
+  __attribute__((always_inline)) void update(int tall, const vf (&g)[MR][NV], const vf (&s)[MR][NV], const RowKey* keys,
+                                             const Scalars& k, bool pulls, bool traces, const Rows& ahead) const {
     const bool usual = pulls && traces && a.importance != nullptr && k.writes && !k.si;
     if (!usual) {
       vf g_copy[MR][NV], s_copy[MR][NV];  // the originals stay in registers
       std::memcpy(g_copy, g, sizeof g);
       std::memcpy(s_copy, s, sizeof s);
       for (int r = 0; r < tall; r++) ahead.prefetch(r, k.writes);
-      update_rest(tall, g_copy, s_copy, words, k, pulls, traces);
+      update_rest(tall, g_copy, s_copy, keys, k, pulls, traces);
     } else if constexpr (MR <= MID) {
 #pragma GCC unroll 4
       for (int r = 0; r < MR; r++)
         if (r < tall) {
           ahead.prefetch(r, true);
-          update_one<true>(r, g[r], s[r], words, k, pulls, traces);
+          update_one<true>(r, g[r], s[r], keys[r], k, pulls, traces);
         }
     } else {
 #pragma GCC unroll 1
       for (int r = 0; r < tall; r++) {
         ahead.prefetch(r, true);
-        update_one<true>(r, g[r], s[r], words, k, pulls, traces);
+        update_one<true>(r, g[r], s[r], keys[r], k, pulls, traces);
       }
     }
   }
 
  private:
-  __attribute__((noinline)) void update_rest(int tall, const vf (&g)[MR][NV], const vf (&s)[MR][NV],
-                                             const uint32_t* words, const Scalars& k, bool pulls, bool traces) const {
+  __attribute__((noinline)) void update_rest(int tall, const vf (&g)[MR][NV], const vf (&s)[MR][NV], const RowKey* keys,
+                                             const Scalars& k, bool pulls, bool traces) const {
 #pragma GCC unroll 1
-    for (int r = 0; r < tall; r++) update_one<false>(r, g[r], s[r], words, k, pulls, traces);
+    for (int r = 0; r < tall; r++) update_one<false>(r, g[r], s[r], keys[r], k, pulls, traces);
   }
 
   template <class V>
-  __attribute__((noinline)) void pass_rows(V* momentum, int tall, vf (&g)[MR][NV], const uint32_t* words,
+  __attribute__((noinline)) void pass_rows(V* momentum, int tall, vf (&g)[MR][NV], const RowKey* keys,
                                            const Scalars& k) const {
     constexpr bool split = splits<W>;
-    for (int r = 0; r < tall; r++, momentum += a.n, words += NC / 2)
+    for (int r = 0; r < tall; r++, momentum += a.n)
       for (int at = 0; at < NC && at < a.n - j; at += STRIP) {
         const int64_t count = a.n - j - at;
         const Two before = load2_upto<split>(momentum + at, count);
@@ -175,24 +155,24 @@ struct Rows {
         const Two after = {k.remember * before.a + k.share * first, k.remember * before.b + k.share * second};
         first = k.carry * before.a + k.gain * first;
         second = k.carry * before.b + k.gain * second;
-        vu other = {};
+        Bits bits = {};
         if constexpr (sizeof(V) == 2) {
-          // The bits of the other pair of four columns: philox.py says why.
-          const vq pairs = load_as<vq>(words + at / 2);
-          other = (vu)((pairs >> 32) | (pairs << 32));
+          // Those of the other pair of four columns: rounding.py says why.
+          const vq words = (vq)random_words(keys[r], j + at);
+          bits = bits_of<split>((vu)((words >> 32) | (words << 32)));
         }
         if (count >= STRIP) {
-          store2_rounded(momentum + at, after, bits_of<split>(other));
+          store2_rounded<split>(momentum + at, after, bits);
         } else {
           V part[STRIP];
-          store2_rounded(part, after, bits_of<split>(other));
+          store2_rounded<split>(part, after, bits);
           std::memcpy(momentum + at, part, count * sizeof(V));
         }
       }
   }
 
   template <bool usual>
-  __attribute__((always_inline)) void update_one(int r, const vf (&g)[NV], const vf (&s)[NV], const uint32_t* words,
+  __attribute__((always_inline)) void update_one(int r, const vf (&g)[NV], const vf (&s)[NV], RowKey key,
                                                  const Scalars& k, bool pulls, bool traces) const {
     const int64_t at = (i + r) * a.n + j;
     W* weight = static_cast<W*>(a.weight) + at;
@@ -200,12 +180,12 @@ struct Rows {
     const State<S> importance = state_at<S>(pulls ? const_cast<void*>(a.importance) : nullptr, i + r, j, a.n);
     const State<S> trace = state_at<S>(traces ? a.trace : nullptr, i + r, j, a.n);
     if (j + NC <= a.n) {
-      update_row<usual>(weight, anchor, importance, trace, g, s, words + r * NC / 2, k);
+      update_row<usual>(weight, anchor, importance, trace, g, s, key, j, k);
     } else {
       vf g_copy[NV], s_copy[NV];
       std::memcpy(g_copy, g, sizeof g);
       std::memcpy(s_copy, s, sizeof s);
-      update_part(weight, anchor, importance, trace, a.n - j, g_copy, s_copy, words + r * NC / 2, k);
+      update_part(weight, anchor, importance, trace, a.n - j, g_copy, s_copy, key, j, k);
     }
   }
 
@@ -223,7 +203,7 @@ struct Rows {
   // The last columns of a row, by way of copies; what stands behind them in the copies is zero.
   __attribute__((noinline)) static void update_part(W* weight, const W* anchor, const State<S>& importance,
                                                     const State<S>& trace, int64_t count, const vf* g, const vf* s,
-                                                    const uint32_t* words, const Scalars& k) {
+                                                    RowKey key, int64_t column, const Scalars& k) {
     W w[NC] = {}, w0[NC] = {};
     S o[NC] = {};
     S f[NC] = {};
@@ -236,7 +216,7 @@ struct Rows {
     if (trace.value) std::memcpy(f, trace.value, count * sizeof(S));
     if (trace.exponent) std::memcpy(f_exponent, trace.exponent, blocks);
     update_row<false, W, S>(w, anchor ? w0 : nullptr, {importance.value ? o : nullptr, o_exponent},
-                            {trace.value ? f : nullptr, f_exponent}, g, s, words, k);
+                            {trace.value ? f : nullptr, f_exponent}, g, s, key, column, k);
     std::memcpy(weight, w, count * sizeof(W));
     if (trace.value) std::memcpy(trace.value, f, count * sizeof(S));
     if (trace.exponent) std::memcpy(trace.exponent, f_exponent, blocks);

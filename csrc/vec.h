@@ -95,13 +95,16 @@ inline int place(int j) {
   return split ? j / 2 + (j % 2) * VL : j;
 }
 
+// A NaN as arithmetic makes it, whose lower half is zero. Those of other makers may have all bits set.
+inline vf plain_nan(vf v) { return v == v ? v : (vf)(vu{} + 0x7fc00000u); }
+
 template <bool split>
 inline Two load2(const float* p) {
   if constexpr (!split) return {load(p), load(p + VL)};
   Two v;
   for (int l = 0; l < VL; l++) v.a[l] = p[2 * l];
   for (int l = 0; l < VL; l++) v.b[l] = p[2 * l + 1];
-  return v;
+  return {plain_nan(v.a), plain_nan(v.b)};  // store2_rounded: what is computed from them may be rounded
 }
 template <bool split>
 inline Two load2(const bf16* p) {
@@ -160,21 +163,16 @@ inline vu round_up_by(vf v, vu bits) {
 #endif
 }
 
-// The random bits of a strip, 16 for each column. Where strips split, as they come: words of two columns; otherwise for
-// each of the two vectors, in the lower half of each lane.
-template <bool split>
+// The random bits of a strip: 16 for each column, in the lower half of each lane.
 struct Bits {
   vu a, b;
 };
-template <>
-struct Bits<true> {
-  vu pairs;
-};
 
+// Of words of two columns each.
 template <bool split>
-inline Bits<split> bits_of(vu words) {
+inline Bits bits_of(vu words) {
   if constexpr (split) {
-    return {words};
+    return {words & 0xffffu, words >> 16};
   } else {
     vh half[2];
     std::memcpy(half, &words, sizeof half);
@@ -194,34 +192,32 @@ inline void store2(float* p, Two v) {
   }
 }
 
-// The same where T is bfloat16 rounded stochastically. Returns what was stored.
+// The same, as bfloat16 rounded stochastically where T is bfloat16. Returns what was stored.
 template <bool split>
-inline Two store2_rounded(float* p, Two v, const Bits<split>&) {
+inline Two store2_rounded(float* p, Two v, const Bits&) {
   store2<split>(p, v);
   return v;
 }
-inline Two store2_rounded(bf16* p, Two v, const Bits<false>& bits) {
-  const vu a = round_up_by(v.a, bits.a), b = round_up_by(v.b, bits.b);
-  const vh first = __builtin_convertvector(a >> 16, vh), second = __builtin_convertvector(b >> 16, vh);
-  std::memcpy(p, &first, sizeof first);
-  std::memcpy(p + VL, &second, sizeof second);
-  return {(vf)(a & 0xffff0000u), (vf)(b & 0xffff0000u)};
-}
-inline Two store2_rounded(bf16* p, Two v, const Bits<true>& bits) {
-#if defined(__AVX512BW__)
-  // Both columns of a pair at once: a half goes up by one where its lower half and the bits make a carry. Infinity has
-  // no lower half; a NaN must not be carried beyond the last of them.
-  const vu high = merge((vu)v.b, constant<0xffff0000u>(), (vu)v.a >> 16);
-  const vu not_low = merge_not((vu)v.a, constant<0xffffu>(), (vu)v.b << 16);
-  const vu magnitude = high | constant<0x80008000u>();
-  const __mmask32 holds = _mm512_cmpneq_epi16_mask((__m512i)magnitude, _mm512_set1_epi32(-1));
-  const __mmask32 carry = _mm512_mask_cmplt_epu16_mask(holds, (__m512i)not_low, (__m512i)bits.pairs);
-  const vu pairs = (vu)_mm512_mask_add_epi16((__m512i)high, carry, (__m512i)high, (__m512i)constant<0x00010001u>());
+template <bool split>
+inline Two store2_rounded(bf16* p, Two v, const Bits& bits) {
+  if constexpr (split) {
+    // Infinity stays what it is, as its lower half is zero; so does a NaN, if that of 16 bits or of `plain_nan` was its
+    // source: looking for them would take as many instructions again.
+    const vu a = (vu)v.a + bits.a, b = (vu)v.b + bits.b;
+#if defined(__AVX512F__)
+    const vu pairs = merge(b, constant<0xffff0000u>(), a >> 16);
 #else
-  const vu pairs = round_up_by(v.a, bits.pairs & 0xffffu) >> 16 | (round_up_by(v.b, bits.pairs >> 16) & 0xffff0000u);
+    const vu pairs = (b & 0xffff0000u) | (a >> 16);
 #endif
-  std::memcpy(p, &pairs, sizeof pairs);
-  return {(vf)(pairs << 16), (vf)(pairs & constant<0xffff0000u>())};
+    std::memcpy(p, &pairs, sizeof pairs);
+    return {(vf)(pairs << 16), (vf)(pairs & constant<0xffff0000u>())};
+  } else {
+    const vu a = round_up_by(v.a, bits.a), b = round_up_by(v.b, bits.b);
+    const vh first = __builtin_convertvector(a >> 16, vh), second = __builtin_convertvector(b >> 16, vh);
+    std::memcpy(p, &first, sizeof first);
+    std::memcpy(p + VL, &second, sizeof second);
+    return {(vf)(a & 0xffff0000u), (vf)(b & 0xffff0000u)};
+  }
 }
 
 // Round to nearest even; the result's upper half is the bfloat16.

@@ -4,7 +4,8 @@ import torch
 
 import ttt
 from ttt.ops import cpu, log8
-from ttt.ops.philox import choose_tokens, stochastic_round_, trace_rounding_bits
+from ttt.ops.philox import choose_tokens
+from ttt.ops.rounding import stochastic_round_, trace_rounding_bits
 
 PLAIN = {
     "rate": "constant", "lr": 5e-3, "clip": None, "burst": None, "ewc_lambda": 0.01, "replay_beta": 0.3,

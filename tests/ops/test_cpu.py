@@ -140,10 +140,11 @@ def test_commit_without_optional_state(isa, missing):
     check_commit(case, options)
 
 
+@pytest.mark.parametrize("tokens", [300, 530])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_commit_over_several_cache_groups(isa, dtype):
+def test_commit_over_several_cache_groups(isa, dtype, tokens):
     # X is larger than 1 MB, so its panels are taken in groups, and rows in several blocks.
-    case = commit_case(100, 1030, 300, dtype, torch.float32)
+    case = commit_case(100, 1030, tokens, dtype, torch.float32)
     check_commit(case, {**OPTIONS, "replay_rows": 5, "lam": 0.5})
 
 
@@ -223,6 +224,24 @@ def test_what_is_not_finite_stays_so(isa, state, rows):
     same[3] = False
     same[4, 10:12] = same[5, 7] = False
     assert torch.equal(good["weight"][same], bad["weight"][same])
+
+
+@pytest.mark.parametrize("bits", [-1, 0x7FFFFFFF])
+def test_a_nan_with_all_bits_set_stays_one_wherever_it_comes_from(isa, bits):
+    """As other devices make them: rounding must not carry it to zero."""
+    case = commit_case(20, 70, 5, torch.bfloat16, torch.float32)
+    case["momentum"] = torch.randn(20, 70)
+    rated, moved = ({k: t.clone() for k, t in case.items()} for _ in range(2))
+    rated["eta"].view(torch.int32)[3] = bits
+    moved["momentum"].view(torch.int32)[6, [0, 37, 69]] = bits
+    for one in (rated, moved):
+        ops.commit(**one, **OPTIONS, replay_rows=0, lam=0.5, mu=0.5)
+    assert bool(rated["weight"].isnan().all())
+    assert moved["weight"].isnan().nonzero().tolist() == [[6, 0], [6, 37], [6, 69]]
+    del rated["momentum"]
+    rated["weight"] = case["weight"].clone()
+    ops.commit(**rated, **OPTIONS, replay_rows=2, lam=0.5)
+    assert bool(rated["weight"].isnan().all())
 
 
 def test_mixed_state_dtypes_and_fp8_products_use_the_reference_and_say_so():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_fleet_compress import assert_bookkeeping, delta_of, state_of, truncated
 
-from ttt.ops import backends, philox
+from ttt.ops import backends, rounding
 from ttt.ops.fleet import cuda, reference
 from ttt.ops.triton.common import INTERPRETED
 from ttt.ops.triton.fleet_compress import MOST_ROWS, fleet_compress, why_not
@@ -154,7 +154,7 @@ def test_16_bit_rows_are_rounded_by_the_references_bits(dtype):
     got, exact = compress(state, [0], **options), compress(wide, [0], **options)
     for new, value in zip(got[:2], exact[:2], strict=False):
         want = torch.empty_like(new[0])
-        philox.stochastic_round_(want, value[0], philox.rounding_bits(12, value.shape[2], state[5], 9))
+        rounding.stochastic_round_(want, value[0], rounding.rounding_bits(12, value.shape[2], state[5], 9))
         assert float((want != new[0]).float().mean()) < 2e-3
 
 

@@ -9,7 +9,7 @@ from test_replay_rows import BACKENDS, DEVICE, fused, panels
 from ttt import _C, ops
 from ttt.ops import log8, reference
 from ttt.ops.momentum import coefficients
-from ttt.ops.philox import momentum_rounding_bits, rounding_bits, trace_rounding_bits
+from ttt.ops.rounding import momentum_rounding_bits, rounding_bits, trace_rounding_bits
 
 NAMES = ("seed", "replay_rows", "replay", "beta", "eps", "lam", "gamma", "kind", "trace_every", "trace_fp8", "gate")
 OPTIONS = {

@@ -8,17 +8,13 @@ stream      counter (c0, c1, c2)    words used
 ==========  ======================  ======================================================================
 `DRAW`      (r // 4, 0, step)       word r % 4 chooses replay row r
 `INSERT`    (s, 0, 0)               word 0 chooses the slot of the s-th row seen
-`ROUND`     (j // 8, i, step)       16 bits for element (i, j): word (j % 8) // 2, its low half if j is even.
-                                    They round the weight; the trace takes those of column j ^ 1,
-                                    the momentum those of column j ^ 2
+`ROUND`     (0, 0, step)            all words: the keys of a step's rounding bits (`ttt.ops.rounding`)
 `TOKEN`     (k // 4, 0, step)       word k % 4 chooses the token that stands for the k-th group in the trace
 `DISTIL`    (r // 4, 0, step)       word r % 4 chooses the token that is distillation row r
 `NORMAL`    (j // 4, r, step)       words 0 and 1 make normals 0 and 1 of four, words 2 and 3 the others
 ==========  ======================  ======================================================================
 
-c3 is the stream's number. `ROUND` takes 7 rounds of the generator, the fewest that pass BigCrush (Salmon et al.,
-table 2), the others 10. An element's weight and trace never share bits: with Synaptic Intelligence the trace depends
-on how its weight was rounded, and would be biased.
+c3 is the stream's number.
 """
 
 from __future__ import annotations
@@ -28,7 +24,6 @@ import math
 import torch
 
 DRAW, INSERT, ROUND, TOKEN, DISTIL, NORMAL = 0, 1, 2, 3, 4, 5
-ROUND_ROUNDS = 7
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -36,7 +31,7 @@ _MASK = 0xFFFFFFFF
 
 
 def philox(
-    c0: torch.Tensor, c1: torch.Tensor | int, c2: torch.Tensor | int, stream: int, seed: int, rounds: int = 10
+    c0: torch.Tensor, c1: torch.Tensor | int, c2: torch.Tensor | int, stream: int, seed: int
 ) -> tuple[torch.Tensor, ...]:
     """Four words (int64 tensors with values in [0, 2^32)) for each counter; the counters broadcast.
 
@@ -49,32 +44,11 @@ def philox(
     a, b, c = torch.broadcast_tensors(c0 & _MASK, c1 & _MASK, c2 & _MASK)
     d = torch.full_like(a, stream)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(rounds):
+    for _ in range(10):
         p0, p1 = a * _M0, c * _M1
         a, b, c, d = ((p1 >> 32) & _MASK) ^ b ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ d ^ k1, p0 & _MASK
         k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
     return a, b, c, d
-
-
-def rounding_bits(rows: int, cols: int, step: torch.Tensor, seed: int) -> torch.Tensor:
-    """16 bits (int64, rows x cols) for each element of a matrix; see `ROUND`."""
-    groups = (cols + 7) // 8
-    c0 = torch.arange(groups, device=step.device).view(1, -1)
-    c1 = torch.arange(rows, device=step.device).view(-1, 1)
-    words = torch.stack(philox(c0, c1, step.view(1, 1), ROUND, seed, ROUND_ROUNDS), dim=-1)
-    return torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(rows, 8 * groups)[:, :cols]
-
-
-def trace_rounding_bits(rows: int, cols: int, step: torch.Tensor, seed: int) -> torch.Tensor:
-    """As `rounding_bits`, for the trace: each element has the bits of the other column of its pair."""
-    bits = rounding_bits(rows, cols + cols % 2, step, seed)
-    return bits.view(rows, -1, 2).flip(-1).reshape(rows, -1)[:, :cols]
-
-
-def momentum_rounding_bits(rows: int, cols: int, step: torch.Tensor, seed: int) -> torch.Tensor:
-    """As `rounding_bits`, for the momentum: each element has the bits of the other pair of its four columns."""
-    bits = rounding_bits(rows, (cols + 3) // 4 * 4, step, seed)
-    return bits.view(rows, -1, 2, 2).flip(-2).reshape(rows, -1)[:, :cols]
 
 
 def choose_tokens(tokens: int, every: int, step: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,20 +78,3 @@ def normals(rows: int, cols: int, step: torch.Tensor, seed: int) -> torch.Tensor
     radius, angle = (-2 * u[..., 0::2].log()).sqrt(), 2 * math.pi * u[..., 1::2]
     z = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
     return z.reshape(rows, 4 * c0.numel())[:, :cols]
-
-
-def stochastic_round_(target: torch.Tensor, value: torch.Tensor, bits: torch.Tensor) -> None:
-    """Write float32 ``value`` into ``target`` in place; 16-bit targets are rounded stochastically.
-
-    The dropped mantissa bits and as many random ones are added, and the rest cut off, so that the
-    expected result is the value itself. ``bits`` (int64) holds 16 random bits an element.
-    """
-    if target.dtype in (torch.float32, torch.float64):
-        target.copy_(value)
-        return
-    dropped = {torch.bfloat16: 16, torch.float16: 13}[target.dtype]
-    low = (1 << dropped) - 1
-    raw = value.float().contiguous().view(torch.int32).to(torch.int64)
-    # Non-finite values have no mantissa to round: adding bits could turn an infinity into a NaN.
-    raw = torch.where(torch.isfinite(value), raw + (bits & low), raw) & ~low
-    target.copy_(raw.to(torch.int32).view(torch.float32))

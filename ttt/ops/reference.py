@@ -11,16 +11,8 @@ import torch
 from ttt.ops import log8
 from ttt.ops.gate import closed
 from ttt.ops.momentum import coefficients
-from ttt.ops.philox import (
-    DRAW,
-    INSERT,
-    choose_tokens,
-    momentum_rounding_bits,
-    philox,
-    rounding_bits,
-    stochastic_round_,
-    trace_rounding_bits,
-)  # fmt: skip
+from ttt.ops.philox import DRAW, INSERT, choose_tokens, philox
+from ttt.ops.rounding import momentum_rounding_bits, rounding_bits, stochastic_round_, trace_rounding_bits
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ttt.ops.philox import rounding_bits, stochastic_round_
 from ttt.ops.reference import _wide
 from ttt.ops.reference import replay_rows as draw_replay
+from ttt.ops.rounding import rounding_bits, stochastic_round_
 
 
 def _by_user(users: Tensor) -> list[tuple[int, Tensor]]:

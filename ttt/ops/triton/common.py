@@ -1,4 +1,4 @@
-"""What the kernels share: the Philox streams of `ttt.ops.philox`, operand types."""
+"""What the kernels share: the streams of `ttt.ops.philox` and `ttt.ops.rounding`, operand types."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ttt.ops import philox
+from ttt.ops import philox, rounding
 
 DRAW = tl.constexpr(philox.DRAW)
 INSERT = tl.constexpr(philox.INSERT)
 ROUND = tl.constexpr(philox.ROUND)
-ROUND_ROUNDS = tl.constexpr(philox.ROUND_ROUNDS)
 TOKEN = tl.constexpr(philox.TOKEN)
+WEYL = tl.constexpr(rounding.WEYL)
+MIX_0, MIX_1 = (tl.constexpr(c) for c in rounding.MIX)
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -66,12 +67,22 @@ def choose_token(k, tokens, every, step_ptr, seed):
 
 
 @triton.jit
-def rounding_words(i, group, step, seed):
-    """uint32 words for rows ``i`` (BM) and columns 8 ``group`` ... 8 ``group`` + 7 (BN / 8): BM x BN / 2."""
-    c0 = group.to(tl.uint32)[None, :]
-    c1 = i.to(tl.uint32)[:, None]
-    w0, w1, w2, w3 = tl.philox(seed, c0, c1, step, ROUND, n_rounds=ROUND_ROUNDS)
-    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+def _mix(x, key):
+    """A random word (uint32) of each word x and key: `ttt.ops.rounding`."""
+    x ^= x >> 16
+    x *= MIX_0
+    x ^= (x >> 15) ^ key
+    x *= MIX_1
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def rounding_words(i, pair, step, seed):
+    """uint32 words (BM x BP) for rows ``i`` (BM) and columns 2 ``pair``, 2 ``pair`` + 1 (BP)."""
+    s0, s1, s2, s3 = tl.philox(seed, step * 0, step * 0, step, ROUND)
+    row = i.to(tl.uint32) * WEYL
+    first, second = _mix(row + s0, s1), _mix(row + s2, s3)
+    return _mix((pair.to(tl.uint32) * WEYL)[None, :] + first[:, None], second[:, None])
 
 
 @triton.jit
@@ -81,14 +92,12 @@ def weight_bits(words):
 
 
 @triton.jit
-def momentum_bits(i, group, step, seed):
-    """16 bits (BM x BN) for the elements of a momentum: those of the other pair of four columns in `rounding_words`."""
-    w0, w1, w2, w3 = tl.philox(seed, group.to(tl.uint32)[None, :], i.to(tl.uint32)[:, None], step, ROUND,
-                               n_rounds=ROUND_ROUNDS)  # fmt: skip
-    return weight_bits(tl.interleave(tl.interleave(w1, w3), tl.interleave(w0, w2)))
+def momentum_bits(i, pair, step, seed):
+    """16 bits (BM x BN) for the elements of a momentum: those of the other pair of each four columns."""
+    return weight_bits(rounding_words(i, pair ^ 1, step, seed))
 
 
 @triton.jit
 def trace_bits(words):
-    """The bits of the other column of each pair: `ttt.ops.philox` says why."""
+    """The bits of the other column of each pair: `ttt.ops.rounding` says why."""
     return tl.interleave(words >> 16, words & 0xFFFF)

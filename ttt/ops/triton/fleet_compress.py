@@ -351,7 +351,7 @@ def _finish_block(
         value = tl.minimum(tl.maximum(value, -LARGEST), LARGEST).to(tl.float32)
         bits = tl.zeros((BI, BN), tl.uint32)
         if pool.dtype.element_ty != tl.float32:
-            bits = weight_bits(rounding_words(i, j0 // 8 + tl.arange(0, BN // 8), count.to(tl.uint32), seed))
+            bits = weight_bits(rounding_words(i, j0 // 2 + tl.arange(0, BN // 2), count.to(tl.uint32), seed))
         at = pool + (u * capacity + i)[:, None] * size + j[None, :]
         tl.store(at, rounded(value, bits, pool.dtype.element_ty), mask=live)
     for r0 in range(kept, held, BI):

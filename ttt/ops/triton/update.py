@@ -181,7 +181,7 @@ def pass_momentum(
     after = remember * velocity + share * g
     bits = tl.zeros((BM, BN), tl.uint32)
     if momentum.dtype.element_ty != tl.float32:
-        bits = momentum_bits(i0 + i, j0 // 8 + tl.arange(0, BN // 8), tl.load(step).to(tl.uint32), seed)
+        bits = momentum_bits(i0 + i, j0 // 2 + tl.arange(0, BN // 2), tl.load(step).to(tl.uint32), seed)
     inside = (i < m - i0)[:, None] & (j < n - j0)
     after = rounded(after, bits, momentum.dtype.element_ty)
     tl.store(momentum + (i0 * n + j0) + (i[:, None] * n + j), after, mask=inside)
@@ -210,7 +210,7 @@ def update(
         g = (g + a * (old - origin.to(tl.float32))) / (1.0 + a)
     words = tl.zeros((BM, BN // 2), tl.uint32)
     if weight.dtype.element_ty != tl.float32 or (trace is not None and trace.dtype.element_ty != tl.float32):
-        words = rounding_words(i0 + i, j0 // 8 + tl.arange(0, BN // 8), tl.load(step).to(tl.uint32), seed)
+        words = rounding_words(i0 + i, j0 // 2 + tl.arange(0, BN // 2), tl.load(step).to(tl.uint32), seed)
     new = rounded(old - g, weight_bits(words), weight.dtype.element_ty)
     tl.store(weight + (i0 * n + j0) + (i[:, None] * n + j), new, mask=inside)
     if trace is not None:
