@@ -74,8 +74,8 @@ inline void drift_tile(const W* w, const W* w0, const V* momentum, float carry, 
   for (; j + STRIP <= n; j += STRIP) {
 #pragma GCC unroll 4
     for (int i = 0; i < wide; i++) {
-      prefetch_strip<2>(w + i * n + j, 1024);  // not AHEAD: in short rows that is the tile's own next row
-      prefetch_strip<2>(w0 + i * n + j, 1024);
+      prefetch_strip(w + i * n + j);
+      prefetch_strip(w0 + i * n + j);
     }
     add(j, STRIP);
   }

@@ -57,7 +57,7 @@ inline void add_rows(float* acc, int64_t width, const float* factor, int64_t str
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
       const Two row = load2_upto<splits<T>>(b + r * m + j, count - j);
-      prefetch_strip<2>(b + r * m + later + j, 0);
+      prefetch_strip(b + r * m + later + j, 0);
 #pragma GCC unroll 4
       for (int t = 0; t < tokens; t++) {
         value[t].a += factor[t * stride + r] * row.a;

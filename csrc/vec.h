@@ -136,18 +136,17 @@ inline vf load_raw(const T* p, int64_t count) {
   return load_as<vf>(part);
 }
 
-// Asks for what a stream over a matrix comes to next, beyond the row's end too. The processor's own prefetchers stop at
-// each page, after two of which a row of 4096 bfloat16 ends (Emerald Rapids: 24.9 to 26.4 GB/s at 4096 x 4096; 512
-// bytes to 4096 do alike).
-constexpr int AHEAD = 2048;
+// Asks for what a stream over a matrix comes to next, beyond the row's end too: the processor's own prefetchers stop at
+// each page, after two of which a row of 4096 bfloat16 ends. Into the second-level cache: the first waits for fewer
+// lines at a time, and of many rows 4 KB apart the streams would push one another out of it. (window_linear, 4096 x
+// 4096 in float32, Zen 4, one thread: 29 GB/s; into the first-level cache, 2048 bytes ahead, 25; without 26. Fleet, 48
+// rows of 32 users, 2048 columns of bfloat16: 430 us instead of 490.)
+constexpr int AHEAD = 1024;
 
-// `level`: 3 for the first-level cache, 2 for the second: of many rows, 4 KB apart, the streams would push one another
-// out of the first, and it waits for fewer lines at a time (48 rows of 32 users, 2048 columns of bfloat16, Zen 4: 430
-// us instead of 490).
-template <int level = 3, class T>
+template <class T>
 inline void prefetch_strip(const T* p, int64_t ahead = AHEAD) {
   for (size_t byte = 0; byte < STRIP * sizeof(T); byte += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead + byte, 0, level);
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead + byte, 0, 2);
 }
 
 // Finite lanes are selected by an all-ones exponent: -ffast-math is never used, but isfinite has no vector form.

@@ -72,7 +72,7 @@ inline void dot_products(const T* const* row, const float* x, int64_t stride, in
         if (later == 0)
           prefetch_strip(strip);
         else
-          prefetch_strip<2>(strip + later, 0);
+          prefetch_strip(strip + later, 0);
       }
   }
   for (; j < n; j += STRIP, x += step)
