@@ -188,7 +188,8 @@ void commit(const ttt::Commit& a) {
               store(to + i, load(to + i) - c * load_upto(delta + t * m + i0 + i, m - i0 - i));
           }
       }
-      pack_left<MR, dot, W>(a, u, traced, drift, i0, rows, left);
+      const Tiling<MR> tiling(rows, tiled);
+      pack_left<MR, dot, W>(a, u, traced, drift, i0, tiling, left);
       const int64_t row_tiles = (rows + ttt::TILE - 1) / ttt::TILE, chunks_g = u.g / ttt::TILE;
       uint32_t* s_tiles = left_tiles + row_tiles * u.parts * u.g * ttt::TILE;
       if (tiled) {
@@ -206,16 +207,18 @@ void commit(const ttt::Commit& a) {
                             sums + BLOCK_ROWS * NC);
         }
         const int64_t p1 = p0 + group < panels ? p0 + group : panels;
-        for (int64_t i = 0; i < rows; i += MR) {
-          const int tall = rows - i < MR ? static_cast<int>(rows - i) : MR;
-          const float* factors = left + i * u.left();
+        for (int64_t at = 0; at < tiling.tiles; at++) {
+          const int64_t i = tiling.first(at);
+          const int tall = tiling.tall(at);
+          const float* factors = left + at * MR * u.left();
           for (int64_t p = p0; p < p1; p++) {
             vf g[MR][NV] = {}, s[MR][NV] = {};
             const int64_t j0 = p * NC;
-            Rows<MR, W, S> tile(a, i0 + i, j0);
+            Rows<MR, W, S> tile(a, i0 + i, j0, tiling.apart);
             // What is wanted some tiles from now, perhaps of the next rows.
             const int64_t q = p + (TILES_AHEAD<MR> < p1 - p0 ? TILES_AHEAD<MR> : p1 - p0), beyond = q - p1;
-            const Rows<MR, W, S> ahead(a, i0 + i + (beyond < 0 ? 0 : MR), (beyond < 0 ? q : p0 + beyond) * NC);
+            const Rows<MR, W, S> ahead(a, i0 + tiling.first(beyond < 0 ? at : at + 1),
+                                       (beyond < 0 ? q : p0 + beyond) * NC, tiling.apart);
             const float* right = packed.get() + p * u.right();
             if (tiled) {
               take_sums<MR>(g, sums + i * NC, u.scale);

@@ -85,17 +85,17 @@ __attribute__((always_inline)) inline void update_row(W* weight, const W* anchor
   }
 }
 
-// The tile whose first element is (i, j).
+// The tile whose first element is (i, j), and whose rows are `apart` rows from one another.
 template <int MR, class W, class S>
 struct Rows {
   const ttt::Commit& a;
-  int64_t i, j;
+  int64_t i, j, apart;
 
-  Rows(const ttt::Commit& a, int64_t i, int64_t j) : a(a), i(i), j(j) {}
+  Rows(const ttt::Commit& a, int64_t i, int64_t j, int64_t apart) : a(a), i(i), j(j), apart(apart) {}
 
   // Ask for row r's NC columns: with this many streams the processor does not see them all.
   void prefetch(int r, bool writes) const {
-    const int64_t at = (i + r) * a.n + j;
+    const int64_t at = (i + r * apart) * a.n + j;
     if (writes) touch(static_cast<const W*>(a.weight) + at);
     if (writes && (a.decay > 0 || a.importance != nullptr)) touch(static_cast<const W*>(a.anchor) + at);
     if (writes && a.importance != nullptr) touch_state(const_cast<void*>(a.importance), r);
@@ -125,13 +125,13 @@ struct Rows {
       for (int r = 0; r < MR; r++)
         if (r < tall) {
           ahead.prefetch(r, true);
-          update_one<true>(r, g[r], s[r], keys[r], k, pulls, traces);
+          update_one<true>(r, g[r], s[r], keys[r * apart], k, pulls, traces);
         }
     } else {
 #pragma GCC unroll 1
       for (int r = 0; r < tall; r++) {
         ahead.prefetch(r, true);
-        update_one<true>(r, g[r], s[r], keys[r], k, pulls, traces);
+        update_one<true>(r, g[r], s[r], keys[r * apart], k, pulls, traces);
       }
     }
   }
@@ -140,14 +140,14 @@ struct Rows {
   __attribute__((noinline)) void update_rest(int tall, const vf (&g)[MR][NV], const vf (&s)[MR][NV], const RowKey* keys,
                                              const Scalars& k, bool pulls, bool traces) const {
 #pragma GCC unroll 1
-    for (int r = 0; r < tall; r++) update_one<false>(r, g[r], s[r], keys[r], k, pulls, traces);
+    for (int r = 0; r < tall; r++) update_one<false>(r, g[r], s[r], keys[r * apart], k, pulls, traces);
   }
 
   template <class V>
   __attribute__((noinline)) void pass_rows(V* momentum, int tall, vf (&g)[MR][NV], const RowKey* keys,
                                            const Scalars& k) const {
     constexpr bool split = splits<W>;
-    for (int r = 0; r < tall; r++, momentum += a.n)
+    for (int r = 0; r < tall; r++, momentum += apart * a.n)
       for (int at = 0; at < NC && at < a.n - j; at += STRIP) {
         const int64_t count = a.n - j - at;
         const Two before = load2_upto<split>(momentum + at, count);
@@ -158,7 +158,7 @@ struct Rows {
         Bits bits = {};
         if constexpr (sizeof(V) == 2) {
           // Those of the other pair of four columns: rounding.py says why.
-          const vq words = (vq)random_words(keys[r], j + at);
+          const vq words = (vq)random_words(keys[r * apart], j + at);
           bits = bits_of<split>((vu)((words >> 32) | (words << 32)));
         }
         if (count >= STRIP) {
@@ -174,11 +174,11 @@ struct Rows {
   template <bool usual>
   __attribute__((always_inline)) void update_one(int r, const vf (&g)[NV], const vf (&s)[NV], RowKey key,
                                                  const Scalars& k, bool pulls, bool traces) const {
-    const int64_t at = (i + r) * a.n + j;
+    const int64_t row = i + r * apart, at = row * a.n + j;
     W* weight = static_cast<W*>(a.weight) + at;
     const W* anchor = pulls ? static_cast<const W*>(a.anchor) + at : nullptr;
-    const State<S> importance = state_at<S>(pulls ? const_cast<void*>(a.importance) : nullptr, i + r, j, a.n);
-    const State<S> trace = state_at<S>(traces ? a.trace : nullptr, i + r, j, a.n);
+    const State<S> importance = state_at<S>(pulls ? const_cast<void*>(a.importance) : nullptr, row, j, a.n);
+    const State<S> trace = state_at<S>(traces ? a.trace : nullptr, row, j, a.n);
     if (j + NC <= a.n) {
       update_row<usual>(weight, anchor, importance, trace, g, s, key, j, k);
     } else {
@@ -190,7 +190,7 @@ struct Rows {
   }
 
   void touch_state(void* base, int r) const {
-    const State<S> state = state_at<S>(base, i + r, j, a.n);
+    const State<S> state = state_at<S>(base, i + r * apart, j, a.n);
     touch(state.value);
     if (sizeof(S) == 1 && j % (64 * BLOCK) == 0) __builtin_prefetch(state.exponent, 0, 3);
   }
