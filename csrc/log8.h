@@ -55,10 +55,13 @@ inline Two decode2(const log8* p, uint8_t exponent) {
   if constexpr (split) {  // both columns of a pair at once, as the upper halves of two floats
     const __m512i codes = _mm512_cvtepu8_epi16(load_as<__m256i>(p));
     const __mmask32 some = _mm512_test_epi16_mask(codes, codes);
-    const __m512i bits = _mm512_maskz_add_epi16(some, codes, (__m512i)constant<FIRST << 16 | FIRST>());
-    const vu pairs = (vu)_mm512_slli_epi16(bits, 3);
-    const float scale = scale_of(exponent);
-    return {(vf)(pairs << 16) * scale, (vf)(pairs & constant<0xffff0000u>()) * scale};
+    // The scale is added to the exponents, which all stay normal numbers', if the smallest does.
+    const int scale = exponent > 16 ? (exponent - 127) << 7 : 0;
+    const __m512i first = _mm512_set1_epi16(static_cast<short>((FIRST << 3) + scale));
+    const vu pairs = (vu)_mm512_maskz_add_epi16(some, _mm512_slli_epi16(codes, 3), first);
+    const Two v = {(vf)(pairs << 16), (vf)(pairs & constant<0xffff0000u>())};
+    if (__builtin_expect(exponent > 16, 1)) return v;
+    return {v.a * scale_of(exponent), v.b * scale_of(exponent)};
   }
 #endif
   vu a, b;
@@ -139,22 +142,19 @@ inline uint8_t encode_block(log8* p, const Two* strips, const Bits* bits) {
 #if defined(__AVX512BW__)
 // A block that is one strip, both columns of a pair at once. `inverse`: in all lanes.
 inline void encode_pairs(log8* p, const Two& v, vf inverse, const Bits& bits) {
-  // All but 16 bits of the fraction are rounded off; then the code rises by one where those and the bits make a carry.
   const vu four = constant<4>();
-  const vu a = ((vu)(v.a * inverse) + four) >> 3, b = ((vu)(v.b * inverse) + four) >> 3;
-  const vu high = merge(b, constant<0xffff0000u>(), a >> 16), not_low = merge_not(a, constant<0xffffu>(), b << 16);
-  // Codes of 1 and more, less 1; the sign would stand above the rest.
-  constexpr uint32_t second = FIRST + 1, beyond = 0x1000 - second;
-  const __m512i code = _mm512_sub_epi16((__m512i)high, (__m512i)constant<second << 16 | second>());
-  const __mmask32 inside = _mm512_cmplt_epu16_mask(code, (__m512i)constant<beyond << 16 | beyond>());
+  const vu a = (vu)(v.a * inverse) + (bits.a << 3 | four), b = (vu)(v.b * inverse) + (bits.b << 3 | four);
+  const vu pairs = merge(b >> 3, constant<0xffff0000u>(), a >> 19);
+  // A code of 2 or more was at least 1 before it was rounded. Zeros have no bits left; what else is that small is rare.
+  constexpr uint32_t one = FIRST + 1;
+  const __mmask32 inside = _mm512_cmpgt_epu16_mask((__m512i)pairs, (__m512i)constant<one << 16 | one>());
   if (__builtin_expect(!_kortestc_mask32_u8(inside, inside), 0) &&
-      _mm512_mask_test_epi16_mask(~inside, (__m512i)high, (__m512i)high)) {
+      _mm512_mask_test_epi16_mask(~inside, (__m512i)pairs, (__m512i)pairs)) {
     encode_strip<true>(p, v, inverse, bits);
     return;
   }
-  const __mmask32 carry = _mm512_mask_cmplt_epu16_mask(inside, (__m512i)not_low, (__m512i)(bits.b << 16 | bits.a));
-  const __m512i one = (__m512i)constant<0x00010001u>(), least = _mm512_maskz_add_epi16(inside, code, one);
-  const __m256i codes = _mm512_cvtusepi16_epi8(_mm512_mask_add_epi16(least, carry, least, one));
+  const __m512i code = _mm512_sub_epi16((__m512i)pairs, (__m512i)constant<FIRST << 16 | FIRST>());
+  const __m256i codes = _mm512_maskz_cvtusepi16_epi8(inside, code);
   std::memcpy(p, &codes, sizeof codes);
 }
 

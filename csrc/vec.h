@@ -44,11 +44,8 @@ inline vu constant() {
   asm("vpbroadcastd %1, %0" : "=v"(v) : "m"(InMemory<value>::word));
   return v;
 }
-// (x and y) or z; likewise inverted.
+// (x and y) or z.
 inline vu merge(vu x, vu y, vu z) { return (vu)_mm512_ternarylogic_epi32((__m512i)x, (__m512i)y, (__m512i)z, 0xea); }
-inline vu merge_not(vu x, vu y, vu z) {
-  return (vu)_mm512_ternarylogic_epi32((__m512i)x, (__m512i)y, (__m512i)z, 0x15);
-}
 #else
 template <uint32_t value>
 inline vu constant() {

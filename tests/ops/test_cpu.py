@@ -185,6 +185,21 @@ def test_rounds_with_the_same_bits_as_the_reference(isa, dtype, state):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_codes_of_every_exponent_are_read_and_written_as_they_are(isa, dtype):
+    """Blocks with all exponents, smallest codes from 2^-141 up; nothing is added to them."""
+    m, n = 254, 95
+    case = commit_case(m, n, 3, dtype, torch.uint8)
+    codes = torch.randint(256, (m, n), dtype=torch.uint8)
+    codes[:, [5, 32, 70]] = 255  # a block's maximum, which makes its exponent
+    codes[:, [6, 33, 71]] = torch.tensor([0, 1, 2], dtype=torch.uint8)
+    case["trace"] = torch.cat([codes, torch.arange(m).clamp_min(2).to(torch.uint8).view(-1, 1).expand(m, 3)], dim=1)
+    case["trace_delta"] = torch.zeros(3, m, dtype=dtype)
+    before = case["trace"].clone()
+    ops.commit(**case, **{**OPTIONS, "replay_rows": 0, "lam": 0.5, "gamma": 1.0})
+    assert torch.equal(case["trace"], before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_codes_of_what_a_growing_block_leaves_behind(isa, dtype):
     """One column of each block grows by 2^18; the rest falls below the smallest code, is rounded to it or to 0."""
     m, n, tokens = 40, 150, 8
