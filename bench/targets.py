@@ -59,7 +59,7 @@ def _name(row: Row) -> str:
     return row["case"].replace(", 8bit state", "")
 
 
-def _of_read(row: Row) -> str:
+def _beside_decode(row: Row) -> str:
     """The figure against a stream that only reads, and what the products alone would add to the bound."""
     ratio, rate = row.get("ratio_to_read_bound"), row.get("matmul_tflop_per_s")
     shown = [] if ratio is None else [f"{ratio:.2f} x at the rate of a pure read"]
@@ -102,7 +102,7 @@ TARGETS = (
             "bfloat16": "as for float32",
             "8bit": "as for float32, and the commit's encoding, as above",
         },
-        _of_read,
+        _beside_decode,
     ),
     Target(
         "decode, layers of 512 and less: at most 15 us a token above nn.Linear",

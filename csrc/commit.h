@@ -277,16 +277,17 @@ void commit_by_state(const ttt::Commit& a) {
 }
 
 void run_commit(const ttt::Commit& given) {
-  ttt::Commit a = given;
+  if (given.dtype == ttt::kF32) {
+    commit_by_state<float>(given);
+    return;
+  }
   // As `plain_nan`: a rate's NaN may come from another device.
+  ttt::Commit a = given;
   std::vector<float> eta(a.eta, a.eta + a.tokens);
   for (float& rate : eta)
     if (std::isnan(rate)) rate = std::numeric_limits<float>::quiet_NaN();
   a.eta = eta.data();
-  if (a.dtype == ttt::kF32)
-    commit_by_state<float>(a);
-  else
-    commit_by_state<bf16>(a);
+  commit_by_state<bf16>(a);
 }
 
 }  // namespace

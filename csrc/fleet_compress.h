@@ -240,6 +240,7 @@ struct Compression {
     using V = Lanes<Real>;
     const int64_t count = std::min(BLOCK_COLUMNS, columns(of_a) - first);
     const V top = static_cast<Real>(std::is_same_v<T, bf16> ? 0x1.fep127f : std::numeric_limits<float>::max()) - V{};
+    const StepKey step_key(a.seed, static_cast<uint32_t>(a.step[s.slot]));
     alignas(64) float narrow[BLOCK_COLUMNS];
     alignas(64) T out[BLOCK_COLUMNS];
     for (int64_t i = 0; i < s.kept; i++) {
@@ -257,7 +258,7 @@ struct Compression {
       if constexpr (std::is_same_v<T, float>) {
         std::memcpy(out, narrow, sizeof out);
       } else {
-        const RowKey key = StepKey(a.seed, static_cast<uint32_t>(a.step[s.slot])).of_row(i);
+        const RowKey key = step_key.of_row(i);
         for (int j = 0; j < BLOCK_COLUMNS; j += STRIP)
           store2_rounded<false>(out + j, {load(narrow + j), load(narrow + j + VL)},
                                 bits_of<false>(random_words(key, first + j)));

@@ -55,7 +55,7 @@ inline Two decode2(const log8* p, uint8_t exponent) {
   if constexpr (split) {  // both columns of a pair at once, as the upper halves of two floats
     const __m512i codes = _mm512_cvtepu8_epi16(load_as<__m256i>(p));
     const __mmask32 some = _mm512_test_epi16_mask(codes, codes);
-    // The scale is added to the exponents, which all stay normal numbers', if the smallest does.
+    // The scale is added to the exponents: right where the smallest code is a normal number.
     const int scale = exponent > 16 ? (exponent - 127) << 7 : 0;
     const __m512i first = _mm512_set1_epi16(static_cast<short>((FIRST << 3) + scale));
     const vu pairs = (vu)_mm512_maskz_add_epi16(some, _mm512_slli_epi16(codes, 3), first);

@@ -33,6 +33,9 @@ def test_upper_bounds_and_packed_state():
     assert line[0][1:4] == ["8bit", "1 of 2", "window 64: 1.11"]
     read = {**decode, "case": "window 64", "ratio_to_bound": 1.3, "ratio_to_read_bound": 1.054}
     assert cells([read])[0][3] == "window 64: 1.30 (1.05 x at the rate of a pure read)"
+    # 64 Mi flops at 0.4 Tflop/s are 168 us, of a bound of 1000 us.
+    products = {**decode, "case": "window 64", "n": 4096, "us": 1300, "ratio_to_bound": 1.3, "matmul_tflop_per_s": 0.4}
+    assert cells([products])[0][3] == "window 64: 1.30 (G and S at the rate of torch's matmul: 0.17 x)"
 
 
 def test_the_committed_page_is_that_of_the_committed_results(tmp_path):
