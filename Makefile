@@ -14,26 +14,26 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
-# Under the options in ttt/benchmark/tuned; runs that bench/results holds are not made again.
+# Under the options in bench/learning/tuned; runs that bench/learning/results holds are not made again.
 benchmark: $(VENV)/.benchmark
-	$(BIN)/python -m ttt benchmark --suite digits --jobs 2
-	$(BIN)/python -m ttt benchmark --suite text --seeds 3 --curves --jobs 2
-	$(BIN)/python -m ttt benchmark --report
+	$(BIN)/python -m bench.learning --suite digits --jobs 2
+	$(BIN)/python -m bench.learning --suite text --seeds 3 --curves --jobs 2
+	$(BIN)/python -m bench.learning --report
 
 # About 10 minutes on two cores.
 bench: $(VENV)/.bench
-	$(BIN)/python -m bench.run --suite commit --rounds 5 --seconds 2 --json bench/results/cpu_commit.json
-	$(BIN)/python -m bench.run --suite $(LAYER_SUITES) --rounds 5 --seconds 3 --json bench/results/cpu_layers.json
-	$(BIN)/python -m bench.run --suite growth --rounds 5 --seconds 4 --json bench/results/cpu_growth.json
-	$(BIN)/python -m bench.run --suite head --rounds 5 --seconds 3 --json bench/results/cpu_head.json
-	$(BIN)/python -m bench.run --suite fleet --rounds 5 --seconds 3 --json bench/results/cpu_fleet.json
-	$(BIN)/python -m bench.plot
-	$(BIN)/python -m bench.targets
+	$(BIN)/python -m bench.kernels.run --suite commit --rounds 5 --seconds 2 --json bench/kernels/results/cpu_commit.json
+	$(BIN)/python -m bench.kernels.run --suite $(LAYER_SUITES) --rounds 5 --seconds 3 --json bench/kernels/results/cpu_layers.json
+	$(BIN)/python -m bench.kernels.run --suite growth --rounds 5 --seconds 4 --json bench/kernels/results/cpu_growth.json
+	$(BIN)/python -m bench.kernels.run --suite head --rounds 5 --seconds 3 --json bench/kernels/results/cpu_head.json
+	$(BIN)/python -m bench.kernels.run --suite fleet --rounds 5 --seconds 3 --json bench/kernels/results/cpu_low_rank.json
+	$(BIN)/python -m bench.kernels.plot
+	$(BIN)/python -m bench.kernels.targets
 
 # What a change of the kernels should not make worse, in a minute; compared with the committed results.
 bench-check: $(VENV)/.bench
-	$(BIN)/python -m bench.run --suite commit,decode --only 1024x1024 --rounds 5 --json bench.json
-	$(BIN)/python -m bench.check bench.json
+	$(BIN)/python -m bench.kernels.run --suite commit,decode --only 1024x1024 --rounds 5 --json bench.json
+	$(BIN)/python -m bench.kernels.check bench.json
 
 lint: $(VENV)/.test $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # scripts/gpu_check.sh OUT: on a machine with a GPU, torch and triton, without network and in less than ten minutes:
 # install this tree, run the tests that need the GPU, compile every kernel ahead of time, run the benches.
-# The folder OUT then holds install.log, tests.log, aot.log, bench.log and cuda.json, which is one of bench/results.
+# The folder OUT then holds install.log, tests.log, aot.log, bench.log and cuda.json, which is one of bench/kernels/results.
 # A step that fails or takes too long does not keep the next from running; the exit status is 1 if there was one.
 set -u
 out=${1:?usage: scripts/gpu_check.sh OUT}
@@ -55,9 +55,9 @@ suites=(decode commit fleet window_linear head observe generate)
 results=()
 for suite in "${suites[@]}"; do
   results+=("$parts/$suite.json")
-  step bench.log 70 python3 -m bench.run --device cuda --suite "$suite" --rounds 5 --seconds 2 --json "$parts/$suite.json"
+  step bench.log 70 python3 -m bench.kernels.run --device cuda --suite "$suite" --rounds 5 --seconds 2 --json "$parts/$suite.json"
 done
-step bench.log 20 python3 -m bench.merge "$out/cuda.json" "${results[@]}"
+step bench.log 20 python3 -m bench.kernels.merge "$out/cuda.json" "${results[@]}"
 
 if ((${#failed[@]})); then
   printf 'failed: %s\n' "${failed[@]}"

@@ -2,10 +2,10 @@
 
 import torch
 from helpers import plain_config
-from test_learner import tiny
+from tiny_models import tiny
 
 import ttt
-from ttt.convert import learning_layers
+from ttt.adapt.convert import learning_layers
 
 PLAIN = {"ewc_lambda": 0.0, "replay_rows": 0, "lr": 0.01}
 

@@ -104,7 +104,7 @@ def test_readme_code_blocks_run_in_order(tmp_path, monkeypatch):
 
 
 def test_readme_tables_are_those_of_the_results():
-    """Every row of a table with figures is made of bench/results, and none is missing."""
+    """Every row of a table with figures is made of bench/kernels/results, and none is missing."""
     lines = (ROOT / "README.md").read_text().splitlines()
     for first, made in readme_tables.TABLES.items():
         (head,) = (i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))

@@ -10,26 +10,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ttt import nn, ops
-from ttt.blocks import Outcome, capturable_, learning
-from ttt.checkpoint import load, save
+from ttt.adapt.checkpoint import load, save
+from ttt.adapt.convert import adapt_, learning_layers, restore_
+from ttt.adapt.fork import Memory, fork, memory
 from ttt.config import TTTConfig
-from ttt.convert import adapt_, learning_layers, restore_
-from ttt.fleet.options import Fleet
-from ttt.fleet.pool import Pool, pool_of, users
-from ttt.fork import Memory, fork, memory
-from ttt.generate import Generated
-from ttt.graphed import GraphedLearner
-from ttt.growth import GrowingLearner
-from ttt.guard import Check, Guard
+from ttt.experts.learner import GrowingLearner
 from ttt.info import info
-from ttt.learner import Learner, Seen, Snapshot
+from ttt.learn.any_loss import Outcome, capturable_, learning
+from ttt.learn.cuda_graph import GraphedLearner
+from ttt.learn.generate import Generated
+from ttt.learn.guard import Check, Guard
+from ttt.learn.learner import Learner, Seen, Snapshot
+from ttt.options import Fleet
+from ttt.per_user.pool import Pool, pool_of, users
 
 if TYPE_CHECKING:
-    from ttt.exchange import export_peft, import_peft
+    from ttt.adapt import export_peft, import_peft
     from ttt.store import Store
 
 # Imported when first used.
-_LAZY = {"Store": "ttt.store", "export_peft": "ttt.exchange", "import_peft": "ttt.exchange"}
+_LAZY = {"Store": "ttt.store", "export_peft": "ttt.adapt", "import_peft": "ttt.adapt"}
 
 __all__ = [
     "Check",

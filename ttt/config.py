@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ttt.fleet.options import Fleet
 from ttt.ops.schema import KINDS, MAX_REPLAY_ROWS, REPLAY
+from ttt.options import Fleet
 
 DEFENCES = {
     "ewc_lambda": 0.0, "replay_rows": 0, "distill_rows": 0, "generated_rows": 0, "orthogonal": 0, "decay": 0.0,
@@ -26,8 +26,9 @@ class TTTConfig:
     """Which layers learn, and how. Frozen; a change needs `dataclasses.replace`.
 
     The defaults are what was found to learn well and forget little: steps in units of each layer's own gradients, which
-    suit models of several sizes (``python -m ttt.demo.transfer``), a weak penalty, a few replayed inputs and updates
-    outside the principal directions of remembered ones, in one commit (``python -m ttt.demo.tune``). They want
+    suit models of several sizes (``python -m bench.learning.experiments.transfer``), a weak penalty, a few replayed
+    inputs and updates outside the principal directions of remembered ones, in one commit
+    (``python -m bench.learning.experiments.tune``). They want
     `Learner.calibrate` with data that the model knows. Without it the model learns all the same, unprotected until
     `Learner.consolidate`, and `Learner` warns: importance, replay memory and directions are zeros, which pull nothing
     and take nothing out, and the scale of ``rate`` is that of the stream, the first token's step having the norm
@@ -83,7 +84,7 @@ class TTTConfig:
             `Learner.consolidate` renew U. Trace and ``clip`` are of the gradients that are applied. Without penalty and
             replay no output on inputs in the span changes (Saha et al., "Gradient Projection Memory", ICLR 2021).
         head_mass: probability that words left out of the gradient at the output head may have in sum, per token
-            (`ttt.head.input_gradient`); 0 for the exact gradient.
+            (`ttt.learn.head.input_gradient`); 0 for the exact gradient.
         state_dtype: ``"float32"``, ``"bfloat16"`` or ``"8bit"`` (`ttt.ops.log8`; not for ``importance="si"``) for
             importance and trace. None: bfloat16 for 16-bit weights, float32 for others.
         seed: of everything random: replay rows, reservoir, rounding, sampled labels.

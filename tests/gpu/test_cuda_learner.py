@@ -10,7 +10,7 @@ from ttt.ops import backends
 
 pytest.importorskip("transformers")
 
-from test_learner import adapted, ids_of, state_of
+from tiny_models import adapted, ids_of, state_of
 
 
 def test_learner_agrees_with_the_cpu():

@@ -8,8 +8,7 @@ from helpers import plain_config
 from tiny_tasks import layers_of, plain_mlp, samples, trainer_of
 
 import ttt
-from ttt.replay import ExperienceReplay, LayerReplay
-from ttt.rules import EWC, MAS, LwF, SynapticIntelligence, Trainer, configure
+from ttt.rules import EWC, MAS, ExperienceReplay, LayerReplay, LwF, SynapticIntelligence, Trainer, configure
 
 
 def test_without_rules_a_step_is_sgd_on_the_summed_loss():

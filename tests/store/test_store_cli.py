@@ -9,7 +9,7 @@ from states import assert_same_state, blob_paths, put, small_state
 from typer.testing import CliRunner
 
 import ttt
-from ttt.__main__ import app
+from ttt.cli import app
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ttt.config import TTTConfig
-from ttt.reading import cache_of, cached
+from ttt.learn.huggingface import cache_of, cached
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parents[2] / "bench" / "learning" / "byte_model"
 CONTEXT = 512  # bytes the model was trained to look back
 LN2 = math.log(2)
 
-# Chosen by `python -m ttt.demo.tune`, on text that the demo does not show.
+# Chosen by `python -m bench.learning.experiments.tune`, on text that the demo does not show.
 CONFIG = TTTConfig(
     target_modules=["gate_proj", "up_proj", "down_proj"],
     layers="last:2",
@@ -32,7 +32,7 @@ CONFIG = TTTConfig(
 )
 
 # Inside `ttt.GrowingLearner`, where the anchor is always at hand, less protection gains more: chosen by
-# `python -m ttt benchmark --suite text --tune --methods "growing columns"`, on text that no benchmark reports.
+# `python -m bench.learning --suite text --tune --methods "growing columns"`, on text that no benchmark reports.
 COLUMNS = dataclasses.replace(
     CONFIG, rate="rms", lr=0.08, ewc_lambda=0.0, replay_rows=0, replay_capacity=512, orthogonal=32
 )
@@ -41,8 +41,8 @@ COLUMNS = dataclasses.replace(
 def load_model() -> tuple[nn.Module, TTTConfig]:
     """(model, its default `TTTConfig`): a byte-level `LlamaForCausalLM` of 4.4 M parameters in float32.
 
-    Its tokens are bytes: ``torch.tensor([list(text.encode())])``. It was trained by ``ttt.demo.pretrain`` on the
-    Python standard library; it is not adapted yet.
+    Its tokens are bytes: ``torch.tensor([list(text.encode())])``. It was trained by
+    ``python -m bench.learning.experiments.pretrain`` on the Python standard library; it is not adapted yet.
 
     Raises:
         ImportError: without transformers (``pip install 'ttt[demo]'``).

@@ -47,7 +47,8 @@ what it learns apart from the model it started from, and chooses between them by
 {"".join(body)}
 <p class="small">{html.escape(found["machine"])}; {found["date"]}; {found["seconds"]} s in all. All figures are in
 <a href="results.json">results.json</a>. Times are per byte read, against the frozen model, all methods in turn on the
-same pieces of text. The defaults were chosen on the C++ headers, by <code>python -m ttt.demo.tune</code>.</p>
+same pieces of text. The defaults were chosen on the C++ headers, by
+<code>python -m bench.learning.experiments.tune</code>.</p>
 </html>
 """
     (folder / "index.html").write_text(page)

@@ -29,7 +29,8 @@ from ttt.config import DEFENCES
 from ttt.demo import text as texts
 from ttt.demo.model import COLUMNS, CONTEXT, LN2, as_ids, bits_per_byte, load_model, score, score_in_context, windows
 
-# Alone, each defence has to be stronger than beside the others, and the best rate is lower (python -m ttt.demo.tune).
+# Alone, each defence has to be stronger than beside the others, and the best rate is lower: see
+# bench.learning.experiments.tune.
 RATE_ALONE, EWC_ALONE, BETA_ALONE, DIRECTIONS_ALONE = 0.02, 0.003, 0.2, 16
 FROZEN, IN_CONTEXT, SGD, EWC, REPLAY = "frozen", "in-context only", "SGD", "EWC", "replay"
 ORTHOGONAL, DEFAULT, GROWING = "orthogonal", "default", "columns"

@@ -1,7 +1,7 @@
 """Layers that learn while they are used."""
 
 from ttt.nn.capture import Capturing
-from ttt.nn.fleet import FleetLinear
 from ttt.nn.linear import Linear, Update
+from ttt.nn.low_rank import FleetLinear
 
 __all__ = ["Capturing", "FleetLinear", "Linear", "Update"]

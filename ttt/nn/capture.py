@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ttt.nn.fleet import FleetLinear
 from ttt.nn.linear import Linear
+from ttt.nn.low_rank import FleetLinear
 
 
 class Capturing:

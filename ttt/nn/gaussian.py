@@ -16,7 +16,7 @@ from torch import Tensor
 from ttt.ops.philox import normals
 
 if TYPE_CHECKING:
-    from ttt.nn.adapted import Layout
+    from ttt.nn.base import Layout
     from ttt.nn.linear import Linear
 
 _FIELDS = ("mean", "factor", "moments")

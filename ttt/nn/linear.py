@@ -11,13 +11,14 @@ from torch import Tensor
 
 from ttt import ops
 from ttt.config import TTTConfig
-from ttt.nn import gaussian, rows
-from ttt.nn.adapted import Layout
-from ttt.nn.basis import directions, learnable
-from ttt.nn.binding import Binding, binding_of
-from ttt.nn.held import Held
+from ttt.nn import gaussian
+from ttt.nn import replay_rows as rows
+from ttt.nn.base import Layout
+from ttt.nn.cpu_binding import Binding, binding_of
+from ttt.nn.directions import directions, learnable
+from ttt.nn.graph_steps import Steps, forbid_capture
 from ttt.nn.rates import STREAM, count_, rates
-from ttt.nn.steps import Steps, forbid_capture
+from ttt.nn.state import Held
 from ttt.ops import log8
 from ttt.ops.gate import advance
 from ttt.ops.reference import _wide

@@ -1,64 +1,109 @@
-"""Reading and writing the (m, n) state of layers: importance and trace, however they are stored, and the weight."""
+"""What a learning layer holds: reading it, replacing it, going back, and forgetting it."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ttt.ops import log8
+from ttt.nn import gaussian
+from ttt.nn.base import Adapted
+from ttt.nn.rates import STREAM
 
 if TYPE_CHECKING:
-    from ttt.nn.linear import Linear
+    from ttt.nn.graph_steps import Steps
+
+BASE = ("anchor", "importance", "importance_scale", "memory", "seen", "basis", *gaussian.PAST)
+"""Buffers that calibrating and consolidating write, and learning does not."""
 
 
-def wide(layer: Linear, name: str) -> Tensor:
-    """``importance`` or ``trace`` of ``layer`` as (m, n) float32, float64 for float64 weights.
+class Held(Adapted):
+    """The state of a `ttt.nn.Linear`, whose docstring lists the buffers."""
 
-    It may be the live tensor itself: do not write to it.
-    """
-    state = getattr(layer, name)
-    if log8.is_packed(state):
-        return log8.decode(state, layer.in_features)
-    return state.to(layer.win_eta.dtype)
+    anchor: Tensor
+    moments: Tensor
+    pending: int
+    # Names of buffers that other models may hold, too (`ttt.fork`): never written in place; see `own`.
+    shared: set[str]
+    base: dict[str, Tensor]  # state from before the first consolidation; empty until then
+    _steps: Steps | None
 
+    def state(self) -> dict[str, Tensor]:
+        """The live state tensors by name (not copies), and ``pending`` as a tensor."""
+        out = {"weight": self.weight.detach()}
+        out |= dict(self.named_buffers(recurse=False))
+        out["pending"] = torch.tensor([self.pending])
+        return out
 
-@torch.no_grad()
-def write(layer: Linear, name: str, values: Tensor) -> None:
-    """Store ``values`` (m, n), float32 or float64, rounded to nearest, as ``importance`` or ``trace`` of ``layer``.
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Copy ``state`` (as from `state`) into the live tensors. Names and shapes must fit; the caller checks.
 
-    A tensor that is shared with other models (`ttt.fork`) is replaced by one of the layer's own first.
-    """
-    layer.own(name, copy=False)
-    state = getattr(layer, name)
-    state.copy_(log8.encode(values) if log8.is_packed(state) else values)
+        Raises:
+            ValueError: if the layer is capturable and ``pending`` is no number of rows that its steps make.
+        """
+        steps = self._steps
+        if steps is not None and "pending" in state and not steps.takes(int(state["pending"])):
+            raise ValueError(
+                f"pending = {int(state['pending'])} is no whole number of the layer's steps of {steps.rows} rows; "
+                "call capturable_(None) first"
+            )
+        for name, value in state.items():
+            if name == "pending":
+                self.pending = int(value)
+            else:
+                self._take(name, value)
 
+    def own(self, *names: str, copy: bool = True) -> None:
+        """Make buffers ready to be written: those shared with other models are replaced by the layer's own.
 
-@torch.no_grad()
-def put(layer: Linear, delta: Tensor | None) -> None:
-    """W <- W* + ``delta`` (m, n), W* for None, with nothing in the window."""
-    if delta is None:
-        layer.weight.copy_(layer.anchor)
-    else:
-        layer.weight.copy_(layer.anchor + delta)
-    layer.win_eta.zero_()
-    layer.pending = 0
+        ``copy`` False leaves the new ones' content undefined.
+        """
+        replaced = self.shared.intersection(names)
+        if replaced and self._steps is not None:
+            raise RuntimeError(
+                f"{sorted(replaced)} are shared with a fork and must be replaced, but a captured graph may hold them; "
+                "call capturable_(None) first"
+            )
+        for name in replaced:
+            held = getattr(self, name)
+            setattr(self, name, held.clone() if copy else torch.empty_like(held))
+            self.shared.discard(name)
 
+    def _take(self, name: str, value: Tensor) -> None:
+        """Give the live tensor ``name`` the content of ``value``. A shared one that has it already stays shared."""
+        live = getattr(self, name).detach()
+        if name in self.shared:
+            if torch.equal(live, value.to(live.device)):
+                return
+            self.own(name, copy=False)
+            live = getattr(self, name)
+        live.copy_(value)
 
-@contextlib.contextmanager
-def standing_in(layers: Sequence[Linear], deltas: Sequence[Tensor | None]) -> Iterator[None]:
-    """Inside, every layer is as `put` with its delta leaves it; afterwards as it was, to the bit."""
-    held = [(layer.weight.detach().clone(), layer.win_eta.clone(), layer.pending) for layer in layers]
-    try:
-        for layer, delta in zip(layers, deltas, strict=True):
-            put(layer, delta)
-        yield
-    finally:
-        with torch.no_grad():
-            for layer, (weight, eta, pending) in zip(layers, held, strict=True):
-                layer.weight.copy_(weight)
-                layer.win_eta.copy_(eta)
-                layer.pending = pending
+    def remember_base(self) -> None:
+        """Keep what `reset` and `ttt.restore_` go back to; called before the anchor first moves."""
+        if not self.base:
+            held = {name: b for name in BASE if (b := getattr(self, name)) is not None}
+            self.base = {name: b if name in self.shared else b.clone() for name, b in held.items()}
+
+    @property
+    def base_weight(self) -> Tensor:
+        """(m, n): the weight from before any learning."""
+        return self.base.get("anchor", self.anchor)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Forget everything learnt since calibration: weights, trace, window, and what was consolidated."""
+        for name, value in self.base.items():
+            self._take(name, value)
+        self.base = {}
+        self.weight.copy_(self.anchor)
+        # Zeroed, not only marked empty: what a user said must not stay in memory.
+        learnt = ("trace", "momentum", "recent", "recent_seen", "step", "tokens", *gaussian.PRESENT)
+        for name in ("win_x", "win_delta", "win_eta", "win_trace", *learnt):
+            if (b := getattr(self, name)) is not None:
+                b.zero_()
+        if self.moments is not None:
+            self.moments[STREAM].zero_()
+        self.pending = 0

@@ -6,7 +6,7 @@ import torch
 
 from ttt.ops import cpu as cpu
 from ttt.ops import cuda as cuda
-from ttt.ops.fleet import fleet_append, fleet_compress, fleet_linear
+from ttt.ops.low_rank import fleet_append, fleet_compress, fleet_linear
 
 __all__ = ["commit", "fleet_append", "fleet_compress", "fleet_linear", "project_out", "reservoir_draw",
            "reservoir_insert", "window_append", "window_linear"]  # fmt: skip

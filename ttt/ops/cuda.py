@@ -25,7 +25,9 @@ def _kernels() -> SimpleNamespace | None:
     if "triton" in unavailable:
         return None
     try:
-        from ttt.ops.triton import append, commit, fleet, fleet_compress, project, reservoir, window_linear
+        from ttt.ops.triton import append, commit, project, reservoir, window_linear
+        from ttt.ops.triton import low_rank as fleet
+        from ttt.ops.triton import low_rank_compress as fleet_compress
     except ImportError as error:
         unavailable["triton"] = f"the Triton kernels cannot be imported ({error})"
         return None

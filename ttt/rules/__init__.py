@@ -1,26 +1,40 @@
-"""Rules against forgetting that act on weights, on the loss, or on the model's shape; replay is in `ttt.replay`.
+"""Rules against forgetting: on weights, on the loss, on the model's shape, and by replay.
 
-Any number of them compose in a `Trainer`, and `StreamRule`s in a `ttt.Learner`. Linear layers change by the fused
-commit alone.
+`ttt.rules.task` serves sequences of tasks: any number of its rules compose in a `Trainer`. `ttt.rules.stream` serves
+text: a `ttt.Learner` takes those. Linear layers change by the fused commit alone.
 """
 
-from ttt.rules.base import Batch, Rule, configure, forward_inputs, masked, task_loss
-from ttt.rules.distil import LwF, SeenOutputs, TopLogits, distillation, top_distillation, top_logits
-from ttt.rules.distil_layer import LayerDistillation
-from ttt.rules.importance import EWC, MAS, SynapticIntelligence, measure_importance
-from ttt.rules.momentum import Momentum
-from ttt.rules.orthogonal import OrthogonalUpdates
-from ttt.rules.progressive import Progressive, ProgressiveNet, forward_task
-from ttt.rules.stream import LogitDistillation
-from ttt.rules.trainer import Trainer
-from ttt.stream import Chunk, Segment, StreamRule
+from ttt.learn.stream_rule import Chunk, Segment, StreamRule
+from ttt.rules.reservoir import SampleReservoir
+from ttt.rules.stream.distillation import LogitDistillation
+from ttt.rules.stream.sampled_replay import SampledReplay
+from ttt.rules.stream.sequence_replay import DarkSequenceReplay, SequenceReplay
+from ttt.rules.task.base import Batch, Rule, configure, forward_inputs, masked, task_loss
+from ttt.rules.task.distillation import LwF, SeenOutputs, TopLogits, distillation, top_distillation, top_logits
+from ttt.rules.task.experience import DarkExperienceReplay, ExperienceReplay
+from ttt.rules.task.generative import GaussianMixture, GenerativeReplay
+from ttt.rules.task.importance import EWC, MAS, SynapticIntelligence, measure_importance
+from ttt.rules.task.layer_distillation import LayerDistillation
+from ttt.rules.task.layer_generative import LayerGenerativeReplay
+from ttt.rules.task.layer_replay import LayerReplay
+from ttt.rules.task.momentum import Momentum
+from ttt.rules.task.orthogonal import OrthogonalUpdates
+from ttt.rules.task.progressive import Progressive, ProgressiveNet, forward_task
+from ttt.rules.task.trainer import Trainer
 
 __all__ = [
     "EWC",
     "MAS",
     "Batch",
     "Chunk",
+    "DarkExperienceReplay",
+    "DarkSequenceReplay",
+    "ExperienceReplay",
+    "GaussianMixture",
+    "GenerativeReplay",
     "LayerDistillation",
+    "LayerGenerativeReplay",
+    "LayerReplay",
     "LogitDistillation",
     "LwF",
     "Momentum",
@@ -28,8 +42,11 @@ __all__ = [
     "Progressive",
     "ProgressiveNet",
     "Rule",
+    "SampleReservoir",
+    "SampledReplay",
     "SeenOutputs",
     "Segment",
+    "SequenceReplay",
     "StreamRule",
     "SynapticIntelligence",
     "TopLogits",

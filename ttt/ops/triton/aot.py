@@ -23,7 +23,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from ttt.ops import log8, schema
-from ttt.ops.triton import append, commit, fleet, fleet_compress, project, reservoir, window_linear
+from ttt.ops.triton import append, commit, project, reservoir, window_linear
+from ttt.ops.triton import low_rank as fleet
+from ttt.ops.triton import low_rank_compress as fleet_compress
 
 M, N, CAPACITY = 4096, 4096, 1024
 _TYPES = {

@@ -1,0 +1,39 @@
+"""The suites: for each the cases it has on a device. A new suite is a file here and a line in `SUITES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from bench.kernels.registry import Case
+from bench.kernels.suites import commit, decode, fisher, generate, growth, head, loops, observe, window_linear
+from bench.kernels.suites import low_rank as fleet
+
+SUITES: dict[str, Callable[[str], list[Case]]] = {
+    "commit": commit.cases,
+    "decode": decode.cases,
+    "window_linear": window_linear.cases,
+    "fisher": fisher.cases,
+    "observe": observe.cases,
+    "generate": generate.cases,
+    "loops": loops.cases,
+    "head": head.cases,
+    "growth": growth.cases,
+    "fleet": fleet.cases,
+}
+
+
+def select(device: str, suites: Sequence[str] = tuple(SUITES), only: str = "", quick: bool = False) -> list[Case]:
+    """The cases of ``suites``, in their order.
+
+    Args:
+        only: those with this in "suite: name, dtype".
+        quick: the smaller selection.
+
+    Raises:
+        ValueError: for an unknown suite.
+    """
+    unknown = [name for name in suites if name not in SUITES]
+    if unknown:
+        raise ValueError(f"suite must be of {', '.join(SUITES)}, got {', '.join(map(repr, unknown))}")
+    found = [case for suite in suites for case in SUITES[suite](device)]
+    return [c for c in found if only in f"{c.suite}: {c.name}, {c.dtype}" and (c.quick or not quick)]

@@ -1,0 +1,310 @@
+"""Suite ``decode``: a token at a time through a layer that learns from each, everything included."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.kernels.contenders import PlainLayer
+from bench.kernels.registry import Case, Contender, shared
+from bench.kernels.state import (
+    STORAGE,
+    assert_change,
+    copies,
+    layer_count,
+    learning_layer,
+    random_layer,
+    size_of,
+    some_rows,
+)
+from bench.kernels.timing import read_ceiling
+from ttt.nn import Linear, Update
+from ttt.ops import reference
+
+LAM, LR = 0.01, 1e-3
+SMALL = 512
+"""Layers up to so many features are measured from cache: there it is the calls that cost."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode(Case):
+    """Steps of ``batch`` tokens through (m, n): forward, append to the window of C tokens, commit when it is full.
+
+    Contenders rotate among as many layers as make `bench.kernels.state.POOL` bytes of weights (those of `SMALL` stay in
+    cache: one layer). The layers' windows are at different stages, so that exactly one commit falls on every C
+    tokens, which is what one ``run`` makes. No replay. With ``orthogonal`` = k, so many directions are taken out of the
+    inputs (`ttt.ops.project_out`), and the same without them is a contender.
+
+    On a GPU ours is what a server would run: capturable layers (`ttt.capturable_`), a step of each in one CUDA graph,
+    whose replays decide on the device which of them commit.
+    """
+
+    suite = "decode"
+    unit = "step"
+    baseline = forward = "nn.Linear"
+
+    m: int
+    n: int
+    window: int
+    batch: int
+    state: str
+    orthogonal: int = 0
+
+    @property
+    def name(self) -> str:
+        batch = "" if self.batch == 1 else f", batch {self.batch}"
+        state = "" if self.state == self.dtype else f", {self.state} state"
+        directions = f", k = {self.orthogonal}" if self.orthogonal else ""
+        return f"{self.m}x{self.n}, window {self.window}{batch}{state}{directions}"
+
+    @property
+    def in_cache(self) -> bool:
+        return max(self.m, self.n) <= SMALL
+
+    @property
+    def ceiling(self) -> str | None:
+        return None if self.in_cache else "copy"
+
+    def ceilings(self) -> dict[str, Callable[[], Contender]]:
+        """Nearly all bytes of a step are read: a stream that only reads is the nearer bound."""
+        return super().ceilings() | {"read": lambda: read_ceiling(self.device)}
+
+    @property
+    def capturable(self) -> bool:
+        return self.device == "cuda"
+
+    @property
+    def steps(self) -> int:
+        """From one commit of a layer to its next."""
+        return self.window // self.batch
+
+    def bytes(self, contender: str) -> int:
+        """For one step of B tokens::
+
+        W read; x read and y written                                    every contender
+        B rows of m + n appended to the window;
+        (C - B) / 2 rows read, the mean that the window holds at a forward;
+        a share B / C of the commit: W and F read and written, W* and Omega and the C rows of the window read;
+        B rows of n into the sample of recent inputs, and the k directions, where there are any
+        """
+        m, n, size, b, c = self.m, self.n, size_of(self.dtype), self.batch, self.window
+        moved: float = (m * n + b * (m + n)) * size
+        if contender != "nn.Linear":
+            written = m * n * (3 * size + 3 * STORAGE[self.state].bytes)
+            moved += (b + (c - b) / 2 + b) * (m + n) * size + written * b / c
+        if self.orthogonal and contender == "ttt":
+            moved += (self.orthogonal + b) * n * size
+        return round(moved)
+
+    def flops(self, contender: str) -> int:
+        """The products of the forward pass; the window's, at its mean filling; G and S."""
+        m, n, b = self.m, self.n, self.batch
+        if contender == "nn.Linear":
+            return 2 * m * n * b
+        taken_out = 4 * b * n * self.orthogonal if contender == "ttt" else 0
+        return 6 * m * n * b + b * (self.window - b) * (m + n) + taken_out
+
+    def parameters(self) -> dict[str, Any]:
+        return super().parameters() | {"in_cache": self.in_cache}
+
+    def weights(self) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        """(weights to rotate among, three layers' state for all of them to share)."""
+        small = self.in_cache
+
+        def make() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+            state = random_layer(self.m, self.n, self.dtype, self.state, self.device)
+            count = 1 if small else layer_count(state["weight"].nbytes)
+            return [state["weight"].clone() for _ in range(count)], copies(state, 3)
+
+        return shared(("decode", self.device, self.dtype, self.state, self.m, self.n), make)
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, n), delta (B, m) and eta (B,)."""
+        kind = getattr(torch, self.dtype)
+        x = torch.randn(self.batch, self.n, device=self.device).to(kind)
+        delta = (torch.randn(self.batch, self.m, device=self.device) * 1e-2).to(kind)
+        return x, delta, torch.full((self.batch,), LR, device=self.device)
+
+    def pending(self, i: int, count: int) -> int:
+        """Rows in the window of layer i of ``count`` at first, so that some layer commits every ``steps`` steps.
+
+        Layer i meets steps i, i + count, ...; it shall commit at one that is -1 modulo ``steps``, which has an
+        answer for every i as ``count`` is odd and ``steps`` a power of two.
+        """
+        return ((i + 1) * pow(count, -1, self.steps) - 1) % self.steps * self.batch
+
+    def contenders(self) -> dict[str, Callable[[], Contender]]:
+        found = {"ttt": self.learning, "nn.Linear": self.linear}
+        if self.orthogonal:
+            return found | {"ttt, k = 0": dataclasses.replace(self, orthogonal=0).learning}
+        if self.state in ("float32", "bfloat16"):
+            found["plain torch"] = self.plain
+        return found
+
+    def _contender(
+        self, layers: list, one: Callable[[Any], object], check: Callable[[], None], steps: int | None = None
+    ) -> Contender:
+        turn, steps = itertools.cycle(layers), self.steps if steps is None else steps
+
+        @torch.no_grad()
+        def run() -> None:
+            for _ in range(steps):
+                one(next(turn))
+
+        return Contender(run, check, units=steps, cycle=len(layers))
+
+    def layer(self, weight: Tensor, state: dict[str, Tensor]) -> Linear:
+        """Our layer, with an empty window."""
+        layer = learning_layer(
+            weight, state, lr=LR, window=self.window, ewc_lambda=LAM, replay_rows=0, state_dtype=self.state,
+            orthogonal=self.orthogonal, replay_capacity=64,
+        )  # fmt: skip
+        if self.orthogonal:
+            layer.basis.copy_(torch.linalg.qr(torch.randn(self.n, self.orthogonal, device=self.device)).Q.T)
+        return layer
+
+    def learning(self) -> Contender:
+        weights, states = self.weights()
+        layers = [self.layer(w, states[i % len(states)]) for i, w in enumerate(weights)]
+        x, delta, eta = self.inputs()
+        update = self._update(x, delta, eta)
+        for i, layer in enumerate(layers):
+            if self.capturable:
+                layer.capturable_(self.batch)
+            for _ in range(self.pending(i, len(layers)) // self.batch):
+                layer.learn(update)
+
+        def one(layer: Linear) -> None:
+            layer(x)
+            layer.learn(update)
+
+        if not self.capturable:
+            return self._contender(layers, one, self.check_ours)
+
+        @torch.no_grad()
+        def rotation() -> None:
+            for layer in layers:
+                one(layer)
+
+        return Contender(rotation, self.check_ours, units=len(layers))
+
+    def plain(self) -> Contender:
+        weights, states = self.weights()
+        layers = [
+            PlainLayer({**states[i % len(states)], "weight": w}, self.window, LAM, self.pending(i, len(weights)))
+            for i, w in enumerate(weights)
+        ]
+        x, delta, eta = self.inputs()
+
+        def one(layer: PlainLayer) -> None:
+            layer(x)
+            layer.learn(x, delta, eta)
+
+        return self._contender(layers, one, self.check_plain)
+
+    def linear(self) -> Contender:
+        weights, _ = self.weights()
+        layers = [torch.nn.Linear(self.n, self.m, bias=False, device="meta") for _ in weights]
+        for layer, w in zip(layers, weights, strict=True):
+            layer.weight = torch.nn.Parameter(w, requires_grad=False)
+        x, _, _ = self.inputs()
+        return self._contender(layers, lambda layer: layer(x), lambda: None, 1 if self.capturable else None)
+
+    def _update(self, x: Tensor, delta: Tensor, eta: Tensor) -> Update:
+        return Update(x, delta, eta, None, torch.tensor(True, device=x.device))
+
+    # -- checks: a few tokens more than a window, so that a commit is among them ------------------------------------
+
+    def check_ours(self) -> None:
+        start = random_layer(self.m, self.n, self.dtype, self.state, self.device)
+        state = {name: t.clone() for name, t in start.items()}
+        layer = self.layer(state["weight"], state)
+        if self.capturable:
+            layer.capturable_(self.batch)
+        self.check(
+            start, state, layer, lambda x, delta, eta: layer.learn(self._update(x, delta, eta)),
+            late=self.capturable and 2 * self.batch <= self.window, basis=layer.basis,
+        )  # fmt: skip
+
+    def check_plain(self) -> None:
+        start = random_layer(self.m, self.n, self.dtype, self.state, self.device)
+        state = {name: t.clone() for name, t in start.items()}
+        layer = PlainLayer(state, self.window, LAM)
+        self.check(start, state, layer, layer.learn)
+
+    @torch.no_grad()
+    def check(
+        self,
+        start: dict[str, Tensor],
+        state: dict[str, Tensor],
+        forward: Any,
+        learn: Callable,
+        late: bool = False,
+        basis: Tensor | None = None,
+    ) -> None:
+        """Outputs, W and F against the float64 reference of window and commit, on 256 outputs.
+
+        ``late``: a full window is committed by the step after, as by capturable layers. ``basis``: what is taken out of
+        the inputs that are learnt.
+        """
+        rows, decode = some_rows(self.m, device=self.device), STORAGE[self.state].decode
+        w, anchor = (start[name][rows].double() for name in ("weight", "anchor"))
+        importance, trace = (decode(start[name][rows], self.n).double() for name in ("importance", "trace"))
+        before = w.clone(), trace.clone()
+        window: list[tuple[Tensor, Tensor, Tensor]] = []
+        step = torch.zeros(1, dtype=torch.int64, device=self.device)
+        got, exact, at_commit = [], [], None
+        kind = getattr(torch, self.dtype)
+        for _ in range(self.steps + 3):
+            x, _, eta = self.inputs()
+            # Learning from a few tokens changes the output as much as the output is large.
+            delta = (torch.randn(self.batch, self.m, device=self.device) * 5).to(kind)
+            rows_now = [torch.cat(part) for part in zip(*window, strict=True)] if window else []
+            if not rows_now:
+                rows_now = [t[:0] for t in (x.double(), delta[:, rows].double(), eta.double())]
+            exact.append(reference.window_linear(x.double(), w, None, *rows_now))
+            got.append(forward(x)[:, rows])
+            learn(x, delta, eta)
+            learnt = x.double() if basis is None else reference.project_out(x.double(), basis.double())
+            window.append((learnt, delta[:, rows].double(), eta.double()))
+            if len(window) == self.steps:
+                xs, deltas, etas = (torch.cat(part) for part in zip(*window, strict=True))
+                reference.commit(
+                    w, anchor, importance, trace, xs, deltas, etas, None, None, None, step,
+                    0, 0, "projection", 0.3, 1e-3, LAM, 1.0, "fisher",
+                )  # fmt: skip
+                window.clear()
+                at_commit = None
+            if not window or (late and len(window) == 1):
+                at_commit = state["weight"][rows].clone(), decode(state["trace"][rows], self.n).clone()
+        tolerance, y = STORAGE[self.dtype].tolerance, torch.cat(exact)
+        assert_change("the output", torch.cat(got), y, torch.zeros_like(y), 2 * tolerance)
+        if at_commit is None or self.steps < 4:  # windows of one to three steps commit more than once
+            if late and not window:
+                forward.flush()
+            at_commit = state["weight"][rows], decode(state["trace"][rows], self.n)
+        assert_change("weight", at_commit[0], w, before[0], 2 * tolerance)
+        assert_change("trace", at_commit[1], trace, before[1], 2 * STORAGE[self.state].tolerance)
+
+
+def cases(device: str) -> list[Case]:
+    """Windows 16, 64 and 128."""
+    windows = (16, 64, 128)
+    found: list[Case] = []
+    if device == "cuda":
+        for m, n in ((4096, 4096), (4096, 14336)):
+            for batch in (1, 8):
+                found += [
+                    Decode(device, "bfloat16", m, n, c, batch, "bfloat16", quick=n == 4096 and c == 64) for c in windows
+                ]
+    else:
+        for dtype in ("float32", "bfloat16"):
+            for d in (256, 512, 1024, 2048, 4096):
+                found += [Decode(device, dtype, d, d, c, 1, dtype, quick=c == 16 and d in (512, 4096)) for c in windows]
+        found += [Decode(device, "float32", d, d, 64, 1, "float32", orthogonal=16) for d in (512, 2048, 4096)]
+    return found + [Decode(device, "bfloat16", 4096, 4096, c, 1, "8bit") for c in windows]

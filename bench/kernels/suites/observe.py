@@ -1,0 +1,127 @@
+"""Suite ``observe``: a whole model that reads and learns, beside one that only reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import ttt
+from bench.kernels import models
+from bench.kernels.registry import Case, Contender
+from bench.kernels.state import LEARNS
+from ttt.learn.huggingface import cache_of, cached
+
+QUARTER = "down_proj, last quarter"
+DEFAULTS = "the demo's layers and rates"
+LLAMA = "llama 12x768"
+
+
+@dataclasses.dataclass(frozen=True)
+class Observe(Case):
+    """``text`` tokens read in chunks of ``chunk``, with a KV cache; times are per token.
+
+    ``adapted``: `QUARTER`, `DEFAULTS`, or "last k": the ``down_proj`` of the last k blocks.
+    """
+
+    suite = "observe"
+    unit = "token"
+    ours = "observe"
+    baseline = forward = "forward"
+
+    model: str
+    chunk: int
+    text: int
+    adapted: str = QUARTER
+
+    @property
+    def name(self) -> str:
+        model = "demo model" if self.model == "demo" else self.model
+        adapted = "" if self.adapted == QUARTER else f", {self.adapted}"
+        return f"{model}{adapted}, chunks of {self.chunk}"
+
+    @property
+    def ceiling(self) -> str | None:
+        return None
+
+    def bytes(self, contender: str) -> int | None:
+        """Of the forward pass: the model's matrices, once a chunk."""
+        model = models.frozen(self.model, self.device, self.dtype)
+        size = getattr(torch, self.dtype).itemsize
+        return models.parameters_of(model) * size // self.chunk if contender == "forward" else None
+
+    def flops(self, contender: str) -> int | None:
+        model = models.frozen(self.model, self.device, self.dtype)
+        return 2 * models.parameters_of(model) if contender == "forward" else None
+
+    def ceilings(self) -> dict[str, Callable[[], Contender]]:
+        return {}
+
+    def config(self) -> ttt.TTTConfig:
+        """How the model learns: by `bench.kernels.state.LEARNS`, or as the demo's does."""
+        if self.adapted == DEFAULTS:
+            from ttt.demo.model import CONFIG
+
+            return dataclasses.replace(CONFIG, chunk=self.chunk)
+        layers = "last:0.25" if self.adapted == QUARTER else self.adapted.replace(" ", ":")
+        return ttt.TTTConfig(target_modules=["down_proj"], layers=layers, chunk=self.chunk, **LEARNS)
+
+    def contenders(self) -> dict[str, Callable[[], Contender]]:
+        ids = models.tokens(self.model, self.text + 1, self.device)
+
+        @torch.no_grad()
+        def read() -> Tensor:
+            """(1, text) nats: what `ttt.Learner.observe` returns for a model that does not learn."""
+            base, out = models.frozen(self.model, self.device, self.dtype), []
+            for start in range(0, self.text, models.CONTEXT):
+                cache = None
+                for at in range(start, min(start + models.CONTEXT, self.text), self.chunk):
+                    end = min(at + self.chunk, start + models.CONTEXT, self.text)
+                    step = base(input_ids=ids[:, at:end], **cached(base, cache))
+                    cache = cache_of(step)
+                    out.append(cross_entropy(step.logits[0].float(), ids[0, at + 1 : end + 1], reduction="none"))
+            return torch.cat(out)
+
+        def observe(captured: bool = False) -> Contender:
+            model = models.load(self.model, self.device, self.dtype)
+            ttt.adapt_(model, self.config())
+            learner = ttt.Learner(model, context=models.CONTEXT)
+            known = models.tokens(self.model, 512, self.device, skip=self.text + 1)
+            learner.calibrate(list(known.view(4, 128).split(2)))
+
+            reader: Any = ttt.GraphedLearner(learner, chunk=self.chunk) if captured else learner
+
+            def check() -> None:
+                """The first chunk as the frozen model scores it; a second reading better than the first; no rejects."""
+                seen = reader.observe(ids)
+                first = slice(0, min(self.chunk, self.text))
+                error = float((seen.nll[0, first] - read()[first]).abs().mean())
+                if not error <= (1e-3 if self.dtype == "float32" else 0.05):
+                    raise AssertionError(f"the first chunk's losses differ from the frozen model's by {error:.2e} nats")
+                again = reader.observe(ids)
+                if seen.rejected or again.rejected or not again.bits < seen.bits:
+                    raise AssertionError(
+                        f"{seen.bits} bits, then {again.bits}; {seen.rejected + again.rejected} chunks rejected"
+                    )
+                learner.reset()
+
+            state = sum(t.nbytes for layer in learner.layers for name, t in layer.state().items() if name != "weight")
+            fields = {"adapted_layers": len(learner.layers), "state_bytes": state}
+            return Contender(lambda: reader.observe(ids), check, units=self.text, fields=fields, graph=False)
+
+        found: dict[str, Callable[[], Contender]] = {"observe": observe}
+        if self.device == "cuda":
+            found["observe, captured"] = lambda: observe(captured=True)
+        return found | {"forward": lambda: Contender(read, lambda: None, units=self.text, graph=False)}
+
+
+def cases(device: str) -> list[Case]:
+    """Chunks of 16, 64 and 128: the demo model, and a Llama of 134 M parameters."""
+    big = "bfloat16" if device == "cuda" else "float32"
+    found = [Observe(device, "float32", "demo", chunk, 512, quick=chunk == 64) for chunk in (16, 64, 128)]
+    found += [Observe(device, "float32", "demo", chunk, 512, DEFAULTS) for chunk in (64, 128)]
+    return [*found, *(Observe(device, big, LLAMA, chunk, 256) for chunk in (16, 64, 128))]

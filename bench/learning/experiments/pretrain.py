@@ -1,0 +1,181 @@
+"""Train the demo model: a byte-level Llama on Python's standard-library sources.
+
+    python -m bench.learning.experiments.pretrain --steps 2000
+    python -m bench.learning.experiments.pretrain --steps 600 --hidden 128 --layers 4 --out build/models/128x4
+
+Weights (bf16 safetensors), configuration and training log go to ``bench/learning/byte_model``, or to ``--out``.
+Hidden matrices are trained with Muon (Jordan et al. 2024: momentum, orthogonalised by a
+Newton-Schulz iteration), everything else with AdamW; both rates fall linearly to zero.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+from ttt.demo.model import CONTEXT, LN2, WEIGHTS, as_ids, bits_per_byte, windows
+from ttt.demo.text import HELD_OUT, held_out_python, training_python
+
+HIDDEN, LAYERS = 256, 5  # of the demo model: 4.4 M parameters
+
+
+def new_model(hidden: int = HIDDEN, layers: int = LAYERS) -> torch.nn.Module:
+    """A randomly initialised byte-level `LlamaForCausalLM`: heads of 64, MLPs three times as wide as ``hidden``.
+
+    Raises:
+        ValueError: if ``hidden`` is no multiple of 64 or ``layers`` is less than 1.
+    """
+    if hidden < 64 or hidden % 64:
+        raise ValueError(f"hidden must be a multiple of 64, got {hidden}")
+    if layers < 1:
+        raise ValueError(f"layers must be at least 1, got {layers}")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon in float32 (torch.optim.Muon iterates in bf16, which most CPUs emulate).
+
+    Matrices of one shape are orthogonalised together, as one batched product.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+            for p in group["params"]:
+                by_shape.setdefault(p.shape, []).append(p)
+            for (rows, cols), params in by_shape.items():
+                updates = []
+                for p in params:
+                    buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    buffer.lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(buffer, group["momentum"]))
+                ortho = _newton_schulz(torch.stack(updates))
+                scale = group["lr"] * max(1.0, rows / cols) ** 0.5
+                for p, u in zip(params, ortho, strict=True):
+                    p.add_(u, alpha=-scale)
+
+
+def _newton_schulz(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = g.shape[-2] > g.shape[-1]
+    x = g.mT if tall else g
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        xx = x @ x.mT
+        x = a * x + (b * xx + c * (xx @ xx)) @ x
+    return x.mT if tall else x
+
+
+def train(
+    steps: int,
+    batch: int,
+    out: Path,
+    seed: int = 0,
+    resume: bool = False,
+    peak: float = 1.0,
+    hidden: int = HIDDEN,
+    layers: int = LAYERS,
+) -> None:
+    """Train ``steps`` steps of ``batch`` sequences; write weights, configuration and log to ``out`` every 100 steps."""
+    torch.manual_seed(seed)
+    data, held_out = as_ids(training_python())[0], windows(held_out_python(), 64)
+    command = f"python -m bench.learning.experiments.pretrain --steps {steps} --batch {batch} --seed {seed}"
+    if (hidden, layers) != (HIDDEN, LAYERS):
+        command += f" --hidden {hidden} --layers {layers}"
+    if resume:
+        from transformers import LlamaForCausalLM
+
+        model = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32, local_files_only=True).train()
+        before = json.loads((out / "training_log.json").read_text())
+        commands, log = [*before["commands"], f"{command} --resume --peak {peak}"], before["log"]
+    else:
+        model, commands, log = new_model(hidden, layers), [command], []
+    done = log[-1]["step"] if log else 0
+    spent = log[-1]["seconds"] if log else 0
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
+    others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in n)]
+    optimizers = [Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
+    base_rates = [[g["lr"] for g in o.param_groups] for o in optimizers]
+    start, mean = time.time() - spent, 0.0
+    summary = {
+        "commands": commands,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "training_bytes": len(data),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "held_out": HELD_OUT,
+    }
+    for step in range(steps):
+        rate = peak * min(1.0, (step + 1) / 50) * (1 - step / steps)
+        for optimizer, rates in zip(optimizers, base_rates, strict=True):
+            for group, lr in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = lr * rate
+        at = torch.randint(len(data) - CONTEXT, (batch,)).tolist()
+        ids = torch.stack([data[s : s + CONTEXT] for s in at])
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        mean += (float(loss.detach()) / LN2 - mean) / (min(step, 49) + 1)
+        if step % 100 == 99 or step == steps - 1:
+            model.eval()
+            row = {"step": done + step + 1, "bytes": (done + step + 1) * batch * CONTEXT}
+            row["seconds"] = round(time.time() - start)
+            row |= {"train_bpb": round(mean, 4), "held_out_bpb": round(bits_per_byte(model, held_out), 4)}
+            model.train()
+            log.append(row)
+            print(json.dumps(row), flush=True)
+            summary["log"] = log
+            _save(model, summary, out)  # every time, so that a run that is cut off leaves a usable model
+
+
+def _save(model: torch.nn.Module, summary: dict, out: Path) -> None:
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
+    (out / "generation_config.json").unlink(missing_ok=True)
+    (out / "training_log.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=8, help="sequences of 512 bytes per step")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hidden", type=int, default=HIDDEN, help="width, a multiple of 64")
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--resume", action="store_true", help="go on from the weights in --out")
+    parser.add_argument("--peak", type=float, default=1.0, help="highest rate, as a share of the full one")
+    parser.add_argument("--out", type=Path, default=WEIGHTS)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    train(args.steps, args.batch, args.out, args.seed, args.resume, args.peak, args.hidden, args.layers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""``python -m bench.learning.experiments.ranks``: users' low-rank weights against full rank.
+
+The demo model reads one text, a part of the C++ headers that the demo does not show, without protection: with weights
+of its own, and as one user of a `ttt.Fleet` of several ranks. Writes ``bench/learning/results/demo_ranks.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import ttt
+from bench.learning.experiments.tune import OFFSET
+from ttt.config import DEFENCES
+from ttt.demo.model import CONTEXT, as_ids, load_model
+from ttt.demo.run import RATE_ALONE, machine
+from ttt.demo.text import stream_of
+
+RANKS = (4, 16, 32, 64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bytes", type=int, default=19200)
+    parser.add_argument("--json", type=Path, default=Path("bench/learning/results/demo_ranks.json"))
+    args = parser.parse_args()
+    console = Console()
+    ids = as_ids(stream_of("headers")[OFFSET : OFFSET + args.bytes + 1])
+    plain: dict[str, Any] = {**DEFENCES, "lr": RATE_ALONE}
+    rows: list[dict[str, Any]] = []
+    fleets = [(f"rank {rank}", ttt.Fleet(slots=1, rank=rank)) for rank in RANKS]
+    for name, users in [("frozen", None), ("full rank", None), *fleets]:
+        model, config = load_model()
+        ttt.adapt_(model, dataclasses.replace(config, **plain, users=users))
+        learner = ttt.Learner(model, context=CONTEXT)
+        seen = learner.observe(ids, learn=name != "frozen", users=None if users is None else ["user"])
+        rows.append({"weights": name, "bits_per_byte": round(seen.bits, 4)})
+        if users is not None and learner.pool is not None:
+            layers = learner.pool.layers.values()
+            rows[-1]["numbers"] = sum(users.capacity * (la.in_features + la.out_features) for la in layers)
+        console.print(rows[-1])
+    found = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "bytes": args.bytes, "offset": OFFSET}
+    args.json.write_text(json.dumps(found | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""``python -m bench.learning.experiments.storage``: importance and trace stored in fewer bits.
+
+The demo's default and EWC alone read the demo's own streams with each ``state_dtype``, once as in the demo and once
+with a consolidation halfway, which is where the trace becomes importance. Writes
+``bench/learning/results/demo_storage.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import ttt
+from ttt.demo.model import as_ids, bits_per_byte, load_model, windows
+from ttt.demo.run import DEFAULT, EWC, Reader, calibration_batches, machine, methods
+from ttt.demo.text import held_out_python, stream_of
+
+DTYPES = ("float32", "bfloat16", "8bit")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bytes", type=int, default=20480)
+    parser.add_argument("--json", type=Path, default=Path("bench/learning/results/demo_storage.json"))
+    args = parser.parse_args()
+    console = Console()
+    base, config = load_model()
+    held_out, batches = windows(held_out_python(), 32), calibration_batches()
+    half = args.bytes // 2
+    rows: list[dict[str, Any]] = []
+    for domain in ("english", "headers"):
+        stream = as_ids(stream_of(domain)[: args.bytes + 1])
+        for method in (DEFAULT, EWC):
+            for consolidates in (False, True):
+                for dtype in DTYPES:
+                    chosen = methods(config)[method]
+                    assert chosen is not None
+                    reader = Reader(method, base, dataclasses.replace(chosen, state_dtype=dtype), batches)
+                    first = reader.learner.observe(stream[:, : half + 1])
+                    if consolidates:
+                        reader.learner.consolidate()
+                    second = reader.learner.observe(stream[:, half:])
+                    held = ttt.memory(reader.model).per_parameter
+                    row: dict[str, Any] = {
+                        "domain": domain,
+                        "method": method,
+                        "consolidates": consolidates,
+                        "state_dtype": dtype,
+                    }
+                    row |= {"new_bpb": round((first.bits + second.bits) / 2, 4)}
+                    row |= {"old_bpb": round(bits_per_byte(reader.model, held_out), 4)}
+                    row["state_bytes_per_weight"] = round(held["importance"] + held["trace"], 3)
+                    full = row if dtype == DTYPES[0] else rows[-DTYPES.index(dtype)]
+                    row |= {f"{key}_moved": round(row[key] - full[key], 4) for key in ("new_bpb", "old_bpb")}
+                    rows.append(row)
+                    console.print(row)
+    largest = max(abs(row[f"{key}_bpb_moved"]) for row in rows for key in ("new", "old"))
+    found = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "bytes": args.bytes, "largest_move": largest}
+    args.json.write_text(json.dumps(found | {"rows": rows}, indent=1) + "\n")
+    console.print(f"The largest move from float32: {largest} bits per byte")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""``report/benchmark.html``: the results of all suites as one page, pictures included, from the files of their runs."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.learning import SUITES
+from bench.learning.report import cell, shown_figures
+from bench.learning.suite import Suite
+from ttt.demo.report import STYLE
+
+_STYLE = (
+    STYLE
+    + """
+body { max-width: 76rem; }
+table { font-size: .85rem; }
+dt { font-weight: 600; }
+dd { margin: 0 0 .3rem 1.5rem; }
+"""
+)
+
+
+def write(results: Path, path: Path) -> None:
+    """Write ``path`` from the ``benchmark_*.json`` and ``.png`` in ``results``.
+
+    Raises:
+        FileNotFoundError: if ``results`` holds no suite's figures.
+    """
+    found = {name: file for name in SUITES if (file := results / f"benchmark_{name}.json").exists()}
+    if not found:
+        raise FileNotFoundError(f"{results} holds no benchmark_*.json; `python -m bench.learning` writes it")
+    body = [_section(SUITES[name](), json.loads(file.read_text()), results) for name, file in found.items()]
+    page = f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>ttt: methods of continual learning compared</title><style>{_STYLE}</style>
+<h1>Methods of continual learning compared</h1>
+<p>Every method's options were chosen by the same search, on data and seeds that are not reported. A figure is the mean
+over seeds ± half the width of its 95 % interval by Student's t. <code>make benchmark</code> makes all of it again.</p>
+{"".join(body)}
+</html>
+"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page)
+
+
+def _section(suite: Suite, found: Mapping[str, Any], results: Path) -> str:
+    machine = ", ".join(f"{name} {value}" for name, value in found["machine"].items())
+    tables = "".join(_table(suite, scenario, found["rows"]) for scenario in suite.scenarios)
+    figures = shown_figures(suite, found["rows"])
+    meanings = "".join(f"<dt>{html.escape(f.title)}<dd>{html.escape(f.meaning)}" for f in figures if f.meaning)
+    pictures = "".join(_picture(path) for path in sorted(results.glob(f"benchmark_{suite.name}_*.png")))
+    domains = found.get("domains", {})
+    read = ", ".join(f"{name} {size:,} bytes" for name, size in domains.items())
+    lacking = "".join(f"<p>Left out: {html.escape(why)}.</p>" for why in found.get("missing", {}).values())
+    return f"""
+<h2>{html.escape(suite.name)}</h2>
+<p class="small">{html.escape(machine)}; {html.escape(found["date"])}. Searched by
+<code>python -m bench.learning --suite {suite.name} --tune</code>, run by
+<code>python -m bench.learning --suite {suite.name}</code>.</p>
+{f"<p>Text found on this machine: {read}.</p>" if read else ""}{lacking}
+<dl>{meanings}</dl>
+{pictures}
+{tables}"""
+
+
+def _table(suite: Suite, scenario: str, rows: list[Mapping[str, Any]]) -> str:
+    mine = [row for row in rows if row["scenario"] == scenario]
+    if not mine:
+        return ""
+    figures = shown_figures(suite, mine)
+    head = "".join(f"<th>{html.escape(f.title)}" for f in figures)
+    lines = []
+    for row in mine:
+        options = ", ".join(f"{name} = {value}" for name, value in row["options"].items())
+        cells = "".join(f"<td>{cell(row[f.name], f.digits)}" for f in figures)
+        lines.append(f'<tr title="{html.escape(options)}"><td>{html.escape(row["method"])}{cells}</tr>')
+    seeds = " or ".join(str(n) for n in sorted({row["seeds"] for row in mine}))
+    return f"""
+<h3>{html.escape(scenario)} ({seeds} seeds)</h3>
+<table><tr><th>method{head}</tr>
+{"".join(lines)}</table>
+"""
+
+
+def _picture(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<p><img src="data:image/png;base64,{data}" alt="{html.escape(path.stem)}"></p>'

@@ -1,0 +1,106 @@
+"""What finished runs come to: figures with intervals, the table, the plots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from bench.learning.metrics import interval
+from bench.learning.suite import Figure, Record, Suite, swept
+
+COLOURS = {
+    "reference": "#7f7f7f", "regularisation": "#1f77b4", "replay": "#2ca02c", "architecture": "#d62728",
+    "distillation": "#17becf", "orthogonal": "#9467bd", "combination": "#ff7f0e", "workaround": "#8c564b",
+}  # fmt: skip
+"""Family of methods -> colour, in all suites."""
+
+
+def summarise(suite: Suite, records: Sequence[Record]) -> list[dict[str, Any]]:
+    """A row for each scenario and method: its options, the number of seeds, and each figure's mean and interval.
+
+    A figure is [mean, half width of the 95 % interval over seeds]; the width is None for one seed, and the figure is
+    None where it has no meaning.
+    """
+    records = [r for r in records if not swept(r)]
+    same: dict[tuple[str, int], dict[str, Record]] = {}
+    for record in records:
+        same.setdefault((record["scenario"], record["seed"]), {})[record["method"]] = record
+    rows = []
+    for scenario in suite.scenarios:
+        for method in suite.methods:
+            mine = [r for r in records if r["scenario"] == scenario and r["method"] == method]
+            if not mine:
+                continue
+            measured = [suite.measure(r, same[scenario, r["seed"]]) for r in mine]
+            row: dict[str, Any] = {"scenario": scenario, "method": method, "family": suite.family(method)}
+            row |= {"options": mine[0]["options"], "seeds": len(mine)}
+            for figure in suite.figures:
+                values = [m[figure.name] for m in measured]
+                row[figure.name] = _interval([v for v in values if v is not None]) if None not in values else None
+            rows.append(row)
+    return rows
+
+
+def _interval(values: list[float]) -> list[float | None]:
+    mean, width = interval(values)
+    return [round(mean, 5), None if math.isnan(width) else round(width, 5)]
+
+
+def table_of(suite: Suite, scenario: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A rich table of the rows of one scenario."""
+    mine = [row for row in rows if row["scenario"] == scenario]
+    seeds = sorted({row["seeds"] for row in mine})
+    many = " or ".join(map(str, seeds))
+    table = Table(title=f"{suite.name}, {scenario}", caption=f"mean ± 95 % interval over {many} seeds")
+    table.add_column("method")
+    for figure in (shown := shown_figures(suite, mine)):
+        table.add_column(figure.title, justify="right")
+    for row in mine:
+        table.add_row(row["method"], *(cell(row[f.name], f.digits) for f in shown))
+    return table
+
+
+def shown_figures(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    """The figures that have a meaning in any of ``rows``."""
+    return [f for f in suite.figures if any(row[f.name] is not None for row in rows)]
+
+
+def cell(value: Sequence[float | None] | None, digits: int) -> str:
+    """A figure as a table shows it."""
+    if value is None:
+        return ""
+    mean, width = value
+    return f"{mean:.{digits}f}" + ("" if width is None else f" ± {width:.{digits}f}")
+
+
+def bars(suite: Suite, rows: Sequence[Mapping[str, Any]], figure: str, label: str, title: str, path: str) -> None:
+    """One panel a scenario: a figure of every method, with its interval."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    scenarios = [s for s in suite.scenarios if any(r["scenario"] == s for r in rows)]
+    tallest = max(sum(r["scenario"] == s for r in rows) for s in scenarios)
+    drawing, axes = plt.subplots(
+        1, len(scenarios), figsize=(3.6 * len(scenarios) + 1, 0.27 * tallest + 1.3), squeeze=False, layout="constrained"
+    )
+    for ax, scenario in zip(axes[0], scenarios, strict=True):
+        mine = [r for r in rows if r["scenario"] == scenario and r[figure] is not None][::-1]
+        ax.barh(
+            [r["method"] for r in mine],
+            [r[figure][0] for r in mine],
+            xerr=[r[figure][1] or 0.0 for r in mine],
+            color=[COLOURS[r["family"]] for r in mine],
+            error_kw={"elinewidth": 1, "capsize": 2},
+        )
+        ax.set_title(scenario, fontsize=10)
+        ax.tick_params(labelsize=8)
+        ax.set_xlabel(label, fontsize=8)
+        ax.grid(axis="x", alpha=0.3)
+    drawing.suptitle(title, fontsize=9)
+    drawing.savefig(path, dpi=110)
+    plt.close(drawing)

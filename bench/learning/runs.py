@@ -1,0 +1,136 @@
+"""Running many runs: those that are finished are skipped, the others are recorded as they end."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.learning.suite import Record, Suite
+
+KEY = ("scenario", "method", "seed", "options", "protocol")
+
+
+def key_of(record: Record) -> str:
+    """What makes two runs the same run."""
+    return json.dumps([record[name] for name in KEY], sort_keys=True)
+
+
+class Journal:
+    """Finished runs, one JSON object a line; every line is flushed when its run ends.
+
+    A line that a killed process left unfinished is dropped: its run is run again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: dict[str, Record] = {}
+        if path.exists():
+            whole = path.read_text()
+            for line in whole.splitlines():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                self.records[key_of(record)] = record
+            if whole and not whole.endswith("\n"):
+                with path.open("a") as file:
+                    file.write("\n")
+
+    def add(self, record: Record) -> None:
+        """Append ``record``."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.records[key_of(record)] = record
+
+    def rewrite(self, keep: Callable[[Record], bool]) -> None:
+        """Keep only the records for which ``keep`` is true, in order of scenario, method and seed."""
+        kept = [r for r in self.records.values() if keep(r)]
+        kept.sort(key=lambda r: (r["scenario"], r["method"], json.dumps(r["options"]), r["seed"]))
+        self.records = {key_of(r): r for r in kept}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        os.replace(temporary, self.path)
+
+
+def wanted(
+    suite: Suite, scenario: str, method: str, seed: int, options: Record, *, tuning: bool, sweep: bool = False
+) -> Record:
+    """A run that is to be made; with ``sweep``, for a trade-off curve alone."""
+    protocol = {**suite.protocol(), "tuning": tuning, **({"sweep": True} if sweep else {})}
+    return {"scenario": scenario, "method": method, "seed": seed, "options": options, "protocol": protocol}
+
+
+def run_all(
+    suite: Suite, todo: Sequence[Record], journal: Journal, *, jobs: int = 1, finished: Callable[[Record], None]
+) -> None:
+    """Make the runs of ``todo`` that ``journal`` does not hold, and record each.
+
+    Args:
+        jobs: processes; each run has one thread.
+        finished: called with each run of ``todo``, the skipped ones first.
+    """
+    left = []
+    for record in todo:
+        if key_of(record) in journal.records:
+            finished(journal.records[key_of(record)])
+        else:
+            left.append(record)
+    for record in _results(suite, left, jobs):
+        journal.add(record)
+        finished(record)
+
+
+def _results(suite: Suite, todo: list[Record], jobs: int) -> Iterator[Record]:
+    if jobs == 1:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            for record in todo:
+                yield _one(suite, record)
+        finally:
+            torch.set_num_threads(threads)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting = {pool.submit(_one, suite, record) for record in todo}
+        try:
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _one(suite: Suite, record: Record) -> Record:
+    p = record["protocol"]
+    out = suite.run(record["scenario"], record["method"], record["seed"], record["options"], tuning=p["tuning"])
+    return {**record, **out, "processor": machine()["processor"], "date": time.strftime("%Y-%m-%d")}
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and versions."""
+    import ttt
+
+    found = ttt.info(file=None)
+    return {
+        "processor": found["processor"],
+        "cores": os.cpu_count(),
+        "isa": found["isa"],
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "torch": found["torch"],
+    }

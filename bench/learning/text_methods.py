@@ -1,0 +1,193 @@
+"""The methods that the text suite compares: what each is made of, and what tuning may try.
+
+A method is a line of `METHODS`. Options and fixed values that are fields of `ttt.TTTConfig` change the demo's
+configuration, from which protection is taken first; ``rules`` are made of the other options.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import ttt
+from bench.learning import readers
+from ttt.config import DEFENCES, TTTConfig
+from ttt.demo.model import COLUMNS, CONFIG
+from ttt.rules import DarkSequenceReplay, LogitDistillation, SampledReplay, SequenceReplay, StreamRule
+
+if TYPE_CHECKING:
+    from bench.learning.streams import Stream
+    from bench.learning.text import Lab
+
+Options = Mapping[str, Any]
+Sweep = tuple[str, Sequence[Any]]
+
+FIELDS = frozenset(f.name for f in dataclasses.fields(TTTConfig))
+PERIOD, EPOCHS, NEIGHBOURS = 2048, 2, 32
+ROWS, CAPACITY = 4, 256  # inputs replayed a commit; sequences of 64 bytes in a replay memory of text
+
+RATES = (0.01, 0.02)
+LAMBDAS = (0.003, 0.01, 0.03)
+# Sweeps go from hardly any protection to hardly any learning.
+LAMBDA_SWEEP: Sweep = ("ewc_lambda", (0.0005, 0.02, 0.2))
+BETAS = (0.1, 0.2, 0.4)
+BETA_SWEEP: Sweep = ("replay_beta", (0.03, 0.3, 1.0))
+RATE_SWEEP: Sweep = ("lr", (0.001, 0.0025, 0.005, 0.01))
+
+
+@dataclasses.dataclass(frozen=True)
+class TextMethod:
+    """One row of the table: a learner, unless ``reader`` makes something else.
+
+    Attributes:
+        family: a key of `bench.learning.report.COLOURS`.
+        grid: option -> values that tuning tries, all combinations of them.
+        fixed: fields of `ttt.TTTConfig` that are no options.
+        rules: each makes a rule of one run for ``Learner(model, rules=...)``, from the options, a seed, and windows
+            (N, T) of text that the model was trained on.
+        sweep: the option that trades gain for forgetting, and the values that its curve is drawn through.
+        score: what tuning maximises: "shares", the share of naive's gain less that of its forgetting, mean over the
+            texts; "worst", the least of them, naive at the rate that is best for each text; or "new", the gain alone.
+        streams: kinds of text that its options are searched on: the first so many of `streams.TUNING`.
+        reader: from the lab, the stream, the options and a seed; None for a learner.
+        recurs: it also reads the long stream in which domains come back.
+    """
+
+    family: str
+    grid: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rules: Sequence[Callable[[Options, int, Tensor], StreamRule]] = ()
+    sweep: Sweep | None = None
+    score: str = "shares"
+    streams: int = 2
+    reader: Callable[[Lab, Stream, Options, int], readers.Reader] | None = None
+    recurs: bool = True
+
+    def config(self, base: TTTConfig, options: Options, seed: int) -> TTTConfig:
+        """``base`` without its protection, under this method's fixed values and ``options``."""
+        own = {name: value for name, value in options.items() if name in FIELDS}
+        return dataclasses.replace(base, **{**DEFENCES, **self.fixed, **own, "seed": seed})
+
+
+def _joint(lab: Lab, stream: Stream, o: Options, seed: int) -> readers.Reader:
+    # As much text of the stream's domains as the stream holds, none of it the stream's, and as much of what the base
+    # model was trained on, shuffled: independent samples of all there is to know, of the same layers and steps.
+    rows = torch.cat([stream.other, lab.base_rows(len(stream.other), seed)])
+    generator = torch.Generator().manual_seed(seed)
+    rows = rows[torch.randperm(len(rows), generator=generator)]
+    return readers.Joint(lab.learner(METHODS["joint"], o, seed), rows)
+
+
+def _neighbours(lab: Lab, stream: Stream, o: Options, seed: int) -> readers.Reader:
+    return readers.NearestNeighbours(lab.model, o["weight"], o["temperature"], NEIGHBOURS)
+
+
+def _tune_layers(lab: Lab, stream: Stream, o: Options, seed: int) -> readers.Reader:
+    names = readers.adapted_weights(lab.model, lab.config)
+    return readers.FineTuning(lab.model, names, o["lr"], PERIOD, EPOCHS, seed)
+
+
+def _tune_all(lab: Lab, stream: Stream, o: Options, seed: int) -> readers.Reader:
+    return readers.FineTuning(lab.model, None, o["lr"], PERIOD, EPOCHS, seed)
+
+
+def _growing(lab: Lab, stream: Stream, o: Options, seed: int) -> readers.Reader:
+    return readers.Growing(ttt.GrowingLearner(lab.learner(METHODS["growing columns"], o, seed)))
+
+
+METHODS: dict[str, TextMethod] = {
+    "frozen": TextMethod("reference", reader=lambda lab, *_: readers.Reader(lab.model)),
+    # Plain SGD at the rate that gains most on the new text: what shares are shares of.
+    "naive": TextMethod("reference", {"lr": (0.005, 0.01, 0.02, 0.04, 0.08)}, sweep=RATE_SWEEP, score="new"),
+    # And at lower ones: which rate is best differs from text to text.
+    **{f"naive (lr {lr})": TextMethod("reference", {"lr": (lr,)}, recurs=False) for lr in (0.01, 0.02)},
+    "joint": TextMethod("reference", {"lr": (0.005, 0.01, 0.02)}, reader=_joint, recurs=False),
+    "EWC": TextMethod("regularisation", {"lr": RATES, "ewc_lambda": LAMBDAS}, sweep=LAMBDA_SWEEP),
+    "SI": TextMethod(
+        "regularisation", {"lr": RATES, "ewc_lambda": LAMBDAS}, {"importance": "si"}, sweep=LAMBDA_SWEEP
+    ),
+    "MAS": TextMethod(
+        "regularisation", {"lr": RATES, "ewc_lambda": LAMBDAS}, {"importance": "mas"}, sweep=LAMBDA_SWEEP, recurs=False
+    ),
+    "LwF": TextMethod(
+        "distillation", {"lr": RATES, "weight": (0.1, 0.3, 1.0, 2.0)}, sweep=("weight", (0.03, 0.3, 4.0)), recurs=False,
+        rules=[lambda o, seed, known: LogitDistillation(o["weight"])],
+    ),
+    "layer LwF": TextMethod(
+        "distillation", {"lr": RATES, "replay_beta": BETAS}, {"distill_rows": ROWS}, sweep=BETA_SWEEP, recurs=False
+    ),
+    "ER": TextMethod(
+        "replay", {"lr": RATES, "weight": (0.3, 1.0)}, sweep=("weight", (0.1, 0.5, 3.0)),
+        rules=[lambda o, seed, known: SequenceReplay(CAPACITY, weight=o["weight"], base=known, seed=seed)],
+    ),
+    "DER++": TextMethod(
+        "replay", {"lr": RATES, "alpha": (0.3, 1.0)}, sweep=("alpha", (0.1, 0.5, 3.0)), recurs=False,
+        rules=[lambda o, seed, known: DarkSequenceReplay(CAPACITY, alpha=o["alpha"], beta=0.5, base=known, seed=seed)],
+    ),
+    "generative replay": TextMethod(
+        "replay", {"lr": RATES, "weight": (0.3, 1.0)}, sweep=("weight", (0.1, 0.5, 3.0)),
+        rules=[lambda o, seed, known: SampledReplay(weight=o["weight"])],
+    ),
+    "layer replay": TextMethod(
+        "replay", {"lr": RATES, "replay_beta": (*BETAS, 0.8)}, {"replay_rows": ROWS}, sweep=BETA_SWEEP
+    ),
+    "layer generative": TextMethod(
+        "replay", {"lr": RATES, "replay_beta": BETAS}, {"generated_rows": 4 * ROWS}, sweep=BETA_SWEEP, recurs=False
+    ),
+    "EWC + layer replay": TextMethod(
+        "combination", {"lr": (0.02,), "ewc_lambda": (0.001, 0.003, 0.01), "replay_beta": (0.05, 0.1, 0.2)},
+        {"replay_rows": ROWS}, sweep=LAMBDA_SWEEP,
+    ),
+    "orthogonal": TextMethod(
+        "orthogonal", {"lr": (0.02, 0.04), "orthogonal": (8, 16, 32)}, sweep=("orthogonal", (4, 24, 96)), recurs=False
+    ),
+    "orthogonal + layer replay": TextMethod(
+        "orthogonal", {"lr": (0.02, 0.04), "orthogonal": (8, 16), "replay_beta": (0.1, 0.2)},
+        {"replay_rows": ROWS}, sweep=BETA_SWEEP, recurs=False,
+    ),
+    # The configuration of ttt.demo.load_model(), chosen by `python -m bench.learning.experiments.tune` on headers that
+    # the search reads, too.
+    "default": TextMethod(
+        "combination", {"lr": (CONFIG.lr,)}, {name: getattr(CONFIG, name) for name in ("replay_beta", *DEFENCES)},
+        sweep=("lr", (0.01, 0.02, 0.08)),
+    ),
+    "momentum": TextMethod(
+        "regularisation", {"lr": (0.005, 0.01), "momentum": (0.5, 0.9), "decay": (0.1, 1.0)},
+        sweep=("decay", (0.03, 0.3, 3.0)), recurs=False,
+    ),
+    "growing columns": TextMethod(
+        "architecture",
+        {"rate": ("constant", "rms"), "lr": (0.04, 0.06, 0.08, 0.12), "orthogonal": (16, 32)},
+        {"replay_capacity": COLUMNS.replay_capacity},
+        sweep=("lr", (0.02, 0.04, 0.16)), score="worst", streams=4, reader=_growing,
+    ),
+    # What is done today instead of learning.
+    "in-context only": TextMethod("workaround", reader=lambda lab, *_: readers.InContext(lab.model)),
+    "kNN-LM": TextMethod(
+        "workaround", {"weight": (0.2, 0.4), "temperature": (3.0, 10.0, 30.0, 100.0)},
+        sweep=("weight", (0.05, 0.3, 0.6)), reader=_neighbours,
+    ),
+    "fine-tuning": TextMethod(
+        "workaround", {"lr": (1e-4, 3e-4, 1e-3, 3e-3)}, sweep=("lr", (1e-4, 5e-4, 2e-3)), reader=_tune_layers
+    ),
+    "fine-tuning (all)": TextMethod(
+        "workaround", {"lr": (3e-5, 1e-4, 3e-4, 1e-3)}, sweep=("lr", (3e-5, 2e-4, 5e-4)), reader=_tune_all,
+        recurs=False,
+    ),
+}  # fmt: skip
+"""Name -> method, in the order of the tables; what others are scored against comes first."""
+
+
+def method(name: str) -> TextMethod:
+    """The method ``name``.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {list(METHODS)}, got {name!r}")
+    return METHODS[name]

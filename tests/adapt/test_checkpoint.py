@@ -1,0 +1,135 @@
+import copy
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from tiny_models import adapted, assert_same, ids_of, state_of, tiny
+
+import ttt
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """(pristine model, learnt model, file)."""
+    torch.manual_seed(5)
+    model, learner = adapted(window=7)
+    pristine = copy.deepcopy(ttt.restore_(copy.deepcopy(model)))
+    learner.calibrate([ids_of(2, 16)])
+    learner.observe(ids_of(1, 30))
+    path = tmp_path_factory.mktemp("saved") / "user.safetensors"
+    ttt.save(model, path)
+    return pristine, model, path
+
+
+@pytest.mark.parametrize("consolidated", [False, True])
+def test_round_trip_continues_to_the_bit(saved, tmp_path, consolidated):
+    pristine, _, _ = saved
+    model = ttt.adapt_(copy.deepcopy(pristine), ttt.TTTConfig(target_modules=["down_proj"], window=7, chunk=8))
+    learner = ttt.Learner(model)
+    learner.calibrate([ids_of(2, 16)])
+    learner.observe(ids_of(1, 30))
+    if consolidated:
+        learner.consolidate()
+        learner.observe(ids_of(1, 30))
+    path = tmp_path / "a.safetensors"
+    ttt.save(model, path)
+    other = ttt.load(copy.deepcopy(pristine), path)
+    assert_same(state_of(model), state_of(other))
+    ids = ids_of(2, 40)
+    assert torch.equal(learner.observe(ids).nll, ttt.Learner(other).observe(ids).nll)
+    assert_same(state_of(model), state_of(other))
+    ttt.restore_(other)
+    for p, q in zip(other.parameters(), pristine.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_loading_over_other_learning(saved):
+    pristine, model, path = saved
+    other = ttt.load(copy.deepcopy(pristine), path)
+    ttt.Learner(other).observe(ids_of(2, 40))
+    ttt.Learner(other).consolidate()
+    ttt.load(other, path)
+    assert_same(state_of(model), state_of(other))
+
+
+def damaged(path, tmp_path, how):
+    data = bytearray(path.read_bytes())
+    if how == "truncated":
+        data = data[: len(data) // 2]
+    elif how == "empty":
+        data = bytearray()
+    elif how == "header bit":
+        data[40] ^= 4
+    elif how.startswith("bit"):
+        data[int(len(data) * float(how.split()[1]))] ^= 1
+    else:
+        with safe_open(path, "pt") as file:
+            metadata, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        if how == "version":
+            metadata["format_version"] = "2"
+        elif how == "format":
+            metadata["format"] = "other"
+        elif how == "config":
+            metadata["config"] = "{"
+        elif how == "missing":
+            tensors.pop(next(k for k in tensors if k.endswith(":trace")))
+        elif how == "config of another window":
+            config = json.loads(metadata["config"])
+            metadata["config"] = json.dumps({**config, "window": 9})
+        data = safetensors.torch.save(tensors, metadata)
+    target = tmp_path / "bad.safetensors"
+    target.write_bytes(bytes(data))
+    return target
+
+
+DAMAGE = ["truncated", "empty", "header bit", "bit 0.3", "bit 0.6", "bit 0.999", "version", "format", "config",
+          "missing", "config of another window"]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damaged_files_are_refused_and_nothing_changes(saved, tmp_path, how):
+    pristine, _, path = saved
+    bad = damaged(path, tmp_path, how)
+    learnt = ttt.load(copy.deepcopy(pristine), path)
+    ttt.Learner(learnt).observe(ids_of(1, 20))
+    before = state_of(learnt)
+    if how != "config of another window":  # an adapted model keeps its own configuration
+        with pytest.raises(ValueError, match=r"bad\.safetensors"):
+            ttt.load(learnt, bad)
+        assert_same(before, state_of(learnt))
+    fresh = copy.deepcopy(pristine)
+    with pytest.raises(ValueError, match=r"bad\.safetensors"):
+        ttt.load(fresh, bad)
+    assert [type(m) for m in fresh.modules()] == [type(m) for m in pristine.modules()]
+    for p, q in zip(fresh.parameters(), pristine.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert p.requires_grad == q.requires_grad
+
+
+def test_another_model_is_refused(saved):
+    pristine, _, path = saved
+    other = copy.deepcopy(pristine)
+    with torch.no_grad():
+        other.model.layers[0].self_attn.q_proj.weight.add_(1e-3)
+    with pytest.raises(ValueError, match="another base model"):
+        ttt.load(other, path)
+    with pytest.raises(ValueError, match="this model has"):
+        ttt.load(tiny(layers=2), path)
+    with pytest.raises(FileNotFoundError):
+        ttt.load(other, path.with_name("none"))
+
+
+def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
+    _, model, path = saved
+    before = path.read_bytes()
+
+    def fail(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        ttt.save(model, path)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]

@@ -1,0 +1,177 @@
+"""`TTTConfig` as it comes: all defences and scaled steps, with and without calibration, in layers of any size."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from tiny_models import TARGETS, assert_same, ids_of, state_of, tiny
+
+import ttt
+from ttt.adapt.convert import learning_layers
+from ttt.nn import FleetLinear, Linear
+from ttt.nn.rates import STREAM
+
+OFF = {"ewc_lambda": 0.0, "replay_rows": 0, "orthogonal": 0}
+DEFAULT = ttt.TTTConfig()
+
+
+def learner_of(base, **options):
+    config = ttt.TTTConfig(target_modules=["down_proj"], layers="last:0.5", chunk=8, window=16, **options)
+    return ttt.Learner(ttt.adapt_(copy.deepcopy(base), config))
+
+
+def test_all_defences_and_scaled_steps_are_on():
+    assert DEFAULT.rate == "rms"
+    assert DEFAULT.clip > 1
+    assert min(DEFAULT.lr, DEFAULT.ewc_lambda, DEFAULT.replay_rows, DEFAULT.replay_beta, DEFAULT.orthogonal) > 0
+    assert DEFAULT.replay == "projection"
+    assert DEFAULT.calibrates
+    for users in (None, ttt.Fleet()):
+        assert ttt.TTTConfig.from_dict(ttt.TTTConfig(users=users).to_dict()) == ttt.TTTConfig(users=users)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_calibration_nothing_is_protected_and_nothing_else_differs(dtype):
+    """Weights, window and what is read are those without any defence, to the bit."""
+    base = tiny().to(dtype)
+    plain, learner = learner_of(base, **OFF), learner_of(base)
+    ids = ids_of(2, 60)
+    for _ in range(2):
+        seen = [each.observe(ids) for each in (plain, learner)]
+        assert torch.equal(seen[0].nll, seen[1].nll)
+        assert seen[1].rejected == 0
+    held = state_of(learner.model)
+    for key, t in state_of(plain.model).items():
+        assert torch.equal(t, held[key]) or key.endswith("recent_seen"), key
+    for layer in learner.layers:
+        assert not torch.equal(layer.weight, layer.anchor)
+        assert not layer.importance.any()
+        assert not layer.basis.any()
+        assert int(layer.seen) == 0
+        assert bool(layer.trace.any())
+
+
+def test_without_calibration_what_is_consolidated_is_protected():
+    learner = learner_of(tiny())
+    learner.observe(ids_of(2, 60))
+    learner.consolidate()
+    for layer in learner.layers:
+        assert float(layer.importance.mean(dtype=torch.float64)) > 0
+        assert int(layer.seen) == 2 * 59
+        assert bool(layer.basis.any(1).all())
+    assert learner.observe(ids_of(1, 40)).rejected == 0
+    learner.reset()
+    assert all(torch.equal(layer.weight, layer.anchor) and not layer.basis.any() for layer in learner.layers)
+
+
+@pytest.mark.parametrize("users", [None, ["a", "b"]])
+def test_a_learner_that_is_to_protect_and_cannot_says_so_once(users):
+    options = {} if users is None else {"users": ttt.Fleet(slots=2, rank=2, window=16)}
+    ids, match = ids_of(2, 20), "learning is unprotected: Learner.calibrate was not called"
+
+    def observe(learner, **also):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            learner.observe(ids, users=users, **also)
+
+    learner = learner_of(tiny(), **options)
+    observe(learner, learn=False)
+    with pytest.warns(UserWarning, match=match):
+        learner.observe(ids, users=users)
+    observe(learner)
+    observe(learner_of(tiny(), **OFF, **options))
+    for protection in ("ewc_lambda", "replay_rows", "orthogonal"):
+        only = {name: value for name, value in OFF.items() if name != protection}
+        with pytest.warns(UserWarning, match=match):
+            learner_of(tiny(), **only, **options).observe(ids, users=users)
+        learner = learner_of(tiny(), **only, **options)
+        learner.calibrate([ids])
+        observe(learner)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_without_calibration_the_first_step_has_the_norm_of_the_rate(scale):
+    layer = Linear(8, 5, config=DEFAULT)
+    with ttt.learning(layer):
+        (scale * layer(torch.randn(1, 8)).square().sum()).backward()
+    moved = float((layer.effective_weight() - layer.anchor).norm())
+    assert moved == pytest.approx(DEFAULT.lr, rel=1e-3)
+    assert float(layer.moments[STREAM, 2]) == 1
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("sizes", [(16, 16, 3), (16, 4, 16), (100, 30, 1), (5, 1, 2)])
+def test_any_model_and_loss_learns(sizes, calibrated):
+    """Layers of so few inputs that ``orthogonal`` is more than half of them, of one input among them."""
+    a, b, c = sizes
+    model = torch.nn.Sequential(torch.nn.Linear(a, b), torch.nn.Tanh(), torch.nn.Linear(b, c))
+    teacher, known, x = copy.deepcopy(model), torch.randn(64, a), torch.randn(400, a)
+    with torch.no_grad():
+        for p in teacher.parameters():
+            if p.ndim == 2:  # biases do not learn
+                p.add_(0.3 * torch.randn_like(p))
+    target = teacher(x).detach()
+    ttt.adapt_(model, ttt.TTTConfig(target_modules="all-linear"))
+    if calibrated:
+        ttt.Learner(model).calibrate([known], loss=lambda m, rows: m(rows).square().sum())
+    before = float((model(x) - target).square().mean())
+    for rows in torch.arange(400).repeat(5).split(25):
+        with ttt.learning(model):
+            (model(x[rows]) - target[rows]).square().sum().backward()
+    assert float((model(x) - target).square().mean()) < 0.8 * before
+    for _, layer in learning_layers(model):
+        k = layer.in_features // 2 if layer.in_features < 64 else 32
+        assert (0 if layer.basis is None else len(layer.basis)) == k
+        assert not calibrated or k == 0 or bool(layer.basis.any())
+
+
+@pytest.mark.parametrize("kind", [Linear, FleetLinear])
+@pytest.mark.parametrize(("n", "k"), [(1, 0), (2, 1), (5, 2), (63, 31), (64, 32), (65, 32), (300, 32)])
+def test_at_most_half_of_a_layers_inputs_are_left_alone(kind, n, k):
+    users = None if kind is Linear else ttt.Fleet(slots=2, rank=2, window=4)
+    layer = kind(n, 3, config=ttt.TTTConfig(users=users, replay_capacity=8))
+    assert (layer.basis is None) == (k == 0)
+    assert k == 0 or layer.basis.shape == (k, n)
+    assert layer.memory.shape == (8, n)
+    alone = kind(n, 3, config=ttt.TTTConfig(users=users, replay_capacity=8, replay_rows=0))
+    assert (alone.memory is None) == (k == 0)
+
+
+def test_fewer_inputs_than_directions_span_what_they_span():
+    learner = learner_of(tiny())
+    learner.calibrate([ids_of(1, 5)])
+    for layer in learner.layers:
+        assert layer.basis.shape == (24, 48)
+        assert int(layer.basis.any(1).sum()) <= 5
+    assert learner.observe(ids_of(1, 60)).rejected == 0
+    assert all(not torch.equal(layer.effective_weight(), layer.anchor) for layer in learner.layers)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_state_survives_files_and_snapshots(family, tmp_path):
+    base = tiny(family)
+    model = ttt.adapt_(copy.deepcopy(base), ttt.TTTConfig(target_modules=TARGETS[family], layers="last:0.5"))
+    learner = ttt.Learner(model)
+    learner.calibrate([ids_of(2, 40)])
+    learner.observe(ids_of(1, 60))
+    snapshot, saved = learner.snapshot(), state_of(model)
+    ttt.save(model, tmp_path / "a.safetensors")
+    assert_same(state_of(ttt.load(copy.deepcopy(base), tmp_path / "a.safetensors")), saved)
+    learner.observe(ids_of(1, 60))
+    learner.rollback(snapshot)
+    assert_same(state_of(model), saved)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_users_learn_with_the_defaults(calibrated):
+    config = ttt.TTTConfig(target_modules=["down_proj"], layers="last:0.5", users=ttt.Fleet(slots=3, rank=4, window=16))
+    learner = ttt.Learner(ttt.adapt_(tiny(), config))
+    if calibrated:
+        learner.calibrate([ids_of(2, 40)])
+    ids = ids_of(2, 60)
+    first = learner.observe(ids, users=["a", "b"])
+    for _ in range(8):
+        last = learner.observe(ids, users=["a", "b"])
+    assert last.rejected == 0
+    assert last.bits < first.bits - 0.05

@@ -1,0 +1,285 @@
+"""`adapt_` and `restore_`: put learning layers into a model in place, and take them out again."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ttt.config import TTTConfig
+from ttt.nn import FleetLinear, Linear
+from ttt.nn.base import DTYPES
+from ttt.per_user import pool as fleet
+
+_INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+# What restore_ needs lies beside the model, in attributes that are neither modules nor in state_dict.
+_ORIGINALS, _FROZEN = "_ttt_originals", "_ttt_requires_grad"
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+
+def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterFn | None = None) -> nn.Module:
+    """Replace linear layers of ``model`` by `ttt.nn.Linear`, in place, and freeze its parameters.
+
+    With ``config.users`` by `ttt.nn.FleetLinear`, whose weights never change: see `ttt.users`.
+
+    `nn.Linear` and transformers' ``Conv1D`` are replaced. The new layers share the old ones' parameters;
+    each keeps a copy, the anchor.
+
+    Args:
+        config: names the modules by ``target_modules`` and ``layers``, unless ``filter_fn`` does.
+        filter_fn: called with (module, fully qualified name) of every linear layer.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: if nothing matches (the error lists the nearest names), the model is adapted already, or a
+            match cannot learn: tied weights, 3-D expert parameters, a dtype or module type without support.
+            The model is unchanged then.
+    """
+    config = config or TTTConfig()
+    if hasattr(model, _ORIGINALS):
+        raise ValueError("model is adapted already; ttt.restore_(model) first")
+    chosen = _choose(model, config, filter_fn)
+    tied = _tied_weights(model)
+    for name, module in chosen:
+        _refuse_unfit(name, module, tied)
+    frozen = [(p, p.requires_grad) for p in model.parameters()]
+    originals, fleets = {}, {}
+    for name, module in chosen:
+        new = _fleet_layer(module, config, name) if config.users is not None else _learning_layer(module, config, name)
+        if isinstance(new, FleetLinear):
+            fleets[name] = new
+        new.train(module.training)
+        originals[name] = module
+        _set_module(model, name, new)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    object.__setattr__(model, _ORIGINALS, originals)
+    object.__setattr__(model, _FROZEN, frozen)
+    if fleets:
+        fleet.attach(model, fleets)
+    return model
+
+
+def restore_(model: nn.Module, keep_learned: bool = False) -> nn.Module:
+    """Put the original modules back, in place.
+
+    Args:
+        keep_learned: False: the weights are bit-identical to those before `adapt_`. True: they hold what was
+            learnt, the window included.
+
+    Raises:
+        ValueError: if ``model`` is not adapted; with ``keep_learned``, if its users learnt, each something else.
+    """
+    originals = _originals(model)
+    if fleet.has_pool(model):
+        if keep_learned:
+            raise ValueError(
+                "keep_learned must be False for a model of many users; pool_of(model).export(user) keeps one"
+            )
+        for name, own in fleet.pool_of(model).layers.items():  # they never wrote to what they share with the original
+            _follow(originals[name], own)
+            originals[name].train(own.training)
+            _set_module(model, name, originals[name])
+        fleet.detach(model)
+    for name, layer in learning_layers(model):
+        original = originals[name]
+        _follow(original, layer)
+        with torch.no_grad():
+            if keep_learned:
+                layer.flush()
+                learned = layer.weight.detach()
+            else:
+                learned = layer.base_weight
+            if layer.transposed:
+                if keep_learned:
+                    if "original" in layer.shared:  # forks of the model hold that weight, too
+                        original.weight.data = torch.empty_like(original.weight)
+                    original.weight.copy_(learned.T)
+            else:
+                layer.weight.copy_(learned)  # the very parameter of the original module
+        original.train(layer.training)
+        _set_module(model, name, original)
+    for p, requires_grad in getattr(model, _FROZEN):
+        p.requires_grad_(requires_grad)
+    object.__delattr__(model, _ORIGINALS)
+    object.__delattr__(model, _FROZEN)
+    return model
+
+
+def learning_layers(model: nn.Module) -> list[tuple[str, Linear]]:
+    """(fully qualified name, layer) of every `ttt.nn.Linear` in ``model``, in the model's order."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
+
+
+def require_layers(model: nn.Module) -> list[Linear]:
+    """The learning layers of ``model``.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    layers = [layer for _, layer in learning_layers(model)]
+    if not layers:
+        raise ValueError(f"model ({type(model).__name__}) has no learning layer; call ttt.adapt_(model, config) first")
+    return layers
+
+
+def kept_originals(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that `adapt_` replaced, by name; empty for a model that was built from learning layers."""
+    return getattr(model, _ORIGINALS, {})
+
+
+def _originals(model: nn.Module) -> dict[str, Any]:
+    if not hasattr(model, _ORIGINALS):
+        raise ValueError(f"model ({type(model).__name__}) is not adapted; there is nothing to restore")
+    return getattr(model, _ORIGINALS)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) or _is_conv1d(module):
+            yield name, module
+
+
+def _choose(model: nn.Module, config: TTTConfig, filter_fn: FilterFn | None) -> list[tuple[str, nn.Module]]:
+    candidates = list(_candidates(model))
+    if filter_fn is not None:
+        chosen = [(name, module) for name, module in candidates if filter_fn(module, name)]
+        if not chosen:
+            raise ValueError(f"filter_fn accepted none of {[name for name, _ in candidates]}")
+        return chosen
+    targets = config.target_modules
+    if targets is None:
+        raise ValueError(
+            'target_modules must name the layers to adapt (as ["down_proj"], a regular expression, or "all-linear"), '
+            "or filter_fn be given; got None"
+        )
+    matched = [(n, m) for n, m in candidates if targets == "all-linear" or _matches(n, targets)]
+    if not matched:
+        _refuse_no_match(model, candidates, targets)
+    chosen = [(n, m) for n, m in matched if n in _names_in_layers([n for n, _ in matched], model, config.layers)]
+    if not chosen:
+        raise ValueError(f"layers = {config.layers!r} leaves none of the matched modules {[n for n, _ in matched]}")
+    return chosen
+
+
+def _matches(name: str, targets) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith("." + target) for target in targets)
+
+
+def _refuse_no_match(model: nn.Module, candidates: list[tuple[str, nn.Module]], targets) -> None:
+    for name, module in model.named_modules():
+        if name and _matches(name, targets):
+            _refuse_unfit(name, module, {})
+    for name, parameter in model.named_parameters():
+        if _matches(name, targets) or _matches(name.removesuffix(".weight"), targets):
+            shape = tuple(parameter.shape)
+            kind = "a stack of experts" if parameter.ndim == 3 else "a bare parameter"
+            raise ValueError(f"{name} is {kind} of shape {shape}, not a linear layer: it cannot be adapted")
+    names = sorted({suffix for name, _ in candidates for suffix in (name, name.rsplit(".", 1)[-1])})
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    near = [n for want in wanted for n in difflib.get_close_matches(want, names, n=5, cutoff=0.3)]
+    near = list(dict.fromkeys(near)) or names[:10]
+    raise ValueError(f"target_modules = {targets!r} matches no linear layer; the nearest names are {near}")
+
+
+def _names_in_layers(names: list[str], model: nn.Module, layers) -> set[str]:
+    if layers == "all":
+        return set(names)
+    index = {name: int(found.group(1)) for name in names if (found := _INDEX.search(name))}
+    if not index:
+        raise ValueError(f"layers = {layers!r} needs numbered modules; none of {names} has a number in its name")
+    prefixes = {name[: _INDEX.search(name).start(1)] for name in index}  # type: ignore[union-attr]
+    count = 1 + max(
+        int(found.group(1))
+        for name, _ in model.named_modules()
+        if (found := _INDEX.search(name)) and name[: found.start(1)] in prefixes
+    )
+    if isinstance(layers, str):
+        kind, _, amount = layers.partition(":")
+        try:
+            value = float(amount)
+        except ValueError:
+            value = math.nan
+        if kind != "last" or not value > 0 or ("." not in amount and value != int(value)):
+            raise ValueError(f'layers must be "all", "last:0.25", "last:2" or a list of indices, got {layers!r}')
+        last = math.ceil(value * count) if "." in amount else int(value)
+        wanted = set(range(max(0, count - last), count))
+    else:
+        wanted = set()
+        for i in layers:
+            if not -count <= i < count:
+                raise ValueError(
+                    f"layers holds {i}; the model has {count} blocks, so it must be in [{-count}, {count})"
+                )
+            wanted.add(i % count)
+    return {name for name, i in index.items() if i in wanted}
+
+
+def _tied_weights(model: nn.Module) -> dict[int, list[str]]:
+    """id of a parameter -> all its names, for parameters with more than one."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {key: found for key, found in names.items() if len(found) > 1}
+
+
+def _refuse_unfit(name: str, module: Any, tied: dict[int, list[str]]) -> None:
+    kind = type(module)
+    if kind is not nn.Linear and not _is_conv1d(module):
+        held = Counter(p.ndim for p in module.parameters(recurse=False))
+        why = "holds 3-D expert parameters" if held[3] else f"is {kind.__module__}.{kind.__name__}"
+        raise ValueError(f"{name} {why}; only torch.nn.Linear and transformers' Conv1D can be adapted")
+    weight = module.weight
+    if id(weight) in tied:
+        others = [other for other in tied[id(weight)] if other != f"{name}.weight"]
+        raise ValueError(f"{name}.weight is tied to {others}: learning in one would change the other; leave it out")
+    if weight.dtype not in DTYPES:
+        raise ValueError(f"{name}.weight is {weight.dtype}; it must be one of {[str(d) for d in DTYPES]}")
+    if weight.is_meta:
+        raise ValueError(f"{name}.weight is on the meta device; load the model's weights first")
+
+
+def _learning_layer(module: Any, config: TTTConfig, name: str) -> Linear:
+    if not _is_conv1d(module):
+        if not module.weight.is_contiguous():
+            raise ValueError(f"{name}.weight must be contiguous, got strides {module.weight.stride()}")
+        return Linear.from_weight(module.weight, module.bias, config, name)
+    # Conv1D keeps (n, m). The learning layer gets a transposed copy; the original stays as it is.
+    layer = Linear.from_weight(nn.Parameter(module.weight.detach().T.contiguous()), module.bias, config, name)
+    layer.transposed = True
+    return layer
+
+
+def _fleet_layer(module: Any, config: TTTConfig, name: str) -> FleetLinear:
+    if not _is_conv1d(module):
+        return FleetLinear.from_weight(module.weight, module.bias, config, name)
+    # The very memory of the Conv1D, seen as (m, n): it is never written.
+    layer = FleetLinear.from_weight(nn.Parameter(module.weight.detach().T), module.bias, config, name)
+    layer.transposed = True
+    return layer
+
+
+def _follow(original: nn.Module, layer: Linear | FleetLinear) -> None:
+    """Convert and move ``original`` as ``layer`` was meanwhile: a ``Conv1D`` has a weight of its own."""
+    original.to(layer.weight.device, layer.weight.dtype)
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,127 @@
+"""`fork`: a model for another user, sharing all that learning does not write; `memory`: the bytes of learning state."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ttt.adapt.convert import kept_originals, learning_layers, require_layers
+from ttt.nn.gaussian import PAST, PRESENT
+from ttt.nn.state import BASE
+
+_KINDS = {"weight": "weight", "anchor": "anchor", "importance": "importance", "trace": "trace", "momentum": "trace"}
+_KINDS |= dict.fromkeys(("memory", "recent", "basis", *PAST, *PRESENT), "memory")
+
+
+def fork(model: nn.Module) -> nn.Module:
+    """Another user's model, in the state that ``model`` is in, to the bit.
+
+    It shares memory with ``model`` for every tensor that learning does not write: frozen parameters, buffers, and in
+    the learning layers the anchor, the importance, the replay memory, the basis and the Gaussian of past inputs. Its
+    own are weight, trace, momentum, window, recent rows, the Gaussian of present inputs and counters. What one model
+    learns, and calibrating, consolidating, resetting, loading, rolling back or restoring it, changes no bit of the
+    other: what such a call has to write is copied first, and shared no longer.
+
+    Fork a model that nobody has taught yet, or the new user begins with what another one taught.
+
+    That copy stands at another address: a CUDA graph captured over a layer of a fork, or of a model that was forked,
+    must be captured again after the first `consolidate`, `calibrate`, `reset`, `load` or `rollback` that changes the
+    anchor, the importance or the memory.
+
+    Training the parameters that both share by other means (an optimizer) changes both models.
+
+    Raises:
+        ValueError: if ``model`` has no learning layer.
+    """
+    require_layers(model)
+    layers = dict(learning_layers(model))
+    written = {id(layer.weight) for layer in layers.values()}
+    memo: dict[int, object] = {}
+
+    def share(t: Tensor | None) -> None:
+        if t is None or id(t) in written:
+            return
+        # A Parameter of its own, on the same memory: requires_grad and grad are the user's.
+        plain = type(t) is nn.Parameter
+        memo[id(t)] = nn.Parameter(t.detach(), requires_grad=t.requires_grad) if plain else t
+
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            share(p)
+        if not isinstance(module, _NormBase) and module not in layers.values():  # running means are written
+            for b in module.buffers(recurse=False):
+                share(b)
+    for original in kept_originals(model).values():
+        for p in original.parameters():
+            share(p)
+    for layer in layers.values():
+        memo[id(layer.config)] = layer.config
+        layer.shared.add("original")  # the replaced module's weight, where it is not the layer's
+        for name in BASE:
+            if (b := getattr(layer, name)) is not None:
+                memo[id(b)] = b
+                layer.shared.add(name)
+        for b in layer.base.values():
+            memo[id(b)] = b
+    forked = copy.deepcopy(model, memo)
+    for _, layer in learning_layers(forked):
+        layer.strength = 1.0  # its guard, if it has one, is another one
+    return forked
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What `memory` returns.
+
+    Attributes:
+        parameters: adapted parameters, those of every model counted.
+        bytes: what the learning layers hold, by kind; shared memory counts once. ``weight``, ``anchor``,
+            ``importance``, ``trace`` (and momentum), ``window`` (and counters), ``memory`` (replay memory, recent
+            rows, basis, Gaussians), ``base`` (what `Learner.reset` goes back to after a consolidation), ``original``
+            (weights of ``Conv1D`` modules).
+    """
+
+    parameters: int
+    bytes: dict[str, int]
+
+    @property
+    def per_parameter(self) -> dict[str, float]:
+        """Bytes per adapted parameter, by kind, and their ``total``."""
+        found = {kind: size / self.parameters for kind, size in self.bytes.items()}
+        return found | {"total": sum(found.values())}
+
+
+def memory(*models: nn.Module) -> Memory:
+    """Bytes that the learning layers of ``models`` hold; memory shared by a model and its forks counts once.
+
+    Raises:
+        ValueError: if there is no model, or one has no learning layer.
+    """
+    if not models:
+        raise ValueError("memory needs at least one model, got none")
+    for model in models:
+        require_layers(model)
+    layers = [layer for model in models for _, layer in learning_layers(model)]
+    originals = [
+        (layer, kept_originals(model)[name])
+        for model in models
+        for name, layer in learning_layers(model)
+        if name in kept_originals(model)
+    ]
+    # What a model is using comes first: a base that it shares with a fork's live state costs nothing more.
+    held = [(_KINDS.get(key, "window"), t) for layer in layers for key, t in layer.state().items() if key != "pending"]
+    held += [("base", t) for layer in layers for t in layer.base.values()]
+    held += [("original", original.get_parameter("weight")) for layer, original in originals if layer.transposed]
+    found = dict.fromkeys(("weight", "anchor", "importance", "trace", "window", "memory", "base", "original"), 0)
+    counted: set[tuple[torch.device, int]] = set()
+    for kind, t in held:
+        storage = t.untyped_storage()
+        key = (t.device, storage.data_ptr())
+        if storage.nbytes() and key not in counted:
+            counted.add(key)
+            found[kind] += storage.nbytes()
+    return Memory(sum(layer.weight.numel() for layer in layers), found)

@@ -1,0 +1,206 @@
+"""`export_peft`: what was learnt, as a LoRA adapter that PEFT, vLLM and SGLang load."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ttt.adapt import factors as lowrank
+from ttt.adapt.convert import learning_layers, require_layers
+from ttt.checks import check_choice
+from ttt.files import sync_folder
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM serves (its ``--max-lora-rank``); an adapter is padded up to one of them."""
+DEFAULT_RANK = 16
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What `export_peft` returns.
+
+    Attributes:
+        folder: where the adapter is.
+        rank: its ``r``.
+        errors: layer -> ||written - learnt||_F / ||learnt||_F, 0 where nothing was learnt; rounding included.
+        error: the same over all layers together.
+    """
+
+    folder: Path
+    rank: int
+    errors: dict[str, float]
+    error: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Change:
+    """One layer's: its factors, ||delta - b^T a||_F and ||delta||_F."""
+
+    factors: lowrank.Factors
+    lost: float
+    size: float
+
+
+def export_peft(
+    source: nn.Module | Mapping[str, Tensor],
+    folder: str | os.PathLike,
+    *,
+    base_model: str | None = None,
+    rank: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    task_type: str | None = "CAUSAL_LM",
+    fan_in_fan_out: bool = False,
+) -> Exported:
+    """Write what was learnt as a LoRA adapter: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    The delta of a layer is ``lora_B @ lora_A``: ``lora_alpha`` equals ``r``. Servers cache adapters by path, so each
+    version needs a new folder; it gets its name once it is complete. Loading was tested with PEFT. vLLM and SGLang were
+    not at hand: their documented rules are kept (ranks, keys, no bias, no modules to save, a list of targets), and a
+    test checks those rules.
+
+    Args:
+        source: either a model of `ttt.adapt_`, whose deltas (effective weight less the weight before any learning)
+            are approximated by truncated SVD, on their device, in float64; or a user's low-rank state with tensors
+            ``{layer}.a`` (rows, n) and ``{layer}.b`` (rows, m), delta = b^T a, other tensors being ignored: exact up
+            to ``dtype`` if rows <= rank, by zero rows, and the nearest of that rank otherwise. Names of layers are the
+            model's module names.
+        folder: new, or empty.
+        base_model: what ``base_model_name_or_path`` says; by default what the model's config says.
+        rank: one of `RANKS`. Default: 16 for a model; for a state the smallest that holds it exactly, 512 at most.
+        dtype: of the adapter's tensors: float32, bfloat16 or float16.
+        task_type: as PEFT's; None for a model without ``generate``.
+        fan_in_fan_out: for a state: layers are transformers' ``Conv1D`` (GPT-2). Of a model it is found out. The
+            factors are the same; vLLM does not serve LoRA on such models.
+
+    Raises:
+        ValueError: if ``folder`` is not empty, ``rank`` or ``dtype`` is not allowed, the base model is not known,
+            ``source`` holds no layer, or a layer's tensors do not fit each other or are not finite. Nothing is written.
+        OSError: if the folder cannot be written; nothing stands at ``folder`` then.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"folder must be new or empty, for servers cache adapters by path; {str(folder)!r} is not")
+    if rank is not None and rank not in RANKS:
+        raise ValueError(f"rank must be one of {RANKS}, which vLLM serves, got {rank!r}")
+    check_choice("dtype", str(dtype), [str(allowed) for allowed in _DTYPES])
+    if isinstance(source, nn.Module):
+        require_layers(source)
+        base_model = base_model or _name_of(source)
+        fan_in_fan_out = any(layer.transposed for _, layer in learning_layers(source))
+        rank = rank or DEFAULT_RANK
+        changes = {name: _of_layer(name, layer, rank, dtype) for name, layer in learning_layers(source)}
+    else:
+        pairs = dict(_pairs_of(source))
+        rows = max(a.shape[0] for a, _ in pairs.values())
+        rank = rank or next((allowed for allowed in RANKS if allowed >= rows), RANKS[-1])
+        changes = {name: _of_factors(a, b, rank, dtype) for name, (a, b) in pairs.items()}
+    if not base_model:
+        raise ValueError(f"base_model must name the model that the adapter belongs to, got {base_model!r}")
+    config = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted(changes),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "fan_in_fan_out": fan_in_fan_out,
+        "inference_mode": True,
+    }
+    tensors = {}
+    for name, change in changes.items():
+        a, b = change.factors
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = a.cpu().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = b.T.cpu().contiguous()
+    _write(folder, config, tensors)
+    lost, size = (math.hypot(*(getattr(c, what) for c in changes.values())) for what in ("lost", "size"))
+    errors = {name: _ratio(change.lost, change.size) for name, change in changes.items()}
+    return Exported(folder, rank, errors, _ratio(lost, size))
+
+
+def _of_layer(name: str, layer, rank: int, dtype: torch.dtype) -> _Change:
+    delta = layer.effective_weight().double() - layer.base_weight.double()
+    _require_finite(name, delta)
+    a, b = (t.to(dtype) for t in lowrank.padded(*lowrank.truncated(delta, rank), rank))
+    return _Change((a, b), float((delta - b.double().T @ a.double()).norm()), float(delta.norm()))
+
+
+def _of_factors(a: Tensor, b: Tensor, rank: int, dtype: torch.dtype) -> _Change:
+    factors = (a, b) if a.shape[0] <= rank else lowrank.reduced(a, b, rank)
+    c, d = (t.to(dtype) for t in lowrank.padded(*factors, rank))
+    rows = a.shape[0]
+    kept = rows <= rank and torch.equal(c[:rows].double(), a.double()) and torch.equal(d[:rows].double(), b.double())
+    return _Change((c, d), 0.0 if kept else lowrank.distance((a, b), (c, d)), lowrank.norm(a, b))
+
+
+def _pairs_of(state: Mapping[str, Tensor]) -> Iterator[tuple[str, lowrank.Factors]]:
+    names = sorted({key[:-2] for key in state if key.endswith((".a", ".b"))})
+    if not names:
+        raise ValueError(f"source holds no layer: no tensors {{layer}}.a and {{layer}}.b among {sorted(state)[:5]}")
+    for name in names:
+        a, b = state.get(f"{name}.a"), state.get(f"{name}.b")
+        if a is None or b is None:
+            raise ValueError(f"source holds one of {name}.a and {name}.b only; both are needed")
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[0]:
+            shapes = tuple(a.shape), tuple(b.shape)
+            raise ValueError(f"{name}.a and {name}.b must have shapes (rows, n) and (rows, m), got {shapes}")
+        for key, t in ((f"{name}.a", a), (f"{name}.b", b)):
+            if not t.is_floating_point():
+                raise ValueError(f"{key} must hold floats, got {t.dtype}")
+            _require_finite(key, t)
+        yield name, (a.detach(), b.detach())
+
+
+def _require_finite(name: str, t: Tensor) -> None:
+    if not torch.isfinite(t).all():
+        raise ValueError(f"{name} holds values that are not finite")
+
+
+def _name_of(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "_name_or_path", None)
+
+
+def _ratio(lost: float, size: float) -> float:
+    return lost / size if size else 0.0
+
+
+def _write(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
+    """Both files in a folder beside ``folder``, flushed to the disk, then given its name."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.parent / f".{folder.name}.{secrets.token_hex(8)}"
+    staging.mkdir()
+    try:
+        contents = {
+            WEIGHTS: safetensors.torch.save(tensors, {"format": "pt"}),
+            CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
+        }
+        for name, content in contents.items():
+            with open(staging / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        sync_folder(staging)
+        if folder.exists():
+            folder.rmdir()  # it is empty, or this fails
+        os.rename(staging, folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    sync_folder(folder.parent)

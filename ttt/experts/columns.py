@@ -1,0 +1,158 @@
+"""Low-rank columns: what was learnt in one domain, as factors of W - W* for every learning layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ttt.adapt import checkpoint
+from ttt.adapt.convert import require_layers
+from ttt.experts.signature import Signature, joined
+from ttt.files import write_atomically
+
+_COUNTS = ("pairs", "first", "second")
+_OVERSAMPLED, _ITERATIONS = 8, 2  # of the range finder, as Halko et al. advise for spectra that fall slowly
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """W - W* = b^T a for every layer, in the learner's order. Never written after it was made.
+
+    Attributes:
+        a: of every layer (r, n), float32, float64 for float64 weights; r <= min(m, n).
+        b: of every layer (r, m); singular values shared evenly between the two.
+        tokens: tokens that were learnt into it.
+        worth: bits per token that it gains over the anchor on its own text; `ttt.GrowingLearner` measures it.
+        error: relative Frobenius error of the last truncation, over all layers together.
+        signature: of the text that it read.
+    """
+
+    a: tuple[Tensor, ...]
+    b: tuple[Tensor, ...]
+    tokens: int
+    worth: float
+    error: float
+    signature: Signature
+
+    @property
+    def bytes(self) -> int:
+        """Of its factors and its signature."""
+        return sum(t.numel() * t.element_size() for t in (*self.a, *self.b)) + self.signature.bytes
+
+    def delta(self, layer: int) -> Tensor:
+        """(m, n): W - W* of one layer. A new tensor."""
+        return self.b[layer].T @ self.a[layer]
+
+
+@torch.no_grad()
+def compress(deltas: Sequence[Tensor], rank: int, tokens: int, worth: float, signature: Signature, seed: int) -> Column:
+    """The column nearest to ``deltas``, (m, n) of every layer, in the Frobenius norm, to within the range finder.
+
+    Randomised SVD (Halko, Martinsson, Tropp 2011, algorithm 4.4), seeded. Columns of different devices may differ.
+    """
+    a, b, kept, whole = [], [], 0.0, 0.0
+    for number, delta in enumerate(deltas):
+        delta = delta if delta.dtype == torch.float64 else delta.float()
+        generator = torch.Generator(delta.device).manual_seed(seed + number)
+        width = min(rank + _OVERSAMPLED, *delta.shape)
+        start = torch.randn(delta.shape[1], width, generator=generator, device=delta.device, dtype=delta.dtype)
+        q = torch.linalg.qr(delta @ start).Q
+        for _ in range(_ITERATIONS):
+            q = torch.linalg.qr(delta @ torch.linalg.qr(delta.T @ q).Q).Q
+        u, s, vh = torch.linalg.svd(q.T @ delta, full_matrices=False)
+        root = s[:rank].sqrt().unsqueeze(1)
+        a.append(root * vh[:rank])
+        b.append(root * (q @ u[:, :rank]).T)
+        kept += float(s[:rank].square().sum(dtype=torch.float64))
+        whole += float(delta.square().sum(dtype=torch.float64))
+    return Column(tuple(a), tuple(b), tokens, worth, _missing(kept, whole), signature)
+
+
+@torch.no_grad()
+def merge(one: Column, other: Column, rank: int) -> Column:
+    """The mean of two columns, deltas and worth, weighted by their tokens, truncated to ``rank``.
+
+    Exact, without an m x n matrix: the stacked factors' QR decompositions leave an SVD of 2r x 2r.
+    """
+    tokens = one.tokens + other.tokens
+    share = one.tokens / tokens
+    a, b, kept, whole = [], [], 0.0, 0.0
+    for a1, b1, a2, b2 in zip(one.a, one.b, other.a, other.b, strict=True):
+        qa, ra = torch.linalg.qr(torch.cat([a1, a2]).T)
+        qb, rb = torch.linalg.qr(torch.cat([share * b1, (1 - share) * b2]).T)
+        u, s, vh = torch.linalg.svd(rb @ ra.T)
+        root = s[:rank].sqrt().unsqueeze(1)
+        a.append(root * (qa @ vh[:rank].T).T)
+        b.append(root * (qb @ u[:, :rank]).T)
+        kept += float(s[:rank].square().sum(dtype=torch.float64))
+        whole += float(s.square().sum(dtype=torch.float64))
+    worth = share * one.worth + (1 - share) * other.worth
+    return Column(tuple(a), tuple(b), tokens, worth, _missing(kept, whole), joined(one.signature, other.signature))
+
+
+def _missing(kept: float, whole: float) -> float:
+    return math.sqrt(max(0.0, 1 - kept / whole)) if whole else 0.0
+
+
+def save(columns: Sequence[Column], model: nn.Module, path: str | os.PathLike) -> None:
+    """Write ``columns`` of ``model`` to ``path``, safely as `ttt.save` does.
+
+    Raises:
+        OSError: if the file cannot be written; a file that was there is unharmed.
+    """
+    tensors = {
+        f"{number}.{side}.{layer}": t.cpu().contiguous()
+        for number, column in enumerate(columns)
+        for side in ("a", "b")
+        for layer, t in enumerate(getattr(column, side))
+    }
+    for number, column in enumerate(columns):
+        for name, counts in zip(_COUNTS, column.signature.counts, strict=True):
+            tensors[f"{number}.{name}"] = counts.cpu()
+    rows = [{"tokens": c.tokens, "worth": c.worth, "error": c.error} for c in columns]
+    metadata = {
+        "format": checkpoint.FORMAT,
+        "format_version": checkpoint.FORMAT_VERSION,
+        "columns": json.dumps(rows),
+        "base_sha256": checkpoint.base_hash(model),
+        "tensors_sha256": checkpoint.tensor_hash(tensors),
+    }
+    write_atomically(Path(path), safetensors.torch.save(tensors, metadata))
+
+
+def load(model: nn.Module, path: str | os.PathLike) -> list[Column]:
+    """The columns in a file of `save`, on the devices of ``model``'s learning layers.
+
+    Raises:
+        ValueError: if the file is truncated, damaged, holds no columns, or belongs to another model.
+        OSError: if the file cannot be read.
+    """
+    layers = require_layers(model)
+    tensors, metadata = checkpoint._read(Path(path))
+    if "columns" not in metadata:
+        raise ValueError(f"{path} holds no columns")
+    if metadata.get("base_sha256") != checkpoint.base_hash(model):
+        raise ValueError(f"{path} belongs to another base model: the hash of the base weights differs")
+    found = []
+    for number, row in enumerate(json.loads(metadata["columns"])):
+        try:
+            a, b = (
+                tuple(tensors[f"{number}.{side}.{i}"].to(layer.weight.device) for i, layer in enumerate(layers))
+                for side in ("a", "b")
+            )
+            signature = Signature.of(*(tensors[f"{number}.{name}"].to(layers[0].weight.device) for name in _COUNTS))
+        except KeyError as error:
+            raise ValueError(f"{path} does not fit this model's learning layers: {error} is missing") from None
+        shapes = [(layer.out_features, layer.in_features) for layer in layers]
+        if [(y.shape[1], x.shape[1]) for x, y in zip(a, b, strict=True)] != shapes:
+            raise ValueError(f"{path} does not fit this model's learning layers of shapes {shapes}")
+        found.append(Column(a, b, signature=signature, **row))
+    return found

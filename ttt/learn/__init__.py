@@ -1,0 +1,1 @@
+"""Learning from any loss and from text: `Learner`, output head, guard, and what they share."""

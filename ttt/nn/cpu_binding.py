@@ -1,0 +1,159 @@
+"""A CPU layer's addresses, bound once, so that decoding with a small layer does not cost more than its arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttt.ops import cpu
+from ttt.ops.backends import record
+from ttt.ops.low_rank.cpu import bind_fleet, refuse
+
+# Someone who wants to see every op (a dispatch mode such as FlopCounterMode or FakeTensorMode): then only ops will do.
+_listeners = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+
+
+class _Direct:
+    dtype: torch.dtype
+
+    def _plain(self, t: Tensor, dtype: torch.dtype | None = None) -> bool:
+        """Whether ``t`` has ``dtype``, by default the layer's, and stands in one piece in the CPU's memory."""
+        return t.dtype is (dtype or self.dtype) and t.is_contiguous() and t.is_cpu
+
+
+class Binding(_Direct):
+    """The C++ kernels called directly: the dispatcher and the checks of the ops cost more than a small product.
+
+    Each method does its work only where the arguments are what the ops would accept; otherwise it returns None or False
+    and has changed nothing: the caller then goes through the op, which names what is wrong.
+    """
+
+    def __init__(self, layer) -> None:
+        weight = layer.weight
+        self.address = weight.data_ptr()
+        self.dtype = weight.dtype
+        self.m, self.n = weight.shape
+        self.kernels: Any = cpu.bind_layer(layer) if self.m and self.n else None
+        self.few = cpu.few_tokens(weight.dtype) if self.kernels is not None else 0
+        # A commit whose rows are put together is left to the ops.
+        self.window, self.room = layer.config.window, layer.config.window - layer.assembles
+        self.tokens = layer.tokens.data_ptr()
+        self.inserts, self.traces = layer.recent is not None, layer.win_trace is not None
+        self.projects = layer.basis is not None
+        self.appended = _present(layer, "win_x", "win_delta", "win_eta", "win_trace", "recent", "recent_seen")
+        self.committed = _present(layer, "weight", "trace", "momentum", "step", "tokens", "win_eta")
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        """The layer's output for at most ``few`` tokens."""
+        shape, n = x.shape, self.n
+        if not shape or shape[-1] != n or x.dtype != self.dtype or type(x) is not Tensor:
+            return None
+        tokens = x.numel() // n
+        if tokens > self.few or tokens == 0 or not x.is_contiguous() or not x.is_cpu or x.requires_grad:
+            return None
+        y = x.new_empty((*shape[:-1], self.m))
+        self.kernels.forward(x.data_ptr(), y.data_ptr(), tokens, torch.get_num_threads(), False)
+        record("window_linear", "cpu")
+        return y
+
+    def learn(self, update, at: int) -> int | None:
+        """Put the rows of ``update`` into the window, from row ``at`` on, and commit if that makes it full.
+
+        Returns:
+            The rows in the window afterwards.
+        """
+        x, delta, eta, traced = update.x, update.delta, update.eta, 0
+        rows = x.shape[0]
+        full = at + rows
+        if full > self.room or x.shape != (rows, self.n) or delta.shape != (rows, self.m) or eta.shape != (rows,):
+            return None
+        if not (self._plain(x) and self._plain(delta) and self._plain(eta, torch.float32)):
+            return None
+        if self.traces:
+            trace_delta = delta if update.trace_delta is None else update.trace_delta
+            if trace_delta.shape != delta.shape or not self._plain(trace_delta):
+                return None
+            traced = trace_delta.data_ptr()
+        self.kernels.append(x.data_ptr(), delta.data_ptr(), eta.data_ptr(), traced, at, rows, torch.get_num_threads())
+        torch.autograd.graph.increment_version(self.appended)
+        if self.inserts:
+            record("reservoir_insert", "cpu")
+        if self.projects:
+            record("project_out", "cpu")
+        if full < self.window:
+            return full
+        self.kernels.commit_window(self.tokens, full, torch.get_num_threads())
+        torch.autograd.graph.increment_version(self.committed)
+        record("commit", "cpu")
+        return 0
+
+
+class FleetBinding(_Direct):
+    """The same for a `ttt.nn.FleetLinear`, whose steps come after a product that took the caches for itself."""
+
+    def __init__(self, layer) -> None:
+        weight = layer.weight
+        self.address, self.dtype = weight.data_ptr(), weight.dtype
+        self.weight, self.bias = weight, layer.bias
+        self.m, self.n = weight.shape
+        self.kernels: Any = bind_fleet(layer) if self.m and self.n else None
+        self.appended = _present(layer, "a", "b", "rows", "eta_sum")
+        self.compressed = _present(layer, "lost", "step")
+
+    def forward(self, x: Tensor, users: Tensor) -> Tensor | None:
+        """The layer's output; ``users`` (T,) int32."""
+        tokens = users.numel()
+        if type(x) is not Tensor or x.shape[-1] != self.n or x.numel() != tokens * self.n or not self._plain(x):
+            return None
+        if x.requires_grad and torch.is_grad_enabled():
+            return None
+        y = torch.nn.functional.linear(x, self.weight, self.bias)
+        if not self.kernels.forward(x.data_ptr(), users.data_ptr(), y.data_ptr(), tokens, torch.get_num_threads()):
+            return None
+        record("fleet_linear", "cpu")
+        return y
+
+    def learn(self, x: Tensor, delta: Tensor, eta: Tensor, users: Tensor) -> bool:
+        """As the layer's `learn`.
+
+        Raises:
+            RuntimeError: as `ttt.ops.fleet_compress`; a later call goes on from there.
+        """
+        tokens = users.numel()
+        if x.shape != (tokens, self.n) or delta.shape != (tokens, self.m) or eta.shape != (tokens,):
+            return False
+        plain = self._plain(x) and self._plain(delta) and self._plain(eta, torch.float32)
+        if not plain or not self._plain(users, torch.int32):
+            return False
+        appends, compressions, failed = self.kernels.learn(
+            x.data_ptr(), delta.data_ptr(), eta.data_ptr(), users.data_ptr(), tokens, torch.get_num_threads()
+        )
+        if failed < -1:
+            return False
+        if appends:
+            record("fleet_append", "cpu")
+            torch.autograd.graph.increment_version(self.appended)
+        if compressions:
+            record("fleet_compress", "cpu")
+            torch.autograd.graph.increment_version(self.appended + self.compressed)
+        refuse(failed)
+        return True
+
+
+def _present(layer, *names: str) -> list[Tensor]:
+    return [t for name in names if (t := getattr(layer, name)) is not None]
+
+
+def binding_of(layer) -> Any:
+    """The layer's binding, made anew where its weight has moved; None where only the ops will do."""
+    if torch.compiler.is_compiling() or _listeners():
+        return None
+    weight = layer._parameters["weight"]
+    if type(weight) is not torch.nn.Parameter or not weight.is_cpu:
+        return None
+    binding = layer._binding
+    if binding is None or binding.address != weight.data_ptr():
+        binding = layer._binding = layer._bind()
+    return binding if binding.kernels is not None else None

@@ -1,0 +1,66 @@
+"""What no user may forget: importance as row and column means, and replay memory; both shared by all users."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ttt import ops
+from ttt.nn import Capturing, FleetLinear
+from ttt.nn.directions import refresh
+
+
+def calibrate(layers: Sequence[FleetLinear], losses: Iterator[Tensor], kind: str) -> None:
+    """Importance, replay memory, its principal directions, and the scale of gradients, from those of ``losses``.
+
+    Omega's row and column means come from those of the tokens' squares (``kind`` "mas": absolute values), without an
+    m x n matrix: row i has sum_t delta_ti^2 mean_j x_tj^2. They are stored so that importance_m[i] importance_n[j] has
+    mean 1 over the model, as Omega does elsewhere. Layers are written at the end: an error leaves them as they were.
+
+    Raises:
+        ValueError: if there is no loss, or a gradient is not finite.
+    """
+    tokens = 0
+    wide = layers[0].eta_sum.dtype
+    sums = [
+        tuple(torch.zeros(k, dtype=wide, device=la.weight.device) for k in (la.out_features, la.in_features))
+        for la in layers
+    ]
+    memories = [None if la.memory is None else (la.memory.clone(), la.seen.clone()) for la in layers]
+    # The gradients of MAS are not the loss's.
+    moments = [None if la.calibrated is None or kind == "mas" else torch.zeros_like(la.calibrated) for la in layers]
+    with Capturing(layers) as capturing, torch.enable_grad():
+        for loss in losses:
+            loss.backward()
+            captured = zip(layers, capturing.renew(), sums, memories, moments, strict=True)
+            for layer, pairs, (by_row, by_column), memory, moment in captured:
+                for x, delta in pairs:
+                    x, delta = x.to(layer.weight.dtype).contiguous(), delta.to(layer.weight.dtype)
+                    _, steps = layer.steps(x, delta, None)
+                    if not bool(steps.finite.all()):
+                        raise ValueError(f"calibration gave no finite gradient at {layer.name or layer}")
+                    tokens += len(x)
+                    if moment is not None and steps.grown is not None:
+                        moment += steps.grown
+                    xs, ds = (t.to(wide).abs() if kind == "mas" else t.to(wide).square() for t in (x, delta))
+                    by_row += ds.T @ xs.mean(1)
+                    by_column += xs.T @ ds.mean(1)
+                    if memory is not None:
+                        with torch.no_grad():
+                            ops.reservoir_insert(*memory, x, seed=layer.seed)
+    if tokens == 0:
+        raise ValueError("batches must hold at least one batch of tokens, got none")
+    weights = sum(layer.weight.numel() for layer in layers)
+    mean = sum(float(rows.mean()) * layer.weight.numel() for layer, (rows, _) in zip(layers, sums, strict=True))
+    for layer, (by_row, by_column), memory, moment in zip(layers, sums, memories, moments, strict=True):
+        if layer.importance_m is not None:
+            layer.importance_m.copy_(by_row / (mean / weights or 1.0))
+            layer.importance_n.copy_(by_column / (by_column.mean() or 1.0))
+        if memory is not None:
+            layer.memory.copy_(memory[0])
+            layer.seen.copy_(memory[1])
+            refresh(layer)
+        if moment is not None:
+            layer.calibrated.copy_(moment)

@@ -1,0 +1,1 @@
+"""Rules for sequences of tasks with labelled samples, and the `Trainer` that composes them."""

@@ -1,0 +1,33 @@
+"""The update rule of Titans: a velocity, and a gate that forgets what was learnt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ttt.checks import check_number
+from ttt.rules.task.base import Rule
+
+
+class Momentum(Rule):
+    """The layers' updates carry a velocity and forget: "surprise" over time, after Titans.
+
+    Behrouz, Zhong & Mirrokni, "Titans: Learning to Memorize at Test Time", 2024, inside the commit; what a window makes
+    of the paper's recurrence is derived in `ttt.ops.momentum`. Here the gate takes weights back to the anchor and not
+    to 0: what is forgotten is what was learnt since the anchor last moved.
+
+    Args:
+        mu: share of the velocity that stays from token to token, in [0, 1).
+        decay: >= 0, pull to the anchor per token and unit of the learning rate.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    def __init__(self, mu: float = 0.9, *, decay: float = 0.0) -> None:
+        if not 0 <= mu < 1:
+            raise ValueError(f"mu must be a number in [0.0, 1.0), got {mu!r}")
+        self.mu = mu
+        self.decay = check_number("decay", decay, 0.0)
+
+    def options(self) -> dict[str, Any]:
+        return {"momentum": self.mu, "decay": self.decay}

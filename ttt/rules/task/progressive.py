@@ -1,0 +1,149 @@
+"""Progressive Neural Networks: a column for each task, fed by the columns before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ttt.checks import check_whole
+from ttt.config import TTTConfig
+from ttt.nn import Linear
+from ttt.rules.task.base import Batch, Rule
+
+
+def with_ones(x: Tensor) -> Tensor:
+    """(..., n) -> (..., n + 1), the last feature being 1: a bias becomes a weight, and learns as weights do."""
+    return torch.cat([x, x.new_ones((*x.shape[:-1], 1))], -1)
+
+
+class Column(nn.Module):
+    """One multilayer perceptron, and its lateral connections from ``older`` columns of the same sizes."""
+
+    def __init__(self, sizes: Sequence[int], older: int, adapter: int | None, config: TTTConfig, name: str) -> None:
+        super().__init__()
+
+        def linear(n: int, m: int, role: str) -> Linear:
+            return Linear(n, m, bias=False, config=config, name=f"{name}.{role}")
+
+        self.layers = nn.ModuleList(linear(n + 1, m, f"layers.{i}") for i, (n, m) in enumerate(pairwise(sizes)))
+        self.adapters = nn.ModuleList()  # of the second layer, the third, ...
+        for i, (n, m) in enumerate(pairwise(sizes[1:])):
+            if older == 0:
+                continue
+            if adapter is None:
+                self.adapters.append(linear(older * n, m, f"lateral.{i}"))
+            else:
+                parts = linear(older * n + 1, adapter, f"adapter.{i}"), linear(adapter, m, f"lateral.{i}")
+                self.adapters.append(nn.Sequential(Ones(), parts[0], nn.ReLU(), parts[1]))
+
+    def forward(self, x: Tensor, older: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Activations of every layer; the last is the output. ``older``: those of the earlier columns."""
+        out: list[Tensor] = []
+        h = x
+        for i, layer in enumerate(self.layers):
+            h = layer(with_ones(h))
+            if i > 0 and older:
+                h = h + self.adapters[i - 1](torch.cat([column[i - 1] for column in older], -1))
+            if i < len(self.layers) - 1:
+                h = torch.relu(h)
+            out.append(h)
+        return out
+
+
+class Ones(nn.Module):
+    """`with_ones` as a module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return with_ones(x)
+
+
+class ProgressiveNet(nn.Module):
+    """Progressive Neural Networks (Rusu et al., 2016), of multilayer perceptrons with ReLU.
+
+    Layer i of column k reads its own column's layer below and those of all earlier columns::
+
+        h_i^k = relu(W_i^k h_{i-1}^k + sum_{j<k} U_i^{k:j} h_{i-1}^j)        i >= 2; no relu at the output
+
+    or, with ``adapter`` = a, the paper's nonlinear adapter U relu(V [h^1 ... h^{k-1}]) with V of a rows (its learnt
+    scale is part of V). Earlier columns run without gradient: they are not changed by one bit.
+    It has to be told the task, at test time, too.
+
+    Args:
+        sizes: features of the input, the hidden layers and the output; at least one hidden layer.
+        config: how the newest column learns.
+        adapter: a, the width of the adapters; None for linear lateral connections.
+
+    Raises:
+        ValueError: for sizes that are no network with a hidden layer, or ``adapter`` < 1.
+    """
+
+    def __init__(self, sizes: Sequence[int], config: TTTConfig, *, adapter: int | None = None) -> None:
+        super().__init__()
+        if len(sizes) < 3 or min(sizes) < 1:
+            raise ValueError(f"sizes must be at least three whole numbers of at least 1, got {tuple(sizes)}")
+        self.sizes, self.config = tuple(sizes), config
+        self.adapter = None if adapter is None else check_whole("adapter", adapter, 1)
+        self.columns = nn.ModuleList()
+
+    def add_column(self) -> Column:
+        """A new column, which learns from now on; the others stay as they are."""
+        k = len(self.columns)
+        column = Column(self.sizes, k, self.adapter, self.config, f"columns.{k}")
+        like = next(self.parameters(), None)
+        if like is not None:
+            column = column.to(like.device, like.dtype)
+        self.columns.append(column)
+        return column
+
+    def forward(self, x: Tensor, task: Tensor | int) -> Tensor:
+        """(N, n) inputs of ``task`` (one for all, or (N,) int64) -> (N, K) outputs, each of its task's column.
+
+        Raises:
+            ValueError: for a task without a column.
+        """
+        if isinstance(task, Tensor):
+            found = task.unique().tolist()
+            if len(found) > 1:
+                y = x.new_zeros((len(x), self.sizes[-1]))
+                for t in found:
+                    y[task == t] = self(x[task == t], t)
+                return y
+            task = found[0] if found else 0
+        if not 0 <= task < len(self.columns):
+            raise ValueError(f"task must be one of the {len(self.columns)} tasks that have a column, got {task}")
+        older: list[list[Tensor]] = []
+        with torch.no_grad():
+            for column in self.columns[:task]:
+                older.append(column(x, older))
+        if task < len(self.columns) - 1:  # not the newest: it must not learn
+            with torch.no_grad():
+                return self.columns[task](x, older)[-1]
+        return self.columns[task](x, older)[-1]
+
+
+class Progressive(Rule):
+    """Gives a `ProgressiveNet` a column for each task.
+
+    Raises:
+        TypeError: at `attach`, for another model.
+    """
+
+    architecture: ClassVar[bool] = True
+
+    def attach(self, model: nn.Module, forward) -> None:
+        if not isinstance(model, ProgressiveNet):
+            raise TypeError(f"model must be a ProgressiveNet, got {type(model).__name__}")
+        super().attach(model, forward)
+
+    def begin_task(self, task: int) -> None:
+        assert isinstance(self.model, ProgressiveNet)
+        self.model.add_column()
+
+
+def forward_task(model: nn.Module, batch: Batch) -> Tensor:
+    """The forward pass of a model that is told the task."""
+    return model(batch.x, batch.task)

@@ -1,0 +1,114 @@
+"""`Trainer`: a model that learns one task after another, under any rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ttt.adapt.convert import learning_layers, require_layers
+from ttt.learn import protection
+from ttt.learn.any_loss import learning
+from ttt.rules.task.base import Batch, Forward, Rule, forward_inputs, masked, task_loss
+
+
+class Trainer:
+    """Steps through tasks; every step is one `ttt.learning` block, so weights change by the fused commit alone.
+
+    Each step minimises cross entropy plus the rules' terms, all summed over samples: ``lr`` is a step per sample.
+
+        rules = [EWC(lam=0.1), ExperienceReplay(200)]
+        ttt.adapt_(model, ttt.rules.configure(config, rules))
+        trainer = ttt.rules.Trainer(model, rules)
+        for task in tasks:
+            trainer.learn_task(samples_of(task), epochs=5)
+
+    Args:
+        model: adapted by `ttt.adapt_`, or made of `ttt.nn.Linear`, under ``configure(config, rules)``.
+        rules: none for plain SGD.
+        forward: (model, batch) -> (N, K) logits. Default: ``model(batch.x)``.
+
+    Raises:
+        ValueError: if the model's configuration is not what the rules need.
+    """
+
+    def __init__(self, model: nn.Module, rules: Sequence[Rule] = (), *, forward: Forward = forward_inputs) -> None:
+        self.model, self.rules, self.forward = model, list(rules), forward
+        self.task = -1
+        for rule in self.rules:
+            rule.attach(model, forward)
+            for _, layer in learning_layers(model):
+                for name, value in rule.options().items():
+                    held = getattr(layer.config, name)
+                    if held != value:
+                        raise ValueError(
+                            f"{type(rule).__name__} needs {name} = {value!r}, but the model was adapted with {held!r}; "
+                            "adapt it under ttt.rules.configure(config, rules)"
+                        )
+
+    def begin_task(self) -> None:
+        """To be called before a task's first step."""
+        self.task += 1
+        for rule in self.rules:
+            rule.begin_task(self.task)
+
+    def step(self, batch: Batch) -> float:
+        """Learn from ``batch``; returns its mean loss from before.
+
+        Raises:
+            RuntimeError: before the first `begin_task`.
+            ValueError: if nothing may learn from ``batch``.
+            FloatingPointError: if a gradient is not finite; nothing has changed then.
+        """
+        if self.task < 0:
+            raise RuntimeError("call begin_task() before the first step")
+        with learning(self.model):
+            logits = self.forward(self.model, batch)
+            own = loss = task_loss(logits, batch)
+            for rule in self.rules:
+                term = rule.term(batch, logits)
+                if term is not None:
+                    loss = loss + term
+            if not loss.requires_grad:
+                raise ValueError("batch passes no layer that may learn, as where its task's column is an old one")
+            loss.backward()
+        logits = logits.detach()
+        for rule in self.rules:
+            rule.end_step(batch, logits)
+        return float(own.detach()) / max(1, len(batch))
+
+    def end_task(self, batches: Iterable[Batch]) -> None:
+        """What was learnt becomes something to protect: importance is measured, the anchors move.
+
+        Args:
+            batches: each sample of the task once.
+        """
+        batches = list(batches)
+        for rule in self.rules:
+            rule.measure(batches)
+        protection.consolidate(require_layers(self.model))
+        for rule in self.rules:
+            rule.end_task(batches)
+
+    def learn_task(
+        self, samples: Batch, *, epochs: int = 1, batch_size: int = 32, generator: torch.Generator | None = None
+    ) -> None:
+        """A whole task: ``epochs`` passes over ``samples`` in random order, then its end."""
+        self.begin_task()
+        for _ in range(epochs):
+            for rows in torch.randperm(len(samples), generator=generator).split(batch_size):
+                self.step(samples[rows])
+        self.end_task([samples[rows] for rows in torch.arange(len(samples)).split(256)])
+
+    @torch.no_grad()
+    def accuracy(self, samples: Batch) -> float:
+        """Share of ``samples`` whose largest allowed logit is the label's."""
+        chosen = masked(self.forward(self.model, samples), samples.allowed).argmax(-1)
+        return float((chosen == samples.y).double().mean())
+
+    def state_bytes(self) -> int:
+        """Bytes that learning keeps: the layers' buffers and what the rules store; not the weights themselves."""
+        held: list[Tensor] = [b for _, layer in learning_layers(self.model) for b in layer.buffers(recurse=False)]
+        held += [t for rule in self.rules for t in rule.tensors()]
+        return sum(t.numel() * t.element_size() for t in held)
