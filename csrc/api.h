@@ -42,7 +42,7 @@ struct Commit {
   const Tiles* tiles;  // may be null
 };
 
-struct FleetLinear {
+struct LowRankLinear {
   const void* x;         // T x n, dtype
   const void *a, *b;     // slots x capacity x n, slots x capacity x m, dtype
   const int32_t* rows;   // slots: rows in use
@@ -52,7 +52,7 @@ struct FleetLinear {
   int dtype, threads;
 };
 
-struct FleetAppend {
+struct LowRankAppend {
   void *a, *b;            // as above
   int32_t* rows;          // slots
   float* eta_sum;         // slots
@@ -63,7 +63,7 @@ struct FleetAppend {
   int dtype, threads;
 };
 
-struct FleetCompress {
+struct LowRankCompress {
   void *a, *b;                               // as above
   int32_t* rows;                             // slots
   float *eta_sum, *lost;                     // slots
@@ -83,9 +83,9 @@ struct Kernels {
   const char* isa;
   void (*window_linear)(const WindowLinear&);
   void (*commit)(const Commit&);
-  void (*fleet_linear)(const FleetLinear&);
-  void (*fleet_append)(const FleetAppend&);
-  int64_t (*fleet_compress)(const FleetCompress&);
+  void (*low_rank_linear)(const LowRankLinear&);
+  void (*low_rank_append)(const LowRankAppend&);
+  int64_t (*low_rank_compress)(const LowRankCompress&);
 };
 
 // One table per instruction set, each from its own compilation of kernels.cpp.

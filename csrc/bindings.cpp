@@ -170,7 +170,7 @@ void commit(Args... args) {
 }
 
 // Whether all users are slots, or -1, and, where `rows` is given, each has room for rows of its tokens.
-bool fleet_fits(address users, address rows, int64_t tokens, int64_t slots, int64_t capacity) {
+bool low_rank_fits(address users, address rows, int64_t tokens, int64_t slots, int64_t capacity) {
   const int32_t* user = in<int32_t>(users);
   std::vector<int64_t> left(slots, tokens);
   for (int64_t u = 0; u < slots && rows; u++) left[u] = capacity - in<int32_t>(rows)[u];
@@ -181,40 +181,40 @@ bool fleet_fits(address users, address rows, int64_t tokens, int64_t slots, int6
   return true;
 }
 
-void fleet_linear(address x, address a, address b, address rows, address users, address y, int64_t tokens, int64_t m,
-                  int64_t n, int64_t capacity, int dtype, int threads) {
-  const ttt::FleetLinear f{
+void low_rank_linear(address x, address a, address b, address rows, address users, address y, int64_t tokens, int64_t m,
+                     int64_t n, int64_t capacity, int dtype, int threads) {
+  const ttt::LowRankLinear f{
       in<void>(x), in<void>(a), in<void>(b), in<int32_t>(rows), in<int32_t>(users), out<void>(y), tokens, m, n,
       capacity,    dtype,       threads};
   py::gil_scoped_release release;
-  active->fleet_linear(f);
+  active->low_rank_linear(f);
 }
 
-void fleet_append(address a, address b, address rows, address eta_sum, address x, address delta, address eta,
-                  address users, int64_t tokens, int64_t m, int64_t n, int64_t capacity, int dtype, int threads) {
-  const ttt::FleetAppend f{out<void>(a),
-                           out<void>(b),
-                           out<int32_t>(rows),
-                           out<float>(eta_sum),
-                           in<void>(x),
-                           in<void>(delta),
-                           in<float>(eta),
-                           in<int32_t>(users),
-                           tokens,
-                           m,
-                           n,
-                           capacity,
-                           dtype,
-                           threads};
+void low_rank_append(address a, address b, address rows, address eta_sum, address x, address delta, address eta,
+                     address users, int64_t tokens, int64_t m, int64_t n, int64_t capacity, int dtype, int threads) {
+  const ttt::LowRankAppend f{out<void>(a),
+                             out<void>(b),
+                             out<int32_t>(rows),
+                             out<float>(eta_sum),
+                             in<void>(x),
+                             in<void>(delta),
+                             in<float>(eta),
+                             in<int32_t>(users),
+                             tokens,
+                             m,
+                             n,
+                             capacity,
+                             dtype,
+                             threads};
   py::gil_scoped_release release;
-  active->fleet_append(f);
+  active->low_rank_append(f);
 }
 
-ttt::FleetCompress compress_of(address a, address b, address rows, address eta_sum, address lost, address step,
-                               address slots, address importance_m, address importance_n, address memory, address seen,
-                               int64_t count, int64_t m, int64_t n, int64_t capacity, int64_t rank, int64_t memory_rows,
-                               int64_t replay_rows, uint64_t seed, double lam, double beta, double eps, bool directions,
-                               int dtype, int replay, int threads) {
+ttt::LowRankCompress compress_of(address a, address b, address rows, address eta_sum, address lost, address step,
+                                 address slots, address importance_m, address importance_n, address memory,
+                                 address seen, int64_t count, int64_t m, int64_t n, int64_t capacity, int64_t rank,
+                                 int64_t memory_rows, int64_t replay_rows, uint64_t seed, double lam, double beta,
+                                 double eps, bool directions, int dtype, int replay, int threads) {
   return {out<void>(a),
           out<void>(b),
           out<int32_t>(rows),
@@ -245,10 +245,10 @@ ttt::FleetCompress compress_of(address a, address b, address rows, address eta_s
 
 // The first slot that was left as it was, because its rows are not finite; -1 if none was.
 template <class... Args>
-int64_t fleet_compress(Args... args) {
-  const ttt::FleetCompress f = compress_of(args...);
+int64_t low_rank_compress(Args... args) {
+  const ttt::LowRankCompress f = compress_of(args...);
   py::gil_scoped_release release;
-  return active->fleet_compress(f);
+  return active->low_rank_compress(f);
 }
 
 // Algorithm R: row s goes to slot s while there is room, then to a random slot of [0, s].
@@ -327,37 +327,37 @@ struct Layer {
 };
 
 // The addresses of one layer of many users, bound once, too.
-struct Fleet {
-  ttt::FleetCompress held;  // its `slots`, `count` and `threads` are set at each call
+struct LowRank {
+  ttt::LowRankCompress held;  // its `slots`, `count` and `threads` are set at each call
   int64_t slots, window;
 
   // y holds x W^T + b. False, and nothing was done, if a user has no slot.
   bool forward(address x, address users, address y, int64_t tokens, int threads) const {
-    if (!fleet_fits(users, 0, tokens, slots, held.capacity)) return false;
-    const ttt::FleetLinear f{in<void>(x), held.a, held.b, held.rows,     in<int32_t>(users), out<void>(y),
-                             tokens,      held.m, held.n, held.capacity, held.dtype,         threads};
+    if (!low_rank_fits(users, 0, tokens, slots, held.capacity)) return false;
+    const ttt::LowRankLinear f{in<void>(x), held.a, held.b, held.rows,     in<int32_t>(users), out<void>(y),
+                               tokens,      held.m, held.n, held.capacity, held.dtype,         threads};
     py::gil_scoped_release release;
-    active->fleet_linear(f);
+    active->low_rank_linear(f);
     return true;
   }
 
   // Slots that `chosen` names are compressed; the first that could not be, or -1.
   int64_t compress(const std::vector<int64_t>& chosen, int threads, int* calls) const {
     if (chosen.empty()) return -1;
-    ttt::FleetCompress f = held;
+    ttt::LowRankCompress f = held;
     f.slots = chosen.data();
     f.count = static_cast<int64_t>(chosen.size());
     f.threads = threads;
     ++*calls;
-    return active->fleet_compress(f);
+    return active->low_rank_compress(f);
   }
 
-  // Every token's step into its user's slot, as `ttt.nn.FleetLinear.learn` says. How often tokens were appended and
+  // Every token's step into its user's slot, as `ttt.nn.LowRankLinear.learn` says. How often tokens were appended and
   // slots compressed, and -1; or the slot that could not be, at which it ended; or -2, and nothing was done, if a user
   // has no slot.
   std::tuple<int, int, int64_t> learn(address x, address delta, address eta, address users, int64_t tokens,
                                       int threads) const {
-    if (!fleet_fits(users, 0, tokens, slots, held.capacity)) return {0, 0, -2};
+    if (!low_rank_fits(users, 0, tokens, slots, held.capacity)) return {0, 0, -2};
     py::gil_scoped_release release;
     const int32_t* user = in<int32_t>(users);
     std::vector<int64_t> before(tokens), total(slots), count(slots), chosen;
@@ -379,8 +379,8 @@ struct Fleet {
       }
       int64_t failed = compress(chosen, threads, &compressions);
       if (failed >= 0) return {appends, compressions, failed};
-      active->fleet_append({held.a, held.b, held.rows, held.eta_sum, in<void>(x), in<void>(delta), in<float>(eta),
-                            part.data(), tokens, held.m, held.n, held.capacity, held.dtype, threads});
+      active->low_rank_append({held.a, held.b, held.rows, held.eta_sum, in<void>(x), in<void>(delta), in<float>(eta),
+                               part.data(), tokens, held.m, held.n, held.capacity, held.dtype, threads});
       appends++;
       chosen.clear();
       for (int64_t u = 0; u < slots; u++)
@@ -405,8 +405,8 @@ template <class R, class... Args>
 struct CompressAs;
 template <class R, class... Args>
 struct CompressAs<R(Args...)> {
-  static constexpr auto call = &fleet_compress<Args...>;
-  static Fleet bind(int64_t slots, int64_t window, Args... args) { return {compress_of(args...), slots, window}; }
+  static constexpr auto call = &low_rank_compress<Args...>;
+  static LowRank bind(int64_t slots, int64_t window, Args... args) { return {compress_of(args...), slots, window}; }
 };
 using CompressArguments = CompressAs<std::remove_pointer_t<decltype(&compress_of)>>;
 
@@ -417,14 +417,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("window_linear", &window_linear);
   m.def("project_out", &project_out);
   m.def("commit", CommitArguments::call);
-  m.def("fleet_fits", &fleet_fits);
-  m.def("fleet_linear", &fleet_linear);
-  m.def("fleet_append", &fleet_append);
-  m.def("fleet_compress", CompressArguments::call);
-  py::class_<Fleet>(m, "Fleet")
+  m.def("low_rank_fits", &low_rank_fits);
+  m.def("low_rank_linear", &low_rank_linear);
+  m.def("low_rank_append", &low_rank_append);
+  m.def("low_rank_compress", CompressArguments::call);
+  py::class_<LowRank>(m, "LowRank")
       .def(py::init(&CompressArguments::bind))
-      .def("forward", &Fleet::forward)
-      .def("learn", &Fleet::learn);
+      .def("forward", &LowRank::forward)
+      .def("learn", &LowRank::learn);
   m.def("reservoir_insert", &reservoir_insert);
   m.def("reservoir_draw", &reservoir_draw);
   py::class_<Layer>(m, "Layer")

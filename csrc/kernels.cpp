@@ -1,5 +1,5 @@
-// Chooses the namespace and vector length by instruction set; the bodies are in commit.h, window_linear.h and fleet.h.
-// Compiled once for each instruction set with that set's flags (setup.py), never for the whole library.
+// Chooses the namespace and vector length by instruction set; the bodies are in commit.h, window_linear.h and
+// low_rank.h. Compiled once for each instruction set with that set's flags (setup.py), never for the whole library.
 #include "api.h"
 
 #if defined(TTT_ISA_AVX512BF16)
@@ -21,15 +21,15 @@
 #endif
 
 #include "commit.h"
-#include "fleet.h"
-#include "fleet_compress.h"
+#include "low_rank.h"
+#include "low_rank_compress.h"
 #include "window_linear.h"
 
 namespace ttt {
 
 const Kernels& TTT_TABLE() {
-  static const Kernels table = {TTT_NAME,         run_window_linear, run_commit,
-                                run_fleet_linear, run_fleet_append,  run_fleet_compress};
+  static const Kernels table = {
+      TTT_NAME, run_window_linear, run_commit, run_low_rank_linear, run_low_rank_append, run_low_rank_compress};
   return table;
 }
 

@@ -13,22 +13,22 @@
 namespace {
 
 // Of y, of all tokens at a time: the first-level cache holds them while B's rows pass.
-constexpr int64_t FLEET_COLUMNS = 2048;
+constexpr int64_t LOW_RANK_COLUMNS = 2048;
 
-// A run of tokens of one user, in the order of `FleetBatch`.
-struct FleetGroup {
+// A run of tokens of one user, in the order of `LowRankBatch`.
+struct LowRankGroup {
   int64_t slot, first, count, rows;
   int64_t inner;  // where its count x rows products A x begin
 };
 
-struct FleetBatch {
+struct LowRankBatch {
   std::vector<int> token;  // those that have a user, by user and then as they came
-  std::vector<FleetGroup> groups;
+  std::vector<LowRankGroup> groups;
   int64_t products = 0;
 
   bool one_each() const { return groups.size() == token.size(); }
 
-  explicit FleetBatch(const ttt::FleetLinear& a) {
+  explicit LowRankBatch(const ttt::LowRankLinear& a) {
     for (int64_t t = 0; t < a.tokens; t++)
       if (a.users[t] >= 0 && a.rows[a.users[t]] > 0) token.push_back(static_cast<int>(t));
     std::stable_sort(token.begin(), token.end(), [&](int s, int t) { return a.users[s] < a.users[t]; });
@@ -94,21 +94,21 @@ inline void add_all_rows(float* acc, int64_t width, const float* factor, int64_t
 }
 
 template <class T>
-void fleet_linear(const ttt::FleetLinear& a) {
+void low_rank_linear(const ttt::LowRankLinear& a) {
   const int64_t m = a.m, n = a.n;
-  const FleetBatch batch(a);
+  const LowRankBatch batch(a);
   if (batch.token.empty()) return;
   const Tokens<T> x(static_cast<const T*>(a.x), batch.token.size(), n, batch.token.data());
   const int64_t stride = x.row(1) - x.row(0);
   Scratch inner(batch.products);
 
   struct Unit {
-    const FleetGroup* group;
+    const LowRankGroup* group;
     int64_t at;  // row of A, or column of B
   };
   // Long stretches of a row are read faster, but each thread should get several.
-  const bool many = static_cast<int64_t>(batch.groups.size()) * m >= 4 * a.threads * FLEET_COLUMNS;
-  const int64_t width = many && batch.one_each() ? FLEET_COLUMNS : FLEET_COLUMNS / 4;
+  const bool many = static_cast<int64_t>(batch.groups.size()) * m >= 4 * a.threads * LOW_RANK_COLUMNS;
+  const int64_t width = many && batch.one_each() ? LOW_RANK_COLUMNS : LOW_RANK_COLUMNS / 4;
   std::vector<Unit> dots, sums;
   double work = 0;
   for (const auto& g : batch.groups) {
@@ -131,7 +131,7 @@ void fleet_linear(const ttt::FleetLinear& a) {
     // inner[t * rows + r] = A_r . x_t
 #pragma omp for schedule(dynamic, dots_run)
     for (size_t unit = 0; unit < dots.size(); unit++) {
-      const FleetGroup& g = *dots[unit].group;
+      const LowRankGroup& g = *dots[unit].group;
       const int64_t r0 = dots[unit].at;
       const int some = static_cast<int>(std::min<int64_t>(4, g.rows - r0));
       const T* row[4] = {};
@@ -141,11 +141,11 @@ void fleet_linear(const ttt::FleetLinear& a) {
     }
 #pragma omp for schedule(dynamic, sums_run)
     for (size_t unit = 0; unit < sums.size(); unit++) {
-      const FleetGroup& g = *sums[unit].group;
+      const LowRankGroup& g = *sums[unit].group;
       const int64_t i0 = sums[unit].at, count = std::min(width, m - i0);
       const T* b = row_b(sums[unit]);
       const int64_t next = unit + 1 < sums.size() ? row_b(sums[unit + 1]) - b : 0;
-      alignas(64) float acc[FLEET_COLUMNS];
+      alignas(64) float acc[LOW_RANK_COLUMNS];
       for (int64_t t = 0; t < g.count; t += 4) {
         const int some = static_cast<int>(std::min<int64_t>(4, g.count - t));
         for (int k = 0; k < some; k++) {
@@ -179,7 +179,7 @@ void fleet_linear(const ttt::FleetLinear& a) {
 
 // a[u, rows[u]] = x_t, b[u, rows[u]] = -eta_t delta_t for each token, in order. There is room: the caller checked.
 template <class T>
-void fleet_append(const ttt::FleetAppend& a) {
+void low_rank_append(const ttt::LowRankAppend& a) {
   std::vector<int64_t> to(a.tokens, -1);
   for (int64_t t = 0; t < a.tokens; t++) {
     const int64_t u = a.users[t];
@@ -202,18 +202,18 @@ void fleet_append(const ttt::FleetAppend& a) {
   }
 }
 
-void run_fleet_linear(const ttt::FleetLinear& a) {
+void run_low_rank_linear(const ttt::LowRankLinear& a) {
   if (a.dtype == ttt::kF32)
-    fleet_linear<float>(a);
+    low_rank_linear<float>(a);
   else
-    fleet_linear<bf16>(a);
+    low_rank_linear<bf16>(a);
 }
 
-void run_fleet_append(const ttt::FleetAppend& a) {
+void run_low_rank_append(const ttt::LowRankAppend& a) {
   if (a.dtype == ttt::kF32)
-    fleet_append<float>(a);
+    low_rank_append<float>(a);
   else
-    fleet_append<bf16>(a);
+    low_rank_append<bf16>(a);
 }
 
 }  // namespace

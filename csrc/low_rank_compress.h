@@ -1,5 +1,5 @@
-// Slots of a fleet brought back to `rank` rows, checked against replay and pulled to the anchor. See
-// ttt.ops.fleet_compress for the formulas, truncate.h and fleet_pull.h for how.
+// Slots of users brought back to `rank` rows, checked against replay and pulled to the anchor. See
+// ttt.ops.low_rank_compress for the formulas, truncate.h and low_rank_pull.h for how.
 //
 // A sum over columns is made in pieces that depend on the number of columns only, and these are added in order: a
 // slot's bits depend neither on how many threads there are nor on which others are compressed.
@@ -11,7 +11,7 @@
 #include <limits>
 #include <vector>
 
-#include "fleet_pull.h"
+#include "low_rank_pull.h"
 #include "replay.h"
 #include "rounding.h"
 #include "truncate.h"
@@ -63,12 +63,12 @@ struct Compressed {
 
 template <class T>
 struct Compression {
-  const ttt::FleetCompress& a;
+  const ttt::LowRankCompress& a;
   const Pieces pieces_a, pieces_b;
   const int64_t ld = padded(a.capacity);
   const Pull pull;
 
-  explicit Compression(const ttt::FleetCompress& a) : a(a), pieces_a(a.n), pieces_b(a.m), pull(a) {}
+  explicit Compression(const ttt::LowRankCompress& a) : a(a), pieces_a(a.n), pieces_b(a.m), pull(a) {}
 
   int64_t columns(bool of_a) const { return of_a ? a.n : a.m; }
   int64_t pieces(bool of_a) const { return (of_a ? pieces_a : pieces_b).count; }
@@ -290,7 +290,7 @@ struct Share {
 
 // The first slot that was left as it was, because its rows are not finite; -1 if none was.
 template <class T>
-int64_t fleet_compress(const ttt::FleetCompress& a) {
+int64_t low_rank_compress(const ttt::LowRankCompress& a) {
   const Compression<T> work(a);
   const int threads = static_cast<double>(a.capacity) * a.capacity * (a.m + a.n) < 65536 ? 1 : a.threads;
   // Kept by each thread that calls: the system takes a while to hand out fresh pages.
@@ -361,8 +361,8 @@ int64_t fleet_compress(const ttt::FleetCompress& a) {
   return failed;
 }
 
-int64_t run_fleet_compress(const ttt::FleetCompress& a) {
-  return a.dtype == ttt::kF32 ? fleet_compress<float>(a) : fleet_compress<bf16>(a);
+int64_t run_low_rank_compress(const ttt::LowRankCompress& a) {
+  return a.dtype == ttt::kF32 ? low_rank_compress<float>(a) : low_rank_compress<bf16>(a);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // The pull of a user's factors to the anchor, for an importance rho kappa^T: A diag(q) and B diag(p). See
-// ttt.ops.fleet_compress for the formula.
+// ttt.ops.low_rank_compress for the formula.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -19,7 +19,7 @@ struct Pull {
   Wide rho, kappa;  // zeros behind their ends
   double highest_rho = 0, highest_kappa = 0;
 
-  explicit Pull(const ttt::FleetCompress& a) : on(a.lam > 0), m(a.m), n(a.n) {
+  explicit Pull(const ttt::LowRankCompress& a) : on(a.lam > 0), m(a.m), n(a.n) {
     if (!on) return;
     rho.need(wide(m));
     kappa.need(wide(n));

@@ -136,8 +136,8 @@ inline vf load_raw(const T* p, int64_t count) {
 // Asks for what a stream over a matrix comes to next, beyond the row's end too: the processor's own prefetchers stop at
 // each page, after two of which a row of 4096 bfloat16 ends. Into the second-level cache: the first waits for fewer
 // lines at a time, and of many rows 4 KB apart the streams would push one another out of it. (window_linear, 4096 x
-// 4096 in float32, Zen 4, one thread: 29 GB/s; into the first-level cache, 2048 bytes ahead, 25; without 26. Fleet, 48
-// rows of 32 users, 2048 columns of bfloat16: 430 us instead of 490.)
+// 4096 in float32, Zen 4, one thread: 29 GB/s; into the first-level cache, 2048 bytes ahead, 25; without 26. LowRank,
+// 48 rows of 32 users, 2048 columns of bfloat16: 430 us instead of 490.)
 constexpr int AHEAD = 1024;
 
 template <class T>

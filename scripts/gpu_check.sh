@@ -45,13 +45,13 @@ aot=$!
 workers=()
 python3 -c "import xdist" 2>/dev/null && workers=(-n 8)
 step tests.log 170 python3 -m pytest "${workers[@]}" tests/gpu tests/ops/test_triton.py tests/ops/test_append.py \
-  tests/ops/test_fleet_triton.py tests/ops/test_fleet_compress_triton.py
+  tests/ops/test_low_rank_triton.py tests/ops/test_low_rank_compress_triton.py
 wait "$aot"
 code=$?
 tail -n 3 "$out/aot.log"
 ((code)) && failed+=("python3 -m ttt.ops.triton.aot (exit $code)")
 
-suites=(decode commit fleet window_linear head observe generate)
+suites=(decode commit low_rank window_linear head observe generate)
 results=()
 for suite in "${suites[@]}"; do
   results+=("$parts/$suite.json")

@@ -21,4 +21,5 @@ def burst_by_hand(x, delta, eta, config):
     """The steps with the sum of the rows' gradients bounded, from the whole matrix."""
     total = sum(e * torch.outer(d, one) for e, d, one in zip(eta, delta.double(), x.double(), strict=True))
     most = config.burst * config.lr * len(eta) ** 0.5
-    return eta * min(1.0, most / float(total.norm()))
+    size = float(total.norm())
+    return eta if size <= most else eta * (most / size)

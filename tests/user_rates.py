@@ -1,20 +1,20 @@
-"""Learning steps of a FleetLinear: the bodies of tests that run with the kernels here and in a CUDA graph on a GPU."""
+"""Learning steps of a LowRankLinear: bodies of tests that run on the CPU and, in a CUDA graph, on a GPU."""
 
 import copy
 
 import torch
 from helpers import plain_config
 
-from ttt.nn import FleetLinear
-from ttt.options import Fleet
+from ttt.nn import LowRankLinear
+from ttt.options import LowRank
 
 SLOTS, RANK, WINDOW = 4, 3, 6
 
 
 def layer_on(device, dtype, **options):
-    fleet = Fleet(slots=SLOTS, rank=RANK, window=WINDOW, shrink=options.pop("shrink", "truncate"))
-    config = plain_config(users=fleet, replay_capacity=9, **{"ewc_lambda": 0.0, "replay_rows": 0, **options})
-    layer = FleetLinear(33, 20, device=device, dtype=dtype, config=config, name="layer")
+    low_rank = LowRank(slots=SLOTS, rank=RANK, window=WINDOW, shrink=options.pop("shrink", "truncate"))
+    config = plain_config(users=low_rank, replay_capacity=9, **{"ewc_lambda": 0.0, "replay_rows": 0, **options})
+    layer = LowRankLinear(33, 20, device=device, dtype=dtype, config=config, name="layer")
     for name in ("importance_m", "importance_n", "memory"):
         if getattr(layer, name) is not None:
             getattr(layer, name).uniform_()

@@ -21,7 +21,7 @@ from ttt.learn.cuda_graph import GraphedLearner
 from ttt.learn.generate import Generated
 from ttt.learn.guard import Check, Guard
 from ttt.learn.learner import Learner, Seen, Snapshot
-from ttt.options import Fleet
+from ttt.options import LowRank
 from ttt.per_user.pool import Pool, pool_of, users
 
 if TYPE_CHECKING:
@@ -33,12 +33,12 @@ _LAZY = {"Store": "ttt.store", "export_peft": "ttt.adapt", "import_peft": "ttt.a
 
 __all__ = [
     "Check",
-    "Fleet",
     "Generated",
     "GraphedLearner",
     "GrowingLearner",
     "Guard",
     "Learner",
+    "LowRank",
     "Memory",
     "Outcome",
     "Pool",

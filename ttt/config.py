@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ttt.ops.schema import KINDS, MAX_REPLAY_ROWS, REPLAY
-from ttt.options import Fleet
+from ttt.options import LowRank
 
 DEFENCES = {
     "ewc_lambda": 0.0, "replay_rows": 0, "distill_rows": 0, "generated_rows": 0, "orthogonal": 0, "decay": 0.0,
@@ -88,8 +88,8 @@ class TTTConfig:
         state_dtype: ``"float32"``, ``"bfloat16"`` or ``"8bit"`` (`ttt.ops.log8`; not for ``importance="si"``) for
             importance and trace. None: bfloat16 for 16-bit weights, float32 for others.
         seed: of everything random: replay rows, reservoir, rounding, sampled labels.
-        users: `ttt.Fleet`: every user has low-rank weights of their own beside the model's, which never change
-            (`ttt.nn.FleetLinear`); ``window`` and what is said of the trace do not apply then. None: one set of
+        users: `ttt.LowRank`: every user has low-rank weights of their own beside the model's, which never change
+            (`ttt.nn.LowRankLinear`); ``window`` and what is said of the trace do not apply then. None: one set of
             weights.
 
     Raises:
@@ -125,7 +125,7 @@ class TTTConfig:
     head_mass: float = 0.01
     state_dtype: str | None = None
     seed: int = 0
-    users: Fleet | None = None
+    users: LowRank | None = None
 
     def __post_init__(self) -> None:
         def need(name: str, ok: bool, allowed: str) -> None:
@@ -184,7 +184,7 @@ class TTTConfig:
             "a float type for importance='si'",
         )
         whole("seed", 0, 2**63 - 1)
-        need("users", self.users is None or isinstance(self.users, Fleet), "a ttt.Fleet or None")
+        need("users", self.users is None or isinstance(self.users, LowRank), "a ttt.LowRank or None")
         for name, none in _ALONE.items() if self.users is not None else ():
             need(name, getattr(self, name) == none, f"{none!r} with users")
         if self.users is not None and self.ewc_lambda > 0:
@@ -220,5 +220,5 @@ class TTTConfig:
         if unknown:
             raise ValueError(f"unknown configuration fields {sorted(unknown)}")
         if isinstance(values.get("users"), dict):
-            values = {**values, "users": Fleet(**values["users"])}
+            values = {**values, "users": LowRank(**values["users"])}
         return cls(**values)

@@ -1,4 +1,4 @@
-"""`Fleet`: how many users learn at a time, and how much each may learn."""
+"""`LowRank`: how many users learn at a time, and how much each may learn."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ttt.ops.schema import SHRINK
 
 
 @dataclasses.dataclass(frozen=True)
-class Fleet:
+class LowRank:
     """Low-rank weights B_u^T A_u of many users, for ``TTTConfig(users=...)``.
 
     A layer of m x n holds ``slots`` (rank + window) (m + n) numbers for them, whatever they learn.
@@ -20,7 +20,7 @@ class Fleet:
         window: C, the latest tokens of a user, in effect with full rank until r + C rows are in use.
         shrink: how the singular values beyond ``rank`` are dropped: ``"truncate"``, the best approximation each time,
             or ``"directions"`` (co-occurring directions, Mroueh et al. 2017), which takes the first of them off all
-            that stay. See `ttt.ops.fleet_compress`.
+            that stay. See `ttt.ops.low_rank_compress`.
 
     Raises:
         ValueError: for a value out of range.

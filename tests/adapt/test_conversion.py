@@ -8,7 +8,7 @@ from tiny_models import TARGETS, assert_same, ids_of, state_of, tiny
 
 import ttt
 from ttt.adapt.convert import learning_layers
-from ttt.nn import FleetLinear, Linear
+from ttt.nn import Linear, LowRankLinear
 from ttt.ops import log8
 
 WAYS = {
@@ -111,7 +111,7 @@ def test_converted_to_what_it_is_nothing_changes():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("users", [None, ttt.Fleet(slots=2, rank=2, window=4)])
+@pytest.mark.parametrize("users", [None, ttt.LowRank(slots=2, rank=2, window=4)])
 def test_restoring_gives_what_converting_alone_would(family, users, tmp_path):
     base = tiny(family)
     model = ttt.adapt_(copy.deepcopy(base), config_of(family, **ALL, users=users))
@@ -135,7 +135,7 @@ def test_restoring_gives_what_converting_alone_would(family, users, tmp_path):
 @pytest.mark.parametrize("way", WAYS)
 def test_users_learn_as_adapted_after_the_conversion(way, family):
     dtype, convert = WAYS[way]
-    base, config = tiny(family), config_of(family, **ALL, users=ttt.Fleet(slots=2, rank=2, window=4))
+    base, config = tiny(family), config_of(family, **ALL, users=ttt.LowRank(slots=2, rank=2, window=4))
     models = ttt.adapt_(convert(copy.deepcopy(base)), config), convert(ttt.adapt_(copy.deepcopy(base), config))
     known, ids, found = [ids_of(2, 20)], ids_of(2, 30), []
     for model in models:
@@ -153,7 +153,7 @@ def test_users_learn_as_adapted_after_the_conversion(way, family):
 @pytest.mark.parametrize("way", WAYS)
 def test_what_users_learnt_is_rounded_once(way):
     dtype, convert = WAYS[way]
-    layer = FleetLinear(9, 7, config=ttt.TTTConfig(**ALL, users=ttt.Fleet(slots=2, rank=2, window=4)), name="layer")
+    layer = LowRankLinear(9, 7, config=ttt.TTTConfig(**ALL, users=ttt.LowRank(slots=2, rank=2, window=4)), name="layer")
     for _ in range(3):
         x, delta, users = torch.randn(3, 9), torch.randn(3, 7), torch.tensor([0, 1, 1], dtype=torch.int32)
         applied, steps = layer.steps(x, delta, users)
@@ -170,9 +170,9 @@ def test_what_users_learnt_is_rounded_once(way):
     layer.check_slot_state(layer.slot_state(1))
 
 
-@pytest.mark.parametrize("kind", [Linear, FleetLinear])
+@pytest.mark.parametrize("kind", [Linear, LowRankLinear])
 def test_dtypes_that_cannot_be_adapted_are_refused_and_change_nothing(kind):
-    users = ttt.Fleet(slots=2, rank=2, window=4) if kind is FleetLinear else None
+    users = ttt.LowRank(slots=2, rank=2, window=4) if kind is LowRankLinear else None
     layer = kind(9, 7, config=ttt.TTTConfig(**ALL, users=users), name="layer")
     before = {name: t.clone() for name, t in (*layer.named_parameters(), *layer.named_buffers())}
     for convert in (lambda m: m.to(torch.complex64), lambda m: m.type(torch.int32)):
@@ -198,8 +198,8 @@ def test_a_fork_is_not_converted_with_the_model():
 
 
 def test_layers_go_to_the_meta_device_and_into_shared_memory():
-    for users in (None, ttt.Fleet(slots=2, rank=2, window=4)):
-        layer = (Linear if users is None else FleetLinear)(9, 7, config=ttt.TTTConfig(**ALL, users=users))
+    for users in (None, ttt.LowRank(slots=2, rank=2, window=4)):
+        layer = (Linear if users is None else LowRankLinear)(9, 7, config=ttt.TTTConfig(**ALL, users=users))
         want = {name: (t.dtype, t.shape) for name, t in layer.named_buffers()}
         layer.share_memory()
         assert all(t.is_shared() for t in layer.buffers())

@@ -26,17 +26,17 @@ def test_dispatched_forward_and_append(dtype, tokens):
     users = torch.randint(-1, 5, (tokens,), device="cuda", dtype=torch.int32)
     eta, eta_sum = torch.rand(tokens, device="cuda"), torch.rand(5, device="cuda")
     backends.calls.clear()
-    y = ttt.ops.fleet_linear(x, weight, None, a, b, rows, users)
+    y = ttt.ops.low_rank_linear(x, weight, None, a, b, rows, users)
     base = torch.nn.functional.linear(x, weight)
     exact = reference.add_delta_(base.double(), x.double(), a.double(), b.double(), rows, users)
     assert (y.double() - exact).norm() <= 4 * torch.finfo(dtype).eps * exact.norm()
     assert torch.equal(y[users < 0], base[users < 0])
     want = [t.clone() for t in (a, b, rows, eta_sum)]
-    reference.fleet_append(*want, x, delta, eta, users)
-    ttt.ops.fleet_append(a, b, rows, eta_sum, x, delta, eta, users)
+    reference.low_rank_append(*want, x, delta, eta, users)
+    ttt.ops.low_rank_append(a, b, rows, eta_sum, x, delta, eta, users)
     assert all(torch.equal(t, expected) for t, expected in zip((a, b, rows), want, strict=False))
     torch.testing.assert_close(eta_sum, want[3], rtol=1e-5, atol=0)
-    assert set(backends.calls) == {("fleet_linear", "triton", ""), ("fleet_append", "triton", "")}
+    assert set(backends.calls) == {("low_rank_linear", "triton", ""), ("low_rank_append", "triton", "")}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -52,9 +52,9 @@ def test_dispatched_compress_of_default_slots(dtype, shrink):
     )
     slots = torch.tensor([3, 1, -1, 0, 2], device="cuda")
     backends.calls.clear()
-    ttt.ops.fleet_compress(*state, slots, rank=16, shrink=shrink, seed=7)
-    assert dict(backends.calls) == {("fleet_compress", "triton", ""): 1}
-    reference.fleet_compress(*wide, slots, 16, shrink, 0.0, None, None, None, None, 7, 0, "projection", 0.3, 1e-3)
+    ttt.ops.low_rank_compress(*state, slots, rank=16, shrink=shrink, seed=7)
+    assert dict(backends.calls) == {("low_rank_compress", "triton", ""): 1}
+    reference.low_rank_compress(*wide, slots, 16, shrink, 0.0, None, None, None, None, 7, 0, "projection", 0.3, 1e-3)
     assert state[2].tolist() == wide[2].tolist()
     assert torch.equal(state[5], wide[5])
     torch.testing.assert_close(state[4].double(), wide[4], rtol=1e-5, atol=1e-5)

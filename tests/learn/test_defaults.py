@@ -9,7 +9,7 @@ from tiny_models import TARGETS, assert_same, ids_of, state_of, tiny
 
 import ttt
 from ttt.adapt.convert import learning_layers
-from ttt.nn import FleetLinear, Linear
+from ttt.nn import Linear, LowRankLinear
 from ttt.nn.rates import STREAM
 
 OFF = {"ewc_lambda": 0.0, "replay_rows": 0, "orthogonal": 0}
@@ -27,7 +27,7 @@ def test_all_defences_and_scaled_steps_are_on():
     assert min(DEFAULT.lr, DEFAULT.ewc_lambda, DEFAULT.replay_rows, DEFAULT.replay_beta, DEFAULT.orthogonal) > 0
     assert DEFAULT.replay == "projection"
     assert DEFAULT.calibrates
-    for users in (None, ttt.Fleet()):
+    for users in (None, ttt.LowRank()):
         assert ttt.TTTConfig.from_dict(ttt.TTTConfig(users=users).to_dict()) == ttt.TTTConfig(users=users)
 
 
@@ -67,7 +67,7 @@ def test_without_calibration_what_is_consolidated_is_protected():
 
 @pytest.mark.parametrize("users", [None, ["a", "b"]])
 def test_a_learner_that_is_to_protect_and_cannot_says_so_once(users):
-    options = {} if users is None else {"users": ttt.Fleet(slots=2, rank=2, window=16)}
+    options = {} if users is None else {"users": ttt.LowRank(slots=2, rank=2, window=16)}
     ids, match = ids_of(2, 20), "learning is unprotected: Learner.calibrate was not called"
 
     def observe(learner, **also):
@@ -126,10 +126,10 @@ def test_any_model_and_loss_learns(sizes, calibrated):
         assert not calibrated or k == 0 or bool(layer.basis.any())
 
 
-@pytest.mark.parametrize("kind", [Linear, FleetLinear])
+@pytest.mark.parametrize("kind", [Linear, LowRankLinear])
 @pytest.mark.parametrize(("n", "k"), [(1, 0), (2, 1), (5, 2), (63, 31), (64, 32), (65, 32), (300, 32)])
 def test_at_most_half_of_a_layers_inputs_are_left_alone(kind, n, k):
-    users = None if kind is Linear else ttt.Fleet(slots=2, rank=2, window=4)
+    users = None if kind is Linear else ttt.LowRank(slots=2, rank=2, window=4)
     layer = kind(n, 3, config=ttt.TTTConfig(users=users, replay_capacity=8))
     assert (layer.basis is None) == (k == 0)
     assert k == 0 or layer.basis.shape == (k, n)
@@ -165,7 +165,9 @@ def test_state_survives_files_and_snapshots(family, tmp_path):
 
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_users_learn_with_the_defaults(calibrated):
-    config = ttt.TTTConfig(target_modules=["down_proj"], layers="last:0.5", users=ttt.Fleet(slots=3, rank=4, window=16))
+    config = ttt.TTTConfig(
+        target_modules=["down_proj"], layers="last:0.5", users=ttt.LowRank(slots=3, rank=4, window=16)
+    )
     learner = ttt.Learner(ttt.adapt_(tiny(), config))
     if calibrated:
         learner.calibrate([ids_of(2, 40)])

@@ -8,10 +8,10 @@ from helpers import plain_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from ttt import TTTConfig
-from ttt.nn import FleetLinear, Linear, Update
+from ttt.nn import Linear, LowRankLinear, Update
 from ttt.nn import cpu_binding as binding
 from ttt.ops import backends, cpu
-from ttt.options import Fleet
+from ttt.options import LowRank
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -131,10 +131,10 @@ def test_without_the_extension_nothing_is_bound(monkeypatch):
     assert not same(layer, twin)
 
 
-def fleet_and_twin(m, n, dtype, **options):
-    fleet = Fleet(slots=3, rank=2, window=4, shrink=options.pop("shrink", "truncate"))
-    config = TTTConfig(users=fleet, lr=0.1, rate="constant", orthogonal=0, **options)
-    layer = FleetLinear(n, m, dtype=dtype, config=config, name="layer")
+def users_and_twin(m, n, dtype, **options):
+    low_rank = LowRank(slots=3, rank=2, window=4, shrink=options.pop("shrink", "truncate"))
+    config = TTTConfig(users=low_rank, lr=0.1, rate="constant", orthogonal=0, **options)
+    layer = LowRankLinear(n, m, dtype=dtype, config=config, name="layer")
     for name in ("importance_m", "importance_n", "memory"):
         if getattr(layer, name) is not None:
             getattr(layer, name).uniform_()
@@ -143,7 +143,7 @@ def fleet_and_twin(m, n, dtype, **options):
     return layer, copy.deepcopy(layer)
 
 
-def same_fleets(layer, twin):
+def same_slots(layer, twin):
     return all(torch.equal(t, u) for t, u in zip(layer.buffers(), twin.buffers(), strict=True))
 
 
@@ -152,7 +152,7 @@ def same_fleets(layer, twin):
 def test_many_users_outputs_and_state_are_those_of_the_ops(dtype, options, monkeypatch):
     """Also where one user has more tokens than a slot has room for, and where nobody learns."""
     options = {"ewc_lambda": 0.0, "replay_rows": 0, "replay_capacity": 5, **options}
-    layer, twin = fleet_and_twin(17, 37, dtype, **options)
+    layer, twin = users_and_twin(17, 37, dtype, **options)
     backends.calls.clear()
     for tokens in (1, 5, 3, 2, 9, 4, 31, 0, 6):
         x, delta = torch.randn(tokens, 37).to(dtype), torch.randn(tokens, 17).to(dtype)
@@ -169,13 +169,13 @@ def test_many_users_outputs_and_state_are_those_of_the_ops(dtype, options, monke
                 patch.setattr("ttt.nn.low_rank.binding_of", lambda layer: None)
                 assert torch.equal(twin(x), y)
                 twin.learn(x, delta, eta, users)
-        assert same_fleets(layer, twin)
-    assert before == {"fleet_linear", "fleet_append", "fleet_compress"}
+        assert same_slots(layer, twin)
+    assert before == {"low_rank_linear", "low_rank_append", "low_rank_compress"}
     assert int(layer.step[1]) >= 4  # of 21 tokens at least, which a slot of 6 rows takes by fours
 
 
 def test_many_users_what_an_op_would_refuse_is_refused():
-    layer, twin = fleet_and_twin(5, 6, torch.float32, ewc_lambda=0.0, replay_rows=0)
+    layer, twin = users_and_twin(5, 6, torch.float32, ewc_lambda=0.0, replay_rows=0)
     users = torch.tensor([0, 3], dtype=torch.int32)
     layer.routing.set(users)
     with torch.no_grad():
@@ -183,7 +183,7 @@ def test_many_users_what_an_op_would_refuse_is_refused():
             layer(torch.randn(2, 6))
         with pytest.raises(TypeError, match=r"delta must be torch\.float32"):
             layer.learn(torch.randn(2, 6), torch.randn(2, 5).double(), torch.rand(2), users.clamp_max(2))
-        assert same_fleets(layer, twin)
+        assert same_slots(layer, twin)
         x, delta, eta = torch.randn(7, 6), torch.randn(7, 5), torch.rand(7)
         delta[1] = torch.inf
         versions = layer.rows._version

@@ -1,4 +1,4 @@
-"""The fleet's ops against dense float64 formulas: what a user learnt as an m x n matrix."""
+"""The ops of users' low-rank weights against dense float64 formulas: what a user learnt as an m x n matrix."""
 
 import itertools
 
@@ -60,7 +60,7 @@ def test_each_token_meets_its_own_users_weights(isa, shape, dtype):
     x, weight, bias = torch.randn(tokens, n).to(dtype), torch.randn(m, n).to(dtype), torch.randn(m).to(dtype)
     users = torch.randint(-1, slots, (tokens,), dtype=torch.int32)
     before = [t.clone() for t in (x, weight, bias, a, b, rows, users)]
-    y = ttt.ops.fleet_linear(x, weight, bias, a, b, rows, users)
+    y = ttt.ops.low_rank_linear(x, weight, bias, a, b, rows, users)
     exact, plain, base = [], [], torch.nn.functional.linear(x, weight, bias)
     for t, u in enumerate(users.tolist()):
         w = weight.double() + (delta_of(a, b, rows, u) if u >= 0 else 0)
@@ -83,23 +83,23 @@ def test_other_users_tokens_change_no_bit(isa, dtype):
     a, b, rows = pool_of(slots, capacity, n, m, dtype, full=True)
     weight = torch.randn(m, n).to(dtype)
     x, users = torch.randn(3, 8, n).to(dtype), torch.tensor([0, -1, 1, 2, 1, 0, 1, -1] * 3, dtype=torch.int32)
-    y = ttt.ops.fleet_linear(x, weight, None, a, b, rows, users).view(-1, m)
+    y = ttt.ops.low_rank_linear(x, weight, None, a, b, rows, users).view(-1, m)
     mine, x2, a2 = users == 1, x.clone(), a.clone()
     x2.view(-1, n)[~mine] = torch.where(torch.rand(int((~mine).sum()), 1) < 0.5, torch.inf, 3.0).to(dtype)
     a2[0] = torch.nan
-    other = ttt.ops.fleet_linear(x2, weight, None, a2, b, rows, users).view(-1, m)
+    other = ttt.ops.low_rank_linear(x2, weight, None, a2, b, rows, users).view(-1, m)
     assert torch.equal(y[mine], other[mine])
     # Whose the other tokens are does not matter either, nor do their numbers of rows.
     moved = torch.where(mine, users, torch.randint(-1, 1, users.shape, dtype=torch.int32))
     rows2 = torch.tensor([2, capacity, 0], dtype=torch.int32)
-    assert torch.equal(y[mine], ttt.ops.fleet_linear(x2, weight, None, a2, b, rows2, moved).view(-1, m)[mine])
+    assert torch.equal(y[mine], ttt.ops.low_rank_linear(x2, weight, None, a2, b, rows2, moved).view(-1, m)[mine])
 
 
 def test_the_transpose_of_a_matrix_serves_as_weight():
     a, b, rows = pool_of(2, 3, 5, 7, torch.float32)
     users = torch.tensor([1, -1, 0], dtype=torch.int32)
     delta, weight = torch.randn(3, 7), torch.randn(7, 5)
-    got = ttt.ops.fleet_linear(delta, weight.T, None, b, a, rows, users)
+    got = ttt.ops.low_rank_linear(delta, weight.T, None, b, a, rows, users)
     exact = torch.stack([
         d @ (weight.double() + (delta_of(a, b, rows, u) if u >= 0 else 0))
         for d, u in zip(delta.double(), users.tolist(), strict=True)
@@ -129,17 +129,17 @@ def test_append_is_the_gradient_step(isa, shape, dtype):
             want_b[u, want_rows[u]] = (-eta[t] * delta[t].to(eta.dtype)).to(dtype)
             want_rows[u] += 1
             want_sum[u] += eta[t]
-    ttt.ops.fleet_append(a, b, rows, eta_sum, x, delta, eta, users)
+    ttt.ops.low_rank_append(a, b, rows, eta_sum, x, delta, eta, users)
     for name, got, want in (("a", a, want_a), ("b", b, want_b), ("rows", rows, want_rows), ("eta", eta_sum, want_sum)):
         assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0)), name
-    ttt.ops.fleet_append(a, b, rows, eta_sum, x[:0], delta[:0], eta[:0], users[:0])
+    ttt.ops.low_rank_append(a, b, rows, eta_sum, x[:0], delta[:0], eta[:0], users[:0])
     assert torch.equal(rows, want_rows)
 
 
 def compressed(a, b, rows, slots, *, spent=None, **options):
     eta_sum = torch.full((len(rows),), 0.25, dtype=wide(a.dtype)) if spent is None else spent
     lost, step = torch.zeros_like(eta_sum), torch.zeros(len(rows), dtype=torch.int64)
-    ttt.ops.fleet_compress(a, b, rows, eta_sum, lost, step, torch.tensor(slots), **options)
+    ttt.ops.low_rank_compress(a, b, rows, eta_sum, lost, step, torch.tensor(slots), **options)
     return eta_sum, lost, step
 
 
@@ -248,7 +248,7 @@ def test_replay_is_that_of_the_commit(replay):
         )  # fmt: skip
         want.append(weight)
     before = memory.clone()
-    ttt.ops.fleet_compress(
+    ttt.ops.low_rank_compress(
         a, b, rows, eta_sum, lost, step, torch.tensor([1, 0]), rank=capacity, memory=memory, seen=seen, **options
     )
     for u in range(2):
@@ -280,7 +280,7 @@ def test_bfloat16_factors_are_rounded_without_bias():
     for step in range(400):
         copy = [t.clone() for t in start]
         zero, count = torch.zeros(1), torch.tensor([step])
-        ttt.ops.fleet_compress(*copy, zero, zero.clone(), count, torch.tensor([0]), rank=3)
+        ttt.ops.low_rank_compress(*copy, zero, zero.clone(), count, torch.tensor([0]), rank=3)
         row = copy[0][0, :3].float()
         total += row * (row * wide_a[0, :3]).sum(1, keepdim=True).sign()  # singular vectors have no sign of their own
     error = total / 400 - wide_a[0, :3]
@@ -296,7 +296,7 @@ def test_refusals_name_the_argument_and_change_nothing():
     weight = torch.randn(3, 5)
     users = torch.tensor([1, 0, 0], dtype=torch.int32)
     before = [t.clone() for t in (a, b, rows, eta_sum)]
-    linear, append = ttt.ops.fleet_linear, ttt.ops.fleet_append
+    linear, append = ttt.ops.low_rank_linear, ttt.ops.low_rank_append
 
     def refused(error, message, op, *args, **options):
         with pytest.raises(error, match=message):
@@ -319,7 +319,7 @@ def test_refusals_name_the_argument_and_change_nothing():
     refused(RuntimeError, "x requires grad", linear, x.clone().requires_grad_(), weight, None, a, b, rows, users)
     lost, step = torch.zeros(2), torch.zeros(2, dtype=torch.int64)
     state, slots = (a, b, rows, eta_sum, lost, step), torch.tensor([0])
-    compress = ttt.ops.fleet_compress
+    compress = ttt.ops.low_rank_compress
     refused(ValueError, "slots must be -1, or distinct", compress, *state, torch.tensor([0, 0]), rank=1)
     refused(ValueError, r"slots must be -1, or distinct and in \[0, 2\)", compress, *state, torch.tensor([2]), rank=1)
     refused(ValueError, r"got \[-2\]", compress, *state, torch.tensor([-2]), rank=1)
@@ -334,11 +334,11 @@ def test_opcheck():
     a, b, rows = (t.nan_to_num(0.0) if t.is_floating_point() else t for t in pool_of(2, 4, 5, 3, torch.float32))
     users = torch.tensor([1, -1, 0], dtype=torch.int32)
     x, weight, eta_sum = torch.randn(3, 5), torch.randn(3, 5), torch.zeros(2)
-    torch.library.opcheck(torch.ops.ttt.fleet_linear.default, (x, weight, None, a, b, rows, users))
+    torch.library.opcheck(torch.ops.ttt.low_rank_linear.default, (x, weight, None, a, b, rows, users))
     rows.zero_()
     torch.library.opcheck(
-        torch.ops.ttt.fleet_append.default, (a, b, rows, eta_sum, x, torch.randn(3, 3), torch.rand(3), users)
+        torch.ops.ttt.low_rank_append.default, (a, b, rows, eta_sum, x, torch.randn(3, 3), torch.rand(3), users)
     )
     args = (a, b, rows, eta_sum, torch.zeros(2), torch.zeros(2, dtype=torch.int64), torch.tensor([1]), 2, "truncate")
     args += (0.0, None, None, None, None, 0, 0, "projection", 0.3, 1e-3)
-    torch.library.opcheck(torch.ops.ttt.fleet_compress.default, args)
+    torch.library.opcheck(torch.ops.ttt.low_rank_compress.default, args)

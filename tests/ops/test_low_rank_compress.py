@@ -1,4 +1,4 @@
-"""fleet_compress at the kernels' dtypes against the SVD of what a user learnt, as a dense float64 matrix."""
+"""low_rank_compress at the kernels' dtypes against the SVD of what a user learnt, as a dense float64 matrix."""
 
 import itertools
 
@@ -27,7 +27,7 @@ def state_of(slots, capacity, n, m, dtype, full=True):
 
 def compress(state, slots, **options):
     after = [t.clone() for t in state]
-    ttt.ops.fleet_compress(*after, torch.tensor(slots), **options)
+    ttt.ops.low_rank_compress(*after, torch.tensor(slots), **options)
     return after
 
 
@@ -228,7 +228,7 @@ def test_rows_that_are_not_finite_are_refused_and_stay(isa):  # noqa: F811
         state[1][1, 3, 7] = bad
         after = [t.clone() for t in state]
         with pytest.raises(RuntimeError, match=r"slot 1|non-finite"):
-            ttt.ops.fleet_compress(*after, torch.tensor([1]), rank=3)
+            ttt.ops.low_rank_compress(*after, torch.tensor([1]), rank=3)
         for old, new in zip(state, after, strict=True):
             assert torch.equal(old.nan_to_num(7.0), new.nan_to_num(7.0))
 
@@ -238,7 +238,7 @@ def test_the_backend_is_reported():
     backends.calls.clear()
     compress(state, [0], rank=2)
     after = compress([t.double() if t.is_floating_point() else t for t in state], [0], rank=2)
-    kinds = sorted((backend, why) for op, backend, why in backends.calls if op == "fleet_compress")
+    kinds = sorted((backend, why) for op, backend, why in backends.calls if op == "low_rank_compress")
     if cpu._C is not None:
         assert kinds == [("cpu", ""), ("reference", "no C++ kernel for torch.float64")]
     want, _ = truncated(delta_of(*state[:3], 0), 2, "truncate")
@@ -249,7 +249,7 @@ def test_the_reference_takes_float16():
     state = state_of(1, 9, 33, 20, torch.float16)
     delta = delta_of(*state[:3], 0)
     after = [t.clone() for t in state]
-    reference.fleet_compress(
+    reference.low_rank_compress(
         *after, torch.tensor([0]), 4, "truncate", 0.0, None, None, None, None, 0, 0, "projection", 0.3, 1e-3
     )
     assert (delta_of(*after[:3], 0) - truncated(delta, 4, "truncate")[0]).norm() < 3e-3 * delta.norm()

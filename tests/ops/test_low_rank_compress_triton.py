@@ -1,4 +1,4 @@
-"""fleet_compress's Triton kernels (in the interpreter, without a GPU): dense float64 matrices and the reference."""
+"""low_rank_compress's Triton kernels (in the interpreter, without a GPU): dense float64 matrices and the reference."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from test_low_rank_compress import assert_bookkeeping, delta_of, state_of, trunc
 from ttt.ops import backends, rounding
 from ttt.ops.low_rank import cuda, reference
 from ttt.ops.triton.common import INTERPRETED
-from ttt.ops.triton.low_rank_compress import MOST_ROWS, fleet_compress, why_not
+from ttt.ops.triton.low_rank_compress import MOST_ROWS, low_rank_compress, why_not
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -31,7 +31,7 @@ def moved(t, device):
     return t.to(device) if torch.is_tensor(t) else t
 
 
-def compress(state, slots, function=fleet_compress, device=DEVICE, **options):
+def compress(state, slots, function=low_rank_compress, device=DEVICE, **options):
     """The state afterwards, on the CPU."""
     after = [t.clone().to(device) for t in state]
     options = {k: moved(v, device) for k, v in (PLAIN | options).items()}
@@ -140,7 +140,7 @@ def test_replay_and_pull(dtype, capacity, n, m, rank, more):
     state[0][1, 3:], state[1][1, 3:], state[0][2], state[1][2] = torch.nan, torch.nan, torch.nan, torch.nan
     options = options_of(n, m, dtype, rank=rank, **more)
     after = compress(state, [1, 0, 2], **options)
-    want = compress(state, [1, 0, 2], reference.fleet_compress, "cpu", **options)
+    want = compress(state, [1, 0, 2], reference.low_rank_compress, "cpu", **options)
     for u in (0, 1):
         assert_near(after, u, delta_of(*want[:3], u), delta_of(*state[:3], u).norm(), dtype)
     assert_bookkeeping(state, after, [0, 1, 2], rank, {0: float(want[4][0] - state[4][0])})
@@ -187,10 +187,10 @@ def test_what_the_kernels_do_not_take_is_reported():
     state, options = state_of(1, MOST_ROWS + 1, 2, 3, torch.float32), PLAIN | {"rank": 2}
     why = why_not(*state[:2])
     assert f"{MOST_ROWS + 1} rows" in why
-    want = compress(state, [0], reference.fleet_compress, "cpu", **options)
+    want = compress(state, [0], reference.low_rank_compress, "cpu", **options)
     backends.calls.clear()
-    got = compress(state, [0], cuda.fleet_compress, **options)
-    assert dict(backends.calls) == {("fleet_compress", "reference", why): 1}
+    got = compress(state, [0], cuda.low_rank_compress, **options)
+    assert dict(backends.calls) == {("low_rank_compress", "reference", why): 1}
     assert (delta_of(*got[:3], 0) - delta_of(*want[:3], 0)).norm() <= 1e-6 * delta_of(*state[:3], 0).norm()
     assert why_not(torch.zeros(1, 3, 4), torch.zeros(1, 3, 5)) == ""
     assert why_not(torch.zeros(1, 3, 4), torch.zeros(1, 3, 0)) != ""

@@ -1,11 +1,11 @@
-"""The fleet's Triton kernels (in the interpreter, without a GPU) against the float64 reference."""
+"""The Triton kernels of users' low-rank weights (in the interpreter, without a GPU) against the float64 reference."""
 
 import pytest
 import torch
 from helpers import assert_close
 
 from ttt.ops.low_rank import reference
-from ttt.ops.triton import low_rank as fleet
+from ttt.ops.triton import low_rank
 from ttt.ops.triton.common import INTERPRETED
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -36,7 +36,7 @@ def test_each_token_meets_its_own_users_weights(dtype, slots, capacity, n, m, to
     users = users_of(tokens, slots)
     x, weight, bias = (torch.randn(*s, device=DEVICE).to(dtype) for s in ((tokens, n), (m, n), (m,)))
     before = [t.clone() for t in (a, b, rows, x)]
-    y = fleet.fleet_linear(x, weight, bias, a, b, rows, users)
+    y = low_rank.low_rank_linear(x, weight, bias, a, b, rows, users)
     base = torch.nn.functional.linear(x, weight, bias)
     # The base product is torch's own: what is added to it is looked at.
     exact = reference.add_delta_(base.double(), x.double(), a.double(), b.double(), rows, users)
@@ -55,11 +55,11 @@ def test_other_users_tokens_change_no_bit(tokens):
     a, b, rows = pool_of(3, 6, 65, 130, torch.float32)
     weight, users = torch.randn(130, 65, device=DEVICE), users_of(tokens, 3)
     x = torch.randn(tokens, 65, device=DEVICE)
-    y = fleet.fleet_linear(x, weight, None, a, b, rows, users)
+    y = low_rank.low_rank_linear(x, weight, None, a, b, rows, users)
     mine, x2, a2 = users == 1, x.clone(), a.clone()
     x2[~mine], a2[0] = torch.where(torch.rand(int((~mine).sum()), 1, device=DEVICE) < 0.5, torch.inf, 3.0), torch.nan
     moved = torch.where(mine, users, torch.randint(-1, 1, users.shape, dtype=torch.int32, device=DEVICE))
-    other = fleet.fleet_linear(x2, weight, None, a2, b, rows, moved)
+    other = low_rank.low_rank_linear(x2, weight, None, a2, b, rows, moved)
     assert torch.equal(y[mine], other[mine])
 
 
@@ -77,8 +77,8 @@ def test_append_is_the_references_and_never_passes_the_slots_end(dtype, slots, c
     x, delta = (torch.randn(tokens, k, device=DEVICE).to(dtype) for k in (n, m))
     eta = torch.rand(tokens, device=DEVICE)
     want = [t.clone() for t in (a, b, rows, eta_sum)]
-    reference.fleet_append(*want, x, delta, eta, users)
-    fleet.fleet_append(a, b, rows, eta_sum, x, delta, eta, users)
+    reference.low_rank_append(*want, x, delta, eta, users)
+    low_rank.low_rank_append(a, b, rows, eta_sum, x, delta, eta, users)
     for got, expected in zip((a, b, rows), want, strict=False):
         assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
     torch.testing.assert_close(eta_sum, want[3], rtol=1e-5, atol=0)

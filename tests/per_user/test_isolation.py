@@ -2,7 +2,7 @@
 
 The machine runs two models side by side. What the user under watch sends is the same to both, and so are the shapes of
 all batches; every other user's tokens differ. After every step the two must agree on each bit of what the watched
-user gets and has. ``TTT_FLEET_EXAMPLES`` and ``TTT_FLEET_STEPS`` set how many examples
+user gets and has. ``TTT_LOW_RANK_EXAMPLES`` and ``TTT_LOW_RANK_STEPS`` set how many examples
 of how many steps there are.
 """
 
@@ -18,7 +18,7 @@ from tiny_models import VOCAB, tiny
 import ttt
 
 EXAMPLES, STEPS = (
-    int(os.environ.get(f"TTT_FLEET_{name}", default)) for name, default in (("EXAMPLES", 12), ("STEPS", 80))
+    int(os.environ.get(f"TTT_LOW_RANK_{name}", default)) for name, default in (("EXAMPLES", 12), ("STEPS", 80))
 )
 WATCHED, OTHERS = "ada", ("bob", "cyd", "dan", "eve")
 BATCHES = [0]
@@ -51,7 +51,7 @@ class Isolation(RuleBasedStateMachine):
                 target_modules=["down_proj"], lr=0.5 if rate == "energy" else 0.02, rate=rate, clip=3.0, chunk=6,
                 burst=burst if rate == "rms" else None,
                 replay_capacity=16, ewc_lambda=0.1 * protected, replay_rows=2 * protected, orthogonal=directions,
-                users=ttt.Fleet(slots=3, rank=2, window=6, shrink=shrink),
+                users=ttt.LowRank(slots=3, rank=2, window=6, shrink=shrink),
             )  # fmt: skip
             learner = ttt.Learner(ttt.adapt_(copy.deepcopy(Isolation.base), config), context=24)
             if protected or directions:

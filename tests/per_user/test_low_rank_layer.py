@@ -1,4 +1,4 @@
-"""`ttt.nn.FleetLinear` against dense weights of each user and autograd."""
+"""`ttt.nn.LowRankLinear` against dense weights of each user and autograd."""
 
 import copy
 
@@ -8,18 +8,18 @@ from helpers import plain_config
 from user_rates import check_rates_are_a_users_own, check_steps
 
 import ttt
-from ttt.nn import FleetLinear
-from ttt.options import Fleet
+from ttt.nn import LowRankLinear
+from ttt.options import LowRank
 
 
 def layer_of(n=9, m=7, dtype=torch.float64, **options):
-    fleet = options.pop("fleet", Fleet(slots=3, rank=2, window=4))
+    low_rank = options.pop("low_rank", LowRank(slots=3, rank=2, window=4))
     options = {"ewc_lambda": 0.0, "replay_rows": 0, **options}
-    return FleetLinear(n, m, dtype=dtype, config=plain_config(users=fleet, **options), name="layer")
+    return LowRankLinear(n, m, dtype=dtype, config=plain_config(users=low_rank, **options), name="layer")
 
 
 def taught(layer, rows=3):
-    for user in range(layer.fleet.slots):
+    for user in range(layer.low_rank.slots):
         x, delta = torch.randn(rows, layer.in_features), torch.randn(rows, layer.out_features)
         users = torch.full((rows,), user, dtype=torch.int32)
         kind = layer.weight.dtype
@@ -55,7 +55,7 @@ def test_the_gradient_is_that_of_each_users_dense_weight():
 
 def test_learning_is_a_step_on_the_users_own_weight_until_compression():
     """Against autograd's weight gradient of the dense layer; the others and the base do not move."""
-    layer = layer_of(fleet=Fleet(slots=3, rank=2, window=20))
+    layer = layer_of(low_rank=LowRank(slots=3, rank=2, window=20))
     before = layer.weight.clone()
     layer.routing.set(torch.tensor([2, 0], dtype=torch.int32))
     x = torch.randn(2, 5, 9, dtype=torch.float64)
@@ -75,8 +75,8 @@ def test_learning_is_a_step_on_the_users_own_weight_until_compression():
 @pytest.mark.parametrize("counts", [(4, 4, 1), (3, 3, 3, 3), (13, 2), (25,), (1,) * 9])
 def test_full_slots_are_compressed_and_tokens_stay_in_order(counts):
     """Against one user's rows gone through one by one, with numpy-free dense truncation by torch's SVD."""
-    fleet = Fleet(slots=2, rank=2, window=4)
-    layer, held, dense = layer_of(fleet=fleet), 0, torch.zeros(7, 9, dtype=torch.float64)
+    low_rank = LowRank(slots=2, rank=2, window=4)
+    layer, held, dense = layer_of(low_rank=low_rank), 0, torch.zeros(7, 9, dtype=torch.float64)
 
     def truncated(d):
         u, s, vt = torch.linalg.svd(d, full_matrices=False)
@@ -156,12 +156,12 @@ def test_options_out_of_range_are_refused():
         ({"shrink": "cut"}, "shrink must be one"),
     ):
         with pytest.raises(ValueError, match=message):
-            Fleet(**options)
-    with pytest.raises(ValueError, match=r"users must be a ttt\.Fleet or None, got 3"):
+            LowRank(**options)
+    with pytest.raises(ValueError, match=r"users must be a ttt\.LowRank or None, got 3"):
         plain_config(users=3)
     with pytest.raises(ValueError, match="importance must be 'fisher' or 'mas' with users"):
-        ttt.TTTConfig(users=Fleet(), importance="si")
-    config = ttt.TTTConfig(users=Fleet(rank=3))
+        ttt.TTTConfig(users=LowRank(), importance="si")
+    config = ttt.TTTConfig(users=LowRank(rank=3))
     assert ttt.TTTConfig.from_dict(config.to_dict()) == config
 
 

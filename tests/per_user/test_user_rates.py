@@ -11,7 +11,7 @@ from tiny_models import TARGETS, ids_of, tiny
 import ttt
 from ttt.nn.directions import principal_directions
 from ttt.nn.rates import CALIBRATED, STREAM, places
-from ttt.options import Fleet
+from ttt.options import LowRank
 
 SCALED = ["energy", "rms"]
 BOUNDED = [("energy", None), ("rms", None), ("rms", 0.6)]
@@ -39,7 +39,7 @@ def read(layer, x, delta, users):
     """One chunk, learnt; the inputs that were applied and the steps."""
     applied, steps = layer.steps(x, delta, users)
     layer.learn(applied, delta, steps.eta, users)
-    layer.count(steps.grown, torch.ones(layer.fleet.slots, dtype=torch.bool))
+    layer.count(steps.grown, torch.ones(layer.low_rank.slots, dtype=torch.bool))
     return applied, steps
 
 
@@ -51,7 +51,7 @@ def read(layer, x, delta, users):
 def test_steps_are_those_of_each_user_by_hand(rate, burst, clip, calibrated, dtype, n, m, k):
     """Tokens interleaved, users who come late, come twice or not at all; in float64, token by token."""
     options = {"rate": rate, "clip": clip, "burst": burst, "orthogonal": k}
-    layer = scaled(n, m, dtype, calibrated, **options, fleet=Fleet(slots=4, rank=2, window=4))
+    layer = scaled(n, m, dtype, calibrated, **options, low_rank=LowRank(slots=4, rank=2, window=4))
     start = tuple(layer.calibrated.tolist())
     state, tolerance = dict.fromkeys(range(4), start), 1e-12 if dtype == torch.float64 else 1e-5
     for count in (11, 1, 0, 6):
@@ -278,4 +278,4 @@ def test_moments_that_do_not_fit_are_refused(rate, moments, message):
 )
 def test_what_users_do_without_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=rf"{name} must be 0(\.0)? with users, got {value}"):
-        ttt.TTTConfig(users=Fleet(), **{name: value})
+        ttt.TTTConfig(users=LowRank(), **{name: value})

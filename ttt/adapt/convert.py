@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from ttt.config import TTTConfig
-from ttt.nn import FleetLinear, Linear
+from ttt.nn import Linear, LowRankLinear
 from ttt.nn.base import DTYPES
-from ttt.per_user import pool as fleet
+from ttt.per_user.pool import attach, detach, has_pool, pool_of
 
 _INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 # What restore_ needs lies beside the model, in attributes that are neither modules nor in state_dict.
@@ -27,7 +27,7 @@ FilterFn = Callable[[nn.Module, str], bool]
 def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterFn | None = None) -> nn.Module:
     """Replace linear layers of ``model`` by `ttt.nn.Linear`, in place, and freeze its parameters.
 
-    With ``config.users`` by `ttt.nn.FleetLinear`, whose weights never change: see `ttt.users`.
+    With ``config.users`` by `ttt.nn.LowRankLinear`, whose weights never change: see `ttt.users`.
 
     `nn.Linear` and transformers' ``Conv1D`` are replaced. The new layers share the old ones' parameters;
     each keeps a copy, the anchor.
@@ -52,11 +52,13 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
     for name, module in chosen:
         _refuse_unfit(name, module, tied)
     frozen = [(p, p.requires_grad) for p in model.parameters()]
-    originals, fleets = {}, {}
+    originals, per_user = {}, {}
     for name, module in chosen:
-        new = _fleet_layer(module, config, name) if config.users is not None else _learning_layer(module, config, name)
-        if isinstance(new, FleetLinear):
-            fleets[name] = new
+        new = (
+            _low_rank_layer(module, config, name) if config.users is not None else _learning_layer(module, config, name)
+        )
+        if isinstance(new, LowRankLinear):
+            per_user[name] = new
         new.train(module.training)
         originals[name] = module
         _set_module(model, name, new)
@@ -64,8 +66,8 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
         p.requires_grad_(False)
     object.__setattr__(model, _ORIGINALS, originals)
     object.__setattr__(model, _FROZEN, frozen)
-    if fleets:
-        fleet.attach(model, fleets)
+    if per_user:
+        attach(model, per_user)
     return model
 
 
@@ -80,16 +82,16 @@ def restore_(model: nn.Module, keep_learned: bool = False) -> nn.Module:
         ValueError: if ``model`` is not adapted; with ``keep_learned``, if its users learnt, each something else.
     """
     originals = _originals(model)
-    if fleet.has_pool(model):
+    if has_pool(model):
         if keep_learned:
             raise ValueError(
                 "keep_learned must be False for a model of many users; pool_of(model).export(user) keeps one"
             )
-        for name, own in fleet.pool_of(model).layers.items():  # they never wrote to what they share with the original
+        for name, own in pool_of(model).layers.items():  # they never wrote to what they share with the original
             _follow(originals[name], own)
             originals[name].train(own.training)
             _set_module(model, name, originals[name])
-        fleet.detach(model)
+        detach(model)
     for name, layer in learning_layers(model):
         original = originals[name]
         _follow(original, layer)
@@ -266,16 +268,16 @@ def _learning_layer(module: Any, config: TTTConfig, name: str) -> Linear:
     return layer
 
 
-def _fleet_layer(module: Any, config: TTTConfig, name: str) -> FleetLinear:
+def _low_rank_layer(module: Any, config: TTTConfig, name: str) -> LowRankLinear:
     if not _is_conv1d(module):
-        return FleetLinear.from_weight(module.weight, module.bias, config, name)
+        return LowRankLinear.from_weight(module.weight, module.bias, config, name)
     # The very memory of the Conv1D, seen as (m, n): it is never written.
-    layer = FleetLinear.from_weight(nn.Parameter(module.weight.detach().T), module.bias, config, name)
+    layer = LowRankLinear.from_weight(nn.Parameter(module.weight.detach().T), module.bias, config, name)
     layer.transposed = True
     return layer
 
 
-def _follow(original: nn.Module, layer: Linear | FleetLinear) -> None:
+def _follow(original: nn.Module, layer: Linear | LowRankLinear) -> None:
     """Convert and move ``original`` as ``layer`` was meanwhile: a ``Conv1D`` has a weight of its own."""
     original.to(layer.weight.device, layer.weight.dtype)
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt.adapt.convert import require_layers
-from ttt.learn import per_user as fleet
-from ttt.learn import protection
+from ttt.learn import per_user, protection
 from ttt.learn.generate import Generated, generate
 from ttt.learn.guard import Guard
 from ttt.learn.head import Fused, Plain, Split
@@ -21,7 +20,7 @@ from ttt.learn.huggingface import cache_of, cached, detached, frozen
 from ttt.learn.stream_rule import Chunk, Segment, StreamRule, backward_terms, check_rules, joined
 from ttt.nn import Capturing, Linear, Update
 from ttt.per_user.pool import Pool, has_pool, pool_of
-from ttt.per_user.protection import calibrate as calibrate_fleet
+from ttt.per_user.protection import calibrate as calibrate_users
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +142,7 @@ class Learner:
             self._looked = True
             self._warn_if_unprotected()
         if self.pool is not None and users is not None:
-            found = fleet.observe(self, self.pool, ids, attend, teach, users, learn, attention_mask is not None)
+            found = per_user.observe(self, self.pool, ids, attend, teach, users, learn, attention_mask is not None)
             rejected = {user: count for user, count in found.rejected.items() if count}
             learned, lost = sum(found.learned.values()), sum(rejected.values())
             return Seen(found.nll, found.mask, learned, lost, rejected_users=rejected)
@@ -364,7 +363,7 @@ class Learner:
         if self.pool is not None:
             if self.pool.users:
                 raise ValueError(f"calibrate before learning: users {list(self.pool.users)} have slots already")
-            calibrate_fleet(list(self.pool.layers.values()), losses, kind)
+            calibrate_users(list(self.pool.layers.values()), losses, kind)
             return
         protection.calibrate(self.layers, losses, kind)
 

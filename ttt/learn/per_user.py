@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ttt.learn.huggingface import cache_of, cached, detached, frozen, masked_inputs
-from ttt.nn import Capturing, FleetLinear
+from ttt.nn import Capturing, LowRankLinear
 from ttt.nn.rates import Rates
 from ttt.per_user.pool import Pool
 
@@ -87,7 +87,7 @@ def _learn(pool: Pool, captured: list, slots: Tensor, rows: Tensor, nll: Tensor,
     owners = slots.repeat_interleave(nll.shape[1])
     users = torch.where(rows, owners, -1)
     ok = torch.isfinite(torch.where(targets, nll, 0.0)).flatten()
-    updates: list[tuple[FleetLinear, Tensor, Tensor, Rates]] = []
+    updates: list[tuple[LowRankLinear, Tensor, Tensor, Rates]] = []
     for layer, pairs in zip(pool.layers.values(), captured, strict=True):
         if not pairs:
             continue

@@ -2,6 +2,6 @@
 
 from ttt.nn.capture import Capturing
 from ttt.nn.linear import Linear, Update
-from ttt.nn.low_rank import FleetLinear
+from ttt.nn.low_rank import LowRankLinear
 
-__all__ = ["Capturing", "FleetLinear", "Linear", "Update"]
+__all__ = ["Capturing", "Linear", "LowRankLinear", "Update"]

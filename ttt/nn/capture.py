@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ttt.nn.linear import Linear
-from ttt.nn.low_rank import FleetLinear
+from ttt.nn.low_rank import LowRankLinear
 
 
 class Capturing:
     """Collects (x, delta) of every layer while it is entered; leaves nothing behind, whatever happens."""
 
-    def __init__(self, layers: Sequence[Linear | FleetLinear]) -> None:
+    def __init__(self, layers: Sequence[Linear | LowRankLinear]) -> None:
         self.layers = layers
 
     def __enter__(self) -> Capturing:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ttt.ops import cpu
 from ttt.ops.backends import record
-from ttt.ops.low_rank.cpu import bind_fleet, refuse
+from ttt.ops.low_rank.cpu import bind_low_rank, refuse
 
 # Someone who wants to see every op (a dispatch mode such as FlopCounterMode or FakeTensorMode): then only ops will do.
 _listeners = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
@@ -90,15 +90,15 @@ class Binding(_Direct):
         return 0
 
 
-class FleetBinding(_Direct):
-    """The same for a `ttt.nn.FleetLinear`, whose steps come after a product that took the caches for itself."""
+class LowRankBinding(_Direct):
+    """The same for a `ttt.nn.LowRankLinear`, whose steps come after a product that took the caches for itself."""
 
     def __init__(self, layer) -> None:
         weight = layer.weight
         self.address, self.dtype = weight.data_ptr(), weight.dtype
         self.weight, self.bias = weight, layer.bias
         self.m, self.n = weight.shape
-        self.kernels: Any = bind_fleet(layer) if self.m and self.n else None
+        self.kernels: Any = bind_low_rank(layer) if self.m and self.n else None
         self.appended = _present(layer, "a", "b", "rows", "eta_sum")
         self.compressed = _present(layer, "lost", "step")
 
@@ -112,14 +112,14 @@ class FleetBinding(_Direct):
         y = torch.nn.functional.linear(x, self.weight, self.bias)
         if not self.kernels.forward(x.data_ptr(), users.data_ptr(), y.data_ptr(), tokens, torch.get_num_threads()):
             return None
-        record("fleet_linear", "cpu")
+        record("low_rank_linear", "cpu")
         return y
 
     def learn(self, x: Tensor, delta: Tensor, eta: Tensor, users: Tensor) -> bool:
         """As the layer's `learn`.
 
         Raises:
-            RuntimeError: as `ttt.ops.fleet_compress`; a later call goes on from there.
+            RuntimeError: as `ttt.ops.low_rank_compress`; a later call goes on from there.
         """
         tokens = users.numel()
         if x.shape != (tokens, self.n) or delta.shape != (tokens, self.m) or eta.shape != (tokens,):
@@ -133,10 +133,10 @@ class FleetBinding(_Direct):
         if failed < -1:
             return False
         if appends:
-            record("fleet_append", "cpu")
+            record("low_rank_append", "cpu")
             torch.autograd.graph.increment_version(self.appended)
         if compressions:
-            record("fleet_compress", "cpu")
+            record("low_rank_compress", "cpu")
             torch.autograd.graph.increment_version(self.appended + self.compressed)
         refuse(failed)
         return True

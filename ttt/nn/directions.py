@@ -12,7 +12,7 @@ from ttt import ops
 if TYPE_CHECKING:
     from ttt.config import TTTConfig
     from ttt.nn.linear import Linear
-    from ttt.nn.low_rank import FleetLinear
+    from ttt.nn.low_rank import LowRankLinear
 
 _EXACT = 1024  # of a Gram matrix: larger ones take seconds
 _OVERSAMPLE, _ROUNDS = 32, 8
@@ -24,14 +24,14 @@ def directions(config: TTTConfig, n: int) -> int:
 
 
 @torch.no_grad()
-def refresh(layer: Linear | FleetLinear) -> None:
+def refresh(layer: Linear | LowRankLinear) -> None:
     """Let ``layer.basis`` hold the principal directions of the inputs that ``layer.memory`` holds."""
     if layer.basis is not None:
         layer.own("basis", copy=False)
         layer.basis.copy_(principal_directions(layer.memory[: int(layer.seen)], len(layer.basis)))
 
 
-def learnable(layer: Linear | FleetLinear, x: Tensor) -> Tensor:
+def learnable(layer: Linear | LowRankLinear, x: Tensor) -> Tensor:
     """Inputs (T, n) as updates are made with them: x - U^T U x."""
     return x if layer.basis is None else ops.project_out(x, layer.basis)
 

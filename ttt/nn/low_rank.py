@@ -1,4 +1,4 @@
-"""`ttt.nn.FleetLinear`: an `nn.Linear` with low-rank weights of many users beside its own, in one batch."""
+"""`ttt.nn.LowRankLinear`: an `nn.Linear` with low-rank weights of many users beside its own, in one batch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.nn.functional import linear
 from ttt import ops
 from ttt.config import TTTConfig
 from ttt.nn.base import Adapted, Layout
-from ttt.nn.cpu_binding import FleetBinding, binding_of
+from ttt.nn.cpu_binding import LowRankBinding, binding_of
 from ttt.nn.directions import directions, learnable
 from ttt.nn.rates import Rates, count_, places, rates
 from ttt.ops.reference import _wide
-from ttt.options import Fleet
+from ttt.options import LowRank
 
 PER_ROW = ("a", "b")
 PER_SLOT = ("eta_sum", "lost", "step")
@@ -74,7 +74,7 @@ class _Capture(torch.autograd.Function):
         return layer._transposed_product(grad, users), None, None, None
 
 
-class FleetLinear(Adapted):
+class LowRankLinear(Adapted):
     """y_t = W x_t + b + B_u^T (A_u x_t): a linear layer for a batch in which each row belongs to a user, or to none.
 
     ``weight`` and ``bias`` never change; rows of no user get the base layer's output bit for bit. The state is in
@@ -100,7 +100,7 @@ class FleetLinear(Adapted):
 
     Args:
         in_features, out_features, bias, device, dtype: as `torch.nn.Linear`.
-        config: see `TTTConfig`; its ``users`` (`ttt.Fleet`) says how many slots there are.
+        config: see `TTTConfig`; its ``users`` (`ttt.LowRank`) says how many slots there are.
         name: seeds this layer's random draws, together with ``config.seed``.
     """
 
@@ -121,38 +121,38 @@ class FleetLinear(Adapted):
 
     @staticmethod
     def _default_config() -> TTTConfig:
-        return TTTConfig(users=Fleet())
+        return TTTConfig(users=LowRank())
 
     def _layout(self, dtype: torch.dtype) -> Layout:
-        config, wide, fleet = self.config, _wide(dtype), self.fleet
+        config, wide, low_rank = self.config, _wide(dtype), self.low_rank
         m, n = self.out_features, self.in_features
         k, protects, scaled = directions(config, n), config.ewc_lambda > 0, config.rate != "constant"
         remembers = config.replay_rows > 0 or k > 0
         return {
-            "a": ((fleet.slots, fleet.capacity, n), dtype),
-            "b": ((fleet.slots, fleet.capacity, m), dtype),
-            "rows": ((fleet.slots,), torch.int32),
-            "eta_sum": ((fleet.slots,), wide),
-            "lost": ((fleet.slots,), wide),
-            "step": ((fleet.slots,), torch.int64),
+            "a": ((low_rank.slots, low_rank.capacity, n), dtype),
+            "b": ((low_rank.slots, low_rank.capacity, m), dtype),
+            "rows": ((low_rank.slots,), torch.int32),
+            "eta_sum": ((low_rank.slots,), wide),
+            "lost": ((low_rank.slots,), wide),
+            "step": ((low_rank.slots,), torch.int64),
             "importance_m": ((m,), wide) if protects else None,
             "importance_n": ((n,), wide) if protects else None,
             "memory": ((config.replay_capacity, n), dtype) if remembers else None,
             "seen": ((1,), torch.int64) if remembers else None,
             "basis": ((k, n), dtype) if k else None,
             "calibrated": ((3,), torch.float64) if scaled else None,
-            "moments": ((fleet.slots, 3), torch.float64) if scaled else None,
+            "moments": ((low_rank.slots, 3), torch.float64) if scaled else None,
         }
 
     def _build(self, config: TTTConfig, name: str) -> None:
         if config.users is None:
-            raise ValueError("config.users must be a ttt.Fleet, got None")
-        self.fleet = config.users
+            raise ValueError("config.users must be a ttt.LowRank, got None")
+        self.low_rank = config.users
         self.routing = Routing()
         super()._build(config, name)
 
-    def _bind(self) -> FleetBinding:
-        return FleetBinding(self)
+    def _bind(self) -> LowRankBinding:
+        return LowRankBinding(self)
 
     # -- using ------------------------------------------------------------------------------------------------
 
@@ -172,12 +172,12 @@ class FleetLinear(Adapted):
         binding = binding_of(self)
         if binding is not None and (y := binding.forward(x, users)) is not None:
             return y
-        return ops.fleet_linear(x.contiguous(), self.weight, self.bias, self.a, self.b, self.rows, users)
+        return ops.low_rank_linear(x.contiguous(), self.weight, self.bias, self.a, self.b, self.rows, users)
 
     def _transposed_product(self, delta: Tensor, users: Tensor | None) -> Tensor:
         if users is None:
             return delta @ self.weight
-        return ops.fleet_linear(delta.contiguous(), self.weight.T, None, self.b, self.a, self.rows, users)
+        return ops.low_rank_linear(delta.contiguous(), self.weight.T, None, self.b, self.a, self.rows, users)
 
     @torch.no_grad()
     def effective_weight(self, slot: int) -> Tensor:
@@ -225,7 +225,7 @@ class FleetLinear(Adapted):
     def _learn(self, x: Tensor, delta: Tensor, eta: Tensor, users: Tensor) -> None:
         """`learn` by the ops, to the bit what the bound kernels do. The slots to compress are chosen on the device: the
         host waits only where there are more tokens than a window, and not while a CUDA graph is captured."""
-        tokens, window, capacity = users.numel(), self.fleet.window, self.fleet.capacity
+        tokens, window, capacity = users.numel(), self.low_rank.window, self.low_rank.capacity
         place, parts = None, min(tokens, 1)
         if tokens > window:  # there may be more of one user than a slot has room for at a time
             place, parts = places(users), -(-tokens // window)
@@ -233,10 +233,10 @@ class FleetLinear(Adapted):
                 parts = int(torch.where(users >= 0, place, -window).max()) // window + 1
         for k in range(parts):
             part = users if place is None else torch.where(place // window == k, users, -1)
-            count = torch.zeros(self.fleet.slots + 1, dtype=torch.int32, device=users.device)
+            count = torch.zeros(self.low_rank.slots + 1, dtype=torch.int32, device=users.device)
             count = count.index_add_(0, part + 1, torch.ones_like(part))[1:]
             self.compress((count > 0) & (self.rows + count > capacity))
-            ops.fleet_append(self.a, self.b, self.rows, self.eta_sum, x, delta, eta, part)
+            ops.low_rank_append(self.a, self.b, self.rows, self.eta_sum, x, delta, eta, part)
             self.compress((count > 0) & (self.rows == capacity))
 
     @torch.no_grad()
@@ -246,14 +246,14 @@ class FleetLinear(Adapted):
             return
         slots = torch.where(chosen, torch.arange(len(chosen), device=chosen.device), -1)
         state = self.a, self.b, self.rows, self.eta_sum, self.lost, self.step
-        ops.fleet_compress(*state, slots, **self.compress_options())
+        ops.low_rank_compress(*state, slots, **self.compress_options())
 
     def compress_options(self) -> dict[str, Any]:
-        """The keywords of `ttt.ops.fleet_compress`."""
+        """The keywords of `ttt.ops.low_rank_compress`."""
         c = self.config
         memory, seen = (self.memory, self.seen) if c.replay_rows else (None, None)
         return {
-            "rank": self.fleet.rank, "shrink": self.fleet.shrink, "lam": c.ewc_lambda,
+            "rank": self.low_rank.rank, "shrink": self.low_rank.shrink, "lam": c.ewc_lambda,
             "importance_m": self.importance_m, "importance_n": self.importance_n, "memory": memory, "seen": seen,
             "seed": self.seed, "replay_rows": c.replay_rows, "replay": c.replay, "beta": c.replay_beta,
             "eps": c.replay_eps,
@@ -282,8 +282,8 @@ class FleetLinear(Adapted):
             why = f" (rate is {self.config.rate!r})" if "moments" in state and self.moments is None else ""
             raise ValueError(f"{self.name} needs the tensors {sorted(allowed)}{why}, got {sorted(state)}")
         held = state["a"].shape[0] if state["a"].ndim else 0
-        if held > self.fleet.capacity:
-            raise ValueError(f"{self.name}.a must have at most {self.fleet.capacity} rows, got {held}")
+        if held > self.low_rank.capacity:
+            raise ValueError(f"{self.name}.a must have at most {self.low_rank.capacity} rows, got {held}")
         for name, value in state.items():
             live = getattr(self, name)
             shape = (held, live.shape[2]) if name in PER_ROW else (1, *live.shape[1:])
@@ -312,4 +312,4 @@ class FleetLinear(Adapted):
             getattr(self, name)[slot].zero_()
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, lr={self.config.lr}, {self.fleet}"
+        return f"{super().extra_repr()}, lr={self.config.lr}, {self.low_rank}"

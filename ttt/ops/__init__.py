@@ -6,9 +6,9 @@ import torch
 
 from ttt.ops import cpu as cpu
 from ttt.ops import cuda as cuda
-from ttt.ops.low_rank import fleet_append, fleet_compress, fleet_linear
+from ttt.ops.low_rank import low_rank_append, low_rank_compress, low_rank_linear
 
-__all__ = ["commit", "fleet_append", "fleet_compress", "fleet_linear", "project_out", "reservoir_draw",
+__all__ = ["commit", "low_rank_append", "low_rank_compress", "low_rank_linear", "project_out", "reservoir_draw",
            "reservoir_insert", "window_append", "window_linear"]  # fmt: skip
 
 

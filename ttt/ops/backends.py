@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-OPS = ("window_linear", "project_out", "window_append", "commit", "reservoir_insert", "reservoir_draw", "fleet_linear",
-       "fleet_append", "fleet_compress")  # fmt: skip
+OPS = ("window_linear", "project_out", "window_append", "commit", "reservoir_insert", "reservoir_draw",
+       "low_rank_linear", "low_rank_append", "low_rank_compress")  # fmt: skip
 
 calls: Counter[tuple[str, str, str]] = Counter()
 """(op, backend, why) -> calls; ``why`` is empty unless a slower backend had to stand in."""

@@ -25,9 +25,8 @@ def _kernels() -> SimpleNamespace | None:
     if "triton" in unavailable:
         return None
     try:
-        from ttt.ops.triton import append, commit, project, reservoir, window_linear
-        from ttt.ops.triton import low_rank as fleet
-        from ttt.ops.triton import low_rank_compress as fleet_compress
+        from ttt.ops.triton import append, commit, low_rank, project, reservoir, window_linear
+        from ttt.ops.triton import low_rank_compress as low_rank_compress
     except ImportError as error:
         unavailable["triton"] = f"the Triton kernels cannot be imported ({error})"
         return None
@@ -39,10 +38,10 @@ def _kernels() -> SimpleNamespace | None:
         why_not_fp8=commit.why_not_fp8,
         reservoir_insert=reservoir.reservoir_insert,
         reservoir_draw=reservoir.reservoir_draw,
-        fleet_linear=fleet.fleet_linear,
-        fleet_append=fleet.fleet_append,
-        fleet_compress=fleet_compress.fleet_compress,
-        why_not_compress=fleet_compress.why_not,
+        low_rank_linear=low_rank.low_rank_linear,
+        low_rank_append=low_rank.low_rank_append,
+        low_rank_compress=low_rank_compress.low_rank_compress,
+        why_not_compress=low_rank_compress.why_not,
     )
 
 

@@ -35,14 +35,14 @@ _SCHEMAS = {
     ),
     "reservoir_insert": "(Tensor(a!) memory, Tensor(b!) seen, Tensor x, int seed, Tensor? gate=None) -> ()",
     "reservoir_draw": "(Tensor seen, Tensor step, int capacity, int rows, int seed) -> Tensor",
-    "fleet_linear": (
+    "low_rank_linear": (
         "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor rows, Tensor users) -> Tensor"
     ),
-    "fleet_append": (
+    "low_rank_append": (
         "(Tensor(a!) a, Tensor(b!) b, Tensor(c!) rows, Tensor(d!) eta_sum, Tensor x, Tensor delta, Tensor eta, "
         "Tensor users) -> ()"
     ),
-    "fleet_compress": (
+    "low_rank_compress": (
         "(Tensor(a!) a, Tensor(b!) b, Tensor(c!) rows, Tensor(d!) eta_sum, Tensor(e!) lost, Tensor(f!) step, "
         "Tensor slots, int rank, str shrink, float lam, Tensor? importance_m, Tensor? importance_n, Tensor? memory, "
         "Tensor? seen, int seed, int replay_rows, str replay, float beta, float eps) -> ()"
@@ -83,17 +83,17 @@ def _(*args):
     return None
 
 
-@torch.library.register_fake("ttt::fleet_linear")
+@torch.library.register_fake("ttt::low_rank_linear")
 def _(x, weight, bias, a, b, rows, users):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_fake("ttt::fleet_append")
+@torch.library.register_fake("ttt::low_rank_append")
 def _(*args):
     return None
 
 
-@torch.library.register_fake("ttt::fleet_compress")
+@torch.library.register_fake("ttt::low_rank_compress")
 def _(*args):
     return None
 

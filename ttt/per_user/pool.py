@@ -1,4 +1,4 @@
-"""Who has which slot of a model's `ttt.nn.FleetLinear` layers."""
+"""Who has which slot of a model's `ttt.nn.LowRankLinear` layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ttt.nn.low_rank import FleetLinear, Routing
+from ttt.nn.low_rank import LowRankLinear, Routing
 
 State = dict[str, Tensor]
 _POOL = "_ttt_pool"  # on the model, beside its modules and parameters
@@ -23,7 +23,7 @@ class Pool:
     ``on_evict`` then, and comes from ``on_miss`` when the user is named again. Not for several threads at a time.
 
     Args:
-        layers: the model's learning layers, by name; all of one `ttt.Fleet`.
+        layers: the model's learning layers, by name; all of one `ttt.LowRank`.
 
     Attributes:
         on_evict: called with (user, state) before a slot is given to another user; if it raises, nothing changes.
@@ -31,12 +31,12 @@ class Pool:
         on_miss: called with a user who has no slot; returns a state, or None for one who begins with the base model.
     """
 
-    def __init__(self, layers: dict[str, FleetLinear]) -> None:
+    def __init__(self, layers: dict[str, LowRankLinear]) -> None:
         if not layers:
-            raise ValueError("layers must hold at least one ttt.nn.FleetLinear, got none")
+            raise ValueError("layers must hold at least one ttt.nn.LowRankLinear, got none")
         self.layers = dict(layers)
         self.config = next(iter(layers.values())).config
-        self.slots = next(iter(layers.values())).fleet.slots
+        self.slots = next(iter(layers.values())).low_rank.slots
         self.on_evict: Callable[[Hashable, State], None] | None = None
         self.on_miss: Callable[[Hashable], State | None] | None = None
         self.routing = Routing()
@@ -225,7 +225,7 @@ def pool_of(model: nn.Module) -> Pool:
     if pool is None:
         raise ValueError(
             f"model ({type(model).__name__}) has one set of weights for all; "
-            "ttt.adapt_(model, ttt.TTTConfig(..., users=ttt.Fleet())) gives every user their own"
+            "ttt.adapt_(model, ttt.TTTConfig(..., users=ttt.LowRank())) gives every user their own"
         )
     return pool
 
@@ -235,7 +235,7 @@ def has_pool(model: nn.Module) -> bool:
     return getattr(model, _POOL, None) is not None
 
 
-def attach(model: nn.Module, layers: dict[str, FleetLinear]) -> None:
+def attach(model: nn.Module, layers: dict[str, LowRankLinear]) -> None:
     """Give ``model`` a pool over its ``layers``."""
     object.__setattr__(model, _POOL, Pool(layers))
 

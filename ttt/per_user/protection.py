@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ttt import ops
-from ttt.nn import Capturing, FleetLinear
+from ttt.nn import Capturing, LowRankLinear
 from ttt.nn.directions import refresh
 
 
-def calibrate(layers: Sequence[FleetLinear], losses: Iterator[Tensor], kind: str) -> None:
+def calibrate(layers: Sequence[LowRankLinear], losses: Iterator[Tensor], kind: str) -> None:
     """Importance, replay memory, its principal directions, and the scale of gradients, from those of ``losses``.
 
     Omega's row and column means come from those of the tokens' squares (``kind`` "mas": absolute values), without an

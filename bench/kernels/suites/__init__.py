@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from bench.kernels.registry import Case
-from bench.kernels.suites import commit, decode, fisher, generate, growth, head, loops, observe, window_linear
-from bench.kernels.suites import low_rank as fleet
+from bench.kernels.suites import commit, decode, fisher, generate, growth, head, loops, low_rank, observe, window_linear
 
 SUITES: dict[str, Callable[[str], list[Case]]] = {
     "commit": commit.cases,
@@ -18,7 +17,7 @@ SUITES: dict[str, Callable[[str], list[Case]]] = {
     "loops": loops.cases,
     "head": head.cases,
     "growth": growth.cases,
-    "fleet": fleet.cases,
+    "low_rank": low_rank.cases,
 }
 
 

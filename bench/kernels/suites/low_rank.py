@@ -1,4 +1,4 @@
-"""Suite ``fleet``: a batch whose tokens belong to different users, each with low-rank weights of their own."""
+"""Suite ``low_rank``: a batch whose tokens belong to different users, each with low-rank weights of their own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn import functional
 import ttt
 from bench.kernels.registry import Case, Contender, Unavailable, shared
 from bench.kernels.state import LEARNS, STORAGE, assert_change, layer_count, size_of, some_rows
-from ttt.nn import FleetLinear
+from ttt.nn import LowRankLinear
 
 SLOTS, WINDOW, LR = 32, 64, 1e-3
 
@@ -27,7 +27,7 @@ class Mixed(Case):
     Every user's slot holds r rows, and they rotate with the weights: they come from memory, too.
     """
 
-    suite = "fleet"
+    suite = "low_rank"
     unit = "step"
     baseline = forward = "nn.Linear"
 
@@ -69,28 +69,28 @@ class Mixed(Case):
     def inputs(self) -> Tensor:
         return torch.randn(self.tokens, self.d, device=self.device).to(getattr(torch, self.dtype))
 
-    def layers(self) -> list[FleetLinear]:
+    def layers(self) -> list[LowRankLinear]:
         """Layers to rotate among, with r random rows in every slot."""
-        fleet = ttt.Fleet(slots=SLOTS, rank=self.rank, window=WINDOW)
-        config = ttt.TTTConfig(**LEARNS | {"lr": LR, "ewc_lambda": 0.0, "replay_rows": 0}, users=fleet)
+        low_rank = ttt.LowRank(slots=SLOTS, rank=self.rank, window=WINDOW)
+        config = ttt.TTTConfig(**LEARNS | {"lr": LR, "ewc_lambda": 0.0, "replay_rows": 0}, users=low_rank)
         kind = getattr(torch, self.dtype)
 
-        def make() -> list[FleetLinear]:
-            size = size_of(self.dtype) * self.d * (self.d + 2 * SLOTS * fleet.capacity)
+        def make() -> list[LowRankLinear]:
+            size = size_of(self.dtype) * self.d * (self.d + 2 * SLOTS * low_rank.capacity)
             found = []
             for _ in range(layer_count(size)):
-                layer = FleetLinear(self.d, self.d, bias=False, device=self.device, dtype=kind, config=config)
+                layer = LowRankLinear(self.d, self.d, bias=False, device=self.device, dtype=kind, config=config)
                 layer.a.normal_()
                 layer.b.normal_(std=self.d**-0.5)
                 found.append(layer)
             return found
 
-        found = shared(("fleet", self.device, self.dtype, self.d, self.rank), make)
+        found = shared(("low_rank", self.device, self.dtype, self.d, self.rank), make)
         for layer in found:
             layer.routing.set(self.slots)
         return found
 
-    def stage(self, layers: list[FleetLinear]) -> None:
+    def stage(self, layers: list[LowRankLinear]) -> None:
         """How full the slots are at first."""
         for layer in layers:
             layer.rows.fill_(self.rank)
@@ -203,7 +203,7 @@ class MixedLearning(Mixed):
         """Tokens of one user a step."""
         return self.tokens // self.users
 
-    def stage(self, layers: list[FleetLinear]) -> None:
+    def stage(self, layers: list[LowRankLinear]) -> None:
         cycle = WINDOW // self.each  # steps from one compression of a slot to its next
         for i, layer in enumerate(layers):  # an odd number of them: the parity goes on through every rotation
             for u in range(self.users):
@@ -222,7 +222,7 @@ class MixedLearning(Mixed):
         return self.contender(one, lambda: self.check_learning(layers[0]), steps=2)
 
     @torch.no_grad()
-    def check_learning(self, layer: FleetLinear) -> None:
+    def check_learning(self, layer: LowRankLinear) -> None:
         """Outputs after a few steps, two compressions among them, against the reference in float64."""
         outputs = []
         x, delta = self.inputs(), self.inputs() * 10

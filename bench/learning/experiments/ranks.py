@@ -1,7 +1,7 @@
 """``python -m bench.learning.experiments.ranks``: users' low-rank weights against full rank.
 
 The demo model reads one text, a part of the C++ headers that the demo does not show, without protection: with weights
-of its own, and as one user of a `ttt.Fleet` of several ranks. Writes ``bench/learning/results/demo_ranks.json``.
+of its own, and as one user of a `ttt.LowRank` of several ranks. Writes ``bench/learning/results/demo_ranks.json``.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def main() -> None:
     ids = as_ids(stream_of("headers")[OFFSET : OFFSET + args.bytes + 1])
     plain: dict[str, Any] = {**DEFENCES, "lr": RATE_ALONE}
     rows: list[dict[str, Any]] = []
-    fleets = [(f"rank {rank}", ttt.Fleet(slots=1, rank=rank)) for rank in RANKS]
-    for name, users in [("frozen", None), ("full rank", None), *fleets]:
+    sizes = [(f"rank {rank}", ttt.LowRank(slots=1, rank=rank)) for rank in RANKS]
+    for name, users in [("frozen", None), ("full rank", None), *sizes]:
         model, config = load_model()
         ttt.adapt_(model, dataclasses.replace(config, **plain, users=users))
         learner = ttt.Learner(model, context=CONTEXT)

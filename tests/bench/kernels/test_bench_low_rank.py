@@ -1,19 +1,19 @@
-"""The suite ``fleet``: counts by hand, checks that pass what is right and catch what is not."""
+"""The suite ``low_rank``: counts by hand, checks that pass what is right and catch what is not."""
 
 import pytest
 
 from bench.kernels.registry import Unavailable
-from bench.kernels.suites import low_rank as fleet
+from bench.kernels.suites import low_rank
 
 
 @pytest.fixture(autouse=True)
 def _few_layers(monkeypatch):
-    monkeypatch.setattr(fleet, "layer_count", lambda size: 3)
+    monkeypatch.setattr(low_rank, "layer_count", lambda size: 3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("users", [1, 8, 32])
-@pytest.mark.parametrize("kind", [fleet.Mixed, fleet.MixedLearning])
+@pytest.mark.parametrize("kind", [low_rank.Mixed, low_rank.MixedLearning])
 def test_right_contenders_pass(kind, users, dtype):
     for make in kind("cpu", dtype, 96, 32, users, 4).contenders().values():
         try:
@@ -25,15 +25,15 @@ def test_right_contenders_pass(kind, users, dtype):
 
 
 def test_a_wrong_output_is_caught(monkeypatch):
-    real = fleet.FleetLinear.forward
-    monkeypatch.setattr(fleet.FleetLinear, "forward", lambda layer, x: real(layer, x) * 1.01)
+    real = low_rank.LowRankLinear.forward
+    monkeypatch.setattr(low_rank.LowRankLinear, "forward", lambda layer, x: real(layer, x) * 1.01)
     with pytest.raises(AssertionError, match="y is off by"):
-        fleet.Mixed("cpu", "float32", 96, 32, 8, 4).mixed().check()
+        low_rank.Mixed("cpu", "float32", 96, 32, 8, 4).mixed().check()
 
 
 @pytest.mark.parametrize("users", [1, 8, 32])
 def test_one_slot_is_compressed_every_other_step(users):
-    case = fleet.MixedLearning("cpu", "float32", 48, 32, users, 4)
+    case = low_rank.MixedLearning("cpu", "float32", 48, 32, users, 4)
     layers = case.layers()
     for layer in layers:  # other tests use them, too
         layer.step.zero_()
@@ -44,7 +44,7 @@ def test_one_slot_is_compressed_every_other_step(users):
 
 
 def test_counts():
-    case = fleet.Mixed("cpu", "bfloat16", 10, 4, 2, 3)
+    case = low_rank.Mixed("cpu", "bfloat16", 10, 4, 2, 3)
     assert case.bytes("nn.Linear") == 2 * (100 + 2 * 40)
     assert case.bytes("ttt") == 2 * (100 + 2 * 40 + 2 * 3 * 20)
     assert case.flops("nn.Linear") == 2 * 4 * 100

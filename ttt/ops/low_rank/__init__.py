@@ -12,10 +12,10 @@ import torch
 from ttt.ops.low_rank import cpu as cpu
 from ttt.ops.low_rank import cuda as cuda
 
-__all__ = ["fleet_append", "fleet_compress", "fleet_linear"]
+__all__ = ["low_rank_append", "low_rank_compress", "low_rank_linear"]
 
 
-def fleet_linear(
+def low_rank_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -43,12 +43,12 @@ def fleet_linear(
 
     Raises:
         ValueError, TypeError: for a wrong shape, dtype, device or stride, and on CPU for a slot that does not exist.
-        RuntimeError: if grad mode is on and an argument requires grad (`ttt.nn.FleetLinear` has the derivative).
+        RuntimeError: if grad mode is on and an argument requires grad (`ttt.nn.LowRankLinear` has the derivative).
     """
-    return torch.ops.ttt.fleet_linear(x, weight, bias, a, b, rows, users)
+    return torch.ops.ttt.low_rank_linear(x, weight, bias, a, b, rows, users)
 
 
-def fleet_append(
+def low_rank_append(
     a: torch.Tensor,
     b: torch.Tensor,
     rows: torch.Tensor,
@@ -73,10 +73,10 @@ def fleet_append(
         ValueError, TypeError: for a wrong argument, or on CPU where a slot has no room for its tokens; nothing has been
             written then. On CUDA, where the host does not wait, rows without room are never written.
     """
-    torch.ops.ttt.fleet_append(a, b, rows, eta_sum, x, delta, eta, users)
+    torch.ops.ttt.low_rank_append(a, b, rows, eta_sum, x, delta, eta, users)
 
 
-def fleet_compress(
+def low_rank_compress(
     a: torch.Tensor,
     b: torch.Tensor,
     rows: torch.Tensor,
@@ -128,7 +128,7 @@ def fleet_compress(
     stochastically (`ttt.ops.philox`), are summed in float32 first.
 
     Args:
-        a, b, rows, eta_sum: as in `fleet_append`.
+        a, b, rows, eta_sum: as in `low_rank_append`.
         lost: (S,), float32 (float64 for float64). step: (S,), int64: compressions so far, the counter of random draws.
         slots: (K,), int64: the slots to compress, each at most once; -1 stands for none, so that a device can choose.
         rank: r, at least 1. A slot with no more rows keeps them (replay and pull apply).
@@ -144,7 +144,7 @@ def fleet_compress(
             where the host does not wait, such a slot stays as it was and nothing is raised; slots of more than 1024
             rows, float64 and empty factors are left to the reference there, for which the host does wait.
     """
-    torch.ops.ttt.fleet_compress(
+    torch.ops.ttt.low_rank_compress(
         a, b, rows, eta_sum, lost, step, slots, rank, shrink, lam, importance_m, importance_n, memory, seen, seed,
         replay_rows, replay, beta, eps,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Argument checks of the fleet's ops. All run before anything is written."""
+"""Argument checks of the ops of users' low-rank weights. All run before anything is written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _pool(a, b, rows) -> tuple[int, int, int, int]:
     return slots, capacity, n, m
 
 
-def check_fleet_linear(x, weight, bias, a, b, rows, users) -> None:
+def check_low_rank_linear(x, weight, bias, a, b, rows, users) -> None:
     if weight.ndim != 2:
         raise ValueError(f"weight must have shape (m, n), got {tuple(weight.shape)}")
     _, _, n, m = _pool(a, b, rows)
@@ -38,7 +38,7 @@ def check_fleet_linear(x, weight, bias, a, b, rows, users) -> None:
     _need("users", users, (x.shape[:-1].numel(),), (torch.int32,), a)
 
 
-def check_fleet_append(a, b, rows, eta_sum, x, delta, eta, users) -> None:
+def check_low_rank_append(a, b, rows, eta_sum, x, delta, eta, users) -> None:
     slots, _, n, m = _pool(a, b, rows)
     tokens = users.numel()
     _need("users", users, (tokens,), (torch.int32,), a)
@@ -69,7 +69,7 @@ def check_room(users: torch.Tensor, rows: torch.Tensor, capacity: int) -> None:
         )
 
 
-def check_fleet_compress(
+def check_low_rank_compress(
     a, b, rows, eta_sum, lost, step, slots, rank, shrink, lam, importance_m, importance_n, memory, seen, seed,
     replay_rows, replay, beta, eps,
 ) -> None:  # fmt: skip

@@ -1,4 +1,4 @@
-"""The fleet's ops on CPU."""
+"""The ops of users' low-rank weights on CPU."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from ttt.ops.low_rank import checks, reference
 def _check_users(users, a, rows=None) -> None:
     """Every token's slot exists and, where ``rows`` is given, has room. The kernel asks, torch words the error."""
     slots, capacity = a.shape[:2]
-    if _C is not None and _C.fleet_fits(users.data_ptr(), _address(rows), users.numel(), slots, capacity):
+    if _C is not None and _C.low_rank_fits(users.data_ptr(), _address(rows), users.numel(), slots, capacity):
         return
     checks.check_users(users, slots)
     if rows is not None:
         checks.check_room(users, rows, capacity)
 
 
-def fleet_linear(x, weight, bias, a, b, rows, users):
-    checks.check_fleet_linear(x, weight, bias, a, b, rows, users)
+def low_rank_linear(x, weight, bias, a, b, rows, users):
+    checks.check_low_rank_linear(x, weight, bias, a, b, rows, users)
     _check_users(users, a)
     if why := _why_not(x.dtype):
-        record("fleet_linear", "reference", why)
-        return reference.fleet_linear(x, weight, bias, a, b, rows, users)
-    record("fleet_linear", "cpu")
+        record("low_rank_linear", "reference", why)
+        return reference.low_rank_linear(x, weight, bias, a, b, rows, users)
+    record("low_rank_linear", "cpu")
     m, n = weight.shape
     y = torch.nn.functional.linear(x, weight, bias)
-    _C.fleet_linear(
+    _C.low_rank_linear(
         x.data_ptr(), a.data_ptr(), b.data_ptr(), rows.data_ptr(), users.data_ptr(), y.data_ptr(), users.numel(), m, n,
         a.shape[1], _DTYPE[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
-def fleet_append(a, b, rows, eta_sum, x, delta, eta, users) -> None:
-    checks.check_fleet_append(a, b, rows, eta_sum, x, delta, eta, users)
+def low_rank_append(a, b, rows, eta_sum, x, delta, eta, users) -> None:
+    checks.check_low_rank_append(a, b, rows, eta_sum, x, delta, eta, users)
     _check_users(users, a, rows)
     if why := _why_not(a.dtype):
-        record("fleet_append", "reference", why)
-        reference.fleet_append(a, b, rows, eta_sum, x, delta, eta, users)
+        record("low_rank_append", "reference", why)
+        reference.low_rank_append(a, b, rows, eta_sum, x, delta, eta, users)
         return
-    record("fleet_append", "cpu")
-    _C.fleet_append(
+    record("low_rank_append", "cpu")
+    _C.low_rank_append(
         a.data_ptr(), b.data_ptr(), rows.data_ptr(), eta_sum.data_ptr(), x.data_ptr(), delta.data_ptr(),
         eta.data_ptr(), users.data_ptr(), users.numel(), b.shape[2], a.shape[2], a.shape[1], _DTYPE[a.dtype],
         torch.get_num_threads(),
@@ -53,7 +53,7 @@ def fleet_append(a, b, rows, eta_sum, x, delta, eta, users) -> None:
     torch.autograd.graph.increment_version([a, b, rows, eta_sum])
 
 
-def fleet_compress(
+def low_rank_compress(
     a, b, rows, eta_sum, lost, step, slots, rank, shrink, lam, importance_m, importance_n, memory, seen, seed,
     replay_rows, replay, beta, eps,
 ) -> None:  # fmt: skip
@@ -61,14 +61,14 @@ def fleet_compress(
         a, b, rows, eta_sum, lost, step, slots, rank, shrink, lam, importance_m, importance_n, memory, seen, seed,
         replay_rows, replay, beta, eps,
     )  # fmt: skip
-    checks.check_fleet_compress(*args)
+    checks.check_low_rank_compress(*args)
     if why := _why_not(a.dtype):
-        record("fleet_compress", "reference", why)
-        reference.fleet_compress(*args)
+        record("low_rank_compress", "reference", why)
+        reference.low_rank_compress(*args)
         return
-    record("fleet_compress", "cpu")
+    record("low_rank_compress", "cpu")
     slots = slots[slots >= 0]  # kept until the kernel has ended
-    failed = _C.fleet_compress(*_compress_arguments(*args[:6], slots, *args[7:]))
+    failed = _C.low_rank_compress(*_compress_arguments(*args[:6], slots, *args[7:]))
     torch.autograd.graph.increment_version([a, b, rows, eta_sum, lost, step])
     refuse(failed)
 
@@ -77,7 +77,7 @@ def _compress_arguments(
     a, b, rows, eta_sum, lost, step, slots, rank, shrink, lam, importance_m, importance_n, memory, seen, seed,
     replay_rows, replay, beta, eps,
 ):  # fmt: skip
-    """What ``_C.fleet_compress`` takes."""
+    """What ``_C.low_rank_compress`` takes."""
     return (
         a.data_ptr(), b.data_ptr(), rows.data_ptr(), eta_sum.data_ptr(), lost.data_ptr(), step.data_ptr(),
         _address(slots), _address(importance_m), _address(importance_n), _address(memory), _address(seen),
@@ -93,8 +93,8 @@ def refuse(slot: int) -> None:
         raise RuntimeError(f"slot {slot} holds rows that are not finite; it was left as it is")
 
 
-def bind_fleet(layer):
-    """The addresses of a `ttt.nn.FleetLinear`, bound for ``ttt._C``, or None where its kernels do not apply.
+def bind_low_rank(layer):
+    """The addresses of a `ttt.nn.LowRankLinear`, bound for ``ttt._C``, or None where its kernels do not apply.
 
     What is bound checks the users' slots and nothing else: the layer does. Good until one of the tensors moves.
     """
@@ -103,8 +103,8 @@ def bind_fleet(layer):
         return None
     state = a, layer.b, layer.rows, layer.eta_sum, layer.lost, layer.step
     options = layer.compress_options()
-    return _C.Fleet(a.shape[0], layer.fleet.window, *_compress_arguments(*state, None, **options))
+    return _C.LowRank(a.shape[0], layer.low_rank.window, *_compress_arguments(*state, None, **options))
 
 
-for _function in (fleet_linear, fleet_append, fleet_compress):
+for _function in (low_rank_linear, low_rank_append, low_rank_compress):
     schema.implement(_function.__name__, "CPU", _function)

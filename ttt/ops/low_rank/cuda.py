@@ -1,4 +1,4 @@
-"""The fleet's ops on CUDA: the Triton kernels, or the reference (and a record of why) where they do not apply."""
+"""The ops of users' low-rank weights on CUDA: Triton kernels, or the reference and a record of why."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from ttt.ops.cuda import _DTYPES, _kernels, _run
 from ttt.ops.low_rank import checks, reference
 
 
-def fleet_linear(x, weight, bias, a, b, rows, users):
+def low_rank_linear(x, weight, bias, a, b, rows, users):
     args = (x, weight, bias, a, b, rows, users)
-    checks.check_fleet_linear(*args)
-    return _run("fleet_linear", x, x.dtype, *args, fallback=reference.fleet_linear)
+    checks.check_low_rank_linear(*args)
+    return _run("low_rank_linear", x, x.dtype, *args, fallback=reference.low_rank_linear)
 
 
-def fleet_append(a, b, rows, eta_sum, x, delta, eta, users) -> None:
+def low_rank_append(a, b, rows, eta_sum, x, delta, eta, users) -> None:
     args = (a, b, rows, eta_sum, x, delta, eta, users)
-    checks.check_fleet_append(*args)
-    _run("fleet_append", a, a.dtype, *args, fallback=reference.fleet_append)
+    checks.check_low_rank_append(*args)
+    _run("low_rank_append", a, a.dtype, *args, fallback=reference.low_rank_append)
     # A kernel wrote through raw pointers: autograd and functionalization must be told.
     torch.autograd.graph.increment_version([a, b, rows, eta_sum])
 
 
-def fleet_compress(*args) -> None:
-    checks.check_fleet_compress(*args)
+def low_rank_compress(*args) -> None:
+    checks.check_low_rank_compress(*args)
     a, b = args[:2]
     kernels = _kernels() if a.dtype in _DTYPES else None
     if kernels is not None and (why := kernels.why_not_compress(a, b)):
-        record("fleet_compress", "reference", why)
-        reference.fleet_compress(*args)
+        record("low_rank_compress", "reference", why)
+        reference.low_rank_compress(*args)
     else:
-        _run("fleet_compress", a, a.dtype, *args, fallback=reference.fleet_compress)
+        _run("low_rank_compress", a, a.dtype, *args, fallback=reference.low_rank_compress)
     torch.autograd.graph.increment_version(list(args[:6]))
 
 
-for _function in (fleet_linear, fleet_append, fleet_compress):
+for _function in (low_rank_linear, low_rank_append, low_rank_compress):
     schema.implement(_function.__name__, "CUDA", _function)

@@ -1,4 +1,4 @@
-"""The fleet's ops in plain torch: the definition, in any floating dtype, on any device."""
+"""The ops of users' low-rank weights in plain torch: the definition, in any floating dtype, on any device."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def add_delta_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: Tensor, users: 
     return y
 
 
-def fleet_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, rows: Tensor, users: Tensor):
+def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, rows: Tensor, users: Tensor):
     y = torch.nn.functional.linear(x, weight, bias)
     add_delta_(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), a, b, rows, users)
     return y
 
 
-def fleet_append(
+def low_rank_append(
     a: Tensor, b: Tensor, rows: Tensor, eta_sum: Tensor, x: Tensor, delta: Tensor, eta: Tensor, users: Tensor
 ) -> None:
     capacity, wide = a.shape[1], eta_sum.dtype
@@ -48,12 +48,12 @@ def fleet_append(
             eta_sum[u] += eta[t]
 
 
-def fleet_compress(
+def low_rank_compress(
     a: Tensor, b: Tensor, rows: Tensor, eta_sum: Tensor, lost: Tensor, step: Tensor, slots: Tensor, rank: int,
     shrink: str, lam: float, importance_m: Tensor | None, importance_n: Tensor | None, memory: Tensor | None,
     seen: Tensor | None, seed: int, replay_rows: int, replay: str, beta: float, eps: float,
 ) -> None:  # fmt: skip
-    """See `ttt.ops.fleet_compress`. One slot at a time: batched routines give bits that depend on the batch."""
+    """See `ttt.ops.low_rank_compress`. One slot at a time: batched routines give bits that depend on the batch."""
     for u in slots[slots >= 0].tolist():
         held, spent, counter = int(rows[u]), eta_sum[u].double(), step[u : u + 1]
         left, right = a[u, :held].double(), b[u, :held].double()
@@ -124,7 +124,7 @@ def _factored(t: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
 
 
 def pull(a: Tensor, b: Tensor, strength: Tensor, rho: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors of diag(p) B^T A diag(q); see `ttt.ops.fleet_compress`. a: R x n, b: R x m, rho: m, kappa: n."""
+    """The factors of diag(p) B^T A diag(q); see `ttt.ops.low_rank_compress`. a: R x n, b: R x m, rho: m, kappa: n."""
     p = _restricted(b, a, rho, kappa, strength)
     q = _restricted(a, b, kappa, rho, strength)
     return a * q, b * p

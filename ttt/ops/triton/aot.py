@@ -23,9 +23,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from ttt.ops import log8, schema
-from ttt.ops.triton import append, commit, project, reservoir, window_linear
-from ttt.ops.triton import low_rank as fleet
-from ttt.ops.triton import low_rank_compress as fleet_compress
+from ttt.ops.triton import append, commit, low_rank, project, reservoir, window_linear
+from ttt.ops.triton import low_rank_compress as low_rank_compress
 
 M, N, CAPACITY = 4096, 4096, 1024
 _TYPES = {
@@ -89,12 +88,12 @@ def _draw() -> None:
     reservoir.reservoir_draw(counter, counter, CAPACITY, 16, 0)
 
 
-def _fleet(dtype, tokens) -> None:
+def _low_rank(dtype, tokens) -> None:
     pool, rows = (_meta(32, 80, N, dtype=dtype), _meta(32, 80, M, dtype=dtype)), _meta(32, dtype=torch.int32)
     x, y, users = _meta(tokens, N, dtype=dtype), _meta(tokens, M, dtype=dtype), _meta(tokens, dtype=torch.int32)
-    fleet.fleet_linear(x, _meta(M, N, dtype=dtype), None, *pool, rows, users)
+    low_rank.low_rank_linear(x, _meta(M, N, dtype=dtype), None, *pool, rows, users)
     rates = _meta(32, dtype=torch.float32), _meta(tokens, dtype=torch.float32)
-    fleet.fleet_append(*pool, rows, rates[0], x, y, rates[1], users)
+    low_rank.low_rank_append(*pool, rows, rates[0], x, y, rates[1], users)
 
 
 def _compress(dtype, slots, rank, window, shrink="truncate", lam=0.0, replay_rows=0, replay="projection") -> None:
@@ -102,7 +101,7 @@ def _compress(dtype, slots, rank, window, shrink="truncate", lam=0.0, replay_row
     counters = _meta(slots, dtype=torch.int64)
     importance = [_meta(k, dtype=torch.float32) if lam else None for k in (M, N)]
     memory, seen = (_meta(CAPACITY, N, dtype=dtype), counters[:1]) if replay_rows else (None, None)
-    fleet_compress.fleet_compress(
+    low_rank_compress.low_rank_compress(
         *pool, _meta(slots, dtype=torch.int32), rates, rates, counters, counters, rank, shrink, lam, *importance,
         memory, seen, 0, replay_rows, replay, 0.3, 1e-3,
     )  # fmt: skip
@@ -167,7 +166,7 @@ def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
             label = f"{_name(dtype)}, counted on the {'device' if where else 'host'}"
             yield label, lambda a=(dtype, where): _append(*a)
     for dtype, tokens in itertools.product(dtypes if everything else dtypes[:2], (32, 2048)):
-        yield f"{_name(dtype)} fleet T={tokens}", lambda a=(dtype, tokens): _fleet(*a)
+        yield f"{_name(dtype)} low_rank T={tokens}", lambda a=(dtype, tokens): _low_rank(*a)
     if everything:
         squeezes = [
             (dtype, 32, rank, window, shrink, lam, *replayed)

@@ -48,7 +48,7 @@ def _publish(
 
 
 @triton.jit(do_not_specialize=["publishers", "row_blocks", "column_blocks", "capacity"])
-def _fleet_few(
+def _low_rank_few(
     y, x, a, b, rows, users, inner, ready, publishers, row_blocks, column_blocks, capacity, m, n,
     BR: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +77,7 @@ def _fleet_few(
 
 
 @triton.jit(do_not_specialize=["tokens", "capacity"])
-def _fleet_inner(
+def _low_rank_inner(
     inner, x, a, rows, users, tokens, capacity, n,
     BT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
@@ -103,7 +103,7 @@ def _fleet_inner(
 
 
 @triton.jit(do_not_specialize=["tokens", "capacity"])
-def _fleet_add(
+def _low_rank_add(
     y, inner, b, rows, users, tokens, capacity, m,
     BT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +137,7 @@ def _fleet_add(
 
 
 @triton.jit(do_not_specialize=["tokens", "capacity"])
-def _fleet_append(
+def _low_rank_append(
     a, b, rows, x, delta, eta, users, tokens, capacity, m, n, BN: tl.constexpr, BT: tl.constexpr
 ):  # fmt: skip
     """BN columns of one token's row, behind those of its user's earlier tokens; not past the slot's end."""
@@ -158,8 +158,8 @@ def _fleet_append(
 
 
 @triton.jit(do_not_specialize=["tokens", "capacity"])
-def _fleet_count(rows, eta_sum, eta, users, tokens, capacity, BT: tl.constexpr):
-    """Rows and steps of one slot after `_fleet_append`."""
+def _low_rank_count(rows, eta_sum, eta, users, tokens, capacity, BT: tl.constexpr):
+    """Rows and steps of one slot after `_low_rank_append`."""
     u = tl.program_id(0)
     held = tl.load(rows + u)
     total = 0.0
@@ -185,7 +185,7 @@ _ADD = {
 }
 
 
-def fleet_linear(
+def low_rank_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -202,7 +202,7 @@ def fleet_linear(
     if tokens <= FEW_TOKENS:
         row_blocks, column_blocks = triton.cdiv(capacity, _FEW["BR"]), triton.cdiv(m, _FEW["BM"])
         publishers = tokens * row_blocks
-        _fleet_few[(publishers + tokens * column_blocks,)](
+        _low_rank_few[(publishers + tokens * column_blocks,)](
             y, x, a, b, rows, users, inner, _counter(x.device), publishers, row_blocks, column_blocks, capacity, m, n,
             **{**_FEW, "BK": _padded(n, _FEW["BK"])},
         )  # fmt: skip
@@ -210,14 +210,14 @@ def fleet_linear(
     wide, dot_type = x.dtype == torch.float32, operand(x.dtype)
     blocks = _INNER[wide]
     grid = (triton.cdiv(tokens, blocks["BT"]), triton.cdiv(capacity, blocks["BR"]))
-    _fleet_inner[grid](inner, x, a, rows, users, tokens, capacity, n, OPERAND=dot_type, **blocks)
+    _low_rank_inner[grid](inner, x, a, rows, users, tokens, capacity, n, OPERAND=dot_type, **blocks)
     blocks = _ADD[wide]
     grid = (triton.cdiv(m, blocks["BM"]), triton.cdiv(tokens, blocks["BT"]))
-    _fleet_add[grid](y, inner, b, rows, users, tokens, capacity, m, OPERAND=dot_type, **blocks)
+    _low_rank_add[grid](y, inner, b, rows, users, tokens, capacity, m, OPERAND=dot_type, **blocks)
     return y
 
 
-def fleet_append(
+def low_rank_append(
     a: torch.Tensor,
     b: torch.Tensor,
     rows: torch.Tensor,
@@ -230,5 +230,5 @@ def fleet_append(
     (slots, capacity, n), m, tokens = a.shape, b.shape[2], users.numel()
     if tokens and slots:
         grid = (max(1, triton.cdiv(max(m, n), 1024)), tokens)
-        _fleet_append[grid](a, b, rows, x, delta, eta, users, tokens, capacity, m, n, BN=1024, BT=128, num_warps=4)
-        _fleet_count[(slots,)](rows, eta_sum, eta, users, tokens, capacity, BT=128, num_warps=4)
+        _low_rank_append[grid](a, b, rows, x, delta, eta, users, tokens, capacity, m, n, BN=1024, BT=128, num_warps=4)
+        _low_rank_count[(slots,)](rows, eta_sum, eta, users, tokens, capacity, BT=128, num_warps=4)

@@ -1,4 +1,4 @@
-"""Slots of a fleet brought back to their rank: a: S x R x n, b: S x R x m, slots (K,), of which -1 stands for none
+"""Slots of users brought back to their rank: a: S x R x n, b: S x R x m, slots (K,), of which -1 stands for none
 
     E = A X_r^T, X_r X_r^T                          `_cross`
     F = E beta (X_r X_r^T + eps tr/R I)^-1          `_shares`: replay is A <- A - F X_r
@@ -434,7 +434,7 @@ _WEIGH = {"BI": 8, "BK": 64, "num_warps": 8, "num_stages": 1}
 _FINISH = {"BI": 16, "BN": 64, "num_warps": 4, "num_stages": 1}
 
 
-def fleet_compress(
+def low_rank_compress(
     a, b, rows, eta_sum, lost, step, slots, rank, shrink, lam, importance_m, importance_n, memory, seen, seed,
     replay_rows, replay, beta, eps,
 ) -> None:  # fmt: skip
