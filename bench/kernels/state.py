@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ttt.config import TTTConfig
+from ttt.defences import EWC, LayerReplay
 from ttt.nn import Linear
 from ttt.ops import log8
 
@@ -16,9 +17,7 @@ POOL = 1_600_000_000
 """Bytes that a contender rotates through, so that weights come from memory, as they do in a model."""
 
 
-LEARNS: dict[str, Any] = {
-    "rate": "constant", "lr": 5e-3, "clip": None, "ewc_lambda": 0.01, "replay_beta": 0.3, "orthogonal": 0,
-}  # fmt: skip
+LEARNS = TTTConfig(rate="constant", lr=5e-3, clip=None, protect=[EWC(0.01), LayerReplay(rows=4, strength=0.3)])
 """How layers learn where a suite says nothing else: EWC and layer replay at a constant rate. Results are of these, not
 of `ttt.TTTConfig`'s defaults, which may change."""
 
@@ -79,10 +78,8 @@ def learning_layer(weight: Tensor, state: dict[str, Tensor] | None = None, **con
     Those are touched once a window only, between which gigabytes of weights pass by: shared, they are still cold,
     and the pool is a quarter as large.
     """
-    import ttt
-
     layer = Linear.from_weight(
-        torch.nn.Parameter(weight, requires_grad=False), None, ttt.TTTConfig(**LEARNS | config), name="bench"
+        torch.nn.Parameter(weight, requires_grad=False), None, LEARNS.with_flat(**config), name="bench"
     )
     for name, tensor in (state or {}).items():
         if name != "weight" and getattr(layer, name) is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import time
 from statistics import median
@@ -17,7 +16,7 @@ from bench.learning import metrics
 from bench.learning.readers import Learning, Reader
 from bench.learning.streams import Stream, held_out, stream
 from bench.learning.text_methods import Options, TextMethod, method
-from ttt.config import DEFENCES
+from ttt.defences import SWITCHES
 from ttt.demo import text as texts
 from ttt.demo.model import CONTEXT, LN2, as_ids, load_model, windows
 from ttt.demo.run import calibration_batches
@@ -52,7 +51,7 @@ class Lab:
     @functools.cached_property
     def parameters(self) -> int:
         """Weights that learn under ``config``: what state is counted for."""
-        return ttt.memory(ttt.adapt_(copy.deepcopy(self.model), self.config)).parameters
+        return ttt.memory_usage(ttt.adapt_(copy.deepcopy(self.model), self.config)).parameters
 
     def base_rows(self, count: int, seed: int) -> Tensor:
         """(count, CONTEXT + 1) int64: random rows of ``known``."""
@@ -76,8 +75,8 @@ class Lab:
         return ttt.Learner(model, context=CONTEXT, rules=rules)
 
     def _calibrated_under(self, config: ttt.TTTConfig) -> nn.Module:
-        used = {name: int(getattr(config, name) > 0) for name in DEFENCES}
-        config = dataclasses.replace(config, **{**_STRENGTHS, **used})
+        used = {name: int(getattr(config, name) > 0) for name in SWITCHES}
+        config = config.with_flat(**{**_STRENGTHS, **used})
         if config not in self._calibrated:
             model = ttt.adapt_(copy.deepcopy(self.model), config)
             learner = ttt.Learner(model, context=CONTEXT)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import ttt
 from bench.learning import readers
-from ttt.config import DEFENCES, TTTConfig
+from ttt.config import TTTConfig
+from ttt.defences import OFF, SWITCHES
 from ttt.demo.model import COLUMNS, CONFIG
 from ttt.rules import DarkSequenceReplay, LogitDistillation, SampledReplay, SequenceReplay, StreamRule
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 Options = Mapping[str, Any]
 Sweep = tuple[str, Sequence[Any]]
 
-FIELDS = frozenset(f.name for f in dataclasses.fields(TTTConfig))
+FIELDS = frozenset(f.name for f in dataclasses.fields(TTTConfig)) | frozenset(OFF)
 PERIOD, EPOCHS, NEIGHBOURS = 2048, 2, 32
 ROWS, CAPACITY = 4, 256  # inputs replayed a commit; sequences of 64 bytes in a replay memory of text
 
@@ -70,7 +71,7 @@ class TextMethod:
     def config(self, base: TTTConfig, options: Options, seed: int) -> TTTConfig:
         """``base`` without its protection, under this method's fixed values and ``options``."""
         own = {name: value for name, value in options.items() if name in FIELDS}
-        return dataclasses.replace(base, **{**DEFENCES, **self.fixed, **own, "seed": seed})
+        return base.with_flat(**{**SWITCHES, **self.fixed, **own, "seed": seed})
 
 
 def _joint(lab: Lab, stream: Stream, o: Options, seed: int) -> readers.Reader:
@@ -152,7 +153,7 @@ METHODS: dict[str, TextMethod] = {
     # The configuration of ttt.demo.load_model(), chosen by `python -m bench.learning.experiments.tune` on headers that
     # the search reads, too.
     "default": TextMethod(
-        "combination", {"lr": (CONFIG.lr,)}, {name: getattr(CONFIG, name) for name in ("replay_beta", *DEFENCES)},
+        "combination", {"lr": (CONFIG.lr,)}, {name: getattr(CONFIG, name) for name in ("replay_beta", *SWITCHES)},
         sweep=("lr", (0.01, 0.02, 0.08)),
     ),
     "momentum": TextMethod(

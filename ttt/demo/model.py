@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt.config import TTTConfig
+from ttt.defences import EWC, LayerReplay, OrthogonalUpdates
 from ttt.learn.huggingface import cache_of, cached
 
 WEIGHTS = Path(__file__).parents[2] / "bench" / "learning" / "byte_model"
@@ -25,17 +26,12 @@ CONFIG = TTTConfig(
     lr=0.04,
     clip=3.0,
     burst=None,
-    ewc_lambda=0.003,
-    replay_rows=4,
-    replay_beta=0.1,
-    orthogonal=32,
+    protect=[EWC(0.003), LayerReplay(rows=4, strength=0.1), OrthogonalUpdates(32)],
 )
 
 # Inside `ttt.GrowingLearner`, where the anchor is always at hand, less protection gains more: chosen by
 # `python -m bench.learning --suite text --tune --methods "growing columns"`, on text that no benchmark reports.
-COLUMNS = dataclasses.replace(
-    CONFIG, rate="rms", lr=0.08, ewc_lambda=0.0, replay_rows=0, replay_capacity=512, orthogonal=32
-)
+COLUMNS = dataclasses.replace(CONFIG, rate="rms", lr=0.08, protect=[OrthogonalUpdates(32)], replay_capacity=512)
 
 
 def load_model() -> tuple[nn.Module, TTTConfig]:

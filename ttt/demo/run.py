@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import ttt
-from ttt.config import DEFENCES
+from ttt.defences import SWITCHES
 from ttt.demo import text as texts
 from ttt.demo.model import COLUMNS, CONTEXT, LN2, as_ids, bits_per_byte, load_model, score, score_in_context, windows
 
@@ -57,14 +57,14 @@ def methods(config: ttt.TTTConfig) -> dict[str, ttt.TTTConfig | None]:
 
     SGD has no protection, at its own best rate; the default has all; the columns have a configuration of their own.
     """
-    plain: dict[str, Any] = {**DEFENCES, "lr": RATE_ALONE}
+    plain: dict[str, Any] = {**SWITCHES, "lr": RATE_ALONE}
     return {
         FROZEN: None,
         IN_CONTEXT: None,
-        SGD: dataclasses.replace(config, **plain),
-        EWC: dataclasses.replace(config, **{**plain, "ewc_lambda": EWC_ALONE}),
-        REPLAY: dataclasses.replace(config, **{**plain, "replay_rows": config.replay_rows, "replay_beta": BETA_ALONE}),
-        ORTHOGONAL: dataclasses.replace(config, **{**plain, "orthogonal": DIRECTIONS_ALONE}),
+        SGD: config.with_flat(**plain),
+        EWC: config.with_flat(**{**plain, "ewc_lambda": EWC_ALONE}),
+        REPLAY: config.with_flat(**{**plain, "replay_rows": config.replay_rows, "replay_beta": BETA_ALONE}),
+        ORTHOGONAL: config.with_flat(**{**plain, "orthogonal": DIRECTIONS_ALONE}),
         DEFAULT: config,
         GROWING: COLUMNS,
     }

@@ -46,7 +46,7 @@ def main() -> None:
                     if consolidates:
                         reader.learner.consolidate()
                     second = reader.learner.observe(stream[:, half:])
-                    held = ttt.memory(reader.model).per_parameter
+                    held = ttt.memory_usage(reader.model).per_parameter
                     row: dict[str, Any] = {
                         "domain": domain,
                         "method": method,

@@ -9,7 +9,6 @@ was not tuned on the same bytes. Writes ``bench/learning/results/demo_tuning.jso
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 import ttt
-from ttt.config import DEFENCES
+from ttt.defences import SWITCHES
 from ttt.demo.model import as_ids, bits_per_byte, load_model, windows
 from ttt.demo.run import SGD, Reader, calibration_batches, machine, methods
 from ttt.demo.text import held_out_python, stream_of
@@ -28,7 +27,7 @@ OFFSET = 400_000  # the demo reads the first bytes; these are others
 def grid(config: ttt.TTTConfig) -> dict[str, ttt.TTTConfig]:
     """Name -> configuration: unprotected SGD at several rates, then protection at the best of them; with directions
     taken out, which bears more, at higher ones, too."""
-    plain = DEFENCES
+    plain = SWITCHES
     tried: dict[str, dict] = {}
     for lr in (0.005, 0.01, 0.02, 0.04):
         tried[f"SGD, lr {lr}"] = {"lr": lr, **plain}
@@ -45,7 +44,7 @@ def grid(config: ttt.TTTConfig) -> dict[str, ttt.TTTConfig]:
     for k, lr in ((0, 0.04), (16, 0.03), (16, 0.04), (32, 0.04), (32, 0.05), (64, 0.05)):
         tried[f"4 rows, beta 0.1 + EWC 0.003 + {k} directions, lr {lr}"] = {**both, "lr": lr, "orthogonal": k}
     start = {"lr": 0.02, "orthogonal": 0}
-    return {name: dataclasses.replace(config, **{**start, **options}) for name, options in tried.items()}
+    return {name: config.with_flat(**{**start, **options}) for name, options in tried.items()}
 
 
 def main() -> None:

@@ -80,7 +80,7 @@ def test_other_counts():
 
 
 def test_memory_is_that_of_a_layer():
-    layer = ttt.nn.Linear(5, 3, bias=False, dtype=torch.bfloat16, config=ttt.TTTConfig(**state.LEARNS))
+    layer = ttt.nn.Linear(5, 3, bias=False, dtype=torch.bfloat16, config=state.LEARNS)
     found = layer_memory(3, 5, "bfloat16")
     counters = {"seen", "recent_seen", "step", "tokens", "importance_scale", "pending"}
     assert sum(found.values()) == sum(t.nbytes for name, t in layer.state().items() if name not in counters)

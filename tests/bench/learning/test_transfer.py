@@ -93,7 +93,7 @@ def test_the_grid_tries_each_setting_once():
     assert len({tuple(setting.values()) for setting in grid}) == len(grid)
     assert {setting["rate"] for setting in grid} == {kind["rate"] for kind, _, _ in transfer.GRID.values()}
     for setting in grid:
-        ttt.TTTConfig(**{name: value for name, value in setting.items() if name != "protected"})
+        ttt.TTTConfig().with_flat(**{name: value for name, value in setting.items() if name != "protected"})
 
 
 @pytest.mark.parametrize(("hidden", "layers"), [(64, 1), (192, 2)])
