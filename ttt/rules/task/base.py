@@ -1,4 +1,4 @@
-"""What every learning rule is made of: `Batch`, `Rule`, and the losses that they share."""
+"""`Batch` and `Rule`, the parts of every learning rule for tasks, and the losses that rules share."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def task_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 
 class Rule:
-    """A way not to forget. Rules compose: a `Trainer` takes any number of them.
+    """A rule against forgetting. Rules compose: a `Trainer` takes any number of them.
 
-    A rule acts in three places: fields of the `TTTConfig` (what the fused commit does), terms of the loss, and the
-    boundary between tasks. One object serves one model.
+    A rule can act in three places: settings of the `TTTConfig` (what the fused commit does), terms of the loss, and
+    the boundary between tasks. One object serves one model.
     """
 
     architecture: ClassVar[bool] = False
-    """The rule changes the model's shape."""
+    """Whether the rule changes the model's shape."""
 
     model: nn.Module
     forward: Forward
