@@ -160,7 +160,7 @@ def test_users_that_never_wrote_are_collected(store):
         assert store.gc(grace=0).users == 0
     assert store.gc(grace=60).users == 0
     assert store.gc(grace=0).users == 1
-    assert store.index.rows() == []
+    assert store.index.user_rows() == []
 
 
 # -- forgetting ---------------------------------------------------------------------------------------------------
@@ -218,14 +218,14 @@ def test_ids_are_opaque(store):
         assert_same_state(store.get(user).tensors, small_state(seed))
         store.forget(user)
     assert store.users() == []
-    assert list(store.blobs.shelves()) == []
+    assert list(store.blobs.list_folders()) == []
 
 
 @pytest.mark.parametrize("user", ["", "a\0b", "x" * 513, "é" * 257, "\ud800", 7, None, b"ada"])
 def test_ids_that_are_refused(local, user):
     with pytest.raises(ValueError, match="user must"):
         local.lease(user)
-    assert local.index.rows() == []
+    assert local.index.user_rows() == []
 
 
 @pytest.mark.parametrize(
@@ -293,9 +293,9 @@ def test_a_password_is_not_shown():
 
 def test_other_schema_versions_are_refused(tmp_path):
     store = ttt.Store(tmp_path)
-    store.index.connection().execute("PRAGMA user_version = 2")
+    store.index.connection().execute("PRAGMA user_version = 3")
     store.close()
-    with pytest.raises(ttt.store.StorageFailure, match="schema version 2; this release reads 1"):
+    with pytest.raises(ttt.store.StorageFailure, match="schema version 3; this release reads 2"):
         ttt.Store(tmp_path)
 
 

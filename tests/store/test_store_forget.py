@@ -56,7 +56,7 @@ def test_no_byte_remains(tmp_path):
         put(store, f"other{number}", number)
     store.rollback(USER, 2)
     store.gc(keep_last=3, keep_days=0, grace=0)
-    interrupted = new_key(store.lease(USER).grant.shelf)  # a write that a crash cut off
+    interrupted = new_key(store.lease(USER).grant.folder)  # a write that a crash cut off
     store.blobs.write(interrupted, states[0]["layers.0.a"].numpy().tobytes())
     secrets = secrets_of(states)
     assert {"index.db-wal"} <= set(files_with(tmp_path, secrets))  # the scan finds what is there
@@ -83,14 +83,14 @@ def test_weights_leave_the_blobs_of_every_kind_of_store(store, tmp_path):
     assert files_with(tmp_path, secrets_of(states)) == []
 
 
-@pytest.mark.parametrize("step", ["remove_shelf", "drop", "scrub"])
+@pytest.mark.parametrize("step", ["remove_folder", "drop", "scrub"])
 def test_what_a_crash_interrupts_is_completed(tmp_path, monkeypatch, step):
     store = ttt.Store(tmp_path)
     state = secret_state()
     with store.lease(USER) as lease:
         store.put(lease, state)
     with monkeypatch.context() as patch:
-        patch.setattr(store.blobs if step == "remove_shelf" else store.index, step, lambda *args: 1 / 0)
+        patch.setattr(store.blobs if step == "remove_folder" else store.index, step, lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             store.forget(USER)
     with pytest.raises(UnknownUser):  # from its first step on
@@ -106,12 +106,12 @@ def test_gc_completes_it_too(tmp_path, monkeypatch):
     store = ttt.Store(tmp_path)
     put(store, USER, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(store.blobs, "remove_shelf", lambda shelf: 1 / 0)
+        patch.setattr(store.blobs, "remove_folder", lambda folder: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             store.forget(USER)
     assert store.gc(grace=1e6).blobs == 1  # without grace
-    assert list(store.blobs.shelves()) == []
-    assert store.index.rows() == []
+    assert list(store.blobs.list_folders()) == []
+    assert store.index.user_rows() == []
 
 
 def test_a_write_that_comes_too_late_is_removed(store, monkeypatch):
@@ -133,7 +133,7 @@ def test_a_write_that_comes_too_late_is_removed(store, monkeypatch):
                 store.put(lease, small_state(2))
         assert len(store.verify().orphans) == dies
         store.gc(grace=1e6)  # files of users that are gone have no grace
-        assert list(store.blobs.shelves()) == []
+        assert list(store.blobs.list_folders()) == []
 
 
 def test_a_reader_that_holds_the_log_is_reported(tmp_path):

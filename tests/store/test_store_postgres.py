@@ -38,8 +38,8 @@ def test_a_connection_that_ends_within_a_transaction(url, monkeypatch, moment):
         lease = store.lease("ada")
         with monkeypatch.context() as patch:
             if moment == "before the commit":
-                size = store.blobs.size
-                patch.setattr(store.blobs, "size", lambda key: (end_connection(store, url), size(key))[1])
+                now = store.index.now
+                patch.setattr(store.index, "now", lambda run: (end_connection(store, url), now(run))[1])
                 with pytest.raises(StorageFailure):
                     store.put(lease, small_state(2))
             else:
