@@ -42,6 +42,10 @@ class Blobs(ABC):
     """A place for blobs. All methods raise OSError if the target fails."""
 
     @abstractmethod
+    def close(self) -> None:
+        """Free what an open target holds on to; the next call opens it again."""
+
+    @abstractmethod
     def write(self, key: str, data: bytes) -> None:
         """Write ``data`` durably: on return it survives a crash of the machine, as far as the target promises it."""
 

@@ -31,6 +31,9 @@ class FsspecBlobs(Blobs):
     def _path(self, key: str) -> str:
         return f"{self.root}/{key}"
 
+    def close(self) -> None:
+        """Does nothing: fsspec shares and closes its connections itself."""
+
     def write(self, key: str, data: bytes) -> None:
         path = self._path(key)
         with _as_oserror():

@@ -24,18 +24,31 @@ class LocalBlobs(Blobs):
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
         make_folder(self.root)
-        # Held open, because some file systems (FUSE) may give a folder that is not open another inode number.
-        self._handle: int | Path = self.root
-        if os.name == "posix":
-            self._handle = os.open(self.root, os.O_RDONLY)
-            weakref.finalize(self, os.close, self._handle)
+        self._close_root: weakref.finalize | None = None
+        self._require_root()
 
     def _require_root(self) -> None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            if os.path.samestat(os.stat(self._handle), os.stat(self.root)):
+            if os.path.samestat(os.stat(self._open_root()), os.stat(self.root)):
                 return
         message = "the folder of the blobs was removed or replaced since the store was opened"
         raise OSError(errno.ESTALE, message, str(self.root))
+
+    def _open_root(self) -> int | Path:
+        """A handle of the root, on systems that have one of folders; it is opened if need be.
+
+        It stays open, because some file systems (FUSE) may give a folder that is not open another inode number.
+        """
+        if os.name != "posix":
+            return self.root
+        if self._close_root is None or not self._close_root.alive:
+            self._root_handle = os.open(self.root, os.O_RDONLY)
+            self._close_root = weakref.finalize(self, os.close, self._root_handle)
+        return self._root_handle
+
+    def close(self) -> None:
+        if self._close_root is not None:
+            self._close_root()
 
     def write(self, key: str, data: bytes) -> None:
         self._require_root()

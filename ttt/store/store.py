@@ -306,8 +306,9 @@ class Store:
             return verify(self.index, self.blobs)
 
     def close(self) -> None:
-        """Close the index's connection."""
+        """Close the index's connection and the folder of the blobs; the next call opens them again."""
         self.index.close()
+        self.blobs.close()
 
     def __enter__(self) -> Store:
         return self
