@@ -162,7 +162,7 @@ def test_gc_shortens_leases_of_a_clock_that_was_set_back(store, monkeypatch):
 
 
 def fight(url, user, rounds, found):
-    """Take the lease again and again, add one to what stands there; report (token, version) of each write."""
+    """Take the lease again and again and add one to the stored count; (token, version, count) of each write."""
     torch.set_num_threads(1)
     store = ttt.Store(url)
     written, stale = [], 0

@@ -10,14 +10,14 @@ All values, user ids above all, reach the database as parameters.
                    extended; ``head`` the newest version, 0 if none; ``sweeps`` counts collections of garbage
 ``ttt_versions``   a row for each version: ``blob`` is the key, with ``size`` and ``sha256``; ``created``; ``source``
                    is the version that it repeats (a rollback) or NULL
-``ttt_condemned``  a row for each blob that garbage collection is about to delete; no version may name it any more
+``ttt_deletions``  a row for each blob that garbage collection is about to delete; no version may name it any more
 =================  ==========================================================================================
 
-How garbage collection and `Index.commit` exclude each other without a lock around requests to the blobs' target:
-`condemn` lists blobs of a user that no version names, their deletion follows outside of a transaction, and `absolve`
-removes them from the list and counts up ``sweeps``. A commit of a listed blob is refused. The writer looks whether its
-blob exists after it learnt of ``sweeps``, and the commit succeeds only while ``sweeps`` is the same: a blob that was
-listed, deleted and taken off the list since then is one that `absolve` has counted.
+Garbage collection must not delete a blob that a concurrent commit names, and neither may hold a lock during requests
+to the blobs' target. Garbage collection marks blobs that no version names (`Index.mark_for_deletion`), deletes them
+outside of a transaction, then removes the marks and adds one to ``sweeps`` (`Index.unmark_deleted`). A commit of a
+marked blob is refused. For the blobs that were deleted already, a writer reads ``sweeps``, then asks the target whether
+its blob exists, then commits; the commit succeeds only if ``sweeps`` is still the same.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ class Index(Database):
     ) -> tuple[int | None, Grant]:
         """Add a version that names ``blob`` (key, size, sha256), and extend the lease.
 
-        The token is checked, and the blob looked up in the list of condemned ones, in the transaction that adds the
-        version: nothing can come between, however long the process slept before.
+        The token and the marks for deletion are checked in the transaction that adds the version: nothing can come
+        between, however long the process slept before.
 
         Returns:
             The version's number and the extended grant. Or None and a grant with the present ``sweeps``, if garbage
@@ -132,7 +132,7 @@ class Index(Database):
         key, size, sha256 = blob
         with self.transaction() as run:
             head, sweeps = self._require_latest(run, grant)
-            if run("SELECT 1 FROM ttt_condemned WHERE blob = ?", key).fetchone():
+            if run("SELECT 1 FROM ttt_deletions WHERE blob = ?", key).fetchone():
                 raise StorageFailure(f"the blob of {grant.user!r} is gone or cut short; nothing was committed")
             if sweeps != grant.sweeps:
                 return None, grant._replace(sweeps=sweeps)
@@ -202,35 +202,39 @@ class Index(Database):
             oldest = self.now(run) - keep_seconds
             return run(f"DELETE FROM ttt_versions WHERE {condition}", *rows, oldest, keep_last).rowcount
 
-    def condemn(self, blobs: Sequence[tuple[int, str]]) -> set[str]:
-        """List those of ``blobs``, (row, key) each, that no version names; their keys. From then on none may."""
+    def mark_for_deletion(self, blobs: Sequence[tuple[int, str]]) -> set[str]:
+        """Mark those of ``blobs``, (row, key) each, that no version names; their keys. From then on no version may.
+
+        Blobs of users that have been forgotten meanwhile are left to `ttt.store.maintenance.forget`.
+        """
         rows = list({row for row, _ in blobs})
         with self.transaction() as run:
-            self._lock(run, rows)
+            existing = self._lock(run, rows)
             named = run(f"SELECT blob FROM ttt_versions WHERE user_row IN ({_marks(rows)})", *rows).fetchall()
             kept = {key for (key,) in named}
-            for row, key in blobs:
-                if key not in kept:
-                    run("INSERT INTO ttt_condemned VALUES (?, ?) ON CONFLICT (blob) DO NOTHING", key, row)
-        return {key for _, key in blobs} - kept
+            marked = [(row, key) for row, key in blobs if row in existing and key not in kept]
+            for row, key in marked:
+                run("INSERT INTO ttt_deletions VALUES (?, ?) ON CONFLICT (blob) DO NOTHING", key, row)
+        return {key for _, key in marked}
 
-    def condemned(self) -> list[tuple[int, str]]:
-        """(row, key) of the blobs that are being deleted, also of those that a crash left in that state."""
-        return [(row, key) for row, key in self.query("SELECT user_row, blob FROM ttt_condemned")]
+    def marked_for_deletion(self) -> list[tuple[int, str]]:
+        """(row, key) of the marked blobs: those being deleted, and those that an interrupted collection left."""
+        return [(row, key) for row, key in self.query("SELECT user_row, blob FROM ttt_deletions")]
 
-    def absolve(self, blobs: Sequence[tuple[int, str]]) -> None:
-        """Take deleted blobs off the list of condemned ones, and count this in their users' ``sweeps``."""
+    def unmark_deleted(self, blobs: Sequence[tuple[int, str]]) -> None:
+        """Remove the marks of deleted blobs, and add one to their users' ``sweeps``."""
         with self.transaction() as run:
             rows = list({row for row, _ in blobs})
             self._lock(run, rows)
             for _, key in blobs:
-                run("DELETE FROM ttt_condemned WHERE blob = ?", key)
+                run("DELETE FROM ttt_deletions WHERE blob = ?", key)
             for row in rows:
                 run("UPDATE ttt_users SET sweeps = sweeps + 1 WHERE id = ?", row)
 
-    def _lock(self, run: Run, rows: Sequence[int]) -> None:
-        """Keep versions of these users from being committed for the rest of the transaction."""
-        run(f"SELECT id FROM ttt_users WHERE id IN ({_marks(rows)}) ORDER BY id{self.row_lock}", *rows).fetchall()
+    def _lock(self, run: Run, rows: Sequence[int]) -> set[int]:
+        """Prevent commits of versions of these users for the rest of the transaction; those rows that exist."""
+        lock = f"SELECT id FROM ttt_users WHERE id IN ({_marks(rows)}) ORDER BY id{self.row_lock}"
+        return {row for (row,) in run(lock, *rows).fetchall()}
 
     def shorten_leases(self) -> None:
         """Shorten leases that would last longer than they were taken for, because the clock was set back since."""
@@ -260,7 +264,7 @@ class Index(Database):
         """Delete the row of a detached user."""
         with self.transaction() as run:
             detached = "(SELECT id FROM ttt_users WHERE id = ? AND name IS NULL)"
-            run(f"DELETE FROM ttt_condemned WHERE user_row IN {detached}", row)
+            run(f"DELETE FROM ttt_deletions WHERE user_row IN {detached}", row)
             run(f"DELETE FROM ttt_users WHERE id IN {detached}", row)
 
 

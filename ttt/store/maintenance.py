@@ -15,7 +15,7 @@ from ttt.store.records import UserRow
 USERS_AT_ONCE = 100
 """Users whose versions are pruned in one transaction: few, so that on a full disk it fits the reserved room."""
 BLOBS_AT_ONCE = 200
-"""Blobs that are condemned in one transaction, before they are deleted outside of it."""
+"""Blobs that are marked for deletion in one transaction, before they are deleted outside of it."""
 FUTURE_SECONDS = 86400
 """A file dated this far in the future says nothing of its age (the clock was set back since): it counts as old."""
 
@@ -67,19 +67,19 @@ class _Removal:
         rows = [row for row in self.index.user_rows() if row.name is None]
         return [row for row in rows if self.remove_folder(row.folder)]
 
-    def remove_condemned(self, files: Sequence[tuple[int, BlobFile]]) -> None:
-        """Remove blobs that are on the index's list of condemned ones, and take them off it."""
+    def remove_marked(self, files: Sequence[tuple[int, BlobFile]]) -> None:
+        """Remove blobs that are marked for deletion in the index, and then the marks."""
         gone = []
         for row, file in files:
             try:
                 self.blobs.remove(file.key)
-            except OSError as error:  # it stays on the list, because the target may have removed it all the same
+            except OSError as error:  # its mark remains, because the target may have removed it all the same
                 self.failures.append(f"blob {file.key}: {error}")
                 continue
             gone.append((row, file.key))
             self.removed.append(file)
         if gone:
-            self.index.absolve(gone)
+            self.index.unmark_deleted(gone)
 
     def sweep(self, rows: Iterable[UserRow], oldest: float) -> None:
         """Remove files of these users that no version names and that are not younger than ``oldest``."""
@@ -93,8 +93,8 @@ class _Removal:
                 continue
             found += [(row.row, file) for file in files if not oldest < file.modified < newest]
         for batch in _batches(found, BLOBS_AT_ONCE):
-            condemned = self.index.condemn([(row, file.key) for row, file in batch])
-            self.remove_condemned([(row, file) for row, file in batch if file.key in condemned])
+            marked = self.index.mark_for_deletion([(row, file.key) for row, file in batch])
+            self.remove_marked([(row, file) for row, file in batch if file.key in marked])
 
     def raise_failures(self, done: str) -> None:
         """Raise `StorageFailure` if something could not be removed."""
@@ -128,7 +128,8 @@ def _collect(index: Index, blobs: Blobs, keep_last: int, keep_seconds: float, gr
     # What needs no change of the index first comes first: on a full disk it makes room for the rest.
     removal = _Removal(index, blobs)
     forgotten = removal.erase_detached()  # by a `forget` that was interrupted
-    removal.remove_condemned([(row, BlobFile(key, 0, 0)) for row, key in index.condemned()])  # interrupted, too
+    left = index.marked_for_deletion()  # by a collection that was interrupted
+    removal.remove_marked([(row, BlobFile(key, 0, 0)) for row, key in left])
     # Listed before the index is read: a user made in between has no folder here that could be taken for garbage.
     folders = removal.list_folders()
     rows = index.user_rows()

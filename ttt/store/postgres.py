@@ -34,14 +34,13 @@ CREATE TABLE IF NOT EXISTS ttt_versions (
 );
 CREATE SEQUENCE IF NOT EXISTS ttt_tokens;
 """
-# Renaming the columns makes processes of an older release fail: their garbage collection does not know of condemned
-# blobs.
+# Renaming the columns makes processes of an older release fail: their garbage collection ignores ttt_deletions.
 _SCHEMA_2 = """
 ALTER TABLE ttt_users RENAME COLUMN shelf TO folder;
 ALTER TABLE ttt_versions RENAME COLUMN key TO blob;
 ALTER TABLE ttt_users ADD COLUMN seconds DOUBLE PRECISION NOT NULL DEFAULT 0;
 ALTER TABLE ttt_users ADD COLUMN sweeps BIGINT NOT NULL DEFAULT 0;
-CREATE TABLE ttt_condemned (blob TEXT PRIMARY KEY, user_row BIGINT NOT NULL REFERENCES ttt_users (id));
+CREATE TABLE ttt_deletions (blob TEXT PRIMARY KEY, user_row BIGINT NOT NULL REFERENCES ttt_users (id));
 CREATE TABLE ttt_store (id TEXT NOT NULL, version INTEGER NOT NULL);
 """
 SCHEMA_VERSION = 2

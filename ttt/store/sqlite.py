@@ -56,13 +56,13 @@ CREATE TABLE ttt_tokens (latest INTEGER NOT NULL);
 INSERT INTO ttt_tokens VALUES (0);
 """
 # Renaming the columns makes processes of an older release fail that still have the file open: their garbage
-# collection does not know of condemned blobs.
+# collection ignores ttt_deletions.
 _SCHEMA_2 = """
 ALTER TABLE ttt_users RENAME COLUMN shelf TO folder;
 ALTER TABLE ttt_versions RENAME COLUMN key TO blob;
 ALTER TABLE ttt_users ADD COLUMN seconds REAL NOT NULL DEFAULT 0;
 ALTER TABLE ttt_users ADD COLUMN sweeps INTEGER NOT NULL DEFAULT 0;
-CREATE TABLE ttt_condemned (blob TEXT PRIMARY KEY, user_row INTEGER NOT NULL REFERENCES ttt_users (id)) WITHOUT ROWID;
+CREATE TABLE ttt_deletions (blob TEXT PRIMARY KEY, user_row INTEGER NOT NULL REFERENCES ttt_users (id)) WITHOUT ROWID;
 CREATE TABLE ttt_store (id TEXT NOT NULL);
 """
 _MIGRATIONS = (_SCHEMA, _SCHEMA_2)

@@ -57,14 +57,14 @@ def test_others_write_while_a_commit_looks_for_its_blob(url, monkeypatch):
         assert store.get("bob").version == 1
 
 
-def test_garbage_is_condemned_in_batches(local, monkeypatch):
+def test_garbage_is_marked_and_deleted_in_batches(local, monkeypatch):
     put(local, "ada", 1)
     add_garbage(local, "ada", BLOBS_AT_ONCE + 3)
-    condemn, batches = local.index.condemn, []
-    monkeypatch.setattr(local.index, "condemn", lambda blobs: (batches.append(len(blobs)), condemn(blobs))[1])
+    mark, batches = local.index.mark_for_deletion, []
+    monkeypatch.setattr(local.index, "mark_for_deletion", lambda blobs: (batches.append(len(blobs)), mark(blobs))[1])
     assert local.gc(grace=0).blobs == BLOBS_AT_ONCE + 3
     assert sorted(batches) == [4, BLOBS_AT_ONCE]  # the blob of the version is looked up, too
-    assert local.index.condemned() == []
+    assert local.index.marked_for_deletion() == []
     assert local.verify().orphans == []
 
 
@@ -129,9 +129,9 @@ def test_no_order_of_a_write_and_a_collection_loses_an_acknowledged_version(kind
                 steps.step("p", patch, owner, name)
             for owner, name in (
                 (collector.blobs, "list_files") if kind == "put" else (collector.index, "prune"),
-                (collector.index, "condemn"),
+                (collector.index, "mark_for_deletion"),
                 (collector.blobs, "remove"),
-                (collector.index, "absolve"),
+                (collector.index, "unmark_deleted"),
             ):
                 steps.step("g", patch, owner, name)
 
@@ -168,7 +168,7 @@ def test_no_order_of_a_write_and_a_collection_loses_an_acknowledged_version(kind
     assert outcomes >= {"acknowledged", "StorageFailure"}  # the orders reach both
 
 
-@pytest.mark.parametrize("method", ["remove", "absolve"])
+@pytest.mark.parametrize("method", ["remove", "unmark_deleted"])
 def test_a_collection_that_crashed_is_completed_and_its_blobs_cannot_be_named(store, monkeypatch, method):
     put(store, "ada", 1)
     (key,) = add_garbage(store, "ada")
@@ -178,15 +178,32 @@ def test_a_collection_that_crashed_is_completed_and_its_blobs_cannot_be_named(st
         with pytest.raises(ZeroDivisionError):
             store.gc(grace=0)
     with store.lease("ada") as lease:
-        if method == "absolve":
+        if method == "unmark_deleted":
             store.blobs.write(key, b"garbage")  # as if the target had not removed it yet
         with pytest.raises(StorageFailure, match="gone or cut short"):
             store._commit(lease, (key, 7, "0" * 64))
     assert store.get("ada", strict=True).version == 1
-    store.gc(grace=1e6)  # it had been condemned: no grace
+    store.gc(grace=1e6)  # it was marked: no grace
     assert store.blobs.size(key) is None
-    assert store.index.condemned() == []
+    assert store.index.marked_for_deletion() == []
     assert store.verify().orphans == []
+
+
+def test_a_user_may_be_forgotten_while_garbage_is_collected(store, monkeypatch):
+    for user in ("ada", "bob"):
+        put(store, user, 1)
+        add_garbage(store, user)
+    mark = store.index.mark_for_deletion
+
+    def forget_then_mark(blobs):
+        store.forget("ada")
+        return mark(blobs)
+
+    monkeypatch.setattr(store.index, "mark_for_deletion", forget_then_mark)
+    assert store.gc(grace=0).blobs == 1
+    report = store.verify()
+    assert (report.versions, report.sound, report.orphans) == (1, True, [])
+    assert store.index.marked_for_deletion() == []
 
 
 def test_a_blob_that_cannot_be_removed_does_not_stop_the_collection(store, monkeypatch):
@@ -206,7 +223,7 @@ def test_a_blob_that_cannot_be_removed_does_not_stop_the_collection(store, monke
             store.gc(grace=0)
     assert [store.blobs.size(key) for key in others] == [None] * 5
     # The target may have removed it all the same, or still do so: no version may name it.
-    assert [key for _, key in store.index.condemned()] == [stuck]
+    assert [key for _, key in store.index.marked_for_deletion()] == [stuck]
     assert store.gc(grace=0).blobs == 1
     assert store.verify().orphans == []
 
