@@ -148,6 +148,25 @@ def test_a_folder_that_cannot_be_deleted_blocks_nobody_else(tmp_path, monkeypatc
     assert_same_state(store.get("other", strict=True).tensors, small_state(2))
 
 
+def test_gc_scrubs_the_index_although_the_folder_cannot_be_deleted(tmp_path, monkeypatch):
+    """A forget that was interrupted before its scrub, of a user whose folder is stuck."""
+
+    def stuck(folder):
+        raise PermissionError("stuck")
+
+    with ttt.Store(tmp_path) as store:
+        put(store, USER, 1)
+        store.index.detach(USER)
+        assert files_with(tmp_path, [USER.encode()]) != []
+        with monkeypatch.context() as patch:
+            patch.setattr(store.blobs, "remove_folder", stuck)
+            with pytest.raises(StorageFailure, match="stuck"):
+                store.gc()
+        assert files_with(tmp_path, [USER.encode()]) == []
+        assert store.gc().blobs == 1
+        assert store.index.user_rows() == []
+
+
 def test_a_file_that_cannot_be_deleted_leaves_no_other_file_of_the_folder(local, monkeypatch):
     for seed in (1, 2, 3):
         put(local, USER, seed)

@@ -62,10 +62,14 @@ class _Removal:
             self.failures.append(f"the list of folders: {error}")
             return []
 
-    def erase_detached(self) -> list[UserRow]:
-        """Remove the folders of detached users; the users for which that succeeded. Their rows remain."""
+    def erase_detached(self) -> tuple[list[UserRow], bool]:
+        """Remove the folders of detached users, but not their rows.
+
+        Returns:
+            The users for which that succeeded; and whether there is any detached user, so that a scrub is due.
+        """
         rows = [row for row in self.index.user_rows() if row.name is None]
-        return [row for row in rows if self.remove_folder(row.folder)]
+        return [row for row in rows if self.remove_folder(row.folder)], bool(rows)
 
     def remove_marked(self, files: Sequence[tuple[int, BlobFile]]) -> None:
         """Remove blobs that are marked for deletion in the index, and then the marks."""
@@ -116,7 +120,8 @@ def forget(index: Index, blobs: Blobs, user: str) -> None:
         nonlocal known
         known = index.detach(user) or known
         removal = _Removal(index, blobs)
-        _finish(index, removal.erase_detached())
+        erased, _ = removal.erase_detached()
+        _finish(index, erased)
         removal.raise_failures(f"{user!r} is unknown to the index, and everything else is removed")
 
     _with_room(index, erase)
@@ -127,8 +132,8 @@ def forget(index: Index, blobs: Blobs, user: str) -> None:
 def _collect(index: Index, blobs: Blobs, keep_last: int, keep_seconds: float, grace: float) -> Collected:
     # What needs no change of the index first comes first: on a full disk it makes room for the rest.
     removal = _Removal(index, blobs)
-    forgotten = removal.erase_detached()  # by a `forget` that was interrupted
-    left = index.marked_for_deletion()  # by a collection that was interrupted
+    forgotten, is_scrub_due = removal.erase_detached()  # left by a `forget` that was interrupted
+    left = index.marked_for_deletion()  # of a collection that was interrupted
     removal.remove_marked([(row, BlobFile(key, 0, 0)) for row, key in left])
     # Listed before the index is read: a user made in between has no folder here that could be taken for garbage.
     folders = removal.list_folders()
@@ -143,14 +148,14 @@ def _collect(index: Index, blobs: Blobs, keep_last: int, keep_seconds: float, gr
     for batch in _batches([row for row in rows if row.name is not None], USERS_AT_ONCE):
         versions += index.prune([row.row for row in batch], keep_last, keep_seconds)
         removal.sweep(batch, oldest)
-    if forgotten:
+    if is_scrub_due:
         _finish(index, forgotten)
-    users = sum(index.detach(row.name, grace) for row in rows if row.name is not None and not row.head)
-    if users:
-        for row in removal.erase_detached():
+    idle = [row for row in rows if row.name is not None and not row.head and index.detach(row.name, grace)]
+    for row in idle:
+        if removal.remove_folder(row.folder):
             index.drop(row.row)
     removal.raise_failures(f"{versions} versions and {len(removal.removed)} blobs are removed")
-    return Collected(versions, users, len(removal.removed), sum(file.size for file in removal.removed))
+    return Collected(versions, len(idle), len(removal.removed), sum(file.size for file in removal.removed))
 
 
 def _finish(index: Index, erased: Sequence[UserRow]) -> None:
