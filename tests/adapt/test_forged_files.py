@@ -1,0 +1,477 @@
+"""`ttt.load` of files that were damaged or forged: refused with nothing changed, or a model that goes on learning."""
+
+import copy
+import json
+import math
+import os
+import time
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from torch import nn
+
+import ttt
+from ttt.adapt.checkpoint import tensor_hash
+from ttt.adapt.convert import learning_layers
+
+SHARED = {"target_modules": "all-linear", "window": 5, "replay_capacity": 12, "lr": 0.02, "ewc_lambda": 0.01}
+OPTIONS = {
+    "rms, momentum, generated rows": {**SHARED, "orthogonal": 2, "momentum": 0.5, "generated_rows": 2,
+                                      "generated_rank": 3},
+    "mas in 8 bits": {**SHARED, "importance": "mas", "state_dtype": "8bit", "orthogonal": 2, "rate": "energy"},
+    "si, gradient replay": {**SHARED, "importance": "si", "rate": "constant", "clip": None, "orthogonal": 0,
+                            "replay": "gradient"},
+}  # fmt: skip
+
+
+def plain():
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+
+
+def teach(model, times=1):
+    for _ in range(times):
+        with ttt.learning(model):
+            model(torch.randn(3, 6)).square().sum().backward()
+
+
+def content(path):
+    """(tensors, metadata) of a file."""
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def forge(path, tensors, metadata):
+    """Write a file whose checksum fits: what anyone can make who knows the format."""
+    metadata = {**metadata, "tensors_sha256": tensor_hash(tensors)}
+    path.write_bytes(safetensors.torch.save(tensors, metadata))
+    return path
+
+
+class Case:
+    """A model that was never adapted, a learnt copy of it, and the file of the latter."""
+
+    def __init__(self, folder, options, consolidated=True):
+        torch.manual_seed(3)
+        self.pristine = plain()
+        self.model = ttt.adapt_(copy.deepcopy(self.pristine), ttt.TTTConfig(**options))
+        teach(self.model, 4)
+        if consolidated:
+            ttt.Learner(self.model).consolidate()
+            teach(self.model, 3)
+        assert all(layer.pending for _, layer in learning_layers(self.model))
+        self.path = folder / "good.safetensors"
+        ttt.save(self.model, self.path)
+        self.tensors, self.metadata = content(self.path)
+
+    def targets(self):
+        """A model that is adapted already, and one that is not."""
+        return [copy.deepcopy(self.model), copy.deepcopy(self.pristine)]
+
+
+@pytest.fixture(scope="module", params=OPTIONS)
+def case(request, tmp_path_factory):
+    return Case(tmp_path_factory.mktemp("forged"), OPTIONS[request.param])
+
+
+@pytest.fixture(scope="module")
+def first_case(tmp_path_factory):
+    return Case(tmp_path_factory.mktemp("forged"), OPTIONS["rms, momentum, generated rows"])
+
+
+def everything(model):
+    """All that a refused call could have changed."""
+    found = {}
+    for name, module in model.named_modules():
+        found[name] = (id(module), type(module), sorted(module.__dict__), getattr(module, "pending", None),
+                       getattr(module, "config", None), module.training)  # fmt: skip
+        for kind, held in (("p", module._parameters), ("b", module._buffers), ("base", getattr(module, "base", {}))):
+            for key, t in held.items():
+                found[f"{name}.{kind}.{key}"] = None if t is None else (
+                    id(t), t.data_ptr(), t.requires_grad, t.dtype, t.detach().view(torch.uint8).tolist()
+                )  # fmt: skip
+    return found
+
+
+def refused(case, path, match=None):
+    for model in case.targets():
+        before = everything(model)
+        with pytest.raises(ValueError, match=match):
+            ttt.load(model, path)
+        assert everything(model) == before
+
+
+def assert_finite(model):
+    with torch.no_grad():
+        assert model(torch.randn(4, 6)).isfinite().all()
+    for name, layer in learning_layers(model):
+        for key, t in layer.state().items():
+            assert not t.is_floating_point() or t.isfinite().all(), (name, key)
+
+
+def refused_or_sound(case, path):
+    for model in case.targets():
+        before = everything(model)
+        try:
+            ttt.load(model, path)
+        except (ValueError, OSError):
+            assert everything(model) == before
+        else:
+            assert_finite(model)
+            assert all(layer.pending + 3 >= 5 for _, layer in learning_layers(model))  # the step makes a commit
+            held = everything(model)
+            try:
+                teach(model)
+            except FloatingPointError as error:  # a quadratic loss of weights up to 1e12
+                assert "is not finite; nothing was learnt" in str(error)
+                assert everything(model) == held
+            assert_finite(model)
+
+
+def test_a_good_file_is_loaded_and_goes_on_as_the_model_that_was_saved(case):
+    for model in case.targets():
+        other = ttt.load(model, case.path)
+        for one in (saved := copy.deepcopy(case.model), other):
+            torch.manual_seed(7)
+            teach(one, 4)
+        for (_, a), (_, b) in zip(learning_layers(saved), learning_layers(other), strict=True):
+            assert all(torch.equal(t, b.state()[key]) for key, t in a.state().items())
+
+
+# -- random damage ------------------------------------------------------------------------------------------------
+
+ENDS = [0, 1, -1, 2, -2, 5, 6, 7, 63, 64, 2**31, -(2**31), 2**32, 10**6, -(10**6), 2**62, 2**62 + 1, 2**63 - 1, -(2**63)]
+FLOATS = [math.nan, math.inf, -math.inf, 0.0, -0.0, -1.0, 1e-45, 1e-30, -1e-3, 1.0, 7.0, 1e5, 1e12, 1e13, 1e19, 1e30,
+          3e38, -3e38, 1e308]  # fmt: skip
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.sampled_from(ENDS) | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+SETTINGS = settings(
+    max_examples=int(os.environ.get("TTT_FUZZ_EXAMPLES", "40")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@SETTINGS
+@given(data=st.data())
+def test_bytes(case, tmp_path, data):
+    content = bytearray(case.path.read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, header + 64) | st.integers(0, max(0, len(content) - 1)))
+        at = min(at, len(content))
+        kind = data.draw(st.sampled_from(["change", "insert", "remove", "cut"]))
+        if kind == "cut":
+            del content[at:]
+        elif kind == "remove":
+            del content[at : at + data.draw(st.integers(1, 40))]
+        elif kind == "insert":
+            content[at:at] = data.draw(st.binary(min_size=1, max_size=20))
+        elif at < len(content):
+            content[at] = data.draw(st.integers(0, 255))
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(bytes(content))
+    refused_or_sound(case, path)
+
+
+@SETTINGS
+@given(data=st.data())
+def test_values_of_tensors(case, tmp_path, data):
+    tensors = {key: t.clone() for key, t in case.tensors.items()}
+    for _ in range(data.draw(st.integers(1, 3))):
+        flat = tensors[data.draw(st.sampled_from(sorted(tensors)))].view(-1)
+        if flat.dtype == torch.uint8:
+            values = st.integers(0, 255)
+        elif flat.is_floating_point():
+            values = st.sampled_from(FLOATS) | st.floats(width=32)
+        else:
+            values = st.sampled_from(ENDS) | st.integers(-(2**63), 2**63 - 1)
+        value = data.draw(values)
+        where = slice(None) if data.draw(st.booleans()) else data.draw(st.integers(0, len(flat) - 1))
+        flat[where] = torch.tensor(value, dtype=torch.float64 if flat.is_floating_point() else flat.dtype).to(flat)
+    refused_or_sound(case, forge(tmp_path / "bad.safetensors", tensors, case.metadata))
+
+
+@SETTINGS
+@given(data=st.data())
+def test_names_shapes_and_dtypes_of_tensors(case, tmp_path, data):
+    tensors = dict(case.tensors)
+    key = data.draw(st.sampled_from(sorted(tensors)))
+    t = tensors.pop(key)
+    kind = data.draw(st.sampled_from(["gone", "renamed", "shape", "dtype", "added"]))
+    if kind == "renamed":
+        tensors[data.draw(st.sampled_from([*sorted(case.tensors), "0:x", "x", ":", "0:base.weight", "9:weight"]))] = t
+    elif kind == "shape":
+        tensors[key] = torch.zeros(data.draw(st.lists(st.integers(0, 9), max_size=3)), dtype=t.dtype)
+    elif kind == "dtype":
+        tensors[key] = t.to(data.draw(st.sampled_from([torch.float16, torch.float64, torch.int32, torch.complex64])))
+    elif kind == "added":
+        tensors[key] = t
+        tensors[data.draw(st.sampled_from(["0:x", "x", "0:base.weight", "0:base.base.anchor"]))] = t.clone()
+    refused_or_sound(case, forge(tmp_path / "bad.safetensors", tensors, case.metadata))
+
+
+@SETTINGS
+@given(data=st.data())
+def test_metadata(case, tmp_path, data):
+    metadata = dict(case.metadata)
+    key = data.draw(st.sampled_from(sorted(metadata)))
+    if data.draw(st.booleans()):
+        metadata[key] = data.draw(st.text(max_size=20) | VALUES.map(json.dumps))
+    if data.draw(st.booleans()):
+        metadata.pop(data.draw(st.sampled_from(sorted(metadata))))
+    refused_or_sound(case, forge(tmp_path / "bad.safetensors", case.tensors, metadata))
+
+
+@SETTINGS
+@given(data=st.data())
+def test_fields_of_the_configuration(case, tmp_path, data):
+    config = json.loads(case.metadata["config"])
+    config[data.draw(st.sampled_from([*sorted(config), "users", "per_user", "new"]))] = data.draw(
+        VALUES | st.sampled_from(FLOATS) | st.just({"slots": 4})
+    )
+    refused_or_sound(
+        case, forge(tmp_path / "bad.safetensors", case.tensors, {**case.metadata, "config": json.dumps(config)})
+    )
+
+
+# -- what was found -----------------------------------------------------------------------------------------------
+
+
+def with_values(case, tmp_path, **values):
+    """The good file with tensors of its first layer filled with values; ``base_`` stands for ``base.``."""
+    tensors = {key: t.clone() for key, t in case.tensors.items()}
+    for key, value in values.items():
+        tensors[f"0:{key.replace('base_', 'base.')}"].fill_(value)
+    return forge(tmp_path / "bad.safetensors", tensors, case.metadata)
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"pending": -1}, r"layer 0: pending must be in \[0, 5\], got -1"),
+        ({"pending": -(10**6)}, r"pending must be in \[0, 5\], got -1000000"),
+        ({"pending": 6}, r"pending must be in \[0, 5\], got 6"),
+        ({"recent_seen": -1}, "layer 0: recent_seen must hold numbers in"),
+        ({"recent_seen": 2**63 - 1}, "recent_seen must hold numbers in"),
+        ({"seen": -(10**6)}, "layer 0: seen must hold"),
+        ({"step": -1}, "step must hold"),
+        ({"step": 0}, r"tokens must be 0 before the first commit \(step 0\)"),
+        ({"tokens": -1}, "tokens must hold"),
+        ({"pending": 0}, "win_eta must be 0 from row pending = 0 on"),
+        ({"importance": -0.5}, "importance must hold numbers in .0, 1.09951e.12., got -0.5 to -0.5"),
+        ({"trace": -0.5}, "trace must hold"),
+        ({"moments": -1.0}, "moments must hold"),
+        ({"importance_scale": -1.0}, "importance_scale must hold"),
+        ({"base_importance_scale": -1.0}, "base.importance_scale must hold"),
+        ({"win_eta": -0.1}, "win_eta must hold"),
+        ({"win_x": 1e11, "win_delta": 1e11}, "makes too large an update"),
+        ({"basis": 1.0}, "basis must hold orthonormal rows"),
+        ({"momentum": 1e30}, "momentum must hold"),
+    ],
+)
+def test_values_out_of_range(first_case, tmp_path, values, match):
+    refused(first_case, with_values(first_case, tmp_path, **values), match)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_float_of_any_tensor_may_be_infinite_or_no_number(case, tmp_path, value):
+    for key, t in case.tensors.items():
+        if t.is_floating_point():
+            tensors = {**case.tensors, key: t.clone()}
+            tensors[key].view(-1)[-1] = value
+            name, _, kind = key.partition(":")
+            path = forge(tmp_path / "bad.safetensors", tensors, case.metadata)
+            refused(case, path, rf"bad\.safetensors: layer {name}: {kind} must hold numbers in")
+
+
+def test_exponents_of_8_bit_state_that_mean_no_number(tmp_path):
+    case = Case(tmp_path, OPTIONS["mas in 8 bits"])
+    for key in ("importance", "trace", "base.trace"):
+        full = f"2:{key}"
+        if full in case.tensors:
+            tensors = {**case.tensors, full: case.tensors[full].clone()}
+            tensors[full][1, -1] = 255
+            refused(case, forge(tmp_path / "bad.safetensors", tensors, case.metadata), "must have exponents in")
+
+
+def test_state_whose_next_commit_overflows(tmp_path):
+    """Every value is within its bounds; what replay makes of them is not."""
+    case = Case(tmp_path, OPTIONS["si, gradient replay"])
+    tensors = {key: t.clone() for key, t in case.tensors.items()}
+    pending = int(tensors["0:pending"])
+    for key, value in {"memory": 2.0**39, "weight": 2.0**39, "win_x": 2.0**-20, "win_delta": 2.0**-20,
+                       "win_eta": 2.0**30}.items():  # fmt: skip
+        tensors[f"0:{key}"][:pending] = value
+    tensors["0:weight"][:] = tensors["0:weight"][0]
+    refused(case, forge(tmp_path / "bad.safetensors", tensors, case.metadata), "the next commit would leave weight, which must hold")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"users": {"slots": 4}}, "config in its metadata is for weights of every user's own"),
+        ({"per_user": {"slots": 10**7}}, "config in its metadata is for weights of every user's own"),
+        ({"layers": 5}, 'config in its metadata: layers must be "all"'),
+        ({"layers": [1.5]}, 'layers must be "all"'),
+        ({"target_modules": 5}, "target_modules must be a string, a list of strings or None, got 5"),
+        ({"target_modules": [["x"]]}, "target_modules must be a string, a list"),
+        ({"lr": 1e300}, r"lr must be a number in \[-1.09951e\+12, 1.09951e\+12\]"),
+        ({"lr": "fast"}, "lr must be"),
+        ({"lr": None}, "lr must be"),
+        ({"window": 2**70}, "window must be"),
+        ({"surprise": 1}, "unknown configuration fields"),
+    ],
+)
+def test_configurations_that_are_not_valid(first_case, tmp_path, changes, match):
+    config = json.loads(first_case.metadata["config"]) | changes
+    metadata = {**first_case.metadata, "config": json.dumps(config)}
+    refused(first_case, forge(tmp_path / "bad.safetensors", first_case.tensors, metadata), match)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("[]", "config in its metadata must be a dict"),
+        ("5", "config in its metadata must be a dict"),
+        ("null", "config in its metadata must be a dict"),
+        ('{"lr": NaN}', "NaN is no JSON number"),
+        ('{"lr": Infinity}', "Infinity is no JSON number"),
+        ('{"lr": 1e999}', "lr must be a number in"),
+        ("[" * 100_000 + "]" * 100_000, "must be nested at most 8 deep"),
+        ('{"layers": ' + "[" * 9 + "]" * 9 + "}", "must be nested at most 8 deep"),
+        ('{"lr": 1' + " " * 2_000_000 + "}", "must take at most 1048576 bytes"),
+    ],
+)
+def test_metadata_that_is_no_configuration(first_case, tmp_path, text, match):
+    path = forge(tmp_path / "bad.safetensors", first_case.tensors, {**first_case.metadata, "config": text})
+    refused(first_case, path, match)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '["0", "0"]', '["0", 2]', "[[]]", "[" * 100_000, "", '["0"]', '["1"]'])
+def test_names_of_layers_that_are_not_valid(first_case, tmp_path, text):
+    path = forge(tmp_path / "bad.safetensors", first_case.tensors, {**first_case.metadata, "layers": text})
+    refused(first_case, path, r"bad\.safetensors")
+
+
+@pytest.mark.parametrize("field", ["window", "replay_capacity", "orthogonal", "generated_rank"])
+def test_sizes_are_compared_before_anything_of_that_size_is_made(first_case, tmp_path, field, monkeypatch):
+    """10^8 rows: of no memory that this machine has, and no call that makes tensors sees them."""
+    config = json.loads(first_case.metadata["config"]) | {field: 10**8}
+    path = forge(tmp_path / "bad.safetensors", first_case.tensors, {**first_case.metadata, "config": json.dumps(config)})
+    model = copy.deepcopy(first_case.pristine)
+    made, zeros = [], torch.zeros
+
+    def watched(*args, **kwargs):
+        t = zeros(*args, **kwargs)
+        made.append(0 if t.is_meta else t.numel())
+        return t
+
+    monkeypatch.setattr("torch.zeros", watched)
+    before, start = everything(model), time.perf_counter()
+    with pytest.raises(ValueError, match="differ in presence, shape or dtype"):
+        ttt.load(model, path)
+    assert time.perf_counter() - start < 2
+    assert max(made, default=0) < 1000
+    assert everything(model) == before
+
+
+def test_hundreds_of_thousands_of_tensors_are_refused_by_the_size_of_the_header(first_case, tmp_path):
+    entries = ",".join(f'"0:{i:08d}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(800_000))
+    header = f'{{"__metadata__":{json.dumps(first_case.metadata)},{entries}}}'.encode()
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    start = time.perf_counter()
+    refused(first_case, path, r"its header must take at most \d+ bytes, got \d+")
+    assert time.perf_counter() - start < 2
+
+
+def test_headers_that_are_none(first_case, tmp_path):
+    path = tmp_path / "bad.safetensors"
+    for data in (b"", b"\1\0\0", (2**63).to_bytes(8, "little") + b"{}", (2**64 - 1).to_bytes(8, "little"),
+                 (200_000).to_bytes(8, "little") + b"[" * 200_000, (2).to_bytes(8, "little") + b"[]"):  # fmt: skip
+        path.write_bytes(data)
+        refused(first_case, path, r"bad\.safetensors")
+    with pytest.raises(OSError, match="directory"):
+        ttt.load(copy.deepcopy(first_case.pristine), tmp_path)
+
+
+# -- saving -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["weight", "trace", "memory", "win_x", "momentum", "base.importance"])
+def test_save_refuses_state_that_is_not_finite(first_case, tmp_path, key):
+    model = copy.deepcopy(first_case.model)
+    layer = model[2]
+    held = layer.base[key.removeprefix("base.")] if key.startswith("base.") else layer.state()[key]
+    held.view(-1)[0] = math.nan
+    with pytest.raises(ValueError, match=rf"model cannot be saved: layer 2: {key} must hold numbers in"):
+        ttt.save(model, tmp_path / "a.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_changes_nothing(case, tmp_path):
+    before = everything(case.model)
+    ttt.save(case.model, tmp_path / "again.safetensors")
+    assert everything(case.model) == before
+    tensors, metadata = content(tmp_path / "again.safetensors")
+    assert metadata == case.metadata
+    assert all(torch.equal(t, case.tensors[key]) for key, t in tensors.items())
+
+
+def test_models_adapted_for_users_are_refused_with_the_way_out(first_case, tmp_path):
+    config = ttt.TTTConfig(target_modules="all-linear", users=ttt.LowRank(slots=2, rank=2, window=4))
+    model = ttt.adapt_(plain(), config)
+    before = everything(model)
+    for call in (lambda: ttt.save(model, tmp_path / "a"), lambda: ttt.load(model, first_case.path)):
+        with pytest.raises(ValueError, match=r"was adapted for users.*pool_of\(model\)\.export\(user\)"):
+            call()
+    assert everything(model) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- loading is all or nothing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_failure_while_memory_is_taken_changes_no_value(first_case, which, monkeypatch):
+    """The second layer finds no memory: the first one is as it was, too."""
+    model = first_case.targets()[which]
+    if not which:
+        teach(model, 2)
+    before = everything(model)
+    clone, count = torch.Tensor.to, [0]
+
+    def failing(self, *args, **kwargs):
+        if kwargs.get("copy"):
+            count[0] += 1
+            if count[0] == 9:
+                raise torch.OutOfMemoryError("no memory left")
+        return clone(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        ttt.load(model, first_case.path)
+    monkeypatch.undo()
+    assert count[0] == 9
+    assert everything(model) == before
+
+
+def test_a_capturable_layer_refuses_a_window_of_other_steps(tmp_path):
+    case = Case(tmp_path, OPTIONS["mas in 8 bits"])
+    model = copy.deepcopy(case.model)
+    for _, layer in learning_layers(model):
+        layer.capturable_(2)
+    before = [layer.state()["weight"].clone() for _, layer in learning_layers(model)]
+    pending = int(case.tensors["0:pending"])
+    assert pending % 2
+    with pytest.raises(ValueError, match=f"pending = {pending} is no whole number of the layer's steps of 2 rows"):
+        ttt.load(model, case.path)
+    for (_, layer), weight in zip(learning_layers(model), before, strict=True):
+        assert torch.equal(layer.weight, weight)
