@@ -125,8 +125,7 @@ def refused_or_sound(case, path):
             held = everything(model)
             try:
                 teach(model)
-            except FloatingPointError as error:  # a quadratic loss of weights up to 1e12
-                assert "is not finite; nothing was learnt" in str(error)
+            except FloatingPointError:  # the gradient of a quadratic loss with weights up to 1e12; nothing is learnt
                 assert everything(model) == held
             assert_finite(model)
 
@@ -143,7 +142,27 @@ def test_a_good_file_is_loaded_and_goes_on_as_the_model_that_was_saved(case):
 
 # -- random damage ------------------------------------------------------------------------------------------------
 
-ENDS = [0, 1, -1, 2, -2, 5, 6, 7, 63, 64, 2**31, -(2**31), 2**32, 10**6, -(10**6), 2**62, 2**62 + 1, 2**63 - 1, -(2**63)]
+ENDS = [
+    0,
+    1,
+    -1,
+    2,
+    -2,
+    5,
+    6,
+    7,
+    63,
+    64,
+    2**31,
+    -(2**31),
+    2**32,
+    10**6,
+    -(10**6),
+    2**62,
+    2**62 + 1,
+    2**63 - 1,
+    -(2**63),
+]
 FLOATS = [math.nan, math.inf, -math.inf, 0.0, -0.0, -1.0, 1e-45, 1e-30, -1e-3, 1.0, 7.0, 1e5, 1e12, 1e13, 1e19, 1e30,
           3e38, -3e38, 1e308]  # fmt: skip
 VALUES = st.recursive(
@@ -310,7 +329,11 @@ def test_state_whose_next_commit_overflows(tmp_path):
                        "win_eta": 2.0**30}.items():  # fmt: skip
         tensors[f"0:{key}"][:pending] = value
     tensors["0:weight"][:] = tensors["0:weight"][0]
-    refused(case, forge(tmp_path / "bad.safetensors", tensors, case.metadata), "the next commit would leave weight, which must hold")
+    refused(
+        case,
+        forge(tmp_path / "bad.safetensors", tensors, case.metadata),
+        "the next commit would leave weight, which must hold",
+    )
 
 
 @pytest.mark.parametrize(
@@ -362,9 +385,11 @@ def test_names_of_layers_that_are_not_valid(first_case, tmp_path, text):
 
 @pytest.mark.parametrize("field", ["window", "replay_capacity", "orthogonal", "generated_rank"])
 def test_sizes_are_compared_before_anything_of_that_size_is_made(first_case, tmp_path, field, monkeypatch):
-    """10^8 rows: of no memory that this machine has, and no call that makes tensors sees them."""
+    """10^8 rows are refused without a tensor of that size."""
     config = json.loads(first_case.metadata["config"]) | {field: 10**8}
-    path = forge(tmp_path / "bad.safetensors", first_case.tensors, {**first_case.metadata, "config": json.dumps(config)})
+    path = forge(
+        tmp_path / "bad.safetensors", first_case.tensors, {**first_case.metadata, "config": json.dumps(config)}
+    )
     model = copy.deepcopy(first_case.pristine)
     made, zeros = [], torch.zeros
 

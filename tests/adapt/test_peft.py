@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 
 import pytest
 import safetensors.torch
@@ -321,6 +322,122 @@ def test_damaged_adapters(tmp_path):
         ttt.import_peft(folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"r": 4.9}, "r must be a whole number of at least 1, got 4.9"),
+        ({"r": "4"}, "r must be a whole number of at least 1, got '4'"),
+        ({"r": True}, "r must be a whole number"),
+        ({"r": 0}, "r must be a whole number of at least 1, got 0"),
+        ({"lora_alpha": float("inf")}, "Infinity is no JSON number"),
+        ({"lora_alpha": float("nan")}, "NaN is no JSON number"),
+        ({"lora_alpha": 1e300}, "lora_alpha must be a finite number in"),
+        ({"lora_alpha": 10**400}, "lora_alpha must be a finite number in"),
+        ({"lora_alpha": "7"}, "lora_alpha must be a finite number in .* got '7'"),
+        ({"lora_alpha": True}, "lora_alpha must be a finite number"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern must be dict or None"),
+        ({"rank_pattern": {"q_proj": 4.0}}, r"rank_pattern\['q_proj'\] must be a whole number"),
+        ({"rank_pattern": {"q_proj": -4}}, r"rank_pattern\['q_proj'\] must be a whole number"),
+        ({"alpha_pattern": {"q_proj": None}}, r"alpha_pattern\['q_proj'\] must be a finite number"),
+        ({"alpha_pattern": {"q_proj{2}": 3}}, r"alpha_pattern: pattern 'q_proj\{2\}' is not supported"),
+        ({"use_rslora": "yes"}, "use_rslora must be bool, got 'yes'"),
+        ({"use_rslora": 1}, "use_rslora must be bool, got 1"),
+        ({"fan_in_fan_out": None}, "fan_in_fan_out must be bool"),
+        ({"bias": None}, "bias must be str"),
+        ({"init_lora_weights": 3.5}, "init_lora_weights must be bool or str or None"),
+        ({"target_modules": 5}, "target_modules must be a string, a list of strings or None, got 5"),
+        ({"exclude_modules": [5]}, "exclude_modules must be a string"),
+        ({"layers_to_transform": [1.5]}, "layers_to_transform must be"),
+        ({"lora_dropout": -1}, "lora_dropout must be a finite number"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path must be str or None, got 5"),
+        ({"loftq_config": []}, "loftq_config must be dict or None"),
+        ({"peft_type": ["LORA"]}, "peft_type must be str"),
+    ],
+)
+def test_fields_of_a_wrong_type_or_out_of_range(tmp_path, changes, match):
+    _, _, folder = peft_folder(tmp_path)
+    edited(folder, **changes)
+    with pytest.raises(ValueError, match=match):
+        ttt.import_peft(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "null", "[" * 100_000, '{"r": ' + "[" * 20 + "]" * 20 + "}", "\xff",
+                                  '{"r": 4' + " " * 1_100_000 + "}"])  # fmt: skip
+def test_configurations_that_are_none(tmp_path, text):
+    _, _, folder = peft_folder(tmp_path)
+    (folder / "adapter_config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match="damaged or of no LoRA adapter"):
+        ttt.import_peft(folder)
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_patterns_on_which_re_would_not_end(tmp_path, field):
+    """Each of them once hung, and needs what a regular expression engine without backtracking does."""
+    _, _, folder = peft_folder(tmp_path)
+    name = "a" * 40 + "!"
+    tensors = {f"base_model.model.{name}.lora_{x}.weight": torch.ones(s) for x, s in (("A", (4, 3)), ("B", (5, 4)))}
+    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
+    edited(folder, **{field: {"(a+)+$": 3, "(a|aa)*b": 3}}, target_modules="(a+)+$", exclude_modules="(a+)+$")
+    start = time.perf_counter()
+    state = ttt.import_peft(folder)
+    assert time.perf_counter() - start < 2
+    assert torch.equal(state[f"{name}.b"], torch.full((4, 5), 7 / 4))
+
+
+@pytest.mark.parametrize("which", ["lora_A", "lora_B"])
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda t: t.index_fill(0, torch.tensor([1]), float("nan")), "must be finite in torch.float32"),
+        (lambda t: t.index_fill(0, torch.tensor([1]), float("-inf")), "must be finite in torch.float32"),
+        (lambda t: t.to(torch.complex64), "must have one of the dtypes .* got C64"),
+        (lambda t: t.to(torch.int32), "must have one of the dtypes .* got I32"),
+        (lambda t: t.to(torch.float8_e4m3fn), "must have one of the dtypes .* got F8_E4M3"),
+        (lambda t: t[0], "must have shapes"),
+    ],
+)
+def test_tensors_that_are_refused_by_name(tmp_path, which, change, match):
+    _, _, folder = peft_folder(tmp_path)
+    weights = folder / "adapter_model.safetensors"
+    tensors = safetensors.torch.load(weights.read_bytes())
+    key = next(key for key in tensors if which in key)
+    safetensors.torch.save_file({**tensors, key: change(tensors[key]).contiguous()}, weights)
+    name = key.removeprefix("base_model.model.").partition(".lora")[0]
+    with pytest.raises(ValueError, match=rf"{name}.*{match}"):
+        ttt.import_peft(folder)
+
+
+def test_a_scaling_that_overflows_is_refused(tmp_path):
+    _, _, folder = peft_folder(tmp_path)
+    weights = folder / "adapter_model.safetensors"
+    tensors = {key: t * 1e30 for key, t in safetensors.torch.load(weights.read_bytes()).items()}
+    safetensors.torch.save_file(tensors, weights)
+    ttt.import_peft(folder)
+    edited(folder, lora_alpha=1e10)
+    with pytest.raises(ValueError, match=r"lora_B, times its scaling, must be finite in torch\.float32"):
+        ttt.import_peft(folder)
+
+
+def test_float64_in_either_factor_is_kept(tmp_path):
+    _, _, folder = peft_folder(tmp_path, lora_alpha=4)
+    weights = folder / "adapter_model.safetensors"
+    tensors = safetensors.torch.load(weights.read_bytes())
+    tensors = {key: t.double() / 3 if "lora_B" in key else t for key, t in tensors.items()}
+    safetensors.torch.save_file(tensors, weights)
+    for key, t in ttt.import_peft(folder).items():
+        layer, _, factor = key.rpartition(".")
+        saved = tensors[f"base_model.model.{layer}.lora_{factor.upper()}.weight"].double()
+        assert t.dtype == torch.float64
+        assert torch.equal(t, saved if factor == "a" else saved.T)
+
+
+def test_headers_that_are_too_large(tmp_path):
+    _, _, folder = peft_folder(tmp_path)
+    (folder / "adapter_model.safetensors").write_bytes((2**40).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match="its header must take at most 16777216 bytes, got 1099511627776"):
+        ttt.import_peft(folder)
+
+
 def test_rows_on_import(tmp_path):
     folder = ttt.export_peft(random_state(llama(), 5), tmp_path / "v1", base_model="tiny/llama").folder
     assert {t.shape[0] for t in ttt.import_peft(folder, rows=11).values()} == {11}
@@ -344,12 +461,33 @@ def test_rows_on_import(tmp_path):
         ({"x.a": torch.ones(2, 3), "x.b": torch.ones(3, 3)}, {}, r"x.a and x.b must have shapes"),
         ({"x.a": torch.ones(2, 3).int(), "x.b": torch.ones(2, 3)}, {}, "x.a must hold floats, got torch.int32"),
         ({"x.a": torch.tensor([[float("nan")]]), "x.b": torch.ones(1, 1)}, {}, "x.a holds values that are not finite"),
+        ({"x.a": torch.ones(1, 1) * 1j, "x.b": torch.ones(1, 1)}, {}, "x.a must hold floats, got torch.complex64"),
+        (
+            {"x.a": torch.ones(1, 1), "x.b": torch.full((1, 1), 1e5)},
+            {"dtype": torch.float16},
+            "x: lora_B is too large for torch.float16",
+        ),
+        ({}, {"rank": 8.0}, "rank must be one of"),
+        ({}, {"base_model": 5}, "base_model must name .* got 5"),
     ],
 )
 def test_exports_that_are_refused(tmp_path, change, options, match):
     state = {**random_state(llama(), 3), **change}
     with pytest.raises(ValueError, match=match):
         ttt.export_peft(state, tmp_path / "v1", **{"base_model": "tiny/llama", **options})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_are_refused(tmp_path):
+    model = ttt.adapt_(llama(), ttt.TTTConfig(target_modules=TARGETS))
+    name, layer = ttt.learning_layers(model)[1]
+    with torch.no_grad():
+        layer.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=f"{name} holds values that are not finite"):
+        ttt.export_peft(model, tmp_path / "v1", base_model="tiny/llama")
+    config = ttt.TTTConfig(target_modules=TARGETS, users=ttt.LowRank(slots=1, rank=2, window=2))
+    with pytest.raises(ValueError, match=r"was adapted for users.*pool_of\(model\)\.export\(user\)"):
+        ttt.export_peft(ttt.adapt_(llama(), config), tmp_path / "v1", base_model="tiny/llama")
     assert list(tmp_path.iterdir()) == []
 
 

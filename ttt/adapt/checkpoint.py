@@ -7,11 +7,13 @@ before it changes anything; the checks are in `ttt.adapt.validate`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -28,13 +30,13 @@ from ttt.adapt.convert import (
     restore_,
     weight_of,
 )
-from ttt.config import TTTConfig
 from ttt.files import write_atomically
 from ttt.nn import Linear
 from ttt.per_user.pool import has_pool
 
 FORMAT = "ttt"
 FORMAT_VERSION = "1"
+_HEADER_BYTES = 1 << 24
 _SAMPLE = 16384  # elements hashed of each weight that does not learn
 
 # Left out of the file while it equals the base weight, from which `load` takes it.
@@ -99,27 +101,22 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     _refuse_users(model, "given the state of a file")
     path = Path(path)
     adapted = dict(learning_layers(model))
-    possible = adapted or dict(linear_modules(model))
-    validate.check_header_size(path, possible)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            names, config = _metadata_of(path, metadata)
-            wanted = set(names)
-            _check_names(path, names, list(adapted) or [name for name in possible if name in wanted])
-            if adapted:
-                trials = {name: _trial_layer(layer) for name, layer in adapted.items()}
-            else:
-                check_adaptable(model, [(name, possible[name]) for name in names])
-                trials = {name: validate.blank_layer(weight_of(possible[name]), config, name) for name in names}
-            _check_layout(path, file, adapted or trials)
-            if metadata.get("base_sha256") != base_hash(model, None if adapted else names):
-                raise ValueError(f"{path} belongs to another base model: the hash of the base weights differs")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated, damaged or no safetensors file ({error})") from None
-    if metadata.get("tensors_sha256") != tensor_hash(tensors):
-        raise ValueError(f"{path} is damaged: its checksum does not fit its content")
+    possible: dict[str, nn.Module] = {**adapted} or dict(linear_modules(model))
+    with _opened(path, validate.header_allowance(possible)) as (file, metadata):
+        what = f"{path} is damaged: {{}} in its metadata"
+        names = validate.layer_names(metadata.get("layers"), what.format("layers"))
+        config = validate.config_of(metadata.get("config"), what.format("config"))
+        wanted = set(names)
+        _check_names(path, names, list(adapted) or [name for name in possible if name in wanted])
+        if adapted:
+            trials = {name: _trial_layer(layer) for name, layer in adapted.items()}
+        else:
+            check_adaptable(model, [(name, possible[name]) for name in names])
+            trials = {name: validate.blank_layer(weight_of(possible[name]), config, name) for name in names}
+        _check_layout(path, file, adapted or trials)
+        if metadata.get("base_sha256") != base_hash(model, None if adapted else names):
+            raise ValueError(f"{path} belongs to another base model: the hash of the base weights differs")
+        tensors = _tensors_of(path, file, metadata)
     states = _by_layer(tensors)
     for name, (state, base) in states.items():
         where = f"{path}: layer {name}"
@@ -148,28 +145,50 @@ def _refuse_users(model: nn.Module, what: str) -> None:
     if has_pool(model):
         raise ValueError(
             f"model ({type(model).__name__}) was adapted for users, each with weights of their own, and cannot be "
-            f"{what}: pool_of(model).export(user) and .load(user, state) handle one user's, ttt.Store keeps those of all"
+            f"{what}: pool_of(model).export(user) and .load(user, state) handle one user's; ttt.Store keeps all users'"
         )
 
 
-def _metadata_of(path: Path, metadata: Mapping[str, str]) -> tuple[list[str], TTTConfig]:
-    """(names of the learning layers, configuration) of a file."""
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} was not written by ttt.save: format is {metadata.get('format')!r:.80}, not {FORMAT!r}"
-        )
-    if metadata.get("format_version") != FORMAT_VERSION:
-        version = metadata.get("format_version")
-        raise ValueError(f"{path} has format version {version!r:.80}; this release reads version {FORMAT_VERSION!r}")
-    names = validate.layer_names(metadata.get("layers"), f"{path} is damaged: layers in its metadata")
-    return names, validate.config_of(metadata.get("config"), f"{path} is damaged: config in its metadata")
+def read_tensors(path: Path) -> tuple[State, dict[str, str]]:
+    """The tensors and the metadata of a file in this format; their names and values are for the caller to check.
+
+    Raises:
+        ValueError: if the file is truncated, damaged or of another format or version. OSError: if it cannot be read.
+    """
+    with _opened(path, _HEADER_BYTES) as (file, metadata):
+        return _tensors_of(path, file, metadata), metadata
+
+
+@contextlib.contextmanager
+def _opened(path: Path, header_bytes: int) -> Iterator[tuple[Any, dict[str, str]]]:
+    """(open safetensors file, its metadata), of this format and version, with a header of at most ``header_bytes``."""
+    validate.check_header_size(path, header_bytes)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            found, version = metadata.get("format"), metadata.get("format_version")
+            if found != FORMAT:
+                raise ValueError(f"{path} was not written by ttt.save: format is {found!r:.80}, not {FORMAT!r}")
+            if version != FORMAT_VERSION:
+                raise ValueError(
+                    f"{path} has format version {version!r:.80}; this release reads version {FORMAT_VERSION!r}"
+                )
+            yield file, metadata
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated, damaged or no safetensors file ({error})") from None
+
+
+def _tensors_of(path: Path, file, metadata: Mapping[str, str]) -> State:
+    """All tensors of an open file, which must fit the checksum in its metadata."""
+    tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    if metadata.get("tensors_sha256") != tensor_hash(tensors):
+        raise ValueError(f"{path} is damaged: its checksum does not fit its content")
+    return tensors
 
 
 def _check_names(path: Path, names: list[str], present: list[str]) -> None:
     if sorted(present) != sorted(names):
-        raise ValueError(
-            f"{path} is of a model with learning layers {names!r:.500}; this model has {present!r:.500}"
-        )
+        raise ValueError(f"{path} is of a model with learning layers {names!r:.500}; this model has {present!r:.500}")
 
 
 def _check_layout(path: Path, file, layers: Mapping[str, Linear]) -> None:
@@ -207,7 +226,7 @@ def _write(layers: Mapping[str, Linear], states: Mapping[str, tuple[State, State
 
     All memory is taken before the first tensor is written, so that a failure leaves every value as it was.
     """
-    before = {}
+    before: dict[str, State] = {}
     for name, (state, base) in states.items():
         layer, base_weight = layers[name], layers[name].base_weight
         if _FROM_BASE not in state:

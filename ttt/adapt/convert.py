@@ -65,7 +65,7 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
         for p in model.parameters():
             p.requires_grad_(False)
         if config.users is not None:
-            attach(model, layers)
+            attach(model, {name: layer for name, layer in layers.items() if isinstance(layer, LowRankLinear)})
         object.__setattr__(model, _ORIGINALS, dict(chosen))
         object.__setattr__(model, _FROZEN, frozen)
     except BaseException:
@@ -146,6 +146,11 @@ def require_layers(model: nn.Module) -> list[Linear]:
         ValueError: if there is none.
     """
     layers = [layer for _, layer in learning_layers(model)]
+    if not layers and has_pool(model):
+        raise ValueError(
+            f"model ({type(model).__name__}) was adapted for users, each with weights of their own, and has no "
+            "learning layer that all share; ttt.pool_of(model) holds its users"
+        )
     if not layers:
         raise ValueError(f"model ({type(model).__name__}) has no learning layer; call ttt.adapt_(model, config) first")
     return layers

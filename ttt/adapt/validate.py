@@ -51,15 +51,19 @@ _TENSORS, _ENTRY_BYTES = 64, 256  # of a layer, at most
 # -- the header ---------------------------------------------------------------------------------------------------
 
 
-def check_header_size(path: Path, names: Iterable[str]) -> None:
-    """Refuse a safetensors file whose header is larger than that of a model with the linear layers ``names``.
+def header_allowance(names: Iterable[str]) -> int:
+    """The most bytes that the header of a file may take, of a model with the linear layers ``names``."""
+    return _HEADER_BYTES + sum(_TENSORS * (_ENTRY_BYTES + 6 * len(name)) for name in names)
 
-    A header takes time and memory before anything can be known about it.
+
+def check_header_size(path: Path, allowed: int) -> None:
+    """Refuse a safetensors file whose header takes more than ``allowed`` bytes.
+
+    Reading a header takes time and memory before anything is known about its content.
 
     Raises:
-        ValueError: if it is, or if the file is shorter than a header. OSError: if the file cannot be read.
+        ValueError: if it does, or if the file is too short for a header. OSError: if the file cannot be read.
     """
-    allowed = _HEADER_BYTES + sum(_TENSORS * (_ENTRY_BYTES + 6 * len(name)) for name in names)
     with open(path, "rb") as file:
         start = file.read(8)
     if len(start) < 8:
@@ -67,7 +71,8 @@ def check_header_size(path: Path, names: Iterable[str]) -> None:
     size = int.from_bytes(start, "little")
     if size > allowed:
         raise ValueError(
-            f"{path} is damaged or not of this model: its header must take at most {allowed} bytes, got {size}"
+            f"{path} is truncated, damaged or of another model: its header must take at most {allowed} bytes, "
+            f"got {size}"
         )
 
 
@@ -282,8 +287,10 @@ def _check_next_commit(where: str, layer: Linear, state: Mapping[str, Tensor], p
             layer.weight = nn.Parameter(t.clone(), requires_grad=False)
         elif key != "pending":
             setattr(layer, key, t.clone() if key in _WRITTEN else t)
-    rows = [None if t is None else t[:pending] if pending else torch.zeros_like(t[:1]) for t in
-            (layer.win_x, layer.win_delta, layer.win_eta, layer.win_trace)]
+    rows = [
+        None if t is None else t[:pending] if pending else torch.zeros_like(t[:1])
+        for t in (layer.win_x, layer.win_delta, layer.win_eta, layer.win_trace)
+    ]
     try:
         layer._commit(*rows)
     except RuntimeError as error:  # of an eigendecomposition
