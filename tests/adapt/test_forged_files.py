@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 from forged import OPTIONS, Case, content, everything, forge, plain, refused, teach
+from torch import nn
 
 import ttt
 from ttt.adapt.convert import learning_layers
@@ -135,6 +136,21 @@ def test_configurations_that_are_not_valid(first_case, tmp_path, changes, match)
 def test_metadata_that_is_no_configuration(first_case, tmp_path, text, match):
     path = forge(tmp_path / "bad.safetensors", first_case.tensors, {**first_case.metadata, "config": text})
     refused(first_case, path, match)
+
+
+def test_sizes_that_no_memory_can_hold(tmp_path):
+    """A layer of 2^22 inputs and a window of 2^40 rows: more bytes than 63 bits count."""
+    model = nn.Sequential(nn.Linear(2**22, 1, bias=False))
+    config = ttt.TTTConfig(target_modules="all-linear", window=1, replay_rows=0, orthogonal=0, ewc_lambda=0)
+    path = tmp_path / "bad.safetensors"
+    ttt.save(ttt.adapt_(copy.deepcopy(model), config), path)
+    tensors, metadata = content(path)
+    values = json.loads(metadata["config"]) | {"window": 2**40}
+    forge(path, tensors, {**metadata, "config": json.dumps(values)})
+    before = list(model.modules())
+    with pytest.raises(ValueError, match=r"bad\.safetensors: the configuration asks for tensors that are too large"):
+        ttt.load(model, path)
+    assert list(model.modules()) == before
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '["0", "0"]', '["0", 2]', "[[]]", "[" * 100_000, "", '["0"]', '["1"]'])

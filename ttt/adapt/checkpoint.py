@@ -103,16 +103,15 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     adapted = dict(learning_layers(model))
     possible: dict[str, nn.Module] = {**adapted} or dict(linear_modules(model))
     with _opened(path, validate.header_allowance(possible)) as (file, metadata):
-        what = f"{path} is damaged: {{}} in its metadata"
-        names = validate.layer_names(metadata.get("layers"), what.format("layers"))
-        config = validate.config_of(metadata.get("config"), what.format("config"))
+        names = validate.layer_names(metadata.get("layers"), f"{path} is damaged: layers in its metadata")
+        config = validate.config_of(metadata.get("config"), f"{path} is damaged: config in its metadata")
         wanted = set(names)
         _check_names(path, names, list(adapted) or [name for name in possible if name in wanted])
         if adapted:
             trials = {name: _trial_layer(layer) for name, layer in adapted.items()}
         else:
             check_adaptable(model, [(name, possible[name]) for name in names])
-            trials = {name: validate.blank_layer(weight_of(possible[name]), config, name) for name in names}
+            trials = {name: validate.blank_layer(str(path), weight_of(possible[name]), config, name) for name in names}
         _check_layout(path, file, adapted or trials)
         if metadata.get("base_sha256") != base_hash(model, None if adapted else names):
             raise ValueError(f"{path} belongs to another base model: the hash of the base weights differs")
@@ -216,7 +215,7 @@ def _by_layer(tensors: State) -> dict[str, tuple[State, State]]:
 
 def _trial_layer(layer: Linear) -> Linear:
     """A layer without memory, as `validate.check_state` takes it, that learns as ``layer`` does."""
-    trial = validate.blank_layer(layer.weight, layer.config, layer.name)
+    trial = validate.blank_layer(layer.name, layer.weight, layer.config, layer.name)
     trial.strength = layer.strength
     return trial
 

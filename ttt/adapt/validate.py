@@ -156,43 +156,41 @@ def check_numbers(values: Any, what: str) -> None:
 # -- shapes -------------------------------------------------------------------------------------------------------
 
 
-def blank_layer(weight: Tensor, config: TTTConfig, name: str) -> Linear:
-    """A layer for ``weight`` (m, n) on the meta device: all state has its shape and dtype, and takes no memory.
+def blank_layer(where: str, weight: Tensor, config: TTTConfig, name: str) -> Linear:
+    """Make a layer for ``weight`` (m, n) on the meta device: its state has shapes and dtypes, and takes no memory.
 
     Raises:
-        ValueError: if ``config`` asks for tensors that no memory can hold.
+        ValueError: if ``config`` asks for tensors that no memory can hold; it begins with ``where``.
     """
     blank = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), requires_grad=False)
     try:
         return Linear.from_weight(blank, None, config, name)
     except (RuntimeError, TypeError, OverflowError) as error:
-        raise ValueError(f"the configuration asks for tensors that are too large ({error})") from None
+        raise ValueError(f"{where}: the configuration asks for tensors that are too large ({error})") from None
 
 
-def check_layout(where: str, layer: Linear, found: Mapping[str, Kind]) -> bool:
+def check_layout(where: str, layer: Linear, found: Mapping[str, Kind]) -> None:
     """Compare the tensors that a file holds of ``layer`` with those that the layer has.
+
+    Of a layer that was consolidated a file holds the anchor, and under ``base.`` what was before it. Of others the
+    anchor is the base weight, which is not in the file.
 
     Args:
         where: begins the error.
         layer: with its state; on the meta device that of `blank_layer`.
         found: key -> shape and dtype.
 
-    Returns:
-        Whether the layer had been consolidated: the file holds the anchor, and under ``base.`` what was before it.
-
     Raises:
         ValueError: if a tensor is missing, or one too many, or has another shape or dtype.
     """
     expected = {key: (tuple(t.shape), _DTYPES.get(t.dtype, str(t.dtype))) for key, t in layer.state().items()}
-    consolidated = _ANCHOR in found
-    if consolidated:
+    if _ANCHOR in found:
         expected |= {f"base.{key}": expected[key] for key in BASE if key in expected and key != _ANCHOR}
     else:
         expected.pop(_ANCHOR)
     if dict(found) != expected:
         differ = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
         raise ValueError(f"{where}: {differ[:8]} differ in presence, shape or dtype (other config?)")
-    return consolidated
 
 
 # -- values -------------------------------------------------------------------------------------------------------
@@ -209,7 +207,7 @@ def check_state(
     Args:
         where: begins the error.
         layer: a `blank_layer`, with the ``strength`` of the layer that the state is for. It takes the tensors of
-            ``state`` and is of no use afterwards.
+            ``state`` and cannot be used again.
         state: all of `ttt.nn.Linear.state`, on the CPU, of the right shapes and dtypes. Nothing in it is written.
         base: the state from before the first consolidation, if there was one.
 
