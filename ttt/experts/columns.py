@@ -136,7 +136,7 @@ def load(model: nn.Module, path: str | os.PathLike) -> list[Column]:
         OSError: if the file cannot be read.
     """
     layers = require_layers(model)
-    tensors, metadata = checkpoint._read(Path(path))
+    tensors, metadata = checkpoint.read_tensors(Path(path))
     if "columns" not in metadata:
         raise ValueError(f"{path} holds no columns")
     if metadata.get("base_sha256") != checkpoint.base_hash(model):

@@ -30,6 +30,7 @@ class Adapted(torch.nn.Linear):
     """
 
     transposed = False
+    released = False  # True once `ttt.restore_` has put the original module back: the layer must not learn any more
     _binding: Any = None  # its tensors' addresses, for the kernels; made by `ttt.nn.cpu_binding.binding_of`
 
     def __init__(
