@@ -1,4 +1,4 @@
-"""``python -m bench.kernels.merge OUT PART...``: one file of results from those of suites that were run one by one."""
+"""``python -m bench.kernels.merge OUT PART...``: join the results of suites that were run one by one into one file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bench.kernels.measure import summary_of_ceilings
 
 
 def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first one's machine, everyone's rows, and the ceilings of all."""
+    """The machine of the first part with the commands of all, and the rows and ceilings of all parts."""
     rows = [row for part in parts for row in part["rows"]]
     not_timed = [row for part in parts for row in part["not_timed"]]
     machine = {**parts[0]["machine"], "command": "; ".join(part["machine"]["command"] for part in parts)}

@@ -5,9 +5,9 @@
 
 from collections.abc import Callable
 
-from bench.learning.digits_suite import DigitsSuite
+from bench.learning.digits.suite import DigitsSuite
 from bench.learning.suite import Suite
-from bench.learning.text_suite import TextSuite
+from bench.learning.text.suite import TextSuite
 
 SUITES: dict[str, Callable[[], Suite]] = {"digits": DigitsSuite, "text": TextSuite}
 """Name -> what makes the suite."""

@@ -43,7 +43,7 @@ TUNING = (
     "headers", "javascript", "yaml", "rst", "english", "licences", "rst/1", "english/1", "licences/1", "html/1",
 )  # fmt: skip
 REPORTED = ("headers/2", "javascript/2", "yaml/2", "rst/2", "english/2", "licences/2", "html/2")
-"""Domains of `bench.learning.streams`, and YAML; after the stroke the seed that draws the place, 0 otherwise. They may
+"""Domains of `bench.learning.text.streams`, and YAML; after the stroke the seed that draws the place, 0 otherwise. They may
 overlap: two thirds of javascript/2 and licences/2 are read under the seed 0, too; of the others nothing."""
 
 UNPROTECTED = TUNING[3:]

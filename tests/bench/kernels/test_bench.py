@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 import ttt
 from bench.kernels import check, measure, models, plot, run, state, suites, timing
-from bench.kernels.contenders import PlainLayer, compiled, plain_commit, plain_window_linear
-from bench.kernels.registry import Case, Contender, Unavailable
+from bench.kernels.plain_torch import PlainLayer, compiled, plain_commit, plain_window_linear
+from bench.kernels.case import Case, Contender, Unavailable
 from bench.kernels.suites.commit import Commit
 from bench.kernels.suites.decode import Decode
 from bench.kernels.suites.fisher import Fisher

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.kernels.registry import Unavailable
+from bench.kernels.case import Unavailable
 from bench.kernels.suites import low_rank
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bench.learning import DigitsSuite, metrics, tuning, vision
-from bench.learning.digits import SCENARIOS, scenario
-from bench.learning.methods import METHODS, fits
+from bench.learning.digits.tasks import SCENARIOS, scenario
+from bench.learning.digits.methods import METHODS, fits
 from ttt.rules import LwF, Progressive
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.learning.knn import Datastore
+from bench.learning.text.knn import Datastore
 
 
 @pytest.mark.parametrize(("stored", "neighbours"), [(200, 7), (5, 7), (1, 1)])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench.learning import TextSuite, streams
-from bench.learning.streams import REPORTED, SCENARIOS, TUNING, cut, held_out, read, stream, streamed, visits
+from bench.learning.text.streams import REPORTED, SCENARIOS, TUNING, cut, held_out, read, stream, streamed, visits
 
 
 def raw(ids):

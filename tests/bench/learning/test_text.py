@@ -10,9 +10,9 @@ from helpers import plain_config
 
 import ttt
 from bench.learning import TextSuite, text, text_plots, tuning
-from bench.learning.readers import Learning, NearestNeighbours
-from bench.learning.streams import Segment, Stream
-from bench.learning.text_methods import METHODS, method
+from bench.learning.text.readers import Learning, NearestNeighbours
+from bench.learning.text.streams import Segment, Stream
+from bench.learning.text.methods import METHODS, method
 from ttt.demo.model import COLUMNS, CONFIG
 
 
@@ -52,7 +52,7 @@ def reader_of(lab, name, stream):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_reads_is_tested_and_leaves_the_base_model_alone(lab, name, monkeypatch):
-    monkeypatch.setattr("bench.learning.text_methods.PERIOD", 512)
+    monkeypatch.setattr("bench.learning.text.methods.PERIOD", 512)
     before = copy.deepcopy(lab.model.state_dict())
     stream = random_stream("ABA")
     held = {d: torch.randint(256, (2, 40)) for d in "AB"}
@@ -77,7 +77,7 @@ def test_every_method_reads_is_tested_and_leaves_the_base_model_alone(lab, name,
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_comes_later_changes_no_score(lab, name, monkeypatch):
-    monkeypatch.setattr("bench.learning.text_methods.PERIOD", 512)
+    monkeypatch.setattr("bench.learning.text.methods.PERIOD", 512)
     stream = random_stream("A")
     ids = stream.segments[0].ids
     other = ids.clone()

@@ -7,17 +7,17 @@ from statistics import fmean
 from typing import Any
 
 from bench.learning import metrics, report
-from bench.learning.digits import SCENARIOS
-from bench.learning.methods import METHODS, fits, method
+from bench.learning.digits.tasks import SCENARIOS
+from bench.learning.digits.methods import METHODS, fits, method
 from bench.learning.suite import SEEDS, Figure, Record
-from bench.learning.vision import BATCH, EPOCHS, HIDDEN, run
+from bench.learning.digits.run import BATCH, EPOCHS, HIDDEN, run
 
 # Drawn as curves: one of each kind, so that they can be told apart.
 CURVES = ("joint", "naive", "EWC online", "SI", "LwF", "ER 200", "DER++ 200", "generative", "layer replay", "PNN")
 
 
 class DigitsSuite:
-    """See `bench.learning.digits` for the scenarios and `bench.learning.methods` for the methods."""
+    """See `bench.learning.digits.tasks` for the scenarios and `bench.learning.digits.methods` for the methods."""
 
     name = "digits"
     scenarios: Sequence[str] = SCENARIOS

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import ttt
-from bench.learning.knn import Datastore
+from bench.learning.text.knn import Datastore
 from ttt.demo.model import LN2, bits_per_byte, score, score_in_context
 from ttt.learn.huggingface import cache_of, cached
 

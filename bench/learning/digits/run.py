@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import ttt
-from bench.learning.digits import Scenario, Task, joined, scenario
-from bench.learning.methods import Options, fits, method
+from bench.learning.digits.tasks import Scenario, Task, joined, scenario
+from bench.learning.digits.methods import Options, fits, method
 from ttt.rules import ProgressiveNet, Rule, Trainer, configure, forward_task
 from ttt.rules.task.progressive import Ones
 

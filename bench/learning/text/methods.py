@@ -20,8 +20,8 @@ from ttt.demo.model import COLUMNS, CONFIG
 from ttt.rules import DarkSequenceReplay, LogitDistillation, SampledReplay, SequenceReplay, StreamRule
 
 if TYPE_CHECKING:
-    from bench.learning.streams import Stream
-    from bench.learning.text import Lab
+    from bench.learning.text.streams import Stream
+    from bench.learning.text.run import Lab
 
 Options = Mapping[str, Any]
 Sweep = tuple[str, Sequence[Any]]

@@ -8,12 +8,12 @@ from typing import Any
 
 from bench.learning import metrics, streams, text_plots
 from bench.learning.suite import SEEDS, Figure, Record, best_of
-from bench.learning.text_methods import EPOCHS, METHODS, NEIGHBOURS, PERIOD, method
+from bench.learning.text.methods import EPOCHS, METHODS, NEIGHBOURS, PERIOD, method
 from ttt.demo.model import CONFIG
 
 
 class TextSuite:
-    """See `bench.learning.streams` for the scenarios and `bench.learning.text_methods` for the methods.
+    """See `bench.learning.text.streams` for the scenarios and `bench.learning.text.methods` for the methods.
 
     Shares are of what naive, plain SGD at the rate that gains most, does to the same stream: its gain over the frozen
     model on the new text, and what it adds to the bits per byte of held-out Python.
@@ -75,7 +75,7 @@ class TextSuite:
         return method(name).sweep if scenario in streams.SWEPT else None
 
     def run(self, scenario: str, method: str, seed: int, options: Record, *, tuning: bool) -> Record:
-        from bench.learning.text import run
+        from bench.learning.text.run import run
 
         return run(scenario, method, seed, options, tuning=tuning)
 

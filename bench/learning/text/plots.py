@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.learning.report import COLOURS
-from bench.learning.streams import SWEPT
+from bench.learning.text.streams import SWEPT
 from bench.learning.suite import Record, Suite, swept
 
 GAIN, FORGETTING = 0.97, 0.20  # what is to be reached: so much of naive's gain, at so much of its forgetting

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import ttt
 from bench.learning import metrics
-from bench.learning.readers import Learning, Reader
-from bench.learning.streams import Stream, held_out, stream
-from bench.learning.text_methods import Options, TextMethod, method
+from bench.learning.text.readers import Learning, Reader
+from bench.learning.text.streams import Stream, held_out, stream
+from bench.learning.text.methods import Options, TextMethod, method
 from ttt.config import DEFENCES
 from ttt.demo import text as texts
 from ttt.demo.model import CONTEXT, LN2, as_ids, load_model, windows
