@@ -171,6 +171,16 @@ def missing() -> dict[str, str]:
     return found
 
 
+def yaml() -> bytes:
+    """torchgen's list of operators: a further kind of text, which only `bench.learning.experiments` read."""
+    spec = importlib.util.find_spec("torchgen")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(
+            "the domain 'yaml' reads torchgen's operator list, which comes with torch; it is missing"
+        )
+    return (Path(spec.origin).parent / "packaged/ATen/native/native_functions.yaml").read_bytes()
+
+
 def streamed(domain: str) -> bytes:
     """The part of ``domain`` from which streams are cut: all but the held-out text."""
     data = read(domain)
