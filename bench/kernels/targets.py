@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from bench.kernels.check import RESULTS, load
 
@@ -171,12 +173,12 @@ def render(results: list[dict[str, Any]]) -> str:
     return "\n".join(["# CPU kernels: targets", "", head, "", *lines(rows)]) + "\n"
 
 
-def main(folder: Path = RESULTS) -> None:
-    """Read the results of ``make bench`` in ``folder`` and write the page beside them.
+app = typer.Typer(add_completion=False)
 
-    Raises:
-        SystemExit: if there are no results.
-    """
+
+@app.command()
+def main(folder: Annotated[Path, typer.Argument(help="Folder of the results of make bench.")] = RESULTS) -> None:
+    """Compare results with the targets, and write the page cpu_targets.md beside them."""
     results = [found for name in ("commit", "layers") if (found := load(folder / f"cpu_{name}.json")) is not None]
     if not results:
         raise SystemExit(f"{folder} holds no cpu_commit.json or cpu_layers.json; run `make bench` first")
@@ -184,4 +186,4 @@ def main(folder: Path = RESULTS) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    app()

@@ -259,7 +259,7 @@ class Decode(Case):
             state: the tensors that the layer changes.
             forward: the layer.
             learn: makes the layer learn x, delta and eta.
-            late: a full window is committed by the next step, as in capturable layers.
+            late: a full window is committed by the next step, before it is appended, as in capturable layers.
             basis: (k, n), the directions that are removed from the inputs before they are learnt.
         """
         rows, decode = some_rows(self.m, device=self.device), STORAGE[self.state].decode
@@ -270,6 +270,15 @@ class Decode(Case):
         step = torch.zeros(1, dtype=torch.int64, device=self.device)
         got, exact, at_commit = [], [], None
         kind = getattr(torch, self.dtype)
+
+        def commit_window() -> None:
+            xs, deltas, etas = (torch.cat(part) for part in zip(*window, strict=True))
+            reference.commit(
+                w, anchor, importance, trace, xs, deltas, etas, None, None, None, step,
+                0, 0, "projection", 0.3, 1e-3, LAM, 1.0, "fisher",
+            )  # fmt: skip
+            window.clear()
+
         for _ in range(self.steps + 3):
             x, _, eta = self.inputs()
             # So large that learning from a few tokens changes the output by about its own size.
@@ -280,24 +289,19 @@ class Decode(Case):
             exact.append(reference.window_linear(x.double(), w, None, *rows_now))
             got.append(forward(x)[:, rows])
             learn(x, delta, eta)
+            committed = late and len(window) == self.steps
+            if committed:
+                commit_window()
             learnt = x.double() if basis is None else reference.project_out(x.double(), basis.double())
             window.append((learnt, delta[:, rows].double(), eta.double()))
-            if len(window) == self.steps:
-                xs, deltas, etas = (torch.cat(part) for part in zip(*window, strict=True))
-                reference.commit(
-                    w, anchor, importance, trace, xs, deltas, etas, None, None, None, step,
-                    0, 0, "projection", 0.3, 1e-3, LAM, 1.0, "fisher",
-                )  # fmt: skip
-                window.clear()
-                at_commit = None
-            if not window or (late and len(window) == 1):
+            if not late and len(window) == self.steps:
+                committed = True
+                commit_window()
+            if committed:
                 at_commit = state["weight"][rows].clone(), decode(state["trace"][rows], self.n).clone()
         tolerance, y = STORAGE[self.dtype].tolerance, torch.cat(exact)
         assert_change("the output", torch.cat(got), y, torch.zeros_like(y), 2 * tolerance)
-        if at_commit is None or self.steps < 4:  # windows of one to three steps commit more than once
-            if late and not window:
-                forward.flush()
-            at_commit = state["weight"][rows], decode(state["trace"][rows], self.n)
+        assert at_commit is not None
         assert_change("weight", at_commit[0], w, before[0], 2 * tolerance)
         assert_change("trace", at_commit[1], trace, before[1], 2 * STORAGE[self.state].tolerance)
 
