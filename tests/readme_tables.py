@@ -1,4 +1,4 @@
-"""Tables of the README from the committed results; run it to print them. A test compares."""
+"""Make the tables of the README from the committed results; ``python tests/readme_tables.py`` prints them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _line(*cells: str) -> str:
 
 
 def demo() -> list[str]:
-    """The demo's rows, one for each text and method."""
+    """The results of the demo: a row for each text and method."""
     lines = []
     for domain, one in _load("demo.json")["domains"].items():
         for row in one["rows"]:
@@ -33,7 +33,7 @@ def demo() -> list[str]:
 
 
 def digits() -> list[str]:
-    """Mean accuracy over all tasks at the end, with the 95 % interval, and cost: a row a method."""
+    """The suite "digits": a row for each method with its final mean accuracy, 95 % interval and cost."""
     rows = {(r["scenario"], r["method"]): r for r in _load("benchmark_digits.json")["rows"]}
     lines = []
     for method in dict.fromkeys(name for _, name in rows):
@@ -47,7 +47,10 @@ def digits() -> list[str]:
 
 
 def text() -> list[str]:
-    """Each domain's bits per byte and share of naive's forgetting; the long stream; time and state: a row a method."""
+    """The suite "text": a row for each method.
+
+    Bits per byte and share of naive's forgetting on each domain, the recurring stream, time and state.
+    """
     rows = {(r["scenario"], r["method"]): r for r in _load("benchmark_text.json")["rows"]}
     lines = []
     for method in dict.fromkeys(name for _, name in rows):
@@ -67,7 +70,7 @@ DECODES = tuple(f"{size}x{size}, window {window}" for size in (512, 4096) for wi
 
 
 def costs() -> list[str]:
-    """What the kernels and the loops around them cost, beside what is timed in the same run."""
+    """The cost of kernels and learning loops: a row for each case, with the baseline timed in the same run."""
     measured = [r for name in ("commit", "layers") for r in _load(f"cpu_{name}.json")["rows"] if r["ours"]]
     lines = []
     for suite, cases in (("commit", COMMITS), ("decode", DECODES), ("observe", None), ("generate", None)):
@@ -87,7 +90,7 @@ def costs() -> list[str]:
 
 
 TABLES = {"text": demo, "digits": digits, "streams of text": text, "suite": costs}
-"""What the head of a table begins with -> its rows."""
+"""The first column's title of a table -> the function that makes its rows."""
 
 if __name__ == "__main__":
     for head, table in TABLES.items():
