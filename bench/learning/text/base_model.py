@@ -71,7 +71,7 @@ class BaseModel:
         return ttt.Learner(model, context=CONTEXT, rules=rules)
 
     def _calibrated_under(self, config: ttt.TTTConfig) -> nn.Module:
-        """A model calibrated under ``config``, whatever the strengths in it."""
+        """A model calibrated with ``config``; configurations that differ only in strengths share one."""
         used = {name: int(getattr(config, name) > 0) for name in DEFENCES}
         config = dataclasses.replace(config, **{**_STRENGTHS, **used})
         if config not in self._calibrated:

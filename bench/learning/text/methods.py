@@ -84,8 +84,8 @@ class TextMethod:
 
 
 def _joint(base: BaseModel, stream: Stream, o: Options, seed: int) -> readers.Reader:
-    # Independent samples, shuffled: half is text of the stream's domains that is not in the stream, and as long as it;
-    # half is text that the base model was trained on.
+    # Independent samples, shuffled: half is other text of the stream's domains, of the length of the stream; half is
+    # text that the base model was trained on.
     rows = torch.cat([stream.other, base.known_rows(len(stream.other), seed)])
     generator = torch.Generator().manual_seed(seed)
     rows = rows[torch.randperm(len(rows), generator=generator)]

@@ -41,7 +41,7 @@ class TextSuite:
         Figure("recovery", "recovery, bytes", 0,
                "recurring: bytes until a domain that comes back is within 5 % of its bits per byte when it ended"),
         Figure("time", "time", 2, "time per byte, divided by the frozen model's in the same run"),
-        Figure("state", "bytes a weight", 1, "bytes kept in addition to the weights, per weight that may learn"),
+        Figure("state", "bytes per weight", 1, "bytes kept in addition to the weights, per weight that may learn"),
     )  # fmt: skip
 
     def protocol(self) -> Record:

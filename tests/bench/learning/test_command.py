@@ -167,12 +167,12 @@ def test_runs_of_curves_use_one_seed_and_are_not_in_the_tables(call, tmp_path, m
     call("--tune")
     call("--seeds", "2")
     rows = json.loads((tmp_path / "benchmark_toy.json").read_text())["rows"]
-    seen = []
-    monkeypatch.setattr(Toy, "plot", lambda self, records, *args: seen.extend(records) or [])
+    drawn = []
+    monkeypatch.setattr(Toy, "plot", lambda self, records, *args: drawn.extend(records) or [])
     call("--seeds", "2", "--curves")
     # Of 1, 2, 4 the search chose 2, which has been run.
     assert Toy.ran == [("hill", "moving", 0, 1, False), ("hill", "moving", 0, 4, False)]
-    assert [r["options"]["a"] for r in seen if swept(r)] == [1, 4]
+    assert [r["options"]["a"] for r in drawn if swept(r)] == [1, 4]
     assert json.loads((tmp_path / "benchmark_toy.json").read_text())["rows"] == rows
     assert json.loads((tmp_path / "benchmark_toy.json").read_text())["known"] == 1
     # Later runs keep them, and do not repeat them.
@@ -185,9 +185,9 @@ def test_runs_of_curves_use_one_seed_and_are_not_in_the_tables(call, tmp_path, m
     held = json.loads(tuned.read_text())
     held["chosen"]["hill"]["moving"]["options"]["b"] = "y"
     tuned.write_text(json.dumps(held))
-    seen.clear()
+    drawn.clear()
     call("--seeds", "1")
-    assert not any(swept(r) for r in seen)
+    assert not any(swept(r) for r in drawn)
 
 
 class Referenced(Toy):
@@ -252,11 +252,11 @@ def test_candidates_are_all_combinations_in_the_order_of_the_grid():
 
 def test_parallel_runs_equal_runs_one_by_one(tmp_path):
     todo = [runs.wanted(Toy(), "hill", "moving", seed, {"a": 2}, tuning=False) for seed in range(3)]
-    seen = []
+    finished = []
     for jobs in (1, 2):
         journal = runs.Journal(tmp_path / f"{jobs}.jsonl")
-        runs.run_all(Toy(), todo, journal, jobs=jobs, finished=seen.append)
-    assert len(seen) == 6
+        runs.run_all(Toy(), todo, journal, jobs=jobs, finished=finished.append)
+    assert len(finished) == 6
     assert runs.Journal(tmp_path / "1.jsonl").records == runs.Journal(tmp_path / "2.jsonl").records
 
 

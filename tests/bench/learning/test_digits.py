@@ -30,12 +30,12 @@ def test_the_test_set_is_the_same_for_all_seeds_and_not_used_by_tuning(name):
 
 
 def test_split_tasks_have_two_classes_each_and_ten_together():
-    seen = []
+    all_classes = []
     by_class, by_domain, by_task = (scenario(f"split-{kind}", 3) for kind in ("class", "domain", "task"))
     for a, b, c in zip(by_class.tasks, by_domain.tasks, by_task.tasks, strict=True):
         classes = a.train.y.unique().tolist()
         assert len(classes) == 2
-        seen += classes
+        all_classes += classes
         assert set(a.test.y.tolist()) == set(classes)
         assert set(b.train.y.tolist()) == {0, 1}
         assert len(a.train.y[b.train.y == 0].unique()) == 1
@@ -43,7 +43,7 @@ def test_split_tasks_have_two_classes_each_and_ten_together():
         assert c.train.allowed.nonzero()[:, 1].unique().tolist() == classes
         assert bool((c.train.allowed.sum(1) == 2).all())
         assert torch.equal(a.train.x, b.train.x)
-    assert sorted(seen) == list(range(10))
+    assert sorted(all_classes) == list(range(10))
     assert (by_class.outputs, by_domain.outputs, by_task.outputs) == (10, 2, 10)
     assert by_task.tasks[2].test.task.unique().tolist() == [2]
 
