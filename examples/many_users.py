@@ -20,7 +20,7 @@ tokens = {user: torch.tensor([list((text * 20)[:601])]) for user, text in TEXTS.
 
 model, _ = load_model()  # or any Hugging Face causal language model
 low_rank = ttt.LowRank(slots=2, rank=16)  # memory for two users at a time
-ttt.adapt_(model, ttt.TTTConfig(target_modules=["down_proj"], layers="last:2", users=low_rank))
+ttt.adapt_(model, ttt.TTTConfig(target_modules=["down_proj"], layers="last:2", per_user=low_rank))
 learner = ttt.Learner(model)
 learner.calibrate([torch.tensor([list(b"def add(a, b):\n    return a + b\n" * 8)])])
 pool = ttt.pool_of(model)

@@ -25,7 +25,7 @@ def multiplies_pairs(isa: str) -> bool:
 
 def plain_config(**options) -> ttt.TTTConfig:
     """EWC and layer replay at a constant rate, and ``options``: what a test is of does not hang on ttt's defaults."""
-    return ttt.TTTConfig(**PLAIN | options)
+    return ttt.TTTConfig().with_flat(**PLAIN | options)
 
 
 def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:

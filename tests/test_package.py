@@ -1,15 +1,12 @@
-"""The package as a user meets it: import, info, command line, build without a compiler, README."""
+"""The package as a user meets it: import, info, command line, build without a compiler."""
 
-import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import readme_tables
 
 import ttt
 
@@ -92,21 +89,3 @@ def test_library_has_no_libtorch():
     done = subprocess.run(["ldd", _C.__file__], capture_output=True, text=True)
     assert done.returncode == 0
     assert "torch" not in done.stdout.replace(str(ROOT), "")
-
-
-def test_readme_code_blocks_run_in_order(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert len(blocks) >= 2
-    namespace: dict = {}
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"README.md block {number}", "exec"), namespace)
-
-
-def test_readme_tables_are_those_of_the_results():
-    """Every row of a table with figures is made of bench/kernels/results, and none is missing."""
-    lines = (ROOT / "README.md").read_text().splitlines()
-    for first, made in readme_tables.TABLES.items():
-        (head,) = (i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
-        shown = list(itertools.takewhile(lambda line: line.startswith("|"), lines[head + 2 :]))
-        assert shown == made()

@@ -5,8 +5,8 @@ import copy
 import torch
 from helpers import plain_config
 
+from ttt.defences import LowRank
 from ttt.nn import LowRankLinear
-from ttt.options import LowRank
 
 SLOTS, RANK, WINDOW = 4, 3, 6
 

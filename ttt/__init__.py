@@ -3,46 +3,67 @@
 import ttt
 ttt.adapt_(model, ttt.TTTConfig(target_modules=["down_proj"], layers="last:0.25"))
 learner = ttt.Learner(model)
-seen = learner.observe(input_ids)
+output = learner.observe(input_ids)
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ttt import nn, ops
+from ttt._renamed import old_names
 from ttt.adapt.checkpoint import load, save
 from ttt.adapt.convert import adapt_, learning_layers, restore_
-from ttt.adapt.fork import Memory, fork, memory
+from ttt.adapt.fork import Memory as MemoryUsage
+from ttt.adapt.fork import fork
+from ttt.adapt.fork import memory as memory_usage
 from ttt.config import TTTConfig
+from ttt.defences import (
+    EWC,
+    MAS,
+    SI,
+    Decay,
+    LayerDistillation,
+    LayerGenerativeReplay,
+    LayerReplay,
+    LowRank,
+    OrthogonalUpdates,
+)
 from ttt.experts.learner import GrowingLearner
 from ttt.info import info
-from ttt.learn.any_loss import Outcome, capturable_, learning
+from ttt.learn.any_loss import Outcome as LearningResult
+from ttt.learn.any_loss import capturable_, learning
 from ttt.learn.cuda_graph import GraphedLearner
-from ttt.learn.generate import Generated
-from ttt.learn.guard import Check, Guard
-from ttt.learn.learner import Learner, Seen, Snapshot
-from ttt.options import LowRank
+from ttt.learn.generate import Generated as GenerateOutput
+from ttt.learn.guard import Check as GuardCheck
+from ttt.learn.guard import Guard
+from ttt.learn.learner import Learner, Snapshot
+from ttt.learn.learner import Seen as ObserveOutput
 from ttt.per_user.pool import Pool, pool_of, users
 
 if TYPE_CHECKING:
     from ttt.adapt import export_peft, import_peft
     from ttt.store import Store
 
-# Imported when first used.
-_LAZY = {"Store": "ttt.store", "export_peft": "ttt.adapt", "import_peft": "ttt.adapt"}
-
 __all__ = [
-    "Check",
-    "Generated",
+    "EWC",
+    "MAS",
+    "SI",
+    "Decay",
+    "GenerateOutput",
     "GraphedLearner",
     "GrowingLearner",
     "Guard",
+    "GuardCheck",
+    "LayerDistillation",
+    "LayerGenerativeReplay",
+    "LayerReplay",
     "Learner",
+    "LearningResult",
     "LowRank",
-    "Memory",
-    "Outcome",
+    "MemoryUsage",
+    "ObserveOutput",
+    "OrthogonalUpdates",
     "Pool",
-    "Seen",
     "Snapshot",
     "Store",
     "TTTConfig",
@@ -55,7 +76,7 @@ __all__ = [
     "learning",
     "learning_layers",
     "load",
-    "memory",
+    "memory_usage",
     "nn",
     "ops",
     "pool_of",
@@ -64,8 +85,22 @@ __all__ = [
     "users",
 ]
 
+# Imported when first used.
+_LAZY = {"Store": "ttt.store", "export_peft": "ttt.adapt", "import_peft": "ttt.adapt"}
+
+_OLD = {
+    "Check": "GuardCheck",
+    "Fleet": "LowRank",
+    "Generated": "GenerateOutput",
+    "Memory": "MemoryUsage",
+    "Outcome": "LearningResult",
+    "Seen": "ObserveOutput",
+    "memory": "memory_usage",
+}
+_old_name = old_names(__name__, _OLD, globals())
+
 
 def __getattr__(name: str):
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _old_name(name)

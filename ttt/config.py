@@ -1,38 +1,138 @@
-"""`TTTConfig`: how the adapted layers learn."""
+"""`TTTConfig`: which layers learn, and how."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
+import functools
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ttt.ops.schema import KINDS, MAX_REPLAY_ROWS, REPLAY
-from ttt.options import LowRank
+from ttt.checks import check_choice, check_number, check_whole
+from ttt.defences import (
+    EWC,
+    KINDS,
+    OFF,
+    SWITCHES,
+    Defence,
+    LayerReplay,
+    LowRank,
+    OrthogonalUpdates,
+    build,
+    flatten,
+)
 
-DEFENCES = {
-    "ewc_lambda": 0.0, "replay_rows": 0, "distill_rows": 0, "generated_rows": 0, "orthogonal": 0, "decay": 0.0,
-}  # fmt: skip
-"""The fields that protect what the anchor knows, each with the value that switches it off."""
+DEFAULT_PROTECTION: tuple[Defence, ...] = (EWC(0.003), LayerReplay(rows=4, strength=0.1), OrthogonalUpdates(32))
 
-# What weights of every user's own do without, and the value that says so.
-_ALONE = {
-    "distill_rows": 0, "generated_rows": 0, "momentum": 0.0, "decay": 0.0,
-}  # fmt: skip
+
+class FlatSettings:
+    """The settings of all defences under one flat name each, as the layers read them.
+
+    A defence that is off has the value of `ttt.defences.OFF`.
+    """
+
+    _flat: Mapping[str, Any]
+
+    @property
+    def importance(self) -> str:
+        """What the trace accumulates: "fisher", "si" or "mas"."""
+        return self._flat["importance"]
+
+    @property
+    def fisher(self) -> str:
+        """Labels that the calibration differentiates: "true" or "empirical"."""
+        return self._flat["fisher"]
+
+    @property
+    def ewc_lambda(self) -> float:
+        """lambda of the penalty; 0 keeps neither importance nor trace."""
+        return self._flat["ewc_lambda"]
+
+    @property
+    def consolidate_decay(self) -> float:
+        """gamma_c, what a consolidation keeps of the old importance."""
+        return self._flat["consolidate_decay"]
+
+    @property
+    def trace_decay(self) -> float:
+        """gamma, decay of the trace per token."""
+        return self._flat["trace_decay"]
+
+    @property
+    def trace_every(self) -> int:
+        """Of each so many tokens one stands for all in the trace."""
+        return self._flat["trace_every"]
+
+    @property
+    def si_xi(self) -> float:
+        """xi, the damping of synaptic intelligence."""
+        return self._flat["si_xi"]
+
+    @property
+    def replay_rows(self) -> int:
+        """Remembered inputs replayed at each commit."""
+        return self._flat["replay_rows"]
+
+    @property
+    def distill_rows(self) -> int:
+        """Inputs of the window itself replayed at each commit."""
+        return self._flat["distill_rows"]
+
+    @property
+    def generated_rows(self) -> int:
+        """Inputs replayed at each commit that are drawn from a Gaussian of past ones."""
+        return self._flat["generated_rows"]
+
+    @property
+    def generated_rank(self) -> int:
+        """Principal directions of that Gaussian."""
+        return self._flat["generated_rank"]
+
+    @property
+    def replay(self) -> str:
+        """The form of the replay step: "projection" or "gradient"."""
+        return self._flat["replay"]
+
+    @property
+    def replay_beta(self) -> float:
+        """beta, strength of the replay step."""
+        return self._flat["replay_beta"]
+
+    @property
+    def replay_eps(self) -> float:
+        """Ridge of the replay step, relative to the mean squared norm of the rows."""
+        return self._flat["replay_eps"]
+
+    @property
+    def orthogonal(self) -> int:
+        """k, principal directions that updates leave alone."""
+        return self._flat["orthogonal"]
+
+    @property
+    def decay(self) -> float:
+        """Pull of all weights to the anchor, per token and unit of ``lr``."""
+        return self._flat["decay"]
+
+    @property
+    def commit_rows(self) -> int:
+        """R of every commit, wherever its rows come from."""
+        return self.replay_rows + self.distill_rows + self.generated_rows
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether a defence is on that `ttt.Learner.calibrate` measures something for."""
+        return any(self._flat[name] for name in SWITCHES if name not in ("distill_rows", "decay"))
 
 
 @dataclasses.dataclass(frozen=True)
-class TTTConfig:
-    """Which layers learn, and how. Frozen; a change needs `dataclasses.replace`.
+class TTTConfig(FlatSettings):
+    """Which layers learn, and how. Frozen: `dataclasses.replace` makes a changed copy.
 
-    The defaults are what was found to learn well and forget little: steps in units of each layer's own gradients, which
-    suit models of several sizes (``python -m bench.learning.experiments.transfer``), a weak penalty, a few replayed
-    inputs and updates outside the principal directions of remembered ones, in one commit
-    (``python -m bench.learning.experiments.tune``). They want
-    `Learner.calibrate` with data that the model knows. Without it the model learns all the same, unprotected until
-    `Learner.consolidate`, and `Learner` warns: importance, replay memory and directions are zeros, which pull nothing
-    and take nothing out, and the scale of ``rate`` is that of the stream, the first token's step having the norm
-    ``lr``. Without protection, about a third of the rate is best.
+    The defaults were measured to learn well and forget little (docs/choices.md). They need `ttt.Learner.calibrate` with
+    data that the model knows. Without it the model learns all the same, but unprotected until
+    `ttt.Learner.consolidate`, and `ttt.Learner` warns: importance, replay memory and directions are zeros, which have
+    no effect, and the unit of ``rate`` comes from the stream, so that the first token's step has the norm ``lr``.
+    Without protection about a third of the rate is best.
 
     Args:
         target_modules: as in PEFT: a list of names or name suffixes, or one regular expression that the
@@ -43,54 +143,32 @@ class TTTConfig:
         lr: step per token (eta), in the units of ``rate``. The loss is summed over tokens, so the rate does not depend
             on ``chunk`` or ``window`` to first order.
         window: C, tokens that are in effect before they are written into the weights.
-        chunk: tokens that `Learner.observe` scores before it learns from them.
+        chunk: tokens that `ttt.Learner.observe` scores before it learns from them.
         rate: what ``lr`` is a multiple of, at each layer (`ttt.nn.rates`): ``"constant"`` 1; ``"energy"`` 1 / the mean
             |x|^2 of its inputs (normalised least mean squares); ``"rms"`` 1 / the root mean square of its tokens'
             gradient norms |delta| |x|. Means are over all rows learnt, and those of the calibration.
         clip: bound on the norm of one token's gradient at one layer, |delta| |x|: a token above it learns at a
-            rate smaller in proportion. For ``rate="rms"`` in units of the root mean square, so that the default is none
-            that suits the other rates. None for no bound.
-        burst: bound on the norm of the gradients of T tokens that are learnt at once, in units of sqrt(T) root mean
-            squares, of which ordinary text has about 1 (`ttt.nn.rates`). None for no bound. Of no account unless
-            ``rate`` is "rms": nothing else has that unit.
-        importance: what the trace accumulates: ``"fisher"`` (per-token squared gradients), ``"si"`` (Synaptic
-            Intelligence) or ``"mas"`` (Memory Aware Synapses; costs a second backward pass).
-        fisher: labels that `Learner.calibrate` uses: ``"true"`` (drawn from the model's output) or ``"empirical"``.
-        ewc_lambda: strength of the penalty lambda/2 sum Omega (W - W*)^2 per token, Omega having mean 1.
-            0 keeps neither importance nor trace.
+            rate smaller in proportion. With ``rate="rms"`` it is in units of the root mean square, so the default does
+            not suit the other rates. None for no bound.
+        burst: bound on the norm of the summed gradients of T tokens that are learnt at once, in units of sqrt(T) root
+            mean squares; ordinary text has about 1 (`ttt.nn.rates`). None for no bound. Ignored unless ``rate`` is
+            ``"rms"``.
         momentum: mu, what the update of one token keeps of that before: a velocity that the commit carries (Titans,
             Behrouz et al. 2024; see `ttt.ops.momentum`). In the end a token moves the weights by 1 / (1 - mu) times
-            its gradient: choose ``lr`` smaller accordingly. 0 keeps no velocity.
-        decay: pull of all weights to the anchor, per token and unit of ``lr``, as Omega + decay / ewc_lambda would:
-            a forget gate. Needs no importance.
-        consolidate_decay: gamma_c of online EWC: what `Learner.consolidate` keeps of the old importance.
-        trace_decay: gamma, decay of the trace per token.
-        trace_every: of each so many consecutive tokens one, drawn at random, stands for all in the trace: unbiased, and
-            its product costs that much less.
-        si_xi: xi, the damping of Synaptic Intelligence.
-        replay_rows: R, remembered inputs replayed at each commit, at most 64; 0 for no replay.
-        distill_rows: inputs of the window itself replayed at each commit: the layer's outputs on them are pulled to
-            the anchor's (Learning without Forgetting, Li & Hoiem 2016, at the layer).
-        generated_rows: inputs replayed at each commit that are drawn from a Gaussian of past ones; none is kept for it
-            (`ttt.nn.gaussian`). replay_rows + distill_rows + generated_rows may be 64 at most.
-        generated_rank: principal directions of that Gaussian.
-        replay_capacity: K, inputs in the replay memory of each layer (of ``orthogonal``, too).
-        replay: ``"projection"`` or ``"gradient"``; see `ttt.ops.commit`.
-        replay_beta: beta, its strength; stable in (0, 2) for the projection. That of ``"gradient"`` is in units of eta.
-        replay_eps: ridge of the projection, relative to the mean squared norm of the replayed inputs.
-        orthogonal: k, principal directions of the remembered inputs that updates leave alone, 0 for none: with the rows
-            of U spanning them, inputs enter the window as x - U^T U x (`ttt.ops.project_out`). A layer of n inputs
-            leaves at most n // 2 alone: half of 256 cost 13 and 25 % of the gain on two texts. `Learner.calibrate` and
-            `Learner.consolidate` renew U. Trace and ``clip`` are of the gradients that are applied. Without penalty and
-            replay no output on inputs in the span changes (Saha et al., "Gradient Projection Memory", ICLR 2021).
+            its gradient, so choose ``lr`` smaller accordingly. 0 keeps no velocity.
+        protect: the defences against forgetting, any of `ttt.EWC`, `ttt.SI`, `ttt.MAS` (one of these three),
+            `ttt.LayerReplay`, `ttt.LayerDistillation`, `ttt.LayerGenerativeReplay`, `ttt.OrthogonalUpdates` and
+            `ttt.Decay`. An empty list is plain gradient descent.
+        per_user: `ttt.LowRank`: every user has low-rank weights of their own beside the model's, which never change
+            (`ttt.nn.LowRankLinear`); ``window`` and what is said of the trace do not apply then. None: one set of
+            weights for all.
+        replay_capacity: K, inputs in the replay memory of each layer, for `ttt.LayerReplay` and
+            `ttt.OrthogonalUpdates`.
         head_mass: probability that words left out of the gradient at the output head may have in sum, per token
             (`ttt.learn.head.input_gradient`); 0 for the exact gradient.
-        state_dtype: ``"float32"``, ``"bfloat16"`` or ``"8bit"`` (`ttt.ops.log8`; not for ``importance="si"``) for
+        state_dtype: ``"float32"``, ``"bfloat16"`` or ``"8bit"`` (`ttt.ops.log8`; not with `ttt.SI`) for
             importance and trace. None: bfloat16 for 16-bit weights, float32 for others.
         seed: of everything random: replay rows, reservoir, rounding, sampled labels.
-        users: `ttt.LowRank`: every user has low-rank weights of their own beside the model's, which never change
-            (`ttt.nn.LowRankLinear`); ``window`` and what is said of the trace do not apply then. None: one set of
-            weights.
 
     Raises:
         ValueError: for a value out of range; it names the argument, the value and what is allowed.
@@ -104,121 +182,160 @@ class TTTConfig:
     rate: str = "rms"
     clip: float | None = 3.0
     burst: float | None = 1.2
-    importance: str = "fisher"
-    fisher: str = "true"
-    ewc_lambda: float = 0.003
     momentum: float = 0.0
-    decay: float = 0.0
-    consolidate_decay: float = 1.0
-    trace_decay: float = 1.0
-    trace_every: int = 1
-    si_xi: float = 1e-3
-    replay_rows: int = 4
-    distill_rows: int = 0
-    generated_rows: int = 0
-    generated_rank: int = 16
+    protect: Sequence[Defence] = DEFAULT_PROTECTION
+    per_user: LowRank | None = None
     replay_capacity: int = 4096
-    replay: str = "projection"
-    replay_beta: float = 0.1
-    replay_eps: float = 1e-3
-    orthogonal: int = 32
     head_mass: float = 0.01
     state_dtype: str | None = None
     seed: int = 0
-    users: LowRank | None = None
 
     def __post_init__(self) -> None:
-        def need(name: str, ok: bool, allowed: str) -> None:
-            if not ok:
-                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
 
-        def number(name: str, low: float, high: float = math.inf, *, above: bool = False) -> None:
-            value = getattr(self, name)
-            ok = isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
-            need(name, ok and (value > low or not above), f"a number in {'(' if above else '['}{low}, {high}]")
-
-        def whole(name: str, low: int, high: float = math.inf) -> None:
-            value = getattr(self, name)
-            ok = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-            need(name, ok, f"a whole number in [{low}, {high}]")
-
-        def choice(name: str, allowed: tuple[str | None, ...]) -> None:
-            need(name, getattr(self, name) in allowed, f"one of {allowed}")
-
-        number("lr", 0.0)
-        whole("window", 1)
-        whole("chunk", 1)
-        choice("rate", ("constant", "energy", "rms"))
-        if self.clip is not None:
-            number("clip", 0.0, above=True)
-        if self.burst is not None:
-            number("burst", 0.0, above=True)
-        choice("importance", KINDS)
-        choice("fisher", ("true", "empirical"))
-        number("ewc_lambda", 0.0)
-        number("momentum", 0.0)
-        need("momentum", self.momentum < 1, "a number in [0.0, 1.0)")
-        number("decay", 0.0)
-        number("consolidate_decay", 0.0, 1.0)
-        number("trace_decay", 0.0, 1.0, above=True)
-        whole("trace_every", 1)
-        number("si_xi", 0.0, above=True)
-        for name in ("replay_rows", "distill_rows", "generated_rows"):
-            whole(name, 0, MAX_REPLAY_ROWS)
-        if self.commit_rows > MAX_REPLAY_ROWS:
-            raise ValueError(
-                f"replay_rows + distill_rows + generated_rows must be at most {MAX_REPLAY_ROWS}, got "
-                f"{self.replay_rows} + {self.distill_rows} + {self.generated_rows}"
-            )
-        whole("generated_rank", 1)
-        whole("replay_capacity", 1)
-        choice("replay", REPLAY)
-        number("replay_beta", 0.0)
-        number("replay_eps", 0.0)
-        whole("orthogonal", 0)
-        number("head_mass", 0.0, 0.5)
-        choice("state_dtype", (None, "float32", "bfloat16", "8bit"))
-        need(
-            "state_dtype",
-            not (self.state_dtype == "8bit" and self.importance == "si"),
-            "a float type for importance='si'",
-        )
-        whole("seed", 0, 2**63 - 1)
-        need("users", self.users is None or isinstance(self.users, LowRank), "a ttt.LowRank or None")
-        for name, none in _ALONE.items() if self.users is not None else ():
-            need(name, getattr(self, name) == none, f"{none!r} with users")
-        if self.users is not None and self.ewc_lambda > 0:
-            need("importance", self.importance != "si", "'fisher' or 'mas' with users (SI needs a trace of each user)")
+        check_number("lr", self.lr, 0.0, finite=True)
+        check_whole("window", self.window, 1)
+        check_whole("chunk", self.chunk, 1)
+        check_choice("rate", self.rate, ("constant", "energy", "rms"))
+        for name in ("clip", "burst"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0.0, above=True, finite=True)
+        check_number("momentum", self.momentum, 0.0, 1.0, below=True)
+        check_whole("replay_capacity", self.replay_capacity, 1)
+        check_number("head_mass", self.head_mass, 0.0, 0.5)
+        if self.state_dtype is not None:
+            check_choice("state_dtype", self.state_dtype, ("float32", "bfloat16", "8bit"))
+        check_whole("seed", self.seed, 0, 2**63 - 1)
+        _check_names(self.target_modules)
+        _check_layers(self.layers)
         # Lists become tuples, so that a configuration is hashable and truly frozen.
         for name in ("target_modules", "layers"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                object.__setattr__(self, name, tuple(value))
+                put(name, tuple(value))
+        if isinstance(self.protect, Defence) or not isinstance(self.protect, Sequence):
+            raise ValueError(f"protect must be a list of defences, got {self.protect!r}")
+        put("protect", build(flatten(self.protect)))  # without those that are switched off
+        put("_flat", flatten(self.protect))
+        if self.state_dtype == "8bit" and self.importance == "si":
+            raise ValueError(f"state_dtype must be a float type for importance='si', got {self.state_dtype!r}")
+        if self.per_user is not None:
+            self._check_per_user()
 
-    @property
-    def calibrates(self) -> bool:
-        """Whether a defence is on that `Learner.calibrate` measures something for."""
-        return any(getattr(self, name) for name in DEFENCES if name not in ("distill_rows", "decay"))
-
-    @property
-    def commit_rows(self) -> int:
-        """R of every commit, wherever its rows come from."""
-        return self.replay_rows + self.distill_rows + self.generated_rows
+    def _check_per_user(self) -> None:
+        if not isinstance(self.per_user, LowRank):
+            raise ValueError(f"per_user must be a ttt.LowRank or None, got {self.per_user!r}")
+        for name in ("distill_rows", "generated_rows", "momentum", "decay"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} must be {type(getattr(self, name))(0)!r} with users, got {getattr(self, name)!r}"
+                )
+        if self.ewc_lambda > 0 and self.importance == "si":
+            raise ValueError(
+                "importance must be 'fisher' or 'mas' with users (SI needs a trace of each user), got 'si'"
+            )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return dataclasses.asdict(self)
+        """Plain values, for JSON; each defence is a dictionary with its class's name under ``"defence"``."""
+        out = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        out["protect"] = [{"defence": type(d).__name__, **dataclasses.asdict(d)} for d in self.protect]
+        out["per_user"] = None if self.per_user is None else dataclasses.asdict(self.per_user)
+        return out
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TTTConfig:
-        """The inverse of `to_dict`.
+    def from_dict(cls, values: Mapping[str, Any]) -> TTTConfig:
+        """The inverse of `to_dict`. It also reads flat settings, as files of the first format hold them.
+
+        Flat settings (``ewc_lambda``, ``replay_rows``, ...; see `FlatSettings`) replace those of ``protect``, which is
+        empty if only flat settings are given.
 
         Raises:
-            ValueError: for a name that is not a field.
+            ValueError: for a name that is no setting, or a value of a wrong type or out of range.
         """
-        unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
+        if not isinstance(values, Mapping):
+            raise ValueError(f"a configuration must be a dictionary, got {type(values).__name__}")
+        values = dict(values)
+        unknown = set(values) - {f.name for f in dataclasses.fields(cls)} - set(OFF) - {"users"}
         if unknown:
-            raise ValueError(f"unknown configuration fields {sorted(unknown)}")
-        if isinstance(values.get("users"), dict):
-            values = {**values, "users": LowRank(**values["users"])}
+            raise ValueError(f"unknown configuration fields {sorted(map(str, unknown))}")
+        if "users" in values:
+            values["per_user"] = values.pop("users")
+        if isinstance(values.get("per_user"), Mapping):
+            values["per_user"] = _from_fields(LowRank, values["per_user"], "per_user")
+        if "protect" in values:
+            values["protect"] = _read_defences(values["protect"])
+        flat = {name: values.pop(name) for name in OFF if name in values}
+        if flat:
+            values["protect"] = build(flatten(values.get("protect", ())) | flat)
         return cls(**values)
+
+    def with_flat(self, **settings: Any) -> TTTConfig:
+        """A changed copy; flat settings (``ewc_lambda=0.0``; see `FlatSettings`) may stand beside fields.
+
+        Raises:
+            ValueError: as the constructor, or for a name that is neither.
+        """
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return type(self).from_dict(fields | settings)
+
+
+def _check_names(value: Any) -> None:
+    ok = value is None or isinstance(value, str)
+    ok = ok or (isinstance(value, Sequence) and all(isinstance(name, str) for name in value))
+    if not ok:
+        raise ValueError(f"target_modules must be a list of names, a regular expression or None, got {value!r}")
+
+
+def _check_layers(value: Any) -> None:
+    ok = isinstance(value, str)
+    ok = ok or (isinstance(value, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in value))
+    if not ok:
+        raise ValueError(f'layers must be "all", "last:0.25", "last:2" or a list of indices, got {value!r}')
+
+
+def _from_fields(kind: Any, values: Mapping[str, Any], what: str) -> Any:
+    unknown = set(values) - {field.name for field in dataclasses.fields(kind)}
+    if unknown:
+        raise ValueError(f"unknown fields {sorted(map(str, unknown))} of {what}")
+    return kind(**values)
+
+
+def _read_defences(values: Any) -> list[Defence]:
+    if isinstance(values, (str, Mapping, Defence)) or not isinstance(values, Sequence):
+        raise ValueError(f"protect must be a list of defences, got {values!r}")
+    made = []
+    for value in values:
+        if isinstance(value, Mapping):
+            rest = dict(value)
+            name = rest.pop("defence", None)
+            if name not in KINDS:
+                raise ValueError(f"defence must be one of {tuple(KINDS)}, got {name!r}")
+            value = _from_fields(KINDS[name], rest, name)
+        made.append(value)
+    return made
+
+
+def _take_old_names(init: Any) -> Any:
+    """The constructor that also takes the flat settings and ``users`` of release 0.1, and warns."""
+
+    @functools.wraps(init)
+    def wrapped(self: TTTConfig, *args: Any, **kwargs: Any) -> None:
+        flat = {name: kwargs.pop(name) for name in OFF if name in kwargs}
+        if flat:
+            warnings.warn(
+                f"TTTConfig({', '.join(flat)}) is deprecated; name the defences: "
+                "TTTConfig(protect=[ttt.EWC(0.003), ttt.LayerReplay(rows=4), ...])",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            kwargs["protect"] = build(flatten(kwargs.get("protect", DEFAULT_PROTECTION)) | flat)
+        if "users" in kwargs:
+            warnings.warn("TTTConfig(users=...) is deprecated; use per_user=...", DeprecationWarning, stacklevel=2)
+            kwargs["per_user"] = kwargs.pop("users")
+        init(self, *args, **kwargs)
+
+    return wrapped
+
+
+TTTConfig.__init__ = _take_old_names(TTTConfig.__init__)  # type: ignore[method-assign]

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ttt.config import TTTConfig
+from ttt.defences import EWC, LayerReplay
 from ttt.nn import Linear
 from ttt.ops import log8
 
 POOL = 1_600_000_000
 """Bytes of weights that a contender rotates through, so that they come from memory, as in a large model."""
 
-LEARNS: dict[str, Any] = {
-    "rate": "constant", "lr": 5e-3, "clip": None, "ewc_lambda": 0.01, "replay_beta": 0.3, "orthogonal": 0,
-}  # fmt: skip
+LEARNS = TTTConfig(rate="constant", lr=5e-3, clip=None, protect=[EWC(0.01), LayerReplay(rows=4, strength=0.3)])
 """Options of the learning layers, unless a suite sets its own: EWC and layer replay at a constant rate. They are fixed
 here so that results stay comparable when the defaults of `ttt.TTTConfig` change."""
 
@@ -81,10 +80,8 @@ def learning_layer(weight: Tensor, state: dict[str, Tensor] | None = None, **con
     Sharing them needs a quarter of the memory. They are still read from memory, not from the cache: a layer uses them
     once per window, and gigabytes of weights are read in between.
     """
-    import ttt
-
     layer = Linear.from_weight(
-        torch.nn.Parameter(weight, requires_grad=False), None, ttt.TTTConfig(**LEARNS | config), name="bench"
+        torch.nn.Parameter(weight, requires_grad=False), None, LEARNS.with_flat(**config), name="bench"
     )
     for name, tensor in (state or {}).items():
         if name != "weight" and getattr(layer, name) is not None:

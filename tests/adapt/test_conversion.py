@@ -30,7 +30,11 @@ OPTIONS = {
 
 def config_of(family, **options):
     plain = {"target_modules": TARGETS[family], "layers": "last:0.5", "chunk": 8, "window": 5, "replay_capacity": 32}
-    return ttt.TTTConfig(**{**plain, **options})
+    return ttt.TTTConfig().with_flat(**{**plain, **options})
+
+
+def all_settings(users):
+    return ttt.TTTConfig().with_flat(**ALL, per_user=users)
 
 
 def kinds(model):
@@ -153,7 +157,7 @@ def test_users_learn_as_adapted_after_the_conversion(way, family):
 @pytest.mark.parametrize("way", WAYS)
 def test_what_users_learnt_is_rounded_once(way):
     dtype, convert = WAYS[way]
-    layer = LowRankLinear(9, 7, config=ttt.TTTConfig(**ALL, users=ttt.LowRank(slots=2, rank=2, window=4)), name="layer")
+    layer = LowRankLinear(9, 7, config=all_settings(ttt.LowRank(slots=2, rank=2, window=4)), name="layer")
     for _ in range(3):
         x, delta, users = torch.randn(3, 9), torch.randn(3, 7), torch.tensor([0, 1, 1], dtype=torch.int32)
         applied, steps = layer.steps(x, delta, users)
@@ -173,7 +177,7 @@ def test_what_users_learnt_is_rounded_once(way):
 @pytest.mark.parametrize("kind", [Linear, LowRankLinear])
 def test_dtypes_that_cannot_be_adapted_are_refused_and_change_nothing(kind):
     users = ttt.LowRank(slots=2, rank=2, window=4) if kind is LowRankLinear else None
-    layer = kind(9, 7, config=ttt.TTTConfig(**ALL, users=users), name="layer")
+    layer = kind(9, 7, config=all_settings(users), name="layer")
     before = {name: t.clone() for name, t in (*layer.named_parameters(), *layer.named_buffers())}
     for convert in (lambda m: m.to(torch.complex64), lambda m: m.type(torch.int32)):
         with pytest.raises(TypeError, match=r"layer must be one of .*torch.float64'\], got torch\.(complex64|int32)"):
@@ -199,7 +203,7 @@ def test_a_fork_is_not_converted_with_the_model():
 
 def test_layers_go_to_the_meta_device_and_into_shared_memory():
     for users in (None, ttt.LowRank(slots=2, rank=2, window=4)):
-        layer = (Linear if users is None else LowRankLinear)(9, 7, config=ttt.TTTConfig(**ALL, users=users))
+        layer = (Linear if users is None else LowRankLinear)(9, 7, config=all_settings(users))
         want = {name: (t.dtype, t.shape) for name, t in layer.named_buffers()}
         layer.share_memory()
         assert all(t.is_shared() for t in layer.buffers())

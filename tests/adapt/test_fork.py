@@ -1,4 +1,4 @@
-"""`ttt.fork` and `ttt.memory`: what is shared, what is not, and that no bit leaks from one user to another."""
+"""`ttt.fork` and `ttt.memory_usage`: what is shared, what is not, and that no bit leaks from one user to another."""
 
 import copy
 
@@ -154,11 +154,11 @@ def test_running_statistics_are_each_models_own():
 
 
 def test_fork_and_memory_need_learning_layers():
-    for call in (ttt.fork, ttt.memory):
+    for call in (ttt.fork, ttt.memory_usage):
         with pytest.raises(ValueError, match="has no learning layer"):
             call(tiny())
     with pytest.raises(ValueError, match="at least one model"):
-        ttt.memory()
+        ttt.memory_usage()
 
 
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
@@ -166,7 +166,7 @@ def test_memory_counts_bytes_and_shared_ones_once(state_dtype):
     model, learner = adapted(state_dtype=state_dtype, window=5)
     layers = [layer for _, layer in learning_layers(model)]
     (m, n), k = layers[0].weight.shape, len(layers)
-    alone = ttt.memory(model)
+    alone = ttt.memory_usage(model)
     width = 4 if state_dtype == "float32" else 2
     assert alone.parameters == k * m * n
     assert {kind: alone.bytes[kind] for kind in ("weight", "anchor", "importance", "trace", "base", "original")} == {
@@ -176,7 +176,7 @@ def test_memory_counts_bytes_and_shared_ones_once(state_dtype):
     assert alone.bytes["memory"] == k * 4 * n * (32 + 32)
     assert alone.per_parameter["total"] == pytest.approx(sum(alone.bytes.values()) / (k * m * n))
     users = [model, ttt.fork(model), ttt.fork(model)]
-    three = ttt.memory(*users)
+    three = ttt.memory_usage(*users)
     assert three.parameters == 3 * alone.parameters
     for kind in ("weight", "trace", "window"):
         assert three.bytes[kind] == pytest.approx(3 * alone.bytes[kind], abs=3 * 16 * k)  # but for shared counters
@@ -184,11 +184,11 @@ def test_memory_counts_bytes_and_shared_ones_once(state_dtype):
         assert three.bytes[kind] == alone.bytes[kind]
     learner.observe(ids_of(1, 20))
     learner.consolidate()
-    after = ttt.memory(*users)
+    after = ttt.memory_usage(*users)
     assert after.bytes["anchor"] == 2 * alone.bytes["anchor"]
     assert after.bytes["base"] == 0  # it is what the forks hold
 
 
 def test_memory_of_conv1d_counts_the_kept_original():
     model, _ = adapted("gpt2")
-    assert ttt.memory(model).bytes["original"] == ttt.memory(model).bytes["weight"]
+    assert ttt.memory_usage(model).bytes["original"] == ttt.memory_usage(model).bytes["weight"]

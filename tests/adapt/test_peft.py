@@ -63,7 +63,7 @@ def with_deltas(model, state):
 def learnt(model, targets, lr):
     """``model`` adapted and taught; a copy of it as it was."""
     before = copy.deepcopy(model)
-    ttt.adapt_(model, ttt.TTTConfig(target_modules=targets, lr=lr, window=7, replay_rows=0, ewc_lambda=0.0))
+    ttt.adapt_(model, ttt.TTTConfig(target_modules=targets, lr=lr, window=7, protect=[ttt.OrthogonalUpdates(32)]))
     learner = ttt.Learner(model)
     learner.observe(torch.randint(0, 40, (1, 60)))
     learner.consolidate()

@@ -119,10 +119,10 @@ def test_strength_reaches_the_kernel():
     """A layer at strength s commits as one that was configured s times as strong."""
     model, learner = adapted(ewc_lambda=0.5, replay_beta=0.1)
     learner.calibrate([ids_of(2, 16)])
-    other = ttt.adapt_(tiny(), ttt.TTTConfig(**{**learner.config.to_dict(), "ewc_lambda": 2.0, "replay_beta": 0.4}))
+    other = ttt.adapt_(tiny(), learner.config.with_flat(ewc_lambda=2.0, replay_beta=0.4))
     ttt.restore_(other)
     other.load_state_dict(model.state_dict())
-    ttt.adapt_(other, ttt.TTTConfig(**{**learner.config.to_dict(), "ewc_lambda": 2.0, "replay_beta": 0.4}))
+    ttt.adapt_(other, learner.config.with_flat(ewc_lambda=2.0, replay_beta=0.4))
     strong = ttt.Learner(other)
     strong.rollback(learner.snapshot())
     first, second = ids_of(1, 33), ids_of(1, 33)

@@ -8,10 +8,10 @@ from helpers import plain_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from ttt import TTTConfig
+from ttt.defences import LowRank
 from ttt.nn import Linear, LowRankLinear, Update
 from ttt.nn import cpu_binding as binding
 from ttt.ops import backends, cpu
-from ttt.options import LowRank
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -133,7 +133,7 @@ def test_without_the_extension_nothing_is_bound(monkeypatch):
 
 def users_and_twin(m, n, dtype, **options):
     low_rank = LowRank(slots=3, rank=2, window=4, shrink=options.pop("shrink", "truncate"))
-    config = TTTConfig(users=low_rank, lr=0.1, rate="constant", orthogonal=0, **options)
+    config = TTTConfig().with_flat(per_user=low_rank, lr=0.1, rate="constant", orthogonal=0, **options)
     layer = LowRankLinear(n, m, dtype=dtype, config=config, name="layer")
     for name in ("importance_m", "importance_n", "memory"):
         if getattr(layer, name) is not None:

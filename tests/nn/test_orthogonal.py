@@ -167,7 +167,7 @@ def test_calibrating_and_consolidating_renew_the_basis():
     for layer, basis in zip(learner.layers, calibrated, strict=True):
         assert torch.equal(layer.basis, basis)
         assert torch.equal(layer.weight, layer.anchor)
-    assert ttt.memory(model).bytes["memory"] == sum(
+    assert ttt.memory_usage(model).bytes["memory"] == sum(
         t.nbytes for layer in learner.layers for t in (layer.memory, layer.recent, layer.basis)
     )
 
@@ -235,11 +235,11 @@ def test_capturable_steps_are_those_of_an_ordinary_layer(dtype, window, rows):
 
 def test_as_a_rule_it_keeps_what_earlier_tasks_gave_and_composes():
     config = plain_config(target_modules="all-linear", lr=0.02, replay_capacity=64)
-    both = configure(config, [EWC(0.1), OrthogonalUpdates(5), LayerReplay(3, capacity=9)])
-    assert (both.orthogonal, both.replay_rows, both.replay_capacity, both.ewc_lambda) == (5, 3, 9, 0.1)
+    both = configure(config, [EWC(0.1), OrthogonalUpdates(5), LayerReplay(3)])
+    assert (both.orthogonal, both.replay_rows, both.ewc_lambda) == (5, 3, 0.1)
     assert configure(both, []).orthogonal == 0
-    with pytest.raises(ValueError, match="directions must be a whole number of at least 1, got 0"):
-        OrthogonalUpdates(0)
+    with pytest.raises(ValueError, match=r"OrthogonalUpdates.directions must be a whole number of at least 0, got -1"):
+        OrthogonalUpdates(-1)
 
     old = ttt.rules.Batch(torch.randn(40, 6) @ torch.randn(6, 20), torch.randint(3, (40,)))  # in six directions
     new = ttt.rules.Batch(torch.randn(40, 20), torch.randint(3, (40,)))

@@ -47,7 +47,7 @@ class Isolation(RuleBasedStateMachine):
             Isolation.base = tiny(layers=2)
         self.learners, self.stores = [], []
         for _ in range(2):
-            config = ttt.TTTConfig(
+            config = ttt.TTTConfig().with_flat(
                 target_modules=["down_proj"], lr=0.5 if rate == "energy" else 0.02, rate=rate, clip=3.0, chunk=6,
                 burst=burst if rate == "rms" else None,
                 replay_capacity=16, ewc_lambda=0.1 * protected, replay_rows=2 * protected, orthogonal=directions,

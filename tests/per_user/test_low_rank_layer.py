@@ -8,8 +8,8 @@ from helpers import plain_config
 from user_rates import check_rates_are_a_users_own, check_steps
 
 import ttt
+from ttt.defences import LowRank
 from ttt.nn import LowRankLinear
-from ttt.options import LowRank
 
 
 def layer_of(n=9, m=7, dtype=torch.float64, **options):
@@ -157,11 +157,11 @@ def test_options_out_of_range_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             LowRank(**options)
-    with pytest.raises(ValueError, match=r"users must be a ttt\.LowRank or None, got 3"):
-        plain_config(users=3)
+    with pytest.raises(ValueError, match=r"per_user must be a ttt\.LowRank or None, got 3"):
+        plain_config(per_user=3)
     with pytest.raises(ValueError, match="importance must be 'fisher' or 'mas' with users"):
-        ttt.TTTConfig(users=LowRank(), importance="si")
-    config = ttt.TTTConfig(users=LowRank(rank=3))
+        ttt.TTTConfig(per_user=LowRank(), protect=[ttt.SI(0.1)])
+    config = ttt.TTTConfig(per_user=LowRank(rank=3))
     assert ttt.TTTConfig.from_dict(config.to_dict()) == config
 
 

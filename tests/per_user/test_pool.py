@@ -5,7 +5,7 @@ import torch
 from helpers import plain_config
 
 import ttt
-from ttt.options import LowRank
+from ttt.defences import LowRank
 
 
 def model_of(slots=3, layers=2):

@@ -9,9 +9,9 @@ from test_user_learning import adapted, assert_same, exports
 from tiny_models import TARGETS, ids_of, tiny
 
 import ttt
+from ttt.defences import LowRank
 from ttt.nn.directions import principal_directions
 from ttt.nn.rates import CALIBRATED, STREAM, places
-from ttt.options import LowRank
 
 SCALED = ["energy", "rms"]
 BOUNDED = [("energy", None), ("rms", None), ("rms", 0.6)]
@@ -278,4 +278,4 @@ def test_moments_that_do_not_fit_are_refused(rate, moments, message):
 )
 def test_what_users_do_without_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=rf"{name} must be 0(\.0)? with users, got {value}"):
-        ttt.TTTConfig(users=LowRank(), **{name: value})
+        ttt.TTTConfig().with_flat(per_user=LowRank(), **{name: value})

@@ -136,7 +136,7 @@ def test_layer_replay_keeps_the_outputs_of_the_past():
     old, new = samples(60, (0, 1)), samples(60, (2, 3))
     moved = {}
     start = plain_mlp().state_dict()
-    for name, rules in (("naive", []), ("replay", [LayerReplay(32, beta=1.0, capacity=60)])):
+    for name, rules in (("naive", []), ("replay", [LayerReplay(32, strength=1.0)])):
         model = plain_mlp()
         model.load_state_dict(start)
         trainer, _ = trainer_of(rules, model=model)
@@ -158,8 +158,8 @@ def test_layer_replay_keeps_the_outputs_of_the_past():
         (lambda: ExperienceReplay(5, fill="never"), r"fill must be one of \('step', 'task'\), got 'never'"),
         (lambda: DarkExperienceReplay(5, alpha=-1.0), "alpha must be a number"),
         (lambda: DarkExperienceReplay(5, beta=-1.0), "beta must be a number"),
-        (lambda: LayerReplay(0), "rows must be a whole number of at least 1, got 0"),
-        (lambda: LayerReplay(4, beta=3.0), r"beta must be a number in \[0.0, 2.0\], got 3.0"),
+        (lambda: LayerReplay(65), r"LayerReplay.rows must be a whole number in \[0, 64\], got 65"),
+        (lambda: LayerReplay(4, strength=-1.0), r"LayerReplay.strength must be a number in \[0.0, inf\), got -1.0"),
     ],
 )
 def test_bad_arguments_are_refused(make, message):

@@ -27,7 +27,7 @@ FilterFn = Callable[[nn.Module, str], bool]
 def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterFn | None = None) -> nn.Module:
     """Replace linear layers of ``model`` by `ttt.nn.Linear`, in place, and freeze its parameters.
 
-    With ``config.users`` by `ttt.nn.LowRankLinear`, whose weights never change: see `ttt.users`.
+    With ``config.per_user`` by `ttt.nn.LowRankLinear`, whose weights never change: see `ttt.users`.
 
     `nn.Linear` and transformers' ``Conv1D`` are replaced. The new layers share the old ones' parameters;
     each keeps a copy, the anchor.
@@ -55,7 +55,9 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
     originals, per_user = {}, {}
     for name, module in chosen:
         new = (
-            _low_rank_layer(module, config, name) if config.users is not None else _learning_layer(module, config, name)
+            _low_rank_layer(module, config, name)
+            if config.per_user is not None
+            else _learning_layer(module, config, name)
         )
         if isinstance(new, LowRankLinear):
             per_user[name] = new

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import ttt
-from ttt.config import DEFENCES, TTTConfig
+from ttt.config import TTTConfig
+from ttt.defences import SWITCHES
 from ttt.demo.text import training_python
 from ttt.learn.huggingface import cache_of, cached
 
@@ -28,17 +29,12 @@ CONFIG = TTTConfig(
     lr=0.04,
     clip=3.0,
     burst=None,
-    ewc_lambda=0.003,
-    replay_rows=4,
-    replay_beta=0.1,
-    orthogonal=32,
+    protect=[ttt.EWC(0.003), ttt.LayerReplay(rows=4, strength=0.1), ttt.OrthogonalUpdates(32)],
 )
 
 # For `ttt.GrowingLearner`, which can always go back to the anchor and therefore needs less protection. Chosen by
 # `python -m bench.learning --suite text --tune --methods "growing columns"`, on text that no benchmark reports.
-COLUMNS = dataclasses.replace(
-    CONFIG, rate="rms", lr=0.08, ewc_lambda=0.0, replay_rows=0, replay_capacity=512, orthogonal=32
-)
+COLUMNS = dataclasses.replace(CONFIG, rate="rms", lr=0.08, protect=[ttt.OrthogonalUpdates(32)], replay_capacity=512)
 
 # The names of the demo's methods.
 FROZEN, IN_CONTEXT, SGD, EWC, REPLAY = "frozen", "in-context only", "SGD", "EWC", "replay"
@@ -55,14 +51,14 @@ def methods(config: TTTConfig) -> dict[str, TTTConfig | None]:
     `SGD` has no protection and the rate that is best without protection; `DEFAULT` is ``config``; `GROWING` has a
     configuration of its own.
     """
-    plain: dict[str, Any] = {**DEFENCES, "lr": RATE_ALONE}
+    plain: dict[str, Any] = {**SWITCHES, "lr": RATE_ALONE}
     return {
         FROZEN: None,
         IN_CONTEXT: None,
-        SGD: dataclasses.replace(config, **plain),
-        EWC: dataclasses.replace(config, **{**plain, "ewc_lambda": EWC_ALONE}),
-        REPLAY: dataclasses.replace(config, **{**plain, "replay_rows": config.replay_rows, "replay_beta": BETA_ALONE}),
-        ORTHOGONAL: dataclasses.replace(config, **{**plain, "orthogonal": DIRECTIONS_ALONE}),
+        SGD: config.with_flat(**plain),
+        EWC: config.with_flat(**{**plain, "ewc_lambda": EWC_ALONE}),
+        REPLAY: config.with_flat(**{**plain, "replay_rows": config.replay_rows, "replay_beta": BETA_ALONE}),
+        ORTHOGONAL: config.with_flat(**{**plain, "orthogonal": DIRECTIONS_ALONE}),
         DEFAULT: config,
         GROWING: COLUMNS,
     }

@@ -124,7 +124,7 @@ class Learner:
             learn_mask: (B, T) bool or 0/1: tokens with 0 are read and scored, but no loss is taken on them and
                 what they put through the layers is not written: they change no weight by one bit.
             learn: False scores only.
-            users: for a model adapted with ``TTTConfig(users=...)``: whose each of the B rows is; None for rows that
+            users: for a model adapted with ``TTTConfig(per_user=...)``: whose each of the B rows is; None for rows that
                 the base model only scores. Changing one user's tokens changes no bit of what another gets or learns;
                 the shape of the batch, and where it is padded, may.
 

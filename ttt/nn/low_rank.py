@@ -10,12 +10,12 @@ from torch.nn.functional import linear
 
 from ttt import ops
 from ttt.config import TTTConfig
+from ttt.defences import LowRank
 from ttt.nn.base import Adapted, Layout
 from ttt.nn.cpu_binding import LowRankBinding, binding_of
 from ttt.nn.directions import directions, learnable
 from ttt.nn.rates import Rates, count_, places, rates
 from ttt.ops.reference import _wide
-from ttt.options import LowRank
 
 PER_ROW = ("a", "b")
 PER_SLOT = ("eta_sum", "lost", "step")
@@ -100,7 +100,7 @@ class LowRankLinear(Adapted):
 
     Args:
         in_features, out_features, bias, device, dtype: as `torch.nn.Linear`.
-        config: see `TTTConfig`; its ``users`` (`ttt.LowRank`) says how many slots there are.
+        config: see `TTTConfig`; its ``per_user`` (`ttt.LowRank`) says how many slots there are.
         name: seeds this layer's random draws, together with ``config.seed``.
     """
 
@@ -121,7 +121,7 @@ class LowRankLinear(Adapted):
 
     @staticmethod
     def _default_config() -> TTTConfig:
-        return TTTConfig(users=LowRank())
+        return TTTConfig(per_user=LowRank())
 
     def _layout(self, dtype: torch.dtype) -> Layout:
         config, wide, low_rank = self.config, _wide(dtype), self.low_rank
@@ -145,9 +145,9 @@ class LowRankLinear(Adapted):
         }
 
     def _build(self, config: TTTConfig, name: str) -> None:
-        if config.users is None:
-            raise ValueError("config.users must be a ttt.LowRank, got None")
-        self.low_rank = config.users
+        if config.per_user is None:
+            raise ValueError("config.per_user must be a ttt.LowRank, got None")
+        self.low_rank = config.per_user
         self.routing = Routing()
         super()._build(config, name)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ttt._renamed import old_names
 from ttt.ops import cpu as cpu
 from ttt.ops import cuda as cuda
 from ttt.ops.low_rank import low_rank_append, low_rank_compress, low_rank_linear
@@ -116,7 +117,7 @@ def commit(
     seed: int = 0,
     replay_rows: int = 0,
     replay: str = "projection",
-    beta: float = 0.3,
+    beta: float = 0.1,
     eps: float = 1e-3,
     lam: float = 0.0,
     gamma: float = 1.0,
@@ -209,3 +210,8 @@ def reservoir_insert(
 def reservoir_draw(seen: torch.Tensor, step: torch.Tensor, *, capacity: int, rows: int, seed: int = 0) -> torch.Tensor:
     """The memory rows (int64, (rows,)) that the commit with counter ``step`` replays; -1 while the memory is empty."""
     return torch.ops.ttt.reservoir_draw(seen, step, capacity, rows, seed)
+
+
+__getattr__ = old_names(
+    __name__, {f"fleet_{name}": f"low_rank_{name}" for name in ("append", "compress", "linear")}, globals()
+)

@@ -216,7 +216,7 @@ def _part(state: State, layer: str) -> State:
 
 
 def pool_of(model: nn.Module) -> Pool:
-    """The `Pool` of a model that was adapted with ``TTTConfig(users=...)``.
+    """The `Pool` of a model that was adapted with ``TTTConfig(per_user=...)``.
 
     Raises:
         ValueError: if it was not.
@@ -225,7 +225,7 @@ def pool_of(model: nn.Module) -> Pool:
     if pool is None:
         raise ValueError(
             f"model ({type(model).__name__}) has one set of weights for all; "
-            "ttt.adapt_(model, ttt.TTTConfig(..., users=ttt.LowRank())) gives every user their own"
+            "ttt.adapt_(model, ttt.TTTConfig(..., per_user=ttt.LowRank())) gives every user their own"
         )
     return pool
 

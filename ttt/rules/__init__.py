@@ -1,9 +1,11 @@
 """Rules against forgetting: on weights, on the loss, on the model's shape, and by replay.
 
 `ttt.rules.task` serves sequences of tasks: any number of its rules compose in a `Trainer`. `ttt.rules.stream` serves
-text: a `ttt.Learner` takes those. Linear layers change by the fused commit alone.
+text: a `ttt.Learner` takes those. A `Trainer` also takes the defences of `ttt.TTTConfig` that need nothing at the end
+of a task, such as `ttt.LayerReplay`. Linear layers change by the fused commit alone.
 """
 
+from ttt.defences import LayerDistillation, LayerGenerativeReplay, LayerReplay, OrthogonalUpdates
 from ttt.learn.stream_rule import Chunk, Segment, StreamRule
 from ttt.rules.reservoir import SampleReservoir
 from ttt.rules.stream.distillation import LogitDistillation
@@ -14,11 +16,7 @@ from ttt.rules.task.distillation import LwF, SeenOutputs, TopLogits, distillatio
 from ttt.rules.task.experience import DarkExperienceReplay, ExperienceReplay
 from ttt.rules.task.generative import GaussianMixture, GenerativeReplay
 from ttt.rules.task.importance import EWC, MAS, SynapticIntelligence, measure_importance
-from ttt.rules.task.layer_distillation import LayerDistillation
-from ttt.rules.task.layer_generative import LayerGenerativeReplay
-from ttt.rules.task.layer_replay import LayerReplay
 from ttt.rules.task.momentum import Momentum
-from ttt.rules.task.orthogonal import OrthogonalUpdates
 from ttt.rules.task.progressive import Progressive, ProgressiveNet, forward_task
 from ttt.rules.task.trainer import Trainer
 

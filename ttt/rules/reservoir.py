@@ -1,4 +1,4 @@
-"""`SampleReservoir`: a uniform sample of everything seen, of a fixed size."""
+"""`SampleReservoir`: a uniform sample, of fixed size, of all samples so far."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ttt.ops.philox import INSERT, philox
 
 
 class SampleReservoir:
-    """Samples of any fields, kept by reservoir sampling (algorithm R; Vitter 1985).
+    """A uniform sample of fixed size of all samples so far, by reservoir sampling (algorithm R; Vitter 1985).
 
     After N samples each of them is held with probability capacity / N. Slots are drawn from the counters that
     `ttt.ops.reservoir_insert` uses: the same seed keeps the same samples.
@@ -35,7 +35,7 @@ class SampleReservoir:
         return min(self.seen, self.capacity)
 
     def insert(self, **fields: Tensor | None) -> None:
-        """Let N samples enter: each field is (N, ...), or None, in every call.
+        """Add N samples. Each field is (N, ...), or None in every call.
 
         Raises:
             ValueError: for fields of different lengths, or others than before.
@@ -52,10 +52,12 @@ class SampleReservoir:
         )
 
     def admit(self, count: int, fields_of: Callable[[Tensor], dict[str, Tensor | None]]) -> None:
-        """As `insert` of ``count`` samples, whose fields are made only for those that stay.
+        """Add ``count`` samples, computing the fields only of those that stay.
 
         Args:
-            fields_of: (R,) int64, rows of them -> their fields, (R, ...) or None each. Not called if none stays.
+            count: samples that are offered.
+            fields_of: maps the indices (R,) int64 of samples that stay to their fields, each (R, ...) or None. It is
+                not called if none stays.
         """
         s = self.seen + torch.arange(count)
         slots = torch.where(s < self.capacity, s, (philox(s, 0, 0, INSERT, self.seed)[0] * (s + 1)) >> 32)
@@ -71,23 +73,23 @@ class SampleReservoir:
         self.seen += count
 
     def draw(self, rows: int) -> dict[str, Tensor | None]:
-        """``rows`` distinct samples, or all if fewer are held, in random order; {} while it is empty."""
+        """Draw ``rows`` distinct samples, or all if fewer are held, in random order; {} while it is empty."""
         if not len(self):
             return {}
         index = torch.randperm(len(self), generator=self.generator)[:rows]
         return {name: None if t is None else t[index] for name, t in self.fields.items()}
 
     def state(self) -> tuple:
-        """A copy of all that it holds, the state of its draws included."""
+        """A copy of the samples and of the state of the random draws."""
         fields = {name: None if t is None else t.clone() for name, t in self.fields.items()}
         return self.seen, fields, self.generator.get_state()
 
     def load_state(self, state: tuple) -> None:
-        """Go back to ``state``, to the bit."""
+        """Restore what `state` returned, bit for bit."""
         self.seen, fields, drawn = state
         self.fields = {name: None if t is None else t.clone() for name, t in fields.items()}
         self.generator.set_state(drawn)
 
     def tensors(self) -> list[Tensor]:
-        """What is held, for counting bytes."""
+        """The tensors that are held, for counting bytes."""
         return [t for t in self.fields.values() if t is not None]

@@ -73,7 +73,7 @@ class Generate(Case):
 
         def ours() -> Contender:
             model = models.load(self.model, self.device, self.dtype)
-            ttt.adapt_(model, ttt.TTTConfig(target_modules=["down_proj"], layers="last:0.25", **LEARNS))
+            ttt.adapt_(model, dataclasses.replace(LEARNS, target_modules=["down_proj"], layers="last:0.25"))
             learner = ttt.Learner(model, context=models.CONTEXT)
             known = models.tokens(self.model, 512, self.device, skip=self.prompt)
             learner.calibrate(list(known.view(4, 128).split(2)))

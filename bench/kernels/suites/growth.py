@@ -71,7 +71,7 @@ class GrowthObserve(Observe):
 
 def layer_memory(m: int, n: int, dtype: str) -> dict[str, int]:
     """Bytes of each part of an (m, n) learning layer with the options of `bench.kernels.state.LEARNS`."""
-    layer = ttt.nn.Linear(n, m, bias=False, device="meta", dtype=getattr(torch, dtype), config=ttt.TTTConfig(**LEARNS))
+    layer = ttt.nn.Linear(n, m, bias=False, device="meta", dtype=getattr(torch, dtype), config=LEARNS)
     parts: dict[str, tuple[str, ...]] = {
         "weight": ("weight",),
         "anchor": ("anchor",),

@@ -132,13 +132,13 @@ def observe(model: nn.Module, ids: Tensor) -> Loops:
     """`ttt.Learner.observe` with the options `LEARNS`; ``down_proj`` learns in the last quarter of the blocks."""
     learner: ttt.Learner
     tokens = ids.shape[1] - 1
-    config = ttt.TTTConfig(target_modules=["down_proj"], layers="last:0.25", chunk=tokens, **LEARNS)
+    config = LEARNS.with_flat(target_modules=["down_proj"], layers="last:0.25", chunk=tokens)
 
     def check() -> None:
         """A step without protection must be SGD on autograd's gradients; steps with protection must lower the loss."""
         learner.reset()
         plain = copy.deepcopy(ttt.restore_(model)).requires_grad_(True)
-        ttt.adapt_(model, dataclasses.replace(config, ewc_lambda=0.0, replay_rows=0))
+        ttt.adapt_(model, config.with_flat(ewc_lambda=0.0, replay_rows=0))
         unprotected = ttt.Learner(model)
         unprotected.observe(ids)
         unprotected.flush()

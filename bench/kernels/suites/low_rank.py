@@ -73,7 +73,7 @@ class Mixed(Case):
     def layers(self) -> list[LowRankLinear]:
         """Layers to rotate among, with r random rows in every slot."""
         low_rank = ttt.LowRank(slots=SLOTS, rank=self.rank, window=WINDOW)
-        config = ttt.TTTConfig(**LEARNS | {"lr": LR, "ewc_lambda": 0.0, "replay_rows": 0}, users=low_rank)
+        config = dataclasses.replace(LEARNS, lr=LR, protect=[], per_user=low_rank)
         kind = getattr(torch, self.dtype)
 
         def make() -> list[LowRankLinear]:

@@ -69,7 +69,7 @@ class Observe(Case):
         if self.adapted == DEFAULTS:
             return dataclasses.replace(CONFIG, chunk=self.chunk)
         layers = "last:0.25" if self.adapted == QUARTER else self.adapted.replace(" ", ":")
-        return ttt.TTTConfig(target_modules=["down_proj"], layers=layers, chunk=self.chunk, **LEARNS)
+        return dataclasses.replace(LEARNS, target_modules=["down_proj"], layers=layers, chunk=self.chunk)
 
     def contenders(self) -> dict[str, Callable[[], Contender]]:
         ids = models.tokens(self.model, self.text + 1, self.device)

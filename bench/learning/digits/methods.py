@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ttt.defences import Defence
 from ttt.rules import (
     EWC,
     MAS,
@@ -42,13 +43,13 @@ class Method:
     """
 
     family: str
-    build: Callable[[Options, int], list[Rule]]
+    build: Callable[[Options, int], Sequence[Rule | Defence]]
     grid: Mapping[str, tuple]
     needs_task: bool = False
     score: str = "acc"
 
 
-def _ewc(mode: str, fisher: str) -> Callable[[Options, int], list[Rule]]:
+def _ewc(mode: str, fisher: str) -> Callable[[Options, int], Sequence[Rule | Defence]]:
     return lambda o, seed: [EWC(o["lam"], mode=mode, fisher=fisher, seed=seed)]
 
 
@@ -92,7 +93,7 @@ METHODS: dict[str, Method] = {
     # 4 rows, beta .1 and the ends of LAMBDAS were added after results with 16 rows had been seen; the choice within
     # the grid is the search's.
     "layer replay": Method(
-        "replay", lambda o, s: [LayerReplay(o["rows"], beta=o["beta"], capacity=BUFFER)],
+        "replay", lambda o, s: [LayerReplay(o["rows"], strength=o["beta"])],
         {"lr": RATES, "rows": (4, 16, 64), "beta": (0.1, 0.3, 1.0)},
     ),
     "EWC + ER": Method(

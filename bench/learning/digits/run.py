@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 import ttt
-from bench.learning.digits.methods import Options, fits, method
+from bench.learning.digits.methods import BUFFER, Options, fits, method
 from bench.learning.digits.tasks import Scenario, Task, joined, scenario
+from ttt.defences import Defence
 from ttt.rules import ProgressiveNet, Rule, Trainer, configure, forward_task
 from ttt.rules.task.progressive import Ones
 
@@ -29,12 +31,14 @@ def network(inputs: int, outputs: int, hidden: int = HIDDEN) -> nn.Module:
     )
 
 
-def _trainer(found: Scenario, rules: list[Rule], lr: float, seed: int) -> Trainer:
+def _trainer(found: Scenario, rules: Sequence[Rule | Defence], lr: float, seed: int) -> Trainer:
     # window=1: every batch is committed at once. The rate is constant, as the options give it.
-    plain = ttt.TTTConfig(target_modules="all-linear", rate="constant", lr=lr, clip=None, window=1, seed=seed)
+    plain = ttt.TTTConfig(
+        target_modules="all-linear", rate="constant", lr=lr, clip=None, window=1, replay_capacity=BUFFER, seed=seed
+    )
     config = configure(plain, rules)
     torch.manual_seed(seed)
-    if any(rule.architecture for rule in rules):
+    if any(getattr(rule, "architecture", False) for rule in rules):
         net = ProgressiveNet((found.inputs, HIDDEN, found.outputs), config)
         return Trainer(net, rules, forward=forward_task)
     return Trainer(ttt.adapt_(network(found.inputs, found.outputs), config), rules)

@@ -8,7 +8,6 @@ weights, and as the only user of a `ttt.LowRank` of each of several ranks. Write
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from rich.console import Console
 import ttt
 from bench.learning.experiments.tune import OFFSET
 from bench.machine import machine
-from ttt.config import DEFENCES
+from ttt.defences import SWITCHES
 from ttt.demo.model import CONTEXT, RATE_ALONE, as_ids, load_model
 from ttt.demo.text import stream_of
 
@@ -34,12 +33,12 @@ def main() -> None:
     args = parser.parse_args()
     console = Console()
     ids = as_ids(stream_of("headers")[OFFSET : OFFSET + args.bytes + 1])
-    plain: dict[str, Any] = {**DEFENCES, "lr": RATE_ALONE}
+    plain: dict[str, Any] = {**SWITCHES, "lr": RATE_ALONE}
     rows: list[dict[str, Any]] = []
     sizes = [(f"rank {rank}", ttt.LowRank(slots=1, rank=rank)) for rank in RANKS]
     for name, users in [("frozen", None), ("full rank", None), *sizes]:
         model, config = load_model()
-        ttt.adapt_(model, dataclasses.replace(config, **plain, users=users))
+        ttt.adapt_(model, config.with_flat(**plain, per_user=users))
         learner = ttt.Learner(model, context=CONTEXT)
         observed = learner.observe(ids, learn=name != "frozen", users=None if users is None else ["user"])
         rows.append({"weights": name, "bits_per_byte": round(observed.bits, 4)})

@@ -57,7 +57,7 @@ def main() -> None:
                     if consolidates:
                         learner.consolidate()
                     second = learner.observe(stream[:, half:])
-                    held = ttt.memory(learner.model).per_parameter
+                    held = ttt.memory_usage(learner.model).per_parameter
                     row: dict[str, Any] = {
                         "domain": domain,
                         "method": method,

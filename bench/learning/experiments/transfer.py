@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import json
 import time
 from pathlib import Path
@@ -31,7 +30,7 @@ import ttt
 from bench.learning.experiments import pretrain
 from bench.learning.text import streams as texts
 from bench.machine import machine
-from ttt.config import DEFENCES
+from ttt.defences import SWITCHES
 from ttt.demo.model import CONFIG, CONTEXT, WEIGHTS, bits_per_byte, calibration_batches, windows
 from ttt.demo.text import held_out_python
 
@@ -109,7 +108,7 @@ class Model:
     def measure(self, setting: Setting, ids: Tensor) -> dict[str, float]:
         """Bits per byte of ``ids`` (1, T), each byte scored before it is learnt, and of held-out Python afterwards."""
         options: dict[str, Any] = {name: setting[name] for name in ("rate", "lr", "clip", "burst")}
-        config = dataclasses.replace(CONFIG, **options | ({} if setting["protected"] else DEFENCES))
+        config = CONFIG.with_flat(**options | ({} if setting["protected"] else SWITCHES))
         model = ttt.adapt_(copy.deepcopy(self.base), config)
         learner = ttt.Learner(model, context=CONTEXT)
         if setting["protected"]:

@@ -9,7 +9,6 @@ on. Writes ``bench/learning/results/demo_tuning.json``.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from rich.console import Console
 
 import ttt
 from bench.machine import machine
-from ttt.config import DEFENCES
+from ttt.defences import SWITCHES
 from ttt.demo.model import as_ids, bits_per_byte, calibration_batches, load_model, new_learner, windows
 from ttt.demo.text import held_out_python, stream_of
 
@@ -32,7 +31,7 @@ def grid(config: ttt.TTTConfig) -> dict[str, ttt.TTTConfig]:
     SGD without protection at several rates, then protections at the best of these rates; orthogonal updates, which
     allow higher rates, also at higher ones.
     """
-    plain = DEFENCES
+    plain = SWITCHES
     tried: dict[str, dict] = {}
     for lr in (0.005, 0.01, 0.02, 0.04):
         tried[f"SGD, lr {lr}"] = {"lr": lr, **plain}
@@ -49,7 +48,7 @@ def grid(config: ttt.TTTConfig) -> dict[str, ttt.TTTConfig]:
     for k, lr in ((0, 0.04), (16, 0.03), (16, 0.04), (32, 0.04), (32, 0.05), (64, 0.05)):
         tried[f"4 rows, beta 0.1 + EWC 0.003 + {k} directions, lr {lr}"] = {**both, "lr": lr, "orthogonal": k}
     start = {"lr": 0.02, "orthogonal": 0}
-    return {name: dataclasses.replace(config, **{**start, **options}) for name, options in tried.items()}
+    return {name: config.with_flat(**{**start, **options}) for name, options in tried.items()}
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 import ttt
 from bench.learning.text.readers import Reader
-from ttt.config import DEFENCES
+from ttt.defences import SWITCHES
 from ttt.demo.model import CONTEXT, as_ids, calibration_batches, load_model, new_learner, windows
 from ttt.demo.text import held_out_python, training_python
 from ttt.nn.directions import refresh
@@ -49,7 +48,7 @@ class BaseModel:
     @functools.cached_property
     def parameters(self) -> int:
         """Number of weights that learn under ``config``, by which the bytes of state are divided."""
-        return ttt.memory(ttt.adapt_(copy.deepcopy(self.model), self.config)).parameters
+        return ttt.memory_usage(ttt.adapt_(copy.deepcopy(self.model), self.config)).parameters
 
     def known_rows(self, count: int, seed: int) -> Tensor:
         """(count, CONTEXT + 1) int64: random rows of ``known``."""
@@ -72,8 +71,8 @@ class BaseModel:
 
     def _calibrated_under(self, config: ttt.TTTConfig) -> nn.Module:
         """A model calibrated with ``config``; configurations that differ only in strengths share one."""
-        used = {name: int(getattr(config, name) > 0) for name in DEFENCES}
-        config = dataclasses.replace(config, **{**_STRENGTHS, **used})
+        used = {name: int(getattr(config, name) > 0) for name in SWITCHES}
+        config = config.with_flat(**{**_STRENGTHS, **used})
         if config not in self._calibrated:
             if config.importance == "si":
                 # Importance by SI belongs to a path of learning: here that of reading the text once without protection.

@@ -17,14 +17,15 @@ import ttt
 from bench.learning.text import readers
 from bench.learning.text.base_model import BaseModel
 from bench.learning.text.streams import Stream
-from ttt.config import DEFENCES, TTTConfig
+from ttt.config import TTTConfig
+from ttt.defences import OFF, SWITCHES
 from ttt.demo.model import COLUMNS, CONFIG
 from ttt.rules import DarkSequenceReplay, LogitDistillation, SampledReplay, SequenceReplay, StreamRule
 
 Options = Mapping[str, Any]
 Sweep = tuple[str, Sequence[Any]]
 
-FIELDS = frozenset(f.name for f in dataclasses.fields(TTTConfig))
+FIELDS = frozenset(f.name for f in dataclasses.fields(TTTConfig)) | frozenset(OFF)
 PERIOD, EPOCHS, NEIGHBOURS = 2048, 2, 32
 ROWS, CAPACITY = 4, 256  # inputs replayed per commit; sequences of 64 bytes in a replay memory of text
 
@@ -69,7 +70,7 @@ class TextMethod:
     def config(self, base: TTTConfig, options: Options, seed: int) -> TTTConfig:
         """``base`` without its protection, with this method's fixed values and ``options``."""
         own = {name: value for name, value in options.items() if name in FIELDS}
-        return dataclasses.replace(base, **{**DEFENCES, **self.fixed, **own, "seed": seed})
+        return base.with_flat(**{**SWITCHES, **self.fixed, **own, "seed": seed})
 
     def learner(self, base: BaseModel, options: Options, seed: int) -> ttt.Learner:
         """A new learner with this method's configuration and rules."""
@@ -162,7 +163,7 @@ METHODS: dict[str, TextMethod] = {
     # The configuration of ttt.demo.load_model(), chosen by `python -m bench.learning.experiments.tune` on headers that
     # the search reads as well.
     "default": TextMethod(
-        "combination", {"lr": (CONFIG.lr,)}, {name: getattr(CONFIG, name) for name in ("replay_beta", *DEFENCES)},
+        "combination", {"lr": (CONFIG.lr,)}, {name: getattr(CONFIG, name) for name in ("replay_beta", *SWITCHES)},
         sweep=("lr", (0.01, 0.02, 0.08)),
     ),
     "momentum": TextMethod(

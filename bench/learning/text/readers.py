@@ -64,7 +64,7 @@ class Learning(Reader):
         return self.learner.observe(ids[:, start : end + 1]).nll
 
     def state_bytes(self) -> int:
-        held = ttt.memory(self.model).bytes
+        held = ttt.memory_usage(self.model).bytes
         rules = [t for rule in getattr(self.learner, "rules", ()) for t in rule.tensors()]
         return sum(held.values()) - held["weight"] + sum(t.numel() * t.element_size() for t in rules)
 

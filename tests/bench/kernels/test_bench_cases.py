@@ -61,7 +61,7 @@ def test_bytes_and_flops_of_window_linear_and_fisher():
 
 
 def test_layer_memory_counts_the_tensors_of_a_layer():
-    layer = ttt.nn.Linear(5, 3, bias=False, dtype=torch.bfloat16, config=ttt.TTTConfig(**state.LEARNS))
+    layer = ttt.nn.Linear(5, 3, bias=False, dtype=torch.bfloat16, config=state.LEARNS)
     found = layer_memory(3, 5, "bfloat16")
     counters = {"seen", "recent_seen", "step", "tokens", "importance_scale", "pending"}
     assert sum(found.values()) == sum(t.nbytes for name, t in layer.state().items() if name not in counters)

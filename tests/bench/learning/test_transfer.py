@@ -1,14 +1,16 @@
 """The experiments `transfer` and `drift`: settings, shares and ranking, models of other shapes, and streams."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from readme_tables import BENCH
 
 import ttt
 from bench.learning.experiments import drift, transfer
 from bench.learning.experiments.pretrain import new_model
+
+RESULTS = Path(__file__).parents[3] / "bench" / "learning" / "results"
 
 
 def row(model, rate, lr, new, protected=False, text="headers", old=1.5):
@@ -71,7 +73,7 @@ def test_the_ranking_is_by_the_worst_case_on_tuning_texts_with_protection():
 
 
 def test_the_default_of_the_library_is_the_best_of_the_ranking():
-    found = json.loads((BENCH / "learning" / "results" / "demo_transfer.json").read_text())["ranking"][0]
+    found = json.loads((RESULTS / "demo_transfer.json").read_text())["ranking"][0]
     assert {name: found[name] for name in ("rate", "lr", "clip", "burst")} == {
         name: getattr(ttt.TTTConfig(), name) for name in ("rate", "lr", "clip", "burst")
     }
@@ -93,7 +95,7 @@ def test_the_grid_has_each_setting_once():
     assert len({tuple(setting.values()) for setting in grid}) == len(grid)
     assert {setting["rate"] for setting in grid} == {kind["rate"] for kind, _, _ in transfer.GRID.values()}
     for setting in grid:
-        ttt.TTTConfig(**{name: value for name, value in setting.items() if name != "protected"})
+        ttt.TTTConfig().with_flat(**{name: value for name, value in setting.items() if name != "protected"})
 
 
 @pytest.mark.parametrize(("hidden", "layers"), [(64, 1), (192, 2)])

@@ -95,7 +95,7 @@ def low_rank_compress(
     seed: int = 0,
     replay_rows: int = 0,
     replay: str = "projection",
-    beta: float = 0.3,
+    beta: float = 0.1,
     eps: float = 1e-3,
 ) -> None:
     """Bring slots back to ``rank`` rows, checked against replay and pulled to the anchor, in place.

@@ -1,4 +1,4 @@
-"""Learning without Forgetting on streams of text."""
+"""Learning without Forgetting on streams of text: distillation of the anchor's logits."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from ttt.rules.task.distillation import distillation
 
 
 class LogitDistillation(StreamRule):
-    """Learning without Forgetting (Li & Hoiem, ECCV 2016) at the logits: answer on the new text as the anchor does::
+    """On the new text the model is to answer as it does under its anchor weights.
+
+    Learning without Forgetting (Li & Hoiem, ECCV 2016) at the logits::
 
         loss += weight T^2 sum_t KL(softmax(f*(x_<=t) / T) || softmax(f(x_<=t) / T))
 
-    over the tokens that teach, f* being the model under its anchor weights (`ttt.Learner.consolidate` moves them). It
-    reads the same text with a cache of its own, which lasts as long as a call of `ttt.Learner.observe`; no weight is
-    copied. So whatever moves the anchors (a rollback, a reset, a file that is loaded) moves the teacher, and there is
-    nothing else to go back to. The gradient joins that of the chunk's own loss at the logits: no row is added.
+    over the tokens that teach. f* is the model under its anchor weights, which reads the same text with a cache of its
+    own during one call of `ttt.Learner.observe`. No weight is copied, so a rollback, a reset or a loaded file moves the
+    teacher with the anchor. The gradient is added to that of the chunk's own loss at the logits.
 
-    Costs a forward pass.
+    Costs one forward pass.
 
     Args:
         weight: of the distillation against the loss, both summed over tokens; >= 0.
@@ -48,7 +49,7 @@ class LogitDistillation(StreamRule):
         return self.weight * distillation(student, teacher, self.temperature, [slice(None)])
 
     def teacher_logits(self, chunk: Chunk) -> Tensor:
-        """(B, T, V): what the model under its anchor weights says of ``chunk``, after all of the segment before it."""
+        """The logits (B, T, V) of ``chunk`` under the anchor weights, in the context of its segment."""
         segment, learner = chunk.segment, self.learner
         cache, at = self._read.get(segment, (None, 0))
 

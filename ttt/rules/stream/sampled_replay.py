@@ -1,4 +1,4 @@
-"""Generative replay for language models: they are their own model of the past text."""
+"""Generative replay for language models: the model itself writes the text that is replayed."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _BATCH = 32  # sequences written at a time
 
 
 class SampledReplay(Replayed):
-    """Generative replay (Shin et al., 2017; soft targets as van de Ven & Tolias, 2018): text that the anchor wrote.
+    """Generative replay of text that the model wrote under its anchor weights.
 
-    A pool of sequences is sampled from the model under its anchor weights, when the rule is attached and after each
-    consolidation, with what those weights say of them. Every step learns some of that::
+    Shin et al., 2017, with soft targets as in van de Ven & Tolias, 2018. When the rule is attached, and after each
+    consolidation, a pool of sequences is sampled under the anchor weights and stored with the outputs that those
+    weights give. Every step learns some of them::
 
         loss += weight T^2 sum over S sequences, L tokens of KL(softmax(f*(x) / T) || softmax(f(x) / T))
 
-    f* being the model under its anchor weights, of which the k likeliest words are kept, and the rest as one
-    (`ttt.rules.top_distillation`). Only tokens that were written count, up to the first end of text. No data are kept:
-    the pool holds nothing of the stream but what `ttt.Learner.consolidate` made part of the anchor.
+    f* are the outputs under the anchor weights, of which the k likeliest are kept one by one and the rest together
+    (`ttt.rules.top_distillation`). Only sampled tokens count, up to the first end of text. No input of a user is kept.
 
-    A text begins after one token: ``start``; or, by default, a word of the model's own distribution, the last of
-    ``burn_in`` that it wrote after a word drawn evenly from all. `ttt.Learner.reset` samples the pool anew; a file
-    that is loaded over the model does not: attach the rule afterwards.
+    A text begins after one token: ``start``, or by default a token of the model's own distribution, the last of
+    ``burn_in`` that it samples after a token drawn uniformly. `ttt.Learner.reset` samples the pool again; loading a
+    file does not, so attach the rule afterwards.
 
     Args:
         pool: sequences sampled at a time.

@@ -67,7 +67,7 @@ class Replayed(StreamRule):
 
 
 def pieces_of(base: Tensor, length: int) -> Tensor:
-    """(N, length + 1): the rows of ``base`` (R, T) int64 cut so that each token but the first is a target once.
+    """Cut the rows of ``base`` (R, T) int64 into pieces (N, length + 1), in which each token but the first is a target.
 
     Raises:
         TypeError, ValueError: for another dtype or shape, or rows that are too short.
@@ -80,7 +80,7 @@ def pieces_of(base: Tensor, length: int) -> Tensor:
 
 
 def pieces_seen(chunk: Chunk, length: int) -> Tensor:
-    """(N, length + 1): the pieces of the chunk's segment that it completes; none with a token that may not teach."""
+    """The pieces (N, length + 1) that the chunk completes, without those with a token that may not teach."""
     segment, step = chunk.segment, length + 1
     starts = range(chunk.start // length * length, chunk.end - length + 1, length)
     found = [segment.ids[:, at : at + step] for at in starts]
@@ -94,10 +94,10 @@ class SequenceReplay(Replayed):
 
         loss += weight sum over S sequences, L tokens of CE(f(x), next token)
 
-    The reservoir samples uniformly from ``base`` and then what was learnt from: the stream is cut into pieces of L
-    tokens, which enter when the last of them was learnt. Pieces with padding, or a token that may not teach, do not.
-    So text that was read is kept, as tokens, in this object and in snapshots. `ttt.Learner.reset` forgets it and goes
-    back to ``base``; `ttt.Learner.rollback` goes back to the bit.
+    The reservoir samples uniformly from ``base`` and from the stream. The stream is cut into pieces of L tokens, each
+    of which enters when its last token was learnt; pieces with padding or a token that may not teach are left out.
+    So text that was read is kept, as tokens, in this object and in snapshots. `ttt.Learner.reset` restores ``base``,
+    `ttt.Learner.rollback` the state at the snapshot.
 
     Costs a pass, forward and backward, through the model for S L tokens. They join the chunk's update, at ``lr`` each.
 
@@ -167,7 +167,7 @@ class SequenceReplay(Replayed):
 
 
 class DarkSequenceReplay(SequenceReplay):
-    """DER and DER++ (Buzzega et al., NeurIPS 2020) of text: sequences come back with what the model said of them::
+    """Dark experience replay of text (DER, DER++; Buzzega et al., NeurIPS 2020), with stored outputs::
 
         loss += alpha T^2 sum_r KL(softmax(z_r / T) || softmax(f(x_r) / T))  +  beta sum_s CE(f(x_s), next token)
 

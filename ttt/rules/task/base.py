@@ -1,4 +1,4 @@
-"""What every learning rule is made of: `Batch`, `Rule`, and the losses that they share."""
+"""`Batch` and `Rule`, the parts of every learning rule for tasks, and the losses that rules share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ttt.config import DEFENCES, TTTConfig
+from ttt.config import TTTConfig
+from ttt.defences import SWITCHES, Defence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,20 +60,25 @@ def task_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 
 class Rule:
-    """A way not to forget. Rules compose: a `Trainer` takes any number of them.
+    """A rule against forgetting. Rules compose: a `Trainer` takes any number of them.
 
-    A rule acts in three places: fields of the `TTTConfig` (what the fused commit does), terms of the loss, and the
-    boundary between tasks. One object serves one model.
+    A rule can act in three places: settings of the `TTTConfig` (what the fused commit does), terms of the loss, and
+    the boundary between tasks. One object serves one model.
     """
 
     architecture: ClassVar[bool] = False
-    """The rule changes the model's shape."""
+    """Whether the rule changes the model's shape."""
 
     model: nn.Module
     forward: Forward
 
+    @property
+    def name(self) -> str:
+        """What errors call this rule."""
+        return type(self).__name__
+
     def options(self) -> dict[str, Any]:
-        """Fields of `TTTConfig` that this rule needs."""
+        """Settings that this rule needs: fields of `TTTConfig`, or flat names of its defences (`ttt.defences`)."""
         return {}
 
     def attach(self, model: nn.Module, forward: Forward) -> None:
@@ -100,18 +106,54 @@ class Rule:
         return ()
 
 
-def configure(config: TTTConfig, rules: Iterable[Rule]) -> TTTConfig:
+class _Configured(Rule):
+    """A defence of `TTTConfig` as a rule: it only sets options."""
+
+    def __init__(self, defence: Defence) -> None:
+        self.defence = defence
+
+    @property
+    def name(self) -> str:
+        return type(self.defence).__name__
+
+    def options(self) -> dict[str, Any]:
+        return {flat: getattr(self.defence, own) for own, flat in self.defence.flat.items()}
+
+
+def as_rules(rules: Iterable[Rule | Defence]) -> list[Rule]:
+    """The rules, with each defence made a rule that sets its options.
+
+    Raises:
+        ValueError: for a defence whose importance has to be measured when a task ends, or something that is neither.
+    """
+    out: list[Rule] = []
+    for rule in rules:
+        if isinstance(rule, Defence):
+            if rule.switch == "ewc_lambda":
+                name = type(rule).__name__
+                instead = {"SI": "SynapticIntelligence"}.get(name, name)
+                raise ValueError(
+                    f"rules must measure importance when a task ends: use ttt.rules.{instead} instead of ttt.{name}"
+                )
+            rule = _Configured(rule)
+        if not isinstance(rule, Rule):
+            raise ValueError(f"rules must hold ttt.rules.Rule objects or defences, got {rule!r}")
+        out.append(rule)
+    return out
+
+
+def configure(config: TTTConfig, rules: Iterable[Rule | Defence]) -> TTTConfig:
     """``config`` with what ``rules`` need of the fused commit; without what none of them needs.
 
     Raises:
-        ValueError: if two rules want different values of one field.
+        ValueError: if two rules want different values of one setting.
     """
     wanted: dict[str, Any] = {}
-    source: dict[str, Rule] = {}
-    for rule in rules:
+    source: dict[str, str] = {}
+    for rule in as_rules(rules):
         for name, value in rule.options().items():
             if wanted.get(name, value) != value:
-                pair = f"{type(source[name]).__name__} and {type(rule).__name__}"
+                pair = f"{source[name]} and {rule.name}"
                 raise ValueError(f"rules cannot be combined: {pair} need {name} = {wanted[name]!r} and {value!r}")
-            wanted[name], source[name] = value, rule
-    return dataclasses.replace(config, **{**DEFENCES, "momentum": 0.0, **wanted})  # type: ignore[arg-type]
+            wanted[name], source[name] = value, rule.name
+    return config.with_flat(**{**SWITCHES, "momentum": 0.0, **wanted})

@@ -1,4 +1,4 @@
-"""Learning without Forgetting, and the distillation that it shares with generative replay."""
+"""Learning without Forgetting (LwF), and the distillation loss that it shares with generative replay."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float, groups: S
 
 
 class TopLogits(NamedTuple):
-    """A teacher's softmax(z / T), its k likeliest outputs one by one and all others as one.
+    """A teacher's softmax(z / T): the k likeliest outputs, and all others together.
 
     ``outputs`` (..., k) int32; ``logp`` (..., k + 1) float: their log-probabilities, then that of the rest together.
     """
@@ -53,12 +53,11 @@ def top_logits(logits: Tensor, k: int, temperature: float) -> TopLogits:
 
 
 def top_distillation(student: Tensor, teacher: TopLogits, temperature: float) -> Tensor:
-    """`distillation` from what is left of the teacher's logits: T^2 times the divergence over k + 1 outputs, summed.
+    """Distillation from a teacher's k likeliest outputs: T^2 times the divergence over k + 1 outputs, summed.
 
-    The last output is "any of the rest": so the student is told how much probability they have together, not how to
-    share it. It is a lower bound of the divergence over all outputs (log sum inequality), which it equals for k = V.
-    The squared error of the kept logits would leave the rest free to grow, unless the shift of all logits, which no
-    probability depends on, were held too.
+    The last output stands for all the rest: the student is told how much probability they have together, not how to
+    share it. The value is a lower bound of the divergence over all outputs (log sum inequality), and equals it for
+    k = V. A squared error of the kept logits would leave the others free to grow.
 
     Args:
         student: (..., V) logits; gradients reach these alone.
@@ -75,14 +74,14 @@ def top_distillation(student: Tensor, teacher: TopLogits, temperature: float) ->
 
 
 def _rest(logp: Tensor, index: Tensor) -> Tensor:
-    """(..., 1): the logarithm of the probability of all outputs but those of ``index`` (..., k)."""
+    """Log-probability, (..., 1), of all outputs that are not in ``index`` (..., k)."""
     return logp.scatter(-1, index, -torch.inf).logsumexp(-1, keepdim=True)
 
 
 class SeenOutputs:
     """The outputs that earlier tasks taught, in groups that share a softmax.
 
-    With heads (`Batch.allowed`) each head is a group; without, all labels seen so far are one.
+    With heads (`Batch.allowed`) each head is a group. Without heads, all labels seen so far form one group.
     """
 
     def __init__(self) -> None:
@@ -90,7 +89,7 @@ class SeenOutputs:
         self.heads = True
 
     def add(self, batches: Iterable[Batch]) -> None:
-        """Note the outputs of ``batches``."""
+        """Add the outputs of ``batches``."""
         for batch in batches:
             if batch.allowed is None:
                 self.heads = False
@@ -104,12 +103,14 @@ class SeenOutputs:
 
 
 class LwF(Rule):
-    """Learning without Forgetting (Li & Hoiem, ECCV 2016): on the new task's inputs, answer as the old model did.
+    """Learning without Forgetting: on the new task's inputs the model is to answer as the old model did.
 
-    loss += weight T^2 KL(softmax(f*(x) / T) || softmax(f(x) / T)), f* being the model as the last task left it, over
-    the outputs that earlier tasks taught: head by head where there are heads, else one softmax over the labels seen.
+    Li & Hoiem, ECCV 2016::
 
-    It keeps a fork of the model, which has weights of its own and shares the rest.
+        loss += weight T^2 KL(softmax(f*(x) / T) || softmax(f(x) / T))
+
+    f* is the model at the end of the last task. The softmax runs over the outputs that earlier tasks taught, head by
+    head where there are heads. The rule keeps a fork of the model, which shares all that learning does not write.
 
     Args:
         weight: of the distillation against the loss, both summed over samples; >= 0.

@@ -1,4 +1,4 @@
-"""Experience replay, and Dark Experience Replay: samples come back while the new is learnt."""
+"""Experience replay (ER) and dark experience replay (DER, DER++): remembered samples are learnt again."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ FILL = ("step", "task")
 
 
 class ExperienceReplay(Rule):
-    """ER (Ratcliff 1990; Chaudhry et al., "On Tiny Episodic Memories in Continual Learning", 2019).
+    """Experience replay: every step also learns from samples drawn from a reservoir.
 
-    Every step also learns from samples drawn from a reservoir: loss += weight sum_r CE(f(x_r), y_r).
+    Ratcliff 1990; Chaudhry et al., "On Tiny Episodic Memories in Continual Learning", 2019::
+
+        loss += weight sum_r CE(f(x_r), y_r)
 
     Args:
         capacity: samples in the reservoir.
@@ -43,7 +45,7 @@ class ExperienceReplay(Rule):
         return None if held is None else self.weight * task_loss(self.forward(self.model, held), held)
 
     def draw(self) -> Batch | None:
-        """A batch of remembered samples; None while there is none."""
+        """A batch of remembered samples; None while the reservoir is empty."""
         fields = self.reservoir.draw(self.rows)
         return Batch(**fields) if fields else None  # type: ignore[arg-type]
 
@@ -61,10 +63,10 @@ class ExperienceReplay(Rule):
 
 
 class DarkExperienceReplay(Rule):
-    """DER and DER++ (Buzzega et al., "Dark Experience for General Continual Learning", NeurIPS 2020).
+    """Dark experience replay (DER, DER++): remembered samples come back with the logits that the model gave for them.
 
-    With each sample x the reservoir keeps the logits z that the model gave when it met x. Every step learns from two
-    independent draws::
+    Buzzega et al., "Dark Experience for General Continual Learning", NeurIPS 2020. With each sample x the reservoir
+    keeps the logits z of the step in which x was learnt. Every step learns from two independent draws::
 
         loss += alpha sum_r |f(x_r) - z_r|^2  +  beta sum_s CE(f(x_s), y_s)        beta = 0: DER; beta > 0: DER++
 

@@ -1,4 +1,4 @@
-"""Generative replay: inputs are drawn from a model of the past inputs; no sample is kept."""
+"""Generative replay: inputs are drawn from a Gaussian mixture fitted to past inputs; no sample is kept."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ttt.rules.task.distillation import SeenOutputs, distillation
 
 
 class GaussianMixture:
-    """A mixture of low-rank Gaussians over inputs of any shape; each `fit` adds components, labels unseen.
+    """A mixture of low-rank Gaussians over inputs of any shape. Each `fit` adds components; labels are not used.
 
     Component k is N(mu_k, U_k U_k^T + s_k I) with U_k of ``rank`` columns: the principal directions of the inputs
     nearest to mu_k (k-means, started far apart as in k-means++), scaled by their deviations; s_k is the mean variance
     in the other directions. Components are drawn in proportion to the inputs they stand for.
 
     Args:
-        components: added by each fit, at most.
+        components: largest number that each fit adds.
         rank: columns of U_k, >= 0.
-        least: inputs that a component stands for at least, >= 2; a smaller cluster joins its nearest. The mean of one
-            input would be that input.
+        least: smallest number of inputs that a component stands for, >= 2; a smaller cluster joins the nearest one. The
+            mean of a single input would be that input.
         seed: of k-means and the draws.
 
     Raises:
@@ -71,12 +71,12 @@ class GaussianMixture:
 
     @staticmethod
     def _principal(centred: Tensor) -> tuple[Tensor, Tensor]:
-        """Variances, falling, and directions (n, k) of (N, n) centred rows."""
+        """Principal variances in falling order, and their directions (n, k), of centred rows (N, n)."""
         _, s, v = torch.linalg.svd(centred, full_matrices=False)
         return s.square() / max(1, len(centred) - 1), v.T
 
     def _k_means(self, rows: Tensor, k: int, rounds: int = 20) -> Tensor:
-        """(N,) the cluster of each row; every cluster has at least ``least`` rows."""
+        """The cluster of each row, (N,); every cluster has at least ``least`` rows."""
         first = int(torch.randint(len(rows), (1,), generator=self.generator))
         centres = rows[first : first + 1]
         while len(centres) < k:
@@ -98,7 +98,7 @@ class GaussianMixture:
 
     @torch.no_grad()
     def sample(self, rows: int) -> Tensor:
-        """(rows, ...) inputs.
+        """Draw inputs, (rows, ...).
 
         Raises:
             RuntimeError: before the first `fit`.
@@ -122,10 +122,10 @@ class GaussianMixture:
 
 
 class GenerativeReplay(Rule):
-    """Generative replay (Shin et al., 2017; with soft targets as van de Ven & Tolias, 2018).
+    """Generative replay: every step also learns from inputs drawn from a mixture fitted to earlier tasks.
 
-    Every step draws inputs x_g from a `GaussianMixture` of earlier tasks' inputs, and learns on them what the model as
-    the last task left it says, f*: the labels are the old model's for the generated inputs, never the new batch's::
+    Shin et al., 2017, with soft targets as in van de Ven & Tolias, 2018. On drawn inputs x_g the targets are the
+    outputs f* of the model at the end of the last task::
 
         loss += weight T^2 sum_g KL(softmax(f*(x_g) / T) || softmax(f(x_g) / T))
 
@@ -137,7 +137,7 @@ class GenerativeReplay(Rule):
         rows: inputs drawn for each step.
         weight: of a generated input against a new one, >= 0.
         temperature: T > 0.
-        low, high: generated inputs are clamped to this range; None for none.
+        low, high: generated inputs are clamped to this range; None for no bound.
         seed: of the mixture.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The update rule of Titans: a velocity, and a gate that forgets what was learnt."""
+"""Momentum and a forget gate in the commit: the update rule of Titans."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ttt.rules.task.base import Rule
 
 
 class Momentum(Rule):
-    """The layers' updates carry a velocity and forget: "surprise" over time, after Titans.
+    """Updates carry a velocity, and weights decay to the anchor.
 
-    Behrouz, Zhong & Mirrokni, "Titans: Learning to Memorize at Test Time", 2024, inside the commit; what a window makes
-    of the paper's recurrence is derived in `ttt.ops.momentum`. Here the gate takes weights back to the anchor and not
-    to 0: what is forgotten is what was learnt since the anchor last moved.
+    Behrouz, Zhong & Mirrokni, "Titans: Learning to Memorize at Test Time", 2024, inside the commit. `ttt.ops.momentum`
+    derives what a window makes of the paper's recurrence. The forget gate pulls weights to the anchor instead of 0, so
+    what is forgotten is what was learnt since the anchor last moved.
 
     Args:
         mu: share of the velocity that stays from token to token, in [0, 1).

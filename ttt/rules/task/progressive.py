@@ -1,4 +1,4 @@
-"""Progressive Neural Networks: a column for each task, fed by the columns before it."""
+"""Progressive neural networks: one column for each task, which also reads the columns before it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ttt.rules.task.base import Batch, Rule
 
 
 def with_ones(x: Tensor) -> Tensor:
-    """(..., n) -> (..., n + 1), the last feature being 1: a bias becomes a weight, and learns as weights do."""
+    """Append a feature that is always 1, (..., n) -> (..., n + 1), so that a bias is a weight and learns like one."""
     return torch.cat([x, x.new_ones((*x.shape[:-1], 1))], -1)
 
 
 class Column(nn.Module):
-    """One multilayer perceptron, and its lateral connections from ``older`` columns of the same sizes."""
+    """A multilayer perceptron with lateral connections from ``older`` columns of the same sizes."""
 
     def __init__(self, sizes: Sequence[int], older: int, adapter: int | None, config: TTTConfig, name: str) -> None:
         super().__init__()
@@ -41,7 +41,12 @@ class Column(nn.Module):
                 self.adapters.append(nn.Sequential(Ones(), parts[0], nn.ReLU(), parts[1]))
 
     def forward(self, x: Tensor, older: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        """Activations of every layer; the last is the output. ``older``: those of the earlier columns."""
+        """The activations of every layer, the last of which is the output.
+
+        Args:
+            x: (N, n).
+            older: activations of the earlier columns.
+        """
         out: list[Tensor] = []
         h = x
         for i, layer in enumerate(self.layers):
@@ -62,15 +67,15 @@ class Ones(nn.Module):
 
 
 class ProgressiveNet(nn.Module):
-    """Progressive Neural Networks (Rusu et al., 2016), of multilayer perceptrons with ReLU.
+    """A progressive neural network (Rusu et al., 2016) of multilayer perceptrons with ReLU.
 
     Layer i of column k reads its own column's layer below and those of all earlier columns::
 
         h_i^k = relu(W_i^k h_{i-1}^k + sum_{j<k} U_i^{k:j} h_{i-1}^j)        i >= 2; no relu at the output
 
     or, with ``adapter`` = a, the paper's nonlinear adapter U relu(V [h^1 ... h^{k-1}]) with V of a rows (its learnt
-    scale is part of V). Earlier columns run without gradient: they are not changed by one bit.
-    It has to be told the task, at test time, too.
+    scale is part of V). Earlier columns run without gradient, and do not change by one bit. The model has to be told
+    the task, at test time too.
 
     Args:
         sizes: features of the input, the hidden layers and the output; at least one hidden layer.
@@ -90,7 +95,7 @@ class ProgressiveNet(nn.Module):
         self.columns = nn.ModuleList()
 
     def add_column(self) -> Column:
-        """A new column, which learns from now on; the others stay as they are."""
+        """Add a column, which learns from now on, and freeze the others."""
         k = len(self.columns)
         column = Column(self.sizes, k, self.adapter, self.config, f"columns.{k}")
         like = next(self.parameters(), None)
@@ -100,7 +105,11 @@ class ProgressiveNet(nn.Module):
         return column
 
     def forward(self, x: Tensor, task: Tensor | int) -> Tensor:
-        """(N, n) inputs of ``task`` (one for all, or (N,) int64) -> (N, K) outputs, each of its task's column.
+        """The outputs (N, K) of inputs (N, n), each from its task's column.
+
+        Args:
+            x: (N, n).
+            task: one for all inputs, or (N,) int64.
 
         Raises:
             ValueError: for a task without a column.

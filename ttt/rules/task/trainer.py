@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ttt.adapt.convert import learning_layers, require_layers
+from ttt.defences import Defence
 from ttt.learn import protection
 from ttt.learn.any_loss import learning
-from ttt.rules.task.base import Batch, Forward, Rule, forward_inputs, masked, task_loss
+from ttt.rules.task.base import Batch, Forward, Rule, as_rules, forward_inputs, masked, task_loss
 
 
 class Trainer:
@@ -33,8 +34,10 @@ class Trainer:
         ValueError: if the model's configuration is not what the rules need.
     """
 
-    def __init__(self, model: nn.Module, rules: Sequence[Rule] = (), *, forward: Forward = forward_inputs) -> None:
-        self.model, self.rules, self.forward = model, list(rules), forward
+    def __init__(
+        self, model: nn.Module, rules: Sequence[Rule | Defence] = (), *, forward: Forward = forward_inputs
+    ) -> None:
+        self.model, self.rules, self.forward = model, as_rules(rules), forward
         self.task = -1
         for rule in self.rules:
             rule.attach(model, forward)
@@ -43,7 +46,7 @@ class Trainer:
                     held = getattr(layer.config, name)
                     if held != value:
                         raise ValueError(
-                            f"{type(rule).__name__} needs {name} = {value!r}, but the model was adapted with {held!r}; "
+                            f"{rule.name} needs {name} = {value!r}, but the model was adapted with {held!r}; "
                             "adapt it under ttt.rules.configure(config, rules)"
                         )
 

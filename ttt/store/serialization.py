@@ -1,4 +1,4 @@
-"""A state as bytes: a safetensors file whose metadata holds the caller's JSON."""
+"""States to and from bytes: a safetensors file whose metadata holds the caller's JSON."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 META = "ttt.store.meta"
-"""The one entry of a file's metadata. Several would be written in any order, and equal states as different bytes."""
+"""The only entry of a file's metadata. Several entries have no fixed order: equal states would give different bytes."""
 META_BYTES = 65536
-"""The most that ``meta`` may take as JSON."""
+"""The largest ``meta``, as JSON."""
 
 
 def encode(tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> bytes:
-    """The safetensors file of ``tensors`` and ``meta``. Tensors are copied, from any device, strided or shared.
+    """The bytes of a safetensors file with ``tensors`` and ``meta``.
+
+    Args:
+        tensors: name -> tensor of any shape and device, contiguous or not; each is copied.
+        meta: a dict that JSON gives back unchanged, 64 KiB at most.
 
     Raises:
-        ValueError: if a name is not a string or is reserved, a value is no dense tensor, or ``meta`` is no dict that
-            JSON gives back unchanged, in 64 KiB at most.
+        ValueError: if a name is not a string or is reserved, a value is not a dense tensor of a dtype that safetensors
+            knows, or ``meta`` is not such a dict.
     """
     copies = {}
     for name, tensor in tensors.items():
@@ -39,10 +43,10 @@ def encode(tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None)
 
 
 def decode(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, meta) of what `encode` or another writer of safetensors made; of the latter, its metadata.
+    """(tensors, meta) of the bytes of a safetensors file; the file's metadata if `encode` did not write it.
 
     Raises:
-        ValueError: if ``data`` is no whole safetensors file.
+        ValueError: if ``data`` is not a whole safetensors file.
     """
     try:
         tensors = safetensors.torch.load(data)

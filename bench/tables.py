@@ -1,0 +1,179 @@
+"""``python -m bench.tables``: fill the tables of README.md and docs/ with the committed figures.
+
+A table follows a line ``<!-- table: NAME -->``; `TABLES` says how each is made. A test
+checks that the committed pages hold what this command writes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+DOMAINS = ("english", "html", "rst", "licences")
+SPLITS = ("split-class", "split-domain", "split-task", "permuted")
+BRIEF = {"frozen": "frozen", "in-context only": "in-context only", "naive": "plain SGD", "ER": "replay of text (ER)",
+         "default": "**ttt, default**", "growing columns": "**ttt, growing columns**"}  # fmt: skip
+BRIEF_COSTS = (
+    ("commit", "4096x4096, T = 16, R = 0", "bfloat16"),
+    ("decode", "4096x4096, window 64", "bfloat16"),
+    ("observe", "demo model, chunks of 64", "float32"),
+    ("observe", "llama 12x768, chunks of 64", "float32"),
+    ("generate", "llama 12x768, 32 tokens, learning every 16", "float32"),
+    ("low_rank", "learning: 2048x2048, 32 tokens of 32 users, rank 16, window 64", "bfloat16"),
+)
+COMMITS = ("1024x1024, T = 1, R = 0", "1024x1024, T = 16, R = 0", "4096x4096, T = 1, R = 0", "4096x4096, T = 16, R = 0",
+           "4096x4096, T = 16, R = 4", "4096x4096, T = 16, R = 0, 8bit state", "4096x4096, T = 64, R = 0",
+           "4096x4096, T = 1024, R = 0")  # fmt: skip
+DECODES = tuple(f"{size}x{size}, window {window}" for size in (512, 4096) for window in (16, 64, 128))
+
+
+def _load(name: str) -> dict[str, Any]:
+    folder = "kernels" if name.startswith("cpu_") else "learning"
+    return json.loads((ROOT / "bench" / folder / "results" / name).read_text())
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _table(head: tuple[str, ...], rows: list[str]) -> list[str]:
+    return [_line(*head), "|" + "---|" * len(head), *rows]
+
+
+def _streams() -> dict[tuple[str, str], dict[str, Any]]:
+    return {(r["scenario"], r["method"]): r for r in _load("benchmark_text.json")["rows"]}
+
+
+def _alone(rows: dict[tuple[str, str], dict[str, Any]], method: str) -> tuple[list[str], str]:
+    alone = [rows[f"adapt-{domain}", method] for domain in DOMAINS]
+    cells = [f"{r['new'][0]:.3f} / {100 * r['forgetting_share'][0]:.0f} %" for r in alone]
+    return cells, "" if alone[0]["time"] is None else f"{fmean(r['time'][0] for r in alone):.2f} x"
+
+
+def quality() -> list[str]:
+    """Six methods on streams of text: bits per byte and share of naive's forgetting."""
+    rows = _streams()
+    lines = []
+    for method, shown in BRIEF.items():
+        cells, time = _alone(rows, method)
+        lines.append(_line(shown, *cells, time))
+    return _table(("method", "English", "HTML", "reStructuredText", "licences", "time"), lines)
+
+
+def streams() -> list[str]:
+    """All methods on streams of text; the long stream in which domains take turns; time and state."""
+    rows = _streams()
+    lines = []
+    for method in dict.fromkeys(name for _, name in rows):
+        cells, time = _alone(rows, method)
+        long = rows.get(("recurring", method))
+        cells += ["", ""] if long is None else [f"{long[name][0]:.3f}" for name in ("new", "forgetting")]
+        lines.append(_line(method, *cells, time, f"{rows[f'adapt-{DOMAINS[0]}', method]['state'][0]:.1f}"))
+    head = ("method", "English", "HTML", "reStructuredText", "licences", "in turns", "lost", "time", "bytes")
+    return _table(head, lines)
+
+
+def digits() -> list[str]:
+    """Mean accuracy over all tasks at the end, with the 95 % interval, and cost: a row a method."""
+    rows = {(r["scenario"], r["method"]): r for r in _load("benchmark_digits.json")["rows"]}
+    lines = []
+    for method in dict.fromkeys(name for _, name in rows):
+        cells = []
+        for split in SPLITS:
+            row = rows.get((split, method))
+            cells.append("" if row is None else f"{row['acc'][0]:.3f} ± {row['acc'][1]:.3f}")
+        first = next(rows[split, method] for split in SPLITS if (split, method) in rows)
+        lines.append(_line(method, *cells, f"{first['us_per_sample'][0]:.0f}", f"{first['state_kib'][0]:.0f}"))
+    head = ("method", "class-incremental", "domain-incremental", "task-incremental", "permuted", "CPU us/sample",
+            "state, KiB")  # fmt: skip
+    return _table(head, lines)
+
+
+def demo() -> list[str]:
+    """The demo's rows, one for each text and method."""
+    lines = []
+    for domain, one in _load("demo.json")["domains"].items():
+        for row in one["rows"]:
+            gain, lost = ("" if row[k] is None else f"{100 * row[k]:.0f} %" for k in ("gain_share", "forgetting_share"))
+            method = f"**{row['method']}**" if row["method"] == "default" else row["method"]
+            bits = [f"{row['new_bpb']:.3f}", gain, f"{row['old_bpb']:.3f}", lost]
+            lines.append(_line(domain, method, *bits, f"{row['tokens_per_second']:.0f}", f"{row['time_ratio']:.2f} x"))
+    head = ("text", "method", "new text, bits/byte", "gain, of SGD's", "Python afterwards", "forgetting, of SGD's",
+            "bytes/s", "time")  # fmt: skip
+    return _table(head, lines)
+
+
+def _measured() -> list[dict[str, Any]]:
+    return [r for name in ("commit", "layers", "low_rank") for r in _load(f"cpu_{name}.json")["rows"] if r["ours"]]
+
+
+def _beside(row: dict[str, Any]) -> str:
+    ratio, name = row["ratio"], row["baseline"]
+    if ratio is None:
+        return ""
+    if name == "plain torch":
+        return f"{1 / ratio:.2f} x as fast as {name}"
+    return f"{ratio:.2f} x the time of {f'`{name}`' if name == 'nn.Linear' else name}"
+
+
+def costs() -> list[str]:
+    """Six figures of what kernels and loops cost."""
+    rows = {(r["suite"], r["case"], r["dtype"]): r for r in _measured()}
+    found = [rows[key] for key in BRIEF_COSTS]
+    lines = [_line(r["suite"], r["case"], r["dtype"], f"{r['us']:.0f}", _beside(r)) for r in found]
+    return _table(("suite", "case", "weights", "us", "compared with, in the same run"), lines)
+
+
+def all_costs() -> list[str]:
+    """What the kernels and the loops around them cost, beside what is timed in the same run."""
+    lines = []
+    for suite, cases in (("commit", COMMITS), ("decode", DECODES), ("observe", None), ("generate", None),
+                         ("low_rank", None)):  # fmt: skip
+        rows = [r for r in _measured() if r["suite"] == suite and (cases is None or r["case"] in cases)]
+        for row in sorted(rows, key=lambda r: r["dtype"], reverse=True):
+            of = "" if row["ceiling"] is None else f"{row['percent_of_ceiling']:.0f} % of {row['ceiling']}"
+            bound = "" if row["ceiling"] != "copy" else f"{row['ratio_to_bound']:.2f}"
+            lines.append(_line(suite, row["case"], row["dtype"], f"{row['us']:.0f}", _beside(row), of, bound))
+    head = ("suite", "case", "weights", "us", "compared with, in the same run", "of the ceiling",
+            "time / traffic at copy speed")  # fmt: skip
+    return _table(head, lines)
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "quality": quality, "streams": streams, "digits": digits, "demo": demo, "costs": costs, "all costs": all_costs,
+}  # fmt: skip
+"""Name in the marker -> what makes the table."""
+
+MARKER = re.compile(r"^<!-- table: (.+) -->\n(?:\|.*\n)*", re.M)
+
+
+def filled(page: str) -> str:
+    """``page`` with every marked table made anew.
+
+    Raises:
+        KeyError: for a marker that names no table.
+    """
+    return MARKER.sub(lambda m: "\n".join([f"<!-- table: {m[1]} -->", *TABLES[m[1]](), ""]), page)
+
+
+def pages() -> list[Path]:
+    """The pages that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def main() -> None:
+    """Write the pages."""
+    for path in pages():
+        text = path.read_text()
+        if (new := filled(text)) != text:
+            path.write_text(new)
+            print(f"{path.relative_to(ROOT)} written")
+
+
+if __name__ == "__main__":
+    main()
