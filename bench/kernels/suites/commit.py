@@ -19,7 +19,8 @@ from bench.kernels.plain_torch import compiled, plain_commit
 from bench.kernels.state import STORAGE, assert_change, copies, layer_count, random_layer, size_of, some_rows
 from ttt.ops import reference
 
-LAM, ETA, MEMORY = 0.01, 5e-3, 256
+# The strengths are fixed here, so that results do not depend on the defaults of `ttt.ops.commit`.
+LAM, BETA, EPS, ETA, MEMORY = 0.01, 0.3, 1e-3, 5e-3, 256
 
 Layer = dict[str, Any]
 
@@ -114,7 +115,7 @@ class Commit(Case):
         step = torch.zeros(1, dtype=torch.int64, device=self.device)
 
         def ours(layer: Layer) -> None:
-            ttt.ops.commit(**layer, **inputs(), step=step, lam=LAM, replay_rows=self.replay)
+            ttt.ops.commit(**layer, **inputs(), step=step, lam=LAM, replay_rows=self.replay, beta=BETA, eps=EPS)
 
         def plain(function: Callable) -> Callable[[Layer], None]:
             def run(layer: Layer) -> None:
@@ -124,7 +125,7 @@ class Commit(Case):
                 if self.replay:  # the rows that ours draws
                     draw = ttt.ops.reservoir_draw(given["seen"], step, capacity=MEMORY, rows=self.replay)
                     rows = given["memory"][draw]
-                function(**layer, **tokens, lam=LAM, replayed=rows)
+                function(**layer, **tokens, lam=LAM, replayed=rows, beta=BETA, eps=EPS)
 
             return run
 
@@ -167,7 +168,7 @@ class Commit(Case):
         w, anchor, importance, trace = exact.values()
         reference.commit(
             w, anchor, importance, trace, wide["x"], wide["delta"], wide["eta"], None, wide.get("memory"),
-            wide.get("seen"), step.clone(), 0, self.replay, "projection", 0.3, 1e-3, LAM, 1.0, "fisher",
+            wide.get("seen"), step.clone(), 0, self.replay, "projection", BETA, EPS, LAM, 1.0, "fisher",
         )  # fmt: skip
         run(got)
         allowed = {"weight": STORAGE[self.dtype].tolerance, "trace": STORAGE[self.state].tolerance}
