@@ -23,7 +23,8 @@ import typer
 from rich.console import Console
 
 import ttt
-from bench.kernels.timing import machine, quartiles
+from bench.kernels.timing import quartiles
+from bench.machine import provenance
 from ttt.demo import load_model
 from ttt.store import Store
 
@@ -148,7 +149,7 @@ def main(
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         figures = measure(Path(temporary), users, min(flushed, users), min(samples, users))
-    found = {"machine": machine("cpu"), "figures": figures}
+    found = {"machine": provenance("cpu"), "figures": figures}
     json_file.write_text(json.dumps(found, indent=1) + "\n")
     Console().print_json(data=found)
 

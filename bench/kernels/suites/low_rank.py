@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import ttt
-from bench.kernels.registry import Case, Contender, Unavailable, shared
+from bench.kernels.case import Case, shared
+from bench.kernels.contender import Contender, Unavailable
 from bench.kernels.state import LEARNS, STORAGE, assert_change, layer_count, size_of, some_rows
 from ttt.nn import LowRankLinear
 

@@ -1,4 +1,4 @@
-"""The ways to read a stream: each scores every byte before anything is learnt from it."""
+"""Ways to read a stream. Each scores every byte before it learns from it."""
 
 from __future__ import annotations
 
@@ -9,49 +9,52 @@ import torch
 from torch import Tensor, nn
 
 import ttt
-from bench.learning.knn import Datastore
+from bench.learning.text.knn import Datastore
 from ttt.demo.model import LN2, bits_per_byte, score, score_in_context
 from ttt.learn.huggingface import cache_of, cached
 
 
 class Reader:
-    """Reads with a model that stays as it is, piece by piece, each with an empty context.
+    """Reads with a frozen model, piece by piece, each with an empty context.
 
     Args:
-        model: a causal language model whose tokens are bytes; a learner's own.
+        model: a causal language model whose tokens are bytes. Readers that learn change it.
     """
 
     offline = False
-    """It was trained before the stream: what its reading costs says nothing."""
+    """Whether all learning took place before the stream; then the time of reading does not include it."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
     def read(self, ids: Tensor, start: int, end: int) -> Tensor:
-        """(1, end - start) nats of bytes ``start + 1`` ... ``end`` of ``ids`` (1, T); byte ``start`` is their context.
+        """Score bytes ``start + 1`` ... ``end`` of ``ids`` (1, T), given byte ``start``; then learn from them.
 
-        Then learn from them. A segment's pieces come in turn, at most `CONTEXT` bytes each.
+        The pieces of a segment are read in order, at most `CONTEXT` bytes at a time.
+
+        Returns:
+            (1, end - start) losses in nats.
         """
         return score(self.model, ids[:, start : end + 1])
 
     def bits(self, rows: Tensor) -> float:
-        """Mean bits per byte of ``rows`` (N, T), text that is not learnt from."""
+        """Mean bits per byte of ``rows`` (N, T), without learning from them."""
         return bits_per_byte(self.model, rows)
 
     def state_bytes(self) -> int:
-        """Bytes kept beside the base model's weights."""
+        """Bytes kept in addition to the weights of the base model."""
         return 0
 
 
 class InContext(Reader):
-    """As long a context as the model takes, and nothing else."""
+    """Reads with a frozen model and a long context (`score_in_context`)."""
 
     def read(self, ids: Tensor, start: int, end: int) -> Tensor:
         return score_in_context(self.model, ids, start, end)
 
 
 class Learning(Reader):
-    """A `ttt.Learner`, under any rules."""
+    """Reads with a `ttt.Learner`, with or without rules."""
 
     def __init__(self, learner: ttt.Learner) -> None:
         super().__init__(learner.model)
@@ -67,7 +70,7 @@ class Learning(Reader):
 
 
 class Growing(Learning):
-    """A `ttt.GrowingLearner`. What is not learnt from is scored by all that it knows: `ttt.GrowingLearner.score`."""
+    """Reads with a `ttt.GrowingLearner`; text that is not learnt from is scored by `ttt.GrowingLearner.score`."""
 
     def __init__(self, growing: ttt.GrowingLearner) -> None:
         super().__init__(growing.learner)
@@ -85,7 +88,7 @@ class Growing(Learning):
 
 
 class Joint(Learning):
-    """A learner trained offline on ``rows`` (N, T), in their order; it reads the stream without learning from it."""
+    """Learns ``rows`` (N, T) in their order when it is made, then reads the stream without learning from it."""
 
     offline = True
 
@@ -99,10 +102,10 @@ class Joint(Learning):
 
 
 class NearestNeighbours(Reader):
-    """The kNN language model: ``weight`` p_kNN + (1 - ``weight``) p of a model that stays as it is.
+    """The kNN language model: ``weight`` p_kNN + (1 - ``weight``) p, where p is of a frozen model.
 
-    Keys are the hidden states at the output head, values the bytes that followed; the stream's own are added, chunk by
-    chunk, after they were scored. See `Datastore`.
+    Keys of the `Datastore` are the inputs of the output head, values are the bytes that followed. Those of the stream
+    are added chunk by chunk, after the chunk was scored.
     """
 
     def __init__(self, model: Any, weight: float, temperature: float, neighbours: int, chunk: int = 64) -> None:
@@ -143,11 +146,11 @@ class NearestNeighbours(Reader):
 
 
 class FineTuning(Reader):
-    """Reads frozen, and every ``period`` bytes trains by AdamW on what came since the last time.
+    """Reads with a frozen copy of the model, and after every ``period`` bytes trains the copy on them with AdamW.
 
     Args:
-        parameters: names of those that are trained; None for all.
-        epochs: passes over these bytes, in rows of `CONTEXT`, one row a step, in an order that ``seed`` draws.
+        parameters: names of the parameters to train; None for all.
+        epochs: passes over these bytes. A step is on one row of `CONTEXT` bytes; ``seed`` draws the order of the rows.
     """
 
     def __init__(
@@ -185,6 +188,6 @@ class FineTuning(Reader):
 
 
 def adapted_weights(model: nn.Module, config: ttt.TTTConfig) -> list[str]:
-    """Names of the weights that `ttt.adapt_` would let learn under ``config``."""
+    """Names of the weights of ``model`` that learn after `ttt.adapt_` with ``config``."""
     names = [name for name, _ in ttt.learning_layers(ttt.adapt_(copy.deepcopy(model), config))]
     return [f"{name}.weight" for name in names]

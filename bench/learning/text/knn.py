@@ -1,4 +1,4 @@
-"""A datastore of hidden states and the bytes that followed them: the k nearest neighbours' prediction."""
+"""A datastore of hidden states and the bytes that followed them, which predicts by its k nearest neighbours."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 class Datastore:
-    """Keys (d,) and values; exact search by squared Euclidean distance (faiss's ``IndexFlatL2``).
+    """Keys (d,) and their values, with exact search by squared Euclidean distance (faiss's ``IndexFlatL2``).
 
-    p(v | q) is proportional to the sum of exp(-|q - k_i|^2 / temperature) over those of the ``neighbours`` nearest keys
-    k_i whose value is v (Khandelwal et al., "Generalization through Memorization: Nearest Neighbor Language Models",
-    2020).
+    Among the ``neighbours`` keys k_i nearest to a query q, p(v | q) is proportional to the sum of
+    exp(-|q - k_i|^2 / temperature) over the keys whose value is v (Khandelwal et al., "Generalization through
+    Memorization: Nearest Neighbor Language Models", 2020).
 
     Raises:
         ImportError: without faiss (``pip install 'ttt[benchmark]'``).
@@ -31,7 +31,7 @@ class Datastore:
         return len(self._values)
 
     def add(self, keys: Tensor, values: Tensor) -> None:
-        """Remember ``values`` (N,) int64 under ``keys`` (N, d) float32."""
+        """Store ``values`` (N,) int64 under ``keys`` (N, d) float32."""
         self._index.add(keys.contiguous().numpy())
         self._values = torch.cat([self._values, values])
 
@@ -48,5 +48,5 @@ class Datastore:
         return (weights * (self._values[torch.from_numpy(rows)] == values.unsqueeze(1))).sum(-1)
 
     def nbytes(self) -> int:
-        """Bytes of keys and values, a value being one byte here."""
+        """Bytes of keys and values, where a value is one byte."""
         return len(self) * (4 * self._index.d + 1)

@@ -1,4 +1,4 @@
-"""What ttt is compared with: its formulas as one writes them in plain torch, and torch.compile of the same."""
+"""What ttt is compared with: its formulas written in plain torch, and torch.compile of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.kernels.registry import Unavailable
+from bench.kernels.contender import Unavailable
 
 
 def plain_commit(
@@ -25,11 +25,15 @@ def plain_commit(
     beta: float = 0.3,
     eps: float = 1e-3,
 ) -> None:
-    """`ttt.ops.commit` with the Fisher trace, without decay; ``replayed`` (R, n) are the rows it draws.
+    """`ttt.ops.commit` with the Fisher trace and without decay, in place.
 
-    In float32, with a temporary for each m x n product, and stochastic rounding for bfloat16. No ``alpha=``: on
-    CPU torch 2.13's compiler drops it; ``solve_ex``: `torch.linalg.solve` waits for a GPU.
+    It computes in float32, with a temporary for each m x n product, and rounds bfloat16 results stochastically.
+
+    Args:
+        replayed: (R, n), the rows that `ttt.ops.commit` draws from its replay memory.
     """
+    # No ``alpha=`` in additions: torch 2.13's compiler ignores it on CPU. ``solve_ex``, because `torch.linalg.solve`
+    # synchronizes with a GPU.
     wide = torch.float32
     xw, dw, drift = x.to(wide), delta.to(wide), weight.to(wide) - anchor.to(wide)
     g = (dw * eta.unsqueeze(1)).T @ xw
@@ -53,14 +57,18 @@ def _store(target: Tensor, value: Tensor) -> None:
 
 
 def plain_window_linear(x: Tensor, weight: Tensor, win_x: Tensor, win_delta: Tensor, win_eta: Tensor) -> Tensor:
-    """`ttt.ops.window_linear` in the dtype of ``x``: the product, less what the window's rows changed."""
+    """`ttt.ops.window_linear` in the dtype of ``x``: x W^T - ((x X^T) * eta) D for the window's rows X, D and eta."""
     return functional.linear(x, weight) - ((x @ win_x.T) * win_eta.to(x.dtype)) @ win_delta
 
 
 class PlainLayer:
-    """`ttt.nn.Linear` in plain torch: forward, append, and a commit when the window is full.
+    """`ttt.nn.Linear` in plain torch: forward, append to the window, and a commit when the window is full.
 
-    ``layer`` holds weight, anchor, importance and trace, ``pending`` rows of the window are in use at first.
+    Args:
+        layer: its weight, anchor, importance and trace, by name.
+        window: number of rows of the window.
+        lam: strength of the EWC penalty.
+        pending: number of rows of the window that are in use at first.
     """
 
     def __init__(self, layer: dict[str, Any], window: int, lam: float, pending: int = 0) -> None:
@@ -88,23 +96,25 @@ class PlainLayer:
 def compiled(function: Callable) -> Callable:
     """``torch.compile`` of ``function`` for the shapes of its first call, as one graph.
 
+    Only whether a graph was compiled is checked here; the caller must check the results.
+
     Raises:
-        Unavailable: at the first call, if nothing was compiled (the caller must check results besides).
+        Unavailable: at the first call, if nothing was compiled.
     """
     from torch._dynamo.utils import counters
 
-    torch._dynamo.reset()  # the limit on recompilations counts all shapes of one function
+    torch._dynamo.reset()  # or functions compiled earlier would count towards the limit on recompilations
     counters.clear()
     fast = torch.compile(function, fullgraph=True, dynamic=False)
-    known = False
+    checked = False
 
     def call(*args, **kwargs):
-        nonlocal known
+        nonlocal checked
         result = fast(*args, **kwargs)
-        if not known:
+        if not checked:
             if not counters["stats"]["unique_graphs"]:
                 raise Unavailable("torch.compile ran the function without compiling a graph")
-            known = True
+            checked = True
         return result
 
     return call

@@ -1,4 +1,4 @@
-"""The suite "text": a language model reads kinds of text it has never seen, and should keep what it knew."""
+"""The suite "text": a language model reads new kinds of text and should not forget what it knew."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from bench.learning import metrics, streams, text_plots
+from bench.learning import metrics
 from bench.learning.suite import SEEDS, Figure, Record, best_of
-from bench.learning.text_methods import EPOCHS, METHODS, NEIGHBOURS, PERIOD, method
+from bench.learning.text import plots, streams
+from bench.learning.text.methods import EPOCHS, METHODS, NEIGHBOURS, PERIOD, method
+from bench.learning.text.run import run
 from ttt.demo.model import CONFIG
 
 
 class TextSuite:
-    """See `bench.learning.streams` for the scenarios and `bench.learning.text_methods` for the methods.
+    """The suite "text"; for its scenarios see `bench.learning.text.streams`, for its methods `.text.methods`.
 
-    Shares are of what naive, plain SGD at the rate that gains most, does to the same stream: its gain over the frozen
-    model on the new text, and what it adds to the bits per byte of held-out Python.
+    Shares are relative to naive (SGD without protection, at the rate that gains most) on the same stream: the gain
+    share to its gain over the frozen model on the new text, the forgetting share to its increase of the bits per byte
+    of held-out Python.
     """
 
     name = "text"
@@ -25,18 +28,20 @@ class TextSuite:
     references: Sequence[str] = ("frozen", "naive")
     figures: Sequence[Figure] = (
         Figure("new", "new text, bits", 3, "bits per byte of the stream, each byte scored before it is learnt"),
-        Figure("gain", "gain, bits", 3, "bits per byte less than the frozen model"),
-        Figure("gain_share", "of naive's", 2, "that gain as a share of naive's"),
+        Figure("gain", "gain, bits", 3, "the frozen model's bits per byte of the stream, minus the method's"),
+        Figure("gain_share", "of naive's", 2, "gain divided by naive's"),
         Figure("old", "Python, bits", 3, "bits per byte of held-out Python sources after the stream"),
-        Figure("forgetting_share", "forgetting, of naive's", 2, "what was added to them, as a share of naive's"),
+        Figure("forgetting_share", "forgetting, of naive's", 2,
+               "increase of these bits per byte over the frozen model's, divided by naive's"),
         Figure("forgetting", "of domains, bits", 3,
-               "recurring: bits per byte of a domain's held-out text at the end, less the fewest before; "
-               "mean over the domains but the last"),
-        Figure("bwt", "BWT, bits", 3, "recurring: the same after a domain's last segment, less at the end"),
+               "recurring: bits per byte of a domain's held-out text at the end, minus the lowest before; "
+               "mean over the domains except the last"),
+        Figure("bwt", "BWT, bits", 3,
+               "recurring: bits per byte after a domain's last segment, minus those at the end; mean as above"),
         Figure("recovery", "recovery, bytes", 0,
-               "recurring: bytes until a domain that comes back is within 5 % of the bits per byte it was left at"),
-        Figure("time", "time", 2, "per byte, the frozen model's being 1, measured in turn in the same run"),
-        Figure("state", "bytes a weight", 1, "kept beside the weights, for each weight that a learner may change"),
+               "recurring: bytes until a domain that comes back is within 5 % of its bits per byte when it ended"),
+        Figure("time", "time", 2, "time per byte, divided by the frozen model's in the same run"),
+        Figure("state", "bytes per weight", 1, "bytes kept in addition to the weights, per weight that may learn"),
     )  # fmt: skip
 
     def protocol(self) -> Record:
@@ -75,14 +80,12 @@ class TextSuite:
         return method(name).sweep if scenario in streams.SWEPT else None
 
     def run(self, scenario: str, method: str, seed: int, options: Record, *, tuning: bool) -> Record:
-        from bench.learning.text import run
-
         return run(scenario, method, seed, options, tuning=tuning)
 
     def score(self, record: Record, others: Mapping[str, Record]) -> float:
-        """The share of naive's gain less that of its forgetting; of a reference the gain alone.
+        """The share of naive's gain minus that of its forgetting; for naive and frozen the gain alone.
 
-        For "worst" naive is at the rate that gains most on this very text.
+        Where the method's ``score`` is "worst", naive has the rate that gains most on the same stream.
         """
         if method(record["method"]).score == "new":
             return -record["new"]
@@ -115,14 +118,17 @@ class TextSuite:
         }
 
     def plot(self, records: Sequence[Record], rows: Sequence[Record], title: str, prefix: str) -> list[str]:
-        """Shares as bars, the trade-off curves, and bits per byte along the recurring stream, where there are runs."""
-        return text_plots.draw(self, records, rows, title, prefix)
+        """Draw shares as bars, trade-off curves, and bits per byte along the recurring stream, if there are runs."""
+        return plots.draw(self, records, rows, title, prefix)
 
 
 def shares(record: Record, others: Mapping[str, Record]) -> tuple[float | None, float | None]:
-    """(share of naive's gain, share of naive's forgetting) of a run; ``others``: of the same stream, by method.
+    """(share of naive's gain, share of naive's forgetting) of a run.
 
-    None where there is no run of naive or frozen, or naive has none to have a share of.
+    A share is None if there is no run of naive or of frozen, or if naive did not gain or forget.
+
+    Args:
+        others: runs of the same stream, by method.
     """
     frozen, naive = others.get("frozen"), others.get("naive")
     if frozen is None or naive is None:

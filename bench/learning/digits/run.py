@@ -1,4 +1,4 @@
-"""One run of the vision suite: a method learns a scenario's tasks in turn, and is scored on all of them after each."""
+"""One run of the suite: a method learns the tasks of a scenario in turn, and is scored on all of them after each."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import ttt
-from bench.learning.digits import Scenario, Task, joined, scenario
-from bench.learning.methods import BUFFER, Options, fits, method
+from bench.learning.digits.methods import BUFFER, Options, fits, method
+from bench.learning.digits.tasks import Scenario, Task, joined, scenario
 from ttt.defences import Defence
 from ttt.rules import ProgressiveNet, Rule, Trainer, configure, forward_task
 from ttt.rules.task.progressive import Ones
@@ -21,7 +21,7 @@ EPOCHS = {"split-class": 20, "split-domain": 20, "split-task": 20, "permuted": 1
 
 
 def network(inputs: int, outputs: int, hidden: int = HIDDEN) -> nn.Module:
-    """A multilayer perceptron. Biases are weights of a constant input, so that they learn, and are protected, too."""
+    """A multilayer perceptron whose biases are weights of a constant input, so that they learn and are protected."""
     return nn.Sequential(
         Ones(),
         nn.Linear(inputs + 1, hidden, bias=False),
@@ -32,7 +32,7 @@ def network(inputs: int, outputs: int, hidden: int = HIDDEN) -> nn.Module:
 
 
 def _trainer(found: Scenario, rules: Sequence[Rule | Defence], lr: float, seed: int) -> Trainer:
-    # window=1: what a batch teaches is committed at once. Rates are the options', whatever ttt's defaults are.
+    # window=1: every batch is committed at once. The rate is constant, as the options give it.
     plain = ttt.TTTConfig(
         target_modules="all-linear", rate="constant", lr=lr, clip=None, window=1, replay_capacity=BUFFER, seed=seed
     )
@@ -57,13 +57,20 @@ def run(
     epochs: int | None = None,
     tuning: bool = False,
 ) -> dict[str, Any]:
-    """One run; ``epochs`` passes over each task's samples, by default those of `EPOCHS`.
+    """One run.
+
+    Args:
+        epochs: passes over the samples of each task; by default those of `EPOCHS`.
+        tuning: score on training images instead of the test set, see `bench.learning.digits.tasks.scenario`.
 
     Returns:
-        A dict of plain values: ``matrix`` (row i: accuracy on each task after task i; None for a task that the
-        model has no column for), ``untrained`` (accuracies before any learning), ``seconds`` of the processor spent on
-        learning, ``samples``
-        learnt from, and ``state_bytes`` that learning keeps at the end.
+        A dict of plain values.
+
+        * ``matrix``: in row i the accuracy on each task after task i; None for a task for which the model has no column
+        * ``untrained``: accuracy on each task before any learning
+        * ``seconds``: processor time of learning
+        * ``samples``: number of samples learnt from, counting each epoch
+        * ``state_bytes``: bytes that learning keeps at the end
 
     Raises:
         ValueError: for an unknown scenario or method, or a method that cannot run there.

@@ -1,4 +1,4 @@
-"""The suite "digits": continual learning of scikit-learn's digits by a small multilayer perceptron."""
+"""The suite "digits": a small multilayer perceptron learns scikit-learn's digits task by task."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from statistics import fmean
 from typing import Any
 
 from bench.learning import metrics, report
-from bench.learning.digits import SCENARIOS
-from bench.learning.methods import METHODS, fits, method
+from bench.learning.digits.methods import METHODS, fits, method
+from bench.learning.digits.run import BATCH, EPOCHS, HIDDEN, run
+from bench.learning.digits.tasks import SCENARIOS
 from bench.learning.suite import SEEDS, Figure, Record
-from bench.learning.vision import BATCH, EPOCHS, HIDDEN, run
 
-# Drawn as curves: one of each kind, so that they can be told apart.
+# Methods drawn as curves: one of each kind, so that the plot stays readable.
 CURVES = ("joint", "naive", "EWC online", "SI", "LwF", "ER 200", "DER++ 200", "generative", "layer replay", "PNN")
 
 
 class DigitsSuite:
-    """See `bench.learning.digits` for the scenarios and `bench.learning.methods` for the methods."""
+    """The suite "digits"; for its scenarios see `bench.learning.digits.tasks`, for its methods `.digits.methods`."""
 
     name = "digits"
     scenarios: Sequence[str] = SCENARIOS
     methods: Sequence[str] = tuple(METHODS)
     figures: Sequence[Figure] = (
-        Figure("acc", "ACC", meaning="mean accuracy on all tasks after the last"),
-        # Of the same seed, so that the interval is that of the difference.
-        Figure("over_naive", "over naive (own rate)", meaning="ACC less that of plain SGD at its own best rate"),
-        Figure("bwt", "BWT", meaning="backward transfer: what later tasks did to accuracy on earlier ones"),
-        Figure("fwt", "FWT", meaning="forward transfer: accuracy before a task was learnt, over no training"),
-        Figure("forgetting", "forgetting", meaning="best earlier accuracy on a task less the last, mean over tasks"),
-        Figure("intransigence", "intransigence", meaning="what joint training does better on the newest task"),
-        Figure("us_per_sample", "CPU us/sample", 0, "processor time of learning"),
-        Figure("state_kib", "state, KiB", 0, "what learning keeps beside the weights"),
+        Figure("acc", "ACC", meaning="mean accuracy on all tasks after the last task"),
+        # A difference between runs of the same seed, so that the interval is that of the difference.
+        Figure("over_naive", "over naive (own rate)", meaning="ACC minus that of plain SGD at its own best rate"),
+        Figure("bwt", "BWT", meaning="backward transfer: change of the accuracy on a task by later tasks"),
+        Figure("fwt", "FWT", meaning="forward transfer: accuracy before a task is learnt, minus the untrained model's"),
+        Figure("forgetting", "forgetting", meaning="best earlier accuracy on a task minus the last, mean over tasks"),
+        Figure("intransigence", "intransigence", meaning="accuracy of joint training on the newest task, minus ours"),
+        Figure("us_per_sample", "CPU us/sample", 0, "processor time of learning, per sample"),
+        Figure("state_kib", "state, KiB", 0, "kept in addition to the weights"),
     )
     references: Sequence[str] = ()
 
@@ -89,7 +89,7 @@ class DigitsSuite:
         }  # fmt: skip
 
     def plot(self, records: Sequence[Record], rows: Sequence[Record], title: str, prefix: str) -> list[str]:
-        """ACC of every method as bars; of some, the mean accuracy on the tasks seen so far against their number."""
+        """Draw ACC of every method as bars, and for `CURVES` the mean accuracy on the tasks learnt so far."""
         paths = [f"{prefix}_acc.png", f"{prefix}_curves.png"]
         report.bars(self, rows, "acc", "ACC", title, paths[0])
         self._curves(records, title, paths[1])

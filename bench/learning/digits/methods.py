@@ -1,4 +1,4 @@
-"""The methods that the vision suite compares: what each is made of, and what tuning may try."""
+"""The methods that the suite "digits" compares: their rules, and the values that tuning tries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Options = Mapping[str, Any]
 BUFFER = 200
 RATES = (0.005, 0.01, 0.02)
 SLOW = (0.0025, *RATES)
-# Penalties span decades: which is best depends on the scenario, not only on the rule.
+# Penalties span decades, because the best one depends on the scenario as well as on the rule.
 LAMBDAS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 
 
@@ -35,10 +35,11 @@ class Method:
 
     Attributes:
         family: "reference", "regularisation", "replay" or "architecture".
-        build: from the options other than ``lr``, and a seed, the rules of one run.
-        grid: option -> values that tuning tries, all combinations of them.
-        needs_task: it has to be told the task at test time.
-        score: what tuning maximises: "acc", or "learning", the mean accuracy on each task just after it was learnt.
+        build: makes the rules of one run from the options (``lr`` is not used) and a seed.
+        grid: option -> values; tuning tries all combinations of them.
+        needs_task: whether it must be told the task at test time.
+        score: what tuning maximises. "acc": the mean accuracy at the end; "learning": the mean accuracy on each task
+            directly after it was learnt.
     """
 
     family: str
@@ -53,12 +54,12 @@ def _ewc(mode: str, fisher: str) -> Callable[[Options, int], Sequence[Rule | Def
 
 
 METHODS: dict[str, Method] = {
-    # Learns the first task and nothing after it: what a model that never learns from use would know.
+    # Learns only the first task, as a model that does not learn from use.
     "frozen": Method("reference", lambda o, s: [], {"lr": RATES}),
-    # Plain SGD at the rate that learns each new task best, and at the rate that ends with the best ACC, as the others'.
+    # Plain SGD, at the rate that learns each new task best, and at the rate with the best ACC at the end.
     "naive": Method("reference", lambda o, s: [], {"lr": RATES}, score="learning"),
     "naive (own rate)": Method("reference", lambda o, s: [], {"lr": SLOW}),
-    # For each row a new model, trained on all tasks so far together: the upper bound.
+    # The upper bound: for each row a new model, trained on all tasks so far together.
     "joint": Method("reference", lambda o, s: [], {"lr": RATES}),
     "EWC separate": Method("regularisation", _ewc("separate", "exact"), {"lr": RATES, "lam": LAMBDAS}),
     "EWC online": Method("regularisation", _ewc("online", "exact"), {"lr": RATES, "lam": LAMBDAS}),
@@ -89,8 +90,8 @@ METHODS: dict[str, Method] = {
                                                  seed=s)],
         {"lr": RATES, "components": (16,), "weight": (0.3, 1.0)},
     ),
-    # Not quite blind: 4 rows and beta .1 joined this grid after reported figures of 16 rows had been seen, and so did
-    # the ends of LAMBDAS. The choice within the grids is the search's.
+    # 4 rows, beta .1 and the ends of LAMBDAS were added after results with 16 rows had been seen; the choice within
+    # the grid is the search's.
     "layer replay": Method(
         "replay", lambda o, s: [LayerReplay(o["rows"], strength=o["beta"])],
         {"lr": RATES, "rows": (4, 16, 64), "beta": (0.1, 0.3, 1.0)},
@@ -115,5 +116,5 @@ def method(name: str) -> Method:
 
 
 def fits(name: str, scenario: str) -> bool:
-    """Whether ``name`` can run in ``scenario``: a method that needs the task runs where the task is told."""
+    """Whether ``name`` can run in ``scenario``: a method that needs the task runs only in "split-task"."""
     return not method(name).needs_task or scenario == "split-task"

@@ -1,4 +1,4 @@
-"""The text suite's pictures: shares of naive's gain and forgetting, trade-off curves, the recurring stream."""
+"""The plots of the suite "text": shares of naive's gain and forgetting, trade-off curves, the recurring stream."""
 
 from __future__ import annotations
 
@@ -6,16 +6,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.learning.report import COLOURS
-from bench.learning.streams import SWEPT
 from bench.learning.suite import Record, Suite, swept
+from bench.learning.text.streams import SWEPT
 
-GAIN, FORGETTING = 0.97, 0.20  # what is to be reached: so much of naive's gain, at so much of its forgetting
-ALONG = ("frozen", "naive", "default", "growing columns", "generative replay", "kNN-LM")  # drawn along the stream
+GAIN, FORGETTING = 0.97, 0.20  # the target, drawn as dotted lines: shares of naive's gain and forgetting
+RECURRING = (
+    "frozen",
+    "naive",
+    "default",
+    "growing columns",
+    "generative replay",
+    "kNN-LM",
+)  # in the last plot
 SMOOTHED = 4  # pieces of CONTEXT bytes
 
 
 def draw(suite: Suite, records: Sequence[Record], rows: Sequence[Record], title: str, prefix: str) -> list[str]:
-    """Draw what there are runs for; returns the paths."""
+    """Draw the plots for which there are runs, into files that begin with ``prefix``; returns their paths."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -23,7 +30,7 @@ def draw(suite: Suite, records: Sequence[Record], rows: Sequence[Record], title:
     for name, drawn in (
         ("shares", _shares(suite, rows, title)),
         ("tradeoff", _tradeoff(suite, records, title)),
-        ("recurring", _along(records, title)),
+        ("recurring", _recurring(records, title)),
     ):
         if drawn is not None:
             paths.append(f"{prefix}_{name}.png")
@@ -42,7 +49,7 @@ def _close(figure: Any) -> None:
 
 
 def _shares(suite: Suite, rows: Sequence[Mapping[str, Any]], title: str) -> Any:
-    """Mean over the single shifts as bars, each of them as a mark."""
+    """Bars: the mean over the scenarios of a single domain; marks: each scenario."""
     import matplotlib.pyplot as plt
 
     rows = [r for r in rows if r["gain_share"] is not None and r["forgetting_share"] is not None]
@@ -71,7 +78,7 @@ def _shares(suite: Suite, rows: Sequence[Mapping[str, Any]], title: str) -> Any:
     bars = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[f], alpha=0.75) for f in _families(suite, names)]
     labels = [*_families(suite, names), *marks]
     figure.legend([*bars, *lines], labels, fontsize=8, loc="outside right center")
-    figure.suptitle(f"{title}\nbars: mean over the single shifts", fontsize=9)
+    figure.suptitle(f"{title}\nbars: mean over the scenarios of a single domain", fontsize=9)
     return figure
 
 
@@ -83,9 +90,9 @@ def _families(suite: Suite, names: Sequence[str]) -> list[str]:
 
 
 def tradeoff(suite: Suite, records: Sequence[Record], name: str) -> list[tuple[float, float, float, bool]]:
-    """(strength, forgetting share, gain share, tuned) of the points of a method's curve, by strength.
+    """The points of a method's trade-off curve: (strength, forgetting share, gain share, tuned), by strength.
 
-    Shares are means over the scenarios of its sweep, of seed 0; points that one of them lacks are left out.
+    Shares are means over the scenarios of its sweep, for seed 0. Points that are missing in one scenario are left out.
     """
     others: dict[str, dict[str, Record]] = {}
     for r in records:
@@ -110,7 +117,7 @@ def tradeoff(suite: Suite, records: Sequence[Record], name: str) -> list[tuple[f
 
 
 def _tradeoff(suite: Suite, records: Sequence[Record], title: str) -> Any:
-    """A panel a family, naive's curve in each."""
+    """One panel for each family of methods, each with naive's curve."""
     import matplotlib.pyplot as plt
 
     if not any(swept(r) for r in records):
@@ -145,20 +152,21 @@ def _tradeoff(suite: Suite, records: Sequence[Record], title: str) -> Any:
         ax.set(xlim=(-0.1, 1.1), ylim=(-0.1, 1.8))
     for ax in axes[:, 0]:
         ax.set_ylabel("share of naive's gain", fontsize=9)
-    note = f"mean over the single shifts, seed 0; star: tuned; dotted: {GAIN:.0%} of the gain, {FORGETTING:.0%} of the "
-    figure.suptitle(f"{title}\n{note}forgetting; up and left is better", fontsize=9)
+    dotted = f"dotted: {GAIN:.0%} of the gain, {FORGETTING:.0%} of the forgetting"
+    note = f"mean over {len(SWEPT)} scenarios, seed 0; star: tuned; {dotted}; up and left is better"
+    figure.suptitle(f"{title}\n{note}", fontsize=9)
     return figure
 
 
-# -- along the stream -----------------------------------------------------------------------------------------------
+# -- the recurring stream -------------------------------------------------------------------------------------------
 
 
-def _along(records: Sequence[Record], title: str) -> Any:
+def _recurring(records: Sequence[Record], title: str) -> Any:
     """Bits per byte along the recurring stream of seed 0, smoothed within each segment."""
     import matplotlib.pyplot as plt
 
     mine = {r["method"]: r for r in records if r["scenario"] == "recurring" and r["seed"] == 0 and not swept(r)}
-    shown = [name for name in ALONG if name in mine]
+    shown = [name for name in RECURRING if name in mine]
     if not shown:
         return None
     segments = mine[shown[0]]["segments"]

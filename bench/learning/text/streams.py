@@ -1,16 +1,20 @@
-"""The text suite's streams: eight kinds of text that are on any machine with the `benchmark` extra.
+"""The streams of the suite "text": eight kinds of text that every machine with the `benchmark` extra has.
 
-The demo model was trained on none of them. They differ between machines with the versions installed, so each run
-records how many bytes of a kind it found, and a hash of those it read.
+The demo model was not trained on any of them. They depend on the installed versions, so each run records how many
+bytes of a kind this machine has, and a hash of the bytes that it read. Results are reported on
 
-* ``english``: Python's reference text, ``pydoc_data.topics``.
-* ``html``: pages that pydoc makes of modules that are mostly C, whose docstrings are in no Python file.
-* ``rst``: scikit-learn's descriptions of data sets, then its docstrings.
-* ``licences``: of the installed packages, each text once (many differ from another in a few words).
-* ``headers`` (C++, second half) and ``javascript``: options are tuned on them, and on nothing else; but for methods
-  that say so, on ``readmes`` of the installed packages and ``docs`` (torch's docstrings), too.
+* ``english``: the Python reference, ``pydoc_data.topics``,
+* ``html``: the pages that pydoc makes for modules written mostly in C, whose docstrings are in no Python file,
+* ``rst``: scikit-learn's descriptions of data sets, then its docstrings,
+* ``licences``: those of the installed packages, each text once (many differ from another in a few words).
 
-The last fifth of each is never streamed: there a model is tested on what it has read.
+Options are tuned on
+
+* ``headers`` (C++, the second half) and ``javascript``,
+* for some methods (see `TextMethod.streams`) also ``readmes`` of the installed packages and ``docs``, torch's
+  docstrings.
+
+The last fifth of each kind is held out: it is not streamed, and tests what a model has learnt of that kind.
 """
 
 from __future__ import annotations
@@ -38,13 +42,13 @@ REPORTED = ("english", "html", "rst", "licences")
 TUNING = ("headers", "javascript", "readmes", "docs")
 SCENARIOS = (*(f"adapt-{domain}" for domain in REPORTED), "recurring")
 TUNED_ON = "tuning"
-"""The scenario that options are chosen in: seeds 1000, 1001, ... read the kinds of `TUNING` in turn."""
+"""The scenario in which options are chosen: seeds 1000, 1001, ... read the kinds of `TUNING` in turn."""
 
-SWEPT = ("adapt-english", "adapt-rst")  # whose trade-off curves are drawn: prose and markup
+SWEPT = ("adapt-english", "adapt-rst")  # scenarios with trade-off curves: prose and markup
 ADAPT, SEGMENT, SEARCH = 12288, 6144, 8192  # bytes; multiples of CONTEXT
 HELD_WINDOWS = 4
-MINIMUM = 60_000
-_HELD = 5  # one part in so many
+MINIMUM = 60_000  # bytes of a kind; below it the kind is left out
+_HELD = 5  # one part in 5 is held out
 _SEPARATOR = b"\n\0"
 _PAGES = ("array", "bz2", "datetime", "decimal", "functools", "hashlib", "io", "itertools", "math", "mmap", "select",
           "sqlite3", "zlib")  # fmt: skip
@@ -67,10 +71,10 @@ def _html() -> bytes:
         html = pydoc.HTMLDoc()
         try:
             module = importlib.import_module(name)
-        except ImportError:  # Python can be built without some of them
+        except ImportError:  # Python can be built without some of these modules
             continue
         page = html.page(name, html.document(module))
-        page = re.sub(r'<a href="file:[^>]*>[^<]*</a>', "", page)  # where Python is installed
+        page = re.sub(r'<a href="file:[^>]*>[^<]*</a>', "", page)  # the path of the installation
         pages.append(re.sub(r"0x[0-9a-f]+", "0x", page).encode())
     return _SEPARATOR.join(pages)
 
@@ -85,7 +89,7 @@ def _docstrings(folder: Path) -> list[bytes]:
 
 
 def _long(parts: Iterable[bytes]) -> bytes:
-    """Each once, without the short ones."""
+    """Each of ``parts`` once, without those shorter than `CONTEXT`, joined."""
     return _SEPARATOR.join(part for part in dict.fromkeys(parts) if len(part) >= CONTEXT)
 
 
@@ -102,13 +106,13 @@ def _docs() -> bytes:
 
 
 def _distributions() -> list[tuple[str, importlib.metadata.Distribution]]:
-    """The installed packages by name, each once."""
+    """(name, package) for each installed package, sorted by name."""
     return sorted({str(d.metadata["Name"]).lower(): d for d in importlib.metadata.distributions()}.items())
 
 
 def _readmes() -> bytes:
     whole = [d.read_text("METADATA") or "" for name, d in _distributions() if name != "ttt"]
-    return _long(text.partition("\n\n")[2].encode() for text in whole)  # without the fields above it
+    return _long(text.partition("\n\n")[2].encode() for text in whole)  # without the fields before it
 
 
 def _licences() -> bytes:
@@ -141,11 +145,11 @@ _SOURCES: dict[str, Callable[[], bytes]] = {
 
 @functools.cache
 def read(domain: str) -> bytes:
-    """All bytes of ``domain``.
+    """All bytes of ``domain`` on this machine.
 
     Raises:
-        ValueError: for a domain that is none.
-        FileNotFoundError: if this machine holds less than `MINIMUM` bytes of it.
+        ValueError: for an unknown domain.
+        FileNotFoundError: if this machine has less than `MINIMUM` bytes of it.
     """
     if domain not in _SOURCES:
         raise ValueError(f"domain must be one of {list(_SOURCES)}, got {domain!r}")
@@ -157,7 +161,7 @@ def read(domain: str) -> bytes:
 
 @functools.cache
 def missing() -> dict[str, str]:
-    """Domains that this machine has not enough of, and why."""
+    """Domains of which this machine has too little, with the reason."""
     found = {}
     for domain in _SOURCES:
         try:
@@ -167,21 +171,31 @@ def missing() -> dict[str, str]:
     return found
 
 
+def yaml() -> bytes:
+    """torchgen's list of operators: a further kind of text, which only `bench.learning.experiments` read."""
+    spec = importlib.util.find_spec("torchgen")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(
+            "the domain 'yaml' reads torchgen's operator list, which comes with torch; it is missing"
+        )
+    return (Path(spec.origin).parent / "packaged/ATen/native/native_functions.yaml").read_bytes()
+
+
 def streamed(domain: str) -> bytes:
-    """The part of ``domain`` that streams are cut from."""
+    """The part of ``domain`` from which streams are cut: all but the held-out text."""
     data = read(domain)
     return data[: len(data) - len(data) // _HELD]
 
 
 def held_out(domain: str) -> Tensor:
-    """(HELD_WINDOWS, CONTEXT) int64: windows of the part that is never streamed."""
+    """(HELD_WINDOWS, CONTEXT) int64: windows of the held-out text of ``domain``."""
     data = read(domain)
     return windows(data[len(data) - len(data) // _HELD :], HELD_WINDOWS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Consecutive text of one domain. ``ids`` (1, T + 1) int64: the first byte is only context."""
+    """Consecutive text of one domain: ``ids`` (1, T + 1) int64, of which the first byte is only context."""
 
     domain: str
     ids: Tensor
@@ -192,8 +206,8 @@ class Stream:
     """What a method reads.
 
     Attributes:
-        segments: in order; no byte stands in two.
-        other: (N, CONTEXT + 1) int64: as much text of the same domains, in none of the segments, for joint training.
+        segments: in order, without overlap.
+        other: (N, CONTEXT + 1) int64: as much text of the same domains that is in no segment, for joint training.
     """
 
     segments: list[Segment]
@@ -201,26 +215,26 @@ class Stream:
 
     @property
     def domains(self) -> list[str]:
-        """In order of their first segment."""
+        """The domains, in the order of their first segments."""
         return list(dict.fromkeys(segment.domain for segment in self.segments))
 
     def sources(self) -> dict[str, dict[str, int | str]]:
-        """Domain -> how many ``bytes`` of it this machine holds, and ``sha256`` of those in the segments."""
+        """Domain -> ``bytes``, the number of its bytes on this machine, and ``sha256`` of those in the segments."""
         found: dict[str, dict[str, int | str]] = {}
         for domain in self.domains:
-            seen = hashlib.sha256()
+            digest = hashlib.sha256()
             for segment in self.segments:
                 if segment.domain == domain:
-                    seen.update(bytes(segment.ids[0].tolist()))
-            found[domain] = {"bytes": len(read(domain)), "sha256": seen.hexdigest()[:16]}
+                    digest.update(bytes(segment.ids[0].tolist()))
+            found[domain] = {"bytes": len(read(domain)), "sha256": digest.hexdigest()[:16]}
         return found
 
 
 def cut(data: bytes, lengths: Sequence[int], generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
-    """Consecutive pieces of ``data`` from a random place, (1, length + 1) each, and as many bytes that follow them.
+    """Cut consecutive pieces of the given ``lengths``, and as much text that follows them, from a random place.
 
     Returns:
-        The pieces, and (N, CONTEXT + 1) rows with N CONTEXT = the sum of ``lengths``.
+        (pieces (1, length + 1), rows (N, CONTEXT + 1) of the text that follows, with N CONTEXT = sum of ``lengths``).
 
     Raises:
         ValueError: if ``data`` is too short.
@@ -238,7 +252,7 @@ def cut(data: bytes, lengths: Sequence[int], generator: torch.Generator) -> tupl
 
 
 def visits(count: int) -> list[int]:
-    """The order in which ``count`` domains come and come back: A B A C B D C D for four. Each comes twice."""
+    """The order of the segments of ``count`` domains, each of which occurs twice: A B A C B D C D for four."""
     order = [0]
     for domain in range(1, count):
         order += [domain, domain - 1]
@@ -246,14 +260,14 @@ def visits(count: int) -> list[int]:
 
 
 def stream(scenario: str, seed: int, *, tuning: bool = False) -> Stream:
-    """The text of ``scenario`` for ``seed``, which draws the places it is cut from and the order of the domains.
+    """The text of ``scenario``; ``seed`` draws the places from which it is cut and the order of the domains.
 
     * ``adapt-DOMAIN``: `ADAPT` bytes of one domain.
-    * ``recurring``: segments of `SEGMENT` bytes of all the reported domains, in the order of `visits`.
+    * ``recurring``: segments of `SEGMENT` bytes of all reported domains, in the order of `visits`.
     * ``tuning``: `SEARCH` bytes of a domain that is not reported.
 
     Raises:
-        ValueError: for an unknown scenario, or one that ``tuning`` does not fit.
+        ValueError: for a scenario that is unknown, or only for ``tuning``, or not for it.
     """
     allowed = (TUNED_ON,) if tuning else SCENARIOS
     if scenario not in allowed:

@@ -1,7 +1,7 @@
-"""The vision suite's tasks: scikit-learn's 8x8 digits, split by class or permuted by pixel.
+"""The tasks of the suite "digits": scikit-learn's 8x8 digits, split by class or with permuted pixels.
 
 One fifth of the 1797 images is the test set, the same for every seed. A seed draws the order of the classes, the
-permutations, the network and the batches. Tuning never sees the test set: it scores on a fifth of the rest.
+permutations, the network and the batches. Tuning does not use the test set: it scores on a fifth of the other images.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CLASSES, PER_TASK, PERMUTED_TASKS = 10, 2, 10
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One task's samples, and those it is scored on."""
+    """The training and test samples of one task."""
 
     train: Batch
     test: Batch
@@ -47,7 +47,7 @@ def _images() -> tuple[Tensor, Tensor]:
 
 
 def _fifth(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of four fifths of each class, and of the fifth, drawn at random."""
+    """(indices of four fifths of each class, drawn at random; indices of the other fifth)."""
     generator = torch.Generator().manual_seed(seed)
     parts: tuple[list[Tensor], list[Tensor]] = ([], [])
     for label in labels.unique():
@@ -60,15 +60,15 @@ def _fifth(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def scenario(name: str, seed: int, *, tuning: bool = False) -> Scenario:
-    """The tasks of ``name`` for ``seed``.
+    """The tasks of the scenario ``name`` for ``seed``.
 
-    * ``split-class``: five tasks of two classes each; 10 outputs, all of them open at all times.
-    * ``split-domain``: the same images; 2 outputs, which of the task's two classes it is.
-    * ``split-task``: the same images; 10 outputs, of which the task's two are open: the model is told the task.
-    * ``permuted``: ten tasks of all classes, each with its own permutation of the 64 pixels, the first with none.
+    * ``split-class``: five tasks of two classes each; 10 outputs, all of which are always allowed.
+    * ``split-domain``: the same tasks; 2 outputs, which say which of the task's two classes an image belongs to.
+    * ``split-task``: the same tasks; 10 outputs, of which only the task's two are allowed: the model is told the task.
+    * ``permuted``: ten tasks of all classes; each permutes the 64 pixels in its own way, except the first.
 
     Args:
-        tuning: score on a fifth of the training images instead of the test set.
+        tuning: train on four fifths of the training images and score on the others, instead of the test set.
 
     Raises:
         ValueError: for a name not in `SCENARIOS`.
@@ -94,7 +94,7 @@ def scenario(name: str, seed: int, *, tuning: bool = False) -> Scenario:
 
 
 def _split(name: str, x: Tensor, y: Tensor, rows: Tensor, task: int, classes: Tensor) -> Batch:
-    """The samples among ``rows`` that belong to ``classes``."""
+    """The images among ``rows`` that belong to ``classes``, labelled as the scenario ``name`` does."""
     mine = rows[torch.isin(y[rows], classes)]
     if name == "split-domain":
         return Batch(x[mine], (y[mine] == classes[1]).long())

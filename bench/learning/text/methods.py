@@ -1,39 +1,37 @@
-"""The methods that the text suite compares: what each is made of, and what tuning may try.
+"""The methods that the suite "text" compares: how each is made, and the values that tuning tries.
 
-A method is a line of `METHODS`. Options and fixed values that are fields of `ttt.TTTConfig` change the demo's
-configuration, from which protection is taken first; ``rules`` are made of the other options.
+A method is an entry of `METHODS`. Its configuration is the demo's without protection, changed by those fixed values and
+options that are fields of `ttt.TTTConfig`; its rules are made from the other options.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import ttt
-from bench.learning import readers
+from bench.learning.text import readers
+from bench.learning.text.base_model import BaseModel
+from bench.learning.text.streams import Stream
 from ttt.config import TTTConfig
 from ttt.defences import OFF, SWITCHES
 from ttt.demo.model import COLUMNS, CONFIG
 from ttt.rules import DarkSequenceReplay, LogitDistillation, SampledReplay, SequenceReplay, StreamRule
-
-if TYPE_CHECKING:
-    from bench.learning.streams import Stream
-    from bench.learning.text import Lab
 
 Options = Mapping[str, Any]
 Sweep = tuple[str, Sequence[Any]]
 
 FIELDS = frozenset(f.name for f in dataclasses.fields(TTTConfig)) | frozenset(OFF)
 PERIOD, EPOCHS, NEIGHBOURS = 2048, 2, 32
-ROWS, CAPACITY = 4, 256  # inputs replayed a commit; sequences of 64 bytes in a replay memory of text
+ROWS, CAPACITY = 4, 256  # inputs replayed per commit; sequences of 64 bytes in a replay memory of text
 
 RATES = (0.01, 0.02)
 LAMBDAS = (0.003, 0.01, 0.03)
-# Sweeps go from hardly any protection to hardly any learning.
+# Sweeps go from almost no protection to almost no learning.
 LAMBDA_SWEEP: Sweep = ("ewc_lambda", (0.0005, 0.02, 0.2))
 BETAS = (0.1, 0.2, 0.4)
 BETA_SWEEP: Sweep = ("replay_beta", (0.03, 0.3, 1.0))
@@ -42,20 +40,21 @@ RATE_SWEEP: Sweep = ("lr", (0.001, 0.0025, 0.005, 0.01))
 
 @dataclasses.dataclass(frozen=True)
 class TextMethod:
-    """One row of the table: a learner, unless ``reader`` makes something else.
+    """One row of the table: a learner, or what ``reader`` makes.
 
     Attributes:
         family: a key of `bench.learning.report.COLOURS`.
-        grid: option -> values that tuning tries, all combinations of them.
-        fixed: fields of `ttt.TTTConfig` that are no options.
-        rules: each makes a rule of one run for ``Learner(model, rules=...)``, from the options, a seed, and windows
-            (N, T) of text that the model was trained on.
-        sweep: the option that trades gain for forgetting, and the values that its curve is drawn through.
-        score: what tuning maximises: "shares", the share of naive's gain less that of its forgetting, mean over the
-            texts; "worst", the least of them, naive at the rate that is best for each text; or "new", the gain alone.
-        streams: kinds of text that its options are searched on: the first so many of `streams.TUNING`.
-        reader: from the lab, the stream, the options and a seed; None for a learner.
-        recurs: it also reads the long stream in which domains come back.
+        grid: option -> values; tuning tries all combinations of them.
+        fixed: fields of `ttt.TTTConfig` that are not options.
+        rules: functions that make the rules of a run, for ``Learner(model, rules=...)``, from the options, a seed, and
+            windows (N, T) of text that the model was trained on.
+        sweep: the option that trades gain for forgetting, and its values on the trade-off curve.
+        score: what tuning maximises. "shares": the share of naive's gain minus the share of its forgetting, mean over
+            the texts. "worst": the smallest of these differences over the texts, with naive at the best rate for each
+            text. "new": the gain alone.
+        streams: on how many kinds of text the options are searched: the first of `streams.TUNING`.
+        reader: makes the reader from the base model, the stream, the options and a seed; None for a learner.
+        recurs: whether the method also reads the long stream in which domains come back.
     """
 
     family: str
@@ -65,46 +64,57 @@ class TextMethod:
     sweep: Sweep | None = None
     score: str = "shares"
     streams: int = 2
-    reader: Callable[[Lab, Stream, Options, int], readers.Reader] | None = None
+    reader: Callable[[BaseModel, Stream, Options, int], readers.Reader] | None = None
     recurs: bool = True
 
     def config(self, base: TTTConfig, options: Options, seed: int) -> TTTConfig:
-        """``base`` without its protection, under this method's fixed values and ``options``."""
+        """``base`` without its protection, with this method's fixed values and ``options``."""
         own = {name: value for name, value in options.items() if name in FIELDS}
         return base.with_flat(**{**SWITCHES, **self.fixed, **own, "seed": seed})
 
+    def learner(self, base: BaseModel, options: Options, seed: int) -> ttt.Learner:
+        """A new learner with this method's configuration and rules."""
+        rules = [rule(options, seed, torch.cat(base.batches)) for rule in self.rules]
+        return base.learner(self.config(base.config, options, seed), rules)
 
-def _joint(lab: Lab, stream: Stream, o: Options, seed: int) -> readers.Reader:
-    # As much text of the stream's domains as the stream holds, none of it the stream's, and as much of what the base
-    # model was trained on, shuffled: independent samples of all there is to know, of the same layers and steps.
-    rows = torch.cat([stream.other, lab.base_rows(len(stream.other), seed)])
+    def make_reader(self, base: BaseModel, stream: Stream, options: Options, seed: int) -> readers.Reader:
+        """What reads ``stream`` in one run of this method."""
+        if self.reader is None:
+            return readers.Learning(self.learner(base, options, seed))
+        return self.reader(base, stream, options, seed)
+
+
+def _joint(base: BaseModel, stream: Stream, o: Options, seed: int) -> readers.Reader:
+    # Independent samples, shuffled: half is other text of the stream's domains, of the length of the stream; half is
+    # text that the base model was trained on.
+    rows = torch.cat([stream.other, base.known_rows(len(stream.other), seed)])
     generator = torch.Generator().manual_seed(seed)
     rows = rows[torch.randperm(len(rows), generator=generator)]
-    return readers.Joint(lab.learner(METHODS["joint"], o, seed), rows)
+    return readers.Joint(METHODS["joint"].learner(base, o, seed), rows)
 
 
-def _neighbours(lab: Lab, stream: Stream, o: Options, seed: int) -> readers.Reader:
-    return readers.NearestNeighbours(lab.model, o["weight"], o["temperature"], NEIGHBOURS)
+def _neighbours(base: BaseModel, stream: Stream, o: Options, seed: int) -> readers.Reader:
+    return readers.NearestNeighbours(base.model, o["weight"], o["temperature"], NEIGHBOURS)
 
 
-def _tune_layers(lab: Lab, stream: Stream, o: Options, seed: int) -> readers.Reader:
-    names = readers.adapted_weights(lab.model, lab.config)
-    return readers.FineTuning(lab.model, names, o["lr"], PERIOD, EPOCHS, seed)
+def _tune_layers(base: BaseModel, stream: Stream, o: Options, seed: int) -> readers.Reader:
+    names = readers.adapted_weights(base.model, base.config)
+    return readers.FineTuning(base.model, names, o["lr"], PERIOD, EPOCHS, seed)
 
 
-def _tune_all(lab: Lab, stream: Stream, o: Options, seed: int) -> readers.Reader:
-    return readers.FineTuning(lab.model, None, o["lr"], PERIOD, EPOCHS, seed)
+def _tune_all(base: BaseModel, stream: Stream, o: Options, seed: int) -> readers.Reader:
+    return readers.FineTuning(base.model, None, o["lr"], PERIOD, EPOCHS, seed)
 
 
-def _growing(lab: Lab, stream: Stream, o: Options, seed: int) -> readers.Reader:
-    return readers.Growing(ttt.GrowingLearner(lab.learner(METHODS["growing columns"], o, seed)))
+def _growing(base: BaseModel, stream: Stream, o: Options, seed: int) -> readers.Reader:
+    return readers.Growing(ttt.GrowingLearner(METHODS["growing columns"].learner(base, o, seed)))
 
 
 METHODS: dict[str, TextMethod] = {
-    "frozen": TextMethod("reference", reader=lambda lab, *_: readers.Reader(lab.model)),
-    # Plain SGD at the rate that gains most on the new text: what shares are shares of.
+    "frozen": TextMethod("reference", reader=lambda base, *_: readers.Reader(base.model)),
+    # SGD without protection, at the rate that gains most on the new text. Shares are relative to it.
     "naive": TextMethod("reference", {"lr": (0.005, 0.01, 0.02, 0.04, 0.08)}, sweep=RATE_SWEEP, score="new"),
-    # And at lower ones: which rate is best differs from text to text.
+    # The same at lower rates: the best rate differs from text to text.
     **{f"naive (lr {lr})": TextMethod("reference", {"lr": (lr,)}, recurs=False) for lr in (0.01, 0.02)},
     "joint": TextMethod("reference", {"lr": (0.005, 0.01, 0.02)}, reader=_joint, recurs=False),
     "EWC": TextMethod("regularisation", {"lr": RATES, "ewc_lambda": LAMBDAS}, sweep=LAMBDA_SWEEP),
@@ -151,7 +161,7 @@ METHODS: dict[str, TextMethod] = {
         {"replay_rows": ROWS}, sweep=BETA_SWEEP, recurs=False,
     ),
     # The configuration of ttt.demo.load_model(), chosen by `python -m bench.learning.experiments.tune` on headers that
-    # the search reads, too.
+    # the search reads as well.
     "default": TextMethod(
         "combination", {"lr": (CONFIG.lr,)}, {name: getattr(CONFIG, name) for name in ("replay_beta", *SWITCHES)},
         sweep=("lr", (0.01, 0.02, 0.08)),
@@ -166,8 +176,8 @@ METHODS: dict[str, TextMethod] = {
         {"replay_capacity": COLUMNS.replay_capacity},
         sweep=("lr", (0.02, 0.04, 0.16)), score="worst", streams=4, reader=_growing,
     ),
-    # What is done today instead of learning.
-    "in-context only": TextMethod("workaround", reader=lambda lab, *_: readers.InContext(lab.model)),
+    # What is common today instead of learning layers.
+    "in-context only": TextMethod("workaround", reader=lambda base, *_: readers.InContext(base.model)),
     "kNN-LM": TextMethod(
         "workaround", {"weight": (0.2, 0.4), "temperature": (3.0, 10.0, 30.0, 100.0)},
         sweep=("weight", (0.05, 0.3, 0.6)), reader=_neighbours,
@@ -180,7 +190,7 @@ METHODS: dict[str, TextMethod] = {
         recurs=False,
     ),
 }  # fmt: skip
-"""Name -> method, in the order of the tables; what others are scored against comes first."""
+"""Name -> method, in the order of the tables. The references that others are scored against come first."""
 
 
 def method(name: str) -> TextMethod:
