@@ -1,4 +1,4 @@
-"""The package as a user sees it: import, info, command line, build without a compiler, README; and how tests are run."""
+"""The package as a user sees it: import, info, command line, builds, README; and the selection of quick tests."""
 
 import itertools
 import json
@@ -100,10 +100,8 @@ def test_why_the_kernels_cannot_be_imported(tmp_path, files, why):
 def test_the_demo_says_which_folder_has_no_model(tmp_path, monkeypatch):
     done = python("-m", "ttt", "demo", TTT_BYTE_MODEL=str(tmp_path))
     assert done.returncode == 1
-    said = (
-        f"the byte-level model is missing: {tmp_path} has no config.json and no model.safetensors; TTT_BYTE_MODEL must"
-    )
-    assert said in done.stderr
+    missing = f"{tmp_path} has no config.json and no model.safetensors"
+    assert f"the byte-level model is missing: {missing}; TTT_BYTE_MODEL must name the folder" in done.stderr
     monkeypatch.setenv("TTT_BYTE_MODEL", str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path} has no model.safetensors; TTT_BYTE_MODEL")):
@@ -113,7 +111,7 @@ def test_the_demo_says_which_folder_has_no_model(tmp_path, monkeypatch):
 
 
 def test_the_demo_refuses_a_text_that_is_missing(tmp_path):
-    done = python("-m", "ttt", "demo", "--text", str(tmp_path / "none.txt"))
+    done = python("-m", "ttt", "demo", "--text", str(tmp_path / "none.txt"), COLUMNS="1000")
     assert done.returncode == 2
     assert "does not exist" in done.stderr
 
