@@ -11,12 +11,14 @@ TESTS = Path(__file__).parent
 
 SLOW = (
     "bench",
+    "experts/test_growing_learner.py::test_beyond_the_budget_the_nearest_columns_are_merged",
     "experts/test_growing_learner.py::test_columns_are_saved_and_loaded_to_the_bit",
     "experts/test_growing_learner.py::test_scoring_and_routing_change_no_bit",
     "experts/test_growing_learner.py::test_routing_to_the_anchor_gives_its_scores",
     "experts/test_growing_learner.py::test_what_comes_later_changes_no_score_and_a_switch_keeps_the_context",
     "experts/test_growing_learner.py::test_what_is_stored_is_the_column_before_the_first_sign_of_change",
     "learn/test_learner.py::test_compiled_adapted_model_equals_eager",
+    "nn/test_linear.py::test_compiled_forward_equals_eager_and_does_not_recompile",
     "ops/test_append.py",
     "ops/test_low_rank_compress_triton.py",
     "ops/test_low_rank_triton.py",
