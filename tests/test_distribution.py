@@ -156,6 +156,55 @@ print(json.dumps([ttt.__file__, ttt.info(file=None)]))
     assert not found["slow_calls"]
 
 
+def test_the_declared_dependencies_are_enough(installed, tmp_path):
+    """To learn, to save and to store, where every package that is not a dependency of ttt cannot be imported."""
+    code = """
+import sys
+from importlib.metadata import packages_distributions, requires
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+needed, open_ = {"ttt", "packaging"}, ["ttt"]
+while open_:
+    for requirement in map(Requirement, requires(open_.pop()) or []):
+        name = canonicalize_name(requirement.name)
+        if name not in needed and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+            needed.add(name)
+            open_.append(name)
+owners = packages_distributions()
+
+def hidden(module):
+    distributions = {canonicalize_name(name) for name in owners.get(module.partition(".")[0], [])}
+    return bool(distributions) and not distributions & needed
+
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, module, path=None, target=None):
+        return None if hidden(module) else self.finder.find_spec(module, path, target)
+
+sys.meta_path[:] = map(Hiding, sys.meta_path)
+import torch, ttt, ttt.cli
+model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+ttt.adapt_(model, ttt.TTTConfig(target_modules="all-linear", window=4))
+for _ in range(3):
+    with ttt.learning(model):
+        model(torch.randn(3, 6)).square().sum().backward()
+expected = {name: value.clone() for name, value in model.state_dict().items()}
+ttt.save(model, "learnt.safetensors")
+ttt.load(ttt.restore_(model), "learnt.safetensors")
+assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+store = ttt.Store("store")
+with store.lease("alice") as lease:
+    store.put(lease, {"x": torch.arange(3.0)})
+assert torch.equal(store.get("alice").tensors["x"], torch.arange(3.0))
+for name in ("transformers", "fsspec", "pytest"):
+    assert name not in sys.modules
+"""
+    succeeds(python("-c", code, folder=tmp_path, PYTHONPATH=str(installed)))
+
+
 def test_the_demo_of_an_installed_wheel_says_where_its_model_is(installed, tmp_path):
     done = python("-m", "ttt", "demo", folder=tmp_path, PYTHONPATH=str(installed), TTT_BYTE_MODEL="")
     assert done.returncode == 1
