@@ -1,9 +1,8 @@
-"""`info`: what is active in this process, and why anything is not."""
+"""Reports which backends, instruction sets and devices this process uses, and why any of them is missing."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import platform
 import sys
@@ -17,16 +16,23 @@ from ttt.ops import backends, cpu
 
 
 def info(file: TextIO | None = sys.stdout) -> dict[str, Any]:
-    """Print and return which backend runs each op, on what, and why a faster one does not.
+    """Print and return which backend runs each op on each device, and why a faster one is missing.
 
     Args:
-        file: where to print; None for nowhere.
+        file: the text file to print to, by default standard output; None prints nothing.
 
     Returns:
-        A dict with ``ttt``, ``python``, ``torch``, ``triton``, ``processor``, ``threads``, ``isa`` (of the C++
-        kernels), ``isas`` (those the processor has), ``devices``, ``ops`` (op -> backend for each device),
-        ``missing`` (backend -> why), ``calls`` (op, backend -> calls so far) and ``slow_calls`` (calls that a slower
-        backend took, with the reason).
+        A dict with the keys
+
+        - ``ttt``, ``python``, ``torch``, ``triton``: versions; None if not installed;
+        - ``processor``: its name; ``threads``: the number of threads that torch and the C++ kernels use;
+        - ``isa``: the instruction set that the C++ kernels use, None without them; ``isas``: all that they could use
+          on this processor;
+        - ``devices``: ``"cpu"``, then each CUDA device with its name;
+        - ``ops``: op -> {``"cpu"``: backend, ``"cuda"``: backend};
+        - ``missing``: backend -> the reason why it cannot be used;
+        - ``calls``: ``"OP on BACKEND"`` -> number of calls in this process, where the fastest backend ran;
+        - ``slow_calls``: ``"OP on BACKEND: REASON"`` -> number of calls that a slower backend ran, for that reason.
     """
     found: dict[str, Any] = {
         "ttt": _version("ttt"),
@@ -42,8 +48,6 @@ def info(file: TextIO | None = sys.stdout) -> dict[str, Any]:
     }
     if cpu._C is not None:
         found["isa"], found["isas"] = cpu._C.active_isa(), cpu._C.available_isas()
-    elif (reason := _build_failure()) is not None:
-        found["missing"]["cpu"] = f"the C++ kernels were not built when ttt was installed: {reason}"
     if torch.cuda.is_available():
         found["devices"] += [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     else:
@@ -72,13 +76,6 @@ def _processor() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _build_failure() -> str | None:
-    report = Path(__file__).parent / "_build.json"
-    if not report.exists():
-        return None
-    return json.loads(report.read_text()).get("reason") or None
 
 
 def _print(found: dict[str, Any], file: TextIO) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ttt.defences import SWITCHES
 from ttt.demo.text import training_python
 from ttt.learn.huggingface import cache_of, cached
 
+FOLDER_VARIABLE = "TTT_BYTE_MODEL"
 WEIGHTS = Path(__file__).parents[2] / "bench" / "learning" / "byte_model"
 CONTEXT = 512  # bytes: the longest context that the model was trained with
 LN2 = math.log(2)
@@ -64,6 +66,27 @@ def methods(config: TTTConfig) -> dict[str, TTTConfig | None]:
     }
 
 
+def model_folder() -> Path:
+    """The folder of the byte-level model: the one that ``TTT_BYTE_MODEL`` names, else the one in the repository.
+
+    Raises:
+        FileNotFoundError: it does not hold ``config.json`` and ``model.safetensors``. The model is not part of the
+            installed package.
+    """
+    named = os.environ.get(FOLDER_VARIABLE)
+    folder = Path(named) if named else WEIGHTS
+    missing = [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]
+    if not missing:
+        return folder
+    what = f"the byte-level model is missing: {folder} has no {' and no '.join(missing)}"
+    if named:
+        raise FileNotFoundError(f"{what}; {FOLDER_VARIABLE} must name the folder that holds them")
+    raise FileNotFoundError(
+        f"{what}. The model is in the repository of ttt, not in the installed package: install ttt from a clone "
+        f"(pip install --editable .), or set {FOLDER_VARIABLE} to a copy of the clone's bench/learning/byte_model"
+    )
+
+
 def load_model() -> tuple[nn.Module, TTTConfig]:
     """(model, its default `TTTConfig`): a byte-level `LlamaForCausalLM` of 4.4 M parameters in float32, not adapted.
 
@@ -71,14 +94,13 @@ def load_model() -> tuple[nn.Module, TTTConfig]:
     ``python -m bench.learning.experiments.pretrain`` on the Python standard library.
 
     Raises:
-        FileNotFoundError: outside a clone of the repository, which holds the weights.
+        FileNotFoundError: the folder of the model is missing (see `model_folder`).
         ImportError: without transformers (``pip install 'ttt[demo]'``).
     """
-    if not (WEIGHTS / "config.json").exists():
-        raise FileNotFoundError(f"no demo model in {WEIGHTS}: it is part of a clone of ttt, not of the package")
+    folder = model_folder()
     from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(WEIGHTS, dtype=torch.float32, local_files_only=True)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return model.eval(), CONFIG
 
 

@@ -8,6 +8,7 @@ import torch
 
 from ttt.ops import reference, schema
 from ttt.ops.backends import record, unavailable
+from ttt.ops.build_report import why_not_built
 from ttt.ops.gate import closed
 
 # torch comes first: it brings the OpenMP runtime that the extension then shares.
@@ -15,7 +16,7 @@ try:
     from ttt import _C  # type: ignore[attr-defined]
 except ImportError as error:
     _C = None
-    unavailable["cpu"] = f"the C++ extension ttt._C cannot be imported ({error}); reinstall with a C++ compiler"
+    unavailable["cpu"] = why_not_built(error)
 
 ISA_VARIABLE = "TTT_CPU_ISA"
 if _C is not None and os.environ.get(ISA_VARIABLE):

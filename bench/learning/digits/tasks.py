@@ -41,7 +41,7 @@ def _images() -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("the digits come with scikit-learn: pip install 'ttt[benchmark]'") from error
+        raise ImportError("the digits come with scikit-learn: pip install 'ttt[bench]'") from error
     x, y = load_digits(return_X_y=True)
     return torch.tensor(x, dtype=torch.float32) / 16, torch.tensor(y, dtype=torch.int64)
 

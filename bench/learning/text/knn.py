@@ -14,14 +14,14 @@ class Datastore:
     Memorization: Nearest Neighbor Language Models", 2020).
 
     Raises:
-        ImportError: without faiss (``pip install 'ttt[benchmark]'``).
+        ImportError: without faiss (``pip install 'ttt[bench]'``).
     """
 
     def __init__(self, dimension: int, neighbours: int) -> None:
         try:
             import faiss
         except ImportError as error:
-            raise ImportError("the kNN language model needs faiss: pip install 'ttt[benchmark]'") from error
+            raise ImportError("the kNN language model needs faiss: pip install 'ttt[bench]'") from error
         faiss.omp_set_num_threads(torch.get_num_threads())
         self._index = faiss.IndexFlatL2(dimension)
         self._values = torch.zeros(0, dtype=torch.int64)

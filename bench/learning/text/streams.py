@@ -57,7 +57,7 @@ _PAGES = ("array", "bz2", "datetime", "decimal", "functools", "hashlib", "io", "
 def _package(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise FileNotFoundError(f"the package {name} is missing: pip install 'ttt[benchmark]'")
+        raise FileNotFoundError(f"the package {name} is missing: pip install 'ttt[bench]'")
     return Path(spec.origin).parent
 
 
