@@ -20,7 +20,10 @@ _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
 class _Direct:
+    address: int  # of the weight
     dtype: torch.dtype
+    bound_bias: Tensor | None = None  # a bias of which the kernels hold the address
+    bias_address = 0
 
     def _plain(self, t: Tensor, dtype: torch.dtype | None = None) -> bool:
         """Whether ``t`` has ``dtype``, by default the layer's, and is contiguous on the CPU."""
@@ -37,6 +40,8 @@ class Binding(_Direct):
     def __init__(self, layer) -> None:
         weight = layer.weight
         self.address = weight.data_ptr()
+        if layer.bias is not None:
+            self.bound_bias, self.bias_address = layer.bias, layer.bias.data_ptr()
         self.dtype = weight.dtype
         self.m, self.n = weight.shape
         self.kernels: Any = cpu.bind_layer(layer) if self.m and self.n else None
@@ -157,13 +162,17 @@ def _present(layer, *names: str) -> list[Tensor]:
 
 
 def binding_of(layer) -> Any:
-    """The layer's binding, made anew if its weight has moved; None if the ops must be called."""
+    """The layer's binding, made anew if its weight or bias has moved; None if the ops must be called."""
     if torch.compiler.is_compiling() or _dispatch_modes():
         return None
     weight = layer._parameters["weight"]
     if type(weight) is not torch.nn.Parameter or not weight.is_cpu:
         return None
     binding = layer._binding
-    if binding is None or binding.address != weight.data_ptr():
+    if (
+        binding is None
+        or binding.address != weight.data_ptr()
+        or ((bias := binding.bound_bias) is not None and bias.data_ptr() != binding.bias_address)
+    ):
         binding = layer._binding = layer._bind()
     return binding if binding.kernels is not None else None

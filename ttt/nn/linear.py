@@ -208,22 +208,23 @@ class Linear(StatefulLinear):
             RuntimeError: if the layer's tensors cannot be written; see `require_writable`. Nothing has changed then.
         """
         count = update.x.shape[0]
-        if self._counter is not None and count != self._counter.rows:
+        counter = self._counter
+        if counter is not None and count != counter.rows:
             raise ValueError(
-                f"{self.name or 'the layer'} is capturable for steps of {self._counter.rows} rows, got {count}; "
+                f"{self.name or 'the layer'} is capturable for steps of {counter.rows} rows, got {count}; "
                 "capturable_(None) takes any number"
             )
-        if self._counter is None and gate is not None:
+        if counter is None and gate is not None:
             raise ValueError("gate needs a capturable layer; call capturable_(rows) first")
         if count == 0 or self.config.lr == 0:
             return
-        if self._counter is not None:
-            self._learn_step(update, gate, self._counter)
+        if counter is not None:
+            self._learn_step(update, gate, counter)
         elif (binding := binding_of(self)) is not None and (rows := binding.learn(update, self._pending)) is not None:
             self._pending = rows
         else:
             self._learn(update, count)
-        if self.moments is not None and update.moments is not None:
+        if update.moments is not None and self.moments is not None:
             count_(self.moments[STREAM], update.moments, None if gate is None else gate != 0)
 
     def _trace_gradients(self, update: Update) -> Tensor | None:
