@@ -86,6 +86,8 @@ class Binding(_Direct):
             return None
         if not (self._plain(x) and self._plain(delta) and self._plain(eta, torch.float32)):
             return None
+        if update.moments is not None and update.moments.shape != (3,):
+            return None
         if self.traces:
             trace_delta = delta if update.trace_delta is None else update.trace_delta
             if trace_delta.shape != delta.shape or not self._plain(trace_delta):

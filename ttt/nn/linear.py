@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -15,28 +14,8 @@ from ttt.nn.graph_steps import WindowCounter
 from ttt.nn.rates import STREAM, count_, rates
 from ttt.nn.replay_rows import gather_replay_rows
 from ttt.nn.state import StatefulLinear
+from ttt.nn.update import Update
 from ttt.ops.gate import advance
-
-
-@dataclasses.dataclass
-class Update:
-    """What one layer can learn from one backward pass of T rows.
-
-    Attributes:
-        x: (T, n), inputs, in the dtype of the weight.
-        delta: (T, m), gradients of the summed loss at the layer's output, in the same dtype.
-        eta: (T,), steps; float32 (float64 for float64 weights).
-        trace_delta: (T, m), the gradients that the trace uses (MAS); None: ``delta``.
-        finite: () bool, whether all of it can be learnt from.
-        moments: (3,) float64, what the rows add to the layer's ``moments``; None if ``rate`` is "constant".
-    """
-
-    x: Tensor
-    delta: Tensor
-    eta: Tensor
-    trace_delta: Tensor | None
-    finite: Tensor
-    moments: Tensor | None = None
 
 
 class _Capture(torch.autograd.Function):
@@ -204,8 +183,11 @@ class Linear(StatefulLinear):
 
         Raises:
             ValueError: if the layer is capturable for steps of another number of rows, or ``gate`` is given and it is
-                not capturable. Nothing has changed then.
-            RuntimeError: if the layer's tensors cannot be written; see `require_writable`. Nothing has changed then.
+                not capturable, or a tensor of ``update`` has a wrong shape.
+            TypeError: if a tensor of ``update`` has a wrong dtype.
+            RuntimeError: if the layer's tensors cannot be written; see `require_writable`.
+
+        After an error nothing has changed.
         """
         count = update.x.shape[0]
         counter = self._counter
@@ -227,6 +209,11 @@ class Linear(StatefulLinear):
         if update.moments is not None and self.moments is not None:
             count_(self.moments[STREAM], update.moments, None if gate is None else gate != 0)
 
+    def _check_learn(self, update: Update) -> None:
+        """Check, before anything is written, that all writes of a step will be possible."""
+        self.require_writable()
+        update.check_fits(self.weight, self.win_eta.dtype)
+
     def _trace_gradients(self, update: Update) -> Tensor | None:
         """The rows of ``update`` for ``win_trace``, if there is one."""
         if self.win_trace is None:
@@ -236,7 +223,7 @@ class Linear(StatefulLinear):
     @torch.no_grad()
     def _learn(self, update: Update, count: int) -> None:
         """`learn` through the ops, for layers that are not capturable."""
-        self.require_writable()
+        self._check_learn(update)
         p, c = self._pending, self.config.window
         traced = self._trace_gradients(update)
         if self.recent is not None:
@@ -262,7 +249,7 @@ class Linear(StatefulLinear):
     @torch.no_grad()
     def _learn_step(self, update: Update, gate: Tensor | None, counter: WindowCounter) -> None:
         """`learn` of a capturable layer: the host neither knows nor waits for the number of rows in the window."""
-        self.require_writable()
+        self._check_learn(update)
         if self.recent is not None:
             ops.reservoir_insert(self.recent, self.recent_seen, update.x, seed=self.seed, gate=gate)
         x = project_inputs(update.x, self.basis)
