@@ -168,7 +168,7 @@ def binding_of(layer) -> Any:
     if torch.compiler.is_compiling() or _dispatch_modes():
         return None
     weight = layer._parameters["weight"]
-    if type(weight) is not torch.nn.Parameter or not weight.is_cpu:
+    if type(weight) is not torch.nn.Parameter:
         return None
     binding = layer._binding
     if (
@@ -176,5 +176,7 @@ def binding_of(layer) -> Any:
         or binding.address != weight.data_ptr()
         or ((bias := binding.bound_bias) is not None and bias.data_ptr() != binding.bias_address)
     ):
+        if not weight.is_cpu:
+            return None
         binding = layer._binding = layer._bind()
     return binding if binding.kernels is not None else None

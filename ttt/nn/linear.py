@@ -182,15 +182,39 @@ class Linear(StatefulLinear):
             gate: (1,) int64, for capturable layers only: if it is 0, nothing changes. The host does not wait for it.
 
         Raises:
-            ValueError: if the layer is capturable for steps of another number of rows, or ``gate`` is given and it is
-                not capturable, or a tensor of ``update`` has a wrong shape.
+            ValueError, TypeError, RuntimeError: as `check_update`. Nothing has changed then.
+        """
+        counter, count = self._counter, update.x.shape[0]
+        learns = count > 0 and self.config.lr != 0
+        if (
+            learns
+            and counter is None
+            and gate is None
+            and (binding := binding_of(self)) is not None
+            and (pending := binding.learn(update, self._pending)) is not None
+        ):
+            self._pending = pending
+        else:
+            self.check_update(update, gate)
+            if not learns:
+                return
+            if counter is None:
+                self._learn(update, count)
+            else:
+                self._learn_step(update, gate, counter)
+        if update.moments is not None and self.moments is not None:
+            count_(self.moments[STREAM], update.moments, None if gate is None else gate != 0)
+
+    def check_update(self, update: Update, gate: Tensor | None = None) -> None:
+        """Check that `learn` can take ``update`` and ``gate``. Nothing is written.
+
+        Raises:
+            ValueError: if the layer is capturable for steps of another number of rows, if ``gate`` is given and the
+                layer is not capturable, or if a tensor of ``update`` has a wrong shape.
             TypeError: if a tensor of ``update`` has a wrong dtype.
             RuntimeError: if the layer's tensors cannot be written; see `require_writable`.
-
-        After an error nothing has changed.
         """
-        count = update.x.shape[0]
-        counter = self._counter
+        counter, count = self._counter, update.x.shape[0]
         if counter is not None and count != counter.rows:
             raise ValueError(
                 f"{self.name or 'the layer'} is capturable for steps of {counter.rows} rows, got {count}; "
@@ -198,19 +222,6 @@ class Linear(StatefulLinear):
             )
         if counter is None and gate is not None:
             raise ValueError("gate needs a capturable layer; call capturable_(rows) first")
-        if count == 0 or self.config.lr == 0:
-            return
-        if counter is not None:
-            self._learn_step(update, gate, counter)
-        elif (binding := binding_of(self)) is not None and (rows := binding.learn(update, self._pending)) is not None:
-            self._pending = rows
-        else:
-            self._learn(update, count)
-        if update.moments is not None and self.moments is not None:
-            count_(self.moments[STREAM], update.moments, None if gate is None else gate != 0)
-
-    def _check_learn(self, update: Update) -> None:
-        """Check, before anything is written, that all writes of a step will be possible."""
         self.require_writable()
         update.check_fits(self.weight, self.win_eta.dtype)
 
@@ -223,7 +234,6 @@ class Linear(StatefulLinear):
     @torch.no_grad()
     def _learn(self, update: Update, count: int) -> None:
         """`learn` through the ops, for layers that are not capturable."""
-        self._check_learn(update)
         p, c = self._pending, self.config.window
         traced = self._trace_gradients(update)
         if self.recent is not None:
@@ -249,7 +259,6 @@ class Linear(StatefulLinear):
     @torch.no_grad()
     def _learn_step(self, update: Update, gate: Tensor | None, counter: WindowCounter) -> None:
         """`learn` of a capturable layer: the host neither knows nor waits for the number of rows in the window."""
-        self._check_learn(update)
         if self.recent is not None:
             ops.reservoir_insert(self.recent, self.recent_seen, update.x, seed=self.seed, gate=gate)
         x = project_inputs(update.x, self.basis)
