@@ -119,12 +119,8 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     states = _by_layer(tensors)
     for name, (state, base) in states.items():
         where = f"{path}: layer {name}"
-        steps = adapted[name]._steps if adapted else None
-        if steps is not None and not steps.takes(int(state["pending"])):
-            raise ValueError(
-                f"{where}: pending = {int(state['pending'])} is no whole number of the layer's steps of {steps.rows} "
-                "rows; call capturable_(None) first"
-            )
+        if adapted:
+            adapted[name].check_pending(int(state["pending"]))
         base_weight = adapted[name].base_weight if adapted else weight_of(possible[name])
         whole = {_FROM_BASE: base_weight.detach().cpu().contiguous(), **state}
         validate.check_state(where, trials[name], whole, base)
@@ -237,7 +233,7 @@ def _write(layers: Mapping[str, Linear], states: Mapping[str, tuple[State, State
         for key in layer.shared.intersection(state):
             live = getattr(layer, key)
             if not torch.equal(live, state[key].to(live.device)):
-                layer.own(key)
+                layer.unshare(key)
     for name, (state, _) in states.items():
         layers[name].base = before[name]
         layers[name].load_state(state)

@@ -13,7 +13,7 @@ from ttt.config import TTTConfig
 from ttt.defences import LowRank
 from ttt.nn.base import Adapted, Layout
 from ttt.nn.cpu_binding import LowRankBinding, binding_of
-from ttt.nn.directions import directions, learnable
+from ttt.nn.directions import count_directions, project_inputs
 from ttt.nn.rates import Rates, count_, places, rates
 from ttt.ops.reference import _wide
 
@@ -126,7 +126,7 @@ class LowRankLinear(Adapted):
     def _layout(self, dtype: torch.dtype) -> Layout:
         config, wide, low_rank = self.config, _wide(dtype), self.low_rank
         m, n = self.out_features, self.in_features
-        k, protects, scaled = directions(config, n), config.ewc_lambda > 0, config.rate != "constant"
+        k, protects, scaled = count_directions(config.orthogonal, n), config.ewc_lambda > 0, config.rate != "constant"
         remembers = config.replay_rows > 0 or k > 0
         return {
             "a": ((low_rank.slots, low_rank.capacity, n), dtype),
@@ -199,7 +199,7 @@ class LowRankLinear(Adapted):
             x: (T, n); delta: (T, m), gradients of the summed loss at the output; both of the weight's dtype.
             users: (T,), int32; -1 for tokens that teach nobody. None: as those of one user who has learnt nothing yet.
         """
-        x, before = learnable(self, x), self.moments
+        x, before = project_inputs(x, self.basis), self.moments
         if before is not None:
             before = self.calibrated if users is None else self.calibrated + before
         return x, rates(x, delta, self.config, self.eta_sum.dtype, before=before, users=users)

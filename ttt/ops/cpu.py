@@ -105,7 +105,7 @@ def bind_layer(layer):
         0 if recent is None else recent.shape[0], 0 if layer.basis is None else len(layer.basis),
         layer.seed & _MASK64, _DTYPE[weight.dtype],
     )  # fmt: skip
-    if not layer.assembles:
+    if not layer.mixes_replay_sources:
         bound.prepare(*_commit_arguments(
             weight, layer.anchor, layer.importance, layer.trace, layer.win_x, layer.win_delta, layer.win_eta,
             layer.win_trace, layer.replayed, layer.seen, layer.step, momentum=layer.momentum, **layer.commit_options(),
