@@ -76,8 +76,8 @@ class _Capture(torch.autograd.Function):
 class LowRankLinear(Adapted):
     """y_t = W x_t + b + B_u^T (A_u x_t): a linear layer for a batch in which each row belongs to a user or to none.
 
-    ``weight`` and ``bias`` never change. Rows of no user get the base layer's output bit for bit, except that a row that
-    is not finite gives NaN. The bits that a user's rows get do not depend on rows of others, be they finite or not.
+    ``weight`` and ``bias`` never change. Rows of no user get the base layer's output bit for bit. The bits of a user's
+    outputs do not depend on rows of others, whether these are finite or not. A row that is not finite gives NaN.
 
     The state is in buffers at fixed addresses that are not part of `state_dict`. There are S slots of R = rank + window
     rows; ``eta_sum`` and the importance are float32 (float64 for float64 weights):

@@ -9,7 +9,9 @@ from ttt.ops.backends import record
 from ttt.ops.cpu import _C, _DTYPE, _MASK64, _address, _why_not
 from ttt.ops.low_rank import checks, reference
 
-REFUSED = -2  # what the kernels return, having written nothing, for a slot or a counter out of range (csrc/bindings.cpp)
+REFUSED = (
+    -2
+)  # what the kernels return, having written nothing, for a slot or a counter out of range (csrc/bindings.cpp)
 
 
 def isolated_linear(x, weight, bias):

@@ -28,7 +28,7 @@ def add_delta_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: Tensor, users: 
 
 
 def isolated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """W x_t + bias for each row x_t, where no other row can change a bit of the result; NaN for rows that are not finite.
+    """W x_t + bias for each row x_t, whose bits depend on no value of other rows; NaN for rows that are not finite.
 
     On processors with AMX, torch's 16-bit product reads past the end of a row into the next one and multiplies what it
     finds by 0. Finite numbers times 0 add nothing, but an infinity or NaN makes the other row NaN. So rows that are not
