@@ -1,5 +1,7 @@
 """Isolation of users where torch's own product lets rows that are not finite reach other rows (as on Intel AMX)."""
 
+import io
+
 import pytest
 import torch
 from test_low_rank_layer import layer_of, taught
@@ -115,6 +117,25 @@ def test_steps_outside_the_basis_are_each_rows_own(monkeypatch):
     assert torch.equal(found[~bad], want[~bad])
     assert torch.equal(others.eta[~bad], rates.eta[~bad])
     assert others.finite.tolist() == (~bad).tolist()
+
+
+def test_info_says_whether_this_machines_product_leaks(leaks):
+    file = io.StringIO()
+    found, printed = ttt.info(file)["isolation"], file.getvalue()
+    assert found.keys() == {"float32", "bfloat16", "float16"}
+    for text in found.values():
+        assert "turn other rows into NaN (inputs of 65, 80, 100, 500 features" in text
+        assert "ONEDNN_MAX_CPU_ISA" in text
+        assert text in printed
+
+
+def test_info_says_that_rows_stay_apart(monkeypatch):
+    def row_by_row(x, weight, bias=None):
+        return (x.double().unsqueeze(1) * weight.double()).sum(2).to(x.dtype)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", row_by_row)
+    texts = set(ttt.info(file=None)["isolation"].values())
+    assert texts == {"torch.nn.functional.linear keeps the rows of a batch apart"}
 
 
 @pytest.mark.skipif(cpu._C is None, reason="there is no kernel")
