@@ -25,9 +25,9 @@ def info(file: TextIO | None = sys.stdout) -> dict[str, Any]:
     Returns:
         A dict with ``ttt``, ``python``, ``torch``, ``triton``, ``processor``, ``threads``, ``isa`` (of the C++
         kernels), ``isas`` (those the processor has), ``devices``, ``ops`` (op -> backend for each device),
-        ``missing`` (backend -> why), ``isolation`` (dtype -> whether torch's linear layer on the CPU keeps the rows of a
-        batch apart), ``calls`` (op, backend -> calls so far) and ``slow_calls`` (calls that a slower backend took, with
-        the reason).
+        ``missing`` (backend -> why), ``isolation`` (dtype -> whether torch's linear layer on the CPU keeps the rows of
+        a batch apart), ``calls`` (op, backend -> calls so far) and ``slow_calls`` (calls that a slower backend took,
+        with the reason).
     """
     found: dict[str, Any] = {
         "ttt": _version("ttt"),
@@ -65,10 +65,10 @@ def info(file: TextIO | None = sys.stdout) -> dict[str, Any]:
 _PROBED = (torch.float32, torch.bfloat16, torch.float16)
 _ROWS_APART = "torch.nn.functional.linear keeps the rows of a batch apart"
 _ROWS_MIXED = (
-    "torch.nn.functional.linear lets a row that holds an infinity or NaN turn other rows into NaN (inputs of {widths} "
-    "features; multiples of 32 are safe on processors with AMX). ttt's layers for users take such rows out first. Other "
-    "layers of the model do not: one user's overflow can then make chunks of other users in the batch be rejected, but "
-    "nothing wrong is learnt. With ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16, set before torch is imported, AMX is not used"
+    "torch.nn.functional.linear turns rows into NaN beside a row that holds an infinity or NaN (inputs of {widths} "
+    "features; multiples of 32 are safe on processors with AMX). ttt's layers for users take such rows out first. The"
+    " model's other layers do not: one user's overflow can then make chunks of other users in the batch be rejected, "
+    "but nothing wrong is learnt. With ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16, set before torch is imported, AMX is not used"
 )
 
 
@@ -80,7 +80,7 @@ def _isolation(dtype: torch.dtype) -> str:
 
 @torch.no_grad()
 def _leaks(dtype: torch.dtype, width: int) -> bool:
-    """Whether a row of infinities, and one of NaN, change a bit of the other rows of a product with ``width`` inputs."""
+    """Whether a row of infinities and one of NaN change a bit of the other rows of a product of ``width`` inputs."""
     generator = torch.Generator().manual_seed(width)
     rows, weight = (torch.randn(k, width, generator=generator).to(dtype) for k in (48, 32))
     spoilt = rows.clone()
