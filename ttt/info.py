@@ -66,9 +66,9 @@ _PROBED = (torch.float32, torch.bfloat16, torch.float16)
 _ROWS_APART = "torch.nn.functional.linear keeps the rows of a batch apart"
 _ROWS_MIXED = (
     "torch.nn.functional.linear turns rows into NaN beside a row that holds an infinity or NaN (inputs of {widths} "
-    "features; multiples of 32 are safe on processors with AMX). ttt's layers for users take such rows out first. The"
-    " model's other layers do not: one user's overflow can then make chunks of other users in the batch be rejected, "
-    "but nothing wrong is learnt. With ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16, set before torch is imported, AMX is not used"
+    "features; multiples of 32 are safe on processors with AMX). ttt's layers for users take such rows out first. The "
+    "model's other layers do not: one user's overflow can cause chunks of other users in the batch to be rejected, but "
+    "nothing wrong is learnt. With ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16, set before torch is imported, AMX is not used"
 )
 
 
