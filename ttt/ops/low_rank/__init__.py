@@ -125,9 +125,9 @@ def low_rank_compress(
 
     ``lost`` bounds, by the triangle inequality, the Frobenius norm of everything that a slot has lost to truncation;
     one call adds exactly (sum over i >= r of s_i^2)^1/2. Each slot is treated by itself, so its bits do not depend on
-    which others are compressed. The computation is in float64. For rows of float32 or less it starts from the factors' R x R
-    Gram matrices, which give the same approximation faster, up to 1e-8 of its norm. Products of 16-bit rows are first
-    summed in float32, and 16-bit rows are rounded stochastically (`ttt.ops.philox`).
+    which others are compressed. The computation is in float64. For rows of float32 or less it starts from the factors'
+    R x R Gram matrices, which give the same approximation faster, up to 1e-8 of its norm. Products of 16-bit rows are
+    first summed in float32, and 16-bit rows are rounded stochastically (`ttt.ops.philox`).
 
     Args:
         a, b, rows, eta_sum: as in `low_rank_append`.
