@@ -1,9 +1,9 @@
 // From the Gram matrices of factors A, B of D = B^T A to the factors of its largest singular values.
 //
-// With A A^T = L L^T, the eigenvalues of C = L^T (B B^T) L are the squares of D's singular values s. Let V be its
-// eigenvectors: U = B^T L V / s are D's left singular vectors, orthonormal whatever rounding made of L, and D^T U / s =
-// A^T (B B^T) L V / s^2 the right ones; nothing is inverted. Rows are first made as long in A as in B, which D does not
-// notice: large rows of the one then hide no large rows of the other.
+// With A A^T = L L^T, the eigenvalues of C = L^T (B B^T) L are the squares of D's singular values s. With C's
+// eigenvectors V, U = B^T L V / s are D's left singular vectors, orthonormal even if L is rounded, and D^T U / s = A^T
+// (B B^T) L V / s^2 the right ones; no matrix is inverted. Rows are first scaled to equal lengths in A and in B, which
+// leaves D unchanged, so that large rows of one factor do not hide large rows of the other.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -14,17 +14,16 @@
 
 namespace {
 
-constexpr double NEGLIGIBLE = 1e-15;  // beside the largest square
+constexpr double NEGLIGIBLE = 1e-15;  // relative to the largest square
 
-// Of one slot; kept from one to the next for its memory. Matrices have `ld` columns.
+// The truncation of one slot. Its memory is used again for later slots. Matrices have `ld` columns.
 struct Truncation {
   Wide factor_a, factor_b;  // padded(kept) x ld: the new rows are these times the old ones
   double gone;              // |change of D|_F
-  bool finite;              // otherwise some row is not, and nothing else is set
+  bool finite;              // whether all rows are finite; if not, nothing else is set
 
-  // `ga`, `gb`: the lower halves of A A^T and B B^T, destroyed. `kept` of `size` rows stay. `directions`: the first
-  // singular value that does not stay is taken off all that do.
-  void make(double* ga, double* gb, int64_t size, int64_t ld, int64_t kept, bool directions);
+  // `ga`, `gb`: the lower halves of A A^T and B B^T, which are overwritten. `kept` of `size` rows stay.
+  void make(double* ga, double* gb, int64_t size, int64_t ld, int64_t kept);
 
  private:
   Wide work_;
@@ -34,7 +33,7 @@ struct Truncation {
   bool balance(double* ga, double* gb, int64_t size, int64_t ld, double* scale_a, double* scale_b, double* largest);
 };
 
-// Rows of both factors get the same length, at most 1: row r of A times scale_a[r], of B times scale_b[r]. D becomes
+// Scales row r of A by scale_a[r] and that of B by scale_b[r], to equal lengths of at most 1, so that D becomes
 // D / `largest`. False if some row is not finite.
 inline bool Truncation::balance(double* ga, double* gb, int64_t size, int64_t ld, double* scale_a, double* scale_b,
                                 double* largest) {
@@ -59,7 +58,7 @@ inline bool Truncation::balance(double* ga, double* gb, int64_t size, int64_t ld
   return true;
 }
 
-inline void Truncation::make(double* ga, double* gb, int64_t size, int64_t ld, int64_t kept, bool directions) {
+inline void Truncation::make(double* ga, double* gb, int64_t size, int64_t ld, int64_t kept) {
   const int64_t square = ld * ld, width = padded(kept);
   work_.need(4 * square + 2 * width * ld + 7 * ld);
   double *lt = work_.get(), *t = lt + square, *c = t + square, *reflectors = c + square;
@@ -87,7 +86,7 @@ inline void Truncation::make(double* ga, double* gb, int64_t size, int64_t ld, i
   }
   tridiagonalize(c, count, ld, d, e, reflectors, tau, spare);
   rotations_.clear();
-  const int64_t found = diagonalize(d, e, count, kept + (directions ? 1 : 0), spare, rotations_);
+  const int64_t found = diagonalize(d, e, count, kept, spare, rotations_);
 
   order_.resize(found);
   for (int64_t i = 0; i < found; i++) order_[i] = i;
@@ -104,20 +103,19 @@ inline void Truncation::make(double* ga, double* gb, int64_t size, int64_t ld, i
   combine(xt, ld, width, count, t, ld, padded(size), factor_a.get(), ld);
   combine(xt, ld, width, count, lt, ld, padded(size), factor_b.get(), ld);
 
-  const double cut = directions ? singular(kept) : 0, unit = std::sqrt(largest);
-  double dropped = 0, shrunk = 0;                           // sums of squares
-  for (int64_t i = found; i < count; i++) dropped += d[i];  // a trace: the sum of eigenvalues that nobody knows
+  const double unit = std::sqrt(largest);
+  double dropped = 0;                                       // sum of squares
+  for (int64_t i = found; i < count; i++) dropped += d[i];  // of a trace: the eigenvalues that were not computed
   for (int64_t i = kept; i < found; i++) dropped += d[order_[i]];
   for (int64_t i = 0; i < kept; i++) {
-    const double value = singular(i), stays = std::max(value - cut, 0.0);
-    shrunk += (value - stays) * (value - stays);
-    const double by_b = value > 0 ? unit * std::sqrt(stays) / value : 0, by_a = value > 0 ? by_b / value : 0;
+    const double value = singular(i);
+    const double by_b = value > 0 ? unit * std::sqrt(value) / value : 0, by_a = value > 0 ? by_b / value : 0;
     for (int64_t r = 0; r < size; r++) {
       factor_a.get()[i * ld + r] *= by_a * scale_a[r];
       factor_b.get()[i * ld + r] *= by_b * scale_b[r];
     }
   }
-  gone = largest * std::sqrt(shrunk + (dropped > floor ? dropped : 0));
+  gone = largest * std::sqrt(dropped > floor ? dropped : 0);
 }
 
 }  // namespace

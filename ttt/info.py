@@ -31,6 +31,7 @@ def info(file: TextIO | None = sys.stdout) -> dict[str, Any]:
         - ``devices``: ``"cpu"``, then each CUDA device with its name;
         - ``ops``: op -> {``"cpu"``: backend, ``"cuda"``: backend};
         - ``missing``: backend -> the reason why it cannot be used;
+        - ``isolation``: dtype -> whether torch's linear layer on the CPU keeps the rows of a batch apart;
         - ``calls``: ``"OP on BACKEND"`` -> number of calls in this process, where the fastest backend ran;
         - ``slow_calls``: ``"OP on BACKEND: REASON"`` -> number of calls that a slower backend ran, for that reason.
     """
@@ -57,11 +58,40 @@ def info(file: TextIO | None = sys.stdout) -> dict[str, Any]:
     on_cpu = f"C++ ({found['isa']}; float32, bfloat16), reference (others)" if found["isa"] else "reference"
     on_cuda = "reference" if "triton" in found["missing"] else "Triton (float32, bfloat16, float16), reference (others)"
     found["ops"] = {op: {"cpu": on_cpu, "cuda": on_cuda} for op in backends.OPS}
+    found["isolation"] = {str(dtype).removeprefix("torch."): _isolation(dtype) for dtype in _PROBED}
     found["calls"] = {f"{op} on {b}": n for (op, b, why), n in sorted(backends.calls.items()) if not why}
     found["slow_calls"] = {f"{op} on {b}: {why}": n for (op, b, why), n in sorted(backends.calls.items()) if why}
     if file is not None:
         _print(found, file)
     return found
+
+
+_PROBED = (torch.float32, torch.bfloat16, torch.float16)
+_ROWS_APART = "torch.nn.functional.linear keeps the rows of a batch apart"
+_ROWS_MIXED = (
+    "torch.nn.functional.linear turns rows into NaN beside a row that holds an infinity or NaN (inputs of {widths} "
+    "features; multiples of 32 are safe on processors with AMX). ttt's layers for users take such rows out first. The "
+    "model's other layers do not: one user's overflow can cause chunks of other users in the batch to be rejected, but "
+    "nothing wrong is learnt. With ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16, set before torch is imported, AMX is not used"
+)
+
+
+def _isolation(dtype: torch.dtype) -> str:
+    """What torch's product of ``dtype`` on the CPU does to rows beside one that is not finite."""
+    leaking = [str(width) for width in (64, 65, 80, 100, 500) if _leaks(dtype, width)]
+    return _ROWS_MIXED.format(widths=", ".join(leaking)) if leaking else _ROWS_APART
+
+
+@torch.no_grad()
+def _leaks(dtype: torch.dtype, width: int) -> bool:
+    """Whether a row of infinities and one of NaN change a bit of the other rows of a product of ``width`` inputs."""
+    generator = torch.Generator().manual_seed(width)
+    rows, weight = (torch.randn(k, width, generator=generator).to(dtype) for k in (48, 32))
+    spoilt = rows.clone()
+    spoilt[7], spoilt[30] = torch.inf, torch.nan
+    others = torch.ones(len(rows), dtype=torch.bool).index_fill_(0, torch.tensor([7, 30]), False)
+    want, found = (torch.nn.functional.linear(t, weight)[others] for t in (rows, spoilt))
+    return not torch.equal(want, found)
 
 
 def _version(package: str) -> str | None:
@@ -84,7 +114,7 @@ def _print(found: dict[str, Any], file: TextIO) -> None:
     forced = f" (forced by {cpu.ISA_VARIABLE})" if os.environ.get(cpu.ISA_VARIABLE) else ""
     print(f"{'isa':12}{found['isa']}{forced}; this processor has {', '.join(found['isas']) or 'unknown'}", file=file)
     print(f"{'devices':12}{'; '.join(found['devices'])}", file=file)
-    for title in ("missing", "ops", "calls", "slow_calls"):
+    for title in ("missing", "ops", "isolation", "calls", "slow_calls"):
         for key, value in found[title].items():
             text = "; ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else value
             print(f"{title:12}{key}: {text}", file=file)

@@ -13,7 +13,7 @@ HUGE = 1e25
 def adapted(family="llama", slots=4, rank=3, window=16, model=None, **options):
     low_rank = ttt.LowRank(slots=slots, rank=rank, window=window)
     options = {"ewc_lambda": 0.0, "replay_rows": 0, "lr": 0.01, "chunk": 8, "replay_capacity": 32, **options}
-    config = plain_config(target_modules=TARGETS[family], layers="last:0.5", users=low_rank, **options)
+    config = plain_config(target_modules=TARGETS[family], layers="last:0.5", per_user=low_rank, **options)
     model = ttt.adapt_(tiny(family) if model is None else model, config)
     return model, ttt.Learner(model)
 

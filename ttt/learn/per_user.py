@@ -72,6 +72,8 @@ def observe(
             cache = detached(cache_of(out))
             if teaches:
                 bad = _learn(pool, captured, slots, rows[:, span], scores.nll.detach(), targets[:, span])
+                if pool.companion is not None:
+                    pool.companion.check_due()
                 for user in _count(pool, named, bad, slots, targets[:, span], learned, rejected):
                     _blank(cache, slots == pool.slot(user))
             position = last
@@ -101,8 +103,10 @@ def _learn(pool: Pool, captured: list, slots: Tensor, rows: Tensor, nll: Tensor,
     bad = torch.zeros(pool.slots + 1, dtype=torch.int64, device=users.device)
     bad = bad.index_add_(0, owners.long() + 1, (~ok).long())[1:] > 0
     users = torch.where(bad[users.clamp_min(0).long()], -1, users)
+    factors = None if pool.companion is None else pool.companion.pace(slots, nll, targets, bad)
     for layer, x, delta, steps in updates:
-        layer.learn(x, delta, steps.eta, users)
+        eta = steps.eta if factors is None else steps.eta * factors[users.clamp_min(0).long()]
+        layer.learn(x, delta, eta, users)
         layer.count(steps.grown, ~bad)
     return bad
 

@@ -1,12 +1,12 @@
-"""`ttt.nn.LowRankLinear`: an `nn.Linear` with low-rank weights of many users beside its own, in one batch."""
+"""`ttt.nn.LowRankLinear`: a linear layer whose batches mix users, each with low-rank weights of their own."""
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from ttt import ops
 from ttt.config import TTTConfig
@@ -19,27 +19,34 @@ from ttt.ops.reference import _wide
 
 PER_ROW = ("a", "b")
 PER_SLOT = ("eta_sum", "lost", "step")
+MOST_STEPS = {"eta_sum": float("inf"), "lost": float("inf"), "step": 2**62}
 
 
 class Routing:
-    """Whose the rows of the present batch are; one for all layers of a model. ``slots`` (B,) int32, or None."""
+    """The user of each row of the current batch, shared by all layers of a model. ``slots``: (B,) int32, or None."""
 
     def __init__(self) -> None:
         self.slots: Tensor | None = None
         self._tokens: dict[int, Tensor] = {}
+        self._thread = 0
 
     def set(self, slots: Tensor | None) -> None:
-        """``slots``: (B,) int32, the slot of each row of the batch, -1 for the base model; None: all are the base's."""
-        self.slots, self._tokens = slots, {}
+        """Route row i to slot ``slots[i]`` (B,) int32, where -1 stands for the base model; None: all rows to it."""
+        self.slots, self._tokens, self._thread = slots, {}, threading.get_ident()
 
     def tokens(self, x: Tensor) -> Tensor | None:
         """(T,) int32: the slot of each token of ``x`` (B, ..., n).
 
         Raises:
             ValueError: if ``x`` has another number of rows.
+            RuntimeError: if another thread has named the users.
         """
         if self.slots is None:
             return None
+        if not torch.compiler.is_compiling() and self._thread != threading.get_ident() and not _in_backward():
+            raise RuntimeError(
+                "the users of this model were named in another thread; one thread at a time may use a model with users"
+            )
         batch = self.slots.numel()
         if x.ndim < 2 or x.shape[0] != batch:
             raise ValueError(f"x must have shape ({batch}, ..., n) for {batch} users, got {tuple(x.shape)}")
@@ -49,8 +56,13 @@ class Routing:
         return self._tokens[each]
 
 
+def _in_backward() -> bool:
+    """Whether autograd runs a backward pass here: checkpointed layers are computed again in its own threads."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class _Capture(torch.autograd.Function):
-    """As that of `ttt.nn.Linear`: hands (x, delta) to the layer, and makes no gradient of a weight.
+    """Hands (x, delta) to the layer in the backward pass and computes no gradient of a weight, as in `ttt.nn.Linear`.
 
     dL/dx_t = delta_t W + (delta_t B_u^T) A_u.
     """
@@ -75,32 +87,36 @@ class _Capture(torch.autograd.Function):
 
 
 class LowRankLinear(Adapted):
-    """y_t = W x_t + b + B_u^T (A_u x_t): a linear layer for a batch in which each row belongs to a user, or to none.
+    """y_t = W x_t + b + B_u^T (A_u x_t): a linear layer for a batch in which each row belongs to a user or to none.
 
-    ``weight`` and ``bias`` never change; rows of no user get the base layer's output bit for bit. The state is in
-    buffers that are no part of `state_dict`, at fixed addresses. S slots of R = rank + window rows:
+    ``weight`` and ``bias`` never change. Rows of no user get the base layer's output bit for bit. The bits of a user's
+    outputs do not depend on rows of others, whether these are finite or not. A row that is not finite gives NaN.
+
+    The state is in buffers at fixed addresses that are not part of `state_dict`. There are S slots of R = rank + window
+    rows; ``eta_sum`` and the importance are float32 (float64 for float64 weights):
 
     =================  ============  ==========================================================
-    ``a``              (S, R, n)     inputs, or right singular vectors,
-    ``b``              (S, R, m)     and -eta delta, or left ones. In float16 a step below 3e-8 is 0
+    ``a``              (S, R, n)     inputs x_t; after compression scaled right singular vectors
+    ``b``              (S, R, m)     -eta_t delta_t; after compression scaled left singular vectors.
+                                     In float16 numbers below 3e-8 are rounded to 0
     ``rows``           (S,) int32    rows in use
-    ``eta_sum``        (S,)          steps since the slot was compressed
+    ``eta_sum``        (S,)          sum of eta_t since the slot was compressed
     ``lost``           (S,)          bound on the Frobenius norm of what truncation dropped
     ``step``           (S,) int64    compressions so far
-    ``importance_m``   (m,)          shared by all users, if ``ewc_lambda`` > 0: Omega_ij is taken
-    ``importance_n``   (n,)          as importance_m[i] importance_n[j], by its row and column means
-    ``memory``         (K, n)        shared, if ``replay_rows`` or ``orthogonal`` > 0: inputs whose
-    ``seen``           (1,)          outputs the anchor defines, and how many rows ever entered
-    ``basis``          (k, n)        shared, if ``orthogonal`` > 0: U, orthonormal directions that
-                                     learning leaves alone, or rows of zeros
-    ``calibrated``     (3,)          shared, unless ``rate`` is "constant"; float64: sums of |x|^2 and
-                                     |delta|^2 |x|^2, and rows, at calibration,
-    ``moments``        (S, 3)        and of each user since
+    ``importance_m``   (m,)          row and column means of Omega, shared by all users, if
+    ``importance_n``   (n,)          ``ewc_lambda`` > 0: Omega_ij = importance_m[i] importance_n[j]
+    ``memory``         (K, n)        replay memory, shared, if ``replay_rows`` or ``orthogonal`` > 0,
+    ``seen``           (1,)          and how many rows were ever offered to it
+    ``basis``          (k, n)        orthonormal directions that updates leave alone, shared, if
+                                     ``orthogonal`` > 0; rows of zeros have no effect
+    ``calibrated``     (3,)          float64, shared, unless ``rate`` is "constant": sums of |x|^2 and
+                                     of |delta|^2 |x|^2, and the number of tokens, at calibration
+    ``moments``        (S, 3)        the same of each user's own tokens since
     =================  ============  ==========================================================
 
     Args:
         in_features, out_features, bias, device, dtype: as `torch.nn.Linear`.
-        config: see `TTTConfig`; its ``per_user`` (`ttt.LowRank`) says how many slots there are.
+        config: a `TTTConfig` whose ``per_user`` (`ttt.LowRank`) gives the number and size of the slots.
         name: seeds this layer's random draws, together with ``config.seed``.
     """
 
@@ -110,7 +126,7 @@ class LowRankLinear(Adapted):
     eta_sum: Tensor
     lost: Tensor
     step: Tensor
-    # None where the configuration does without them:
+    # None if the configuration does not need them:
     importance_m: Tensor
     importance_n: Tensor
     memory: Tensor
@@ -149,17 +165,21 @@ class LowRankLinear(Adapted):
             raise ValueError("config.per_user must be a ttt.LowRank, got None")
         self.low_rank = config.per_user
         self.routing = Routing()
+        self.strengths: dict[int, float] = {}  # of the protection, by slot, where it is not 1 (`UserGuards`)
         super()._build(config, name)
 
     def _bind(self) -> LowRankBinding:
         return LowRankBinding(self)
 
-    # -- using ------------------------------------------------------------------------------------------------
+    # -- forward ----------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, ..., n) -> (B, ..., m), row by row with the weights of the users that `ttt.users` names.
+        """(B, ..., n) -> (B, ..., m): each row with the weights of the user that `ttt.users` names for it.
 
-        Gradients reach ``x``; no weight gets one.
+        Gradients reach ``x``, but no weight.
+
+        Raises:
+            ValueError: if ``x`` has another number of rows than users were named.
         """
         users = self.routing.tokens(x)
         if torch.is_grad_enabled() and (self.sink is not None or x.requires_grad):
@@ -167,8 +187,8 @@ class LowRankLinear(Adapted):
         return self._product(x, users)
 
     def _product(self, x: Tensor, users: Tensor | None) -> Tensor:
-        if users is None:
-            return linear(x, self.weight, self.bias)
+        if users is None:  # all rows are the base model's: plain torch, without isolation between rows
+            return torch.nn.functional.linear(x, self.weight, self.bias)
         binding = binding_of(self)
         if binding is not None and (y := binding.forward(x, users)) is not None:
             return y
@@ -181,7 +201,7 @@ class LowRankLinear(Adapted):
 
     @torch.no_grad()
     def effective_weight(self, slot: int) -> Tensor:
-        """W + B^T A of one slot, (m, n). A new tensor."""
+        """W + B_u^T A_u of slot u, (m, n). A new tensor."""
         held = slice(0, int(self.rows[slot]))
         wide = self.eta_sum.dtype
         change = self.b[slot, held].to(wide).T @ self.a[slot, held].to(wide)
@@ -191,43 +211,59 @@ class LowRankLinear(Adapted):
 
     @torch.no_grad()
     def steps(self, x: Tensor, delta: Tensor, users: Tensor | None) -> tuple[Tensor, Rates]:
-        """What updates are made with: the inputs without their part in the span of ``basis`` (T, n), and the steps.
+        """Inputs (T, n) without their part in the span of ``basis``, and the step eta_t of each token.
 
-        A user's steps depend on the user's own tokens and on calibration alone. Nothing is written: `count` does.
+        A user's steps depend only on the user's own tokens and on calibration. Nothing is written; `count` adds the
+        tokens to the moments.
 
         Args:
             x: (T, n); delta: (T, m), gradients of the summed loss at the output; both of the weight's dtype.
-            users: (T,), int32; -1 for tokens that teach nobody. None: as those of one user who has learnt nothing yet.
+            users: (T,), int32; -1 for tokens that teach nobody. None: as tokens of one user who has learnt nothing yet.
         """
-        x, before = project_inputs(x, self.basis), self.moments
+        before = self.moments
+        if self.basis is not None:  # rows that are not finite must not reach others through a product, see `forward`
+            finite = torch.isfinite(x).all(1, keepdim=True)
+            x = torch.where(finite, project_inputs(torch.where(finite, x, 0.0), self.basis), torch.nan)
         if before is not None:
             before = self.calibrated if users is None else self.calibrated + before
         return x, rates(x, delta, self.config, self.eta_sum.dtype, before=before, users=users)
 
     @torch.no_grad()
     def count(self, grown: Tensor | None, kept: Tensor) -> None:
-        """Add to the moments what `steps` found, of the slots that ``kept`` (S,) bool says."""
+        """Add what `steps` found to the moments of the slots where ``kept`` (S,) bool is True."""
         if grown is not None:
             count_(self.moments, grown, kept.unsqueeze(1))
 
     @torch.no_grad()
     def learn(self, x: Tensor, delta: Tensor, eta: Tensor, users: Tensor) -> None:
-        """Append each token's step to its user's slot; a slot is compressed when it is full, or has too little room.
+        """Append a row for each token to its user's slot; compress slots that are full or have too little room.
 
         Args:
             x: (T, n), inputs as `steps` returns them; delta: (T, m); both of the weight's dtype.
             eta: (T,), float32 (float64 for float64): steps. users: (T,), int32; -1 for tokens that teach nobody.
+
+        Raises:
+            ValueError, TypeError: as `ttt.ops.low_rank_append`.
+            RuntimeError: as `ttt.ops.low_rank_compress`. Tokens before the failing compression have been learnt.
         """
-        binding = binding_of(self)
+        # The bound kernels compress all slots with one strength.
+        binding = binding_of(self) if not self.strengths else None
         if binding is None or not binding.learn(x, delta, eta, users):
             self._learn(x, delta, eta, users)
 
     def _learn(self, x: Tensor, delta: Tensor, eta: Tensor, users: Tensor) -> None:
-        """`learn` by the ops, to the bit what the bound kernels do. The slots to compress are chosen on the device: the
-        host waits only where there are more tokens than a window, and not while a CUDA graph is captured."""
+        """`learn` through the ops.
+
+        The slots to compress are chosen on the device. The host waits only if there are more tokens than a window has
+        rows, and never while a CUDA graph is captured.
+
+        This mirrors ``LowRank::learn`` of csrc/bindings.cpp, which makes the same calls to the kernels; a change of one
+        must be made in the other. test_many_users_outputs_and_state_are_those_of_the_ops of
+        tests/nn/test_cpu_binding.py compares the two bit for bit.
+        """
         tokens, window, capacity = users.numel(), self.low_rank.window, self.low_rank.capacity
         place, parts = None, min(tokens, 1)
-        if tokens > window:  # there may be more of one user than a slot has room for at a time
+        if tokens > window:  # one user may have more tokens than a slot has room for at a time
             place, parts = places(users), -(-tokens // window)
             if not (users.is_cuda and torch.cuda.is_current_stream_capturing()):
                 parts = int(torch.where(users >= 0, place, -window).max()) // window + 1
@@ -241,21 +277,34 @@ class LowRankLinear(Adapted):
 
     @torch.no_grad()
     def compress(self, chosen: Tensor) -> None:
-        """Bring the ``chosen`` slots, (S,) bool, back to ``rank`` rows, with the pull and the replay of ``config``."""
-        if chosen.is_cpu and not chosen.any():  # where looking costs no wait
+        """Reduce the ``chosen`` slots, (S,) bool, to ``rank`` rows, with the protections of ``config``.
+
+        Raises:
+            ValueError, RuntimeError: as `ttt.ops.low_rank_compress`.
+        """
+        if chosen.is_cpu and not chosen.any():  # on CUDA a look at the values would make the host wait
             return
         slots = torch.where(chosen, torch.arange(len(chosen), device=chosen.device), -1)
         state = self.a, self.b, self.rows, self.eta_sum, self.lost, self.step
-        ops.low_rank_compress(*state, slots, **self.compress_options())
+        if not self.strengths:
+            ops.low_rank_compress(*state, slots, **self.compress_options())
+            return
+        strengths = [self.strengths.get(slot, 1.0) for slot in range(len(slots))]
+        own = torch.tensor(strengths, dtype=torch.float64, device=slots.device)
+        for strength in sorted(set(strengths)):
+            group = torch.where(own == strength, slots, -1)
+            if not group.is_cpu or bool((group >= 0).any()):
+                ops.low_rank_compress(*state, group, **self.compress_options(strength))
 
-    def compress_options(self) -> dict[str, Any]:
-        """The keywords of `ttt.ops.low_rank_compress`."""
+    def compress_options(self, strength: float = 1.0) -> dict[str, Any]:
+        """Keyword arguments of `ttt.ops.low_rank_compress`, with the protection ``strength`` times the configured."""
         c = self.config
         memory, seen = (self.memory, self.seen) if c.replay_rows else (None, None)
         return {
-            "rank": self.low_rank.rank, "shrink": self.low_rank.shrink, "lam": c.ewc_lambda,
+            "rank": self.low_rank.rank, "shrink": self.low_rank.shrink, "lam": c.ewc_lambda * strength,
             "importance_m": self.importance_m, "importance_n": self.importance_n, "memory": memory, "seen": seen,
-            "seed": self.seed, "replay_rows": c.replay_rows, "replay": c.replay, "beta": c.replay_beta,
+            "seed": self.seed, "replay_rows": c.replay_rows, "replay": c.replay,
+            "beta": max(c.replay_beta, min(c.replay_beta * strength, 1.0)),  # 1: the full projection
             "eps": c.replay_eps,
         }  # fmt: skip
 
@@ -266,21 +315,25 @@ class LowRankLinear(Adapted):
         return PER_SLOT if self.moments is None else (*PER_SLOT, "moments")
 
     def slot_state(self, slot: int) -> dict[str, Tensor]:
-        """Copies of all that one slot holds: ``a`` (rows, n), ``b`` (rows, m), (1,) each of the counters, and unless
-        ``rate`` is "constant" ``moments`` (1, 3)."""
+        """Copies of a slot's tensors: ``a`` (rows, n), ``b`` (rows, m), ``eta_sum``, ``lost`` and ``step`` (1,), and
+        unless ``rate`` is "constant" ``moments`` (1, 3)."""
         held = int(self.rows[slot])
         state = {name: getattr(self, name)[slot, :held].clone() for name in PER_ROW}
         return state | {name: getattr(self, name)[slot : slot + 1].clone() for name in self._per_slot}
 
     def check_slot_state(self, state: dict[str, Any]) -> None:
-        """Raise ValueError or TypeError unless ``state`` is one that `load_slot` can take.
+        """Raise ValueError or TypeError unless `load_slot` can load ``state``. Nothing is written.
 
-        It may lack ``moments``, as where the user learnt at a constant rate: they are zeros then.
+        ``moments`` may be missing, for a user who learnt at a constant rate; they are loaded as zeros.
         """
         allowed = {*PER_ROW, *self._per_slot}
         if not {*PER_ROW, *PER_SLOT} <= set(state) <= allowed:
             why = f" (rate is {self.config.rate!r})" if "moments" in state and self.moments is None else ""
             raise ValueError(f"{self.name} needs the tensors {sorted(allowed)}{why}, got {sorted(state)}")
+        for name, value in state.items():
+            if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
+                kind = f"a {value.layout} tensor" if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(f"{self.name}.{name} must be a dense tensor with data, got {kind}")
         held = state["a"].shape[0] if state["a"].ndim else 0
         if held > self.low_rank.capacity:
             raise ValueError(f"{self.name}.a must have at most {self.low_rank.capacity} rows, got {held}")
@@ -293,12 +346,28 @@ class LowRankLinear(Adapted):
                 raise TypeError(f"{self.name}.{name} must be {live.dtype}, got {value.dtype}")
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{self.name}.{name} must be finite")
-            if name == "moments" and float(value.min()) < 0:
-                raise ValueError(f"{self.name}.moments must be sums of squares, got {value.tolist()}")
+        counters = {name: value.flatten().tolist() for name, value in state.items() if name not in PER_ROW}
+        for name in PER_SLOT:
+            (value,) = counters[name]
+            if not 0 <= value < MOST_STEPS[name]:
+                raise ValueError(f"{self.name}.{name} must be in [0, {MOST_STEPS[name]}), got {value}")
+        if held == 0 and counters["eta_sum"] != [0.0]:
+            raise ValueError(f"{self.name}.eta_sum must be 0 for a slot without rows, got {counters['eta_sum'][0]}")
+        if counters["step"] == [0] and counters["lost"] != [0.0]:
+            raise ValueError(f"{self.name}.lost must be 0 before the first compression, got {counters['lost'][0]}")
+        if "moments" in counters:
+            energy, square, tokens = counters["moments"]
+            if min(energy, square, tokens) < 0:
+                raise ValueError(f"{self.name}.moments must be sums of squares, got {state['moments'].tolist()}")
+            if not tokens.is_integer() or (tokens == 0 and (energy > 0 or square > 0)):
+                raise ValueError(
+                    f"{self.name}.moments must end in a number of tokens, with sums of 0 if it is 0, "
+                    f"got {state['moments'].tolist()}"
+                )
 
     @torch.no_grad()
     def load_slot(self, slot: int, state: dict[str, Tensor]) -> None:
-        """Give a slot what `slot_state` returned, to the bit; the caller checks."""
+        """Write a state that `slot_state` returned into a slot, bit for bit. The caller checks it first."""
         self.clear_slot(slot)
         held = state["a"].shape[0]
         for name, value in state.items():
@@ -307,7 +376,7 @@ class LowRankLinear(Adapted):
 
     @torch.no_grad()
     def clear_slot(self, slot: int) -> None:
-        """Zero the slot's memory, all of it: what a user said must not stay."""
+        """Fill all of a slot's memory with zeros, so that nothing that a user wrote stays."""
         for name in (*PER_ROW, *self._per_slot, "rows"):
             getattr(self, name)[slot].zero_()
 
