@@ -104,7 +104,8 @@ def test_beyond_the_budget_the_nearest_columns_are_merged():
         learner.observe(text(domain, 640))
         learner.close()
     assert [c.tokens for c in learner.columns] == [1280, 640]  # the two of one domain became one
-    held = learner._calm + list(learner._signature.counts + learner._latest.counts)
+    active = learner._active
+    held = active.calm_weights + list(active.signature.counts + active.latest.counts)
     assert learner.bytes() == sum(c.bytes for c in learner.columns) + sum(t.numel() * t.element_size() for t in held)
 
 
@@ -162,7 +163,7 @@ def test_a_column_opened_by_mistake_stays_as_it_was():
 
 def test_text_that_is_not_learnt_is_scored_by_the_mixture(monkeypatch):
     """Against the weights of every token, one after the other, in float64."""
-    monkeypatch.setattr("ttt.experts.learner._PREFIX", 20)
+    monkeypatch.setattr("ttt.experts.scoring.PREFIX", 20)
     model, learner = growing()
     for domain in "ab":
         learner.observe(text(domain, 640))

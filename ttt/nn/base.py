@@ -30,6 +30,7 @@ class Adapted(torch.nn.Linear):
     """
 
     transposed = False
+    torn = ""  # which write to several layers ended half-way at or beside this one; empty where none did
     _binding: Any = None  # its tensors' addresses, for the kernels; made by `ttt.nn.cpu_binding.binding_of`
 
     def __init__(

@@ -269,17 +269,10 @@ class Linear(Held):
             gate: (1,) int64, for capturable layers only: where it is 0 nothing changes, which is decided on the device.
 
         Raises:
-            ValueError: if the layer is capturable for steps of another number of rows, or ``gate`` is given and it is
-                not capturable. Nothing has changed then.
+            ValueError: as `check_update`. Nothing has changed then.
         """
+        self.check_update(update, gate)
         count = update.x.shape[0]
-        if self._steps is not None and count != self._steps.rows:
-            raise ValueError(
-                f"{self.name or 'the layer'} is capturable for steps of {self._steps.rows} rows, got {count}; "
-                "capturable_(None) takes any number"
-            )
-        if self._steps is None and gate is not None:
-            raise ValueError("gate needs a capturable layer; call capturable_(rows) first")
         if count == 0 or self.config.lr == 0:
             return
         if self._steps is not None:
@@ -290,6 +283,21 @@ class Linear(Held):
             self._learn(update, count)
         if self.moments is not None and update.moments is not None:
             count_(self.moments[STREAM], update.moments, None if gate is None else gate != 0)
+
+    def check_update(self, update: Update, gate: Tensor | None = None) -> None:
+        """Raise ValueError if `learn` cannot take ``update``.
+
+        That is so if the layer is capturable for steps of another number of rows, or ``gate`` is given and the layer is
+        not capturable.
+        """
+        if self._steps is None:
+            if gate is not None:
+                raise ValueError("gate needs a capturable layer; call capturable_(rows) first")
+        elif (count := update.x.shape[0]) != self._steps.rows:
+            raise ValueError(
+                f"{self.name or 'the layer'} is capturable for steps of {self._steps.rows} rows, got {count}; "
+                "capturable_(None) takes any number"
+            )
 
     def _traced(self, update: Update) -> Tensor | None:
         """What of ``update`` goes into ``win_trace``."""

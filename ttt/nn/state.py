@@ -41,19 +41,25 @@ class Held(Adapted):
         """Copy ``state`` (as from `state`) into the live tensors. Names and shapes must fit; the caller checks.
 
         Raises:
-            ValueError: if the layer is capturable and ``pending`` is no number of rows that its steps make.
+            ValueError: as `check_pending`.
         """
+        self.check_pending(state)
+        for name, value in state.items():
+            if name == "pending":
+                self.pending = int(value)
+            else:
+                self._take(name, value)
+        if state.keys() >= self.state().keys():
+            self.torn = ""
+
+    def check_pending(self, state: dict[str, Tensor]) -> None:
+        """Raise ValueError if the layer is capturable and ``pending`` is no number of rows that its steps make."""
         steps = self._steps
         if steps is not None and "pending" in state and not steps.takes(int(state["pending"])):
             raise ValueError(
                 f"pending = {int(state['pending'])} is no whole number of the layer's steps of {steps.rows} rows; "
                 "call capturable_(None) first"
             )
-        for name, value in state.items():
-            if name == "pending":
-                self.pending = int(value)
-            else:
-                self._take(name, value)
 
     def own(self, *names: str, copy: bool = True) -> None:
         """Make buffers ready to be written: those shared with other models are replaced by the layer's own.
@@ -107,3 +113,4 @@ class Held(Adapted):
         if self.moments is not None:
             self.moments[STREAM].zero_()
         self.pending = 0
+        self.torn = ""
