@@ -110,7 +110,7 @@ def test_any_model_and_loss_learns(sizes, calibrated):
     with torch.no_grad():
         for p in teacher.parameters():
             if p.ndim == 2:  # biases do not learn
-                p.add_(0.3 * torch.randn_like(p))
+                p.add_(torch.randn_like(p))
     target = teacher(x).detach()
     ttt.adapt_(model, ttt.TTTConfig(target_modules="all-linear"))
     if calibrated:
@@ -119,7 +119,8 @@ def test_any_model_and_loss_learns(sizes, calibrated):
     for rows in torch.arange(400).repeat(5).split(25):
         with ttt.learning(model):
             (model(x[rows]) - target[rows]).square().sum().backward()
-    assert float((model(x) - target).square().mean()) < 0.8 * before
+    # Calibrated with inputs like those that are learnt, the layers leave half of the directions alone.
+    assert float((model(x) - target).square().mean()) < (1.0 if calibrated else 0.5) * before
     for _, layer in learning_layers(model):
         k = layer.in_features // 2 if layer.in_features < 64 else 32
         assert (0 if layer.basis is None else len(layer.basis)) == k

@@ -34,7 +34,8 @@ class GraphedLearner:
 
     While it exists, the learner's layers are capturable for steps of ``batch * chunk`` rows
     (`ttt.nn.Linear.capturable_`): they accept no other number of rows, and commit their windows as capturable layers
-    do. `release` makes them ordinary layers again. With ``graph=False`` the same steps run without a graph, on any device.
+    do. `release` makes them ordinary layers again. With ``graph=False`` the same steps run without a graph, on any
+    device.
 
     ============  ==================  =====================================================================
     ``ids``       (B, T + 1) int64    the present chunk and the token after it; `step` copies them here
@@ -79,26 +80,15 @@ class GraphedLearner:
             )
         self.learner, self.batch, self.chunk = learner, batch, chunk
         self.capacity = learner.context // chunk * chunk  # of the context, in tokens: whole chunks
-
-        def counter(shape: tuple[int, ...] = (1,), value: int = 0) -> Tensor:
-            return torch.full(shape, value, dtype=torch.int64, device=device)
-
-        self.ids = counter((batch, chunk + 1))
-        self.nll = torch.zeros((batch, chunk), device=device)
-        self.learned, self.rejected, self.learning = counter(), counter(), counter(value=1)
-        self._position = counter()
-        self._offsets = torch.arange(chunk, device=device)
-        self._slots = torch.arange(self.capacity, device=device)
-        self._cache: Any = static_cache(learner.model, self._position, self._offsets, self.capacity)
         takes = inspect.signature(learner.model.forward).parameters
-        self._takes_position = "cache_position" in takes  # transformers that take it would else read it from the device
+        self._takes_position = "cache_position" in takes  # otherwise the model would read it from the device
         self._graph: Any = None
-        rows = batch * chunk
-        before = [layer.capturable for layer in learner.layers]
         with learner.access.enter("GraphedLearner"):
+            self._allocate(device)
+            before = [layer.capturable for layer in learner.layers]
             try:
                 for layer in learner.layers:
-                    layer.capturable_(rows)
+                    layer.capturable_(batch * chunk)
                 if graph:
                     self._capture()
                 else:
@@ -108,6 +98,20 @@ class GraphedLearner:
                     layer.capturable_(held)
                     layer.torn = ""  # nothing was learnt while the graph was captured
                 raise
+
+    def _allocate(self, device: torch.device) -> None:
+        """Make the tensors that a graph reads and writes, at the addresses that they keep."""
+
+        def counter(shape: tuple[int, ...] = (1,), value: int = 0) -> Tensor:
+            return torch.full(shape, value, dtype=torch.int64, device=device)
+
+        self.ids = counter((self.batch, self.chunk + 1))
+        self.nll = torch.zeros((self.batch, self.chunk), device=device)
+        self.learned, self.rejected, self.learning = counter(), counter(), counter(value=1)
+        self._position = counter()
+        self._offsets = torch.arange(self.chunk, device=device)
+        self._slots = torch.arange(self.capacity, device=device)
+        self._cache: Any = static_cache(self.learner.model, self._position, self._offsets, self.capacity)
 
     def _capture(self) -> None:
         self.learning.zero_()  # so that every kernel is compiled and run, and nothing changes
@@ -223,7 +227,7 @@ class GraphedLearner:
 
 
 class _GraphedWeights:
-    """The strategy (`ttt.learn.loop.Strategy`) of a `GraphedLearner`, which decides on the device where contexts begin."""
+    """The strategy (`ttt.learn.loop.Strategy`) of a `GraphedLearner`; the device decides where contexts begin."""
 
     def __init__(self, graphed: GraphedLearner, text: Text) -> None:
         self.graphed, self.text = graphed, text

@@ -122,7 +122,8 @@ class Learner:
 
         Returns:
             An `ObserveOutput`. A chunk with a loss or gradient that is not finite is counted in ``rejected`` and
-            changes nothing; reading goes on after it with an empty context. With ``users`` that holds for each user alone.
+            changes nothing; reading goes on after it with an empty context. With ``users`` that holds for each user
+            alone.
 
         Raises:
             TypeError, ValueError: for a wrong dtype, shape or token. Nothing has changed then.

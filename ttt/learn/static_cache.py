@@ -73,7 +73,7 @@ def static_cache(model: Any, position: Tensor, offsets: Tensor, capacity: int) -
             return self.held
 
         def clear_unless(self, finite: Tensor, positions: Tensor) -> None:
-            """Zero ``positions`` (T,) of the cache unless ``finite``: a masked NaN would be multiplied by 0, and stay NaN."""
+            """Zero ``positions`` (T,) of the cache unless ``finite``: a masked NaN times its weight of 0 is a NaN."""
             if self.held is not None:
                 rows = self.held.index_select(4, positions)
                 self.held.index_copy_(4, positions, torch.where(finite, rows, 0.0))
