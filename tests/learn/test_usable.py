@@ -140,6 +140,7 @@ def life(learner, mode, users=None):
         found.append(learner.observe(ids_of(2, 30), **options).nll)
         return [*found, *learner.pool.export("a").values()]
     with mode():
+        found.append(learner.observe(ids_of(1, 9), learn_mask=torch.ones(1, 9, dtype=torch.bool)).nll)
         snapshot = learner.snapshot()
     with mode():
         learner.consolidate()
@@ -215,7 +216,7 @@ def calls_of(learner, ids):
 def test_training_mode_is_refused_and_eval_mode_is_the_way_out():
     model, learner = adapted()
     ids, before = ids_of(1, 20), state_of(model)
-    for change in (model.train, model.model.layers[3].train):
+    for change in (model.train, model.model.layers[0].train):
         change()
         for call in calls_of(learner, ids):
             with pytest.raises(RuntimeError, match=r"put in training mode .* call model.eval\(\)"):

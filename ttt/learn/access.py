@@ -124,9 +124,9 @@ class Access:
                 f"{what} needs the layers that this Learner was made for, but the model was restored or adapted again "
                 "since then; make a new one with ttt.Learner(model)"
             )
-        if self.model.training or any(layer.training for layer in self.layers):
+        if any(module.training for module in self.model.modules()):
             raise RuntimeError(
-                f"{what} needs the model in eval mode, but it was put in training mode after the Learner was made; "
+                f"{what} needs the model in eval mode, but some of it was put in training mode after the Learner was made; "
                 "call model.eval()"
             )
         with exclusive(self.layers, what, repairs=repairs):
