@@ -38,9 +38,9 @@ def test_without_calibration_nothing_is_protected_and_nothing_else_differs(dtype
     plain, learner = learner_of(base, **OFF), learner_of(base)
     ids = ids_of(2, 60)
     for _ in range(2):
-        seen = [each.observe(ids) for each in (plain, learner)]
-        assert torch.equal(seen[0].nll, seen[1].nll)
-        assert seen[1].rejected == 0
+        outputs = [each.observe(ids) for each in (plain, learner)]
+        assert torch.equal(outputs[0].nll, outputs[1].nll)
+        assert outputs[1].rejected == 0
     held = state_of(learner.model)
     for key, t in state_of(plain.model).items():
         assert torch.equal(t, held[key]) or key.endswith("recent_seen"), key
@@ -66,7 +66,7 @@ def test_without_calibration_what_is_consolidated_is_protected():
 
 
 @pytest.mark.parametrize("users", [None, ["a", "b"]])
-def test_a_learner_that_is_to_protect_and_cannot_says_so_once(users):
+def test_a_learner_warns_once_if_it_has_nothing_to_protect_with(users):
     options = {} if users is None else {"users": ttt.LowRank(slots=2, rank=2, window=16)}
     ids, match = ids_of(2, 20), "learning is unprotected: Learner.calibrate was not called"
 

@@ -46,9 +46,9 @@ def test_the_prompt_is_learnt_as_observe_learns_it():
     twin = ttt.fork(model)
     ids = ids_of(2, 30)
     made = learner.generate(ids, max_new_tokens=4)
-    seen = ttt.Learner(twin).observe(ids)
-    assert torch.equal(made.nll[:, :29], seen.nll)
-    assert (made.learned, made.rejected) == (seen.learned, 0) == (4, 0)
+    output = ttt.Learner(twin).observe(ids)
+    assert torch.equal(made.nll[:, :29], output.nll)
+    assert (made.learned, made.rejected) == (output.learned, 0) == (4, 0)
     assert_same(state_of(twin), state_of(model))
 
 

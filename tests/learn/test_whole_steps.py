@@ -1,9 +1,11 @@
 """A learning step is all or nothing: signals between two layers wait, and a failing layer is undone or reported."""
 
 import copy
+import functools
 import os
 import random
 import signal
+import time
 
 import pytest
 import torch
@@ -98,8 +100,12 @@ def test_ctrl_c_while_users_learn_waits_for_the_end_of_the_step(index, monkeypat
 
 
 def test_a_handler_that_raises_at_any_moment_leaves_the_layers_in_step():
-    """An alarm clock with a random delay, again and again."""
-    learner, _ = learners(window=5)
+    """An alarm clock rings at a random moment of a reading, again and again."""
+    learner, _ = learners(window=5, rate="rms")
+    ids = ids_of(2, 33)
+    start = time.perf_counter()
+    learner.observe(ids)
+    duration = time.perf_counter() - start
 
     class Alarm(Exception):
         pass
@@ -111,18 +117,14 @@ def test_a_handler_that_raises_at_any_moment_leaves_the_layers_in_step():
     try:
         for _ in range(60):
             try:
-                signal.setitimer(signal.ITIMER_REAL, draws.uniform(0.001, 0.03))
-                learner.observe(ids_of(2, 33))
+                signal.setitimer(signal.ITIMER_REAL, draws.uniform(0.01, 1) * duration)
+                learner.observe(ids)
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except Alarm:
                 alarms += 1
-            counts = [
-                (layer.pending, *(int(t) for t in (layer.step, layer.tokens, layer.recent_seen, layer.moments[1, 2])))
-                if layer.moments is not None
-                else (layer.pending, *(int(t) for t in (layer.step, layer.tokens, layer.recent_seen)))
-                for layer in learner.layers
-            ]
-            assert len(set(counts)) == 1
+            counters = [(la.step, la.tokens, la.recent_seen, la.moments[1, 2]) for la in learner.layers]
+            counts = {(la.pending, *map(int, held)) for la, held in zip(learner.layers, counters, strict=True)}
+            assert len(counts) == 1
             assert not any(layer.torn for layer in learner.layers)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -137,14 +139,17 @@ def test_deferred_signals_are_all_handled_at_the_end_in_order():
         arrived.append(number)
         raise InterruptedError(number)
 
+    def send_while_deferred():
+        with SignalsDeferred(), SignalsDeferred():
+            for number in numbers:
+                os.kill(os.getpid(), number)
+            assert arrived == []
+
     numbers = [signal.SIGUSR1, signal.SIGUSR2]
     handlers = [signal.signal(number, note) for number in numbers]
     try:
-        with pytest.raises(InterruptedError):  # noqa: SIM117
-            with SignalsDeferred(), SignalsDeferred():
-                for number in numbers:
-                    os.kill(os.getpid(), number)
-                assert arrived == []
+        with pytest.raises(InterruptedError):
+            send_while_deferred()
         assert arrived == numbers
         assert [signal.getsignal(number) for number in numbers] == [note, note]
     finally:
@@ -178,7 +183,7 @@ def test_after_a_failing_layer_nothing_goes_on_until_a_whole_state_is_back(index
         for call in (
             lambda: learner.observe(ids), lambda: other.observe(ids, learn=False), learner.snapshot,
             learner.consolidate, learner.flush, lambda: learner.calibrate([ids]),
-            lambda: learner.generate(ids, max_new_tokens=2), lambda: copied.observe(ids),
+            lambda: learner.generate(ids, max_new_tokens=2), functools.partial(copied.observe, ids),
             lambda: ttt.learning(learner.model).__enter__(), lambda: ttt.GraphedLearner(learner, graph=False),
             lambda: ttt.Learner(ttt.fork(learner.model)).observe(ids),
         ):  # fmt: skip

@@ -102,6 +102,7 @@ class Access:
             self.layers = list(self.pool.layers.values())
         self.config = self.layers[0].config
         self._originals = kept_originals(model)
+        self._modules = list(model.modules())  # listing them takes longer than looking at them
         named: list[tuple[str, Any]] = [*model.named_parameters(), *model.named_buffers()]
         for name, t in named:
             if t.is_inference():
@@ -124,10 +125,10 @@ class Access:
                 f"{what} needs the layers that this Learner was made for, but the model was restored or adapted again "
                 "since then; make a new one with ttt.Learner(model)"
             )
-        if any(module.training for module in self.model.modules()):
+        if any(module.training for module in self._modules):
             raise RuntimeError(
-                f"{what} needs the model in eval mode, but some of it was put in training mode after the Learner was made; "
-                "call model.eval()"
+                f"{what} needs the model in eval mode, but some of it was put in training mode after the Learner was "
+                "made; call model.eval()"
             )
         with exclusive(self.layers, what, repairs=repairs):
             yield

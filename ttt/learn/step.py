@@ -109,4 +109,4 @@ def write(updates: Sequence[tuple[Linear, Update]], gate: Tensor | None = None) 
         layer.check_update(update, gate)
     with whole_write([layer for layer, _ in updates], "a learning step"):
         for layer, update in updates:
-            layer.learn(update, gate)
+            layer.learn(update) if gate is None else layer.learn(update, gate)
