@@ -7,7 +7,7 @@ import torch
 from test_low_rank_layer import layer_of, taught
 from test_user_learning import HUGE, adapted, assert_same, exports
 from tiny_models import ids_of, tiny
-from ttt.options import LowRank
+from ttt.defences import LowRank
 
 import ttt
 from ttt.ops import cpu

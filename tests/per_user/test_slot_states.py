@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_pool import assert_unchanged, state_of
-from ttt.options import LowRank
+from ttt.defences import LowRank
 
 import ttt
 

@@ -38,6 +38,7 @@ class Adapted(torch.nn.Linear):
     seen: Tensor
     basis: Tensor
     _binding: Any = None  # addresses of the tensors, for the C++ kernels; made by `ttt.nn.cpu_binding.binding_of`
+    torn = ""  # names the write to several layers that ended half-way at this layer or beside it; usually empty
 
     def __init__(
         self,

@@ -161,6 +161,8 @@ class StatefulLinear(Adapted):
                 self.pending = int(value)
             else:
                 self._overwrite(name, value)
+        if state.keys() >= self.state().keys():
+            self.torn = ""
 
     def _overwrite(self, name: str, value: Tensor) -> None:
         """Copy ``value`` into the live tensor ``name``. If that is shared and equal already, it stays shared."""
@@ -247,6 +249,7 @@ class StatefulLinear(Adapted):
         if self.moments is not None:
             self.moments[STREAM].zero_()
         self.pending = 0
+        self.torn = ""
 
     # -- Gaussians of the inputs, if ``generated_rows`` > 0 ---------------------------------------------------
 
