@@ -46,8 +46,8 @@ struct LowRankLinear {
   const void* x;         // T x n, dtype
   const void *a, *b;     // slots x capacity x n, slots x capacity x m, dtype
   const int32_t* rows;   // slots: rows in use
-  const int32_t* users;  // T: slot of each token, or less than 0
-  void* y;               // T x m, dtype: holds x W^T + b, is added to
+  const int32_t* users;  // T: the slot of each token; -1 for none
+  void* y;               // T x m, dtype: holds x W^T + b on entry, and the users' part is added
   int64_t tokens, m, n, capacity;
   int dtype, threads;
 };
@@ -72,10 +72,9 @@ struct LowRankCompress {
   const float *importance_m, *importance_n;  // m, n; null if lam is 0
   const void* memory;                        // K x n, dtype
   const int64_t* seen;                       // 1
-  int64_t count, m, n, capacity, rank, memory_rows, replay_rows;
+  int64_t count, slots_in_pool, m, n, capacity, rank, memory_rows, replay_rows;
   uint64_t seed;
   double lam, beta, eps;
-  bool directions;
   int dtype, replay, threads;
 };
 
@@ -86,6 +85,7 @@ struct Kernels {
   void (*low_rank_linear)(const LowRankLinear&);
   void (*low_rank_append)(const LowRankAppend&);
   int64_t (*low_rank_compress)(const LowRankCompress&);
+  bool (*all_finite)(const void* x, int64_t count, int dtype);
 };
 
 // One table per instruction set, each from its own compilation of kernels.cpp.

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "api.h"
+#include "low_rank_checks.h"
 #include "philox.h"
 
 namespace py = pybind11;
@@ -169,29 +170,23 @@ void commit(Args... args) {
   active->commit(a);
 }
 
-// Whether all users are slots, or -1, and, where `rows` is given, each has room for rows of its tokens.
-bool low_rank_fits(address users, address rows, int64_t tokens, int64_t slots, int64_t capacity) {
-  const int32_t* user = in<int32_t>(users);
-  std::vector<int64_t> left(slots, tokens);
-  for (int64_t u = 0; u < slots && rows; u++) left[u] = capacity - in<int32_t>(rows)[u];
-  for (int64_t t = 0; t < tokens; t++) {
-    if (user[t] < -1 || user[t] >= slots) return false;
-    if (user[t] >= 0 && left[user[t]]-- == 0) return false;
-  }
-  return true;
-}
-
-void low_rank_linear(address x, address a, address b, address rows, address users, address y, int64_t tokens, int64_t m,
-                     int64_t n, int64_t capacity, int dtype, int threads) {
+// The users' part of y. False, and nothing is written, if a user or the rows of a slot are out of range.
+bool low_rank_linear(address x, address a, address b, address rows, address users, address y, int64_t tokens,
+                     int64_t slots, int64_t m, int64_t n, int64_t capacity, int dtype, int threads) {
   const ttt::LowRankLinear f{
       in<void>(x), in<void>(a), in<void>(b), in<int32_t>(rows), in<int32_t>(users), out<void>(y), tokens, m, n,
       capacity,    dtype,       threads};
+  if (!ttt::users_fit(f.users, f.rows, tokens, slots, capacity, false)) return false;
   py::gil_scoped_release release;
   active->low_rank_linear(f);
+  return true;
 }
 
-void low_rank_append(address a, address b, address rows, address eta_sum, address x, address delta, address eta,
-                     address users, int64_t tokens, int64_t m, int64_t n, int64_t capacity, int dtype, int threads) {
+// A row for each token. False, and nothing is written, if a user or the rows of a slot are out of range, or a slot has
+// no room for the rows of its tokens.
+bool low_rank_append(address a, address b, address rows, address eta_sum, address x, address delta, address eta,
+                     address users, int64_t tokens, int64_t slots, int64_t m, int64_t n, int64_t capacity, int dtype,
+                     int threads) {
   const ttt::LowRankAppend f{out<void>(a),
                              out<void>(b),
                              out<int32_t>(rows),
@@ -206,15 +201,23 @@ void low_rank_append(address a, address b, address rows, address eta_sum, addres
                              capacity,
                              dtype,
                              threads};
+  if (!ttt::users_fit(f.users, f.rows, tokens, slots, capacity, true)) return false;
   py::gil_scoped_release release;
   active->low_rank_append(f);
+  return true;
+}
+
+bool all_finite(address x, int64_t count, int dtype) {
+  py::gil_scoped_release release;
+  return active->all_finite(in<void>(x), count, dtype);
 }
 
 ttt::LowRankCompress compress_of(address a, address b, address rows, address eta_sum, address lost, address step,
                                  address slots, address importance_m, address importance_n, address memory,
-                                 address seen, int64_t count, int64_t m, int64_t n, int64_t capacity, int64_t rank,
-                                 int64_t memory_rows, int64_t replay_rows, uint64_t seed, double lam, double beta,
-                                 double eps, bool directions, int dtype, int replay, int threads) {
+                                 address seen, int64_t count, int64_t slots_in_pool, int64_t m, int64_t n,
+                                 int64_t capacity, int64_t rank, int64_t memory_rows, int64_t replay_rows,
+                                 uint64_t seed, double lam, double beta, double eps, int dtype, int replay,
+                                 int threads) {
   return {out<void>(a),
           out<void>(b),
           out<int32_t>(rows),
@@ -227,6 +230,7 @@ ttt::LowRankCompress compress_of(address a, address b, address rows, address eta
           in<void>(memory),
           in<int64_t>(seen),
           count,
+          slots_in_pool,
           m,
           n,
           capacity,
@@ -237,16 +241,22 @@ ttt::LowRankCompress compress_of(address a, address b, address rows, address eta
           lam,
           beta,
           eps,
-          directions,
           dtype,
           replay,
           threads};
 }
 
-// The first slot that was left as it was, because its rows are not finite; -1 if none was.
+// Results of compressing and learning beside the index of a slot that could not be compressed.
+constexpr int64_t DONE = -1, REFUSED = -2;
+
+// `DONE`; or the first slot that was left as it was because its rows are not finite; or `REFUSED`, and nothing is
+// written, if a slot or a counter is out of range.
 template <class... Args>
 int64_t low_rank_compress(Args... args) {
   const ttt::LowRankCompress f = compress_of(args...);
+  if (!ttt::memory_fits(f)) return REFUSED;
+  for (int64_t i = 0; i < f.count; i++)
+    if (!ttt::slot_fits(f, f.slots[i])) return REFUSED;
   py::gil_scoped_release release;
   return active->low_rank_compress(f);
 }
@@ -326,24 +336,25 @@ struct Layer {
   }
 };
 
-// The addresses of one layer of many users, bound once, too.
+// The addresses of a `ttt.nn.LowRankLinear`, bound once like those of `Layer`.
 struct LowRank {
-  ttt::LowRankCompress held;  // its `slots`, `count` and `threads` are set at each call
-  int64_t slots, window;
+  ttt::LowRankCompress held;  // `slots`, `count` and `threads` are set at each call
+  int64_t window;
 
-  // y holds x W^T + b. False, and nothing was done, if a user has no slot.
+  // Adds the users' part to y, which holds x W^T + b. False, and nothing is written, if a user or the rows of a slot
+  // are out of range.
   bool forward(address x, address users, address y, int64_t tokens, int threads) const {
-    if (!low_rank_fits(users, 0, tokens, slots, held.capacity)) return false;
     const ttt::LowRankLinear f{in<void>(x), held.a, held.b, held.rows,     in<int32_t>(users), out<void>(y),
                                tokens,      held.m, held.n, held.capacity, held.dtype,         threads};
+    if (!ttt::users_fit(f.users, f.rows, tokens, held.slots_in_pool, held.capacity, false)) return false;
     py::gil_scoped_release release;
     active->low_rank_linear(f);
     return true;
   }
 
-  // Slots that `chosen` names are compressed; the first that could not be, or -1.
+  // Compresses the `chosen` slots. `DONE`, or the first slot whose rows are not finite.
   int64_t compress(const std::vector<int64_t>& chosen, int threads, int* calls) const {
-    if (chosen.empty()) return -1;
+    if (chosen.empty()) return DONE;
     ttt::LowRankCompress f = held;
     f.slots = chosen.data();
     f.count = static_cast<int64_t>(chosen.size());
@@ -352,14 +363,23 @@ struct LowRank {
     return active->low_rank_compress(f);
   }
 
-  // Every token's step into its user's slot, as `ttt.nn.LowRankLinear.learn` says. How often tokens were appended and
-  // slots compressed, and -1; or the slot that could not be, at which it ended; or -2, and nothing was done, if a user
-  // has no slot.
+  // Appends a row for each token to its user's slot, and compresses slots that are full or have too little room.
+  //
+  // This mirrors `LowRankLinear._learn` of ttt/nn/low_rank.py, which makes the same calls through the ops; a change of
+  // one must be made in the other. test_many_users_outputs_and_state_are_those_of_the_ops of
+  // tests/nn/test_cpu_binding.py compares the two bit for bit.
+  //
+  // Returns how often rows were appended, how often slots were compressed, and `DONE`; or the slot whose rows are not
+  // finite, at which it stopped; or `REFUSED`, and nothing is written, if a user or a counter is out of range.
   std::tuple<int, int, int64_t> learn(address x, address delta, address eta, address users, int64_t tokens,
                                       int threads) const {
-    if (!low_rank_fits(users, 0, tokens, slots, held.capacity)) return {0, 0, -2};
-    py::gil_scoped_release release;
+    const int64_t slots = held.slots_in_pool;
     const int32_t* user = in<int32_t>(users);
+    if (!ttt::users_fit(user, held.rows, tokens, slots, held.capacity, false) || !ttt::memory_fits(held))
+      return {0, 0, REFUSED};
+    for (int64_t t = 0; t < tokens; t++)
+      if (user[t] >= 0 && !ttt::slot_fits(held, user[t])) return {0, 0, REFUSED};
+    py::gil_scoped_release release;
     std::vector<int64_t> before(tokens), total(slots), count(slots), chosen;
     int64_t most = 0;
     for (int64_t t = 0; t < tokens; t++)
@@ -369,7 +389,7 @@ struct LowRank {
       }
     std::vector<int32_t> part(tokens);
     int appends = 0, compressions = 0;
-    for (int64_t first = 0; first < most; first += window) {  // as many tokens of a user as a slot has room for
+    for (int64_t first = 0; first < most; first += window) {  // a slot has room for `window` tokens of a user at a time
       for (int64_t t = 0; t < tokens; t++)
         part[t] = user[t] >= 0 && before[t] >= first && before[t] < first + window ? user[t] : -1;
       chosen.clear();
@@ -388,7 +408,7 @@ struct LowRank {
       failed = compress(chosen, threads, &compressions);
       if (failed >= 0) return {appends, compressions, failed};
     }
-    return {appends, compressions, -1};
+    return {appends, compressions, DONE};
   }
 };
 
@@ -406,7 +426,7 @@ struct CompressAs;
 template <class R, class... Args>
 struct CompressAs<R(Args...)> {
   static constexpr auto call = &low_rank_compress<Args...>;
-  static LowRank bind(int64_t slots, int64_t window, Args... args) { return {compress_of(args...), slots, window}; }
+  static LowRank bind(int64_t window, Args... args) { return {compress_of(args...), window}; }
 };
 using CompressArguments = CompressAs<std::remove_pointer_t<decltype(&compress_of)>>;
 
@@ -417,10 +437,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("window_linear", &window_linear);
   m.def("project_out", &project_out);
   m.def("commit", CommitArguments::call);
-  m.def("low_rank_fits", &low_rank_fits);
   m.def("low_rank_linear", &low_rank_linear);
   m.def("low_rank_append", &low_rank_append);
   m.def("low_rank_compress", CompressArguments::call);
+  m.def("all_finite", &all_finite);
   py::class_<LowRank>(m, "LowRank")
       .def(py::init(&CompressArguments::bind))
       .def("forward", &LowRank::forward)

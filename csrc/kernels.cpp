@@ -29,7 +29,8 @@ namespace ttt {
 
 const Kernels& TTT_TABLE() {
   static const Kernels table = {
-      TTT_NAME, run_window_linear, run_commit, run_low_rank_linear, run_low_rank_append, run_low_rank_compress};
+      TTT_NAME,      run_window_linear, run_commit, run_low_rank_linear, run_low_rank_append, run_low_rank_compress,
+      run_all_finite};
   return table;
 }
 

@@ -1,8 +1,11 @@
-// y_t += B_u^T (A_u x_t), each token with the rows of its own user's slot; and the rows that learning appends to slots.
-// A user's tokens stand together, so that a slot is read once for all of them. No sum runs over tokens: what a token
-// gets depends on no token of another user.
+// The low-rank part of a mixed batch, y_t += B_u^T (A_u x_t) for the user u of each token, and the appending of learnt
+// rows to slots.
+//
+// Tokens are grouped by user, so that each slot is read once for all tokens of its user. No sum runs over tokens: the
+// bits that a token gets do not depend on tokens of other users.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "product.h"
@@ -12,17 +15,18 @@
 
 namespace {
 
-// Of y, of all tokens at a time: the first-level cache holds them while B's rows pass.
+// Columns of y that are summed at a time: the first-level cache holds those of a few tokens while B's rows are read.
 constexpr int64_t LOW_RANK_COLUMNS = 2048;
 
-// A run of tokens of one user, in the order of `LowRankBatch`.
+// The tokens of one user: `count` of them from `first` on in the order of `LowRankBatch::token`.
 struct LowRankGroup {
   int64_t slot, first, count, rows;
-  int64_t inner;  // where its count x rows products A x begin
+  int64_t inner;  // offset of its count x rows products A x
 };
 
+// The tokens of a batch whose users have rows, grouped by user.
 struct LowRankBatch {
-  std::vector<int> token;  // those that have a user, by user and then as they came
+  std::vector<int> token;  // indices of those tokens, by slot and then in their order in the batch
   std::vector<LowRankGroup> groups;
   int64_t products = 0;
 
@@ -45,8 +49,8 @@ struct LowRankBatch {
   }
 };
 
-// y_t += sum over `rows` rows of factor[t * stride + r] row_r for `tokens` tokens and `count` columns of y and B, in
-// the order of B's strips.
+// acc_t += sum over `rows` rows of factor[t * stride + r] row_r for `tokens` tokens and `count` columns. Columns are in
+// the order of B's strips (vec.h).
 template <int tokens, int rows, class T>
 inline void add_rows(float* acc, int64_t width, const float* factor, int64_t stride, const T* b, int64_t m,
                      int64_t count, int64_t later) {
@@ -72,7 +76,7 @@ inline void add_rows(float* acc, int64_t width, const float* factor, int64_t str
   }
 }
 
-// From row `r` on, `each` rows at a time, while there are so many; the first row that is left.
+// `add_rows` from row `r` on, `each` rows at a time while as many are left. Returns the first row that is left.
 template <int tokens, int each, class T>
 inline int64_t add_rows_by(int64_t r, float* acc, int64_t width, const float* factor, int64_t held, const T* b,
                            int64_t m, int64_t count, int64_t next) {
@@ -83,7 +87,8 @@ inline int64_t add_rows_by(int64_t r, float* acc, int64_t width, const float* fa
   return r;
 }
 
-// `next`: how many elements behind these rows others begin that come after them.
+// `add_rows` of all `held` rows. `next`: distance, in elements, to the rows that are read after these (for
+// prefetching).
 template <int tokens, class T>
 inline void add_all_rows(float* acc, int64_t width, const float* factor, int64_t held, const T* b, int64_t m,
                          int64_t count, int64_t next) {
@@ -104,9 +109,9 @@ void low_rank_linear(const ttt::LowRankLinear& a) {
 
   struct Unit {
     const LowRankGroup* group;
-    int64_t at;  // row of A, or column of B
+    int64_t at;  // first row of A, or first column of B
   };
-  // Long stretches of a row are read faster, but each thread should get several.
+  // Long contiguous reads are faster, but each thread should get several units.
   const bool many = static_cast<int64_t>(batch.groups.size()) * m >= 4 * a.threads * LOW_RANK_COLUMNS;
   const int64_t width = many && batch.one_each() ? LOW_RANK_COLUMNS : LOW_RANK_COLUMNS / 4;
   std::vector<Unit> dots, sums;
@@ -117,7 +122,7 @@ void low_rank_linear(const ttt::LowRankLinear& a) {
     work += static_cast<double>(g.rows) * g.count * (m + n);
   }
   const int threads = work < 65536 ? 1 : a.threads;
-  // Units that follow each other are read ahead for: a thread gets several, but of each 16th of all only so many.
+  // A thread gets several consecutive units at a time, because the next unit's rows are prefetched.
   const auto run = [&](const std::vector<Unit>& units) {
     return std::clamp(static_cast<int>(units.size()) / (8 * threads), 2, 16);
   };
@@ -177,7 +182,9 @@ void low_rank_linear(const ttt::LowRankLinear& a) {
   }
 }
 
-// a[u, rows[u]] = x_t, b[u, rows[u]] = -eta_t delta_t for each token, in order. There is room: the caller checked.
+// a[u, rows[u]] = x_t, b[u, rows[u]] = -eta_t delta_t for each token, in order. The caller has checked that there is
+// room (low_rank_checks.h). The definition in torch is `low_rank_append` of ttt/ops/low_rank/reference.py; the two are
+// compared by test_append_is_the_gradient_step of tests/ops/test_low_rank.py.
 template <class T>
 void low_rank_append(const ttt::LowRankAppend& a) {
   std::vector<int64_t> to(a.tokens, -1);
@@ -200,6 +207,31 @@ void low_rank_append(const ttt::LowRankAppend& a) {
       std::memcpy(b + i, rounded, std::min<int64_t>(VL, a.m - i) * sizeof(T));
     }
   }
+}
+
+// Whether no number is infinite or NaN: the largest bit pattern without the sign is below that of infinity.
+template <class V>
+bool all_finite(const void* x, int64_t count) {
+  using Bits = std::remove_reference_t<decltype(V{}[0])>;
+  constexpr int lanes = sizeof(V) / sizeof(Bits), unroll = 4;
+  constexpr Bits infinity = sizeof(Bits) == 2 ? 0x7f80 : 0x7f800000, magnitude = static_cast<Bits>(~Bits{0}) >> 1;
+  const Bits* p = static_cast<const Bits*>(x);
+  V most[unroll] = {};
+  int64_t j = 0;
+  for (; j + unroll * lanes <= count; j += unroll * lanes)
+    for (int k = 0; k < unroll; k++) {
+      const V v = load_as<V>(p + j + k * lanes) & magnitude;
+      most[k] = v > most[k] ? v : most[k];
+    }
+  Bits top = 0;
+  for (int k = 0; k < unroll; k++)
+    for (int l = 0; l < lanes; l++) top = std::max<Bits>(top, most[k][l]);
+  for (; j < count; j++) top = std::max<Bits>(top, p[j] & magnitude);
+  return top < infinity;
+}
+
+bool run_all_finite(const void* x, int64_t count, int dtype) {
+  return dtype == ttt::kF32 ? all_finite<vu>(x, count) : all_finite<vh>(x, count);
 }
 
 void run_low_rank_linear(const ttt::LowRankLinear& a) {

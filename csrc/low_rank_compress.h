@@ -200,7 +200,7 @@ struct Compression {
       for (int64_t p = 1; p < pieces(of_a); p++)
         for (int64_t k = 0; k < ld * ld; k++) sum[k] += sum[p * ld * ld + k];
     }
-    s.cut.make(ga, gb, s.held, ld, s.kept, a.directions);
+    s.cut.make(ga, gb, s.held, ld, s.kept);
     s.narrow = std::is_same_v<T, bf16> && s.cut.finite && !s.wide_panels && !pull.on;
     for (const Wide* factor : {&s.cut.factor_a, &s.cut.factor_b})
       for (int64_t k = 0; s.narrow && k < padded(s.kept) * ld; k += WL) {

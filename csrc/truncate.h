@@ -22,9 +22,8 @@ struct Truncation {
   double gone;              // |change of D|_F
   bool finite;              // otherwise some row is not, and nothing else is set
 
-  // `ga`, `gb`: the lower halves of A A^T and B B^T, destroyed. `kept` of `size` rows stay. `directions`: the first
-  // singular value that does not stay is taken off all that do.
-  void make(double* ga, double* gb, int64_t size, int64_t ld, int64_t kept, bool directions);
+  // `ga`, `gb`: the lower halves of A A^T and B B^T, which are overwritten. `kept` of `size` rows stay.
+  void make(double* ga, double* gb, int64_t size, int64_t ld, int64_t kept);
 
  private:
   Wide work_;
@@ -59,7 +58,7 @@ inline bool Truncation::balance(double* ga, double* gb, int64_t size, int64_t ld
   return true;
 }
 
-inline void Truncation::make(double* ga, double* gb, int64_t size, int64_t ld, int64_t kept, bool directions) {
+inline void Truncation::make(double* ga, double* gb, int64_t size, int64_t ld, int64_t kept) {
   const int64_t square = ld * ld, width = padded(kept);
   work_.need(4 * square + 2 * width * ld + 7 * ld);
   double *lt = work_.get(), *t = lt + square, *c = t + square, *reflectors = c + square;
@@ -87,7 +86,7 @@ inline void Truncation::make(double* ga, double* gb, int64_t size, int64_t ld, i
   }
   tridiagonalize(c, count, ld, d, e, reflectors, tau, spare);
   rotations_.clear();
-  const int64_t found = diagonalize(d, e, count, kept + (directions ? 1 : 0), spare, rotations_);
+  const int64_t found = diagonalize(d, e, count, kept, spare, rotations_);
 
   order_.resize(found);
   for (int64_t i = 0; i < found; i++) order_[i] = i;
@@ -104,20 +103,19 @@ inline void Truncation::make(double* ga, double* gb, int64_t size, int64_t ld, i
   combine(xt, ld, width, count, t, ld, padded(size), factor_a.get(), ld);
   combine(xt, ld, width, count, lt, ld, padded(size), factor_b.get(), ld);
 
-  const double cut = directions ? singular(kept) : 0, unit = std::sqrt(largest);
-  double dropped = 0, shrunk = 0;                           // sums of squares
-  for (int64_t i = found; i < count; i++) dropped += d[i];  // a trace: the sum of eigenvalues that nobody knows
+  const double unit = std::sqrt(largest);
+  double dropped = 0;                                       // sum of squares
+  for (int64_t i = found; i < count; i++) dropped += d[i];  // of a trace: the eigenvalues that were not computed
   for (int64_t i = kept; i < found; i++) dropped += d[order_[i]];
   for (int64_t i = 0; i < kept; i++) {
-    const double value = singular(i), stays = std::max(value - cut, 0.0);
-    shrunk += (value - stays) * (value - stays);
-    const double by_b = value > 0 ? unit * std::sqrt(stays) / value : 0, by_a = value > 0 ? by_b / value : 0;
+    const double value = singular(i);
+    const double by_b = value > 0 ? unit * std::sqrt(value) / value : 0, by_a = value > 0 ? by_b / value : 0;
     for (int64_t r = 0; r < size; r++) {
       factor_a.get()[i * ld + r] *= by_a * scale_a[r];
       factor_b.get()[i * ld + r] *= by_b * scale_b[r];
     }
   }
-  gone = largest * std::sqrt(shrunk + (dropped > floor ? dropped : 0));
+  gone = largest * std::sqrt(dropped > floor ? dropped : 0);
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ SLOTS, RANK, WINDOW = 4, 3, 6
 
 
 def layer_on(device, dtype, **options):
-    low_rank = LowRank(slots=SLOTS, rank=RANK, window=WINDOW, shrink=options.pop("shrink", "truncate"))
+    low_rank = LowRank(slots=SLOTS, rank=RANK, window=WINDOW)
     config = plain_config(users=low_rank, replay_capacity=9, **{"ewc_lambda": 0.0, "replay_rows": 0, **options})
     layer = LowRankLinear(33, 20, device=device, dtype=dtype, config=config, name="layer")
     for name in ("importance_m", "importance_n", "memory"):

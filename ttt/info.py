@@ -1,4 +1,4 @@
-"""`info`: what is active in this process, and why anything is not."""
+"""`info`: which kernels this process uses, and why it does not use faster ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ttt.ops import backends, cpu
 
 
 def info(file: TextIO | None = sys.stdout) -> dict[str, Any]:
-    """Print and return which backend runs each op, on what, and why a faster one does not.
+    """Print and return which backend runs each op, on which hardware, and why a faster one does not.
 
     Args:
         file: where to print; None for nowhere.
@@ -25,8 +25,9 @@ def info(file: TextIO | None = sys.stdout) -> dict[str, Any]:
     Returns:
         A dict with ``ttt``, ``python``, ``torch``, ``triton``, ``processor``, ``threads``, ``isa`` (of the C++
         kernels), ``isas`` (those the processor has), ``devices``, ``ops`` (op -> backend for each device),
-        ``missing`` (backend -> why), ``calls`` (op, backend -> calls so far) and ``slow_calls`` (calls that a slower
-        backend took, with the reason).
+        ``missing`` (backend -> why), ``isolation`` (dtype -> whether torch's linear layer on the CPU keeps the rows of a
+        batch apart), ``calls`` (op, backend -> calls so far) and ``slow_calls`` (calls that a slower backend took, with
+        the reason).
     """
     found: dict[str, Any] = {
         "ttt": _version("ttt"),
@@ -53,11 +54,40 @@ def info(file: TextIO | None = sys.stdout) -> dict[str, Any]:
     on_cpu = f"C++ ({found['isa']}; float32, bfloat16), reference (others)" if found["isa"] else "reference"
     on_cuda = "reference" if "triton" in found["missing"] else "Triton (float32, bfloat16, float16), reference (others)"
     found["ops"] = {op: {"cpu": on_cpu, "cuda": on_cuda} for op in backends.OPS}
+    found["isolation"] = {str(dtype).removeprefix("torch."): _isolation(dtype) for dtype in _PROBED}
     found["calls"] = {f"{op} on {b}": n for (op, b, why), n in sorted(backends.calls.items()) if not why}
     found["slow_calls"] = {f"{op} on {b}: {why}": n for (op, b, why), n in sorted(backends.calls.items()) if why}
     if file is not None:
         _print(found, file)
     return found
+
+
+_PROBED = (torch.float32, torch.bfloat16, torch.float16)
+_ROWS_APART = "torch.nn.functional.linear keeps the rows of a batch apart"
+_ROWS_MIXED = (
+    "torch.nn.functional.linear lets a row that holds an infinity or NaN turn other rows into NaN (inputs of {widths} "
+    "features; multiples of 32 are safe on processors with AMX). ttt's layers for users take such rows out first. Other "
+    "layers of the model do not: one user's overflow can then make chunks of other users in the batch be rejected, but "
+    "nothing wrong is learnt. With ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16, set before torch is imported, AMX is not used"
+)
+
+
+def _isolation(dtype: torch.dtype) -> str:
+    """What torch's product of ``dtype`` on the CPU does to rows beside one that is not finite."""
+    leaking = [str(width) for width in (64, 65, 80, 100, 500) if _leaks(dtype, width)]
+    return _ROWS_MIXED.format(widths=", ".join(leaking)) if leaking else _ROWS_APART
+
+
+@torch.no_grad()
+def _leaks(dtype: torch.dtype, width: int) -> bool:
+    """Whether a row of infinities, and one of NaN, change a bit of the other rows of a product with ``width`` inputs."""
+    generator = torch.Generator().manual_seed(width)
+    rows, weight = (torch.randn(k, width, generator=generator).to(dtype) for k in (48, 32))
+    spoilt = rows.clone()
+    spoilt[7], spoilt[30] = torch.inf, torch.nan
+    others = torch.ones(len(rows), dtype=torch.bool).index_fill_(0, torch.tensor([7, 30]), False)
+    want, found = (torch.nn.functional.linear(t, weight)[others] for t in (rows, spoilt))
+    return not torch.equal(want, found)
 
 
 def _version(package: str) -> str | None:
@@ -87,7 +117,7 @@ def _print(found: dict[str, Any], file: TextIO) -> None:
     forced = f" (forced by {cpu.ISA_VARIABLE})" if os.environ.get(cpu.ISA_VARIABLE) else ""
     print(f"{'isa':12}{found['isa']}{forced}; this processor has {', '.join(found['isas']) or 'unknown'}", file=file)
     print(f"{'devices':12}{'; '.join(found['devices'])}", file=file)
-    for title in ("missing", "ops", "calls", "slow_calls"):
+    for title in ("missing", "ops", "isolation", "calls", "slow_calls"):
         for key, value in found[title].items():
             text = "; ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else value
             print(f"{title:12}{key}: {text}", file=file)

@@ -40,8 +40,7 @@ def test_dispatched_forward_and_append(dtype, tokens):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shrink", ["truncate", "directions"])
-def test_dispatched_compress_of_default_slots(dtype, shrink):
+def test_dispatched_compress_of_default_slots(dtype):
     """Against the float64 reference of the same rows; slots that are not named change by no bit."""
     a, b, rows = pool_of(6, 80, 2048, 1030, dtype)
     rows[:4] = torch.tensor([80, 79, 16, 0])
@@ -52,9 +51,10 @@ def test_dispatched_compress_of_default_slots(dtype, shrink):
     )
     slots = torch.tensor([3, 1, -1, 0, 2], device="cuda")
     backends.calls.clear()
-    ttt.ops.low_rank_compress(*state, slots, rank=16, shrink=shrink, seed=7)
+    ttt.ops.low_rank_compress(*state, slots, rank=16, seed=7)
     assert dict(backends.calls) == {("low_rank_compress", "triton", ""): 1}
-    reference.low_rank_compress(*wide, slots, 16, shrink, 0.0, None, None, None, None, 7, 0, "projection", 0.3, 1e-3)
+    options = 0.0, None, None, None, None, 7, 0, "projection", 0.3, 1e-3
+    reference.low_rank_compress(*wide, slots, 16, "truncate", *options)
     assert state[2].tolist() == wide[2].tolist()
     assert torch.equal(state[5], wide[5])
     torch.testing.assert_close(state[4].double(), wide[4], rtol=1e-5, atol=1e-5)
@@ -74,7 +74,7 @@ def test_rates_are_a_users_own(dtype, rate):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, {"shrink": "directions", "ewc_lambda": 0.5, "replay_rows": 2}])
+@pytest.mark.parametrize("options", [{}, {"ewc_lambda": 0.5, "replay_rows": 2}])
 @pytest.mark.parametrize("tokens", [5, 14])
 def test_a_learning_step_is_one_graph(dtype, options, tokens):
     def graph_of(step):

@@ -132,7 +132,7 @@ def test_without_the_extension_nothing_is_bound(monkeypatch):
 
 
 def users_and_twin(m, n, dtype, **options):
-    low_rank = LowRank(slots=3, rank=2, window=4, shrink=options.pop("shrink", "truncate"))
+    low_rank = LowRank(slots=3, rank=2, window=4)
     config = TTTConfig().with_flat(per_user=low_rank, lr=0.1, rate="constant", orthogonal=0, **options)
     layer = LowRankLinear(n, m, dtype=dtype, config=config, name="layer")
     for name in ("importance_m", "importance_n", "memory"):
@@ -147,7 +147,7 @@ def same_slots(layer, twin):
     return all(torch.equal(t, u) for t, u in zip(layer.buffers(), twin.buffers(), strict=True))
 
 
-@pytest.mark.parametrize("options", [{}, {"shrink": "directions"}, {"ewc_lambda": 0.5, "replay_rows": 2}])
+@pytest.mark.parametrize("options", [{}, {"ewc_lambda": 0.5, "replay_rows": 2}])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_users_outputs_and_state_are_those_of_the_ops(dtype, options, monkeypatch):
     """Also where one user has more tokens than a slot has room for, and where nobody learns."""

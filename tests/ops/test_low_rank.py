@@ -143,20 +143,18 @@ def compressed(a, b, rows, slots, *, spent=None, **options):
     return eta_sum, lost, step
 
 
-@pytest.mark.parametrize("shrink", ["truncate", "directions"])
 @pytest.mark.parametrize(("capacity", "n", "m", "rank"), [(9, 33, 20, 4), (12, 7, 40, 5), (12, 40, 5, 3), (6, 1, 3, 2)])
-def test_compress_keeps_the_best_approximation(capacity, n, m, rank, shrink):
+def test_compress_keeps_the_best_approximation(capacity, n, m, rank):
     """Against numpy's SVD of the dense matrix, and `lost` against the dense difference."""
     a, b, rows = pool_of(3, capacity, n, m, torch.float64, full=True)
     rows[2] = rank
     before = [delta_of(a, b, rows, u).numpy() for u in range(3)]
     old = a.clone(), b.clone()
-    eta_sum, lost, step = compressed(a, b, rows, [0, 2], rank=rank, shrink=shrink)
+    eta_sum, lost, step = compressed(a, b, rows, [0, 2], rank=rank)
     u, s, vt = np.linalg.svd(before[0], full_matrices=False)
     tail = s[rank] if rank < len(s) else 0.0
     s[rank:] = 0
-    kept = np.maximum(s - tail, 0) if shrink == "directions" else s
-    want = (u * kept) @ vt
+    want = (u * s) @ vt
     after = delta_of(a, b, rows, 0).numpy()
     np.testing.assert_allclose(after, want, atol=1e-12 * np.abs(before[0]).max())
     np.testing.assert_allclose(lost[0], np.linalg.norm(before[0] - want), rtol=1e-9, atol=1e-12 * np.linalg.norm(want))
@@ -168,14 +166,13 @@ def test_compress_keeps_the_best_approximation(capacity, n, m, rank, shrink):
     assert (eta_sum.tolist(), step.tolist(), lost[1:].tolist()) == ([0, 0.25, 0], [1, 0, 1], [0, 0])
 
 
-@pytest.mark.parametrize("shrink", ["truncate", "directions"])
 @pytest.mark.parametrize(("capacity", "n", "m", "rank"), [(9, 33, 20, 4), (12, 7, 40, 5), (12, 40, 5, 3), (6, 1, 3, 2)])
-def test_gram_matrices_give_the_same_approximation(capacity, n, m, rank, shrink):
+def test_gram_matrices_give_the_same_approximation(capacity, n, m, rank):
     """As QR and SVD, also of rows that repeat and differ in size by six orders of magnitude."""
     a, b, _ = pool_of(1, capacity, n, m, torch.float64, full=True)
     a, b = a[0] * torch.logspace(-3, 3, capacity, dtype=torch.float64).unsqueeze(1), b[0]
     a[1] = a[0]
-    (a1, b1, gone1), (a2, b2, gone2) = (f(a, b, rank, shrink) for f in (reference.truncate, reference.truncate_by_gram))
+    (a1, b1, gone1), (a2, b2, gone2) = (f(a, b, rank) for f in (reference.truncate, reference.truncate_by_gram))
     assert a1.shape == a2.shape
     size = float((b.T @ a).norm())
     assert float((b1.T @ a1 - b2.T @ a2).norm()) < 1e-7 * size
@@ -324,10 +321,76 @@ def test_refusals_name_the_argument_and_change_nothing():
     refused(ValueError, r"slots must be -1, or distinct and in \[0, 2\)", compress, *state, torch.tensor([2]), rank=1)
     refused(ValueError, r"got \[-2\]", compress, *state, torch.tensor([-2]), rank=1)
     refused(ValueError, "rank must be a whole number of at least 1, got 0", compress, *state, slots, rank=0)
-    refused(ValueError, "shrink must be one of", compress, *state, slots, rank=1, shrink="half")
+    refused(ValueError, "shrink must be one of", compress, *state, slots, rank=1, shrink="directions")
     refused(ValueError, "lam = 1.0 needs importance_m", compress, *state, slots, rank=1, lam=1.0)
     refused(ValueError, "replay_rows = 2 needs memory", compress, *state, slots, rank=1, replay_rows=2)
     assert int(step.sum()) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("rows", -1, r"rows\[1\] must be in \[0, 4\], got -1"),
+    ("rows", 5, r"rows\[1\] must be in \[0, 4\], got 5"),
+    ("rows", 2**31 - 1, r"rows\[1\] must be in \[0, 4\], got 2147483647"),
+    ("rows", -(2**31), r"rows\[1\] must be in \[0, 4\], got -2147483648"),
+    ("eta_sum", -0.5, r"eta_sum\[1\] must be finite and at least 0, got -0.5"),
+    ("eta_sum", torch.nan, r"eta_sum\[1\] must be finite and at least 0, got nan"),
+    ("eta_sum", torch.inf, r"eta_sum\[1\] must be finite and at least 0, got inf"),
+    ("lost", -1.0, r"lost\[1\] must be at least 0, got -1.0"),
+    ("lost", torch.nan, r"lost\[1\] must be at least 0, got nan"),
+    ("step", -7, r"step\[1\] must be at least 0, got -7"),
+    ("seen", -1, "seen must be at least 0, and 0 for a memory without rows, got -1"),
+])  # fmt: skip
+def test_counters_out_of_range_are_refused_and_nothing_is_written(isa, dtype, name, value, message):
+    """Slot 1 is one of three: what is written past its ends would be another user's, or not the pool's."""
+    a, b = (torch.randn(3, 4, k).to(dtype) for k in (5, 3))
+    state = {"a": a, "b": b, "rows": torch.tensor([2, 3, 4], dtype=torch.int32), "eta_sum": torch.rand(3),
+             "lost": torch.rand(3), "step": torch.tensor([4, 5, 6]), "seen": torch.tensor([2]),
+             "memory": torch.randn(6, 5).to(dtype)}  # fmt: skip
+    state[name][0 if name == "seen" else 1] = value
+    before = {key: t.clone() for key, t in state.items()}
+    users = torch.tensor([1, 0], dtype=torch.int32)
+    x, delta, weight = (torch.randn(*k).to(dtype) for k in ((2, 5), (2, 3), (3, 5)))
+    calls = [lambda: ttt.ops.low_rank_compress(
+        *(state[k] for k in ("a", "b", "rows", "eta_sum", "lost", "step")), torch.tensor([0, 1]), rank=2,
+        memory=state["memory"], seen=state["seen"], replay_rows=2,
+    )]  # fmt: skip
+    if name == "rows":
+        calls += [
+            lambda: ttt.ops.low_rank_linear(x, weight, None, a, b, state["rows"], users),
+            lambda: ttt.ops.low_rank_append(a, b, state["rows"], state["eta_sum"], x, delta, torch.rand(2), users),
+        ]
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+        for key, t in state.items():
+            assert torch.equal(t.nan_to_num(7.0), before[key].nan_to_num(7.0)), key
+
+
+@pytest.mark.skipif(cpu._C is None, reason="there is no kernel")
+def test_the_kernels_themselves_refuse_counters_out_of_range(isa):
+    """Without the checks of the ops in Python: what they return says so, and nothing is written."""
+    a, b = torch.randn(3, 4, 5), torch.randn(3, 4, 3)
+    x, delta, eta, y = torch.randn(2, 5), torch.randn(2, 3), torch.rand(2), torch.zeros(2, 3)
+    for rows, users, room in (([0, 5, 0], [1, 0], 0), ([0, -1, 0], [1, 0], 0), ([0, 0, 0], [3, 0], 0),
+                              ([0, 0, 0], [0, -2], 0), ([0, 4, 0], [1, 0], 1), ([0, 3, 0], [1, 1], 1)):  # fmt: skip
+        rows, users = (torch.tensor(t, dtype=torch.int32) for t in (rows, users))
+        state = a, b, rows, torch.zeros(3), torch.zeros(3), torch.zeros(3, dtype=torch.int64)
+        before = [t.clone() for t in state]
+        appended = cpu._C.low_rank_append(
+            *(t.data_ptr() for t in (*state[:4], x, delta, eta, users)), 2, 3, 3, 5, 4, 0, 1
+        )
+        assert not appended
+        assert room or not cpu._C.low_rank_linear(
+            *(t.data_ptr() for t in (x, a, b, rows, users, y)), 2, 3, 3, 5, 4, 0, 1
+        )
+        bound = cpu._C.LowRank(2, *(t.data_ptr() for t in state), 0, 0, 0, 0, 0, 0, 3, 3, 5, 4, 2, 0, 0, 0, 0.0, 0.0,
+                               0.0, 0, 0, 1)  # fmt: skip
+        if not room:
+            assert bound.learn(*(t.data_ptr() for t in (x, delta, eta, users)), 2, 1) == (0, 0, -2)
+            assert not bound.forward(x.data_ptr(), users.data_ptr(), y.data_ptr(), 2, 1)
+        assert all(torch.equal(t, old) for t, old in zip(state, before, strict=True))
+        assert not y.any()
 
 
 def test_opcheck():

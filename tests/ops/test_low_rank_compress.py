@@ -31,12 +31,10 @@ def compress(state, slots, **options):
     return after
 
 
-def truncated(delta, rank, shrink):
+def truncated(delta, rank):
     """(the approximation, |change|_F) of a dense matrix, by numpy's SVD."""
     u, s, vt = np.linalg.svd(delta.numpy(), full_matrices=False)
     kept = np.where(np.arange(len(s)) < rank, s, 0)
-    if shrink == "directions" and rank < len(s):
-        kept = np.maximum(kept - s[rank], 0)
     return torch.from_numpy((u * kept) @ vt), float(np.linalg.norm(s - kept))
 
 
@@ -66,18 +64,17 @@ def assert_bookkeeping(before, after, slots, rank, losses):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shrink", ["truncate", "directions"])
 @pytest.mark.parametrize(("capacity", "n", "m", "rank"), SHAPES)
-def test_the_largest_singular_values_stay(isa, dtype, shrink, capacity, n, m, rank):  # noqa: F811
+def test_the_largest_singular_values_stay(isa, dtype, capacity, n, m, rank):  # noqa: F811
     state = state_of(4, capacity, n, m, dtype)
     state[2][:] = torch.tensor([capacity, capacity - 1, rank, 0])
     state[0][1, capacity - 1], state[1][1, capacity - 1] = torch.nan, torch.nan
     state[0][2, rank:], state[1][2, rank:] = torch.nan, torch.nan
     state[0][3], state[1][3] = torch.nan, torch.nan
-    after, losses = compress(state, [3, 0, 2], rank=rank, shrink=shrink, seed=5), {}
+    after, losses = compress(state, [3, 0, 2], rank=rank, seed=5), {}
     for u in (0, 2, 3):
         delta = delta_of(*state[:3], u)
-        want, lost = truncated(delta, rank, shrink) if int(state[2][u]) > rank else (delta, 0.0)
+        want, lost = truncated(delta, rank) if int(state[2][u]) > rank else (delta, 0.0)
         losses[u] = lost
         assert_near(after, u, want, delta.norm(), dtype)
     assert_bookkeeping(state, after, [0, 2, 3], rank, losses)
@@ -86,11 +83,10 @@ def test_the_largest_singular_values_stay(isa, dtype, shrink, capacity, n, m, ra
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shrink", ["truncate", "directions"])
 @pytest.mark.parametrize(
     "kind", ["repeated", "one row", "orthogonal", "zero rows", "zero factor", "graded", "unlike sizes", "low rank"]
 )
-def test_factors_that_are_hard_to_decompose(isa, dtype, shrink, kind):  # noqa: F811
+def test_factors_that_are_hard_to_decompose(isa, dtype, kind):  # noqa: F811
     capacity, n, m, rank = 40, 200, 150, 6
     state = state_of(1, capacity, n, m, dtype)
     a, b = state[0][0], state[1][0]
@@ -115,8 +111,8 @@ def test_factors_that_are_hard_to_decompose(isa, dtype, shrink, kind):  # noqa: 
         a[:] = (torch.randn(capacity, 3) @ torch.randn(3, n)).to(dtype)
         b[:] = (torch.randn(capacity, 3) @ torch.randn(3, m)).to(dtype)
     delta = delta_of(*state[:3], 0)
-    after = compress(state, [0], rank=rank, shrink=shrink)
-    want, lost = truncated(delta, rank, shrink)
+    after = compress(state, [0], rank=rank)
+    want, lost = truncated(delta, rank)
     assert_near(after, 0, want, delta.norm(), dtype)
     assert abs(float(after[4] - state[4]) - lost) <= 1e-6 + 1e-6 * float(delta.norm())
     assert after[2].tolist() == [rank]
@@ -135,7 +131,7 @@ def test_huge_and_tiny_rows_stay_finite(isa, dtype, in_a, in_b):  # noqa: F811
     delta = delta_of(*state[:3], 0)
     after = compress(state, [0], rank=4)
     assert all(bool(torch.isfinite(t[0]).all()) for t in (after[0], after[1], after[4]))
-    want, lost = truncated(delta, 4, "truncate")
+    want, lost = truncated(delta, 4)
     if in_a * in_b < 1e60:
         assert_near(after, 0, want, delta.norm(), dtype)
         np.testing.assert_allclose(
@@ -175,7 +171,7 @@ def test_replay_and_pull(isa, dtype, replay, lam, capacity, n, m, rank):  # noqa
         want = before - (before @ xr.T) @ v
         losses[u] = 0.0
         if capacity > rank:
-            want, losses[u] = truncated(want, rank, "truncate")
+            want, losses[u] = truncated(want, rank)
         if lam:
             squares, strength = want.square(), lam * float(state[3][u])
             mean_m = torch.nan_to_num((squares @ kappa.double()) / squares.sum(1))
@@ -241,7 +237,7 @@ def test_the_backend_is_reported():
     kinds = sorted((backend, why) for op, backend, why in backends.calls if op == "low_rank_compress")
     if cpu._C is not None:
         assert kinds == [("cpu", ""), ("reference", "no C++ kernel for torch.float64")]
-    want, _ = truncated(delta_of(*state[:3], 0), 2, "truncate")
+    want, _ = truncated(delta_of(*state[:3], 0), 2)
     assert (delta_of(*after[:3], 0) - want).norm() < 1e-12
 
 
@@ -252,4 +248,4 @@ def test_the_reference_takes_float16():
     reference.low_rank_compress(
         *after, torch.tensor([0]), 4, "truncate", 0.0, None, None, None, None, 0, 0, "projection", 0.3, 1e-3
     )
-    assert (delta_of(*after[:3], 0) - truncated(delta, 4, "truncate")[0]).norm() < 3e-3 * delta.norm()
+    assert (delta_of(*after[:3], 0) - truncated(delta, 4)[0]).norm() < 3e-3 * delta.norm()

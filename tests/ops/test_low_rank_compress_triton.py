@@ -49,23 +49,22 @@ def assert_near(after, u, want, scale, dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "capacity", "n", "m", "rank", "shrink"),
-    [(torch.float32, 9, 33, 20, 4, "truncate"), (torch.float32, 7, 40, 130, 3, "directions"),
-     (torch.float32, 6, 1, 3, 2, "truncate"), (torch.float32, 18, 5, 1030, 2, "truncate"),
-     (torch.float32, 70, 3, 9, 20, "directions"), (torch.bfloat16, 7, 40, 130, 3, "directions"),
-     (torch.bfloat16, 18, 5, 30, 2, "truncate"), (torch.float16, 9, 33, 20, 4, "truncate")],
+    ("dtype", "capacity", "n", "m", "rank"),
+    [(torch.float32, 9, 33, 20, 4), (torch.float32, 7, 40, 130, 3), (torch.float32, 6, 1, 3, 2),
+     (torch.float32, 18, 5, 1030, 2), (torch.float32, 70, 3, 9, 20), (torch.bfloat16, 7, 40, 130, 3),
+     (torch.bfloat16, 18, 5, 30, 2), (torch.float16, 9, 33, 20, 4)],
 )  # fmt: skip
-def test_the_largest_singular_values_stay(dtype, capacity, n, m, rank, shrink):
+def test_the_largest_singular_values_stay(dtype, capacity, n, m, rank):
     """Slots that are full, partly filled, of no more than ``rank`` rows, empty; one that is not named, and no slot."""
     state = state_of(6, capacity, n, m, dtype)
     state[2][:] = torch.tensor([capacity, capacity - 1, rank, 0, capacity, rank + 1])
     for u, held in enumerate(state[2].tolist()):
         state[0][u, held:], state[1][u, held:] = torch.nan, torch.nan
     chosen, losses = [5, -1, 0, 2, 3, 1], {}
-    after = compress(state, chosen, rank=rank, shrink=shrink)
+    after = compress(state, chosen, rank=rank)
     for u in (0, 1, 2, 5):
         delta = delta_of(*state[:3], u)
-        want, lost = truncated(delta, rank, shrink) if int(state[2][u]) > rank else (delta, 0.0)
+        want, lost = truncated(delta, rank) if int(state[2][u]) > rank else (delta, 0.0)
         losses[u] = lost
         assert_near(after, u, want, delta.norm(), dtype)
     assert_bookkeeping(state, after, [0, 1, 2, 3, 5], rank, losses)
@@ -73,8 +72,7 @@ def test_the_largest_singular_values_stay(dtype, capacity, n, m, rank, shrink):
         assert torch.equal(old[2, :rank], new[2, :rank])  # nothing to do
 
 
-@pytest.mark.parametrize("shrink", ["truncate", "directions"])
-def test_factors_that_are_hard_to_decompose(shrink):
+def test_factors_that_are_hard_to_decompose():
     capacity, n, m, rank, dtype = 8, 20, 30, 3, torch.float32
     state = state_of(9, capacity, n, m, dtype)
     a, b = state[0], state[1]
@@ -90,11 +88,11 @@ def test_factors_that_are_hard_to_decompose(shrink):
     b[6] /= scale
     a[7], b[7] = torch.randn(capacity, 2) @ torch.randn(2, n), torch.randn(capacity, 2) @ torch.randn(2, m)
     a[8] += 30 * torch.randn(n)  # rows nearly parallel
-    after = compress(state, list(range(9)), rank=rank, shrink=shrink)
+    after = compress(state, list(range(9)), rank=rank)
     for u in range(9):
         delta = delta_of(*state[:3], u)
-        want, lost = truncated(delta, rank, shrink)
-        if u != 2 or shrink == "directions":  # any three of equal ones
+        want, lost = truncated(delta, rank)
+        if u != 2:  # any three of equal ones
             assert_near(after, u, want, delta.norm(), dtype)
         assert abs(float(after[4][u] - state[4][u]) - lost) <= 1e-6 + 1e-6 * float(delta.norm())
         assert int(after[2][u]) == rank
@@ -113,7 +111,7 @@ def test_huge_and_tiny_rows_stay_finite(dtype):
     for u, (in_a, in_b) in enumerate(sizes):
         delta = delta_of(*state[:3], u)
         if in_a * in_b < 1e60:
-            assert_near(after, u, truncated(delta, 3, "truncate")[0], delta.norm(), dtype)
+            assert_near(after, u, truncated(delta, 3)[0], delta.norm(), dtype)
         else:
             assert float(after[4][u]) == torch.finfo(torch.float32).max
 

@@ -63,6 +63,51 @@ def test_other_users_tokens_change_no_bit(tokens):
     assert torch.equal(y[mine], other[mine])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "n"), [(12, 65), (80, 1100)])
+def test_rows_that_are_not_finite_do_not_enter_torchs_product(dtype, tokens, n, monkeypatch):
+    """Where that product lets them reach all others, as on some processors."""
+    a, b, rows = pool_of(3, 6, n, 30, dtype)
+    weight, x, users = (
+        torch.randn(30, n).to(DEVICE, dtype),
+        torch.randn(tokens, n).to(DEVICE, dtype),
+        users_of(tokens, 3),
+    )
+    spoilt = x.clone()
+    spoilt[1, n - 1], spoilt[4, 0], spoilt[7] = torch.inf, torch.nan, -torch.inf
+    real = torch.nn.functional.linear
+
+    def leaking(x, weight, bias=None):
+        y = real(x, weight, bias)
+        return y if torch.isfinite(x).all() else torch.full_like(y, torch.nan)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", leaking)
+    want, found = (low_rank.low_rank_linear(t, weight, None, a, b, rows, users) for t in (x, spoilt))
+    bad = ~torch.isfinite(spoilt).all(1)
+    assert bad.nonzero().flatten().tolist() == [1, 4, 7]
+    assert torch.equal(found[~bad], want[~bad])
+    assert bool(found[bad].isnan().all())
+
+
+def test_slots_and_rows_out_of_range_are_neither_read_nor_written():
+    """The host does not look at them on a GPU, where this would be an illegal access or another user's memory."""
+    a, b, rows = pool_of(3, 4, 9, 7, torch.float32)
+    rows[:] = torch.tensor([-3, 9, 1])
+    users = torch.tensor([0, 1, 2, 3, 1000000, -5, 2], dtype=torch.int32, device=DEVICE)
+    x, delta, eta = (torch.randn(7, *k, device=DEVICE) for k in ((9,), (7,), ()))
+    eta_sum, weight = torch.rand(3, device=DEVICE), torch.randn(7, 9, device=DEVICE)
+    before = [t.clone() for t in (a, b, rows, eta_sum)]
+    y = low_rank.low_rank_linear(x, weight, None, a, b, rows, users)
+    assert torch.equal(y[[0, 3, 4, 5]], torch.nn.functional.linear(x, weight)[[0, 3, 4, 5]])
+    low_rank.low_rank_append(a, b, rows, eta_sum, x, delta, eta, users)
+    assert rows.tolist() == [-3, 9, 3]
+    assert torch.equal(eta_sum[:2], before[3][:2])
+    assert torch.equal(a[2, 1:3], x[[2, 6]])
+    a[2, 1:3], b[2, 1:3] = before[0][2, 1:3], before[1][2, 1:3]
+    for t, old in zip((a, b), before, strict=False):
+        assert torch.equal(t.nan_to_num(7.0), old.nan_to_num(7.0))
+
+
 # The interpreter cuts float32 off to bfloat16 where a GPU rounds.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])])
 @pytest.mark.parametrize(

@@ -37,12 +37,11 @@ class Isolation(RuleBasedStateMachine):
 
     @initialize(
         protected=st.booleans(),
-        shrink=st.sampled_from(["truncate", "directions"]),
         rate=st.sampled_from(["constant", "energy", "rms"]),
         directions=st.sampled_from([0, 5]),
         burst=st.sampled_from([None, 0.5]),
     )
-    def begin(self, protected, shrink, rate, directions, burst):
+    def begin(self, protected, rate, directions, burst):
         if Isolation.base is None:
             Isolation.base = tiny(layers=2)
         self.learners, self.stores = [], []
@@ -51,7 +50,7 @@ class Isolation(RuleBasedStateMachine):
                 target_modules=["down_proj"], lr=0.5 if rate == "energy" else 0.02, rate=rate, clip=3.0, chunk=6,
                 burst=burst if rate == "rms" else None,
                 replay_capacity=16, ewc_lambda=0.1 * protected, replay_rows=2 * protected, orthogonal=directions,
-                users=ttt.LowRank(slots=3, rank=2, window=6, shrink=shrink),
+                users=ttt.LowRank(slots=3, rank=2, window=6),
             )  # fmt: skip
             learner = ttt.Learner(ttt.adapt_(copy.deepcopy(Isolation.base), config), context=24)
             if protected or directions:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ttt.ops import cpu
 from ttt.ops.backends import record
-from ttt.ops.low_rank.cpu import bind_low_rank, refuse
+from ttt.ops.low_rank.cpu import REFUSED, bind_low_rank, isolated_linear, refuse
 
 # Someone who wants to see every op (a dispatch mode such as FlopCounterMode or FakeTensorMode): then only ops will do.
 _listeners = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
@@ -91,7 +91,7 @@ class Binding(_Direct):
 
 
 class LowRankBinding(_Direct):
-    """The same for a `ttt.nn.LowRankLinear`, whose steps come after a product that took the caches for itself."""
+    """The C++ kernels of a `ttt.nn.LowRankLinear`, called directly as in `Binding`."""
 
     def __init__(self, layer) -> None:
         weight = layer.weight
@@ -103,23 +103,23 @@ class LowRankBinding(_Direct):
         self.compressed = _present(layer, "lost", "step")
 
     def forward(self, x: Tensor, users: Tensor) -> Tensor | None:
-        """The layer's output; ``users`` (T,) int32."""
+        """The layer's output for ``x`` (..., n) of T tokens; ``users`` (T,) int32: the slot of each, or -1."""
         tokens = users.numel()
         if type(x) is not Tensor or x.shape[-1] != self.n or x.numel() != tokens * self.n or not self._plain(x):
             return None
         if x.requires_grad and torch.is_grad_enabled():
             return None
-        y = torch.nn.functional.linear(x, self.weight, self.bias)
+        y = isolated_linear(x, self.weight, self.bias)
         if not self.kernels.forward(x.data_ptr(), users.data_ptr(), y.data_ptr(), tokens, torch.get_num_threads()):
             return None
         record("low_rank_linear", "cpu")
         return y
 
     def learn(self, x: Tensor, delta: Tensor, eta: Tensor, users: Tensor) -> bool:
-        """As the layer's `learn`.
+        """Do what the layer's `learn` does, where the arguments allow it; whether they do.
 
         Raises:
-            RuntimeError: as `ttt.ops.low_rank_compress`; a later call goes on from there.
+            RuntimeError: as `ttt.ops.low_rank_compress`. Tokens before the failing compression have been learnt.
         """
         tokens = users.numel()
         if x.shape != (tokens, self.n) or delta.shape != (tokens, self.m) or eta.shape != (tokens,):
@@ -130,7 +130,7 @@ class LowRankBinding(_Direct):
         appends, compressions, failed = self.kernels.learn(
             x.data_ptr(), delta.data_ptr(), eta.data_ptr(), users.data_ptr(), tokens, torch.get_num_threads()
         )
-        if failed < -1:
+        if failed == REFUSED:
             return False
         if appends:
             record("low_rank_append", "cpu")

@@ -1,4 +1,4 @@
-"""`ttt.nn.LowRankLinear`: an `nn.Linear` with low-rank weights of many users beside its own, in one batch."""
+"""`ttt.nn.LowRankLinear`: a linear layer whose batches mix users, each with low-rank weights of their own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from ttt import ops
 from ttt.config import TTTConfig
@@ -22,14 +21,14 @@ PER_SLOT = ("eta_sum", "lost", "step")
 
 
 class Routing:
-    """Whose the rows of the present batch are; one for all layers of a model. ``slots`` (B,) int32, or None."""
+    """The user of each row of the current batch, shared by all layers of a model. ``slots``: (B,) int32, or None."""
 
     def __init__(self) -> None:
         self.slots: Tensor | None = None
         self._tokens: dict[int, Tensor] = {}
 
     def set(self, slots: Tensor | None) -> None:
-        """``slots``: (B,) int32, the slot of each row of the batch, -1 for the base model; None: all are the base's."""
+        """Route row i to slot ``slots[i]`` (B,) int32, where -1 stands for the base model; None: all rows to it."""
         self.slots, self._tokens = slots, {}
 
     def tokens(self, x: Tensor) -> Tensor | None:
@@ -50,7 +49,7 @@ class Routing:
 
 
 class _Capture(torch.autograd.Function):
-    """As that of `ttt.nn.Linear`: hands (x, delta) to the layer, and makes no gradient of a weight.
+    """Hands (x, delta) to the layer in the backward pass and computes no gradient of a weight, as in `ttt.nn.Linear`.
 
     dL/dx_t = delta_t W + (delta_t B_u^T) A_u.
     """
@@ -75,32 +74,36 @@ class _Capture(torch.autograd.Function):
 
 
 class LowRankLinear(Adapted):
-    """y_t = W x_t + b + B_u^T (A_u x_t): a linear layer for a batch in which each row belongs to a user, or to none.
+    """y_t = W x_t + b + B_u^T (A_u x_t): a linear layer for a batch in which each row belongs to a user or to none.
 
-    ``weight`` and ``bias`` never change; rows of no user get the base layer's output bit for bit. The state is in
-    buffers that are no part of `state_dict`, at fixed addresses. S slots of R = rank + window rows:
+    ``weight`` and ``bias`` never change. Rows of no user get the base layer's output bit for bit. The bits of a user's
+    outputs do not depend on rows of others, whether these are finite or not. A row that is not finite gives NaN.
+
+    The state is in buffers at fixed addresses that are not part of `state_dict`. There are S slots of R = rank + window
+    rows; ``eta_sum`` and the importance are float32 (float64 for float64 weights):
 
     =================  ============  ==========================================================
-    ``a``              (S, R, n)     inputs, or right singular vectors,
-    ``b``              (S, R, m)     and -eta delta, or left ones. In float16 a step below 3e-8 is 0
+    ``a``              (S, R, n)     inputs x_t; after compression scaled right singular vectors
+    ``b``              (S, R, m)     -eta_t delta_t; after compression scaled left singular vectors.
+                                     In float16 numbers below 3e-8 are rounded to 0
     ``rows``           (S,) int32    rows in use
-    ``eta_sum``        (S,)          steps since the slot was compressed
+    ``eta_sum``        (S,)          sum of eta_t since the slot was compressed
     ``lost``           (S,)          bound on the Frobenius norm of what truncation dropped
     ``step``           (S,) int64    compressions so far
-    ``importance_m``   (m,)          shared by all users, if ``ewc_lambda`` > 0: Omega_ij is taken
-    ``importance_n``   (n,)          as importance_m[i] importance_n[j], by its row and column means
-    ``memory``         (K, n)        shared, if ``replay_rows`` or ``orthogonal`` > 0: inputs whose
-    ``seen``           (1,)          outputs the anchor defines, and how many rows ever entered
-    ``basis``          (k, n)        shared, if ``orthogonal`` > 0: U, orthonormal directions that
-                                     learning leaves alone, or rows of zeros
-    ``calibrated``     (3,)          shared, unless ``rate`` is "constant"; float64: sums of |x|^2 and
-                                     |delta|^2 |x|^2, and rows, at calibration,
-    ``moments``        (S, 3)        and of each user since
+    ``importance_m``   (m,)          row and column means of Omega, shared by all users, if
+    ``importance_n``   (n,)          ``ewc_lambda`` > 0: Omega_ij = importance_m[i] importance_n[j]
+    ``memory``         (K, n)        replay memory, shared, if ``replay_rows`` or ``orthogonal`` > 0,
+    ``seen``           (1,)          and how many rows were ever offered to it
+    ``basis``          (k, n)        orthonormal directions that updates leave alone, shared, if
+                                     ``orthogonal`` > 0; rows of zeros have no effect
+    ``calibrated``     (3,)          float64, shared, unless ``rate`` is "constant": sums of |x|^2 and
+                                     of |delta|^2 |x|^2, and the number of tokens, at calibration
+    ``moments``        (S, 3)        the same of each user's own tokens since
     =================  ============  ==========================================================
 
     Args:
         in_features, out_features, bias, device, dtype: as `torch.nn.Linear`.
-        config: see `TTTConfig`; its ``per_user`` (`ttt.LowRank`) says how many slots there are.
+        config: a `TTTConfig` whose ``per_user`` (`ttt.LowRank`) gives the number and size of the slots.
         name: seeds this layer's random draws, together with ``config.seed``.
     """
 
@@ -110,7 +113,7 @@ class LowRankLinear(Adapted):
     eta_sum: Tensor
     lost: Tensor
     step: Tensor
-    # None where the configuration does without them:
+    # None if the configuration does not need them:
     importance_m: Tensor
     importance_n: Tensor
     memory: Tensor
@@ -154,12 +157,15 @@ class LowRankLinear(Adapted):
     def _bind(self) -> LowRankBinding:
         return LowRankBinding(self)
 
-    # -- using ------------------------------------------------------------------------------------------------
+    # -- forward ----------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, ..., n) -> (B, ..., m), row by row with the weights of the users that `ttt.users` names.
+        """(B, ..., n) -> (B, ..., m): each row with the weights of the user that `ttt.users` names for it.
 
-        Gradients reach ``x``; no weight gets one.
+        Gradients reach ``x``, but no weight.
+
+        Raises:
+            ValueError: if ``x`` has another number of rows than users were named.
         """
         users = self.routing.tokens(x)
         if torch.is_grad_enabled() and (self.sink is not None or x.requires_grad):
@@ -167,8 +173,8 @@ class LowRankLinear(Adapted):
         return self._product(x, users)
 
     def _product(self, x: Tensor, users: Tensor | None) -> Tensor:
-        if users is None:
-            return linear(x, self.weight, self.bias)
+        if users is None:  # all rows are the base model's: plain torch, without isolation between rows
+            return torch.nn.functional.linear(x, self.weight, self.bias)
         binding = binding_of(self)
         if binding is not None and (y := binding.forward(x, users)) is not None:
             return y
@@ -181,7 +187,7 @@ class LowRankLinear(Adapted):
 
     @torch.no_grad()
     def effective_weight(self, slot: int) -> Tensor:
-        """W + B^T A of one slot, (m, n). A new tensor."""
+        """W + B_u^T A_u of slot u, (m, n). A new tensor."""
         held = slice(0, int(self.rows[slot]))
         wide = self.eta_sum.dtype
         change = self.b[slot, held].to(wide).T @ self.a[slot, held].to(wide)
@@ -191,43 +197,58 @@ class LowRankLinear(Adapted):
 
     @torch.no_grad()
     def steps(self, x: Tensor, delta: Tensor, users: Tensor | None) -> tuple[Tensor, Rates]:
-        """What updates are made with: the inputs without their part in the span of ``basis`` (T, n), and the steps.
+        """Inputs (T, n) without their part in the span of ``basis``, and the step eta_t of each token.
 
-        A user's steps depend on the user's own tokens and on calibration alone. Nothing is written: `count` does.
+        A user's steps depend only on the user's own tokens and on calibration. Nothing is written; `count` adds the
+        tokens to the moments.
 
         Args:
             x: (T, n); delta: (T, m), gradients of the summed loss at the output; both of the weight's dtype.
-            users: (T,), int32; -1 for tokens that teach nobody. None: as those of one user who has learnt nothing yet.
+            users: (T,), int32; -1 for tokens that teach nobody. None: as tokens of one user who has learnt nothing yet.
         """
-        x, before = learnable(self, x), self.moments
+        before = self.moments
+        if self.basis is not None:  # rows that are not finite must not reach others through a product, see `forward`
+            finite = torch.isfinite(x).all(1, keepdim=True)
+            x = torch.where(finite, learnable(self, torch.where(finite, x, 0.0)), torch.nan)
         if before is not None:
             before = self.calibrated if users is None else self.calibrated + before
         return x, rates(x, delta, self.config, self.eta_sum.dtype, before=before, users=users)
 
     @torch.no_grad()
     def count(self, grown: Tensor | None, kept: Tensor) -> None:
-        """Add to the moments what `steps` found, of the slots that ``kept`` (S,) bool says."""
+        """Add what `steps` found to the moments of the slots where ``kept`` (S,) bool is True."""
         if grown is not None:
             count_(self.moments, grown, kept.unsqueeze(1))
 
     @torch.no_grad()
     def learn(self, x: Tensor, delta: Tensor, eta: Tensor, users: Tensor) -> None:
-        """Append each token's step to its user's slot; a slot is compressed when it is full, or has too little room.
+        """Append a row for each token to its user's slot; compress slots that are full or have too little room.
 
         Args:
             x: (T, n), inputs as `steps` returns them; delta: (T, m); both of the weight's dtype.
             eta: (T,), float32 (float64 for float64): steps. users: (T,), int32; -1 for tokens that teach nobody.
+
+        Raises:
+            ValueError, TypeError: as `ttt.ops.low_rank_append`.
+            RuntimeError: as `ttt.ops.low_rank_compress`. Tokens before the failing compression have been learnt.
         """
         binding = binding_of(self)
         if binding is None or not binding.learn(x, delta, eta, users):
             self._learn(x, delta, eta, users)
 
     def _learn(self, x: Tensor, delta: Tensor, eta: Tensor, users: Tensor) -> None:
-        """`learn` by the ops, to the bit what the bound kernels do. The slots to compress are chosen on the device: the
-        host waits only where there are more tokens than a window, and not while a CUDA graph is captured."""
+        """`learn` through the ops.
+
+        The slots to compress are chosen on the device. The host waits only if there are more tokens than a window has
+        rows, and never while a CUDA graph is captured.
+
+        This mirrors ``LowRank::learn`` of csrc/bindings.cpp, which makes the same calls to the kernels; a change of one
+        must be made in the other. test_many_users_outputs_and_state_are_those_of_the_ops of
+        tests/nn/test_cpu_binding.py compares the two bit for bit.
+        """
         tokens, window, capacity = users.numel(), self.low_rank.window, self.low_rank.capacity
         place, parts = None, min(tokens, 1)
-        if tokens > window:  # there may be more of one user than a slot has room for at a time
+        if tokens > window:  # one user may have more tokens than a slot has room for at a time
             place, parts = places(users), -(-tokens // window)
             if not (users.is_cuda and torch.cuda.is_current_stream_capturing()):
                 parts = int(torch.where(users >= 0, place, -window).max()) // window + 1
@@ -241,15 +262,19 @@ class LowRankLinear(Adapted):
 
     @torch.no_grad()
     def compress(self, chosen: Tensor) -> None:
-        """Bring the ``chosen`` slots, (S,) bool, back to ``rank`` rows, with the pull and the replay of ``config``."""
-        if chosen.is_cpu and not chosen.any():  # where looking costs no wait
+        """Reduce the ``chosen`` slots, (S,) bool, to ``rank`` rows, with the protections of ``config``.
+
+        Raises:
+            ValueError, RuntimeError: as `ttt.ops.low_rank_compress`.
+        """
+        if chosen.is_cpu and not chosen.any():  # on CUDA a look at the values would make the host wait
             return
         slots = torch.where(chosen, torch.arange(len(chosen), device=chosen.device), -1)
         state = self.a, self.b, self.rows, self.eta_sum, self.lost, self.step
         ops.low_rank_compress(*state, slots, **self.compress_options())
 
     def compress_options(self) -> dict[str, Any]:
-        """The keywords of `ttt.ops.low_rank_compress`."""
+        """Keyword arguments of `ttt.ops.low_rank_compress`."""
         c = self.config
         memory, seen = (self.memory, self.seen) if c.replay_rows else (None, None)
         return {

@@ -13,7 +13,7 @@ from ttt.ops import log8
 
 REPLAY = ("projection", "gradient")
 KINDS = ("fisher", "mas", "si")
-SHRINK = ("truncate", "directions")
+SHRINK = ("truncate",)
 MAX_REPLAY_ROWS = 64
 
 _SCHEMAS = {

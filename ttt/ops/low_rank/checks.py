@@ -1,4 +1,4 @@
-"""Argument checks of the ops of users' low-rank weights. All run before anything is written."""
+"""Argument checks of the ops of low-rank weights. All run before anything is written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ttt.ops.schema import MAX_REPLAY_ROWS, REPLAY, SHRINK, _floats, _need
 
 
 def _pool(a, b, rows) -> tuple[int, int, int, int]:
-    """(S, R, n, m) of a pool."""
+    """Check the tensors of a pool; its shape (S, R, n, m)."""
     for name, t in (("a", a), ("b", b)):
         if t.ndim != 3:
             raise ValueError(f"{name} must have three dimensions, got shape {tuple(t.shape)}")
@@ -48,17 +48,22 @@ def check_low_rank_append(a, b, rows, eta_sum, x, delta, eta, users) -> None:
     _need("delta", delta, (tokens, m), (a.dtype,), a)
 
 
-def check_users(users: torch.Tensor, slots: int) -> None:
-    """On CPU, where looking at values costs no wait."""
+def check_users(users: torch.Tensor, rows: torch.Tensor, slots: int, capacity: int) -> None:
+    """Raise ValueError unless users are -1 or slots, and the slots of tokens hold 0 to ``capacity`` rows. On CPU only.
+
+    On CUDA a look at the values would make the host wait.
+    """
     if users.numel() == 0:
         return
     low, high = users.aminmax()
     if low < -1 or high >= slots:
         raise ValueError(f"users must be in [-1, {slots}), got {int(low)} to {int(high)}")
+    _check_slots(users[users >= 0].unique().tolist(), capacity, rows)
 
 
-def check_room(users: torch.Tensor, rows: torch.Tensor, capacity: int) -> None:
-    """On CPU: every slot has room for its tokens."""
+def check_room(users: torch.Tensor, rows: torch.Tensor, slots: int, capacity: int) -> None:
+    """`check_users`, and raise ValueError unless every slot has room for a row of each of its tokens. On CPU only."""
+    check_users(users, rows, slots, capacity)
     counts = torch.bincount(users[users >= 0], minlength=rows.numel())
     over = (rows + counts > capacity) & (counts > 0)
     if bool(over.any()):
@@ -67,6 +72,38 @@ def check_room(users: torch.Tensor, rows: torch.Tensor, capacity: int) -> None:
             f"users gives slot {u} {int(counts[u])} rows more, but {int(rows[u])} of its {capacity} are in use; "
             "compress it first"
         )
+
+
+def check_counters(
+    capacity: int,
+    rows: torch.Tensor,
+    eta_sum: torch.Tensor,
+    lost: torch.Tensor,
+    step: torch.Tensor,
+    slots: torch.Tensor,
+    seen: torch.Tensor | None,
+    memory: torch.Tensor | None,
+) -> None:
+    """Raise ValueError unless the counters of ``slots`` are ones that learning can give. On CPU only.
+
+    Args:
+        seen: None where nothing is replayed from ``memory``.
+    """
+    chosen = [u for u in slots.tolist() if u >= 0]
+    _check_slots(chosen, capacity, rows)
+    for name, counter in (("eta_sum", eta_sum), ("lost", lost), ("step", step)):
+        for u in chosen:
+            value = counter[u].item()
+            if not value >= 0 or (name == "eta_sum" and value == float("inf")):
+                raise ValueError(f"{name}[{u}] must be {'finite and ' * (name == 'eta_sum')}at least 0, got {value}")
+    if seen is not None and memory is not None and (int(seen) < 0 or (int(seen) > 0 and len(memory) == 0)):
+        raise ValueError(f"seen must be at least 0, and 0 for a memory without rows, got {int(seen)}")
+
+
+def _check_slots(chosen: list[int], capacity: int, rows: torch.Tensor) -> None:
+    for u in chosen:
+        if not 0 <= int(rows[u]) <= capacity:
+            raise ValueError(f"rows[{u}] must be in [0, {capacity}], got {int(rows[u])}")
 
 
 def check_low_rank_compress(
@@ -79,7 +116,7 @@ def check_low_rank_compress(
     _need("lost", lost, (count,), wide, a)
     _need("step", step, (count,), (torch.int64,), a)
     _need("slots", slots, (slots.numel(),), (torch.int64,), a)
-    if slots.is_cpu:  # where looking at values costs no wait
+    if slots.is_cpu:  # on CUDA a look at the values would make the host wait
         wanted = [u for u in slots.tolist() if u != -1]
         if len(set(wanted)) < len(wanted) or not all(0 <= u < count for u in wanted):
             raise ValueError(f"slots must be -1, or distinct and in [0, {count}), got {slots.tolist()}")

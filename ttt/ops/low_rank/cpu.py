@@ -9,46 +9,52 @@ from ttt.ops.backends import record
 from ttt.ops.cpu import _C, _DTYPE, _MASK64, _address, _why_not
 from ttt.ops.low_rank import checks, reference
 
+REFUSED = (
+    -2
+)  # what the kernels return, having written nothing, for a slot or a counter out of range (csrc/bindings.cpp)
 
-def _check_users(users, a, rows=None) -> None:
-    """Every token's slot exists and, where ``rows`` is given, has room. The kernel asks, torch words the error."""
-    slots, capacity = a.shape[:2]
-    if _C is not None and _C.low_rank_fits(users.data_ptr(), _address(rows), users.numel(), slots, capacity):
-        return
-    checks.check_users(users, slots)
-    if rows is not None:
-        checks.check_room(users, rows, capacity)
+
+def isolated_linear(x, weight, bias):
+    """`reference.isolated_linear`, at the cost of one pass over ``x`` where all of it is finite.
+
+    The kernels must take ``x``'s dtype.
+    """
+    if _C.all_finite(x.data_ptr(), x.numel(), _DTYPE[x.dtype]):
+        return torch.nn.functional.linear(x, weight, bias)
+    return reference.isolated_linear(x, weight, bias)
 
 
 def low_rank_linear(x, weight, bias, a, b, rows, users):
     checks.check_low_rank_linear(x, weight, bias, a, b, rows, users)
-    _check_users(users, a)
     if why := _why_not(x.dtype):
+        checks.check_users(users, rows, *a.shape[:2])
         record("low_rank_linear", "reference", why)
         return reference.low_rank_linear(x, weight, bias, a, b, rows, users)
-    record("low_rank_linear", "cpu")
     m, n = weight.shape
-    y = torch.nn.functional.linear(x, weight, bias)
-    _C.low_rank_linear(
-        x.data_ptr(), a.data_ptr(), b.data_ptr(), rows.data_ptr(), users.data_ptr(), y.data_ptr(), users.numel(), m, n,
-        a.shape[1], _DTYPE[x.dtype], torch.get_num_threads(),
-    )  # fmt: skip
+    y = isolated_linear(x, weight, bias)
+    if not _C.low_rank_linear(
+        x.data_ptr(), a.data_ptr(), b.data_ptr(), rows.data_ptr(), users.data_ptr(), y.data_ptr(), users.numel(),
+        a.shape[0], m, n, a.shape[1], _DTYPE[x.dtype], torch.get_num_threads(),
+    ):  # fmt: skip
+        checks.check_users(users, rows, *a.shape[:2])
+    record("low_rank_linear", "cpu")
     return y
 
 
 def low_rank_append(a, b, rows, eta_sum, x, delta, eta, users) -> None:
     checks.check_low_rank_append(a, b, rows, eta_sum, x, delta, eta, users)
-    _check_users(users, a, rows)
     if why := _why_not(a.dtype):
+        checks.check_room(users, rows, *a.shape[:2])
         record("low_rank_append", "reference", why)
         reference.low_rank_append(a, b, rows, eta_sum, x, delta, eta, users)
         return
-    record("low_rank_append", "cpu")
-    _C.low_rank_append(
+    if not _C.low_rank_append(
         a.data_ptr(), b.data_ptr(), rows.data_ptr(), eta_sum.data_ptr(), x.data_ptr(), delta.data_ptr(),
-        eta.data_ptr(), users.data_ptr(), users.numel(), b.shape[2], a.shape[2], a.shape[1], _DTYPE[a.dtype],
-        torch.get_num_threads(),
-    )  # fmt: skip
+        eta.data_ptr(), users.data_ptr(), users.numel(), a.shape[0], b.shape[2], a.shape[2], a.shape[1],
+        _DTYPE[a.dtype], torch.get_num_threads(),
+    ):  # fmt: skip
+        checks.check_room(users, rows, *a.shape[:2])
+    record("low_rank_append", "cpu")
     # The kernel wrote through raw pointers: autograd and functionalization must be told.
     torch.autograd.graph.increment_version([a, b, rows, eta_sum])
 
@@ -62,13 +68,17 @@ def low_rank_compress(
         replay_rows, replay, beta, eps,
     )  # fmt: skip
     checks.check_low_rank_compress(*args)
+    counters = a.shape[1], rows, eta_sum, lost, step, slots, seen if replay_rows else None, memory
     if why := _why_not(a.dtype):
+        checks.check_counters(*counters)
         record("low_rank_compress", "reference", why)
         reference.low_rank_compress(*args)
         return
-    record("low_rank_compress", "cpu")
-    slots = slots[slots >= 0]  # kept until the kernel has ended
+    slots = slots[slots >= 0]  # referenced until the kernel has ended
     failed = _C.low_rank_compress(*_compress_arguments(*args[:6], slots, *args[7:]))
+    if failed == REFUSED:
+        checks.check_counters(*counters)
+    record("low_rank_compress", "cpu")
     torch.autograd.graph.increment_version([a, b, rows, eta_sum, lost, step])
     refuse(failed)
 
@@ -77,33 +87,33 @@ def _compress_arguments(
     a, b, rows, eta_sum, lost, step, slots, rank, shrink, lam, importance_m, importance_n, memory, seen, seed,
     replay_rows, replay, beta, eps,
 ):  # fmt: skip
-    """What ``_C.low_rank_compress`` takes."""
+    """The arguments of ``_C.low_rank_compress``."""
     return (
         a.data_ptr(), b.data_ptr(), rows.data_ptr(), eta_sum.data_ptr(), lost.data_ptr(), step.data_ptr(),
         _address(slots), _address(importance_m), _address(importance_n), _address(memory), _address(seen),
-        0 if slots is None else slots.numel(), b.shape[2], a.shape[2], a.shape[1], rank,
-        memory.shape[0] if replay_rows else 0, replay_rows, seed & _MASK64, lam, beta, eps, shrink == "directions",
-        _DTYPE[a.dtype], schema.REPLAY.index(replay), torch.get_num_threads(),
+        0 if slots is None else slots.numel(), a.shape[0], b.shape[2], a.shape[2], a.shape[1], rank,
+        memory.shape[0] if replay_rows else 0, replay_rows, seed & _MASK64, lam, beta, eps, _DTYPE[a.dtype],
+        schema.REPLAY.index(replay), torch.get_num_threads(),
     )  # fmt: skip
 
 
 def refuse(slot: int) -> None:
-    """Raise for the slot that could not be compressed, if it is one."""
+    """Raise RuntimeError if ``slot``, what the kernel returned, is a slot that could not be compressed."""
     if slot >= 0:
         raise RuntimeError(f"slot {slot} holds rows that are not finite; it was left as it is")
 
 
 def bind_low_rank(layer):
-    """The addresses of a `ttt.nn.LowRankLinear`, bound for ``ttt._C``, or None where its kernels do not apply.
+    """Bind the addresses of a `ttt.nn.LowRankLinear` for ``ttt._C``; None where its kernels do not apply.
 
-    What is bound checks the users' slots and nothing else: the layer does. Good until one of the tensors moves.
+    The bound object checks users and counters; the caller checks shapes and dtypes. It is valid until a tensor moves.
     """
     a = layer.a
     if _why_not(a.dtype):
         return None
     state = a, layer.b, layer.rows, layer.eta_sum, layer.lost, layer.step
     options = layer.compress_options()
-    return _C.LowRank(a.shape[0], layer.low_rank.window, *_compress_arguments(*state, None, **options))
+    return _C.LowRank(layer.low_rank.window, *_compress_arguments(*state, None, **options))
 
 
 for _function in (low_rank_linear, low_rank_append, low_rank_compress):

@@ -1,4 +1,4 @@
-"""The ops of users' low-rank weights in plain torch: the definition, in any floating dtype, on any device."""
+"""The ops of low-rank weights in plain torch: their definition, in any floating dtype, on any device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ttt.ops.rounding import rounding_bits, stochastic_round_
 
 
 def _by_user(users: Tensor) -> list[tuple[int, Tensor]]:
-    """(slot, its tokens in order) for each slot that has tokens."""
+    """(slot, indices of its tokens in order) for each slot that has tokens."""
     return [(u, (users == u).nonzero().flatten()) for u in users.unique().tolist() if u >= 0]
 
 
@@ -27,8 +27,23 @@ def add_delta_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: Tensor, users: 
     return y
 
 
+def isolated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """W x_t + bias for each row x_t, whose bits depend on no value of other rows; NaN for rows that are not finite.
+
+    On processors with AMX, torch's 16-bit product reads past the end of a row into the next one and multiplies what it
+    finds by 0. Finite numbers times 0 add nothing, but an infinity or NaN makes the other row NaN. So rows that are not
+    finite are replaced by zeros before the product.
+
+    Args:
+        x: (..., n); weight: (m, n); bias: (m,) or None.
+    """
+    finite = torch.isfinite(x).all(-1, keepdim=True)
+    y = torch.nn.functional.linear(torch.where(finite, x, 0.0), weight, bias)
+    return torch.where(finite, y, torch.nan)
+
+
 def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, rows: Tensor, users: Tensor):
-    y = torch.nn.functional.linear(x, weight, bias)
+    y = isolated_linear(x, weight, bias)
     add_delta_(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), a, b, rows, users)
     return y
 
@@ -36,6 +51,8 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b
 def low_rank_append(
     a: Tensor, b: Tensor, rows: Tensor, eta_sum: Tensor, x: Tensor, delta: Tensor, eta: Tensor, users: Tensor
 ) -> None:
+    # The C++ kernel is `low_rank_append` of csrc/low_rank.h; test_append_is_the_gradient_step of
+    # tests/ops/test_low_rank.py compares the two.
     capacity, wide = a.shape[1], eta_sum.dtype
     for u, tokens in _by_user(users):
         first = int(rows[u])
@@ -44,7 +61,7 @@ def low_rank_append(
         a[u, to] = x[tokens]
         b[u, to] = (-eta[tokens].unsqueeze(1) * delta[tokens].to(wide)).to(b.dtype)
         rows[u] += len(tokens)
-        for t in tokens.tolist():  # in order, as the kernels add
+        for t in tokens.tolist():  # one after the other, in the order in which the kernels add
             eta_sum[u] += eta[t]
 
 
@@ -53,7 +70,7 @@ def low_rank_compress(
     shrink: str, lam: float, importance_m: Tensor | None, importance_n: Tensor | None, memory: Tensor | None,
     seen: Tensor | None, seed: int, replay_rows: int, replay: str, beta: float, eps: float,
 ) -> None:  # fmt: skip
-    """See `ttt.ops.low_rank_compress`. One slot at a time: batched routines give bits that depend on the batch."""
+    """See `ttt.ops.low_rank_compress`. One slot at a time, because the bits of batched routines depend on the batch."""
     for u in slots[slots >= 0].tolist():
         held, spent, counter = int(rows[u]), eta_sum[u].double(), step[u : u + 1]
         left, right = a[u, :held].double(), b[u, :held].double()
@@ -62,7 +79,7 @@ def low_rank_compress(
             left = left - (left @ xr.T) @ v
         if held > rank:
             by = truncate if a.dtype == torch.float64 else truncate_by_gram
-            left, right, gone = by(left, right, rank, shrink)
+            left, right, gone = by(left, right, rank)
             lost[u] = (lost[u] + gone).clamp_max(torch.finfo(lost.dtype).max)
         if held and lam > 0:
             left, right = pull(left, right, lam * spent, importance_m.double(), importance_n.double())
@@ -70,7 +87,7 @@ def low_rank_compress(
         for pool, part in ((a, left), (b, right)):
             size = pool.shape[2]
             bits = rounding_bits(kept, size, counter, seed) if pool.itemsize == 2 else None
-            top = torch.finfo(pool.dtype).max  # what one user learnt may be absurd, but stays finite
+            top = torch.finfo(pool.dtype).max  # values stay finite, however large the user's updates were
             stochastic_round_(pool[u, :kept], part.clamp(-top, top).to(_wide(pool.dtype)), bits)
             pool[u, kept:held].zero_()
         rows[u] = kept
@@ -78,24 +95,21 @@ def low_rank_compress(
         step[u] += 1
 
 
-def truncate(a: Tensor, b: Tensor, rank: int, shrink: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(A, B of at most ``rank`` rows, |change|_F): B^T A by its largest singular values. a: R x n, b: R x m."""
+def truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors (A, B) of B^T A with its ``rank`` largest singular values, and |change|_F. a: R x n, b: R x m."""
     reflect_a, ra = _factored(a.T)
     reflect_b, rb = _factored(b.T)
     u, s, zt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
-    cut = s[rank] if rank < len(s) else s.new_zeros(())
-    kept = s[:rank] - cut if shrink == "directions" else s[:rank]
-    gone = torch.cat([s[:rank] - kept, s[rank:]]).norm()
-    root = kept.sqrt().unsqueeze(1)
-    return root * reflect_a(zt[:rank].T).T, root * reflect_b(u[:, :rank]).T, gone
+    root = s[:rank].sqrt().unsqueeze(1)
+    return root * reflect_a(zt[:rank].T).T, root * reflect_b(u[:, :rank]).T, s[rank:].norm()
 
 
-def truncate_by_gram(a: Tensor, b: Tensor, rank: int, shrink: str) -> tuple[Tensor, Tensor, Tensor]:
-    """As `truncate`, for rows that are kept in float32 or less, from R x R Gram matrices: in half the time.
+def truncate_by_gram(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`truncate` from R x R Gram matrices, in half the time, for rows that are stored in float32 or less.
 
     With A A^T = U L U^T the rows of L^-1/2 U^T A are orthonormal, so the singular values of B^T A are those of
-    B^T U L^1/2, whose squares are the eigenvalues of L^1/2 U^T (B B^T) U L^1/2. In float64 that squaring costs what
-    is below 1e-8 of the largest: less than the rows' own rounding.
+    B^T U L^1/2, whose squares are the eigenvalues of L^1/2 U^T (B B^T) U L^1/2. In float64 the squaring loses singular
+    values below 1e-8 of the largest, which is less than the rounding of the rows.
     """
     rank = min(rank, a.shape[1], b.shape[1])
     squares, u = torch.linalg.eigh(a @ a.T)
@@ -104,16 +118,14 @@ def truncate_by_gram(a: Tensor, b: Tensor, rank: int, shrink: str) -> tuple[Tens
     power, v = torch.linalg.eigh(scaled.T @ (b @ b.T) @ scaled)
     power, v = power.flip(0).clamp_min(0), v.flip(1)
     s = torch.where(power > 1e-15 * power[0], power, 0).sqrt()
-    kept = s[:rank] - s[rank] if shrink == "directions" else s[:rank]
-    gone = torch.cat([s[:rank] - kept, s[rank:]]).norm()
-    root, v = kept.sqrt().unsqueeze(1), v[:, :rank].T
+    root, v = s[:rank].sqrt().unsqueeze(1), v[:, :rank].T
     to_a = root * ((v * torch.where(squares > 0, squares.rsqrt(), 0)) @ u.T)
     to_b = torch.where(s[:rank] > 0, root.squeeze(1) / s[:rank], 0).unsqueeze(1) * (v @ scaled.T)
-    return to_a @ a, to_b @ b, gone
+    return to_a @ a, to_b @ b, s[rank:].norm()
 
 
 def _factored(t: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """(Z -> Q Z, R) of t = Q R; Q is never formed, which halves the time. t: k x R, Z: min(k, R) x r."""
+    """(Z -> Q Z, R) of t = Q R, without forming Q, which halves the time. t: k x R, Z: min(k, R) x r."""
     reflectors, tau = torch.geqrf(t)
     size = len(tau)
 
@@ -124,17 +136,16 @@ def _factored(t: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
 
 
 def pull(a: Tensor, b: Tensor, strength: Tensor, rho: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors of diag(p) B^T A diag(q); see `ttt.ops.low_rank_compress`. a: R x n, b: R x m, rho: m, kappa: n."""
+    """Factors of diag(p) B^T A diag(q); see `ttt.ops.low_rank_compress`. a: R x n, b: R x m, rho: m, kappa: n."""
     p = _restricted(b, a, rho, kappa, strength)
     q = _restricted(a, b, kappa, rho, strength)
     return a * q, b * p
 
 
 def _restricted(own: Tensor, other: Tensor, weights: Tensor, others: Tensor, strength: Tensor) -> Tensor:
-    """(1 + strength w_i o'_i)^-1/2, o'_i being the mean of ``others`` under the squares of row i of own^T other."""
+    """(1 + strength w_i o'_i)^-1/2, where o'_i is the mean of ``others`` weighted by row i of (own^T other)^2."""
     total = ((other @ other.T) @ own * own).sum(0)
     mean = (((other * others) @ other.T) @ own * own).sum(0) / total
-    mean = (
-        torch.where(total > 0, mean, 0).clamp_min(0).minimum(others.max())
-    )  # a row of nearly nothing has rounding errors only
+    # In a row of very small numbers the mean consists of rounding errors.
+    mean = torch.where(total > 0, mean, 0).clamp_min(0).minimum(others.max())
     return (1 + strength * weights * mean).rsqrt()

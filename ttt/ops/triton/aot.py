@@ -96,13 +96,13 @@ def _low_rank(dtype, tokens) -> None:
     low_rank.low_rank_append(*pool, rows, rates[0], x, y, rates[1], users)
 
 
-def _compress(dtype, slots, rank, window, shrink="truncate", lam=0.0, replay_rows=0, replay="projection") -> None:
+def _compress(dtype, slots, rank, window, lam=0.0, replay_rows=0, replay="projection") -> None:
     pool, rates = [_meta(slots, rank + window, k, dtype=dtype) for k in (N, M)], _meta(slots, dtype=torch.float32)
     counters = _meta(slots, dtype=torch.int64)
     importance = [_meta(k, dtype=torch.float32) if lam else None for k in (M, N)]
     memory, seen = (_meta(CAPACITY, N, dtype=dtype), counters[:1]) if replay_rows else (None, None)
     low_rank_compress.low_rank_compress(
-        *pool, _meta(slots, dtype=torch.int32), rates, rates, counters, counters, rank, shrink, lam, *importance,
+        *pool, _meta(slots, dtype=torch.int32), rates, rates, counters, counters, rank, "truncate", lam, *importance,
         memory, seen, 0, replay_rows, replay, 0.3, 1e-3,
     )  # fmt: skip
 
@@ -169,11 +169,10 @@ def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"{_name(dtype)} low_rank T={tokens}", lambda a=(dtype, tokens): _low_rank(*a)
     if everything:
         squeezes = [
-            (dtype, 32, rank, window, shrink, lam, *replayed)
-            for dtype, (rank, window), shrink, lam, replayed in itertools.product(
+            (dtype, 32, rank, window, lam, *replayed)
+            for dtype, (rank, window), lam, replayed in itertools.product(
                 dtypes,
                 ((4, 8), (8, 24), (16, 48), (16, 64), (64, 192), (128, 384), (64, 960)),
-                schema.SHRINK,
                 (0.0, 1.0),
                 ((0,), (4,), (16, "gradient"), (64,)),
             )
@@ -181,8 +180,8 @@ def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     else:
         squeezes = [
             (fp32, 32, 16, 64),
-            (bf16, 32, 16, 64, "directions", 1.0, 4),
-            (fp32, 32, 8, 24, "truncate", 0.0, 32),
+            (bf16, 32, 16, 64, 1.0, 4),
+            (fp32, 32, 8, 24, 0.0, 32),
         ]
     for a in squeezes:
         dtype, _, rank, window, *rest = a

@@ -1,12 +1,17 @@
-"""y_t += B_u^T (A_u x_t), u = users[t]; and rows appended to slots     a: S x R x n, b: S x R x m, x: T x n, y: T x m
+"""The low-rank part of a mixed batch, y_t += B_u^T (A_u x_t) with u = users[t], and rows appended to slots.
 
-y holds torch's base product, which is not touched where u is -1. A few tokens (decoding) are bound by the bytes of the
-slots, and take one launch: its first programs make the products A x and publish them, the others wait for them and add
-B's rows (see `ttt.ops.triton.window_linear`, whose counter this uses). Many tokens take two launches, of blocks of
-tokens on tensor cores: a block that holds several users is done once for each of them. A user's tokens mostly stand
-side by side, and a slot that is read again comes from the second-level cache.
+Shapes: a (S, R, n), b (S, R, m), x (T, n), y (T, m).
 
-A token's sums run in an order that the number of tokens decides, and over rows of its own slot only.
+y holds torch's base product, to which nothing is added where u is -1. Rows of x that are not finite are taken out of
+that product and give NaN, so that isolation does not depend on torch's kernels.
+
+The time for a few tokens (decoding) is that of reading the slots, and they take one launch: its first programs compute
+the products A x and publish them, the others wait for these and add B's rows (see `ttt.ops.triton.window_linear`, whose
+counter is used here). Many tokens take two launches over blocks of tokens, on tensor cores. A block with tokens of
+several users is processed once for each of them. Tokens of a user are mostly adjacent, and a slot that is read again
+comes from the second-level cache.
+
+A token's sums are made in an order that depends only on the number of tokens, over the rows of its own slot.
 """
 
 from __future__ import annotations
@@ -21,19 +26,47 @@ from ttt.ops.triton.window_linear import _await, _counter, _padded
 FEW_TOKENS = 64
 
 
+@triton.jit(do_not_specialize=["n"])
+def _take_out(to, is_bad, x, n, BK: tl.constexpr):
+    """Copy one row of ``x`` to ``to`` and 0 to ``is_bad``; zeros and 1 if the row is not finite."""
+    t = tl.program_id(0).to(tl.int64)
+    bad = tl.zeros((BK,), tl.int32)
+    for k0 in range(0, n, BK):
+        k = k0 + tl.arange(0, BK)
+        value = tl.load(x + t * n + k, mask=k < n, other=0).to(tl.float32)
+        bad |= tl.where(tl.abs(value) < float("inf"), 0, 1)  # NaN is not below infinity
+    spoilt = tl.max(bad, axis=0)
+    for k0 in range(0, n, BK):
+        k = k0 + tl.arange(0, BK)
+        value = tl.load(x + t * n + k, mask=k < tl.where(spoilt == 0, n, 0), other=0)
+        tl.store(to + t * n + k, value, mask=k < n)
+    tl.store(is_bad + t, spoilt)
+
+
+@triton.jit(do_not_specialize=["m"])
+def _put_nan(y, is_bad, m, BM: tl.constexpr):
+    """NaN into one row of ``y`` where ``is_bad`` is not 0."""
+    t = tl.program_id(0).to(tl.int64)
+    if tl.load(is_bad + t) != 0:
+        for i0 in range(0, m, BM):
+            i = i0 + tl.arange(0, BM)
+            tl.store(y + t * m + i, tl.full((BM,), float("nan"), tl.float32).to(y.dtype.element_ty), mask=i < m)
+
+
 @triton.jit
-def _held(rows, u, capacity):
-    """Rows of slot ``u`` (int64) in use; 0 for u = -1."""
-    return tl.where(u >= 0, tl.minimum(tl.load(rows + tl.maximum(u, 0)), capacity), 0)
+def _held(rows, u, slots, capacity):
+    """Rows of slot ``u`` (int64) in use; 0 if there is no such slot."""
+    exists = (u >= 0) & (u < slots)
+    return tl.where(exists, tl.minimum(tl.load(rows + tl.where(exists, u, 0)), capacity), 0)
 
 
 @triton.jit
 def _publish(
-    inner, ready, x, a, rows, users, t, first, capacity, n, BR: tl.constexpr, BK: tl.constexpr
+    inner, ready, x, a, rows, users, t, first, slots, capacity, n, BR: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
-    """inner[t, r] = A_r . x_t for BR rows of the token's slot; then they are counted in ``ready``."""
+    """Store inner[t, r] = A_r . x_t for BR rows of the token's slot, then count this program in ``ready``."""
     u = tl.load(users + t).to(tl.int64)
-    held = _held(rows, u, capacity)
+    held = _held(rows, u, slots, capacity)
     r = first + tl.arange(0, BR).to(tl.int64)
     live = (r < held)[:, None]
     acc = tl.zeros((BR, BK), tl.float32)
@@ -47,28 +80,28 @@ def _publish(
     tl.atomic_add(ready, 1, sem="release")
 
 
-@triton.jit(do_not_specialize=["publishers", "row_blocks", "column_blocks", "capacity"])
+@triton.jit(do_not_specialize=["publishers", "row_blocks", "column_blocks", "slots", "capacity"])
 def _low_rank_few(
-    y, x, a, b, rows, users, inner, ready, publishers, row_blocks, column_blocks, capacity, m, n,
+    y, x, a, b, rows, users, inner, ready, publishers, row_blocks, column_blocks, slots, capacity, m, n,
     BR: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """BR products A x of one token, or BM of its outputs."""
+    """Compute BR products A x of one token, or add to BM of its outputs."""
     program = tl.program_id(0)
     if program < publishers:
         token = (program // row_blocks).to(tl.int64)
-        _publish(inner, ready, x, a, rows, users, token, program % row_blocks * BR, capacity, n, BR, BK)
+        _publish(inner, ready, x, a, rows, users, token, program % row_blocks * BR, slots, capacity, n, BR, BK)
     else:
         t = ((program - publishers) // column_blocks).to(tl.int64)
         i = ((program - publishers) % column_blocks).to(tl.int64) * BM + tl.arange(0, BM)
         u = tl.load(users + t).to(tl.int64)
-        held = _held(rows, u, capacity)
+        held = _held(rows, u, slots, capacity)
         wanted = i < tl.where(held > 0, m, 0)
         out = tl.load(y + t * m + i, mask=wanted, other=0).to(tl.float32)
         _await(ready, publishers)
         acc = tl.zeros((BC, BM), tl.float32)
         for r0 in range(0, held, BC):
             r = r0 + tl.arange(0, BC).to(tl.int64)
-            # Past the first-level cache: another multiprocessor wrote them.
+            # Not from the first-level cache: another multiprocessor wrote them.
             factor = tl.load(inner + t * capacity + r, mask=r < held, other=0, cache_modifier=".cg")
             at = b + (u * capacity + r)[:, None] * m + i
             row = tl.load(at, mask=(r < held)[:, None] & wanted, other=0, eviction_policy="evict_first")
@@ -76,12 +109,12 @@ def _low_rank_few(
         tl.store(y + t * m + i, (out + tl.sum(acc, axis=0)).to(y.dtype.element_ty), mask=wanted)
 
 
-@triton.jit(do_not_specialize=["tokens", "capacity"])
+@triton.jit(do_not_specialize=["tokens", "slots", "capacity"])
 def _low_rank_inner(
-    inner, x, a, rows, users, tokens, capacity, n,
+    inner, x, a, rows, users, tokens, slots, capacity, n,
     BT: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """A x of BT tokens and BR rows of the slots of each of their users in turn."""
+    """Store A x of BT tokens for BR rows of the slots of their users, one user after the other."""
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     first = tl.program_id(1) * BR
     r = first + tl.arange(0, BR).to(tl.int64)
@@ -90,7 +123,7 @@ def _low_rank_inner(
     user = tl.max(left)
     while user >= 0:
         u = user.to(tl.int64)
-        held = _held(rows, u, capacity)
+        held = _held(rows, u, slots, capacity)
         acc = tl.zeros((BT, BR), tl.float32)
         for k0 in range(0, tl.where(first < held, n, 0), BK):
             k = k0 + tl.arange(0, BK)
@@ -102,12 +135,12 @@ def _low_rank_inner(
         user = tl.max(left)
 
 
-@triton.jit(do_not_specialize=["tokens", "capacity"])
+@triton.jit(do_not_specialize=["tokens", "slots", "capacity"])
 def _low_rank_add(
-    y, inner, b, rows, users, tokens, capacity, m,
+    y, inner, b, rows, users, tokens, slots, capacity, m,
     BT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """y += B^T (A x) for BT tokens and BM outputs, by user."""
+    """Add B^T (A x) to y for BT tokens and BM outputs, one user after the other."""
     t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
     i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     owner = tl.load(users + t, mask=t < tokens, other=-1)
@@ -116,7 +149,7 @@ def _low_rank_add(
     user = tl.max(left)
     while user >= 0:
         u = user.to(tl.int64)
-        held = _held(rows, u, capacity)
+        held = _held(rows, u, slots, capacity)
         mine = (owner == user)[:, None]
         part = tl.zeros((BT, BM), tl.float32)
         for r0 in range(0, held, BC):
@@ -136,32 +169,35 @@ def _low_rank_add(
         user = tl.max(left)
 
 
-@triton.jit(do_not_specialize=["tokens", "capacity"])
+@triton.jit(do_not_specialize=["tokens", "slots", "capacity"])
 def _low_rank_append(
-    a, b, rows, x, delta, eta, users, tokens, capacity, m, n, BN: tl.constexpr, BT: tl.constexpr
+    a, b, rows, x, delta, eta, users, tokens, slots, capacity, m, n, BN: tl.constexpr, BT: tl.constexpr
 ):  # fmt: skip
-    """BN columns of one token's row, behind those of its user's earlier tokens; not past the slot's end."""
+    """Write BN columns of one token's row behind the rows of its user's earlier tokens, if the slot has room."""
     t = tl.program_id(1).to(tl.int64)
     j = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     u = tl.load(users + t).to(tl.int64)
-    if u >= 0:
+    if (u >= 0) & (u < slots):
         before = tl.zeros((BT,), tl.int32)
         for t0 in range(0, t, BT):
             s = t0 + tl.arange(0, BT)
             before += (tl.load(users + s, mask=s < t, other=-1) == u).to(tl.int32)
-        to = tl.load(rows + u) + tl.sum(before)
-        if to < capacity:
+        held = tl.load(rows + u)
+        to = held + tl.sum(before)
+        if (held >= 0) & (to < capacity):
             at = u * capacity + to
             tl.store(a + at * n + j, tl.load(x + t * n + j, mask=j < n, other=0), mask=j < n)
             d = tl.load(delta + t * m + j, mask=j < m, other=0).to(tl.float32)
             tl.store(b + at * m + j, (-tl.load(eta + t) * d).to(b.dtype.element_ty), mask=j < m)
 
 
-@triton.jit(do_not_specialize=["tokens", "capacity"])
-def _low_rank_count(rows, eta_sum, eta, users, tokens, capacity, BT: tl.constexpr):
-    """Rows and steps of one slot after `_low_rank_append`."""
+@triton.jit(do_not_specialize=["tokens", "slots", "capacity"])
+def _low_rank_count(rows, eta_sum, eta, users, tokens, slots, capacity, BT: tl.constexpr):
+    """Update ``rows`` and ``eta_sum`` of one slot after `_low_rank_append`."""
     u = tl.program_id(0)
     held = tl.load(rows + u)
+    if (held < 0) | (held > capacity):
+        return
     total = 0.0
     for t0 in range(0, tokens, BT):
         t = t0 + tl.arange(0, BT)
@@ -174,7 +210,7 @@ def _low_rank_count(rows, eta_sum, eta, users, tokens, capacity, BT: tl.constexp
 
 
 _FEW = {"BR": 4, "BK": 1024, "BC": 16, "BM": 256, "num_warps": 4}
-# By whether values are float32.
+# Block sizes, by whether values are float32.
 _INNER = {
     False: {"BT": 16, "BR": 32, "BK": 128, "num_warps": 4},
     True: {"BT": 16, "BR": 32, "BK": 64, "num_warps": 4},
@@ -183,6 +219,20 @@ _ADD = {
     False: {"BT": 16, "BM": 128, "BC": 32, "num_warps": 4},
     True: {"BT": 16, "BM": 64, "BC": 32, "num_warps": 4},
 }
+
+
+def isolated_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tokens: int
+) -> torch.Tensor:  # fmt: skip
+    """`ttt.ops.low_rank.reference.isolated_linear` for x (..., n) of T ``tokens``, without a wait of the host."""
+    m, n = weight.shape
+    if tokens == 0 or m == 0 or n == 0:
+        return torch.nn.functional.linear(x, weight, bias)
+    finite_rows, is_bad = torch.empty_like(x), torch.empty(tokens, dtype=torch.int32, device=x.device)
+    _take_out[(tokens,)](finite_rows, is_bad, x, n, BK=1024, num_warps=4)
+    y = torch.nn.functional.linear(finite_rows, weight, bias)
+    _put_nan[(tokens,)](y, is_bad, m, BM=1024, num_warps=4)
+    return y
 
 
 def low_rank_linear(
@@ -194,26 +244,26 @@ def low_rank_linear(
     rows: torch.Tensor,
     users: torch.Tensor,
 ) -> torch.Tensor:
-    y = torch.nn.functional.linear(x, weight, bias)
-    (_, capacity, n), m, tokens = a.shape, b.shape[2], users.numel()
-    if tokens == 0 or m == 0 or n == 0 or capacity == 0:
+    (slots, capacity, n), m, tokens = a.shape, b.shape[2], users.numel()
+    y = isolated_linear(x, weight, bias, tokens)
+    if tokens == 0 or m == 0 or n == 0 or capacity == 0 or slots == 0:
         return y
     inner = torch.empty((tokens, capacity), dtype=torch.float32, device=x.device)
     if tokens <= FEW_TOKENS:
         row_blocks, column_blocks = triton.cdiv(capacity, _FEW["BR"]), triton.cdiv(m, _FEW["BM"])
         publishers = tokens * row_blocks
         _low_rank_few[(publishers + tokens * column_blocks,)](
-            y, x, a, b, rows, users, inner, _counter(x.device), publishers, row_blocks, column_blocks, capacity, m, n,
-            **{**_FEW, "BK": _padded(n, _FEW["BK"])},
+            y, x, a, b, rows, users, inner, _counter(x.device), publishers, row_blocks, column_blocks, slots, capacity,
+            m, n, **{**_FEW, "BK": _padded(n, _FEW["BK"])},
         )  # fmt: skip
         return y
     wide, dot_type = x.dtype == torch.float32, operand(x.dtype)
     blocks = _INNER[wide]
     grid = (triton.cdiv(tokens, blocks["BT"]), triton.cdiv(capacity, blocks["BR"]))
-    _low_rank_inner[grid](inner, x, a, rows, users, tokens, capacity, n, OPERAND=dot_type, **blocks)
+    _low_rank_inner[grid](inner, x, a, rows, users, tokens, slots, capacity, n, OPERAND=dot_type, **blocks)
     blocks = _ADD[wide]
     grid = (triton.cdiv(m, blocks["BM"]), triton.cdiv(tokens, blocks["BT"]))
-    _low_rank_add[grid](y, inner, b, rows, users, tokens, capacity, m, OPERAND=dot_type, **blocks)
+    _low_rank_add[grid](y, inner, b, rows, users, tokens, slots, capacity, m, OPERAND=dot_type, **blocks)
     return y
 
 
@@ -230,5 +280,7 @@ def low_rank_append(
     (slots, capacity, n), m, tokens = a.shape, b.shape[2], users.numel()
     if tokens and slots:
         grid = (max(1, triton.cdiv(max(m, n), 1024)), tokens)
-        _low_rank_append[grid](a, b, rows, x, delta, eta, users, tokens, capacity, m, n, BN=1024, BT=128, num_warps=4)
-        _low_rank_count[(slots,)](rows, eta_sum, eta, users, tokens, capacity, BT=128, num_warps=4)
+        _low_rank_append[grid](
+            a, b, rows, x, delta, eta, users, tokens, slots, capacity, m, n, BN=1024, BT=128, num_warps=4
+        )
+        _low_rank_count[(slots,)](rows, eta_sum, eta, users, tokens, slots, capacity, BT=128, num_warps=4)

@@ -1,16 +1,15 @@
-"""The largest singular values of D = B^T A from the Gram matrices of its factors, a program a slot, in float64.
+"""The largest singular values of D = B^T A from the Gram matrices of its factors: one program a slot, in float64.
 
-With the rows of both factors scaled to one length, which D does not notice, and A A^T = L L^T (Cholesky, pivoted), the
-eigenvalues of C = L^T H, H = (B B^T) L, are the squares of D's singular values s. With C = N N^T (likewise) rotations
-of pairs of N's columns, each of which makes the two orthogonal, end in N = V diag(s), V being C's eigenvectors
-(one-sided Jacobi: Hestenes 1958). Half of the columns meet the other half at a time, and every pair meets once a sweep
-(the order of a tournament: Brent & Luk, SIAM J. Sci. Stat. Comput. 1985): no two rotations of a round are of one
-column::
+The rows of both factors are first scaled to equal lengths, which leaves D unchanged. With A A^T = L L^T (pivoted
+Cholesky) the eigenvalues of C = L^T H, H = (B B^T) L, are the squares of D's singular values s. With C = N N^T
+(likewise), rotations that make pairs of N's columns orthogonal lead to N = V diag(s), where V are C's eigenvectors
+(one-sided Jacobi: Hestenes 1958). Columns are paired in round-robin order (Brent & Luk, SIAM J. Sci. Stat. Comput.
+1985): the pairs of a round are disjoint, and every pair occurs once a sweep::
 
     B <- s^-1/2 V^T L^T B     A <- s^-3/2 V^T H^T A
 
-as B^T L V / s and A^T H V / s^2 are the singular vectors of D: nothing is inverted. Matrices stand in scratch memory,
-which the first-level cache holds, columns of L, H and N as rows; a round ends in a barrier.
+because B^T L V / s and A^T H V / s^2 are the singular vectors of D; no matrix is inverted. L, H and N are stored
+transposed in scratch memory, small enough for the first-level cache. Each round ends with a barrier.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ import triton
 import triton.language as tl
 
 NEGLIGIBLE = tl.constexpr(1e-15)  # beside the largest square, or the sum of all
-SWEEPS = tl.constexpr(40)  # four to ten do
+SWEEPS = tl.constexpr(40)  # at most; four to ten are enough
 
 
 @triton.jit
 def diagonal(gram, pieces, held, size, RP: tl.constexpr):
-    """Squared lengths of the rows, from the pieces of their Gram matrix."""
+    """Squared lengths of the rows, from the pieces of their Gram matrix; infinity and NaN are kept."""
     c = tl.arange(0, RP)
     total = tl.zeros((RP,), tl.float64)
     for p in range(0, pieces):
         at = gram + tl.cast(p, tl.int64) * size * size + c * (size + 1)
         total += tl.load(at, mask=c < held, other=0)
-    return tl.where(total < 0, 0.0, total)  # by rounding; what is not finite stays so
+    return tl.where(total < 0, 0.0, total)  # rounding can make it negative
 
 
 @triton.jit
@@ -51,9 +50,9 @@ def _scaled_sum(to, gram, pieces, scale, held, size, RP: tl.constexpr, BQ: tl.co
 
 @triton.jit
 def _cholesky(lt, g, rows, size, RP: tl.constexpr, BQ: tl.constexpr):
-    """L^T of G = L L^T, row by row, the one with the largest number left on the diagonal first.
+    """L^T of G = L L^T, row by row; the pivot is the largest number that is left on the diagonal.
 
-    Returns how many rows there are: further ones would be negligible.
+    Returns the number of rows; the others are negligible.
     """
     c = tl.arange(0, RP)
     left = tl.load(g + c * (size + 1), mask=c < rows, other=0)
@@ -81,7 +80,7 @@ def _cholesky(lt, g, rows, size, RP: tl.constexpr, BQ: tl.constexpr):
 def times(
     to, x, g, rows, depth, columns, size, g_row, g_column, by, RP: tl.constexpr, BQ: tl.constexpr
 ):  # fmt: skip
-    """to (rows x columns) = ``by`` X (rows x depth) G, whose strides are given; ``size`` is that of the other two."""
+    """to (rows x columns) = ``by`` X (rows x depth) G. G has the strides given, ``to`` and X have rows of ``size``."""
     c = tl.arange(0, RP)
     for q0 in range(0, rows, BQ):
         q = q0 + tl.arange(0, BQ)
@@ -95,12 +94,12 @@ def times(
 
 @triton.jit
 def _rotate(nt, turn, players, count, depth, size, negligible, RP: tl.constexpr, BQ: tl.constexpr):
-    """One round: the ``turn``-th pairing of N's columns. Returns how many pairs were rotated."""
+    """One round of rotations of pairs of N's columns, the ``turn``-th pairing. Returns the number of rotated pairs."""
     c, ring = tl.arange(0, RP), players - 1
     turned = 0
     for k0 in range(0, players // 2, BQ):
         k = k0 + tl.arange(0, BQ)
-        # One stands still, the others go round it and meet whom they face.
+        # Round-robin pairing of columns.
         i = (turn + k) % ring
         j = tl.where(k == 0, ring, (turn + ring - k) % ring)
         live = (k < players // 2) & (i < count) & (j < count)
@@ -108,12 +107,12 @@ def _rotate(nt, turn, players, count, depth, size, negligible, RP: tl.constexpr,
         x, y = tl.load(to_x, mask=mask, other=0), tl.load(to_y, mask=mask, other=0)
         between, apart = tl.sum(x * y, axis=1), tl.sum((y - x) * (y + x), axis=1)
         wanted = live & (tl.abs(between) > negligible)
-        cot = apart / (2 * tl.where(wanted, between, 1.0))  # of twice the angle; at most 1e15
+        cot = apart / (2 * tl.where(wanted, between, 1.0))  # of twice the angle; its magnitude is at most 1e15
         tan = tl.where(cot < 0, -1.0, 1.0) / (tl.abs(cot) + tl.sqrt(1 + cot * cot))
         cos = 1 / tl.sqrt(1 + tan * tan)
         cos, sin = cos[:, None], (cos * tan)[:, None]
         mask = mask & wanted[:, None]
-        tl.debug_barrier()  # where several threads hold the same numbers, all have read them
+        tl.debug_barrier()  # several threads may hold the same numbers: all must have read before one writes
         tl.store(to_x, cos * x - sin * y, mask=mask)
         tl.store(to_y, sin * x + cos * y, mask=mask)
         turned += tl.sum(wanted.to(tl.int32), axis=0)
@@ -134,7 +133,7 @@ def _squares(values, nt, count, depth, size, RP: tl.constexpr, BQ: tl.constexpr)
 
 @triton.jit
 def _places(values, count, RP: tl.constexpr, BQ: tl.constexpr):
-    """For each of ``count`` values how many come before it where the largest is first; RP for those behind them."""
+    """The place of each of ``count`` values in falling order; RP for entries behind them."""
     c = tl.arange(0, RP)
     mine = tl.load(values + c, mask=c < count, other=0)
     place = tl.zeros((RP,), tl.int32)
@@ -169,8 +168,7 @@ def _scale(to, by_row, by_column, rows, columns, size, RP: tl.constexpr, BQ: tl.
 
 @triton.jit
 def truncate(
-    to_a, to_b, work, gram, pieces_a, pieces_b, held, kept, size,
-    DIRECTIONS: tl.constexpr, RP: tl.constexpr, BQ: tl.constexpr,
+    to_a, to_b, work, gram, pieces_a, pieces_b, held, kept, size, RP: tl.constexpr, BQ: tl.constexpr
 ):  # fmt: skip
     """The ``kept`` new rows of A are to_a (kept x size) times the ``held`` old ones, those of B to_b times them.
 
@@ -180,7 +178,7 @@ def truncate(
         size: at most RP.
 
     Returns:
-        (|change of D|_F, whether all rows are finite: nothing was made otherwise).
+        (|change of D|_F, whether all rows are finite); if they are not, nothing is stored.
     """
     c = tl.arange(0, RP)
     square = size * size
@@ -194,18 +192,18 @@ def truncate(
     finite = tl.sum(((norm_a < float("inf")) & (norm_b < float("inf"))).to(tl.int32), axis=0) == RP
     gone = tl.sum(product, axis=0)
     if finite:
-        # Rows as long in A as in B, and at most 1: large rows of the one then hide no large rows of the other.
+        # Equal row lengths of at most 1 in A and B: large rows of one factor must not hide large rows of the other.
         largest = tl.max(product, axis=0)
         unit = tl.sqrt(tl.where(largest > 0, largest, 1.0))
-        there = product > 0
-        ratio = tl.sqrt(tl.where(there, norm_b, 1.0) / tl.where(there, norm_a, 1.0))
-        tl.store(scale_a + c, tl.where(there, ratio / unit, 0.0), mask=c < held)
-        tl.store(scale_b + c, tl.where(there, 1 / ratio / unit, 0.0), mask=c < held)
+        positive = product > 0
+        ratio = tl.sqrt(tl.where(positive, norm_b, 1.0) / tl.where(positive, norm_a, 1.0))
+        tl.store(scale_a + c, tl.where(positive, ratio / unit, 0.0), mask=c < held)
+        tl.store(scale_b + c, tl.where(positive, 1 / ratio / unit, 0.0), mask=c < held)
         tl.debug_barrier()
         _scaled_sum(of_a, gram, pieces_a, scale_a, held, size, RP, BQ)
         _scaled_sum(of_b, gram_b, pieces_b, scale_b, held, size, RP, BQ)
         depth = _cholesky(lt, of_a, held, size, RP, BQ)
-        ht = of_a  # which is needed no more, as soon B B^T is not
+        ht = of_a  # A A^T is not needed any more; B B^T is overwritten next
         times(ht, lt, of_b, depth, held, held, size, size, 1, 1.0, RP, BQ)
         times(of_b, lt, ht, depth, held, depth, size, 1, size, 1.0, RP, BQ)
         negligible = NEGLIGIBLE * tl.sum(tl.load(of_b + c * (size + 1), mask=c < depth, other=0), axis=0)
@@ -221,16 +219,13 @@ def truncate(
         _squares(values, nt, count, depth, size, RP, BQ)
         value, place = tl.load(values + c, mask=c < count, other=0), _places(values, count, RP, BQ)
         s = tl.where(value > NEGLIGIBLE * tl.max(value, axis=0), tl.sqrt(value), 0.0)
-        stays = s
-        if DIRECTIONS:
-            stays = tl.maximum(s - tl.sum(tl.where(place == kept, s, 0.0), axis=0), 0.0)
-        stays = tl.where(place < kept, stays, 0.0)
+        stays = tl.where(place < kept, s, 0.0)
         gone = largest * tl.sqrt(tl.sum((s - stays) * (s - stays), axis=0))
-        # The kept columns of V, in order, as rows; zeros where there are not as many.
+        # The columns of V that are kept, in falling order, as rows; zeros if there are fewer.
         vt = of_b
         _clear(vt, kept, size, RP)
         safe = tl.where(s > 0, s, 1.0)
-        factor = tl.where(s > 0, unit * tl.sqrt(stays) / safe, 0.0)  # N's columns have the length s already
+        factor = tl.where(s > 0, unit * tl.sqrt(stays) / safe, 0.0)  # N's columns already have the length s
         tl.store(by_b + place, factor / safe, mask=place < kept)
         tl.store(by_a + place, factor / safe / safe, mask=place < kept)
         tl.store(places + c, place.to(tl.float64), mask=c < count)
