@@ -122,14 +122,14 @@ def test_input_gradients_see_the_rows_that_the_device_counts():
 def test_addresses_and_host_state_do_not_change():
     """What a graph's replay would repeat: the same tensors, and nothing that Python remembers."""
     layer = layer_of(5, 7, torch.float32, window=6).capturable_(2)
-    tensors = {**layer.state(), "counters": layer._steps.counters}
+    tensors = {**layer.state(), "counters": layer._counter.counters}
     tensors.pop("pending")
     addresses = {name: t.data_ptr() for name, t in tensors.items()}
     kept = set(vars(layer)) - {"_binding"}
     remembered = {k: vars(layer)[k] for k in kept}
     for update in updates_of(layer, 2, 8):
         layer.learn(update)
-    tensors = {**layer.state(), "counters": layer._steps.counters}
+    tensors = {**layer.state(), "counters": layer._counter.counters}
     assert addresses == {name: t.data_ptr() for name, t in tensors.items() if name != "pending"}
     assert all(vars(layer)[k] is v for k, v in remembered.items())
 
@@ -157,7 +157,7 @@ def test_what_does_not_suit_the_steps_is_refused_and_changes_nothing():
     assert all(torch.equal(t, before[name]) for name, t in layer.state().items())
     layer.shared.add("anchor")
     with pytest.raises(RuntimeError, match=r"'anchor'.*shared with a fork"):
-        layer.own("anchor")
+        layer.unshare("anchor")
 
 
 def test_snapshot_rollback_reset_and_consolidate_of_capturable_layers():

@@ -30,7 +30,7 @@ def layer_of(m, n, dtype=D, **options):
             layer.memory.normal_()
             layer.seen.fill_(25)
         if layer.past_mean is not None:
-            gaussian.write_past(layer, gaussian.of_layer(layer).with_rows(torch.randn(40, n) + 1))
+            layer.set_past_inputs(layer.past_inputs.with_rows(torch.randn(40, n) + 1))
     return layer
 
 
@@ -68,7 +68,7 @@ def rows_of(layer, x):
 def test_commits_replay_rows_of_every_kind(dtype, options):
     """Windows of six tokens, filled in parts or at once, a commit of more than a window, and a flush of less."""
     layer = layer_of(5, 9, dtype, **options)
-    assert layer.assembles
+    assert layer.mixes_replay_sources
     c, seen = layer.config, []
     for parts in ([2, 4], [6], [3, 5], [2]):
         x, delta = torch.randn(sum(parts), 9, dtype=D).to(dtype), torch.randn(sum(parts), 5, dtype=D).to(dtype)
@@ -91,7 +91,7 @@ def test_commits_replay_rows_of_every_kind(dtype, options):
 
 def test_the_memory_alone_is_drawn_from_by_the_kernel():
     layer = layer_of(5, 9, torch.float32, replay_rows=3)
-    assert not layer.assembles
+    assert not layer.mixes_replay_sources
     assert not any(name in layer.state() and layer.state()[name] is not None for name in gaussian.PAST)
 
 
@@ -131,7 +131,7 @@ def test_the_learner_keeps_past_and_present(options):
     learner.observe(ids_of(1, 23))
     assert_same({k: t for k, t in calibrated.items() if "past" in k},
                 {k: t for k, t in state_of(model).items() if "past" in k})  # fmt: skip
-    present = [gaussian.of_layer(layer, gaussian.PRESENT) for layer in layers]
+    present = [layer.present_inputs for layer in layers]
     assert all(float(held.moments[0]) > 0 for held in present)
     snapshot, ids = learner.snapshot(), ids_of(2, 20)
     learner.consolidate()

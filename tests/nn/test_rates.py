@@ -10,7 +10,7 @@ from tiny_models import adapted, assert_same, ids_of, state_of
 
 import ttt
 from ttt.nn import Linear
-from ttt.nn.directions import learnable
+from ttt.nn.directions import project_inputs
 from ttt.nn.rates import CALIBRATED, STREAM
 
 SCALED = ["energy", "rms"]
@@ -233,7 +233,7 @@ def test_gradients_that_agree_take_smaller_steps_together(m, n, rows, dtype, ort
         x, delta = rows_of(layer, rows)
         if alike:
             x, delta = x[:1] + 0.1 * x, delta[:1] + 0.1 * delta
-        applied = learnable(layer, x)
+        applied = project_inputs(x, layer.basis)
         steps, state = steps_by_hand(applied, delta, free.config, state)
         update = layer.update_from([(x, delta)])
         expected = burst_by_hand(applied, delta, steps, layer.config)

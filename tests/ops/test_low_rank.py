@@ -225,13 +225,12 @@ def test_the_pull_agrees_with_the_proximal_step():
         torch.testing.assert_close(fall.sum(), wanted.sum(), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("replay", ["projection", "gradient"])
 def test_replay_is_that_of_the_commit(replay):
     """The same rows, drift and step as `ttt.ops.commit` makes of the dense W = W* + D with no tokens."""
     n, m, capacity = 17, 9, 5
     a, b, rows = pool_of(2, capacity, n, m, torch.float64, full=True)
     memory, seen = torch.randn(30, n, dtype=torch.float64), torch.tensor([12])
-    options = {"seed": 77, "replay_rows": 6, "replay": replay, "beta": 0.4, "eps": 1e-2}
+    options = {"seed": 77, "replay_rows": 6, "beta": 0.4, "eps": 1e-2}
     eta_sum = torch.tensor([0.1, 0.5], dtype=torch.float64)
     lost, step = torch.zeros(2, dtype=torch.float64), torch.tensor([4, 9])
     want = []

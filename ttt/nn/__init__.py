@@ -1,4 +1,4 @@
-"""Layers that learn while they are used."""
+"""Linear layers that learn while they are used."""
 
 from ttt._renamed import old_names
 from ttt.nn.capture import Capturing

@@ -1,4 +1,4 @@
-"""What the layers that stand in for `nn.Linear` share: how they are made, their buffers, their place in state_dict."""
+"""What `ttt.nn.Linear` and `ttt.nn.LowRankLinear` share: construction, buffers, conversion, and state_dict."""
 
 from __future__ import annotations
 
@@ -9,28 +9,34 @@ import torch
 from torch import Tensor
 
 from ttt.config import TTTConfig
+from ttt.nn.directions import principal_directions
 from ttt.ops import log8
 from ttt.ops.schema import _FLOATS
 
 DTYPES = _FLOATS
-"""Of weights that can be adapted."""
+"""Dtypes of weights that can be adapted."""
 
 Layout = dict[str, "tuple[tuple[int, ...], torch.dtype] | None"]
-"""Buffer -> its shape and dtype; None for one that the configuration does without."""
+"""Buffer name -> shape and dtype, or None for a buffer that the configuration does not need."""
 
 _SEED_MASK = (1 << 63) - 1
+_BOUND = ("config", "strength", "seed")  # Attributes that are no tensors, but whose values a binding holds.
 
 
 class Adapted(torch.nn.Linear):
-    """A linear layer made anew or around existing parameters, none of which receives a gradient.
+    """A linear layer with learning state in buffers; its parameters are new or existing ones, and get no gradient.
 
-    With ``transposed`` True, ``weight`` (m, n) is saved and loaded as (n, m), as GPT-2's ``Conv1D`` has it. Converted
-    to another dtype (``model.to(torch.bfloat16)``, ``.half()``, ...), its weights and what is stored like them are
-    rounded to it; sums, steps and counters keep the dtypes that they have beside weights of the new one.
+    If ``transposed`` is True, ``weight`` (m, n) is saved and loaded as (n, m), the layout of GPT-2's ``Conv1D``. When
+    the layer is converted to another dtype (``model.to(torch.bfloat16)``, ``.half()``, ...), its weights and the
+    buffers stored in the same dtype are rounded to it. All other buffers get the dtypes that they have in a layer
+    built with the new dtype.
     """
 
     transposed = False
-    _binding: Any = None  # its tensors' addresses, for the kernels; made by `ttt.nn.cpu_binding.binding_of`
+    memory: Tensor
+    seen: Tensor
+    basis: Tensor
+    _binding: Any = None  # addresses of the tensors, for the C++ kernels; made by `ttt.nn.cpu_binding.binding_of`
 
     def __init__(
         self,
@@ -43,7 +49,8 @@ class Adapted(torch.nn.Linear):
         config: TTTConfig | None = None,
         name: str = "",
     ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
+        with torch.inference_mode(False):  # Parameters made in inference mode could not be written outside it.
+            super().__init__(in_features, out_features, bias, device, dtype)
         self._build(config or self._default_config(), name)
 
     @classmethod
@@ -62,11 +69,12 @@ class Adapted(torch.nn.Linear):
         return TTTConfig()
 
     def _layout(self, dtype: torch.dtype) -> Layout:
-        """The buffers beside a weight of ``dtype``."""
+        """Shapes and dtypes of the layer's buffers if its weight has ``dtype``."""
         raise NotImplementedError
 
+    @torch.inference_mode(False)
     def _build(self, config: TTTConfig, name: str) -> None:
-        """What a layer needs beside its parameters; buffers are zeros."""
+        """Set all attributes besides the parameters, which exist already; buffers are zeros."""
         self.config = config
         self.name = name
         self.seed = ((config.seed << 32) ^ zlib.crc32(name.encode())) & _SEED_MASK
@@ -74,27 +82,37 @@ class Adapted(torch.nn.Linear):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        # Requires grad, so that autograd's graph begins at this layer; never receives one.
+        # Requires grad, so that autograd's graph begins at this layer. It never receives a gradient.
         self._root = torch.zeros((), requires_grad=True, device=self.weight.device)
-        for held, kind in self._layout(self.weight.dtype).items():
-            empty = None if kind is None else torch.zeros(kind[0], dtype=kind[1], device=self.weight.device)
-            self.register_buffer(held, empty, persistent=False)
+        for buffer, kind in self._layout(self.weight.dtype).items():
+            zeros = None if kind is None else torch.zeros(kind[0], dtype=kind[1], device=self.weight.device)
+            self.register_buffer(buffer, zeros, persistent=False)
 
     def _bind(self) -> Any:
-        """A new binding."""
+        """A new binding; see `ttt.nn.cpu_binding`."""
         raise NotImplementedError
 
     def __setattr__(self, name, value):
-        if isinstance(value, Tensor) or name in ("config", "strength"):  # what a binding holds may have been replaced
-            self.__dict__["_binding"] = None
+        if isinstance(value, Tensor) or name in _BOUND or (value is None and name != "sink"):
+            self.__dict__["_binding"] = None  # It may hold what is replaced here.
         super().__setattr__(name, value)
 
     def __getstate__(self):
-        return {**self.__dict__, "_binding": None}  # addresses are of no use to a copy
+        return {**self.__dict__, "_binding": None}  # A copy has other addresses.
 
-    def own(self, *names: str, copy: bool = True) -> None:
-        """Make buffers ready to be written, which other models may hold, too."""
+    def unshare(self, *names: str, copy: bool = True) -> None:
+        """Make buffers ready to be written, which other models may hold, too. Here no buffer is ever shared."""
 
+    own = unshare  # old name
+
+    @torch.no_grad()
+    def refresh_basis(self) -> None:
+        """Set ``basis``, if there is one, to the principal directions of the rows of the replay memory."""
+        if self.basis is not None:
+            self.unshare("basis", copy=False)
+            self.basis.copy_(principal_directions(self.memory[: int(self.seen)], len(self.basis)))
+
+    @torch.inference_mode(False)
     def _apply(self, fn, recurse=True):
         dtype = fn(self.weight.detach().new_empty(0)).dtype
         if dtype not in DTYPES:
@@ -102,22 +120,22 @@ class Adapted(torch.nn.Linear):
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         self._binding = None
-        for name, held in before.items():
-            if held is not None:
-                self._buffers[name] = self._as_beside(name, held, getattr(self, name))
+        for name, buffer in before.items():
+            if buffer is not None:
+                self._buffers[name] = self._converted(name, buffer, getattr(self, name))
         return self
 
-    def _as_beside(self, name: str, before: Tensor, after: Tensor) -> Tensor:
-        """What buffer ``name`` is beside the present weight, if a conversion made ``after`` of ``before``."""
+    def _converted(self, name: str, before: Tensor, after: Tensor) -> Tensor:
+        """Buffer ``name`` for the present weight, if a conversion has turned ``before`` into ``after``."""
         kind = self._layout(self.weight.dtype)[name]
         if kind is None or after.dtype == kind[1]:
             return after
-        # From the tensor before: ``after`` may hold less.
-        held, dtype = before.to(after.device), kind[1]
-        if held.dtype == dtype:
-            return held
-        held = log8.decode(held, self.in_features) if log8.is_packed(held) else held
-        return log8.encode(held) if dtype == torch.uint8 else held.to(dtype)
+        # From the tensor before the conversion, as ``after`` may have lost digits.
+        moved, dtype = before.to(after.device), kind[1]
+        if moved.dtype == dtype:
+            return moved
+        moved = log8.decode(moved, self.in_features) if log8.is_packed(moved) else moved
+        return log8.encode(moved) if dtype == torch.uint8 else moved.to(dtype)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -1,4 +1,4 @@
-"""Collecting what backward passes leave at the learning layers."""
+"""Collecting the inputs and output gradients that backward passes leave at the learning layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from ttt.nn.low_rank import LowRankLinear
 
 
 class Capturing:
-    """Collects (x, delta) of every layer while it is entered; leaves nothing behind, whatever happens."""
+    """A context manager within which backward passes leave (x, delta) of every layer, to be taken by `renew`.
+
+    ``x`` (T, n) are the layer's inputs and ``delta`` (T, m) the gradients at its output. On leaving, also by an
+    exception, what was not taken is dropped.
+    """
 
     def __init__(self, layers: Sequence[Linear | LowRankLinear]) -> None:
         self.layers = layers
@@ -21,7 +25,7 @@ class Capturing:
         return self
 
     def renew(self) -> list[list[tuple[Tensor, Tensor]]]:
-        """What was captured so far, by layer; collecting starts anew."""
+        """Take what was captured so far, a list of (x, delta) for each layer, and begin collecting anew."""
         captured = [layer.sink or [] for layer in self.layers]
         for layer in self.layers:
             layer.sink = []

@@ -1,4 +1,8 @@
-"""A CPU layer's addresses, bound once, so that decoding with a small layer does not cost more than its arithmetic."""
+"""Direct calls of the C++ kernels for layers on the CPU.
+
+A binding holds the addresses of a layer's tensors. Through it, a decoding step of a small layer calls the kernels
+without the cost of the dispatcher and of the ops' checks, which would exceed that of the arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -11,42 +15,53 @@ from ttt.ops import cpu
 from ttt.ops.backends import record
 from ttt.ops.low_rank.cpu import REFUSED, bind_low_rank, isolated_linear, refuse
 
-# Someone who wants to see every op (a dispatch mode such as FlopCounterMode or FakeTensorMode): then only ops will do.
-_listeners = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+# The number of active dispatch modes (FlopCounterMode, FakeTensorMode, ...), which must see every op.
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
 class _Direct:
+    address: int  # of the weight
     dtype: torch.dtype
+    bound_bias: Tensor | None = None  # a bias of which the kernels hold the address
+    bias_address = 0
 
     def _plain(self, t: Tensor, dtype: torch.dtype | None = None) -> bool:
-        """Whether ``t`` has ``dtype``, by default the layer's, and stands in one piece in the CPU's memory."""
+        """Whether ``t`` has ``dtype``, by default the layer's, and is contiguous on the CPU."""
         return t.dtype is (dtype or self.dtype) and t.is_contiguous() and t.is_cpu
 
 
 class Binding(_Direct):
-    """The C++ kernels called directly: the dispatcher and the checks of the ops cost more than a small product.
+    """The C++ kernels of a `ttt.nn.Linear`, called directly.
 
-    Each method does its work only where the arguments are what the ops would accept; otherwise it returns None or False
-    and has changed nothing: the caller then goes through the op, which names what is wrong.
+    Each method works only if the arguments are what the ops would accept. Otherwise it returns None and has changed
+    nothing: the caller then calls the op, whose checks name what is wrong.
     """
 
     def __init__(self, layer) -> None:
         weight = layer.weight
         self.address = weight.data_ptr()
+        if layer.bias is not None:
+            self.bound_bias, self.bias_address = layer.bias, layer.bias.data_ptr()
         self.dtype = weight.dtype
         self.m, self.n = weight.shape
         self.kernels: Any = cpu.bind_layer(layer) if self.m and self.n else None
         self.few = cpu.few_tokens(weight.dtype) if self.kernels is not None else 0
-        # A commit whose rows are put together is left to the ops.
-        self.window, self.room = layer.config.window, layer.config.window - layer.assembles
+        self.window, self.most = layer.config.window, self._most_rows(layer)
         self.tokens = layer.tokens.data_ptr()
         self.inserts, self.traces = layer.recent is not None, layer.win_trace is not None
         self.projects = layer.basis is not None
         self.appended = _present(layer, "win_x", "win_delta", "win_eta", "win_trace", "recent", "recent_seen")
         self.committed = _present(layer, "weight", "trace", "momentum", "step", "tokens", "win_eta")
 
+    @staticmethod
+    def _most_rows(layer) -> int:
+        """The most rows that `learn` may leave in the window, itself included; -1 if it may not be called."""
+        if any(t is not None and t.is_inference() for t in (layer.weight, *layer._buffers.values())):
+            return -1  # The layer checks whether they can be written.
+        return layer.config.window - layer.mixes_replay_sources  # The ops commit such windows.
+
     def forward(self, x: Tensor) -> Tensor | None:
-        """The layer's output for at most ``few`` tokens."""
+        """The layer's output for x (..., n) of at most ``few`` tokens."""
         shape, n = x.shape, self.n
         if not shape or shape[-1] != n or x.dtype != self.dtype or type(x) is not Tensor:
             return None
@@ -59,15 +74,15 @@ class Binding(_Direct):
         return y
 
     def learn(self, update, at: int) -> int | None:
-        """Put the rows of ``update`` into the window, from row ``at`` on, and commit if that makes it full.
+        """Write the rows of ``update`` (`ttt.nn.Update`) into the window from row ``at`` on, and commit a full window.
 
         Returns:
-            The rows in the window afterwards.
+            The number of rows in the window afterwards; None if nothing was done.
         """
         x, delta, eta, traced = update.x, update.delta, update.eta, 0
         rows = x.shape[0]
         full = at + rows
-        if full > self.room or x.shape != (rows, self.n) or delta.shape != (rows, self.m) or eta.shape != (rows,):
+        if full > self.most or x.shape != (rows, self.n) or delta.shape != (rows, self.m) or eta.shape != (rows,):
             return None
         if not (self._plain(x) and self._plain(delta) and self._plain(eta, torch.float32)):
             return None
@@ -147,13 +162,17 @@ def _present(layer, *names: str) -> list[Tensor]:
 
 
 def binding_of(layer) -> Any:
-    """The layer's binding, made anew where its weight has moved; None where only the ops will do."""
-    if torch.compiler.is_compiling() or _listeners():
+    """The layer's binding, made anew if its weight or bias has moved; None if the ops must be called."""
+    if torch.compiler.is_compiling() or _dispatch_modes():
         return None
     weight = layer._parameters["weight"]
     if type(weight) is not torch.nn.Parameter or not weight.is_cpu:
         return None
     binding = layer._binding
-    if binding is None or binding.address != weight.data_ptr():
+    if (
+        binding is None
+        or binding.address != weight.data_ptr()
+        or ((bias := binding.bound_bias) is not None and bias.data_ptr() != binding.bias_address)
+    ):
         binding = layer._binding = layer._bind()
     return binding if binding.kernels is not None else None

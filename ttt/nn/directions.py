@@ -1,46 +1,41 @@
-"""The directions that learning leaves alone, from the inputs that a layer remembers."""
+"""Orthogonal updates: the principal directions of a layer's remembered inputs, and inputs without their part in them.
+
+With the k directions as the rows of U (k, n), which are orthonormal, updates are made with x - U^T U x in place of the
+input x. A layer's outputs on inputs in the span of U then do not change.
+"""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ttt import ops
 
-if TYPE_CHECKING:
-    from ttt.config import TTTConfig
-    from ttt.nn.linear import Linear
-    from ttt.nn.low_rank import LowRankLinear
-
-_EXACT = 1024  # of a Gram matrix: larger ones take seconds
+_EXACT = 1024  # Eigenvectors of a larger Gram matrix would take seconds.
 _OVERSAMPLE, _ROUNDS = 32, 8
 
 
-def directions(config: TTTConfig, n: int) -> int:
-    """k of a layer of ``n`` inputs: at most half of them, so that every layer can learn."""
-    return min(config.orthogonal, n // 2)
+def count_directions(wanted: int, n: int) -> int:
+    """The number k of directions for a layer of ``n`` inputs: ``wanted``, but at most n // 2, so that it can learn."""
+    return min(wanted, n // 2)
 
 
-@torch.no_grad()
-def refresh(layer: Linear | LowRankLinear) -> None:
-    """Let ``layer.basis`` hold the principal directions of the inputs that ``layer.memory`` holds."""
-    if layer.basis is not None:
-        layer.own("basis", copy=False)
-        layer.basis.copy_(principal_directions(layer.memory[: int(layer.seen)], len(layer.basis)))
+def project_inputs(x: Tensor, basis: Tensor | None) -> Tensor:
+    """The inputs that updates are made with: x - U^T U x for ``x`` (T, n) and U = ``basis`` (k, n); x without a basis.
 
-
-def learnable(layer: Linear | LowRankLinear, x: Tensor) -> Tensor:
-    """Inputs (T, n) as updates are made with them: x - U^T U x."""
-    return x if layer.basis is None else ops.project_out(x, layer.basis)
+    ``basis`` has orthonormal rows; rows of zeros have no effect.
+    """
+    return x if basis is None else ops.project_out(x, basis)
 
 
 def principal_directions(rows: Tensor, count: int) -> Tensor:
-    """The right singular vectors of ``rows`` (N, n), not centred, of the largest singular values: (count, n), float64.
+    """The right singular vectors of ``rows`` (N, n) with the largest singular values, as (count, n) float64.
 
-    They are orthonormal; rows of zeros follow where ``rows`` has a lower rank. Where both N and n are large they are
-    those of a subspace found by iteration (Halko, Martinsson & Tropp, SIAM Review 2011), the same in every run.
+    ``rows`` is not centred. The directions are orthonormal, the one of the largest singular value first. If the rank
+    of ``rows`` is below ``count``, rows of zeros follow.
+
+    If N and n are both large, the directions are those of a subspace found by randomised subspace iteration (Halko,
+    Martinsson & Tropp, SIAM Review 2011). Its random start is fixed, so the same rows give the same directions.
     """
     a = rows.to(torch.float64)
     found = a.new_zeros((count, a.shape[1]))
@@ -49,23 +44,27 @@ def principal_directions(rows: Tensor, count: int) -> Tensor:
     large, wide = min(a.shape) > _EXACT, a.shape[0] < a.shape[1]
     span = _leading_span(a, count + _OVERSAMPLE) if large else None
     part = a if span is None else a @ span
-    # The smaller Gram matrix: a singular value decomposition of ``a`` takes far longer.
+    # The eigenvectors of the smaller Gram matrix take far less time than a singular value decomposition of ``a``.
     gram = part @ part.T if wide and not large else part.T @ part
     values, vectors = torch.linalg.eigh(gram)  # ascending
     rank = int((values > values[-1] * len(values) * torch.finfo(torch.float64).eps).sum())
     top = vectors[:, len(values) - min(rank, count) :].flip(1)
     if span is not None:
         top = span @ top
-    elif wide:  # the squares in ``gram`` cost half of the digits of small directions, which are made orthogonal again
+    elif wide:  # The Gram matrix has only half the digits of directions with small values: make them orthogonal again.
         top = torch.linalg.qr(a.T @ top).Q
     found[: top.shape[1]] = top.T
     return found
 
 
 def _leading_span(a: Tensor, size: int) -> Tensor:
-    """(n, size): orthonormal columns whose span holds, nearly, the leading right singular vectors of ``a`` (N, n)."""
+    """Orthonormal columns (n, size) whose span nearly holds the leading right singular vectors of ``a`` (N, n)."""
     generator = torch.Generator(device=a.device).manual_seed(0)
     span = torch.randn((a.shape[1], size), generator=generator, dtype=a.dtype, device=a.device)
     for _ in range(_ROUNDS):
         span = torch.linalg.qr(a.T @ (a @ span)).Q
     return span
+
+
+def refresh(layer) -> None:  # old name
+    layer.refresh_basis()

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ttt import ops
-from ttt.config import TTTConfig
-from ttt.nn import gaussian
-from ttt.nn import replay_rows as rows
-from ttt.nn.base import Layout
 from ttt.nn.cpu_binding import Binding, binding_of
-from ttt.nn.directions import directions, learnable
-from ttt.nn.graph_steps import Steps, forbid_capture
+from ttt.nn.directions import project_inputs
+from ttt.nn.graph_steps import WindowCounter
 from ttt.nn.rates import STREAM, count_, rates
-from ttt.nn.state import Held
-from ttt.ops import log8
+from ttt.nn.replay_rows import gather_replay_rows
+from ttt.nn.state import StatefulLinear
+from ttt.ops.arguments import CommitArguments
 from ttt.ops.gate import advance
-from ttt.ops.reference import _wide
 
 
 @dataclasses.dataclass
 class Update:
-    """What one layer can learn from one backward pass: T rows.
+    """What one layer can learn from one backward pass of T rows.
 
-    ``x`` (T, n) inputs, ``delta`` (T, m) gradients of the summed loss at the output, ``eta`` (T,) steps,
-    ``trace_delta`` (T, m) the gradients that the trace uses (MAS), ``finite`` () bool, ``moments`` (3,) float64 what
-    the rows add to the layer's, where steps depend on them.
+    Attributes:
+        x: (T, n), inputs, in the dtype of the weight.
+        delta: (T, m), gradients of the summed loss at the layer's output, in the same dtype.
+        eta: (T,), steps; float32 (float64 for float64 weights).
+        trace_delta: (T, m), the gradients that the trace uses (MAS); None: ``delta``.
+        finite: () bool, whether all of it can be learnt from.
+        moments: (3,) float64, what the rows add to the layer's ``moments``; None if ``rate`` is "constant".
     """
 
     x: Tensor
@@ -42,9 +41,10 @@ class Update:
 
 
 class _Capture(torch.autograd.Function):
-    """The layer's forward, with a backward that hands (x, delta) to the layer instead of making a weight gradient.
+    """The layer's forward pass, with a backward pass that leaves (x, delta) in ``layer.sink``.
 
-    ``root`` requires grad, so a graph begins here even where ``x`` needs none: nothing is built below.
+    No weight gradient is made. ``root`` requires grad, so autograd's graph begins here even if ``x`` needs no gradient;
+    then no graph is built below this layer.
     """
 
     @staticmethod
@@ -66,112 +66,60 @@ class _Capture(torch.autograd.Function):
         return layer._transposed_window(delta).view(x.shape), None, None
 
 
-class Linear(Held):
+class Linear(StatefulLinear):
     """A linear layer that learns: y = x W_t^T + b with W_t = W - sum over the window of eta delta x^T.
 
-    ``weight`` stays an `nn.Parameter` (never requiring grad) and is changed in place; the state below are
-    buffers that are not part of `state_dict`, so nothing a user taught leaks into ``save_pretrained``.
-    No tensor is ever rebound after construction, unless it is shared with a `ttt.fork`.
+    ``weight`` stays an `nn.Parameter` that never requires grad; commits write it in place. The rest of the state is in
+    buffers that are not part of `state_dict`, so nothing that a user taught enters ``save_pretrained``. After
+    construction all tensors stay at their addresses, except those shared with a `ttt.fork`, which are replaced when
+    they must be written.
 
-    ==================  ============  =========================================================
-    ``anchor``          (m, n)        W*, the weights that must not be forgotten
-    ``importance``      (m, n)        Omega, mean 1 over the model; only if ``ewc_lambda`` > 0
-    ``trace``           (m, n)        F, importance of the present stream; likewise
-    ``momentum``        (m, n)        M, the velocity; only if ``momentum`` > 0
-    ``win_x``           (C, n)        the window: inputs,
-    ``win_delta``       (C, m)        gradients at the output,
-    ``win_eta``         (C,)          and steps; 0 marks an empty row
-    ``win_trace``       (C, m)        gradients for the trace; only for ``importance="mas"``
-    ``memory``          (K, n)        inputs whose outputs the anchor defines; if ``replay_rows`` or ``orthogonal`` > 0
-    ``recent``          (K', n)       a sample of inputs since the last consolidation, K' = min(K, 1024)
-    ``basis``           (k, n)        U, orthonormal directions that learning leaves alone, or rows of zeros; if
-                                      ``orthogonal`` > 0
-    ``seen``            (1,)          rows that ever entered ``memory``; ``recent_seen`` likewise
-    ``past_mean``, ...                the Gaussian of past inputs; if ``generated_rows`` > 0; see `ttt.nn.gaussian`
-    ``present_mean``, ...             that of inputs since the last consolidation
-    ``step``            (1,)          commits so far; ``tokens`` (1,) those in the trace
-    ``moments``         (2, 3)        float64: sums of |x|^2 and |delta|^2 |x|^2, and rows; at calibration, and since;
-                                      unless ``rate`` is "constant"
-    ``importance_scale``  (1,)        float64: mean importance at the first calibration, Omega's unit
-    ==================  ============  =========================================================
+    With weights (m, n), a window of C rows and a replay memory of K rows:
+
+    ====================  ============  =======================================================
+    ``anchor``            (m, n)        W*, the weights that must not be forgotten
+    ``importance``        (m, n)        Omega, of mean 1 over the model; if ``ewc_lambda`` > 0
+    ``trace``             (m, n)        F, importance of the current stream; likewise
+    ``momentum``          (m, n)        M, the velocity; if ``momentum`` > 0
+    ``win_x``             (C, n)        the window: inputs x,
+    ``win_delta``         (C, m)        gradients delta at the output,
+    ``win_eta``           (C,)          and steps eta; 0 in rows that are not in use
+    ``win_trace``         (C, m)        gradients for the trace; only for ``importance="mas"``
+    ``memory``            (K, n)        replay memory: inputs on which the anchor defines the
+                                        outputs; if ``replay_rows`` or ``orthogonal`` > 0
+    ``recent``            (K', n)       reservoir sample of inputs since the last consolidation;
+                                        likewise; K' = min(K, 1024)
+    ``basis``             (k, n)        U, orthonormal directions that updates leave alone; if
+                                        ``orthogonal`` > 0. Rows of zeros have no effect
+    ``seen``              (1,) int64    rows that were ever offered to ``memory``,
+    ``recent_seen``       (1,) int64    and to ``recent``
+    ``past_mean``, ...                  Gaussian of past inputs (`ttt.nn.gaussian`); if
+                                        ``generated_rows`` > 0
+    ``present_mean``, ...               Gaussian of inputs since the last consolidation; likewise
+    ``step``              (1,) int64    commits so far
+    ``tokens``            (1,) int64    tokens in the trace
+    ``moments``           (2, 3)        float64: sums of |x|^2 and of |delta|^2 |x|^2, and the
+                                        number of tokens, at calibration and since; unless
+                                        ``rate`` is "constant"
+    ``importance_scale``  (1,)          float64: mean importance at the first calibration, the
+                                        unit of Omega
+    ====================  ============  =======================================================
+
+    Buffers that the configuration does not need are None.
 
     Args:
         in_features, out_features, bias, device, dtype: as `torch.nn.Linear`.
-        config: see `TTTConfig`.
+        config: a `TTTConfig`.
         name: seeds this layer's random draws, together with ``config.seed``.
     """
-
-    win_x: Tensor
-    win_delta: Tensor
-    win_eta: Tensor
-    # None where the configuration does without them:
-    importance: Tensor
-    trace: Tensor
-    momentum: Tensor
-    win_trace: Tensor
-    memory: Tensor
-    recent: Tensor
-    basis: Tensor
-    past_mean: Tensor
-    # Counters:
-    seen: Tensor
-    recent_seen: Tensor
-    step: Tensor
-    tokens: Tensor
-    importance_scale: Tensor
-
-    def _layout(self, dtype: torch.dtype) -> Layout:
-        config, wide = self.config, _wide(dtype)
-        m, n, c = self.out_features, self.in_features, self.config.window
-        default = torch.float32 if dtype == torch.float32 else torch.bfloat16
-        if dtype == torch.float64:
-            state = torch.float64
-        elif config.state_dtype is not None:
-            state = torch.uint8 if config.state_dtype == "8bit" else getattr(torch, config.state_dtype)
-        else:
-            state = default
-        signed = state if state.is_floating_point else default  # 8 bits hold no signs
-        k, protects = directions(config, n), config.ewc_lambda > 0
-        remembers = config.replay_rows > 0 or k > 0
-        columns, capacity = log8.width(n) if state == torch.uint8 else n, config.replay_capacity
-        counter = ((1,), torch.int64)
-        return {
-            "anchor": ((m, n), dtype),
-            "importance": ((m, columns), state) if protects else None,
-            "trace": ((m, columns), state) if protects else None,
-            "momentum": ((m, n), signed) if config.momentum else None,
-            "win_x": ((c, n), dtype),
-            "win_delta": ((c, m), dtype),
-            "win_eta": ((c,), wide),
-            "win_trace": ((c, m), dtype) if protects and config.importance == "mas" else None,
-            "memory": ((capacity, n), dtype) if remembers else None,
-            "recent": ((min(capacity, 1024), n), dtype) if remembers else None,
-            "basis": ((k, n), dtype) if k else None,
-            **gaussian.layout(n, wide, config.generated_rank, config.generated_rows),
-            "seen": counter,
-            "recent_seen": counter,
-            "step": counter,
-            "tokens": counter,
-            "moments": None if config.rate == "constant" else ((2, 3), torch.float64),
-            "importance_scale": ((1,), torch.float64),
-        }
-
-    def _build(self, config: TTTConfig, name: str) -> None:
-        super()._build(config, name)
-        self.anchor.copy_(self.weight.detach())
-        self._steps: Steps | None = None  # of a capturable layer
-        self._pending = 0
-        self.strength = 1.0  # of the protection: multiplies ewc_lambda and replay_beta (`ttt.Guard`)
-        self.shared = set()
-        self.base = {}
 
     def _bind(self) -> Binding:
         return Binding(self)
 
-    # -- using ------------------------------------------------------------------------------------------------
+    # -- forward ----------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., n) -> (..., m), the window included. Gradients reach ``x``; the weight gets none."""
+        """x (..., n) -> (..., m), with the rows of the window in effect. Gradients reach ``x``, but not the weight."""
         if torch.is_grad_enabled() and (self.sink is not None or x.requires_grad):
             return _Capture.apply(x, self._root, self)
         return self._apply_window(x)
@@ -181,40 +129,27 @@ class Linear(Held):
         if binding is not None and (y := binding.forward(x)) is not None:
             return y
         window = self.win_x, self.win_delta, self.win_eta
-        if self._steps is not None and not self._steps.held:  # never filled
+        if self._counter is not None and not self._counter.capacity:  # steps never enter the window
             window = window[0][:0], window[1][:0], window[2][:0]
         return ops.window_linear(x.contiguous(), self.weight, self.bias, *window)
-
-    def __setattr__(self, name, value):
-        if name == "_pending":  # changes with every token; torch's way takes 3 us
-            self.__dict__[name] = value
-            return
-        super().__setattr__(name, value)
-
-    def _apply(self, fn, recurse=True):
-        if self._steps is not None:
-            raise RuntimeError("a capturable layer cannot be moved or converted; call capturable_(None) first")
-        super()._apply(fn, recurse)
-        self.base = {name: self._as_beside(name, t, fn(t)) for name, t in self.base.items()}
-        return self
 
     def _transposed_window(self, delta: Tensor) -> Tensor:
         """dL/dx = delta W_t, (T, m) -> (T, n)."""
         grad = delta @ self.weight
-        # A capturable layer's rows are counted on the device; empty ones have eta = 0.
-        held = self.pending if self._steps is None else self._steps.held
-        if held:
-            rows = slice(0, held)
+        # The host does not know how many rows a capturable layer has pending. Rows that are not in use have eta = 0.
+        used = self.pending if self._counter is None else self._counter.capacity
+        if used:
+            rows = slice(0, used)
             coef = (delta @ self.win_delta[rows].T) * self.win_eta[rows].to(delta.dtype)
             grad = grad - coef @ self.win_x[rows]
         return grad
 
     @torch.no_grad()
     def effective_weight(self) -> Tensor:
-        """W_t, (m, n): the weight with the window written in. A new tensor."""
-        wide = self.win_eta.dtype
-        d = self.win_delta.to(wide) * self.win_eta.unsqueeze(1)
-        return (self.weight.to(wide) - d.T @ self.win_x.to(wide)).to(self.weight.dtype)
+        """W_t, (m, n): the weight minus the updates of the window. A new tensor."""
+        sum_dtype = self.win_eta.dtype
+        d = self.win_delta.to(sum_dtype) * self.win_eta.unsqueeze(1)
+        return (self.weight.to(sum_dtype) - d.T @ self.win_x.to(sum_dtype)).to(self.weight.dtype)
 
     # -- learning ---------------------------------------------------------------------------------------------
 
@@ -225,15 +160,15 @@ class Linear(Held):
         trace_captured: list[tuple[Tensor, Tensor]] | None = None,
         rows: Tensor | None = None,
     ) -> Update | None:
-        """An `Update` from what backward passes left in ``sink``; None if nothing was captured.
+        """Make an `Update` from what backward passes left in ``sink``; None if nothing was captured. Writes nothing.
 
         Args:
-            captured: (x, delta) pairs, in order.
+            captured: (x, delta) pairs, x (..., n) as rows (T_i, n) and delta (T_i, m), in order.
             trace_captured: the same inputs with the gradients that the trace uses.
-            rows: (T,) bool: the rows that may teach.
+            rows: (T,) bool, which of the rows may be learnt from; None: all.
 
         Raises:
-            ValueError: if ``rows`` does not fit (as where a router shows a layer only some tokens).
+            ValueError: if ``rows`` has another number of rows (as where a router sends a layer only some tokens).
         """
         if not captured:
             return None
@@ -250,60 +185,64 @@ class Linear(Held):
             x, delta = x[rows], delta[rows]
             trace_delta = None if trace_delta is None else trace_delta[rows]
         x, delta = x.to(self.weight.dtype).contiguous(), delta.to(self.weight.dtype).contiguous()
-        wide = self.win_eta.dtype
+        sum_dtype, basis = self.win_eta.dtype, self.basis
         eta, each, moments = rates(
-            x, delta, self.config, wide,
+            x, delta, self.config, sum_dtype,
             before=None if self.moments is None else self.moments.sum(0),
-            applied=None if self.basis is None else functools.partial(learnable, self),
+            applied=None if basis is None else lambda inputs: project_inputs(inputs, basis),
         )  # fmt: skip
         finite = each.all()
         if trace_delta is not None:
             trace_delta = trace_delta.to(self.weight.dtype).contiguous()
-            finite = finite & torch.isfinite(torch.linalg.vector_norm(trace_delta, dtype=wide))
+            finite = finite & torch.isfinite(torch.linalg.vector_norm(trace_delta, dtype=sum_dtype))
         return Update(x, delta, eta, trace_delta, finite, moments)
 
     def learn(self, update: Update, gate: Tensor | None = None) -> None:
-        """Take the rows of ``update`` into the window, and commit when it holds C rows or more.
+        """Put the rows of ``update`` into the window, and commit it if it then holds C rows or more.
 
         Args:
-            gate: (1,) int64, for capturable layers only: where it is 0 nothing changes, which is decided on the device.
+            gate: (1,) int64, for capturable layers only: if it is 0, nothing changes. The host does not wait for it.
 
         Raises:
             ValueError: if the layer is capturable for steps of another number of rows, or ``gate`` is given and it is
                 not capturable. Nothing has changed then.
+            RuntimeError: if the layer's tensors cannot be written; see `require_writable`. Nothing has changed then.
         """
         count = update.x.shape[0]
-        if self._steps is not None and count != self._steps.rows:
+        counter = self._counter
+        if counter is not None and count != counter.rows:
             raise ValueError(
-                f"{self.name or 'the layer'} is capturable for steps of {self._steps.rows} rows, got {count}; "
+                f"{self.name or 'the layer'} is capturable for steps of {counter.rows} rows, got {count}; "
                 "capturable_(None) takes any number"
             )
-        if self._steps is None and gate is not None:
+        if counter is None and gate is not None:
             raise ValueError("gate needs a capturable layer; call capturable_(rows) first")
         if count == 0 or self.config.lr == 0:
             return
-        if self._steps is not None:
-            self._learn_step(update, gate, self._steps)
-        elif (binding := binding_of(self)) is not None and (held := binding.learn(update, self._pending)) is not None:
-            self._pending = held
+        if counter is not None:
+            self._learn_step(update, gate, counter)
+        elif (binding := binding_of(self)) is not None and (rows := binding.learn(update, self._pending)) is not None:
+            self._pending = rows
         else:
             self._learn(update, count)
-        if self.moments is not None and update.moments is not None:
+        if update.moments is not None and self.moments is not None:
             count_(self.moments[STREAM], update.moments, None if gate is None else gate != 0)
 
-    def _traced(self, update: Update) -> Tensor | None:
-        """What of ``update`` goes into ``win_trace``."""
+    def _trace_gradients(self, update: Update) -> Tensor | None:
+        """The rows of ``update`` for ``win_trace``, if there is one."""
         if self.win_trace is None:
             return None
         return update.delta if update.trace_delta is None else update.trace_delta
 
     @torch.no_grad()
     def _learn(self, update: Update, count: int) -> None:
+        """`learn` through the ops, for layers that are not capturable."""
+        self.require_writable()
         p, c = self._pending, self.config.window
-        traced = self._traced(update)
+        traced = self._trace_gradients(update)
         if self.recent is not None:
             ops.reservoir_insert(self.recent, self.recent_seen, update.x, seed=self.seed)
-        x, delta, eta = learnable(self, update.x), update.delta, update.eta
+        x, delta, eta = project_inputs(update.x, self.basis), update.delta, update.eta
         if p + count <= c:
             ops.window_append(
                 self.win_x, self.win_delta, self.win_eta, self.win_trace, x, delta, eta, trace_delta=traced, at=p
@@ -322,31 +261,37 @@ class Linear(Held):
         self._empty_window()
 
     @torch.no_grad()
-    def _learn_step(self, update: Update, gate: Tensor | None, steps: Steps) -> None:
-        """As `_learn`, with nothing that the host must know or wait for."""
+    def _learn_step(self, update: Update, gate: Tensor | None, counter: WindowCounter) -> None:
+        """`learn` of a capturable layer: the host neither knows nor waits for the number of rows in the window."""
+        self.require_writable()
         if self.recent is not None:
             ops.reservoir_insert(self.recent, self.recent_seen, update.x, seed=self.seed, gate=gate)
-        x = learnable(self, update.x)
-        if not steps.held:
-            self._commit(x, update.delta, update.eta, self._traced(update), gate)
-            advance(self.tokens, steps.rows, gate)
+        x = project_inputs(update.x, self.basis)
+        if not counter.capacity:
+            self._commit(x, update.delta, update.eta, self._trace_gradients(update), gate)
+            advance(self.tokens, counter.rows, gate)
             return
-        self._commit(*self._rows(steps.held), steps.full if gate is None else steps.full * gate)
+        self._commit(*self._window_rows(counter.capacity), counter.full if gate is None else counter.full * gate)
         ops.window_append(
             self.win_x, self.win_delta, self.win_eta, self.win_trace, x, update.delta, update.eta,
-            trace_delta=self._traced(update), counters=steps.counters, tokens=self.tokens, gate=gate,
+            trace_delta=self._trace_gradients(update), counters=counter.counters, tokens=self.tokens, gate=gate,
         )  # fmt: skip
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Write the window into the weights now, whatever it holds."""
-        if held := self.pending:
-            self._commit(*self._rows(held))
-            self.tokens.add_(held)
+        """Commit the rows of the window to the weights now, however many there are.
+
+        Raises:
+            RuntimeError: if the layer's tensors cannot be written; see `require_writable`. Nothing has changed then.
+        """
+        if count := self.pending:
+            self.require_writable()
+            self._commit(*self._window_rows(count))
+            self.tokens.add_(count)
             self._empty_window()
 
-    def _rows(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The first rows of the window, as `_commit` takes them."""
+    def _window_rows(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The first ``count`` rows of the window: the arguments of `_commit`."""
         traced = None if self.win_trace is None else self.win_trace[:count]
         return self.win_x[:count], self.win_delta[:count], self.win_eta[:count], traced
 
@@ -358,93 +303,52 @@ class Linear(Held):
     def _commit(
         self, x: Tensor, delta: Tensor, eta: Tensor, trace_delta: Tensor | None, gate: Tensor | None = None
     ) -> None:
-        memory, seen = (rows.assemble(self, x), None) if self.assembles else (self.replayed, self.seen)
-        ops.commit(
-            self.weight, self.anchor, self.importance, self.trace, x, delta, eta, self.step,
-            trace_delta=trace_delta, memory=memory, seen=seen, gate=gate, momentum=self.momentum,
-            **self.commit_options(),
+        """Commit rows to the weight, the trace and the momentum, and count the commit; the window stays as it is."""
+        memory, seen = (self._replay_rows(x), None) if self.mixes_replay_sources else (self.replayed, self.seen)
+        torch.ops.ttt.commit(
+            *self.commit_arguments(x, delta, eta, trace_delta)._replace(memory=memory, seen=seen, gate=gate)
+        )
+        self.add_present_inputs(x)
+
+    def commit_arguments(
+        self, x: Tensor, delta: Tensor, eta: Tensor, trace_delta: Tensor | None = None
+    ) -> CommitArguments:
+        """The arguments with which these rows are committed, replaying from the memory."""
+        return CommitArguments(
+            weight=self.weight, anchor=self.anchor, importance=self.importance, trace=self.trace, x=x, delta=delta,
+            eta=eta, trace_delta=trace_delta, memory=self.replayed, seen=self.seen, step=self.step,
+            momentum=self.momentum, **self.commit_options(),
         )  # fmt: skip
-        gaussian.absorb(self, x)
+
+    def _replay_rows(self, x: Tensor) -> Tensor:
+        """The rows (R, n) that the commit of inputs ``x`` replays, if they come from several sources."""
+        c = self.config
+        return gather_replay_rows(
+            x, self.step, self.seed, memory=self.memory, seen=self.seen, memory_rows=c.replay_rows,
+            window_rows=c.distill_rows, past=self.past_inputs, generated_rows=c.generated_rows,
+        )  # fmt: skip
 
     @property
-    def assembles(self) -> bool:
-        """Whether replay rows come from elsewhere than the memory alone, and are put together before each commit."""
+    def mixes_replay_sources(self) -> bool:
+        """Whether commits replay rows of other sources than the memory, which are drawn before each commit."""
         return self.config.commit_rows > self.config.replay_rows
+
+    assembles = mixes_replay_sources  # old name
 
     @property
     def replayed(self) -> Tensor | None:
-        """The memory, if commits replay from it."""
+        """The replay memory, if commits replay rows of it; else None."""
         return self.memory if self.config.replay_rows else None
 
     def commit_options(self) -> dict[str, Any]:
-        """The arguments of `ttt.ops.commit` that are no tensors."""
+        """The keyword arguments of `ttt.ops.commit` that are not tensors."""
         c = self.config
-        beta = max(c.replay_beta, min(c.replay_beta * self.strength, 1.0))  # 1: the projection in full
+        beta = max(c.replay_beta, min(c.replay_beta * self.strength, 1.0))  # at 1 the drift is projected out in full
         return {
-            "seed": self.seed, "replay_rows": c.commit_rows, "replay": c.replay, "beta": beta,
+            "seed": self.seed, "replay_rows": c.commit_rows, "beta": beta,
             "eps": c.replay_eps, "lam": c.ewc_lambda * self.strength, "gamma": c.trace_decay, "kind": c.importance,
             "trace_every": c.trace_every, "mu": c.momentum, "decay": c.decay,
         }  # fmt: skip
-
-    # -- counting on the device -------------------------------------------------------------------------------
-
-    @property
-    def pending(self) -> int:
-        """Rows of the window in use. Those of a capturable layer are counted on the device: reading waits for it."""
-        return self._pending if self._steps is None else self._steps.pending
-
-    @pending.setter
-    def pending(self, rows: int) -> None:
-        if self._steps is None:
-            self._pending = rows
-        else:
-            self._steps.pending = rows
-
-    @property
-    def capturable(self) -> int | None:
-        """Rows of every step of a capturable layer; None for one that is not."""
-        return None if self._steps is None else self._steps.rows
-
-    def capturable_(self, rows: int | None) -> Linear:
-        """Let steps of ``rows`` rows be captured in a CUDA graph: forward, `learn`, and the commits that fall due.
-
-        Such a layer counts its window on the device and there alone, so that the graph's replays and the host cannot
-        disagree: `learn` neither reads nor allocates anything that outlives it, and whatever needs the count
-        (`pending`, `state`, `flush`, ...) still works, but waits for the device. Two things differ from other layers:
-        every step must have ``rows`` rows; and a window in which another step would not fit is written into the
-        weights by the next step, before its rows enter, as `flush` at that moment would. Steps of more than half the
-        window's rows are written at once and never enter it.
-
-        Args:
-            rows: B of every step; None for a layer as it was built. What stands in the window is committed now
-                where it is no whole number of such steps, or leaves no room for another.
-
-        Returns:
-            The layer. It cannot be moved or converted while it is capturable.
-
-        Raises:
-            ValueError: if ``rows`` is less than 1, or the layer has a dtype without GPU kernels and is on a GPU, or
-                generates rows, which takes an eigendecomposition that the host waits for.
-            RuntimeError: while a CUDA graph is being captured.
-        """
-        if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
-            raise ValueError(f"rows must be a whole number of at least 1, or None, got {rows!r}")
-        if rows is not None and self.weight.is_cuda and self.weight.dtype == torch.float64:
-            raise ValueError("a layer of torch.float64 cannot be captured: there are no GPU kernels for it")
-        if rows is not None and self.config.generated_rows:
-            raise ValueError(
-                f"a layer with generated_rows = {self.config.generated_rows} cannot be captured: each of its commits "
-                "takes an eigendecomposition, for which the host waits"
-            )
-        forbid_capture("capturable_")
-        held = self.pending
-        steps = None if rows is None else Steps.of(rows, self.config.window, self.weight.device)
-        if steps is not None and not steps.takes(held):
-            self.flush()
-            held = 0
-        self._steps = steps
-        self.pending = held
-        return self
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, lr={self.config.lr}, window={self.config.window}"

@@ -12,7 +12,7 @@ from ttt.config import TTTConfig
 from ttt.defences import LowRank
 from ttt.nn.base import Adapted, Layout
 from ttt.nn.cpu_binding import LowRankBinding, binding_of
-from ttt.nn.directions import directions, learnable
+from ttt.nn.directions import count_directions, project_inputs
 from ttt.nn.rates import Rates, count_, places, rates
 from ttt.ops.reference import _wide
 
@@ -129,7 +129,7 @@ class LowRankLinear(Adapted):
     def _layout(self, dtype: torch.dtype) -> Layout:
         config, wide, low_rank = self.config, _wide(dtype), self.low_rank
         m, n = self.out_features, self.in_features
-        k, protects, scaled = directions(config, n), config.ewc_lambda > 0, config.rate != "constant"
+        k, protects, scaled = count_directions(config.orthogonal, n), config.ewc_lambda > 0, config.rate != "constant"
         remembers = config.replay_rows > 0 or k > 0
         return {
             "a": ((low_rank.slots, low_rank.capacity, n), dtype),
@@ -209,7 +209,7 @@ class LowRankLinear(Adapted):
         before = self.moments
         if self.basis is not None:  # rows that are not finite must not reach others through a product, see `forward`
             finite = torch.isfinite(x).all(1, keepdim=True)
-            x = torch.where(finite, learnable(self, torch.where(finite, x, 0.0)), torch.nan)
+            x = torch.where(finite, project_inputs(torch.where(finite, x, 0.0), self.basis), torch.nan)
         if before is not None:
             before = self.calibrated if users is None else self.calibrated + before
         return x, rates(x, delta, self.config, self.eta_sum.dtype, before=before, users=users)
@@ -278,9 +278,9 @@ class LowRankLinear(Adapted):
         c = self.config
         memory, seen = (self.memory, self.seen) if c.replay_rows else (None, None)
         return {
-            "rank": self.low_rank.rank, "shrink": self.low_rank.shrink, "lam": c.ewc_lambda,
+            "rank": self.low_rank.rank, "lam": c.ewc_lambda,
             "importance_m": self.importance_m, "importance_n": self.importance_n, "memory": memory, "seen": seen,
-            "seed": self.seed, "replay_rows": c.replay_rows, "replay": c.replay, "beta": c.replay_beta,
+            "seed": self.seed, "replay_rows": c.replay_rows, "beta": c.replay_beta,
             "eps": c.replay_eps,
         }  # fmt: skip
 

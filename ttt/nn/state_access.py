@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ttt.nn.linear import Linear
 from ttt.ops import log8
 
-if TYPE_CHECKING:
-    from ttt.nn.linear import Linear
 
-
-def wide(layer: Linear, name: str) -> Tensor:
-    """``importance`` or ``trace`` of ``layer`` as (m, n) float32, float64 for float64 weights.
+def read_matrix(layer: Linear, name: str) -> Tensor:
+    """``importance`` or ``trace`` of ``layer``, decoded to (m, n) float32 (float64 for float64 weights).
 
     It may be the live tensor itself: do not write to it.
     """
@@ -27,19 +24,19 @@ def wide(layer: Linear, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def write(layer: Linear, name: str, values: Tensor) -> None:
+def write_matrix(layer: Linear, name: str, values: Tensor) -> None:
     """Store ``values`` (m, n), float32 or float64, rounded to nearest, as ``importance`` or ``trace`` of ``layer``.
 
-    A tensor that is shared with other models (`ttt.fork`) is replaced by one of the layer's own first.
+    A tensor that is shared with other models (`ttt.fork`) is first replaced by one of the layer's own.
     """
-    layer.own(name, copy=False)
+    layer.unshare(name, copy=False)
     state = getattr(layer, name)
     state.copy_(log8.encode(values) if log8.is_packed(state) else values)
 
 
 @torch.no_grad()
-def put(layer: Linear, delta: Tensor | None) -> None:
-    """W <- W* + ``delta`` (m, n), W* for None, with nothing in the window."""
+def set_weight(layer: Linear, delta: Tensor | None) -> None:
+    """Set W to W* + ``delta`` (m, n), or to W* if ``delta`` is None, and empty the window."""
     if delta is None:
         layer.weight.copy_(layer.anchor)
     else:
@@ -49,16 +46,25 @@ def put(layer: Linear, delta: Tensor | None) -> None:
 
 
 @contextlib.contextmanager
-def standing_in(layers: Sequence[Linear], deltas: Sequence[Tensor | None]) -> Iterator[None]:
-    """Inside, every layer is as `put` with its delta leaves it; afterwards as it was, to the bit."""
-    held = [(layer.weight.detach().clone(), layer.win_eta.clone(), layer.pending) for layer in layers]
+def temporary_weights(layers: Sequence[Linear], deltas: Sequence[Tensor | None]) -> Iterator[None]:
+    """Within the block, every layer has the weights that `set_weight` gives it with its delta.
+
+    Afterwards the layers are as before, to the bit. Do not learn within the block.
+    """
+    before = [(layer.weight.detach().clone(), layer.win_eta.clone(), layer.pending) for layer in layers]
     try:
         for layer, delta in zip(layers, deltas, strict=True):
-            put(layer, delta)
+            set_weight(layer, delta)
         yield
     finally:
         with torch.no_grad():
-            for layer, (weight, eta, pending) in zip(layers, held, strict=True):
+            for layer, (weight, eta, pending) in zip(layers, before, strict=True):
                 layer.weight.copy_(weight)
                 layer.win_eta.copy_(eta)
                 layer.pending = pending
+
+
+wide = read_matrix  # old name
+write = write_matrix  # old name
+put = set_weight  # old name
+standing_in = temporary_weights  # old name

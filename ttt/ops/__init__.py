@@ -169,8 +169,8 @@ def commit(
         memory: (K, n) of ``weight``'s dtype, of which the first min(seen, K) rows are filled; seen: (1,), int64, or
             None: then nothing is drawn, and ``memory`` (R, n) holds the replay rows themselves, X_r.
         replay_rows: R in [0, 64], drawn uniformly with replacement; no replay while the memory is empty.
-        beta: strength of the projection V = beta (X_r X_r^T + eps tr/R I)^-1 X_r, with tr the trace of X_r X_r^T; stable
-            for 0 < beta < 2.
+        beta: strength of the projection V = beta (X_r X_r^T + eps tr/R I)^-1 X_r, with tr the trace of X_r X_r^T; it is
+            stable for 0 < beta < 2.
         eps: ridge of the projection, >= 0, relative to the mean squared norm of the replay rows.
         gamma: decay of the trace per token, in (0, 1].
         trace_every: S from one random token of each ``trace_every`` consecutive ones, times their number: unbiased, and

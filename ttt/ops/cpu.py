@@ -106,7 +106,9 @@ def bind_layer(layer):
         layer.seed & _MASK64, _DTYPE[weight.dtype],
     )  # fmt: skip
     if not layer.assembles:
-        bound.prepare(_bound_commit(layer.commit_arguments(layer.win_x, layer.win_delta, layer.win_eta, layer.win_trace)))
+        bound.prepare(
+            _bound_commit(layer.commit_arguments(layer.win_x, layer.win_delta, layer.win_eta, layer.win_trace))
+        )
     return bound
 
 

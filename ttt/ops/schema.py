@@ -13,7 +13,6 @@ from ttt.ops import log8
 from ttt.ops.arguments import CommitArguments
 
 KINDS = ("fisher", "mas", "si")
-SHRINK = ("truncate",)
 MAX_REPLAY_ROWS = 64
 
 _SCHEMAS = {

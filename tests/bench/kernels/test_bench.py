@@ -122,7 +122,7 @@ def test_directions_that_are_taken_out_are_checked(dtype, monkeypatch):
     assert case.bytes("ttt") - case.bytes("ttt, k = 0") == (3 + 1) * 40 * getattr(torch, dtype).itemsize
     assert case.flops("ttt") - case.flops("ttt, k = 0") == 4 * 40 * 3
     monkeypatch.setattr("ttt.nn.linear.binding_of", lambda layer: None)
-    monkeypatch.setattr("ttt.nn.linear.learnable", lambda layer, x: x)
+    monkeypatch.setattr("ttt.nn.linear.project_inputs", lambda x, basis: x)
     assert set(reasons(case)) == {"ttt"}
 
 
