@@ -23,7 +23,7 @@ from ttt.learn.learner import Learner
 from ttt.learn.loop import ObserveOutput, read
 from ttt.learn.single import SingleWeights
 from ttt.learn.text import Text, check_tokens
-from ttt.nn.state_access import put
+from ttt.nn.state_access import set_weight
 
 _LN2 = math.log(2)
 
@@ -330,7 +330,7 @@ class GrowingLearner:
         tokens = count_targets(recent) if keep else 0 if opened is None else opened.tokens
         with whole_write(self.layers, "changing the column of a GrowingLearner"):
             for i, layer in enumerate(() if keep else self.layers):
-                put(layer, None if opened is None else opened.delta(i))
+                set_weight(layer, None if opened is None else opened.delta(i))
             self.columns = stored
             self._begin(opened, signature, tokens, recent)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ttt.nn.state_access import standing_in
+from ttt.nn.state_access import temporary_weights
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGBREAK")
 _SIGNALS = [int(getattr(signal, name)) for name in _NAMES if hasattr(signal, name)]  # those that handlers raise on
@@ -92,7 +92,7 @@ def refuse_torn(layers: Iterable[Any], what: str) -> None:
 @contextlib.contextmanager
 def stand_in(layers: Sequence[Any], deltas: Sequence[Tensor | None]) -> Iterator[None]:
     """As `ttt.nn.state_access.standing_in`: inside, the weights are W* + delta; no signal interrupts the exchange."""
-    exchange = standing_in(layers, deltas)
+    exchange = temporary_weights(layers, deltas)
 
     def leave() -> None:
         with whole_write(layers, "putting weights back"):

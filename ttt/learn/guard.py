@@ -37,9 +37,6 @@ class GuardCheck:
     rolled_back: bool
 
 
-Check = GuardCheck  # old name
-
-
 class Guard:
     """Measures the loss on a few inputs that the model knows, and acts when learning raises it::
 

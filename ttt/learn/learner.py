@@ -26,8 +26,6 @@ from ttt.learn.text import check_tokens
 from ttt.per_user.guards import UserGuards
 from ttt.per_user.protection import calibrate as calibrate_users
 
-Seen = ObserveOutput  # old name
-
 
 class Learner:
     """Lets an adapted model learn from what it reads.

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ttt import ops
 from ttt.nn import Capturing, LowRankLinear
-from ttt.nn.directions import refresh
 
 
 def calibrate(layers: Sequence[LowRankLinear], losses: Iterator[Tensor], kind: str) -> None:
@@ -66,6 +65,6 @@ def calibrate(layers: Sequence[LowRankLinear], losses: Iterator[Tensor], kind: s
         if memory is not None:
             layer.memory.copy_(memory[0])
             layer.seen.copy_(memory[1])
-            refresh(layer)
+            layer.refresh_basis()
         if moment is not None:
             layer.calibrated.copy_(moment)
