@@ -119,7 +119,7 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     states = _by_layer(tensors)
     for name, (state, base) in states.items():
         where = f"{path}: layer {name}"
-        if adapted:
+        if adapted and adapted[name].capturable is not None:
             adapted[name].check_pending(int(state["pending"]))
         base_weight = adapted[name].base_weight if adapted else weight_of(possible[name])
         whole = {_FROM_BASE: base_weight.detach().cpu().contiguous(), **state}

@@ -274,7 +274,13 @@ class Decode(Case):
 
         def commit_window() -> None:
             xs, deltas, etas = (torch.cat(part) for part in zip(*window, strict=True))
-            state: dict[str, Any] = {"weight": w, "anchor": anchor, "importance": importance, "trace": trace, "step": step}
+            state: dict[str, Any] = {
+                "weight": w,
+                "anchor": anchor,
+                "importance": importance,
+                "trace": trace,
+                "step": step,
+            }
             absent: dict[str, Any] = dict.fromkeys(("trace_delta", "memory", "seen"))
             rows: dict[str, Any] = {"x": xs, "delta": deltas, "eta": etas}
             reference.commit(*CommitArguments(**state, **rows, **absent, lam=LAM))
