@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ttt import ops
-from ttt.learn.atomic import SignalsDeferred
 from ttt.learn.huggingface import swapped
 from ttt.learn.text import check_tokens
 from ttt.nn import Capturing, Linear, LowRankLinear, Update, gaussian
@@ -20,6 +19,7 @@ from ttt.nn.directions import refresh
 from ttt.nn.rates import CALIBRATED
 from ttt.nn.state import BASE
 from ttt.nn.state_access import wide, write
+from ttt.signals import SignalsDeferred
 
 if TYPE_CHECKING:
     from ttt.config import TTTConfig

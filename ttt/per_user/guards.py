@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -166,6 +166,17 @@ class UserGuards:
             guarded.tokens += tokens
             guarded.since += tokens
         return torch.tensor(factors, dtype=next(iter(self.pool.layers.values())).eta_sum.dtype, device=nll.device)
+
+    def remember(self) -> Callable[[], None]:
+        """A function that puts what `pace` changes of every user back as it is now."""
+        kept = [(guarded, {name: getattr(guarded, name) for name in _PROGRESS}) for guarded in self._users.values()]
+
+        def put_back() -> None:
+            for guarded, progress in kept:
+                for name, value in progress.items():
+                    setattr(guarded, name, value)
+
+        return put_back
 
     def check_due(self) -> list[Hashable]:
         """`check` every user who has learnt ``every`` tokens since the last check; the users who were rolled back."""
