@@ -9,7 +9,6 @@ namespace ttt {
 
 enum Dtype : int { kF32 = 0, kBF16 = 1, kLog8 = 2 };
 enum Kind : int { kFisher = 0, kMas = 1, kSi = 2 };
-enum Replay : int { kProjection = 0, kGradient = 1 };
 
 struct WindowLinear {
   const void *x, *weight, *bias, *win_x, *win_delta;  // dtype; bias may be null
@@ -34,7 +33,7 @@ struct Commit {
   int64_t m, n, tokens, capacity, replay_rows, trace_every;
   uint64_t seed;
   float beta, eps, lam, gamma;
-  int dtype, state_dtype, replay, kind, threads;
+  int dtype, state_dtype, kind, threads;
   bool slow_dots;  // this processor multiplies float32 faster than pairs of bfloat16
   void* momentum;  // m x n, momentum_dtype; may be null
   float mu, decay;
@@ -75,7 +74,7 @@ struct LowRankCompress {
   int64_t count, slots_in_pool, m, n, capacity, rank, memory_rows, replay_rows;
   uint64_t seed;
   double lam, beta, eps;
-  int dtype, replay, threads;
+  int dtype, threads;
 };
 
 struct Kernels {

@@ -123,51 +123,68 @@ void project_out(address x, address basis, address y, int64_t tokens, int64_t k,
   active->window_linear(a);
 }
 
+// Every argument is given by name: see `_bound_commit` in ttt/ops/cpu.py.
 ttt::Commit commit_of(address weight, address anchor, address importance, address trace, address x, address delta,
                       address eta, address trace_delta, address memory, address seen, address step, int64_t m,
                       int64_t n, int64_t tokens, int64_t capacity, int64_t replay_rows, int64_t trace_every,
                       uint64_t seed, float beta, float eps, float lam, float gamma, int dtype, int state_dtype,
-                      int replay, int kind, int threads, address momentum, float mu, float decay, int momentum_dtype) {
-  return {out<void>(weight),
-          in<void>(anchor),
-          in<void>(importance),
-          out<void>(trace),
-          in<void>(x),
-          in<void>(delta),
-          in<float>(eta),
-          in<void>(trace_delta),
-          in<void>(memory),
-          in<int64_t>(seen),
-          out<int64_t>(step),
-          m,
-          n,
-          tokens,
-          capacity,
-          replay_rows,
-          trace_every,
-          seed,
-          beta,
-          eps,
-          lam,
-          gamma,
-          dtype,
-          state_dtype,
-          replay,
-          kind,
-          threads,
-          slow_dots,
-          out<void>(momentum),
-          mu,
-          decay,
-          momentum_dtype,
-          active_tiles};
+                      int kind, int threads, address momentum, float mu, float decay, int momentum_dtype) {
+  ttt::Commit c = {};
+  c.weight = out<void>(weight);
+  c.anchor = in<void>(anchor);
+  c.importance = in<void>(importance);
+  c.trace = out<void>(trace);
+  c.x = in<void>(x);
+  c.delta = in<void>(delta);
+  c.eta = in<float>(eta);
+  c.trace_delta = in<void>(trace_delta);
+  c.memory = in<void>(memory);
+  c.seen = in<int64_t>(seen);
+  c.step = out<int64_t>(step);
+  c.m = m;
+  c.n = n;
+  c.tokens = tokens;
+  c.capacity = capacity;
+  c.replay_rows = replay_rows;
+  c.trace_every = trace_every;
+  c.seed = seed;
+  c.beta = beta;
+  c.eps = eps;
+  c.lam = lam;
+  c.gamma = gamma;
+  c.dtype = dtype;
+  c.state_dtype = state_dtype;
+  c.kind = kind;
+  c.threads = threads;
+  c.slow_dots = slow_dots;
+  c.momentum = out<void>(momentum);
+  c.mu = mu;
+  c.decay = decay;
+  c.momentum_dtype = momentum_dtype;
+  c.tiles = active_tiles;
+  return c;
 }
 
-template <class... Args>
-void commit(Args... args) {
-  const ttt::Commit a = commit_of(args...);
+// Counters are the only numbers that come from tensors: a wrong one would read or write outside of a buffer.
+void need_counter(const char* name, const int64_t* counter) {
+  if (counter != nullptr && *counter < 0)
+    throw py::value_error(std::string(name) + " must be at least 0, got " + std::to_string(*counter));
+}
+
+void need_rows(const char* name, int64_t rows, int64_t at, int64_t window) {
+  if (at < 0 || rows < 0 || rows > window - at)
+    throw py::value_error(std::string(name) + " must lie in the window of " + std::to_string(window) + " rows, got " +
+                          std::to_string(rows) + " rows from row " + std::to_string(at) + " on");
+}
+
+void run_commit(const ttt::Commit& c) {
+  if (c.replay_rows) need_counter("seen", c.seen);
+  if (c.m == 0 || c.n == 0) {  // nothing but the counter is written
+    ++*c.step;
+    return;
+  }
   py::gil_scoped_release release;
-  active->commit(a);
+  active->commit(c);
 }
 
 // The users' part of y. False, and nothing is written, if a user or the rows of a slot are out of range.
@@ -216,8 +233,7 @@ ttt::LowRankCompress compress_of(address a, address b, address rows, address eta
                                  address slots, address importance_m, address importance_n, address memory,
                                  address seen, int64_t count, int64_t slots_in_pool, int64_t m, int64_t n,
                                  int64_t capacity, int64_t rank, int64_t memory_rows, int64_t replay_rows,
-                                 uint64_t seed, double lam, double beta, double eps, int dtype, int replay,
-                                 int threads) {
+                                 uint64_t seed, double lam, double beta, double eps, int dtype, int threads) {
   return {out<void>(a),
           out<void>(b),
           out<int32_t>(rows),
@@ -242,7 +258,6 @@ ttt::LowRankCompress compress_of(address a, address b, address rows, address eta
           beta,
           eps,
           dtype,
-          replay,
           threads};
 }
 
@@ -278,6 +293,7 @@ void insert_rows(char* memory, int64_t* seen, const char* x, int64_t capacity, i
 
 void reservoir_insert(address memory, address seen, address x, int64_t capacity, int64_t rows, int64_t row_bytes,
                       uint64_t seed) {
+  need_counter("seen", in<int64_t>(seen));
   py::gil_scoped_release release;
   insert_rows(out<char>(memory), out<int64_t>(seen), in<char>(x), capacity, rows, row_bytes, seed);
 }
@@ -306,6 +322,8 @@ struct Layer {
 
   // Rows `at` to `at` + rows of the window; the inputs enter the sample of recent ones, too, and that as they are.
   void append(address x, address delta, address eta, address trace_delta, int64_t at, int64_t rows, int threads) const {
+    need_rows("rows to append", rows, at, window);
+    need_counter("recent_seen", in<int64_t>(recent_seen));
     const int64_t size = dtype == ttt::kF32 ? 4 : 2, x_bytes = n * size, d_bytes = m * size;
     if (recent) insert_rows(out<char>(recent), out<int64_t>(recent_seen), in<char>(x), capacity, rows, x_bytes, seed);
     project_out(x, basis, win_x + at * x_bytes, rows, directions, n, dtype, threads);
@@ -314,14 +332,12 @@ struct Layer {
     std::memcpy(out<float>(win_eta) + at, in<float>(eta), rows * sizeof(float));
   }
 
-  // Everything that `commit` takes; the tokens may be given later.
-  template <class... Args>
-  void prepare(Args... args) {
-    written = commit_of(args...);
-  }
+  // What `commit_window` commits, but for its rows.
+  void prepare(const ttt::Commit& c) { written = c; }
 
   // The first `rows` rows of the window; they are empty afterwards.
   void commit_window(address tokens, int64_t rows, int threads) const {
+    need_rows("rows to commit", rows, 0, window);
     ttt::Commit a = written;
     a.x = in<void>(win_x);
     a.delta = in<void>(win_delta);
@@ -329,8 +345,7 @@ struct Layer {
     a.trace_delta = in<void>(win_trace ? win_trace : win_delta);
     a.tokens = rows;
     a.threads = threads;
-    py::gil_scoped_release release;
-    active->commit(a);
+    run_commit(a);
     *out<int64_t>(tokens) += rows;
     std::memset(out<float>(win_eta), 0, window * sizeof(float));
   }
@@ -413,15 +428,6 @@ struct LowRank {
 };
 
 template <class R, class... Args>
-struct CommitAs;
-template <class R, class... Args>
-struct CommitAs<R(Args...)> {
-  static constexpr auto call = &commit<Args...>;
-  static constexpr auto prepare = &Layer::prepare<Args...>;
-};
-using CommitArguments = CommitAs<std::remove_pointer_t<decltype(&commit_of)>>;
-
-template <class R, class... Args>
 struct CompressAs;
 template <class R, class... Args>
 struct CompressAs<R(Args...)> {
@@ -436,7 +442,15 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of ttt. Addresses and sizes only; ttt.ops checks the arguments.";
   m.def("window_linear", &window_linear);
   m.def("project_out", &project_out);
-  m.def("commit", CommitArguments::call);
+  const auto named = [](const char* name) { return py::arg(name); };
+  py::class_<ttt::Commit>(m, "Commit")
+      .def(py::init(&commit_of), py::kw_only(), named("weight"), named("anchor"), named("importance"), named("trace"),
+           named("x"), named("delta"), named("eta"), named("trace_delta"), named("memory"), named("seen"),
+           named("step"), named("m"), named("n"), named("tokens"), named("capacity"), named("replay_rows"),
+           named("trace_every"), named("seed"), named("beta"), named("eps"), named("lam"), named("gamma"),
+           named("dtype"), named("state_dtype"), named("kind"), named("threads"), named("momentum"), named("mu"),
+           named("decay"), named("momentum_dtype"));
+  m.def("commit", &run_commit);
   m.def("low_rank_linear", &low_rank_linear);
   m.def("low_rank_append", &low_rank_append);
   m.def("low_rank_compress", CompressArguments::call);
@@ -456,7 +470,7 @@ PYBIND11_MODULE(_C, m) {
       }))
       .def("forward", &Layer::forward)
       .def("append", &Layer::append)
-      .def("prepare", CommitArguments::prepare)
+      .def("prepare", &Layer::prepare)
       .def("commit_window", &Layer::commit_window);
   m.def("set_isa", &set_isa, py::arg("isa"), "Use the kernels of one instruction set from now on.");
   m.def("available_isas", &available_isas, "The instruction sets this processor has, slowest first.");

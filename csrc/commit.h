@@ -74,7 +74,7 @@ void commit(const ttt::Commit& a) {
   }
   const float sum_eta = static_cast<float>(total_eta);
   Replay replay(filled_rows(a) > 0 ? a.replay_rows : 0, n);
-  draw_replay<W>(a, sum_eta, replay);
+  draw_replay<W>(a, replay);
   const bool pulls = a.lam > 0 || a.decay > 0, traces = a.trace != nullptr && tokens > 0;
   const Traced traced = traces ? traced_tokens(a) : Traced();
   const int64_t chosen = static_cast<int64_t>(traced.token.size());

@@ -109,10 +109,9 @@ struct Compression {
     c.seed = a.seed;
     c.beta = static_cast<float>(a.beta);
     c.eps = static_cast<float>(a.eps);
-    c.replay = a.replay;
     c.threads = a.threads;
     Replay drawn(a.replay_rows, a.n);
-    draw_replay<T>(c, static_cast<float>(s.spent), drawn);
+    draw_replay<T>(c, drawn);
     const int64_t width = wide(a.n), rows = a.replay_rows, stride = drawn.width;
     Wide factors, drifts;
     factors.need(2 * rows * stride);

@@ -52,9 +52,9 @@ inline double dot(const Replay& replay, int64_t r, int64_t s) {
   return total;
 }
 
-// V = beta (X_r X_r^T + eps tr/R I)^-1 X_r by Cholesky, or V = beta sum(eta) X_r.
+// V = beta (X_r X_r^T + eps tr/R I)^-1 X_r by Cholesky.
 template <class T>
-void draw_replay(const ttt::Commit& a, float sum_eta, Replay& out) {
+void draw_replay(const ttt::Commit& a, Replay& out) {
   const int64_t n = a.n, width = out.width, rows = out.rows, filled = filled_rows(a);
   if (rows == 0) return;
   float* v = out.v.get();
@@ -72,12 +72,6 @@ void draw_replay(const ttt::Commit& a, float sum_eta, Replay& out) {
       store(out.at(r, j) + VL, strip.b);
       if constexpr (dots<T>) store(out.pairs_at(r, j), j < n ? load_raw(row + j, n - j) : vf{});
     }
-  }
-  if (a.replay == ttt::kGradient) {
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t j = 0; j < width; j += VL)
-        store(v + r * width + j, a.beta * sum_eta * load(out.at(r, j / STRIP * STRIP) + j % STRIP));
-    return;
   }
   Scratch gram_scratch(2 * rows * rows), inverse_scratch(2 * rows * rows);
   double* gram = reinterpret_cast<double*>(gram_scratch.get());

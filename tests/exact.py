@@ -9,7 +9,7 @@ def double(t):
     return t.double() if t is not None and t.is_floating_point() else t
 
 
-def commit(case, *, rows, replay, beta, eps, lam, **_):
+def commit(case, *, rows, beta, eps, lam, **_):
     """The weight (m, n) after a commit of ``case`` that replays ``rows`` (R, n), of which there may be none."""
     w, anchor, x, delta, eta = (double(case[k]) for k in ("weight", "anchor", "x", "delta", "eta"))
     total = float(eta.sum())
@@ -18,12 +18,9 @@ def commit(case, *, rows, replay, beta, eps, lam, **_):
     if len(rows):
         rows = rows.double()
         drift = torch.stack([(w - anchor) @ row for row in rows])
-        if replay == "gradient":
-            weighted = beta * total * drift
-        else:
-            gram = torch.stack([rows @ row for row in rows])
-            ridge = eps * float(gram.diagonal().mean()) or 1.0
-            weighted = beta * torch.linalg.inv(gram + ridge * torch.eye(len(rows), dtype=torch.float64)) @ drift
+        gram = torch.stack([rows @ row for row in rows])
+        ridge = eps * float(gram.diagonal().mean()) or 1.0
+        weighted = beta * torch.linalg.inv(gram + ridge * torch.eye(len(rows), dtype=torch.float64)) @ drift
         for u, row in zip(weighted, rows, strict=True):
             w = w - torch.outer(u, row)
     if lam:

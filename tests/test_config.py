@@ -79,7 +79,7 @@ def test_configurations_of_the_first_format_load():
     config = ttt.TTTConfig.from_dict(old)
     assert config.target_modules == ("down_proj",)
     for name, value in old.items():
-        if name not in ("users", "target_modules"):
+        if name not in ("users", "target_modules", "replay"):
             assert getattr(config, name) == value, name
     users = {"slots": 4, "rank": 2, "window": 3}
     loaded = ttt.TTTConfig.from_dict({**ttt.TTTConfig().to_dict(), "users": users})
@@ -107,6 +107,16 @@ def test_errors_name_the_argument_and_the_value(name, value):
 def test_what_a_file_may_hold_is_refused_with_a_value_error(values):
     with pytest.raises(ValueError, match=r"configuration|per_user|slots|protect|defence|EWC"):
         ttt.TTTConfig.from_dict(values)
+
+
+def test_settings_that_were_removed_are_refused_by_name():
+    for values, message in (
+        ({"replay": "gradient"}, r"replay must be 'projection', got 'gradient', which was removed"),
+        ({"per_user": {"shrink": "directions"}}, r"shrink must be 'truncate', got 'directions', which was removed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ttt.TTTConfig.from_dict(values)
+    assert ttt.TTTConfig.from_dict({"users": {"slots": 3, "shrink": "truncate"}}).per_user == ttt.LowRank(slots=3)
 
 
 def test_defences_that_do_not_combine_are_refused():

@@ -89,11 +89,6 @@ class FlatSettings:
         return self._flat["generated_rank"]
 
     @property
-    def replay(self) -> str:
-        """The form of the replay step: "projection" or "gradient"."""
-        return self._flat["replay"]
-
-    @property
     def replay_beta(self) -> float:
         """beta, strength of the replay step."""
         return self._flat["replay_beta"]
@@ -255,14 +250,17 @@ class TTTConfig(FlatSettings):
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"a configuration must be a dictionary, got {type(values).__name__}")
-        values = dict(values)
+        values = _without_removed(values)
         unknown = set(values) - {f.name for f in dataclasses.fields(cls)} - set(OFF) - {"users"}
         if unknown:
             raise ValueError(f"unknown configuration fields {sorted(map(str, unknown))}")
         if "users" in values:
             values["per_user"] = values.pop("users")
         if isinstance(values.get("per_user"), Mapping):
-            values["per_user"] = _from_fields(LowRank, values["per_user"], "per_user")
+            per_user = dict(values["per_user"])
+            if per_user.pop("shrink", "truncate") != "truncate":
+                raise ValueError(f"shrink must be 'truncate', got {values['per_user']['shrink']!r}, which was removed")
+            values["per_user"] = _from_fields(LowRank, per_user, "per_user")
         if "protect" in values:
             values["protect"] = _read_defences(values["protect"])
         flat = {name: values.pop(name) for name in OFF if name in values}
@@ -278,6 +276,22 @@ class TTTConfig(FlatSettings):
         """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return type(self).from_dict(fields | settings)
+
+
+# Settings of release 0.1 that are gone -> the one value that means what is done today.
+_REMOVED = {"replay": "projection"}
+
+
+def _without_removed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` without settings that no longer exist.
+
+    Raises:
+        ValueError: if one of them asks for what was removed.
+    """
+    for name, kept in _REMOVED.items():
+        if name in values and values[name] != kept:
+            raise ValueError(f"{name} must be {kept!r}, got {values[name]!r}, which was removed")
+    return {name: value for name, value in values.items() if name not in _REMOVED}
 
 
 def _from_fields(kind: Any, values: Mapping[str, Any], what: str) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from ttt.checks import check_choice, check_number, check_whole
-from ttt.ops.schema import MAX_REPLAY_ROWS, REPLAY, SHRINK
+from ttt.ops.schema import MAX_REPLAY_ROWS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,22 +161,14 @@ class LayerReplay(_Rows):
         rows: R, remembered inputs replayed at each commit. All defences together may have 64 rows.
         strength: beta of the projection step, stable in (0, 2). Defences that add rows share one strength and ridge.
         ridge: relative to the mean squared norm of the replayed inputs.
-        method: ``"projection"`` or ``"gradient"``; see `ttt.ops.commit`.
     """
 
     flat: ClassVar[Mapping[str, str]] = {
         "rows": "replay_rows",
         "strength": "replay_beta",
         "ridge": "replay_eps",
-        "method": "replay",
     }
     switch = "replay_rows"
-
-    method: str = "projection"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._choice("method", REPLAY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,7 +266,7 @@ PENALTIES: dict[str, type[_Penalty]] = {kind.kind: kind for kind in (EWC, SI, MA
 OFF: dict[str, Any] = {
     "importance": "fisher", "fisher": "true", "ewc_lambda": 0.0, "consolidate_decay": 1.0, "trace_decay": 1.0,
     "trace_every": 1, "si_xi": 1e-3, "replay_rows": 0, "distill_rows": 0, "generated_rows": 0, "generated_rank": 16,
-    "replay": "projection", "replay_beta": 0.1, "replay_eps": 1e-3, "orthogonal": 0, "decay": 0.0,
+    "replay_beta": 0.1, "replay_eps": 1e-3, "orthogonal": 0, "decay": 0.0,
 }  # fmt: skip
 """The flat settings where no defence is on."""
 
@@ -347,9 +339,6 @@ class LowRank:
         slots: S, users whose weights are in memory at a time.
         rank: r, rows that a user's weights are compressed to.
         window: C, the latest tokens of a user, in effect with full rank until r + C rows are in use.
-        shrink: how the singular values beyond ``rank`` are dropped: ``"truncate"``, the best approximation each time,
-            or ``"directions"`` (co-occurring directions, Mroueh et al. 2017), which takes the first of them off all
-            that stay. See `ttt.ops.low_rank_compress`.
 
     Raises:
         ValueError: for a value out of range.
@@ -358,12 +347,10 @@ class LowRank:
     slots: int = 32
     rank: int = 16
     window: int = 64
-    shrink: str = "truncate"
 
     def __post_init__(self) -> None:
         for name in ("slots", "rank", "window"):
             check_whole(name, getattr(self, name), 1)
-        check_choice("shrink", self.shrink, SHRINK)
 
     @property
     def capacity(self) -> int:

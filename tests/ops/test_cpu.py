@@ -14,6 +14,7 @@ from helpers import (
 
 from ttt import _C, ops
 from ttt.ops import log8, reference
+from ttt.ops.arguments import CommitArguments
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -83,11 +84,7 @@ def commit_case(m, n, tokens, dtype, state):
 
 
 def run_reference(case, options):
-    o = options
-    reference.commit(
-        *[case[k] for k in ORDER], o["seed"], o["replay_rows"], o["replay"], o["beta"], o["eps"], o["lam"], o["gamma"],
-        o["kind"], o.get("trace_every", 1), o.get("trace_fp8", False),
-    )  # fmt: skip
+    reference.commit(*CommitArguments(**case, **options))
 
 
 def check_commit(case, options):
@@ -105,7 +102,7 @@ def check_commit(case, options):
     assert_commit(case, ours, exact, plain)
 
 
-OPTIONS = {"seed": 123456789123, "replay": "projection", "beta": 0.3, "eps": 1e-3, "gamma": 0.99, "kind": "fisher"}
+OPTIONS = {"seed": 123456789123, "beta": 0.3, "eps": 1e-3, "gamma": 0.99, "kind": "fisher"}
 
 
 @pytest.mark.parametrize("state", [*DTYPES, torch.uint8])
@@ -120,12 +117,11 @@ def test_commit(isa, dtype, state, m, n, tokens, rows):
 
 
 @pytest.mark.parametrize("kind", ["fisher", "mas", "si"])
-@pytest.mark.parametrize("replay", ["projection", "gradient"])
 @pytest.mark.parametrize("lam", [0.0, 30.0])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_commit_modes(isa, kind, replay, lam, dtype):
+def test_commit_modes(isa, kind, lam, dtype):
     case = commit_case(34, 45, 13, dtype, torch.float32)
-    check_commit(case, {**OPTIONS, "kind": kind, "replay": replay, "lam": lam, "replay_rows": 4, "beta": 0.05})
+    check_commit(case, {**OPTIONS, "kind": kind, "lam": lam, "replay_rows": 4, "beta": 0.05})
 
 
 @pytest.mark.parametrize("missing", ["trace", "importance", "anchor", "memory", "trace_delta"])
@@ -259,18 +255,13 @@ def test_a_nan_with_all_bits_set_stays_one_wherever_it_comes_from(isa, bits):
     assert bool(rated["weight"].isnan().all())
 
 
-def test_mixed_state_dtypes_and_fp8_products_use_the_reference_and_say_so():
+def test_mixed_state_dtypes_use_the_reference_and_say_so():
     from ttt.ops.backends import calls
 
     calls.clear()
     case = commit_case(5, 7, 3, torch.float32, torch.float32)
     check_commit({**case, "trace": case["trace"].bfloat16()}, {**OPTIONS, "replay_rows": 0, "lam": 0.5})
     assert calls["commit", "reference", "no C++ kernel for importance and trace of different dtypes"] == 1
-    ours = {k: t.clone() for k, t in case.items()}
-    run_reference(case, {**OPTIONS, "replay_rows": 2, "lam": 0.5, "trace_fp8": True})
-    ops.commit(**ours, **OPTIONS, replay_rows=2, lam=0.5, trace_fp8=True)
-    assert calls["commit", "reference", "no C++ kernel with fp8 products"] == 1
-    assert all(torch.equal(ours[k], case[k]) for k in case)
 
 
 def test_zero_rate_changes_no_bit_of_the_weight(isa):
@@ -329,7 +320,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.ttt.window_linear.default, args)
     o = {**OPTIONS, "replay_rows": 2, "lam": 0.5}
     args = tuple(case[k] for k in ORDER) + tuple(
-        o[k] for k in ("seed", "replay_rows", "replay", "beta", "eps", "lam", "gamma", "kind")
+        o[k] for k in ("seed", "replay_rows", "beta", "eps", "lam", "gamma", "kind")
     )
     torch.library.opcheck(torch.ops.ttt.commit.default, args)
     torch.library.opcheck(torch.ops.ttt.commit.default, args, {"trace_every": 2, "gate": torch.tensor([1])})
@@ -355,14 +346,12 @@ BAD_COMMITS = {
         r"trace must have shape \(4, 6\), got \(4, 5\)",
     ),
     "8-bit si": ({"trace": log8.zeros(4, 5), "kind": "si"}, ValueError, "with kind = 'si' it has both signs"),
-    "fp8 si": ({"trace_fp8": True, "kind": "si"}, ValueError, "trace_fp8 is for products of values >= 0"),
     "float gate": ({"gate": torch.ones(1)}, TypeError, "gate must be torch.int64, got torch.float32"),
     "scalar gate": ({"gate": torch.tensor(1)}, ValueError, r"gate must have shape \(1,\), got \(\)"),
     "every": ({"trace_every": 0}, ValueError, "trace_every must be >= 1, got 0"),
     "no anchor": ({"anchor": None}, ValueError, "needs memory and anchor"),
     "no importance": ({"importance": None}, ValueError, "lam = 0.5 needs anchor and importance"),
     "rows": ({"replay_rows": 65}, ValueError, r"replay_rows must be in \[0, 64\], got 65"),
-    "replay": ({"replay": "nothing"}, ValueError, "replay must be one of"),
     "kind": ({"kind": "ewc"}, ValueError, "kind must be one of"),
     "lam": ({"lam": float("nan")}, ValueError, "lam must be >= 0"),
     "gamma": ({"gamma": 0.0}, ValueError, "gamma must be in"),

@@ -225,13 +225,12 @@ def test_the_pull_agrees_with_the_proximal_step():
         torch.testing.assert_close(fall.sum(), wanted.sum(), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("replay", ["projection", "gradient"])
 def test_replay_is_that_of_the_commit(replay):
     """The same rows, drift and step as `ttt.ops.commit` makes of the dense W = W* + D with no tokens."""
     n, m, capacity = 17, 9, 5
     a, b, rows = pool_of(2, capacity, n, m, torch.float64, full=True)
     memory, seen = torch.randn(30, n, dtype=torch.float64), torch.tensor([12])
-    options = {"seed": 77, "replay_rows": 6, "replay": replay, "beta": 0.4, "eps": 1e-2}
+    options = {"seed": 77, "replay_rows": 6, "beta": 0.4, "eps": 1e-2}
     eta_sum = torch.tensor([0.1, 0.5], dtype=torch.float64)
     lost, step = torch.zeros(2, dtype=torch.float64), torch.tensor([4, 9])
     want = []
@@ -321,7 +320,6 @@ def test_refusals_name_the_argument_and_change_nothing():
     refused(ValueError, r"slots must be -1, or distinct and in \[0, 2\)", compress, *state, torch.tensor([2]), rank=1)
     refused(ValueError, r"got \[-2\]", compress, *state, torch.tensor([-2]), rank=1)
     refused(ValueError, "rank must be a whole number of at least 1, got 0", compress, *state, slots, rank=0)
-    refused(ValueError, "shrink must be one of", compress, *state, slots, rank=1, shrink="directions")
     refused(ValueError, "lam = 1.0 needs importance_m", compress, *state, slots, rank=1, lam=1.0)
     refused(ValueError, "replay_rows = 2 needs memory", compress, *state, slots, rank=1, replay_rows=2)
     assert int(step.sum()) == 0

@@ -14,8 +14,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Of the change's norm, as for the C++ kernels; of float16 as for the reference.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1.5e-2, torch.float16: 3e-3}
 PLAIN = {
-    "rank": 4, "shrink": "truncate", "lam": 0.0, "importance_m": None, "importance_n": None, "memory": None,
-    "seen": None, "seed": 5, "replay_rows": 0, "replay": "projection", "beta": 0.3, "eps": 1e-2,
+    "rank": 4, "lam": 0.0, "importance_m": None, "importance_n": None, "memory": None,
+    "seen": None, "seed": 5, "replay_rows": 0, "beta": 0.3, "eps": 1e-2,
 }  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def options_of(n, m, dtype, **more):
 @pytest.mark.parametrize(
     ("dtype", "capacity", "n", "m", "rank", "more"),
     [*((dtype, 7, 33, 20, 4, {}) for dtype in DTYPES), (torch.float32, 5, 140, 31, 8, {}),
-     (torch.float32, 7, 33, 20, 4, {"lam": 0.0, "replay": "gradient"}),
+     (torch.float32, 7, 33, 20, 4, {"lam": 0.0}),
      (torch.float32, 7, 33, 20, 4, {"replay_rows": 0}), (torch.float32, 7, 33, 20, 4, {"seen": torch.tensor([0])})],
 )  # fmt: skip
 def test_replay_and_pull(dtype, capacity, n, m, rank, more):

@@ -11,10 +11,10 @@ from ttt.ops import log8, reference
 from ttt.ops.momentum import coefficients
 from ttt.ops.rounding import momentum_rounding_bits, rounding_bits, trace_rounding_bits
 
-NAMES = ("seed", "replay_rows", "replay", "beta", "eps", "lam", "gamma", "kind", "trace_every", "trace_fp8", "gate")
+NAMES = ("seed", "replay_rows", "beta", "eps", "lam", "gamma", "kind", "trace_every", "gate")
 OPTIONS = {
-    "seed": 987654321, "replay_rows": 0, "replay": "projection", "beta": 0.3, "eps": 1e-3, "lam": 0.5, "gamma": 0.9,
-    "kind": "fisher", "trace_every": 1, "trace_fp8": False, "gate": None, "mu": 0.8, "decay": 0.3,
+    "seed": 987654321, "replay_rows": 0, "beta": 0.3, "eps": 1e-3, "lam": 0.5, "gamma": 0.9,
+    "kind": "fisher", "trace_every": 1, "gate": None, "mu": 0.8, "decay": 0.3,
 }  # fmt: skip
 D = torch.float64
 
@@ -137,7 +137,7 @@ def test_commit(commit, m, n, tokens, rows, half, moving):
 @pytest.mark.parametrize("kind", ["fisher", "mas", "si"])
 @pytest.mark.parametrize(("lam", "decay"), [(0.0, 0.0), (0.0, 2.0), (0.7, 0.0)])
 def test_kinds_and_pulls(commit, kind, lam, decay):
-    options = {**OPTIONS, "kind": kind, "lam": lam, "decay": decay, "replay_rows": 2, "replay": "gradient"}
+    options = {**OPTIONS, "kind": kind, "lam": lam, "decay": decay, "replay_rows": 2}
     case = case_of(19, 45, 6)
     if lam == 0:
         case["importance"] = None

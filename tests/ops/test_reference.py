@@ -7,25 +7,20 @@ import torch
 from torch.func import grad, vmap
 
 from ttt.ops import log8, reference
+from ttt.ops.arguments import CommitArguments
 
 D = torch.float64
 
 
 def committed(weight, x, delta, eta, **options):
     """(W, F) after one reference commit; options as the op's."""
-    state = {"anchor": None, "importance": None, "trace": None, "trace_delta": None, "memory": None, "seen": None}
-    state |= {k: options.pop(k) for k in list(options) if k in state}
-    o = {"seed": 3, "rows": 0, "replay": "projection", "beta": 0.3, "eps": 1e-9, "lam": 0.0, "gamma": 1.0}
-    o |= {"kind": "fisher", **options}
-    w = weight.clone()
-    step = torch.tensor([4])
-    reference.commit(
-        w, state["anchor"], state["importance"], state["trace"], x, delta, eta, state["trace_delta"], state["memory"],
-        state["seen"], step, o["seed"], o["rows"], o["replay"], o["beta"], o["eps"], o["lam"], o["gamma"], o["kind"],
-        o.get("trace_every", 1), o.get("trace_fp8", False),
-    )  # fmt: skip
+    defaults = {"seed": 3, "eps": 1e-9, "beta": 0.3}
+    tensors = dict.fromkeys(("anchor", "importance", "trace", "trace_delta", "memory", "seen"))
+    w, step = weight.clone(), torch.tensor([4])
+    given = tensors | defaults | options
+    reference.commit(*CommitArguments(weight=w, x=x, delta=delta, eta=eta, step=step, **given))
     assert int(step) == 5
-    return w, state["trace"]
+    return w, given["trace"]
 
 
 def test_fisher_is_the_sum_of_per_token_squares_and_not_the_squared_batch_gradient():
@@ -89,33 +84,20 @@ def test_projection_shrinks_the_drift_of_the_drawn_rows_by_one_minus_beta(beta):
     w, anchor, memory = (torch.randn(s, n, dtype=D) for s in (m, m, 50))
     x, delta, eta = torch.randn(3, n, dtype=D), torch.randn(3, m, dtype=D), torch.rand(3, dtype=D)
     seen = torch.tensor([50])
-    new, _ = committed(w, x, delta, eta, anchor=anchor, memory=memory, seen=seen, rows=rows, beta=beta, eps=1e-12)
+    new, _ = committed(
+        w, x, delta, eta, anchor=anchor, memory=memory, seen=seen, replay_rows=rows, beta=beta, eps=1e-12
+    )
     index = reference.reservoir_draw(seen, torch.tensor([4]), 50, rows, 3)
     xr = memory[index]
     before = xr @ (w - (delta * eta[:, None]).T @ x - anchor).T
     torch.testing.assert_close(xr @ (new - anchor).T, (1 - beta) * before, rtol=1e-8, atol=1e-8)
 
 
-def test_gradient_replay_is_a_gradient_step_on_the_drift():
-    m, n, rows = 4, 6, 3
-    w = torch.randn(m, n, dtype=D, requires_grad=True)
-    anchor, memory, seen = torch.randn(m, n, dtype=D), torch.randn(9, n, dtype=D), torch.tensor([9])
-    none = torch.empty(0, n, dtype=D), torch.empty(0, m, dtype=D), torch.empty(0, dtype=D)
-    x, delta, eta = torch.zeros(1, n, dtype=D), torch.zeros(1, m, dtype=D), torch.tensor([0.5], dtype=D)
-    options = {"anchor": anchor, "memory": memory, "seen": seen, "rows": rows, "replay": "gradient", "beta": 0.1}
-    new, _ = committed(w.detach(), x, delta, eta, **options)
-    xr = memory[reference.reservoir_draw(seen, torch.tensor([4]), 9, rows, 3)]
-    (0.5 * (xr @ (w - anchor).T).square().sum()).backward()
-    torch.testing.assert_close(new, w.detach() - 0.1 * 0.5 * w.grad)
-    same, _ = committed(w.detach(), *none, **options)
-    assert torch.equal(same, w.detach())
-
-
 def test_no_replay_from_an_empty_memory():
     w, anchor = torch.randn(3, 4, dtype=D), torch.randn(3, 4, dtype=D)
     none = torch.empty(0, 4, dtype=D), torch.empty(0, 3, dtype=D), torch.empty(0, dtype=D)
     memory = torch.full((5, 4), math.nan, dtype=D)
-    new, _ = committed(w, *none, anchor=anchor, memory=memory, seen=torch.tensor([0]), rows=3)
+    new, _ = committed(w, *none, anchor=anchor, memory=memory, seen=torch.tensor([0]), replay_rows=3)
     assert torch.equal(new, w)
 
 
@@ -158,16 +140,6 @@ def test_a_sampled_trace_is_unbiased():
     assert float(((counts - 300) ** 2 / 300).sum()) < 27.9  # 6 degrees of freedom, p = 1e-4
 
 
-def test_fp8_traces_are_products_of_values_of_four_significant_bits():
-    x, delta = torch.randn(9, 40, dtype=D), torch.randn(9, 30, dtype=D)
-    zero = torch.zeros(30, 40, dtype=D)
-    eta = torch.zeros(9, dtype=D)
-    _, exact = committed(zero, x, delta, eta, trace=zero.clone())
-    _, f = committed(zero, x, delta, eta, trace=zero.clone(), trace_fp8=True)
-    error = float((f - exact).norm() / exact.norm())
-    assert 1e-4 < error < 2**-4  # each factor is off by at most 2^-4 of itself, in both directions
-
-
 def error_of_s(tokens, **options):
     """Root mean square error of S over its root mean square, for x and delta of a normal distribution."""
     m, n = 200, 300
@@ -178,16 +150,12 @@ def error_of_s(tokens, **options):
 
 
 @pytest.mark.parametrize("tokens", [16, 256, 2048])
-def test_the_errors_of_sampling_and_of_fp8_are_those_that_the_docs_state(tokens):
+def test_the_error_of_sampling_is_what_the_docs_state(tokens):
     """A token's term of S, x^2 delta^2, has mean 1 and mean square 9 here, so S has mean square T^2 + 8 T.
 
-    One token of each four, times 4, has variance 4 * 4 * 9 - (4 * 9 + 12) = 96 a group, 24 T in all. Rounding both
-    factors to 4 significant bits is off by 2.6 % each, independently in each token: variance 2 * .026^2 * 9 T.
+    One token of each four, times 4, has variance 4 * 4 * 9 - (4 * 9 + 12) = 96 a group, 24 T in all.
     """
-    sampled, fp8 = error_of_s(tokens, trace_every=4), error_of_s(tokens, trace_fp8=True)
-    assert sampled == pytest.approx(math.sqrt(24 / (tokens + 8)), rel=0.15)
-    ratio = fp8 / (0.026 * math.sqrt(18 / (tokens + 8)))
-    assert 0.85 < ratio < 1.3  # many tokens also show the bias of rounding, about a thousandth
+    assert error_of_s(tokens, trace_every=4) == pytest.approx(math.sqrt(24 / (tokens + 8)), rel=0.15)
 
 
 def test_a_closed_gate_changes_nothing():
@@ -195,14 +163,14 @@ def test_a_closed_gate_changes_nothing():
     case = {"weight": torch.randn(m, n), "x": torch.full((2, n), math.nan), "delta": torch.randn(2, m)}
     trace, step, seen = torch.rand(m, n), torch.tensor([4]), torch.tensor([2])
     before = [t.clone() for t in (case["weight"], trace, step, seen)]
-    tail = (0, 0, "projection", 0.3, 1e-3, 0.0, 1.0, "fisher", 1, False)
-    given = (case["weight"], None, None, trace, case["x"], case["delta"], torch.ones(2), None, None, None, step)
-    reference.commit(*given, *tail, torch.tensor([0]))
+    absent = dict.fromkeys(("anchor", "importance", "trace_delta", "memory", "seen"))
+    closed = CommitArguments(**case, **absent, trace=trace, eta=torch.ones(2), step=step, gate=torch.tensor([0]))
+    reference.commit(*closed)
     memory = torch.zeros(4, n)
     reference.reservoir_insert(memory, seen, case["x"], 3, torch.tensor([0]))
     assert all(torch.equal(a, b) for a, b in zip((case["weight"], trace, step, seen), before, strict=True))
     assert not memory.any()
-    reference.commit(*given, *tail, torch.tensor([-1]))
+    reference.commit(*closed._replace(gate=torch.tensor([-1])))
     assert int(step) == 5
 
 

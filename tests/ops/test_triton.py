@@ -84,7 +84,7 @@ def test_window_linear_takes_any_leading_shape_and_no_bias(shape):
 
 
 OPTIONS = {
-    "seed": SEEDS[0], "replay_rows": 3, "replay": "projection", "beta": 0.3, "eps": 1e-3, "lam": 0.5, "gamma": 0.9,
+    "seed": SEEDS[0], "replay_rows": 3, "beta": 0.3, "eps": 1e-3, "lam": 0.5, "gamma": 0.9,
     "kind": "fisher",
 }  # fmt: skip
 
@@ -118,13 +118,13 @@ def commit_case(m, n, tokens, dtype, state=torch.float32):
     }
 
 
-NAMES = (*OPTIONS, "trace_every", "trace_fp8", "gate")
+NAMES = (*OPTIONS, "trace_every", "gate")
 
 
 def run(function, case, options, convert=lambda t: t):
     """The state after ``function``, which gets copies of all tensors."""
     after = {k: None if t is None else convert(t).clone() for k, t in case.items()}
-    o = {"trace_every": 1, "trace_fp8": False, "gate": None} | options
+    o = {"trace_every": 1, "gate": None} | options
     function(*[after[k] for k in ORDER], *(o[k] for k in NAMES))
     return after
 
@@ -140,15 +140,14 @@ def check_commit(case, options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("replay", ["projection", "gradient"])
 @pytest.mark.parametrize(
     ("m", "n", "tokens", "rows"),
     [(1, 1, 1, 3), (7, 33, 1, 0), (33, 127, 5, 3), (65, 7, 33, 16), (1, 70, 0, 16), (127, 1, 5, 0), (5, 9, 0, 0),
      (9, 20, 2, 17), (66, 261, 17, 4)],
 )  # fmt: skip
-def test_commit(path, dtype, replay, m, n, tokens, rows):
+def test_commit(path, dtype, m, n, tokens, rows):
     state = torch.float32 if rows else torch.bfloat16
-    check_commit(commit_case(m, n, tokens, dtype, state), {**OPTIONS, "replay_rows": rows, "replay": replay})
+    check_commit(commit_case(m, n, tokens, dtype, state), {**OPTIONS, "replay_rows": rows})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -179,18 +178,16 @@ def test_commit_with_a_sampled_trace(path, dtype, kind, every):
     check_commit(case, {**OPTIONS, "kind": kind, "replay_rows": 2, "trace_every": every})
 
 
-@pytest.mark.parametrize("replay", ["projection", "gradient"])
-def test_a_drift_of_many_slabs(path, replay, monkeypatch):
+def test_a_drift_of_many_slabs(path, monkeypatch):
     blocks = fused.replay._BLOCKS
     monkeypatch.setitem(blocks, torch.float32, {**blocks[torch.float32], "SLAB": 32})
-    check_commit(commit_case(3, 100, 70, torch.float32), {**OPTIONS, "replay": replay})
+    check_commit(commit_case(3, 100, 70, torch.float32), {**OPTIONS})
 
 
-@pytest.mark.parametrize("replay", ["projection", "gradient"])
 @pytest.mark.parametrize("state", [torch.float32, torch.uint8])
-def test_a_closed_gate_changes_nothing_and_an_open_one_everything(path, state, replay):
+def test_a_closed_gate_changes_nothing_and_an_open_one_everything(path, state):
     case = commit_case(19, 45, 5, torch.float16, state)
-    options = {**OPTIONS, "replay": replay}
+    options = {**OPTIONS}
     case["x"][1, 3] = float("nan")
     closed = run(commit, case, {**options, "gate": torch.tensor([0], device=DEVICE)})
     assert all(unchanged(closed[k], case[k]) for k in ORDER)
@@ -220,12 +217,11 @@ def test_commit_without_optional_state(path, missing):
     check_commit(case, options)
 
 
-@pytest.mark.parametrize("replay", ["projection", "gradient"])
-def test_an_empty_memory_replays_nothing(path, replay):
+def test_an_empty_memory_replays_nothing(path):
     case = commit_case(9, 17, 5, torch.float32)
     case["seen"].zero_()
     case["memory"].fill_(float("nan"))
-    options = {**OPTIONS, "replay": replay}
+    options = {**OPTIONS}
     ours = run(commit, case, options)
     without = run(commit, case, {**options, "replay_rows": 0})
     assert torch.equal(ours["weight"], without["weight"])

@@ -7,9 +7,9 @@ import torch
 from test_low_rank_layer import layer_of, taught
 from test_user_learning import HUGE, adapted, assert_same, exports
 from tiny_models import ids_of, tiny
-from ttt.defences import LowRank
 
 import ttt
+from ttt.defences import LowRank
 from ttt.ops import cpu
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -5,9 +5,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_pool import assert_unchanged, state_of
-from ttt.defences import LowRank
 
 import ttt
+from ttt.defences import LowRank
 
 IN, OUT, RANK, WINDOW = 5, 4, 2, 3
 

@@ -15,6 +15,7 @@ from ttt.nn.rates import STREAM, count_, rates
 from ttt.nn.replay_rows import gather_replay_rows
 from ttt.nn.state import StatefulLinear
 from ttt.nn.update import Update
+from ttt.ops.arguments import CommitArguments
 from ttt.ops.gate import advance
 
 
@@ -300,12 +301,20 @@ class Linear(StatefulLinear):
     ) -> None:
         """Commit rows to the weight, the trace and the momentum, and count the commit; the window stays as it is."""
         memory, seen = (self._replay_rows(x), None) if self.mixes_replay_sources else (self.replayed, self.seen)
-        ops.commit(
-            self.weight, self.anchor, self.importance, self.trace, x, delta, eta, self.step,
-            trace_delta=trace_delta, memory=memory, seen=seen, gate=gate, momentum=self.momentum,
-            **self.commit_options(),
-        )  # fmt: skip
+        torch.ops.ttt.commit(
+            *self.commit_arguments(x, delta, eta, trace_delta)._replace(memory=memory, seen=seen, gate=gate)
+        )
         self.add_present_inputs(x)
+
+    def commit_arguments(
+        self, x: Tensor, delta: Tensor, eta: Tensor, trace_delta: Tensor | None = None
+    ) -> CommitArguments:
+        """The arguments with which these rows are committed, replaying from the memory."""
+        return CommitArguments(
+            weight=self.weight, anchor=self.anchor, importance=self.importance, trace=self.trace, x=x, delta=delta,
+            eta=eta, trace_delta=trace_delta, memory=self.replayed, seen=self.seen, step=self.step,
+            momentum=self.momentum, **self.commit_options(),
+        )  # fmt: skip
 
     def _replay_rows(self, x: Tensor) -> Tensor:
         """The rows (R, n) that the commit of inputs ``x`` replays, if they come from several sources."""
@@ -332,7 +341,7 @@ class Linear(StatefulLinear):
         c = self.config
         beta = max(c.replay_beta, min(c.replay_beta * self.strength, 1.0))  # at 1 the drift is projected out in full
         return {
-            "seed": self.seed, "replay_rows": c.commit_rows, "replay": c.replay, "beta": beta,
+            "seed": self.seed, "replay_rows": c.commit_rows, "beta": beta,
             "eps": c.replay_eps, "lam": c.ewc_lambda * self.strength, "gamma": c.trace_decay, "kind": c.importance,
             "trace_every": c.trace_every, "mu": c.momentum, "decay": c.decay,
         }  # fmt: skip

@@ -301,9 +301,9 @@ class LowRankLinear(Adapted):
         c = self.config
         memory, seen = (self.memory, self.seen) if c.replay_rows else (None, None)
         return {
-            "rank": self.low_rank.rank, "shrink": self.low_rank.shrink, "lam": c.ewc_lambda * strength,
+            "rank": self.low_rank.rank, "lam": c.ewc_lambda * strength,
             "importance_m": self.importance_m, "importance_n": self.importance_n, "memory": memory, "seen": seen,
-            "seed": self.seed, "replay_rows": c.replay_rows, "replay": c.replay,
+            "seed": self.seed, "replay_rows": c.replay_rows,
             "beta": max(c.replay_beta, min(c.replay_beta * strength, 1.0)),  # 1: the full projection
             "eps": c.replay_eps,
         }  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 from ttt._renamed import old_names
 from ttt.ops import cpu as cpu
 from ttt.ops import cuda as cuda
+from ttt.ops.arguments import CommitArguments
 from ttt.ops.low_rank import low_rank_append, low_rank_compress, low_rank_linear
 
 __all__ = ["commit", "low_rank_append", "low_rank_compress", "low_rank_linear", "project_out", "reservoir_draw",
@@ -116,14 +117,12 @@ def commit(
     seen: torch.Tensor | None = None,
     seed: int = 0,
     replay_rows: int = 0,
-    replay: str = "projection",
     beta: float = 0.1,
     eps: float = 1e-3,
     lam: float = 0.0,
     gamma: float = 1.0,
     kind: str = "fisher",
     trace_every: int = 1,
-    trace_fp8: bool = False,
     gate: torch.Tensor | None = None,
     momentum: torch.Tensor | None = None,
     mu: float = 0.0,
@@ -170,15 +169,12 @@ def commit(
         memory: (K, n) of ``weight``'s dtype, of which the first min(seen, K) rows are filled; seen: (1,), int64, or
             None: then nothing is drawn, and ``memory`` (R, n) holds the replay rows themselves, X_r.
         replay_rows: R in [0, 64], drawn uniformly with replacement; no replay while the memory is empty.
-        replay: "projection": V = beta (X_r X_r^T + eps tr/R I)^-1 X_r with tr the trace of X_r X_r^T;
-            "gradient": V = beta (sum eta) X_r.
-        beta: strength of replay; the projection is stable for 0 < beta < 2.
+        beta: strength of the projection V = beta (X_r X_r^T + eps tr/R I)^-1 X_r, with tr the trace of X_r X_r^T; it is
+            stable for 0 < beta < 2.
+        eps: ridge of the projection, >= 0, relative to the mean squared norm of the replay rows.
         gamma: decay of the trace per token, in (0, 1].
         trace_every: S from one random token of each ``trace_every`` consecutive ones, times their number: unbiased, and
             its product is cheaper by that factor. For normal x and delta one in four of 2048 tokens is off by 11 %.
-        trace_fp8: S from factors rounded to float8_e4m3fn, each matrix under one scale; off by .3 % for 2048 normal
-            tokens. On GPUs with fp8 units, and for as many tokens as make it pay; other calls on a GPU compute S
-            without it, and `ttt.info` says why. On CPU the reference computes it.
         gate: (1,), int64. Where it holds 0 the call changes nothing, not even ``step``. A GPU decides this by itself,
             without waiting for the host: one CUDA graph can hold a commit that only some of its replays need.
         momentum: M, (m, n), float32 or bfloat16 (float64 for float64 weights); None for none.
@@ -189,9 +185,12 @@ def commit(
         ValueError, TypeError: for a wrong argument; nothing has been written then.
     """
     torch.ops.ttt.commit(
-        weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
-        seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every, trace_fp8, gate,
-        momentum, mu, decay,
+        *CommitArguments(
+            weight=weight, anchor=anchor, importance=importance, trace=trace, x=x, delta=delta, eta=eta,
+            trace_delta=trace_delta, memory=memory, seen=seen, step=step, seed=seed, replay_rows=replay_rows, beta=beta,
+            eps=eps, lam=lam, gamma=gamma, kind=kind, trace_every=trace_every, gate=gate, momentum=momentum, mu=mu,
+            decay=decay,
+        )
     )  # fmt: skip
 
 

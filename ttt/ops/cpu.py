@@ -7,6 +7,7 @@ import os
 import torch
 
 from ttt.ops import reference, schema
+from ttt.ops.arguments import CommitArguments
 from ttt.ops.backends import record, unavailable
 from ttt.ops.build_report import why_not_built
 from ttt.ops.gate import closed
@@ -95,7 +96,7 @@ def bind_layer(layer):
     What is bound checks nothing: the layer does. Good until one of the tensors moves.
     """
     weight, recent = layer.weight, layer.recent
-    if _why_not_commit(weight, layer.importance, layer.trace, False) or not weight.is_contiguous():
+    if _why_not_commit(weight, layer.importance, layer.trace) or not weight.is_contiguous():
         return None
     m, n = weight.shape
     bound = _C.Layer(
@@ -106,10 +107,8 @@ def bind_layer(layer):
         layer.seed & _MASK64, _DTYPE[weight.dtype],
     )  # fmt: skip
     if not layer.mixes_replay_sources:
-        bound.prepare(*_commit_arguments(
-            weight, layer.anchor, layer.importance, layer.trace, layer.win_x, layer.win_delta, layer.win_eta,
-            layer.win_trace, layer.replayed, layer.seen, layer.step, momentum=layer.momentum, **layer.commit_options(),
-        ))  # fmt: skip
+        window = layer.win_x, layer.win_delta, layer.win_eta, layer.win_trace
+        bound.prepare(_bound_commit(layer.commit_arguments(*window)))
     return bound
 
 
@@ -118,60 +117,65 @@ def few_tokens(dtype: torch.dtype) -> int:
     return _FUSED_TOKENS[dtype]
 
 
-def commit(
-    weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
-    seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every=1, trace_fp8=False, gate=None,
-    momentum=None, mu=0.0, decay=0.0,
-) -> None:  # fmt: skip
-    schema.check_commit(
-        weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
-        seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every, trace_fp8, gate, momentum, mu, decay,
-    )  # fmt: skip
-    if closed(gate):
+def commit(*args) -> None:
+    c = CommitArguments(*args)
+    schema.check_commit(c)
+    if closed(c.gate):
         return
-    why = _why_not_commit(weight, importance if lam > 0 else None, trace, trace_fp8)
+    why = _why_not_commit(c.weight, c.importance if c.lam > 0 else None, c.trace)
     if why:
         record("commit", "reference", why)
-        reference.commit(
-            weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
-            seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every, trace_fp8, None, momentum, mu, decay,
-        )  # fmt: skip
+        reference.commit(*c._replace(gate=None))
     else:
         record("commit", "cpu")
-        _C.commit(*_commit_arguments(
-            weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
-            seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every, momentum, mu, decay,
-        ))  # fmt: skip
+        _C.commit(_bound_commit(c))
         # The kernel wrote through raw pointers: autograd and functionalization must be told.
-        torch.autograd.graph.increment_version([t for t in (weight, trace, step, momentum) if t is not None])
+        torch.autograd.graph.increment_version(c.written)
 
 
-def _why_not_commit(weight, importance, trace, trace_fp8) -> str:
+def _why_not_commit(weight, importance, trace) -> str:
     why = _why_not(weight.dtype)
-    if not why and trace_fp8 and trace is not None:
-        why = "no C++ kernel with fp8 products"
     if not why and importance is not None and trace is not None and importance.dtype != trace.dtype:
         why = "no C++ kernel for importance and trace of different dtypes"
     return why
 
 
-def _commit_arguments(
-    weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
-    seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every, momentum, mu, decay,
-):  # fmt: skip
-    """What ``_C.commit`` takes."""
-    (m, n), pulls = weight.shape, lam > 0
-    state = importance if pulls else trace
-    origin = anchor if pulls or decay > 0 or replay_rows else None
-    return (
-        weight.data_ptr(), _address(origin), _address(importance if pulls else None),
-        _address(trace), x.data_ptr(), delta.data_ptr(), eta.data_ptr(),
-        (delta if trace_delta is None else trace_delta).data_ptr(), _address(memory), _address(seen),
-        step.data_ptr(), m, n, eta.numel(), memory.shape[0] if replay_rows else 0, replay_rows, trace_every,
-        seed & _MASK64, beta, eps, lam, gamma, _DTYPE[weight.dtype], 0 if state is None else _DTYPE[state.dtype],
-        schema.REPLAY.index(replay), schema.KINDS.index(kind), torch.get_num_threads(),
-        _address(momentum), mu, decay, 0 if momentum is None else _DTYPE[momentum.dtype],
-    )  # fmt: skip
+def _bound_commit(c: CommitArguments):
+    """The arguments as ``_C.Commit``, the structure of addresses and sizes that the C++ kernel takes."""
+    (m, n), pulls = c.weight.shape, c.lam > 0
+    state = c.importance if pulls else c.trace
+    return _C.Commit(
+        weight=c.weight.data_ptr(),
+        anchor=_address(c.anchor if pulls or c.decay > 0 or c.replay_rows else None),
+        importance=_address(c.importance if pulls else None),
+        trace=_address(c.trace),
+        x=c.x.data_ptr(),
+        delta=c.delta.data_ptr(),
+        eta=c.eta.data_ptr(),
+        trace_delta=c.traced_delta.data_ptr(),
+        memory=_address(c.memory),
+        seen=_address(c.seen),
+        step=c.step.data_ptr(),
+        m=m,
+        n=n,
+        tokens=c.eta.numel(),
+        capacity=c.memory.shape[0] if c.memory is not None and c.replay_rows else 0,
+        replay_rows=c.replay_rows,
+        trace_every=c.trace_every,
+        seed=c.seed & _MASK64,
+        beta=c.beta,
+        eps=c.eps,
+        lam=c.lam,
+        gamma=c.gamma,
+        dtype=_DTYPE[c.weight.dtype],
+        state_dtype=0 if state is None else _DTYPE[state.dtype],
+        kind=schema.KINDS.index(c.kind),
+        threads=torch.get_num_threads(),
+        momentum=_address(c.momentum),
+        mu=c.mu,
+        decay=c.decay,
+        momentum_dtype=0 if c.momentum is None else _DTYPE[c.momentum.dtype],
+    )
 
 
 def reservoir_insert(memory, seen, x, seed, gate=None) -> None:

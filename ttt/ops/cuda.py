@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import torch
 
 from ttt.ops import reference, schema
+from ttt.ops.arguments import CommitArguments
 from ttt.ops.backends import record, unavailable
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,7 +36,6 @@ def _kernels() -> SimpleNamespace | None:
         project_out=project.project_out,
         window_append=append.window_append,
         commit=commit.commit,
-        why_not_fp8=commit.why_not_fp8,
         reservoir_insert=reservoir.reservoir_insert,
         reservoir_draw=reservoir.reservoir_draw,
         low_rank_linear=low_rank.low_rank_linear,
@@ -45,14 +45,14 @@ def _kernels() -> SimpleNamespace | None:
     )
 
 
-def _run(op: str, on: torch.Tensor, dtype: torch.dtype, *args, why: str = "", fallback=None):
+def _run(op: str, on: torch.Tensor, dtype: torch.dtype, *args, fallback=None):
     """Call ``op`` on the device of ``on``: the Triton launcher if there is one for ``dtype``, else the reference.
 
-    ``why`` says what the launcher will not do, though asked. ``fallback``: the reference, if it is elsewhere.
+    ``fallback`` is the reference where it is not in `ttt.ops.reference`.
     """
     kernels = _kernels()
     if kernels is not None and dtype in _DTYPES:
-        record(op, "triton", why)
+        record(op, "triton")
         with torch.cuda.device(on.device):  # Triton launches on the current device, whatever the tensors' is
             return getattr(kernels, op)(*args)
     record(op, "reference", unavailable["triton"] if kernels is None else f"no Triton kernel for {dtype}")
@@ -80,23 +80,12 @@ def window_append(
     )
 
 
-def commit(
-    weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
-    seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every=1, trace_fp8=False, gate=None,
-    momentum=None, mu=0.0, decay=0.0,
-) -> None:  # fmt: skip
-    args = (
-        weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
-        seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every, trace_fp8, gate,
-        momentum, mu, decay,
-    )  # fmt: skip
-    schema.check_commit(*args)
-    kernels, why = _kernels(), ""
-    if trace_fp8 and trace is not None and kernels is not None:
-        why = kernels.why_not_fp8(eta.numel(), weight.device)
-    _run("commit", weight, weight.dtype, *args, why=why)
+def commit(*args) -> None:
+    c = CommitArguments(*args)
+    schema.check_commit(c)
+    _run("commit", c.weight, c.weight.dtype, *c)
     # A kernel wrote through raw pointers: autograd and functionalization must be told.
-    torch.autograd.graph.increment_version([t for t in (weight, trace, momentum) if t is not None])
+    torch.autograd.graph.increment_version([t for t in c.written if t is not c.step])
 
 
 def reservoir_insert(memory, seen, x, seed, gate=None) -> None:

@@ -1,7 +1,7 @@
 """Every op in plain torch: the definition, in any floating dtype, float64 included.
 
-State is changed exactly as the kernels change it. The fallback where no kernel applies, too; the
-m x n temporaries that the kernels avoid are made here.
+State changes exactly as the kernels change it. The reference is also the fallback where no kernel applies; it makes the
+m x n temporaries that the kernels avoid.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from ttt.ops import log8
+from ttt.ops.arguments import CommitArguments
 from ttt.ops.gate import closed
 from ttt.ops.momentum import coefficients
 from ttt.ops.philox import DRAW, INSERT, choose_tokens, philox
@@ -88,101 +89,73 @@ def replay_rows(
     step: torch.Tensor,
     rows: int,
     seed: int,
-    replay: str,
     beta: float,
     eps: float,
-    sum_eta: torch.Tensor,
+    wide: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """X_r (R x n), drawn from the memory or, without ``seen``, the memory itself, and V (R x n), what its drift is
-    multiplied by.
+    """The replay rows X_r (R x n) and V = beta (X_r X_r^T + eps tr/R I)^-1 X_r (R x n), both of dtype ``wide``.
 
-    V = beta (X_r X_r^T + eps tr/R I)^-1 X_r for the projection step, tr being the trace of
-    X_r X_r^T, so that eps has no unit; V = beta sum(eta) X_r for the gradient step.
+    tr is the trace of X_r X_r^T, so that eps has no unit. X_r is drawn from the memory or, without ``seen``, the memory
+    itself.
     """
     if seen is not None:
         memory = memory[reservoir_draw(seen, step, memory.shape[0], rows, seed).clamp_min(0)]
-    xr = memory.to(sum_eta.dtype)
-    if replay == "gradient":
-        return xr, beta * sum_eta * xr
+    xr = memory.to(wide)
     rows64 = xr.to(torch.float64)
     gram = rows64 @ rows64.T
     # Rows of zeros only: any ridge will do, as V is zero.
     ridge = eps * gram.diagonal().mean()
     ridge = torch.where(ridge > 0, ridge, torch.ones_like(ridge))
     gram = gram + ridge * torch.eye(rows, dtype=gram.dtype, device=gram.device)
-    return xr, (beta * torch.linalg.solve(gram, rows64)).to(sum_eta.dtype)
+    return xr, (beta * torch.linalg.solve(gram, rows64)).to(wide)
 
 
-def commit(
-    weight: torch.Tensor,
-    anchor: torch.Tensor | None,
-    importance: torch.Tensor | None,
-    trace: torch.Tensor | None,
-    x: torch.Tensor,
-    delta: torch.Tensor,
-    eta: torch.Tensor,
-    trace_delta: torch.Tensor | None,
-    memory: torch.Tensor | None,
-    seen: torch.Tensor | None,
-    step: torch.Tensor,
-    seed: int,
-    replay_rows_: int,
-    replay: str,
-    beta: float,
-    eps: float,
-    lam: float,
-    gamma: float,
-    kind: str,
-    trace_every: int = 1,
-    trace_fp8: bool = False,
-    gate: torch.Tensor | None = None,
-    momentum: torch.Tensor | None = None,
-    mu: float = 0.0,
-    decay: float = 0.0,
-) -> None:
+def commit(*args) -> None:
     """Write T tokens and R replay rows into W and F; see `ttt.ops.commit` for the formula."""
-    if closed(gate):
+    c = CommitArguments(*args)
+    if closed(c.gate):
         return
+    weight, trace, step, seed = c.weight, c.trace, c.step, c.seed
     wide = _wide(weight.dtype)
-    tokens, n = x.shape
+    tokens, n = c.x.shape
     w = weight.to(wide, copy=True)  # a copy even in float32: SI needs the weights from before the update
-    xw, dw, ew = x.to(wide), delta.to(wide), eta.to(wide)
+    xw, dw, ew = c.x.to(wide), c.delta.to(wide), c.eta.to(wide)
     sum_eta = ew.sum()
-    drift = None if anchor is None else w - anchor.to(wide)
+    drift = None if c.anchor is None else w - c.anchor.to(wide)
     g = (dw * ew.unsqueeze(1)).T @ xw
     gain, at = 1.0, drift
-    if momentum is not None:
-        keep, share, carry, gain = coefficients(mu, tokens)
-        old = momentum.to(wide, copy=True)
-        stochastic_round_(momentum, keep * old + share * g, momentum_rounding_bits(*weight.shape, step, seed))
+    if c.momentum is not None:
+        keep, share, carry, gain = coefficients(c.mu, tokens)
+        old = c.momentum.to(wide, copy=True)
+        stochastic_round_(c.momentum, keep * old + share * g, momentum_rounding_bits(*weight.shape, step, seed))
         g = carry * old + gain * g
         at = drift if drift is None else drift - carry * old
-    if replay_rows_ and (seen is None or int(seen) > 0):
-        xr, v = replay_rows(memory, seen, step, replay_rows_, seed, replay, beta, eps, sum_eta)
+    if c.replay_rows and (c.seen is None or int(c.seen) > 0):
+        xr, v = replay_rows(c.memory, c.seen, step, c.replay_rows, seed, c.beta, c.eps, wide)
         e = xr @ at.T - gain * (((xr @ xw.T) * ew) @ dw)
         g = g + e.T @ v
     pull = 0.0
-    if lam > 0:
-        pull = lam * sum_eta * _values(importance, n, wide)
-    if decay > 0:
-        pull = pull + decay * sum_eta
-    if lam > 0 or decay > 0:
+    if c.lam > 0:
+        pull = c.lam * sum_eta * _values(c.importance, n, wide)
+    if c.decay > 0:
+        pull = pull + c.decay * sum_eta
+    if c.lam > 0 or c.decay > 0:
         g = g + pull * drift
     stochastic_round_(weight, w - g / (1 + pull), rounding_bits(*weight.shape, step, seed))
     if trace is not None and tokens:
-        td = (delta if trace_delta is None else trace_delta).to(wide)
-        decay = gamma ** torch.arange(tokens - 1, -1, -1, device=x.device, dtype=wide).unsqueeze(1)
+        td = c.traced_delta.to(wide)
+        decay = c.gamma ** torch.arange(tokens - 1, -1, -1, device=xw.device, dtype=wide).unsqueeze(1)
         count = 1
-        if trace_every > 1:
-            token, size = choose_tokens(tokens, trace_every, step, seed)
+        if c.trace_every > 1:
+            token, size = choose_tokens(tokens, c.trace_every, step, seed)
             td, xw, decay, count = td[token], xw[token], decay[token], size.unsqueeze(1)
-        if kind == "fisher":
-            s = _product(td * td * decay * count, xw * xw, trace_fp8)
-        elif kind == "mas":
-            s = _product(td.abs() * decay * count, xw.abs(), trace_fp8)
+        if c.kind == "fisher":
+            s = (td * td * decay * count).T @ (xw * xw)
+        elif c.kind == "mas":
+            s = (td.abs() * decay * count).T @ xw.abs()
         else:
             s = -((td * count).T @ xw) * (weight.to(wide) - w)
-        value = gamma**tokens * _values(trace, n, wide) + s
+        value = c.gamma**tokens * _values(trace, n, wide) + s
         bits = trace_rounding_bits(*weight.shape, step, seed)
         if log8.is_packed(trace):
             trace.copy_(log8.encode(value, bits))
@@ -193,18 +166,6 @@ def commit(
 
 def _values(state: torch.Tensor, n: int, wide: torch.dtype) -> torch.Tensor:
     return log8.decode(state, n).to(wide) if log8.is_packed(state) else state.to(wide)
-
-
-def _product(left: torch.Tensor, right: torch.Tensor, fp8: bool) -> torch.Tensor:
-    """left^T right; with ``fp8`` both are rounded to float8_e4m3fn first, each under one scale."""
-    if not fp8:
-        return left.T @ right
-    factors = []
-    for t in (left, right):
-        top = t.amax()
-        scale = torch.where(top > 0, torch.finfo(torch.float8_e4m3fn).max / top, 1.0)
-        factors.append((t * scale).to(torch.float32).to(torch.float8_e4m3fn).to(t.dtype) / scale)
-    return factors[0].T @ factors[1]
 
 
 def reservoir_draw(seen: torch.Tensor, step: torch.Tensor, capacity: int, rows: int, seed: int) -> torch.Tensor:

@@ -10,10 +10,9 @@ import torch
 
 from ttt.checks import check_choice
 from ttt.ops import log8
+from ttt.ops.arguments import CommitArguments
 
-REPLAY = ("projection", "gradient")
 KINDS = ("fisher", "mas", "si")
-SHRINK = ("truncate",)
 MAX_REPLAY_ROWS = 64
 
 _SCHEMAS = {
@@ -24,9 +23,8 @@ _SCHEMAS = {
     "commit": (
         "(Tensor(a!) weight, Tensor? anchor, Tensor? importance, Tensor(b!)? trace, Tensor x, Tensor delta, "
         "Tensor eta, Tensor? trace_delta, Tensor? memory, Tensor? seen, Tensor(c!) step, int seed, int replay_rows, "
-        "str replay, float beta, float eps, float lam, float gamma, str kind, "
-        "int trace_every=1, bool trace_fp8=False, Tensor? gate=None, Tensor(d!)? momentum=None, float mu=0., "
-        "float decay=0.) -> ()"
+        "float beta, float eps, float lam, float gamma, str kind, int trace_every=1, Tensor? gate=None, "
+        "Tensor(d!)? momentum=None, float mu=0., float decay=0.) -> ()"
     ),
     "window_append": (
         "(Tensor(a!) win_x, Tensor(b!) win_delta, Tensor(c!) win_eta, Tensor(d!)? win_trace, Tensor x, Tensor delta, "
@@ -44,8 +42,8 @@ _SCHEMAS = {
     ),
     "low_rank_compress": (
         "(Tensor(a!) a, Tensor(b!) b, Tensor(c!) rows, Tensor(d!) eta_sum, Tensor(e!) lost, Tensor(f!) step, "
-        "Tensor slots, int rank, str shrink, float lam, Tensor? importance_m, Tensor? importance_n, Tensor? memory, "
-        "Tensor? seen, int seed, int replay_rows, str replay, float beta, float eps) -> ()"
+        "Tensor slots, int rank, float lam, Tensor? importance_m, Tensor? importance_n, Tensor? memory, "
+        "Tensor? seen, int seed, int replay_rows, float beta, float eps) -> ()"
     ),
 }
 
@@ -200,68 +198,64 @@ def check_window_append(
         _need("gate", gate, (1,), count, win_x)
 
 
-def check_commit(
-    weight, anchor, importance, trace, x, delta, eta, trace_delta, memory, seen, step,
-    seed, replay_rows, replay, beta, eps, lam, gamma, kind, trace_every=1, trace_fp8=False, gate=None,
-    momentum=None, mu=0.0, decay=0.0,
-) -> None:  # fmt: skip
+def check_commit(c: CommitArguments) -> None:
+    weight, anchor, importance, trace, momentum, memory = (
+        c.weight, c.anchor, c.importance, c.trace, c.momentum, c.memory
+    )  # fmt: skip
     if weight.ndim != 2:
         raise ValueError(f"weight must have shape (m, n), got {tuple(weight.shape)}")
     m, n = weight.shape
     _need("weight", weight, (m, n), _FLOATS, weight)
     dtype, wide = (weight.dtype,), _floats(weight)
     state = (torch.float64,) if wide == torch.float64 else (torch.float32, torch.bfloat16)
-    tokens = eta.numel()
-    _need("eta", eta, (tokens,), (wide,), weight)
-    _need("x", x, (tokens, n), dtype, weight)
-    _need("delta", delta, (tokens, m), dtype, weight)
-    _need("step", step, (1,), (torch.int64,), weight)
-    if gate is not None:
-        _need("gate", gate, (1,), (torch.int64,), weight)
+    tokens = c.eta.numel()
+    _need("eta", c.eta, (tokens,), (wide,), weight)
+    _need("x", c.x, (tokens, n), dtype, weight)
+    _need("delta", c.delta, (tokens, m), dtype, weight)
+    _need("step", c.step, (1,), (torch.int64,), weight)
+    if c.gate is not None:
+        _need("gate", c.gate, (1,), (torch.int64,), weight)
     if anchor is not None:
         _need("anchor", anchor, (m, n), dtype, weight)
     if importance is not None:
         _need_state("importance", importance, m, n, state, weight)
     if trace is not None:
         _need_state("trace", trace, m, n, state, weight)
-        if log8.is_packed(trace) and kind == "si":
+        if log8.is_packed(trace) and c.kind == "si":
             raise ValueError("trace in 8 bits holds values >= 0 only, but with kind = 'si' it has both signs")
-    if trace_delta is not None:
-        _need("trace_delta", trace_delta, (tokens, m), dtype, weight)
-    check_choice("replay", replay, REPLAY)
-    check_choice("kind", kind, KINDS)
-    if not 0 <= replay_rows <= MAX_REPLAY_ROWS:
-        raise ValueError(f"replay_rows must be in [0, {MAX_REPLAY_ROWS}], got {replay_rows}")
-    if replay_rows:
+    if c.trace_delta is not None:
+        _need("trace_delta", c.trace_delta, (tokens, m), dtype, weight)
+    check_choice("kind", c.kind, KINDS)
+    if not 0 <= c.replay_rows <= MAX_REPLAY_ROWS:
+        raise ValueError(f"replay_rows must be in [0, {MAX_REPLAY_ROWS}], got {c.replay_rows}")
+    if c.replay_rows:
         if memory is None or anchor is None:
-            raise ValueError(f"replay_rows = {replay_rows} needs memory and anchor; one of them is None")
+            raise ValueError(f"replay_rows = {c.replay_rows} needs memory and anchor; one of them is None")
         if memory.ndim != 2:
             raise ValueError(f"memory must have shape (K, {n}), got {tuple(memory.shape)}")
-        _need("memory", memory, (replay_rows if seen is None else memory.shape[0], n), dtype, weight)
-        if seen is not None:
-            _need("seen", seen, (1,), (torch.int64,), weight)
-    if not lam >= 0:
-        raise ValueError(f"lam must be >= 0, got {lam}")
-    if lam > 0 and (anchor is None or importance is None):
-        raise ValueError(f"lam = {lam} needs anchor and importance; one of them is None")
-    if not decay >= 0:
-        raise ValueError(f"decay must be >= 0, got {decay}")
-    if decay > 0 and anchor is None:
-        raise ValueError(f"decay = {decay} needs anchor, which is None")
-    if not 0 <= mu < 1:
-        raise ValueError(f"mu must be in [0, 1), got {mu}")
-    if mu > 0 and momentum is None:
-        raise ValueError(f"mu = {mu} needs momentum, which is None")
+        _need("memory", memory, (c.replay_rows if c.seen is None else memory.shape[0], n), dtype, weight)
+        if c.seen is not None:
+            _need("seen", c.seen, (1,), (torch.int64,), weight)
+    if not c.lam >= 0:
+        raise ValueError(f"lam must be >= 0, got {c.lam}")
+    if c.lam > 0 and (anchor is None or importance is None):
+        raise ValueError(f"lam = {c.lam} needs anchor and importance; one of them is None")
+    if not c.decay >= 0:
+        raise ValueError(f"decay must be >= 0, got {c.decay}")
+    if c.decay > 0 and anchor is None:
+        raise ValueError(f"decay = {c.decay} needs anchor, which is None")
+    if not 0 <= c.mu < 1:
+        raise ValueError(f"mu must be in [0, 1), got {c.mu}")
+    if c.mu > 0 and momentum is None:
+        raise ValueError(f"mu = {c.mu} needs momentum, which is None")
     if momentum is not None:
         _need("momentum", momentum, (m, n), state, weight)
-    if not 0 < gamma <= 1:
-        raise ValueError(f"gamma must be in (0, 1], got {gamma}")
-    if not eps >= 0:
-        raise ValueError(f"eps must be >= 0, got {eps}")
-    if trace_every < 1:
-        raise ValueError(f"trace_every must be >= 1, got {trace_every}")
-    if trace_fp8 and kind == "si":
-        raise ValueError("trace_fp8 is for products of values >= 0, but with kind = 'si' they have both signs")
+    if not 0 < c.gamma <= 1:
+        raise ValueError(f"gamma must be in (0, 1], got {c.gamma}")
+    if not c.eps >= 0:
+        raise ValueError(f"eps must be >= 0, got {c.eps}")
+    if c.trace_every < 1:
+        raise ValueError(f"trace_every must be >= 1, got {c.trace_every}")
 
 
 def check_reservoir_insert(memory, seen, x, seed, gate=None) -> None:

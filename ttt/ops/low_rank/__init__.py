@@ -89,7 +89,6 @@ def low_rank_compress(
     slots: torch.Tensor,
     *,
     rank: int,
-    shrink: str = "truncate",
     lam: float = 0.0,
     importance_m: torch.Tensor | None = None,
     importance_n: torch.Tensor | None = None,
@@ -97,7 +96,6 @@ def low_rank_compress(
     seen: torch.Tensor | None = None,
     seed: int = 0,
     replay_rows: int = 0,
-    replay: str = "projection",
     beta: float = 0.1,
     eps: float = 1e-3,
 ) -> None:
@@ -134,10 +132,9 @@ def low_rank_compress(
         lost: (S,), float32 (float64 for float64). step: (S,), int64: compressions so far, the counter of random draws.
         slots: (K,), int64: the slots to compress, each at most once; -1 stands for none, so that a device can choose.
         rank: r, at least 1. A slot with no more rows keeps them; replay and pull apply to it.
-        shrink: "truncate"; other values are refused.
         lam: strength of the pull; needs ``importance_m`` (m,) and ``importance_n`` (n,): rho and kappa, float32
             (float64), >= 0.
-        memory, seen, seed, replay_rows, replay, beta, eps: as in `ttt.ops.commit`; ``memory`` and ``seen`` are shared
+        memory, seen, seed, replay_rows, beta, eps: as in `ttt.ops.commit`; ``memory`` and ``seen`` are shared
             by all users, and the draws depend only on the slot's ``step``.
 
     Raises:
@@ -149,6 +146,6 @@ def low_rank_compress(
             1024 rows, float64 and empty factors are left to the reference there, for which the host does wait.
     """
     torch.ops.ttt.low_rank_compress(
-        a, b, rows, eta_sum, lost, step, slots, rank, shrink, lam, importance_m, importance_n, memory, seen, seed,
-        replay_rows, replay, beta, eps,
+        a, b, rows, eta_sum, lost, step, slots, rank, lam, importance_m, importance_n, memory, seen, seed,
+        replay_rows, beta, eps,
     )  # fmt: skip

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ttt.checks import check_choice, check_whole
+from ttt.checks import check_whole
 from ttt.ops.schema import _FLOATS as FLOATS
-from ttt.ops.schema import MAX_REPLAY_ROWS, REPLAY, SHRINK, _floats, _need
+from ttt.ops.schema import MAX_REPLAY_ROWS, _floats, _need
 
 
 def _pool(a, b, rows) -> tuple[int, int, int, int]:
@@ -107,8 +107,8 @@ def _check_slots(chosen: list[int], capacity: int, rows: torch.Tensor) -> None:
 
 
 def check_low_rank_compress(
-    a, b, rows, eta_sum, lost, step, slots, rank, shrink, lam, importance_m, importance_n, memory, seen, seed,
-    replay_rows, replay, beta, eps,
+    a, b, rows, eta_sum, lost, step, slots, rank, lam, importance_m, importance_n, memory, seen, seed,
+    replay_rows, beta, eps,
 ) -> None:  # fmt: skip
     count, _, n, m = _pool(a, b, rows)
     wide = (_floats(a),)
@@ -121,8 +121,6 @@ def check_low_rank_compress(
         if len(set(wanted)) < len(wanted) or not all(0 <= u < count for u in wanted):
             raise ValueError(f"slots must be -1, or distinct and in [0, {count}), got {slots.tolist()}")
     check_whole("rank", rank, 1)
-    check_choice("shrink", shrink, SHRINK)
-    check_choice("replay", replay, REPLAY)
     if not lam >= 0:
         raise ValueError(f"lam must be >= 0, got {lam}")
     if lam > 0:

@@ -60,12 +60,12 @@ def low_rank_append(a, b, rows, eta_sum, x, delta, eta, users) -> None:
 
 
 def low_rank_compress(
-    a, b, rows, eta_sum, lost, step, slots, rank, shrink, lam, importance_m, importance_n, memory, seen, seed,
-    replay_rows, replay, beta, eps,
+    a, b, rows, eta_sum, lost, step, slots, rank, lam, importance_m, importance_n, memory, seen, seed,
+    replay_rows, beta, eps,
 ) -> None:  # fmt: skip
     args = (
-        a, b, rows, eta_sum, lost, step, slots, rank, shrink, lam, importance_m, importance_n, memory, seen, seed,
-        replay_rows, replay, beta, eps,
+        a, b, rows, eta_sum, lost, step, slots, rank, lam, importance_m, importance_n, memory, seen, seed,
+        replay_rows, beta, eps,
     )  # fmt: skip
     checks.check_low_rank_compress(*args)
     counters = a.shape[1], rows, eta_sum, lost, step, slots, seen if replay_rows else None, memory
@@ -84,8 +84,8 @@ def low_rank_compress(
 
 
 def _compress_arguments(
-    a, b, rows, eta_sum, lost, step, slots, rank, shrink, lam, importance_m, importance_n, memory, seen, seed,
-    replay_rows, replay, beta, eps,
+    a, b, rows, eta_sum, lost, step, slots, rank, lam, importance_m, importance_n, memory, seen, seed,
+    replay_rows, beta, eps,
 ):  # fmt: skip
     """The arguments of ``_C.low_rank_compress``."""
     return (
@@ -93,7 +93,7 @@ def _compress_arguments(
         _address(slots), _address(importance_m), _address(importance_n), _address(memory), _address(seen),
         0 if slots is None else slots.numel(), a.shape[0], b.shape[2], a.shape[2], a.shape[1], rank,
         memory.shape[0] if replay_rows else 0, replay_rows, seed & _MASK64, lam, beta, eps, _DTYPE[a.dtype],
-        schema.REPLAY.index(replay), torch.get_num_threads(),
+        torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -67,15 +67,15 @@ def low_rank_append(
 
 def low_rank_compress(
     a: Tensor, b: Tensor, rows: Tensor, eta_sum: Tensor, lost: Tensor, step: Tensor, slots: Tensor, rank: int,
-    shrink: str, lam: float, importance_m: Tensor | None, importance_n: Tensor | None, memory: Tensor | None,
-    seen: Tensor | None, seed: int, replay_rows: int, replay: str, beta: float, eps: float,
+    lam: float, importance_m: Tensor | None, importance_n: Tensor | None, memory: Tensor | None,
+    seen: Tensor | None, seed: int, replay_rows: int, beta: float, eps: float,
 ) -> None:  # fmt: skip
     """See `ttt.ops.low_rank_compress`. One slot at a time, because the bits of batched routines depend on the batch."""
     for u in slots[slots >= 0].tolist():
         held, spent, counter = int(rows[u]), eta_sum[u].double(), step[u : u + 1]
         left, right = a[u, :held].double(), b[u, :held].double()
         if held and replay_rows and int(seen) > 0:
-            xr, v = draw_replay(memory, seen, counter, replay_rows, seed, replay, beta, eps, spent)
+            xr, v = draw_replay(memory, seen, counter, replay_rows, seed, beta, eps, spent.dtype)
             left = left - (left @ xr.T) @ v
         if held > rank:
             by = truncate if a.dtype == torch.float64 else truncate_by_gram

@@ -23,15 +23,15 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from ttt.ops import log8, schema
+from ttt.ops.arguments import CommitArguments
 from ttt.ops.triton import append, commit, low_rank, project, reservoir, window_linear
 from ttt.ops.triton import low_rank_compress as low_rank_compress
 
 M, N, CAPACITY = 4096, 4096, 1024
 _TYPES = {
     torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-    torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8",
 }  # fmt: skip
-FP8_ARCH = 89
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -43,19 +43,18 @@ def _state(dtype: torch.dtype) -> torch.Tensor:
 
 
 def _commit(
-    dtype, state, kind, replay, rows, lam, tokens=16, every=1, fp8=False, gated=False, given=False, momentum=None,
-    decay=0.0,
+    dtype, state, kind, rows, lam, tokens=16, every=1, gated=False, given=False, momentum=None, decay=0.0,
 ) -> None:  # fmt: skip
     matrix = _meta(M, N, dtype=dtype)
     counter = _meta(1, dtype=torch.int64)
-    with patch.object(commit, "capability", lambda device: (9, 0)):
-        commit.commit(
-            matrix, matrix, _state(state), _state(state) if kind else None,
-            _meta(tokens, N, dtype=dtype), _meta(tokens, M, dtype=dtype), _meta(tokens, dtype=torch.float32), None,
-            _meta(rows if given else CAPACITY, N, dtype=dtype), None if given else counter, counter, 0, rows, replay,
-            0.3, 1e-3, lam, 1.0, kind or "fisher", every, fp8, counter if gated else None,
-            None if momentum is None else _meta(M, N, dtype=momentum), 0.9 if momentum else 0.0, decay,
-        )  # fmt: skip
+    commit.commit(*CommitArguments(
+        weight=matrix, anchor=matrix, importance=_state(state), trace=_state(state) if kind else None,
+        x=_meta(tokens, N, dtype=dtype), delta=_meta(tokens, M, dtype=dtype), eta=_meta(tokens, dtype=torch.float32),
+        trace_delta=None, memory=_meta(rows if given else CAPACITY, N, dtype=dtype), seen=None if given else counter,
+        step=counter, replay_rows=rows, lam=lam, kind=kind or "fisher", trace_every=every,
+        gate=counter if gated else None, momentum=None if momentum is None else _meta(M, N, dtype=momentum),
+        mu=0.9 if momentum else 0.0, decay=decay,
+    ))  # fmt: skip
 
 
 def _linear(dtype, tokens, bias=True, window=16) -> None:
@@ -96,14 +95,14 @@ def _low_rank(dtype, tokens) -> None:
     low_rank.low_rank_append(*pool, rows, rates[0], x, y, rates[1], users)
 
 
-def _compress(dtype, slots, rank, window, lam=0.0, replay_rows=0, replay="projection") -> None:
+def _compress(dtype, slots, rank, window, lam=0.0, replay_rows=0) -> None:
     pool, rates = [_meta(slots, rank + window, k, dtype=dtype) for k in (N, M)], _meta(slots, dtype=torch.float32)
     counters = _meta(slots, dtype=torch.int64)
     importance = [_meta(k, dtype=torch.float32) if lam else None for k in (M, N)]
     memory, seen = (_meta(CAPACITY, N, dtype=dtype), counters[:1]) if replay_rows else (None, None)
     low_rank_compress.low_rank_compress(
-        *pool, _meta(slots, dtype=torch.int32), rates, rates, counters, counters, rank, "truncate", lam, *importance,
-        memory, seen, 0, replay_rows, replay, 0.3, 1e-3,
+        *pool, _meta(slots, dtype=torch.int32), rates, rates, counters, counters, rank, lam, *importance,
+        memory, seen, 0, replay_rows, 0.3, 1e-3,
     )  # fmt: skip
 
 
@@ -115,42 +114,40 @@ def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     if everything:
         kinds = (*schema.KINDS, None)
         options = [
-            (dtype, state, kind, "projection", rows, lam, size)
+            (dtype, state, kind, rows, lam, size)
             for dtype, state, kind, rows, lam, size in itertools.product(
                 dtypes, (fp32, bf16, codes), kinds, (0, 16), (0.0, 1.0), (few, many)
             )
             if (state, kind) != (codes, "si")
         ]
-        options += itertools.product(dtypes, (fp32,), (None,), schema.REPLAY, (16, 32, 64), (0.0,), (few,))
+        options += itertools.product(dtypes, (fp32,), (None,), (16, 32, 64), (0.0,), (few,))
         options += [
-            (dtype, bf16, kind, "projection", 16, 1.0, {**size, "every": 4, "gated": True})
+            (dtype, bf16, kind, 16, 1.0, {**size, "every": 4, "gated": True})
             for dtype, kind, size in itertools.product(dtypes, schema.KINDS, (few, many))
         ]
         options += [
-            (dtype, state, "fisher", "projection", rows, lam, {**size, "momentum": moving, "decay": 0.1, "given": True})
+            (dtype, state, "fisher", rows, lam, {**size, "momentum": moving, "decay": 0.1, "given": True})
             for dtype, state, rows, lam, size, moving in itertools.product(
                 dtypes, (bf16, codes), (0, 16), (0.0, 1.0), (few, many), (bf16, fp32)
             )
         ]
-        options += [(dtype, bf16, kind, "projection", 0, 1.0, {**many, "fp8": True, "every": every})
-                    for dtype, kind, every in itertools.product(dtypes, ("fisher", "mas"), (1, 4))]  # fmt: skip
     else:
         options = [
-            (bf16, bf16, "fisher", "projection", 16, 1.0, few),
-            (bf16, codes, "fisher", "projection", 16, 1.0, {**few, "gated": True}),
-            (bf16, bf16, "si", "gradient", 64, 1.0, {**few, "every": 4}),
-            (bf16, bf16, "fisher", "projection", 16, 1.0, many),
-            (bf16, codes, "fisher", "projection", 0, 1.0, {**many, "fp8": True}),
-            (fp32, fp32, "fisher", "projection", 64, 1.0, few),
-            (fp16, bf16, "mas", "gradient", 0, 1.0, few),
-            (bf16, bf16, "fisher", "projection", 16, 1.0, {**few, "momentum": bf16, "decay": 0.1, "given": True}),
-            (fp32, fp32, "fisher", "projection", 16, 1.0, {**few, "momentum": fp32}),
-            (bf16, bf16, "fisher", "projection", 16, 0.0, {**many, "momentum": bf16, "decay": 0.1}),
+            (bf16, bf16, "fisher", 16, 1.0, few),
+            (bf16, codes, "fisher", 16, 1.0, {**few, "gated": True}),
+            (bf16, bf16, "si", 64, 1.0, {**few, "every": 4}),
+            (bf16, bf16, "fisher", 16, 1.0, many),
+            (bf16, codes, "fisher", 0, 1.0, many),
+            (fp32, fp32, "fisher", 64, 1.0, few),
+            (fp16, bf16, "mas", 0, 1.0, few),
+            (bf16, bf16, "fisher", 16, 1.0, {**few, "momentum": bf16, "decay": 0.1, "given": True}),
+            (fp32, fp32, "fisher", 16, 1.0, {**few, "momentum": fp32}),
+            (bf16, bf16, "fisher", 16, 0.0, {**many, "momentum": bf16, "decay": 0.1}),
         ]
     for *which, size in options:
-        dtype, state, kind, replay, rows, lam = which
+        dtype, state, kind, rows, lam = which
         extra = "".join(f" {k}={_name(v) if isinstance(v, torch.dtype) else f'{v:g}'}" for k, v in size.items())
-        label = f"{_name(dtype)}/{_name(state)} {kind or 'no trace'} R={rows} {replay} lam={lam:g}{extra}"
+        label = f"{_name(dtype)}/{_name(state)} {kind or 'no trace'} R={rows} lam={lam:g}{extra}"
         yield label, lambda a=which, b=size: _commit(*a, **b)
     for dtype in dtypes if everything else dtypes[:2]:
         for tokens in (1, 8, 64) if everything or dtype == torch.bfloat16 else (8,):
@@ -174,7 +171,7 @@ def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
                 dtypes,
                 ((4, 8), (8, 24), (16, 48), (16, 64), (64, 192), (128, 384), (64, 960)),
                 (0.0, 1.0),
-                ((0,), (4,), (16, "gradient"), (64,)),
+                ((0,), (4,), (16,), (64,)),
             )
         ]
     else:
@@ -261,8 +258,7 @@ def compile_all(everything: bool = False, arches: tuple[int, ...] = (80, 90)) ->
             if key in done:
                 continue
             done.add(key)
-            needs = FP8_ARCH if "*fp8e4nv" in source.signature.values() else 0
-            for arch in (a for a in arches if a >= needs):
+            for arch in arches:
                 compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
                 yield kernel.__name__, label, arch, inspect(compiled)
 

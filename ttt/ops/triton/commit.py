@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 
 from ttt.ops import log8
+from ttt.ops.arguments import CommitArguments
 from ttt.ops.gate import advance
 from ttt.ops.momentum import coefficients
 from ttt.ops.triton import panels, replay
@@ -132,78 +133,40 @@ _BLOCKS = {  # by the weight's dtype
 FEW_TOKENS = 256
 
 
-def why_not_fp8(tokens: int, device: torch.device) -> str:
-    """Empty if S of this many tokens can be made of fp8 factors on ``device``, else the reason it is not."""
-    if tokens <= FEW_TOKENS:
-        return f"trace_fp8 is for more than {FEW_TOKENS} tokens, S was made without"
-    if INTERPRETED:
-        return "no fp8 products in Triton's interpreter, S was made without"
-    if (found := capability(device)) < (8, 9):
-        return f"no fp8 units in a GPU of compute capability {found[0]}.{found[1]}, S was made without"
-    return ""
-
-
-def capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-def commit(
-    weight: torch.Tensor,
-    anchor: torch.Tensor | None,
-    importance: torch.Tensor | None,
-    trace: torch.Tensor | None,
-    x: torch.Tensor,
-    delta: torch.Tensor,
-    eta: torch.Tensor,
-    trace_delta: torch.Tensor | None,
-    memory: torch.Tensor | None,
-    seen: torch.Tensor | None,
-    step: torch.Tensor,
-    seed: int,
-    replay_rows: int,
-    replay_kind: str,
-    beta: float,
-    eps: float,
-    lam: float,
-    gamma: float,
-    kind: str,
-    trace_every: int = 1,
-    trace_fp8: bool = False,
-    gate: torch.Tensor | None = None,
-    momentum: torch.Tensor | None = None,
-    mu: float = 0.0,
-    decay: float = 0.0,
-) -> None:
-    (m, n), tokens, seed = weight.shape, eta.numel(), signed(seed)
+def commit(*args) -> None:
+    """Launch the kernels of `ttt.ops.commit`."""
+    c = CommitArguments(*args)
+    weight, step = c.weight, c.step
+    (m, n), tokens, seed = weight.shape, c.eta.numel(), signed(c.seed)
     if m and n:
         response = None
-        momentum = momentum if tokens else None
-        remember, share, carry, gain = coefficients(mu, tokens) if momentum is not None else [None] * 4
-        if replay_rows:
+        momentum = c.momentum if tokens else None
+        remember, share, carry, gain = coefficients(c.mu, tokens) if momentum is not None else [None] * 4
+        if c.replay_rows:
             response = replay.respond(
-                weight, anchor, x, delta, eta, memory, seen, step, seed, replay_rows, replay_kind, beta, eps, gate,
-                momentum, carry, gain,
+                weight, c.anchor, c.x, c.delta, c.eta, c.memory, c.seen, step, seed, c.replay_rows, c.beta, c.eps,
+                c.gate, momentum, carry, gain,
             )  # fmt: skip
-        importance = importance if lam > 0 else None
-        anchor = anchor if lam > 0 or decay > 0 else None
-        trace = trace if tokens else None
-        every = min(trace_every, max(tokens, 1))
+        importance = c.importance if c.lam > 0 else None
+        anchor = c.anchor if c.lam > 0 or c.decay > 0 else None
+        trace = c.trace if tokens else None
+        every = min(c.trace_every, max(tokens, 1))
         shared = {
-            "tokens": tokens, "every": every, "groups": triton.cdiv(tokens, every), "rows": replay_rows,
-            "capacity": memory.shape[0] if replay_rows else 0, "m": m, "n": n, "width": log8.width(n), "seed": seed,
-            "lam": lam, "decay": decay if decay > 0 else None, "keep": gamma**tokens,
-            "log2_gamma": None if gamma == 1 else math.log2(gamma), "carry": carry, "gain": gain,
-            "remember": remember, "share": share, "KIND": kind, "SAMPLED": every > 1,
+            "tokens": tokens, "every": every, "groups": triton.cdiv(tokens, every), "rows": c.replay_rows,
+            "capacity": c.memory.shape[0] if c.replay_rows else 0, "m": m, "n": n, "width": log8.width(n), "seed": seed,
+            "lam": c.lam, "decay": c.decay if c.decay > 0 else None, "keep": c.gamma**tokens,
+            "log2_gamma": None if c.gamma == 1 else math.log2(c.gamma), "carry": carry, "gain": gain,
+            "remember": remember, "share": share, "KIND": c.kind, "SAMPLED": every > 1,
         }  # fmt: skip
-        state = (weight, anchor, importance, trace)
-        rows = (response, memory if replay_rows else None, seen if replay_rows else None, step, gate, momentum)
+        inputs = (weight, anchor, importance, trace, c.x, c.delta, c.trace_delta, c.eta)
+        memory, seen = (c.memory, c.seen) if c.replay_rows else (None, None)
+        rows = (response, memory, seen, step, c.gate, momentum)
         if tokens > FEW_TOKENS:
-            fp8 = trace_fp8 and not why_not_fp8(tokens, weight.device)
-            panels.commit(*state, x, delta, trace_delta, eta, *rows, **shared, fp8=fp8)
+            panels.commit(*inputs, *rows, **shared)
         else:
             blocks = _BLOCKS[weight.dtype]
             if INTERPRETED and weight.dtype == torch.bfloat16:
                 blocks = {**blocks, "G_AS": "ieee", "S_AS": "ieee"}
             grid = (triton.cdiv(n, blocks["BN"]), triton.cdiv(m, blocks["BM"]))
-            _commit[grid](*state, x, delta, trace_delta, eta, *rows, **shared, **blocks)
-    advance(step, 1, gate)
+            _commit[grid](*inputs, *rows, **shared, **blocks)
+    advance(step, 1, c.gate)

@@ -75,8 +75,8 @@ _FINISH = {"BI": 16, "BN": 64, "num_warps": 4, "num_stages": 1}
 
 
 def low_rank_compress(
-    a, b, rows, eta_sum, lost, step, slots, rank, shrink, lam, importance_m, importance_n, memory, seen, seed,
-    replay_rows, replay, beta, eps,
+    a, b, rows, eta_sum, lost, step, slots, rank, lam, importance_m, importance_n, memory, seen, seed,
+    replay_rows, beta, eps,
 ) -> None:  # fmt: skip
     (_, capacity, n), m, chosen = a.shape, b.shape[2], slots.numel()
     if chosen == 0:
@@ -100,8 +100,8 @@ def low_rank_compress(
             PULLS=pulls, **_PRODUCTS,
         )  # fmt: skip
         _shares[(chosen,)](
-            shares, middle, scratch(chosen, replay_rows, replay_rows), gram, cross, eta_sum, rows, seen, slots,
-            capacity, rank, replay_rows, pieces, columns_a, beta, eps, GRADIENT=replay == "gradient", PULLS=pulls,
+            shares, middle, scratch(chosen, replay_rows, replay_rows), gram, cross, rows, seen, slots,
+            capacity, rank, replay_rows, pieces, columns_a, beta, eps, PULLS=pulls,
             BR=32, QP=padded_replay, num_warps={16: 4, 32: 4, 64: 8}[padded_replay], num_stages=1,
             maxnreg=255,
         )  # fmt: skip

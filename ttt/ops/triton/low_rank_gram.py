@@ -71,15 +71,15 @@ def _cross(
 
 @triton.jit(do_not_specialize=["capacity", "rank", "replay_rows", "pieces", "at_piece"])
 def _shares(
-    out, middle, inverse, gram, cross, eta_sum, rows, seen, slots, capacity, rank, replay_rows, pieces, at_piece, beta,
-    eps, GRADIENT: tl.constexpr, PULLS: tl.constexpr, BR: tl.constexpr, QP: tl.constexpr,
+    out, middle, inverse, gram, cross, rows, seen, slots, capacity, rank, replay_rows, pieces, at_piece, beta,
+    eps, PULLS: tl.constexpr, BR: tl.constexpr, QP: tl.constexpr,
 ):  # fmt: skip
-    """Store F (with GRADIENT, beta eta_sum E) in ``out`` (K x R x replay rows), and a piece of A's Gram matrix.
+    """Store F in ``out`` (K x R x replay rows), and a piece of A's Gram matrix.
 
     With U = E - F (X_r X_r^T) / 2, stored in ``middle`` in the layout of ``out``, that piece is -(F U^T + U F^T).
     """
     k = tl.program_id(0).to(tl.int64)
-    u, held = work_of(rows, slots, seen, k, capacity, rank, PULLS)
+    _, held = work_of(rows, slots, seen, k, capacity, rank, PULLS)
     if held == 0:
         return
     q, c = tl.arange(0, QP)[:, None], tl.arange(0, QP)[None, :]
@@ -88,10 +88,7 @@ def _shares(
     out += k * capacity * replay_rows
     middle += k * capacity * replay_rows
     inverse += k * replay_rows * replay_rows
-    if GRADIENT:
-        by = tl.where(q == c, tl.load(eta_sum + u).to(tl.float64), 0.0)
-    else:
-        by = ridged_inverse(tl.load(square + whole, mask=inside, other=0), q, c, replay_rows, eps)
+    by = ridged_inverse(tl.load(square + whole, mask=inside, other=0), q, c, replay_rows, eps)
     tl.store(inverse + whole, by, mask=inside)
     tl.debug_barrier()
     times(out, cross, inverse, held, replay_rows, replay_rows, replay_rows, replay_rows, 1, beta, QP, BR)

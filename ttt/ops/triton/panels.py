@@ -8,11 +8,6 @@ Both panels together take at most PANEL_BYTES, which the caches of GPUs of this 
 made. All dtypes come this way. With bfloat16 weights the factors are rounded to bfloat16 once, products and sums
 are float32; with others the factors are float32 and torch.mm multiplies as torch.backends.cuda.matmul says. With a
 closed gate the products are made for nothing, of whatever the scratch held, and `_finish` writes nothing.
-
-With ``fp8`` the factors of S are rounded to float8_e4m3fn, each matrix under one scale, and torch._scaled_mm multiplies
-them. For normally distributed x and delta the error of S, root mean square over root mean square, is then .7 % at 256
-tokens and .28 % at 2048; S of one token in four is unbiased, but off by 30 % and 11 % (measured with the reference:
-tests/ops/test_reference.py).
 """
 
 from __future__ import annotations
@@ -25,52 +20,28 @@ from ttt.ops.triton.common import INTERPRETED, choose_token
 from ttt.ops.triton.update import in_order, load_state, pass_momentum, replayed, squares, update
 
 PANEL_BYTES = 32 << 20
-ALIGN = 16  # float8 matrices have sides that are multiples of it
-
-FP8 = torch.float8_e4m3fn
-FP8_MAX = tl.constexpr(torch.finfo(FP8).max)
-
-
-@triton.jit
-def _scale(top):
-    top = tl.load(top).to(tl.float32, bitcast=True)
-    return tl.where(top > 0, FP8_MAX / top, 1.0)
-
-
-@triton.jit
-def _store_factor(out, top, value, t, j, depth, size, DEST: tl.constexpr):
-    """``value`` (BT x BJ) into out (depth x size); for float8 into its transpose, scaled, or only its maximum."""
-    if DEST == "rows":
-        tl.store(out + t * size + j, value.to(out.dtype.element_ty), mask=(t < depth) & (j < size))
-    elif DEST == "top":
-        # Values >= 0, and so are ordered like their bits. The maximum does not depend on the order of its terms.
-        tl.atomic_max(top, tl.max(value.to(tl.int32, bitcast=True)))
-    else:
-        value = (value * _scale(top)).to(out.dtype.element_ty)
-        tl.store(out + j.to(tl.int64) * depth + t, value, mask=(t < depth) & (j < size))
 
 
 @triton.jit(do_not_specialize=["tokens", "every", "groups", "seed"])
 def _factors(
-    left, left_s, right_s, tops, scales, x, delta, trace_delta, eta, step, gate,
-    tokens, every, groups, depth, m, n, wide_m, wide_n, seed, log2_gamma,
-    KIND: tl.constexpr, SAMPLED: tl.constexpr, DEST: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
+    left, left_s, right_s, x, delta, trace_delta, eta, step, gate,
+    tokens, every, groups, m, n, seed, log2_gamma,
+    KIND: tl.constexpr, SAMPLED: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
-    """BT tokens and BJ columns of D, then of X; left_s and right_s have ``depth`` tokens, those past groups zeros."""
+    """The factors of BT tokens for BJ columns of D, or of X: left, and left_s and right_s if there are any."""
     if gate is not None:
         if tl.load(gate) == 0:
             return
     t, block = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)[:, None], tl.program_id(0)
     # Columns of D or of X; the loads of the other are masked out.
-    of_m = tl.cdiv(wide_m, BJ)
+    of_m = tl.cdiv(m, BJ)
     j = block * BJ + tl.arange(0, BJ)[None, :]
     jx = j - of_m * BJ
-    row, column = j < tl.where(block < of_m, m, 0), jx < tl.where(block < of_m, -wide_m - BJ, n)
-    if DEST != "top":
-        token = t < tokens
-        e = tl.load(eta + t, mask=token, other=0)
-        d = tl.load(delta + t * m + j, mask=token & row, other=0).to(tl.float32)
-        tl.store(left + t * m + j, (d * e).to(left.dtype.element_ty), mask=token & row)
+    row, column = j < tl.where(block < of_m, m, 0), jx < tl.where(block < of_m, -m - BJ, n)
+    token = t < tokens
+    e = tl.load(eta + t, mask=token, other=0)
+    d = tl.load(delta + t * m + j, mask=token & row, other=0).to(tl.float32)
+    tl.store(left + t * m + j, (d * e).to(left.dtype.element_ty), mask=token & row)
     if left_s is not None:
         group, chosen, size = t < groups, t, 1.0
         if SAMPLED:
@@ -81,13 +52,9 @@ def _factors(
         q = tl.load(x + chosen * n + jx, mask=group & column, other=0)
         p, q = squares(p, q, age, size, log2_gamma, KIND, SAMPLED)
         if block < of_m:
-            _store_factor(left_s, tops, p, t, j, depth, wide_m, DEST)
+            tl.store(left_s + t * m + j, p.to(left_s.dtype.element_ty), mask=group & (j < m))
         else:
-            _store_factor(right_s, tops + 1 if DEST != "rows" else None, q, t, jx, depth, wide_n, DEST)
-    if DEST == "columns":
-        if (block == 0) & (tl.program_id(1) == 0):
-            tl.store(scales, 1.0 / _scale(tops))
-            tl.store(scales + 1, 1.0 / _scale(tops + 1))
+            tl.store(right_s + t * n + jx, q.to(right_s.dtype.element_ty), mask=group & (jx < n))
 
 
 @triton.jit(do_not_specialize=["rows", "capacity", "seed"])
@@ -139,38 +106,27 @@ _BLOCKS = {  # _finish, by the weight's dtype
 }
 
 
-def _factors_of(x, delta, trace_delta, eta, step, gate, dtype, traces, fp8, shared):
-    """left (T x m), left_s (groups x m) and right_s (groups x n); for fp8 the transposes of the last two, padded to
-    multiples of ALIGN, and their scales."""
+def _factors_of(x, delta, trace_delta, eta, step, gate, dtype, traces, shared):
+    """left (T x m), and left_s (groups x m) and right_s (groups x n) if there is a trace."""
     (tokens, n), m, device = x.shape, delta.shape[1], x.device
-    depth, sampled = shared["groups"], shared["SAMPLED"]
+    groups, sampled = shared["groups"], shared["SAMPLED"]
     stored = torch.float32 if INTERPRETED else dtype  # the interpreter rounds to bfloat16 wrongly
     left = torch.empty((tokens, m), dtype=stored, device=device)
-    left_s = right_s = tops = scales = None
-    wide_m, wide_n, dest = m, n, "rows"
-    if traces and fp8:
-        depth, wide_m, wide_n = (triton.cdiv(size, ALIGN) * ALIGN for size in (depth, m, n))
-        left_s = torch.empty((wide_m, depth), dtype=FP8, device=device)
-        right_s = torch.empty((wide_n, depth), dtype=FP8, device=device)
-        tops = torch.zeros(2, dtype=torch.int32, device=device)
-        scales = torch.empty(2, dtype=torch.float32, device=device)
-        dest = "columns"
-    elif traces and (sampled or shared["KIND"] != "si"):
-        left_s = torch.empty((depth, m), dtype=stored, device=device)
-        right_s = torch.empty((depth, n), dtype=stored, device=device)
-    blocks = {"BT": 32, "BJ": 128, "num_warps": 8}
-    columns = triton.cdiv(wide_m, 128) + (0 if left_s is None else triton.cdiv(wide_n, 128))
-    for phase in (dest,) if dest == "rows" else ("top", dest):
-        _factors[(columns, triton.cdiv(max(tokens, depth), 32))](
-            left, left_s, right_s, tops, scales, x, delta, trace_delta, eta, step, gate,
-            tokens, shared["every"], shared["groups"], depth, m, n, wide_m, wide_n, shared["seed"],
-            shared["log2_gamma"], KIND=shared["KIND"], SAMPLED=sampled, DEST=phase, **blocks,
-        )  # fmt: skip
+    left_s = right_s = None
+    if traces and (sampled or shared["KIND"] != "si"):
+        left_s = torch.empty((groups, m), dtype=stored, device=device)
+        right_s = torch.empty((groups, n), dtype=stored, device=device)
+    columns = triton.cdiv(m, 128) + (0 if left_s is None else triton.cdiv(n, 128))
+    _factors[(columns, triton.cdiv(tokens, 32))](
+        left, left_s, right_s, x, delta, trace_delta, eta, step, gate,
+        tokens, shared["every"], groups, m, n, shared["seed"], shared["log2_gamma"],
+        KIND=shared["KIND"], SAMPLED=sampled, BT=32, BJ=128, num_warps=8,
+    )  # fmt: skip
     if left_s is None and traces:
         left_s, right_s = trace_delta.to(dtype), x.to(dtype)
     if INTERPRETED:
         left, left_s, right_s = (None if t is None else t.to(dtype) for t in (left, left_s, right_s))
-    return left, left_s, right_s, scales
+    return left, left_s, right_s
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -184,11 +140,11 @@ def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 def commit(
     weight, anchor, importance, trace, x, delta, trace_delta, eta, response, memory, seen, step, gate, momentum,
-    *, rows, capacity, m, n, width, seed, lam, decay, keep, carry, gain, remember, share, fp8, **shared,
+    *, rows, capacity, m, n, width, seed, lam, decay, keep, carry, gain, remember, share, **shared,
 ) -> None:  # fmt: skip
     dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
-    left, left_s, right_s, scales = _factors_of(
-        x, delta, delta if trace_delta is None else trace_delta, eta, step, gate, dtype, trace is not None, fp8,
+    left, left_s, right_s = _factors_of(
+        x, delta, delta if trace_delta is None else trace_delta, eta, step, gate, dtype, trace is not None,
         {**shared, "seed": seed},
     )  # fmt: skip
     right = x.to(dtype)
@@ -201,14 +157,7 @@ def commit(
     for first in range(0, n, span):
         last = min(first + span, n)
         g = _product(left, right[:, first:last])
-        s = None
-        if scales is not None:
-            last_s = min(first + span, right_s.shape[0])
-            s = torch._scaled_mm(
-                left_s, right_s[first:last_s].T, scale_a=scales[0], scale_b=scales[1], out_dtype=torch.float32
-            )
-        elif left_s is not None:
-            s = _product(left_s, right_s[:, first:last])
+        s = None if left_s is None else _product(left_s, right_s[:, first:last])
         grid = (triton.cdiv(last - first, blocks["BN"]), triton.cdiv(m, blocks["BM"]))
         _finish[grid](
             weight, anchor, importance, trace, g, s, total, response, memory, seen, step, gate, momentum, rows,

@@ -4,7 +4,7 @@ With d = W - W*, X_r (R x n) drawn from the memory, A = X_r X_r^T + eps tr/R I::
 
     E = X_r d^T - ((X_r X^T) * eta) D          R x m     `_products`, then `_drift` in slabs; with a momentum
                                                          X_r (d - carry M)^T - gain ((X_r X^T) * eta) D
-    U = beta A^-1 E                            R x m     `_invert`, then `_project`; or beta (sum eta) E
+    U = beta A^-1 E                            R x m     `_invert`, then `_project`
 
 The commit subtracts U^T X_r, which is E^T V with V = beta A^-1 X_r as A^-1 is symmetric: the replay rows are R
 more tokens with inputs X_r, which the weight's dtype holds exactly. An empty memory gives E = 0 on the device.
@@ -119,10 +119,9 @@ def _drift(
     tl.store(at, tl.where(live[:, None], acc, 0.0), mask=(r < rows)[:, None] & (i < m))
 
 
-@triton.jit(do_not_specialize=["tokens", "rows", "slabs"])
+@triton.jit(do_not_specialize=["rows", "slabs"])
 def _project(
-    out, inverse, drift, eta, gate, tokens, rows, slabs, m, strength,
-    GRADIENT: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr,
+    out, inverse, drift, gate, rows, slabs, m, strength, RP: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
     """U from the slabs of E, in float64: the entries of A^-1 are large and cancel."""
     if gate is not None:
@@ -135,18 +134,11 @@ def _project(
     for slab in range(0, slabs):
         at = drift + (tl.cast(slab, tl.int64) * rows + r[:, None]) * m + i
         e += tl.load(at, mask=mask, other=0).to(tl.float64)
-    if GRADIENT:
-        total = 0.0
-        for t0 in range(0, tokens, 128):
-            t = t0 + tl.arange(0, 128)
-            total += tl.sum(tl.load(eta + t, mask=t < tokens, other=0))
-        tl.store(out + r[:, None] * m + i, (strength * total * e).to(tl.float32), mask=mask)
-    else:
-        acc = tl.zeros((RP, BM), tl.float64)
-        for k in range(0, rows):
-            column = tl.load(inverse + r * rows + k, mask=r < rows, other=0)
-            acc += column[:, None] * tl.sum(tl.where(r[:, None] == k, e, 0.0), axis=0)[None, :]
-        tl.store(out + r[:, None] * m + i, (strength * acc).to(tl.float32), mask=mask)
+    acc = tl.zeros((RP, BM), tl.float64)
+    for k in range(0, rows):
+        column = tl.load(inverse + r * rows + k, mask=r < rows, other=0)
+        acc += column[:, None] * tl.sum(tl.where(r[:, None] == k, e, 0.0), axis=0)[None, :]
+    tl.store(out + r[:, None] * m + i, (strength * acc).to(tl.float32), mask=mask)
 
 
 _BLOCKS = {  # _drift, by the weight's dtype
@@ -157,15 +149,15 @@ _BLOCKS = {  # _drift, by the weight's dtype
 
 
 def respond(
-    weight, anchor, x, delta, eta, memory, seen, step, seed, rows, replay, beta, eps, gate,
+    weight, anchor, x, delta, eta, memory, seen, step, seed, rows, beta, eps, gate,
     momentum=None, carry=None, gain=None,
 ) -> torch.Tensor:  # fmt: skip
     """U (R x m), float32. Where ``gate`` holds 0 its content is undefined."""
     (m, n), tokens, capacity = weight.shape, eta.numel(), memory.shape[0]
-    gradient, padded, blocks = replay == "gradient", padded_rows(rows), _BLOCKS[weight.dtype]
+    padded, blocks = padded_rows(rows), _BLOCKS[weight.dtype]
     if momentum is not None:
         blocks = {**blocks, "maxnreg": 255}  # left alone, the assembler aims at 80 in one variant, and spills a little
-    columns = tokens if gradient else tokens + rows
+    columns = tokens + rows
     slabs = triton.cdiv(n, blocks["SLAB"])
     all_slabs = slabs + triton.cdiv(tokens, blocks["SLAB"])
 
@@ -174,18 +166,15 @@ def respond(
 
     products, inverse = scratch(rows, columns, dtype=torch.float64), scratch(rows, rows, dtype=torch.float64)
     drift, response = scratch(all_slabs, rows, m), scratch(rows, m)
-    if columns:
-        _products[(triton.cdiv(columns, 4), rows)](
-            products, memory, seen, step, x, eta, gate, tokens, columns, capacity, n, seed, BC=4, BK=512, num_warps=8
-        )  # fmt: skip
-    if not gradient:
-        _invert[(1,)](inverse, products, gate, tokens, rows, eps, RP=padded, num_warps={16: 2, 32: 4, 64: 8}[padded])
+    _products[(triton.cdiv(columns, 4), rows)](
+        products, memory, seen, step, x, eta, gate, tokens, columns, capacity, n, seed, BC=4, BK=512, num_warps=8
+    )
+    _invert[(1,)](inverse, products, gate, tokens, rows, eps, RP=padded, num_warps={16: 2, 32: 4, 64: 8}[padded])
     _drift[(triton.cdiv(m, blocks["BM"]), all_slabs)](
         drift, weight, anchor, memory, seen, step, products, delta, gate, momentum, tokens, rows, capacity, m, n,
         columns, slabs, seed, carry, gain, RP=padded, **blocks,
     )  # fmt: skip
     _project[(triton.cdiv(m, 32),)](
-        response, None if gradient else inverse, drift, eta, gate, tokens, rows, all_slabs, m, beta,
-        GRADIENT=gradient, RP=padded, BM=32, num_warps=1 if padded == 16 else 4,
-    )  # fmt: skip
+        response, inverse, drift, gate, rows, all_slabs, m, beta, RP=padded, BM=32, num_warps=1 if padded == 16 else 4
+    )
     return response
