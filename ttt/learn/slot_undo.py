@@ -23,7 +23,7 @@ def whole_user_write(
 ) -> Iterator[None]:
     """Inside, ``layers`` learn tokens of ``users``: all of them or, after an exception, none.
 
-    No signal interrupts the block (`ttt.learn.atomic`). Appending leaves the rows in use as they are, so for going back
+    No signal interrupts the block (`ttt.signals`). Appending leaves the rows in use as they are, so for going back
     it is enough to know the counters, and the rows of those slots that this step compresses.
 
     Args:
