@@ -70,7 +70,7 @@ class UserGuards:
     each distinct strength.
 
     Args:
-        model: adapted with ``TTTConfig(users=...)``; a causal language model of Hugging Face transformers.
+        model: adapted with ``TTTConfig(per_user=...)``; a causal language model of Hugging Face transformers.
         batches: (B, T) int64 tokens that the model knows, T >= 2. A check costs a forward pass on them.
         threshold: drift at which the strength stays the same.
         bound: drift past which the weights go back. Default: 1.5 ``threshold``.

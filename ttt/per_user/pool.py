@@ -351,7 +351,7 @@ def pool_of(model: nn.Module) -> Pool:
 
 
 def has_pool(model: nn.Module) -> bool:
-    """Whether the model was adapted with ``TTTConfig(users=...)``."""
+    """Whether the model was adapted with ``TTTConfig(per_user=...)``."""
     return getattr(model, _POOL, None) is not None
 
 
