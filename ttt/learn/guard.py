@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ttt.checks import check_number, check_whole
-from ttt.learn.atomic import SignalsDeferred, stand_in, whole_write
+from ttt.learn.atomic import stand_in, whole_write
 from ttt.learn.text import check_tokens
 from ttt.nn import Linear, Update
 from ttt.nn.state import BASE
+from ttt.signals import SignalsDeferred
 
 _LEVEL_TOKENS = 65536  # time constant of the running level of the loss
 _RISE, _FALL = 1 / 2, 1 / 16  # largest changes of the strength's exponent: it rises fast and falls slowly

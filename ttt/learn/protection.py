@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ttt import ops
-from ttt.learn.atomic import SignalsDeferred
 from ttt.learn.huggingface import swapped
 from ttt.learn.text import check_tokens
 from ttt.nn import Capturing, Linear, LowRankLinear, Update
 from ttt.nn.rates import CALIBRATED
 from ttt.nn.state import BASE
 from ttt.nn.state_access import read_matrix, write_matrix
+from ttt.signals import SignalsDeferred
 
 if TYPE_CHECKING:
     from ttt.config import TTTConfig

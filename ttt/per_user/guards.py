@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ class UserGuards:
     each distinct strength.
 
     Args:
-        model: adapted with ``TTTConfig(users=...)``; a causal language model of Hugging Face transformers.
+        model: adapted with ``TTTConfig(per_user=...)``; a causal language model of Hugging Face transformers.
         batches: (B, T) int64 tokens that the model knows, T >= 2. A check costs a forward pass on them.
         threshold: drift at which the strength stays the same.
         bound: drift past which the weights go back. Default: 1.5 ``threshold``.
@@ -166,6 +166,17 @@ class UserGuards:
             guarded.tokens += tokens
             guarded.since += tokens
         return torch.tensor(factors, dtype=next(iter(self.pool.layers.values())).eta_sum.dtype, device=nll.device)
+
+    def remember(self) -> Callable[[], None]:
+        """A function that puts what `pace` changes of every user back as it is now."""
+        kept = [(guarded, {name: getattr(guarded, name) for name in _PROGRESS}) for guarded in self._users.values()]
+
+        def put_back() -> None:
+            for guarded, progress in kept:
+                for name, value in progress.items():
+                    setattr(guarded, name, value)
+
+        return put_back
 
     def check_due(self) -> list[Hashable]:
         """`check` every user who has learnt ``every`` tokens since the last check; the users who were rolled back."""
