@@ -159,7 +159,7 @@ def _bound_commit(c: CommitArguments):
         m=m,
         n=n,
         tokens=c.eta.numel(),
-        capacity=c.memory.shape[0] if c.replay_rows else 0,
+        capacity=c.memory.shape[0] if c.replay_rows and c.memory is not None else 0,
         replay_rows=c.replay_rows,
         trace_every=c.trace_every,
         seed=c.seed & _MASK64,
