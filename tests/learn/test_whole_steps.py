@@ -13,7 +13,6 @@ from helpers import plain_config
 from tiny_models import adapted, assert_same, ids_of, state_of, tiny
 
 import ttt
-from ttt.learn import protection
 from ttt.signals import SignalsDeferred
 
 LAYERS = 4
@@ -278,7 +277,7 @@ def test_a_window_that_a_capturable_layer_cannot_take_is_found_before_any_layer_
 def test_calibration_that_fails_while_it_writes_changes_nothing(index, monkeypatch):
     model, learner = adapted(layers="all", orthogonal=4)
     twin, before, batches = copy.deepcopy(learner), state_of(model), [ids_of(2, 16)]
-    calls, real = [], protection.refresh
+    calls, real = [], ttt.nn.Linear.refresh_basis
 
     def refresh(layer):
         calls.append(1)
@@ -287,7 +286,7 @@ def test_calibration_that_fails_while_it_writes_changes_nothing(index, monkeypat
             fail()
 
     with monkeypatch.context() as patch:
-        patch.setattr(protection, "refresh", refresh)
+        patch.setattr(ttt.nn.Linear, "refresh_basis", refresh)
         with pytest.raises(MemoryError):
             learner.calibrate(batches)
     assert_same(before, state_of(model))
@@ -304,7 +303,7 @@ def test_a_consolidation_that_fails_can_only_be_reset_or_rolled_back(index, monk
     twin.reset()
     for repair, expected in ((learner.reset, state_of(twin.model)), (lambda: learner.rollback(snapshot), before)):
         with monkeypatch.context() as patch:
-            during(patch, learner.layers[index], fail, before=False, name="own")
+            during(patch, learner.layers[index], fail, before=False, name="unshare")
             with pytest.raises(MemoryError):
                 learner.consolidate()
         with pytest.raises(RuntimeError, match=rf"Learner.consolidate {TORN}"):

@@ -47,7 +47,7 @@ def refuse_torn(layers: Iterable[Any], what: str) -> None:
 
 @contextlib.contextmanager
 def stand_in(layers: Sequence[Any], deltas: Sequence[Tensor | None]) -> Iterator[None]:
-    """As `ttt.nn.state_access.temporary_weights`: inside, the weights are W* + delta; no signal interrupts the exchange."""
+    """Inside, the weights are W* + delta, as by `temporary_weights`; no signal interrupts the exchange."""
     exchange = temporary_weights(layers, deltas)
 
     def leave() -> None:
