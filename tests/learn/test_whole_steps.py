@@ -296,7 +296,7 @@ def test_calibration_that_fails_while_it_writes_changes_nothing(index, monkeypat
 
 
 @pytest.mark.parametrize("index", range(LAYERS))
-def test_a_consolidation_that_fails_can_only_be_reset_or_rolled_back(index, monkeypatch):
+def test_a_consolidation_that_fails_can_only_be_reset_or_rolled_back(index, monkeypatch, tmp_path):
     learner, twin = learners()
     snapshot, ids = learner.snapshot(), ids_of(2, 9)
     before = state_of(learner.model)
@@ -308,6 +308,8 @@ def test_a_consolidation_that_fails_can_only_be_reset_or_rolled_back(index, monk
                 learner.consolidate()
         with pytest.raises(RuntimeError, match=rf"Learner.consolidate {TORN}"):
             learner.observe(ids)
+        with pytest.raises(ValueError, match=r"model cannot be saved: at layer .*Learner\.consolidate ended half-way"):
+            ttt.save(learner.model, tmp_path / "torn.safetensors")
         repair()
         assert_same(expected, state_of(learner.model))
         learner.rollback(snapshot)

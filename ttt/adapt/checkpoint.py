@@ -59,6 +59,11 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     _refuse_users(model, "saved")
     require_layers(model)
     layers = learning_layers(model)
+    for name, layer in layers:
+        if layer.torn:
+            raise ValueError(
+                f"model cannot be saved: at layer {name}, {layer.torn}; roll back, reset or load a file first"
+            )
     config = json.dumps(layers[0][1].config.to_dict())
     validate.config_of(config, "model cannot be saved: its configuration")
     tensors: State = {}
