@@ -1,4 +1,4 @@
-// ttt._C: the kernels by address and size. The GIL is released while they run.
+// ttt._C: the kernels, called with addresses and sizes. The GIL is released while they run.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -50,8 +50,9 @@ const ttt::Kernels* table_of(const std::string& isa) {
   return &ttt::kernels_portable();
 }
 
-// Intel's processors multiply pairs of bfloat16 at half the rate of float32 (4096 x 4096, T = 256, Emerald Rapids: a
-// commit takes 111 ms by pairs, 71 ms widened), AMD's at twice that rate. For few tokens pairs are faster on both.
+// Intel's processors multiply pairs of bfloat16 at half the rate of float32 (a commit of 4096 x 4096, T = 256, on
+// Emerald Rapids takes 111 ms with pairs, 71 ms with factors widened to float32), AMD's at twice that rate. With few
+// tokens, pairs are faster on both.
 const bool slow_dots = [] {
 #ifdef TTT_X86
   __builtin_cpu_init();
@@ -111,7 +112,7 @@ void window_linear(address x, address weight, address bias, address win_x, addre
   active->window_linear(a);
 }
 
-// y = x - (x U^T) U. It is what a window of the rows of U takes from a product, with x as the product that was done.
+// y = x - (x U^T) U: the same as subtracting from the product x the part of a window whose rows are those of U.
 void project_out(address x, address basis, address y, int64_t tokens, int64_t k, int64_t n, int dtype, int threads) {
   std::memcpy(out<void>(y), in<void>(x), tokens * n * (dtype == ttt::kF32 ? 4 : 2));
   if (k == 0) return;
@@ -165,7 +166,7 @@ ttt::Commit commit_of(address weight, address anchor, address importance, addres
   return c;
 }
 
-// Counters are the only numbers that come from tensors: a wrong one would read or write outside of a buffer.
+// Counters are read from tensors, so Python has not checked them. A negative one would read or write outside a buffer.
 void need_counter(const char* name, const int64_t* counter) {
   if (counter != nullptr && *counter < 0)
     throw py::value_error(std::string(name) + " must be at least 0, got " + std::to_string(*counter));
@@ -179,7 +180,7 @@ void need_rows(const char* name, int64_t rows, int64_t at, int64_t window) {
 
 void run_commit(const ttt::Commit& c) {
   if (c.replay_rows) need_counter("seen", c.seen);
-  if (c.m == 0 || c.n == 0) {  // nothing but the counter is written
+  if (c.m == 0 || c.n == 0) {  // there is no element to write
     ++*c.step;
     return;
   }
@@ -187,7 +188,7 @@ void run_commit(const ttt::Commit& c) {
   active->commit(c);
 }
 
-// The users' part of y. False, and nothing is written, if a user or the rows of a slot are out of range.
+// Adds the users' part to y. Returns false and writes nothing if a user or the rows of a slot are out of range.
 bool low_rank_linear(address x, address a, address b, address rows, address users, address y, int64_t tokens,
                      int64_t slots, int64_t m, int64_t n, int64_t capacity, int dtype, int threads) {
   const ttt::LowRankLinear f{
@@ -199,8 +200,8 @@ bool low_rank_linear(address x, address a, address b, address rows, address user
   return true;
 }
 
-// A row for each token. False, and nothing is written, if a user or the rows of a slot are out of range, or a slot has
-// no room for the rows of its tokens.
+// Appends a row for each token. Returns false and writes nothing if a user or the rows of a slot are out of range, or a
+// slot has no room for the rows of its tokens.
 bool low_rank_append(address a, address b, address rows, address eta_sum, address x, address delta, address eta,
                      address users, int64_t tokens, int64_t slots, int64_t m, int64_t n, int64_t capacity, int dtype,
                      int threads) {
@@ -261,11 +262,11 @@ ttt::LowRankCompress compress_of(address a, address b, address rows, address eta
           threads};
 }
 
-// Results of compressing and learning beside the index of a slot that could not be compressed.
+// Results of compressing and learning, other than the index of a slot that could not be compressed.
 constexpr int64_t DONE = -1, REFUSED = -2;
 
-// `DONE`; or the first slot that was left as it was because its rows are not finite; or `REFUSED`, and nothing is
-// written, if a slot or a counter is out of range.
+// Returns `DONE`; or the first slot that was left unchanged because its rows are not finite; or `REFUSED`, having
+// written nothing, if a slot or a counter is out of range.
 template <class... Args>
 int64_t low_rank_compress(Args... args) {
   const ttt::LowRankCompress f = compress_of(args...);
@@ -308,7 +309,8 @@ void reservoir_draw(address seen, address step, address index, int64_t capacity,
   }
 }
 
-// One layer's addresses, bound once: a small layer's decoding step costs less than unpacking twenty arguments.
+// The addresses of one layer, bound once: unpacking twenty arguments takes longer than the decoding step of a small
+// layer.
 struct Layer {
   address weight, bias, win_x, win_delta, win_eta, win_trace, recent, recent_seen, basis;
   int64_t m, n, window, capacity, directions;
@@ -320,7 +322,8 @@ struct Layer {
     window_linear(x, weight, bias, win_x, win_delta, win_eta, y, tokens, m, n, window, dtype, threads, product_done);
   }
 
-  // Rows `at` to `at` + rows of the window; the inputs enter the sample of recent ones, too, and that as they are.
+  // Writes rows `at` to `at` + rows of the window, with the directions taken out of the inputs. The inputs themselves
+  // also enter the sample of recent inputs.
   void append(address x, address delta, address eta, address trace_delta, int64_t at, int64_t rows, int threads) const {
     need_rows("rows to append", rows, at, window);
     need_counter("recent_seen", in<int64_t>(recent_seen));
@@ -332,10 +335,10 @@ struct Layer {
     std::memcpy(out<float>(win_eta) + at, in<float>(eta), rows * sizeof(float));
   }
 
-  // What `commit_window` commits, but for its rows.
+  // Sets the arguments of `commit_window` other than the rows of the window.
   void prepare(const ttt::Commit& c) { written = c; }
 
-  // The first `rows` rows of the window; they are empty afterwards.
+  // Commits the first `rows` rows of the window and empties the window.
   void commit_window(address tokens, int64_t rows, int threads) const {
     need_rows("rows to commit", rows, 0, window);
     ttt::Commit a = written;
@@ -356,7 +359,7 @@ struct LowRank {
   ttt::LowRankCompress held;  // `slots`, `count` and `threads` are set at each call
   int64_t window;
 
-  // Adds the users' part to y, which holds x W^T + b. False, and nothing is written, if a user or the rows of a slot
+  // Adds the users' part to y, which holds x W^T + b. Returns false and writes nothing if a user or the rows of a slot
   // are out of range.
   bool forward(address x, address users, address y, int64_t tokens, int threads) const {
     const ttt::LowRankLinear f{in<void>(x), held.a, held.b, held.rows,     in<int32_t>(users), out<void>(y),
@@ -367,7 +370,7 @@ struct LowRank {
     return true;
   }
 
-  // Compresses the `chosen` slots. `DONE`, or the first slot whose rows are not finite.
+  // Compresses the `chosen` slots. Returns `DONE`, or the first slot whose rows are not finite.
   int64_t compress(const std::vector<int64_t>& chosen, int threads, int* calls) const {
     if (chosen.empty()) return DONE;
     ttt::LowRankCompress f = held;
