@@ -4,6 +4,7 @@ Without a GPU the Triton kernels run in Triton's interpreter, and tests/gpu is n
 """
 
 import os
+import signal
 import zlib
 
 import pytest
@@ -22,6 +23,9 @@ SEED = int.from_bytes(os.urandom(4), "little") if SEED == "random" else int(SEED
 
 
 def pytest_configure():
+    # A run in the background of a script inherits an ignored SIGINT, which would make the tests of Ctrl-C fail.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     selection.refuse_broken_interpreter()
 
 

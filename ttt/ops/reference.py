@@ -81,6 +81,8 @@ def window_append(
     if counters is not None:
         held, full = counters[:2].tolist()
         at = 0 if full else held
+        if held < 0:
+            raise ValueError(f"counters must hold a number of rows of at least 0, got {held}")
         if at + rows > window:
             raise ValueError(f"counters says that {at} of {window} rows are in use: {rows} more do not fit")
         if full:
