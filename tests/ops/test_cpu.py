@@ -139,7 +139,7 @@ def test_commit_without_optional_state(isa, missing):
 @pytest.mark.parametrize("tokens", [300, 530])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_commit_over_several_cache_groups(isa, dtype, tokens):
-    # X is larger than 1 MB, so its panels are taken in groups, and rows in several blocks.
+    # X is larger than 1 MB, so panels are processed in groups, and rows in several blocks.
     case = commit_case(100, 1030, tokens, dtype, torch.float32)
     check_commit(case, {**OPTIONS, "replay_rows": 5, "lam": 0.5})
 
@@ -162,7 +162,7 @@ def test_commit_with_one_rate_for_all_tokens(isa, dtype):
 @pytest.mark.parametrize("state", [torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rounds_with_the_same_bits_as_the_reference(isa, dtype, state):
-    """Products of small integers are exact in float32 and in bfloat16: every backend must store the very same state."""
+    """Products of small integers are exact in float32 and in bfloat16, so every backend must store the same state."""
     m, n, tokens = 33, 127, 8
     case = commit_case(m, n, tokens, dtype, state)
     case["x"] = torch.randint(-3, 4, (tokens, n)).to(dtype)
@@ -182,11 +182,11 @@ def test_rounds_with_the_same_bits_as_the_reference(isa, dtype, state):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_codes_of_every_exponent_are_read_and_written_as_they_are(isa, dtype):
-    """Blocks with all exponents, smallest codes from 2^-141 up; nothing is added to them."""
+    """Blocks with all exponents, with smallest codes from 2^-141 on, to which a commit adds zeros."""
     m, n = 254, 95
     case = commit_case(m, n, 3, dtype, torch.uint8)
     codes = torch.randint(256, (m, n), dtype=torch.uint8)
-    codes[:, [5, 32, 70]] = 255  # a block's maximum, which makes its exponent
+    codes[:, [5, 32, 70]] = 255  # the maximum of a block, which determines its exponent
     codes[:, [6, 33, 71]] = torch.tensor([0, 1, 2], dtype=torch.uint8)
     case["trace"] = torch.cat([codes, torch.arange(m).clamp_min(2).to(torch.uint8).view(-1, 1).expand(m, 3)], dim=1)
     case["trace_delta"] = torch.zeros(3, m, dtype=dtype)
@@ -196,7 +196,7 @@ def test_codes_of_every_exponent_are_read_and_written_as_they_are(isa, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_codes_of_what_a_growing_block_leaves_behind(isa, dtype):
+def test_codes_of_values_that_become_small_in_their_block(isa, dtype):
     """One column of each block grows by 2^18; the rest falls below the smallest code, is rounded to it or to 0."""
     m, n, tokens = 40, 150, 8
     case = commit_case(m, n, tokens, dtype, torch.uint8)
@@ -215,8 +215,8 @@ def test_codes_of_what_a_growing_block_leaves_behind(isa, dtype):
 
 @pytest.mark.parametrize("state", DTYPES)
 @pytest.mark.parametrize("rows", [0, 2])
-def test_what_is_not_finite_stays_so(isa, state, rows):
-    """Rounding bits must not carry a NaN to zero, whatever its bits; the other rows are as without it."""
+def test_numbers_that_are_not_finite_stay_so(isa, state, rows):
+    """Rounding must not turn a NaN into zero, whatever its bits, and must not change other rows."""
     m, n = 20, 70
     case = commit_case(m, n, 5, torch.bfloat16, state)
     options = {**OPTIONS, "replay_rows": rows, "lam": 0.5}
@@ -239,7 +239,7 @@ def test_what_is_not_finite_stays_so(isa, state, rows):
 
 @pytest.mark.parametrize("bits", [-1, 0x7FFFFFFF])
 def test_a_nan_with_all_bits_set_stays_one_wherever_it_comes_from(isa, bits):
-    """As other devices make them: rounding must not carry it to zero."""
+    """Other devices make such NaNs; rounding must not turn them into zero."""
     case = commit_case(20, 70, 5, torch.bfloat16, torch.float32)
     case["momentum"] = torch.randn(20, 70)
     rated, moved = ({k: t.clone() for k, t in case.items()} for _ in range(2))
@@ -296,7 +296,7 @@ def test_version_counters_move():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_gate(dtype):
-    """Closed: no bit and no version changes, by the kernel as by the reference. Open: as without one."""
+    """A closed gate changes no bit and no version, in the kernel and in the reference; an open one has no effect."""
     case = commit_case(9, 40, 5, torch.float32, torch.float32)
     case = {k: as_double(t, 40) if dtype == torch.float64 else t for k, t in case.items()}
     options = {**OPTIONS, "replay_rows": 2, "lam": 0.5}
