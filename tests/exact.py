@@ -1,4 +1,4 @@
-"""The fused commit in float64, token by token and row by row: what every backend is compared with."""
+"""The commit in float64, token by token and row by row, with which every backend is compared."""
 
 import torch
 
@@ -10,7 +10,7 @@ def double(t):
 
 
 def commit(case, *, rows, beta, eps, lam, **_):
-    """The weight (m, n) after a commit of ``case`` that replays ``rows`` (R, n), of which there may be none."""
+    """The weight (m, n) after a commit of ``case`` that replays ``rows`` (R, n); R may be 0."""
     w, anchor, x, delta, eta = (double(case[k]) for k in ("weight", "anchor", "x", "delta", "eta"))
     total = float(eta.sum())
     for e, d, v in zip(eta.tolist(), delta, x, strict=True):
@@ -31,8 +31,10 @@ def commit(case, *, rows, beta, eps, lam, **_):
 
 
 def steps(case, *, mu, decay, lam=0.0, **_):
-    """(W, M) after the tokens of ``case`` by the recurrence of Titans, each of its gradients being their mean; the
-    pulls to the anchor are taken at the end. There are no replay rows."""
+    """(W, M) after the tokens of ``case`` by the recurrence of Titans, with the mean of the gradients for each of them.
+
+    The pulls to the anchor are applied at the end. There are no replay rows.
+    """
     w, m, anchor, x, delta, eta = (double(case[k]) for k in ("weight", "momentum", "anchor", "x", "delta", "eta"))
     tokens = len(eta)
     for _ in range(tokens):
