@@ -10,7 +10,9 @@ LAYER_SUITES := decode,window_linear,fisher,observe,generate,loops
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 # Without isolation, the objects of the last build are still up to date: only what changed is compiled.
-EDITABLE := $(PIP) --no-build-isolation --editable
+# "compat" puts the folder on the path: the import hook of the other mode finds a ttt._C in every copy of ttt that has none,
+# and a folder of this name before the package.
+EDITABLE := $(PIP) --no-build-isolation --config-settings editable_mode=compat --editable
 # As in pyproject.toml, where tests compare them: installing these alone needs neither torch nor a compiler.
 BUILD_REQUIRES := 'setuptools>=77' 'pybind11>=2.12' ninja
 DOCS_REQUIRES := 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.26'

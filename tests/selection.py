@@ -26,7 +26,7 @@ SLOW = (
     "ops/test_triton.py",
     "ops/test_triton_aot.py",
     "store/test_store_crashes.py",
-    "store/test_store_faults.py::test_files_that_may_not_grow",
+    "store/test_store_faults.py::test_writes_that_a_file_size_limit_stops_change_nothing",
     "store/test_store_leases.py::test_two_processes_that_fight_for_a_lease_never_both_write",
     "store/test_store_sequences.py",
     "test_distribution.py",
