@@ -1,6 +1,6 @@
 # Every target installs what it needs into .venv first, once.
 #   build  an editable install with the C++ kernels      test   all tests
-#   demo   writes report/index.html                      quick  tests of about a minute
+#   demo   writes report/index.html                      quick  tests of two minutes
 #   docs   the documentation, into site/                 lint, format
 #   bench-learning, bench, bench-check  the benchmarks of methods and of kernels
 VENV ?= .venv
