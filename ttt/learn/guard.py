@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt.checks import check_number, check_whole
 from ttt.learn.atomic import stand_in, whole_write
 from ttt.learn.text import check_tokens
 from ttt.nn import Linear, Update
 from ttt.nn.state import BASE
-from ttt.per_user.pacing import clipped, next_strength, pace
+from ttt.per_user.pacing import GuardSettings, clipped, pace
 from ttt.signals import SignalsDeferred
 
 
@@ -36,7 +35,7 @@ class GuardCheck:
     rolled_back: bool
 
 
-class Guard:
+class Guard(GuardSettings):
     """Measures the loss on a few inputs that the model knows, and acts when learning raises it::
 
         guard = ttt.Guard([held_back_ids])
@@ -96,12 +95,7 @@ class Guard:
         cap: float = 256.0,
         surprise: float = 2.5,
     ) -> None:
-        self.threshold = check_number("threshold", threshold, 0.0, above=True)
-        self.bound = check_number("bound", 1.5 * threshold if bound is None else bound, threshold)
-        self.every = check_whole("every", every, 1)
-        self.strengthen = check_number("strengthen", strengthen, 1.0, above=True)
-        self.cap = check_number("cap", cap, 1.0)
-        self.surprise = check_number("surprise", surprise, 1.0, above=True)
+        super().__init__(threshold, bound, every, strengthen, cap, surprise)
         self.batches = list(batches)
         if not self.batches:
             raise ValueError("batches must hold at least one batch of tokens, got none")
@@ -179,10 +173,7 @@ class Guard:
         """
         with self._learner.access.enter("Guard.check"):
             drift = self.loss() / self.reference - 1
-            strength, beyond = next_strength(
-                self.strength, drift, threshold=self.threshold, bound=self.bound, strengthen=self.strengthen,
-                cap=self.cap,
-            )  # fmt: skip
+            strength, beyond = self._next_strength(self.strength, drift)
             self._set(strength)
             if beyond:
                 self._restore(self._good)

@@ -8,8 +8,7 @@ from collections.abc import Callable, Hashable, Iterable
 import torch
 from torch import Tensor, nn
 
-from ttt.checks import check_number, check_whole
-from ttt.per_user.pacing import clipped, next_strength, pace
+from ttt.per_user.pacing import GuardSettings, clipped, pace
 from ttt.per_user.pool import State, pool_of
 
 _PROGRESS = ("strength", "level", "tokens", "since")
@@ -46,7 +45,7 @@ class _Guarded:
     good: State  # the layers' state at the last check within the threshold
 
 
-class UserGuards:
+class UserGuards(GuardSettings):
     """One guard for each user of a model, on inputs that all users share::
 
         guards = UserGuards(model, [held_back_ids])
@@ -100,12 +99,7 @@ class UserGuards:
         cap: float = 256.0,
         surprise: float = 2.5,
     ) -> None:
-        self.threshold = check_number("threshold", threshold, 0.0, above=True)
-        self.bound = check_number("bound", 1.5 * threshold if bound is None else bound, threshold)
-        self.every = check_whole("every", every, 1)
-        self.strengthen = check_number("strengthen", strengthen, 1.0, above=True)
-        self.cap = check_number("cap", cap, 1.0)
-        self.surprise = check_number("surprise", surprise, 1.0, above=True)
+        super().__init__(threshold, bound, every, strengthen, cap, surprise)
         self.model, self.pool = model, pool_of(model)
         self.batches = list(batches)
         if not self.batches:
@@ -188,14 +182,7 @@ class UserGuards:
             KeyError: if ``user`` has no slot.
         """
         drift, guarded = self.drift(user), self._users[user]
-        strength, past = next_strength(
-            guarded.strength,
-            drift,
-            threshold=self.threshold,
-            bound=self.bound,
-            strengthen=self.strengthen,
-            cap=self.cap,
-        )
+        strength, past = self._next_strength(guarded.strength, drift)
         self._set(guarded, strength)
         if past:
             self.pool.restore_layers(user, guarded.good)

@@ -1,24 +1,42 @@
-"""The formulas of guards: how the strength of the protection follows the drift, and how surprise slows learning.
+"""Settings and formulas of guards: the drift sets the strength of the protection, and surprise slows learning.
 
 `ttt.Guard` uses them for one set of weights, `ttt.per_user.guards.UserGuards` for every user.
 """
 
 from __future__ import annotations
 
+from ttt.checks import check_number, check_whole
+
 _LEVEL_TOKENS = 65536  # time constant of the running level of the loss
 _RISE, _FALL = 1 / 2, 1 / 16  # largest steps of the exponent: protection is raised soon and lowered late
 
 
-def next_strength(
-    strength: float, drift: float, *, threshold: float, bound: float, strengthen: float, cap: float
-) -> tuple[float, bool]:
-    """The strength after a check that found ``drift``, and whether the drift is past ``bound`` (NaN is)::
+class GuardSettings:
+    """The settings that guards share, with their checks; `ttt.Guard` says what each one does.
 
-    s <- min(cap, max(1, s strengthen^e))        e = min(1/2, max(-1/16, drift / threshold - 1)); past the bound 1/2
+    Raises:
+        ValueError, TypeError: for a value out of range or of another type.
     """
-    past = not drift <= bound
-    exponent = _RISE if past else max(-_FALL, min(_RISE, drift / threshold - 1))
-    return clipped(strength * strengthen**exponent, cap), past
+
+    def __init__(
+        self, threshold: float, bound: float | None, every: int, strengthen: float, cap: float, surprise: float
+    ) -> None:
+        self.threshold = check_number("threshold", threshold, 0.0, above=True)
+        self.bound = check_number("bound", 1.5 * threshold if bound is None else bound, threshold)
+        self.every = check_whole("every", every, 1)
+        self.strengthen = check_number("strengthen", strengthen, 1.0, above=True)
+        self.cap = check_number("cap", cap, 1.0)
+        self.surprise = check_number("surprise", surprise, 1.0, above=True)
+
+    def _next_strength(self, strength: float, drift: float) -> tuple[float, bool]:
+        """The strength after a check that found ``drift``, and whether the drift is past ``bound`` (NaN is)::
+
+        s <- min(cap, max(1, s strengthen^e))
+        e = min(1/2, max(-1/16, drift / threshold - 1)), or 1/2 past the bound
+        """
+        past = not drift <= self.bound
+        exponent = _RISE if past else max(-_FALL, min(_RISE, drift / self.threshold - 1))
+        return clipped(strength * self.strengthen**exponent, self.cap), past
 
 
 def clipped(strength: float, cap: float) -> float:
