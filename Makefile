@@ -1,12 +1,24 @@
-# make demo, make test, make benchmark, make bench, make lint: each installs what it needs into .venv first, once.
+# Every target installs what it needs into .venv first, once.
+#   build  an editable install with the C++ kernels      test   all tests
+#   demo   writes report/index.html                      quick  tests of about a minute
+#   docs   the documentation, into site/                 lint, format
+#   bench-learning, bench, bench-check  the benchmarks of methods and of kernels
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 LAYER_SUITES := decode,window_linear,fisher,observe,generate,loops
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# Without isolation, the objects of the last build are still up to date: only what changed is compiled.
+EDITABLE := $(PIP) --no-build-isolation --editable
+# As in pyproject.toml, where tests compare them: installing these alone needs neither torch nor a compiler.
+BUILD_REQUIRES := 'setuptools>=77' 'pybind11>=2.12' ninja
+DOCS_REQUIRES := 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.26'
+LINT_REQUIRES := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 
-.PHONY: demo test benchmark bench bench-check lint format clean
+.PHONY: build demo test quick docs bench-learning benchmark bench bench-check lint format clean
+
+build: $(VENV)/.build
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m ttt demo
@@ -14,14 +26,23 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
-# Under the options in bench/learning/tuned; runs that bench/learning/results holds are not made again.
-benchmark: $(VENV)/.benchmark
+# Without the cases that tests/conftest.py marks as slow.
+quick: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not slow"
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+benchmark: bench-learning
+
+# With the options in bench/learning/tuned; runs that are in bench/learning/results are not repeated.
+bench-learning: $(VENV)/.bench
 	$(BIN)/python -m bench.learning --suite digits --jobs 2
 	$(BIN)/python -m bench.learning --suite text --seeds 3 --curves --jobs 2
 	$(BIN)/python -m bench.learning --report
 
 # About 10 minutes on two cores.
-bench: $(VENV)/.bench
+bench: $(VENV)/.test
 	$(BIN)/python -m bench.kernels.run --suite commit --rounds 5 --seconds 2 --json bench/kernels/results/cpu_commit.json
 	$(BIN)/python -m bench.kernels.run --suite $(LAYER_SUITES) --rounds 5 --seconds 3 --json bench/kernels/results/cpu_layers.json
 	$(BIN)/python -m bench.kernels.run --suite growth --rounds 5 --seconds 4 --json bench/kernels/results/cpu_growth.json
@@ -30,8 +51,8 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m bench.kernels.plot
 	$(BIN)/python -m bench.kernels.targets
 
-# What a change of the kernels should not make worse, in a minute; compared with the committed results.
-bench-check: $(VENV)/.bench
+# In a minute: fails where the kernels have become slower than in the committed results.
+bench-check: $(VENV)/.test
 	$(BIN)/python -m bench.kernels.run --suite commit,decode --only 1024x1024 --rounds 5 --json bench.json
 	$(BIN)/python -m bench.kernels.check bench.json
 
@@ -49,34 +70,41 @@ format: $(VENV)/.lint
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# torch first and by its exact version: a range could resolve to a build with gigabytes of CUDA.
+# torch comes first and by its exact version: a range could resolve to a build with gigabytes of CUDA libraries.
 $(VENV)/.torch: constraints.txt | $(BIN)/python
 	$(PIP) torch==2.13.0
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
-	$(PIP) --editable '.[demo]'
+$(VENV)/.requires: $(VENV)/.torch
+	$(PIP) $(BUILD_REQUIRES)
 	touch $@
 
-$(VENV)/.benchmark: $(VENV)/.torch $(SOURCES)
-	$(PIP) --editable '.[benchmark]'
+$(VENV)/.build: $(VENV)/.requires $(SOURCES)
+	TTT_REQUIRE_KERNELS=1 $(EDITABLE) .
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.requires $(SOURCES)
+	$(EDITABLE) '.[demo]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.requires $(SOURCES)
+	$(EDITABLE) '.[bench]'
 	touch $@ $(VENV)/.demo
 
-# BackPACK asks for torchvision, which nothing here uses, and which breaks transformers where its build does not fit
-# torch's: it is installed without.
-$(VENV)/.test: $(VENV)/.torch $(SOURCES)
-	$(PIP) --editable '.[test]'
+# BackPACK requires torchvision, which nothing here uses, and which breaks transformers where its build does not match
+# torch's: it is installed without its dependencies.
+$(VENV)/.test: $(VENV)/.requires $(SOURCES)
+	TTT_REQUIRE_KERNELS=1 $(EDITABLE) '.[test]'
 	$(PIP) --no-deps 'backpack-for-pytorch>=1.6' unfoldNd
-	touch $@ $(VENV)/.demo $(VENV)/.benchmark
+	touch $@ $(VENV)/.build $(VENV)/.demo $(VENV)/.bench
 
-# The packages that ttt is compared with: optional, and reported as "not installed" where they are missing.
-$(VENV)/.bench: $(VENV)/.test
-	$(PIP) --editable '.[bench]'
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	$(PIP) $(DOCS_REQUIRES)
 	touch $@
 
 $(VENV)/.lint: pyproject.toml | $(BIN)/python
-	$(PIP) ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
+	$(PIP) $(LINT_REQUIRES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info ttt/_C*.so ttt/_build.json
+	rm -rf $(VENV) build dist site *.egg-info ttt/_C*.so ttt/_build.json

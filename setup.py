@@ -1,12 +1,18 @@
-"""Builds ttt._C: one C++ body compiled once per instruction set, no libtorch. See csrc/.
+"""Builds ttt._C: the C++ kernels of csrc/, compiled once for each instruction set and linked without libtorch.
 
-Ninja makes the objects (in parallel, and only those whose sources changed). Where nothing can be
-compiled the package still installs, and the reason goes to ttt/_build.json for ttt.info().
+Ninja compiles the objects in parallel, and only those whose sources changed. If nothing can be compiled, the package
+still installs: plain torch then runs every op, and `ttt.info()` gives the reason, which is written to ttt/_build.json.
+
+Environment variables:
+    CXX: the C++ compiler; by default the first of c++, g++ and clang++ that is found.
+    CXXFLAGS: flags that are added after those of this file.
+    TTT_REQUIRE_KERNELS: "1" makes a build without kernels an error. For releases and continuous integration.
 """
 
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -15,11 +21,13 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
+REQUIRE = "TTT_REQUIRE_KERNELS"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 COMMON = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra"]
-# The last two: GCC 12 warns of the undefined operands in its own headers of AVX-512 (bug 105593).
+# The last two: GCC 12 warns about undefined operands in its own AVX-512 headers (GCC bug 105593).
 COMMON += [
     "-Wno-psabi",
     "-Wno-unknown-pragmas",
@@ -36,18 +44,32 @@ if X86:
 
 
 class BuildKernels(build_ext):
+    """Builds the kernels with ninja, and reports to ttt/_build.json whether that succeeded."""
+
+    def finalize_options(self):
+        if self.build_temp is None:  # the same folder in every build, where ninja finds the objects of the last one
+            self.build_temp = str(ROOT / "build" / f"objects-{sys.implementation.cache_tag}")
+        super().finalize_options()
+
     def run(self):
-        report = {"built": True, "reason": ""}
+        required = _kernels_required()
+        inplace = self.inplace  # super().run() clears it while it builds, and leaves it so after an error
+        reason = ""
         try:
             super().run()
-        except Exception as error:  # a missing compiler must not keep the package from installing
-            report = {"built": False, "reason": f"{type(error).__name__}: {error}"[:2000]}
-            print(
-                f"ttt: the CPU kernels were not built ({report['reason']}); plain torch will be used", file=sys.stderr
-            )
-        folder = ROOT if self.inplace else Path(self.build_lib)
-        (folder / "ttt").mkdir(parents=True, exist_ok=True)
-        (folder / "ttt" / "_build.json").write_text(json.dumps(report) + "\n")
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"[:2000]
+            self.inplace = inplace
+            if inplace:  # the kernels of an earlier build may not fit the sources of this one
+                Path(self.get_ext_fullpath("ttt._C")).unlink(missing_ok=True)
+            self.extensions = []  # setuptools expects a file for each of these
+        folder = (ROOT if inplace else Path(self.build_lib)) / "ttt"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "_build.json").write_text(json.dumps({"built": not reason, "reason": reason}) + "\n")
+        if reason and required:
+            raise CompileError(f"the CPU kernels were not built ({reason}), and {REQUIRE}=1 requires them")
+        if reason:
+            print(f"ttt: the CPU kernels were not built ({reason}); plain torch will be used", file=sys.stderr)
 
     def build_extension(self, ext):
         compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
@@ -65,14 +87,36 @@ class BuildKernels(build_ext):
         objects |= {f"{name}.o": (f"{name}.cpp", []) for name in ("bindings", "tiles")}
         lines = [
             f"cflags = {' '.join(cflags)}",
-            f"rule cxx\n  command = {compiler} -MMD -MF $out.d $cflags $flags -c $in -o $out\n  depfile = $out.d",
+            f"added = {os.environ.get('CXXFLAGS', '')}",
+            "rule cxx",
+            f"  command = {compiler} -MMD -MF $out.d $cflags $flags $added -c $in -o $out",
+            "  depfile = $out.d",
             f"rule link\n  command = {compiler} -shared -fopenmp $in -o $out",
         ]
         for name, (source, flags) in objects.items():
             lines.append(f"build {name}: cxx {_escaped(ROOT / 'csrc' / source)}\n  flags = {' '.join(flags)}")
         lines.append(f"build {_escaped(target)}: link {' '.join(objects)}\n")
         (work / "build.ninja").write_text("\n".join(lines))
-        subprocess.run([_ninja(), "-C", str(work)], check=True)
+        _run([_ninja(), "-C", str(work)])
+
+
+def _kernels_required():
+    value = os.environ.get(REQUIRE, "0")
+    if value not in ("", "0", "1"):
+        raise CompileError(f"{REQUIRE} must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
+def _run(command):
+    """Run ``command``, pass its output on, and raise RuntimeError with the compiler's first error if it fails."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        output = []
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            output.append(line.strip())
+    if process.returncode != 0:
+        errors = [line for line in output if re.search(r"error:|not found", line)] or output
+        raise RuntimeError(errors[0] if errors else f"{command[0]} failed with status {process.returncode}")
 
 
 def _escaped(path):

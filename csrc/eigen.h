@@ -1,6 +1,9 @@
-// Small symmetric matrices in float64: pivoted Cholesky factors, and the largest eigenvalues with their vectors.
+// Small symmetric matrices in float64: pivoted Cholesky factors, and the largest eigenvalues with their eigenvectors.
 //
-// Matrices are square arrays of rows `ld` apart, a multiple of PAD; what stands behind their size is zero.
+// Compression needs the largest 16 of, say, 80 eigenvalues. `torch.linalg.eigh` (LAPACK's syevd) computes all of them;
+// the suite `low_rank` of bench/kernels compares the two.
+//
+// Matrices have rows `ld` apart, a multiple of PAD; entries beyond their size are zero.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -10,10 +13,10 @@
 
 namespace {
 
-// G = L L^T with the largest pivot first, until none is above `tolerance`: row q of `lt` is column q of L. Returns how
-// many there are. `lt` comes as zeros. `left`: `ld` numbers of work.
+// Cholesky factorisation G = L L^T with the largest pivot first, until none is above `tolerance`. Row q of `lt`, which
+// must be zero on entry, is column q of L. Returns the number of columns. `left`: workspace of `ld` numbers.
 inline int64_t pivoted_cholesky(const double* g, int64_t size, int64_t ld, double tolerance, double* lt, double* left) {
-  for (int64_t r = 0; r < ld; r++) left[r] = r < size ? g[r * ld + r] : 0;  // -1 once a row has been the pivot
+  for (int64_t r = 0; r < ld; r++) left[r] = r < size ? g[r * ld + r] : 0;  // -1 for rows that have been the pivot
   for (int64_t k = 0; k < size; k++) {
     int64_t p = 0;
     for (int64_t r = 1; r < size; r++)
@@ -45,8 +48,8 @@ inline int64_t pivoted_cholesky(const double* g, int64_t size, int64_t ld, doubl
   return size;
 }
 
-// Rows i and on of C <- C - u p^T - p u^T, unless `u` is null, from column `first` on; and fresh = tau C v there.
-// Several rows at once share what they load. Returns their part of fresh . v.
+// Updates `rows` rows from row i on, from column `first` on: C <- C - u p^T - p u^T, unless `u` is null. Then sets
+// their entries of fresh = tau C v. Several rows at a time share their loads. Returns their part of fresh . v.
 template <int rows>
 inline double update_rows(double* row, int64_t ld, int64_t first, const double* u, const double* p, const double* v,
                           double tau, int64_t i, double* fresh) {
@@ -75,11 +78,11 @@ inline double update_rows(double* row, int64_t ld, int64_t first, const double* 
   return along;
 }
 
-// Householder's reduction C = Q T Q^T, T of diagonal `d` and off-diagonal `e` (e[j] beside d[j] and d[j + 1]). Row j of
-// `reflectors` is v of the j-th factor I - tau[j] v v^T of Q. C is destroyed. `work`: 2 `ld` numbers.
+// Householder reduction C = Q T Q^T to a tridiagonal T with diagonal `d` and off-diagonal `e` (e[j] is T[j][j + 1]).
+// Row j of `reflectors` is v in the j-th factor I - tau[j] v v^T of Q. C is overwritten. `work`: 2 `ld` numbers.
 inline void tridiagonalize(double* c, int64_t size, int64_t ld, double* d, double* e, double* reflectors, double* tau,
                            double* work) {
-  // C <- C - u p^T - p u^T of one step is made in the pass over C of the next, which multiplies by its v.
+  // The update C <- C - u p^T - p u^T of a step is done in the next step's pass over C, which multiplies by its v.
   double *p = work, *fresh = work + ld;
   const double* u = nullptr;
   for (int64_t j = 0; j < size; j++) {
@@ -112,8 +115,8 @@ inline void tridiagonalize(double* c, int64_t size, int64_t ld, double* d, doubl
   }
 }
 
-// The `count` largest eigenvalues of T, falling: as many bisections side by side. `values`: `count` and what rounds it
-// up to a multiple of WL.
+// The `count` largest eigenvalues of T in falling order, by `count` bisections at a time. `values`: room for `count`
+// numbers, rounded up to a multiple of WL.
 inline void largest_eigenvalues(const double* d, const double* e, int64_t size, int64_t count, double* values) {
   double low = d[0], high = d[0], most = 0;
   for (int64_t i = 0; i < size; i++) {
@@ -123,8 +126,8 @@ inline void largest_eigenvalues(const double* d, const double* e, int64_t size, 
     most = std::max(most, radius);
   }
   std::vector<double> squares(size);
-  for (int64_t i = 1; i < size; i++) squares[i] = std::max(e[i - 1] * e[i - 1], 1e-300);  // 0 / 0 would count nothing
-  constexpr int GROUP = 2;  // vectors, so that divisions overlap
+  for (int64_t i = 1; i < size; i++) squares[i] = std::max(e[i - 1] * e[i - 1], 1e-300);  // avoids 0 / 0
+  constexpr int GROUP = 2;  // vectors at a time, so that their divisions overlap
   for (int64_t at = 0; at < count; at += GROUP * WL) {
     vw lower[GROUP], upper[GROUP], rank[GROUP];
     for (int v = 0; v < GROUP; v++) {
@@ -162,8 +165,8 @@ inline bool any_above(double x, const double* d, const double* e, int64_t size) 
   return q > 0;
 }
 
-// Plane rotations in the order in which the QL algorithm makes them: a run is those of rows (i, i + 1), from i = last -
-// 1 down to i = first.
+// Plane rotations in the order in which the QL algorithm makes them. A run holds rotations of rows (i, i + 1), from
+// i = last - 1 down to i = first.
 struct Rotations {
   struct Run {
     int64_t first, last;
@@ -182,9 +185,9 @@ struct Rotations {
   }
 };
 
-// Rotations Z that split the first diagonal element of T, from `l` on, off from the others, by QL steps with implicit
-// shifts (Bowdler et al., 1968): the first two with `shift`, which is meant to be an eigenvalue, if it is given.
-// `negligible`: an off-diagonal of this size is no larger than the rounding errors of all.
+// Rotations Z after which element l of T's diagonal is an eigenvalue, decoupled from the others: QL steps with implicit
+// shifts (Bowdler et al., 1968). The first two use `shift`, an approximate eigenvalue, if it is given. Off-diagonal
+// elements up to `negligible` count as zero.
 inline void split_first(double* d, double* e, int64_t size, int64_t l, double negligible, const double* shift,
                         Rotations& z) {
   for (int tries = 0; tries < 60; tries++) {
@@ -204,7 +207,7 @@ inline void split_first(double* d, double* e, int64_t size, int64_t l, double ne
     for (; i >= l; i--) {
       const double f = s * e[i], b = c * e[i], r = std::sqrt(f * f + g * g);
       e[i + 1] = r;
-      if (r == 0) {  // the matrix falls apart here
+      if (r == 0) {  // T decouples here
         d[i + 1] -= p;
         e[m] = 0;
         break;
@@ -227,8 +230,9 @@ inline void split_first(double* d, double* e, int64_t size, int64_t l, double ne
   }
 }
 
-// T <- Z^T T Z, whose first `count` diagonal elements, or all, are eigenvalues and their columns of Z eigenvectors: the
-// `count` largest are among them. Returns how many are. `e` is destroyed. `work`: `count` and what rounds it up.
+// T <- Z^T T Z, after which the first diagonal elements are eigenvalues, the `count` largest among them, and their
+// columns of Z eigenvectors. Returns how many there are: `count`, or all. `e` is overwritten. `work`: as
+// `largest_eigenvalues`.
 inline int64_t diagonalize(double* d, double* e, int64_t size, int64_t count, double* work, Rotations& z) {
   double largest = 0;
   for (int64_t i = 0; i < size; i++) largest = std::max({largest, std::fabs(d[i]), std::fabs(e[i])});
@@ -237,7 +241,7 @@ inline int64_t diagonalize(double* d, double* e, int64_t size, int64_t count, do
   if (count < size) {
     largest_eigenvalues(d, e, size, count, work);
     for (; done < count; done++) split_first(d, e, size, done, negligible, work + done, z);
-    // Rounding, or a matrix of several parts, may have split others off: nothing that is left may be larger.
+    // Because of rounding, or if T is decoupled, these may be others than the largest: then all are computed.
     const double least = *std::min_element(d, d + done) + 16 * negligible;
     if (!any_above(least, d + done, e + done, size - done)) return done;
   }
@@ -245,7 +249,7 @@ inline int64_t diagonalize(double* d, double* e, int64_t size, int64_t count, do
   return size;
 }
 
-// X <- Z X for rows of `columns` numbers (a multiple of WL), `ld` apart.
+// X <- Z X for rows of `columns` numbers, a multiple of WL, `ld` apart.
 inline void apply_rotations(const Rotations& z, double* x, int64_t ld, int64_t columns) {
   for (int64_t j = 0; j < columns; j += WL) {
     size_t at = z.c.size();
@@ -263,7 +267,7 @@ inline void apply_rotations(const Rotations& z, double* x, int64_t ld, int64_t c
   }
 }
 
-// X <- Q X, with Q of `tridiagonalize`; `columns` is a multiple of PAD.
+// X <- Q X with Q from `tridiagonalize`; `columns` is a multiple of PAD.
 inline void apply_reflectors(const double* reflectors, const double* tau, int64_t size, int64_t ld_v, double* x,
                              int64_t ld, int64_t columns) {
   for (int64_t q = size - 1; q-- > 0;) {

@@ -1,8 +1,8 @@
-// Slots of users brought back to `rank` rows, checked against replay and pulled to the anchor. See
-// ttt.ops.low_rank_compress for the formulas, truncate.h and low_rank_pull.h for how.
+// Compression of slots to `rank` rows, with replay and the pull to the anchor. For the formulas see
+// ttt.ops.low_rank_compress, for the decomposition truncate.h, for the pull low_rank_pull.h.
 //
-// A sum over columns is made in pieces that depend on the number of columns only, and these are added in order: a
-// slot's bits depend neither on how many threads there are nor on which others are compressed.
+// Sums over columns are made in pieces whose size depends only on the number of columns, and the pieces are added in
+// order. So a slot's bits depend neither on the number of threads nor on which other slots are compressed.
 #pragma once
 #include <omp.h>
 
@@ -19,9 +19,9 @@
 
 namespace {
 
-constexpr int64_t GRAM_COLUMNS = 512;  // of all rows at a time: the second-level cache holds them, as doubles too
+constexpr int64_t GRAM_COLUMNS = 512;  // columns at a time, which fit into the second-level cache even as doubles
 constexpr int64_t MOST_PIECES = 8;     // of a Gram matrix
-constexpr int64_t KEPT_ROWS = 256;     // memory of slots with more rows, tens of megabytes, is given back
+constexpr int64_t KEPT_ROWS = 256;     // workspace for slots with more rows, tens of megabytes, is freed after a call
 
 struct Pieces {
   int64_t width, count;
@@ -32,7 +32,7 @@ struct Pieces {
   }
 };
 
-// Whether squares of the numbers, and sums of them, are within float32's range, or all are zero.
+// Whether the largest magnitude is such that squares and their sums stay within float32's range, or is zero.
 inline bool ordinary(const bf16* x, int64_t count) {
   vh most = {};
   int64_t j = 0;
@@ -46,18 +46,19 @@ inline bool ordinary(const bf16* x, int64_t count) {
   return top == 0 || (top > 0x2b80 && top < 0x5380);  // 2^-40, 2^40
 }
 
-// A slot while it is compressed; kept from one to the next for its memory.
+// Workspace and state of one slot's compression. Its memory is used again for later slots.
 struct Compressed {
   int64_t slot, held, kept;
-  bool cuts, replays, narrow;  // narrow: new rows are made in float32
-  int wide_panels;             // whether part of a Gram matrix was made in float64
+  bool cuts, replays, narrow;  // narrow: new rows are computed in float32
+  int wide_panels;             // whether part of a Gram matrix was computed in float64
   double spent;                // eta_sum
   Truncation cut;
   Wide grams;             // ld x ld for each piece of A A^T, then of B B^T
-  Wide replayed;          // held x wide(n): the rows of A after replay, if any
-  Wide fresh_a, fresh_b;  // kept x wide(n), x wide(m): new rows that are still to be pulled
+  Wide replayed;          // held x wide(n): the rows of A after replay, if there is any
+  Wide fresh_a, fresh_b;  // kept x wide(n), kept x wide(m): new rows before the pull
   Wide of_fresh;          // their Gram matrices, see `Pull`
 
+  // Whether the slot is left unchanged, because its rows are not finite.
   bool stays() const { return cuts && !cut.finite; }
 };
 
@@ -76,7 +77,7 @@ struct Compression {
     return static_cast<T*>(of_a ? a.a : a.b) + (s.slot * a.capacity + r) * columns(of_a);
   }
 
-  // Whether there is anything to do but to count.
+  // Prepares the compression of a slot. Whether anything but its counters will change.
   bool begin(Compressed& s, int64_t slot) const {
     s.slot = slot;
     s.held = std::min<int64_t>(a.rows[slot], a.capacity);
@@ -96,7 +97,7 @@ struct Compression {
     return s.held > 0 && (s.cuts || s.replays || pull.on);
   }
 
-  // A - (A X_r^T) V.
+  // Replay: `replayed` = A - (A X_r^T) V.
   void replay(Compressed& s) const {
     ttt::Commit c = {};
     c.memory = a.memory;
@@ -139,7 +140,7 @@ struct Compression {
     }
   }
 
-  // Columns [first, first + count) of all rows as they are before compression, `width` apart, zeros behind them.
+  // Copies columns [first, first + count) of all rows, after replay, to rows `width` apart, followed by zeros.
   template <class Real>
   void panel(const Compressed& s, bool of_a, int64_t first, int64_t count, int64_t width, Real* out) const {
     for (int64_t r = 0; r < s.held; r++) {
@@ -152,8 +153,8 @@ struct Compression {
     }
   }
 
-  // Products of bfloat16 numbers are exact in float32: sums over a panel in float32, and of these in float64, lose less
-  // than a hundredth of what the rows' own rounding did.
+  // One piece of a Gram matrix. Products of bfloat16 numbers are exact in float32: with sums in float32 over a panel,
+  // and in float64 over panels, the error is less than a hundredth of that of the rows' own rounding.
   void gram(Compressed& s, bool of_a, int64_t piece, double* scratch) const {
     const int64_t width = (of_a ? pieces_a : pieces_b).width;
     double* out = s.grams.get() + ((of_a ? 0 : pieces_a.count) + piece) * ld * ld;
@@ -208,7 +209,7 @@ struct Compression {
       }
   }
 
-  // BLOCK_COLUMNS columns of the new rows.
+  // Computes BLOCK_COLUMNS columns of the new rows, and stores them in the slot unless they are still to be pulled.
   template <class Real>
   void renew(const Compressed& s, bool of_a, int64_t first, Real* scratch) const {
     const int64_t count = std::min(BLOCK_COLUMNS, columns(of_a) - first);
@@ -233,7 +234,7 @@ struct Compression {
     finish(s, of_a, first, scratch);
   }
 
-  // New rows into the slot, as its type.
+  // Clamps and rounds columns of the new rows and stores them in the slot.
   template <class Real>
   void finish(const Compressed& s, bool of_a, int64_t first, const Real* fresh) const {
     using V = Lanes<Real>;
@@ -266,7 +267,7 @@ struct Compression {
     }
   }
 
-  // Zeros into a row that becomes free: all of it at once, which is faster than block by block.
+  // Clears a row that becomes free: the whole row at once, which is faster than block by block.
   void clear(const Compressed& s, bool of_a, int64_t r) const {
     std::memset(row(s, of_a, r), 0, columns(of_a) * sizeof(T));
   }
@@ -280,19 +281,19 @@ struct Compression {
   }
 };
 
-// A share of the work of one slot: a piece of a Gram matrix, a row of one, a block of columns, or a row.
+// A unit of work on one slot: a piece of a Gram matrix, a row of one, a block of columns, or a row.
 struct Share {
   Compressed* slot;
   bool of_a;
   int64_t at;
 };
 
-// The first slot that was left as it was, because its rows are not finite; -1 if none was.
+// Compresses `a.count` slots. Returns the first slot that was left as it was because its rows are not finite, or -1.
 template <class T>
 int64_t low_rank_compress(const ttt::LowRankCompress& a) {
   const Compression<T> work(a);
   const int threads = static_cast<double>(a.capacity) * a.capacity * (a.m + a.n) < 65536 ? 1 : a.threads;
-  // Kept by each thread that calls: the system takes a while to hand out fresh pages.
+  // Kept from call to call by each calling thread, because new memory pages are slow to get.
   thread_local std::vector<Compressed> slots;
   thread_local Wide scratch;
   if (static_cast<int>(slots.size()) < threads) slots = std::vector<Compressed>(threads);

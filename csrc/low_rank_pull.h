@@ -1,5 +1,5 @@
-// The pull of a user's factors to the anchor, for an importance rho kappa^T: A diag(q) and B diag(p). See
-// ttt.ops.low_rank_compress for the formula.
+// The pull of a user's factors to the anchor, A diag(q) and B diag(p), for the importance Omega = rho kappa^T. The
+// formula is in ttt.ops.low_rank_compress.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -10,13 +10,13 @@
 
 namespace {
 
-constexpr int64_t BLOCK_COLUMNS = 128;  // of new rows at a time
+constexpr int64_t BLOCK_COLUMNS = 128;  // columns of the new rows that are computed at a time
 static_assert(BLOCK_COLUMNS % NC == 0);
 
 struct Pull {
   const bool on;
   const int64_t m, n;
-  Wide rho, kappa;  // zeros behind their ends
+  Wide rho, kappa;  // followed by zeros
   double highest_rho = 0, highest_kappa = 0;
 
   explicit Pull(const ttt::LowRankCompress& a) : on(a.lam > 0), m(a.m), n(a.n) {
@@ -34,7 +34,7 @@ struct Pull {
     return grams + ((of_a ? 0 : 2) + (weighted ? 1 : 0)) * rows * rows;
   }
 
-  // Row `i` of two of them, and its mirror image.
+  // Computes row `i` of the two matrices of one factor, and its mirror image.
   void weigh(bool of_a, const double* own, int64_t rows, int64_t i, double* grams) const {
     const int64_t width = wide(of_a ? n : m);
     const double *weight = (of_a ? kappa : rho).get(), *left = own + i * width;
@@ -51,7 +51,7 @@ struct Pull {
     }
   }
 
-  // A block of columns of `own`, times q or p.
+  // Multiplies a block of columns of `own` by q or p.
   void apply(bool of_a, const double* own, int64_t rows, int64_t first, double strength, const double* grams,
              double* out) const {
     const int64_t width = wide(of_a ? n : m);
@@ -74,7 +74,7 @@ struct Pull {
       }
       double shrink[WL];
       for (int l = 0; l < WL; l++) {
-        // A column of nearly nothing has rounding errors only.
+        // In a column of very small numbers the mean consists of rounding errors.
         const double mean = total[l] > 0 ? std::min(std::max(part[l] / total[l], 0.0), highest) : 0.0;
         shrink[l] = 1 / std::sqrt(1 + strength * weight[j + l] * mean);
       }

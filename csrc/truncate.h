@@ -1,9 +1,9 @@
 // From the Gram matrices of factors A, B of D = B^T A to the factors of its largest singular values.
 //
-// With A A^T = L L^T, the eigenvalues of C = L^T (B B^T) L are the squares of D's singular values s. Let V be its
-// eigenvectors: U = B^T L V / s are D's left singular vectors, orthonormal whatever rounding made of L, and D^T U / s =
-// A^T (B B^T) L V / s^2 the right ones; nothing is inverted. Rows are first made as long in A as in B, which D does not
-// notice: large rows of the one then hide no large rows of the other.
+// With A A^T = L L^T, the eigenvalues of C = L^T (B B^T) L are the squares of D's singular values s. With C's
+// eigenvectors V, U = B^T L V / s are D's left singular vectors, orthonormal even if L is rounded, and D^T U / s = A^T
+// (B B^T) L V / s^2 the right ones; no matrix is inverted. Rows are first scaled to equal lengths in A and in B, which
+// leaves D unchanged, so that large rows of one factor do not hide large rows of the other.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -14,13 +14,13 @@
 
 namespace {
 
-constexpr double NEGLIGIBLE = 1e-15;  // beside the largest square
+constexpr double NEGLIGIBLE = 1e-15;  // relative to the largest square
 
-// Of one slot; kept from one to the next for its memory. Matrices have `ld` columns.
+// The truncation of one slot. Its memory is used again for later slots. Matrices have `ld` columns.
 struct Truncation {
   Wide factor_a, factor_b;  // padded(kept) x ld: the new rows are these times the old ones
   double gone;              // |change of D|_F
-  bool finite;              // otherwise some row is not, and nothing else is set
+  bool finite;              // whether all rows are finite; if not, nothing else is set
 
   // `ga`, `gb`: the lower halves of A A^T and B B^T, which are overwritten. `kept` of `size` rows stay.
   void make(double* ga, double* gb, int64_t size, int64_t ld, int64_t kept);
@@ -33,7 +33,7 @@ struct Truncation {
   bool balance(double* ga, double* gb, int64_t size, int64_t ld, double* scale_a, double* scale_b, double* largest);
 };
 
-// Rows of both factors get the same length, at most 1: row r of A times scale_a[r], of B times scale_b[r]. D becomes
+// Scales row r of A by scale_a[r] and that of B by scale_b[r], to equal lengths of at most 1, so that D becomes
 // D / `largest`. False if some row is not finite.
 inline bool Truncation::balance(double* ga, double* gb, int64_t size, int64_t ld, double* scale_a, double* scale_b,
                                 double* largest) {

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# scripts/gpu_check.sh OUT: on a machine with a GPU, torch and triton, without network and in less than ten minutes:
-# install this tree, run the tests that need the GPU, compile every kernel ahead of time, run the benches.
-# The folder OUT then holds install.log, tests.log, aot.log, bench.log and cuda.json, which is one of bench/kernels/results.
-# A step that fails or takes too long does not keep the next from running; the exit status is 1 if there was one.
+# Runs everything that needs a GPU, without a network and in less than ten minutes: scripts/gpu_check.sh OUT
+# It installs this tree, runs the tests that need the GPU, compiles every kernel ahead of time and runs the benches.
+# The machine needs a GPU, torch and triton. The folder OUT then holds install.log, tests.log, aot.log, bench.log and
+# cuda.json, which has the form of the files in bench/kernels/results.
+# If a step fails or takes too long, the next ones still run, and the exit status is 1.
 set -u
 out=${1:?usage: scripts/gpu_check.sh OUT}
 cd "$(dirname "$0")/.."
@@ -14,7 +15,7 @@ export PYTHONUNBUFFERED=1
 end=570
 failed=()
 
-# step LOG SECONDS COMMAND...: its output goes to LOG, its end to the terminal, and its failure is remembered.
+# step LOG SECONDS COMMAND...: append the output to LOG, show its last lines, and remember a failure.
 step() {
   local log=$out/$1 limit=$2 code lines
   shift 2
@@ -35,7 +36,7 @@ step() {
 }
 
 rm -f "$out"/{install,tests,aot,bench}.log "$out/cuda.json"
-# Without a compiler, pybind11 or ninja this installs no C++ kernels and `ttt info` says why; if it fails altogether,
+# Without a compiler, pybind11 or ninja this installs no C++ kernels, and `ttt info` says why. If it fails altogether,
 # everything below still runs from the tree.
 step install.log 90 python3 -m pip install --no-index --no-deps --no-build-isolation --editable .
 step install.log 30 python3 -m ttt info

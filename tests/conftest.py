@@ -1,9 +1,13 @@
-"""Shared by all tests. Without a GPU the Triton kernels run in Triton's interpreter, and tests/gpu is not collected."""
+"""Shared by all tests: the seed of each, which of them are slow, and how the Triton kernels run.
+
+Without a GPU the Triton kernels run in Triton's interpreter, and tests/gpu is not collected.
+"""
 
 import os
 import zlib
 
 import pytest
+import selection
 import torch
 
 collect_ignore_glob = []
@@ -17,11 +21,19 @@ SEED = os.environ.get("TTT_TEST_SEED", "0")
 SEED = int.from_bytes(os.urandom(4), "little") if SEED == "random" else int(SEED)
 
 
+def pytest_configure():
+    selection.refuse_broken_interpreter()
+
+
 def pytest_report_header():
     return f"TTT_TEST_SEED={SEED}"
 
 
+def pytest_collection_modifyitems(items):
+    selection.mark_slow(items)
+
+
 @pytest.fixture(autouse=True)
 def _seeded(request):
-    """Every test has inputs of its own; TTT_TEST_SEED=random draws new ones, and the header says how to repeat them."""
+    """Seed torch differently for every test. ``TTT_TEST_SEED=random`` draws new inputs; the header shows the seed."""
     torch.manual_seed(SEED ^ zlib.crc32(request.node.nodeid.encode()))

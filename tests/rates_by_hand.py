@@ -1,10 +1,19 @@
-"""The steps of `ttt.nn.rates`, token by token, from their definition."""
+"""The steps of `ttt.nn.rates` from their definition, token by token in float64."""
 
 import torch
 
 
 def steps_by_hand(x, delta, config, start=(0.0, 0.0, 0)):
-    """eta of every row, token by token, from the definition; and the sums at the end."""
+    """The step of every token, and the sums of |x|^2, g^2 and tokens afterwards.
+
+    Args:
+        x: (T, n), inputs that updates are made with; delta: (T, m), gradients at the output.
+        config: its lr, rate ("energy" or "rms") and clip are used.
+        start: the sums before the first token.
+
+    Returns:
+        (T,) float64, and the three sums.
+    """
     energy, square, rows = start
     found = []
     for one, d in zip(x.double(), delta.double(), strict=True):
@@ -18,7 +27,7 @@ def steps_by_hand(x, delta, config, start=(0.0, 0.0, 0)):
 
 
 def burst_by_hand(x, delta, eta, config):
-    """The steps with the sum of the rows' gradients bounded, from the whole matrix."""
+    """The steps ``eta`` (T,) after the burst bound, from the matrix sum of eta_t delta_t x_t^T."""
     total = sum(e * torch.outer(d, one) for e, d, one in zip(eta, delta.double(), x.double(), strict=True))
     most = config.burst * config.lr * len(eta) ** 0.5
     size = float(total.norm())

@@ -109,6 +109,16 @@ def test_what_a_file_may_hold_is_refused_with_a_value_error(values):
         ttt.TTTConfig.from_dict(values)
 
 
+def test_settings_that_were_removed_are_refused_by_name():
+    for values, message in (
+        ({"replay": "gradient"}, r"replay must be 'projection', got 'gradient', which was removed"),
+        ({"per_user": {"shrink": "directions"}}, r"shrink must be 'truncate', got 'directions', which was removed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ttt.TTTConfig.from_dict(values)
+    assert ttt.TTTConfig.from_dict({"users": {"slots": 3, "shrink": "truncate"}}).per_user == ttt.LowRank(slots=3)
+
+
 def test_defences_that_do_not_combine_are_refused():
     with pytest.raises(ValueError, match="one of EWC and MAS, got both"):
         ttt.TTTConfig(protect=[ttt.EWC(), ttt.MAS()])

@@ -1,14 +1,20 @@
-"""The package as a user meets it: import, info, command line, build without a compiler."""
+"""The package as a user sees it: import, info, command line and builds; and the selection of quick tests."""
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
+import selection
 
 import ttt
+from ttt.demo.model import model_folder
+from ttt.ops.build_report import why_not_built
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,6 +72,48 @@ def test_installs_without_a_compiler_and_says_why(tmp_path):
     assert "no C++ compiler found" in report["reason"]
 
 
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+FAILED = json.dumps({"built": False, "reason": "RuntimeError: no compiler"})
+
+
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        ({}, "have not been built in {folder}; pip install --editable . builds them"),
+        ({"_build.json": FAILED}, "were not built when ttt was installed: RuntimeError: no compiler"),
+        ({"_build.json": "{"}, "have not been built in {folder}; pip install --editable . builds them"),
+        ({"_build.json": '{"built": true, "reason": ""}', "_C.cpython-27-other.so": ""},
+         "were built for another Python (_C.cpython-27-other.so); reinstall ttt with this one"),
+        ({"_build.json": FAILED, f"_C{SUFFIX}": ""}, "cannot import name '_C'"),
+    ],
+)  # fmt: skip
+def test_why_the_kernels_cannot_be_imported(tmp_path, files, why):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    said = why_not_built(ImportError("cannot import name '_C'"), tmp_path)
+    assert why.format(folder=tmp_path) in said
+    assert "\n" not in said
+
+
+def test_the_demo_says_which_folder_has_no_model(tmp_path, monkeypatch):
+    done = python("-m", "ttt", "demo", TTT_BYTE_MODEL=str(tmp_path))
+    assert done.returncode == 1
+    missing = f"{tmp_path} has no config.json and no model.safetensors"
+    assert f"the byte-level model is missing: {missing}; TTT_BYTE_MODEL must name the folder" in done.stderr
+    monkeypatch.setenv("TTT_BYTE_MODEL", str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path} has no model.safetensors; TTT_BYTE_MODEL")):
+        model_folder()
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert model_folder() == tmp_path
+
+
+def test_the_demo_refuses_a_text_that_is_missing(tmp_path):
+    done = python("-m", "ttt", "demo", "--text", str(tmp_path / "none.txt"), COLUMNS="1000")
+    assert done.returncode == 2
+    assert "does not exist" in done.stderr
+
+
 def test_without_the_extension_the_reference_runs_and_info_says_so():
     code = """
 import sys
@@ -89,3 +137,41 @@ def test_library_has_no_libtorch():
     done = subprocess.run(["ldd", _C.__file__], capture_output=True, text=True)
     assert done.returncode == 0
     assert "torch" not in done.stdout.replace(str(ROOT), "")
+
+
+@pytest.mark.parametrize(
+    ("variable", "table", "key"),
+    [("BUILD_REQUIRES", "build-system", "requires"), ("DOCS_REQUIRES", "project.optional-dependencies", "docs"),
+     ("LINT_REQUIRES", "project.optional-dependencies", "lint")],
+)  # fmt: skip
+def test_the_makefile_installs_what_pyproject_names(variable, table, key):
+    (given,) = re.findall(rf"^{variable} := (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    section = (ROOT / "pyproject.toml").read_text().split(f"[{table}]\n")[1]
+    (wanted,) = re.findall(rf"^{key} = (\[.*\])$", section.split("\n[")[0], re.M)
+    assert shlex.split(given) == json.loads(wanted)
+
+
+def test_what_is_marked_as_slow():
+    """The first, the middle and the last case of a test are quick; what `selection.SLOW` names exists, and is slow."""
+    assert selection.spread(3, 3) == {0, 1, 2}
+    assert selection.spread(4, 3) == {0, 2, 3}
+    assert selection.spread(101, 3) == {0, 50, 100}
+    for name in selection.SLOW:
+        path, _, function = name.partition("::")
+        assert (selection.TESTS / path).exists(), name
+        assert not function or f"def {function}(" in (selection.TESTS / path).read_text(), name
+    assert selection.slow_by_name("bench/kernels/test_bench.py", "test_any")
+    assert selection.slow_by_name("ops/test_triton.py", "test_any")
+    assert not selection.slow_by_name("ops/test_triton_other.py", "test_any")
+    assert not selection.slow_by_name("learn/test_learner.py", "test_any")
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "works"),
+    [("3.6.0", "2.4.0", False), ("3.6.0", "2.3.5", True), ("3.7.0", "2.4.6", True), ("3.10.0", "2.10.1", True),
+     ("3.6.1", "3.0.0", False)],
+)  # fmt: skip
+def test_versions_with_which_tritons_interpreter_fails(triton, numpy, works):
+    fault = selection.interpreter_fault(triton, numpy)
+    assert (fault == "") == works
+    assert works or f"found triton {triton} and numpy {numpy}" in fault

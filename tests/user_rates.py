@@ -13,7 +13,7 @@ SLOTS, RANK, WINDOW = 4, 3, 6
 
 def layer_on(device, dtype, **options):
     low_rank = LowRank(slots=SLOTS, rank=RANK, window=WINDOW)
-    config = plain_config(users=low_rank, replay_capacity=9, **{"ewc_lambda": 0.0, "replay_rows": 0, **options})
+    config = plain_config(per_user=low_rank, replay_capacity=9, **{"ewc_lambda": 0.0, "replay_rows": 0, **options})
     layer = LowRankLinear(33, 20, device=device, dtype=dtype, config=config, name="layer")
     for name in ("importance_m", "importance_n", "memory"):
         if getattr(layer, name) is not None:

@@ -1,4 +1,4 @@
-"""The command ``ttt``: what is active, the demo, and the store of users."""
+"""The command ``ttt``: ``ttt info``, ``ttt demo``, and ``ttt users`` and ``ttt verify`` for a store."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import typer
 
 from ttt.store import cli as store_cli
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Models that go on learning while they are used.")
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Models that learn while they are used.")
 store_cli.add_to(app)
 
 
 @app.command()
 def info() -> None:
-    """Print what is active: backends, instruction set, threads, versions, and why anything is missing."""
+    """Print versions, backends, instruction set and threads in use, and why a backend is missing."""
     from ttt.info import info as show
 
     show()
@@ -23,11 +23,27 @@ def info() -> None:
 
 @app.command()
 def demo(
-    text: Annotated[Path | None, typer.Option(help="Stream this file instead of the built-in domains.")] = None,
-    report: Annotated[Path, typer.Option(help="Folder for index.html and the plots.")] = Path("report"),
-    bytes_per_domain: Annotated[int, typer.Option("--bytes", min=2048, help="Bytes streamed of each domain.")] = 20480,
+    text: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Read this file instead of the built-in texts."),
+    ] = None,
+    report: Annotated[Path, typer.Option(help="Folder to write index.html and the plots to.")] = Path("report"),
+    bytes_per_domain: Annotated[
+        int, typer.Option("--bytes", min=2048, help="Bytes to read of each kind of text.")
+    ] = 20480,
 ) -> None:
-    """Stream real text through a small language model that learns from it, and report gain and forgetting."""
+    """Let a small language model learn from real text as it reads, and report what it gained and forgot.
+
+    The model is in the repository of ttt, not in the installed package: run this in a clone, or let TTT_BYTE_MODEL
+    name the folder that holds it.
+    """
+    from ttt.demo.model import model_folder
+
+    try:
+        model_folder()
+    except FileNotFoundError as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(1) from None
     from ttt.demo.run import main
 
     main(text, report, bytes_per_domain)

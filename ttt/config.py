@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ttt.checks import check_choice, check_number, check_whole
+from ttt.checks import check_choice, check_layers, check_names, check_number, check_whole
 from ttt.defences import (
     EWC,
     KINDS,
@@ -202,8 +202,8 @@ class TTTConfig(FlatSettings):
         if self.state_dtype is not None:
             check_choice("state_dtype", self.state_dtype, ("float32", "bfloat16", "8bit"))
         check_whole("seed", self.seed, 0, 2**63 - 1)
-        _check_names(self.target_modules)
-        _check_layers(self.layers)
+        check_names("target_modules", self.target_modules)
+        check_layers("layers", self.layers)
         # Lists become tuples, so that a configuration is hashable and truly frozen.
         for name in ("target_modules", "layers"):
             value = getattr(self, name)
@@ -292,20 +292,6 @@ def _without_removed(values: Mapping[str, Any]) -> dict[str, Any]:
         if name in values and values[name] != kept:
             raise ValueError(f"{name} must be {kept!r}, got {values[name]!r}, which was removed")
     return {name: value for name, value in values.items() if name not in _REMOVED}
-
-
-def _check_names(value: Any) -> None:
-    ok = value is None or isinstance(value, str)
-    ok = ok or (isinstance(value, Sequence) and all(isinstance(name, str) for name in value))
-    if not ok:
-        raise ValueError(f"target_modules must be a list of names, a regular expression or None, got {value!r}")
-
-
-def _check_layers(value: Any) -> None:
-    ok = isinstance(value, str)
-    ok = ok or (isinstance(value, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in value))
-    if not ok:
-        raise ValueError(f'layers must be "all", "last:0.25", "last:2" or a list of indices, got {value!r}')
 
 
 def _from_fields(kind: Any, values: Mapping[str, Any], what: str) -> Any:

@@ -167,7 +167,6 @@ class LayerReplay(_Rows):
         "rows": "replay_rows",
         "strength": "replay_beta",
         "ridge": "replay_eps",
-        "method": "replay",
     }
     switch = "replay_rows"
 

@@ -1,7 +1,8 @@
-"""Files that are whole or not there: written, flushed to the disk, and named in one step."""
+"""Files and folders that survive a crash: written and flushed to the disk before they get their name."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -10,10 +11,10 @@ from pathlib import Path
 def write_atomically(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` so that a crash leaves the old file or the new one, never a part.
 
-    The bytes go to a temporary file in the same folder, are flushed to the disk, and take the name in one step.
+    The bytes go to a temporary file in the same folder, are flushed to the disk, and get the name in one step.
 
     Raises:
-        OSError: if that fails. A flush that failed is not tried again: the system may have dropped the pages.
+        OSError: if that fails. A failed flush is not repeated: the system may have dropped the pages.
     """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -25,11 +26,11 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)  # the new name itself must reach the disk, too
+    sync_folder(path.parent)  # the new name must reach the disk as well
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the names in ``folder`` to the disk, where the system can (POSIX)."""
+    """Flush the names in ``folder`` to the disk, if the system can do so (POSIX)."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -37,3 +38,22 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """Make ``folder`` and its parents, accessible to this user only, and flush each new name to the disk."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    sync_folder(folder.parent)
+
+
+def file_identity(path: Path) -> tuple[int, int] | None:
+    """(device, inode) of the file or folder at ``path``; None if there is none. It differs once that is replaced."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_dev, status.st_ino

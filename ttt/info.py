@@ -1,9 +1,8 @@
-"""`info`: which kernels this process uses, and why it does not use faster ones."""
+"""Reports which backends, instruction sets and devices this process uses, and why any of them is missing."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import platform
 import sys
@@ -17,17 +16,24 @@ from ttt.ops import backends, cpu
 
 
 def info(file: TextIO | None = sys.stdout) -> dict[str, Any]:
-    """Print and return which backend runs each op, on which hardware, and why a faster one does not.
+    """Print and return which backend runs each op on each device, and why a faster one is missing.
 
     Args:
-        file: where to print; None for nowhere.
+        file: the text file to print to, by default standard output; None prints nothing.
 
     Returns:
-        A dict with ``ttt``, ``python``, ``torch``, ``triton``, ``processor``, ``threads``, ``isa`` (of the C++
-        kernels), ``isas`` (those the processor has), ``devices``, ``ops`` (op -> backend for each device),
-        ``missing`` (backend -> why), ``isolation`` (dtype -> whether torch's linear layer on the CPU keeps the rows of a
-        batch apart), ``calls`` (op, backend -> calls so far) and ``slow_calls`` (calls that a slower backend took, with
-        the reason).
+        A dict with the keys
+
+        - ``ttt``, ``python``, ``torch``, ``triton``: versions; None if not installed;
+        - ``processor``: its name; ``threads``: the number of threads that torch and the C++ kernels use;
+        - ``isa``: the instruction set that the C++ kernels use, None without them; ``isas``: all that they could use
+          on this processor;
+        - ``devices``: ``"cpu"``, then each CUDA device with its name;
+        - ``ops``: op -> {``"cpu"``: backend, ``"cuda"``: backend};
+        - ``missing``: backend -> the reason why it cannot be used;
+        - ``isolation``: dtype -> whether torch's linear layer on the CPU keeps the rows of a batch apart;
+        - ``calls``: ``"OP on BACKEND"`` -> number of calls in this process, where the fastest backend ran;
+        - ``slow_calls``: ``"OP on BACKEND: REASON"`` -> number of calls that a slower backend ran, for that reason.
     """
     found: dict[str, Any] = {
         "ttt": _version("ttt"),
@@ -43,8 +49,6 @@ def info(file: TextIO | None = sys.stdout) -> dict[str, Any]:
     }
     if cpu._C is not None:
         found["isa"], found["isas"] = cpu._C.active_isa(), cpu._C.available_isas()
-    elif (reason := _build_failure()) is not None:
-        found["missing"]["cpu"] = f"the C++ kernels were not built when ttt was installed: {reason}"
     if torch.cuda.is_available():
         found["devices"] += [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     else:
@@ -65,9 +69,9 @@ def info(file: TextIO | None = sys.stdout) -> dict[str, Any]:
 _PROBED = (torch.float32, torch.bfloat16, torch.float16)
 _ROWS_APART = "torch.nn.functional.linear keeps the rows of a batch apart"
 _ROWS_MIXED = (
-    "torch.nn.functional.linear lets a row that holds an infinity or NaN turn other rows into NaN (inputs of {widths} "
-    "features; multiples of 32 are safe on processors with AMX). ttt's layers for users take such rows out first. Other "
-    "layers of the model do not: one user's overflow can then make chunks of other users in the batch be rejected, but "
+    "torch.nn.functional.linear turns rows into NaN beside a row that holds an infinity or NaN (inputs of {widths} "
+    "features; multiples of 32 are safe on processors with AMX). ttt's layers for users take such rows out first. The "
+    "model's other layers do not: one user's overflow can cause chunks of other users in the batch to be rejected, but "
     "nothing wrong is learnt. With ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16, set before torch is imported, AMX is not used"
 )
 
@@ -80,7 +84,7 @@ def _isolation(dtype: torch.dtype) -> str:
 
 @torch.no_grad()
 def _leaks(dtype: torch.dtype, width: int) -> bool:
-    """Whether a row of infinities, and one of NaN, change a bit of the other rows of a product with ``width`` inputs."""
+    """Whether a row of infinities and one of NaN change a bit of the other rows of a product of ``width`` inputs."""
     generator = torch.Generator().manual_seed(width)
     rows, weight = (torch.randn(k, width, generator=generator).to(dtype) for k in (48, 32))
     spoilt = rows.clone()
@@ -102,13 +106,6 @@ def _processor() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _build_failure() -> str | None:
-    report = Path(__file__).parent / "_build.json"
-    if not report.exists():
-        return None
-    return json.loads(report.read_text()).get("reason") or None
 
 
 def _print(found: dict[str, Any], file: TextIO) -> None:

@@ -1,14 +1,20 @@
-"""Benchmarks: `python -m bench.kernels.run`. Cases know their bytes and flops; contenders are checked, then timed.
+"""Benchmarks of speed: ``python -m bench.kernels.run``. Every contender is checked before it is timed.
 
-==============  ==================================================================================
-`registry`      `Case` and `Contender`: what a bench is made of
-`suites`        the cases, one file a suite
-`contenders`    what ttt is compared with: the same formulas in plain torch, and torch.compile
-`state`         layers to rotate among, and how importance and trace are stored
-`timing`        samples, quartiles, the machine's ceilings
-`measure`       checks and times one case; makes the rows of the JSON
-`run`           the command; `plot` draws, `check` compares with committed results
-==============  ==================================================================================
+===============  ==========================================================================================
+`case`           `Case`: one measurement, which knows its bytes, flops and contenders
+`contender`      `Contender`: one way of doing a case's work, with a check of its result
+`suites`         the cases, one file for each suite
+`plain_torch`    what ttt is compared with: the same formulas in plain torch, and ``torch.compile`` of them
+`models`         the language models of the suites that read or write text
+`state`          random layers, how importance and trace are stored, and the comparison with a reference
+`timing`         samples and quartiles
+`ceilings`       the machine's rates of copying, reading and multiplying
+`measure`        checks and times one case, and makes the rows of the JSON
+`run`            the command that measures; `merge` joins its files
+`plot`           draws the results; `check` compares new results with committed ones; `targets` lists which
+                 targets the results reach
+`store`          a command of its own: what a user costs in `ttt.Store`
+===============  ==========================================================================================
 
-`pytest bench --benchmark-only` runs the same cases under pytest-benchmark.
+``pytest bench --benchmark-only`` runs the same cases under pytest-benchmark.
 """

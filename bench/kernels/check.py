@@ -1,7 +1,7 @@
-"""``python -m bench.kernels.check NEW.json``: fails when ttt got slower, relative to what was timed beside it.
+"""``python -m bench.kernels.check NEW.json``: fails when ttt became slower than in the committed results.
 
-Only ratios are compared, those to a plain forward pass and to the case's baseline, and only with results of the same
-kind of machine: times themselves say more about the machine's day than about the code.
+Only ratios are compared (of ttt's time to that of a plain forward pass, and to that of the case's baseline), and only
+with results of the same kind of machine: absolute times vary more with the load of the machine than with the code.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ app = typer.Typer(add_completion=False)
 
 
 def kind_of(results: dict[str, Any]) -> tuple:
-    """What must be the same for ratios to be comparable: the device, the instruction set, the threads."""
-    about = results["machine"]
-    return about["device"], about["isa"], about["threads"]
+    """(device, instruction set, threads): ratios are comparable where these are equal."""
+    machine = results["machine"]
+    return machine["device"], machine["isa"], machine["threads"]
 
 
 def key_of(row: dict[str, Any]) -> tuple[str, str, str, str]:
-    """What names a row."""
+    """What identifies a row: (suite, case, dtype, contender)."""
     return row["suite"], row["case"], row["dtype"], row["contender"]
 
 
 def load(path: Path) -> dict[str, Any] | None:
-    """A result of `bench.kernels.run`; None if ``path`` is JSON of another kind."""
+    """The results of `bench.kernels.run` in ``path``; None if the file holds something else."""
     found = json.loads(path.read_text())
     machine = found.get("machine") if isinstance(found, dict) and "rows" in found else None
     known = isinstance(machine, dict) and {"device", "isa", "threads", "date"} <= machine.keys()
@@ -41,14 +41,19 @@ def load(path: Path) -> dict[str, Any] | None:
 
 
 def committed(paths: list[Path], kind: tuple) -> dict[tuple, dict[str, Any]]:
-    """The rows of all results of this kind of machine, by `key_of`; the latest of each."""
+    """The latest row for each `key_of` in all results of this kind of machine (see `kind_of`)."""
     found = [results for path in paths if (results := load(path)) is not None and kind_of(results) == kind]
     found.sort(key=lambda results: results["machine"]["date"])
     return {key_of(row): row for results in found for row in results["rows"]}
 
 
 def compare(new: list[dict[str, Any]], old: dict[tuple, dict[str, Any]], allowed: float = ALLOWED) -> list[dict]:
-    """For each ratio of a row of ttt's own that stands in both: what it was, what it is, and whether it is worse."""
+    """Compare the ratios of ttt's own rows that ``new`` and ``old`` both have.
+
+    Returns:
+        For each ratio a dict with ``key``, ``ratio`` (its name), ``was``, ``now``, and ``worse``: whether it grew by
+        more than the factor ``allowed``.
+    """
     found = []
     for row in new:
         before = old.get(key_of(row))
@@ -66,12 +71,12 @@ def compare(new: list[dict[str, Any]], old: dict[tuple, dict[str, Any]], allowed
 
 @app.command()
 def main(
-    new: Annotated[Path, typer.Argument(exists=True, help="A JSON file that bench.kernels.run wrote.")],
+    new: Annotated[Path, typer.Argument(exists=True, help="A JSON file written by bench.kernels.run.")],
     against: Annotated[
         Path | None, typer.Option(exists=True, help="Compare with this file (default: all of bench/kernels/results).")
     ] = None,
 ) -> None:
-    """Exit with 1 if a ratio got more than 25 % worse than the committed one of the same kind of machine."""
+    """Exit with 1 if a ratio is more than 25 % worse than the committed one of the same kind of machine."""
     console = Console(width=160)
     results = load(new)
     if results is None:

@@ -1,4 +1,4 @@
-"""Checks and times one case, and makes the rows of the JSON."""
+"""Check and time one case, and make its rows of the JSON."""
 
 from __future__ import annotations
 
@@ -10,21 +10,27 @@ from typing import Any
 
 import torch
 
-from bench.kernels.registry import Case, Contender, Unavailable
+from bench.kernels.case import Case
+from bench.kernels.contender import Contender, Unavailable
 from bench.kernels.timing import quartiles, sampler
 
 MIN_ROUNDS = 3
 
 
 def checked(case: Case) -> tuple[dict[str, Contender], list[dict[str, Any]]]:
-    """The contenders of ``case`` whose results are right, and for each of the others why it is not timed."""
+    """Make the contenders of ``case`` and check them.
+
+    Returns:
+        (contenders whose check passed, by name; a row for each of the others with ``reason`` and ``failed``, which is
+        False for a contender that is `Unavailable`).
+    """
     good: dict[str, Contender] = {}
     not_timed: list[dict[str, Any]] = []
     for name, make in case.contenders().items():
         try:
             contender = make()
             contender.check()
-        except Exception as error:  # whatever a contender raises (a compiler's errors, too) must not end the run
+        except Exception as error:  # no error of a contender, a compiler's included, may end the run
             reason = str(error) if isinstance(error, Unavailable) else f"{type(error).__name__}: {error}"
             row = {"suite": case.suite, "case": case.name, "dtype": case.dtype, "contender": name}
             not_timed.append(row | {"reason": reason[:1000], "failed": not isinstance(error, Unavailable)})
@@ -35,7 +41,7 @@ def checked(case: Case) -> tuple[dict[str, Contender], list[dict[str, Any]]]:
 
 @contextlib.contextmanager
 def threads_of(case: Case) -> Iterator[None]:
-    """As many torch threads as the case asks for."""
+    """Set the number of torch threads that the case asks for."""
     before = torch.get_num_threads()
     torch.set_num_threads(case.threads or before)
     try:
@@ -45,12 +51,16 @@ def threads_of(case: Case) -> Iterator[None]:
 
 
 def measure(case: Case, rounds: int, seconds: float = 10.0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(one row for each contender of ``case``, those that were not timed and why).
+    """Check and time the contenders of ``case``.
 
-    Ceilings and contenders take turns, one sample each a round, so that all meet the same noise of the machine.
+    In each round every ceiling and contender takes one sample, so that all of them are subject to the same
+    disturbances of the machine.
 
     Args:
-        rounds: samples of each; fewer, but `MIN_ROUNDS` at least, once they have taken ``seconds``.
+        rounds: number of samples of each contender. Measuring stops after ``seconds``, but not before `MIN_ROUNDS`.
+
+    Returns:
+        (a row for each contender, a row for each contender that was not timed, with the reason).
     """
     with threads_of(case):
         contenders, not_timed = checked(case)
@@ -71,17 +81,20 @@ def measure(case: Case, rounds: int, seconds: float = 10.0) -> tuple[list[dict[s
 
 
 def row_of(case: Case, name: str, times: dict[str, list[float]], fields: dict[str, Any]) -> dict[str, Any]:
-    """One contender's figures. Ratios are medians of the rounds' own ratios.
+    """The figures of one contender.
+
+    A ratio of times is the median of the ratios in each round, not the ratio of the medians.
 
     Args:
-        times: by name of contender or ceiling, seconds a unit (of a ceiling: a byte or a flop) in each round.
+        times: seconds per unit in each round, by name of contender or ceiling (whose unit is a byte or a flop).
+        fields: further fields of the row.
     """
     seconds = times[name]
     low, median, high = quartiles(seconds)
     moved, flops = case.bytes(name), case.flops(name)
 
     def against(other: str | None, share: float = 1.0) -> float | None:
-        """Median over the rounds of time / (share of the other's time)."""
+        """Median over the rounds of time / (``share`` times the time of ``other``)."""
         if other not in times or not times[other]:
             return None
         return statistics.median(s / (share * o) for s, o in zip(seconds, times[other], strict=True))
@@ -120,7 +133,7 @@ def _above(seconds: list[float], baseline: list[float] | None) -> float | None:
 
 
 def summary_of_ceilings(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The ceilings of a whole run: the median rates of copy and read, and the best of a square product by dtype."""
+    """The ceilings of a whole run: median rates of copy and read, and the best rate of a square product by dtype."""
     found = {}
     for name in ("copy_gb_per_s", "read_gb_per_s"):
         rates = [r[name] for r in rows if name in r]

@@ -1,4 +1,4 @@
-"""``python -m bench.kernels.plot``: roofline and growth curves from the results, as pictures beside them."""
+"""``python -m bench.kernels.plot``: draw the roofline and growth curves of the results as PNG files beside them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Row = dict[str, Any]
 
 app = typer.Typer(add_completion=False)
 
-# Suites whose cases have counted bytes and flops, in the roofline's legend order.
+# Suites whose cases count bytes and flops, in the order of the roofline's legend.
 FAMILIES = {"commit": "#d62728", "decode": "#1f77b4", "window_linear": "#2ca02c", "fisher": "#9467bd"}
 DTYPES = {"float32": "#1f77b4", "bfloat16": "#d62728"}
 PARTS = ("weight", "anchor", "importance", "trace", "replay memory", "window")
 
 
 def gather(paths: list[Path], kind: str) -> tuple[dict[str, Any], dict[str, float], list[Row]] | None:
-    """(machine, ceilings, rows) of the results on ``kind`` ("cpu", "cuda"), of the machine measured last."""
+    """(machine, ceilings, rows) of the most recently measured machine of ``kind`` ("cpu" or "cuda"), or None."""
     found = [r for p in paths if (r := load(p)) is not None and r["machine"].get("kind", "cpu") == kind and r["rows"]]
     if not found:
         return None
@@ -37,7 +37,7 @@ def gather(paths: list[Path], kind: str) -> tuple[dict[str, Any], dict[str, floa
 
 
 def title_of(machine: dict[str, Any], what: str) -> str:
-    """The machine on the first line of every picture."""
+    """The title of a picture: ``what`` it shows, and the machine."""
     name = machine["device"]
     if machine.get("kind", "cpu") == "cpu":
         name += f" ({machine['isa']}), {machine['threads']} threads"
@@ -48,7 +48,11 @@ def title_of(machine: dict[str, Any], what: str) -> str:
 
 
 def roofline(machine: dict[str, Any], ceilings: dict[str, float], rows: list[Row], path: Path) -> bool:
-    """Rate against flops per byte, one panel a dtype, below the ceilings measured in the same runs; False if empty."""
+    """Draw the rate of each case against its flops per byte, with the measured ceilings, in one panel for each dtype.
+
+    Returns:
+        False, without drawing, if there is nothing to draw.
+    """
     import matplotlib.pyplot as plt
 
     rows = [r for r in rows if r["suite"] in FAMILIES and r.get("flops") and r.get("bytes")]
@@ -102,7 +106,11 @@ def roofline(machine: dict[str, Any], ceilings: dict[str, float], rows: list[Row
 
 
 def growth(machine: dict[str, Any], rows: list[Row], path: Path) -> bool:
-    """Cost against one thing at a time, and the memory of a layer; False if there is no such row."""
+    """Draw the cost as a function of one parameter at a time, and the memory of a layer.
+
+    Returns:
+        False, without drawing, if there is no row of the suite ``growth``.
+    """
     import matplotlib.pyplot as plt
 
     rows = [r for r in rows if r["suite"] == "growth"]
@@ -130,7 +138,7 @@ def growth(machine: dict[str, Any], rows: list[Row], path: Path) -> bool:
             title += f", {size.pop()} square"
         elif curve == "adapted layers" and shown:
             title += f", {shown[0]['model']}"
-        axis.set(title=title, xlabel=label, ylabel="us a token" if curve == "adapted layers" else "us")
+        axis.set(title=title, xlabel=label, ylabel="us per token" if curve == "adapted layers" else "us")
     _memory(axes.flat[-1], [r for r in rows if r.get("curve") == "d" and r["contender"] == "ttt"])
     figure.suptitle(title_of(machine, "What the cost grows with"))
     figure.savefig(path, dpi=100)
@@ -142,7 +150,7 @@ def _curve(axis, rows: list[Row], at: Callable[[Row], Any], ours: str) -> None:
     values = sorted({at(r) for r in rows})
     places: dict[Any, Any] = {v: v for v in values}
     few = values and values[0] > 0 and values[-1] < 16
-    if values and values[0] == 0:  # 0, 1, 2, 4, ...: a logarithm but for the zero
+    if values and values[0] == 0:  # 0, 1, 2, 4, ...: evenly spaced, as a logarithmic axis cannot show 0
         places = {v: i for i, v in enumerate(values)}
     for dtype, colour in DTYPES.items():
         for contender in dict.fromkeys(r["contender"] for r in rows):
@@ -166,7 +174,7 @@ def _curve(axis, rows: list[Row], at: Callable[[Row], Any], ours: str) -> None:
 
 
 def _plain_ticks(axis) -> None:
-    """1, 2, 5, 10, ... in plain digits on a logarithmic axis, however little of it is seen."""
+    """Label a logarithmic axis with 1, 2, 5, 10, ... in plain digits."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     if axis.get_yscale() == "log":
@@ -179,7 +187,7 @@ def _is(row: Row, dtype: str, contender: str) -> bool:
 
 
 def _memory(axis, rows: list[Row]) -> None:
-    """Stacked: bytes of each part of a layer for each weight, and the layer's total above."""
+    """Stacked bars: bytes per weight of each part of a layer, with the layer's total above."""
     colours = ("#444444", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b")
     rows = sorted(rows, key=lambda r: (list(DTYPES).index(r["dtype"]), r["m"]))
     labels = []
@@ -193,7 +201,7 @@ def _memory(axis, rows: list[Row]) -> None:
         axis.annotate(f"{total:.3g}", (i, bottom), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=8)
         labels.append(f"{row['m']}\n{'fp32' if row['dtype'] == 'float32' else 'bf16'}")
     axis.set_xticks(range(len(rows)), labels, fontsize=8)
-    axis.set(title="memory of a layer, by default (above: MiB)", xlabel="d and dtype", ylabel="bytes a weight")
+    axis.set(title="memory of a layer (above: MiB)", xlabel="d and dtype", ylabel="bytes per weight")
     axis.margins(y=0.08)
     if rows:
         axis.legend(fontsize=8)
@@ -201,7 +209,7 @@ def _memory(axis, rows: list[Row]) -> None:
 
 @app.command()
 def main(
-    results: Annotated[Path, typer.Option(exists=True, help="Folder of bench.kernels.run's JSON files.")] = RESULTS,
+    results: Annotated[Path, typer.Option(exists=True, help="Folder of JSON files of bench.kernels.run.")] = RESULTS,
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures (default: the same).")] = None,
 ) -> None:
     """Draw roofline_KIND.png and growth_KIND.png for each kind of device (cpu, cuda) that has results."""

@@ -1,7 +1,7 @@
-"""``python -m bench.kernels.run --device cpu --suite commit,decode --json bench/kernels/results/cpu.json``
+"""``python -m bench.kernels.run``: check and time the cases, print a table and write the figures as JSON.
 
-Every contender is checked against a reference, then all of a case's contenders are timed in turn. Prints a table and
-writes the same figures as JSON.
+For example ``python -m bench.kernels.run --suite commit,decode --json commit_and_decode.json``. Every contender is
+checked against a reference; then all contenders of a case are timed in turn.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rich.table import Table
 
 from bench.kernels.measure import measure, summary_of_ceilings
 from bench.kernels.suites import SUITES, select
-from bench.kernels.timing import machine
+from bench.machine import provenance
 
 app = typer.Typer(add_completion=False)
 
@@ -34,12 +34,12 @@ class Device(str, enum.Enum):
 @app.command()
 def main(
     device: Annotated[Device, typer.Option(help="Where to measure.")] = Device.cpu,
-    suite: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(SUITES)}.")] = ",".join(SUITES),
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here, after every case.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Samples of each contender.")] = 9,
-    seconds: Annotated[float, typer.Option(help="After so long a case ends with fewer rounds (3 at least).")] = 10.0,
+    suite: Annotated[str, typer.Option(help=f"Comma-separated list of {', '.join(SUITES)}.")] = ",".join(SUITES),
+    json_file: Annotated[Path | None, typer.Option("--json", help="File to write after every case.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of samples of each contender.")] = 9,
+    seconds: Annotated[float, typer.Option(help="A case stops after this time, but not before 3 rounds.")] = 10.0,
     threads: Annotated[int | None, typer.Option(min=1, help="torch threads (default: torch's own choice).")] = None,
-    only: Annotated[str, typer.Option(help='Only cases with this in "suite: name, dtype".')] = "",
+    only: Annotated[str, typer.Option(help='Only cases whose "suite: name, dtype" contains this text.')] = "",
 ) -> None:
     """Check every contender of every case against a reference, then time them in turn."""
     try:
@@ -54,7 +54,7 @@ def main(
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     console = Console(width=190)
-    found: dict[str, Any] = {"machine": machine(device.value), "ceilings": {}, "rounds": rounds}
+    found: dict[str, Any] = {"machine": provenance(device.value), "ceilings": {}, "rounds": rounds}
     found |= {"rows": [], "not_timed": []}
     console.print(found["machine"])
     for number, case in enumerate(cases, 1):
@@ -66,7 +66,7 @@ def main(
         console.print(f"{number}/{len(cases)} {case.suite}: {case.name}, {case.dtype}", style="dim", highlight=False)
         for row in not_timed:
             console.print(f"  {row['contender']} not timed: {row['reason'].splitlines()[0]}", markup=False)
-        if json_file is not None:  # after every case, so that a run that is cut off leaves what it measured
+        if json_file is not None:  # after every case, so that an interrupted run leaves what it has measured
             json_file.parent.mkdir(parents=True, exist_ok=True)
             json_file.write_text(json.dumps(found, indent=1) + "\n")
     about = found["machine"]
@@ -82,7 +82,7 @@ def main(
 
 
 def table_of(rows: list[dict[str, Any]], title: str) -> Table:
-    """The rows of the JSON for people. "to forward" and "to baseline" are ratios of times."""
+    """The rows of the JSON as a table. "to forward" and "to baseline" are ratios of times."""
     table = Table(title=title)
     columns = ("case", "dtype", "contender", "us", "quartiles", "GB/s", "TFLOP/s", "% of", "to forward", "to baseline")
     for column in columns:

@@ -1,4 +1,4 @@
-"""Layers to rotate among, and how importance and trace are stored."""
+"""Random layers to rotate among, how importance and trace are stored, and the comparison with a reference."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from ttt.nn import Linear
 from ttt.ops import log8
 
 POOL = 1_600_000_000
-"""Bytes that a contender rotates through, so that weights come from memory, as they do in a model."""
-
+"""Bytes of weights that a contender rotates through, so that they come from memory, as in a large model."""
 
 LEARNS = TTTConfig(rate="constant", lr=5e-3, clip=None, protect=[EWC(0.01), LayerReplay(rows=4, strength=0.3)])
-"""How layers learn where a suite says nothing else: EWC and layer replay at a constant rate. Results are of these, not
-of `ttt.TTTConfig`'s defaults, which may change."""
+"""Options of the learning layers, unless a suite sets its own: EWC and layer replay at a constant rate. They are fixed
+here so that results stay comparable when the defaults of `ttt.TTTConfig` change."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """How importance and trace are stored.
+    """A format in which importance and trace are stored.
 
-    ``bytes`` an element, ``tolerance`` of a trace that was rounded to it once (relative, root mean square),
-    ``encode`` (m, n) float32 -> what the op takes; ``decode`` (that, n) -> (m, n).
+    Attributes:
+        bytes: per element.
+        tolerance: relative error (root mean square) of a trace that was rounded to this format once.
+        encode: (m, n) float32 -> the tensor that the op takes.
+        decode: (that tensor, n) -> (m, n).
     """
 
     bytes: float
@@ -41,16 +43,16 @@ STORAGE = {
     "bfloat16": Storage(2, 2**-7, Tensor.bfloat16, lambda t, n: t),
     "8bit": Storage(33 / 32, 2**-5, log8.encode, log8.decode),
 }
-"""By the name that `ttt.TTTConfig.state_dtype` gives it. The entries for float32 and bfloat16 serve weights, too."""
+"""`Storage` by the name in `ttt.TTTConfig.state_dtype`. The entries for float32 and bfloat16 also describe weights."""
 
 
 def size_of(dtype: str) -> int:
-    """Bytes of one weight."""
+    """Bytes of one element of ``dtype``."""
     return getattr(torch, dtype).itemsize
 
 
 def layer_count(bytes_per_layer: int) -> int:
-    """How many layers fill the pool: at least 3, and odd (see `bench.kernels.suites.decode`)."""
+    """Number of layers that fill `POOL`: at least 3, and odd (see `bench.kernels.suites.decode.Decode.pending`)."""
     return max(3, -(-POOL // bytes_per_layer) | 1)
 
 
@@ -68,15 +70,15 @@ def random_layer(m: int, n: int, dtype: str, state: str, device: str) -> dict[st
 
 
 def copies(layer: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
-    """``count`` copies in memory of their own."""
+    """``count`` copies of a layer's tensors."""
     return [{name: t.clone() for name, t in layer.items()} for _ in range(count)]
 
 
 def learning_layer(weight: Tensor, state: dict[str, Tensor] | None = None, **config) -> Linear:
-    """A `ttt.nn.Linear` around ``weight``; ``state`` gives it anchor, importance and trace of another layer.
+    """A `ttt.nn.Linear` with ``weight``, which shares anchor, importance and trace with the layers given ``state``.
 
-    Those are touched once a window only, between which gigabytes of weights pass by: shared, they are still cold,
-    and the pool is a quarter as large.
+    Sharing them needs a quarter of the memory. They are still read from memory, not from the cache: a layer uses them
+    once per window, and gigabytes of weights are read in between.
     """
     layer = Linear.from_weight(
         torch.nn.Parameter(weight, requires_grad=False), None, LEARNS.with_flat(**config), name="bench"
@@ -88,20 +90,25 @@ def learning_layer(weight: Tensor, state: dict[str, Tensor] | None = None, **con
 
 
 def some_rows(m: int, count: int = 256, device: str = "cpu") -> Tensor:
-    """Up to ``count`` of m row indices, spread evenly, the first and last among them: those a check looks at."""
+    """Up to ``count`` evenly spaced indices of m rows, the first and last included: the rows that a check compares."""
     return torch.linspace(0, m - 1, min(m, count), dtype=torch.float64, device=device).round().long().unique()
 
 
 def assert_change(what: str, got: Tensor, exact: Tensor, start: Tensor, allowed: float) -> None:
-    """Raise AssertionError unless ``got`` is ``exact`` to ``allowed`` of the change since ``start``.
+    """Compare the change from ``start`` to ``got`` with the exact change from ``start`` to ``exact``.
 
-    Compared as changes (root mean square), or the weights themselves would hide a wrong update. No element may be off
-    by more than four times ``allowed`` of its own size and the mean change, or the mean would hide a wrong tail.
+    The root mean square of the error is compared with that of the change: relative to the weights themselves, a wrong
+    update would not be noticed. Single elements are compared as well, because a mean hides errors of few elements.
+
+    Raises:
+        AssertionError: if the root mean square of ``got - exact`` is more than ``allowed`` times that of
+            ``exact - start``, or if an element is off by more than 4 ``allowed`` times (its own size + the root mean
+            square of the change).
     """
     got, exact, start = (t.detach().double() for t in (got, exact, start))
     change = (exact - start).square().mean().sqrt()
     error = float((got - exact).square().mean().sqrt() / change)
-    if not error <= allowed:  # NaN fails, too
+    if not error <= allowed:  # written so that NaN fails
         raise AssertionError(f"{what} is off by {error:.2e} of its change, allowed {allowed:.2e}")
     worst = float(((got - exact).abs() / (exact.abs() + change)).max())
     if not worst <= 4 * allowed:

@@ -1,8 +1,8 @@
-"""``python -m bench.kernels.store``: what a user of the demo's model costs in `ttt.Store`, among 10,000 of them.
+"""``python -m bench.kernels.store``: bytes and seconds of a user of the demo model in a `ttt.Store` of 10,000.
 
 A state is a pair of factors of rank 16 for each MLP layer of the demo model's last two blocks, in float32, random. The
-last ``--flushed`` users are put as always, flushed to the disk before the call returns; those before only fill the
-store, unflushed, to save minutes. A user is read "cold" after the system was told to drop its pages
+last ``--flushed`` users are put as usual, flushed to the disk before the call returns; those before only fill the
+store, without a flush, which saves minutes. A user is read "cold" after the system was told to drop its pages
 (``posix_fadvise``), from a store opened anew, and "warm" after that. Writes ``bench/kernels/results/store.json``.
 """
 
@@ -23,7 +23,8 @@ import typer
 from rich.console import Console
 
 import ttt
-from bench.kernels.timing import machine, quartiles
+from bench.kernels.timing import quartiles
+from bench.machine import provenance
 from ttt.demo import load_model
 from ttt.store import Store
 
@@ -45,7 +46,7 @@ def demo_state() -> dict[str, torch.Tensor]:
 
 
 def milliseconds(seconds: list[float]) -> dict[str, float]:
-    """Quartiles, the 99th percentile and the worst."""
+    """Quartiles, the 99th percentile and the maximum of ``seconds``, in milliseconds."""
     low, median, high = quartiles(seconds)
     worst = sorted(seconds)
     found = {"q1": low, "median": median, "q3": high, "p99": worst[int(0.99 * (len(worst) - 1))], "max": worst[-1]}
@@ -73,7 +74,7 @@ def fill(store: Store, state: dict[str, torch.Tensor], numbers: range) -> tuple[
 
 
 def drop_pages(path: Path) -> None:
-    """Ask the system to forget what it holds of a file in memory."""
+    """Ask the system to drop the pages of a file from memory."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -82,7 +83,7 @@ def drop_pages(path: Path) -> None:
 
 
 def measure(folder: Path, users: int, flushed: int, samples: int) -> dict[str, Any]:
-    """The figures of a store with so many users, filled and read in ``folder``."""
+    """Fill a store in ``folder`` with ``users`` users and read ``samples`` of them; the figures."""
     state = demo_state()
     payload = sum(t.nbytes for t in state.values())
     free = shutil.disk_usage(folder).free
@@ -144,11 +145,11 @@ def main(
         "bench/kernels/results/store.json"
     ),
 ) -> None:
-    """Fill a store, read from it, and write down what that took."""
+    """Fill a store, read from it, and write the figures to a file."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         figures = measure(Path(temporary), users, min(flushed, users), min(samples, users))
-    found = {"machine": machine("cpu"), "figures": figures}
+    found = {"machine": provenance("cpu"), "figures": figures}
     json_file.write_text(json.dumps(found, indent=1) + "\n")
     Console().print_json(data=found)
 

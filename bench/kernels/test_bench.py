@@ -1,7 +1,8 @@
-"""``pytest bench --benchmark-only``: the registry's cases under pytest-benchmark.
+"""``pytest bench --benchmark-only``: the cases of `bench.kernels.suites` under pytest-benchmark.
 
-A smaller selection by default; ``TTT_BENCH_ALL=1`` runs all cases, ``TTT_BENCH_DEVICE=cuda`` on a GPU. Times are of one
-``run`` of a contender, which makes ``units`` units (in the extra information): `bench.kernels.run` divides by them.
+By default it runs the smaller selection; ``TTT_BENCH_ALL=1`` runs all cases, ``TTT_BENCH_DEVICE=cuda`` those of a GPU.
+Times are of one ``run`` of a contender, which processes ``units`` units (see the extra information);
+`bench.kernels.run` reports times per unit.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import time
 import pytest
 import torch
 
+from bench.kernels.case import Case
+from bench.kernels.contender import Unavailable
 from bench.kernels.measure import threads_of
-from bench.kernels.registry import Case, Unavailable
 from bench.kernels.suites import select
 
 pytest.importorskip("pytest_benchmark")

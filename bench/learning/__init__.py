@@ -1,15 +1,19 @@
-"""The benchmark of continual learning: suites of scenarios and methods, tuned, run, and compared over seeds.
+"""The benchmark of continual learning: methods are tuned, run in several scenarios, and compared over seeds.
 
-``python -m bench.learning --help``. A suite is a class like `DigitsSuite`, listed in `SUITES`.
+``python -m bench.learning --help`` is the command.
+
+=============  ==============================================================================================
+`suite`        `Suite`: what the command needs of a suite, that is of its scenarios and methods
+`suites`       the suites by name
+`digits`       the suite "digits": images, learnt task by task
+`text`         the suite "text": a language model that reads streams of text
+`runs`         making many runs, and the journal of finished ones
+`tuning`       the search for each method's options; ``tuned`` holds its results
+`metrics`      forgetting, transfer, recovery, and intervals over seeds
+`report`       figures, tables and bars from finished runs; `page` writes them as one HTML page
+`command`      what the command does
+`experiments`  further commands, which chose defaults or answer one question each
+=============  ==============================================================================================
+
+``byte_model`` holds the weights of the byte-level model of the demo and of the suite "text".
 """
-
-from collections.abc import Callable
-
-from bench.learning.digits_suite import DigitsSuite
-from bench.learning.suite import Suite
-from bench.learning.text_suite import TextSuite
-
-SUITES: dict[str, Callable[[], Suite]] = {"digits": DigitsSuite, "text": TextSuite}
-"""Name -> what makes the suite."""
-
-__all__ = ["SUITES", "DigitsSuite", "Suite", "TextSuite"]

@@ -1,4 +1,4 @@
-"""``python -m bench.learning``: methods of continual learning, tuned, run and compared."""
+"""``python -m bench.learning``: tune, run and compare methods of continual learning."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    suite: Annotated[str, typer.Option(help="Which suite to run.")] = "digits",
-    scenarios: Annotated[str | None, typer.Option(help="Comma-separated; all by default.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Comma-separated; all by default.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ...")] = 5,
-    tune: Annotated[bool, typer.Option("--tune", help="Search the methods' options instead, on other seeds.")] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes that run side by side.")] = 1,
-    results: Annotated[Path, typer.Option(help="Folder of runs, figures and plots.")] = Path("bench/learning/results"),
-    tuned: Annotated[Path | None, typer.Option(help="File of tuned options; by default the package's own.")] = None,
+    suite: Annotated[str, typer.Option(help="The suite to run: digits or text.")] = "digits",
+    scenarios: Annotated[str | None, typer.Option(help="Comma-separated list; all by default.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated list; all by default.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, counted from 0.")] = 5,
+    tune: Annotated[bool, typer.Option("--tune", help="Search the methods' options, on other seeds.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of processes that run in parallel.")] = 1,
+    results: Annotated[Path, typer.Option(help="Folder for runs, figures and plots.")] = Path("bench/learning/results"),
+    tuned: Annotated[Path | None, typer.Option(help="File of tuned options; by default the committed one.")] = None,
     plots: Annotated[bool, typer.Option(help="Draw plots.")] = True,
-    curves: Annotated[bool, typer.Option("--curves", help="Also sweep each method's strength.")] = False,
-    report: Annotated[bool, typer.Option("--report", help="Run nothing: write all results as one page.")] = False,
-    page: Annotated[Path, typer.Option(help="That page.")] = Path("report/benchmark.html"),
+    curves: Annotated[bool, typer.Option("--curves", help="Also make the runs of trade-off curves.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Run nothing; write all results as one HTML page.")] = False,
+    page: Annotated[Path, typer.Option(help="The file of the page.")] = Path("report/benchmark.html"),
 ) -> None:
-    """Compare methods of continual learning on sequences of tasks. Finished runs are kept, and not run again."""
+    """Compare methods of continual learning. Runs that are already in the results folder are not repeated."""
     try:
         if report:
             write(results, page)

@@ -1,4 +1,4 @@
-"""``python -m bench.learning``."""
+"""What the command ``python -m bench.learning`` does: tune methods, or run and compare them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench.learning import SUITES, report, tuning
-from bench.learning.runs import Journal, key_of, machine, run_all, wanted
+from bench.learning import report, tuning
+from bench.learning.runs import Journal, key_of, run_all, wanted
 from bench.learning.suite import Record, Suite, swept
+from bench.learning.suites import SUITES
+from bench.machine import machine
 
 
 def pick(name: str, given: str | None, allowed: Sequence[str]) -> list[str]:
-    """The items of a comma-separated list, all of them for None.
+    """The items of the comma-separated list ``given``, in the order of ``allowed``; all of them for None.
+
+    Args:
+        name: of the option, for the error.
 
     Raises:
-        ValueError: for an item that is not allowed.
+        ValueError: for an item that is not in ``allowed``.
     """
     if given is None:
         return list(allowed)
@@ -60,7 +65,7 @@ def tune(
     suite: Suite, scenarios: Sequence[str], methods: Sequence[str], results: Path, tuned: Path, jobs: int,
     console: Console,
 ) -> None:  # fmt: skip
-    """Search every grid, on seeds and samples that are not reported, and write the choice."""
+    """Search the grids of ``methods``, on seeds and samples that are not reported, and write the best to ``tuned``."""
     journal = Journal(results / f"benchmark_{suite.name}_tuning.jsonl")
     todo = tuning.todo(suite, scenarios, methods)
     _run(suite, todo, journal, jobs, console, "tuning")
@@ -77,7 +82,7 @@ def tune(
 def runs_of(
     suite: Suite, scenarios: Sequence[str], methods: Sequence[str], seeds: int, tuned: Path, curves: bool
 ) -> list[Record]:
-    """The runs to report: every method under its tuned options; with ``curves`` the sweeps, too, on seed 0.
+    """The runs to report: every method with its tuned options; with ``curves`` also the sweeps, for seed 0.
 
     Raises:
         ValueError: for a method without tuned options.
@@ -104,12 +109,16 @@ def measure(
     suite: Suite, scenarios: Sequence[str], methods: Sequence[str], seeds: int, results: Path, tuned: Path, jobs: int,
     console: Console, plots: bool, curves: bool,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Run every method under its tuned options; write runs, figures and plots; print the tables."""
+    """Run every method with its tuned options; write runs, figures and plots; print tables.
+
+    Returns:
+        The rows of `bench.learning.report.summarise`.
+    """
     todo = runs_of(suite, scenarios, methods, seeds, tuned, curves)
     journal = Journal(results / f"benchmark_{suite.name}.jsonl")
     nothing_new = all(key_of(r) in journal.records for r in todo)
     _run(suite, todo, journal, jobs, console, suite.name)
-    # Runs of this call, and earlier ones under options that are still the tuned ones.
+    # Keep the runs of this call, and earlier ones with options that are still the tuned ones.
     asked = {key_of(r) for r in todo}
     options = tuning.load(tuned)
 
@@ -128,7 +137,7 @@ def measure(
     rows = report.summarise(suite, records)
     path = results / f"benchmark_{suite.name}.json"
     found: dict[str, Any] = {"suite": suite.name, "machine": machine(), "date": time.strftime("%Y-%m-%d")}
-    if nothing_new and path.exists():  # figures are of where the runs were made, not of where they are read
+    if nothing_new and path.exists():  # the machine is the one on which the runs were made
         before = json.loads(path.read_text())
         found |= {key: before[key] for key in ("machine", "date")}
     found |= {"protocol": suite.protocol(), **suite.facts(), "rows": rows}
@@ -140,8 +149,8 @@ def measure(
     written = [str(path)]
     if plots:
         prefix = str(results / f"benchmark_{suite.name}")
-        m = found["machine"]
-        title = f"{suite.name}; {m['processor']}, torch {m['torch']}, {found['date']}"
+        made_on = found["machine"]
+        title = f"{suite.name}; {made_on['processor']}, torch {made_on['torch']}, {found['date']}"
         written += suite.plot(records, rows, title, prefix)
     console.print(", ".join(written) + " written")
     return rows
@@ -151,7 +160,7 @@ def main(
     suite: str, scenarios: str | None, methods: str | None, seeds: int, tune_first: bool, jobs: int, results: Path,
     tuned: Path | None, plots: bool, curves: bool,
 ) -> None:  # fmt: skip
-    """What the command does.
+    """Tune or compare, with the arguments of the command (see `bench.learning.__main__`).
 
     Raises:
         ValueError: for an unknown suite, scenario or method.

@@ -1,6 +1,6 @@
-"""Figures of a sequence of tasks, by their definitions in the literature, and intervals over seeds.
+"""Measures of continual learning as defined in the literature, and confidence intervals over seeds.
 
-R (T x T): R[i][j] is the accuracy on task j after learning task i, both counted from 0. None where there is none.
+R (T, T): R[i][j] is the accuracy on task j after learning task i, both counted from 0; None if it was not measured.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def backward_transfer(matrix: Matrix) -> float | None:
 def forward_transfer(matrix: Matrix, untrained: Sequence[float]) -> float | None:
     """FWT = 1/(T-1) sum_{j > 0} (R[j-1][j] - b[j]) (Lopez-Paz & Ranzato), b being the untrained model's accuracies.
 
-    None for T = 1, and where a task cannot be answered before it was learnt.
+    None for T = 1, and if the accuracy on a task before it was learnt was not measured.
 
     Raises:
         ValueError: if the matrix is not square, or ``untrained`` has another length.
@@ -73,7 +73,7 @@ def forward_transfer(matrix: Matrix, untrained: Sequence[float]) -> float | None
 def forgetting(matrix: Matrix) -> float | None:
     """F = 1/(T-1) sum_{j < T-1} (max_{j <= i < T-1} R[i][j] - R[T-1][j]) (Chaudhry et al., "Riemannian Walk", 2018).
 
-    The maximum is over the rows before the last, from the one that learnt the task. None for T = 1.
+    None for T = 1.
 
     Raises:
         ValueError: if the matrix is not square, or an entry it needs is None.
@@ -102,10 +102,10 @@ def intransigence(matrix: Matrix, joint: Sequence[float]) -> float:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, half width of the 95 % interval by Student's t); the width of a single value is nan.
+    """(mean, half the width of the 95 % confidence interval by Student's t); the width for a single value is nan.
 
     Raises:
-        ValueError: for no value.
+        ValueError: if there is no value.
     """
     n = len(values)
     if n == 0:
@@ -118,11 +118,11 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, t * deviation / math.sqrt(n)
 
 
-# -- streams of text: bits per byte, less is better -------------------------------------------------------------------
+# -- streams of text, measured in bits per byte: lower is better ------------------------------------------------------
 
 
 def _last_visits(matrix: Matrix, visits: Sequence[int]) -> dict[int, tuple[int, int]]:
-    """Column -> (first row, last row) of its visits, without the column that the last row visits."""
+    """Column -> (first row, last row) in which its task was taught, without the task of the last row."""
     if not visits or len(matrix) != len(visits):
         raise ValueError(f"visits must name a column for each of the {len(matrix)} rows, got {len(visits)}")
     first: dict[int, int] = {}
@@ -134,11 +134,16 @@ def _last_visits(matrix: Matrix, visits: Sequence[int]) -> dict[int, tuple[int, 
 
 
 def recurring_forgetting(bits: Matrix, visits: Sequence[int]) -> float | None:
-    """`forgetting` where tasks come back: mean over tasks of the last row less the best row before it, in bits.
+    """`forgetting` for tasks that recur: the mean over tasks of (last row - lowest row before it), in bits per byte.
 
-    ``bits[i][j]`` are bits per byte on task j after segment i, which taught task ``visits[i]``. The best is the least
-    of the rows from the one that first taught the task. The task of the last segment is left out. None if it is the
-    only one.
+    Only rows from the one that first taught a task count for it. The task of the last segment is left out.
+
+    Args:
+        bits: ``bits[i][j]`` are the bits per byte on task j after segment i.
+        visits: ``visits[i]`` is the task that segment i taught.
+
+    Returns:
+        None if there is only one task.
 
     Raises:
         ValueError: if ``visits`` does not name a task for each row, or an entry that is needed is None.
@@ -151,9 +156,10 @@ def recurring_forgetting(bits: Matrix, visits: Sequence[int]) -> float | None:
 
 
 def recurring_backward_transfer(bits: Matrix, visits: Sequence[int]) -> float | None:
-    """`backward_transfer` where tasks come back: mean over tasks of the row that last taught one less the last row.
+    """`backward_transfer` for tasks that recur: the mean over tasks of (row that last taught it - last row).
 
-    In bits per byte, so that negative is forgetting, as for accuracy. For the rest see `recurring_forgetting`.
+    In bits per byte, so that negative values are forgetting, as for accuracy. For arguments and errors see
+    `recurring_forgetting`.
     """
     tasks = _last_visits(bits, visits)
     end = len(bits) - 1
@@ -162,13 +168,13 @@ def recurring_backward_transfer(bits: Matrix, visits: Sequence[int]) -> float | 
 
 
 def recovery(bits: Sequence[float], level: float, window: int, tolerance: float = 0.05) -> int:
-    """Bytes of a segment read when the mean of the latest ``window`` is first at most ``level`` (1 + ``tolerance``).
+    """Number of bytes read until the mean of the latest ``window`` is at most ``level * (1 + tolerance)``.
 
-    All of the segment, if that never is; at least ``window`` otherwise.
+    It is at least ``window``, and the length of the segment if the mean never is so low.
 
     Args:
-        bits: of each byte of the segment.
-        level: that was reached at the end of the last segment of the same kind.
+        bits: bits of each byte of the segment.
+        level: bits per byte at the end of the previous segment of the same domain.
     """
     total = sum(bits[: window - 1])
     for end in range(window, len(bits) + 1):
@@ -180,5 +186,5 @@ def recovery(bits: Sequence[float], level: float, window: int, tolerance: float 
 
 
 def share(value: float, of: float) -> float | None:
-    """``value / of``; None where ``of`` is not above 0, as there is nothing to have a share of."""
+    """``value / of``; None if ``of`` is not positive."""
     return value / of if of > 0 else None

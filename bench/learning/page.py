@@ -1,4 +1,4 @@
-"""``report/benchmark.html``: the results of all suites as one page, pictures included, from the files of their runs."""
+"""The HTML page of all results: tables and pictures of all suites in one file."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.learning import SUITES
 from bench.learning.report import cell, shown_figures
 from bench.learning.suite import Suite
+from bench.learning.suites import SUITES
 from ttt.demo.report import STYLE
 
 _STYLE = (
@@ -26,10 +26,10 @@ dd { margin: 0 0 .3rem 1.5rem; }
 
 
 def write(results: Path, path: Path) -> None:
-    """Write ``path`` from the ``benchmark_*.json`` and ``.png`` in ``results``.
+    """Write the page ``path`` from the files ``benchmark_*.json`` and ``benchmark_*.png`` in ``results``.
 
     Raises:
-        FileNotFoundError: if ``results`` holds no suite's figures.
+        FileNotFoundError: if ``results`` has no figures of any suite.
     """
     found = {name: file for name in SUITES if (file := results / f"benchmark_{name}.json").exists()}
     if not found:
@@ -38,8 +38,9 @@ def write(results: Path, path: Path) -> None:
     page = f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>ttt: methods of continual learning compared</title><style>{_STYLE}</style>
 <h1>Methods of continual learning compared</h1>
-<p>Every method's options were chosen by the same search, on data and seeds that are not reported. A figure is the mean
-over seeds ± half the width of its 95 % interval by Student's t. <code>make benchmark</code> makes all of it again.</p>
+<p>The options of every method were chosen by the same search, on data and seeds that are not reported. A figure is the
+mean over seeds ± half the width of its 95 % confidence interval (Student's t). <code>make benchmark</code> repeats all
+runs that are missing and writes this page.</p>
 {"".join(body)}
 </html>
 """
@@ -58,10 +59,10 @@ def _section(suite: Suite, found: Mapping[str, Any], results: Path) -> str:
     lacking = "".join(f"<p>Left out: {html.escape(why)}.</p>" for why in found.get("missing", {}).values())
     return f"""
 <h2>{html.escape(suite.name)}</h2>
-<p class="small">{html.escape(machine)}; {html.escape(found["date"])}. Searched by
-<code>python -m bench.learning --suite {suite.name} --tune</code>, run by
+<p class="small">{html.escape(machine)}; {html.escape(found["date"])}. Options were tuned with
+<code>python -m bench.learning --suite {suite.name} --tune</code>; runs were made with
 <code>python -m bench.learning --suite {suite.name}</code>.</p>
-{f"<p>Text found on this machine: {read}.</p>" if read else ""}{lacking}
+{f"<p>Text on that machine: {read}.</p>" if read else ""}{lacking}
 <dl>{meanings}</dl>
 {pictures}
 {tables}"""

@@ -1,4 +1,4 @@
-"""What finished runs come to: figures with intervals, the table, the plots."""
+"""Figures with confidence intervals, tables and bar plots from finished runs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ COLOURS = {
 
 
 def summarise(suite: Suite, records: Sequence[Record]) -> list[dict[str, Any]]:
-    """A row for each scenario and method: its options, the number of seeds, and each figure's mean and interval.
+    """A row for each scenario and method: its options, the number of seeds, and its figures.
 
-    A figure is [mean, half width of the 95 % interval over seeds]; the width is None for one seed, and the figure is
-    None where it has no meaning.
+    A figure is [mean, half the width of the 95 % confidence interval over seeds]. The width is None for a single seed;
+    the figure is None where it is not defined.
     """
     records = [r for r in records if not swept(r)]
     same: dict[tuple[str, int], dict[str, Record]] = {}
@@ -50,7 +50,7 @@ def _interval(values: list[float]) -> list[float | None]:
 
 
 def table_of(suite: Suite, scenario: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """A rich table of the rows of one scenario."""
+    """The rows of one scenario as a table."""
     mine = [row for row in rows if row["scenario"] == scenario]
     seeds = sorted({row["seeds"] for row in mine})
     many = " or ".join(map(str, seeds))
@@ -64,12 +64,12 @@ def table_of(suite: Suite, scenario: str, rows: Sequence[Mapping[str, Any]]) -> 
 
 
 def shown_figures(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    """The figures that have a meaning in any of ``rows``."""
+    """The figures that are defined in at least one of ``rows``."""
     return [f for f in suite.figures if any(row[f.name] is not None for row in rows)]
 
 
 def cell(value: Sequence[float | None] | None, digits: int) -> str:
-    """A figure as a table shows it."""
+    """A figure of `summarise` as text: mean ± half width, with ``digits`` digits."""
     if value is None:
         return ""
     mean, width = value
@@ -77,7 +77,7 @@ def cell(value: Sequence[float | None] | None, digits: int) -> str:
 
 
 def bars(suite: Suite, rows: Sequence[Mapping[str, Any]], figure: str, label: str, title: str, path: str) -> None:
-    """One panel a scenario: a figure of every method, with its interval."""
+    """Draw a figure of every method as bars with intervals, in one panel for each scenario."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,33 +1,32 @@
-"""Running many runs: those that are finished are skipped, the others are recorded as they end."""
+"""Make many runs: finished ones are skipped, the others are recorded as they end."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from bench.learning.suite import Record, Suite
+from bench.machine import machine
 
 KEY = ("scenario", "method", "seed", "options", "protocol")
 
 
 def key_of(record: Record) -> str:
-    """What makes two runs the same run."""
+    """The fields of `KEY` as text: two runs with the same key are the same run."""
     return json.dumps([record[name] for name in KEY], sort_keys=True)
 
 
 class Journal:
-    """Finished runs, one JSON object a line; every line is flushed when its run ends.
+    """A file of finished runs, one JSON object per line. Each line is flushed to the disk when its run ends.
 
-    A line that a killed process left unfinished is dropped: its run is run again.
+    An incomplete line, left by a process that was killed, is ignored, so that its run is made again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,7 +45,7 @@ class Journal:
                     file.write("\n")
 
     def add(self, record: Record) -> None:
-        """Append ``record``."""
+        """Append ``record`` to the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -54,9 +53,9 @@ class Journal:
             os.fsync(file.fileno())
         self.records[key_of(record)] = record
 
-    def rewrite(self, keep: Callable[[Record], bool]) -> None:
-        """Keep only the records for which ``keep`` is true, in order of scenario, method and seed."""
-        kept = [r for r in self.records.values() if keep(r)]
+    def rewrite(self, wanted: Callable[[Record], bool]) -> None:
+        """Remove the records for which ``wanted`` is false; sort the others by scenario, method, options and seed."""
+        kept = [r for r in self.records.values() if wanted(r)]
         kept.sort(key=lambda r: (r["scenario"], r["method"], json.dumps(r["options"]), r["seed"]))
         self.records = {key_of(r): r for r in kept}
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +67,7 @@ class Journal:
 def wanted(
     suite: Suite, scenario: str, method: str, seed: int, options: Record, *, tuning: bool, sweep: bool = False
 ) -> Record:
-    """A run that is to be made; with ``sweep``, for a trade-off curve alone."""
+    """The record of a run to be made. A run with ``sweep`` belongs to a trade-off curve only."""
     protocol = {**suite.protocol(), "tuning": tuning, **({"sweep": True} if sweep else {})}
     return {"scenario": scenario, "method": method, "seed": seed, "options": options, "protocol": protocol}
 
@@ -76,11 +75,11 @@ def wanted(
 def run_all(
     suite: Suite, todo: Sequence[Record], journal: Journal, *, jobs: int = 1, finished: Callable[[Record], None]
 ) -> None:
-    """Make the runs of ``todo`` that ``journal`` does not hold, and record each.
+    """Make the runs of ``todo`` that are not in ``journal``, and add them to it.
 
     Args:
-        jobs: processes; each run has one thread.
-        finished: called with each run of ``todo``, the skipped ones first.
+        jobs: number of processes; each run uses one thread.
+        finished: called with each record of ``todo`` that is finished, first with those that are skipped.
     """
     left = []
     for record in todo:
@@ -120,17 +119,3 @@ def _one(suite: Suite, record: Record) -> Record:
     p = record["protocol"]
     out = suite.run(record["scenario"], record["method"], record["seed"], record["options"], tuning=p["tuning"])
     return {**record, **out, "processor": machine()["processor"], "date": time.strftime("%Y-%m-%d")}
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores and versions."""
-    import ttt
-
-    found = ttt.info(file=None)
-    return {
-        "processor": found["processor"],
-        "cores": os.cpu_count(),
-        "isa": found["isa"],
-        "python": ".".join(map(str, sys.version_info[:3])),
-        "torch": found["torch"],
-    }

@@ -1,4 +1,4 @@
-"""What the benchmark command needs of a suite; `SUITES` in `bench.learning` lists them."""
+"""What the command needs of a suite; `bench.learning.suites` lists the suites."""
 
 from __future__ import annotations
 
@@ -8,16 +8,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 SEEDS = (1000, 1001)
-"""Of the search for options: of the references, and of methods for which a suite names no others. Never reported:
-reported seeds count from 0."""
+"""Seeds of the search for options, for references and for methods without other seeds. Reported seeds count from 0."""
 
 Record = dict[str, Any]
-"""A finished run: ``scenario``, ``method``, ``seed``, ``options``, ``protocol``, and what `Suite.run` returned."""
+"""A run: ``scenario``, ``method``, ``seed``, ``options`` and ``protocol``; if it is finished, also what `Suite.run`
+returned."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A column of the table: how a figure is called, its unit, how it is printed, and what it says."""
+    """A figure of the tables.
+
+    Attributes:
+        name: its key in the rows of the results.
+        title: head of its column.
+        digits: number of digits after the decimal point.
+        meaning: its definition in one sentence.
+    """
 
     name: str
     title: str
@@ -26,17 +33,17 @@ class Figure:
 
 
 class Suite(Protocol):
-    """Scenarios, methods, and how one runs in the other. Everything it returns is plain values, for JSON."""
+    """Scenarios and methods, and how a method runs in a scenario. Records hold plain values only, for JSON."""
 
     name: str
     scenarios: Sequence[str]
     methods: Sequence[str]
     figures: Sequence[Figure]
     references: Sequence[str]
-    """Methods whose runs scoring needs: tuning chooses their options first."""
+    """Methods that others are scored against. Tuning chooses their options first."""
 
     def protocol(self) -> Record:
-        """What all runs have in common; runs under another protocol are run again."""
+        """The settings that all runs share. When they change, all runs are made again."""
         ...
 
     def fits(self, method: str, scenario: str) -> bool:
@@ -44,19 +51,19 @@ class Suite(Protocol):
         ...
 
     def family(self, method: str) -> str:
-        """What kind of method it is, for colours."""
+        """The method's family, which gives its colour in plots."""
         ...
 
     def grid(self, method: str) -> Mapping[str, Sequence[Any]]:
-        """Option -> values that tuning tries."""
+        """Option -> values; tuning tries all combinations of them."""
         ...
 
     def run(self, scenario: str, method: str, seed: int, options: Record, *, tuning: bool) -> Record:
-        """One run; with ``tuning``, on data that reported runs are not scored on."""
+        """Make one run; with ``tuning``, on data on which reported runs are not scored."""
         ...
 
     def seeds(self, method: str) -> Sequence[int]:
-        """Those of the search for ``method``'s options: `SEEDS`, or more."""
+        """The seeds of the search for the options of ``method``: `SEEDS`, or more."""
         ...
 
     def tuned_on(self, scenario: str) -> str:
@@ -64,46 +71,50 @@ class Suite(Protocol):
         ...
 
     def sweep(self, method: str, scenario: str) -> tuple[str, Sequence[Any]] | None:
-        """(option, values) of the method's trade-off curve in ``scenario``; None if none is drawn."""
+        """(option, its values) of the method's trade-off curve in ``scenario``; None if it has no curve."""
         ...
 
     def score(self, record: Record, others: Mapping[str, Record]) -> float:
-        """What tuning maximises; ``others`` holds runs of `references`, of the same scenario and seed.
+        """What tuning maximises.
 
-        The chosen ones by their names, and under `best_of` their names those that scored best on this very seed.
+        Args:
+            others: runs of the `references` in the same scenario with the same seed: under a reference's name the run
+                with the chosen options, under `best_of` its name the run that scored best with this seed.
         """
         ...
 
     def combine(self, method: str, scores: Sequence[float]) -> float:
-        """The scores of one setting over the seeds as one number."""
+        """Combine the scores of one setting, one for each seed, into a single number."""
         ...
 
     def measure(self, record: Record, others: Mapping[str, Record]) -> dict[str, float | None]:
-        """The figures of a run; ``others`` holds the runs of the same scenario and seed, by method."""
+        """The figures of a run, by name; ``others`` has the runs of the same scenario and seed, by method."""
         ...
 
     def facts(self) -> Record:
-        """What else is to be known of the figures: goes into the results as it is."""
+        """Further facts that are stored with the results."""
         ...
 
     def plot(self, records: Sequence[Record], rows: Sequence[Record], title: str, prefix: str) -> list[str]:
-        """Draw runs, and the rows that sum them up, into files that begin with ``prefix``; returns their paths.
+        """Draw the results into files whose paths begin with ``prefix``; returns the paths.
 
-        Runs of a `sweep` are among ``records``: `swept` tells them.
+        Args:
+            records: the runs, including those of a `sweep` (see `swept`).
+            rows: the summary of the runs, from `bench.learning.report.summarise`.
         """
         ...
 
 
 def best_of(method: str) -> str:
-    """The name under which `Suite.score` finds the run of a reference that scored best on the same seed."""
+    """The name under which `Suite.score` finds the run of the reference ``method`` that scored best with that seed."""
     return f"{method}, best"
 
 
 def swept(record: Record) -> bool:
-    """Whether a run belongs to a trade-off curve, and not to the tables."""
+    """Whether a run belongs to a trade-off curve and not to the tables."""
     return record["protocol"].get("sweep", False)
 
 
 def candidates(grid: Mapping[str, Sequence[Any]]) -> list[Record]:
-    """All combinations of a grid's values, in its order."""
+    """All combinations of the values of a grid, in its order."""
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]

@@ -1,4 +1,4 @@
-"""The search for each method's options, and the file that holds what it chose."""
+"""The search for the options of each method, and the file of chosen options."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from bench.learning.suite import SEEDS, Record, Suite, best_of, candidates
 
 
 def tuned_path(suite: Suite) -> Path:
-    """The file of chosen options that comes with the package."""
+    """The committed file of chosen options."""
     return Path(__file__).parent / "tuned" / f"{suite.name}.json"
 
 
 def load(path: Path) -> dict[str, dict[str, Record]]:
-    """Scenario -> method -> options.
+    """Scenario -> method -> options, from the file ``path``.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -30,7 +30,7 @@ def load(path: Path) -> dict[str, dict[str, Record]]:
 
 
 def todo(suite: Suite, scenarios: Sequence[str], methods: Sequence[str]) -> list[Record]:
-    """Every run of the search, in the scenarios in which the options for ``scenarios`` are searched."""
+    """All runs of the search for the options of ``methods`` in ``scenarios``, and of the references."""
     every = sorted({*SEEDS, *(seed for method in methods for seed in suite.seeds(method))})
     return [
         wanted(suite, scenario, method, seed, options, tuning=True)
@@ -43,11 +43,18 @@ def todo(suite: Suite, scenarios: Sequence[str], methods: Sequence[str]) -> list
 
 
 def choose(suite: Suite, journal: Journal, runs: Sequence[Record]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Scenario -> method -> the options with the best scores over the tuning seeds, and what is to be known of them.
+    """Choose the options with the best score over the tuning seeds.
 
-    Those of the references are chosen on `SEEDS`, whatever other methods read beside.
-    ``at_edge`` names the numeric options whose best value is the first or last of its grid: a better one may lie
-    outside.
+    Those of references are chosen with `SEEDS`, even if other methods use more seeds.
+
+    Returns:
+        Scenario -> method -> a dict with
+
+        * ``options``: the chosen ones
+        * ``score``: theirs, and ``worst``, the lowest score of the search
+        * ``tried``: number of settings
+        * ``at_edge``: numeric options whose best value is the first or last of the grid, so that a better value may
+          lie outside
     """
     tried: dict[tuple[str, str], dict[str, list[Record]]] = {}
     for wish in runs:
@@ -71,10 +78,10 @@ def choose(suite: Suite, journal: Journal, runs: Sequence[Record]) -> dict[str, 
             for record in found[best]:
                 settled.setdefault((scenario, record["seed"]), {})[method] = record
             for record in (r for records in found.values() for r in records):
-                there = settled[scenario, record["seed"]]
-                held = there.setdefault(best_of(method), record)
-                if suite.score(record, {}) > suite.score(held, {}):
-                    there[best_of(method)] = record
+                references = settled[scenario, record["seed"]]
+                best_so_far = references.setdefault(best_of(method), record)
+                if suite.score(record, {}) > suite.score(best_so_far, {}):
+                    references[best_of(method)] = record
         chosen.setdefault(scenario, {})[method] = {
             "options": json.loads(best),
             "score": round(totals[best], 4),
@@ -91,7 +98,7 @@ def _edges(options: Record, grid: Mapping[str, Sequence[Any]]) -> list[str]:
 
 
 def save(path: Path, suite: Suite, chosen: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write ``chosen``, beside what the file already holds for other scenarios and methods."""
+    """Write ``chosen`` to ``path``, and keep what the file has for other scenarios and methods."""
     held: dict[str, dict[str, Any]] = json.loads(path.read_text())["chosen"] if path.exists() else {}
     for scenario, methods in chosen.items():
         held.setdefault(scenario, {}).update(methods)
@@ -99,7 +106,7 @@ def save(path: Path, suite: Suite, chosen: Mapping[str, Mapping[str, Any]]) -> N
         s: {m: held[s][m] for m in suite.methods if m in held[s]}
         for s in dict.fromkeys(suite.tuned_on(scenario) for scenario in suite.scenarios)
         if s in held
-    }  # methods that are no more are dropped
+    }  # without methods that the suite no longer has
     content = {"suite": suite.name, "seeds": list(SEEDS), "protocol": suite.protocol(), "chosen": ordered}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")

@@ -45,6 +45,30 @@ def test_round_trip_continues_to_the_bit(saved, tmp_path, consolidated):
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_models_of_other_dtypes_and_capturable_layers_come_back_to_the_bit(dtype, capturable, tmp_path):
+    """Also with a full window, which a capturable layer holds until its next step."""
+    options = {"state_dtype": "8bit"} if dtype == torch.float16 else {}
+    model, learner = adapted(window=8, rate="rms", orthogonal=3, **options)
+    model.to(dtype)
+    learner.calibrate([ids_of(2, 16)])
+    if capturable:
+        for _, layer in ttt.learning_layers(model):
+            layer.capturable_(4)
+        for _ in range(2):
+            for _, layer in ttt.learning_layers(model):
+                x, delta = (torch.randn(4, size, dtype=dtype) * 0.1 for size in (layer.in_features, layer.out_features))
+                layer.learn(layer.update_from([(x, delta)]))
+        assert all(layer.pending == 8 for _, layer in ttt.learning_layers(model))
+    else:
+        learner.observe(ids_of(1, 30))
+    path = tmp_path / "a.safetensors"
+    ttt.save(model, path)
+    other = ttt.load(ttt.restore_(copy.deepcopy(model)), path)
+    assert_same(state_of(model), state_of(other))
+
+
 def test_loading_over_other_learning(saved):
     pristine, model, path = saved
     other = ttt.load(copy.deepcopy(pristine), path)

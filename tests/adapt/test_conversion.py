@@ -139,7 +139,7 @@ def test_restoring_gives_what_converting_alone_would(family, users, tmp_path):
 @pytest.mark.parametrize("way", WAYS)
 def test_users_learn_as_adapted_after_the_conversion(way, family):
     dtype, convert = WAYS[way]
-    base, config = tiny(family), config_of(family, **ALL, users=ttt.LowRank(slots=2, rank=2, window=4))
+    base, config = tiny(family), config_of(family, **ALL, per_user=ttt.LowRank(slots=2, rank=2, window=4))
     models = ttt.adapt_(convert(copy.deepcopy(base)), config), convert(ttt.adapt_(copy.deepcopy(base), config))
     known, ids, found = [ids_of(2, 20)], ids_of(2, 30), []
     for model in models:

@@ -1,9 +1,15 @@
+import copy
+import functools
+
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import ttt
+from ttt.adapt import convert
 from ttt.adapt.convert import learning_layers
+from ttt.per_user.pool import has_pool
 
 
 class Block(nn.Module):
@@ -44,6 +50,12 @@ def test_layers(layers, wanted):
     assert adapted(target_modules=["down_proj"], layers=layers) == [f"layers.{i}.down_proj" for i in wanted]
 
 
+def test_the_model_itself_is_returned():
+    model = Model()
+    assert ttt.adapt_(model, ttt.TTTConfig(target_modules=["head"])) is model
+    assert ttt.restore_(model) is model
+
+
 def test_filter_fn():
     model = ttt.adapt_(Model(), filter_fn=lambda module, name: module.out_features == 16)
     assert [name for name, _ in learning_layers(model)] == ["head"]
@@ -59,6 +71,11 @@ def test_filter_fn():
         ({"target_modules": ["down_proj"], "layers": [8]}, r"layers holds 8; the model has 8 blocks"),
         ({"target_modules": ["head"], "layers": "last:1"}, "needs numbered modules"),
         ({"target_modules": ["embed"]}, "embed is torch.nn.modules.sparse.Embedding"),
+        ({"target_modules": ["down_proj"], "layers": ["first"]}, 'layers must be "all".* got .*first'),
+        ({"target_modules": ["down_proj"], "layers": [1.5]}, 'layers must be "all".* got .*1.5'),
+        ({"target_modules": ["down_proj"], "layers": [True]}, 'layers must be "all".* got .*True'),
+        ({"target_modules": [5]}, "target_modules must be a string, a list of strings or None, got .*5"),
+        ({"target_modules": "("}, r"target_modules = '\(' is no regular expression"),
     ],
 )
 def test_refusals_name_what_is_wrong_and_change_nothing(options, message):
@@ -134,3 +151,77 @@ def test_restore(keep_learned, consolidated):
     else:
         assert all(same)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+class Mixed(nn.Module):
+    """Layers of both kinds, in training, some parameters of which are frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv = nn.Linear(6, 8), Conv1D(4, 8)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.first.bias.requires_grad_(False)
+        self.blocks[0].down_proj.weight.requires_grad_(False)
+        self.blocks[1].eval()
+        self.name = "mixed"
+
+
+def parts(model):
+    """All that `adapt_` could leave changed: modules, parameters, flags, attributes, and every bit."""
+    found = {n: (id(m), m.training, list(m._modules), sorted(m.__dict__)) for n, m in model.named_modules()}
+    return found | {n: (id(p), p.data_ptr(), p.requires_grad, p.tolist()) for n, p in model.named_parameters()}
+
+
+def failing(function, at, error):
+    """``function``, which raises ``error`` in its call number ``at``."""
+    calls = []
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == at:
+            raise error
+        return function(*args, **kwargs)
+
+    wrapped.calls = calls
+    return wrapped
+
+
+@pytest.mark.parametrize("users", [None, ttt.LowRank(slots=2, rank=2, window=4)])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory left"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    ("where", "at"),
+    [("torch.zeros", 1), ("torch.zeros", 40), ("_set_module", 1), ("_set_module", 4), ("train", 3), ("attach", 1)],
+)
+def test_adapting_that_fails_half_way_leaves_the_model_as_it_was(users, error, where, at, monkeypatch):
+    if where == "attach" and users is None:
+        users = ttt.LowRank(slots=1, rank=1, window=1)  # only models for users have a pool
+    model = Mixed()
+    config = ttt.TTTConfig(target_modules="all-linear", per_user=users)
+    before = parts(model)
+    with monkeypatch.context() as patch:
+        kind = ttt.nn.Linear if users is None else ttt.nn.LowRankLinear
+        owner = {"torch.zeros": torch, "train": kind}.get(where, convert)  # a layer makes several tensors of zeros
+        name = where.rpartition(".")[2]
+        fails = failing(getattr(owner, name), at, error)
+        patch.setattr(owner, name, fails)
+        with pytest.raises(type(error)):
+            ttt.adapt_(model, config)
+    assert len(fails.calls) >= at
+    assert parts(model) == before
+    assert not has_pool(model)
+    ttt.adapt_(model, config)  # nothing stands in the way of another try
+    ttt.restore_(model)
+    assert parts(model) == before
+
+
+def test_layers_taken_out_are_marked_as_released():
+    for users in (None, ttt.LowRank(slots=2, rank=2, window=4)):
+        model = ttt.adapt_(Mixed(), ttt.TTTConfig(target_modules="all-linear", per_user=users))
+        layers = [m for m in model.modules() if isinstance(m, (ttt.nn.Linear, ttt.nn.LowRankLinear))]
+        assert len(layers) == 6
+        assert not any(layer.released for layer in layers)
+        other = copy.deepcopy(model)
+        ttt.restore_(model)
+        assert all(layer.released for layer in layers)
+        assert not any(getattr(m, "released", False) for m in other.modules())

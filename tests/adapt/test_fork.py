@@ -8,6 +8,7 @@ from tiny_models import TARGETS, adapted, assert_same, ids_of, state_of, tiny
 
 import ttt
 from ttt.adapt.convert import learning_layers
+from ttt.adapt.fork import memory_usage
 from ttt.nn.gaussian import PRESENT
 from ttt.nn.state import BASE
 
@@ -154,11 +155,11 @@ def test_running_statistics_are_each_models_own():
 
 
 def test_fork_and_memory_need_learning_layers():
-    for call in (ttt.fork, ttt.memory_usage):
+    for call in (ttt.fork, memory_usage):
         with pytest.raises(ValueError, match="has no learning layer"):
             call(tiny())
     with pytest.raises(ValueError, match="at least one model"):
-        ttt.memory_usage()
+        memory_usage()
 
 
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
@@ -166,7 +167,7 @@ def test_memory_counts_bytes_and_shared_ones_once(state_dtype):
     model, learner = adapted(state_dtype=state_dtype, window=5)
     layers = [layer for _, layer in learning_layers(model)]
     (m, n), k = layers[0].weight.shape, len(layers)
-    alone = ttt.memory_usage(model)
+    alone = memory_usage(model)
     width = 4 if state_dtype == "float32" else 2
     assert alone.parameters == k * m * n
     assert {kind: alone.bytes[kind] for kind in ("weight", "anchor", "importance", "trace", "base", "original")} == {
@@ -176,7 +177,7 @@ def test_memory_counts_bytes_and_shared_ones_once(state_dtype):
     assert alone.bytes["memory"] == k * 4 * n * (32 + 32)
     assert alone.per_parameter["total"] == pytest.approx(sum(alone.bytes.values()) / (k * m * n))
     users = [model, ttt.fork(model), ttt.fork(model)]
-    three = ttt.memory_usage(*users)
+    three = memory_usage(*users)
     assert three.parameters == 3 * alone.parameters
     for kind in ("weight", "trace", "window"):
         assert three.bytes[kind] == pytest.approx(3 * alone.bytes[kind], abs=3 * 16 * k)  # but for shared counters
@@ -184,11 +185,19 @@ def test_memory_counts_bytes_and_shared_ones_once(state_dtype):
         assert three.bytes[kind] == alone.bytes[kind]
     learner.observe(ids_of(1, 20))
     learner.consolidate()
-    after = ttt.memory_usage(*users)
+    after = memory_usage(*users)
     assert after.bytes["anchor"] == 2 * alone.bytes["anchor"]
     assert after.bytes["base"] == 0  # it is what the forks hold
 
 
 def test_memory_of_conv1d_counts_the_kept_original():
     model, _ = adapted("gpt2")
-    assert ttt.memory_usage(model).bytes["original"] == ttt.memory_usage(model).bytes["weight"]
+    assert memory_usage(model).bytes["original"] == memory_usage(model).bytes["weight"]
+
+
+def test_models_adapted_for_users_are_refused_by_name():
+    config = ttt.TTTConfig(target_modules=TARGETS["llama"], per_user=ttt.LowRank(slots=2, rank=2, window=4))
+    model = ttt.adapt_(tiny(), config)
+    for call in (ttt.fork, memory_usage):
+        with pytest.raises(ValueError, match=r"was adapted for users.*ttt\.pool_of\(model\) holds its users"):
+            call(model)

@@ -1,4 +1,4 @@
-"""Adapters that PEFT's own loader reads, the rules of servers, and what comes back."""
+"""Exported adapters: PEFT's own loader reads them, they follow the rules of servers, and come back to the bit."""
 
 import copy
 import json
@@ -6,58 +6,11 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft_models import TARGETS, gpt2, linear_shapes, llama, loaded, logits, random_state, with_deltas
 from server_rules import check_adapter
-from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import ttt
 from ttt.adapt import RANKS
-
-TARGETS = ["gate_proj", "up_proj", "down_proj"]
-
-
-def llama():
-    config = LlamaConfig(
-        vocab_size=40, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-def gpt2():
-    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=64, n_embd=24, n_layer=2, n_head=4)).eval()
-
-
-def linear_shapes(model):
-    return {name: tuple(m.weight.shape) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids).logits
-
-
-def random_state(model, rows, dtype=torch.float32, layers=TARGETS):
-    """A user's low-rank state; ``rows`` a number, or a function of the layer's."""
-    state = {}
-    for number, (name, (m, n)) in enumerate(linear_shapes(model).items()):
-        if name.split(".")[-1] in layers:
-            count = rows(number) if callable(rows) else rows
-            state[f"{name}.a"] = torch.randn(count, n, dtype=torch.float64).mul(0.2).to(dtype)
-            state[f"{name}.b"] = torch.randn(count, m, dtype=torch.float64).mul(0.2).to(dtype)
-    return state
-
-
-def with_deltas(model, state):
-    """A copy of ``model`` with b^T a added to each layer of ``state``, in float64."""
-    model = copy.deepcopy(model)
-    for key in state:
-        if key.endswith(".a"):
-            module = model.get_submodule(key[:-2])
-            delta = state[key[:-2] + ".b"].double().T @ state[key].double()
-            module.weight.data = (module.weight.data.double() + delta).float()
-    return model
 
 
 def learnt(model, targets, lr):
@@ -69,10 +22,6 @@ def learnt(model, targets, lr):
     learner.consolidate()
     learner.observe(torch.randint(0, 40, (1, 33)))  # leaves a part in the window
     return before
-
-
-def loaded(model, folder):
-    return PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()
 
 
 # -- from a model -------------------------------------------------------------------------------------------------
@@ -225,112 +174,6 @@ def test_a_stored_user_becomes_an_adapter_and_returns(tmp_path):
     assert all(torch.equal(back[key], state[key]) for key in state)
 
 
-# -- importing what PEFT wrote ------------------------------------------------------------------------------------
-
-
-def peft_folder(tmp_path, **options):
-    """An adapter with random factors, saved by PEFT; (base model, adapted model, folder)."""
-    base = llama()
-    options = {"r": 4, "lora_alpha": 7, "target_modules": ["q_proj", "down_proj"], **options}
-    model = get_peft_model(copy.deepcopy(base), LoraConfig(task_type="CAUSAL_LM", **options)).eval()
-    for name, p in model.named_parameters():
-        if "lora_" in name:
-            p.data = torch.randn_like(p) * 0.2
-    model.save_pretrained(tmp_path / "peft")
-    return base, model, tmp_path / "peft"
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"use_rslora": True},
-        {"rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\.down_proj": 6}, "alpha_pattern": {"down_proj": 11}},
-        {"rank_pattern": {"proj": 3}},  # a part of a name is no match
-        {"layers_to_transform": [1]},
-        {"init_lora_weights": "gaussian", "lora_dropout": 0.3},
-    ],
-)
-def test_adapters_of_peft(tmp_path, options):
-    base, model, folder = peft_folder(tmp_path, **options)
-    state = ttt.import_peft(folder)
-    ids = torch.randint(0, 40, (2, 20))
-    exact = logits(model, ids)
-    assert (exact - logits(base, ids)).abs().max() > 0.05
-    torch.testing.assert_close(logits(with_deltas(base, state), ids), exact, rtol=0, atol=1e-5)
-    again = ttt.export_peft(state, tmp_path / "again", base_model="tiny/llama").folder
-    torch.testing.assert_close(logits(loaded(base, again), ids), exact, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"use_dora": True}, "use_dora"),
-        ({"bias": "lora_only"}, "bias must be 'none', got 'lora_only'"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
-        ({"target_modules": ["embed_tokens"]}, r"embed_tokens\S+ is not supported"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights = 'olora'"),
-    ],
-)
-def test_adapters_that_are_refused_by_name(tmp_path, options, match):
-    _, _, folder = peft_folder(tmp_path, **options)
-    with pytest.raises(ValueError, match=match):
-        ttt.import_peft(folder)
-
-
-def edited(folder, **changes):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def test_damaged_adapters(tmp_path):
-    _, _, folder = peft_folder(tmp_path)
-    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    whole, text = weights.read_bytes(), config.read_text()
-    weights.write_bytes(whole[:-8])
-    with pytest.raises(ValueError, match="truncated, damaged"):
-        ttt.import_peft(folder)
-    tensors = safetensors.torch.load(whole)
-    first = sorted(tensors)[0]
-    safetensors.torch.save_file({k: t for k, t in tensors.items() if k != first}, weights)
-    with pytest.raises(ValueError, match="has lora_B only"):
-        ttt.import_peft(folder)
-    safetensors.torch.save_file({}, weights)
-    with pytest.raises(ValueError, match="holds no tensors"):
-        ttt.import_peft(folder)
-    weights.write_bytes(whole)
-    for changes, match in (
-        ({"r": 5}, r"must have shapes \(5, n\) and \(m, 5\)"),
-        ({"peft_type": "LOHA"}, "peft_type must be 'LORA'"),
-        ({"a_feature_of_tomorrow": {"x": 1}}, "a_feature_of_tomorrow = {'x': 1} is not supported"),
-        ({"r": None}, "damaged or of no LoRA adapter"),
-    ):
-        edited(folder, **changes)
-        with pytest.raises(ValueError, match=match):
-            ttt.import_peft(folder)
-        config.write_text(text)
-    config.write_text("{")
-    with pytest.raises(ValueError, match="damaged or of no LoRA adapter"):
-        ttt.import_peft(folder)
-    config.write_text(text)
-    weights.rename(folder / "adapter_model.bin")
-    with pytest.raises(ValueError, match="pickle"):
-        ttt.import_peft(folder)
-
-
-def test_rows_on_import(tmp_path):
-    folder = ttt.export_peft(random_state(llama(), 5), tmp_path / "v1", base_model="tiny/llama").folder
-    assert {t.shape[0] for t in ttt.import_peft(folder, rows=11).values()} == {11}
-    with pytest.raises(ValueError, match=r"rows must be at least 8 for .*, whose last rows are in use, got 4"):
-        ttt.import_peft(folder, rows=4)
-    for rows in (0, 2.0, True):
-        with pytest.raises(ValueError, match="rows must be a whole number"):
-            ttt.import_peft(folder, rows=rows)
-
-
 # -- refusals of export -------------------------------------------------------------------------------------------
 
 
@@ -344,12 +187,33 @@ def test_rows_on_import(tmp_path):
         ({"x.a": torch.ones(2, 3), "x.b": torch.ones(3, 3)}, {}, r"x.a and x.b must have shapes"),
         ({"x.a": torch.ones(2, 3).int(), "x.b": torch.ones(2, 3)}, {}, "x.a must hold floats, got torch.int32"),
         ({"x.a": torch.tensor([[float("nan")]]), "x.b": torch.ones(1, 1)}, {}, "x.a holds values that are not finite"),
+        ({"x.a": torch.ones(1, 1) * 1j, "x.b": torch.ones(1, 1)}, {}, "x.a must hold floats, got torch.complex64"),
+        (
+            {"x.a": torch.ones(1, 1), "x.b": torch.full((1, 1), 1e5)},
+            {"dtype": torch.float16},
+            "x: lora_B is too large for torch.float16",
+        ),
+        ({}, {"rank": 8.0}, "rank must be one of"),
+        ({}, {"base_model": 5}, "base_model must name .* got 5"),
     ],
 )
 def test_exports_that_are_refused(tmp_path, change, options, match):
     state = {**random_state(llama(), 3), **change}
     with pytest.raises(ValueError, match=match):
         ttt.export_peft(state, tmp_path / "v1", **{"base_model": "tiny/llama", **options})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_are_refused(tmp_path):
+    model = ttt.adapt_(llama(), ttt.TTTConfig(target_modules=TARGETS))
+    name, layer = ttt.learning_layers(model)[1]
+    with torch.no_grad():
+        layer.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=f"{name} holds values that are not finite"):
+        ttt.export_peft(model, tmp_path / "v1", base_model="tiny/llama")
+    config = ttt.TTTConfig(target_modules=TARGETS, per_user=ttt.LowRank(slots=1, rank=2, window=2))
+    with pytest.raises(ValueError, match=r"was adapted for users.*pool_of\(model\)\.export\(user\)"):
+        ttt.export_peft(ttt.adapt_(llama(), config), tmp_path / "v1", base_model="tiny/llama")
     assert list(tmp_path.iterdir()) == []
 
 

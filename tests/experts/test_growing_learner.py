@@ -1,12 +1,14 @@
 """`ttt.GrowingLearner` on a tiny random Llama that reads domains of different alphabets."""
 
 import math
+import signal
 
 import pytest
 import torch
 from tiny_models import adapted, assert_same, ids_of, state_of
 
 import ttt
+from ttt.experts import learner as experts
 
 OPTIONS = {"target_modules": ["gate_proj", "up_proj", "down_proj"], "lr": 0.03, "clip": 3.0, "chunk": 8, "window": 8}
 ALPHABETS = {"a": 1, "b": 13, "c": 25}
@@ -104,7 +106,8 @@ def test_beyond_the_budget_the_nearest_columns_are_merged():
         learner.observe(text(domain, 640))
         learner.close()
     assert [c.tokens for c in learner.columns] == [1280, 640]  # the two of one domain became one
-    held = learner._calm + list(learner._signature.counts + learner._latest.counts)
+    active = learner._active
+    held = active.calm_weights + list(active.signature.counts + active.latest.counts)
     assert learner.bytes() == sum(c.bytes for c in learner.columns) + sum(t.numel() * t.element_size() for t in held)
 
 
@@ -162,7 +165,7 @@ def test_a_column_opened_by_mistake_stays_as_it_was():
 
 def test_text_that_is_not_learnt_is_scored_by_the_mixture(monkeypatch):
     """Against the weights of every token, one after the other, in float64."""
-    monkeypatch.setattr("ttt.experts.learner._PREFIX", 20)
+    monkeypatch.setattr("ttt.experts.scoring.PREFIX", 20)
     model, learner = growing()
     for domain in "ab":
         learner.observe(text(domain, 640))
@@ -293,3 +296,51 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="at least 2 tokens"), ttt.GrowingLearner(learner).routed(ids_of(1, 1)):
         pass
     assert_same(before, state_of(model))
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_a_change_of_column_that_fails_can_only_be_reset(index, monkeypatch):
+    model, learner = growing()
+    start = state_of(model)
+    learner.observe(text("a", 320))
+    calls, real = [], experts.put
+
+    def put(layer, delta):
+        calls.append(1)
+        if len(calls) == index + 1:
+            raise MemoryError("for the test")
+        real(layer, delta)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experts, "put", put)
+        with pytest.raises(MemoryError):
+            learner.close()
+    for call in (lambda: learner.observe(text("a", 9)), learner.close, lambda: learner.score(text("a", 9))):
+        with pytest.raises(RuntimeError, match="changing the column of a GrowingLearner ended half-way"):
+            call()
+    learner.reset()
+    assert_same(start, state_of(model))
+    assert (learner.columns, learner.tokens) == ([], 0)
+    assert learner.observe(text("a", 64)).rejected == 0
+
+
+@pytest.mark.parametrize("call", range(8))
+def test_scores_that_are_interrupted_leave_the_active_column_in_place(call):
+    """Ctrl-C in one forward pass after the other, under the anchor and under stored columns."""
+    model, learner = growing(evidence=1e9)
+    learner.observe(text("a", 320))
+    learner.close()
+    learner.observe(text("b", 320))
+    before, calls = state_of(model), []
+
+    def interrupt(module, args, kwargs):
+        calls.append(1)
+        if len(calls) == call + 1:
+            signal.raise_signal(signal.SIGINT)
+
+    handle = model.register_forward_pre_hook(interrupt, with_kwargs=True)
+    with pytest.raises(KeyboardInterrupt):
+        list(map(learner.score, [text("a", 200)] * 8))
+    handle.remove()
+    assert_same(before, state_of(model))
+    assert learner.observe(text("b", 64)).rejected == 0

@@ -33,32 +33,32 @@ def test_it_reads_and_learns_as_observe_does(family, batch, window):
     """Windows no larger than a chunk's rows: both commit after every chunk."""
     learner, graphed = pair(family, batch, window=window)
     ids = ids_of(batch, 41)
-    plain, seen = learner.observe(ids), graphed.observe(ids)
-    torch.testing.assert_close(seen.nll, plain.nll, rtol=1e-4, atol=1e-4)
-    assert (seen.learned, seen.rejected) == (plain.learned, plain.rejected) == (5, 0)
-    assert torch.equal(seen.mask, plain.mask)
+    plain, output = learner.observe(ids), graphed.observe(ids)
+    torch.testing.assert_close(output.nll, plain.nll, rtol=1e-4, atol=1e-4)
+    assert (output.learned, output.rejected) == (plain.learned, plain.rejected) == (5, 0)
+    assert torch.equal(output.mask, plain.mask)
     assert_learnt_alike(learner.model, graphed.learner.model)
     again = graphed.observe(ids)
-    assert again.bits < seen.bits
+    assert again.bits < output.bits
     assert again.learned == 5
 
 
-def test_windows_larger_than_a_chunk():
+def test_with_a_window_of_several_chunks_effective_weights_are_the_same():
     """Without replay and penalty it does not matter when a window is committed."""
     learner, graphed = pair(window=20, ewc_lambda=0.0, replay_rows=0)
     ids = ids_of(1, 49)
-    plain, seen = learner.observe(ids), graphed.observe(ids)
-    torch.testing.assert_close(seen.nll, plain.nll, rtol=1e-4, atol=1e-4)
+    plain, output = learner.observe(ids), graphed.observe(ids)
+    torch.testing.assert_close(output.nll, plain.nll, rtol=1e-4, atol=1e-4)
     for layer, other in zip(learner.layers, graphed.learner.layers, strict=True):
         torch.testing.assert_close(layer.effective_weight(), other.effective_weight(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{"importance": "mas"}, {"importance": "si"}, {"clip": 0.1, "head_mass": 0.0}])
-def test_other_configurations(options):
+def test_other_importances_and_an_exact_head_learn_as_observe_does(options):
     learner, graphed = pair(window=8, **options)
     ids = ids_of(1, 33)
-    plain, seen = learner.observe(ids), graphed.observe(ids)
-    torch.testing.assert_close(seen.nll, plain.nll, rtol=1e-4, atol=1e-4)
+    plain, output = learner.observe(ids), graphed.observe(ids)
+    torch.testing.assert_close(output.nll, plain.nll, rtol=1e-4, atol=1e-4)
     assert_learnt_alike(learner.model, graphed.learner.model)
     for layer, other in zip(learner.layers, graphed.learner.layers, strict=True):
         torch.testing.assert_close(layer.trace, other.trace, rtol=1e-3, atol=1e-5)
@@ -75,9 +75,9 @@ def test_eager_attention_has_the_same_cache():
 def test_long_texts_are_read_in_segments():
     learner, graphed = pair(window=8, lr=0.0)
     ids = ids_of(1, 161)  # the model has 64 positions
-    plain, seen = learner.observe(ids), graphed.observe(ids)
-    torch.testing.assert_close(seen.nll, plain.nll, rtol=1e-4, atol=1e-4)
-    assert (seen.learned, seen.rejected) == (0, 0)
+    plain, output = learner.observe(ids), graphed.observe(ids)
+    torch.testing.assert_close(output.nll, plain.nll, rtol=1e-4, atol=1e-4)
+    assert (output.learned, output.rejected) == (0, 0)
 
 
 @pytest.mark.parametrize("window", [8, 16])
@@ -117,13 +117,13 @@ def test_learning_switched_off_only_scores():
     _, graphed = pair(window=16)
     graphed.learning.zero_()
     before, ids = state_of(graphed.learner.model), ids_of(1, 25)
-    seen = graphed.observe(ids)
+    output = graphed.observe(ids)
     assert_same(before, state_of(graphed.learner.model))
-    assert (seen.learned, seen.rejected) == (0, 0)
-    torch.testing.assert_close(seen.nll, graphed.learner.observe(ids, learn=False).nll, rtol=1e-4, atol=1e-4)
+    assert (output.learned, output.rejected) == (0, 0)
+    torch.testing.assert_close(output.nll, graphed.learner.observe(ids, learn=False).nll, rtol=1e-4, atol=1e-4)
 
 
-def test_addresses_do_not_change():
+def test_tensors_keep_their_addresses():
     _, graphed = pair(window=16)
 
     def addresses():
@@ -150,7 +150,7 @@ def test_release_gives_the_layers_back():
         graphed.observe(ids_of(1, 9))
 
 
-def test_what_it_cannot_do_is_refused():
+def test_unsupported_arguments_and_models_are_refused():
     _, learner = adapted(chunk=8)
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="needs the model on a CUDA device, got cpu; graph=False"):

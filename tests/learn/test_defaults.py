@@ -38,9 +38,9 @@ def test_without_calibration_nothing_is_protected_and_nothing_else_differs(dtype
     plain, learner = learner_of(base, **OFF), learner_of(base)
     ids = ids_of(2, 60)
     for _ in range(2):
-        seen = [each.observe(ids) for each in (plain, learner)]
-        assert torch.equal(seen[0].nll, seen[1].nll)
-        assert seen[1].rejected == 0
+        outputs = [each.observe(ids) for each in (plain, learner)]
+        assert torch.equal(outputs[0].nll, outputs[1].nll)
+        assert outputs[1].rejected == 0
     held = state_of(learner.model)
     for key, t in state_of(plain.model).items():
         assert torch.equal(t, held[key]) or key.endswith("recent_seen"), key
@@ -66,7 +66,7 @@ def test_without_calibration_what_is_consolidated_is_protected():
 
 
 @pytest.mark.parametrize("users", [None, ["a", "b"]])
-def test_a_learner_that_is_to_protect_and_cannot_says_so_once(users):
+def test_a_learner_warns_once_if_it_has_nothing_to_protect_with(users):
     options = {} if users is None else {"users": ttt.LowRank(slots=2, rank=2, window=16)}
     ids, match = ids_of(2, 20), "learning is unprotected: Learner.calibrate was not called"
 
@@ -119,8 +119,9 @@ def test_any_model_and_loss_learns(sizes, calibrated):
     for rows in torch.arange(400).repeat(5).split(25):
         with ttt.learning(model):
             (model(x[rows]) - target[rows]).square().sum().backward()
-    # A single hidden unit may have to change its sign first.
-    assert float((model(x) - target).square().mean()) < (1.0 if b == 1 else 0.8) * before
+    # Calibrated with inputs like those that are learnt, the layers leave half of the directions alone; a single hidden
+    # unit may have to change its sign first.
+    assert float((model(x) - target).square().mean()) < (1.0 if calibrated or b == 1 else 0.5) * before
     for _, layer in learning_layers(model):
         k = layer.in_features // 2 if layer.in_features < 64 else 32
         assert (0 if layer.basis is None else len(layer.basis)) == k

@@ -46,9 +46,9 @@ def test_the_prompt_is_learnt_as_observe_learns_it():
     twin = ttt.fork(model)
     ids = ids_of(2, 30)
     made = learner.generate(ids, max_new_tokens=4)
-    seen = ttt.Learner(twin).observe(ids)
-    assert torch.equal(made.nll[:, :29], seen.nll)
-    assert (made.learned, made.rejected) == (seen.learned, 0) == (4, 0)
+    output = ttt.Learner(twin).observe(ids)
+    assert torch.equal(made.nll[:, :29], output.nll)
+    assert (made.learned, made.rejected) == (output.learned, 0) == (4, 0)
     assert_same(state_of(twin), state_of(model))
 
 
@@ -104,7 +104,7 @@ def test_running_the_top_blocks_again_equals_running_all_of_them(padded, monkeyp
     options = {"attention_mask": mask if padded else None}
     made, state = spans(model, learner, ids, 14, 4, **options)
     assert made.learned == 1 + 4  # the prompt, three spans of four and one of two
-    monkeypatch.setattr("ttt.learn.generate._blocks_of", lambda learner: (None, 0, "for the test"))
+    monkeypatch.setattr("ttt.learn.output_learning._blocks_of", lambda learner: (None, 0, "for the test"))
     before = ways()
     again, other = spans(twin, ttt.Learner(twin), ids, 14, 4, **options)
     assert ways()["whole model again", "for the test"] == before.get(("whole model again", "for the test"), 0) + 4

@@ -81,9 +81,9 @@ def test_strength_follows_the_drift():
     drifts, reference = iter([0.01, 0.0125, 0.015, 1.0, 1.0, 0.0095, 0.005, -0.5]), guard.reference
     guard.loss = lambda: reference * (1 + next(drifts))
     for s in (8.0, 8 * 4**0.25, 8 * 4**0.75, 30.0, 30.0, 30 * 4**-0.05, 30 * 4**-0.1125, 30 * 4**-0.175):
-        seen = learner.observe(ids_of(1, 9))
-        assert seen.strength == guard.history[-1].strength == pytest.approx(s)
-        assert seen.rollbacks == 0
+        output = learner.observe(ids_of(1, 9))
+        assert output.strength == guard.history[-1].strength == pytest.approx(s)
+        assert output.rollbacks == 0
         for layer in learner.layers:
             options, config = layer.commit_options(), layer.config
             assert options["lam"] == pytest.approx(config.ewc_lambda * s)
@@ -100,9 +100,9 @@ def test_past_the_bound_protection_is_stronger_after_the_rollback():
     _, learner, guard = guarded(threshold=0.01, every=8, strengthen=4.0)
     drifts, reference = iter([0.0149, 0.0151, 0.0151]), guard.reference
     guard.loss = lambda: reference * (1 + next(drifts))
-    seen = [learner.observe(ids_of(1, 9)) for _ in range(3)]
-    assert [s.rollbacks for s in seen] == [0, 1, 1]
-    assert [s.strength for s in seen] == pytest.approx([8 * 4**0.49, 16 * 4**0.49, 32 * 4**0.49])
+    outputs = [learner.observe(ids_of(1, 9)) for _ in range(3)]
+    assert [s.rollbacks for s in outputs] == [0, 1, 1]
+    assert [s.strength for s in outputs] == pytest.approx([8 * 4**0.49, 16 * 4**0.49, 32 * 4**0.49])
     assert [check.rolled_back for check in guard.history] == [False, True, True]
 
 

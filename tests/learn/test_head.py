@@ -95,7 +95,7 @@ def test_left_out_rows_obey_the_bound(count, mass, masked):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_rows_of_other_dtypes(dtype):
+def test_left_out_rows_obey_the_bound_in_other_dtypes(dtype):
     logits, weight = peaked(9, 6000).to(dtype), torch.randn(6000, 7).to(dtype)
     targets = logits.argmax(1)
     before = ways()
@@ -154,9 +154,9 @@ def changes(model, ids, **options):
     options = {"target_modules": ["down_proj"], "lr": 1e-3, "chunk": 16, "window": 1, "ewc_lambda": 0.0,
                "replay_rows": 0, **options}  # fmt: skip
     ttt.adapt_(model, plain_config(**options))
-    seen = ttt.Learner(model).observe(ids)
-    assert seen.rejected == 0
-    return [(layer.weight - layer.anchor).double() for _, layer in learning_layers(model)], seen.nll
+    output = ttt.Learner(model).observe(ids)
+    assert output.rejected == 0
+    return [(layer.weight - layer.anchor).double() for _, layer in learning_layers(model)], output.nll
 
 
 def test_learning_with_rows_left_out_is_near_the_exact_way():
@@ -214,7 +214,7 @@ def scaled(model):
     [(scaled, "changes the logits"), (hooked, "has hooks"), (pre_hooked, "has hooks"),
      (custom_head, "is Head, not torch.nn.Linear")],
 )  # fmt: skip
-def test_heads_that_cannot_be_split_learn_by_autograd_and_it_is_said(change, why):
+def test_heads_that_cannot_be_split_learn_by_autograd_and_info_reports_it(change, why):
     base = tiny()
     plain = change(tiny())
     plain.load_state_dict(base.state_dict())
@@ -226,8 +226,8 @@ def test_heads_that_cannot_be_split_learn_by_autograd_and_it_is_said(change, why
     model = ttt.adapt_(change(base), plain_config(target_modules=["down_proj"], lr=0.01, chunk=64, window=1,
                                                    ewc_lambda=0.0, replay_rows=0))  # fmt: skip
     before = ways()
-    seen = ttt.Learner(model).observe(ids)
-    assert float(seen.nll.sum()) == pytest.approx(loss.item(), rel=1e-4)
+    output = ttt.Learner(model).observe(ids)
+    assert float(output.nll.sum()) == pytest.approx(loss.item(), rel=1e-4)
     ((backend, reason),) = taken(before)
     assert backend == "autograd"
     assert re.search(why, reason)
@@ -251,13 +251,13 @@ def test_parameters_that_require_grad_cost_nothing_and_keep_their_flags():
     for i, block in enumerate(model.model.layers):
         block.register_forward_hook(lambda m, a, out, i=i: needs.update({i: out.requires_grad}))
     ids = ids_of(1, 20)
-    seen = learner.observe(ids)
+    output = learner.observe(ids)
     assert needs == {0: False, 1: False, 2: True, 3: True}
     assert [n for n, p in model.named_parameters() if p.requires_grad] == [
         n for n, p in model.named_parameters() if any(p is q for q in asked)
     ]
     assert all(p.grad is None for p in model.parameters())
-    assert torch.equal(seen.nll, twin.observe(ids).nll)
+    assert torch.equal(output.nll, twin.observe(ids).nll)
     assert_same(state_of(other), state_of(model))
 
 

@@ -62,10 +62,10 @@ def test_scores_are_those_of_the_frozen_model_before_learning():
     with torch.no_grad():
         logp = pristine(ids).logits.log_softmax(-1)
     expected = -logp[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-    seen = learner.observe(ids)
+    output = learner.observe(ids)
     # The first chunk is scored before anything is learnt; later ones by a model that has learnt.
-    torch.testing.assert_close(seen.nll[:, :8], expected[:, :8], rtol=1e-4, atol=1e-4)
-    assert float((seen.nll[:, 8:] - expected[:, 8:]).abs().max()) > 1e-2
+    torch.testing.assert_close(output.nll[:, :8], expected[:, :8], rtol=1e-4, atol=1e-4)
+    assert float((output.nll[:, 8:] - expected[:, 8:]).abs().max()) > 1e-2
     learner.reset()
     scored = learner.observe(ids, learn=False)
     torch.testing.assert_close(scored.nll, expected, rtol=1e-4, atol=1e-4)
@@ -119,10 +119,10 @@ def test_tokens_that_may_not_teach_change_no_bit():
     learner.calibrate([ids_of(2, 16)])
     learner.observe(ids_of(1, 20))
     before, ids = state_of(model), ids_of(2, 30)
-    seen = learner.observe(ids, learn_mask=torch.zeros(2, 30))
+    output = learner.observe(ids, learn_mask=torch.zeros(2, 30))
     assert_same(before, state_of(model))
-    assert float(seen.nll.min()) > 0  # read and scored all the same
-    assert (seen.learned, seen.rejected) == (0, 0)
+    assert float(output.nll.min()) > 0  # read and scored all the same
+    assert (output.learned, output.rejected) == (0, 0)
 
 
 def test_masked_tokens_do_not_matter_to_what_is_learnt():
@@ -153,10 +153,10 @@ def test_padding_is_neither_scored_nor_learnt(side, family):
     pad = torch.zeros(1, 8, dtype=torch.long)  # a whole chunk, so that chunks fall alike
     padded = torch.cat([pad, ids] if side == "left" else [ids, pad], 1)
     mask = (torch.cat([pad, ids.clamp_min(1)] if side == "left" else [ids.clamp_min(1), pad], 1) > 0).long()
-    seen = learner.observe(padded, attention_mask=mask)
-    assert int(seen.mask.sum()) == 19
-    torch.testing.assert_close(seen.nll[seen.mask], plain.nll.flatten(), rtol=1e-4, atol=1e-4)
-    assert float(seen.nll[~seen.mask].abs().sum()) == 0
+    output = learner.observe(padded, attention_mask=mask)
+    assert int(output.mask.sum()) == 19
+    torch.testing.assert_close(output.nll[output.mask], plain.nll.flatten(), rtol=1e-4, atol=1e-4)
+    assert float(output.nll[~output.mask].abs().sum()) == 0
     after = state_of(model)
     # A padded text's last token still stands in its chunk: it adds a row with gradient 0, and no change.
     for key in expected:
@@ -175,8 +175,8 @@ def test_non_finite_chunks_are_rejected_and_change_nothing():
         return output * float("nan") if broken[0] else output
 
     handle = model.lm_head.register_forward_hook(poison)
-    seen = learner.observe(ids_of(2, 17))
-    assert (seen.learned, seen.rejected) == (0, 2)
+    output = learner.observe(ids_of(2, 17))
+    assert (output.learned, output.rejected) == (0, 2)
     assert_same(before, state_of(model))
     handle.remove()
 
@@ -187,10 +187,10 @@ def test_non_finite_chunks_are_rejected_and_change_nothing():
         return output * float("inf") if len(calls) == 2 else output
 
     handle = model.model.layers[-1].register_forward_hook(once)
-    seen = learner.observe(ids_of(1, 33))
+    output = learner.observe(ids_of(1, 33))
     handle.remove()
-    assert (seen.learned, seen.rejected) == (3, 1)
-    assert bool(torch.isfinite(seen.nll[:, 16:]).all())
+    assert (output.learned, output.rejected) == (3, 1)
+    assert bool(torch.isfinite(output.nll[:, 16:]).all())
     assert all(bool(torch.isfinite(t).all()) for t in state_of(model).values())
 
 
@@ -208,10 +208,10 @@ def test_infinite_gradient_with_finite_loss_is_rejected():
             return g * float("inf")
 
     handle = model.model.norm.register_forward_hook(lambda m, a, out: Blowup.apply(out) if out.requires_grad else out)
-    seen = learner.observe(ids_of(1, 9))
+    output = learner.observe(ids_of(1, 9))
     handle.remove()
-    assert seen.rejected == 1
-    assert bool(torch.isfinite(seen.nll).all())
+    assert output.rejected == 1
+    assert bool(torch.isfinite(output.nll).all())
     assert_same(before, state_of(model))
 
 
@@ -230,9 +230,9 @@ def test_generate_uses_what_was_learnt():
 def test_long_texts_are_read_in_segments():
     _model, learner = adapted(lr=0.0)
     ids = ids_of(1, 150)  # the model has 64 positions
-    seen = learner.observe(ids)
+    output = learner.observe(ids)
     parts = [learner.observe(ids[:, s : s + 65]).nll for s in (0, 64, 128)]
-    torch.testing.assert_close(seen.nll, torch.cat(parts, 1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output.nll, torch.cat(parts, 1), rtol=1e-4, atol=1e-4)
 
 
 def test_calibration_is_the_fisher_normalised_by_its_mean():
@@ -323,7 +323,7 @@ def test_other_importances_learn_too(importance):
     assert bits[-1] < bits[0]
 
 
-def test_16_bit_models():
+def test_16_bit_models_learn():
     model = tiny().to(torch.bfloat16)
     ttt.adapt_(model, plain_config(target_modules=["down_proj"], lr=0.02, chunk=8, replay_capacity=32))
     learner = ttt.Learner(model)
@@ -352,11 +352,11 @@ def test_bad_input_is_refused_and_changes_nothing(ids, options, error, message):
     assert_same(before, state_of(model))
 
 
-def test_one_token_is_nothing_to_score():
+def test_a_text_of_one_token_gives_no_scores():
     _, learner = adapted()
-    seen = learner.observe(ids_of(2, 1))
-    assert seen.nll.shape == (2, 0)
-    assert (seen.learned, seen.rejected) == (0, 0)
+    output = learner.observe(ids_of(2, 1))
+    assert output.nll.shape == (2, 0)
+    assert (output.learned, output.rejected) == (0, 0)
 
 
 def test_compiled_adapted_model_equals_eager():
@@ -369,7 +369,7 @@ def test_compiled_adapted_model_equals_eager():
         torch.testing.assert_close(compiled(ids), model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_consolidated_memory_holds_only_rows_that_were_seen():
+def test_consolidated_memory_holds_only_rows_that_passed_through_the_layer():
     model, learner = adapted(replay_capacity=2000)  # more than calibration and the sample of recent rows can fill
     learner.calibrate([ids_of(2, 16)])
     for _ in range(30):

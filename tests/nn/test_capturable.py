@@ -1,4 +1,4 @@
-"""Layers that count their window on the device, as CUDA graphs need it, against ordinary ones: bit for bit, on CPU."""
+"""Capturable layers, which count their window on the device, against ordinary layers: bit for bit, on the CPU."""
 
 import copy
 
@@ -25,7 +25,7 @@ def layer_of(m, n, dtype, **options):
 
 
 def updates_of(layer, rows, count):
-    """As backward passes would leave them; those of MAS have gradients of their own for the trace."""
+    """Random updates of ``rows`` tokens; with separate gradients for the trace if the layer uses MAS."""
     found = []
     for _ in range(count):
         x, d, p = (torch.randn(rows, k).to(layer.weight.dtype) for k in (layer.in_features, *[layer.out_features] * 2))
@@ -34,7 +34,7 @@ def updates_of(layer, rows, count):
 
 
 def assert_same(ours, theirs, what):
-    """All that a step changes; of the window, the rows in use."""
+    """Compare all that a step changes; of the window only the rows in use."""
     for name in STATE:
         a, b = getattr(ours, name), getattr(theirs, name)
         assert a is b is None or torch.equal(a, b), f"{name} {what}"
@@ -47,8 +47,8 @@ def assert_same(ours, theirs, what):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("window", "rows"), [(1, 1), (12, 3), (16, 5), (7, 1), (8, 4), (8, 5), (8, 8), (8, 13)])
 @pytest.mark.parametrize("options", [{}, {"importance": "mas", "clip": 0.5}, {"ewc_lambda": 0.0, "replay_rows": 0}])
-def test_steps_are_those_of_an_ordinary_layer(dtype, window, rows, options):
-    """An ordinary layer that is flushed when another step would not fit. It commits then; ours at the next step."""
+def test_capturable_steps_equal_those_of_an_ordinary_layer(dtype, window, rows, options):
+    """The ordinary layer is flushed when another step would not fit; ours commits one step later."""
     ordinary = layer_of(33, 65, dtype, window=window, **options)
     ours = copy.deepcopy(ordinary).capturable_(rows)
     assert ours.capturable == rows
@@ -96,7 +96,7 @@ def test_a_closed_gate_changes_no_bit(window, rows):
 
 
 @pytest.mark.parametrize(("window", "rows"), [(6, 2), (4, 3)])
-def test_any_other_number_opens_a_gate(window, rows):
+def test_a_gate_with_any_other_number_than_0_is_open(window, rows):
     gated = layer_of(5, 9, torch.float32, window=window).capturable_(rows)
     ungated = copy.deepcopy(gated)
     for update in updates_of(gated, rows, 5):
@@ -105,7 +105,7 @@ def test_any_other_number_opens_a_gate(window, rows):
         assert_same(gated, ungated, "under a gate of 3")
 
 
-def test_input_gradients_see_the_rows_that_the_device_counts():
+def test_input_gradients_of_capturable_layers_include_the_window():
     ordinary = layer_of(5, 7, torch.float64, window=9, replay_rows=0)
     ours = copy.deepcopy(ordinary).capturable_(2)
     for update in updates_of(ordinary, 2, 3):
@@ -119,8 +119,8 @@ def test_input_gradients_see_the_rows_that_the_device_counts():
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
 
 
-def test_addresses_and_host_state_do_not_change():
-    """What a graph's replay would repeat: the same tensors, and nothing that Python remembers."""
+def test_capturable_steps_change_no_address_and_no_host_state():
+    """A graph's replay repeats work on the same tensors and cannot change attributes of the layer."""
     layer = layer_of(5, 7, torch.float32, window=6).capturable_(2)
     tensors = {**layer.state(), "counters": layer._counter.counters}
     tensors.pop("pending")
@@ -134,7 +134,7 @@ def test_addresses_and_host_state_do_not_change():
     assert all(vars(layer)[k] is v for k, v in remembered.items())
 
 
-def test_what_does_not_suit_the_steps_is_refused_and_changes_nothing():
+def test_wrong_rows_gates_states_and_conversions_are_refused_and_change_nothing():
     layer = layer_of(5, 7, torch.float32, window=8)
     for rows in (0, -1, 2.0, True):
         with pytest.raises(ValueError, match="rows must be a whole number"):
@@ -160,7 +160,7 @@ def test_what_does_not_suit_the_steps_is_refused_and_changes_nothing():
         layer.unshare("anchor")
 
 
-def test_snapshot_rollback_reset_and_consolidate_of_capturable_layers():
+def test_capturable_layers_survive_snapshot_rollback_reset_and_consolidate():
     layer = layer_of(5, 7, torch.float32, window=8)
     model = torch.nn.Sequential(layer)
     learner = ttt.Learner(model)
@@ -185,7 +185,7 @@ def test_snapshot_rollback_reset_and_consolidate_of_capturable_layers():
     assert layer.pending == 6
 
 
-def test_learning_with_capturable_layers_rejects_on_the_device():
+def test_learning_with_capturable_layers_skips_gradients_that_are_not_finite():
     plain = layer_of(5, 7, torch.float64, window=6, ewc_lambda=0.0, replay_rows=0)
     model = torch.nn.Sequential(plain, torch.nn.ReLU(), torch.nn.Linear(5, 3).double())
     ordinary = copy.deepcopy(model)

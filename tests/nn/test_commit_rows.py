@@ -1,4 +1,4 @@
-"""Layers whose commits replay rows of several kinds: which rows they are, and that their state is like any other."""
+"""Commits that replay rows of several sources: which rows they are, and the life of the Gaussian they come from."""
 
 import copy
 
@@ -39,7 +39,7 @@ def teach(layer, x, delta):
 
 
 def rows_of(layer, x):
-    """By hand, from the state before the commit of ``x``."""
+    """The rows that the commit of ``x`` replays, computed by hand from the state before it."""
     c, parts = layer.config, []
     if c.replay_rows:
         index = ops.reservoir_draw(
@@ -65,8 +65,8 @@ def rows_of(layer, x):
     [ALL, {**ALL, "replay_rows": 0}, {**ALL, "generated_rows": 0}, {**ALL, "replay": "gradient", "replay_beta": 0.1},
      {**ALL, "replay_rows": 0, "distill_rows": 0, "ewc_lambda": 0.0}, {**ALL, "replay_rows": 0, "generated_rows": 0}],
 )  # fmt: skip
-def test_commits_replay_rows_of_every_kind(dtype, options):
-    """Windows of six tokens, filled in parts or at once, a commit of more than a window, and a flush of less."""
+def test_commits_replay_rows_of_every_source(dtype, options):
+    """With windows of six tokens filled in parts or at once, a commit of more tokens, and a flush of fewer."""
     layer = layer_of(5, 9, dtype, **options)
     assert layer.mixes_replay_sources
     c, seen = layer.config, []
@@ -95,7 +95,7 @@ def test_the_memory_alone_is_drawn_from_by_the_kernel():
     assert not any(name in layer.state() and layer.state()[name] is not None for name in gaussian.PAST)
 
 
-def test_what_cannot_be_drawn_yet_pulls_nothing():
+def test_empty_sources_have_no_effect_on_a_commit():
     options = {**ALL, "distill_rows": 0, "ewc_lambda": 0.0}
     layer = layer_of(5, 9, **options)
     for name in ("seen", *gaussian.PAST):
@@ -111,7 +111,7 @@ def test_what_cannot_be_drawn_yet_pulls_nothing():
         torch.testing.assert_close(layer.weight, plain.weight)
 
 
-def test_distillation_of_all_tokens_leaves_the_outputs_where_they_were():
+def test_distillation_of_all_tokens_keeps_their_outputs():
     layer = layer_of(
         5, 30, distill_rows=6, replay_rows=0, replay_beta=1.0, replay_eps=1e-9, ewc_lambda=0.0, window=6, lr=1.0
     )
@@ -122,7 +122,7 @@ def test_distillation_of_all_tokens_leaves_the_outputs_where_they_were():
 
 
 @pytest.mark.parametrize("options", [ALL, {**ALL, "replay_rows": 0, "distill_rows": 0}])
-def test_the_learner_keeps_past_and_present(options):
+def test_consolidate_rollback_and_reset_keep_the_gaussians_of_past_and_present_inputs(options):
     model, learner = adapted(**{**options, "replay_capacity": 32}, window=5)
     learner.calibrate([ids_of(2, 16), ids_of(1, 9)])
     layers = [layer for _, layer in ttt.learning_layers(model)]
@@ -148,7 +148,7 @@ def test_the_learner_keeps_past_and_present(options):
     assert_same(calibrated, state_of(model))
 
 
-def test_calibration_measures_the_layer_s_inputs():
+def test_calibration_fits_the_past_gaussian_to_the_layers_inputs():
     model, learner = adapted(generated_rows=2, generated_rank=64, replay_rows=0, ewc_lambda=0.0)
     name, layer = ttt.learning_layers(model)[0]
     found = []
@@ -162,7 +162,7 @@ def test_calibration_measures_the_layer_s_inputs():
     torch.testing.assert_close(factor.T @ factor, centred.T @ centred, rtol=1e-3, atol=1e-3)
 
 
-def test_a_file_and_a_fork_hold_what_the_rows_are_drawn_from(tmp_path):
+def test_files_and_forks_hold_the_gaussians(tmp_path):
     model, learner = adapted(**{**ALL, "replay_capacity": 32}, window=5)
     pristine = ttt.restore_(copy.deepcopy(model))
     learner.calibrate([ids_of(2, 16)])
@@ -182,7 +182,7 @@ def test_a_file_and_a_fork_hold_what_the_rows_are_drawn_from(tmp_path):
 
 
 @pytest.mark.parametrize("gate", [None, 1, 0])
-def test_steps_of_a_capturable_layer_are_those_of_an_ordinary_one(gate):
+def test_capturable_layers_replay_the_same_rows_as_ordinary_ones(gate):
     options = {"replay_rows": 3, "distill_rows": 4, "window": 6}
     ordinary = layer_of(5, 9, torch.float32, **options)
     ours = copy.deepcopy(ordinary).capturable_(2)
@@ -200,7 +200,7 @@ def test_steps_of_a_capturable_layer_are_those_of_an_ordinary_one(gate):
         assert torch.equal(ours.trace, ordinary.trace)
 
 
-def test_generated_rows_cannot_be_captured():
+def test_layers_that_generate_rows_cannot_be_made_capturable():
     layer = layer_of(5, 9, torch.float32, **ALL)
     before = {k: t.clone() for k, t in layer.state().items()}
     with pytest.raises(ValueError, match="generated_rows = 5 cannot be captured"):
@@ -209,7 +209,7 @@ def test_generated_rows_cannot_be_captured():
     layer.capturable_(None)
 
 
-def test_options_that_make_too_many_rows():
+def test_too_many_replay_rows_and_wrong_row_options_are_refused():
     with pytest.raises(ValueError, match="must be at most 64, got 40 \\+ 20 \\+ 5"):
         plain_config(replay_rows=40, distill_rows=20, generated_rows=5)
     for name, value in (("distill_rows", -1), ("generated_rows", 65), ("generated_rank", 0), ("distill_rows", True)):
@@ -217,7 +217,7 @@ def test_options_that_make_too_many_rows():
             plain_config(**{name: value, "replay_rows": 0})
 
 
-def test_the_rules_make_these_rows():
+def test_rules_configure_the_rows_and_their_bad_options_are_refused():
     rules = [
         LayerReplay(3, strength=0.2),
         LayerDistillation(4, strength=0.2),

@@ -1,4 +1,4 @@
-"""The direct way to the C++ kernels does what the ops do, to the bit, and steps aside where they are needed."""
+"""Bindings, which call the C++ kernels directly: the same bits as the ops, and not used where the ops are needed."""
 
 import copy
 
@@ -60,7 +60,7 @@ def test_outputs_and_state_are_those_of_the_ops(dtype, options, monkeypatch):
     assert int(layer.recent_seen) == 25
 
 
-def test_versions_move_as_with_the_ops():
+def test_learning_through_a_binding_increments_tensor_versions():
     layer, _ = layer_and_twin(5, 6, torch.float32, window=2)
     with torch.no_grad():
         for expected in (
@@ -73,7 +73,7 @@ def test_versions_move_as_with_the_ops():
             assert expected <= moved
 
 
-def test_what_an_op_would_refuse_is_refused():
+def test_inputs_that_an_op_refuses_are_refused_by_a_bound_layer():
     layer, twin = layer_and_twin(5, 6, torch.float32, window=4)
     with torch.no_grad():
         with pytest.raises(ValueError, match=r"x must have shape"):
@@ -104,7 +104,7 @@ def test_moved_and_copied_layers_are_bound_anew():
     torch.testing.assert_close(y, torch.nn.functional.linear(x.double(), layer.weight, layer.bias))
 
 
-def test_someone_who_listens_sees_the_op():
+def test_dispatch_modes_see_the_op_of_a_bound_layer():
     layer, _ = layer_and_twin(5, 6, torch.float32, window=4)
     seen = []
 
@@ -120,7 +120,7 @@ def test_someone_who_listens_sees_the_op():
         layer(torch.randn(1, 6))
 
 
-def test_without_the_extension_nothing_is_bound(monkeypatch):
+def test_without_the_extension_layers_learn_through_the_ops(monkeypatch):
     layer, twin = layer_and_twin(5, 6, torch.float32, window=2)
     monkeypatch.setattr(cpu, "_C", None)
     monkeypatch.setitem(cpu.unavailable, "cpu", "for this test")
@@ -150,7 +150,7 @@ def same_slots(layer, twin):
 @pytest.mark.parametrize("options", [{}, {"ewc_lambda": 0.5, "replay_rows": 2}])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_users_outputs_and_state_are_those_of_the_ops(dtype, options, monkeypatch):
-    """Also where one user has more tokens than a slot has room for, and where nobody learns."""
+    """Also if one user has more tokens than a slot has room for, and if nobody learns."""
     options = {"ewc_lambda": 0.0, "replay_rows": 0, "replay_capacity": 5, **options}
     layer, twin = users_and_twin(17, 37, dtype, **options)
     backends.calls.clear()

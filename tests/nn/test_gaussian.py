@@ -1,4 +1,4 @@
-"""The Gaussian of a layer's inputs, against moments and principal components computed at once; and its draws."""
+"""The Gaussian of a layer's inputs against moments and principal components of all rows at once, and its draws."""
 
 import math
 
@@ -52,8 +52,8 @@ def test_rows_taken_at_once_give_their_principal_components():
     torch.testing.assert_close(held.factor.square().sum(1), values[-5:].flip(0))
 
 
-def test_two_join_into_that_of_all_rows():
-    """Of rank 6 in 30 dimensions, so that nothing is lost on the way."""
+def test_joining_two_gaussians_gives_that_of_all_rows():
+    """The rows have rank 6 in 30 dimensions, so a factor of 6 directions loses nothing."""
     x = torch.randn(90, 6, dtype=D) @ torch.randn(6, 30, dtype=D) + torch.randn(30, dtype=D)
     a, b = empty(30, 6).with_rows(x[:70]), empty(30, 6).with_rows(x[70:])
     joined = a.joined(b)
@@ -99,7 +99,7 @@ def test_draws_are_fixed_by_state_seed_and_step_and_zero_while_empty():
     assert torch.equal(empty(9, 3).draw(5, torch.tensor([4]), 17), torch.zeros(5, 9, dtype=D))
 
 
-def test_normals_are_box_and_muller_s_of_philox_words():
+def test_normals_follow_from_philox_words_by_box_muller():
     z = normals(3, 7, torch.tensor([2**33 + 5]), 99)
     assert (z.shape, z.dtype) == ((3, 7), D)
     for r in range(3):
@@ -117,7 +117,7 @@ def test_normals_are_box_and_muller_s_of_philox_words():
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(1, 1), (1, 5), (7, 3), (64, 64), (3, 8), (1000, 64)])
-def test_spread_tokens(tokens, rows):
+def test_spread_tokens_draws_one_token_from_each_equal_part(tokens, rows):
     step, count = torch.tensor([0]), torch.zeros(tokens, dtype=D)
     for at in range(300):
         token = spread_tokens(tokens, rows, step.fill_(at), 11)

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from helpers import plain_config
+from torch import Tensor
 
 from ttt.learn import protection
 from ttt.nn import Linear
@@ -222,6 +223,26 @@ def test_pending_out_of_range_is_refused(rows, capturable):
     assert_same(before, state_of(layer))
     layer.pending = 6
     assert layer.pending == 6
+
+
+@pytest.mark.parametrize(("capturable", "rows"), [(None, 2), (None, 9), (2, 2), (4, 4)])
+@pytest.mark.parametrize(
+    ("name", "change", "error"),
+    [("x", lambda t: t[:, :6], ValueError), ("delta", lambda t: t[:, :4], ValueError),
+     ("delta", lambda t: t[:1], ValueError), ("delta", Tensor.double, TypeError), ("x", Tensor.half, TypeError),
+     ("eta", Tensor.double, TypeError), ("eta", lambda t: t[:1], ValueError), ("eta", lambda t: t[:, None], ValueError),
+     ("trace_delta", Tensor.double, TypeError), ("trace_delta", lambda t: t[:, :4], ValueError),
+     ("delta", lambda t: t.T.contiguous().T, ValueError), ("moments", lambda t: t[:2], ValueError)],
+)  # fmt: skip
+def test_an_update_that_does_not_fit_is_refused_and_changes_no_bit(name, change, error, capturable, rows):
+    layer = layer_of(importance="mas", rate="rms", replay_capacity=9).capturable_(capturable)
+    teach(layer, pairs_of(layer, rows))
+    before = state_of(layer)
+    update = layer.update_from(*pairs_of(layer, rows))
+    setattr(update, name, change(getattr(update, name)))
+    with pytest.raises(error, match=f"^{name} must "):
+        layer.learn(update)
+    assert_same(before, state_of(layer))
 
 
 @pytest.mark.parametrize("capturable", [None, 2])

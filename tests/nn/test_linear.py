@@ -1,3 +1,5 @@
+"""`ttt.nn.Linear` against per-token SGD and plain `nn.Linear`."""
+
 import pytest
 import torch
 from helpers import plain_config
@@ -41,7 +43,7 @@ def test_any_window_is_exactly_sgd_per_token(window):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_commit_hides_nothing_of_the_window(dtype):
+def test_outputs_before_and_after_a_commit_agree(dtype):
     layer = layer_of(33, 65, dtype, lr=0.01, window=8, **PLAIN)
     x = torch.randn(5, 65, dtype=dtype)
     step(layer, x, torch.zeros(33, dtype=dtype))
@@ -79,7 +81,7 @@ def test_input_gradient_goes_through_the_window():
     assert layer.pending == 6  # nothing is learnt outside ttt.learning
 
 
-def test_no_weight_gradient_and_no_graph_below():
+def test_the_weight_gets_no_gradient_and_no_graph_is_built_below_the_layer():
     below, layer = torch.nn.Linear(6, 6), layer_of(4, 6, torch.float32)
     below.requires_grad_(False)
     hidden = below(torch.randn(3, 6))
@@ -103,7 +105,7 @@ def test_clipping_shrinks_the_rate_of_single_tokens():
         assert float(update.eta[t]) == pytest.approx(0.1 * min(1.0, 1.0 / norm))
 
 
-def test_learning_refuses_what_is_not_finite_and_changes_nothing():
+def test_learning_refuses_gradients_that_are_not_finite_and_changes_nothing():
     layer = layer_of(3, 4, torch.float32)
     step(layer, torch.randn(2, 4), torch.zeros(3))
     before = {k: t.clone() for k, t in layer.state().items()}
@@ -132,7 +134,7 @@ def test_state_dict_is_that_of_a_plain_linear():
         torch.testing.assert_close(layer(x), plain(x))
 
 
-def test_addresses_never_change():
+def test_learning_consolidating_and_rolling_back_change_no_address():
     layer = layer_of(6, 8, torch.float32, window=4)
     layer.memory.normal_()
     layer.seen.fill_(8)

@@ -1,4 +1,4 @@
-"""Layers whose updates leave the principal directions of remembered inputs alone."""
+"""Orthogonal updates: layers whose updates leave the principal directions of remembered inputs alone."""
 
 import copy
 
@@ -20,7 +20,7 @@ PLAIN = {"ewc_lambda": 0.0, "replay_rows": 0}
 
 
 def layer_of(m, n, k, dtype=torch.float64, **options):
-    """With a basis of k random directions, and a memory that no commit may read."""
+    """A layer with a basis of k random directions, and a memory that no commit may read."""
     config = plain_config(**{"replay_capacity": 8, "orthogonal": k, **PLAIN, **options})
     layer = Linear(n, m, dtype=dtype, config=config, name="layer")
     with torch.no_grad():
@@ -64,8 +64,8 @@ def test_any_window_is_sgd_per_token_with_projected_inputs(window):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4 * 2**-8)])
 @pytest.mark.parametrize("rows", [1, 3, 40])
-def test_outputs_on_spanned_inputs_do_not_change(dtype, tolerance, rows):
-    """Also where a step is too large for the window. What learning changes elsewhere is many times larger."""
+def test_outputs_on_inputs_in_the_span_of_the_basis_do_not_change(dtype, tolerance, rows):
+    """Also if a step is too large for the window. Outputs on other inputs change many times more."""
     layer = layer_of(33, 65, 7, dtype, lr=0.003, window=16)
     inside = (torch.randn(9, 7).to(dtype) @ layer.basis).contiguous()
     outside = torch.randn(9, 65).to(dtype)
@@ -80,7 +80,7 @@ def test_outputs_on_spanned_inputs_do_not_change(dtype, tolerance, rows):
     assert moved[1] > 5 * tolerance
 
 
-def test_trace_and_clip_are_those_of_the_gradient_that_is_applied():
+def test_trace_and_clip_use_the_projected_gradient():
     layer = layer_of(5, 7, 3, ewc_lambda=1e-9, window=4, clip=1.0, lr=0.1)
     (x, delta), p = (torch.randn(4, k, dtype=torch.float64) * 2 for k in (7, 5)), projector(layer)
     x[2] = 30 * layer.basis[0]  # nothing of it is applied: a clip by its own norm would say otherwise
@@ -95,7 +95,7 @@ def test_trace_and_clip_are_those_of_the_gradient_that_is_applied():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 5])
-def test_without_directions_learning_is_as_without_the_option(dtype, rows):
+def test_a_basis_of_zeros_has_no_effect(dtype, rows):
     layer = layer_of(9, 13, 4, dtype, lr=0.05, window=4)
     with torch.no_grad():
         layer.basis.zero_()
@@ -111,8 +111,8 @@ def test_without_directions_learning_is_as_without_the_option(dtype, rows):
 
 @pytest.mark.parametrize("n", [5, 40])
 @pytest.mark.parametrize("rows", [0, 1, 12, 30])
-def test_principal_directions_are_right_singular_vectors(n, rows):
-    """Against an SVD, for either shape of the Gram matrix and any rank. Signs are free."""
+def test_principal_directions_are_the_right_singular_vectors(n, rows):
+    """Against an SVD up to signs, for either shape of the Gram matrix and any rank."""
     a = torch.randn(rows, n)
     a[rows // 2 :] = torch.randn(rows - rows // 2, 2) @ torch.randn(2, n)
     got, state = principal_directions(a, 8), torch.random.get_rng_state()
@@ -128,8 +128,8 @@ def test_principal_directions_are_right_singular_vectors(n, rows):
 
 
 @pytest.mark.parametrize(("rows", "n"), [(70, 90), (90, 70)])
-def test_principal_directions_of_large_matrices(rows, n, monkeypatch):
-    """By iteration, against an SVD: with a spectrum that falls, and with a rank below what is asked for."""
+def test_principal_directions_of_large_matrices_by_iteration(rows, n, monkeypatch):
+    """Against known singular vectors: with a decaying spectrum, and with a rank below the number asked for."""
     monkeypatch.setattr("ttt.nn.directions._EXACT", 8)
     u, v = (torch.linalg.qr(torch.randn(size, 60, dtype=torch.float64)).Q for size in (rows, n))
     a = u * 0.8 ** torch.arange(60, dtype=torch.float64) @ v.T
@@ -172,7 +172,7 @@ def test_calibrating_and_consolidating_renew_the_basis():
     )
 
 
-def test_state_survives_files_forks_snapshots_and_restoring(tmp_path):
+def test_the_basis_survives_files_forks_snapshots_and_restoring(tmp_path):
     pristine = tiny()
     options = {"target_modules": ["down_proj"], "window": 5, "chunk": 8, "orthogonal": 3, "replay_capacity": 32}
     model = ttt.adapt_(copy.deepcopy(pristine), plain_config(**options))
@@ -212,7 +212,7 @@ def test_state_survives_files_forks_snapshots_and_restoring(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("window", "rows"), [(12, 3), (8, 5)])
-def test_capturable_steps_are_those_of_an_ordinary_layer(dtype, window, rows):
+def test_capturable_steps_with_a_basis_equal_those_of_an_ordinary_layer(dtype, window, rows):
     ordinary = layer_of(9, 33, 5, dtype, window=window, lr=0.01, ewc_lambda=0.1, replay_rows=2)
     ours = copy.deepcopy(ordinary).capturable_(rows)
     address = ours.basis.data_ptr()
@@ -233,7 +233,7 @@ def test_capturable_steps_are_those_of_an_ordinary_layer(dtype, window, rows):
     assert all(torch.equal(t, before[name]) for name, t in ours.state().items())
 
 
-def test_as_a_rule_it_keeps_what_earlier_tasks_gave_and_composes():
+def test_the_rule_keeps_outputs_of_earlier_tasks_and_composes_with_others():
     config = plain_config(target_modules="all-linear", lr=0.02, replay_capacity=64)
     both = configure(config, [EWC(0.1), OrthogonalUpdates(5), LayerReplay(3)])
     assert (both.orthogonal, both.replay_rows, both.ewc_lambda) == (5, 3, 0.1)

@@ -1,4 +1,4 @@
-"""Steps in units of a layer's own inputs and gradients: against loops by hand in float64, and the means' life."""
+"""Steps relative to a layer's own inputs and gradients, against loops in float64; and how their means are kept."""
 
 import copy
 
@@ -26,7 +26,7 @@ def layer_of(m, n, dtype=torch.float64, **options):
 
 
 def rows_of(layer, count):
-    """x and delta of very different sizes from row to row."""
+    """x and delta of ``count`` tokens, with very different norms from row to row."""
     m, n, dtype = layer.out_features, layer.in_features, layer.weight.dtype
     size = torch.randn(count, 1).exp()
     return (torch.randn(count, n) * size).to(dtype), (torch.randn(count, m) * size.flip(0)).to(dtype)
@@ -36,7 +36,7 @@ def rows_of(layer, count):
 @pytest.mark.parametrize("clip", [None, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("m", "n", "sizes"), [(1, 1, (1, 1, 2)), (7, 33, (5, 1, 13)), (40, 3, (2, 9, 4))])
-def test_steps_are_those_of_the_definition(rate, clip, dtype, m, n, sizes):
+def test_steps_follow_the_definition_token_by_token(rate, clip, dtype, m, n, sizes):
     layer = layer_of(m, n, dtype, rate=rate, clip=clip)
     state = (0.0, 0.0, 0)
     for count in sizes:
@@ -96,7 +96,7 @@ def test_bound_kernels_ops_and_capturable_layers_take_the_same_steps(rate, burst
 
 
 @pytest.mark.parametrize("rate", SCALED)
-def test_rows_of_zeros_take_no_step_and_leave_the_others_theirs(rate):
+def test_rows_of_zeros_get_steps_of_0_and_do_not_disturb_others(rate):
     layer = layer_of(4, 6, rate=rate, clip=1.0)
     x, delta = rows_of(layer, 5)
     x[:2] = 0
@@ -110,8 +110,8 @@ def test_rows_of_zeros_take_no_step_and_leave_the_others_theirs(rate):
 
 @pytest.mark.parametrize("rate", SCALED)
 @pytest.mark.parametrize("size", [float("nan"), float("inf"), 3e-21])
-def test_what_is_not_finite_changes_no_bit(rate, size):
-    """The last is finite, but a step in its units is not."""
+def test_inputs_and_steps_that_are_not_finite_change_no_bit(rate, size):
+    """Inputs of 3e-21 are finite, but the step relative to them overflows."""
     layer = layer_of(3, 4, torch.float32, rate=rate)
     if size != 3e-21:
         layer.learn(layer.update_from([rows_of(layer, 2)]))
@@ -129,7 +129,7 @@ def test_what_is_not_finite_changes_no_bit(rate, size):
 
 
 @pytest.mark.parametrize("rate", SCALED)
-def test_calibration_measures_and_reset_rollback_fork_and_files_keep_the_means(rate, tmp_path):
+def test_the_means_are_calibrated_and_kept_by_reset_rollback_fork_and_files(rate, tmp_path):
     model, learner = adapted(rate=rate, lr=0.03, window=5)
     calibrated = [ids_of(2, 16), ids_of(3, 9)]
     learner.calibrate(calibrated)
@@ -163,8 +163,8 @@ def test_calibration_measures_and_reset_rollback_fork_and_files_keep_the_means(r
     assert not torch.equal(before, layer.moments)
 
 
-def test_calibrated_steps_are_in_units_of_what_was_measured():
-    """Inputs and gradients by hand, through hooks, in float64."""
+def test_steps_after_calibration_use_its_means():
+    """Against inputs collected by hooks, in float64."""
     _, learner = adapted(rate="energy", lr=0.5, layers=[3])
     (layer,) = learner.layers
     seen = []
@@ -178,7 +178,7 @@ def test_calibrated_steps_are_in_units_of_what_was_measured():
     torch.testing.assert_close(layer.update_from([(x, delta)]).eta.double(), 0.5 / mean, rtol=1e-5, atol=0)
 
 
-def test_the_gradients_of_mas_are_no_measure():
+def test_calibration_with_mas_does_not_count_its_gradients():
     _, learner = adapted(rate="rms", importance="mas")
     learner.calibrate([ids_of(2, 16)])
     assert not any(layer.moments.any() for layer in learner.layers)
@@ -196,8 +196,8 @@ def test_masked_rows_are_not_counted(rate):
     assert all(layer.moments[STREAM, 2] == 19 - 5 for layer in learner.layers)
 
 
-def test_steps_of_rms_do_not_depend_on_the_scale_of_the_layers_around():
-    """Outputs in other units, with the loss as it is: the same relative change of the weight."""
+def test_rms_updates_do_not_depend_on_the_scale_of_gradients():
+    """Gradients 1000 times as large change the weight by the same amount."""
     layer, scaled = layer_of(6, 8, rate="rms", replay_rows=0), layer_of(6, 8, rate="rms", replay_rows=0)
     x, delta = rows_of(layer, 7)
     layer.learn(layer.update_from([(x, delta)]))
@@ -222,8 +222,8 @@ def test_the_means_stay_in_float64_when_a_layer_is_converted():
 @pytest.mark.parametrize("orthogonal", [0, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("m", "n", "rows"), [(1, 1, 1), (7, 33, 4), (7, 33, 40), (40, 3, 9)])
-def test_gradients_that_agree_take_smaller_steps_together(m, n, rows, dtype, orthogonal):
-    """Rows that are all but alike, and rows that are not, by hand: few, whose pairs are multiplied, and many."""
+def test_burst_shrinks_steps_of_gradients_that_agree(m, n, rows, dtype, orthogonal):
+    """Nearly equal and random rows, few (multiplied in pairs) and many (summed), against the definition."""
     layer = layer_of(m, n, dtype, rate="rms", clip=2.5, burst=0.9, orthogonal=min(orthogonal, n - 1))
     if layer.basis is not None:
         layer.basis.copy_(torch.linalg.qr(torch.randn(n, len(layer.basis)))[0].T)
@@ -245,13 +245,13 @@ def test_gradients_that_agree_take_smaller_steps_together(m, n, rows, dtype, ort
             assert float((update.eta.double() / steps).max()) < 0.95
 
 
-def test_gradients_that_do_not_agree_take_the_steps_that_they_would():
+def test_burst_leaves_steps_of_gradients_that_do_not_agree():
     layer, free = layer_of(31, 29, rate="rms", burst=1.5), layer_of(31, 29, rate="rms")
     x, delta = torch.randn(12, 29).double(), torch.randn(12, 31).double()
     assert torch.equal(layer.update_from([(x, delta)]).eta, free.update_from([(x, delta)]).eta)
 
 
-def test_a_burst_of_large_inputs_and_small_gradients_is_bounded_too():
+def test_burst_bounds_large_inputs_with_small_gradients_without_overflow():
     layer = layer_of(4, 5, torch.float32, rate="rms", burst=0.5)
     x, delta = torch.full((6, 5), 1e18), torch.full((6, 4), 1e-18)
     update = layer.update_from([(x, delta)])
@@ -262,7 +262,7 @@ def test_a_burst_of_large_inputs_and_small_gradients_is_bounded_too():
     assert bool(layer.update_from([(x, delta)]).finite)
 
 
-def test_burst_is_of_no_account_where_it_has_no_unit():
+def test_burst_is_ignored_unless_rate_is_rms_and_bad_values_are_refused():
     x, delta = torch.randn(12, 29).double(), torch.randn(12, 31).double()
     for rate in ("constant", "energy"):
         bound, free = (layer_of(31, 29, rate=rate, burst=b) for b in (0.01, None))

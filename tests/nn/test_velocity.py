@@ -1,4 +1,4 @@
-"""Layers with a velocity and a pull to the anchor: the same on every path, state like any other."""
+"""Momentum and decay: the definition, the same bits on every path, and the velocity as part of the state."""
 
 import copy
 
@@ -30,7 +30,7 @@ def updates_of(layer, rows, count):
     return [layer.update_from([tuple(pair)]) for pair in pairs]
 
 
-def test_a_window_of_one_is_titans_token_by_token():
+def test_a_window_of_one_follows_the_rule_of_titans_token_by_token():
     layer = layer_of(5, 7, D, window=1, momentum=0.8, decay=0.5)
     anchor, moved, velocity = layer.anchor, layer.weight - layer.anchor, torch.zeros(5, 7, dtype=D)
     for update in updates_of(layer, 1, 9):
@@ -41,8 +41,8 @@ def test_a_window_of_one_is_titans_token_by_token():
         torch.testing.assert_close(layer.momentum, velocity, rtol=1e-11, atol=1e-13)
 
 
-def test_what_one_token_moves_in_the_end():
-    """Tokens of rate 0 let the velocity run out: the sum is 1 / (1 - mu) of a gradient, whatever the window."""
+def test_one_token_moves_the_weight_by_its_gradient_over_one_minus_mu_in_the_end():
+    """Tokens with steps of 0 follow, so that the velocity decays to 0; for any window."""
     for window in (1, 4, 8):
         layer = layer_of(3, 5, D, window=window, momentum=0.75)
         start, update = layer.weight.detach().clone(), updates_of(layer, 1, 1)[0]
@@ -83,7 +83,7 @@ def test_bound_kernels_ops_and_capturable_steps_agree(dtype, options):
     assert not torch.equal(layer.weight, start)
 
 
-def test_the_momentum_has_the_state_s_dtype_or_one_with_signs():
+def test_momentum_has_the_dtype_of_the_state_but_never_8_bits():
     options = {"momentum": 0.5, "ewc_lambda": 0.1}
     assert layer_of(3, 5, torch.bfloat16, **options).momentum.dtype == torch.bfloat16
     assert layer_of(3, 5, torch.float32, **options).momentum.dtype == torch.float32
@@ -94,7 +94,7 @@ def test_the_momentum_has_the_state_s_dtype_or_one_with_signs():
     assert layer_of(3, 5).momentum is None
 
 
-def test_the_velocity_is_state(tmp_path):
+def test_snapshots_files_forks_and_reset_keep_the_velocity(tmp_path):
     model, learner = adapted(momentum=0.5, decay=0.1, lr=0.003, window=5)
     pristine = ttt.restore_(copy.deepcopy(model))
     learner.calibrate([ids_of(2, 16)])
@@ -115,7 +115,7 @@ def test_the_velocity_is_state(tmp_path):
     assert_same(calibrated, state_of(model))
 
 
-def test_the_rule():
+def test_the_momentum_rule_configures_layers_and_bad_options_are_refused():
     trainer, start = trainer_of([Momentum(0.5, decay=0.2)])
     layer = layers_of(trainer)[0]
     assert (layer.config.momentum, layer.config.decay) == (0.5, 0.2)

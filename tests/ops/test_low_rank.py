@@ -320,7 +320,6 @@ def test_refusals_name_the_argument_and_change_nothing():
     refused(ValueError, r"slots must be -1, or distinct and in \[0, 2\)", compress, *state, torch.tensor([2]), rank=1)
     refused(ValueError, r"got \[-2\]", compress, *state, torch.tensor([-2]), rank=1)
     refused(ValueError, "rank must be a whole number of at least 1, got 0", compress, *state, slots, rank=0)
-    refused(ValueError, "shrink must be one of", compress, *state, slots, rank=1, shrink="directions")
     refused(ValueError, "lam = 1.0 needs importance_m", compress, *state, slots, rank=1, lam=1.0)
     refused(ValueError, "replay_rows = 2 needs memory", compress, *state, slots, rank=1, replay_rows=2)
     assert int(step.sum()) == 0

@@ -50,7 +50,7 @@ class Isolation(RuleBasedStateMachine):
                 target_modules=["down_proj"], lr=0.5 if rate == "energy" else 0.02, rate=rate, clip=3.0, chunk=6,
                 burst=burst if rate == "rms" else None,
                 replay_capacity=16, ewc_lambda=0.1 * protected, replay_rows=2 * protected, orthogonal=directions,
-                users=ttt.LowRank(slots=3, rank=2, window=6),
+                per_user=ttt.LowRank(slots=3, rank=2, window=6),
             )  # fmt: skip
             learner = ttt.Learner(ttt.adapt_(copy.deepcopy(Isolation.base), config), context=24)
             if protected or directions:

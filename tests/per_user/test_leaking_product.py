@@ -7,9 +7,9 @@ import torch
 from test_low_rank_layer import layer_of, taught
 from test_user_learning import HUGE, adapted, assert_same, exports
 from tiny_models import ids_of, tiny
-from ttt.options import LowRank
 
 import ttt
+from ttt.defences import LowRank
 from ttt.ops import cpu
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -124,7 +124,8 @@ def test_info_says_whether_this_machines_product_leaks(leaks):
     found, printed = ttt.info(file)["isolation"], file.getvalue()
     assert found.keys() == {"float32", "bfloat16", "float16"}
     for text in found.values():
-        assert "turn other rows into NaN (inputs of 65, 80, 100, 500 features" in text
+        assert "turns rows into NaN beside a row that holds an infinity or NaN" in text
+        assert "(inputs of 65, 80, 100, 500 features" in text
         assert "ONEDNN_MAX_CPU_ISA" in text
         assert text in printed
 

@@ -10,7 +10,7 @@ from ttt.defences import LowRank
 
 def model_of(slots=3, layers=2):
     model = torch.nn.Sequential(*(torch.nn.Linear(6, 6) for _ in range(layers)))
-    config = plain_config(target_modules="all-linear", users=LowRank(slots=slots, rank=2, window=3), lr=0.1)
+    config = plain_config(target_modules="all-linear", per_user=LowRank(slots=slots, rank=2, window=3), lr=0.1)
     ttt.adapt_(model, config)
     return model, ttt.pool_of(model)
 

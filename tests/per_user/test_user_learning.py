@@ -13,7 +13,7 @@ HUGE = 1e25
 def adapted(family="llama", slots=4, rank=3, window=16, model=None, **options):
     low_rank = ttt.LowRank(slots=slots, rank=rank, window=window)
     options = {"ewc_lambda": 0.0, "replay_rows": 0, "lr": 0.01, "chunk": 8, "replay_capacity": 32, **options}
-    config = plain_config(target_modules=TARGETS[family], layers="last:0.5", users=low_rank, **options)
+    config = plain_config(target_modules=TARGETS[family], layers="last:0.5", per_user=low_rank, **options)
     model = ttt.adapt_(tiny(family) if model is None else model, config)
     return model, ttt.Learner(model)
 
@@ -131,19 +131,19 @@ def test_a_users_chunk_that_is_not_finite_is_rejected_alone():
 
 def test_a_user_reads_on_after_a_rejected_chunk(monkeypatch):
     """With a cache of zeros: what was not finite is not read again."""
-    from ttt.learn import per_user as module
+    from ttt.learn.per_user import PerUserWeights
 
     _, learner = adapted(window=64)
-    ids, real, calls = ids_of(2, 33), module._learn, []
+    ids, real, calls = ids_of(2, 33), PerUserWeights._learn, []
 
-    def once(pool, captured, slots, rows, nll, targets):
+    def once(self, captured, columns, nll):
         calls.append(1)
         if len(calls) == 2:
             nll = nll.clone()
             nll[0, 3] = torch.inf
-        return real(pool, captured, slots, rows, nll, targets)
+        return real(self, captured, columns, nll)
 
-    monkeypatch.setattr(module, "_learn", once)
+    monkeypatch.setattr(PerUserWeights, "_learn", once)
     seen = learner.observe(ids, users=["a", "b"])
     assert seen.rejected_users == {"a": 1}
     assert seen.learned == 7

@@ -1,4 +1,4 @@
-"""Stores of every kind. PostgreSQL is a real server, started for the tests in a folder of its own."""
+"""Stores of each kind. PostgreSQL is a real server, started for the tests in a temporary folder."""
 
 import glob
 import itertools
@@ -18,7 +18,7 @@ _number = itertools.count()
 
 
 def _account():
-    """Who runs the server: PostgreSQL refuses to run as root."""
+    """The account to run the server: PostgreSQL refuses to run as root."""
     if os.getuid():
         return None
     names = {entry.pw_name for entry in pwd.getpwall()}

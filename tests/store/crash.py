@@ -1,4 +1,4 @@
-"""``python tests/store/crash.py --kills 1000``: kill -9 a writer at random moments, and look at what is left.
+"""``python tests/store/crash.py --kills 1000``: kill -9 a writer at random moments, and check what is left.
 
 A forked writer takes the lease, puts, rolls back and collects garbage, and acknowledges each version through a pipe
 once the store has. After each kill the parent checks that nothing acknowledged is lost, that no version went back, and
@@ -21,7 +21,7 @@ import torch
 from states import assert_same_state, small_state
 
 import ttt
-from ttt.store import UnknownUser
+from ttt.store import UnknownUser, filesystems
 
 USER = "ada"
 KEEP = 6
@@ -32,7 +32,7 @@ def write_forever(url, pipe, seed):
     rng = random.Random(seed)
     store = ttt.Store(url)
     while True:
-        # Those whose lease was cut off wait for it to expire, or take it over: both must be safe.
+        # After a kill the lease is waited for or taken over: both must be safe.
         with store.lease(USER, seconds=0.02, wait=60, steal=rng.random() < 0.5) as lease:
             for _ in range(rng.randrange(1, 4)):
                 try:
@@ -49,7 +49,7 @@ def write_forever(url, pipe, seed):
 
 
 def killed_writer(url, seed, seconds):
-    """Fork a writer, kill it so many seconds after it began; the versions that it acknowledged."""
+    """Fork a writer and kill it ``seconds`` after it began; the versions that it acknowledged."""
     reader, pipe = os.pipe()
     child = os.fork()
     if child == 0:
@@ -58,7 +58,7 @@ def killed_writer(url, seed, seconds):
             write_forever(url, pipe, seed)
         except BaseException:
             traceback.print_exc()
-        os._exit(1)  # a writer ends by being killed only
+        os._exit(1)  # a writer ends only when it is killed
     os.close(pipe)
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
@@ -72,7 +72,7 @@ def killed_writer(url, seed, seconds):
 
 
 def check(url, acknowledged, before, everything):
-    """The head; what must hold of a store after a kill is asserted."""
+    """Assert what must be true of a store after a kill; its newest version, and how many orphans it has."""
     with ttt.Store(url) as store:
         report = store.verify()
         assert report.sound, report
@@ -87,7 +87,7 @@ def check(url, acknowledged, before, everything):
         for version in history:
             state = store.get(USER, version.number)
             assert_same_state(state.tensors, small_state(state.meta["version"]))
-            # A version's content never changes once seen; a rollback's is that of the version it names.
+            # A version's content never changes once it was read; a rollback's is that of the version it names.
             expected = everything.get(version.source) if version.source else version.number
             if expected is not None:
                 assert state.meta["version"] == expected
@@ -97,7 +97,7 @@ def check(url, acknowledged, before, everything):
 
 
 def main(kills, url, seed, longest):
-    """Kill so many writers; figures of what happened."""
+    """Kill ``kills`` writers one after another; figures of what happened."""
     torch.set_num_threads(1)
     rng = random.Random(seed)
     head, everything, found = 0, {}, Counter()
@@ -121,6 +121,9 @@ if __name__ == "__main__":
     parser.add_argument("--url", help="of an empty store; by default in a temporary folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--longest", type=float, default=0.15, help="seconds that a writer lives at most")
+    parser.add_argument("--network", action="store_true", help="as if on a network file system: a rollback journal")
     args = parser.parse_args()
+    if args.network:
+        filesystems.network_filesystem = lambda folder: "nfs"
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(main(args.kills, args.url or f"{folder}/store", args.seed, args.longest)))

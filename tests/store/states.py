@@ -1,10 +1,10 @@
-"""States that tests put, and how they are compared: by name, dtype, shape and bit."""
+"""States for tests, compared by name, dtype, shape and bit; and a search for bytes in files."""
 
 import torch
 
 
 def bits(t):
-    """What must be equal for two tensors to be the same."""
+    """Dtype, shape and bytes of a tensor."""
     return t.dtype, tuple(t.shape), t.contiguous().reshape(-1).view(torch.uint8).tolist() if t.numel() else []
 
 
@@ -33,3 +33,13 @@ def put(store, user, seed, meta=None):
 def blob_paths(store, user):
     """Paths of a user's blobs in a local store, newest version first."""
     return [store.blobs.root / version.key for version in store.history(user)]
+
+
+def files_with(folder, secrets):
+    """Names of the files under ``folder`` whose content or path contains one of ``secrets`` (bytes)."""
+    found = []
+    for path in folder.rglob("*"):
+        content = path.read_bytes() if path.is_file() else b""
+        if any(secret in content or secret in str(path).encode() for secret in secrets):
+            found.append(path.name)
+    return found

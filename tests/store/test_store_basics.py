@@ -62,7 +62,7 @@ def test_versions_count_up_and_stay_readable(store, url):
         assert next(u.bytes for u in other.users()) == sum(v.size for v in other.history("ada"))
 
 
-def test_unknown_users_and_versions(store):
+def test_unknown_users_and_versions_are_errors(store):
     with pytest.raises(UnknownUser, match="'ada'"):
         store.get("ada")
     for call in (store.history, store.forget, lambda user: store.rollback(user, 1)):
@@ -104,7 +104,7 @@ def test_rollback_is_bit_exact_and_never_goes_back_in_number(store):
 # -- retention and garbage ----------------------------------------------------------------------------------------
 
 
-def test_retention_keeps_the_last_and_the_young(store):
+def test_retention_keeps_the_newest_and_the_young_versions(store):
     for seed in range(1, 7):
         put(store, "ada", seed)
     put(store, "bob", 1)
@@ -131,8 +131,8 @@ def test_a_blob_that_a_rollback_names_outlives_its_version(store):
 
 def test_grace_keeps_young_garbage(local):
     put(local, "ada", 1)
-    shelf = local.history("ada")[0].key.rpartition("/")[0]
-    local.blobs.write(f"{shelf}/{'0' * 32}.safetensors", b"a write in progress")
+    folder = local.history("ada")[0].key.rpartition("/")[0]
+    local.blobs.write(f"{folder}/{'0' * 32}.safetensors", b"a write in progress")
     assert local.gc(keep_days=0, grace=60) == (0, 0, 0, 0)
     assert len(local.verify().orphans) == 1
     assert local.gc(keep_days=0, grace=0) == (0, 0, 1, 19)
@@ -160,7 +160,7 @@ def test_users_that_never_wrote_are_collected(store):
         assert store.gc(grace=0).users == 0
     assert store.gc(grace=60).users == 0
     assert store.gc(grace=0).users == 1
-    assert store.index.rows() == []
+    assert store.index.user_rows() == []
 
 
 # -- forgetting ---------------------------------------------------------------------------------------------------
@@ -195,9 +195,9 @@ def test_equal_states_of_two_users_share_no_name(local):
     put(local, "bob", 1)
     a, b = (local.history(user)[0] for user in ("ada", "bob"))
     assert a.sha256 == b.sha256
-    # The first part, two digits of the shelf that spread the folders, is the same for one pair in 256.
-    (_, shelf_a, name_a), (_, shelf_b, name_b) = (version.key.split("/") for version in (a, b))
-    assert shelf_a != shelf_b
+    # The first part, two digits that spread the folders, is the same for one pair in 256.
+    (_, folder_a, name_a), (_, folder_b, name_b) = (version.key.split("/") for version in (a, b))
+    assert folder_a != folder_b
     assert name_a != name_b
     assert a.sha256 not in a.key
 
@@ -210,7 +210,7 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-def test_ids_are_opaque(store):
+def test_any_text_is_an_id_and_none_is_part_of_a_path(store):
     for seed, user in enumerate(HOSTILE):
         put(store, user, seed)
     assert sorted(u.name for u in store.users()) == sorted(HOSTILE)
@@ -218,14 +218,14 @@ def test_ids_are_opaque(store):
         assert_same_state(store.get(user).tensors, small_state(seed))
         store.forget(user)
     assert store.users() == []
-    assert list(store.blobs.shelves()) == []
+    assert list(store.blobs.list_folders()) == []
 
 
 @pytest.mark.parametrize("user", ["", "a\0b", "x" * 513, "é" * 257, "\ud800", 7, None, b"ada"])
-def test_ids_that_are_refused(local, user):
+def test_other_ids_are_refused(local, user):
     with pytest.raises(ValueError, match="user must"):
         local.lease(user)
-    assert local.index.rows() == []
+    assert local.index.user_rows() == []
 
 
 @pytest.mark.parametrize(
@@ -264,14 +264,14 @@ def test_states_that_are_refused_change_nothing(local, tensors, meta, match):
         "file://host/x",
     ],
 )
-def test_urls_that_are_refused(url, tmp_path, monkeypatch):
+def test_other_urls_are_refused(url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="url must be a path"):
         ttt.Store(url)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_urls_of_sqlite(tmp_path, monkeypatch):
+def test_urls_of_sqlite_name_an_index_and_a_folder_of_blobs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for url, index, blobs in (
         ("plain", "plain/index.db", "plain/blobs"),
@@ -285,7 +285,7 @@ def test_urls_of_sqlite(tmp_path, monkeypatch):
         assert len(list((tmp_path / blobs).glob("??/*/*.safetensors"))) == 1
 
 
-def test_a_password_is_not_shown():
+def test_errors_do_not_show_a_password():
     with pytest.raises(ValueError, match="url must be") as refused:
         ttt.Store("postgresql://ada:secret@host/db")
     assert "secret" not in str(refused.value)
@@ -293,9 +293,9 @@ def test_a_password_is_not_shown():
 
 def test_other_schema_versions_are_refused(tmp_path):
     store = ttt.Store(tmp_path)
-    store.index.connection().execute("PRAGMA user_version = 2")
+    store.index.connection().execute("PRAGMA user_version = 3")
     store.close()
-    with pytest.raises(ttt.store.StorageFailure, match="schema version 2; this release reads 1"):
+    with pytest.raises(ttt.store.StorageFailure, match="schema version 3; this release reads 2"):
         ttt.Store(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""kill -9 at random moments. `crash.py` does the work, and does it 1,000 times when run by hand."""
+"""kill -9 at random moments, by `crash.py`, which can be run by hand for longer."""
 
 import json
 import os
@@ -12,11 +12,13 @@ import torch
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("url", ["folder", "postgres"], indirect=True)
-def test_killed_writers_lose_nothing_acknowledged(url):
+@pytest.mark.parametrize(
+    ("url", "options"), [("folder", []), ("folder", ["--network"]), ("postgres", [])], indirect=["url"]
+)
+def test_killed_writers_lose_nothing_acknowledged(url, options):
     """In a process of its own: it forks, and pytest's process may have threads."""
     seed = str(torch.initial_seed())  # from TTT_TEST_SEED, see tests/conftest.py
-    command = [sys.executable, HERE / "crash.py", "--kills", "12", "--seed", seed, "--url", url]
+    command = [sys.executable, HERE / "crash.py", "--kills", "12", "--seed", seed, "--url", url, *options]
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent.parent)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

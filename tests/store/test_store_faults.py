@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from failing import Failing, FailingConnection
 from states import assert_same_state, blob_paths, put, small_state
 
 import ttt
@@ -28,7 +29,7 @@ def three(local):
 
 
 def assert_unharmed(store):
-    """Three versions, all sound; what a failed write left is garbage that gc removes."""
+    """Three versions, all sound; gc removes what a failed write left."""
     report = store.verify()
     assert report.sound
     assert [v.number for v in store.history("ada")] == [3, 2, 1]
@@ -39,22 +40,6 @@ def assert_unharmed(store):
 
 
 # -- writing ------------------------------------------------------------------------------------------------------
-
-
-class Failing:
-    """The module os, whose function ``call`` fails with ``code`` the ``nth`` time."""
-
-    def __init__(self, call, nth, code):
-        self._call, self._left, self._code = call, nth, code
-
-    def __getattr__(self, name):
-        return self._fail if name == self._call else getattr(os, name)
-
-    def _fail(self, *args, **kwargs):
-        self._left -= 1
-        if self._left == 0:
-            raise OSError(self._code, os.strerror(self._code))
-        return getattr(os, self._call)(*args, **kwargs)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS])
@@ -78,11 +63,11 @@ def test_a_first_write_that_fails_leaves_no_user(local, monkeypatch):
     with pytest.raises(ttt.store.UnknownUser):
         local.get("ada")
     local.gc(grace=0)
-    assert list(local.blobs.shelves()) == []
-    assert local.index.rows() == []
+    assert list(local.blobs.list_folders()) == []
+    assert local.index.user_rows() == []
 
 
-def test_what_cannot_even_be_removed_is_garbage(three, monkeypatch):
+def test_a_failed_write_that_cannot_be_removed_is_garbage(three, monkeypatch):
     def cannot(*args):
         raise OSError(errno.EIO, "cannot")
 
@@ -96,7 +81,7 @@ def test_what_cannot_even_be_removed_is_garbage(three, monkeypatch):
 
 
 @pytest.mark.parametrize(("blobs_fail", "kibibytes"), [(True, 64), (False, 256)])
-def test_files_that_may_not_grow(local, blobs_fail, kibibytes):
+def test_writes_that_a_file_size_limit_stops_change_nothing(local, blobs_fail, kibibytes):
     """RLIMIT_FSIZE, in a process of its own: first the blob does not fit, then the index's log does not."""
     code = """
 import resource, signal, sys, torch, ttt
@@ -170,24 +155,10 @@ def test_everything_is_flushed_before_the_commit(local, monkeypatch):
     assert local.index.connection().execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
-class FailingConnection:
-    """A connection that raises ``error`` instead of, or after, what begins with ``statement``."""
-
-    def __init__(self, connection, statement, error, after=False):
-        self.connection, self.statement, self.error, self.after = connection, statement, error, after
-
-    def execute(self, statement, *values):
-        if not statement.startswith(self.statement):
-            return self.connection.execute(statement, *values)
-        if self.after:
-            self.connection.execute(statement, *values)
-        raise self.error
-
-
 @pytest.mark.parametrize(
     "statement", ["BEGIN", "SELECT token", "INSERT INTO ttt_versions", "UPDATE ttt_users SET head"]
 )
-def test_an_index_that_fails_before_its_commit(three, monkeypatch, statement):
+def test_an_index_that_fails_before_its_commit_changes_nothing(three, monkeypatch, statement):
     failing = FailingConnection(three.index.connection(), statement, sqlite3.OperationalError("disk I/O error"))
     lease = three.lease("ada")
     with monkeypatch.context() as patch:
@@ -200,8 +171,8 @@ def test_an_index_that_fails_before_its_commit(three, monkeypatch, statement):
 
 
 @pytest.mark.parametrize("stands", [False, True])
-def test_an_index_that_fails_in_its_commit(three, monkeypatch, stands):
-    """The version may stand, so the blob must stay, whichever it is."""
+def test_an_index_that_fails_in_its_commit_keeps_the_blob(three, monkeypatch, stands):
+    """The version may exist, so the blob must be kept in both cases."""
     lease = three.lease("ada")
     failing = FailingConnection(three.index.connection(), "COMMIT", sqlite3.OperationalError("disk I/O error"), stands)
     with monkeypatch.context() as patch:
@@ -218,8 +189,8 @@ def test_an_index_that_fails_in_its_commit(three, monkeypatch, stands):
 
 
 @pytest.mark.parametrize("committed", [False, True])
-def test_an_interrupt_around_the_commit(three, monkeypatch, committed):
-    """Ctrl-C just before the commit, or just after it: what stands can be read, what does not is garbage."""
+def test_an_interrupt_around_the_commit_leaves_a_version_or_garbage(three, monkeypatch, committed):
+    """Ctrl-C just before the commit, or just after it."""
     commit = three.index.commit
 
     def interrupted(*args, **kwargs):
@@ -237,7 +208,7 @@ def test_an_interrupt_around_the_commit(three, monkeypatch, committed):
         assert_unharmed(three)
 
 
-def test_an_index_locked_by_another_process(tmp_path):
+def test_a_locked_index_refuses_writes_and_serves_reads(tmp_path):
     with ttt.Store(tmp_path) as store, ttt.Store(tmp_path, timeout=0.05) as other:
         put(store, "ada", 1)
         lease = other.lease("bob")
@@ -302,7 +273,7 @@ def test_damage_is_detected_and_the_last_good_version_served(three, damage):
     assert_same_state(three.get("ada", strict=True).tensors, small_state(2))
 
 
-def test_every_single_bit_counts(local):
+def test_a_flip_of_any_bit_is_detected(local):
     """All bits of a small blob, one by one."""
     with local.lease("ada") as lease:
         local.put(lease, {"x": torch.tensor([1.5])}, {"n": 1})
@@ -326,7 +297,7 @@ def test_when_all_are_damaged_nothing_is_served(three):
     assert len(three.verify().damaged) == 3
 
 
-def test_a_whole_blob_that_is_no_safetensors_file(three):
+def test_a_whole_blob_that_is_no_safetensors_file_is_damaged(three):
     """Written by something else, its checksum committed."""
     lease = three.lease("ada")
     key = three.history("ada")[0].key[:-10] + "x"
@@ -337,8 +308,8 @@ def test_a_whole_blob_that_is_no_safetensors_file(three):
 
 
 @pytest.mark.parametrize(("code", "served"), [(errno.EIO, True), (errno.ETIMEDOUT, False), (errno.EACCES, False)])
-def test_out_of_reach_is_not_damaged(three, monkeypatch, code, served):
-    """A disk that cannot read a blob lost it; a target that does not answer did not, and old states must not pass."""
+def test_a_blob_that_is_out_of_reach_is_not_damaged(three, monkeypatch, code, served):
+    """A disk that cannot read a blob has lost it. A target that does not answer has not, and no old state is served."""
     newest, read = three.history("ada")[0].key, three.blobs.read
 
     def failing(key):
@@ -353,11 +324,13 @@ def test_out_of_reach_is_not_damaged(three, monkeypatch, code, served):
     else:
         with pytest.raises(StorageFailure, match=os.strerror(code)):
             three.get("ada")
-        with pytest.raises(StorageFailure):
-            three.verify()
+        report = three.verify()
+        assert (report.damaged, report.sound) == ([], False)
+        assert [(b.user, b.version) for b in report.unreadable] == [("ada", 3)]
+        assert os.strerror(code) in report.unreadable[0].reason
 
 
-def test_a_version_dropped_while_it_is_read(three, monkeypatch):
+def test_a_version_removed_while_it_is_read_is_no_damage(three, monkeypatch):
     """Retention and a new version come between the index and the blob: the new one is served, without a warning."""
     read, calls = three.blobs.read, []
 

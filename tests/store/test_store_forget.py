@@ -1,13 +1,17 @@
-"""Forgetting: afterwards no file of the store holds a byte of the user's id, weights, importance or inputs."""
+"""Forgetting: afterwards no file of the store contains a byte of the user's id, weights, importance or inputs."""
 
+import errno
+import re
+import sqlite3
 import threading
 
 import pytest
 import torch
-from states import assert_same_state, put, small_state
+from failing import Failing
+from states import assert_same_state, files_with, put, small_state
 
 import ttt
-from ttt.store import StorageFailure, UnknownUser
+from ttt.store import StorageFailure, UnknownUser, local_blobs
 from ttt.store.blobs import new_key
 
 USER = "ada.lovelace+4711@example.org"
@@ -34,17 +38,7 @@ def secrets_of(states):
     return found
 
 
-def files_with(folder, secrets):
-    """The files under ``folder`` whose content or name holds one of ``secrets``."""
-    found = []
-    for path in folder.rglob("*"):
-        content = path.read_bytes() if path.is_file() else b""
-        if any(secret in content or secret in str(path).encode() for secret in secrets):
-            found.append(path.name)
-    return found
-
-
-def test_no_byte_remains(tmp_path):
+def test_no_byte_of_a_forgotten_user_remains(tmp_path):
     store = ttt.Store(tmp_path)
     states = [secret_state() for _ in range(4)]
     for number in range(300):  # enough rows for pages to split and be rewritten
@@ -56,10 +50,10 @@ def test_no_byte_remains(tmp_path):
         put(store, f"other{number}", number)
     store.rollback(USER, 2)
     store.gc(keep_last=3, keep_days=0, grace=0)
-    interrupted = new_key(store.lease(USER).grant.shelf)  # a write that a crash cut off
+    interrupted = new_key(store.lease(USER).grant.folder)  # a write that a crash cut off
     store.blobs.write(interrupted, states[0]["layers.0.a"].numpy().tobytes())
     secrets = secrets_of(states)
-    assert {"index.db-wal"} <= set(files_with(tmp_path, secrets))  # the scan finds what is there
+    assert {"index.db-wal"} <= set(files_with(tmp_path, secrets))  # the scan finds secrets before they are erased
     assert len(files_with(tmp_path, secrets)) >= 4
     store.forget(USER)
     assert files_with(tmp_path, secrets) == []  # while the store is open
@@ -83,14 +77,14 @@ def test_weights_leave_the_blobs_of_every_kind_of_store(store, tmp_path):
     assert files_with(tmp_path, secrets_of(states)) == []
 
 
-@pytest.mark.parametrize("step", ["remove_shelf", "drop", "scrub"])
-def test_what_a_crash_interrupts_is_completed(tmp_path, monkeypatch, step):
+@pytest.mark.parametrize("step", ["remove_folder", "drop", "scrub"])
+def test_another_call_completes_an_interrupted_forget(tmp_path, monkeypatch, step):
     store = ttt.Store(tmp_path)
     state = secret_state()
     with store.lease(USER) as lease:
         store.put(lease, state)
     with monkeypatch.context() as patch:
-        patch.setattr(store.blobs if step == "remove_shelf" else store.index, step, lambda *args: 1 / 0)
+        patch.setattr(store.blobs if step == "remove_folder" else store.index, step, lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             store.forget(USER)
     with pytest.raises(UnknownUser):  # from its first step on
@@ -102,19 +96,107 @@ def test_what_a_crash_interrupts_is_completed(tmp_path, monkeypatch, step):
     assert files_with(tmp_path, secrets_of([state])) == []
 
 
-def test_gc_completes_it_too(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["remove_folder", "drop", "scrub"])
+def test_gc_completes_an_interrupted_forget(tmp_path, monkeypatch, step):
+    """Down to the free pages and the log of the index."""
     store = ttt.Store(tmp_path)
+    for number in range(300):  # enough rows for pages to split
+        with store.lease(f"other{number}"):
+            pass
     put(store, USER, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(store.blobs, "remove_shelf", lambda shelf: 1 / 0)
+        patch.setattr(store.blobs if step == "remove_folder" else store.index, step, lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             store.forget(USER)
-    assert store.gc(grace=1e6).blobs == 1  # without grace
-    assert list(store.blobs.shelves()) == []
-    assert store.index.rows() == []
+    assert store.gc(grace=1e6).blobs == (step == "remove_folder")  # without grace
+    assert files_with(tmp_path, [USER.encode(), USER[:12].encode()]) == []
+    assert list(store.blobs.list_folders()) == []
+    assert len(store.index.user_rows()) == 300
 
 
-def test_a_write_that_comes_too_late_is_removed(store, monkeypatch):
+def test_a_folder_that_cannot_be_deleted_blocks_nobody_else(tmp_path, monkeypatch):
+    """The others are erased, garbage is collected and the index scrubbed; then the error names the folder."""
+    store = ttt.Store(tmp_path)
+    states = [secret_state() for _ in range(3)]
+    for user, state in zip((USER, "bob.secret@home.net", "eve.secret@home.net"), states, strict=True):
+        with store.lease(user) as lease:
+            store.put(lease, state)
+    for seed in (1, 2):
+        put(store, "other", seed)
+    stuck, remove_folder = store.history(USER)[0].key.split("/")[1], store.blobs.remove_folder
+
+    def remove_others(folder):
+        if folder == stuck:
+            raise PermissionError("not this one")
+        remove_folder(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.blobs, "remove_folder", remove_others)
+        for user in (USER, "bob.secret@home.net"):
+            with pytest.raises(
+                StorageFailure, match=f"{re.escape(user)}.*1 could not be removed yet: folder {stuck}: not this"
+            ):
+                store.forget(user)
+        assert files_with(tmp_path, [USER.encode(), b"bob.secret"]) == []  # both ids are gone from the index
+        assert files_with(tmp_path, secrets_of(states[1:2])) == []
+        store.index.detach("eve.secret@home.net")  # by a forget that was interrupted after its first step
+        with pytest.raises(StorageFailure, match=f"1 versions and 2 blobs are removed, but 1 .*{stuck}"):
+            store.gc(keep_last=1, keep_days=0, grace=0)
+        assert files_with(tmp_path, [b"eve.secret", *secrets_of(states[2:])]) == []
+    assert store.gc(grace=0).blobs == 1
+    assert files_with(tmp_path, secrets_of(states)) == []
+    assert_same_state(store.get("other", strict=True).tensors, small_state(2))
+
+
+def test_gc_scrubs_the_index_although_the_folder_cannot_be_deleted(tmp_path, monkeypatch):
+    """A forget that was interrupted before its scrub, of a user whose folder is stuck."""
+
+    def stuck(folder):
+        raise PermissionError("stuck")
+
+    with ttt.Store(tmp_path) as store:
+        put(store, USER, 1)
+        store.index.detach(USER)
+        assert files_with(tmp_path, [USER.encode()]) != []
+        with monkeypatch.context() as patch:
+            patch.setattr(store.blobs, "remove_folder", stuck)
+            with pytest.raises(StorageFailure, match="stuck"):
+                store.gc()
+        assert files_with(tmp_path, [USER.encode()]) == []
+        assert store.gc().blobs == 1
+        assert store.index.user_rows() == []
+
+
+def test_a_file_that_cannot_be_deleted_leaves_no_other_file_of_the_folder(local, monkeypatch):
+    for seed in (1, 2, 3):
+        put(local, USER, seed)
+    monkeypatch.setattr(local_blobs, "os", Failing("unlink", 2, errno.EPERM))
+    with pytest.raises(StorageFailure, match=r"1 of 3 files remain: .*not permitted"):
+        local.forget(USER)
+    assert len([path for path in local.blobs.root.rglob("*") if path.is_file()]) == 1
+    local.gc()
+    assert list(local.blobs.list_folders()) == []
+
+
+@pytest.mark.parametrize("fails", ["detach", "scrub"])
+def test_a_scrub_that_fails_on_a_full_disk_is_tried_again(local, monkeypatch, fails):
+    """The second attempt does not find the user any more, which is no reason to say that there was none."""
+    put(local, USER, 1)
+    method, calls = getattr(local.index, fails), []
+
+    def full_once(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise StorageFailure("the index failed") from sqlite3.OperationalError("database or disk is full")
+        return method(*args)
+
+    monkeypatch.setattr(local.index, fails, full_once)
+    local.forget(USER)
+    assert len(calls) == 2
+    assert local.index.user_rows() == []
+
+
+def test_a_write_that_overlaps_with_forgetting_leaves_nothing(store, monkeypatch):
     """The user is forgotten between a writer's blob and its commit; and the writer dies before it can clean up."""
     put(store, USER, 1)
     for dies in (False, True):
@@ -133,10 +215,10 @@ def test_a_write_that_comes_too_late_is_removed(store, monkeypatch):
                 store.put(lease, small_state(2))
         assert len(store.verify().orphans) == dies
         store.gc(grace=1e6)  # files of users that are gone have no grace
-        assert list(store.blobs.shelves()) == []
+        assert list(store.blobs.list_folders()) == []
 
 
-def test_a_reader_that_holds_the_log_is_reported(tmp_path):
+def test_a_reader_that_keeps_the_log_in_use_is_reported(tmp_path):
     store, reader = ttt.Store(tmp_path, timeout=0.1), ttt.Store(tmp_path)
     put(store, USER, 1)
     connection = reader.index.connection()
@@ -150,7 +232,7 @@ def test_a_reader_that_holds_the_log_is_reported(tmp_path):
     assert files_with(tmp_path, [USER.encode()]) == []
 
 
-def test_others_read_and_write_meanwhile(tmp_path):
+def test_others_read_and_write_while_a_user_is_forgotten(tmp_path):
     """Forgetting rewrites the database under users that are being served."""
     with ttt.Store(tmp_path) as store:
         put(store, "bob", 0)

@@ -1,4 +1,4 @@
-"""What only a server does: it ends connections, and is met by many processes and threads at once."""
+"""What only happens with a server: it ends connections, and many threads make its tables at once."""
 
 import sys
 import threading
@@ -32,14 +32,14 @@ def test_a_connection_that_the_server_ended_is_opened_again(url):
 
 
 @pytest.mark.parametrize("moment", ["before the commit", "in the commit"])
-def test_a_connection_that_ends_within_a_transaction(url, monkeypatch, moment):
+def test_a_connection_that_ends_within_a_transaction_commits_nothing(url, monkeypatch, moment):
     with ttt.Store(url) as store:
         put(store, "ada", 1)
         lease = store.lease("ada")
         with monkeypatch.context() as patch:
             if moment == "before the commit":
-                size = store.blobs.size
-                patch.setattr(store.blobs, "size", lambda key: (end_connection(store, url), size(key))[1])
+                now = store.index.now
+                patch.setattr(store.index, "now", lambda run: (end_connection(store, url), now(run))[1])
                 with pytest.raises(StorageFailure):
                     store.put(lease, small_state(2))
             else:
@@ -84,7 +84,7 @@ def test_many_threads_open_and_write_at_once(url):
 
 
 @pytest.mark.parametrize("kind", ["folder", "postgres"])
-def test_threads_share_a_store(kind, postgres_server, tmp_path):
+def test_threads_can_share_a_store(kind, postgres_server, tmp_path):
     url = str(tmp_path) if kind == "folder" else f"{postgres_server()}&blobs={tmp_path}/blobs"
     failures = []
     with ttt.Store(url) as store:
@@ -106,7 +106,7 @@ def test_threads_share_a_store(kind, postgres_server, tmp_path):
         assert store.verify().versions == 20
 
 
-def test_a_server_that_is_not_there(tmp_path):
+def test_a_server_that_is_missing_is_a_storage_failure(tmp_path):
     with pytest.raises(StorageFailure, match="the index failed"):
         ttt.Store(f"postgresql://ada:secret@/db?host={tmp_path}&blobs={tmp_path}/blobs", timeout=1)
 

@@ -1,4 +1,7 @@
-"""Exchange with PEFT, vLLM and SGLang: what was learnt as a LoRA adapter, and a LoRA adapter as a user's state."""
+"""Learning layers put into a model and taken out, to and from files, shared between models, exchanged with PEFT.
+
+This package itself exports the exchange with PEFT, vLLM and SGLang; `ttt` exports the rest.
+"""
 
 from ttt.adapt.peft_export import RANKS, Exported, export_peft
 from ttt.adapt.peft_import import import_peft

@@ -1,32 +1,48 @@
 """`save` and `load`: what a model has learnt, in one safetensors file.
 
-The file holds the state of every learning layer. Its metadata holds the format version, the configuration,
-a SHA-256 of the tensors and one of the base weights, so that a damaged file, or one that belongs to another
-model, is refused before anything is changed.
+The file holds the state of every learning layer. Its metadata holds the format version, the configuration, a SHA-256 of
+the tensors and one of the base weights. `load` refuses a file that is damaged, was forged, or belongs to another model
+before it changes anything; the checks are in `ttt.adapt.validate`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ttt.adapt.convert import adapt_, learning_layers, require_layers, restore_
-from ttt.config import TTTConfig
+from ttt.adapt import validate
+from ttt.adapt.convert import (
+    adapt_,
+    check_adaptable,
+    learning_layers,
+    linear_modules,
+    require_layers,
+    restore_,
+    weight_of,
+)
 from ttt.files import write_atomically
+from ttt.nn import Linear
+from ttt.per_user.pool import has_pool
 
 FORMAT = "ttt"
 FORMAT_VERSION = "1"
+_HEADER_BYTES = 1 << 24
 _SAMPLE = 16384  # elements hashed of each weight that does not learn
 
-# Not saved where they equal what the base model gives, and rebuilt from it on loading.
+# Left out of the file while it equals the base weight, from which `load` takes it.
 _FROM_BASE = "anchor"
+
+State = dict[str, Tensor]
 
 
 def save(model: nn.Module, path: str | os.PathLike) -> None:
@@ -36,24 +52,29 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     step: a crash leaves the old file or the new one, never a part.
 
     Raises:
-        ValueError: if ``model`` has no learning layer.
+        ValueError: if ``model`` has no learning layer or was adapted for users, or if its state is one that `load`
+            would refuse: values that are not finite, for instance. Nothing is written then.
         OSError: if the file cannot be written; a file that was there is unharmed.
     """
+    _refuse_users(model, "saved")
     require_layers(model)
     layers = learning_layers(model)
-    tensors: dict[str, Tensor] = {}
+    config = json.dumps(layers[0][1].config.to_dict())
+    validate.config_of(config, "model cannot be saved: its configuration")
+    tensors: State = {}
     for name, layer in layers:
-        state = layer.state()
+        state = {key: t.detach().cpu().contiguous() for key, t in layer.state().items()}
+        base = {key: t.detach().cpu().contiguous() for key, t in layer.base.items() if key != _FROM_BASE}
+        validate.check_state(f"model cannot be saved: layer {name}", _trial_layer(layer), state, base)
         if not layer.base:
             state.pop(_FROM_BASE)
         tensors |= {f"{name}:{key}": t for key, t in state.items()}
-        # Of a fork's layer the base and the live state may be one tensor, which the file's format does not take.
-        tensors |= {f"{name}:base.{key}": t.clone() for key, t in layer.base.items() if key != _FROM_BASE}
-    tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+        # Base and live state of a fork's layer may be one tensor, which safetensors does not take twice.
+        tensors |= {f"{name}:base.{key}": t.clone() for key, t in base.items()}
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "config": json.dumps(layers[0][1].config.to_dict()),
+        "config": config,
         "layers": json.dumps([name for name, _ in layers]),
         "base_sha256": base_hash(model),
         "tensors_sha256": tensor_hash(tensors),
@@ -62,86 +83,160 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
 
 
 def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
-    """Give ``model`` what a file of `save` holds. A model that is not adapted yet is adapted as the file says.
+    """Give ``model`` the state that `save` wrote to ``path``.
+
+    A model that is not adapted yet is adapted with the configuration in the file. One that is adapted keeps its own
+    configuration, which must give tensors of the same shapes.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: if the file is truncated, damaged, of another version, or belongs to another model; ``model``
-            is as it was.
-        OSError: if the file cannot be read.
+        ValueError: if the file is truncated, damaged, forged or of another version, if it belongs to another model, or
+            if ``model`` was adapted for users. ``model`` is unchanged, to the bit.
+        OSError: if the file cannot be read; ``model`` is unchanged.
+        RuntimeError: if a layer is capturable and must replace what it shares with a fork; see
+            `ttt.nn.Linear.capturable_`. ``model`` is unchanged.
     """
-    tensors, metadata = _read(Path(path))
-    try:
-        names, config = json.loads(metadata["layers"]), TTTConfig.from_dict(json.loads(metadata["config"]))
-    except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: its metadata cannot be read ({error})") from None
-    fresh = not learning_layers(model)
-    found = [name for name, module in model.named_modules() if name in names] if fresh else None
-    present = found if fresh else [name for name, _ in learning_layers(model)]
-    if sorted(present or []) != sorted(names):
-        raise ValueError(f"{path} is of a model with learning layers {names}; this model has {present}")
-    if metadata.get("base_sha256") != base_hash(model, names if fresh else None):
-        raise ValueError(f"{path} belongs to another base model: the hash of the base weights differs")
-    if fresh:
-        adapt_(model, config, filter_fn=lambda _, name: name in names)
-    try:
-        layers = dict(learning_layers(model))
-        states = {name: _state_of(name, layers[name], tensors, path) for name in names}
-    except ValueError:
-        if fresh:
-            restore_(model)
-        raise
-    for name, (state, base) in states.items():
-        layer = layers[name]
-        held = not layer.base and "anchor" not in layer.shared  # by the live anchor, which is written below
-        base_weight = layer.base_weight.clone() if held else layer.base_weight
-        if base is None:
-            layer.base = {}
-            state[_FROM_BASE] = base_weight
+    _refuse_users(model, "given the state of a file")
+    path = Path(path)
+    adapted = dict(learning_layers(model))
+    possible: dict[str, nn.Module] = {**adapted} or dict(linear_modules(model))
+    with _opened(path, validate.header_allowance(possible)) as (file, metadata):
+        names = validate.layer_names(metadata.get("layers"), f"{path} is damaged: layers in its metadata")
+        config = validate.config_of(metadata.get("config"), f"{path} is damaged: config in its metadata")
+        wanted = set(names)
+        _check_names(path, names, list(adapted) or [name for name in possible if name in wanted])
+        if adapted:
+            trials = {name: _trial_layer(layer) for name, layer in adapted.items()}
         else:
-            device = base_weight.device
-            layer.base = {_FROM_BASE: base_weight} | {key: t.to(device, copy=True) for key, t in base.items()}
-        layer.load_state(state)
+            check_adaptable(model, [(name, possible[name]) for name in names])
+            trials = {name: validate.blank_layer(str(path), weight_of(possible[name]), config, name) for name in names}
+        _check_layout(path, file, adapted or trials)
+        if metadata.get("base_sha256") != base_hash(model, None if adapted else names):
+            raise ValueError(f"{path} belongs to another base model: the hash of the base weights differs")
+        tensors = _tensors_of(path, file, metadata)
+    states = _by_layer(tensors)
+    for name, (state, base) in states.items():
+        where = f"{path}: layer {name}"
+        if adapted:
+            adapted[name].check_pending(int(state["pending"]))
+        base_weight = adapted[name].base_weight if adapted else weight_of(possible[name])
+        whole = {_FROM_BASE: base_weight.detach().cpu().contiguous(), **state}
+        validate.check_state(where, trials[name], whole, base)
+    if adapted:
+        _write(adapted, states)
+        return model
+    adapt_(model, config, filter_fn=lambda _, name: name in states)
+    try:
+        _write(dict(learning_layers(model)), states)
+    except BaseException:
+        restore_(model)
+        raise
     return model
 
 
-def _state_of(name: str, layer, tensors: dict[str, Tensor], path) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    prefix = name + ":"
-    state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-    base = {key.removeprefix("base."): state.pop(key) for key in list(state) if key.startswith("base.")}
-    live = layer.state()
-    expected = {key: (t.shape, t.dtype) for key, t in live.items()}
-    if _FROM_BASE not in state:
-        expected.pop(_FROM_BASE)
-    got = {key: (t.shape, t.dtype) for key, t in state.items()}
-    if got != expected:
-        differ = sorted(key for key in got.keys() | expected.keys() if got.get(key) != expected.get(key))
+def _refuse_users(model: nn.Module, what: str) -> None:
+    if has_pool(model):
         raise ValueError(
-            f"{path} does not fit layer {name}: {differ} differ in presence, shape or dtype (other config?)"
+            f"model ({type(model).__name__}) was adapted for users, each with weights of their own, and cannot be "
+            f"{what}: pool_of(model).export(user) and .load(user, state) handle one user's; ttt.Store keeps all users'"
         )
-    for key, t in base.items():
-        if key not in live or t.shape != live[key].shape or t.dtype != live[key].dtype:
-            raise ValueError(f"{path} does not fit layer {name}: base.{key} differs in shape or dtype")
-    return state, (base if _FROM_BASE in state else None)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[State, dict[str, str]]:
+    """The tensors and the metadata of a file in this format; their names and values are for the caller to check.
+
+    Raises:
+        ValueError: if the file is truncated, damaged or of another format or version. OSError: if it cannot be read.
+    """
+    with _opened(path, _HEADER_BYTES) as (file, metadata):
+        return _tensors_of(path, file, metadata), metadata
+
+
+@contextlib.contextmanager
+def _opened(path: Path, header_bytes: int) -> Iterator[tuple[Any, dict[str, str]]]:
+    """(open safetensors file, its metadata), of this format and version, with a header of at most ``header_bytes``."""
+    validate.check_header_size(path, header_bytes)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            found, version = metadata.get("format"), metadata.get("format_version")
+            if found != FORMAT:
+                raise ValueError(f"{path} was not written by ttt.save: format is {found!r:.80}, not {FORMAT!r}")
+            if version != FORMAT_VERSION:
+                raise ValueError(
+                    f"{path} has format version {version!r:.80}; this release reads version {FORMAT_VERSION!r}"
+                )
+            yield file, metadata
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated, damaged or no safetensors file ({error})") from None
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} was not written by ttt.save: format is {metadata.get('format')!r}, not {FORMAT!r}")
-    if metadata.get("format_version") != FORMAT_VERSION:
-        version = metadata.get("format_version")
-        raise ValueError(f"{path} has format version {version!r}; this release reads version {FORMAT_VERSION!r}")
+
+
+def _tensors_of(path: Path, file, metadata: Mapping[str, str]) -> State:
+    """All tensors of an open file, which must fit the checksum in its metadata."""
+    tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     if metadata.get("tensors_sha256") != tensor_hash(tensors):
         raise ValueError(f"{path} is damaged: its checksum does not fit its content")
-    return tensors, metadata
+    return tensors
+
+
+def _check_names(path: Path, names: list[str], present: list[str]) -> None:
+    if sorted(present) != sorted(names):
+        raise ValueError(f"{path} is of a model with learning layers {names!r:.500}; this model has {present!r:.500}")
+
+
+def _check_layout(path: Path, file, layers: Mapping[str, Linear]) -> None:
+    """Compare the header of an open file with the tensors that ``layers`` have."""
+    found: dict[str, dict[str, validate.Kind]] = {name: {} for name in layers}
+    for full in file.keys():  # noqa: SIM118 (not a mapping)
+        name, _, key = full.rpartition(":")
+        if name not in found:
+            raise ValueError(f"{path} is damaged: its tensor {full!r:.200} is of no layer in its metadata")
+        part = file.get_slice(full)
+        found[name][key] = tuple(part.get_shape()), part.get_dtype()
+    for name, layer in layers.items():
+        validate.check_layout(f"{path} does not fit layer {name}", layer, found[name])
+
+
+def _by_layer(tensors: State) -> dict[str, tuple[State, State]]:
+    """Layer -> (state, without what is in the base weights; state from before the first consolidation)."""
+    found: dict[str, tuple[State, State]] = {}
+    for full, t in tensors.items():
+        name, _, key = full.rpartition(":")
+        state, base = found.setdefault(name, ({}, {}))
+        (base if key.startswith("base.") else state)[key.removeprefix("base.")] = t
+    return found
+
+
+def _trial_layer(layer: Linear) -> Linear:
+    """A layer without memory, as `validate.check_state` takes it, that learns as ``layer`` does."""
+    trial = validate.blank_layer(layer.name, layer.weight, layer.config, layer.name)
+    trial.strength = layer.strength
+    return trial
+
+
+def _write(layers: Mapping[str, Linear], states: Mapping[str, tuple[State, State]]) -> None:
+    """Put ``states``, which were checked, into ``layers``.
+
+    All memory is taken before the first tensor is written, so that a failure leaves every value as it was.
+    """
+    before: dict[str, State] = {}
+    for name, (state, base) in states.items():
+        layer, base_weight = layers[name], layers[name].base_weight
+        if _FROM_BASE not in state:
+            state[_FROM_BASE], before[name] = base_weight, {}
+        else:
+            # Without an earlier base it is the live anchor, which is written below.
+            kept = base_weight if layer.base or _FROM_BASE in layer.shared else base_weight.clone()
+            before[name] = {_FROM_BASE: kept} | {key: t.to(kept.device, copy=True) for key, t in base.items()}
+        for key in layer.shared.intersection(state):
+            live = getattr(layer, key)
+            if not torch.equal(live, state[key].to(live.device)):
+                layer.unshare(key)
+    for name, (state, _) in states.items():
+        layers[name].base = before[name]
+        layers[name].load_state(state)
 
 
 def _bytes_of(t: Tensor):
@@ -149,7 +244,8 @@ def _bytes_of(t: Tensor):
     return t.view(torch.uint8).numpy() if t.numel() else b""
 
 
-def tensor_hash(tensors: dict[str, Tensor]) -> str:
+def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes of ``tensors``, whatever their order."""
     digest = hashlib.sha256()
     for key in sorted(tensors):
         t = tensors[key]
@@ -159,9 +255,12 @@ def tensor_hash(tensors: dict[str, Tensor]) -> str:
 
 
 def base_hash(model: nn.Module, names: list[str] | None = None) -> str:
-    """SHA-256 of the base weights: those that learn in full, of every other up to 16384 evenly spaced elements.
+    """SHA-256 of the weights before any learning.
 
-    ``names`` are the modules that will learn, for a model that is not adapted.
+    Weights that learn enter whole; of every other at most 16384 evenly spaced elements.
+
+    Args:
+        names: modules that will learn, of a model that is not adapted; None for one that is.
     """
     layers = dict(learning_layers(model))
     learn = set(layers) if names is None else set(names)

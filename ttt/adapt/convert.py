@@ -1,4 +1,4 @@
-"""`adapt_` and `restore_`: put learning layers into a model in place, and take them out again."""
+"""`adapt_` and `restore_`: replace linear layers of a model by learning ones, in place, and put them back."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ttt.checks import check_layers, check_names
 from ttt.config import TTTConfig
 from ttt.nn import Linear, LowRankLinear
 from ttt.nn.base import DTYPES
 from ttt.per_user.pool import attach, detach, has_pool, pool_of
 
 _INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
-# What restore_ needs lies beside the model, in attributes that are neither modules nor in state_dict.
+# Attributes of an adapted model that `restore_` reads: the replaced modules by name, and the parameters with their
+# requires_grad from before. They are set past torch's way, so that they are neither modules nor in state_dict.
 _ORIGINALS, _FROZEN = "_ttt_originals", "_ttt_requires_grad"
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -27,14 +29,16 @@ FilterFn = Callable[[nn.Module, str], bool]
 def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterFn | None = None) -> nn.Module:
     """Replace linear layers of ``model`` by `ttt.nn.Linear`, in place, and freeze its parameters.
 
-    With ``config.per_user`` by `ttt.nn.LowRankLinear`, whose weights never change: see `ttt.users`.
+    With ``config.per_user`` they are replaced by `ttt.nn.LowRankLinear`, whose weights never change; see `ttt.users`.
 
-    `nn.Linear` and transformers' ``Conv1D`` are replaced. The new layers share the old ones' parameters;
-    each keeps a copy, the anchor.
+    `nn.Linear` and transformers' ``Conv1D`` can be replaced. The new layers share the parameters of the old ones, and
+    hold a copy of the weight, the anchor. Whatever goes wrong, running out of memory included, the model is left as it
+    was: modules, parameters and their ``requires_grad``.
 
     Args:
-        config: names the modules by ``target_modules`` and ``layers``, unless ``filter_fn`` does.
-        filter_fn: called with (module, fully qualified name) of every linear layer.
+        config: how the layers learn, and which they are: ``target_modules`` and ``layers``, unless ``filter_fn`` is
+            given. None: `TTTConfig`'s defaults, which need ``filter_fn``.
+        filter_fn: called with (module, fully qualified name) of every linear layer; True for those to replace.
 
     Returns:
         ``model``.
@@ -42,43 +46,52 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
     Raises:
         ValueError: if nothing matches (the error lists the nearest names), the model is adapted already, or a
             match cannot learn: tied weights, 3-D expert parameters, a dtype or module type without support.
-            The model is unchanged then.
     """
     config = config or TTTConfig()
     if hasattr(model, _ORIGINALS):
         raise ValueError("model is adapted already; ttt.restore_(model) first")
     chosen = _choose(model, config, filter_fn)
-    tied = _tied_weights(model)
-    for name, module in chosen:
-        _refuse_unfit(name, module, tied)
+    check_adaptable(model, chosen)
+    make = _learning_layer if config.per_user is None else _low_rank_layer
     frozen = [(p, p.requires_grad) for p in model.parameters()]
-    originals, per_user = {}, {}
-    for name, module in chosen:
-        new = (
-            _low_rank_layer(module, config, name)
-            if config.per_user is not None
-            else _learning_layer(module, config, name)
-        )
-        if isinstance(new, LowRankLinear):
-            per_user[name] = new
-        new.train(module.training)
-        originals[name] = module
-        _set_module(model, name, new)
-    for p in model.parameters():
-        p.requires_grad_(False)
-    object.__setattr__(model, _ORIGINALS, originals)
-    object.__setattr__(model, _FROZEN, frozen)
-    if per_user:
-        attach(model, per_user)
+    placed: list[tuple[str, nn.Module]] = []
+    try:
+        # All layers are made before one is placed: that takes the memory, and is what fails if there is too little.
+        layers = {name: make(module, config, name) for name, module in chosen}
+        for name, module in chosen:
+            layers[name].train(module.training)
+            placed.append((name, module))
+            _set_module(model, name, layers[name])
+        for p in model.parameters():
+            p.requires_grad_(False)
+        if config.per_user is not None:
+            attach(model, {name: layer for name, layer in layers.items() if isinstance(layer, LowRankLinear)})
+        object.__setattr__(model, _ORIGINALS, dict(chosen))
+        object.__setattr__(model, _FROZEN, frozen)
+    except BaseException:
+        for name, module in placed:
+            _set_module(model, name, module)
+        for p, requires_grad in frozen:  # the layers share the parameters and have switched it off
+            p.requires_grad_(requires_grad)
+        for attribute in (_ORIGINALS, _FROZEN):
+            model.__dict__.pop(attribute, None)
+        if has_pool(model):
+            detach(model)
+        raise
     return model
 
 
 def restore_(model: nn.Module, keep_learned: bool = False) -> nn.Module:
-    """Put the original modules back, in place.
+    """Put the modules that `adapt_` replaced back, in place.
+
+    The learning layers are not in use afterwards: their ``released`` is True.
 
     Args:
         keep_learned: False: the weights are bit-identical to those before `adapt_`. True: they hold what was
             learnt, the window included.
+
+    Returns:
+        ``model``.
 
     Raises:
         ValueError: if ``model`` is not adapted; with ``keep_learned``, if its users learnt, each something else.
@@ -89,10 +102,11 @@ def restore_(model: nn.Module, keep_learned: bool = False) -> nn.Module:
             raise ValueError(
                 "keep_learned must be False for a model of many users; pool_of(model).export(user) keeps one"
             )
-        for name, own in pool_of(model).layers.items():  # they never wrote to what they share with the original
+        for name, own in pool_of(model).layers.items():  # their weight, shared with the original, never changed
             _follow(originals[name], own)
             originals[name].train(own.training)
             _set_module(model, name, originals[name])
+            own.released = True
         detach(model)
     for name, layer in learning_layers(model):
         original = originals[name]
@@ -105,13 +119,14 @@ def restore_(model: nn.Module, keep_learned: bool = False) -> nn.Module:
                 learned = layer.base_weight
             if layer.transposed:
                 if keep_learned:
-                    if "original" in layer.shared:  # forks of the model hold that weight, too
+                    if "original" in layer.shared:  # a fork of the model holds the same weight
                         original.weight.data = torch.empty_like(original.weight)
                     original.weight.copy_(learned.T)
             else:
-                layer.weight.copy_(learned)  # the very parameter of the original module
+                layer.weight.copy_(learned)  # the parameter is the original module's
         original.train(layer.training)
         _set_module(model, name, original)
+        layer.released = True
     for p, requires_grad in getattr(model, _FROZEN):
         p.requires_grad_(requires_grad)
     object.__delattr__(model, _ORIGINALS)
@@ -131,6 +146,11 @@ def require_layers(model: nn.Module) -> list[Linear]:
         ValueError: if there is none.
     """
     layers = [layer for _, layer in learning_layers(model)]
+    if not layers and has_pool(model):
+        raise ValueError(
+            f"model ({type(model).__name__}) was adapted for users, each with weights of their own, and has no "
+            "learning layer that all share; ttt.pool_of(model) holds its users"
+        )
     if not layers:
         raise ValueError(f"model ({type(model).__name__}) has no learning layer; call ttt.adapt_(model, config) first")
     return layers
@@ -152,14 +172,29 @@ def _is_conv1d(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(fully qualified name, module) of every linear layer in ``model``, a transformers ``Conv1D`` included."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) or _is_conv1d(module):
             yield name, module
 
 
+def weight_of(module: Any) -> Tensor:
+    """The weight (m, n) of a linear module: of a ``Conv1D``, which keeps (n, m), a transposed view."""
+    return module.weight.detach().T if _is_conv1d(module) else module.weight
+
+
+def check_adaptable(model: nn.Module, chosen: list[tuple[str, nn.Module]]) -> None:
+    """Raise ValueError unless all of the ``chosen`` modules of ``model`` can be replaced by learning layers."""
+    tied = _tied_weights(model)
+    for name, module in chosen:
+        _refuse_unfit(name, module, tied)
+
+
 def _choose(model: nn.Module, config: TTTConfig, filter_fn: FilterFn | None) -> list[tuple[str, nn.Module]]:
-    candidates = list(_candidates(model))
+    check_names("target_modules", config.target_modules)
+    check_layers("layers", config.layers)
+    candidates = list(linear_modules(model))
     if filter_fn is not None:
         chosen = [(name, module) for name, module in candidates if filter_fn(module, name)]
         if not chosen:
@@ -182,7 +217,10 @@ def _choose(model: nn.Module, config: TTTConfig, filter_fn: FilterFn | None) -> 
 
 def _matches(name: str, targets) -> bool:
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        try:
+            return re.fullmatch(targets, name) is not None
+        except re.error as error:
+            raise ValueError(f"target_modules = {targets!r} is no regular expression: {error}") from None
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
@@ -236,7 +274,7 @@ def _names_in_layers(names: list[str], model: nn.Module, layers) -> set[str]:
 
 
 def _tied_weights(model: nn.Module) -> dict[int, list[str]]:
-    """id of a parameter -> all its names, for parameters with more than one."""
+    """id of each parameter that has several names -> the names."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -264,7 +302,7 @@ def _learning_layer(module: Any, config: TTTConfig, name: str) -> Linear:
         if not module.weight.is_contiguous():
             raise ValueError(f"{name}.weight must be contiguous, got strides {module.weight.stride()}")
         return Linear.from_weight(module.weight, module.bias, config, name)
-    # Conv1D keeps (n, m). The learning layer gets a transposed copy; the original stays as it is.
+    # A Conv1D keeps (n, m). The learning layer gets a transposed copy, and the original stays as it is.
     layer = Linear.from_weight(nn.Parameter(module.weight.detach().T.contiguous()), module.bias, config, name)
     layer.transposed = True
     return layer
@@ -273,14 +311,17 @@ def _learning_layer(module: Any, config: TTTConfig, name: str) -> Linear:
 def _low_rank_layer(module: Any, config: TTTConfig, name: str) -> LowRankLinear:
     if not _is_conv1d(module):
         return LowRankLinear.from_weight(module.weight, module.bias, config, name)
-    # The very memory of the Conv1D, seen as (m, n): it is never written.
+    # A view (m, n) of the Conv1D's weight, which is never written.
     layer = LowRankLinear.from_weight(nn.Parameter(module.weight.detach().T), module.bias, config, name)
     layer.transposed = True
     return layer
 
 
 def _follow(original: nn.Module, layer: Linear | LowRankLinear) -> None:
-    """Convert and move ``original`` as ``layer`` was meanwhile: a ``Conv1D`` has a weight of its own."""
+    """Give ``original`` the device and dtype of ``layer``, which may have changed since `adapt_`.
+
+    Only a ``Conv1D``, whose weight is not the layer's, needs it.
+    """
     original.to(layer.weight.device, layer.weight.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Low-rank factors of a layer's change: a (r, n) and b (r, m) with delta = b^T a, (m, n). All in float64."""
+"""Low-rank factors a (r, n) and b (r, m) of what a layer learnt, delta = b^T a, (m, n). All is computed in float64."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ Factors = tuple[Tensor, Tensor]
 
 
 def truncated(delta: Tensor, rank: int) -> Factors:
-    """The factors of at most ``rank`` rows nearest to ``delta`` (m, n) in the Frobenius norm: its truncated SVD.
+    """Factors of at most ``rank`` rows, nearest to ``delta`` (m, n) in the Frobenius norm: its truncated SVD.
 
-    Each gets the square root of the singular values (Eckart and Young, 1936).
+    Nothing of that rank is nearer (Eckart and Young, 1936). Both factors are multiplied by the square root of the
+    singular values.
     """
     u, s, vh = torch.linalg.svd(delta.double(), full_matrices=False)
     root = s[:rank].sqrt().unsqueeze(1)
@@ -20,10 +21,10 @@ def truncated(delta: Tensor, rank: int) -> Factors:
 
 
 def reduced(a: Tensor, b: Tensor, rank: int) -> Factors:
-    """Factors of at most ``rank`` rows nearest to b^T a, without making the (m, n) product.
+    """Factors of at most ``rank`` rows, nearest to b^T a, computed without the (m, n) product.
 
-    With b^T = Q_b R_b and a^T = Q_a R_a, b^T a = Q_b (R_b R_a^T) Q_a^T: the SVD of the small matrix in the middle is
-    that of the product. Exact where the product's rank is at most ``rank``.
+    With b^T = Q_b R_b and a^T = Q_a R_a, b^T a = Q_b (R_b R_a^T) Q_a^T: the SVD of the small matrix in the middle gives
+    that of the product. The result is exact if the product's rank is at most ``rank``.
     """
     q_b, r_b = torch.linalg.qr(b.double().T)
     q_a, r_a = torch.linalg.qr(a.double().T)
@@ -32,13 +33,13 @@ def reduced(a: Tensor, b: Tensor, rank: int) -> Factors:
 
 
 def padded(a: Tensor, b: Tensor, rank: int) -> Factors:
-    """The same product from ``rank`` rows: zero rows are added."""
+    """Append rows of zeros until there are ``rank``; the product stays the same."""
     missing = rank - a.shape[0]
     return (torch.cat([a, a.new_zeros(missing, a.shape[1])]), torch.cat([b, b.new_zeros(missing, b.shape[1])]))
 
 
 def norm(a: Tensor, b: Tensor) -> float:
-    """||b^T a||_F, from the triangular factors of both."""
+    """||b^T a||_F, computed from the triangular factors of a^T and b^T."""
     r_a, r_b = (torch.linalg.qr(t.double().T, mode="r")[1] for t in (a, b))
     return float((r_b @ r_a.T).norm())
 

@@ -1,4 +1,4 @@
-"""`fork`: a model for another user, sharing all that learning does not write; `memory`: the bytes of learning state."""
+"""`fork` makes a model for another user that shares what learning does not write; `memory_usage` counts bytes."""
 
 from __future__ import annotations
 
@@ -18,21 +18,24 @@ _KINDS |= dict.fromkeys(("memory", "recent", "basis", *PAST, *PRESENT), "memory"
 
 
 def fork(model: nn.Module) -> nn.Module:
-    """Another user's model, in the state that ``model`` is in, to the bit.
+    """Make a model for another user, in the same state as ``model``, to the bit.
 
-    It shares memory with ``model`` for every tensor that learning does not write: frozen parameters, buffers, and in
-    the learning layers the anchor, the importance, the replay memory, the basis and the Gaussian of past inputs. Its
-    own are weight, trace, momentum, window, recent rows, the Gaussian of present inputs and counters. What one model
-    learns, and calibrating, consolidating, resetting, loading, rolling back or restoring it, changes no bit of the
-    other: what such a call has to write is copied first, and shared no longer.
+    The two share the memory of every tensor that learning does not write: frozen parameters, buffers, and in the
+    learning layers the anchor, the importance, the replay memory, the basis and the Gaussian of past inputs. Each has
+    its own weights, trace, momentum, window, recent rows, Gaussian of present inputs and counters. Whatever one model
+    does (learn, calibrate, consolidate, reset, load, roll back, restore) changes no bit of the other: a shared tensor
+    is copied before it is first written, and is no longer shared then.
 
-    Fork a model that nobody has taught yet, or the new user begins with what another one taught.
+    Fork a model before anyone has taught it; a later fork starts with everything that ``model`` has learnt.
 
-    That copy stands at another address: a CUDA graph captured over a layer of a fork, or of a model that was forked,
-    must be captured again after the first `consolidate`, `calibrate`, `reset`, `load` or `rollback` that changes the
-    anchor, the importance or the memory.
+    The copy of a shared tensor has another address. So a CUDA graph captured over a layer of a fork, or of a model that
+    was forked, must be captured again after the first `consolidate`, `calibrate`, `reset`, `load` or `rollback` that
+    changes the anchor, the importance or the replay memory.
 
-    Training the parameters that both share by other means (an optimizer) changes both models.
+    An optimizer that trains shared parameters changes both models.
+
+    Returns:
+        The new model.
 
     Raises:
         ValueError: if ``model`` has no learning layer.
@@ -45,14 +48,15 @@ def fork(model: nn.Module) -> nn.Module:
     def share(t: Tensor | None) -> None:
         if t is None or id(t) in written:
             return
-        # A Parameter of its own, on the same memory: requires_grad and grad are the user's.
+        # A new Parameter on the same memory, so that each model has its own requires_grad and grad.
         plain = type(t) is nn.Parameter
         memo[id(t)] = nn.Parameter(t.detach(), requires_grad=t.requires_grad) if plain else t
 
     for module in model.modules():
         for p in module.parameters(recurse=False):
             share(p)
-        if not isinstance(module, _NormBase) and module not in layers.values():  # running means are written
+        # The running means of batch normalisation are written by forward passes.
+        if not isinstance(module, _NormBase) and module not in layers.values():
             for b in module.buffers(recurse=False):
                 share(b)
     for original in kept_originals(model).values():
@@ -60,7 +64,7 @@ def fork(model: nn.Module) -> nn.Module:
             share(p)
     for layer in layers.values():
         memo[id(layer.config)] = layer.config
-        layer.shared.add("original")  # the replaced module's weight, where it is not the layer's
+        layer.shared.add("original")  # the replaced module's weight, which of a Conv1D is not the layer's
         for name in BASE:
             if (b := getattr(layer, name)) is not None:
                 memo[id(b)] = b
@@ -69,17 +73,17 @@ def fork(model: nn.Module) -> nn.Module:
             memo[id(b)] = b
     forked = copy.deepcopy(model, memo)
     for _, layer in learning_layers(forked):
-        layer.strength = 1.0  # its guard, if it has one, is another one
+        layer.strength = 1.0  # a guard of ``model`` does not watch the fork
     return forked
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
-    """What `memory` returns.
+class MemoryUsage:
+    """What `memory_usage` returns.
 
     Attributes:
-        parameters: adapted parameters, those of every model counted.
-        bytes: what the learning layers hold, by kind; shared memory counts once. ``weight``, ``anchor``,
+        parameters: number of adapted parameters, summed over the models.
+        bytes: bytes that the learning layers hold, by kind; shared memory counts once. ``weight``, ``anchor``,
             ``importance``, ``trace`` (and momentum), ``window`` (and counters), ``memory`` (replay memory, recent
             rows, basis, Gaussians), ``base`` (what `Learner.reset` goes back to after a consolidation), ``original``
             (weights of ``Conv1D`` modules).
@@ -95,14 +99,14 @@ class Memory:
         return found | {"total": sum(found.values())}
 
 
-def memory(*models: nn.Module) -> Memory:
-    """Bytes that the learning layers of ``models`` hold; memory shared by a model and its forks counts once.
+def memory_usage(*models: nn.Module) -> MemoryUsage:
+    """Count the bytes that the learning layers of ``models`` hold; memory shared by a model and its forks counts once.
 
     Raises:
         ValueError: if there is no model, or one has no learning layer.
     """
     if not models:
-        raise ValueError("memory needs at least one model, got none")
+        raise ValueError("memory_usage needs at least one model, got none")
     for model in models:
         require_layers(model)
     layers = [layer for model in models for _, layer in learning_layers(model)]
@@ -112,7 +116,7 @@ def memory(*models: nn.Module) -> Memory:
         for name, layer in learning_layers(model)
         if name in kept_originals(model)
     ]
-    # What a model is using comes first: a base that it shares with a fork's live state costs nothing more.
+    # Live state is counted first, so that a base that shares the memory of a fork's live state counts 0.
     held = [(_KINDS.get(key, "window"), t) for layer in layers for key, t in layer.state().items() if key != "pending"]
     held += [("base", t) for layer in layers for t in layer.base.values()]
     held += [("original", original.get_parameter("weight")) for layer, original in originals if layer.transposed]
@@ -124,4 +128,7 @@ def memory(*models: nn.Module) -> Memory:
         if storage.nbytes() and key not in counted:
             counted.add(key)
             found[kind] += storage.nbytes()
-    return Memory(sum(layer.weight.numel() for layer in layers), found)
+    return MemoryUsage(sum(layer.weight.numel() for layer in layers), found)
+
+
+Memory, memory = MemoryUsage, memory_usage  # old names

@@ -1,4 +1,4 @@
-"""`export_peft`: what was learnt, as a LoRA adapter that PEFT, vLLM and SGLang load."""
+"""`export_peft`: write what was learnt as a LoRA adapter, which PEFT, vLLM and SGLang load."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ttt.adapt import factors as lowrank
 from ttt.adapt.convert import learning_layers, require_layers
 from ttt.checks import check_choice
 from ttt.files import sync_folder
+from ttt.per_user.pool import has_pool
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -34,9 +35,10 @@ class Exported:
 
     Attributes:
         folder: where the adapter is.
-        rank: its ``r``.
-        errors: layer -> ||written - learnt||_F / ||learnt||_F, 0 where nothing was learnt; rounding included.
-        error: the same over all layers together.
+        rank: the adapter's ``r``.
+        errors: layer -> ||written - learnt||_F / ||learnt||_F of its delta, the rounding to ``dtype`` included; 0 where
+            nothing was learnt.
+        error: the same for all layers together.
     """
 
     folder: Path
@@ -47,7 +49,10 @@ class Exported:
 
 @dataclasses.dataclass(frozen=True)
 class _Change:
-    """One layer's: its factors, ||delta - b^T a||_F and ||delta||_F."""
+    """What one layer learnt, as it is written.
+
+    ``factors`` (a, b), in the adapter's dtype; ``lost`` ||delta - b^T a||_F; ``size`` ||delta||_F.
+    """
 
     factors: lowrank.Factors
     lost: float
@@ -67,36 +72,45 @@ def export_peft(
     """Write what was learnt as a LoRA adapter: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     The delta of a layer is ``lora_B @ lora_A``: ``lora_alpha`` equals ``r``. Servers cache adapters by path, so each
-    version needs a new folder; it gets its name once it is complete. Loading was tested with PEFT. vLLM and SGLang were
-    not at hand: their documented rules are kept (ranks, keys, no bias, no modules to save, a list of targets), and a
-    test checks those rules.
+    version needs a new folder, which gets its name once the adapter is complete. Loading was tested with PEFT. vLLM and
+    SGLang were not available; a test checks the rules that they document: ranks, keys, no bias, no modules to save, a
+    list of targets.
 
     Args:
         source: either a model of `ttt.adapt_`, whose deltas (effective weight less the weight before any learning)
             are approximated by truncated SVD, on their device, in float64; or a user's low-rank state with tensors
-            ``{layer}.a`` (rows, n) and ``{layer}.b`` (rows, m), delta = b^T a, other tensors being ignored: exact up
-            to ``dtype`` if rows <= rank, by zero rows, and the nearest of that rank otherwise. Names of layers are the
-            model's module names.
+            ``{layer}.a`` (rows, n) and ``{layer}.b`` (rows, m), delta = b^T a, other tensors being ignored. Such a
+            state is written exactly, up to ``dtype``, if rows <= rank, with zero rows added, and otherwise as the
+            nearest delta of that rank. Names of layers are the model's module names.
         folder: new, or empty.
-        base_model: what ``base_model_name_or_path`` says; by default what the model's config says.
+        base_model: the adapter's ``base_model_name_or_path``. Default: ``model.config._name_or_path``.
         rank: one of `RANKS`. Default: 16 for a model; for a state the smallest that holds it exactly, 512 at most.
         dtype: of the adapter's tensors: float32, bfloat16 or float16.
         task_type: as PEFT's; None for a model without ``generate``.
-        fan_in_fan_out: for a state: layers are transformers' ``Conv1D`` (GPT-2). Of a model it is found out. The
-            factors are the same; vLLM does not serve LoRA on such models.
+        fan_in_fan_out: whether the layers of a state are transformers' ``Conv1D`` (GPT-2); ignored for a model, where
+            it is known. The factors are the same; vLLM does not serve LoRA on such models.
+
+    Returns:
+        The folder, the rank, and how far what was written is from what was learnt.
 
     Raises:
         ValueError: if ``folder`` is not empty, ``rank`` or ``dtype`` is not allowed, the base model is not known,
-            ``source`` holds no layer, or a layer's tensors do not fit each other or are not finite. Nothing is written.
-        OSError: if the folder cannot be written; nothing stands at ``folder`` then.
+            ``source`` holds no layer or is a model adapted for users, or a layer's tensors do not fit each other, are
+            not finite, or are too large for ``dtype``. Nothing is written.
+        OSError: if the folder cannot be written; there is nothing at ``folder`` then.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"folder must be new or empty, for servers cache adapters by path; {str(folder)!r} is not")
-    if rank is not None and rank not in RANKS:
+    if rank is not None and (not isinstance(rank, int) or rank not in RANKS):
         raise ValueError(f"rank must be one of {RANKS}, which vLLM serves, got {rank!r}")
     check_choice("dtype", str(dtype), [str(allowed) for allowed in _DTYPES])
     if isinstance(source, nn.Module):
+        if has_pool(source):
+            raise ValueError(
+                f"source ({type(source).__name__}) was adapted for users, each with weights of their own; "
+                "export_peft(pool_of(model).export(user), ...) writes those of one"
+            )
         require_layers(source)
         base_model = base_model or _name_of(source)
         fan_in_fan_out = any(layer.transposed for _, layer in learning_layers(source))
@@ -107,7 +121,11 @@ def export_peft(
         rows = max(a.shape[0] for a, _ in pairs.values())
         rank = rank or next((allowed for allowed in RANKS if allowed >= rows), RANKS[-1])
         changes = {name: _of_factors(a, b, rank, dtype) for name, (a, b) in pairs.items()}
-    if not base_model:
+    for name, change in changes.items():
+        for factor, t in zip(("lora_A", "lora_B"), change.factors, strict=True):
+            if not bool(torch.isfinite(t).all()):
+                raise ValueError(f"{name}: {factor} is too large for {dtype}; choose another dtype")
+    if not base_model or not isinstance(base_model, str):
         raise ValueError(f"base_model must name the model that the adapter belongs to, got {base_model!r}")
     config = {
         "peft_type": "LORA",
@@ -182,7 +200,7 @@ def _ratio(lost: float, size: float) -> float:
 
 
 def _write(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
-    """Both files in a folder beside ``folder``, flushed to the disk, then given its name."""
+    """Write both files to a new folder beside ``folder``, flush them to the disk, and rename it to ``folder``."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = folder.parent / f".{folder.name}.{secrets.token_hex(8)}"
     staging.mkdir()
@@ -198,7 +216,7 @@ def _write(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
                 os.fsync(file.fileno())
         sync_folder(staging)
         if folder.exists():
-            folder.rmdir()  # it is empty, or this fails
+            folder.rmdir()  # fails unless it is empty
         os.rename(staging, folder)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)

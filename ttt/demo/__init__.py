@@ -1,4 +1,4 @@
-"""The demo: a byte-level language model, trained on Python sources, that learns from other text as it reads."""
+"""The demo: a byte-level language model, trained on Python sources, learns from other text while it reads it."""
 
 from ttt.demo.model import load_model
 

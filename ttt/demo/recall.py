@@ -1,6 +1,7 @@
-"""``python -m ttt.demo.recall WEIGHTS ROWS``: what a process that has read nothing knows with a user's weights.
+"""``python -m ttt.demo.recall WEIGHTS ROWS``: load saved weights in a new process and score unread text with them.
 
-ROWS is a JSON file with rows of bytes. Prints one line of JSON: bits per byte frozen and with the weights loaded.
+The demo runs this command. ROWS is a JSON file with rows of bytes. It prints one line of JSON: ``frozen`` and
+``loaded``, bits per byte before and after the weights are loaded, and ``bytes``, the number of bytes in ROWS.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ttt.demo.model import bits_per_byte, load_model
 
 
 def main(weights: str, rows: str) -> None:
+    """Score ``rows`` with the demo model, before and after ``weights`` are loaded."""
     model, _ = load_model()
     ids = torch.tensor(json.loads(Path(rows).read_text()))
     frozen = bits_per_byte(model, ids)

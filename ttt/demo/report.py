@@ -1,4 +1,4 @@
-"""The demo's page: ``index.html``, its plots, and ``results.json`` with every figure that they show."""
+"""The demo's report: ``index.html``, its plots, and ``results.json`` with every figure that they show."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ img { max-width: 100%; }
 
 
 def write(found: dict, folder: Path) -> None:
-    """Write the page of `ttt.demo.run.main`'s findings into ``folder``, which is made if need be."""
+    """Write the report on ``found``, the results of `ttt.demo.run.main`, into ``folder``; make the folder if needed."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     body = []
@@ -40,14 +40,15 @@ def write(found: dict, folder: Path) -> None:
     page = f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>ttt: a model that learns while it reads</title><style>{STYLE}</style>
 <h1>A model that learns while it reads</h1>
-<p>A byte-level language model of 4.4 million parameters, trained on Python sources, reads text of a kind it has never
-seen. Every byte is scored <em>before</em> the model learns from it; nothing is read twice. Afterwards the model is
-tested on Python modules that it was not trained on: what that costs is what learning has overwritten. "Columns" keeps
-what it learns apart from the model it started from, and chooses between them by likelihood.</p>
+<p>A byte-level language model of 4.4 million parameters, trained on Python sources, reads text of a kind that it was
+not trained on. Every byte is scored <em>before</em> the model learns from it, and nothing is read twice. Afterwards the
+model is tested on Python modules that it was not trained on: the increase of its bits per byte there is what it has
+forgotten. The method "columns" keeps the original weights, stores what it learns from each kind of text apart from
+them, and chooses among these by likelihood.</p>
 {"".join(body)}
-<p class="small">{html.escape(found["machine"])}; {found["date"]}; {found["seconds"]} s in all. All figures are in
-<a href="results.json">results.json</a>. Times are per byte read, against the frozen model, all methods in turn on the
-same pieces of text. The defaults were chosen on the C++ headers, by
+<p class="small">{html.escape(found["machine"])}; {found["date"]}; {found["seconds"]} s in total. All figures are in
+<a href="results.json">results.json</a>. Times are per byte read, relative to the frozen model; the methods took turns
+on the same pieces of text. The defaults were chosen on C++ headers that the demo does not read, by
 <code>python -m bench.learning.experiments.tune</code>.</p>
 </html>
 """
@@ -65,13 +66,14 @@ def _section(domain: str, one: dict, picture: str) -> str:
     r = one["recall"]
     return f"""
 <h2>{html.escape(domain)}</h2>
-<table><tr><th>method<th>new text, bits/byte<th>gain, of SGD's<th>Python afterwards<th>forgetting, of SGD's<th>time</tr>
+<table><tr><th>method<th>new text, bits/byte<th>gain, % of SGD's<th>Python afterwards, bits/byte
+<th>forgetting, % of SGD's<th>time</tr>
 {"".join(cells)}</table>
-<img src="{picture}" alt="learning curve, gain against forgetting, cost">
-<p>The weights that the <b>default</b> learnt (EWC, replay and orthogonal updates together) were saved
-({r["file_bytes"] / 1e6:.1f} MB) and loaded in a new process. On {r["bytes"]} bytes of the same kind that nobody has
-read it scores {r["loaded"]:.3f} bits per byte; the frozen model, and in-context learning with its empty context,
-{r["frozen"]:.3f}.</p>
+<img src="{picture}" alt="learning curve, gain and forgetting, time">
+<p>The weights learnt by the <b>default</b> method (EWC, replay and orthogonal updates together) were saved
+({r["file_bytes"] / 1e6:.1f} MB) and loaded in a new process. On {r["bytes"]} further bytes of the same text, which no
+method has read, the model needs {r["loaded"]:.3f} bits per byte with these weights, and {r["frozen"]:.3f} without them.
+In-context learning starts with an empty context there, so it needs as many as the frozen model.</p>
 """
 
 
@@ -87,7 +89,7 @@ def _plot(one: dict, path: Path) -> None:
     for name, values in one["curves"].items():
         done = [sum(values[: i + 1]) / (i + 1) for i in range(len(values))]
         curve.plot([(i + 1) / 2 for i in range(len(values))], done, color=COLOURS[name], label=name, lw=1.6)
-    curve.set(xlabel="KiB read", ylabel="bits per byte so far", title="Learning curve")
+    curve.set(xlabel="KiB read", ylabel="mean bits per byte so far", title="Learning curve")
     curve.legend(fontsize=8)
     rows = {row["method"]: row for row in one["rows"]}
     frozen = rows["frozen"]
@@ -95,14 +97,16 @@ def _plot(one: dict, path: Path) -> None:
         x, y = row["old_bpb"] - frozen["old_bpb"], frozen["new_bpb"] - row["new_bpb"]
         trade.scatter(x, y, color=COLOURS[name], s=50, zorder=3, label=name)
     trade.set(
-        xlabel="forgetting: bits per byte lost on Python", ylabel="gain on the new text", title="Gain, forgetting"
+        xlabel="forgetting: increase of bits per byte on Python",
+        ylabel="gain on the new text",
+        title="Gain and forgetting",
     )
     trade.legend(fontsize=8, loc="lower right")
     trade.margins(0.1)
     names = list(rows)
     cost.barh(names, [rows[n]["time_ratio"] for n in names], color=[COLOURS[n] for n in names])
     cost.invert_yaxis()
-    cost.set(xlabel="time per byte, frozen = 1", title="Cost")
+    cost.set(xlabel="time per byte (frozen = 1)", title="Cost")
     for axis in (curve, trade, cost):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)

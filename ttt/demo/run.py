@@ -1,12 +1,11 @@
-"""The demo: one model, one text it has never seen, eight ways to read it.
+"""The demo: one model reads text of an unknown kind with eight methods, which are compared.
 
-Every method reads the same pieces of the same stream, in turn, so that all of them meet the same noise of the
-machine. Each byte is scored before anything is learnt from it.
+The methods take turns reading the same pieces of text, so that all of their times are subject to the same disturbances
+of the machine. Each byte is scored before anything is learnt from it.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
@@ -25,20 +24,41 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import ttt
-from ttt.defences import SWITCHES
 from ttt.demo import text as texts
-from ttt.demo.model import COLUMNS, CONTEXT, LN2, as_ids, bits_per_byte, load_model, score, score_in_context, windows
+from ttt.demo.model import (
+    CONTEXT,
+    DEFAULT,
+    FROZEN,
+    GROWING,
+    IN_CONTEXT,
+    LN2,
+    SGD,
+    as_ids,
+    bits_per_byte,
+    calibration_batches,
+    load_model,
+    methods,
+    new_learner,
+    score,
+    score_in_context,
+    windows,
+)
+from ttt.demo.report import write
 
-# Alone, each defence has to be stronger than beside the others, and the best rate is lower: see
-# bench.learning.experiments.tune.
-RATE_ALONE, EWC_ALONE, BETA_ALONE, DIRECTIONS_ALONE = 0.02, 0.003, 0.2, 16
-FROZEN, IN_CONTEXT, SGD, EWC, REPLAY = "frozen", "in-context only", "SGD", "EWC", "replay"
-ORTHOGONAL, DEFAULT, GROWING = "orthogonal", "default", "columns"
+UNREAD_WINDOWS = 16  # of CONTEXT bytes at most: text at the end of a domain that no method reads
 
 
 @dataclasses.dataclass
 class Result:
-    """One method on one domain. Bits per byte; ``curve`` holds the mean of each piece of 512 bytes."""
+    """What one method achieved on one domain.
+
+    Attributes:
+        new: bits per byte of the text that was read.
+        old: bits per byte of held-out Python afterwards.
+        seconds: time spent on reading.
+        tokens: number of bytes read.
+        curve: bits per byte of each piece of `CONTEXT` bytes.
+    """
 
     method: str
     new: float = math.nan
@@ -52,52 +72,27 @@ class Result:
         return self.tokens / self.seconds
 
 
-def methods(config: ttt.TTTConfig) -> dict[str, ttt.TTTConfig | None]:
-    """Name -> configuration; None learns nothing.
-
-    SGD has no protection, at its own best rate; the default has all; the columns have a configuration of their own.
-    """
-    plain: dict[str, Any] = {**SWITCHES, "lr": RATE_ALONE}
-    return {
-        FROZEN: None,
-        IN_CONTEXT: None,
-        SGD: config.with_flat(**plain),
-        EWC: config.with_flat(**{**plain, "ewc_lambda": EWC_ALONE}),
-        REPLAY: config.with_flat(**{**plain, "replay_rows": config.replay_rows, "replay_beta": BETA_ALONE}),
-        ORTHOGONAL: config.with_flat(**{**plain, "orthogonal": DIRECTIONS_ALONE}),
-        DEFAULT: config,
-        GROWING: COLUMNS,
-    }
-
-
-def calibration_batches() -> list[Tensor]:
-    """64 windows of the text the model was trained on, for `ttt.Learner.calibrate`."""
-    return list(windows(texts.training_python(), 64).split(16))
-
-
 class Reader:
-    """A model that reads a stream piece by piece in one of the eight ways."""
+    """A copy of the model that reads a stream piece by piece with one of the methods."""
 
     def __init__(self, method: str, base: nn.Module, config: ttt.TTTConfig | None, batches: list[Tensor]) -> None:
         self.result = Result(method)
-        self.model = copy.deepcopy(base)
         self.learner: Any = None  # for the methods that learn
-        if config is not None:
-            ttt.adapt_(self.model, config)
-            self.learner = ttt.Learner(self.model, context=CONTEXT)
-            if config.calibrates:
-                self.learner.calibrate(batches)
-            if method == GROWING:
-                self.learner = ttt.GrowingLearner(self.learner)
+        if config is None:
+            self.model = base
+        else:
+            learner = new_learner(base, config, batches)
+            self.model = learner.model
+            self.learner = ttt.GrowingLearner(learner) if method == GROWING else learner
 
     def bits(self, rows: Tensor) -> float:
-        """Mean bits per byte of ``rows`` (N, T), text that is not learnt from."""
+        """Mean bits per byte of ``rows`` (N, T), without learning from them."""
         if isinstance(self.learner, ttt.GrowingLearner):
             return float(self.learner.score(rows).mean(dtype=torch.float64)) / LN2
         return bits_per_byte(self.model, rows)
 
     def read(self, stream: Tensor, start: int, end: int) -> None:
-        """Score bytes start + 1 ... end; byte ``start`` is their first context."""
+        """Score bytes ``start + 1`` ... ``end`` of ``stream`` (1, T), then learn from them; add to ``result``."""
         began = time.perf_counter()
         if self.learner is not None:
             nll = self.learner.observe(stream[:, start : end + 1]).nll
@@ -120,7 +115,17 @@ def compare(
     batches: list[Tensor],
     progress: Progress,
 ) -> tuple[dict[str, Result], dict[str, Reader]]:
-    """All methods on one stream (1, T). Returns results and readers by method."""
+    """Read ``stream`` (1, T) with all methods.
+
+    Args:
+        domain: its name, for the progress bar.
+        held_out: (N, T) windows of Python on which the models are tested afterwards.
+        old_bits: the frozen model's bits per byte on ``held_out``.
+        batches: see `ttt.demo.model.calibration_batches`.
+
+    Returns:
+        (results by method, readers by method).
+    """
     readers = {}
     task = progress.add_task(f"{domain}: calibrating", total=len(methods(config)))
     for name, method_config in methods(config).items():
@@ -145,7 +150,7 @@ def compare(
 
 
 def summary(results: dict[str, Result]) -> list[dict]:
-    """One row a method: the measured figures, and gain and forgetting as shares of unprotected SGD's."""
+    """A row for each method: its figures, and gain and forgetting as shares of those of SGD without protection."""
     frozen, sgd = results[FROZEN], results[SGD]
     gain, forgetting = frozen.new - sgd.new, sgd.old - frozen.old
     rows = []
@@ -160,7 +165,7 @@ def summary(results: dict[str, Result]) -> list[dict]:
 
 
 def table_of(domain: str, rows: list[dict]) -> Table:
-    """A rich table of `summary`."""
+    """The rows of `summary` as a table."""
     table = Table(
         title=f"{domain}: bits per byte, each byte scored before it is learnt",
         caption="gain and forgetting: % of those of SGD without protection; time: frozen = 1",
@@ -176,7 +181,14 @@ def table_of(domain: str, rows: list[dict]) -> Table:
 
 
 def recall(reader: Reader, unread: Tensor, folder: Path) -> dict[str, float]:
-    """Save what ``reader`` learnt, load it in a new process, and score text of the domain that nobody has read."""
+    """Save what ``reader`` learnt, load it in a new process, and score ``unread`` (N, T) there.
+
+    Returns:
+        What `ttt.demo.recall` prints, and ``file_bytes``, the size of the saved file.
+
+    Raises:
+        RuntimeError: if the process fails; the message has its output.
+    """
     weights, rows = folder / "user.safetensors", folder / "unread.json"
     ttt.save(reader.model, weights)
     rows.write_text(json.dumps(unread.tolist()))
@@ -188,36 +200,46 @@ def recall(reader: Reader, unread: Tensor, folder: Path) -> dict[str, float]:
     return {**json.loads(done.stdout.splitlines()[-1]), "file_bytes": weights.stat().st_size}
 
 
-def machine() -> str:
+def _machine() -> str:
     """Processor, cores, threads, Python and torch, in one line."""
-    active = ttt.info(file=None)
-    versions = f"Python {active['python']}, torch {active['torch']}"
-    return f"{active['processor']}, {os.cpu_count()} cores, {active['threads']} threads, {versions}"
+    found = ttt.info(file=None)
+    versions = f"Python {found['python']}, torch {found['torch']}"
+    return f"{found['processor']}, {os.cpu_count()} cores, {found['threads']} threads, {versions}"
 
 
 def main(text: Path | None, report: Path, bytes_per_domain: int) -> None:
-    """Run the demo; see ``python -m ttt demo --help``."""
+    """Run the demo, print its tables and write its report.
+
+    Args:
+        text: file to read instead of `ttt.demo.text.DOMAINS`.
+        report: folder of the report.
+        bytes_per_domain: number of bytes to read of each domain.
+
+    Raises:
+        SystemExit: if ``text`` is too short.
+    """
     began = time.perf_counter()
     console = Console()
     base, config = load_model()
+    most = bytes_per_domain + 1 + UNREAD_WINDOWS * CONTEXT
     if text is None:
-        streams = {name: texts.stream_of(name)[: bytes_per_domain + 1 + 16 * CONTEXT] for name in texts.DOMAINS}
+        streams = {name: texts.stream_of(name)[:most] for name in texts.DOMAINS}
     else:
-        streams = {text.name: text.read_bytes()[: bytes_per_domain + 1 + 16 * CONTEXT]}
+        streams = {text.name: text.read_bytes()[:most]}
         if len(streams[text.name]) < 4 * CONTEXT:
             raise SystemExit(f"{text} must hold at least {4 * CONTEXT} bytes, got {len(streams[text.name])}")
     held_out = windows(texts.held_out_python(), 32)
     batches = calibration_batches()
     columns = [TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    found: dict = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "config": config.to_dict(), "domains": {}}
+    found: dict = {"machine": _machine(), "date": time.strftime("%Y-%m-%d"), "config": config.to_dict(), "domains": {}}
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         old_bits = bits_per_byte(base, held_out)
         for domain, data in streams.items():
             ids = as_ids(data)
-            # A tenth at least stays unread, for the test in a new process.
+            # At least a tenth stays unread, for the test in a new process.
             read = min(bytes_per_domain + 1, ids.shape[1] * 9 // 10)
             results, readers = compare(domain, ids[:, :read], base, config, held_out, old_bits, batches, progress)
-            unread = ids[0, read:][: 16 * CONTEXT]
+            unread = ids[0, read:][: UNREAD_WINDOWS * CONTEXT]
             size = min(CONTEXT, len(unread))
             unread = unread[: len(unread) // size * size].view(-1, size)
             with tempfile.TemporaryDirectory() as folder:
@@ -232,11 +254,9 @@ def main(text: Path | None, report: Path, bytes_per_domain: int) -> None:
         console.print(table_of(domain, one["rows"]))
         r = one["recall"]
         console.print(
-            f"In a new process, on {r['bytes']} bytes of {domain} that nobody has read: {r['frozen']:.3f} bits per "
-            f"byte frozen, {r['loaded']:.3f} with the user's weights. In-context learning starts from nothing there.\n"
+            f"In a new process, on {r['bytes']} unread bytes of {domain}: {r['frozen']:.3f} bits per byte frozen (in-"
+            f"context learning starts with an empty context), {r['loaded']:.3f} with the saved weights.\n"
         )
     found["seconds"] = round(time.perf_counter() - began, 1)
-    from ttt.demo.report import write
-
     write(found, report)
     console.print(f"{report / 'index.html'} written; {found['seconds']:.0f} s in all, on {found['machine']}.")

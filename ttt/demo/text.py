@@ -1,11 +1,9 @@
-"""Real text that is on every machine with Python and torch: no network is needed.
+"""Real text that every machine with Python and torch has, so that the demo needs no network.
 
-Three domains, each a list of (name, bytes):
-
-* ``python``: the standard library's own sources. The demo model is trained on them, without the
-  modules named in `HELD_OUT`, which measure forgetting.
-* ``english``: the Python reference text of ``pydoc_data.topics``.
-* ``headers``: the C++ headers that ship inside the torch package.
+* Python: the sources of the standard library. The demo model was trained on them, except for the modules in
+  `HELD_OUT`, on which forgetting is measured.
+* ``english``: the Python reference in ``pydoc_data.topics``.
+* ``headers``: the C++ headers in the torch package.
 """
 
 from __future__ import annotations
@@ -32,10 +30,10 @@ HELD_OUT = (
     "wsgiref/handlers.py",
     "zipapp.py",
 )
-"""Standard-library modules that the demo model never saw, by path below the stdlib folder."""
+"""Modules that the demo model was not trained on: paths below the folder of the standard library."""
 
-# Tests and tables are most of the bytes of the standard library and the least like the code people
-# write; the reference text is the demo's other domain and must not be trained on.
+# Tests and tables are most of the bytes of the standard library, and unlike the code that people write. ``pydoc_data``
+# is the domain "english", which the model must not be trained on.
 _SKIPPED_FOLDERS = frozenset(
     {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__", "_pyrepl"}
 )
@@ -69,7 +67,7 @@ def _english() -> bytes:
 
 
 def _headers() -> bytes:
-    # Found without importing torch: the folder is all that is wanted.
+    # Found without importing torch: only its folder is needed.
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise FileNotFoundError("the domain 'headers' reads the C++ headers of the torch package; torch is missing")
@@ -81,11 +79,11 @@ def _headers() -> bytes:
 
 
 DOMAINS = {"english": _english, "headers": _headers}
-"""Name -> function that returns the bytes of a domain the demo model was not trained on."""
+"""Domains that the demo model was not trained on: name -> function that returns the bytes."""
 
 
 def stream_of(domain: str) -> bytes:
-    """The bytes of a domain in `DOMAINS`, in their natural order.
+    """The bytes of a domain in `DOMAINS`.
 
     Raises:
         ValueError: if ``domain`` is not one of `DOMAINS`.

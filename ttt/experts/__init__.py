@@ -1,1 +1,1 @@
-"""Weights for each domain: a learner that keeps a low-rank column for every kind of text that it meets."""
+"""Weights for each domain: a learner with a low-rank column for every kind of text that it meets."""

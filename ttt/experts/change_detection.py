@@ -1,4 +1,4 @@
-"""`Evidence`: log-likelihood ratios of a stream, added up until one of two explanations is the better one."""
+"""`Evidence`: a sum of log-likelihood ratios that tells when another explanation of a stream becomes the better one."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ class Evidence:
 
         S <- max(0, S + bits - slack tokens)
 
+    Args:
+        slack: bits per token by which the other explanation must be better to count.
+
     Attributes:
         sum: S, bits.
-        since: tokens since S was 0: where the change is likeliest to have been.
+        since: number of tokens since S was 0, which is the most probable time of the change.
     """
 
     def __init__(self, slack: float) -> None:
@@ -18,11 +21,11 @@ class Evidence:
         self.clear()
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Set the sum to 0."""
         self.sum, self.since = 0.0, 0
 
     def add(self, bits: float, tokens: int) -> float:
-        """Take ``tokens`` tokens on which the other explanation is better by ``bits`` bits in all; returns S."""
+        """Add ``tokens`` tokens on which the other explanation is better by ``bits`` bits in total. Returns S."""
         self.sum = max(0.0, self.sum + bits - self.slack * tokens)
         self.since = self.since + tokens if self.sum else 0
         return self.sum

@@ -1,4 +1,4 @@
-"""Low-rank columns: what was learnt in one domain, as factors of W - W* for every learning layer."""
+"""`Column`: what was learnt in one domain, as low-rank factors of W - W* for every learning layer."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from ttt.experts.signature import Signature, joined
 from ttt.files import write_atomically
 
 _COUNTS = ("pairs", "first", "second")
-_OVERSAMPLED, _ITERATIONS = 8, 2  # of the range finder, as Halko et al. advise for spectra that fall slowly
+_OVERSAMPLED, _ITERATIONS = 8, 2  # of the range finder; advice of Halko et al. for slowly decaying spectra
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """W - W* = b^T a for every layer, in the learner's order. Never written after it was made.
+    """W - W* = b^T a for every layer, in the learner's order. It never changes.
 
     Attributes:
-        a: of every layer (r, n), float32, float64 for float64 weights; r <= min(m, n).
-        b: of every layer (r, m); singular values shared evenly between the two.
-        tokens: tokens that were learnt into it.
-        worth: bits per token that it gains over the anchor on its own text; `ttt.GrowingLearner` measures it.
+        a: of every layer (r, n), float32 (float64 for float64 weights); r <= min(m, n).
+        b: of every layer (r, m). The square root of each singular value is in both factors.
+        tokens: number of tokens that were learnt in it.
+        worth: bits per token that it gains over the anchor on its own text, as `ttt.GrowingLearner` measured.
         error: relative Frobenius error of the last truncation, over all layers together.
-        signature: of the text that it read.
+        signature: of the text that it has read.
     """
 
     a: tuple[Tensor, ...]
@@ -44,7 +44,7 @@ class Column:
 
     @property
     def bytes(self) -> int:
-        """Of its factors and its signature."""
+        """Memory of its factors and its signature."""
         return sum(t.numel() * t.element_size() for t in (*self.a, *self.b)) + self.signature.bytes
 
     def delta(self, layer: int) -> Tensor:
@@ -54,9 +54,10 @@ class Column:
 
 @torch.no_grad()
 def compress(deltas: Sequence[Tensor], rank: int, tokens: int, worth: float, signature: Signature, seed: int) -> Column:
-    """The column nearest to ``deltas``, (m, n) of every layer, in the Frobenius norm, to within the range finder.
+    """Truncate ``deltas``, (m, n) of every layer, to a column of ``rank``, nearly the best one in the Frobenius norm.
 
-    Randomised SVD (Halko, Martinsson, Tropp 2011, algorithm 4.4), seeded. Columns of different devices may differ.
+    By a randomised SVD (Halko, Martinsson, Tropp 2011, algorithm 4.4) with random numbers from ``seed``, which differ
+    between kinds of devices. ``tokens``, ``worth`` and ``signature`` are those of the `Column`.
     """
     a, b, kept, whole = [], [], 0.0, 0.0
     for number, delta in enumerate(deltas):
@@ -80,7 +81,7 @@ def compress(deltas: Sequence[Tensor], rank: int, tokens: int, worth: float, sig
 def merge(one: Column, other: Column, rank: int) -> Column:
     """The mean of two columns, deltas and worth, weighted by their tokens, truncated to ``rank``.
 
-    Exact, without an m x n matrix: the stacked factors' QR decompositions leave an SVD of 2r x 2r.
+    It is exact, and makes no m x n matrix: the QR decompositions of the stacked factors leave an SVD of 2r x 2r.
     """
     tokens = one.tokens + other.tokens
     share = one.tokens / tokens
@@ -106,7 +107,7 @@ def save(columns: Sequence[Column], model: nn.Module, path: str | os.PathLike) -
     """Write ``columns`` of ``model`` to ``path``, safely as `ttt.save` does.
 
     Raises:
-        OSError: if the file cannot be written; a file that was there is unharmed.
+        OSError: if the file cannot be written; an existing file stays as it was.
     """
     tensors = {
         f"{number}.{side}.{layer}": t.cpu().contiguous()
@@ -136,7 +137,7 @@ def load(model: nn.Module, path: str | os.PathLike) -> list[Column]:
         OSError: if the file cannot be read.
     """
     layers = require_layers(model)
-    tensors, metadata = checkpoint._read(Path(path))
+    tensors, metadata = checkpoint.read_tensors(Path(path))
     if "columns" not in metadata:
         raise ValueError(f"{path} holds no columns")
     if metadata.get("base_sha256") != checkpoint.base_hash(model):

@@ -1,4 +1,4 @@
-"""`Signature`: what kind of text a column has read, as counts of pairs of tokens."""
+"""`Signature`: counts of pairs of tokens, which tell what kind of text a column has read."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BUCKETS = 1 << 16  # of pairs: those of bytes have one each, those of more words share
-_MIX = 40503  # odd: a permutation of the buckets
-_PAIR, _WORD = 8.0, 128.0  # tokens' worth of trust in the single words, and in the uniform distribution
+BUCKETS = 1 << 16  # for pairs: every pair of bytes has its own; with larger vocabularies, pairs share buckets
+_MIX = 40503  # odd, so that multiplying by it permutes the buckets
+_PAIR, _WORD = 8.0, 128.0  # weights, in tokens, of the distribution of single words and of the uniform one
 
 
 class Signature:
-    """A bigram model, interpolated with single words (MacKay & Peto 1995), of the texts that were added::
+    """A bigram model of the texts that were added, interpolated with single words (MacKay & Peto 1995)::
 
         p(b | a) = (c(a, b) + 8 p(b)) / (c(a) + 8)        p(b) = (c(b) + 128 / V) / (n + 128)
 
-    Pairs are counted in `BUCKETS` buckets; where two share one, both are thought likelier than they are.
+    Pairs are counted in `BUCKETS` buckets. Where two pairs share one, both get too large a probability.
 
     Args:
         words: V, the size of the vocabulary.
@@ -38,16 +38,16 @@ class Signature:
 
     @property
     def bytes(self) -> int:
-        """Of the counts."""
+        """Memory of the counts."""
         return sum(t.numel() * t.element_size() for t in self.counts)
 
     def copy(self) -> Signature:
-        """One of its own."""
+        """A signature with copies of the counts."""
         return Signature.of(*(t.clone() for t in self.counts))
 
     @staticmethod
     def of(pairs: Tensor, first: Tensor, second: Tensor) -> Signature:
-        """The signature that holds these counts themselves."""
+        """The signature that holds these tensors themselves, not copies."""
         made = Signature.__new__(Signature)
         made.pairs, made.first, made.second = pairs, first, second
         return made
@@ -61,7 +61,7 @@ class Signature:
         self.second.index_add_(0, b, one)
 
     def bits(self, ids: Tensor) -> float:
-        """-log2 p of the T - 1 pairs of each row of ``ids`` (B, T) int64, in sum."""
+        """The sum of -log2 p over the T - 1 pairs of each row of ``ids`` (B, T) int64."""
         a, b = ids[:, :-1].flatten(), ids[:, 1:].flatten()
         word = (self.second[b] + _WORD / len(self.second)) / (self.second.sum() + _WORD)
         p = (self.pairs[self._bucket(a, b)] + _PAIR * word) / (self.first[a] + _PAIR)
@@ -77,21 +77,22 @@ def joined(one: Signature, other: Signature) -> Signature:
 
 
 def distance(one: Signature, other: Signature) -> float:
-    """Bits that describing both texts' pairs by one distribution costs, for each token of the shorter; 0 for the same.
+    """Bits per token of the shorter text that it costs to describe the pairs of both by one distribution.
 
-    The Jensen-Shannon divergence of the pairs, weighted by the texts' lengths, but for its scale. Never negative.
+    It is 0 for equal distributions and never negative: up to its scale it is the Jensen-Shannon divergence of the
+    pairs, weighted by the lengths of the texts.
     """
     apart = _cost(joined(one, other)) - _cost(one) - _cost(other)
     return apart / max(1.0, min(float(one.first.sum()), float(other.first.sum())))
 
 
 def _cost(signature: Signature) -> float:
-    """Sum over the n pairs of -log2 c(a, b) / n."""
+    """The sum of -log2 (c(a, b) / n) over all n pairs, bits."""
     pairs = signature.pairs.double()
     return float(torch.special.xlogy(pairs.sum(), pairs.sum()) - torch.special.xlogy(pairs, pairs).sum()) / math.log(2)
 
 
 def nearest(signatures: Sequence[Signature]) -> tuple[int, int]:
-    """The two (i < j) of the smallest `distance`."""
+    """The indices i < j of the two signatures with the smallest `distance`."""
     pairs = [(i, j) for j in range(len(signatures)) for i in range(j)]
     return min(pairs, key=lambda p: distance(signatures[p[0]], signatures[p[1]]))

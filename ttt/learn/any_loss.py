@@ -1,4 +1,4 @@
-"""`learning`: any model and any loss; `capturable_`: in a CUDA graph."""
+"""Learning with any model and any loss: `learning`, and `capturable_` for learning inside a CUDA graph."""
 
 from __future__ import annotations
 
@@ -10,24 +10,31 @@ import torch
 from torch import Tensor, nn
 
 from ttt.adapt.convert import require_layers
+from ttt.learn.access import exclusive
+from ttt.learn.step import write
 from ttt.nn import Capturing
 
 
 @dataclasses.dataclass
-class Outcome:
-    """Of `ttt.learning` with capturable layers: ``learned`` (1,) int64, 1 if they learnt; None if there was nothing.
+class LearningResult:
+    """What `ttt.learning` yields for capturable layers; it is set when the block ends.
 
-    Set when the block ends; of a captured block it is the tensor that every replay writes.
+    Attributes:
+        learned: (1,) int64, 1 if the layers learnt and 0 if something was not finite; None if nothing was captured. Of
+            a block in a CUDA graph it is the tensor that every replay writes.
     """
 
     learned: Tensor | None = None
 
 
+Outcome = LearningResult  # old name
+
+
 def capturable_(model: nn.Module, rows: int | None) -> nn.Module:
-    """Make learning from steps of ``rows`` rows (tokens, in a language model) capturable in a CUDA graph, in place::
+    """Let learning from steps of ``rows`` rows (of a language model: tokens) be captured in a CUDA graph, in place::
 
         ttt.capturable_(model, rows=8)
-        with torch.cuda.graph(graph), ttt.learning(model) as outcome:
+        with torch.cuda.graph(graph), ttt.learning(model) as result:
             model(static_input).square().sum().backward()
 
     See `ttt.nn.Linear.capturable_` for what differs then. ``rows`` None ends it.
@@ -36,7 +43,7 @@ def capturable_(model: nn.Module, rows: int | None) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: if the model has no learning layer, or ``rows`` does not suit one of them; those before it have
+        ValueError: if the model has no learning layer, or ``rows`` does not suit one of them; the layers before it have
             changed then.
     """
     for layer in require_layers(model):
@@ -45,34 +52,34 @@ def capturable_(model: nn.Module, rows: int | None) -> nn.Module:
 
 
 @contextlib.contextmanager
-def learning(model: nn.Module) -> Iterator[Outcome]:
+def learning(model: nn.Module) -> Iterator[LearningResult]:
     """Learn from every ``backward()`` inside: ``with ttt.learning(model): loss.backward()``.
 
     The loss must be SUMMED over tokens (or samples), as ``lr`` is a step per token. The forward pass must run
-    inside, too. What was captured is learnt when the block ends; if it raises, nothing is.
+    inside, too. What was captured is learnt when the block ends; if it raises, nothing is. All layers learn or none
+    does, as in a step of `ttt.Learner`.
 
     After `ttt.capturable_` the block may stand in a CUDA graph. Then a gradient that is not finite raises nothing: the
-    device finds it and changes nothing, and the block's `Outcome` says so.
+    device finds it and changes nothing, and the block's `LearningResult` says so.
 
     Raises:
         ValueError: if the model has no learning layer.
         FloatingPointError: if a gradient is not finite; nothing has changed then.
+        RuntimeError: if another thread is learning with these layers, or a write to them ended half-way.
     """
-    layers, outcome = require_layers(model), Outcome()
-    with Capturing(layers) as capturing, torch.enable_grad():
-        yield outcome
-        captured = capturing.renew()
-    updates = [layer.update_from(rows) for layer, rows in zip(layers, captured, strict=True)]
-    if any(layer.capturable is not None for layer in layers):
-        finite = [update.finite.view(1) for update in updates if update is not None]
-        outcome.learned = torch.cat(finite).all().long().view(1) if finite else None
-        for layer, update in zip(layers, updates, strict=True):
-            if update is not None:
-                layer.learn(update, outcome.learned)
-        return
-    for layer, update in zip(layers, updates, strict=True):
-        if update is not None and not bool(update.finite):
-            raise FloatingPointError(f"the gradient at {layer.name or layer} is not finite; nothing was learnt")
-    for layer, update in zip(layers, updates, strict=True):
-        if update is not None:
-            layer.learn(update)
+    layers, result = require_layers(model), LearningResult()
+    with exclusive(layers, "ttt.learning"):
+        with Capturing(layers) as capturing, torch.enable_grad():
+            yield result
+            captured = capturing.renew()
+        pairs = zip(layers, captured, strict=True)
+        updates = [(layer, update) for layer, rows in pairs if (update := layer.update_from(rows)) is not None]
+        if any(layer.capturable is not None for layer in layers):
+            finite = [update.finite.view(1) for _, update in updates]
+            result.learned = torch.cat(finite).all().long().view(1) if finite else None
+            write(updates, result.learned)
+            return
+        for layer, update in updates:
+            if not bool(update.finite):
+                raise FloatingPointError(f"the gradient at {layer.name or layer} is not finite; nothing was learnt")
+        write(updates)

@@ -4,9 +4,9 @@ The vocabulary projection is a model's largest matrix. With p = softmax(h W^T), 
 
     dL/dh = sum_j (p_j - [j = target]) W_j
 
-and most p_j are nearly nothing. Leaving out a set of rows of mass q = sum of their p_j is wrong by at most
-q max_j |W_j|: `input_gradient` keeps, for each token, its target's row and the rows above a threshold at which
-q <= ``mass`` was verified.
+and most p_j are close to 0. Leaving out a set of rows whose p_j sum to q changes the gradient by at most q max_j |W_j|:
+`input_gradient` uses, for each token, its target's row and the rows above a threshold, for which q <= ``mass`` has been
+verified.
 """
 
 from __future__ import annotations
@@ -21,15 +21,19 @@ from torch.nn.modules import module as _module
 
 from ttt.ops.backends import record
 
-_SAMPLE = 2048  # columns on which thresholds are searched
-_SMALL = 4096  # words below which picking rows costs more than it saves
+_SAMPLE = 2048  # columns of the logits in which thresholds are searched
+_SMALL = 4096  # size of a vocabulary below which picking rows costs more than it saves
 
 
 @dataclasses.dataclass
 class Scores:
-    """N tokens scored against V words.
+    """N tokens scored under the logits of V words.
 
-    ``nll`` (N,) nats; ``exp`` (N, V) exp(logits - their maximum); ``total`` (N,) its sums; ``targets`` (N,) int64.
+    Attributes:
+        nll: (N,) nats.
+        exp: (N, V), exp(logits - the row's maximum).
+        total: (N,), the row sums of ``exp``.
+        targets: (N,) int64.
     """
 
     nll: Tensor
@@ -40,7 +44,7 @@ class Scores:
 
 @torch.no_grad()
 def score(logits: Tensor, targets: Tensor) -> Scores:
-    """`Scores` of ``targets`` (N,) under ``logits`` (N, V), which are overwritten if they are float32 or float64."""
+    """Score ``targets`` (N,) int64 under ``logits`` (N, V), which are overwritten if they are float32 or float64."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     at = targets.unsqueeze(1)
     highest = logits.amax(1, keepdim=True)
@@ -52,14 +56,17 @@ def score(logits: Tensor, targets: Tensor) -> Scores:
 
 @torch.no_grad()
 def input_gradient(scores: Scores, weight: Tensor, wanted: Tensor | None = None, mass: float = 0.0) -> Tensor:
-    """The gradient of the summed loss at the head's input, (N, d), dtype of ``weight``. Consumes ``scores``.
+    """The gradient of the summed loss at the head's input. ``scores`` is overwritten.
 
     Args:
         weight: (V, d), the head's.
-        wanted: (N,) bool: the tokens whose loss counts; all if None.
-        mass: bound on the probability that each token's left-out words may have in sum; 0 leaves out none.
-            The result's row t is off by at most ``mass`` times the largest norm of a row of ``weight``.
-            Where too many rows matter, the exact product is faster and is what is computed.
+        wanted: (N,) bool: the tokens whose loss counts; None for all.
+        mass: bound on the total probability of the words that are left out, for each token; 0 leaves out none.
+            Row t of the result differs from the exact one by at most ``mass`` times the largest norm of a row of
+            ``weight``. Where many rows are needed the exact product is faster, and is computed instead.
+
+    Returns:
+        (N, d), of the dtype of ``weight``.
     """
     small = weight.shape[0] < _SMALL
     found = None if small or mass == 0 else _matter(scores, mass)
@@ -85,20 +92,21 @@ def _product(p: Tensor, weight: Tensor) -> Tensor:
 
 
 def _matter(scores: Scores, mass: float) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(tokens, words, their ``exp``) of the entries that matter, by token; None where the exact product is faster.
+    """The entries of ``scores.exp`` that the gradient needs: (tokens, words, values), ordered by token.
 
-    A word's row costs as much as its bytes; the product reads each row once, and computes N times with it.
+    None where the exact product is faster: it reads each row of the weight once and computes N times with it, while
+    picking rows reads a row for each entry.
     """
     exp, total = scores.exp, scores.total
     count, vocabulary = exp.shape
-    limit = vocabulary * (0.3 + count / 100)  # rows that take as long as the product: measured for N = 1, 16, 64
+    limit = vocabulary * (0.3 + count / 100)  # that many rows take as long as the product, measured for N = 1, 16, 64
     if exp.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None  # a number of rows that depends on the data cannot be captured
-    # Thresholds by bisection of their logarithm, on every step-th word.
+        return None  # the number of rows depends on the data, which a CUDA graph cannot capture
+    # Thresholds are found by bisection of their logarithm, on every step-th word.
     step = -(-vocabulary // _SAMPLE)
     sample = exp[:, ::step].contiguous()
-    high = (mass * total).log()  # no word above that may be left out
-    low = high - math.log(vocabulary)  # all below that may
+    high = (mass * total).log()  # no word above this threshold may be left out
+    low = high - math.log(vocabulary)  # all words below this one may
     allowed = 0.8 / step * mass * total
     for _ in range(6):
         middle = (low + high) / 2
@@ -116,26 +124,30 @@ def _matter(scores: Scores, mass: float) -> tuple[Tensor, Tensor, Tensor] | None
         over = total - torch.zeros_like(total).index_add_(0, tokens, values) > mass * total
         if not bool(over.any()):
             return tokens, words, values
-        low = torch.where(over, low - lower, low)  # the sample misled
+        low = torch.where(over, low - lower, low)  # the sample was not representative
     return None
 
 
-class Split:
+class HeadSplit:
     """Runs a causal language model with its autograd graph cut at the output head's input.
 
-    While entered, the head sees a leaf tensor. If the logits that the model returns are the very tensor that the head
-    made, the loss is `score`'s and the gradient at the leaf `input_gradient`'s; otherwise (softcapping, scaling) the
-    gradient comes from autograd. Which way was taken stands in `ttt.info()`.
+    While it is entered, the head computes on a leaf tensor. If the model returns the very tensor that the head made,
+    `score` computes the loss and `input_gradient` the gradient at the leaf. If the model changes the logits first (by
+    softcapping or scaling), the gradient comes from autograd. `ttt.info()` reports which of the two was used.
 
     Args:
         model: a transformers causal language model.
         why: a reason to leave the head to autograd; empty for none.
+
+    Attributes:
+        head: the output head; None if the model names none.
+        changed: why the head is left to autograd from now on: ``why``, or that the model was seen to change its logits.
     """
 
     def __init__(self, model: Any, why: str = "") -> None:
         self.model = model
         self.head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        self.changed = why  # set, too, when a model was seen to change its head's logits
+        self.changed = why
         self._handles: list[Any] = []
         self._seen: list[tuple[Tensor, Tensor]] = []
         self._output: Tensor | None = None
@@ -153,7 +165,7 @@ class Split:
             return "there are global module hooks"
         return self.changed
 
-    def __enter__(self) -> Split:
+    def __enter__(self) -> HeadSplit:
         self.why = self.unfit()
         if not self.why:
             self._handles = [
@@ -177,7 +189,7 @@ class Split:
         self._output = output
 
     def forward(self, inputs: dict[str, Any]) -> tuple[Any, Tensor | None, Tensor | None]:
-        """(the model's output, the hidden states at the head with their graph, the leaf the head saw instead)."""
+        """Run the model: (its output, the hidden states at the head with their graph, the leaf that replaced them)."""
         self._seen, self._output = [], None
         out = self.model(**inputs)
         if not self.why and (len(self._seen) != 1 or out.logits is not self._output):
@@ -186,22 +198,29 @@ class Split:
         self._seen, self._output = [], None
         return out, hidden, leaf
 
-    def run(self, inputs: dict[str, Any], targets: Tensor, keep: bool = False) -> tuple[Any, Fused | Plain]:
-        """(the model's output, the scores): a forward pass, and ``targets`` (B, T) scored under its logits.
+    def run(self, inputs: dict[str, Any], targets: Tensor, keep: bool = False) -> tuple[Any, Scored]:
+        """Run the model and score ``targets`` (B, T) int64 under its logits: (its output, the scores).
 
-        ``keep``: the scores' ``logits`` outlive scoring.
+        ``keep``: leave the scores' ``logits`` as they are, for someone who reads them later.
         """
         out, hidden, leaf = self.forward(inputs)
         if self.why or hidden is None:
-            return out, Plain(out.logits, targets, self.why, hidden, leaf)
-        return out, Fused(out.logits.detach(), targets, hidden, self.head.weight, keep)
+            return out, AutogradScores(out.logits, targets, self.why, hidden, leaf)
+        return out, FusedScores(out.logits.detach(), targets, hidden, self.head.weight, keep)
 
 
-class Fused:
-    """``targets`` (B, T) scored under ``logits`` (B, T, V). ``nll`` (B, T), nats, has no graph.
+class FusedScores:
+    """Targets scored by `score`, with the gradient of `input_gradient`.
 
-    ``hidden`` (B, T, d), with its graph, is what the head of ``weight`` (V, d) made the logits from. They are
-    consumed, unless ``keep``.
+    Args:
+        logits: (B, T, V), overwritten unless ``keep``.
+        targets: (B, T) int64.
+        hidden: (B, T, d), with its graph: what the head made the logits from.
+        weight: (V, d), the head's.
+        keep: leave ``logits`` as they are.
+
+    Attributes:
+        nll: (B, T) nats, without a graph.
     """
 
     def __init__(self, logits: Tensor, targets: Tensor, hidden: Tensor, weight: Tensor, keep: bool = False) -> None:
@@ -210,23 +229,36 @@ class Fused:
         self.nll = self._scores.nll.view(targets.shape)
 
     def backward(
-        self, wanted: Tensor | None, mass: float, retain_graph: bool = False, beside: Tensor | None = None
+        self, wanted: Tensor | None, mass: float, retain_graph: bool = False, logits_gradient: Tensor | None = None
     ) -> None:
-        """Backward, once, of the summed loss of the ``wanted`` (B, T) tokens; of all if None.
+        """Propagate the gradient of the summed loss back through the model. Call it once.
 
-        ``beside`` (B, T, V): the gradient at the logits of what else is in the loss.
+        Args:
+            wanted: (B, T) bool, the tokens whose loss counts; None for all.
+            mass: as in `input_gradient`.
+            retain_graph: as in `torch.Tensor.backward`.
+            logits_gradient: (B, T, V), the gradient at the logits of further terms of the loss.
         """
         wanted = None if wanted is None else wanted.flatten()
         gradient = input_gradient(self._scores, self._weight, wanted, mass).view(self._hidden.shape)
-        if beside is not None:
-            gradient = gradient + beside.to(self._weight.dtype) @ self._weight
+        if logits_gradient is not None:
+            gradient = gradient + logits_gradient.to(self._weight.dtype) @ self._weight
         self._hidden.backward(gradient, retain_graph=retain_graph)
 
 
-class Plain:
-    """As `Fused`, by autograd from ``logits`` (B, T, V) with a graph; ``why`` it has to be.
+class AutogradScores:
+    """Targets scored and differentiated by autograd.
 
-    ``hidden`` and ``leaf``: where the graph was cut before it was known to be needed.
+    Args:
+        logits: (B, T, V), with their graph.
+        targets: (B, T) int64.
+        why: the reason, for `ttt.info()`.
+        hidden: (B, T, d), with its graph, and
+        leaf: (B, T, d), which replaced it, where the graph was cut before it was known that the logits change.
+
+    Attributes:
+        logits: (B, T, V), float32.
+        nll: (B, T) nats, without a graph.
     """
 
     def __init__(
@@ -240,13 +272,17 @@ class Plain:
         self.nll = self._losses.detach()
 
     def backward(
-        self, wanted: Tensor | None, mass: float, retain_graph: bool = False, beside: Tensor | None = None
+        self, wanted: Tensor | None, mass: float, retain_graph: bool = False, logits_gradient: Tensor | None = None
     ) -> None:
+        """See `FusedScores.backward`."""
         record("head_gradient", "autograd", self._why)
         loss = self._losses.sum() if wanted is None else self._losses[wanted].sum()
-        if beside is None:
+        if logits_gradient is None:
             loss.backward(retain_graph=retain_graph)
         else:
-            torch.autograd.backward([loss, self.logits], [None, beside], retain_graph=retain_graph)
+            torch.autograd.backward([loss, self.logits], [None, logits_gradient], retain_graph=retain_graph)
         if self._leaf is not None and self._hidden is not None and self._leaf.grad is not None:
             self._hidden.backward(self._leaf.grad)
+
+
+Scored = FusedScores | AutogradScores

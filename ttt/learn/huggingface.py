@@ -1,4 +1,4 @@
-"""What reading and writing text with a transformers model share: its flags, masks and caches."""
+"""Calling a transformers model chunk by chunk: its parameters' flags, masks, positions and caches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires grad inside; afterwards those do that did. Learning needs no gradient of a parameter."""
+    """Inside, no parameter of ``model`` requires grad: learning needs none. Afterwards the flags are as before."""
     thawed = [p for p in model.parameters() if p.requires_grad]
     for p in thawed:
         p.requires_grad_(False)
@@ -25,15 +25,15 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def masked_inputs(attend: Tensor, width: int) -> dict[str, Tensor]:
-    """The model's ``attention_mask`` and ``position_ids`` for the last ``width`` of the tokens ``attend`` (B, L)."""
+    """The ``attention_mask`` and ``position_ids`` of the last ``width`` of L tokens with mask ``attend`` (B, L)."""
     positions = (attend.cumsum(1) - 1).clamp_min(0)[:, -width:]
     return {"attention_mask": attend.long(), "position_ids": positions}
 
 
 def cached(model: nn.Module, cache: Any) -> dict[str, Any]:
-    """The arguments with which ``model`` goes on from ``cache``, None for a new text, and returns it.
+    """The arguments that make ``model`` continue from ``cache`` (None: begin a new text) and return the longer cache.
 
-    transformers 5.2x calls it ``cache``, and older ones ``past_key_values``.
+    The name of the argument is ``cache`` in transformers 5.2x and ``past_key_values`` in older releases.
     """
     return {_cache_name(type(model).forward): cache, "use_cache": True}
 
@@ -49,9 +49,9 @@ def cache_of(out: Any) -> Any:
 
 
 def detached(cache):
-    """The same cache without its autograd graph: gradients never cross chunks.
+    """``cache`` itself, its tensors cut from their autograd graph, so that gradients never cross chunks.
 
-    Works on whatever tensors the layers of a transformers cache hold (keys, values, recurrent states).
+    It works on all tensors that the layers of a transformers cache hold (keys, values, recurrent states).
     """
     for layer in getattr(cache, "layers", []):
         for name, value in vars(layer).items():
@@ -62,7 +62,7 @@ def detached(cache):
 
 @contextlib.contextmanager
 def swapped(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """``module`` computes ``forward`` instead."""
+    """Inside, ``module`` computes ``forward`` instead of its own forward pass."""
     object.__setattr__(module, "forward", forward)
     try:
         yield

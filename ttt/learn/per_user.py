@@ -1,137 +1,161 @@
-"""Batches in which each row belongs to a user: scored, then learnt, each user's by themselves."""
+"""Reading and learning with weights of each user's own, in batches in which every sequence belongs to a user."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ttt.learn.huggingface import cache_of, cached, detached, frozen, masked_inputs
+from ttt.learn.huggingface import cache_of, cached, detached
+from ttt.learn.loop import ObserveOutput
+from ttt.learn.slot_undo import whole_user_write
+from ttt.learn.text import Span, Text
 from ttt.nn import Capturing, LowRankLinear
 from ttt.nn.rates import Rates
 from ttt.per_user.pool import Pool
 
-
-@dataclasses.dataclass(frozen=True)
-class Read:
-    """What `observe` found: ``nll`` (B, T-1) and ``mask`` (B, T-1), ``learned`` and ``rejected`` chunks by user."""
-
-    nll: Tensor
-    mask: Tensor
-    learned: dict[Hashable, int]
-    rejected: dict[Hashable, int]
+if TYPE_CHECKING:
+    from ttt.learn.learner import Learner
 
 
-def observe(
-    learner: Any,
-    pool: Pool,
-    ids: Tensor,
-    attend: Tensor,
-    teach: Tensor,
-    users: Sequence[Hashable | None],
-    learn: bool,
-    pads: bool,
-) -> Read:
-    """`ttt.Learner.observe` of rows that belong to users, after its checks; ``pads``: ``attend`` (B, T) holds padding.
+def check_users(users: Sequence[Hashable | None], batch: int) -> None:
+    """Raise ValueError unless there is one of ``users`` for each of ``batch`` sequences."""
+    if len(users) != batch:
+        raise ValueError(f"users must have an entry for each of the {batch} rows, got {len(users)}")
 
-    What a user reads back and learns depends on their own rows only: the loss's gradient is exact (words left out of
-    it would be chosen for the batch), a chunk is judged user by user, and whoever is rejected reads on with a cache of
-    zeros, without a restart for the others.
+
+class LayerUpdate(NamedTuple):
+    """What one layer learns from T tokens: inputs ``x`` (T, n), gradients ``delta`` (T, m), and ``steps``."""
+
+    layer: LowRankLinear
+    x: Tensor
+    delta: Tensor
+    steps: Rates
+
+
+class PerUserWeights:
+    """The strategy of a `ttt.Learner` whose users have weights of their own (`ttt.learn.loop.Strategy`).
+
+    What a user gets and learns depends on their own sequences only. So the gradient of the loss is exact (words that
+    `ttt.learn.head.input_gradient` left out would be chosen for the whole batch), and each user's chunk is rejected or
+    learnt by itself. A rejected user goes on with a cache of zeros, and nobody's context begins anew.
+
+    Args:
+        learner: whose model reads.
+        pool: its users.
+        text: what is read.
+        users: the user of each of the B sequences, or None.
+        slots: (B,) int32, their slots; -1 for None.
+        learn: False to score only.
     """
-    if len(users) != ids.shape[0]:
-        raise ValueError(f"users must have an entry for each of the {ids.shape[0]} rows, got {len(users)}")
-    named = list(dict.fromkeys(u for u in users if u is not None))
-    chunk, context, length = learner.config.chunk, learner.context, ids.shape[1]
-    scored = attend[:, :-1] & attend[:, 1:]
-    nll = torch.zeros(scored.shape, device=ids.device)
-    learned, rejected = dict.fromkeys(named, 0), dict.fromkeys(named, 0)
-    teaches = learn and learner.config.lr > 0 and bool(named)
-    with frozen(learner.model), pool.using(users) as slots:
-        owned = (slots >= 0).unsqueeze(1)
-        targets, rows = scored & teach[:, 1:] & owned, attend & teach & owned
-        start, cache, position = 0, None, 0
-        while position < length - 1:
-            if position - start >= context:
-                start, cache = position, None
-            last = min(position + chunk, start + context, length - 1)
-            span = slice(position, last)
-            inputs = {"input_ids": ids[:, span], **cached(learner.model, cache)}
-            if pads:
-                inputs |= masked_inputs(attend[:, start:last], last - position)
-            capturing: Any = Capturing(list(pool.layers.values())) if teaches else contextlib.nullcontext()
-            with torch.set_grad_enabled(teaches), capturing, learner._split as split:
-                out, scores = split.run(inputs, ids[:, position + 1 : last + 1])
-                nll[:, span] = torch.where(scored[:, span], scores.nll, 0.0)
-                if teaches:
-                    scores.backward(targets[:, span], 0.0)
-                    captured = capturing.renew()
-            cache = detached(cache_of(out))
-            if teaches:
-                bad = _learn(pool, captured, slots, rows[:, span], scores.nll.detach(), targets[:, span])
-                for user in _count(pool, named, bad, slots, targets[:, span], learned, rejected):
-                    _blank(cache, slots == pool.slot(user))
-            position = last
-    return Read(nll, scored, learned, rejected)
+
+    def __init__(
+        self,
+        learner: Learner,
+        pool: Pool,
+        text: Text,
+        users: Sequence[Hashable | None],
+        slots: Tensor,
+        learn: bool,
+    ) -> None:
+        self.learner, self.pool, self.slots = learner, pool, slots
+        self.text = text.restricted(slots >= 0)
+        self.layers = list(pool.layers.values())
+        self.users = list(dict.fromkeys(u for u in users if u is not None))
+        self.learns = learn and learner.config.lr > 0 and bool(self.users)
+        self.cache: Any = None
+        self.learned = dict.fromkeys(self.users, 0)
+        self.rejected = dict.fromkeys(self.users, 0)
+
+    def read(self, span: Span) -> tuple[Tensor, bool]:
+        """See `ttt.learn.loop.Strategy`."""
+        model, text, columns = self.learner.model, self.text, span.columns
+        inputs = span.inputs() | cached(model, self.cache if span.start else None)
+        capturing: Any = Capturing(self.layers) if self.learns else contextlib.nullcontext()
+        with torch.set_grad_enabled(self.learns), capturing, self.learner.head as head:
+            out, scores = head.run(inputs, span.targets)
+            if self.learns:
+                assert text.wanted is not None
+                scores.backward(text.wanted[:, columns], 0.0)
+                captured = capturing.renew()
+        self.cache = detached(cache_of(out))
+        if self.learns:
+            for user in self._count(self._learn(captured, columns, scores.nll.detach()), columns):
+                _blank(self.cache, self.slots == self.pool.slot(user))
+            if self.pool.companion is not None:
+                self.pool.companion.check_due()
+        return scores.nll, True
+
+    def output(self, nll: Tensor) -> ObserveOutput:
+        """What was found, with the scores ``nll`` (B, T - 1)."""
+        rejected = {user: count for user, count in self.rejected.items() if count}
+        learned = sum(self.learned.values())
+        return ObserveOutput(nll, self.text.scored, learned, sum(rejected.values()), rejected_users=rejected)
+
+    def _learn(self, captured: list, columns: slice, nll: Tensor) -> Tensor:
+        """Let users learn what the chunk in ``columns`` of the text left at the layers, with its scores ``nll`` (B, L).
+
+        Returns:
+            (S,) bool: the slots of users whose chunk is not finite; they do not change.
+        """
+        assert self.text.wanted is not None
+        assert self.text.rows is not None
+        wanted, rows = self.text.wanted[:, columns], self.text.rows[:, columns].flatten()
+        owners = self.slots.repeat_interleave(nll.shape[1])
+        users = torch.where(rows, owners, -1)
+        finite = torch.isfinite(torch.where(wanted, nll, 0.0)).flatten()
+        updates = [_update(layer, pairs, users) for layer, pairs in zip(self.layers, captured, strict=True) if pairs]
+        for update in updates:
+            finite = finite & (update.steps.finite.to(finite.device) | ~rows)
+        bad = self._by_slot(owners, ~finite)
+        users = torch.where(bad[users.clamp_min(0).long()], -1, users)
+        if updates:
+            guards = self.pool.companion
+            factors = None if guards is None else guards.pace(self.slots, nll, wanted, bad)
+            with whole_user_write([update.layer for update in updates], users):
+                for layer, x, delta, steps in updates:
+                    eta = steps.eta if factors is None else steps.eta * factors[users.clamp_min(0).long()]
+                    layer.learn(x, delta, eta, users)
+                    layer.count(steps.grown, ~bad)
+        return bad
+
+    def _count(self, bad: Tensor, columns: slice) -> list[Hashable]:
+        """Count each user's chunk as learnt or rejected, ``bad`` (S,) being the rejected slots: who was rejected."""
+        assert self.text.wanted is not None
+        taught = self._by_slot(self.slots, self.text.wanted[:, columns].sum(1))
+        slots = [self.pool.slot(user) for user in self.users]
+        found = []
+        for user, is_bad, has_learnt in zip(self.users, *torch.stack([bad, taught])[:, slots].tolist(), strict=True):
+            if is_bad:
+                self.rejected[user] += 1
+                found.append(user)
+            elif has_learnt:
+                self.learned[user] += 1
+        return found
+
+    def _by_slot(self, owners: Tensor, values: Tensor) -> Tensor:
+        """(S,) bool: the slots that own one of ``values`` (N,) that is not 0; ``owners`` (N,) are slots, or -1."""
+        sums = torch.zeros(self.pool.slots + 1, dtype=torch.int64, device=owners.device)
+        return sums.index_add_(0, owners.long() + 1, values.long())[1:] > 0
 
 
-def _learn(pool: Pool, captured: list, slots: Tensor, rows: Tensor, nll: Tensor, targets: Tensor) -> Tensor:
-    """Append what the captured chunk teaches; (S,) bool: the slots where something is not finite, which do not change.
-
-    slots: (B,); rows, nll, targets: (B, L).
-    """
-    rows = rows.flatten()
-    owners = slots.repeat_interleave(nll.shape[1])
-    users = torch.where(rows, owners, -1)
-    ok = torch.isfinite(torch.where(targets, nll, 0.0)).flatten()
-    updates: list[tuple[LowRankLinear, Tensor, Tensor, Rates]] = []
-    for layer, pairs in zip(pool.layers.values(), captured, strict=True):
-        if not pairs:
-            continue
-        x, delta = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-        if len(x) != len(users):
-            raise ValueError(f"{layer.name} saw {len(x)} rows of {len(users)} tokens: users need every token seen once")
-        x, delta = (t.to(layer.weight.dtype).contiguous() for t in (x, delta))
-        x, steps = layer.steps(x, delta, users)
-        ok = ok & (steps.finite.to(ok.device) | ~rows)
-        updates.append((layer, x, delta, steps))
-    bad = torch.zeros(pool.slots + 1, dtype=torch.int64, device=users.device)
-    bad = bad.index_add_(0, owners.long() + 1, (~ok).long())[1:] > 0
-    users = torch.where(bad[users.clamp_min(0).long()], -1, users)
-    for layer, x, delta, steps in updates:
-        layer.learn(x, delta, steps.eta, users)
-        layer.count(steps.grown, ~bad)
-    return bad
+def _update(layer: LowRankLinear, pairs: list[tuple[Tensor, Tensor]], users: Tensor) -> LayerUpdate:
+    """What ``layer`` can learn from the (x, delta) ``pairs`` of a backward pass on tokens of ``users`` (T,)."""
+    x, delta = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    if len(x) != len(users):
+        raise ValueError(f"{layer.name} saw {len(x)} rows of {len(users)} tokens: users need every token seen once")
+    x, delta = (t.to(layer.weight.dtype).contiguous() for t in (x, delta))
+    x, steps = layer.steps(x, delta, users)
+    return LayerUpdate(layer, x, delta, steps)
 
 
-def _count(
-    pool: Pool, named: list, bad: Tensor, slots: Tensor, targets: Tensor, learned: dict, rejected: dict
-) -> list[Hashable]:
-    """Enter into ``learned`` and ``rejected`` what each user's chunk was; who was rejected."""
-    taught = torch.zeros(pool.slots + 1, dtype=torch.int64, device=bad.device)
-    taught = taught.index_add_(0, slots.long() + 1, targets.sum(1))[1:] > 0
-    found = []
-    for user, is_bad, has in zip(named, *_at(pool, named, bad, taught), strict=True):
-        if is_bad:
-            rejected[user] += 1
-            found.append(user)
-        elif has:
-            learned[user] += 1
-    return found
-
-
-def _at(pool: Pool, named: list, *by_slot: Tensor) -> list[list[bool]]:
-    at = [pool.slot(user) for user in named]
-    return torch.stack(by_slot)[:, at].tolist()
-
-
-def _blank(cache: Any, rows: Tensor) -> None:
-    """Zero what the cache holds of ``rows`` (B,) bool: nothing that is not finite is read again."""
+def _blank(cache: Any, sequences: Tensor) -> None:
+    """Zero what the cache holds of ``sequences`` (B,) bool, so that values that are not finite are not read again."""
     for layer in getattr(cache, "layers", []):
         for name, value in vars(layer).items():
-            if isinstance(value, Tensor) and value.ndim and value.shape[0] == len(rows):
+            if isinstance(value, Tensor) and value.ndim and value.shape[0] == len(sequences):
                 shape = (-1,) + (1,) * (value.ndim - 1)
-                setattr(layer, name, torch.where(rows.view(shape), torch.zeros_like(value), value))
+                setattr(layer, name, torch.where(sequences.view(shape), torch.zeros_like(value), value))

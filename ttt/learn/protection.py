@@ -1,28 +1,73 @@
-"""What must not be forgotten: measuring it (`calibrate`) and adding to it (`consolidate`)."""
+"""Measuring what must not be forgotten (`calibrate`), and adding to it what was learnt (`consolidate`)."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ttt import ops
+from ttt.learn.atomic import SignalsDeferred
 from ttt.learn.huggingface import swapped
-from ttt.nn import Capturing, Linear, Update, gaussian
+from ttt.learn.text import check_tokens
+from ttt.nn import Capturing, Linear, LowRankLinear, Update, gaussian
 from ttt.nn.directions import refresh
 from ttt.nn.rates import CALIBRATED
+from ttt.nn.state import BASE
 from ttt.nn.state_access import wide, write
+
+if TYPE_CHECKING:
+    from ttt.config import TTTConfig
+
+
+def warn_if_none(config: TTTConfig, layer: Linear | LowRankLinear) -> None:
+    """Warn if ``config`` protects, but ``layer`` holds nothing yet to protect with. To be called by a public method."""
+    held = (getattr(layer, name, None) for name in ("importance", "importance_m", "seen", "basis"))
+    protects = config.ewc_lambda or config.replay_rows or config.orthogonal
+    if protects and not any(t is not None and bool(t.any()) for t in held):
+        warnings.warn(
+            "learning is unprotected: Learner.calibrate was not called (it takes data that the model knows). "
+            f"Without protection a smaller lr is best, of the default about a third; got lr={config.lr:g}",
+            stacklevel=3,
+        )
+
+
+def calibration_losses(model: Any, batches: Iterable[Tensor], config: TTTConfig, kind: str) -> Iterator[Tensor]:
+    """The loss of each of ``batches``, (B, T) int64 tokens, whose gradients tell the importance; computed when drawn.
+
+    For ``kind`` "mas" it is the sum of the squared logits (Aljundi et al., 2018). Otherwise it is the negative log
+    likelihood of labels: of those drawn from the model's own output (``config.fisher`` "true"), or of the text's.
+    """
+    generator = torch.Generator(device=next(model.parameters()).device).manual_seed(config.seed)
+    for batch in batches:
+        ids = check_tokens(model, batch).ids
+        logits = model(input_ids=ids).logits.float()
+        if kind == "mas":
+            yield logits.square().sum()
+            continue
+        if config.fisher == "true":
+            logits = logits.flatten(0, 1)
+            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
+        else:
+            logits, labels = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        yield torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
 
 
 def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None:
-    """Base importance and replay memory from the gradients of ``losses``; see `ttt.Learner.calibrate`.
+    """Set importance and replay memory from the gradients of ``losses``; see `ttt.Learner.calibrate`.
 
-    ``losses`` are computed as they are drawn, so their forward passes run while gradients are collected.
-    All layers are written at the end: an error leaves them as they were.
+    Args:
+        losses: scalars, computed when they are drawn, so that their forward passes run while gradients are collected.
+        kind: "mas" or "fisher", how gradients are summed up (`ttt.ops.commit`).
+
+    Raises:
+        ValueError: if a layer has learnt already, a gradient is not finite, or there is no loss. Layers are written at
+            the end: an error leaves them as they were.
     """
     if any(int(layer.step) or layer.pending or layer.base for layer in layers):
         raise ValueError("calibrate before learning: the model has already learnt; call reset() first")
@@ -54,48 +99,66 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
                         ops.reservoir_insert(*memory, update.x, seed=layer.seed)
     if tokens == 0:
         raise ValueError("batches must hold at least one batch of tokens, got none")
-    protected = [(layer, total) for layer, total in zip(layers, sums, strict=True) if total is not None]
-    mean = mean_of(total for _, total in protected)
-    for layer, total in protected:
-        write(layer, "importance", total.div_(mean or 1.0))
-        layer.own("importance_scale")
-        layer.importance_scale.fill_(mean / (tokens / len(layers)))
-    for layer, memory, past, moment in zip(layers, memories, pasts, moments, strict=True):
-        gaussian.write_past(layer, past)
-        if moment is not None:  # the gradients of MAS are not the loss's
-            layer.moments[CALIBRATED].copy_(moment)
-        if memory is not None:
-            layer.own("memory", "seen", copy=False)
-            layer.memory.copy_(memory[0])
-            layer.seen.copy_(memory[1])
-            refresh(layer)
+    with _unchanged_on_error(layers):
+        protected = [(layer, total) for layer, total in zip(layers, sums, strict=True) if total is not None]
+        mean = mean_of(total for _, total in protected)
+        for layer, total in protected:
+            write(layer, "importance", total.div_(mean or 1.0))
+            layer.own("importance_scale")
+            layer.importance_scale.fill_(mean / (tokens / len(layers)))
+        for layer, memory, past, moment in zip(layers, memories, pasts, moments, strict=True):
+            gaussian.write_past(layer, past)
+            if moment is not None:  # for MAS it is None: its gradients are not those of the loss
+                layer.moments[CALIBRATED].copy_(moment)
+            if memory is not None:
+                layer.own("memory", "seen", copy=False)
+                layer.memory.copy_(memory[0])
+                layer.seen.copy_(memory[1])
+                refresh(layer)
+
+
+@contextlib.contextmanager
+def _unchanged_on_error(layers: list[Linear]) -> Iterator[None]:
+    """Inside, what calibration sets is written; an exception leaves it as it was, and signals wait."""
+    names = {*BASE, "moments"} - {"anchor"}
+    before = [{name: t.clone() for name in names if (t := getattr(layer, name)) is not None} for layer in layers]
+    with SignalsDeferred():
+        try:
+            yield
+        except BaseException:
+            for layer, state in zip(layers, before, strict=True):
+                layer.load_state(state)
+            raise
 
 
 @torch.no_grad()
 def accumulate(layer: Linear, update: Update, total: Tensor, step: Tensor, kind: str) -> None:
-    """Add to ``total`` (m, n) what ``update`` says of the importance of ``layer``'s weights, which stay as they are."""
-    rates = torch.zeros_like(update.eta)  # so that only the sum grows
+    """Add to ``total`` (m, n) the importance that ``update`` gives ``layer``'s weights, which do not change.
+
+    ``step`` (1,) int64 counts the calls; ``kind`` as in `ttt.ops.commit`.
+    """
+    rates = torch.zeros_like(update.eta)  # with steps of 0 a commit writes the trace only
     ops.commit(layer.weight, None, None, total, update.x, update.delta, rates, step, kind=kind)
 
 
 @torch.no_grad()
 def consolidate(layers: list[Linear]) -> None:
-    """Move anchors and importance to what was learnt; see `ttt.Learner.consolidate`."""
+    """Make what was learnt the anchor, and add its importance; see `ttt.Learner.consolidate`."""
     for layer in layers:
         layer.remember_base()
         layer.flush()
     protected = [layer for layer in layers if layer.importance is not None]
-    # What grew is computed twice, for the mean and for the sum, rather than kept for all layers at once.
-    mean = mean_of(grown(layer) for layer in protected)
+    # The new importance is computed twice, for its mean and for the sum, so that it is not held for all layers at once.
+    mean = mean_of(new_importance(layer) for layer in protected)
     for layer in protected:
         si, scale = layer.config.importance == "si", float(layer.importance_scale)
         if not scale:
             layer.own("importance_scale")
             layer.importance_scale.fill_(mean)
-        # SI's unit (loss per squared distance) is not that of the Fisher: it is measured anew.
+        # The unit of SI (loss per squared distance) is not that of the Fisher information: it is measured anew.
         unit = mean if si or not scale else scale
         decay = 1.0 if si else layer.config.consolidate_decay
-        write(layer, "importance", grown(layer).div_(unit or 1.0).add_(wide(layer, "importance"), alpha=decay))
+        write(layer, "importance", new_importance(layer).div_(unit or 1.0).add_(wide(layer, "importance"), alpha=decay))
     for layer in layers:
         layer.own("anchor", copy=False)
         layer.anchor.copy_(layer.weight)
@@ -111,10 +174,7 @@ def consolidate(layers: list[Linear]) -> None:
 
 @contextlib.contextmanager
 def anchored(layers: Iterable[Linear]) -> Iterator[None]:
-    """Inside, the layers compute with their anchors: the model is the one that must not be forgotten.
-
-    Nothing is copied, and the anchors are those of the moment, whatever moved them. There is no graph.
-    """
+    """Inside, the layers compute with their anchor weights, without a window and without a graph. Nothing is copied."""
     with torch.no_grad(), contextlib.ExitStack() as stack:
         for layer in layers:
             linear = functools.partial(torch.nn.functional.linear, weight=layer.anchor, bias=layer.bias)
@@ -122,8 +182,11 @@ def anchored(layers: Iterable[Linear]) -> Iterator[None]:
         yield
 
 
-def grown(layer: Linear) -> Tensor:
-    """The importance that the trace stands for, (m, n), before normalisation: a new tensor."""
+def new_importance(layer: Linear) -> Tensor:
+    """The importance of the stream since the last consolidation, (m, n), before normalisation. A new tensor.
+
+    It is F / tokens; for SI (Zenke et al., 2017) relu(F / ((W - W*)^2 + xi)).
+    """
     trace = wide(layer, "trace")
     if layer.config.importance != "si":
         return trace / layer.tokens.clamp_min(1)
@@ -140,7 +203,7 @@ def mean_of(parts: Iterable[Tensor]) -> float:
 
 
 def _merge_recent(layer: Linear) -> None:
-    """Two uniform samples become one of their union: memory rows are replaced with the recent rows' share."""
+    """Let ``layer.memory`` become a uniform sample of what it and ``layer.recent`` were samples of."""
     capacity, old, new = layer.memory.shape[0], int(layer.seen), int(layer.recent_seen)
     sample = layer.recent[: min(new, layer.recent.shape[0])]
     # Seeded by the state, so that a rolled-back or loaded layer consolidates alike.
@@ -150,7 +213,7 @@ def _merge_recent(layer: Linear) -> None:
     if room:
         layer.memory[old : old + room] = sample[:room]
     if old + room < capacity:
-        layer.seen += room  # all of the sample is in, and nothing else: only filled rows may be drawn
+        layer.seen += room  # only rows that are filled count, as only those may be drawn
     else:
         rest = sample[room:]
         count = min(len(rest), round(capacity * (new - room) / (old + new)))
@@ -159,3 +222,6 @@ def _merge_recent(layer: Linear) -> None:
         layer.seen += new
     layer.recent.zero_()
     layer.recent_seen.zero_()
+
+
+grown = new_importance  # old name

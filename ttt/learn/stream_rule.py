@@ -1,8 +1,9 @@
-"""What a learning rule for streams of text is: `StreamRule`, and the `Chunk` that it is shown.
+"""`StreamRule`, the base class of rules for streams of text, and the `Chunk` that rules are shown.
 
-`ttt.Learner` reads chunk by chunk. Rules add terms to the loss of every chunk that teaches. Their graphs meet the
-chunk's own nowhere but at its logits, which are a leaf: so rows (x, delta) that a rule's own forward passes put through
-the layers are told from those of the chunk, and what a term says of the chunk's logits is added to its gradient.
+`ttt.Learner` reads chunk by chunk, and rules add terms to the loss of every chunk that teaches. A rule sees the chunk's
+logits as a leaf, so its graph and the chunk's own do not overlap. The rows (x, delta) of a rule's own forward passes
+are therefore collected apart from those of the chunk, and the gradient of its term at the logits is added to the
+chunk's.
 """
 
 from __future__ import annotations
@@ -14,47 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt.learn.huggingface import masked_inputs
+from ttt.learn.text import Segment, Span
 from ttt.nn import Capturing
 
 Pairs = list[tuple[Tensor, Tensor]]
 
 
-@dataclasses.dataclass(eq=False)
-class Segment:
-    """A text that is read with one context, from an empty one on. Equal to itself alone, so that it may be a key.
-
-    Attributes:
-        ids: (B, L) int64.
-        attend: (B, L) bool, False for padding; None where there is none.
-        teach: (B, L) bool, the tokens that may teach; None for all of them.
-        start: where it begins in the text given to `ttt.Learner.observe`.
-    """
-
-    ids: Tensor
-    attend: Tensor | None = None
-    teach: Tensor | None = None
-    start: int = 0
-
-    @classmethod
-    def of(cls, ids: Tensor, attend: Tensor | None, teach: Tensor | None, start: int, context: int) -> Segment:
-        """The segment at ``start`` of a text, all (B, T): ``context`` tokens at most, and the target of the last."""
-        span = slice(start, start + context + 1)
-        attend, teach = (None if mask is None else mask[:, span] for mask in (attend, teach))
-        return cls(ids[:, span], attend, teach, start)
-
-    def inputs(self, start: int, end: int) -> dict[str, Tensor]:
-        """The model's inputs for the tokens [start, end), beside the cache of those before."""
-        inputs = {"input_ids": self.ids[:, start:end]}
-        return inputs if self.attend is None else inputs | masked_inputs(self.attend[:, :end], end - start)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Chunk:
-    """T = end - start tokens that were scored and are being learnt from.
+    """T = end - start tokens of B sequences that were scored and are being learnt from.
 
     Attributes:
-        segment: what they are part of.
+        segment: the part of the text that they belong to.
         start, end: the tokens [start, end) of the segment were read; their targets are [start + 1, end + 1).
         logits: (B, T, V) float32 (float64 for a float64 model), from before learning. A leaf that requires grad.
         wanted: (B, T) bool, the targets that teach; None for all.
@@ -67,25 +39,25 @@ class Chunk:
     wanted: Tensor | None = None
 
     @classmethod
-    def of(cls, segment: Segment, start: int, end: int, logits: Tensor, wanted: Tensor | None) -> Chunk:
-        """A chunk around ``logits``, from whose graph its own are cut."""
+    def of(cls, span: Span, logits: Tensor, wanted: Tensor | None) -> Chunk:
+        """The chunk at ``span`` with a leaf made of ``logits`` (B, T, V)."""
         wide = logits.dtype if logits.dtype == torch.float64 else torch.float32
-        return cls(segment, start, end, logits.detach().to(wide).requires_grad_(), wanted)
+        return cls(span.segment, span.start, span.end, logits.detach().to(wide).requires_grad_(), wanted)
 
     @property
     def targets(self) -> Tensor:
-        """(B, T) int64: the tokens that ``logits`` foretell."""
+        """(B, T) int64: the tokens that ``logits`` predict."""
         return self.segment.ids[:, self.start + 1 : self.end + 1]
 
 
 class StreamRule:
-    """A way not to forget while reading. Rules compose: ``ttt.Learner(model, rules=[...])`` takes any number of them.
+    """A term of the loss, against forgetting while reading. ``ttt.Learner(model, rules=[...])`` takes any number.
 
-    One object serves one learner. What it remembers changes in `seen`, `consolidated`, `reset` and `load_state` alone:
-    a chunk that is rejected leaves it as it was. (The draws of what is replayed go on after a rejected chunk, lest one
-    bad sequence be drawn for ever.)
+    One object serves one learner. Its memory changes only in `seen`, `consolidated`, `reset` and `load_state`, so a
+    rejected chunk leaves it as it was. (Random draws do go on after a rejected chunk: otherwise a sequence that causes
+    the rejection would be drawn again and again.)
 
-    A rule's memory is part of `ttt.Learner.snapshot`, not of the files that `ttt.save` writes.
+    The memory is part of `ttt.Learner.snapshot`, but not of the files that `ttt.save` writes.
     """
 
     learner: Any = None
@@ -101,32 +73,32 @@ class StreamRule:
         self.learner = learner
 
     def term(self, chunk: Chunk) -> Tensor | None:
-        """A scalar term of the loss, summed over tokens; None for nothing.
+        """A scalar term of the loss, summed over tokens; None for no term.
 
-        Called in grad mode after the chunk was scored, before anything is learnt. What it sends through
-        ``learner.model`` is captured at the learning layers and learnt together with the chunk. A term that is not
-        finite rejects the chunk.
+        It is called in grad mode, after the chunk was scored and before anything is learnt. The learning layers learn
+        from the rule's own forward passes through ``learner.model`` together with the chunk. A term that is not finite
+        rejects the chunk.
         """
         return None
 
     def seen(self, chunk: Chunk) -> None:
-        """After the model learnt from ``chunk``."""
+        """Called after the model learnt from ``chunk``."""
 
     def consolidated(self) -> None:
-        """After anchors and importance have moved."""
+        """Called after `ttt.Learner.consolidate` changed anchors and importance."""
 
     def reset(self) -> None:
-        """After the model forgot the stream: the rule forgets it, too."""
+        """Forget the stream; called after the layers were reset."""
 
     def state(self) -> Any:
-        """A copy of what `load_state` goes back to, for `ttt.Learner.snapshot`."""
+        """A copy of the memory, as `load_state` takes it; for `ttt.Learner.snapshot`."""
         return None
 
     def load_state(self, state: Any) -> None:
-        """Go back to ``state``, to the bit; called after the layers went back, by `ttt.Learner.rollback`."""
+        """Go back to ``state`` exactly; called by `ttt.Learner.rollback` after the layers went back."""
 
     def tensors(self) -> Iterable[Tensor]:
-        """What the rule keeps between chunks, for counting bytes."""
+        """The tensors that the rule keeps between chunks, for counting bytes."""
         return ()
 
 
@@ -146,9 +118,9 @@ def check_rules(rules: Iterable[StreamRule]) -> list[StreamRule]:
 def backward_terms(
     rules: Sequence[StreamRule], chunk: Chunk, capturing: Capturing
 ) -> tuple[Tensor | None, list[Pairs]]:
-    """(the sum of the rules' terms, None for none; the pairs that its backward pass left at each layer).
+    """Propagate the rules' terms back: (their sum, None for no term; the (x, delta) pairs that each layer captured).
 
-    The gradient at the chunk's own logits is then in ``chunk.logits.grad``.
+    Afterwards the gradient at the chunk's own logits is in ``chunk.logits.grad``.
     """
     terms = [term for rule in rules if (term := rule.term(chunk)) is not None]
     total = torch.stack(terms).sum() if terms else None
@@ -158,9 +130,13 @@ def backward_terms(
 
 
 def joined(own: Pairs, trace: Pairs | None, rows: Tensor | None, replayed: Pairs) -> tuple[Pairs, Any, Any]:
-    """The arguments of `ttt.nn.Linear.update_from` for a chunk's ``own`` rows and the ``replayed``, in this order.
+    """The arguments of `ttt.nn.Linear.update_from` for one layer: a chunk's ``own`` rows, then the ``replayed`` ones.
 
-    ``rows`` masks the chunk's alone. Replayed rows have no part in a trace that has gradients of its own (MAS).
+    Args:
+        own: captured in the backward pass of the chunk's loss.
+        trace: captured in that of the trace's own loss (MAS), in which replayed rows have gradients of 0; or None.
+        rows: (T,) bool, the chunk's rows that may teach; None for all. Replayed rows always may.
+        replayed: captured in the backward pass of the rules' terms.
     """
     if rows is not None:
         rows = torch.cat([rows, *(rows.new_ones(len(x)) for x, _ in replayed)])

@@ -2,8 +2,9 @@
 
 from ttt._renamed import old_names
 from ttt.nn.capture import Capturing
-from ttt.nn.linear import Linear, Update
+from ttt.nn.linear import Linear
 from ttt.nn.low_rank import LowRankLinear
+from ttt.nn.update import Update
 
 __all__ = ["Capturing", "Linear", "LowRankLinear", "Update"]
 

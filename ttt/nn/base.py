@@ -33,10 +33,12 @@ class Adapted(torch.nn.Linear):
     """
 
     transposed = False
+    released = False  # True once `ttt.restore_` has put the original module back: the layer must not learn any more
     memory: Tensor
     seen: Tensor
     basis: Tensor
     _binding: Any = None  # addresses of the tensors, for the C++ kernels; made by `ttt.nn.cpu_binding.binding_of`
+    torn = ""  # names the write to several layers that ended half-way at this layer or beside it; usually empty
 
     def __init__(
         self,

@@ -86,6 +86,8 @@ class Binding(_Direct):
             return None
         if not (self._plain(x) and self._plain(delta) and self._plain(eta, torch.float32)):
             return None
+        if update.moments is not None and update.moments.shape != (3,):
+            return None
         if self.traces:
             trace_delta = delta if update.trace_delta is None else update.trace_delta
             if trace_delta.shape != delta.shape or not self._plain(trace_delta):
@@ -166,7 +168,7 @@ def binding_of(layer) -> Any:
     if torch.compiler.is_compiling() or _dispatch_modes():
         return None
     weight = layer._parameters["weight"]
-    if type(weight) is not torch.nn.Parameter or not weight.is_cpu:
+    if type(weight) is not torch.nn.Parameter:
         return None
     binding = layer._binding
     if (
@@ -174,5 +176,7 @@ def binding_of(layer) -> Any:
         or binding.address != weight.data_ptr()
         or ((bias := binding.bound_bias) is not None and bias.data_ptr() != binding.bias_address)
     ):
+        if not weight.is_cpu:
+            return None
         binding = layer._binding = layer._bind()
     return binding if binding.kernels is not None else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -15,29 +14,9 @@ from ttt.nn.graph_steps import WindowCounter
 from ttt.nn.rates import STREAM, count_, rates
 from ttt.nn.replay_rows import gather_replay_rows
 from ttt.nn.state import StatefulLinear
+from ttt.nn.update import Update
 from ttt.ops.arguments import CommitArguments
 from ttt.ops.gate import advance
-
-
-@dataclasses.dataclass
-class Update:
-    """What one layer can learn from one backward pass of T rows.
-
-    Attributes:
-        x: (T, n), inputs, in the dtype of the weight.
-        delta: (T, m), gradients of the summed loss at the layer's output, in the same dtype.
-        eta: (T,), steps; float32 (float64 for float64 weights).
-        trace_delta: (T, m), the gradients that the trace uses (MAS); None: ``delta``.
-        finite: () bool, whether all of it can be learnt from.
-        moments: (3,) float64, what the rows add to the layer's ``moments``; None if ``rate`` is "constant".
-    """
-
-    x: Tensor
-    delta: Tensor
-    eta: Tensor
-    trace_delta: Tensor | None
-    finite: Tensor
-    moments: Tensor | None = None
 
 
 class _Capture(torch.autograd.Function):
@@ -204,12 +183,39 @@ class Linear(StatefulLinear):
             gate: (1,) int64, for capturable layers only: if it is 0, nothing changes. The host does not wait for it.
 
         Raises:
-            ValueError: if the layer is capturable for steps of another number of rows, or ``gate`` is given and it is
-                not capturable. Nothing has changed then.
-            RuntimeError: if the layer's tensors cannot be written; see `require_writable`. Nothing has changed then.
+            ValueError, TypeError, RuntimeError: as `check_update`. Nothing has changed then.
         """
-        count = update.x.shape[0]
-        counter = self._counter
+        counter, count = self._counter, update.x.shape[0]
+        learns = count > 0 and self.config.lr != 0
+        if (
+            learns
+            and counter is None
+            and gate is None
+            and (binding := binding_of(self)) is not None
+            and (pending := binding.learn(update, self._pending)) is not None
+        ):
+            self._pending = pending
+        else:
+            self.check_update(update, gate)
+            if not learns:
+                return
+            if counter is None:
+                self._learn(update, count)
+            else:
+                self._learn_step(update, gate, counter)
+        if update.moments is not None and self.moments is not None:
+            count_(self.moments[STREAM], update.moments, None if gate is None else gate != 0)
+
+    def check_update(self, update: Update, gate: Tensor | None = None) -> None:
+        """Check that `learn` can take ``update`` and ``gate``. Nothing is written.
+
+        Raises:
+            ValueError: if the layer is capturable for steps of another number of rows, if ``gate`` is given and the
+                layer is not capturable, or if a tensor of ``update`` has a wrong shape.
+            TypeError: if a tensor of ``update`` has a wrong dtype.
+            RuntimeError: if the layer's tensors cannot be written; see `require_writable`.
+        """
+        counter, count = self._counter, update.x.shape[0]
         if counter is not None and count != counter.rows:
             raise ValueError(
                 f"{self.name or 'the layer'} is capturable for steps of {counter.rows} rows, got {count}; "
@@ -217,16 +223,8 @@ class Linear(StatefulLinear):
             )
         if counter is None and gate is not None:
             raise ValueError("gate needs a capturable layer; call capturable_(rows) first")
-        if count == 0 or self.config.lr == 0:
-            return
-        if counter is not None:
-            self._learn_step(update, gate, counter)
-        elif (binding := binding_of(self)) is not None and (rows := binding.learn(update, self._pending)) is not None:
-            self._pending = rows
-        else:
-            self._learn(update, count)
-        if update.moments is not None and self.moments is not None:
-            count_(self.moments[STREAM], update.moments, None if gate is None else gate != 0)
+        self.require_writable()
+        update.check_fits(self.weight, self.win_eta.dtype)
 
     def _trace_gradients(self, update: Update) -> Tensor | None:
         """The rows of ``update`` for ``win_trace``, if there is one."""
@@ -237,7 +235,6 @@ class Linear(StatefulLinear):
     @torch.no_grad()
     def _learn(self, update: Update, count: int) -> None:
         """`learn` through the ops, for layers that are not capturable."""
-        self.require_writable()
         p, c = self._pending, self.config.window
         traced = self._trace_gradients(update)
         if self.recent is not None:
@@ -263,7 +260,6 @@ class Linear(StatefulLinear):
     @torch.no_grad()
     def _learn_step(self, update: Update, gate: Tensor | None, counter: WindowCounter) -> None:
         """`learn` of a capturable layer: the host neither knows nor waits for the number of rows in the window."""
-        self.require_writable()
         if self.recent is not None:
             ops.reservoir_insert(self.recent, self.recent_seen, update.x, seed=self.seed, gate=gate)
         x = project_inputs(update.x, self.basis)

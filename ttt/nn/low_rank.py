@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ttt.ops.reference import _wide
 
 PER_ROW = ("a", "b")
 PER_SLOT = ("eta_sum", "lost", "step")
+MOST_STEPS = {"eta_sum": float("inf"), "lost": float("inf"), "step": 2**62}
 
 
 class Routing:
@@ -26,19 +28,25 @@ class Routing:
     def __init__(self) -> None:
         self.slots: Tensor | None = None
         self._tokens: dict[int, Tensor] = {}
+        self._thread = 0
 
     def set(self, slots: Tensor | None) -> None:
         """Route row i to slot ``slots[i]`` (B,) int32, where -1 stands for the base model; None: all rows to it."""
-        self.slots, self._tokens = slots, {}
+        self.slots, self._tokens, self._thread = slots, {}, threading.get_ident()
 
     def tokens(self, x: Tensor) -> Tensor | None:
         """(T,) int32: the slot of each token of ``x`` (B, ..., n).
 
         Raises:
             ValueError: if ``x`` has another number of rows.
+            RuntimeError: if another thread has named the users.
         """
         if self.slots is None:
             return None
+        if not torch.compiler.is_compiling() and self._thread != threading.get_ident() and not _in_backward():
+            raise RuntimeError(
+                "the users of this model were named in another thread; one thread at a time may use a model with users"
+            )
         batch = self.slots.numel()
         if x.ndim < 2 or x.shape[0] != batch:
             raise ValueError(f"x must have shape ({batch}, ..., n) for {batch} users, got {tuple(x.shape)}")
@@ -46,6 +54,11 @@ class Routing:
         if each not in self._tokens:
             self._tokens[each] = self.slots.repeat_interleave(each)
         return self._tokens[each]
+
+
+def _in_backward() -> bool:
+    """Whether autograd runs a backward pass here: checkpointed layers are computed again in its own threads."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class _Capture(torch.autograd.Function):
@@ -152,6 +165,7 @@ class LowRankLinear(Adapted):
             raise ValueError("config.per_user must be a ttt.LowRank, got None")
         self.low_rank = config.per_user
         self.routing = Routing()
+        self.strengths: dict[int, float] = {}  # of the protection, by slot, where it is not 1 (`UserGuards`)
         super()._build(config, name)
 
     def _bind(self) -> LowRankBinding:
@@ -232,7 +246,8 @@ class LowRankLinear(Adapted):
             ValueError, TypeError: as `ttt.ops.low_rank_append`.
             RuntimeError: as `ttt.ops.low_rank_compress`. Tokens before the failing compression have been learnt.
         """
-        binding = binding_of(self)
+        # The bound kernels compress all slots with one strength.
+        binding = binding_of(self) if not self.strengths else None
         if binding is None or not binding.learn(x, delta, eta, users):
             self._learn(x, delta, eta, users)
 
@@ -271,16 +286,25 @@ class LowRankLinear(Adapted):
             return
         slots = torch.where(chosen, torch.arange(len(chosen), device=chosen.device), -1)
         state = self.a, self.b, self.rows, self.eta_sum, self.lost, self.step
-        ops.low_rank_compress(*state, slots, **self.compress_options())
+        if not self.strengths:
+            ops.low_rank_compress(*state, slots, **self.compress_options())
+            return
+        strengths = [self.strengths.get(slot, 1.0) for slot in range(len(slots))]
+        own = torch.tensor(strengths, dtype=torch.float64, device=slots.device)
+        for strength in sorted(set(strengths)):
+            group = torch.where(own == strength, slots, -1)
+            if not group.is_cpu or bool((group >= 0).any()):
+                ops.low_rank_compress(*state, group, **self.compress_options(strength))
 
-    def compress_options(self) -> dict[str, Any]:
-        """Keyword arguments of `ttt.ops.low_rank_compress`."""
+    def compress_options(self, strength: float = 1.0) -> dict[str, Any]:
+        """Keyword arguments of `ttt.ops.low_rank_compress`, with the protection ``strength`` times the configured."""
         c = self.config
         memory, seen = (self.memory, self.seen) if c.replay_rows else (None, None)
         return {
-            "rank": self.low_rank.rank, "lam": c.ewc_lambda,
+            "rank": self.low_rank.rank, "lam": c.ewc_lambda * strength,
             "importance_m": self.importance_m, "importance_n": self.importance_n, "memory": memory, "seen": seen,
-            "seed": self.seed, "replay_rows": c.replay_rows, "beta": c.replay_beta,
+            "seed": self.seed, "replay_rows": c.replay_rows,
+            "beta": max(c.replay_beta, min(c.replay_beta * strength, 1.0)),  # 1: the full projection
             "eps": c.replay_eps,
         }  # fmt: skip
 
@@ -291,21 +315,25 @@ class LowRankLinear(Adapted):
         return PER_SLOT if self.moments is None else (*PER_SLOT, "moments")
 
     def slot_state(self, slot: int) -> dict[str, Tensor]:
-        """Copies of all that one slot holds: ``a`` (rows, n), ``b`` (rows, m), (1,) each of the counters, and unless
-        ``rate`` is "constant" ``moments`` (1, 3)."""
+        """Copies of a slot's tensors: ``a`` (rows, n), ``b`` (rows, m), ``eta_sum``, ``lost`` and ``step`` (1,), and
+        unless ``rate`` is "constant" ``moments`` (1, 3)."""
         held = int(self.rows[slot])
         state = {name: getattr(self, name)[slot, :held].clone() for name in PER_ROW}
         return state | {name: getattr(self, name)[slot : slot + 1].clone() for name in self._per_slot}
 
     def check_slot_state(self, state: dict[str, Any]) -> None:
-        """Raise ValueError or TypeError unless ``state`` is one that `load_slot` can take.
+        """Raise ValueError or TypeError unless `load_slot` can load ``state``. Nothing is written.
 
-        It may lack ``moments``, as where the user learnt at a constant rate: they are zeros then.
+        ``moments`` may be missing, for a user who learnt at a constant rate; they are loaded as zeros.
         """
         allowed = {*PER_ROW, *self._per_slot}
         if not {*PER_ROW, *PER_SLOT} <= set(state) <= allowed:
             why = f" (rate is {self.config.rate!r})" if "moments" in state and self.moments is None else ""
             raise ValueError(f"{self.name} needs the tensors {sorted(allowed)}{why}, got {sorted(state)}")
+        for name, value in state.items():
+            if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
+                kind = f"a {value.layout} tensor" if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(f"{self.name}.{name} must be a dense tensor with data, got {kind}")
         held = state["a"].shape[0] if state["a"].ndim else 0
         if held > self.low_rank.capacity:
             raise ValueError(f"{self.name}.a must have at most {self.low_rank.capacity} rows, got {held}")
@@ -318,12 +346,28 @@ class LowRankLinear(Adapted):
                 raise TypeError(f"{self.name}.{name} must be {live.dtype}, got {value.dtype}")
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{self.name}.{name} must be finite")
-            if name == "moments" and float(value.min()) < 0:
-                raise ValueError(f"{self.name}.moments must be sums of squares, got {value.tolist()}")
+        counters = {name: value.flatten().tolist() for name, value in state.items() if name not in PER_ROW}
+        for name in PER_SLOT:
+            (value,) = counters[name]
+            if not 0 <= value < MOST_STEPS[name]:
+                raise ValueError(f"{self.name}.{name} must be in [0, {MOST_STEPS[name]}), got {value}")
+        if held == 0 and counters["eta_sum"] != [0.0]:
+            raise ValueError(f"{self.name}.eta_sum must be 0 for a slot without rows, got {counters['eta_sum'][0]}")
+        if counters["step"] == [0] and counters["lost"] != [0.0]:
+            raise ValueError(f"{self.name}.lost must be 0 before the first compression, got {counters['lost'][0]}")
+        if "moments" in counters:
+            energy, square, tokens = counters["moments"]
+            if min(energy, square, tokens) < 0:
+                raise ValueError(f"{self.name}.moments must be sums of squares, got {state['moments'].tolist()}")
+            if not tokens.is_integer() or (tokens == 0 and (energy > 0 or square > 0)):
+                raise ValueError(
+                    f"{self.name}.moments must end in a number of tokens, with sums of 0 if it is 0, "
+                    f"got {state['moments'].tolist()}"
+                )
 
     @torch.no_grad()
     def load_slot(self, slot: int, state: dict[str, Tensor]) -> None:
-        """Give a slot what `slot_state` returned, to the bit; the caller checks."""
+        """Write a state that `slot_state` returned into a slot, bit for bit. The caller checks it first."""
         self.clear_slot(slot)
         held = state["a"].shape[0]
         for name, value in state.items():
@@ -332,7 +376,7 @@ class LowRankLinear(Adapted):
 
     @torch.no_grad()
     def clear_slot(self, slot: int) -> None:
-        """Zero the slot's memory, all of it: what a user said must not stay."""
+        """Fill all of a slot's memory with zeros, so that nothing that a user wrote stays."""
         for name in (*PER_ROW, *self._per_slot, "rows"):
             getattr(self, name)[slot].zero_()
 

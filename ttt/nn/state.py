@@ -140,7 +140,7 @@ class StatefulLinear(Adapted):
                 if value.is_floating_point() or value.is_complex():
                     raise ValueError(f"{name} of {self.name or 'the layer'} must hold an integer, got {value.dtype}")
                 if name == "pending":
-                    self._check_pending(int(value))
+                    self.check_pending(int(value))
                 elif not 0 <= int(value) <= _MAX_COUNT:
                     raise ValueError(
                         f"{name} of {self.name or 'the layer'} must be in [0, {_MAX_COUNT}], got {int(value)}"
@@ -161,6 +161,8 @@ class StatefulLinear(Adapted):
                 self.pending = int(value)
             else:
                 self._overwrite(name, value)
+        if state.keys() >= self.state().keys():
+            self.torn = ""
 
     def _overwrite(self, name: str, value: Tensor) -> None:
         """Copy ``value`` into the live tensor ``name``. If that is shared and equal already, it stays shared."""
@@ -247,6 +249,7 @@ class StatefulLinear(Adapted):
         if self.moments is not None:
             self.moments[STREAM].zero_()
         self.pending = 0
+        self.torn = ""
 
     # -- Gaussians of the inputs, if ``generated_rows`` > 0 ---------------------------------------------------
 
@@ -299,13 +302,14 @@ class StatefulLinear(Adapted):
 
     @pending.setter
     def pending(self, rows: int) -> None:
-        self._check_pending(rows)
+        self.check_pending(rows)
         if self._counter is None:
             self._pending = rows
         else:
             self._counter.pending = rows
 
-    def _check_pending(self, rows: int) -> None:
+    def check_pending(self, rows: int) -> None:
+        """Raise ValueError unless ``pending`` can be set to ``rows``."""
         window, counter = self.config.window, self._counter
         if not isinstance(rows, int) or isinstance(rows, bool) or not 0 <= rows <= window:
             raise ValueError(

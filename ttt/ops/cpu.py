@@ -9,6 +9,7 @@ import torch
 from ttt.ops import reference, schema
 from ttt.ops.arguments import CommitArguments
 from ttt.ops.backends import record, unavailable
+from ttt.ops.build_report import why_not_built
 from ttt.ops.gate import closed
 
 # torch comes first: it brings the OpenMP runtime that the extension then shares.
@@ -16,7 +17,7 @@ try:
     from ttt import _C  # type: ignore[attr-defined]
 except ImportError as error:
     _C = None
-    unavailable["cpu"] = f"the C++ extension ttt._C cannot be imported ({error}); reinstall with a C++ compiler"
+    unavailable["cpu"] = why_not_built(error)
 
 ISA_VARIABLE = "TTT_CPU_ISA"
 if _C is not None and os.environ.get(ISA_VARIABLE):
@@ -105,10 +106,9 @@ def bind_layer(layer):
         0 if recent is None else recent.shape[0], 0 if layer.basis is None else len(layer.basis),
         layer.seed & _MASK64, _DTYPE[weight.dtype],
     )  # fmt: skip
-    if not layer.assembles:
-        bound.prepare(
-            _bound_commit(layer.commit_arguments(layer.win_x, layer.win_delta, layer.win_eta, layer.win_trace))
-        )
+    if not layer.mixes_replay_sources:
+        window = layer.win_x, layer.win_delta, layer.win_eta, layer.win_trace
+        bound.prepare(_bound_commit(layer.commit_arguments(*window)))
     return bound
 
 
@@ -159,7 +159,7 @@ def _bound_commit(c: CommitArguments):
         m=m,
         n=n,
         tokens=c.eta.numel(),
-        capacity=c.memory.shape[0] if c.replay_rows else 0,
+        capacity=c.memory.shape[0] if c.memory is not None and c.replay_rows else 0,
         replay_rows=c.replay_rows,
         trace_every=c.trace_every,
         seed=c.seed & _MASK64,

@@ -1,1 +1,1 @@
-"""Weights of every user's own: the pool that gives users their slots, and what protects all of them alike."""
+"""Low-rank weights for each user: the pool of slots, the protections that all users share, and a guard per user."""

@@ -1,10 +1,12 @@
-"""Who has which slot of a model's `ttt.nn.LowRankLinear` layers."""
+"""Assignment of users to the slots of a model's `ttt.nn.LowRankLinear` layers."""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,23 +14,55 @@ from torch import Tensor, nn
 from ttt.nn.low_rank import LowRankLinear, Routing
 
 State = dict[str, Tensor]
-_POOL = "_ttt_pool"  # on the model, beside its modules and parameters
+_POOL = "_ttt_pool"  # attribute of the model, beside its modules and parameters
+_ENTRY = threading.Lock()  # held while a pool's thread is looked up and set; not in the pool, which can be copied
+
+
+class Companion(Protocol):
+    """State beside the layers that a `Pool` keeps for users in a slot, such as `ttt.per_user.guards.UserGuards`."""
+
+    prefix: str
+    """Its tensors are ``{prefix}.{name}`` in a user's state."""
+
+    def before_evict(self, user: Hashable) -> None:
+        """Called before ``user``, who has a slot, is evicted; may change the user's weights."""
+
+    def pace(self, slots: Tensor, nll: Tensor, targets: Tensor, bad: Tensor) -> Tensor:
+        """Called with each chunk that users learn from; (S,) factors of their steps. See `UserGuards.pace`."""
+
+    def check_due(self) -> list[Hashable]:
+        """Called after each chunk that users have learnt from; may change their weights."""
+
+    def export(self, user: Hashable) -> State:
+        """The companion's tensors for ``user``, by name."""
+
+    def check_state(self, state: State) -> object:
+        """Raise ValueError or TypeError unless ``state``, which may be empty, can be loaded."""
+
+    def load(self, user: Hashable, state: State) -> None:
+        """Start with a user whose layers have just been loaded; ``state`` is empty for a new user."""
+
+    def forget(self, user: Hashable) -> None:
+        """Drop everything kept for ``user``."""
 
 
 class Pool:
-    """The users of one model: names to slots. A user who is not here yet gets a slot when first named.
+    """Assigns users to the slots of one model. A user without a slot gets one when first named.
 
-    With every slot taken, the user who was not named for the longest time is evicted. What a user learnt is a plain
-    dict of tensors, ``{"LAYER.a": (rows, n), "LAYER.b": (rows, m), "LAYER.eta_sum": (1,), ...}``, which goes to
-    ``on_evict`` then, and comes from ``on_miss`` when the user is named again. Not for several threads at a time.
+    If all slots are taken, the user who was not named for the longest time is evicted. A user's state is a plain dict
+    of tensors, ``{"LAYER.a": (rows, n), "LAYER.b": (rows, m), "LAYER.eta_sum": (1,), ...}``. It is passed to
+    ``on_evict`` at eviction, and taken from ``on_miss`` when the user is named again.
+
+    Only one thread at a time may use a pool, or the model inside `using`: a second one gets a RuntimeError.
 
     Args:
-        layers: the model's learning layers, by name; all of one `ttt.LowRank`.
+        layers: the model's learning layers, by name, all with the same `ttt.LowRank`.
 
     Attributes:
         on_evict: called with (user, state) before a slot is given to another user; if it raises, nothing changes.
             None: what an evicted user learnt is lost.
-        on_miss: called with a user who has no slot; returns a state, or None for one who begins with the base model.
+        on_miss: called with a user who has no slot; returns a state, or None for a user who starts from the base model.
+        companion: keeps further state for every user in a slot; None for nothing.
     """
 
     def __init__(self, layers: dict[str, LowRankLinear]) -> None:
@@ -39,17 +73,19 @@ class Pool:
         self.slots = next(iter(layers.values())).low_rank.slots
         self.on_evict: Callable[[Hashable, State], None] | None = None
         self.on_miss: Callable[[Hashable], State | None] | None = None
+        self.companion: Companion | None = None
         self.routing = Routing()
         for layer in self.layers.values():
             layer.routing = self.routing
-        self._slot: OrderedDict[Hashable, int] = OrderedDict()  # the user named last stands last
+        self._slot: OrderedDict[Hashable, int] = OrderedDict()  # in the order in which users were last named
         self._in_use: Counter[Hashable] = Counter()
+        self._thread, self._depth = 0, 0  # the thread that uses the pool, and how many of its calls are nested
 
     # -- slots ----------------------------------------------------------------------------------------------------
 
     @property
     def users(self) -> tuple[Hashable, ...]:
-        """Those who have a slot; who was named last stands last."""
+        """The users who have a slot, in the order in which they were last named."""
         return tuple(self._slot)
 
     def slot(self, user: Hashable) -> int:
@@ -63,54 +99,64 @@ class Pool:
         return self._slot[user]
 
     def open(self, user: Hashable) -> int:
-        """The user's slot, one for a new or returning user if need be.
+        """The user's slot; a user without one gets one, with the state that ``on_miss`` returns.
 
         Raises:
-            ValueError: if ``user`` is None, or what ``on_miss`` returned does not fit the layers.
-            RuntimeError: if all slots belong to users of the present batch.
+            ValueError, TypeError: if ``user`` is None, or what ``on_miss`` returned does not fit the layers.
+            RuntimeError: if all slots belong to users of the current batch, or another thread uses the pool.
         """
         if user is None:
             raise ValueError("user must be the name of a user, got None, which stands for the base model")
-        if user not in self._slot:
-            state = self.on_miss(user) if self.on_miss is not None else None
-            if state is not None:
-                self._check(user, state)
-            slot = self._free()
-            self._place(user, slot, state)
-        self._slot.move_to_end(user)
-        return self._slot[user]
+        with self._one_thread():
+            if user not in self._slot:
+                state = self.on_miss(user) if self.on_miss is not None else None
+                if state is not None:
+                    self._check(user, state)
+                slot = self._free()
+                self._place(user, slot, state)
+            self._slot.move_to_end(user)
+            return self._slot[user]
 
     def evict(self, user: Hashable | None = None) -> Hashable:
-        """Take the slot of ``user`` (None: of the one not named for the longest time) after ``on_evict`` has the state.
+        """Free the slot of ``user`` after passing the state to ``on_evict``. None: of the user least recently named.
 
         Returns:
-            Who was evicted.
+            The user who was evicted.
 
         Raises:
-            KeyError: if ``user`` has no slot, or nobody has. RuntimeError: while the user's rows are being computed.
+            KeyError: if ``user`` has no slot, or nobody has.
+            RuntimeError: while the user's rows are being computed, or if another thread uses the pool.
         """
-        if user is None:
-            idle = (u for u in self._slot if not self._in_use[u])
-            user = next(idle, None)
+        with self._one_thread():
             if user is None:
-                raise KeyError("no user can be evicted: none has a slot, or all are in use")
-        self._idle(user)
-        if self.on_evict is not None:
-            self.on_evict(user, self.export(user))
-        self.forget(user)
-        return user
+                idle = (u for u in self._slot if not self._in_use[u])
+                user = next(idle, None)
+                if user is None:
+                    raise KeyError("no user can be evicted: none has a slot, or all are in use")
+            self._idle(user)
+            if self.companion is not None:
+                self.companion.before_evict(user)
+            if self.on_evict is not None:
+                self.on_evict(user, self.export(user))
+            self.forget(user)
+            return user
 
     def forget(self, user: Hashable) -> None:
-        """Free the slot of ``user`` and zero its memory; ``on_evict`` is not called. Nothing if there is no slot.
+        """Free the slot of ``user`` and fill its memory with zeros, without calling ``on_evict``.
+
+        A user without a slot is ignored.
 
         Raises:
-            RuntimeError: while the user's rows are being computed.
+            RuntimeError: while the user's rows are being computed, or if another thread uses the pool.
         """
-        if user in self._slot:
-            self._idle(user)
-            slot = self._slot.pop(user)
-            for layer in self.layers.values():
-                layer.clear_slot(slot)
+        with self._one_thread():
+            if user in self._slot:
+                self._idle(user)
+                slot = self._slot.pop(user)
+                for layer in self.layers.values():
+                    layer.clear_slot(slot)
+                if self.companion is not None:
+                    self.companion.forget(user)
 
     def forget_all(self) -> None:
         """`forget` every user."""
@@ -120,32 +166,49 @@ class Pool:
     # -- state ------------------------------------------------------------------------------------------------------
 
     def export(self, user: Hashable) -> State:
-        """A copy of all that ``user`` learnt, as `load` takes it.
+        """A copy of everything that ``user`` has learnt, which `load` accepts.
 
         Raises:
-            KeyError: if ``user`` has no slot.
+            KeyError: if ``user`` has no slot. RuntimeError: if another thread uses the pool.
         """
-        slot = self.slot(user)
-        return {f"{name}.{key}": t for name, layer in self.layers.items() for key, t in layer.slot_state(slot).items()}
+        with self._one_thread():
+            state = self._export_layers(user)
+            if self.companion is not None:
+                own = self.companion.export(user)
+                state |= {f"{self.companion.prefix}.{key}": t for key, t in own.items()}
+            return state
 
     def load(self, user: Hashable, state: State) -> int:
-        """Give ``user`` a state that `export` returned, to the bit, in a slot of theirs; ``on_miss`` is not asked.
+        """Give ``user`` a slot with a ``state`` that `export` returned, bit for bit; ``on_miss`` is not called.
 
         Returns:
             The slot.
 
         Raises:
-            ValueError, TypeError: if the state does not fit the layers. RuntimeError: while the user's rows are being
-                computed, or if there is no slot to be had. Nothing has changed then.
+            ValueError, TypeError: if the state does not fit the layers.
+            RuntimeError: while the user's rows are being computed, if no slot is free, or if another thread uses the
+                pool. Nothing has changed in any of these cases.
         """
         if user is None:
             raise ValueError("user must be the name of a user, got None, which stands for the base model")
-        self._check(user, state)
-        if user in self._slot:
-            self._idle(user)
-        self._place(user, self._slot[user] if user in self._slot else self._free(), state)
-        self._slot.move_to_end(user)
-        return self._slot[user]
+        with self._one_thread():
+            self._check(user, state)
+            if user in self._slot:
+                self._idle(user)
+            self._place(user, self._slot[user] if user in self._slot else self._free(), state)
+            self._slot.move_to_end(user)
+            return self._slot[user]
+
+    def restore_layers(self, user: Hashable, state: State) -> None:
+        """Write a state that `copy_layers` returned into the slot of ``user``; nothing else changes."""
+        with self._one_thread():
+            for name, layer in self.layers.items():
+                layer.load_slot(self.slot(user), _part(state, name))
+
+    def copy_layers(self, user: Hashable) -> State:
+        """A copy of what the layers hold for ``user``: `export` without the companion's tensors."""
+        with self._one_thread():
+            return self._export_layers(user)
 
     def lost(self, user: Hashable) -> dict[str, float]:
         """By layer: a bound on the Frobenius norm of what compression dropped of the user's weights so far."""
@@ -163,33 +226,72 @@ class Pool:
 
         Raises:
             ValueError: for no users, or more than there are slots; nothing has changed then.
+            RuntimeError: if another thread uses the pool; nothing has changed then.
         """
         named = list(dict.fromkeys(u for u in users if u is not None))
         if isinstance(users, (str, bytes)) or not len(users):
             raise ValueError(f"users must be a list with a user or None for each row of the batch, got {users!r}")
         if len(named) > self.slots:
             raise ValueError(f"users names {len(named)} users, but the model was adapted for {self.slots} at a time")
-        self._in_use.update(named)  # so that none makes room for another
-        before = self.routing.slots
-        try:
-            slots = [-1 if u is None else self.open(u) for u in users]
-            held = torch.tensor(slots, dtype=torch.int32, device=next(iter(self.layers.values())).rows.device)
-            self.routing.set(held)
-            yield held
-        finally:
-            self.routing.set(before)
-            self._in_use.subtract(named)
-            self._in_use = +self._in_use
+        with self._one_thread():
+            self._in_use.update(named)  # so that no user of the batch is evicted for another one
+            try:
+                with self._routed([-1 if u is None else self.open(u) for u in users]) as slots:
+                    yield slots
+            finally:
+                self._in_use.subtract(named)
+                self._in_use = +self._in_use
+
+    @contextlib.contextmanager
+    def reading(self, user: Hashable | None, rows: int) -> Iterator[None]:
+        """Inside, all ``rows`` rows of a batch go through the model with the weights of ``user``, who has a slot, or of
+        the base model (None).
+
+        Unlike `using` this does not count as naming the user, so the order of eviction stays as it is.
+
+        Raises:
+            KeyError: if ``user`` has no slot. RuntimeError: if another thread uses the pool.
+        """
+        with self._one_thread(), self._routed([-1 if user is None else self.slot(user)] * rows):
+            yield
 
     # -- inner --------------------------------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def _one_thread(self) -> Iterator[None]:
+        """Raise RuntimeError if another thread is inside; the same thread may enter several times."""
+        me = threading.get_ident()
+        with _ENTRY:
+            if self._depth and self._thread != me:
+                raise RuntimeError(
+                    "another thread uses this pool of users; one thread at a time may call it, or compute inside "
+                    "ttt.users(...) and Learner.observe: serialise the calls with a lock"
+                )
+            self._thread, self._depth = me, self._depth + 1
+        try:
+            yield
+        finally:
+            with _ENTRY:
+                self._depth -= 1
+
+    @contextlib.contextmanager
+    def _routed(self, slots: list[int]) -> Iterator[Tensor]:
+        before = self.routing.slots
+        routed = torch.tensor(slots, dtype=torch.int32, device=next(iter(self.layers.values())).rows.device)
+        self.routing.set(routed)
+        try:
+            yield routed
+        finally:
+            self.routing.set(before)
+
     def _idle(self, user: Hashable) -> None:
+        """Raise unless ``user`` has a slot and is not part of the current batch."""
         self.slot(user)
         if self._in_use[user]:
             raise RuntimeError(f"user {user!r} is in use; leave ttt.users(...) first")
 
     def _free(self) -> int:
-        """A slot that nobody has."""
+        """A free slot, after an eviction if necessary."""
         if len(self._slot) == self.slots:
             if all(self._in_use[u] for u in self._slot):
                 raise RuntimeError(f"all {self.slots} slots belong to users of the present batch")
@@ -201,18 +303,30 @@ class Pool:
             for name, layer in self.layers.items():
                 layer.load_slot(slot, _part(state, name))
         self._slot[user] = slot
+        if self.companion is not None:
+            self.companion.load(user, _part(state or {}, self.companion.prefix))
 
     def _check(self, user: Hashable, state: State) -> None:
-        names = {f"{name}.{key}" for name, layer in self.layers.items() for key in _part(state, name)}
+        """Raise ValueError or TypeError unless ``state`` fits the layers and the companion. Nothing is written."""
+        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+            raise TypeError(f"the state of user {user!r} must be a dict of tensors by name, got {type(state).__name__}")
+        prefixes = [*self.layers, *([] if self.companion is None else [self.companion.prefix])]
+        names = {f"{prefix}.{key}" for prefix in prefixes for key in _part(state, prefix)}
         if names != set(state):
             raise ValueError(f"the state of user {user!r} has tensors of other layers: {sorted(set(state) - names)}")
         for name, layer in self.layers.items():
             layer.check_slot_state(_part(state, name))
+        if self.companion is not None:
+            self.companion.check_state(_part(state, self.companion.prefix))
+
+    def _export_layers(self, user: Hashable) -> State:
+        slot = self.slot(user)
+        return {f"{name}.{key}": t for name, layer in self.layers.items() for key, t in layer.slot_state(slot).items()}
 
 
-def _part(state: State, layer: str) -> State:
-    """What ``state`` holds of one layer, by the tensors' own names."""
-    return {k[len(layer) + 1 :]: t for k, t in state.items() if k.rpartition(".")[0] == layer}
+def _part(state: State, prefix: str) -> State:
+    """The tensors of one layer, or of the companion, by their own names."""
+    return {k[len(prefix) + 1 :]: t for k, t in state.items() if k.rpartition(".")[0] == prefix}
 
 
 def pool_of(model: nn.Module) -> Pool:
@@ -231,7 +345,7 @@ def pool_of(model: nn.Module) -> Pool:
 
 
 def has_pool(model: nn.Module) -> bool:
-    """Whether `pool_of` finds one."""
+    """Whether the model was adapted with ``TTTConfig(users=...)``."""
     return getattr(model, _POOL, None) is not None
 
 
@@ -241,13 +355,13 @@ def attach(model: nn.Module, layers: dict[str, LowRankLinear]) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Take it away again."""
+    """Remove the pool from ``model``."""
     object.__delattr__(model, _POOL)
 
 
 @contextlib.contextmanager
 def users(model: nn.Module, users: Sequence[Hashable | None]) -> Iterator[Tensor]:
-    """Any forward pass inside reads row i of its batch with the weights of ``users[i]``; None: with the base model's::
+    """Inside, row i of every batch is computed with the weights of ``users[i]``; None: with the base model's::
 
         with ttt.users(model, ["alice", None, "bob"]):
             model.generate(input_ids, max_new_tokens=20)
@@ -256,6 +370,7 @@ def users(model: nn.Module, users: Sequence[Hashable | None]) -> Iterator[Tensor
 
     Raises:
         ValueError: if the model was not adapted for users, or ``users`` is empty or names too many.
+        RuntimeError: if another thread uses the model's pool.
     """
     with pool_of(model).using(users) as slots:
         yield slots

@@ -1,4 +1,4 @@
-"""What no user may forget: importance as row and column means, and replay memory; both shared by all users."""
+"""Calibration of the protections that all users share: importance, replay memory and protected directions."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from ttt.nn.directions import refresh
 
 
 def calibrate(layers: Sequence[LowRankLinear], losses: Iterator[Tensor], kind: str) -> None:
-    """Importance, replay memory, its principal directions, and the scale of gradients, from those of ``losses``.
+    """Set importance, replay memory, its principal directions and the scale of gradients from ``losses``.
 
-    Omega's row and column means come from those of the tokens' squares (``kind`` "mas": absolute values), without an
-    m x n matrix: row i has sum_t delta_ti^2 mean_j x_tj^2. They are stored so that importance_m[i] importance_n[j] has
-    mean 1 over the model, as Omega does elsewhere. Layers are written at the end: an error leaves them as they were.
+    Omega's row and column means are computed from those of the tokens' squared gradients (``kind`` "mas": absolute
+    values), without an m x n matrix: the mean of row i is sum_t delta_ti^2 mean_j x_tj^2. They are scaled so that
+    importance_m[i] importance_n[j] has mean 1 over the model, as Omega has elsewhere. Layers are written at the end, so
+    that an error leaves them unchanged.
+
+    Args:
+        losses: summed losses of batches, computed as they are drawn.
+        kind: "fisher" or "mas".
 
     Raises:
         ValueError: if there is no loss, or a gradient is not finite.
@@ -29,7 +34,7 @@ def calibrate(layers: Sequence[LowRankLinear], losses: Iterator[Tensor], kind: s
         for la in layers
     ]
     memories = [None if la.memory is None else (la.memory.clone(), la.seen.clone()) for la in layers]
-    # The gradients of MAS are not the loss's.
+    # The gradients for MAS are not those of the loss, so they say nothing about its scale.
     moments = [None if la.calibrated is None or kind == "mas" else torch.zeros_like(la.calibrated) for la in layers]
     with Capturing(layers) as capturing, torch.enable_grad():
         for loss in losses:

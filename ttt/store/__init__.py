@@ -1,4 +1,4 @@
-"""The store of per-user weights: persistent, versioned, safe against crashes.
+"""Persistent, versioned, crash-safe storage of per-user weights.
 
 store = ttt.Store("users")  # a folder; or SQLite and S3, or PostgreSQL
 with store.lease("ada") as lease:
@@ -18,9 +18,11 @@ from ttt.store.errors import (
     UnknownUser,
     UnknownVersion,
 )
-from ttt.store.index import User, Version
-from ttt.store.store import Lease, State, Store
-from ttt.store.upkeep import Broken, Collected, Report
+from ttt.store.lease import Lease
+from ttt.store.maintenance import Collected
+from ttt.store.records import User, Version
+from ttt.store.store import State, Store
+from ttt.store.verification import Broken, Report
 
 __all__ = [
     "Broken",

@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from ttt.files import write_atomically
 from ttt.store.errors import DamagedStateWarning, StoreError
-from ttt.store.state import decode, encode
+from ttt.store.serialization import decode, encode
 from ttt.store.store import State, Store
+from ttt.store.table import print_table
 
 users = typer.Typer(no_args_is_help=True, help="Per-user weights in a store: list, show, roll back, forget, exchange.")
+
+_NUMBERS = ("version", "kept", "bytes", "repeats")  # columns that align right
 
 StoreUrl = Annotated[str, typer.Argument(metavar="STORE", help="URL of the store; a path names a folder.")]
 UserId = Annotated[str, typer.Argument(metavar="USER", help="Id of the user.")]
@@ -40,10 +41,8 @@ def list_users(store: StoreUrl, as_json: AsJson = False) -> None:
         if as_json:
             _print_json([user._asdict() for user in found])
             return
-        table = _table("user", "version", "kept", "bytes", "written")
-        for user in found:
-            table.add_row(_shown(user.name), *_cells(user.head, user.versions, user.bytes), _date(user.updated))
-        _print(table)
+        rows = [(_shown(u.name), str(u.head), str(u.versions), str(u.bytes), _date(u.updated)) for u in found]
+        print_table(("user", "version", "kept", "bytes", "written"), rows, _NUMBERS)
 
 
 @users.command()
@@ -56,17 +55,14 @@ def show(store: StoreUrl, user: UserId, as_json: AsJson = False) -> None:
             about = {"user": user, "served": state.version, "damaged": state.damaged, "meta": state.meta}
             _print_json(about | {"tensors": tensors, "versions": [version._asdict() for version in history]})
             return
-        versions = _table("version", "bytes", "written", "repeats", "sha256")
+        rows = []
         for version in history:
             repeats = "" if version.source is None else str(version.source)
-            versions.add_row(
-                *_cells(version.number, version.size), _date(version.created), repeats, version.sha256[:16]
-            )
-        _print(versions)
-        held = _table("tensor", "dtype", "shape")
-        for name, (dtype, shape) in tensors.items():
-            held.add_row(_shown(name), dtype, shape)
-        _print(held)
+            numbers = str(version.number), str(version.size)
+            rows.append((*numbers, _date(version.created), repeats, version.sha256[:16]))
+        print_table(("version", "bytes", "written", "repeats", "sha256"), rows, _NUMBERS)
+        shapes = [(_shown(name), dtype, shape) for name, (dtype, shape) in tensors.items()]
+        print_table(("tensor", "dtype", "shape"), shapes)
         _print_json(state.meta)
 
 
@@ -77,9 +73,9 @@ def rollback(
     version: Annotated[int, typer.Argument(min=1, help="The version to go back to.")],
     steal: Steal = False,
 ) -> None:
-    """Make a new version that is an old one, bit for bit."""
+    """Make a new version that equals an old one, bit for bit."""
     with _opened(store) as opened:
-        opened.history(user)  # before a lease makes a row for an unknown user
+        opened.history(user)  # a lease would add an unknown user to the index
         with opened.lease(user, steal=steal) as lease:
             print(f"version {opened.rollback(user, version, lease=lease)} repeats version {version}")
 
@@ -88,10 +84,11 @@ def rollback(
 def forget(
     store: StoreUrl, user: UserId, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False
 ) -> None:
-    """Remove a user for good, with all versions."""
+    """Remove a user for good, with all versions, or complete a removal that was interrupted."""
     with _opened(store) as opened:
-        if not yes:
-            count = len(opened.history(user))
+        # Of an unknown user nothing can be lost, but an interrupted removal may have left something to erase.
+        if not yes and opened.index.knows(user):
+            count = len(opened.index.versions(user, missing_ok=True))
             typer.confirm(f"Remove {_shown(user)} and {count} versions for good?", abort=True)
         opened.forget(user)
         print(f"{_shown(user)} is forgotten")
@@ -133,17 +130,25 @@ def verify(store: StoreUrl, as_json: AsJson = False) -> None:
     with _opened(store) as opened:
         report = opened.verify()
         if as_json:
-            lists = {name: [item._asdict() for item in getattr(report, name)] for name in ("damaged", "orphans")}
+            names = ("damaged", "orphans", "unreadable")
+            lists = {name: [item._asdict() for item in getattr(report, name)] for name in names}
             _print_json({"sound": report.sound} | report._asdict() | lists)
         else:
-            if report.damaged:
-                table = _table("user", "version", "damage")
-                for broken in report.damaged:
-                    table.add_row(_shown(broken.user), *_cells(broken.version), broken.reason)
-                _print(table)
-            size = sum(found.size for found in report.orphans)
+            rows = [
+                (_shown(broken.user), str(broken.version), problem, broken.reason)
+                for problem, found in (("damaged", report.damaged), ("unreadable", report.unreadable))
+                for broken in found
+            ]
+            if rows:
+                print_table(("user", "version", "problem", "reason"), rows, _NUMBERS)
+            for folder in report.unlisted:
+                print(f"cannot be listed: {folder}")
+            size = sum(file.size for file in report.orphans)
+            unreadable = f"; {len(report.unreadable)} unreadable" if report.unreadable else ""
+            problems = f"{len(report.damaged)} damaged{unreadable}"
             orphans = f"{len(report.orphans)} files that no version names ({size} bytes; gc removes them)"
-            print(f"{report.versions} versions in {report.blobs} blobs; {len(report.damaged)} damaged; {orphans}")
+            print(f"{report.versions} versions in {report.blobs} blobs; {problems}; {orphans}")
+            print(f"journal of the index: {report.journal}")
         if not report.sound:
             raise typer.Exit(1)
 
@@ -152,16 +157,17 @@ def gc(
     store: StoreUrl,
     keep_last: Annotated[int, typer.Option(min=1, help="Versions kept of each user.")] = 10,
     keep_days: Annotated[float, typer.Option(min=0, help="Younger versions are kept, too.")] = 7,
-    grace: Annotated[float, typer.Option(min=0, help="Seconds that a file without a version stays.")] = 3600,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that a file without a version is kept.")] = 3600,
     as_json: AsJson = False,
 ) -> None:
-    """Drop versions past retention, and files that no version names."""
+    """Remove versions past retention, and files that no version names."""
     with _opened(store) as opened:
-        found = opened.gc(keep_last=keep_last, keep_days=keep_days, grace=grace)
+        removed = opened.gc(keep_last=keep_last, keep_days=keep_days, grace=grace)
         if as_json:
-            _print_json(found._asdict())
+            _print_json(removed._asdict())
         else:
-            print(f"removed {found.versions} versions, {found.blobs} blobs ({found.bytes} bytes), {found.users} users")
+            blobs = f"{removed.blobs} blobs ({removed.bytes} bytes)"
+            print(f"removed {removed.versions} versions, {blobs}, {removed.users} users")
 
 
 def add_to(app: typer.Typer) -> None:
@@ -173,7 +179,7 @@ def add_to(app: typer.Typer) -> None:
 
 @contextlib.contextmanager
 def _opened(url: str) -> Iterator[Store]:
-    """The store; its errors end the command with a line on stderr."""
+    """Open the store; its errors end the command with a line on stderr."""
     try:
         with Store(url) as store:
             yield store
@@ -185,7 +191,7 @@ def _opened(url: str) -> Iterator[Store]:
 
 
 def _served(store: Store, user: str) -> State:
-    """The state that `Store.get` serves; damage is told on stderr."""
+    """The state that `Store.get` serves; damage is reported on stderr."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DamagedStateWarning)
         state = store.get(user)
@@ -194,19 +200,8 @@ def _served(store: Store, user: str) -> State:
     return state
 
 
-def _table(*columns: str) -> Table:
-    table = Table()
-    for column in columns:
-        table.add_column(column, justify="right" if column in ("version", "kept", "bytes", "repeats") else "left")
-    return table
-
-
-def _cells(*numbers: int) -> Iterator[str]:
-    return (str(number) for number in numbers)
-
-
 def _shown(text: str) -> str:
-    """``text`` for a terminal, which an id must not be able to control."""
+    """``text`` with what could control a terminal escaped."""
     return text if text.isprintable() else repr(text)
 
 
@@ -216,10 +211,6 @@ def _shape(tensor: Tensor) -> str:
 
 def _date(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-
-
-def _print(table: Table) -> None:
-    Console(markup=False, highlight=False).print(table)
 
 
 def _print_json(value: Any) -> None:

@@ -1,10 +1,10 @@
-"""What the store raises and warns of."""
+"""The exceptions and the warning of the store."""
 
 from __future__ import annotations
 
 
 class StoreError(Exception):
-    """Base of the store's errors. Nothing that was acknowledged is lost when one is raised."""
+    """Base class of the store's errors. No acknowledged version is lost when one is raised."""
 
 
 class UnknownUser(StoreError, LookupError):
@@ -12,7 +12,7 @@ class UnknownUser(StoreError, LookupError):
 
 
 class UnknownVersion(StoreError, LookupError):
-    """The user has no such version: never stored, or past its retention."""
+    """The user has no such version: never stored, or removed by garbage collection."""
 
 
 class LeaseHeld(StoreError):
@@ -20,19 +20,26 @@ class LeaseHeld(StoreError):
 
 
 class StaleLease(StoreError):
-    """The lease was released, or another took the user over, or the user was forgotten: nothing was written."""
+    """The lease no longer permits writing, and nothing was written.
+
+    It was released, another holder took the user over, the user was forgotten, or the lease was taken by another
+    process, of which this one is a fork.
+    """
 
 
 class DamagedState(StoreError):
-    """A stored state is missing, torn or altered, and no other was to be served in its place."""
+    """A stored state is missing, torn or altered, and no other version could be served in its place."""
 
 
 class StorageFailure(StoreError):
-    """Disk, network or database failed before the commit: nothing was written."""
+    """Disk, network or database failed before the commit: no version was written.
+
+    `Store.gc` and `Store.forget` raise it after they have removed everything else, with what they could not remove.
+    """
 
 
 class CommitUncertain(StoreError):
-    """The database failed in the commit itself: the version may stand or not, which `Store.history` tells later."""
+    """The database failed during the commit: the version may exist or not; `Store.history` tells later."""
 
 
 class DamagedStateWarning(UserWarning):

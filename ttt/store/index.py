@@ -1,109 +1,48 @@
-"""The index: who has which versions, and who may write. Its commit is what makes a version exist.
+"""The index: which versions each user has, and who may write them. Its commit is what makes a version exist.
 
 `Index` holds the SQL that SQLite and PostgreSQL both speak; `ttt.store.sqlite` and `ttt.store.postgres` connect.
-Values, user ids above all, reach the database as parameters only.
+All values, user ids above all, reach the database as parameters.
 
 =================  ==========================================================================================
-``ttt_users``      a row for each user. ``name`` the id, NULL once forgotten; ``shelf`` the folder of its blobs;
-                   ``token`` of the latest lease; ``expires`` of that lease; ``head`` the newest version, 0 if none
-``ttt_versions``   a row for each version: blob ``key``, ``size``, ``sha256``, ``created``, and ``source``, the
-                   version that it repeats (a rollback) or NULL
+``ttt_store``      one row: the random ``id`` of this store
+``ttt_users``      a row for each user. ``name`` is the id, NULL once forgotten; ``folder`` the folder of the user's
+                   blobs; ``token`` the latest lease, ``expires`` when it ends, ``seconds`` for how long it was last
+                   extended; ``head`` the newest version, 0 if none; ``sweeps`` counts collections of garbage
+``ttt_versions``   a row for each version: ``blob`` is the key, with ``size`` and ``sha256``; ``created``; ``source``
+                   is the version that it repeats (a rollback) or NULL
+``ttt_deletions``  a row for each blob that garbage collection is about to delete; no version may name it any more
 =================  ==========================================================================================
+
+Garbage collection must not delete a blob that a concurrent commit names, and neither may hold a lock during requests
+to the blobs' target. Garbage collection marks blobs that no version names (`Index.mark_for_deletion`), deletes them
+outside of a transaction, then removes the marks and adds one to ``sweeps`` (`Index.unmark_deleted`). A commit of a
+marked blob is refused. For the blobs that were deleted already, a writer reads ``sweeps``, then asks the target whether
+its blob exists, then commits; the commit succeeds only if ``sweeps`` is still the same.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
 
-from ttt.store.blobs import new_shelf
-from ttt.store.errors import CommitUncertain, LeaseHeld, StaleLease, StorageFailure, UnknownUser, UnknownVersion
+from ttt.store.blobs import new_folder_name
+from ttt.store.database import Database, Run
+from ttt.store.errors import LeaseHeld, StaleLease, StorageFailure, UnknownUser, UnknownVersion
+from ttt.store.records import Grant, User, UserRow, Version
 
-Run = Callable[..., Any]
-"""``run(statement, *parameters)`` within a transaction; returns a cursor."""
+CLOCK_TOLERANCE = 1.0
+"""Seconds that a lease may last longer than it was taken for, before the clock is taken to have been set back."""
 
-
-class Grant(NamedTuple):
-    """The right to write a user's versions: good while ``token`` is the latest. ``expires`` by the index's clock."""
-
-    user: str
-    row: int
-    shelf: str
-    token: int
-    expires: float
+_VERSION = "number, created, size, sha256, blob, source"
+_OF_NAMED_USERS = "ttt_versions JOIN ttt_users ON id = user_row WHERE name"
 
 
-class Version(NamedTuple):
-    """A version: its ``number``, when it was ``created`` (seconds since 1970), bytes and checksum of its blob.
+class Index(Database):
+    """Leases and versions in a database. Errors are those of `Database`, where nothing else is said."""
 
-    ``source`` is the version that a rollback repeated, else None.
-    """
-
-    number: int
-    created: float
-    size: int
-    sha256: str
-    key: str
-    source: int | None
-
-
-class User(NamedTuple):
-    """A user's ``head``, the newest version; how many ``versions`` are kept, and the ``bytes`` of their blobs."""
-
-    name: str
-    head: int
-    versions: int
-    bytes: int
-    updated: float
-    lease_expires: float
-
-
-class Row(NamedTuple):
-    """A user as upkeep sees it; ``name`` is None while being forgotten."""
-
-    row: int
-    name: str | None
-    shelf: str
-    head: int
-
-
-_VERSION = "number, created, size, sha256, key, source"
-
-
-class Index(ABC):
-    """What the store asks of its database. Safe for threads, and across a fork.
-
-    All methods raise `StorageFailure` where the database fails before its commit, and `CommitUncertain` where it fails
-    in it.
-    """
-
-    error: type[Exception]
-    """What the database's package raises."""
     row_lock = ""
-    """Appended to a SELECT of a row that the transaction goes on to judge by."""
-
-    def __init__(self) -> None:
-        self._mutex = threading.RLock()
-        # By process: a connection must not be used, nor closed, by a process forked from the one that opened it.
-        self._connections: dict[int, Any] = {}
-
-    # -- what a database provides -----------------------------------------------------------------------------
-
-    @abstractmethod
-    def connect(self) -> Any:
-        """A new connection, in autocommit mode."""
-
-    @abstractmethod
-    def begin(self) -> Any:
-        """Begin a transaction that writes; the connection."""
-
-    @abstractmethod
-    def sql(self, statement: str) -> str:
-        """``statement``, written with ``?`` for parameters, as the database wants it."""
+    """Appended to a SELECT of the rows that a transaction bases its changes on."""
 
     @abstractmethod
     def now(self, run: Run) -> float:
@@ -114,113 +53,103 @@ class Index(ABC):
         """A number greater than any that it returned before."""
 
     @abstractmethod
+    def identity(self) -> tuple:
+        """Equal for two indexes if they are the same database, a copy of one excluded."""
+
+    @property
+    @abstractmethod
+    def journal(self) -> str:
+        """How the database makes its commits durable: ``"wal"``, ``"delete"`` (rollback journal) or ``"server"``."""
+
+    @abstractmethod
     def scrub(self) -> None:
         """Remove what deleted rows left behind in the database's files, as far as it can."""
 
-    # -- statements -------------------------------------------------------------------------------------------
+    def make_room(self, error: Exception) -> bool:
+        """Free space that is reserved for maintenance, if ``error`` may come from a full disk; whether it did."""
+        return False
 
-    def connection(self) -> Any:
-        """The open connection of this process; a new one where there is none, or the server closed it."""
-        pid = os.getpid()
-        if pid not in self._connections or getattr(self._connections[pid], "closed", False):
-            self._connections[pid] = self.connect()
-        return self._connections[pid]
-
-    def close(self) -> None:
-        """Close the connection; the next call opens another."""
-        with self._mutex:
-            if (connection := self._connections.pop(os.getpid(), None)) is not None:
-                connection.close()
-
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[Run]:
-        """A transaction that writes; yields a `Run`."""
-        with self._mutex:
-            with self._failures():
-                connection = self.begin()
-            try:
-                with self._failures():
-                    yield lambda statement, *values: connection.execute(self.sql(statement), values)
-            except BaseException:
-                self._undo(connection)
-                raise
-            try:
-                connection.execute("COMMIT")
-            except self.error as error:
-                self._undo(connection)
-                raise CommitUncertain(f"the index failed in its commit, which may stand or not: {error}") from error
-
-    def query(self, statement: str, *values: Any) -> list[tuple]:
-        """All rows of one statement that only reads."""
-        with self._mutex, self._failures():
-            return self.connection().execute(self.sql(statement), values).fetchall()
-
-    @contextlib.contextmanager
-    def _failures(self) -> Iterator[None]:
-        try:
-            yield
-        except self.error as error:
-            raise StorageFailure(f"the index failed: {error}") from error
-
-    def _undo(self, connection: Any) -> None:
-        with contextlib.suppress(self.error):  # it may have rolled back, or be gone
-            connection.execute("ROLLBACK")
+    def reserve_room(self) -> None:
+        """Reserve that space again, if the disk has room for it."""
 
     # -- leases -----------------------------------------------------------------------------------------------
 
     def acquire(self, user: str, seconds: float, steal: bool) -> Grant:
-        """A grant with a new token; the user's row is made if need be. Raises `LeaseHeld`, unless it may ``steal``."""
+        """A grant with a new token; the user's row is made if it does not exist.
+
+        Raises:
+            LeaseHeld: if another's lease has not expired, unless ``steal``. A lease that would last longer than it
+                was taken for (the clock was set back since) is shortened to that.
+        """
         with self.transaction() as run:
-            insert = "INSERT INTO ttt_users (name, shelf) VALUES (?, ?) ON CONFLICT (name) DO NOTHING"
-            run(insert, user, new_shelf())
-            found = run("SELECT id, shelf, expires FROM ttt_users WHERE name = ?" + self.row_lock, user).fetchone()
-            row, shelf, held_until = found
+            insert = "INSERT INTO ttt_users (name, folder) VALUES (?, ?) ON CONFLICT (name) DO NOTHING"
+            run(insert, user, new_folder_name())
+            columns = "SELECT id, folder, sweeps, expires, seconds FROM ttt_users WHERE name = ?"
+            row, folder, sweeps, held_until, length = run(columns + self.row_lock, user).fetchone()
             now = self.now(run)
+            too_long = held_until > now + length + CLOCK_TOLERANCE
+            if too_long:
+                held_until = now + length
+                run("UPDATE ttt_users SET expires = ? WHERE id = ?", held_until, row)
+            held = None
             if held_until > now and not steal:
-                raise LeaseHeld(f"{user!r} is leased for another {held_until - now:.1f} s")
-            token, expires = self.next_token(run), now + seconds
-            run("UPDATE ttt_users SET token = ?, expires = ? WHERE id = ?", token, expires, row)
-        return Grant(user, row, shelf, token, expires)
+                held = LeaseHeld(f"{user!r} is leased for another {held_until - now:.1f} s")
+                if not too_long:
+                    raise held
+            else:
+                token, expires = self.next_token(run), now + seconds
+                update = "UPDATE ttt_users SET token = ?, expires = ?, seconds = ? WHERE id = ?"
+                run(update, token, expires, seconds, row)
+        if held is not None:  # raised here, so that the lease is shortened for good
+            raise held
+        return Grant(user, row, folder, token, sweeps, expires)
 
     def extend(self, grant: Grant, seconds: float) -> Grant:
-        """``grant`` until ``seconds`` from now; 0 gives it back. Raises `StaleLease`."""
+        """``grant`` until ``seconds`` from now; 0 ends it. Raises `StaleLease`."""
         with self.transaction() as run:
             self._require_latest(run, grant)
             expires = self.now(run) + seconds
-            run("UPDATE ttt_users SET expires = ? WHERE id = ?", expires, grant.row)
+            run("UPDATE ttt_users SET expires = ?, seconds = ? WHERE id = ?", expires, seconds, grant.row)
         return grant._replace(expires=expires)
 
     def commit(
-        self,
-        grant: Grant,
-        seconds: float,
-        blob: tuple[str, int, str],
-        present: Callable[[], bool],
-        source: int | None = None,
-    ) -> tuple[int, Grant]:
+        self, grant: Grant, seconds: float, blob: tuple[str, int, str], source: int | None = None
+    ) -> tuple[int | None, Grant]:
         """Add a version that names ``blob`` (key, size, sha256), and extend the lease.
 
-        The token is checked, and the blob looked at once more, under the same lock that garbage collection takes:
-        nothing can come between the check and the commit, however long a process slept before.
+        The token and the marks for deletion are checked in the transaction that adds the version: nothing can come
+        between, however long the process slept before.
+
+        Returns:
+            The version's number and the extended grant. Or None and a grant with the present ``sweeps``, if garbage
+            of the user was collected since the grant learnt of it: the caller must look whether the blob still
+            exists, and call again.
+
+        Raises:
+            StaleLease: if the token is not the latest.
+            StorageFailure: if the blob is being deleted.
         """
+        key, size, sha256 = blob
         with self.transaction() as run:
-            head = self._require_latest(run, grant)
-            if not present():
+            head, sweeps = self._require_latest(run, grant)
+            if run("SELECT 1 FROM ttt_deletions WHERE blob = ?", key).fetchone():
                 raise StorageFailure(f"the blob of {grant.user!r} is gone or cut short; nothing was committed")
+            if sweeps != grant.sweeps:
+                return None, grant._replace(sweeps=sweeps)
             now = self.now(run)
-            columns = f"INSERT INTO ttt_versions (user_row, {_VERSION}) VALUES (?, ?, ?, ?, ?, ?, ?)"
-            key, size, sha256 = blob
-            run(columns, grant.row, head + 1, now, size, sha256, key, source)
+            insert = f"INSERT INTO ttt_versions (user_row, {_VERSION}) VALUES (?, ?, ?, ?, ?, ?, ?)"
+            run(insert, grant.row, head + 1, now, size, sha256, key, source)
             expires = now + seconds
-            run("UPDATE ttt_users SET head = ?, expires = ? WHERE id = ?", head + 1, expires, grant.row)
+            update = "UPDATE ttt_users SET head = ?, expires = ?, seconds = ? WHERE id = ?"
+            run(update, head + 1, expires, seconds, grant.row)
         return head + 1, grant._replace(expires=expires)
 
-    def _require_latest(self, run: Run, grant: Grant) -> int:
-        """The user's head, its row locked."""
-        found = run("SELECT token, head FROM ttt_users WHERE id = ?" + self.row_lock, grant.row).fetchone()
+    def _require_latest(self, run: Run, grant: Grant) -> tuple[int, int]:
+        """The user's (head, sweeps), with the row locked. Raises `StaleLease`."""
+        found = run("SELECT token, head, sweeps FROM ttt_users WHERE id = ?" + self.row_lock, grant.row).fetchone()
         if found is None or found[0] != grant.token:
             raise StaleLease(f"the lease on {grant.user!r} (token {grant.token}) is no longer the latest")
-        return found[1]
+        return found[1], found[2]
 
     # -- reading ----------------------------------------------------------------------------------------------
 
@@ -228,17 +157,15 @@ class Index(ABC):
         """One version, the newest by default. Raises `UnknownUser` and `UnknownVersion`."""
         which = "number = head" if version is None else "number = ?"
         values = (user,) if version is None else (user, version)
-        statement = f"SELECT {_VERSION} FROM ttt_versions JOIN ttt_users ON id = user_row WHERE name = ? AND {which}"
-        found = self.query(statement, *values)
+        found = self.query(f"SELECT {_VERSION} FROM {_OF_NAMED_USERS} = ? AND {which}", *values)
         if found:
             return Version(*found[0])
-        kept = [v.number for v in self.versions(user)]
-        raise UnknownVersion(f"{user!r} has no version {version}; it has {_spans(kept)}")
+        numbers = [v.number for v in self.versions(user)]
+        raise UnknownVersion(f"{user!r} has no version {version}; it has {_spans(numbers)}")
 
     def versions(self, user: str, missing_ok: bool = False) -> list[Version]:
         """All versions of a user, newest first. Raises `UnknownUser`, unless ``missing_ok``."""
-        statement = f"SELECT {_VERSION} FROM ttt_versions JOIN ttt_users ON id = user_row WHERE name = ?"
-        found = self.query(statement + " ORDER BY number DESC", user)
+        found = self.query(f"SELECT {_VERSION} FROM {_OF_NAMED_USERS} = ? ORDER BY number DESC", user)
         if not found and not missing_ok:
             raise UnknownUser(f"the store holds nothing of {user!r}")
         return [Version(*row) for row in found]
@@ -246,39 +173,83 @@ class Index(ABC):
     def users(self) -> list[User]:
         """All users that have a version, by name."""
         columns = "name, head, COUNT(*), SUM(size), MAX(created), MAX(expires)"
-        joined = "ttt_users JOIN ttt_versions ON id = user_row WHERE name IS NOT NULL"
-        found = self.query(f"SELECT {columns} FROM {joined} GROUP BY id, name, head ORDER BY name")
+        found = self.query(f"SELECT {columns} FROM {_OF_NAMED_USERS} IS NOT NULL GROUP BY id, name, head ORDER BY name")
         return [User(name, head, count, int(size), *rest) for name, head, count, size, *rest in found]
+
+    def knows(self, user: str) -> bool:
+        """Whether there is a row for the user, with or without versions."""
+        return bool(self.query("SELECT 1 FROM ttt_users WHERE name = ?", user))
+
+    def all_versions(self) -> list[tuple[str, Version]]:
+        """(user, version) of all versions, by user, oldest first."""
+        found = self.query(f"SELECT name, {_VERSION} FROM {_OF_NAMED_USERS} IS NOT NULL ORDER BY name, number")
+        return [(name, Version(*row)) for name, *row in found]
 
     # -- retention, garbage, forgetting -----------------------------------------------------------------------
 
-    def rows(self) -> list[Row]:
+    def user_rows(self) -> list[UserRow]:
         """All users, those without a version and those being forgotten too."""
-        return [Row(*row) for row in self.query("SELECT id, name, shelf, head FROM ttt_users")]
+        return [UserRow(*row) for row in self.query("SELECT id, name, folder, head FROM ttt_users ORDER BY id")]
 
-    def everything(self) -> list[tuple[str, Version]]:
-        """(user, version) of all versions, by user, oldest first."""
-        joined = "ttt_users JOIN ttt_versions ON id = user_row WHERE name IS NOT NULL ORDER BY name, number"
-        return [(name, Version(*row)) for name, *row in self.query(f"SELECT name, {_VERSION} FROM {joined}")]
+    def prune(self, rows: Sequence[int], keep_last: int, keep_seconds: float) -> int:
+        """Delete versions of the users ``rows`` that are past retention; how many.
 
-    def prune(self, keep_last: int, keep_seconds: float) -> int:
-        """Drop versions that are neither among their user's last ``keep_last`` nor that young; how many."""
+        Past retention are versions that are neither among their user's last ``keep_last`` nor so young.
+        """
         with self.transaction() as run:
             head = "(SELECT head FROM ttt_users WHERE id = user_row)"
-            statement = f"DELETE FROM ttt_versions WHERE created < ? AND number <= {head} - ?"
-            return run(statement, self.now(run) - keep_seconds, keep_last).rowcount
+            condition = f"user_row IN ({_marks(rows)}) AND created < ? AND number <= {head} - ?"
+            oldest = self.now(run) - keep_seconds
+            return run(f"DELETE FROM ttt_versions WHERE {condition}", *rows, oldest, keep_last).rowcount
 
-    @contextlib.contextmanager
-    def referenced(self, row: int) -> Iterator[set[str]]:
-        """The keys that a user's versions name; no version can be committed for the user within the context."""
+    def mark_for_deletion(self, blobs: Sequence[tuple[int, str]]) -> set[str]:
+        """Mark those of ``blobs``, (row, key) each, that no version names; their keys. From then on no version may.
+
+        Blobs of users that have been forgotten meanwhile are left to `ttt.store.maintenance.forget`.
+        """
+        rows = list({row for row, _ in blobs})
         with self.transaction() as run:
-            run("SELECT id FROM ttt_users WHERE id = ?" + self.row_lock, row)
-            yield {key for (key,) in run("SELECT key FROM ttt_versions WHERE user_row = ?", row).fetchall()}
+            existing = self._lock(run, rows)
+            named = run(f"SELECT blob FROM ttt_versions WHERE user_row IN ({_marks(rows)})", *rows).fetchall()
+            kept = {key for (key,) in named}
+            marked = [(row, key) for row, key in blobs if row in existing and key not in kept]
+            for row, key in marked:
+                run("INSERT INTO ttt_deletions VALUES (?, ?) ON CONFLICT (blob) DO NOTHING", key, row)
+        return {key for _, key in marked}
+
+    def marked_for_deletion(self) -> list[tuple[int, str]]:
+        """(row, key) of the marked blobs: those being deleted, and those that an interrupted collection left."""
+        return [(row, key) for row, key in self.query("SELECT user_row, blob FROM ttt_deletions")]
+
+    def unmark_deleted(self, blobs: Sequence[tuple[int, str]]) -> None:
+        """Remove the marks of deleted blobs, and add one to their users' ``sweeps``."""
+        with self.transaction() as run:
+            rows = list({row for row, _ in blobs})
+            self._lock(run, rows)
+            for _, key in blobs:
+                run("DELETE FROM ttt_deletions WHERE blob = ?", key)
+            for row in rows:
+                run("UPDATE ttt_users SET sweeps = sweeps + 1 WHERE id = ?", row)
+
+    def _lock(self, run: Run, rows: Sequence[int]) -> set[int]:
+        """Prevent commits of versions of these users for the rest of the transaction; those rows that exist."""
+        lock = f"SELECT id FROM ttt_users WHERE id IN ({_marks(rows)}) ORDER BY id{self.row_lock}"
+        return {row for (row,) in run(lock, *rows).fetchall()}
+
+    def shorten_leases(self) -> None:
+        """Shorten leases that would last longer than they were taken for, because the clock was set back since."""
+        with self.transaction() as run:
+            now = self.now(run)
+            late = "UPDATE ttt_users SET expires = ? + seconds WHERE expires > ? + seconds"
+            run(late, now, now + CLOCK_TOLERANCE)
 
     def detach(self, user: str, idle: float | None = None) -> bool:
-        """Take a user's id and versions out; its shelf stays listed, under no name, until `drop`. False if unknown.
+        """Delete a user's id and versions; its folder stays listed, under no name, until `drop`. False if unknown.
 
-        Any lease becomes stale. ``idle``: only if the user has no version, and no lease for so many seconds.
+        Any lease becomes stale.
+
+        Args:
+            idle: only if the user has no version, and has had no lease for so many seconds.
         """
         with self.transaction() as run:
             found = run("SELECT id, head, expires FROM ttt_users WHERE name = ?" + self.row_lock, user).fetchone()
@@ -292,11 +263,18 @@ class Index(ABC):
     def drop(self, row: int) -> None:
         """Delete the row of a detached user."""
         with self.transaction() as run:
-            run("DELETE FROM ttt_users WHERE id = ? AND name IS NULL", row)
+            detached = "(SELECT id FROM ttt_users WHERE id = ? AND name IS NULL)"
+            run(f"DELETE FROM ttt_deletions WHERE user_row IN {detached}", row)
+            run(f"DELETE FROM ttt_users WHERE id IN {detached}", row)
+
+
+def _marks(values: Sequence[Any]) -> str:
+    """Placeholders for a list of parameters."""
+    return ", ".join("?" * len(values))
 
 
 def _spans(numbers: list[int]) -> str:
-    """ "1, 4-7": the numbers, in order."""
+    """The numbers in order, as "1, 4-7"."""
     spans: list[list[int]] = []
     for n in sorted(numbers):
         if spans and spans[-1][-1] == n - 1:

@@ -8,27 +8,21 @@ import hashlib
 import random
 import time
 import warnings
-from collections.abc import Mapping
-from types import TracebackType
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ttt.checks import check_number, check_whole
 from ttt.store.blobs import Blobs, new_key
-from ttt.store.errors import (
-    CommitUncertain,
-    DamagedState,
-    DamagedStateWarning,
-    LeaseHeld,
-    StaleLease,
-    StorageFailure,
-)
-from ttt.store.fetch import Damage, fetch
-from ttt.store.index import Grant, Index, User, Version
-from ttt.store.state import encode
-from ttt.store.upkeep import Collected, Report, collect, forget, verify
-from ttt.store.urls import open_url
+from ttt.store.errors import DamagedState, DamagedStateWarning, LeaseHeld, StaleLease, StorageFailure
+from ttt.store.index import Index
+from ttt.store.lease import Lease
+from ttt.store.maintenance import Collected, collect, forget
+from ttt.store.records import User, Version
+from ttt.store.serialization import encode
+from ttt.store.urls import open_url, without_password
+from ttt.store.verification import Damage, Report, read_version, verify
 
 USER_BYTES = 512
 """The longest user id, in UTF-8."""
@@ -36,14 +30,14 @@ USER_BYTES = 512
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What `Store.get` returns.
+    """A version of a user's state, as `Store.get` returns it.
 
     Attributes:
-        user, version: whose it is, and which.
-        tensors: as they were put, on the CPU.
+        user, version: the user's id, and the version's number.
+        tensors: name -> tensor, with the dtype, shape and bits that were put, on the CPU.
         meta: the JSON that was put with them.
         created: seconds since 1970.
-        damaged: (version, why) of newer versions that could not be served; empty if all is well.
+        damaged: (version, reason) of newer versions that could not be served; empty if the newest was served.
     """
 
     user: str
@@ -54,65 +48,18 @@ class State:
     damaged: tuple[tuple[int, str], ...] = ()
 
 
-class Lease:
-    """The right to write one user's versions. A context manager that gives it back.
-
-    What makes two writers impossible is ``token``: each lease of the store has a greater one than all before it, and
-    a version is committed in the transaction that finds its lease's token to be the latest. Expiry only decides when
-    another may take over; a lease that expired and was not taken over still writes.
-    """
-
-    def __init__(self, store: Store, grant: Grant, seconds: float) -> None:
-        self._store, self._seconds = store, seconds
-        self._grant: Grant | None = grant
-        self.user, self.token = grant.user, grant.token
-
-    @property
-    def expires(self) -> float:
-        """When others may take over: seconds since 1970, by the index's clock. `StaleLease` once released."""
-        return self.grant.expires
-
-    @property
-    def grant(self) -> Grant:
-        """What the index knows it by. `StaleLease` once released."""
-        if self._grant is None:
-            raise StaleLease(f"the lease on {self.user!r} (token {self.token}) was released")
-        return self._grant
-
-    def renew(self, seconds: float | None = None) -> None:
-        """Hold it for ``seconds`` from now (default: as long as when it was taken). `put` does so, too.
-
-        Raises:
-            StaleLease: if it was released, or another has taken over.
-        """
-        seconds = self._seconds if seconds is None else check_number("seconds", seconds, 0, above=True)
-        self._grant = self._store.index.extend(self.grant, seconds)
-
-    def release(self) -> None:
-        """Give it back; does nothing if that was done before, or another has taken over."""
-        if self._grant is not None:
-            with contextlib.suppress(StaleLease):
-                self._store.index.extend(self._grant, 0)
-            self._grant = None
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        # It expires by itself: a failure to release must not hide the error that leaves the block.
-        with contextlib.suppress(*(() if error is None else (StorageFailure, CommitUncertain))):
-            self.release()
-
-
 class Store:
-    """Per-user states, each version immutable, checksummed and flushed to the disk before it is acknowledged.
+    """Versions of users' states, each immutable, checksummed and flushed to the disk before it is acknowledged.
 
     A state is a dict of tensors with a little JSON. Its bytes, a safetensors file, are a blob; the index names it, and
     the index's commit is what makes it a version. A crash at any moment leaves the last acknowledged version, and at
-    most a blob that nobody names, which `gc` removes. Safe for threads, processes and forks.
+    most a blob that no version names, which `gc` removes. Safe for threads, processes and forks.
+
+    Once the files of a store in folders are removed or replaced while it is open, writing raises `StorageFailure`. The
+    processes that have a store open must be of one release.
 
     Args:
-        url: where. One of
+        url: one of
 
             - a path or ``file:///path``: a folder with ``index.db`` (SQLite) and ``blobs``;
             - ``sqlite:///index.db?blobs=URL``: the index in that file (relative; absolute with four slashes, as
@@ -132,29 +79,41 @@ class Store:
         self.index: Index
         self.blobs: Blobs
         self.index, self.blobs = open_url(str(url), check_number("timeout", timeout, 0, above=True))
+        self._name = without_password(str(url))
+
+    @property
+    def journal(self) -> str:
+        """How the index makes its commits durable.
+
+        ``"wal"``: the write-ahead log of SQLite; ``"delete"``: its rollback journal, on network file systems;
+        ``"server"``: whatever the PostgreSQL server does. Raises `StorageFailure`.
+        """
+        return self.index.journal
 
     # -- writing ----------------------------------------------------------------------------------------------
 
     def lease(self, user: str, seconds: float = 30, *, wait: float = 0, steal: bool = False) -> Lease:
-        """The right to write ``user``'s versions, for ``seconds`` unless renewed.
+        """Take the right to write ``user``'s versions, for ``seconds`` unless renewed.
 
-        Times are the index's: the machine's clock with SQLite, the server's with PostgreSQL. They serve progress only.
+        Times are by the index's clock: the machine's with SQLite, the server's with PostgreSQL. They only decide when
+        another holder may take over. If the clock is set back, a lease still ends within the time it was taken for.
 
         Args:
             user: any text of 1 to 512 bytes in UTF-8, without NUL. It is never part of a path.
-            wait: seconds to wait for another's lease to end.
-            steal: take it over from a live holder, whose next write then raises `StaleLease`.
+            wait: seconds to wait for another holder's lease to end.
+            steal: take over from a live holder, whose next write then raises `StaleLease`.
 
         Raises:
-            LeaseHeld: if another holds it still.
-            ValueError, StorageFailure
+            LeaseHeld: if another's lease has not expired.
+            ValueError: if an argument is not as described.
+            StorageFailure, CommitUncertain: if the index failed.
         """
         _check_user(user)
         check_number("seconds", seconds, 0, above=True)
         deadline = time.monotonic() + check_number("wait", wait, 0)
         while True:
             try:
-                return Lease(self, self.index.acquire(user, seconds, steal), seconds)
+                return Lease(self.index, self._name, self.index.acquire(user, seconds, steal), seconds)
             except LeaseHeld:
                 if time.monotonic() >= deadline:
                     raise
@@ -164,20 +123,23 @@ class Store:
         """Store a state; on return it is on the disk. The lease is extended.
 
         Args:
-            tensors: name -> tensor, of any dtype that safetensors knows.
+            lease: of the user to write, taken from this store.
+            tensors: name -> tensor, of any shape, device, and dtype that safetensors knows.
             meta: a dict of JSON, 64 KiB at most.
 
         Returns:
-            Its version: one more than the last.
+            The number of its version: one more than the last.
 
         Raises:
             StaleLease: if the lease is no longer the latest; nothing was written.
             StorageFailure: if disk, network or database failed; nothing was written.
-            CommitUncertain: if the database failed in the commit itself.
-            ValueError: if ``tensors`` or ``meta`` cannot be stored.
+            CommitUncertain: if the database failed during the commit.
+            ValueError: if ``tensors`` or ``meta`` cannot be stored, or ``lease`` is of another store.
         """
-        grant, data = lease.grant, encode(tensors, meta)
-        key = new_key(grant.shelf)
+        grant = lease.grant
+        lease.require_store(self.index, self._name)
+        data = encode(tensors, meta)
+        key = new_key(grant.folder)
         blob = key, len(data), hashlib.sha256(data).hexdigest()
         try:
             try:
@@ -186,104 +148,128 @@ class Store:
             except OSError as error:
                 raise StorageFailure(f"the state of {lease.user!r} could not be written: {error}") from error
         except (StaleLease, StorageFailure):
-            # Raised before the commit only. After any other, an interrupt say, the version may stand and need its blob.
-            with contextlib.suppress(OSError):  # what cannot be removed now is garbage
+            # Raised before the commit only. After other errors, such as an interrupt, the version may need its blob.
+            with contextlib.suppress(OSError):  # a blob that cannot be removed now is garbage
                 self.blobs.remove(key)
             raise
 
     def rollback(self, user: str, version: int, *, lease: Lease | None = None) -> int:
-        """Make a new version that is ``version``, bit for bit. Those in between stay.
+        """Make a new version that equals ``version``, bit for bit. The versions in between remain.
 
         Args:
-            lease: of this user; without, one is taken for the while.
+            lease: of this user; by default one is taken and released.
 
         Returns:
             The new version's number.
 
         Raises:
-            UnknownUser, UnknownVersion, LeaseHeld, StaleLease, StorageFailure
+            UnknownUser, UnknownVersion: if there is no such version.
             DamagedState: if that version's blob is damaged.
+            LeaseHeld, StaleLease, StorageFailure, CommitUncertain, ValueError: as `lease` and `put`.
         """
         if lease is not None and lease.user != user:
             raise ValueError(f"lease must be one of {user!r}, got one of {lease.user!r}")
         if lease is None:
-            self.index.find(user, version)  # a lease would make a row for a user that is unknown
+            self.index.find(user, version)  # a lease would add an unknown user to the index
             with self.lease(user) as lease:
                 return self.rollback(user, version, lease=lease)
+        lease.require_store(self.index, self._name)
         found = self.index.find(user, version)
         try:
-            fetch(self.blobs, found)
+            read_version(self.blobs, found)
         except Damage as error:
             raise DamagedState(f"version {version} of {user!r} is damaged: {error}") from error
         return self._commit(lease, (found.key, found.size, found.sha256), source=found.number)
 
     def _commit(self, lease: Lease, blob: tuple[str, int, str], source: int | None = None) -> int:
         key, size, _ = blob
-        version, lease._grant = self.index.commit(
-            lease.grant, lease._seconds, blob, lambda: self.blobs.size(key) == size, source
-        )
-        return version
+        while True:
+            # A request to the target, made before the transaction: the index notices if garbage is collected between.
+            if self.blobs.size(key) != size:
+                raise StorageFailure(f"the blob of {lease.user!r} is gone or cut short; nothing was committed")
+            if (version := lease.commit(blob, source)) is not None:
+                return version
 
     # -- reading ----------------------------------------------------------------------------------------------
 
     def get(self, user: str, version: int | None = None, *, strict: bool = False) -> State:
-        """A user's state.
+        """Read a user's state.
 
-        Where the newest version's blob is missing, torn or altered, the last good version is served, with a
-        `DamagedStateWarning`, and `State.damaged` says what happened. A target that is out of reach is no damage:
-        such errors are raised.
+        If the newest version's blob is missing, torn or altered, the last good version is served, with a
+        `DamagedStateWarning`, and `State.damaged` says what happened. A target that is out of reach is not taken for
+        damage: such errors are raised.
 
         Args:
-            version: one version, served or refused; the newest by default.
-            strict: refuse where the newest is damaged.
+            version: this version and no other; the newest by default.
+            strict: raise `DamagedState` if the newest is damaged, instead of serving an older one.
 
         Raises:
-            UnknownUser, UnknownVersion
-            DamagedState: if ``version``, or with ``strict`` the newest, or each of them, is damaged.
+            UnknownUser, UnknownVersion: if there is no such version.
+            DamagedState: if ``version``, or with ``strict`` the newest, or each version, is damaged.
             StorageFailure: if index or target cannot be read.
         """
-        damaged: list[tuple[int, str]] = []
-        found: Version | None = self.index.find(user, version)
-        while found is not None:
+        while True:
+            state, damaged = self._first_sound(user, version, version is None and not strict)
+            if not damaged or set(damaged) <= set(self.index.versions(user)):
+                break
+            # Otherwise garbage collection removed versions while they were read, which is not damage.
+        reasons = tuple((v.number, reason) for v, reason in damaged.items())
+        if state is None:
+            why = "; ".join(f"version {number}: {reason}" for number, reason in reasons)
+            raise DamagedState(f"no sound state of {user!r} can be served; {why}")
+        if reasons:
+            lost = f"version {reasons[0][0]} of {user!r} is damaged: {reasons[0][1]}"
+            warnings.warn(f"{lost}; version {state.version} is served", DamagedStateWarning, stacklevel=2)
+        return dataclasses.replace(state, damaged=reasons)
+
+    def _first_sound(self, user: str, version: int | None, or_older: bool) -> tuple[State | None, dict[Version, str]]:
+        """The state of a version, or of the newest sound one below it; and what is wrong with those before it."""
+        damaged: dict[Version, str] = {}
+        for found in self._candidates(user, version, or_older):
             try:
-                tensors, meta = fetch(self.blobs, found)
+                tensors, meta = read_version(self.blobs, found)
             except Damage as damage:
-                kept = self.index.versions(user)
-                if found not in kept:  # retention dropped it while it was read
-                    damaged, found = [], self.index.find(user, version)
-                    continue
-                damaged.append((found.number, str(damage)))
-                lower = [v for v in kept if v.number < damaged[-1][0]]
-                found = lower[0] if lower and not strict and version is None else None
+                damaged[found] = str(damage)
             else:
-                if damaged:
-                    lost = f"version {damaged[0][0]} of {user!r} is damaged: {damaged[0][1]}"
-                    warnings.warn(f"{lost}; version {found.number} is served", DamagedStateWarning, stacklevel=2)
-                return State(user, found.number, tensors, meta, found.created, tuple(damaged))
-        why = "; ".join(f"version {number}: {reason}" for number, reason in damaged)
-        raise DamagedState(f"no sound state of {user!r} can be served; {why}")
+                return State(user, found.number, tensors, meta, found.created), damaged
+        return None, damaged
+
+    def _candidates(self, user: str, version: int | None, or_older: bool) -> Iterator[Version]:
+        """A version, by default the newest, then those below it if ``or_older``."""
+        first = self.index.find(user, version)
+        yield first
+        if or_older:
+            yield from (v for v in self.index.versions(user) if v.number < first.number)
 
     def history(self, user: str) -> list[Version]:
-        """The versions that are kept, newest first. Raises `UnknownUser`."""
+        """A user's stored versions, newest first. Raises `UnknownUser` and `StorageFailure`."""
         return self.index.versions(user)
 
     def users(self) -> list[User]:
-        """All users, by id."""
+        """All users that have a version, sorted by id. Raises `StorageFailure`."""
         return self.index.users()
 
-    # -- upkeep -----------------------------------------------------------------------------------------------
+    # -- maintenance ------------------------------------------------------------------------------------------
 
     def gc(self, *, keep_last: int = 10, keep_days: float = 7, grace: float = 3600) -> Collected:
-        """Drop versions past retention, and remove blobs that no version names. Others may read and write meanwhile.
+        """Remove versions past retention, and blobs that no version names. Others may read and write meanwhile.
+
+        It also completes a `forget` that was interrupted, the rewriting of the index included. It goes on past what
+        cannot be removed, and works on a full disk.
 
         Args:
             keep_last: a user's newest versions, kept at any age; at least 1.
             keep_days: versions younger than this are kept, too.
-            grace: seconds that an unnamed blob stays, for who is reading it. A write that takes longer than that is
+            grace: seconds that an unnamed blob is left to those who may be reading it. A write that takes longer is
                 refused at its commit, not lost. Files of forgotten users have no grace.
 
+        Returns:
+            What was removed.
+
         Raises:
-            StorageFailure
+            StorageFailure: if something could not be removed yet, after all else was; call again.
+            CommitUncertain: if the index failed during a commit; call again.
+            ValueError: if an argument is out of range.
         """
         check_whole("keep_last", keep_last, 1)
         check_number("keep_days", keep_days, 0)
@@ -292,32 +278,37 @@ class Store:
             return collect(self.index, self.blobs, keep_last, 86400 * keep_days, grace)
 
     def forget(self, user: str) -> None:
-        """Remove a user for good: id, versions, blobs, also those of interrupted writes. Leases become stale.
+        """Remove a user for good: id, versions and blobs, also those of interrupted writes. Leases become stale.
 
-        The database is rewritten and its log emptied, so that no byte stays in the files of a store in a folder (with
-        SQLite). Beyond them the store cannot reach: sectors of the disk, backups, old versions of a bucket's objects,
-        the log of a PostgreSQL server. Interrupted by a crash or an error, it is completed by another call or by `gc`.
-        A later `put` begins again at version 1.
+        The database is rewritten and its log emptied, so that no byte is left in the files of a store in a folder (with
+        SQLite). Out of the store's reach are sectors of the disk, backups, old versions of a bucket's objects, and the
+        log of a PostgreSQL server. If a crash or an error interrupts it, another call or `gc` completes it. A later
+        `put` begins again at version 1.
 
         Raises:
-            UnknownUser: if the store holds nothing of the user (what an interrupted call left is removed all the same).
-            StorageFailure: if something could not be removed yet; call again.
+            UnknownUser: if the store holds nothing of the user; what an interrupted call left is removed all the same.
+            StorageFailure: if something could not be removed yet, of this user or of one forgotten before, after all
+                else was; call again.
+            CommitUncertain: if the index failed during a commit; call again.
         """
         with _target_failures():
             forget(self.index, self.blobs, user)
 
     def verify(self) -> Report:
-        """Read every blob, check its checksum and that it parses, and list files that no version names.
+        """Read every blob, check its checksum and that it can be decoded, and list files that no version names.
+
+        Blobs that cannot be read are reported, and the rest is read all the same.
 
         Raises:
-            StorageFailure: if index or target cannot be read.
+            StorageFailure: if the index cannot be read, or the blobs not even be listed.
         """
         with _target_failures():
             return verify(self.index, self.blobs)
 
     def close(self) -> None:
-        """Close the index's connection."""
+        """Close the index's connection and the folder of the blobs; the next call opens them again."""
         self.index.close()
+        self.blobs.close()
 
     def __enter__(self) -> Store:
         return self

@@ -1,10 +1,10 @@
-"""The suites: for each the cases it has on a device. A new suite is a file here and a line in `SUITES`."""
+"""The suites and their cases on each device. To add a suite, add a file here and a line in `SUITES`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from bench.kernels.registry import Case
+from bench.kernels.case import Case
 from bench.kernels.suites import commit, decode, fisher, generate, growth, head, loops, low_rank, observe, window_linear
 
 SUITES: dict[str, Callable[[str], list[Case]]] = {
@@ -25,8 +25,9 @@ def select(device: str, suites: Sequence[str] = tuple(SUITES), only: str = "", q
     """The cases of ``suites``, in their order.
 
     Args:
-        only: those with this in "suite: name, dtype".
-        quick: the smaller selection.
+        device: "cpu" or "cuda".
+        only: select the cases whose "suite: name, dtype" contains this text.
+        quick: select the cases marked as ``quick``.
 
     Raises:
         ValueError: for an unknown suite.

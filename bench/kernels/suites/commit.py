@@ -1,4 +1,4 @@
-"""Suite ``commit``: T tokens, with R replay rows, written into W and F."""
+"""Suite ``commit``: write T tokens, with R replay rows, into the weight W and the trace F."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ import torch
 from torch import Tensor
 
 import ttt
-from bench.kernels.contenders import compiled, plain_commit
-from bench.kernels.registry import Case, Contender, shared
+from bench.kernels.case import Case, shared
+from bench.kernels.ceilings import copy_ceiling, product_ceiling, square_ceiling
+from bench.kernels.contender import Contender
+from bench.kernels.plain_torch import compiled, plain_commit
 from bench.kernels.state import STORAGE, assert_change, copies, layer_count, random_layer, size_of, some_rows
-from bench.kernels.timing import copy_ceiling, product_ceiling, square_ceiling
 from ttt.ops import reference
 
-LAM, ETA, MEMORY = 0.01, 5e-3, 256
+# The strengths are fixed here, so that results do not depend on the defaults of `ttt.ops.commit`.
+LAM, BETA, EPS, ETA, MEMORY = 0.01, 0.3, 1e-3, 5e-3, 256
 
 Layer = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Commit(Case):
-    """``tokens`` T and ``replay`` R rows, written into (m, n); importance and trace are stored as ``state``.
+    """A commit of ``tokens`` T and ``replay`` R rows into W (m, n); importance and trace are stored as ``state``.
 
-    ``forward`` is the product of the same T tokens with W.
+    The contender ``forward`` is the product of the same T tokens with W.
     """
 
     suite = "commit"
@@ -39,8 +41,8 @@ class Commit(Case):
     tokens: int
     replay: int
     state: str
-    plain: bool = True  # plain torch takes up to a second a call,
-    compiles: bool = False  # and torch.compile seconds for each shape
+    plain: bool = True  # with the contender "plain torch", which takes up to a second per call
+    compiles: bool = False  # with the contender "torch.compile", which takes seconds for each shape
 
     @property
     def name(self) -> str:
@@ -52,7 +54,7 @@ class Commit(Case):
         return "copy" if self.tokens <= 16 else "matmul"
 
     def bytes(self, contender: str) -> int:
-        """W and F read and written, W* and Omega read; the tokens' x and delta, and the replay rows, read.
+        """W and F are read and written; W*, Omega, the tokens' x and delta, and the replay rows are read.
 
         The forward pass reads W and x and writes y.
         """
@@ -82,7 +84,7 @@ class Commit(Case):
         return {k: v for k, v in super().parameters().items() if k not in ("plain", "compiles")}
 
     def layers(self) -> tuple[Layer, list[Layer]]:
-        """(a layer's state to start checks from, the layers to rotate among)."""
+        """(the state of a layer from which checks start, the layers to rotate among)."""
 
         def make() -> tuple[Layer, list[Layer]]:
             start = random_layer(self.m, self.n, self.dtype, self.state, self.device)
@@ -91,7 +93,10 @@ class Commit(Case):
         return shared(("commit", self.device, self.dtype, self.state, self.m, self.n), make)
 
     def inputs(self) -> dict[str, Any]:
-        """x, delta and eta; delta so large that G is as large as the weights, for the check to see it."""
+        """x, delta and eta, and the replay memory if there is one.
+
+        delta is so large that the update G is as large as the weights, so that the check can see errors of it.
+        """
         kind, t = getattr(torch, self.dtype), self.tokens
         generator = torch.Generator(device=self.device).manual_seed(1)
 
@@ -106,21 +111,21 @@ class Commit(Case):
         return found
 
     def contenders(self) -> dict[str, Callable[[], Contender]]:
-        inputs = functools.cache(self.inputs)  # made when a contender is
+        inputs = functools.cache(self.inputs)  # allocated when the first contender is made
         step = torch.zeros(1, dtype=torch.int64, device=self.device)
 
         def ours(layer: Layer) -> None:
-            ttt.ops.commit(**layer, **inputs(), step=step, lam=LAM, replay_rows=self.replay)
+            ttt.ops.commit(**layer, **inputs(), step=step, lam=LAM, replay_rows=self.replay, beta=BETA, eps=EPS)
 
         def plain(function: Callable) -> Callable[[Layer], None]:
             def run(layer: Layer) -> None:
                 given = inputs()
                 tokens = {k: given[k] for k in ("x", "delta", "eta")}
                 rows = None
-                if self.replay:  # the very rows that ours draws
+                if self.replay:  # the rows that ours draws
                     draw = ttt.ops.reservoir_draw(given["seen"], step, capacity=MEMORY, rows=self.replay)
                     rows = given["memory"][draw]
-                function(**layer, **tokens, lam=LAM, replayed=rows)
+                function(**layer, **tokens, lam=LAM, replayed=rows, beta=BETA, eps=EPS)
 
             return run
 
@@ -148,7 +153,7 @@ class Commit(Case):
         return Contender(lambda: run(next(turn)), check, cycle=len(layers))
 
     def check(self, run: Callable[[Layer], None], inputs: dict[str, Any], step: Tensor) -> None:
-        """W and F against the float64 reference, on 256 rows spread over the matrix; W* and Omega to the bit."""
+        """Compare W and F with the float64 reference on 256 rows; W* and Omega must not change by one bit."""
         start, layers = self.layers()
         got = layers[0]
         for name, tensor in start.items():
@@ -163,7 +168,7 @@ class Commit(Case):
         w, anchor, importance, trace = exact.values()
         reference.commit(
             w, anchor, importance, trace, wide["x"], wide["delta"], wide["eta"], None, wide.get("memory"),
-            wide.get("seen"), step.clone(), 0, self.replay, "projection", 0.3, 1e-3, LAM, 1.0, "fisher",
+            wide.get("seen"), step.clone(), 0, self.replay, "projection", BETA, EPS, LAM, 1.0, "fisher",
         )  # fmt: skip
         run(got)
         allowed = {"weight": STORAGE[self.dtype].tolerance, "trace": STORAGE[self.state].tolerance}
@@ -177,7 +182,7 @@ class Commit(Case):
 
 
 def cases(device: str) -> list[Case]:
-    """On CPU in float32 and bfloat16, from one token to 1024; on CUDA the shapes of an 8 B model in bfloat16."""
+    """On CPU from 1 to 1024 tokens, in float32 and bfloat16; on CUDA the shapes of an 8 B model, in bfloat16."""
     shapes, all_tokens = [(1024, 1024), (2048, 2048), (2048, 5632), (4096, 4096)], [1, 16, 64, 256, 1024]
     dtypes = ["float32", "bfloat16"]
     if device == "cuda":

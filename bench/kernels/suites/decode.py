@@ -1,4 +1,4 @@
-"""Suite ``decode``: a token at a time through a layer that learns from each, everything included."""
+"""Suite ``decode``: one token at a time through a layer that learns from every token, commits included."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels.contenders import PlainLayer
-from bench.kernels.registry import Case, Contender, shared
+from bench.kernels.case import Case, shared
+from bench.kernels.ceilings import read_ceiling
+from bench.kernels.contender import Contender
+from bench.kernels.plain_torch import PlainLayer
 from bench.kernels.state import (
     STORAGE,
     assert_change,
@@ -22,26 +24,26 @@ from bench.kernels.state import (
     size_of,
     some_rows,
 )
-from bench.kernels.timing import read_ceiling
 from ttt.nn import Linear, Update
 from ttt.ops import reference
 
 LAM, LR = 0.01, 1e-3
 SMALL = 512
-"""Layers up to so many features are measured from cache: there it is the calls that cost."""
+"""Layers of up to this many features are measured from the cache, where the cost of the calls dominates."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Decode(Case):
     """Steps of ``batch`` tokens through (m, n): forward, append to the window of C tokens, commit when it is full.
 
-    Contenders rotate among as many layers as make `bench.kernels.state.POOL` bytes of weights (those of `SMALL` stay in
-    cache: one layer). The layers' windows are at different stages, so that exactly one commit falls on every C
-    tokens, which is what one ``run`` makes. No replay. With ``orthogonal`` = k, so many directions are taken out of the
-    inputs (`ttt.ops.project_out`), and the same without them is a contender.
+    Contenders rotate among enough layers for `bench.kernels.state.POOL` bytes of weights; for layers of up to `SMALL`
+    features it is a single layer, which stays in the cache. The windows of the layers are filled to different levels,
+    so that every C tokens, which is one ``run``, contain exactly one commit. There is no replay. With ``orthogonal``
+    = k, the parts of the inputs in k directions are removed (`ttt.ops.project_out`), and the same layer with k = 0 is
+    another contender.
 
-    On a GPU ours is what a server would run: capturable layers (`ttt.capturable_`), a step of each in one CUDA graph,
-    whose replays decide on the device which of them commit.
+    On a GPU, "ttt" runs as in a server: layers are capturable (`ttt.capturable_`), one CUDA graph holds a step of every
+    layer, and each replay decides on the device which layers commit.
     """
 
     suite = "decode"
@@ -71,7 +73,7 @@ class Decode(Case):
         return None if self.in_cache else "copy"
 
     def ceilings(self) -> dict[str, Callable[[], Contender]]:
-        """Nearly all bytes of a step are read: a stream that only reads is the nearer bound."""
+        """The copy, and a stream that only reads: nearly all bytes of a step are read, not written."""
         return super().ceilings() | {"read": lambda: read_ceiling(self.device)}
 
     @property
@@ -80,17 +82,20 @@ class Decode(Case):
 
     @property
     def steps(self) -> int:
-        """From one commit of a layer to its next."""
+        """Number of steps from one commit of a layer to the next."""
         return self.window // self.batch
 
     def bytes(self, contender: str) -> int:
-        """For one step of B tokens::
+        """The bytes of one step of B tokens.
 
-        W read; x read and y written                                    every contender
-        B rows of m + n appended to the window;
-        (C - B) / 2 rows read, the mean that the window holds at a forward;
-        a share B / C of the commit: W and F read and written, W* and Omega and the C rows of the window read;
-        B rows of n into the sample of recent inputs, and the k directions, where there are any
+        Every contender reads W and x and writes y. Learning layers also
+
+        * append B rows of m + n numbers to the window,
+        * read (C - B) / 2 rows of the window, its mean filling at a forward pass,
+        * make the share B / C of a commit, which reads and writes W and F, and reads W*, Omega and the C rows of the
+          window,
+        * if directions are removed, write B rows of n numbers to the sample of recent inputs, and read the k
+          directions.
         """
         m, n, size, b, c = self.m, self.n, size_of(self.dtype), self.batch, self.window
         moved: float = (m * n + b * (m + n)) * size
@@ -102,7 +107,7 @@ class Decode(Case):
         return round(moved)
 
     def flops(self, contender: str) -> int:
-        """The products of the forward pass; the window's, at its mean filling; G and S."""
+        """The products of the forward pass, of the window at its mean filling, and of G and S."""
         m, n, b = self.m, self.n, self.batch
         if contender == "nn.Linear":
             return 2 * m * n * b
@@ -113,7 +118,7 @@ class Decode(Case):
         return super().parameters() | {"in_cache": self.in_cache}
 
     def weights(self) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-        """(weights to rotate among, three layers' state for all of them to share)."""
+        """(weights to rotate among, the states of three layers, which all of them share)."""
         small = self.in_cache
 
         def make() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -131,10 +136,10 @@ class Decode(Case):
         return x, delta, torch.full((self.batch,), LR, device=self.device)
 
     def pending(self, i: int, count: int) -> int:
-        """Rows in the window of layer i of ``count`` at first, so that some layer commits every ``steps`` steps.
+        """Number of rows in the window of layer i at first, so that exactly one layer commits every ``steps`` steps.
 
-        Layer i meets steps i, i + count, ...; it shall commit at one that is -1 modulo ``steps``, which has an
-        answer for every i as ``count`` is odd and ``steps`` a power of two.
+        Layer i runs at steps i, i + ``count``, ... It has to commit at a step that is -1 modulo ``steps``. Such a step
+        exists for every i, because ``count`` is odd and ``steps`` is a power of two.
         """
         return ((i + 1) * pow(count, -1, self.steps) - 1) % self.steps * self.batch
 
@@ -218,7 +223,7 @@ class Decode(Case):
     def _update(self, x: Tensor, delta: Tensor, eta: Tensor) -> Update:
         return Update(x, delta, eta, None, torch.tensor(True, device=x.device))
 
-    # -- checks: a few tokens more than a window, so that a commit is among them ------------------------------------
+    # -- checks, on a few more tokens than a window holds, so that they include a commit ----------------------------
 
     def check_ours(self) -> None:
         start = random_layer(self.m, self.n, self.dtype, self.state, self.device)
@@ -247,10 +252,15 @@ class Decode(Case):
         late: bool = False,
         basis: Tensor | None = None,
     ) -> None:
-        """Outputs, W and F against the float64 reference of window and commit, on 256 outputs.
+        """Compare outputs, W and F with the float64 reference of window and commit, on 256 outputs.
 
-        ``late``: a full window is committed by the step after, as by capturable layers. ``basis``: what is taken out of
-        the inputs that are learnt.
+        Args:
+            start: the layer's state before the check.
+            state: the tensors that the layer changes.
+            forward: the layer.
+            learn: makes the layer learn x, delta and eta.
+            late: a full window is committed by the next step, before it is appended, as in capturable layers.
+            basis: (k, n), the directions that are removed from the inputs before they are learnt.
         """
         rows, decode = some_rows(self.m, device=self.device), STORAGE[self.state].decode
         w, anchor = (start[name][rows].double() for name in ("weight", "anchor"))
@@ -260,9 +270,18 @@ class Decode(Case):
         step = torch.zeros(1, dtype=torch.int64, device=self.device)
         got, exact, at_commit = [], [], None
         kind = getattr(torch, self.dtype)
+
+        def commit_window() -> None:
+            xs, deltas, etas = (torch.cat(part) for part in zip(*window, strict=True))
+            reference.commit(
+                w, anchor, importance, trace, xs, deltas, etas, None, None, None, step,
+                0, 0, "projection", 0.3, 1e-3, LAM, 1.0, "fisher",
+            )  # fmt: skip
+            window.clear()
+
         for _ in range(self.steps + 3):
             x, _, eta = self.inputs()
-            # Learning from a few tokens changes the output as much as the output is large.
+            # So large that learning from a few tokens changes the output by about its own size.
             delta = (torch.randn(self.batch, self.m, device=self.device) * 5).to(kind)
             rows_now = [torch.cat(part) for part in zip(*window, strict=True)] if window else []
             if not rows_now:
@@ -270,30 +289,25 @@ class Decode(Case):
             exact.append(reference.window_linear(x.double(), w, None, *rows_now))
             got.append(forward(x)[:, rows])
             learn(x, delta, eta)
+            committed = late and len(window) == self.steps
+            if committed:
+                commit_window()
             learnt = x.double() if basis is None else reference.project_out(x.double(), basis.double())
             window.append((learnt, delta[:, rows].double(), eta.double()))
-            if len(window) == self.steps:
-                xs, deltas, etas = (torch.cat(part) for part in zip(*window, strict=True))
-                reference.commit(
-                    w, anchor, importance, trace, xs, deltas, etas, None, None, None, step,
-                    0, 0, "projection", 0.3, 1e-3, LAM, 1.0, "fisher",
-                )  # fmt: skip
-                window.clear()
-                at_commit = None
-            if not window or (late and len(window) == 1):
+            if not late and len(window) == self.steps:
+                committed = True
+                commit_window()
+            if committed:
                 at_commit = state["weight"][rows].clone(), decode(state["trace"][rows], self.n).clone()
         tolerance, y = STORAGE[self.dtype].tolerance, torch.cat(exact)
         assert_change("the output", torch.cat(got), y, torch.zeros_like(y), 2 * tolerance)
-        if at_commit is None or self.steps < 4:  # windows of one to three steps commit more than once
-            if late and not window:
-                forward.flush()
-            at_commit = state["weight"][rows], decode(state["trace"][rows], self.n)
+        assert at_commit is not None
         assert_change("weight", at_commit[0], w, before[0], 2 * tolerance)
         assert_change("trace", at_commit[1], trace, before[1], 2 * STORAGE[self.state].tolerance)
 
 
 def cases(device: str) -> list[Case]:
-    """Windows 16, 64 and 128."""
+    """Windows of 16, 64 and 128 tokens, for square layers on CPU and the layers of an 8 B model on CUDA."""
     windows = (16, 64, 128)
     found: list[Case] = []
     if device == "cuda":

@@ -1,4 +1,4 @@
-"""Suite ``fisher``: per-token squared gradients of a layer, beside its forward and backward pass."""
+"""Suite ``fisher``: sum a layer's per-token squared gradients, in addition to its forward and backward pass."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ import torch
 from torch import Tensor
 
 import ttt
-from bench.kernels.contenders import compiled
-from bench.kernels.registry import Case, Contender, Unavailable
+from bench.kernels.case import Case
+from bench.kernels.ceilings import product_ceiling
+from bench.kernels.contender import Contender, Unavailable
+from bench.kernels.plain_torch import compiled
 from bench.kernels.state import assert_change
-from bench.kernels.timing import product_ceiling
 
 BASELINE = "forward + backward"
 
 
 @dataclasses.dataclass(frozen=True)
 class Fisher(Case):
-    """One step of training's forward and backward pass over ``tokens`` T (gradient of the weight, none of the input),
-    and on top of it F <- F + the sum over tokens of the squared gradient, which is (D*D)^T (X*X).
+    """A forward and backward pass over ``tokens`` T, and F <- F + (D*D)^T (X*X).
+
+    The backward pass computes the gradient of the weight, but not of the input. (D*D)^T (X*X) (m, n) is the sum over
+    the tokens of the squared gradient of the weight.
     """
 
     suite = "fisher"
@@ -47,7 +50,7 @@ class Fisher(Case):
         return "matmul"
 
     def bytes(self, contender: str) -> int:
-        """W read and its gradient written, x and delta read; besides, F read and written, x and delta read again."""
+        """W, x and delta are read, the gradient is written; then F is read and written, x and delta are read again."""
         matrices, rows = (2, 3) if contender == BASELINE else (4, 5)
         return 4 * (matrices * self.m * self.n + rows * self.tokens * (self.m + self.n) // 2)
 
@@ -109,7 +112,7 @@ class Fisher(Case):
             except ImportError:
                 raise Unavailable("backpack-for-pytorch is not installed") from None
 
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")  # so it is meant to, here
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")  # intended here
 
             def backward(layer: torch.nn.Linear, x: Tensor, delta: Tensor) -> None:
                 with extension(SumGradSquared()):
@@ -135,10 +138,10 @@ def _backward(layer: torch.nn.Linear, x: Tensor, delta: Tensor) -> None:
 
 
 def _nothing(layer: torch.nn.Linear, trace: Tensor) -> None:
-    """No squares."""
+    """Adds no squared gradients."""
 
 
 def cases(device: str) -> list[Case]:
-    """1024 x 1024, batch 64, from cache."""
+    """A 1024 x 1024 layer and 64 tokens, from the cache, with one thread and with two."""
     threads = (1,) if device == "cuda" else tuple(t for t in (1, 2) if t <= torch.get_num_threads()) or (1,)
     return [Fisher(device, "float32", 1024, 1024, 64, t, quick=True) for t in threads]

@@ -1,4 +1,4 @@
-"""Suite ``generate``: text written token by token, learning from every 16 tokens, beside plain generation."""
+"""Suite ``generate``: generate text and learn from it every 16 tokens, beside generation without learning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 
 import ttt
 from bench.kernels import models
-from bench.kernels.registry import Case, Contender
+from bench.kernels.case import Case
+from bench.kernels.contender import Contender
 from bench.kernels.state import LEARNS
 from bench.kernels.suites.observe import LLAMA
 from ttt.learn.huggingface import cache_of, cached
@@ -18,9 +19,10 @@ from ttt.learn.huggingface import cache_of, cached
 
 @dataclasses.dataclass(frozen=True)
 class Generate(Case):
-    """``new`` tokens after a prompt of ``prompt``, greedily, with a KV cache; times are per new token.
+    """Generate ``new`` tokens greedily after a prompt of ``prompt`` tokens, with a KV cache; times are per new token.
 
-    The ``down_proj`` of the last quarter of the blocks learn from what is written, by `bench.kernels.state.LEARNS`.
+    The ``down_proj`` layers of the last quarter of the blocks learn from the generated text, with the options of
+    `bench.kernels.state.LEARNS`.
     """
 
     suite = "generate"
@@ -43,7 +45,7 @@ class Generate(Case):
         return None
 
     def bytes(self, contender: str) -> int | None:
-        """Of plain generation: the model's matrices."""
+        """For plain generation the model's matrices; not counted for the others."""
         parameters = models.parameters_of(models.frozen(self.model, self.device, self.dtype))
         return parameters * getattr(torch, self.dtype).itemsize if contender == "plain generation" else None
 
@@ -83,7 +85,7 @@ class Generate(Case):
                 return written.sequences
 
             def check() -> None:
-                """What is written before anything is learnt is the frozen model's; then the weights change."""
+                """The text up to the first learning step must be the frozen model's; then the weights must change."""
                 got = generate()
                 if got.shape != (1, self.prompt + self.new):
                     raise AssertionError(f"generate gave {tuple(got.shape)}")

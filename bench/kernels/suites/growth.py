@@ -1,4 +1,4 @@
-"""Suite ``growth``: what the cost grows with, one thing at a time; `bench.kernels.plot` draws its curves."""
+"""Suite ``growth``: the cost as a function of one parameter at a time; `bench.kernels.plot` draws the curves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 import ttt
-from bench.kernels.registry import Case, Contender
+from bench.kernels.case import Case
+from bench.kernels.contender import Contender
 from bench.kernels.state import LEARNS
 from bench.kernels.suites.commit import Commit
 from bench.kernels.suites.decode import Decode
@@ -20,7 +21,7 @@ SMALL_LLAMA = "llama 12x384"
 
 @dataclasses.dataclass(frozen=True)
 class GrowthCommit(Commit):
-    """A commit beside the forward pass of its tokens; ``curve`` names what varies."""
+    """A commit beside the forward pass of its tokens; ``curve`` names the parameter that varies."""
 
     suite = "growth"
     baseline = "forward"
@@ -41,7 +42,7 @@ class GrowthCommit(Commit):
 
 @dataclasses.dataclass(frozen=True)
 class GrowthDecode(Decode):
-    """Decoding with windows of more sizes."""
+    """Decoding with more window sizes; ``curve`` names the parameter that varies."""
 
     suite = "growth"
 
@@ -57,7 +58,7 @@ class GrowthDecode(Decode):
 
 @dataclasses.dataclass(frozen=True)
 class GrowthObserve(Observe):
-    """Reading with more of a model's layers adapted."""
+    """Reading with different numbers of adapted layers; ``curve`` names the parameter that varies."""
 
     suite = "growth"
 
@@ -69,7 +70,7 @@ class GrowthObserve(Observe):
 
 
 def layer_memory(m: int, n: int, dtype: str) -> dict[str, int]:
-    """Bytes of each part of a learning layer under `bench.kernels.state.LEARNS`."""
+    """Bytes of each part of an (m, n) learning layer with the options of `bench.kernels.state.LEARNS`."""
     layer = ttt.nn.Linear(n, m, bias=False, device="meta", dtype=getattr(torch, dtype), config=LEARNS)
     parts: dict[str, tuple[str, ...]] = {
         "weight": ("weight",),
@@ -82,7 +83,7 @@ def layer_memory(m: int, n: int, dtype: str) -> dict[str, int]:
 
 
 def cases(device: str) -> list[Case]:
-    """Cost against d, T, replay rows, window and adapted layers; memory of a layer against d."""
+    """Cost for several d, T, replay rows, windows and numbers of adapted layers; memory of a layer for several d."""
     cuda = device == "cuda"
     found: list[Case] = []
     for dtype in ("bfloat16",) if cuda else ("float32", "bfloat16"):

@@ -1,4 +1,4 @@
-"""Suite ``head``: an output head, its scores, and the loss's gradient at its input with and without all of its rows."""
+"""Suite ``head``: an output head, its scores, and the loss's gradient at its input from all or few of its rows."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.kernels.registry import Case, Contender, shared
+from bench.kernels.case import Case, shared
+from bench.kernels.contender import Contender
 from bench.kernels.state import size_of
 from ttt.learn.head import _matter, input_gradient, score
 
 MASS = 0.01
 BITS = 3.0  # entropy of a token's distribution
-COLD = 400_000_000  # bytes of weights that a contender rotates through
+COLD = 400_000_000  # bytes of weights that a contender rotates through, so that they come from memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Head(Case):
-    """``tokens`` T hidden states h of width ``d`` through a head of ``words`` V rows W, scored, and dL/dh.
+    """Score ``tokens`` T hidden states h (T, d) with a head W of ``words`` V rows (V, d), and compute dL/dh.
 
-    Logits are h W^T, W and h normal: probabilities are log-normal, in an order that differs from token to token. The
-    scale of h is such that a token's entropy is `BITS` bits, as that of a language model that knows its text; or, in
-    the worst case, ``flat``, as nearly log2 V bits as an untrained model has. Targets are drawn from the distribution.
+    Logits are h W^T with normally distributed W and h, so that probabilities are log-normal, with a different order of
+    the words for each token. h is scaled so that a token's distribution has an entropy of `BITS` bits, as for a
+    language model that predicts its text well. With ``flat``, the worst case, the entropy is close to log2 V bits, as
+    for an untrained model. Targets are drawn from the distribution.
     """
 
     suite = "head"
@@ -46,7 +48,7 @@ class Head(Case):
         return None
 
     def bytes(self, contender: str) -> int | None:
-        """W, read once by the forward pass and once by the exact gradient; of rows picked it depends on the data."""
+        """W once for the forward pass and once for the exact gradient. ttt reads a part that depends on the data."""
         if contender == "ttt":
             return None
         size, passes = size_of(self.dtype), 1 if contender == self.forward else 2
@@ -97,7 +99,7 @@ class Head(Case):
             got, exact = run(weights[0]).double(), exact_gradient(weights[0], h, targets)
             off = (got - exact).norm(dim=1)
             largest = float(weights[0].double().norm(dim=1).max())
-            # What the exact product makes of its own rounding, and the logits' (of a size of about 20) before it.
+            # The relative error that rounding the logits (of a size of about 20) and the exact product may cause.
             rounding = 2e-4 if self.dtype == "float32" else 0.1
 
             def check() -> None:
@@ -119,13 +121,13 @@ class Head(Case):
 
 
 def picked(scores, mass: float) -> float | None:
-    """Rows read, of those that one token can read, on average; None where the exact product is taken."""
+    """Share of the rows of the head that a token reads, on average; None where the exact product is computed."""
     found = _matter(scores, mass)
     return None if found is None else len(found[0]) / scores.exp.numel()
 
 
 def exact_gradient(weight: Tensor, h: Tensor, targets: Tensor) -> Tensor:
-    """(T, d) float64: sum over the words of (p - [word = target]) W, without `ttt.learn.head`."""
+    """(T, d) float64: sum over the words of (p - [word = target]) W, computed without `ttt.learn.head`."""
     w = weight.double()
     p = (h.double() @ w.T).softmax(1)
     p[torch.arange(len(p)), targets] -= 1
@@ -144,7 +146,7 @@ def scale_for(logits: Tensor, bits: float) -> float:
 
 
 def cases(device: str) -> list[Case]:
-    """Vocabularies of 32 and 128 thousand words, narrow and wide; flat distributions at the first."""
+    """Vocabularies of 32,000 and 128,000 words and two widths; flat distributions for the smallest of them."""
     found: list[Case] = []
     for words, d in itertools.product((32_000, 128_000), (768, 2048)):
         found += [Head(device, "float32", words, d, t, quick=(words, d, t) == (32_000, 768, 16)) for t in (16, 64)]

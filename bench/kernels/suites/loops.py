@@ -1,4 +1,4 @@
-"""Suite ``loops``: what people write today to let a model learn from what it reads, on the same chunk of tokens."""
+"""Suite ``loops``: common ways to let a model learn from the text it reads, on the same chunk of tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy
 
 import ttt
 from bench.kernels import models
-from bench.kernels.registry import Case, Contender, Unavailable
+from bench.kernels.case import Case
+from bench.kernels.contender import Contender, Unavailable
 from bench.kernels.state import LEARNS, assert_change
 from bench.kernels.suites.observe import LLAMA
 
@@ -21,7 +22,7 @@ LR = 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class Loop(Case):
-    """A step on one chunk of ``tokens``: its loss, and whatever the loop learns from it. Times are per token."""
+    """A step on one chunk of ``tokens``: compute its loss, then learn from it. Times are per token."""
 
     suite = "loops"
     unit = "token"
@@ -43,7 +44,7 @@ class Loop(Case):
         return None
 
     def flops(self, contender: str) -> int | None:
-        """Forward 2 a parameter; a full backward pass 4 more, without gradients of frozen weights 2 more."""
+        """2 per parameter for the forward pass; 4 more for a full backward pass, 2 more if weights are frozen."""
         model = models.frozen(self.model, self.device, self.dtype)
         share = {"forward": 2, "AdamW": 6, "SGD in hooks": 6, "dynamic evaluation": 6, "LoRA": 4}.get(contender)
         return share and share * models.parameters_of(model)
@@ -84,20 +85,20 @@ class Loop(Case):
 
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """Mean nats a token of (1, T + 1) ``ids``."""
+    """Mean loss in nats per token of ``ids`` (1, T + 1)."""
     logits = model(input_ids=ids[:, :-1]).logits[0].float()
     return cross_entropy(logits, ids[0, 1:])
 
 
 def _tolerance(p: Tensor) -> float:
-    """Of a change, compared with one computed in float64 from gradients of a backward pass of its own."""
+    """Allowed error of a change, relative to one computed in float64 from the gradients of a separate backward pass."""
     return 1e-3 if p.dtype == torch.float32 else 0.5
 
 
 def check_step(
     model: nn.Module, ids: Tensor, step: Callable[[], object], expected: Callable[[str, Tensor, Tensor], Tensor]
 ) -> None:
-    """One step changes each parameter as ``expected(name, parameter, gradient)`` says; more of them lower the loss."""
+    """Check that one step changes parameters to ``expected(name, parameter, gradient)``, and three lower the loss."""
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     names = list(before)
     loss = loss_of(model, ids)
@@ -107,7 +108,7 @@ def check_step(
         start, gradient = before[name].double(), gradients[name].double()
         exact = expected(name, start, gradient)
         if float((exact - start).norm()) > 0:
-            # What float32 can hold of the change: weights near 1 round it.
+            # Adding a small change to a weight near 1 rounds it.
             rounding = float(torch.finfo(p.dtype).eps * start.norm() / (exact - start).norm())
             assert_change(name, p.detach(), exact, start, _tolerance(p) + rounding)
     _goes_down(lambda: loss_of(model, ids), step)
@@ -122,19 +123,19 @@ def _goes_down(loss: Callable[[], Tensor], step: Callable[[], object], steps: in
         raise AssertionError(f"the loss on the same text went from {first} to {last}")
 
 
-# -- the loops: each takes a model of its own and ids (1, T + 1), and returns (step, check) -------------------------
+# -- the loops: each takes a new model and ids (1, T + 1), and returns (step, check) --------------------------------
 
 Loops = tuple[Callable[[], object], Callable[[], None]]
 
 
 def observe(model: nn.Module, ids: Tensor) -> Loops:
-    """`ttt.Learner.observe` with `LEARNS`, the ``down_proj`` of the last quarter of the blocks learning."""
+    """`ttt.Learner.observe` with the options `LEARNS`; ``down_proj`` learns in the last quarter of the blocks."""
     learner: ttt.Learner
     tokens = ids.shape[1] - 1
     config = LEARNS.with_flat(target_modules=["down_proj"], layers="last:0.25", chunk=tokens)
 
     def check() -> None:
-        """Without protection, it is SGD on the summed loss with autograd's own gradients; with it, it learns."""
+        """A step without protection must be SGD on autograd's gradients; steps with protection must lower the loss."""
         learner.reset()
         plain = copy.deepcopy(ttt.restore_(model)).requires_grad_(True)
         ttt.adapt_(model, config.with_flat(ewc_lambda=0.0, replay_rows=0))
@@ -175,14 +176,14 @@ def adamw(model: nn.Module, ids: Tensor) -> Loops:
         optimizer.step()
 
     def expected(name: str, p: Tensor, gradient: Tensor) -> Tensor:
-        """The first step: both moments, without their bias, are the gradient and its square."""
+        """The first step, where the bias-corrected moments are the gradient and its square."""
         return p * (1 - LR * decay) - LR * gradient / (gradient.abs() + eps)
 
     return step, lambda: check_step(model, ids, step, expected)
 
 
 def sgd_in_hooks(model: nn.Module, ids: Tensor) -> Loops:
-    """SGD on every parameter, each stepped by a hook as soon as its gradient is there, which is then freed."""
+    """SGD on every parameter, in a hook that updates it as soon as its gradient is complete, and frees the gradient."""
     rate = 100 * LR
 
     @torch.no_grad()
@@ -204,7 +205,7 @@ def sgd_in_hooks(model: nn.Module, ids: Tensor) -> Loops:
 
 
 def lora(model: nn.Module, ids: Tensor) -> Loops:
-    """PEFT: adapters of rank 8 on the same layers as ours, trained with fused AdamW."""
+    """PEFT's LoRA adapters of rank 8 on the layers that `observe` adapts, trained with fused AdamW."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -222,7 +223,7 @@ def lora(model: nn.Module, ids: Tensor) -> Loops:
         optimizer.step()
 
     def check() -> None:
-        """The loss goes down, by the adapters alone."""
+        """The loss must decrease, and only the adapters may change."""
         frozen = {name: p.clone() for name, p in adapted.named_parameters() if not p.requires_grad}
         before = [p.detach().clone() for p in learning]
         _goes_down(lambda: loss_of(adapted, ids), step)
@@ -235,12 +236,12 @@ def lora(model: nn.Module, ids: Tensor) -> Loops:
 
 
 def dynamic_evaluation(model: nn.Module, ids: Tensor, known: Tensor) -> Loops:
-    """Krause et al. 2018, the RMS rule with decay to the prior, on every parameter::
+    """Dynamic evaluation (Krause et al. 2018) of every parameter: the RMS rule with decay to the prior::
 
         p <- p - eta g / (sqrt(MS) + eps) + min(lam sqrt(MS) / mean(sqrt(MS)), 1) (p_0 - p)
 
-    MS is the mean square of the gradients on segments of text the model knows (``known``, (N, T)); its root's mean is
-    over all parameters.
+    p_0 is the parameter before learning. MS is its mean squared gradient on the rows of ``known`` (N, T), text that the
+    model was trained on; mean(sqrt(MS)) is over all parameters of the model.
     """
     eta, lam, eps = LR / 10, 2e-3, 1e-5
     named = dict(model.named_parameters())
@@ -270,7 +271,7 @@ def dynamic_evaluation(model: nn.Module, ids: Tensor, known: Tensor) -> Loops:
         return p - eta * gradient / (rms[name].double() + eps) + pull
 
     def check() -> None:
-        """From weights away from the prior, so that the pull back is seen."""
+        """Check a step that starts away from the prior, so that the decay to it has an effect."""
         with torch.no_grad():
             for name, p in named.items():
                 p.add_(prior[name], alpha=1e-3)

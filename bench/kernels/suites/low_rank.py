@@ -1,4 +1,4 @@
-"""Suite ``low_rank``: a batch whose tokens belong to different users, each with low-rank weights of their own."""
+"""Suite ``low_rank``: batches whose tokens belong to different users, each with low-rank weights of their own."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import ttt
-from bench.kernels.registry import Case, Contender, Unavailable, shared
+from bench.kernels.case import Case, shared
+from bench.kernels.contender import Contender, Unavailable
 from bench.kernels.state import LEARNS, STORAGE, assert_change, layer_count, size_of, some_rows
 from ttt.nn import LowRankLinear
+from ttt.ops.low_rank import reference
 
 SLOTS, WINDOW, LR = 32, 64, 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixed(Case):
-    """A decoding step of ``tokens`` T tokens of ``users`` U users, T / U each, through (d, d) with rank r.
+    """A decoding step of ``tokens`` T tokens of ``users`` U users, T / U each, through a (d, d) layer with rank r.
 
-    Every user's slot holds r rows, and they rotate with the weights: they come from memory, too.
+    Every user's slot holds r rows. Slots rotate together with the weights, so they are read from memory, too.
     """
 
     suite = "low_rank"
@@ -42,11 +44,11 @@ class Mixed(Case):
 
     @property
     def rows(self) -> float:
-        """Of a slot, read at a forward pass, on average."""
+        """Rows of a slot that a forward pass reads, on average."""
         return self.rank
 
     def bytes(self, contender: str) -> int:
-        """W read, x read and y written; the rows of each user in the batch read, for each token where it gathers."""
+        """W and x read, y written, and each user's rows read once; "plain torch" gathers them for each token."""
         readers = {"nn.Linear": 0, "plain torch": 3 * self.tokens}.get(contender, self.users)
         moved = self.d * self.d + 2 * self.tokens * self.d + readers * self.rows * 2 * self.d
         return round(moved * size_of(self.dtype))
@@ -63,14 +65,14 @@ class Mixed(Case):
 
     @property
     def slots(self) -> Tensor:
-        """(T,) int32: the users' tokens take turns."""
+        """(T,) int32: tokens of the users in turn."""
         return torch.arange(self.tokens, dtype=torch.int32, device=self.device) % self.users
 
     def inputs(self) -> Tensor:
         return torch.randn(self.tokens, self.d, device=self.device).to(getattr(torch, self.dtype))
 
     def layers(self) -> list[LowRankLinear]:
-        """Layers to rotate among, with r random rows in every slot."""
+        """Layers to rotate among, with random rows in every slot."""
         low_rank = ttt.LowRank(slots=SLOTS, rank=self.rank, window=WINDOW)
         config = dataclasses.replace(LEARNS, lr=LR, protect=[], per_user=low_rank)
         kind = getattr(torch, self.dtype)
@@ -91,12 +93,12 @@ class Mixed(Case):
         return found
 
     def stage(self, layers: list[LowRankLinear]) -> None:
-        """How full the slots are at first."""
+        """Set the number of rows in the slots before the first run."""
         for layer in layers:
             layer.rows.fill_(self.rank)
 
     def contender(self, one: Callable[[int, Tensor], object], check: Callable[[], None], steps: int = 1) -> Contender:
-        """``one`` (index of a layer, x), in turn; a run makes ``steps`` of them."""
+        """A contender that calls ``one`` (index of a layer, x) with the layers in turn, ``steps`` times a run."""
         count = len(self.layers())
         turn, x = itertools.cycle(range(count)), self.inputs()
 
@@ -108,7 +110,7 @@ class Mixed(Case):
         return Contender(run, check, units=steps, cycle=count, graph=False)
 
     def check(self, forward: Callable[[Tensor], Tensor]) -> None:
-        """The first layer's output, on 256 outputs, against float64."""
+        """Compare 256 outputs of the first layer with float64."""
         layer, x = self.layers()[0], self.inputs()
         rows = some_rows(self.d, device=self.device)
         with torch.no_grad():
@@ -117,7 +119,7 @@ class Mixed(Case):
         for t, u in enumerate(self.slots.tolist()):
             held = slice(0, int(layer.rows[u]))
             exact[t] += (layer.a[u, held].double() @ x[t].double()) @ layer.b[u, held][:, rows].double()
-        # The base product, what is added, and their sum are each rounded.
+        # The base product, the low-rank part and their sum are each rounded.
         assert_change("y", got, exact, torch.zeros_like(exact), 2 * STORAGE[self.dtype].tolerance)
 
     # -- contenders ---------------------------------------------------------------------------------------------------
@@ -135,7 +137,7 @@ class Mixed(Case):
         return self.contender(lambda i, x: functional.linear(x, layers[i].weight), lambda: None)
 
     def plain(self) -> Contender:
-        """Each token's factors gathered, and two batched products."""
+        """Gather each token's factors, then two batched products."""
         layers, slots, r = self.layers(), self.slots.long(), self.rank
 
         def one(i: int, x: Tensor) -> Tensor:
@@ -178,10 +180,10 @@ class Mixed(Case):
 
 @dataclasses.dataclass(frozen=True)
 class MixedLearning(Mixed):
-    """The same, and every token is learnt: appended, and slots compressed when they hold r + C rows.
+    """A step of `Mixed` in which every token is also learnt: rows are appended, and full slots (r + C rows) compressed.
 
-    Users' windows are at different stages, and layers' too, so that exactly one slot is compressed every other step,
-    which is its share of T / C compressions a step.
+    The windows of users, and of layers, are at different stages, so that exactly one slot is compressed every other
+    step, which is its share of T / C compressions a step.
     """
 
     @property
@@ -200,12 +202,12 @@ class MixedLearning(Mixed):
 
     @property
     def each(self) -> int:
-        """Tokens of one user a step."""
+        """Tokens of one user in a step."""
         return self.tokens // self.users
 
     def stage(self, layers: list[LowRankLinear]) -> None:
-        cycle = WINDOW // self.each  # steps from one compression of a slot to its next
-        for i, layer in enumerate(layers):  # an odd number of them: the parity goes on through every rotation
+        cycle = WINDOW // self.each  # steps from one compression of a slot to the next
+        for i, layer in enumerate(layers):  # their number is odd, so that the parity carries over to the next rotation
             for u in range(self.users):
                 layer.rows[u] = self.rank + (u * cycle // self.users + i) % cycle * self.each
 
@@ -223,7 +225,7 @@ class MixedLearning(Mixed):
 
     @torch.no_grad()
     def check_learning(self, layer: LowRankLinear) -> None:
-        """Outputs after a few steps, two compressions among them, against the reference in float64."""
+        """Compare outputs after four steps with two compressions with the reference in float64."""
         outputs = []
         x, delta = self.inputs(), self.inputs() * 10
         for kind in (layer.weight.dtype, torch.float64):
@@ -240,11 +242,107 @@ class MixedLearning(Mixed):
         assert_change("y", outputs[0], outputs[1], torch.zeros_like(outputs[1]), 2 * STORAGE[self.dtype].tolerance)
 
 
+@dataclasses.dataclass(frozen=True)
+class Compression(Case):
+    """The compression of one slot of a (d, d) layer from r + C rows to r, without replay and pull, on the CPU.
+
+    "torch, eigh" does the same step in torch in float64: Gram matrices of the rows, two calls of `torch.linalg.eigh`,
+    and the new rows. "eigh alone" is one such call for an (r + C) x (r + C) matrix, as a bound for any implementation
+    with LAPACK's solver. "ttt" and "torch, eigh" also copy the full slot back before each run.
+    """
+
+    suite = "low_rank"
+    unit = "compression"
+    baseline = "torch, eigh"
+
+    d: int
+    rank: int
+
+    @property
+    def name(self) -> str:
+        return f"compression: {self.d}x{self.d}, {self.rank + WINDOW} rows to {self.rank}"
+
+    @property
+    def ceiling(self) -> str | None:
+        return None
+
+    def bytes(self, contender: str) -> int | None:
+        return None
+
+    def flops(self, contender: str) -> int | None:
+        return None
+
+    def parameters(self) -> dict[str, Any]:
+        return super().parameters() | {"window": WINDOW}
+
+    def contenders(self) -> dict[str, Callable[[], Contender]]:
+        return {"ttt": self.op, "torch, eigh": self.plain, "eigh alone": self.eigh}
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """A and B of a full slot, (1, r + C, d) each, as learning leaves them: inputs, and smaller gradients."""
+        generator = torch.Generator().manual_seed(0)
+        a, b = (torch.randn(1, self.rank + WINDOW, self.d, generator=generator) for _ in range(2))
+        kind = getattr(torch, self.dtype)
+        return a.to(kind), (b * 1e-3).to(kind)
+
+    def contender(self, compress: Callable[[list[Tensor]], None]) -> Contender:
+        """``compress`` (state) of a slot that is full again at every run; ``state`` as `ttt.ops.low_rank_compress`."""
+        full = self.rows()
+        state = [t.clone() for t in full]
+        state += [torch.tensor([len(full[0][0])], dtype=torch.int32), torch.zeros(1), torch.zeros(1)]
+        state.append(torch.zeros(1, dtype=torch.int64))
+
+        @torch.no_grad()
+        def run() -> None:
+            for t, before in zip(state, full, strict=False):
+                t.copy_(before)
+            state[2].fill_(len(full[0][0]))
+            compress(state)
+
+        return Contender(run, lambda: self.check(run, state, full), graph=False)
+
+    def check(self, run: Callable[[], None], state: list[Tensor], full: tuple[Tensor, Tensor]) -> None:
+        """Compare the new B^T A, on 256 of its rows, with the SVD of the old one in float64."""
+        run()
+        if state[2].tolist() != [self.rank]:
+            raise AssertionError(f"the slot holds {state[2].tolist()} rows, not {self.rank}")
+        a, b, _ = reference.truncate(full[0][0].double(), full[1][0].double(), self.rank)
+        columns = some_rows(self.d)
+        got = state[1][0, : self.rank, columns].double().T @ state[0][0, : self.rank].double()
+        exact = b[:, columns].T @ a
+        assert_change("B^T A", got, exact, torch.zeros_like(exact), 4 * STORAGE[self.dtype].tolerance)
+
+    def op(self) -> Contender:
+        slots = torch.zeros(1, dtype=torch.int64)
+        return self.contender(
+            lambda s: ttt.ops.low_rank_compress(s[0], s[1], s[2], s[3], s[4], s[5], slots, rank=self.rank)
+        )
+
+    def plain(self) -> Contender:
+        def compress(state: list[Tensor]) -> None:
+            a, b, lost = reference.truncate_by_gram(state[0][0].double(), state[1][0].double(), self.rank)
+            for t, fresh in zip(state, (a, b), strict=False):
+                t[0, : self.rank] = fresh
+                t[0, self.rank :] = 0
+            state[2].fill_(self.rank)
+            state[4] += lost
+
+        return self.contender(compress)
+
+    def eigh(self) -> Contender:
+        a = self.rows()[0][0].double()
+        gram = a @ a.T
+        return Contender(lambda: torch.linalg.eigh(gram), lambda: None)
+
+
 def cases(device: str) -> list[Case]:
-    """32 tokens of 1, 8 and 32 users, read only and learnt from."""
-    return [
+    """32 tokens of 1, 8 and 32 users, read only and learnt from; on the CPU also the compression of one slot."""
+    found: list[Case] = [
         kind(device, dtype, 2048, 32, users, 16, quick=users == 32)
         for dtype in (("bfloat16",) if device == "cuda" else ("float32", "bfloat16"))
         for kind in (Mixed, MixedLearning)
         for users in (1, 8, 32)
     ]
+    if device == "cpu":
+        found += [Compression(device, dtype, 2048, 16) for dtype in ("float32", "bfloat16")]
+    return found

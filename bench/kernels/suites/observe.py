@@ -1,4 +1,4 @@
-"""Suite ``observe``: a whole model that reads and learns, beside one that only reads."""
+"""Suite ``observe``: a whole model that reads a text and learns from it, beside one that only reads."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch.nn.functional import cross_entropy
 
 import ttt
 from bench.kernels import models
-from bench.kernels.registry import Case, Contender
+from bench.kernels.case import Case
+from bench.kernels.contender import Contender
 from bench.kernels.state import LEARNS
+from ttt.demo.model import CONFIG
 from ttt.learn.huggingface import cache_of, cached
 
 QUARTER = "down_proj, last quarter"
@@ -23,9 +25,10 @@ LLAMA = "llama 12x768"
 
 @dataclasses.dataclass(frozen=True)
 class Observe(Case):
-    """``text`` tokens read in chunks of ``chunk``, with a KV cache; times are per token.
+    """Read ``text`` tokens in chunks of ``chunk``, with a KV cache; times are per token.
 
-    ``adapted``: `QUARTER`, `DEFAULTS`, or "last k": the ``down_proj`` of the last k blocks.
+    ``adapted`` says which layers learn: `QUARTER` (``down_proj`` of the last quarter of the blocks), `DEFAULTS` (the
+    demo's), or "last k" (``down_proj`` of the last k blocks).
     """
 
     suite = "observe"
@@ -49,7 +52,7 @@ class Observe(Case):
         return None
 
     def bytes(self, contender: str) -> int | None:
-        """Of the forward pass: the model's matrices, once a chunk."""
+        """For the forward pass the model's matrices, once per chunk; not counted for the others."""
         model = models.frozen(self.model, self.device, self.dtype)
         size = getattr(torch, self.dtype).itemsize
         return models.parameters_of(model) * size // self.chunk if contender == "forward" else None
@@ -62,10 +65,8 @@ class Observe(Case):
         return {}
 
     def config(self) -> ttt.TTTConfig:
-        """How the model learns: by `bench.kernels.state.LEARNS`, or as the demo's does."""
+        """The demo's configuration for `DEFAULTS`, otherwise the options of `bench.kernels.state.LEARNS`."""
         if self.adapted == DEFAULTS:
-            from ttt.demo.model import CONFIG
-
             return dataclasses.replace(CONFIG, chunk=self.chunk)
         layers = "last:0.25" if self.adapted == QUARTER else self.adapted.replace(" ", ":")
         return dataclasses.replace(LEARNS, target_modules=["down_proj"], layers=layers, chunk=self.chunk)
@@ -75,7 +76,7 @@ class Observe(Case):
 
         @torch.no_grad()
         def read() -> Tensor:
-            """(1, text) nats: what `ttt.Learner.observe` returns for a model that does not learn."""
+            """(text,) losses in nats, as `ttt.Learner.observe` gives them for a model that does not learn."""
             base, out = models.frozen(self.model, self.device, self.dtype), []
             for start in range(0, self.text, models.CONTEXT):
                 cache = None
@@ -96,17 +97,15 @@ class Observe(Case):
             reader: Any = ttt.GraphedLearner(learner, chunk=self.chunk) if captured else learner
 
             def check() -> None:
-                """The first chunk as the frozen model scores it; a second reading better than the first; no rejects."""
-                seen = reader.observe(ids)
-                first = slice(0, min(self.chunk, self.text))
-                error = float((seen.nll[0, first] - read()[first]).abs().mean())
+                """The first chunk must score as in the frozen model, and the text better at the second reading."""
+                first, chunk = reader.observe(ids), slice(0, min(self.chunk, self.text))
+                error = float((first.nll[0, chunk] - read()[chunk]).abs().mean())
                 if not error <= (1e-3 if self.dtype == "float32" else 0.05):
                     raise AssertionError(f"the first chunk's losses differ from the frozen model's by {error:.2e} nats")
-                again = reader.observe(ids)
-                if seen.rejected or again.rejected or not again.bits < seen.bits:
-                    raise AssertionError(
-                        f"{seen.bits} bits, then {again.bits}; {seen.rejected + again.rejected} chunks rejected"
-                    )
+                second = reader.observe(ids)
+                rejected = first.rejected + second.rejected
+                if rejected or not second.bits < first.bits:
+                    raise AssertionError(f"{first.bits} bits, then {second.bits}; {rejected} chunks rejected")
                 learner.reset()
 
             state = sum(t.nbytes for layer in learner.layers for name, t in layer.state().items() if name != "weight")

@@ -1,4 +1,4 @@
-"""Suite ``window_linear``: y = x W^T less what a full window changed."""
+"""Suite ``window_linear``: y = x W^T - ((x X^T) * eta) D, the output of a layer with a full window."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 import ttt
-from bench.kernels.contenders import compiled, plain_window_linear
-from bench.kernels.registry import Case, Contender, shared
+from bench.kernels.case import Case, shared
+from bench.kernels.ceilings import product_ceiling, read_ceiling, square_ceiling
+from bench.kernels.contender import Contender
+from bench.kernels.plain_torch import compiled, plain_window_linear
 from bench.kernels.state import STORAGE, assert_change, layer_count, size_of, some_rows
-from bench.kernels.timing import product_ceiling, read_ceiling, square_ceiling
 from ttt.ops import reference
 
 
 @dataclasses.dataclass(frozen=True)
 class WindowLinear(Case):
-    """``tokens`` T through (m, n) with ``window`` C rows, all in use and shared by all layers."""
+    """``tokens`` T through (m, n) with a window of ``window`` C rows, all in use, which all layers share."""
 
     suite = "window_linear"
     baseline = forward = "nn.Linear"
@@ -36,7 +37,7 @@ class WindowLinear(Case):
         return f"{self.m}x{self.n}, T = {self.tokens}, window {self.window}"
 
     def bytes(self, contender: str) -> int:
-        """W, x and the window's C rows of m + n read, y written; without a window for nn.Linear."""
+        """W, x and the C rows of m + n numbers of the window are read, y is written; nn.Linear has no window."""
         rows = self.tokens + (0 if contender == "nn.Linear" else self.window)
         return (self.m * self.n + rows * (self.m + self.n)) * size_of(self.dtype)
 
@@ -66,7 +67,7 @@ class WindowLinear(Case):
             return [first.clone() for _ in range(layer_count(first.nbytes))]
 
         x, win_x = (torch.randn(rows, self.n, device=device).to(kind) for rows in (self.tokens, self.window))
-        # As large a change as W x itself, whatever the window.
+        # So large that the window changes the output by about its own size, for every window size.
         win_delta = (torch.randn(self.window, self.m, device=device) / self.window**0.5).to(kind)
         win_eta = torch.full((self.window,), 0.02, device=device)
         window = (win_x, win_delta, win_eta)
@@ -82,7 +83,7 @@ class WindowLinear(Case):
                 if not rest:
                     change = (change[0], change[1], torch.zeros_like(change[2]))
                 exact = reference.window_linear(x.double(), w, None, *change)
-                # Several roundings of bfloat16 in the plain formula, one in the kernel.
+                # Twice the tolerance, as the plain formula rounds to bfloat16 several times.
                 assert_change("y", got, exact, torch.zeros_like(exact), 2 * STORAGE[self.dtype].tolerance)
 
             def run() -> None:
@@ -101,7 +102,7 @@ class WindowLinear(Case):
 
 
 def cases(device: str) -> list[Case]:
-    """A token at a time, a batch of 8 and a chunk of 64, with each window of the decode suite."""
+    """One token with each window of the suite ``decode``; 8 and 64 tokens with a window of 64."""
     shapes = ((4096, 4096), (4096, 14336)) if device == "cuda" else ((1024, 1024), (4096, 4096))
     return [
         WindowLinear(

@@ -1,17 +1,18 @@
-"""``python -m bench.learning.experiments.columns``: one set of weights against a column a domain.
+"""``python -m bench.learning.experiments.columns``: one set of weights compared with a column for each domain.
 
-Headers, English and YAML in the order A B A C B C A, each going on where it stopped, then Python that the model has not
-seen; read by the demo's default and by `ttt.GrowingLearner` around it. Afterwards both are tested on Python: the second
-half of windows, the first half of which `ttt.GrowingLearner.routed` may use to choose. Writes
-``bench/learning/results/demo_columns.json``. The routing's constants are its defaults, chosen after runs on headers,
-YAML, JavaScript and CMake files taking turns: of these texts only the English tells how it does on text never seen.
+The frozen model, the demo's default and `ttt.GrowingLearner` read C++ headers, English and YAML in the order
+A B A C B C A, where each domain continues where it stopped, and then Python that the model was not trained on.
+Afterwards they are tested on the second halves of windows of Python; `ttt.GrowingLearner.routed` may use the first
+halves to choose a column. Writes ``bench/learning/results/demo_columns.json``.
+
+The constants of `ttt.GrowingLearner` were chosen after runs on headers, YAML, JavaScript and CMake files in turn. Of
+the texts read here, therefore, only the English shows how it works on text that nothing was chosen on.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import json
 import time
 from pathlib import Path
@@ -22,19 +23,24 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import ttt
-from bench.learning.experiments.drift import yaml
-from ttt.demo.model import COLUMNS, CONTEXT, LN2, as_ids, load_model, windows
-from ttt.demo.run import calibration_batches, machine
+from bench.learning.text.streams import yaml
+from bench.machine import machine
+from ttt.demo.model import COLUMNS, LN2, as_ids, calibration_batches, load_model, new_learner, windows
 from ttt.demo.text import held_out_python, stream_of
 
-PART = 8192  # bytes
+RESULTS = Path("bench/learning/results/demo_columns.json")
+PART = 8192  # bytes of each part of the stream
 ORDER = ("headers", "english", "headers", "yaml", "english", "yaml", "headers", "python")
-FIRST = 1024  # bytes after a switch that are reported apart
+FIRST = 1024  # bytes at the beginning of each part that are also reported alone
 
 
 @torch.no_grad()
 def second_halves(model: nn.Module, rows: Tensor, reader: Any) -> tuple[float, dict[str, int]]:
-    """(bits per byte of the second halves of ``rows`` (N, T), how often which column was chosen by the first)."""
+    """Bits per byte of the second halves of ``rows`` (N, T); the first halves are for `ttt.GrowingLearner.routed`.
+
+    Returns:
+        (mean bits per byte, how often each column was chosen).
+    """
     total, half = 0.0, rows.shape[1] // 2
     chosen: dict[str, int] = {}
     for row in rows.split(1):
@@ -46,7 +52,7 @@ def second_halves(model: nn.Module, rows: Tensor, reader: Any) -> tuple[float, d
 
 
 class Single:
-    """One set of weights: routing has no choice."""
+    """A learner with one set of weights, with the interface of `ttt.GrowingLearner`."""
 
     def __init__(self, learner: ttt.Learner) -> None:
         self.observe = learner.observe
@@ -57,8 +63,8 @@ class Single:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, default=Path("bench/learning/results/demo_columns.json"))
-    parser.add_argument("--part", type=int, default=PART, help="bytes of each part")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="file to write")
+    parser.add_argument("--part", type=int, default=PART, help="bytes of each part of the stream")
     args = parser.parse_args()
     console = Console()
     base, config = load_model()
@@ -69,10 +75,7 @@ def main() -> None:
     found: dict[str, Any] = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "config": config.to_dict()}
     found |= {"columns_config": COLUMNS.to_dict(), "part_bytes": args.part, "first_bytes": FIRST, "readers": {}}
     for name in ("frozen", "one set of weights", "columns"):
-        model = copy.deepcopy(base)
-        ttt.adapt_(model, COLUMNS if name == "columns" else config)
-        learner = ttt.Learner(model, context=CONTEXT)
-        learner.calibrate(batches)
+        learner = new_learner(base, COLUMNS if name == "columns" else config, batches)
         growing = ttt.GrowingLearner(learner) if name == "columns" else None
         reader: Any = growing or Single(learner)
         rows: list[dict[str, Any]] = []
@@ -85,7 +88,7 @@ def main() -> None:
             row = {"domain": domain, "again": start > 0, "bits_per_byte": round(float(bits.mean()), 4)}
             rows.append(row | {"first": round(float(bits[:FIRST].mean()), 4)})
             console.print(name, rows[-1])
-        python, chosen = second_halves(model, tests, reader)
+        python, chosen = second_halves(learner.model, tests, reader)
         one: dict[str, Any] = {"parts": rows, "held_out_python": round(python, 4), "chosen": chosen}
         one["bits_per_byte"] = round(sum(r["bits_per_byte"] for r in rows) / len(rows), 4)
         again = [r["first"] for r in rows if r["again"]]

@@ -1,24 +1,22 @@
-"""``python -m bench.learning.experiments.drift``: what a guard holds back in 200,000 bytes.
+"""``python -m bench.learning.experiments.drift``: how much forgetting a guard prevents in 200,000 bytes.
 
-EWC and replay (not the demo's orthogonal updates, at half its rate) read a stream, once as it is and once with a
-`ttt.Guard`. After every 2,048 bytes, halfway between two checks of the guard, the model is tested on Python modules
-that neither it nor the guard has seen: the guard's own inputs are from the text the model was trained on. Writes
-``bench/learning/results/demo_drift.json`` and a plot of each stream beside it.
+A learner with EWC and replay reads a stream, once without and once with a `ttt.Guard`. (Its configuration is the
+demo's without orthogonal updates, at half the rate.) After every 2,048 bytes, halfway between two checks of the guard,
+the model is tested on Python modules that neither the model was trained on nor the guard uses: the guard's own inputs
+are text that the model was trained on. Writes ``bench/learning/results/demo_drift.json`` and a plot of each stream.
 
-* ``first``: C++ headers, English, random bytes, YAML, one line over and over, then headers and English again. The
-  guard's settings were chosen on other parts of the headers, CMake files and other noise, but for two: after a first
-  run on this stream, 2.03 % worse at one test, the bound was lowered from .016 to .015, and the strength made to fall
-  half as fast.
-* ``blind``: four other kinds of text, other random bytes, another line, in another order. Written down after all
+* ``first``: C++ headers, English, random bytes, YAML, one repeated line, then headers and English again. The settings
+  of the guard were chosen on other parts of the headers, CMake files and other noise, with two exceptions: after a
+  first run on this stream, in which one test was 2.03 % worse than the frozen model, the bound was lowered from .016 to
+  .015, and the strength was made to fall half as fast.
+* ``blind``: four other kinds of text, other random bytes and another line, in another order. It was planned after all
   settings of the guard were fixed, and run once.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
-import importlib.util
 import json
 import time
 from collections.abc import Callable
@@ -30,13 +28,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import ttt
-from bench.learning import streams
+from bench.learning.text import streams
+from bench.machine import machine
 from ttt.demo import model as demo_model
-from ttt.demo.model import CONTEXT, LN2, as_ids, bits_per_byte, load_model, windows
-from ttt.demo.run import calibration_batches, machine
+from ttt.demo.model import LN2, as_ids, bits_per_byte, calibration_batches, load_model, new_learner, windows
 from ttt.demo.text import held_out_python, stream_of, training_python
 
-EVERY = 2048  # bytes from test to test
+RESULTS = Path("bench/learning/results/demo_drift.json")
+EVERY = 2048  # bytes between two tests
 GUARD: dict[str, Any] = {"every": 1024}
 CONFIG = demo_model.CONFIG.with_flat(lr=0.02, orthogonal=0)
 UNNATURAL = ("random", "line")
@@ -45,18 +44,8 @@ SHADES = {"headers": "#dbe9f6", "english": "#e3f2df", "yaml": "#fdebd0", "random
           "licences": "#dbe9f6", "javascript": "#e3f2df", "rst": "#fdebd0", "html": "#d8f0f0"}  # fmt: skip
 
 
-def yaml() -> bytes:
-    """torchgen's list of operators."""
-    spec = importlib.util.find_spec("torchgen")
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError(
-            "the domain 'yaml' reads torchgen's operator list, which comes with torch; it is missing"
-        )
-    return (Path(spec.origin).parent / "packaged/ATen/native/native_functions.yaml").read_bytes()
-
-
 TEXTS: dict[str, Callable[[], bytes]] = {
-    "headers": lambda: stream_of("headers"), "english": lambda: stream_of("english"), "yaml": yaml,
+    "headers": lambda: stream_of("headers"), "english": lambda: stream_of("english"), "yaml": streams.yaml,
     "licences": lambda: streams.streamed("licences"), "javascript": lambda: streams.streamed("javascript"),
     "rst": lambda: streams.streamed("rst"), "html": lambda: streams.streamed("html"),
 }  # fmt: skip
@@ -64,9 +53,13 @@ TEXTS: dict[str, Callable[[], bytes]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A stream: ``parts`` in order, (domain, pieces of `EVERY` bytes), 100 in all; ``line`` is what "line" repeats.
+    """The plan of a stream.
 
-    ``seed`` draws the random bytes, and, if ``drawn``, where in each text the stream begins; otherwise at its start.
+    Attributes:
+        seed: draws the random bytes, and the places in the texts if ``drawn``.
+        line: what the domain "line" repeats.
+        drawn: whether each text is read from a random place; otherwise from its start.
+        parts: (domain, number of pieces of `EVERY` bytes), in order; 100 pieces in total.
     """
 
     seed: int
@@ -89,7 +82,10 @@ PLANS = {
 
 
 def stream(name: str = "first", scale: float = 1.0) -> list[tuple[str, bytes]]:
-    """(domain, its bytes), in order, of the plan ``name``; ``scale`` shortens every part.
+    """The parts of the plan ``name``: (domain, bytes), in order.
+
+    Args:
+        scale: factor for the length of each part.
 
     Raises:
         ValueError: for a name that is not in `PLANS`.
@@ -110,7 +106,7 @@ def stream(name: str = "first", scale: float = 1.0) -> list[tuple[str, bytes]]:
             data = bytes(torch.randint(256, (size,), generator=generator).tolist())
         elif domain == "line":
             data = (plan.line * (size // len(plan.line) + 1))[:size]
-        else:  # a domain that comes back goes on where it was
+        else:  # a domain that comes back continues where it stopped
             data = texts[domain][at[domain] : at[domain] + size]
             at[domain] += size
         parts.append((domain, data))
@@ -118,25 +114,31 @@ def stream(name: str = "first", scale: float = 1.0) -> list[tuple[str, bytes]]:
 
 
 def held_back() -> list[Tensor]:
-    """The guard's own inputs: 4 windows of training text, other than those of the calibration."""
+    """The guard's own inputs: 4 windows of training text that calibration does not use."""
     return [windows(training_python(), 10)[1:5]]
 
 
 def read(base: nn.Module, parts: list[tuple[str, bytes]], tests: Tensor, guard: ttt.Guard | None, learns: bool) -> dict:
-    """Read the stream; tests are made EVERY bytes, first after half as many."""
-    model = copy.deepcopy(base)
-    ttt.adapt_(model, CONFIG)
-    learner = ttt.Learner(model, context=CONTEXT, guard=guard)
-    if learns:
-        learner.calibrate(calibration_batches())
+    """Read the stream ``parts``, and test on ``tests`` after every `EVERY` bytes, the first time after half as many.
+
+    Args:
+        guard: None for none.
+        learns: whether the model learns; otherwise it is only scored.
+
+    Returns:
+        A dict with the scores of the parts; if the model learns, with the drift at each test; with a guard, with its
+        checks.
+    """
+    learner = new_learner(base, CONFIG, calibration_batches(), guard=guard)
+    model = learner.model
     frozen = bits_per_byte(model, tests)
     ids = as_ids(b"".join(data for _, data in parts))
     nll, at, drift, rollbacks = [], [], [], 0
     ends = [*range(EVERY // 2, ids.shape[1] - 1, EVERY), ids.shape[1] - 1]
     for start, end in zip([0, *ends[:-1]], ends, strict=True):
-        seen = learner.observe(ids[:, start : end + 1], learn=learns)
-        nll.append(seen.nll[0])
-        rollbacks += seen.rollbacks
+        observed = learner.observe(ids[:, start : end + 1], learn=learns)
+        nll.append(observed.nll[0])
+        rollbacks += observed.rollbacks
         if learns:
             at.append(end)
             drift.append(round(100 * (bits_per_byte(model, tests) / frozen - 1), 4))
@@ -157,13 +159,13 @@ def read(base: nn.Module, parts: list[tuple[str, bytes]], tests: Tensor, guard: 
 
 
 def natural_bits(parts: list[dict]) -> float:
-    """Bits per byte over the domains that are text."""
+    """Mean bits per byte over the domains that are natural text."""
     chosen = [p for p in parts if p["domain"] not in UNNATURAL]
     return sum(p["bytes"] * p["bits_per_byte"] for p in chosen) / sum(p["bytes"] for p in chosen)
 
 
 def plot(found: dict, path: Path) -> None:
-    """Drift and strength over the stream, the domains shaded."""
+    """Draw drift and strength along the stream, with a background colour for each domain."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -195,7 +197,7 @@ def plot(found: dict, path: Path) -> None:
 
 
 def finish(found: dict, path: Path, console: Console) -> None:
-    """Shares of the gain, the table, and the plot at ``path``, once all three ways are there."""
+    """Add shares of the gain to ``found``, print a table, and draw the plot at ``path``; needs all three readings."""
     frozen = natural_bits(found["frozen"]["parts"])
     gain = frozen - natural_bits(found["without guard"]["parts"])
     for name in ("frozen", *COLOURS):
@@ -211,10 +213,10 @@ def finish(found: dict, path: Path, console: Console) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stream", choices=list(PLANS), default="first", help="others stay as they are in the file")
-    parser.add_argument("--json", type=Path, default=Path("bench/learning/results/demo_drift.json"))
-    parser.add_argument("--only", choices=["frozen", *COLOURS], help="others stay as they are in the file")
-    parser.add_argument("--scale", type=float, default=1.0, help="shortens the stream")
+    parser.add_argument("--stream", choices=list(PLANS), default="first", help="plan of the stream to read")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="file to write")
+    parser.add_argument("--only", choices=["frozen", *COLOURS], help="make one reading and keep the others in the file")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor for the length of the stream")
     args = parser.parse_args()
     base, _ = load_model()
     parts, tests = stream(args.stream, args.scale), windows(held_out_python(), 32)[::2]

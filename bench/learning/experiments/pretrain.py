@@ -1,11 +1,11 @@
-"""Train the demo model: a byte-level Llama on Python's standard-library sources.
+"""Train the demo model: a byte-level Llama, on the sources of Python's standard library.
 
     python -m bench.learning.experiments.pretrain --steps 2000
     python -m bench.learning.experiments.pretrain --steps 600 --hidden 128 --layers 4 --out build/models/128x4
 
-Weights (bf16 safetensors), configuration and training log go to ``bench/learning/byte_model``, or to ``--out``.
-Hidden matrices are trained with Muon (Jordan et al. 2024: momentum, orthogonalised by a
-Newton-Schulz iteration), everything else with AdamW; both rates fall linearly to zero.
+It writes weights (safetensors in bfloat16), configuration and training log to ``bench/learning/byte_model``, or to
+``--out``. Hidden matrices are trained with Muon (Jordan et al. 2024: momentum, orthogonalised by a Newton-Schulz
+iteration), all other parameters with AdamW; both rates fall linearly to zero.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ HIDDEN, LAYERS = 256, 5  # of the demo model: 4.4 M parameters
 
 
 def new_model(hidden: int = HIDDEN, layers: int = LAYERS) -> torch.nn.Module:
-    """A randomly initialised byte-level `LlamaForCausalLM`: heads of 64, MLPs three times as wide as ``hidden``.
+    """A byte-level `LlamaForCausalLM` with random weights, 64 features per head and MLPs of width 3 ``hidden``.
 
     Raises:
-        ValueError: if ``hidden`` is no multiple of 64 or ``layers`` is less than 1.
+        ValueError: if ``hidden`` is not a multiple of 64, or ``layers`` is less than 1.
     """
     if hidden < 64 or hidden % 64:
         raise ValueError(f"hidden must be a multiple of 64, got {hidden}")
@@ -54,9 +54,9 @@ def new_model(hidden: int = HIDDEN, layers: int = LAYERS) -> torch.nn.Module:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon in float32 (torch.optim.Muon iterates in bf16, which most CPUs emulate).
+    """Muon in float32; `torch.optim.Muon` iterates in bfloat16, which is slow on most CPUs.
 
-    Matrices of one shape are orthogonalised together, as one batched product.
+    Matrices of one shape are orthogonalised together, in batched products.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95):
@@ -101,7 +101,12 @@ def train(
     hidden: int = HIDDEN,
     layers: int = LAYERS,
 ) -> None:
-    """Train ``steps`` steps of ``batch`` sequences; write weights, configuration and log to ``out`` every 100 steps."""
+    """Train for ``steps`` steps of ``batch`` sequences, and write the model to ``out`` every 100 steps.
+
+    Args:
+        resume: continue from the weights in ``out``.
+        peak: highest learning rate, as a share of the full one.
+    """
     torch.manual_seed(seed)
     data, held_out = as_ids(training_python())[0], windows(held_out_python(), 64)
     command = f"python -m bench.learning.experiments.pretrain --steps {steps} --batch {batch} --seed {seed}"
@@ -153,7 +158,7 @@ def train(
             log.append(row)
             print(json.dumps(row), flush=True)
             summary["log"] = log
-            _save(model, summary, out)  # every time, so that a run that is cut off leaves a usable model
+            _save(model, summary, out)  # every time, so that an interrupted run leaves a usable model
 
 
 def _save(model: torch.nn.Module, summary: dict, out: Path) -> None:

@@ -1,7 +1,8 @@
-"""``python -m bench.learning.experiments.ranks``: users' low-rank weights against full rank.
+"""``python -m bench.learning.experiments.ranks``: low-rank weights of a user compared with full-rank weights.
 
-The demo model reads one text, a part of the C++ headers that the demo does not show, without protection: with weights
-of its own, and as one user of a `ttt.LowRank` of several ranks. Writes ``bench/learning/results/demo_ranks.json``.
+The demo model reads a part of the C++ headers that the demo does not read, without protection: frozen, with full-rank
+weights, and as the only user of a `ttt.LowRank` of each of several ranks. Writes
+``bench/learning/results/demo_ranks.json``.
 """
 
 from __future__ import annotations
@@ -16,18 +17,19 @@ from rich.console import Console
 
 import ttt
 from bench.learning.experiments.tune import OFFSET
+from bench.machine import machine
 from ttt.defences import SWITCHES
-from ttt.demo.model import CONTEXT, as_ids, load_model
-from ttt.demo.run import RATE_ALONE, machine
+from ttt.demo.model import CONTEXT, RATE_ALONE, as_ids, load_model
 from ttt.demo.text import stream_of
 
+RESULTS = Path("bench/learning/results/demo_ranks.json")
 RANKS = (4, 16, 32, 64)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bytes", type=int, default=19200)
-    parser.add_argument("--json", type=Path, default=Path("bench/learning/results/demo_ranks.json"))
+    parser.add_argument("--bytes", type=int, default=19200, help="bytes to read")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="file to write")
     args = parser.parse_args()
     console = Console()
     ids = as_ids(stream_of("headers")[OFFSET : OFFSET + args.bytes + 1])
@@ -38,8 +40,8 @@ def main() -> None:
         model, config = load_model()
         ttt.adapt_(model, config.with_flat(**plain, per_user=users))
         learner = ttt.Learner(model, context=CONTEXT)
-        seen = learner.observe(ids, learn=name != "frozen", users=None if users is None else ["user"])
-        rows.append({"weights": name, "bits_per_byte": round(seen.bits, 4)})
+        observed = learner.observe(ids, learn=name != "frozen", users=None if users is None else ["user"])
+        rows.append({"weights": name, "bits_per_byte": round(observed.bits, 4)})
         if users is not None and learner.pool is not None:
             layers = learner.pool.layers.values()
             rows[-1]["numbers"] = sum(users.capacity * (la.in_features + la.out_features) for la in layers)

@@ -1,7 +1,7 @@
-"""``python -m bench.learning.experiments.storage``: importance and trace stored in fewer bits.
+"""``python -m bench.learning.experiments.storage``: importance and trace stored in 32, 16 and 8 bits.
 
-The demo's default and EWC alone read the demo's own streams with each ``state_dtype``, once as in the demo and once
-with a consolidation halfway, which is where the trace becomes importance. Writes
+The demo's default method and EWC alone read the demo's streams with each ``state_dtype``, once as in the demo and once
+with a consolidation halfway, which turns the trace into importance. Writes
 ``bench/learning/results/demo_storage.json``.
 """
 
@@ -17,17 +17,28 @@ from typing import Any
 from rich.console import Console
 
 import ttt
-from ttt.demo.model import as_ids, bits_per_byte, load_model, windows
-from ttt.demo.run import DEFAULT, EWC, Reader, calibration_batches, machine, methods
+from bench.machine import machine
+from ttt.demo.model import (
+    DEFAULT,
+    EWC,
+    as_ids,
+    bits_per_byte,
+    calibration_batches,
+    load_model,
+    methods,
+    new_learner,
+    windows,
+)
 from ttt.demo.text import held_out_python, stream_of
 
+RESULTS = Path("bench/learning/results/demo_storage.json")
 DTYPES = ("float32", "bfloat16", "8bit")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bytes", type=int, default=20480)
-    parser.add_argument("--json", type=Path, default=Path("bench/learning/results/demo_storage.json"))
+    parser.add_argument("--bytes", type=int, default=20480, help="bytes to read of each domain")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="file to write")
     args = parser.parse_args()
     console = Console()
     base, config = load_model()
@@ -41,12 +52,12 @@ def main() -> None:
                 for dtype in DTYPES:
                     chosen = methods(config)[method]
                     assert chosen is not None
-                    reader = Reader(method, base, dataclasses.replace(chosen, state_dtype=dtype), batches)
-                    first = reader.learner.observe(stream[:, : half + 1])
+                    learner = new_learner(base, dataclasses.replace(chosen, state_dtype=dtype), batches)
+                    first = learner.observe(stream[:, : half + 1])
                     if consolidates:
-                        reader.learner.consolidate()
-                    second = reader.learner.observe(stream[:, half:])
-                    held = ttt.memory_usage(reader.model).per_parameter
+                        learner.consolidate()
+                    second = learner.observe(stream[:, half:])
+                    held = ttt.memory_usage(learner.model).per_parameter
                     row: dict[str, Any] = {
                         "domain": domain,
                         "method": method,
@@ -54,7 +65,7 @@ def main() -> None:
                         "state_dtype": dtype,
                     }
                     row |= {"new_bpb": round((first.bits + second.bits) / 2, 4)}
-                    row |= {"old_bpb": round(bits_per_byte(reader.model, held_out), 4)}
+                    row |= {"old_bpb": round(bits_per_byte(learner.model, held_out), 4)}
                     row["state_bytes_per_weight"] = round(held["importance"] + held["trace"], 3)
                     full = row if dtype == DTYPES[0] else rows[-DTYPES.index(dtype)]
                     row |= {f"{key}_moved": round(row[key] - full[key], 4) for key in ("new_bpb", "old_bpb")}

@@ -1,15 +1,16 @@
-"""``python -m bench.learning.experiments.transfer``: do one model's step sizes suit another?
+"""``python -m bench.learning.experiments.transfer``: find a rate that suits models of different sizes.
 
-Three byte-level models of different width and depth read text they have not seen, under a grid of rates, with and
-without protection. The default is that setting whose smallest share of the best gain, over models and `TUNING` texts
-and with protection, is largest. `REPORTED` texts, of other places, were read with all settings after that.
+Three byte-level models of different width and depth read new text with a grid of rates, with and without protection.
+The gain of a setting is given as a share of the best gain on the same model and text. The default is the setting with
+the best worst case: the largest minimum of this share over all models and `TUNING` texts, with protection. The
+`REPORTED` texts, from other places, were read with all settings after that choice.
 
-Chosen on C++ headers, JavaScript and YAML alone, by the same criterion and by the least forgetting of those with 95 %
-there, the rate was .1 and .085, of which the widest model had 80 and 89 % on English. So the texts that showed it
-became tuning texts, and others are reported.
+Two earlier choices used only C++ headers, JavaScript and YAML: the same criterion gave the rate .1, and the least
+forgetting among settings with a share of 95 % gave .085. On English the widest model reached only 80 and 89 % with
+these. The texts that showed this became tuning texts, and results are reported on others.
 
-Two of the models are not shipped: they are trained when they are missing, which takes five to twenty minutes each.
-Writes ``bench/learning/results/demo_transfer.json`` and ``demo_transfer.png``.
+Two of the models are not part of the repository. They are trained when they are missing, which takes 5 to 20 minutes
+each. Writes ``bench/learning/results/demo_transfer.json`` and ``demo_transfer.png``.
 """
 
 from __future__ import annotations
@@ -26,27 +27,27 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import ttt
-from bench.learning import streams as texts
 from bench.learning.experiments import pretrain
-from bench.learning.experiments.drift import yaml
+from bench.learning.text import streams as texts
+from bench.machine import machine
 from ttt.defences import SWITCHES
-from ttt.demo.model import CONFIG, CONTEXT, WEIGHTS, bits_per_byte, windows
-from ttt.demo.run import calibration_batches, machine
+from ttt.demo.model import CONFIG, CONTEXT, WEIGHTS, bits_per_byte, calibration_batches, windows
 from ttt.demo.text import held_out_python
 
+RESULTS = Path("bench/learning/results/demo_transfer.json")
 CACHE = Path("build/models")
 MODELS = {"128x4": (128, 4, 600), "256x5": None, "384x2": (384, 2, 400)}
-"""Name, hidden width x blocks -> (width, blocks, training steps), or None for the demo's own."""
+"""Name (width x blocks) -> (width, blocks, training steps), or None for the demo model."""
 
 TUNING = (
     "headers", "javascript", "yaml", "rst", "english", "licences", "rst/1", "english/1", "licences/1", "html/1",
 )  # fmt: skip
 REPORTED = ("headers/2", "javascript/2", "yaml/2", "rst/2", "english/2", "licences/2", "html/2")
-"""Domains of `bench.learning.streams`, and YAML; after the stroke the seed that draws the place, 0 otherwise. They may
-overlap: two thirds of javascript/2 and licences/2 are read under the seed 0, too; of the others nothing."""
+"""Domains of `bench.learning.text.streams`, and YAML. The number after the slash is the seed that draws the place, by
+default 0. Two thirds of javascript/2 and licences/2 are also read with the seed 0; the other texts do not overlap."""
 
 UNPROTECTED = TUNING[3:]
-"""Those that are read without protection, too."""
+"""Texts that are also read without protection."""
 
 Setting = dict[str, Any]  # rate, lr, clip, burst, protected
 Row = dict[str, Any]
@@ -61,11 +62,11 @@ GRID: dict[str, tuple[Setting, tuple[float, ...], tuple[float, ...]]] = {
         (0.015, 0.021, 0.03, 0.042, 0.06),
     ),
 }
-"""Kind -> (what it is, its rates with protection, and without)."""
+"""Kind of rate -> (its settings, values of ``lr`` with protection, values without)."""
 
 
 def load(name: str, console: Console) -> nn.Module:
-    """The model ``name`` of `MODELS`, in float32; trained first if it is not there."""
+    """The model ``name`` of `MODELS`, in float32; it is trained first if it is missing."""
     from transformers import LlamaForCausalLM
 
     wanted, path = MODELS[name], WEIGHTS
@@ -73,7 +74,7 @@ def load(name: str, console: Console) -> nn.Module:
         path = CACHE / name
         hidden, layers, steps = wanted
         log = path / "training_log.json"
-        if not log.exists() or json.loads(log.read_text())["log"][-1]["step"] < steps:  # a run may have been cut off
+        if not log.exists() or json.loads(log.read_text())["log"][-1]["step"] < steps:  # missing or interrupted
             console.print(f"{path} is missing: training it, {steps} steps")
             path.mkdir(parents=True, exist_ok=True)
             pretrain.train(steps, 8, path, hidden=hidden, layers=layers)
@@ -81,14 +82,14 @@ def load(name: str, console: Console) -> nn.Module:
 
 
 def stream(name: str, size: int) -> Tensor:
-    """(1, size + 1): text of the domain that ``name`` begins with, from a place that the seed after it draws."""
+    """(1, size + 1) int64: text of the domain and from the place that ``name`` gives ("DOMAIN" or "DOMAIN/SEED")."""
     domain, _, seed = name.partition("/")
-    data = yaml() if domain == "yaml" else texts.streamed(domain)
+    data = texts.yaml() if domain == "yaml" else texts.streamed(domain)
     return texts.cut(data, [size], torch.Generator().manual_seed(int(seed or 0)))[0][0]
 
 
 def grid() -> list[Setting]:
-    """All settings that are tried."""
+    """All settings to try."""
     return [
         {**kind, "lr": lr, "protected": protected}
         for kind, *rates in GRID.values()
@@ -98,14 +99,14 @@ def grid() -> list[Setting]:
 
 
 class Model:
-    """One model, measured under any setting; its calibrations are made once for each kind of state."""
+    """One of the models, with its calibrations, which are made once for each kind of rate."""
 
     def __init__(self, base: nn.Module, held_out: Tensor) -> None:
         self.base, self.held_out = base, held_out
         self.known: dict[str, Any] = {}
 
     def measure(self, setting: Setting, ids: Tensor) -> dict[str, float]:
-        """Bits per byte of ``ids``, each byte scored before it is learnt, and of held-out Python afterwards."""
+        """Bits per byte of ``ids`` (1, T), each byte scored before it is learnt, and of held-out Python afterwards."""
         options: dict[str, Any] = {name: setting[name] for name in ("rate", "lr", "clip", "burst")}
         config = CONFIG.with_flat(**options | ({} if setting["protected"] else SWITCHES))
         model = ttt.adapt_(copy.deepcopy(self.base), config)
@@ -120,10 +121,10 @@ class Model:
 
 
 def shares(rows: list[Row]) -> None:
-    """Give each row its gain over the frozen model's bits, that as a share of the best of its model and text, and how
-    many bits per byte of held-out Python are lost.
+    """Add to each row ``gain`` (over the frozen model), ``share`` and ``lost`` (increase on held-out Python).
 
-    Protected and unprotected rows have a best of their own.
+    Gain and loss are in bits per byte. The share is relative to the best gain with the same model and text, among rows
+    with protection or among rows without.
     """
     frozen = {(r["model"], r["text"]): r for r in rows if r["rate"] is None}
     best: dict[tuple, float] = {}
@@ -138,7 +139,7 @@ def shares(rows: list[Row]) -> None:
 
 
 def edges(rows: list[Row]) -> list[Row]:
-    """The best rows whose rate is the lowest or highest that was tried of their kind: there the grid is too narrow."""
+    """The best rows whose rate is the lowest or highest of its kind: for these the grid is too narrow."""
     rates: dict[tuple, list[float]] = {}
 
     def kind(r: Row) -> tuple:
@@ -151,8 +152,10 @@ def edges(rows: list[Row]) -> list[Row]:
 
 
 def summary(rows: list[Row]) -> list[Row]:
-    """For each setting and text, the share on each model and the smallest, best first, and the mean of what is lost;
-    settings tried on all models only."""
+    """A line for each text and setting that was tried on all models, the best worst case first.
+
+    A line has the ``shares`` of all models, ``worst``, the smallest of them, and ``lost``, the mean over the models.
+    """
     found: dict[tuple, Row] = {}
     for r in rows:
         if r["rate"] is None:
@@ -168,10 +171,11 @@ def summary(rows: list[Row]) -> list[Row]:
 
 
 def ranking(lines: list[Row]) -> list[Row]:
-    """The settings, by the smallest share with protection over models and the tuning texts, largest first.
+    """The settings that were tried on all tuning texts, the one with the best worst case first.
 
-    ``tuning`` and ``report``: the smallest share with protection on each text; ``unprotected`` likewise, where tried;
-    ``lost`` the mean over models and tuning texts.
+    The worst case (``worst``) is the smallest share with protection over models and tuning texts. A line also has the
+    smallest share over models for each text (``tuning``, ``report``, and ``unprotected`` for those without protection),
+    and ``lost``, the mean over models and tuning texts.
     """
     found: dict[tuple, Row] = {}
     for line in lines:
@@ -193,8 +197,11 @@ def ranking(lines: list[Row]) -> list[Row]:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Gain with protection against the rate: a column for each way to scale it, a line of panels for what the texts are
-    there for; a colour for each model, a thin line for each text and a thick one for the smallest of them."""
+    """Draw the share of the gain with protection against the rate.
+
+    A column of panels for each kind of rate; a row for tuning texts and one for reported texts; a colour for each
+    model, with a thin line for each text and a thick line for the smallest share.
+    """
     import matplotlib.pyplot as plt
 
     kinds = [name for name, (_, protected, _) in GRID.items() if len(protected) > 2]
@@ -226,11 +233,11 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 def finish(found: dict[str, Any], path: Path) -> None:
-    """Write ``found`` with what follows from its rows, and the plot."""
+    """Add shares, edges and ranking to ``found``, and write it to ``path``."""
     shares(found["rows"])
     found["edges"] = edges(found["rows"])
     found["ranking"] = ranking(summary(found["rows"]))
-    # A line for each row: there are hundreds.
+    # Each row on one line, as there are hundreds.
     rows = ",\n  ".join(json.dumps(r) for r in found["rows"])
     text = json.dumps(found | {"rows": "@"}, indent=1)
     path.write_text(text.replace('"@"', f"[\n  {rows}\n ]") + "\n")
@@ -238,17 +245,19 @@ def finish(found: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bytes", type=int, default=12288)
-    parser.add_argument("--models", default=",".join(MODELS), help="those to measure now; others stay as they are")
-    parser.add_argument("--texts", default=",".join((*TUNING, *REPORTED)), help="likewise")
-    parser.add_argument("--json", type=Path, default=Path("bench/learning/results/demo_transfer.json"))
+    parser.add_argument("--bytes", type=int, default=12288, help="bytes to read of each text")
+    parser.add_argument("--models", default=",".join(MODELS), help="models to measure; the rows of others are kept")
+    parser.add_argument(
+        "--texts", default=",".join((*TUNING, *REPORTED)), help="texts to read; the rows of others are kept"
+    )
+    parser.add_argument("--json", type=Path, default=RESULTS, help="file to write")
     args = parser.parse_args()
     names, domains = args.models.split(","), args.texts.split(",")
     console, held_out = Console(width=160), windows(held_out_python(), 8)
     found: dict[str, Any] = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "bytes": args.bytes, "rows": []}
     if args.json.exists():
         before = json.loads(args.json.read_text())
-        if before["bytes"] == args.bytes and "ranking" in before:  # rows of the first protocol have other fields
+        if before["bytes"] == args.bytes and "ranking" in before:  # earlier files have rows with other fields
             found["rows"] = [r for r in before["rows"] if r["model"] not in names or r["text"] not in domains]
     found |= {"config": CONFIG.to_dict()}
     for name in names:
@@ -263,7 +272,7 @@ def main() -> None:
                 rows.append(setting | model.measure(setting, ids))
                 console.print(name, domain, rows[-1])
             found["rows"] += [{"model": name, "text": domain} | row for row in rows]
-            finish(found, args.json)  # every time, so that a run that is cut off leaves what it measured
+            finish(found, args.json)  # every time, so that an interrupted run leaves what it has measured
     plot(found["rows"], args.json.with_suffix(".png"))
     for line in found["ranking"]:
         console.print(line)

@@ -1,4 +1,4 @@
-"""The head's bench: its counts, its distribution, and a check that catches a wrong gradient."""
+"""The suite ``head``: its bytes and flops, its distribution, and a check that catches a wrong gradient."""
 
 import math
 
@@ -13,14 +13,13 @@ from bench.kernels.suites.head import MASS, Head, exact_gradient, scale_for
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     monkeypatch.setattr(head, "COLD", 1 << 16)
-    monkeypatch.setattr("bench.kernels.timing.SAMPLE_SECONDS", 1e-4)
 
 
 def case(**options):
     return Head("cpu", "float32", 6000, 12, 5, **options)
 
 
-def test_counts():
+def test_bytes_and_flops():
     one = Head("cpu", "bfloat16", 7, 3, 2)
     assert one.bytes("exact product") == 2 * 2 * (7 * 3 + 2 * 3)  # W and h, in both directions
     assert one.bytes("forward and score") == 2 * (7 * 3 + 2 * 3)
@@ -36,7 +35,7 @@ def test_distributions_have_the_entropy_asked_for(bits):
     assert float(torch.special.entr(p).sum(1).mean()) / math.log(2) == pytest.approx(bits, rel=1e-3)
 
 
-def test_the_reference_is_the_gradient():
+def test_the_reference_is_the_gradient_by_autograd():
     weight, h = torch.randn(40, 6), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([0, 39, 7])
     torch.nn.functional.cross_entropy(h @ weight.double().T, targets, reduction="sum").backward()
@@ -44,7 +43,7 @@ def test_the_reference_is_the_gradient():
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_rows_say_what_was_left_out_and_how_wrong_that_is(flat):
+def test_rows_give_the_share_of_rows_read_and_the_error(flat):
     rows, not_timed = measure(case(flat=flat), 3)
     assert not_timed == []
     found = {row["contender"]: row for row in rows}

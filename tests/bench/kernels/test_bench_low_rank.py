@@ -1,8 +1,8 @@
-"""The suite ``low_rank``: counts by hand, checks that pass what is right and catch what is not."""
+"""The suite ``low_rank``: bytes and flops against hand counts, and checks that accept right and catch wrong results."""
 
 import pytest
 
-from bench.kernels.registry import Unavailable
+from bench.kernels.contender import Unavailable
 from bench.kernels.suites import low_rank
 
 
@@ -14,7 +14,7 @@ def _few_layers(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("users", [1, 8, 32])
 @pytest.mark.parametrize("kind", [low_rank.Mixed, low_rank.MixedLearning])
-def test_right_contenders_pass(kind, users, dtype):
+def test_right_contenders_pass_their_checks(kind, users, dtype):
     for make in kind("cpu", dtype, 96, 32, users, 4).contenders().values():
         try:
             contender = make()
@@ -35,7 +35,7 @@ def test_a_wrong_output_is_caught(monkeypatch):
 def test_one_slot_is_compressed_every_other_step(users):
     case = low_rank.MixedLearning("cpu", "float32", 48, 32, users, 4)
     layers = case.layers()
-    for layer in layers:  # other tests use them, too
+    for layer in layers:  # other tests use the same layers
         layer.step.zero_()
     contender = case.mixed()
     for run in range(1, 40):
@@ -43,7 +43,7 @@ def test_one_slot_is_compressed_every_other_step(users):
         assert sum(int(layer.step.sum()) for layer in layers) == run
 
 
-def test_counts():
+def test_bytes_and_flops():
     case = low_rank.Mixed("cpu", "bfloat16", 10, 4, 2, 3)
     assert case.bytes("nn.Linear") == 2 * (100 + 2 * 40)
     assert case.bytes("ttt") == 2 * (100 + 2 * 40 + 2 * 3 * 20)

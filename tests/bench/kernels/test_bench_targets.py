@@ -1,4 +1,4 @@
-"""The page of targets: reached and missed are told apart, and the committed page is that of the committed results."""
+"""The page of targets: counts of reached and missed targets, and the committed page against the committed results."""
 
 from bench.kernels import targets
 from bench.kernels.check import RESULTS, load
@@ -13,19 +13,14 @@ def cells(rows):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in targets.lines(rows)[2:]]
 
 
-def test_what_reaches_its_target_and_what_misses_it():
+def test_rows_that_miss_a_lower_bound_are_listed():
     few, many = cells([row(1, 70.0), row(16, 69.94), row(64, 60.0), row(64, 12.34, dtype="float32", ours=False)])
     assert few[1:4] == ["bfloat16", "1 of 2", "8x8, T = 16: 69.9"]
     assert few[4].startswith("arithmetic")
-    assert many[1:] == [
-        "bfloat16",
-        "1 of 1",
-        "",
-        "",
-    ]  # others' rows do not count
+    assert many[1:] == ["bfloat16", "1 of 1", "", ""]  # without the row of another contender
 
 
-def test_upper_bounds_and_packed_state():
+def test_rows_that_miss_an_upper_bound_are_listed_with_further_figures():
     decode = {"suite": "decode", "ours": True, "dtype": "bfloat16", "state": "8bit", "m": 4096}
     line = cells(
         [{**decode, "case": f"window {w}, 8bit state", "ratio_to_bound": b} for w, b in ((16, 1.1), (64, 1.11))]
@@ -38,7 +33,7 @@ def test_upper_bounds_and_packed_state():
     assert cells([products])[0][3] == "window 64: 1.30 (G and S at the rate of torch's matmul: 0.17 x)"
 
 
-def test_the_committed_page_is_that_of_the_committed_results(tmp_path):
+def test_the_committed_page_is_made_from_the_committed_results(tmp_path):
     for name in ("commit", "layers"):
         (tmp_path / f"cpu_{name}.json").write_text((RESULTS / f"cpu_{name}.json").read_text())
     targets.main(tmp_path)

@@ -1,18 +1,20 @@
-"""The command: runs are kept and not repeated, tuning chooses the best, figures and plots come from the runs."""
+"""The command: finished runs are not repeated, tuning chooses the best, figures and plots come from the runs."""
 
 import json
 
 import pytest
 from typer.testing import CliRunner
 
-from bench.learning import SUITES, DigitsSuite, report, runs, tuning, vision
-from bench.learning import suite as suite_module
+from bench.learning import report, runs, tuning
 from bench.learning.__main__ import app
-from bench.learning.suite import Figure, candidates
+from bench.learning.digits import run as digits_run
+from bench.learning.digits.suite import DigitsSuite
+from bench.learning.suite import Figure, candidates, swept
+from bench.learning.suites import SUITES
 
 
 class Toy:
-    """A suite whose score is known: -(a - 2)^2, better by one on "hill"."""
+    """A suite with a known score: -(a - 2)^2, plus one on "hill"."""
 
     name = "toy"
     scenarios = ("flat", "hill")
@@ -93,7 +95,7 @@ def test_tuning_chooses_the_best_mean_and_names_edges(call, tmp_path):
     assert json.loads((tmp_path / "tuned.json").read_text())["chosen"] == chosen
 
 
-def test_a_method_searched_on_more_seeds_changes_no_choice_of_the_references(call, tmp_path, monkeypatch):
+def test_a_method_with_more_seeds_does_not_change_the_options_of_references(call, tmp_path, monkeypatch):
     def run(self, scenario, method, seed, options, *, tuning):
         self.ran.append((method, seed))
         return {"value": -((options["a"] - 2) ** 2) + 100 * (seed == 1002 and options["a"] == 1)}
@@ -118,7 +120,7 @@ def test_finished_runs_are_not_run_again(call, tmp_path):
     assert len(journal.read_text().splitlines()) == 6
     call("--seeds", "3")
     assert sorted({run[2] for run in Toy.ran}) == [2]
-    # A process killed while it wrote: the torn line is dropped, its run is made again.
+    # An incomplete line, left by a process that was killed, is dropped, and its run is made again.
     journal.write_text(journal.read_text()[:-20])
     call("--seeds", "3")
     assert len(Toy.ran) == 1
@@ -131,7 +133,7 @@ def test_finished_runs_are_not_run_again(call, tmp_path):
     assert rows[2]["missing"] is None
 
 
-def test_figures_keep_the_machine_that_the_runs_were_made_on(call, tmp_path):
+def test_results_keep_the_machine_on_which_the_runs_were_made(call, tmp_path):
     call("--tune")
     call("--seeds", "2")
     path = tmp_path / "benchmark_toy.json"
@@ -145,7 +147,7 @@ def test_figures_keep_the_machine_that_the_runs_were_made_on(call, tmp_path):
     assert (again["machine"], again["date"]) == (found["machine"], found["date"])
 
 
-def test_other_options_or_another_protocol_are_other_runs(call, tmp_path, monkeypatch):
+def test_other_options_or_another_protocol_make_new_runs(call, tmp_path, monkeypatch):
     call("--tune")
     call("--seeds", "1")
     tuned = tmp_path / "tuned.json"
@@ -161,35 +163,35 @@ def test_other_options_or_another_protocol_are_other_runs(call, tmp_path, monkey
     assert Toy.ran == [("hill", "moving", 0, 2, False)]
 
 
-def test_curves_are_runs_of_one_seed_that_the_tables_leave_out(call, tmp_path, monkeypatch):
+def test_runs_of_curves_use_one_seed_and_are_not_in_the_tables(call, tmp_path, monkeypatch):
     call("--tune")
     call("--seeds", "2")
     rows = json.loads((tmp_path / "benchmark_toy.json").read_text())["rows"]
-    seen = []
-    monkeypatch.setattr(Toy, "plot", lambda self, records, *args: seen.extend(records) or [])
+    drawn = []
+    monkeypatch.setattr(Toy, "plot", lambda self, records, *args: drawn.extend(records) or [])
     call("--seeds", "2", "--curves")
     # Of 1, 2, 4 the search chose 2, which has been run.
     assert Toy.ran == [("hill", "moving", 0, 1, False), ("hill", "moving", 0, 4, False)]
-    assert [r["options"]["a"] for r in seen if suite_module.swept(r)] == [1, 4]
+    assert [r["options"]["a"] for r in drawn if swept(r)] == [1, 4]
     assert json.loads((tmp_path / "benchmark_toy.json").read_text())["rows"] == rows
     assert json.loads((tmp_path / "benchmark_toy.json").read_text())["known"] == 1
-    # They stay beside later runs, and stand by to be gone on with.
+    # Later runs keep them, and do not repeat them.
     call("--seeds", "3")
     assert {run[2] for run in Toy.ran} == {2}
     call("--seeds", "3", "--curves")
     assert Toy.ran == []
-    # Around other tuned options they would be another curve.
+    # With other tuned options they would belong to another curve.
     tuned = tmp_path / "tuned.json"
     held = json.loads(tuned.read_text())
     held["chosen"]["hill"]["moving"]["options"]["b"] = "y"
     tuned.write_text(json.dumps(held))
-    seen.clear()
+    drawn.clear()
     call("--seeds", "1")
-    assert not any(suite_module.swept(r) for r in seen)
+    assert not any(swept(r) for r in drawn)
 
 
 class Referenced(Toy):
-    """Scores are differences from "still" of the same seed, under the options chosen for it; one search for both."""
+    """A suite whose scores are relative to "still" with the same seed and its chosen options; one search for both."""
 
     references = ("still",)
 
@@ -205,7 +207,7 @@ class Referenced(Toy):
         return record["value"] - 10 * others["still"]["value"] * record["options"]["a"]
 
 
-def test_references_are_chosen_first_and_scored_against(call, tmp_path, monkeypatch):
+def test_references_are_chosen_first_and_others_are_scored_against_them(call, tmp_path, monkeypatch):
     monkeypatch.setitem(SUITES, "toy", Referenced)
     call("--tune", "--methods", "moving", "--scenarios", "flat")
     assert {run[:2] for run in Toy.ran} == {("hill", "still"), ("hill", "moving")}
@@ -219,7 +221,7 @@ def test_references_are_chosen_first_and_scored_against(call, tmp_path, monkeypa
     assert {run[:4] for run in Toy.ran} == {("flat", "still", 0, 2), ("flat", "moving", 0, 1)}
 
 
-def test_page_holds_tables_and_pictures(call, tmp_path):
+def test_the_page_has_tables_and_pictures(call, tmp_path):
     page = tmp_path / "report" / "page.html"
     assert "holds no benchmark_*.json" in call("--report", "--page", str(page), fails=True)
     call("--tune")
@@ -236,30 +238,30 @@ def test_page_holds_tables_and_pictures(call, tmp_path):
     assert '<tr title="a = 2, b = x"><td>moving<td>1.000 ± 0.001</tr>' in text
 
 
-def test_what_the_command_refuses(call):
+def test_unknown_suites_scenarios_methods_and_missing_options_are_refused(call):
     assert "suite must be one of" in call("--suite", "imagenet", fails=True)
     assert "got 'valley'" in call("--scenarios", "flat,valley", fails=True)
     assert "got 'running'" in call("--methods", "running", fails=True)
     assert "--tune" in call(fails=True)  # nothing was tuned
 
 
-def test_all_combinations_in_the_grids_order():
+def test_candidates_are_all_combinations_in_the_order_of_the_grid():
     assert candidates({"a": (1, 2), "b": (3,)}) == [{"a": 1, "b": 3}, {"a": 2, "b": 3}]
     assert candidates({}) == [{}]
 
 
-def test_runs_side_by_side_are_the_runs_one_by_one(tmp_path):
+def test_parallel_runs_equal_runs_one_by_one(tmp_path):
     todo = [runs.wanted(Toy(), "hill", "moving", seed, {"a": 2}, tuning=False) for seed in range(3)]
-    seen = []
+    finished = []
     for jobs in (1, 2):
         journal = runs.Journal(tmp_path / f"{jobs}.jsonl")
-        runs.run_all(Toy(), todo, journal, jobs=jobs, finished=seen.append)
-    assert len(seen) == 6
+        runs.run_all(Toy(), todo, journal, jobs=jobs, finished=finished.append)
+    assert len(finished) == 6
     assert runs.Journal(tmp_path / "1.jsonl").records == runs.Journal(tmp_path / "2.jsonl").records
 
 
-def test_the_digits_run_and_are_drawn(tmp_path, monkeypatch):
-    monkeypatch.setitem(vision.EPOCHS, "split-task", 1)
+def test_the_suite_digits_runs_and_draws_its_plots(tmp_path, monkeypatch):
+    monkeypatch.setitem(digits_run.EPOCHS, "split-task", 1)
     args = ["--scenarios", "split-task", "--methods", "frozen,PNN", "--seeds", "2"]
     done = CliRunner().invoke(app, [*args, "--results", str(tmp_path)])
     assert done.exit_code == 0, done.output
@@ -271,7 +273,7 @@ def test_the_digits_run_and_are_drawn(tmp_path, monkeypatch):
     assert rows[0]["intransigence"] is None  # joint training was not run
 
 
-def test_committed_figures_come_from_the_committed_runs():
+def test_committed_figures_are_made_from_the_committed_runs():
     suite = DigitsSuite()
     folder = tuning.Path(__file__).parents[3] / "bench" / "learning" / "results"
     journal = runs.Journal(folder / "benchmark_digits.jsonl")

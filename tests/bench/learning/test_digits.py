@@ -1,11 +1,13 @@
-"""The vision suite: what its tasks hold, and that its methods do what the literature finds, on one seed."""
+"""The suite "digits": the content of its tasks, and that its methods behave as in the literature, on one seed."""
 
 import pytest
 import torch
 
-from bench.learning import DigitsSuite, metrics, tuning, vision
-from bench.learning.digits import SCENARIOS, scenario
-from bench.learning.methods import METHODS, fits
+from bench.learning import metrics, tuning
+from bench.learning.digits.methods import METHODS, fits
+from bench.learning.digits.run import network, run
+from bench.learning.digits.suite import DigitsSuite
+from bench.learning.digits.tasks import SCENARIOS, scenario
 from ttt.rules import LwF, Progressive
 
 
@@ -14,12 +16,12 @@ def rows_of(found, part):
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_the_test_set_is_the_same_for_all_seeds_and_tuning_never_sees_it(name):
+def test_the_test_set_is_the_same_for_all_seeds_and_not_used_by_tuning(name):
     first, other = scenario(name, 0), scenario(name, 1)
     assert len(first.tasks) == (10 if name == "permuted" else 5)
     held = rows_of(first, "test")  # sorted pixels: a permutation does not hide an image
     assert held == rows_of(other, "test")
-    assert len(held & rows_of(first, "train")) <= 1  # the data hold an image twice
+    assert len(held & rows_of(first, "train")) <= 1  # one image is in the data twice
     tuned = scenario(name, 1000, tuning=True)
     assert len(held & (rows_of(tuned, "train") | rows_of(tuned, "test"))) <= 1
     count = sum(len(t.train) + len(t.test) for t in first.tasks)
@@ -27,13 +29,13 @@ def test_the_test_set_is_the_same_for_all_seeds_and_tuning_never_sees_it(name):
     assert any(not torch.equal(a.train.x, b.train.x) for a, b in zip(first.tasks, other.tasks, strict=True))
 
 
-def test_split_tasks_have_two_classes_each_and_all_ten_in_all():
-    seen = []
+def test_split_tasks_have_two_classes_each_and_ten_together():
+    all_classes = []
     by_class, by_domain, by_task = (scenario(f"split-{kind}", 3) for kind in ("class", "domain", "task"))
     for a, b, c in zip(by_class.tasks, by_domain.tasks, by_task.tasks, strict=True):
         classes = a.train.y.unique().tolist()
         assert len(classes) == 2
-        seen += classes
+        all_classes += classes
         assert set(a.test.y.tolist()) == set(classes)
         assert set(b.train.y.tolist()) == {0, 1}
         assert len(a.train.y[b.train.y == 0].unique()) == 1
@@ -41,7 +43,7 @@ def test_split_tasks_have_two_classes_each_and_all_ten_in_all():
         assert c.train.allowed.nonzero()[:, 1].unique().tolist() == classes
         assert bool((c.train.allowed.sum(1) == 2).all())
         assert torch.equal(a.train.x, b.train.x)
-    assert sorted(seen) == list(range(10))
+    assert sorted(all_classes) == list(range(10))
     assert (by_class.outputs, by_domain.outputs, by_task.outputs) == (10, 2, 10)
     assert by_task.tasks[2].test.task.unique().tolist() == [2]
 
@@ -55,14 +57,14 @@ def test_permuted_tasks_hold_the_same_images_with_their_pixels_moved():
     assert torch.equal(first.x[:, moved], second.x)
 
 
-def test_network_learns_its_biases():
-    net = vision.network(3, 2, hidden=5)
+def test_the_biases_of_the_network_are_weights():
+    net = network(3, 2, hidden=5)
     x = torch.zeros(4, 3)
     assert bool(net(x).abs().sum() > 0)  # an input of zeros still has the constant
     assert [tuple(p.shape) for p in net.parameters()] == [(5, 4), (2, 6)]
 
 
-def test_every_method_has_options_for_every_scenario_where_it_runs():
+def test_every_method_has_tuned_options_for_each_of_its_scenarios():
     options = tuning.load(tuning.tuned_path(DigitsSuite()))
     for name, method in METHODS.items():
         for where in SCENARIOS:
@@ -71,28 +73,28 @@ def test_every_method_has_options_for_every_scenario_where_it_runs():
     assert isinstance(METHODS["LwF"].build({"weight": 1.0}, 0)[0], LwF)
     assert isinstance(METHODS["PNN"].build({}, 0)[0], Progressive)
     with pytest.raises(ValueError, match="PNN must be told the task"):
-        vision.run("permuted", "PNN", 0, {"lr": 0.1})
+        run("permuted", "PNN", 0, {"lr": 0.1})
     with pytest.raises(ValueError, match=r"scenario must be one of .*, got 'mnist'"):
         scenario("mnist", 0)
 
 
 @pytest.fixture(scope="module")
 def measured():
-    """Figures of one seed under the tuned options, each run once and for fewer epochs."""
+    """Figures of one seed with the tuned options, from one run each with fewer epochs."""
     suite = DigitsSuite()
     options = tuning.load(tuning.tuned_path(suite))
     found = {}
 
     def get(where, name):
         if (where, name) not in found:
-            record = vision.run(where, name, 0, options[where][name], epochs=6)
+            record = run(where, name, 0, options[where][name], epochs=6)
             found[where, name] = {**record, **suite.measure(record, {})}
         return found[where, name]
 
     return get
 
 
-def test_class_incremental_needs_replay(measured):
+def test_only_replay_learns_split_class(measured):
     assert measured("split-class", "ER 200")["acc"] >= 0.75
     assert measured("split-class", "DER++ 200")["acc"] >= 0.78
     naive = measured("split-class", "naive")["acc"]
@@ -100,7 +102,7 @@ def test_class_incremental_needs_replay(measured):
     assert measured("split-class", "EWC online")["acc"] < 0.4
 
 
-def test_progressive_networks_forget_nothing(measured):
+def test_progressive_networks_do_not_forget(measured):
     found = measured("split-task", "PNN")
     assert found["forgetting"] == 0.0
     assert found["bwt"] == 0.0
@@ -111,20 +113,20 @@ def test_progressive_networks_forget_nothing(measured):
         assert all(v is None for v in row[i + 1 :])
 
 
-def test_runs_repeat_to_the_last_digit(measured):
+def test_runs_are_reproducible(measured):
     first = measured("split-task", "PNN")
     options = tuning.load(tuning.tuned_path(DigitsSuite()))["split-task"]["PNN"]
-    again = vision.run("split-task", "PNN", 0, options, epochs=6)
+    again = run("split-task", "PNN", 0, options, epochs=6)
     assert again["matrix"] == first["matrix"]
     assert again["state_bytes"] == first["state_bytes"]
 
 
-def test_references():
+def test_frozen_and_joint_are_references_for_naive():
     lr = {"lr": 0.01}
-    frozen = vision.run("split-task", "frozen", 0, lr, epochs=2)
+    frozen = run("split-task", "frozen", 0, lr, epochs=2)
     assert frozen["matrix"][0] == frozen["matrix"][-1]
-    joint = vision.run("split-task", "joint", 0, lr, epochs=2)
-    naive = vision.run("split-task", "naive", 0, lr, epochs=2)
+    joint = run("split-task", "joint", 0, lr, epochs=2)
+    naive = run("split-task", "naive", 0, lr, epochs=2)
     assert joint["matrix"][0] == naive["matrix"][0] == frozen["matrix"][0]
     assert naive["samples"] == 2 * sum(len(task.train) for task in scenario("split-task", 0).tasks)
     assert joint["samples"] > 2 * naive["samples"]  # its row i holds i + 1 tasks

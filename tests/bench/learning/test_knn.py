@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.learning.knn import Datastore
+from bench.learning.text.knn import Datastore
 
 
 @pytest.mark.parametrize(("stored", "neighbours"), [(200, 7), (5, 7), (1, 1)])
@@ -26,13 +26,13 @@ def test_probabilities_are_those_of_the_nearest_keys(stored, neighbours):
     assert store.nbytes() == stored * (6 * 4 + 1)
 
 
-def test_all_values_sum_to_one():
+def test_probabilities_of_all_values_sum_to_one():
     store = Datastore(3, 4)
     store.add(torch.randn(40, 3), torch.randint(5, (40,)))
     query = torch.randn(1, 3)
     assert float(sum(store.probability(query, torch.tensor([v]), 1.0) for v in range(5))) == pytest.approx(1)
 
 
-def test_an_empty_store_has_no_neighbours():
+def test_an_empty_datastore_is_refused():
     with pytest.raises(ValueError, match="at least one key"):
         Datastore(3, 4).probability(torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64), 1.0)

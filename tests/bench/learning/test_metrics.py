@@ -1,4 +1,4 @@
-"""Metrics on matrices worked by hand."""
+"""The metrics on matrices computed by hand."""
 
 import math
 
@@ -14,7 +14,7 @@ R = [
 ]
 
 
-def test_average_accuracy():
+def test_average_accuracy_is_the_mean_of_the_last_row():
     assert metrics.average_accuracy(R) == pytest.approx((0.5 + 0.6 + 0.7) / 3)
 
 
@@ -22,31 +22,31 @@ def test_backward_transfer_divides_by_the_number_of_tasks_less_one():
     assert metrics.backward_transfer(R) == pytest.approx(((0.5 - 0.9) + (0.6 - 0.8)) / 2)
 
 
-def test_forward_transfer_is_against_the_untrained_model():
+def test_forward_transfer_is_relative_to_the_untrained_model():
     assert metrics.forward_transfer(R, [0.5, 0.25, 0.15]) == pytest.approx(((0.3 - 0.25) + (0.2 - 0.15)) / 2)
     assert metrics.forward_transfer([[1.0, None], [1.0, 1.0]], [0.1, 0.1]) is None
 
 
 def test_forgetting_is_from_the_best_earlier_row():
     assert metrics.forgetting(R) == pytest.approx(((0.95 - 0.5) + (0.8 - 0.6)) / 2)
-    # The last row is no earlier row: a task that got better is forgotten by a negative amount.
+    # The last row does not count as an earlier row: forgetting of a task that improved is negative.
     assert metrics.forgetting([[0.5, 0.0], [0.7, 0.9]]) == pytest.approx(-0.2)
     # Accuracy from before a task was learnt does not count.
     assert metrics.forgetting([[0.5, 0.9, 0.0], [0.5, 0.6, 0.0], [0.5, 0.6, 0.1]]) == pytest.approx(0.0)
 
 
-def test_intransigence_is_what_joint_training_does_better_on_the_newest_task():
+def test_intransigence_is_joint_training_minus_the_diagonal():
     assert metrics.intransigence(R, [0.92, 0.9, 0.95]) == pytest.approx(((0.92 - 0.9) + (0.9 - 0.8) + (0.95 - 0.7)) / 3)
 
 
-def test_one_task_transfers_nothing():
+def test_transfer_and_forgetting_of_a_single_task_are_undefined():
     assert metrics.average_accuracy([[0.4]]) == 0.4
     assert metrics.backward_transfer([[0.4]]) is None
     assert metrics.forward_transfer([[0.4]], [0.1]) is None
     assert metrics.forgetting([[0.4]]) is None
 
 
-# Bits per byte of domains A, B, C after segments A B A C B.
+# Bits per byte of domains A, B and C after the segments A B A C B.
 BITS = [
     [2.0, None, None],
     [2.3, 1.5, None],
@@ -57,10 +57,10 @@ BITS = [
 VISITS = [0, 1, 0, 2, 1]
 
 
-def test_forgetting_where_tasks_come_back_is_to_the_last_row_from_the_best_since_the_first_visit():
+def test_forgetting_of_recurring_tasks_is_from_the_best_row_since_the_first_visit():
     # A: 2.4 - 1.9; C: 1.1 - 1.0; B was the last segment's.
     assert metrics.recurring_forgetting(BITS, VISITS) == pytest.approx((0.5 + 0.1) / 2)
-    # With no return it is `forgetting` of accuracies that are the bits' negatives.
+    # Without recurrence it is `forgetting` of the negative bits.
     plain = [[None if v is None else -v for v in row] for row in R]
     assert metrics.recurring_forgetting(plain, [0, 1, 2]) == pytest.approx(metrics.forgetting(R))
     assert metrics.recurring_backward_transfer(plain, [0, 1, 2]) == pytest.approx(metrics.backward_transfer(R))
@@ -68,12 +68,12 @@ def test_forgetting_where_tasks_come_back_is_to_the_last_row_from_the_best_since
     assert metrics.recurring_backward_transfer([[1.0], [0.9]], [0, 0]) is None
 
 
-def test_backward_transfer_where_tasks_come_back_is_from_the_last_visit():
+def test_backward_transfer_of_recurring_tasks_is_from_the_last_visit():
     # A was last taught in row 2: 1.9 - 2.4; C in row 3: 1.0 - 1.1.
     assert metrics.recurring_backward_transfer(BITS, VISITS) == pytest.approx((-0.5 - 0.1) / 2)
 
 
-def test_recovery_is_when_the_running_mean_is_back():
+def test_recovery_is_when_the_running_mean_reaches_the_level():
     bits = [4.0, 3.0, 2.0, 2.0, 1.0, 1.0]
     # Means of the latest two: 3.5, 2.5, 2, 1.5, 1.
     assert metrics.recovery(bits, 2.0, 2) == 4
@@ -83,13 +83,13 @@ def test_recovery_is_when_the_running_mean_is_back():
     assert metrics.recovery(bits, 9.0, 2) == 2
 
 
-def test_share():
+def test_a_share_of_nothing_is_undefined():
     assert metrics.share(1.0, 4.0) == 0.25
     assert metrics.share(1.0, 0.0) is None
     assert metrics.share(1.0, -1.0) is None
 
 
-def test_interval_is_students():
+def test_the_interval_is_by_students_t():
     mean, width = metrics.interval([0.1, 0.2, 0.3, 0.4, 0.5])
     assert mean == pytest.approx(0.3)
     assert width == pytest.approx(2.776 * math.sqrt(0.025) / math.sqrt(5))
@@ -110,6 +110,6 @@ def test_interval_is_students():
         (lambda: metrics.recurring_forgetting([[1.0, None], [1.0, None], [1.0, 2.0]], [0, 1, 0]), "column 1, got None"),
     ],
 )
-def test_what_they_refuse(call, message):
+def test_bad_matrices_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -1,4 +1,4 @@
-"""The text suite's streams: no byte is read twice or tuned on, and a seed always draws the same."""
+"""The streams of the suite "text": no byte is read twice or tuned on, and a seed always draws the same text."""
 
 import itertools
 import re
@@ -6,8 +6,9 @@ import re
 import pytest
 import torch
 
-from bench.learning import TextSuite, streams
-from bench.learning.streams import REPORTED, SCENARIOS, TUNING, cut, held_out, read, stream, streamed, visits
+from bench.learning.text import streams
+from bench.learning.text.streams import REPORTED, SCENARIOS, TUNING, cut, held_out, read, stream, streamed, visits
+from bench.learning.text.suite import TextSuite
 
 
 def raw(ids):
@@ -16,13 +17,13 @@ def raw(ids):
 
 @pytest.mark.parametrize("scenario", [*SCENARIOS, "tuning"])
 @pytest.mark.parametrize("seed", [0, 1001, 1002, 1003])
-def test_a_stream_holds_no_byte_twice_and_none_that_is_held_out(scenario, seed):
+def test_a_stream_has_no_byte_twice_and_no_held_out_byte(scenario, seed):
     text = stream(scenario, seed, tuning=scenario == "tuning")
     rows = iter(text.other)
     for domain in text.domains:
         mine = [s.ids for s in text.segments if s.domain == domain]
         mine += [next(rows) for _ in range(sum(ids.shape[1] - 1 for ids in mine) // 512)]
-        # One behind the other, in the part that is streamed.
+        # They follow each other in the part that is streamed.
         assert b"".join(map(raw, mine)) in streamed(domain)
         assert len(streamed(domain)) < len(read(domain))
         for row in held_out(domain):
@@ -31,7 +32,7 @@ def test_a_stream_holds_no_byte_twice_and_none_that_is_held_out(scenario, seed):
     assert next(rows, None) is None
 
 
-def test_tuning_reads_nothing_that_is_reported():
+def test_tuning_reads_no_reported_text():
     assert not set(TUNING) & set(REPORTED)
     for seed, domain in enumerate(("headers", "javascript", "readmes", "docs"), 1000):
         text = stream("tuning", seed, tuning=True)
@@ -46,7 +47,7 @@ def test_tuning_reads_nothing_that_is_reported():
     assert read("headers") == whole[len(whole) // 2 :]  # the demo reads the first half
 
 
-def test_a_seed_draws_the_same_text_and_another_seed_other_text():
+def test_a_seed_always_draws_the_same_text_and_other_seeds_draw_other_text():
     for scenario in ("adapt-html", "recurring"):
         first, again, other = stream(scenario, 3), stream(scenario, 3), stream(scenario, 4)
         assert first.sources() == again.sources() != other.sources()
@@ -54,7 +55,7 @@ def test_a_seed_draws_the_same_text_and_another_seed_other_text():
         assert all(torch.equal(a.ids, b.ids) for a, b in zip(first.segments, again.segments, strict=True))
 
 
-def test_domains_come_back():
+def test_each_domain_of_the_recurring_stream_occurs_twice():
     assert visits(4) == [0, 1, 0, 2, 1, 3, 2, 3]  # A B A C B D C D
     assert visits(3) == [0, 1, 0, 2, 1, 2]
     for seed in range(3):
@@ -66,7 +67,7 @@ def test_domains_come_back():
     assert len({tuple(stream("recurring", seed).domains) for seed in range(8)}) > 1
 
 
-def test_cut_needs_enough_text():
+def test_cut_gives_consecutive_pieces_and_refuses_short_text():
     pieces, other = cut(bytes(range(256)) * 11, [600, 700], torch.Generator())
     assert [p.shape for p in pieces] == [(1, 601), (1, 701)]
     assert other.shape == (2, 513)
@@ -78,7 +79,7 @@ def test_cut_needs_enough_text():
         cut(exact[1:], [600, 700], torch.Generator())
 
 
-def test_a_machine_without_enough_of_a_domain_leaves_it_out(monkeypatch):
+def test_a_domain_with_too_little_text_is_left_out(monkeypatch):
     monkeypatch.setitem(streams._SOURCES, "rst", lambda: b"x" * 59_999)
     read.cache_clear(), streams.missing.cache_clear()
     try:
@@ -96,7 +97,7 @@ def test_a_machine_without_enough_of_a_domain_leaves_it_out(monkeypatch):
         read("latin")
 
 
-def test_pages_name_no_place_of_this_machine():
+def test_pages_contain_no_path_or_address():
     page = read("html").decode()
     assert "<html" in page
     assert not re.search(r"file:|0x[0-9a-f]", page)

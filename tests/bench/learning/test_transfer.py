@@ -1,4 +1,4 @@
-"""The comparison of rates between models: its grid, its shares, and models of other shapes."""
+"""The experiments `transfer` and `drift`: settings, shares and ranking, models of other shapes, and streams."""
 
 import json
 from pathlib import Path
@@ -10,13 +10,15 @@ import ttt
 from bench.learning.experiments import drift, transfer
 from bench.learning.experiments.pretrain import new_model
 
+RESULTS = Path(__file__).parents[3] / "bench" / "learning" / "results"
+
 
 def row(model, rate, lr, new, protected=False, text="headers", old=1.5):
     setting = {"rate": rate, "lr": lr, "clip": None, "burst": None, "protected": protected}
     return {"model": model, "text": text, **setting, "new_bpb": new, "old_bpb": old}
 
 
-def test_shares_are_of_the_best_of_each_model():
+def test_shares_are_relative_to_the_best_gain_of_each_model():
     rows = [row("a", None, 0.0, 3.0), row("a", "rms", 0.1, 2.0), row("a", "rms", 0.2, 2.5),
             row("b", None, 0.0, 2.0), row("b", "rms", 0.1, 1.9), row("b", "rms", 0.2, 1.6),
             row("a", "rms", 0.1, 2.2, protected=True, old=1.75)]  # fmt: skip
@@ -26,7 +28,7 @@ def test_shares_are_of_the_best_of_each_model():
     assert [r["lost"] for r in rows] == [0.0] * 6 + [0.25]
 
 
-def test_the_summary_has_settings_tried_on_all_models_best_first():
+def test_the_summary_has_only_settings_tried_on_all_models_best_first():
     rows = []
     for model, best in zip(transfer.MODELS, (0.1, 0.2, 0.1), strict=True):
         rows += [row(model, None, 0.0, 3.0)]
@@ -43,7 +45,7 @@ def test_the_summary_has_settings_tried_on_all_models_best_first():
     assert found[0]["lost"] == pytest.approx(0.4 / 3, abs=1e-4)
 
 
-def test_the_ranking_is_by_the_smallest_share_on_the_tuning_texts_with_protection():
+def test_the_ranking_is_by_the_worst_case_on_tuning_texts_with_protection():
     def line(lr, protected, text, *shares, lost=0.2):
         shares = dict(zip(transfer.MODELS, shares, strict=True))
         setting = {"rate": "rms", "clip": 3.0, "burst": None, "lr": lr}
@@ -70,16 +72,14 @@ def test_the_ranking_is_by_the_smallest_share_on_the_tuning_texts_with_protectio
     assert [one["unprotected"] for one in found] == [{"headers": 0.4}, {}]
 
 
-def test_the_library_has_the_default_that_was_found():
-    found = json.loads(
-        (Path(__file__).parents[3] / "bench" / "learning" / "results" / "demo_transfer.json").read_text()
-    )["ranking"][0]
+def test_the_default_of_the_library_is_the_best_of_the_ranking():
+    found = json.loads((RESULTS / "demo_transfer.json").read_text())["ranking"][0]
     assert {name: found[name] for name in ("rate", "lr", "clip", "burst")} == {
         name: getattr(ttt.TTTConfig(), name) for name in ("rate", "lr", "clip", "burst")
     }
 
 
-def test_a_best_rate_at_the_end_of_its_grid_is_pointed_out():
+def test_edges_are_best_rates_at_the_end_of_their_grid():
     rows = [
         row("a", None, 0.0, 3.0),
         *(row("a", "rms", lr, new) for lr, new in ((0.1, 2.0), (0.2, 1.0), (0.4, 2.0))),
@@ -90,7 +90,7 @@ def test_a_best_rate_at_the_end_of_its_grid_is_pointed_out():
     assert [(r["model"], r["lr"]) for r in transfer.edges(rows)] == [("b", 0.4)]
 
 
-def test_the_grid_tries_each_setting_once():
+def test_the_grid_has_each_setting_once():
     grid = transfer.grid()
     assert len({tuple(setting.values()) for setting in grid}) == len(grid)
     assert {setting["rate"] for setting in grid} == {kind["rate"] for kind, _, _ in transfer.GRID.values()}
@@ -99,7 +99,7 @@ def test_the_grid_tries_each_setting_once():
 
 
 @pytest.mark.parametrize(("hidden", "layers"), [(64, 1), (192, 2)])
-def test_models_of_other_shapes(hidden, layers):
+def test_new_models_have_the_given_shape(hidden, layers):
     model = new_model(hidden, layers)
     assert model.config.num_attention_heads * 64 == hidden
     assert len(model.model.layers) == layers
@@ -108,7 +108,7 @@ def test_models_of_other_shapes(hidden, layers):
         assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 256)
 
 
-def test_shapes_that_cannot_be_are_refused():
+def test_impossible_shapes_are_refused():
     for hidden in (0, 63, 100):
         with pytest.raises(ValueError, match=f"hidden must be a multiple of 64, got {hidden}"):
             new_model(hidden)
@@ -116,7 +116,7 @@ def test_shapes_that_cannot_be_are_refused():
         new_model(64, 0)
 
 
-def test_the_reported_texts_are_none_of_those_tuned_on():
+def test_reported_texts_are_not_tuning_texts():
     assert not set(transfer.TUNING) & set(transfer.REPORTED)
     assert set(transfer.UNPROTECTED) < set(transfer.TUNING)
     for domain in ("yaml", "headers"):
@@ -126,7 +126,7 @@ def test_the_reported_texts_are_none_of_those_tuned_on():
         assert not torch.equal(first, other)
 
 
-def test_the_second_stream_of_drift_has_no_part_of_the_first():
+def test_the_streams_of_drift_share_no_text():
     plans = drift.PLANS
     for plan in plans.values():
         assert sum(pieces for _, pieces in plan.parts) == 100

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ttt.checks import check_number, check_whole
 from ttt.learn.protection import anchored
+from ttt.learn.text import check_tokens
 from ttt.rules.stream.sequence_replay import Replayed
 from ttt.rules.task.distillation import TopLogits, top_distillation, top_logits
 
@@ -75,7 +76,7 @@ class SampledReplay(Replayed):
                 f"got {self.length} and {self.burn_in}"
             )
         if self.start is not None:
-            learner._checked(torch.tensor([[self.start]]), None, None)
+            check_tokens(learner.model, torch.tensor([[self.start]]))
         super().attach(learner)
         self.reset()
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ttt.checks import check_number, check_whole
 from ttt.learn.stream_rule import Chunk, StreamRule
+from ttt.learn.text import check_tokens
 from ttt.rules.reservoir import SampleReservoir
 from ttt.rules.task.distillation import TopLogits, top_distillation, top_logits
 
@@ -137,7 +138,7 @@ class SequenceReplay(Replayed):
 
     def attach(self, learner: Any) -> None:
         if self._base is not None:
-            learner._checked(self._base, None, None)
+            check_tokens(learner.model, self._base)
         super().attach(learner)
         if self._base is not None:
             self.enter(self._base.to(next(learner.model.parameters()).device))

@@ -20,7 +20,7 @@ from ttt.adapt.convert import require_layers
 from ttt.checks import check_choice, check_number
 from ttt.learn.protection import accumulate, grown, mean_of
 from ttt.nn import Capturing, Linear
-from ttt.nn.state_access import wide, write
+from ttt.nn.state_access import read_matrix, write_matrix
 from ttt.rules.task.base import Batch, Rule, masked, task_loss
 
 FISHER = ("true", "exact", "empirical", "stream")
@@ -69,11 +69,11 @@ def measure_importance(model: nn.Module, losses: Iterator[Tensor], kind: str = "
     total, count = 0.0, 0
     for layer, value, n in zip(layers, sums, rows, strict=True):
         n = max(1, n // passes)
-        write(layer, "trace", value)
+        write_matrix(layer, "trace", value)
         layer.tokens.fill_(n)
         total, count = total + float(value.sum(dtype=torch.float64)) / n, count + value.numel()
     for layer in layers:
-        layer.own("importance_scale")
+        layer.unshare("importance_scale")
         layer.importance_scale.fill_(total / count)
 
 
@@ -148,16 +148,16 @@ class EWC(_Penalty):
             measure_importance(self.model, self._losses(batches), "fisher", passes)
         if self.mode == "separate":
             self._before = [
-                (la, wide(la, "importance").clone(), la.anchor.to(la.win_eta.dtype, copy=True)) for la in layers
+                (la, read_matrix(la, "importance").clone(), la.anchor.to(la.win_eta.dtype, copy=True)) for la in layers
             ]
 
     @torch.no_grad()
     def end_task(self, batches: Sequence[Batch]) -> None:
         for layer, old, anchor in self._before:
-            total = wide(layer, "importance")
+            total = read_matrix(layer, "importance")
             weight = layer.weight.to(total.dtype)
             centre = weight + old * (anchor - weight) / total.clamp_min(torch.finfo(total.dtype).tiny)
-            layer.own("anchor", copy=False)
+            layer.unshare("anchor", copy=False)
             layer.anchor.copy_(centre)
         self._before = []
 
@@ -241,5 +241,5 @@ def _scale_to_mean(layers: list[Linear]) -> None:
     """Make the mean of what the traces hold the unit of the next consolidation."""
     mean = mean_of(grown(layer) for layer in layers)
     for layer in layers:
-        layer.own("importance_scale")
+        layer.unshare("importance_scale")
         layer.importance_scale.fill_(mean)

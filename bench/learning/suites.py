@@ -1,0 +1,12 @@
+"""The suites of the benchmark, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bench.learning.digits.suite import DigitsSuite
+from bench.learning.suite import Suite
+from bench.learning.text.suite import TextSuite
+
+SUITES: dict[str, Callable[[], Suite]] = {"digits": DigitsSuite, "text": TextSuite}
+"""Name -> function that makes the suite."""

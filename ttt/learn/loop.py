@@ -1,0 +1,87 @@
+"""The loop over the chunks of a text, which is the same whatever learns from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ttt.learn.text import Span, Spans, Text
+
+
+@dataclasses.dataclass(frozen=True)
+class ObserveOutput:
+    """What `ttt.Learner.observe` returns.
+
+    Attributes:
+        nll: (B, T-1) float32, nats: -log p(token t+1 | tokens up to t), each measured before the model learnt from
+            that token. Where either token is padding, 0.
+        mask: (B, T-1) bool: the tokens that were scored.
+        learned: number of chunks that the model learnt from; of a model for many users, counted for each user.
+        rejected: number of chunks that were skipped for a loss or gradient that is not finite; they changed nothing.
+        rollbacks: how often a `ttt.Guard` went back to the last good state meanwhile.
+        strength: of the protection afterwards, in units of the configured one; a `ttt.Guard` raises it.
+        rejected_users: user -> number of rejected chunks, of the users who had any.
+    """
+
+    nll: Tensor
+    mask: Tensor
+    learned: int
+    rejected: int
+    rollbacks: int = 0
+    strength: float = 1.0
+    rejected_users: dict[Hashable, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def bits(self) -> float:
+        """Mean bits per scored token."""
+        return float(self.nll[self.mask].mean(dtype=torch.float64)) / math.log(2)
+
+
+class Strategy(Protocol):
+    """How a chunk is read and what learns from it: one set of weights, one per user, or one inside a CUDA graph."""
+
+    def read(self, span: Span) -> tuple[Tensor, bool]:
+        """Score the chunk at ``span``, then learn from it.
+
+        The context is empty where ``span.start`` is 0; otherwise it is the segment's tokens before the span.
+
+        Returns:
+            (B, end - start) nats, measured before learning; and whether the context can be trusted. False where the
+            model computed something that is not finite: the next chunk then begins a new segment.
+        """
+
+
+def read(
+    text: Text,
+    strategy: Strategy,
+    chunk: int,
+    context: int,
+    after: Callable[[Tensor, int], None] | None = None,
+) -> Tensor:
+    """Score ``text`` chunk by chunk with ``strategy``, which learns from each chunk after it was scored.
+
+    Args:
+        chunk: tokens of a chunk, at most.
+        context: tokens of a segment, at most.
+        after: called after every chunk with the scores (B, T - 1) and how many of their columns are final; it may
+            change weights.
+
+    Returns:
+        (B, T - 1) float32, nats of every token after the first; 0 where ``text.scored`` is False.
+    """
+    nll = torch.zeros(text.scored.shape, device=text.ids.device)
+    spans = Spans(text, chunk, context)
+    for span in spans:
+        scores, trusted = strategy.read(span)
+        columns = span.columns
+        nll[:, columns] = scores if text.attend is None else torch.where(text.scored[:, columns], scores, 0.0)
+        if after is not None:
+            after(nll, columns.stop)
+        if not trusted:
+            spans.restart()
+    return nll

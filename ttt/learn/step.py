@@ -1,0 +1,112 @@
+"""One learning step of one set of weights: from a scored chunk to what every layer learns, and writing that."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ttt.learn.atomic import whole_write
+from ttt.learn.head import AutogradScores, Scored
+from ttt.learn.stream_rule import Chunk, backward_terms, joined
+from ttt.nn import Capturing, Linear, Update
+
+if TYPE_CHECKING:
+    from ttt.config import TTTConfig
+    from ttt.learn.learner import Learner
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredChunk:
+    """A chunk of B sequences of T tokens after its forward pass.
+
+    Attributes:
+        scores: of its targets, with the graph of the forward pass.
+        wanted: (B, T) bool, the targets whose loss is taken; None for all.
+        rows: (B T,) bool, the tokens whose rows may be written; None for all.
+        shown: what rules are shown of the chunk; None where there are no rules.
+    """
+
+    scores: Scored
+    wanted: Tensor | None = None
+    rows: Tensor | None = None
+    shown: Chunk | None = None
+
+
+class Step(NamedTuple):
+    """What each layer that saw the chunk learns from it; ``finite`` () bool: whether all of that is finite."""
+
+    updates: list[tuple[Linear, Update]]
+    finite: Tensor
+
+
+def differentiates_outputs(config: TTTConfig) -> bool:
+    """Whether the trace needs the gradient of the squared logits: importance "mas" (Aljundi et al., 2018)."""
+    return config.importance == "mas" and config.ewc_lambda > 0
+
+
+def learn_from(learner: Learner, capturing: Capturing, chunk: ScoredChunk) -> bool:
+    """Let the learner's layers learn from ``chunk``, whose forward pass ran inside ``capturing``.
+
+    Returns:
+        False if the loss or a gradient is not finite; not a bit has changed then.
+    """
+    step = step_from(learner, capturing, chunk)
+    if not bool(step.finite):
+        return False
+    if learner.guard is not None:
+        nll = chunk.scores.nll
+        learner.guard.pace(step.updates, nll if chunk.wanted is None else nll[chunk.wanted])
+    write(step.updates)
+    if chunk.shown is not None:
+        with torch.no_grad():
+            for rule in learner.rules:
+                rule.seen(chunk.shown)
+    return True
+
+
+def step_from(learner: Learner, capturing: Capturing, chunk: ScoredChunk) -> Step:
+    """The backward passes of ``chunk``, and what the layers can learn from them. Nothing is written."""
+    scores, layers = chunk.scores, learner.layers
+    mas = differentiates_outputs(learner.config)
+    term, logits_gradient = None, None
+    replayed: list[Any] = [[] for _ in layers]
+    if chunk.shown is not None:
+        term, replayed = backward_terms(learner.rules, chunk.shown, capturing)
+        logits_gradient = chunk.shown.logits.grad
+    scores.backward(chunk.wanted, learner.config.head_mass, retain_graph=mas, logits_gradient=logits_gradient)
+    captured = capturing.renew()
+    traced: list[Any] = [None] * len(layers)
+    if mas:
+        assert isinstance(scores, AutogradScores)
+        valid = scores.logits if chunk.rows is None else scores.logits.flatten(0, 1)[chunk.rows]
+        valid.square().sum().backward()
+        traced = capturing.renew()
+    updates = [
+        layer.update_from(*joined(pairs, trace, chunk.rows, more))
+        for layer, pairs, trace, more in zip(layers, captured, traced, replayed, strict=True)
+    ]
+    found = [(layer, update) for layer, update in zip(layers, updates, strict=True) if update is not None]
+    loss = (scores.nll if chunk.wanted is None else scores.nll[chunk.wanted]).sum()
+    loss = loss if term is None else loss + term
+    finite = torch.stack([torch.isfinite(loss)] + [update.finite.to(loss.device) for _, update in found])
+    return Step(found, finite.all())
+
+
+def write(updates: Sequence[tuple[Linear, Update]], gate: Tensor | None = None) -> None:
+    """Let every layer learn its update, all or none of them; see `ttt.learn.atomic`.
+
+    Args:
+        gate: as in `ttt.nn.Linear.learn`.
+
+    Raises:
+        ValueError: if a layer cannot take its update. Nothing has changed then.
+    """
+    for layer, update in updates:
+        layer.check_update(update, gate)
+    with whole_write([layer for layer, _ in updates], "a learning step"):
+        for layer, update in updates:
+            layer.learn(update) if gate is None else layer.learn(update, gate)

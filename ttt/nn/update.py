@@ -1,0 +1,46 @@
+"""`Update`: what a layer can learn from one backward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ttt.ops.schema import _need
+
+
+@dataclasses.dataclass
+class Update:
+    """What one layer can learn from one backward pass of T rows.
+
+    Attributes:
+        x: (T, n), inputs, in the dtype of the weight.
+        delta: (T, m), gradients of the summed loss at the layer's output, in the same dtype.
+        eta: (T,), steps; float32 (float64 for float64 weights).
+        trace_delta: (T, m), the gradients that the trace uses (MAS); None: ``delta``.
+        finite: () bool, whether all of it can be learnt from.
+        moments: (3,) float64, what the rows add to the layer's ``moments``; None if ``rate`` is "constant".
+    """
+
+    x: Tensor
+    delta: Tensor
+    eta: Tensor
+    trace_delta: Tensor | None
+    finite: Tensor
+    moments: Tensor | None = None
+
+    def check_fits(self, weight: Tensor, sum_dtype: torch.dtype) -> None:
+        """Check shapes, dtypes, devices and strides against a layer's ``weight`` (m, n) and the dtype of its steps.
+
+        Raises:
+            ValueError, TypeError: if a tensor does not fit; the error names it.
+        """
+        (m, n), rows, dtype = weight.shape, self.x.shape[0], (weight.dtype,)
+        _need("eta", self.eta, (rows,), (sum_dtype,), weight)
+        _need("x", self.x, (rows, n), dtype, weight)
+        _need("delta", self.delta, (rows, m), dtype, weight)
+        if self.trace_delta is not None:
+            _need("trace_delta", self.trace_delta, (rows, m), dtype, weight)
+        if self.moments is not None:
+            _need("moments", self.moments, (3,), (torch.float64,), weight)

@@ -1,0 +1,263 @@
+"""`UserGuards`: limits what learning makes each user's weights forget, measured on inputs that the model knows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ttt.checks import check_number, check_whole
+from ttt.per_user.pool import State, pool_of
+
+LEVEL_TOKENS = 65536  # time constant of the running level of the loss
+_RISE, _FALL = 1 / 2, 1 / 16  # largest steps of the strength's exponent: protection is raised soon and lowered late
+_PROGRESS = ("strength", "level", "tokens", "since")
+
+
+@dataclasses.dataclass(frozen=True)
+class UserGuardCheck:
+    """One measurement of a user's drift.
+
+    Attributes:
+        user: whose weights were measured.
+        tokens: tokens that the user has learnt.
+        drift: loss on the held-back inputs divided by that of the base model, minus 1; before any rollback.
+        strength: of the user's protection from now on; 1 is the configured one.
+        rolled_back: whether the user's weights went back to their last good state.
+    """
+
+    user: Hashable
+    tokens: int
+    drift: float
+    strength: float
+    rolled_back: bool
+
+
+@dataclasses.dataclass
+class _Guarded:
+    """What is kept for a user in a slot."""
+
+    slot: int
+    strength: float
+    level: float  # running level of the loss on the user's own tokens, nats per token
+    tokens: int
+    since: int  # tokens learnt since the last check
+    good: State  # the layers' state at the last check within the threshold
+
+
+class UserGuards:
+    """One guard for each user of a model, on inputs that all users share::
+
+        guards = UserGuards(model, [held_back_ids])
+        learner.observe(ids, users=["alice", "bob"])
+
+    It works for each user as `ttt.Guard` does for a model with one set of weights, with the same formulas. Whenever a
+    user has learnt ``every`` tokens, drift = loss / loss of the base model - 1 is measured with that user's weights.
+    The strength s of the user's protection follows it::
+
+        s <- min(cap, max(1, s strengthen^e))        e = min(1/2, max(-1/16, drift / threshold - 1))
+
+    Past ``bound``, e = 1/2 and the user's weights go back to their last state within ``threshold``, bit for bit; other
+    users are not affected. Compressions of the user's slots use ``ewc_lambda`` s and min(``replay_beta`` s, 1). Without
+    these protections ``lr`` / s takes their place. s begins at strengthen^(3/2). A user's chunk with a mean loss l
+    above the gate, ``surprise`` times the running level L of the user's loss, is learnt at the rate (surprise L / l)^4.
+
+    What happens to a user depends on the user's own tokens only. A user is checked before being evicted, and strength
+    and level are part of the state that `ttt.Pool.export` returns, as ``"ttt.guard.progress"``. A user in a slot costs
+    one copy of the state of their slots. While strengths differ from 1, compressions are called from Python, once for
+    each distinct strength.
+
+    Args:
+        model: adapted with ``TTTConfig(users=...)``; a causal language model of Hugging Face transformers.
+        batches: (B, T) int64 tokens that the model knows, T >= 2. A check costs a forward pass on them.
+        threshold: drift at which the strength stays the same.
+        bound: drift past which the weights go back. Default: 1.5 ``threshold``.
+        every: tokens of a user from check to check.
+        strengthen: base of the strength's changes.
+        cap: largest strength.
+        surprise: factor of the gate; infinity for no gate.
+
+    Raises:
+        ValueError: for a value out of range, or if the model has guards or users in slots already.
+
+    Attributes:
+        history: list of `UserGuardCheck`, of the users who have a slot.
+        reference: nats per token of the base model on the held-back inputs.
+    """
+
+    prefix = "ttt.guard"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Tensor],
+        *,
+        threshold: float = 0.01,
+        bound: float | None = None,
+        every: int = 2048,
+        strengthen: float = 4.0,
+        cap: float = 256.0,
+        surprise: float = 2.5,
+    ) -> None:
+        self.threshold = check_number("threshold", threshold, 0.0, above=True)
+        self.bound = check_number("bound", 1.5 * threshold if bound is None else bound, threshold)
+        self.every = check_whole("every", every, 1)
+        self.strengthen = check_number("strengthen", strengthen, 1.0, above=True)
+        self.cap = check_number("cap", cap, 1.0)
+        self.surprise = check_number("surprise", surprise, 1.0, above=True)
+        self.model, self.pool = model, pool_of(model)
+        self.batches = list(batches)
+        if not self.batches:
+            raise ValueError("batches must hold at least one batch of tokens, got none")
+        for ids in self.batches:
+            if ids.dtype != torch.int64 or ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
+                raise ValueError(f"batches must be (B, T) int64 tokens, T >= 2, got {tuple(ids.shape)} of {ids.dtype}")
+        if self.pool.companion is not None:
+            raise ValueError("model has guards for its users already")
+        if self.pool.users:
+            raise ValueError(f"guards must be made before users learn: {list(self.pool.users)} have slots already")
+        config = self.pool.config
+        self._scales_steps = config.ewc_lambda == 0 and config.replay_rows == 0
+        self.history: list[UserGuardCheck] = []
+        self._users: dict[Hashable, _Guarded] = {}
+        self.reference = self._loss(None)
+        self.pool.companion = self
+
+    def close(self) -> None:
+        """Stop guarding: users go on learning with the configured protection."""
+        for user in list(self._users):
+            self.forget(user)
+        self.pool.companion = None
+
+    def strength(self, user: Hashable) -> float:
+        """The strength of the protection of a user who has a slot.
+
+        Raises:
+            KeyError: if ``user`` has none.
+        """
+        self.pool.slot(user)
+        return self._users[user].strength
+
+    def drift(self, user: Hashable | None) -> float:
+        """Loss on the held-back inputs with the weights of ``user`` (None: the base model's) / reference - 1."""
+        return self._loss(user) / self.reference - 1
+
+    # -- called while learning --------------------------------------------------------------------------------
+
+    def pace(self, slots: Tensor, nll: Tensor, targets: Tensor, bad: Tensor) -> Tensor:
+        """Count what a chunk teaches each user; (S,) the factor by which each slot's steps are to be multiplied.
+
+        Args:
+            slots: (B,) int32, the slot of each row, -1 for none. nll: (B, L), nats.
+            targets: (B, L) bool, the tokens that teach. bad: (S,) bool, slots that do not learn from this chunk.
+        """
+        factors, is_bad = [1.0] * len(bad), bad.tolist()
+        for guarded in self._users.values():
+            own = targets & (slots == guarded.slot).unsqueeze(1)
+            tokens = int(own.sum())
+            if not tokens or is_bad[guarded.slot]:
+                continue
+            loss, limit = float(nll[own].sum(dtype=torch.float64)) / tokens, self.surprise * guarded.level
+            rate = 1.0 if loss <= limit else (limit / loss) ** 4
+            factors[guarded.slot] = rate / (guarded.strength if self._scales_steps else 1.0)
+            guarded.level += min(1.0, tokens / LEVEL_TOKENS) * (min(loss, limit) - guarded.level)
+            guarded.tokens += tokens
+            guarded.since += tokens
+        return torch.tensor(factors, dtype=next(iter(self.pool.layers.values())).eta_sum.dtype, device=nll.device)
+
+    def check_due(self) -> list[Hashable]:
+        """`check` every user who has learnt ``every`` tokens since the last check; the users who were rolled back."""
+        due = [user for user, guarded in self._users.items() if guarded.since >= self.every]
+        return [user for user in due if self.check(user).rolled_back]
+
+    def check(self, user: Hashable) -> UserGuardCheck:
+        """Measure a user's drift now, adjust the strength, and roll the user back if the drift is past ``bound``.
+
+        Raises:
+            KeyError: if ``user`` has no slot.
+        """
+        drift, guarded = self.drift(user), self._users[user]
+        past = not drift <= self.bound  # NaN is past it
+        exponent = _RISE if past else max(-_FALL, min(_RISE, drift / self.threshold - 1))
+        self._set(guarded, guarded.strength * self.strengthen**exponent)
+        if past:
+            self.pool.restore_layers(user, guarded.good)
+        elif drift <= self.threshold:
+            guarded.good = self.pool.copy_layers(user)
+        guarded.since = 0
+        self.history.append(UserGuardCheck(user, guarded.tokens, drift, guarded.strength, past))
+        return self.history[-1]
+
+    # -- called by the pool -----------------------------------------------------------------------------------
+
+    def before_evict(self, user: Hashable) -> None:
+        """Check a user who has learnt since the last check, so that the state that is kept is within the bound."""
+        if self._users[user].since:
+            self.check(user)
+
+    def export(self, user: Hashable) -> State:
+        """``progress`` (4,) float64: strength, level, tokens, and tokens since the last check."""
+        guarded = self._users[user]
+        return {"progress": torch.tensor([getattr(guarded, name) for name in _PROGRESS], dtype=torch.float64)}
+
+    def check_state(self, state: State) -> list[float] | None:
+        """The numbers of ``progress``, or None for a state without it.
+
+        Raises:
+            ValueError, TypeError: if they are not ones that `export` can return.
+        """
+        if not state:
+            return None
+        if set(state) != {"progress"}:
+            raise ValueError(f"{self.prefix} needs the tensor 'progress', got {sorted(state)}")
+        value = state["progress"]
+        if not isinstance(value, Tensor) or value.dtype != torch.float64 or value.shape != (4,):
+            kind = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{self.prefix}.progress must be torch.float64 of shape (4,), got {kind}")
+        strength, level, tokens, since = numbers = value.tolist()
+        whole = tokens.is_integer() and since.is_integer()
+        if not (1 <= strength < float("inf") and 0 < level < float("inf") and whole and 0 <= since <= tokens):
+            raise ValueError(f"{self.prefix}.progress must be strength >= 1, level > 0 and two counts, got {numbers}")
+        return numbers
+
+    def load(self, user: Hashable, state: State) -> None:
+        """Start to guard ``user``. A state past the bound, or never checked, is not taken as a good one."""
+        numbers, slot = self.check_state(state), self.pool.slot(user)
+        strength, level, tokens, since = numbers or (self.strengthen**1.5, self.reference, 0, 0)
+        guarded = _Guarded(slot, 1.0, level, int(tokens), int(since), {})
+        self._users[user] = guarded
+        self._set(guarded, strength)
+        guarded.good = self.pool.copy_layers(user)
+        learnt = any(int(layer.rows[slot]) for layer in self.pool.layers.values())
+        if learnt and (numbers is None or since) and not self.drift(user) <= self.bound:
+            guarded.good = {
+                name: t[:0] if name.endswith((".a", ".b")) else torch.zeros_like(t) for name, t in guarded.good.items()
+            }
+
+    def forget(self, user: Hashable) -> None:
+        """Drop everything kept for ``user``."""
+        guarded = self._users.pop(user, None)
+        if guarded is not None:
+            for layer in self.pool.layers.values():
+                layer.strengths.pop(guarded.slot, None)
+            self.history = [check for check in self.history if check.user != user]
+
+    # -- inner ------------------------------------------------------------------------------------------------
+
+    def _set(self, guarded: _Guarded, strength: float) -> None:
+        guarded.strength = min(self.cap, max(1.0, strength))
+        for layer in self.pool.layers.values():
+            layer.strengths[guarded.slot] = guarded.strength
+
+    @torch.no_grad()
+    def _loss(self, user: Hashable | None) -> float:
+        """Mean nats per token on the held-back inputs, with the weights of ``user``; None: of the base model."""
+        total, count = 0.0, 0
+        for ids in self.batches:
+            with self.pool.reading(user, len(ids)):
+                logits = self.model(input_ids=ids).logits[:, :-1].float()
+            total += float(nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
+            count += ids[:, 1:].numel()
+        return total / count
