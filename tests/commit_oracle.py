@@ -128,15 +128,18 @@ def assert_stored(actual, value, size, bits, name, *, flips, terms):
         apart = (actual[:, :n].int() - expected[:, :n].int()).abs()
         wrong, far = apart > 0, apart > 1
     else:
-        apart, unit = (actual.double() - rounded_to(value, bits, actual.dtype).double()).abs(), unit_of(value, actual.dtype)
-        # Where the terms nearly cancel, their errors are large beside a unit of what is left: only bounded, not counted.
+        expected, unit = rounded_to(value, bits, actual.dtype), unit_of(value, actual.dtype)
+        apart = (actual.double() - expected.double()).abs()
+        # Where the terms nearly cancel, their errors are large beside a unit of what is left: bounded, but not counted.
         wrong, far = (apart > 0) & (unit > 2.0**-12 * size), apart > unit + 2.0**-16 * size
     share = float(wrong.double().mean())
     assert not bool(far.any()), f"{name}: {int(far.sum())} of {far.numel()} elements are far off"
     assert share <= flips, f"{name}: {share:.2%} of the elements are off, {flips:.2%} may be"
 
 
-def assert_committed(case, after, rows, options, *, flips=0.01, rounded_step=False, rounded_factors=(False,), split=False):
+def assert_committed(
+    case, after, rows, options, *, flips=0.01, rounded_step=False, rounded_factors=(False,), split=False
+):
     """The state ``after`` a commit of ``case`` that replayed ``rows``, all of it, element by element.
 
     Args:

@@ -61,7 +61,8 @@ def trace_rounding_bits(rows: int, cols: int, step: torch.Tensor, seed: int) -> 
 
 def momentum_rounding_bits(rows: int, cols: int, step: torch.Tensor, seed: int) -> torch.Tensor:
     """As `rounding_bits`, for the momentum: each element has the bits of the other pair of its four columns."""
-    words = _words(rows, (cols + 3) // 4 * 2, step, seed).view(rows, -1, 2).flip(-1).flatten(-2)
+    fours = (cols + 3) // 4
+    words = _words(rows, 2 * fours, step, seed).view(rows, fours, 2).flip(-1).flatten(-2)
     return _halves(words & 0xFFFF, words >> 16, cols)
 
 

@@ -30,7 +30,8 @@ def _append(
             full = tl.load(counters + 1) != 0
             first = tl.where(full, 0, held)
         slot = first + b
-        in_x, in_delta = j < tl.where(slot < window, n, 0), j < tl.where(slot < window, m, 0)
+        fits = (slot >= 0) & (slot < window)  # a counter may be wrong, and the host does not see it
+        in_x, in_delta = j < tl.where(fits, n, 0), j < tl.where(fits, m, 0)
         tl.store(win_x + slot * n + j, tl.load(x + b * n + j, mask=in_x, other=0), mask=in_x)
         tl.store(win_delta + slot * m + j, tl.load(delta + b * m + j, mask=in_delta, other=0), mask=in_delta)
         if win_trace is not None:
@@ -47,7 +48,7 @@ def _append(
                     new = (c >= first) & (c < first + rows)
                     value = tl.load(eta + (c - first), mask=new, other=0)
                     # Rows before the new ones stay, and those behind them are 0: empty.
-                    tl.store(win_eta + c, value, mask=(c < window) & (c >= first))
+                    tl.store(win_eta + c, value, mask=(c < window) & (c >= tl.where(first < 0, window, first)))
                 if tokens is not None:
                     tl.store(tokens, tl.load(tokens) + tl.where(full, held, 0))
                 tl.store(counters, tl.minimum(first + rows, window))
