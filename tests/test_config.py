@@ -79,7 +79,7 @@ def test_configurations_of_the_first_format_load():
     config = ttt.TTTConfig.from_dict(old)
     assert config.target_modules == ("down_proj",)
     for name, value in old.items():
-        if name not in ("users", "target_modules"):
+        if name not in ("users", "target_modules", "replay"):
             assert getattr(config, name) == value, name
     users = {"slots": 4, "rank": 2, "window": 3}
     loaded = ttt.TTTConfig.from_dict({**ttt.TTTConfig().to_dict(), "users": users})
