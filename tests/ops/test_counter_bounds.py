@@ -1,4 +1,4 @@
-"""Wrong counters are refused by name on CPU, with nothing written; a GPU writes nothing outside. Empty matrices work."""
+"""Wrong counters are refused by name on CPU, with nothing written; GPUs write nothing outside. Empty matrices work."""
 
 import pytest
 import torch
