@@ -53,8 +53,8 @@ def test_dispatched_compress_of_default_slots(dtype):
     backends.calls.clear()
     ttt.ops.low_rank_compress(*state, slots, rank=16, seed=7)
     assert dict(backends.calls) == {("low_rank_compress", "triton", ""): 1}
-    options = 0.0, None, None, None, None, 7, 0, "projection", 0.3, 1e-3
-    reference.low_rank_compress(*wide, slots, 16, "truncate", *options)
+    options = 0.0, None, None, None, None, 7, 0, 0.3, 1e-3
+    reference.low_rank_compress(*wide, slots, 16, *options)
     assert state[2].tolist() == wide[2].tolist()
     assert torch.equal(state[5], wide[5])
     torch.testing.assert_close(state[4].double(), wide[4], rtol=1e-5, atol=1e-5)

@@ -25,7 +25,6 @@ def test_all_defences_and_scaled_steps_are_on():
     assert DEFAULT.rate == "rms"
     assert DEFAULT.clip > 1
     assert min(DEFAULT.lr, DEFAULT.ewc_lambda, DEFAULT.replay_rows, DEFAULT.replay_beta, DEFAULT.orthogonal) > 0
-    assert DEFAULT.replay == "projection"
     assert DEFAULT.calibrates
     for users in (None, ttt.LowRank()):
         assert ttt.TTTConfig.from_dict(ttt.TTTConfig(per_user=users).to_dict()) == ttt.TTTConfig(per_user=users)

@@ -12,6 +12,7 @@ from tiny_tasks import layers_of, samples, trainer_of
 import ttt
 from ttt import ops
 from ttt.nn import Linear, gaussian
+from ttt.ops import reference
 from ttt.ops.philox import normals, spread_tokens
 from ttt.rules import LayerDistillation, LayerGenerativeReplay, LayerReplay, LwF, configure
 
@@ -62,7 +63,7 @@ def rows_of(layer, x):
 @pytest.mark.parametrize("dtype", [D, torch.float32])
 @pytest.mark.parametrize(
     "options",
-    [ALL, {**ALL, "replay_rows": 0}, {**ALL, "generated_rows": 0}, {**ALL, "replay": "gradient", "replay_beta": 0.1},
+    [ALL, {**ALL, "replay_rows": 0}, {**ALL, "generated_rows": 0},
      {**ALL, "replay_rows": 0, "distill_rows": 0, "ewc_lambda": 0.0}, {**ALL, "replay_rows": 0, "generated_rows": 0}],
 )  # fmt: skip
 def test_commits_replay_rows_of_every_source(dtype, options):
@@ -74,9 +75,7 @@ def test_commits_replay_rows_of_every_source(dtype, options):
         x, delta = torch.randn(sum(parts), 9, dtype=D).to(dtype), torch.randn(sum(parts), 5, dtype=D).to(dtype)
         case = {"weight": layer.weight.detach().clone(), "anchor": layer.anchor, "importance": layer.importance, "x": x,
                 "delta": delta, "eta": torch.full((len(x),), c.lr, dtype=D)}  # fmt: skip
-        expected = exact.commit(
-            case, rows=rows_of(layer, x), replay=c.replay, beta=c.replay_beta, eps=c.replay_eps, lam=c.ewc_lambda
-        )
+        expected = exact.commit(case, rows=rows_of(layer, x), beta=c.replay_beta, eps=c.replay_eps, lam=c.ewc_lambda)
         for one, two in zip(x.split(parts), delta.split(parts), strict=True):
             teach(layer, one, two)
         layer.flush()
@@ -89,10 +88,30 @@ def test_commits_replay_rows_of_every_source(dtype, options):
             assert float(layer.past_moments[0]) == 40
 
 
-def test_the_memory_alone_is_drawn_from_by_the_kernel():
-    layer = layer_of(5, 9, torch.float32, replay_rows=3)
+@pytest.mark.parametrize("dtype", [D, torch.float32])
+def test_the_memory_alone_is_drawn_from_by_the_kernel(dtype):
+    """The layer hands its whole memory over, and the commit replays the rows that its own counter draws."""
+    layer = layer_of(5, 9, dtype, replay_rows=3)
     assert not layer.mixes_replay_sources
     assert not any(name in layer.state() and layer.state()[name] is not None for name in gaussian.PAST)
+    c = layer.config
+    for step in range(3):
+        x, delta = torch.randn(6, 9, dtype=D).to(dtype), torch.randn(6, 5, dtype=D).to(dtype)
+        given = layer.commit_arguments(x, delta, torch.full((6,), c.lr), None)
+        assert given.memory is layer.memory
+        assert given.seen is layer.seen
+        assert int(layer.step) == step
+        case = {"weight": layer.weight.detach().clone(), "anchor": layer.anchor, "importance": layer.importance, "x": x,
+                "delta": delta, "eta": torch.full((6,), c.lr, dtype=D)}  # fmt: skip
+        index = reference.reservoir_draw(layer.seen, layer.step, len(layer.memory), c.replay_rows, layer.seed)
+        expected, others = (
+            exact.commit(case, rows=rows, beta=c.replay_beta, eps=c.replay_eps, lam=c.ewc_lambda)
+            for rows in (layer.memory[index], layer.memory[(index + 1) % len(layer.memory)])
+        )
+        teach(layer, x, delta)
+        close = {"rtol": 1e-10, "atol": 1e-11} if dtype == D else {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(layer.weight.detach().double(), expected, **close)
+        assert float((expected - others).abs().max()) > 1e-3
 
 
 def test_empty_sources_have_no_effect_on_a_commit():

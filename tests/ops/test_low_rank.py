@@ -225,7 +225,7 @@ def test_the_pull_agrees_with_the_proximal_step():
         torch.testing.assert_close(fall.sum(), wanted.sum(), rtol=1e-5, atol=0)
 
 
-def test_replay_is_that_of_the_commit(replay):
+def test_replay_is_that_of_the_commit():
     """The same rows, drift and step as `ttt.ops.commit` makes of the dense W = W* + D with no tokens."""
     n, m, capacity = 17, 9, 5
     a, b, rows = pool_of(2, capacity, n, m, torch.float64, full=True)
@@ -236,11 +236,10 @@ def test_replay_is_that_of_the_commit(replay):
     want = []
     for u in range(2):
         weight, anchor = delta_of(a, b, rows, u), torch.zeros(m, n, dtype=torch.float64)
-        # A token of zeros brings the sum of eta, on which the gradient step depends.
-        x, delta = torch.zeros(1, n, dtype=torch.float64), torch.zeros(1, m, dtype=torch.float64)
+        x, delta = torch.zeros(0, n, dtype=torch.float64), torch.zeros(0, m, dtype=torch.float64)
         ttt.ops.commit(
-            weight, anchor, None, None, x, delta, eta_sum[u : u + 1].clone(), step[u : u + 1].clone(), memory=memory,
-            seen=seen, **options,
+            weight, anchor, None, None, x, delta, eta_sum[:0], step[u : u + 1].clone(), memory=memory, seen=seen,
+            **options,
         )  # fmt: skip
         want.append(weight)
     before = memory.clone()
@@ -383,7 +382,7 @@ def test_the_kernels_themselves_refuse_counters_out_of_range(isa):
             *(t.data_ptr() for t in (x, a, b, rows, users, y)), 2, 3, 3, 5, 4, 0, 1
         )
         bound = cpu._C.LowRank(2, *(t.data_ptr() for t in state), 0, 0, 0, 0, 0, 0, 3, 3, 5, 4, 2, 0, 0, 0, 0.0, 0.0,
-                               0.0, 0, 0, 1)  # fmt: skip
+                               0.0, 0, 1)  # fmt: skip
         if not room:
             assert bound.learn(*(t.data_ptr() for t in (x, delta, eta, users)), 2, 1) == (0, 0, -2)
             assert not bound.forward(x.data_ptr(), users.data_ptr(), y.data_ptr(), 2, 1)
@@ -400,6 +399,6 @@ def test_opcheck():
     torch.library.opcheck(
         torch.ops.ttt.low_rank_append.default, (a, b, rows, eta_sum, x, torch.randn(3, 3), torch.rand(3), users)
     )
-    args = (a, b, rows, eta_sum, torch.zeros(2), torch.zeros(2, dtype=torch.int64), torch.tensor([1]), 2, "truncate")
-    args += (0.0, None, None, None, None, 0, 0, "projection", 0.3, 1e-3)
+    args = (a, b, rows, eta_sum, torch.zeros(2), torch.zeros(2, dtype=torch.int64), torch.tensor([1]), 2)
+    args += (0.0, None, None, None, None, 0, 0, 0.3, 1e-3)
     torch.library.opcheck(torch.ops.ttt.low_rank_compress.default, args)

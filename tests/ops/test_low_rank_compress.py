@@ -241,7 +241,5 @@ def test_the_reference_takes_float16():
     state = state_of(1, 9, 33, 20, torch.float16)
     delta = delta_of(*state[:3], 0)
     after = [t.clone() for t in state]
-    reference.low_rank_compress(
-        *after, torch.tensor([0]), 4, "truncate", 0.0, None, None, None, None, 0, 0, "projection", 0.3, 1e-3
-    )
+    reference.low_rank_compress(*after, torch.tensor([0]), 4, 0.0, None, None, None, None, 0, 0, 0.3, 1e-3)
     assert (delta_of(*after[:3], 0) - truncated(delta, 4)[0]).norm() < 3e-3 * delta.norm()

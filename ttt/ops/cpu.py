@@ -26,7 +26,6 @@ if _C is not None and os.environ.get(ISA_VARIABLE):
 
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}  # the last for importance and trace only
 _MASK64 = (1 << 64) - 1
-MOST_ROWS_SEEN = 1 << 31  # that a reservoir can count
 
 # Above this many tokens, torch's matmul reuses each weight from its registers and the C++ kernel only
 # subtracts the window's part. Below, one stream over W is faster (bench: suite window_linear).
@@ -127,8 +126,6 @@ def commit(*args) -> None:
     why = _why_not_commit(c.weight, c.importance if c.lam > 0 else None, c.trace)
     if why:
         record("commit", "reference", why)
-        if c.replay_rows and c.seen is not None:
-            _check_counter("seen", c.seen)
         reference.commit(*c._replace(gate=None))
     else:
         record("commit", "cpu")
@@ -182,22 +179,12 @@ def _bound_commit(c: CommitArguments):
     )
 
 
-def _check_counter(name: str, counter: torch.Tensor, more: int = 0) -> None:
-    """Refuse what csrc/counter_checks.h refuses, in the same words, where the reference takes a call."""
-    count = int(counter)
-    if count < 0:
-        raise ValueError(f"{name} must be >= 0, got {count}")
-    if count > MOST_ROWS_SEEN - more:
-        raise ValueError(f"{name} must be at most 2^31 after {more} further rows, got {count}")
-
-
 def reservoir_insert(memory, seen, x, seed, gate=None) -> None:
     schema.check_reservoir_insert(memory, seen, x, seed, gate)
     if closed(gate):
         return
     if _C is None:
         record("reservoir_insert", "reference", unavailable["cpu"])
-        _check_counter("seen", seen, x.shape[0])
         return reference.reservoir_insert(memory, seen, x, seed)
     record("reservoir_insert", "cpu")
     row_bytes = memory.shape[1] * memory.element_size()
@@ -211,7 +198,7 @@ def reservoir_draw(seen, step, capacity, rows, seed):
     schema.check_reservoir_draw(seen, step, capacity, rows, seed)
     if _C is None:
         record("reservoir_draw", "reference", unavailable["cpu"])
-        _check_counter("seen", seen)
+        reference.count_of("seen", seen)
         return reference.reservoir_draw(seen, step, capacity, rows, seed)
     record("reservoir_draw", "cpu")
     index = torch.empty((rows,), dtype=torch.int64)

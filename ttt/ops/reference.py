@@ -15,6 +15,23 @@ from ttt.ops.momentum import coefficients
 from ttt.ops.philox import DRAW, INSERT, choose_tokens, philox
 from ttt.ops.rounding import momentum_rounding_bits, rounding_bits, stochastic_round_, trace_rounding_bits
 
+MOST_ROWS_SEEN = 1 << 31
+"""Rows that a reservoir can count: the product of a random word of 32 bits and the count fits into 63."""
+
+
+def count_of(name: str, counter: torch.Tensor, more: int = 0) -> int:
+    """The value of a counter of rows, of which ``more`` are to come; csrc/counter_checks.h checks the same.
+
+    Raises:
+        ValueError: if it is negative, or would pass `MOST_ROWS_SEEN`.
+    """
+    value = int(counter)
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+    if value > MOST_ROWS_SEEN - more:
+        raise ValueError(f"{name} must be at most 2^31 after {more} further rows, got {value}")
+    return value
+
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -117,6 +134,9 @@ def commit(*args) -> None:
     c = CommitArguments(*args)
     if closed(c.gate):
         return
+    filled = 0
+    if c.replay_rows and c.memory is not None:
+        filled = len(c.memory) if c.seen is None else min(count_of("seen", c.seen), len(c.memory))
     weight, trace, step, seed = c.weight, c.trace, c.step, c.seed
     wide = _wide(weight.dtype)
     tokens, n = c.x.shape
@@ -132,7 +152,7 @@ def commit(*args) -> None:
         stochastic_round_(c.momentum, keep * old + share * g, momentum_rounding_bits(*weight.shape, step, seed))
         g = carry * old + gain * g
         at = drift if drift is None else drift - carry * old
-    if c.replay_rows and (c.seen is None or int(c.seen) > 0):
+    if filled > 0:
         xr, v = replay_rows(c.memory, c.seen, step, c.replay_rows, seed, c.beta, c.eps, wide)
         e = xr @ at.T - gain * (((xr @ xw.T) * ew) @ dw)
         g = g + e.T @ v
@@ -186,7 +206,7 @@ def reservoir_insert(
     if closed(gate):
         return
     capacity, rows = memory.shape[0], x.shape[0]
-    s = int(seen) + torch.arange(rows, device=x.device)
+    s = count_of("seen", seen, rows) + torch.arange(rows, device=x.device)
     word = philox(s, 0, 0, INSERT, seed)[0]
     slot = torch.where(s < capacity, s, (word * (s + 1)) >> 32)
     for t in (slot < capacity).nonzero().flatten().tolist():  # in order: the last of two rows stays

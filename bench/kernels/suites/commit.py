@@ -168,7 +168,7 @@ class Commit(Case):
         w, anchor, importance, trace = exact.values()
         reference.commit(
             w, anchor, importance, trace, wide["x"], wide["delta"], wide["eta"], None, wide.get("memory"),
-            wide.get("seen"), step.clone(), 0, self.replay, "projection", BETA, EPS, LAM, 1.0, "fisher",
+            wide.get("seen"), step.clone(), 0, self.replay, BETA, EPS, LAM, 1.0, "fisher",
         )  # fmt: skip
         run(got)
         allowed = {"weight": STORAGE[self.dtype].tolerance, "trace": STORAGE[self.state].tolerance}

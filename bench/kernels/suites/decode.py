@@ -275,7 +275,7 @@ class Decode(Case):
             xs, deltas, etas = (torch.cat(part) for part in zip(*window, strict=True))
             reference.commit(
                 w, anchor, importance, trace, xs, deltas, etas, None, None, None, step,
-                0, 0, "projection", 0.3, 1e-3, LAM, 1.0, "fisher",
+                0, 0, 0.3, 1e-3, LAM, 1.0, "fisher",
             )  # fmt: skip
             window.clear()
 

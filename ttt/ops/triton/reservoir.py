@@ -29,7 +29,7 @@ def _insert(memory, seen, x, gate, capacity, tokens, n, seed, BT: tl.constexpr, 
     t = tl.program_id(0).to(tl.int64)
     first = tl.load(seen)
     slot = _slots(first + t, capacity, seed)
-    if (slot >= 0) & (slot < capacity):  # a counter may be wrong, and the host does not see it
+    if (slot >= 0) & (slot < capacity):  # a negative counter cannot be refused without waiting for the device
         later = 0
         for u0 in range(t + 1, tokens, BT):
             u = u0 + tl.arange(0, BT)

@@ -1,21 +1,17 @@
-"""Wrong counters are refused by name on CPU, with nothing written; GPUs write nothing outside. Empty matrices work."""
+"""Counters of windows and reservoirs at and beyond their limits, in the ops, the GPU kernels and bound layers."""
 
 import pytest
 import torch
 from helpers import ISAS, plain_config
 from test_append import count, rows_of, window_of
-from test_commit_elementwise import OPTIONS, case_of
 
 from ttt import _C, ops
 from ttt.nn import Linear, Update
-from ttt.ops import cpu, reference
-from ttt.ops.arguments import CommitArguments
-
-fused = pytest.importorskip("ttt.ops.triton.commit")
-from ttt.ops.triton.append import window_append  # noqa: E402
-from ttt.ops.triton.common import INTERPRETED  # noqa: E402
-from ttt.ops.triton.reservoir import reservoir_insert  # noqa: E402
-from ttt.ops.triton.window_linear import window_linear  # noqa: E402
+from ttt.ops import cpu
+from ttt.ops.triton.append import window_append
+from ttt.ops.triton.common import INTERPRETED
+from ttt.ops.triton.reservoir import reservoir_insert
+from ttt.ops.triton.window_linear import window_linear
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 MOST = 2**31
@@ -47,7 +43,7 @@ def refused(call, state, message):
     assert equal(state, before)
 
 
-# -- matrices without rows or columns ---------------------------------------------------------------------------------
+# -- products of no inputs --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -66,46 +62,12 @@ def test_the_product_of_no_inputs_in_triton(tokens):
     assert torch.equal(window_linear(x, weight, bias, win_x, win_delta, win_eta), bias.expand(tokens, 5))
 
 
-def only_counts(function, m, n, dtype, device="cpu"):
-    case = case_of(m, n, 3, dtype, torch.float32, torch.float32)
-    after = {k: t.to(device, copy=True) for k, t in case.items()}
-    function(after, {**OPTIONS, "kind": "fisher", "mu": 0.5})
-    assert int(after["step"]) == 6
-    assert all(torch.equal(after[k].cpu(), case[k]) for k in case if k != "step")
-
-
-EMPTY = pytest.mark.parametrize(("m", "n"), [(5, 0), (0, 5), (0, 0)])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@EMPTY
-def test_a_commit_of_an_empty_matrix_only_counts(isa, dtype, m, n):
-    only_counts(lambda case, options: ops.commit(**case, **options), m, n, dtype)
-
-
-@pytest.mark.parametrize(("function", "device"), [(reference.commit, "cpu"), (fused.commit, DEVICE)])
-@EMPTY
-def test_a_commit_of_an_empty_matrix_in_torch_and_triton(function, device, m, n):
-    only_counts(lambda case, options: function(*CommitArguments(**case, **options)), m, n, torch.float32, device)
-
-
 # -- counts of rows seen ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize(("seen", "message"), [(-1, "seen must be >= 0, got -1"), (MOST + 1, "must be at most 2.31")])
-def test_a_commit_refuses_a_wrong_count_of_remembered_rows(maybe_without_kernels, dtype, seen, message):
-    case = case_of(7, 33, 3, torch.float32, torch.float32)
-    case = {k: t.to(dtype) if t.is_floating_point() else t for k, t in case.items()}
-    if dtype == torch.bfloat16:
-        case["eta"] = case["eta"].float()
-    case["seen"].fill_(seen)
-    refused(lambda: ops.commit(**case, **OPTIONS), list(case.values()), message)
 
 
 @pytest.mark.parametrize(
     ("seen", "message"),
-    [(-4, "seen must be >= 0, got -4"), (MOST - 1, "at most 2.31 after 2 further rows, got 2147483647"),
+    [(-4, "seen must be at least 0, got -4"), (MOST - 1, "at most 2.31 after 2 further rows, got 2147483647"),
      (2**62, "seen must be at most")],
 )  # fmt: skip
 def test_the_reservoir_refuses_a_wrong_count(maybe_without_kernels, seen, message):
@@ -135,12 +97,12 @@ def test_a_gpu_writes_no_row_outside_of_the_reservoir(seen):
 # -- rows of the window -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="the reference checks what it knows")
 @pytest.mark.parametrize("full", [0, 1])
 @pytest.mark.parametrize("held", [-1, 5, -(2**40)])
 def test_append_refuses_a_wrong_count_of_rows_in_use(held, full):
-    win, new = window_of(4, 3, 5, torch.float32), rows_of(2, 3, 5, torch.float32)
-    state = (*win, counters := count(held, full, 0), tokens := count(7))
+    win = [t.cpu() for t in window_of(4, 3, 5, torch.float32)]
+    new = [t.cpu() for t in rows_of(2, 3, 5, torch.float32)]
+    state = (*win, counters := count(held, full, 0).cpu(), tokens := count(7).cpu())
     call = lambda: ops.window_append(*win, *new[:3], counters=counters, tokens=tokens)  # noqa: E731
     refused(call, state, rf"counters\[0\] must be in \[0, 4\], the rows of the window in use, got {held}")
 
@@ -174,8 +136,9 @@ def update_of(rows, dtype):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [({"_pending": -1}, "rows to append must lie in the window of 4 rows, got 2 rows from row -1 on"),
-     ({"_pending": -(10**6)}, "rows to append must lie"), ({"recent_seen": -1}, "recent_seen must be >= 0, got -1"),
-     ({"_pending": 2, "seen": -3}, "seen must be >= 0, got -3")],
+     ({"_pending": -(10**6)}, "rows to append must lie"),
+     ({"recent_seen": -1}, "recent_seen must be at least 0, got -1"),
+     ({"_pending": 2, "seen": -3}, "seen must be at least 0, got -3")],
 )  # fmt: skip
 def test_a_bound_layer_refuses_wrong_counters(isa, dtype, wrong, message):
     layer = layer_of(dtype)
@@ -189,13 +152,3 @@ def test_a_bound_layer_refuses_wrong_counters(isa, dtype, wrong, message):
         refused(lambda: layer.learn(update_of(2, dtype)), state, message)
     assert layer._binding.kernels is not None
     assert layer._pending == wrong.get("_pending", 0)
-
-
-@pytest.mark.parametrize("rows", [-1, 5, 2**40])
-def test_a_bound_layer_commits_no_rows_outside_of_its_window(rows):
-    layer = layer_of(torch.float32)
-    with torch.no_grad():
-        layer.learn(update_of(1, torch.float32))
-    state = [t for t in (*layer.parameters(), *layer.buffers()) if t is not None]
-    commit = lambda: layer._binding.kernels.commit_window(layer.tokens.data_ptr(), rows, 1)  # noqa: E731
-    refused(commit, state, "rows to commit must lie in the window of 4 rows")
