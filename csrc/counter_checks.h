@@ -13,7 +13,8 @@ constexpr int64_t MOST_ROWS_SEEN = int64_t{1} << 31;
 // A count of rows, of which `more` are to come. Null is no counter.
 inline void check_counter(const char* name, const int64_t* counter, int64_t more = 0) {
   if (counter == nullptr) return;
-  if (*counter < 0) throw std::invalid_argument(std::string(name) + " must be at least 0, got " + std::to_string(*counter));
+  if (*counter < 0)
+    throw std::invalid_argument(std::string(name) + " must be at least 0, got " + std::to_string(*counter));
   if (*counter > MOST_ROWS_SEEN - more)
     throw std::invalid_argument(std::string(name) + " must be at most 2^31 after " + std::to_string(more) +
                                 " further rows, got " + std::to_string(*counter));

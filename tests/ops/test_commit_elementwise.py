@@ -7,7 +7,7 @@ kernels take the very operands that they take on a GPU.
 import numpy as np
 import pytest
 import torch
-from commit_oracle import assert_committed
+from exact import assert_committed
 from helpers import ISAS, multiplies_pairs
 
 from ttt import _C, ops
