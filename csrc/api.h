@@ -1,5 +1,5 @@
 // The boundary between the bindings and the kernels: plain structs of addresses and sizes.
-// Nothing here knows torch; all checks of shapes and dtypes happen before, in ttt/ops/schema.py.
+// Shapes and dtypes are checked in ttt/ops/schema.py, before these structs are made.
 #pragma once
 #include <cstdint>
 

@@ -1,4 +1,4 @@
-// ttt._C: the kernels by address and size. The GIL is released while they run.
+// ttt._C: the kernels, called with addresses and sizes. The GIL is released while they run.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

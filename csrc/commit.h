@@ -1,10 +1,10 @@
 // The fused commit: one pass over W, W*, Omega and F, no m x n temporary. See ttt.ops.commit for the formula.
 //
-// Rows of W are taken in blocks. For each block the drift of the replay rows is computed first, which
-// brings its rows of W and W* into the cache; then register tiles of G and of the trace's sum are made
-// by a small matrix product over the tokens (product.h) and finished at once by the update of that tile.
+// Rows of W are processed in blocks. For each block the drift of the replay rows is computed first, which brings the
+// block's rows of W and W* into the cache. Then register tiles of G and of the trace's sum S are computed by a small
+// matrix product over the tokens (product.h), and each tile is written at once (update.h).
 //
-// G's replay part is part of the same product: E and V are T + 1 ... T + R th "tokens".
+// The replay part E^T V of G belongs to the same product: E and V are appended as tokens T + 1 to T + R.
 #pragma once
 
 #include <omp.h>
@@ -22,7 +22,7 @@
 
 namespace {
 
-// carry, gain, remember and share: ttt/ops/momentum.py derives them.
+// Sets carry, gain, remember and share, which ttt/ops/momentum.py derives (`remember` is called `keep` there).
 inline void set_momentum(const ttt::Commit& a, Scalars& k) {
   const double mu = a.mu, keep = std::pow(mu, static_cast<double>(a.tokens));
   const double share = (1 - keep) / (static_cast<double>(a.tokens) * (1 - mu));
@@ -32,7 +32,7 @@ inline void set_momentum(const ttt::Commit& a, Scalars& k) {
   k.gain = static_cast<float>((1 - mu * share) / (1 - mu));
 }
 
-// Whether a commit's products are made by matrix units.
+// Whether matrix units compute the products of this commit.
 inline bool tiles_fit(bool dot, const ttt::Commit& a) {
   return dot && NC == ttt::TILE_COLUMNS && a.tiles != nullptr && a.tokens >= a.tiles->fewest;
 }
@@ -45,20 +45,22 @@ __attribute__((always_inline)) inline void take_sums(vf (&to)[MR][NV], const flo
     for (int v = 0; v < NV; v++) to[r][v] = load(sums + r * NC + v * VL) * scale;
 }
 
-// Tiles are FLAT up to the first number of tokens, MID up to the second. Of pairs of bfloat16, products are cheap
-// enough for FLAT up to 16 (4096 x 4096, T = 16, Zen 4: 5.8 ms, MID 6.1). TALL wins by 2 % at 1024 tokens, and loses up
-// to 12 % at 64.
+// Tiles are FLAT for up to HANDFUL tokens and MID for fewer than MANY_TOKENS. With pairs of bfloat16, FLAT is faster up
+// to 16 tokens (4096 x 4096, T = 16, Zen 4: 5.8 ms, MID 6.1). TALL is 2 % faster at 1024 tokens and up to 12 % slower
+// at 64.
 template <bool dot>
 constexpr int64_t HANDFUL = dot ? 16 : 4;
 constexpr int64_t MANY_TOKENS = 512;
-// With replay, up to as many tokens, rows of W stay in the cache between drift and update.
+// With replay and at most this many tokens, blocks are so small that rows of W stay in the cache between drift and
+// update.
 constexpr int64_t FEW_TOKENS = 32;
-// How many tiles ahead of the one being written W, W*, Omega and F are asked for: high tiles take longer. (2048 x 2048
-// in bfloat16, Zen 4: T = 64 6.1 ms with 2, 6.7 with 1; T = 16 2.20 with 2, 2.30 with 3.)
+// How many tiles ahead of the one being written W, W*, Omega and F are prefetched; high tiles take longer, so that
+// fewer are enough. (2048 x 2048 in bfloat16, Zen 4: T = 64 6.1 ms with 2, 6.7 with 1; T = 16 2.20 with 2, 2.30
+// with 3.)
 template <int MR>
 constexpr int64_t TILES_AHEAD = VL == 16 && MR != FLAT ? 2 : 3;
 
-// `dot`: products of pairs of bfloat16; otherwise both factors are widened to float32. `moves`: there is a momentum.
+// `dot`: multiply pairs of bfloat16; otherwise both factors are widened to float32. `moves`: there is a momentum.
 template <int MR, bool dot, bool moves, class W, class S>
 void commit(const ttt::Commit& a) {
   const int64_t m = a.m, n = a.n, tokens = a.tokens;
@@ -109,7 +111,7 @@ void commit(const ttt::Commit& a) {
 
   const int64_t panels = (n + NC - 1) / NC;
   Scratch packed(panels * u.right());
-  // (X_r X^T) * eta: what the tokens being written do to the remembered outputs.
+  // (X_r X^T) * eta: with delta, the change of the remembered outputs by the tokens being written.
   Scratch cross(replay.rows * tokens);
 
   // Row blocks: with replay, W and W* of one block stay in the L2 cache between drift and update, unless there are so
@@ -215,7 +217,7 @@ void commit(const ttt::Commit& a) {
             vf g[MR][NV] = {}, s[MR][NV] = {};
             const int64_t j0 = p * NC;
             Rows<MR, W, S> tile(a, i0 + i, j0, tiling.apart);
-            // What is wanted some tiles from now, perhaps of the next rows.
+            // The tile to prefetch: some tiles from here, possibly in the next rows.
             const int64_t q = p + (TILES_AHEAD<MR> < p1 - p0 ? TILES_AHEAD<MR> : p1 - p0), beyond = q - p1;
             const Rows<MR, W, S> ahead(a, i0 + tiling.first(beyond < 0 ? at : at + 1),
                                        (beyond < 0 ? q : p0 + beyond) * NC, tiling.apart);
@@ -246,7 +248,7 @@ void commit(const ttt::Commit& a) {
 
 template <bool dot, class W, class S>
 void commit_by_size(const ttt::Commit& a) {
-  if (a.momentum != nullptr && a.tokens > 0)  // one height of tiles for all: the code would grow too much
+  if (a.momentum != nullptr && a.tokens > 0)  // one height of tiles for all token counts keeps the code small
     commit<MID, dot, true, W, S>(a);
   else if (FLAT != TALL && a.tokens <= HANDFUL<dot>)
     commit<FLAT, dot, false, W, S>(a);
@@ -258,7 +260,7 @@ void commit_by_size(const ttt::Commit& a) {
 
 template <class W, class S>
 void commit_by_rate(const ttt::Commit& a) {
-  // A velocity in float32 is there for its precision: eta delta as two bfloat16 would be 5e-7 off.
+  // A float32 momentum needs float32 products: eta delta as a sum of two bfloat16 would be off by 5e-7.
   const bool precise = a.momentum != nullptr && a.momentum_dtype == ttt::kF32;
   if (dots<W> && !precise && (!a.slow_dots || a.tokens <= HANDFUL<false> || tiles_fit(true, a)))
     commit_by_size<dots<W>, W, S>(a);
@@ -281,7 +283,7 @@ void run_commit(const ttt::Commit& given) {
     commit_by_state<float>(given);
     return;
   }
-  // As `plain_nan`: a rate's NaN may come from another device.
+  // NaN rates from other devices may have all bits set: see `plain_nan`.
   ttt::Commit a = given;
   std::vector<float> eta(a.eta, a.eta + a.tokens);
   for (float& rate : eta)

@@ -1,4 +1,4 @@
-// How far the outputs on the replay rows have moved from those of the anchor: a pass over W and W*.
+// The drift E: the difference of the outputs on the replay rows from those of the anchor, by one pass over W and W*.
 #pragma once
 #include <type_traits>
 
@@ -36,7 +36,7 @@ inline void add_strips(vf (&acc)[wide][deep], const W* w, const W* w0, const V* 
 }
 
 #if TTT_DOT
-// The same as products of pairs: what each adds to the sum and takes from it nearly cancels at once.
+// The same with products of pairs. The products with W and with -W* follow each other, so that sums stay small.
 template <int wide, int deep>
 inline void add_pairs(vf (&acc)[wide][deep], const bf16* w, const bf16* w0, int64_t stride, int64_t left,
                       const Replay& replay, int64_t r, int64_t j) {
@@ -88,8 +88,9 @@ inline void drift_tile(const W* w, const W* w0, const V* momentum, float carry, 
 template <class W, class V = Nothing>
 void drift_of_rows(const W* weight, const W* anchor, int64_t n, int64_t rows, const Replay& replay, float* drift,
                    const V* momentum = nullptr, float carry = 0) {
-  // The strips of the replay rows come from the second-level cache: four rows of W share each (Zen 4, 4096 x 4096, T =
-  // 1, R = 4, bfloat16: 8.5 ms; two rows: 9.0; one: 10.2). Each of the four reads a stretch of rows: `Tiling` says why.
+  // The strips of the replay rows are read from the second-level cache, and four rows of W share each of them (Zen 4,
+  // 4096 x 4096, T = 1, R = 4, bfloat16: 8.5 ms; two rows: 9.0; one: 10.2). The four rows are `apart` rows from each
+  // other for the reason given at `Tiling`.
   constexpr int wide = VL == 16 ? 4 : 1;
   const int64_t apart = rows / wide;
   const auto tile = [&](auto high, auto deep, int64_t i, int64_t r) {

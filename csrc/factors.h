@@ -1,4 +1,4 @@
-// The left factors of the commit's products: delta of the tokens, the drift of the replay rows, what the trace sums.
+// The left factors of the commit's products: delta of the tokens, the drift of the replay rows, and f(P) of the trace.
 #pragma once
 #include <vector>
 
@@ -8,25 +8,26 @@
 
 namespace {
 
-constexpr int64_t BLOCK_ROWS = 48;  // of W at most that are written at a time: whole tiles and whole vectors
+constexpr int64_t BLOCK_ROWS = 48;  // most rows of W in a block: whole tiles and whole vectors
 
-// The tiles of a block of rows. Row r of tile q is `first(q) + r apart` of the block: each of a tile's rows begins a
-// stretch of its own, which the tiles read from its begin to its end. Neighbouring rows would make streams that break
-// off with every row: with 1024 columns of bfloat16 twice a page, at which the processor's prefetchers begin anew (1024
-// x 1024 from memory, T = 1, Zen 4: 0.37 ms, so 0.24). Matrix units take neighbouring rows.
+// The tiles of a block of rows. Row r of tile q is row `first(q) + r apart` of the block. So the block is divided into
+// MR stretches of consecutive rows, and tile after tile reads each stretch as one stream from its begin to its end.
+// With tiles of neighbouring rows, streams would end after every row (1024 columns of bfloat16 are half a page), and
+// the processor's prefetchers would start again (1024 x 1024 from memory, T = 1, Zen 4: 0.37 ms instead of 0.24).
+// Matrix units take neighbouring rows.
 template <int MR>
 struct Tiling {
   int64_t rows, tiles, apart;
 
   Tiling(int64_t rows, bool neighbours) : rows(rows), tiles((rows + MR - 1) / MR), apart(neighbours ? 1 : tiles) {}
   int64_t first(int64_t q) const { return apart == 1 ? q * MR : q; }
-  int tall(int64_t q) const {  // how many of tile q's rows there are
+  int tall(int64_t q) const {  // rows of tile q
     const int64_t count = (rows - first(q) + apart - 1) / apart;
     return count < MR ? static_cast<int>(count) : MR;
   }
 };
 
-// The tokens that the trace's sum runs over, and by how much each counts: gamma^age, times its group's size.
+// The tokens over which the trace's S sums, and their weights: gamma^age times the size of the token's group.
 struct Traced {
   std::vector<int64_t> token;
   std::vector<float> weight;
@@ -51,8 +52,9 @@ inline Traced traced_tokens(const ttt::Commit& a) {
   return out;
 }
 
-// For the rows of W from i0 on, those of a tile interleaved: out[(tile * u.left() + unit) * MR + row]. What stands for
-// rows behind W's end is of no account.
+// Packs the left factors for the rows of W from i0 on, with the rows of a tile interleaved: out[(tile * u.left() +
+// unit)
+// * MR + row]. Values for rows past the end of W are not used.
 template <int MR, bool dot, class W>
 inline void pack_left(const ttt::Commit& a, const Units& u, const Traced& traced, const float* drift, int64_t i0,
                       const Tiling<MR>& tiling, float* out) {
@@ -67,7 +69,7 @@ inline void pack_left(const ttt::Commit& a, const Units& u, const Traced& traced
     return factor_of({rows_of(trace_delta, traced.token[c], i), vf{}}, a.kind).a * traced.weight[c];
   };
   const auto pair = [](vf v, vf w) { return (vf)((nearest(v) >> 16) | (nearest(w) & 0xffff0000u)); };
-  // Next unit: VL rows at a time by `value`.
+  // Packs the next unit; value(i) gives VL rows from row i on.
   alignas(64) float unit[BLOCK_ROWS + VL] = {};
   const auto put = [&](auto value) {
     for (int64_t i = 0; i < tiling.rows; i += VL) store(unit + i, value(i));
@@ -95,8 +97,8 @@ inline void pack_left(const ttt::Commit& a, const Units& u, const Traced& traced
     for (int64_t c = 0; c < chosen; c++) put([&](int64_t i) { return of_s(c, i); });
 }
 
-// Of `units` of factors that pack_left packed for neighbouring rows, from the first of `packed` on, tiles of 16 rows
-// and 16 units (tiles.h), units innermost. Rows from `rows` on are zero.
+// Repacks the first `units` units that pack_left packed for neighbouring rows into tiles of 16 rows and 16 units
+// (tiles.h), with units innermost. Rows from `rows` on are zero.
 template <int MR>
 inline void tiles_of(const float* packed, int64_t stride, int64_t units, int64_t rows, uint32_t* out) {
   constexpr int64_t tile = ttt::TILE;

@@ -45,7 +45,7 @@ void window_linear(address x, address weight, address bias, address win_x, addre
   active->window_linear(a);
 }
 
-// y = x - (x U^T) U: the part that a window of rows (U, U, 1) subtracts from a product, where the product is x.
+// y = x - (x U^T) U: the same as subtracting from the product x the part of a window whose rows are those of U.
 void project_out(address x, address basis, address y, int64_t tokens, int64_t k, int64_t n, int dtype, int threads) {
   std::memcpy(out<void>(y), in<void>(x), tokens * n * (dtype == ttt::kF32 ? 4 : 2));
   if (k == 0) return;
@@ -158,8 +158,9 @@ struct Layer {
     window_linear(x, weight, bias, win_x, win_delta, win_eta, y, tokens, m, n, window, dtype, threads, product_done);
   }
 
-  // Writes rows `at` to `at` + `rows` of the window. The inputs also enter the sample of recent ones, there without the
-  // projection. Throws std::invalid_argument, and nothing is written, if the rows or a counter are out of range.
+  // Writes rows `at` to `at` + `rows` of the window, with the directions taken out of the inputs. The inputs themselves
+  // also enter the sample of recent inputs. Throws std::invalid_argument, and nothing is written, if the rows or a
+  // counter are out of range.
   void append(address x, address delta, address eta, address trace_delta, int64_t at, int64_t rows, int threads) const {
     ttt::check_rows("rows to append", rows, at, window);
     ttt::check_counter("recent_seen", in<int64_t>(recent_seen), rows);
@@ -174,7 +175,7 @@ struct Layer {
     std::memcpy(out<float>(win_eta) + at, in<float>(eta), rows * sizeof(float));
   }
 
-  // The arguments of `commit_window`, except the rows of the window.
+  // Sets the arguments of `commit_window` other than the rows of the window.
   void prepare(const ttt::Commit& c) { prepared = c; }
 
   // Commits the first `rows` rows of the window and empties it.

@@ -30,7 +30,7 @@ inline float scale_of(uint32_t exponent) {
   return f;
 }
 
-// One strip of codes, none of it beyond the block's end.
+// Decodes one strip of codes, which lies within one block.
 template <bool split>
 inline void codes2(const log8* p, vu& a, vu& b) {
   if constexpr (split) {
@@ -55,7 +55,7 @@ inline Two decode2(const log8* p, uint8_t exponent) {
   if constexpr (split) {  // both columns of a pair at once, as the upper halves of two floats
     const __m512i codes = _mm512_cvtepu8_epi16(load_as<__m256i>(p));
     const __mmask32 some = _mm512_test_epi16_mask(codes, codes);
-    // The scale is added to the exponents: right where the smallest code is a normal number.
+    // The scale is added to the exponents, which is exact if the smallest code is a normal number.
     const int scale = exponent > 16 ? (exponent - 127) << 7 : 0;
     const __m512i first = _mm512_set1_epi16(static_cast<short>((FIRST << 3) + scale));
     const vu pairs = (vu)_mm512_maskz_add_epi16(some, _mm512_slli_epi16(codes, 3), first);
@@ -95,13 +95,13 @@ inline void store_codes2(log8* p, vu a, vu b) {
   }
 }
 
-// One strip of codes; bits are those of its lanes.
+// Encodes one strip with one set of random bits per lane.
 template <bool split>
 inline void encode_strip(log8* p, const Two& v, vf inverse, const Bits& bits) {
   store_codes2<split>(p, encode(v.a, inverse, bits.a), encode(v.b, inverse, bits.b));
 }
 
-// The largest of values >= 0, as bits: they order like the values.
+// The bits of the largest of values >= 0; such bits are ordered like the values.
 inline uint32_t largest(vu v) {
 #if defined(__AVX512F__)
   return static_cast<uint32_t>(_mm512_reduce_max_epi32((__m512i)v));
@@ -127,7 +127,7 @@ inline vu larger(vu a, vu b) {
 #endif
 }
 
-// Encode BLOCK columns, given as strips; bits are those of the strips' lanes. Returns the exponent.
+// Encodes BLOCK columns, given as strips, with one set of random bits per lane. Returns the exponent.
 template <bool split>
 inline uint8_t encode_block(log8* p, const Two* strips, const Bits* bits) {
   constexpr int count = BLOCK / STRIP;
@@ -140,12 +140,13 @@ inline uint8_t encode_block(log8* p, const Two* strips, const Bits* bits) {
 }
 
 #if defined(__AVX512BW__)
-// A block that is one strip, both columns of a pair at once. `inverse`: in all lanes.
+// Encodes a block that is one strip, both columns of a pair at once. `inverse` is the inverse scale in all lanes.
 inline void encode_pairs(log8* p, const Two& v, vf inverse, const Bits& bits) {
   const vu four = constant<4>();
   const vu a = (vu)(v.a * inverse) + (bits.a << 3 | four), b = (vu)(v.b * inverse) + (bits.b << 3 | four);
   const vu pairs = merge(b >> 3, constant<0xffff0000u>(), a >> 19);
-  // A code of 2 or more was at least 1 before it was rounded. Zeros have no bits left; what else is that small is rare.
+  // A code of 2 or more was at least 1 before it was rounded. Zeros have no bits left. Other values this small are
+  // rare.
   constexpr uint32_t one = FIRST + 1;
   const __mmask32 inside = _mm512_cmpgt_epu16_mask((__m512i)pairs, (__m512i)constant<one << 16 | one>());
   if (__builtin_expect(!_kortestc_mask32_u8(inside, inside), 0) &&
@@ -158,7 +159,7 @@ inline void encode_pairs(log8* p, const Two& v, vf inverse, const Bits& bits) {
   std::memcpy(p, &codes, sizeof codes);
 }
 
-// Two such blocks, whose maxima are found together.
+// Encodes two such blocks, whose maxima are found together.
 inline void encode_two(log8* p, uint8_t* exponents, const Two* strips, const Bits* bits) {
   const vu first = larger((vu)strips[0].a, (vu)strips[0].b), second = larger((vu)strips[1].a, (vu)strips[1].b);
   const auto quarters = [](vu a, vu b, auto order) {
@@ -167,7 +168,7 @@ inline void encode_two(log8* p, uint8_t* exponents, const Two* strips, const Bit
   const auto within = [](vu a, auto order) {
     return (vu)_mm512_shuffle_epi32((__m512i)a, static_cast<_MM_PERM_ENUM>(decltype(order)::value));
   };
-  // The first block's in the lower half of the vector, the second's in the upper half.
+  // The lower half of the vector belongs to the first block, the upper half to the second.
   vu top = larger(quarters(first, second, Order<0x44>()), quarters(first, second, Order<0xee>()));
   top = larger(top, quarters(top, top, Order<0xb1>()));
   top = larger(top, within(top, Order<0x4e>()));
@@ -183,7 +184,7 @@ inline void encode_two(log8* p, uint8_t* exponents, const Two* strips, const Bit
 }
 #endif
 
-// Encode the blocks of a row of `strips` strips.
+// Encodes the blocks of a row of `strips` strips.
 template <bool split, int strips>
 inline void encode_blocks(log8* p, uint8_t* exponents, const Two (&values)[strips], const Bits (&bits)[strips]) {
 #if defined(__AVX512BW__)

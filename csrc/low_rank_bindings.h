@@ -13,7 +13,7 @@
 
 namespace {
 
-// The users' part of y. False, and nothing is written, if a user or the rows of a slot are out of range.
+// Adds the users' part to y. Returns false and writes nothing if a user or the rows of a slot are out of range.
 bool low_rank_linear(address x, address a, address b, address rows, address users, address y, int64_t tokens,
                      int64_t slots, int64_t m, int64_t n, int64_t capacity, int dtype, int threads) {
   const ttt::LowRankLinear f{
@@ -25,8 +25,8 @@ bool low_rank_linear(address x, address a, address b, address rows, address user
   return true;
 }
 
-// A row for each token. False, and nothing is written, if a user or the rows of a slot are out of range, or a slot has
-// no room for the rows of its tokens.
+// Appends a row for each token. Returns false and writes nothing if a user or the rows of a slot are out of range, or a
+// slot has no room for the rows of its tokens.
 bool low_rank_append(address a, address b, address rows, address eta_sum, address x, address delta, address eta,
                      address users, int64_t tokens, int64_t slots, int64_t m, int64_t n, int64_t capacity, int dtype,
                      int threads) {
@@ -87,11 +87,11 @@ ttt::LowRankCompress compress_of(address a, address b, address rows, address eta
           threads};
 }
 
-// Results of compressing and learning beside the index of a slot that could not be compressed.
+// Results of compressing and learning, other than the index of a slot that could not be compressed.
 constexpr int64_t DONE = -1, REFUSED = -2;
 
-// `DONE`; or the first slot that was left as it was because its rows are not finite; or `REFUSED`, and nothing is
-// written, if a slot or a counter is out of range.
+// Returns `DONE`; or the first slot that was left unchanged because its rows are not finite; or `REFUSED`, having
+// written nothing, if a slot or a counter is out of range.
 template <class... Args>
 int64_t low_rank_compress(Args... args) {
   const ttt::LowRankCompress f = compress_of(args...);
@@ -107,7 +107,7 @@ struct LowRank {
   ttt::LowRankCompress held;  // `slots`, `count` and `threads` are set at each call
   int64_t window;
 
-  // Adds the users' part to y, which holds x W^T + b. False, and nothing is written, if a user or the rows of a slot
+  // Adds the users' part to y, which holds x W^T + b. Returns false and writes nothing if a user or the rows of a slot
   // are out of range.
   bool forward(address x, address users, address y, int64_t tokens, int threads) const {
     const ttt::LowRankLinear f{in<void>(x), held.a, held.b, held.rows,     in<int32_t>(users), out<void>(y),
@@ -118,7 +118,7 @@ struct LowRank {
     return true;
   }
 
-  // Compresses the `chosen` slots. `DONE`, or the first slot whose rows are not finite.
+  // Compresses the `chosen` slots. Returns `DONE`, or the first slot whose rows are not finite.
   int64_t compress(const std::vector<int64_t>& chosen, int threads, int* calls) const {
     if (chosen.empty()) return DONE;
     ttt::LowRankCompress f = held;

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-// No external linkage: the linker would keep one copy for all instruction sets, perhaps the wrong one.
+// No external linkage: the linker would keep one copy for all instruction sets, and not every processor could run it.
 namespace {
 
 enum Stream : uint32_t { kDraw = 0, kInsert = 1, kRound = 2, kToken = 3 };

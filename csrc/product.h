@@ -1,8 +1,8 @@
-// Register tiles of the two products over tokens: G = (eta D)^T X + E^T V and S, f(P)^T f(X).
+// Register tiles of the two products over tokens: G = (eta D)^T X + E^T V and S = f(P)^T f(X).
 //
-// Both factors are packed first: the left one MR rows interleaved, the right one in panels of NC columns, in the
-// order of W's strips (vec.h). Where the processor multiplies pairs of bfloat16 (TTT_DOT), a unit of the products is
-// two tokens; otherwise it is one token in float32. Replay rows are always float32.
+// Both factors are packed first: the left one with MR rows interleaved, the right one in panels of NC columns, in the
+// order of W's strips (vec.h). If the processor multiplies pairs of bfloat16 (TTT_DOT), a unit of the products is two
+// tokens; otherwise it is one token in float32. Replay rows are always float32.
 #pragma once
 #if defined(TTT_ISA_AVX512BF16)
 #include <immintrin.h>
@@ -15,10 +15,10 @@
 
 namespace {
 
-// A register tile is MR rows by NV vectors. For very many tokens, which are bound by arithmetic, MR is TALL: as many
-// sums as leave registers for the factors (16 registers of SSE and AVX2, 32 of AVX-512). For a handful, which are bound
-// by memory, it is FLAT: 2 rows of four matrices stream at 45 GB/s where 6 rows did at 38 (Zen 4). In between it is
-// MID, whose update is unrolled. NC is a multiple of the 32 columns that an 8-bit block takes.
+// A register tile is MR rows by NV vectors. With very many tokens a commit is bound by arithmetic, and MR is TALL: the
+// most sums that leave registers for the factors (SSE and AVX2 have 16 registers, AVX-512 has 32). With few tokens it
+// is bound by memory, and MR is FLAT: 2 rows of four matrices stream at 45 GB/s, 6 rows at 38 (Zen 4). In between MR is
+// MID, whose update is unrolled. NC is a multiple of 32, the columns of an 8-bit block.
 constexpr int TALL = VL == 16 ? 6 : (VL == 8 ? 3 : 1);
 constexpr int MID = VL == 16 ? 4 : TALL;
 constexpr int FLAT = VL == 16 ? 2 : TALL;
@@ -45,7 +45,7 @@ __attribute__((always_inline)) inline void add_products(vf (&acc)[MR][NV], const
   }
 }
 
-// The same where d and x are pairs of bfloat16: two tokens at once.
+// The same for pairs of bfloat16 in d and x: two tokens at once.
 template <int MR>
 __attribute__((always_inline)) inline void add_dots([[maybe_unused]] vf (&acc)[MR][NV],
                                                     [[maybe_unused]] const uint32_t* __restrict d,
@@ -66,13 +66,13 @@ __attribute__((always_inline)) inline void add_dots([[maybe_unused]] vf (&acc)[M
 #endif
 }
 
-// How many units each product has. The packed factors hold them in this order: G's, the replay rows, S's.
+// The number of units of each product. The packed factors hold the units of G, then the replay rows, then those of S.
 struct Units {
   int64_t g;      // units of G
-  int64_t parts;  // left factors of each: 2 where eta delta is split into two bfloat16, else 1
+  int64_t parts;  // left factors of each unit of G: 2 if eta delta is split into two bfloat16, else 1
   int64_t rows;   // replay rows
   int64_t s;      // units of S
-  float scale;    // of G's units: eta where it is one number and the left factor holds delta alone, else 1
+  float scale;    // of G's units: eta if it is the same for all tokens (the left factor is then delta alone), else 1
 
   int64_t left() const { return parts * g + rows + s; }  // times MR
   int64_t right() const { return (g + rows + s) * NC; }
@@ -110,7 +110,7 @@ __attribute__((always_inline)) inline void sum_s(vf (&acc)[MR][NV], const Units&
 
 inline Two squared(Two v) { return {v.a * v.a, v.b * v.b}; }
 
-// What S multiplies: x, |x| or x^2.
+// The factor of S for each kind of trace: x, |x| or x^2.
 inline Two factor_of(Two v, int kind) {
   if (kind == ttt::kFisher) return squared(v);
   if (kind == ttt::kMas) return {abs(v.a), abs(v.b)};
@@ -122,7 +122,8 @@ inline float factor_of(float v, int kind) {
   return v;
 }
 
-// NC columns of a token (`count` of them real) as float32, or of a pair of tokens as bfloat16 (x1 null: only one).
+// Packs NC columns of a token as float32, or of a pair of tokens as bfloat16 (x1 is null for a single token). Columns
+// from `count` on are zero.
 template <class W, bool dot>
 inline void pack_unit(const W* x0, const W* x1, int64_t count, int kind, float* to) {
   for (int at = 0; at < NC; at += STRIP, to += STRIP) {

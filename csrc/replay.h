@@ -1,4 +1,4 @@
-// The replay rows of one commit: which rows are drawn, and what their drift is multiplied by.
+// The replay rows X_r of one commit, and V, with which the commit multiplies their drift.
 #pragma once
 #include <omp.h>
 
@@ -12,10 +12,10 @@
 namespace {
 
 struct Replay {
-  int64_t rows;   // R, or 0 where the memory is empty
+  int64_t rows;   // R, or 0 if the memory is empty
   int64_t width;  // n, rounded up to whole tiles
-  Scratch x, v;   // R x width: X_r, strip by strip, and V, in the order of W's strips, zeros behind column n
-  Scratch pairs;  // X_r once more, as it came: for products of pairs of bfloat16, where there are those
+  Scratch x, v;   // R x width: X_r, strip by strip, and V, in the order of W's strips; zeros from column n on
+  Scratch pairs;  // X_r again, unconverted, for products of pairs of bfloat16
 
   Replay(int64_t rows, int64_t n)
       : rows(rows),
@@ -24,8 +24,8 @@ struct Replay {
         v(rows * width),
         pairs(TTT_DOT * rows * width / 2) {}
 
-  // X_r from column j on, of which one strip stands together. The same strip of the next row follows: rows as far apart
-  // as those of W would contend with them for the same lines of the cache.
+  // The strip of X_r at column j. It is followed by the same strip of the next replay row: if replay rows were n
+  // columns apart, like the rows of W, both would compete for the same cache lines.
   float* at(int64_t r, int64_t j) const { return x.get() + j * rows + r * STRIP; }
   float* pairs_at(int64_t r, int64_t j) const { return pairs.get() + (j * rows + r * STRIP) / 2; }
 };
@@ -38,7 +38,7 @@ inline int64_t filled_rows(const ttt::Commit& a) {
 
 // X_r . X_s
 inline double dot(const Replay& replay, int64_t r, int64_t s) {
-  double total = 0;  // float partial sums of 1024 products, added in double
+  double total = 0;  // of float sums of 1024 products each
   for (int64_t j0 = 0; j0 < replay.width; j0 += 1024) {
     const int64_t j1 = j0 + 1024 < replay.width ? j0 + 1024 : replay.width;
     vf acc = {};
@@ -83,7 +83,8 @@ void draw_replay(const ttt::Commit& a, Replay& out) {
   double ridge = a.eps * trace / rows;
   if (!(ridge > 0)) ridge = 1;
   for (int64_t r = 0; r < rows; r++) gram[r * rows + r] += ridge;
-  // gram = L L^T in its lower triangle. A pivot that rounding made negative is lifted to the ridge.
+  // Cholesky: gram = L L^T, with L in its lower triangle. Rounding can make a pivot negative: it is at least ridge *
+  // 1e-6.
   for (int64_t r = 0; r < rows; r++) {
     for (int64_t s = 0; s <= r; s++) {
       double value = gram[r * rows + s];
@@ -103,7 +104,7 @@ void draw_replay(const ttt::Commit& a, Replay& out) {
       inverse[r * rows + c] = value / gram[r * rows + r];
     }
   }
-  // V, summed in double: the inverse's entries are large and cancel.
+  // V is summed in double, because the entries of the inverse are large and cancel.
   const int threads = rows * rows * width < (1 << 18) ? 1 : a.threads;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t j0 = 0; j0 < width; j0 += NC)

@@ -9,7 +9,7 @@ namespace {
 
 constexpr uint32_t WEYL = 0x9E3779B9u;
 
-// A random word of each word x and key. U: one word, or a vector of them.
+// Hashes each word x with its key. U is one word or a vector of words.
 template <class U>
 inline U mix(U x, U key) {
   const auto times = [](U a, auto by) {
@@ -30,7 +30,7 @@ struct RowKey {
   uint32_t start, key;
 };
 
-// The keys of a step's rows.
+// Makes the keys of the rows of one step.
 class StepKey {
  public:
   StepKey(uint64_t seed, uint32_t step) { philox(0, 0, step, kRound, seed, words); }
@@ -43,7 +43,7 @@ class StepKey {
   uint32_t words[4];
 };
 
-// The words of columns [column, column + STRIP): one for each pair.
+// The words of columns [column, column + STRIP), one for each pair of columns.
 inline vu random_words(RowKey row, int64_t column) {
   vu steps;
   for (int l = 0; l < VL; l++) steps[l] = static_cast<uint32_t>(l) * WEYL;

@@ -15,7 +15,7 @@
 namespace ttt {
 namespace {
 
-constexpr int64_t WORDS = TILE * TILE;  // of a tile
+constexpr int64_t WORDS = TILE * TILE;  // words of a tile
 
 void nothing(void*) {}
 void nothing_const(const void*) {}
@@ -52,14 +52,14 @@ bool permitted() {
   unsigned low, high;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   if ((low & (3u << 17)) != (3u << 17)) return false;
-  // Linux gives the tiles' registers to processes that ask (Documentation/arch/x86/xstate.rst).
+  // A process must ask Linux for the tile registers (Documentation/arch/x86/xstate.rst).
   constexpr long request = 0x1023, tile_data = 18;
   return syscall(SYS_arch_prctl, request, tile_data) == 0;
 }
 
 struct alignas(64) Configuration {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};  // of a row of each tile
+  uint16_t bytes[16] = {};  // bytes of a row of each tile
   uint8_t rows[16] = {};
 };
 static_assert(sizeof(Configuration) == 64, "as the instruction wants it");
@@ -73,7 +73,7 @@ constexpr Configuration all_tiles() {
   return all;
 }
 
-// In memory for good: the compiler is told of the first 8 bytes only that the instruction reads.
+// Static, because the compiler knows of only the first 8 of the 64 bytes that the instruction reads.
 const Configuration configuration = all_tiles();
 
 TTT_TARGET void begin(void* saved) {
@@ -81,7 +81,7 @@ TTT_TARGET void begin(void* saved) {
   _tile_loadconfig(&configuration);
 }
 
-// Another library may have had its own configuration, and count on it.
+// Another library may rely on its own configuration, which is restored at the end.
 TTT_TARGET void end(const void* saved) {
   if (*static_cast<const uint8_t*>(saved) == 0)
     _tile_release();
@@ -89,8 +89,8 @@ TTT_TARGET void end(const void* saved) {
     _tile_loadconfig(saved);
 }
 
-// Tiles 0 to 3 are sums of 32 rows and 32 columns; 4 and 5 hold left factors, 6 and 7 right ones: a load for each
-// product. Without `two`, of the upper 16 rows only.
+// Tiles 0 to 3 are the sums of 32 rows and 32 columns, 4 and 5 hold left factors, 6 and 7 right ones, so there is one
+// load for each product. Without `two`, only the upper 16 rows are computed.
 template <bool two>
 TTT_TARGET void multiply_block(const uint32_t* left, const uint32_t* right, int64_t chunks, bool add, float* sums) {
   constexpr int64_t stride = TILE_COLUMNS * 4;

@@ -19,7 +19,7 @@ constexpr double NEGLIGIBLE = 1e-15;  // relative to the largest square
 // The truncation of one slot. Its memory is used again for later slots. Matrices have `ld` columns.
 struct Truncation {
   Wide factor_a, factor_b;  // padded(kept) x ld: the new rows are these times the old ones
-  double gone;              // |change of D|_F
+  double gone;              // |change of D|_F, the part that was cut off
   bool finite;              // whether all rows are finite; if not, nothing else is set
 
   // `ga`, `gb`: the lower halves of A A^T and B B^T, which are overwritten. `kept` of `size` rows stay.

@@ -1,4 +1,4 @@
-// Writing one register tile: the proximal step, stochastic rounding, the trace.
+// Writes one register tile of W and F: the proximal step, stochastic rounding, the trace.
 #pragma once
 #include "log8.h"
 #include "product.h"
@@ -12,11 +12,11 @@ struct Scalars {
   float decay;                         // decay * sum(eta)
   float keep;                          // gamma^T
   bool si, draws;                      // draws: random bits are needed
-  bool writes;                         // the weight changes: not where all rates are 0 and nothing is replayed
-  float carry, gain, remember, share;  // of the momentum: ttt/ops/momentum.py, where remember is called keep
+  bool writes;                         // the weight changes; false if all rates are 0 and nothing is replayed
+  float carry, gain, remember, share;  // of the momentum: ttt/ops/momentum.py, where `remember` is called `keep`
 };
 
-// A row's part of importance or trace. In 8 bits its codes, and the exponents of its blocks.
+// A part of a row of importance or trace: numbers, or 8-bit codes with the exponents of their blocks.
 template <class S>
 struct State {
   S* value;
@@ -41,7 +41,8 @@ inline Two load_state(const State<S>& s, int at) {
     return load2<split>(s.value + at);
 }
 
-// `usual`: the weight changes, and is pulled by its importance; there is a trace, not of Synaptic Intelligence.
+// `usual`: the weight changes and is pulled by its importance, and there is a trace other than that of Synaptic
+// Intelligence. These conditions are then known at compile time.
 template <bool usual, class W, class S>
 __attribute__((always_inline)) inline void update_row(W* weight, const W* anchor, const State<S>& importance,
                                                       const State<S>& trace, const vf* g, const vf* s, RowKey key,
@@ -56,7 +57,7 @@ __attribute__((always_inline)) inline void update_row(W* weight, const W* anchor
     const int at = strip * STRIP;
     const vu words = rounds && (usual || k.draws) ? random_words(key, column + at) : vu{};
     const Bits bits = bits_of<split>(words);
-    // The trace takes the bits of the other column of its pair: rounding.py says why.
+    // The trace is rounded with the bits of the other column of the pair: ttt/ops/rounding.py says why.
     const Bits others = split ? Bits{bits.b, bits.a} : bits_of<split>((words >> 16) | (words << 16));
     const Two old = writes ? load2<split>(weight + at) : Two{};
     Two change = {g[2 * strip], g[2 * strip + 1]};
@@ -93,7 +94,7 @@ struct Rows {
 
   Rows(const ttt::Commit& a, int64_t i, int64_t j, int64_t apart) : a(a), i(i), j(j), apart(apart) {}
 
-  // Ask for row r's NC columns: with this many streams the processor does not see them all.
+  // Prefetches row r's NC columns: the processor does not detect this many streams by itself.
   void prefetch(int r, bool writes) const {
     const int64_t at = (i + r * apart) * a.n + j;
     if (writes) touch(static_cast<const W*>(a.weight) + at);
@@ -102,7 +103,7 @@ struct Rows {
     if (a.trace != nullptr) touch_state(a.trace, r);
   }
 
-  // The tokens' part of G passes through the momentum: g <- carry M + gain g, M <- remember M + share g.
+  // Applies the momentum to the tokens' part g of G: g <- carry M + gain g, M <- remember M + share g.
   void pass_momentum(int tall, vf (&g)[MR][NV], const RowKey* keys, const Scalars& k) const {
     const int64_t at = i * a.n + j;
     if (a.momentum_dtype == ttt::kF32)
@@ -157,7 +158,7 @@ struct Rows {
         second = k.carry * before.b + k.gain * second;
         Bits bits = {};
         if constexpr (sizeof(V) == 2) {
-          // Those of the other pair of four columns: rounding.py says why.
+          // The bits of the other pair of four columns: ttt/ops/rounding.py says why.
           const vq words = (vq)random_words(keys[r * apart], j + at);
           bits = bits_of<split>((vu)((words >> 32) | (words << 32)));
         }
@@ -200,7 +201,7 @@ struct Rows {
       __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, 0, 3);
   }
 
-  // The last columns of a row, by way of copies; what stands behind them in the copies is zero.
+  // Updates the last columns of a row in copies that are padded with zeros.
   __attribute__((noinline)) static void update_part(W* weight, const W* anchor, const State<S>& importance,
                                                     const State<S>& trace, int64_t count, const vf* g, const vf* s,
                                                     RowKey key, int64_t column, const Scalars& k) {

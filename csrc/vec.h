@@ -1,9 +1,9 @@
-// Vectors of VL floats in the compiler's own vector extension: the same source becomes SSE2/NEON,
-// AVX2 or AVX-512 code by the flags it is compiled with. Included by kernels.cpp only.
+// Vectors of VL floats in the compiler's vector extension: compiler flags turn the same source into SSE2/NEON, AVX2 or
+// AVX-512 code. Included by kernels.cpp only.
 //
 // Matrices are read in strips of 2 VL columns, as two vectors. For 16-bit weights these are the even and the odd
-// columns, which one shift and one mask make out of a vector of pairs; widening halves would take shuffles, and
-// narrowing them on the way back several. What else meets such a strip is brought into the same order.
+// columns, which one shift and one mask extract from a vector of pairs; two contiguous halves would take shuffles, in
+// both directions. Other operands are packed in the same order as the strips that they meet.
 #pragma once
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -32,8 +32,8 @@ struct Two {
 };
 
 #if defined(__AVX512F__)
-// A constant as a vector, from memory. Left to themselves compilers make it by way of a general register, in two
-// instructions at each use where vectors' registers are all taken.
+// A vector constant that is loaded from memory. Otherwise compilers build it from a general register, with two
+// instructions at each use when all vector registers are taken.
 template <uint32_t value>
 struct InMemory {
   static constexpr uint32_t word = value;
@@ -65,7 +65,7 @@ inline vf load(const float* p) { return load_as<vf>(p); }
 inline vf load(const bf16* p) { return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16); }
 inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
-// The first `count` < VL elements, zeros behind them.
+// The first `count` < VL elements, followed by zeros.
 template <class T>
 inline vf load_upto(const T* p, int64_t count) {
   if (count >= VL) return load(p);
@@ -82,17 +82,18 @@ inline float load1(const bf16* p) {
   return f;
 }
 
-// Whether strips of a matrix of weights T are even and odd columns, or two halves.
+// Whether the two vectors of a strip of T are its even and odd columns; otherwise they are its two halves.
 template <class T>
 constexpr bool splits = sizeof(T) == 2;
 
-// Where column j of a strip stands in its two vectors.
+// The position of column j of a strip in its two vectors.
 template <bool split>
 inline int place(int j) {
   return split ? j / 2 + (j % 2) * VL : j;
 }
 
-// A NaN as arithmetic makes it, whose lower half is zero. Those of other makers may have all bits set.
+// Replaces each NaN by the one that arithmetic makes, whose lower half is zero. NaNs from other devices may have all
+// bits set.
 inline vf plain_nan(vf v) { return v == v ? v : (vf)(vu{} + 0x7fc00000u); }
 
 template <bool split>
@@ -112,7 +113,7 @@ inline Two load2(const bf16* p) {
   return {load(p), load(p + VL)};
 }
 
-// The first `count` < STRIP columns, zeros behind them.
+// The first `count` < STRIP columns, followed by zeros.
 template <bool split, class T>
 inline Two load2_part(const T* p, int64_t count) {
   T part[STRIP] = {};
@@ -124,7 +125,7 @@ inline Two load2_upto(const T* p, int64_t count) {
   return count >= STRIP ? load2<split>(p) : load2_part<split>(p, count);
 }
 
-// A strip of 16-bit numbers as it stands in memory; the first `count` of them, zeros behind.
+// The first `count` numbers of a strip of 16-bit numbers in the order of memory, followed by zeros.
 template <class T>
 inline vf load_raw(const T* p, int64_t count) {
   if (count >= STRIP) return load_as<vf>(p);
@@ -133,11 +134,11 @@ inline vf load_raw(const T* p, int64_t count) {
   return load_as<vf>(part);
 }
 
-// Asks for what a stream over a matrix comes to next, beyond the row's end too: the processor's own prefetchers stop at
-// each page, after two of which a row of 4096 bfloat16 ends. Into the second-level cache: the first waits for fewer
-// lines at a time, and of many rows 4 KB apart the streams would push one another out of it. (window_linear, 4096 x
-// 4096 in float32, Zen 4, one thread: 29 GB/s; into the first-level cache, 2048 bytes ahead, 25; without 26. LowRank,
-// 48 rows of 32 users, 2048 columns of bfloat16: 430 us instead of 490.)
+// Prefetches the next part of a stream over a matrix, past the end of a row too: the processor's own prefetchers stop
+// at each page, and a row of 4096 bfloat16 is two pages. The target is the second-level cache, because the first can
+// wait for fewer lines at a time, and streams of many rows 4 KB apart would evict each other from it. (window_linear,
+// 4096 x 4096 in float32, Zen 4, one thread: 29 GB/s; into the first-level cache, 2048 bytes ahead, 25; without 26.
+// LowRank, 48 rows of 32 users, 2048 columns of bfloat16: 430 us instead of 490.)
 constexpr int AHEAD = 1024;
 
 template <class T>
@@ -146,10 +147,11 @@ inline void prefetch_strip(const T* p, int64_t ahead = AHEAD) {
     __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead + byte, 0, 2);
 }
 
-// Finite lanes are selected by an all-ones exponent: -ffast-math is never used, but isfinite has no vector form.
+// Lanes that are not finite have an exponent of ones: isfinite has no vector form.
 inline vu finite_mask(vu u) { return (vu)((u & 0x7f800000u) != 0x7f800000u); }
 
-// Stochastic rounding to bfloat16, as the upper half of a float32: add 16 random bits below the cut; the cut follows.
+// The first half of stochastic rounding to bfloat16: adds 16 random bits to the lower half of a float32, which the
+// caller then drops.
 inline vu round_up_by(vf v, vu bits) {
 #if defined(__AVX512DQ__)
   const __mmask16 not_finite = _mm512_fpclass_ps_mask((__m512)v, 0x99);
@@ -159,12 +161,12 @@ inline vu round_up_by(vf v, vu bits) {
 #endif
 }
 
-// The random bits of a strip: 16 for each column, in the lower half of each lane.
+// The random bits of a strip: 16 for each column, in the lower half of its lane.
 struct Bits {
   vu a, b;
 };
 
-// Of words of two columns each.
+// The bits of words that hold those of two columns each.
 template <bool split>
 inline Bits bits_of(vu words) {
   if constexpr (split) {
@@ -176,7 +178,7 @@ inline Bits bits_of(vu words) {
   }
 }
 
-// Store a strip in the order of its columns.
+// Stores a strip in the order of its columns.
 template <bool split>
 inline void store2(float* p, Two v) {
   if constexpr (split) {
@@ -188,7 +190,7 @@ inline void store2(float* p, Two v) {
   }
 }
 
-// The same, as bfloat16 rounded stochastically where T is bfloat16. Returns what was stored.
+// The same, rounded stochastically if T is bfloat16. Returns the stored values.
 template <bool split>
 inline Two store2_rounded(float* p, Two v, const Bits&) {
   store2<split>(p, v);
@@ -197,8 +199,8 @@ inline Two store2_rounded(float* p, Two v, const Bits&) {
 template <bool split>
 inline Two store2_rounded(bf16* p, Two v, const Bits& bits) {
   if constexpr (split) {
-    // Infinity stays what it is, as its lower half is zero; so does a NaN, if that of 16 bits or of `plain_nan` was its
-    // source: looking for them would take as many instructions again.
+    // Infinity stays as it is, because its lower half is zero. So does a NaN from a 16-bit number or from `plain_nan`.
+    // Testing for others here would double the number of instructions.
     const vu a = (vu)v.a + bits.a, b = (vu)v.b + bits.b;
 #if defined(__AVX512F__)
     const vu pairs = merge(b, constant<0xffff0000u>(), a >> 16);
@@ -216,7 +218,7 @@ inline Two store2_rounded(bf16* p, Two v, const Bits& bits) {
   }
 }
 
-// Round to nearest even; the result's upper half is the bfloat16.
+// Rounds to nearest even; the upper half of the result is the bfloat16.
 inline vu nearest(vf v) {
   const vu u = (vu)v, is_nan = (vu)(v != v);
   return ((u + 0x7fffu + ((u >> 16) & 1u)) & ~is_nan) | (0x7fc00000u & is_nan);
@@ -232,7 +234,7 @@ inline vf abs(vf v) { return (vf)((vu)v & 0x7fffffffu); }
 
 inline float sum(vf v) {
 #if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)v);  // the same order; by way of memory it takes twice as long
+  return _mm512_reduce_add_ps((__m512)v);  // in the same order as below, which takes twice as long through memory
 #endif
   float lanes[VL];
   std::memcpy(lanes, &v, sizeof v);

@@ -1,4 +1,4 @@
-// Vectors of WL doubles, and products of small matrices: of doubles, or of what is exact and faster for bfloat16.
+// Vectors of WL doubles, and products of small matrices, of doubles or of bfloat16 numbers, which are faster and exact.
 #pragma once
 #include <algorithm>
 #include <memory>
@@ -11,7 +11,7 @@
 namespace {
 
 constexpr int WL = VL / 2;
-// Small matrices have rows and columns padded with zeros to a multiple of this.
+// Rows and columns of small matrices are padded with zeros to a multiple of this.
 constexpr int PAD = VL == 4 ? 4 : 2 * WL;
 
 typedef double vw __attribute__((vector_size(8 * WL)));
@@ -25,7 +25,7 @@ using Lanes = std::conditional_t<std::is_same_v<Real, double>, vw, vf>;
 inline int64_t padded(int64_t size) { return (size + PAD - 1) / PAD * PAD; }
 inline int64_t wide(int64_t size) { return (size + WL - 1) / WL * WL; }
 
-// Uninitialised doubles, as many as were ever needed.
+// A buffer of uninitialised doubles that only grows.
 class Wide {
  public:
   void need(int64_t doubles) {
@@ -56,7 +56,7 @@ inline void store(double* p, vw v) { std::memcpy(p, &v, sizeof v); }
 
 inline double sum(vw v) {
 #if defined(__AVX512F__)
-  return _mm512_reduce_add_pd((__m512d)v);  // the same order; by way of memory it takes twice as long
+  return _mm512_reduce_add_pd((__m512d)v);  // in the same order as below, which takes twice as long through memory
 #endif
   double lanes[WL];
   std::memcpy(lanes, &v, sizeof v);
@@ -65,7 +65,7 @@ inline double sum(vw v) {
   return lanes[0];
 }
 
-// `count` numbers as doubles or floats, zeros behind them up to `width`, a multiple of the lanes.
+// Widens `count` numbers to doubles or floats and pads them with zeros up to `width`, a multiple of the lanes.
 template <class Real, class T>
 inline void widen(const T* from, int64_t count, int64_t width, Real* to) {
   constexpr int lanes = sizeof(Lanes<Real>) / sizeof(Real);
@@ -105,7 +105,7 @@ struct Multiply<bf16> {
 };
 #endif
 
-// The sums of each of 16 vectors. By a tree of shuffles where there is one: lane by lane they would take as long as the
+// The sums of each of 16 vectors, with AVX-512 by a tree of shuffles: lane by lane they would take as long as the
 // products of a short row.
 template <class V>
 inline void sums16(const V (&v)[4][4], double* out) {
@@ -146,13 +146,13 @@ inline void sums16(const V (&v)[4][4], double* out) {
 #endif
 }
 
-// out[i][j] += x_i . y_j for rows of `size` numbers, `stride` apart; both numbers of rows are multiples of 4, `size` of
-// Multiply<E>::step. `lower`: only for j up to i, and a few beyond.
+// out[i][j] += x_i . y_j for rows of `size` numbers, `stride` apart. Both numbers of rows are multiples of 4, and
+// `size` of Multiply<E>::step. With `lower`, only entries with j <= i are needed; a few others are computed too.
 template <class E>
 inline void add_row_products(const E* x, int64_t x_rows, const E* y, int64_t y_rows, int64_t stride, int64_t size,
                              bool lower, double* out, int64_t ld) {
   using Sum = typename Multiply<E>::Sum;
-  constexpr int DJ = VL == 16 ? 4 : 2;  // of the 16 sums of a tile, as many at a time as there are registers for
+  constexpr int DJ = VL == 16 ? 4 : 2;  // columns of a tile's 4 x 4 sums at a time, limited by the registers
   for (int64_t i = 0; i < x_rows; i += 4)
     for (int64_t j = 0; j < (lower ? i + 4 : y_rows); j += 4) {
       Sum tile[4][4];

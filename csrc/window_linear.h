@@ -1,5 +1,5 @@
 // y = x W^T + b - ((x X^T) * eta) D for a few tokens: W is read once, as one stream per row.
-// Where torch's matmul does the product (many tokens), only the window's part is subtracted here.
+// With many tokens torch's matmul makes the product, and only the window's part is subtracted here.
 #pragma once
 #include <omp.h>
 
@@ -9,14 +9,14 @@
 
 namespace {
 
-// The tokens as the dot products want them: rows of `width` elements, zeros behind column n. As float32 in the order of
-// the strips of T; where the processor multiplies pairs of bfloat16 (product.h), as they are.
+// The tokens, packed for the dot products: rows of `width` elements, with zeros from column n on. They are float32 in
+// the order of the strips of T, or unconverted if the processor multiplies pairs of bfloat16 (product.h).
 template <class T>
 struct Tokens {
   int64_t width;
   Scratch storage;
 
-  // `which`: the rows of x that are wanted; null for the first ones.
+  // `which`: the rows of x to pack; null for the first ones.
   Tokens(const T* x, int64_t tokens, int64_t n, const int* which = nullptr)
       : width((n + STRIP - 1) / STRIP * STRIP), storage(tokens * width) {
     for (int64_t t = 0; t < tokens; t++) {
@@ -37,7 +37,7 @@ struct Tokens {
   float* row(int64_t t) const { return storage.get() + t * (dots<T> ? width / 2 : width); }
 };
 
-// acc + one strip of a row of T times the same strip of a token, which begins at x.
+// acc + one strip of a row of T times the same strip of a token at x.
 template <class T>
 inline vf add_strip(vf acc, const T* row, const float* x) {
 #if TTT_DOT
@@ -47,13 +47,13 @@ inline vf add_strip(vf acc, const T* row, const float* x) {
   return acc + w.a * load(x) + w.b * load(x + VL);
 }
 
-// out[r * 4 + t] = row r . token t, the first token at x. `later`: how many elements behind these rows others begin
-// that come next; 0 if that is not known. Several rows at once: four streams from memory are faster than one, and each
-// strip of the tokens is loaded once for all of them.
+// out[r * 4 + t] = row r . token t, with the first token at x. `later` is the distance in elements from these rows to
+// the ones that are read next, or 0 if it is unknown. Several rows are read at once, because four streams from memory
+// are faster than one, and each strip of the tokens is loaded once for all of them.
 template <int rows, int tokens, class T>
 inline void dot_products(const T* const* row, const float* x, int64_t stride, int64_t n, float* out, int64_t later) {
   constexpr int unroll = rows * tokens >= 8 ? 1 : 8 / (rows * tokens);
-  constexpr int step = dots<T> ? STRIP / 2 : STRIP;  // floats that a strip of a token takes
+  constexpr int step = dots<T> ? STRIP / 2 : STRIP;  // floats of a packed strip of a token
   vf acc[rows][tokens][unroll] = {};
   int64_t j = 0;
   for (; j + unroll * STRIP <= n; j += unroll * STRIP, x += unroll * step) {
@@ -99,8 +99,8 @@ inline void dot_products_of(const T* const* row, int rows, const float* x, int64
   for (int r = 0; r < rows; r++) dot_products<1, tokens>(row + r, x, stride, n, out + r * 4, later);
 }
 
-// out[r * by_row + t * by_token] = row r . token t for at most four rows and any number of tokens, `stride` floats
-// apart.
+// out[r * by_row + t * by_token] = row r . token t for at most four rows and any number of tokens that are `stride`
+// floats apart.
 template <class T>
 inline void dot_products_any(const T* const* row, int rows, const float* x, int64_t stride, int64_t n, int64_t tokens,
                              float* out, int64_t by_row, int64_t by_token, int64_t later = 0) {
@@ -125,7 +125,7 @@ void window_linear(const ttt::WindowLinear& a) {
   const T* win_delta = static_cast<const T*>(a.win_delta);
   T* y = static_cast<T*>(a.y);
 
-  // The rows in use; a row with eta = 0 is empty and what stands in it is never read.
+  // The rows in use; a row with eta = 0 is empty and is never read.
   Scratch live_scratch(a.window + 1);
   int* live = reinterpret_cast<int*>(live_scratch.get());
   int64_t rows = 0;
@@ -155,8 +155,8 @@ void window_linear(const ttt::WindowLinear& a) {
       for (int64_t t = 0; t < tokens; t++)
         for (int r = 0; r < some; r++) coef[t * rows + c + r] *= a.win_eta[live[c + r]];
     }
-    // A group is four blocks of VL outputs, each of which reads a stretch of W from its begin to its end.
-    // Shared machines lose a core at any moment: groups are handed out as threads become free.
+    // A group is four blocks of VL outputs; each block reads a stretch of consecutive rows of W. Scheduling is dynamic,
+    // because on shared machines a core can be taken away at any time.
 #pragma omp for schedule(dynamic, 2)
     for (int64_t group = 0; group < groups; group++) {
       const int64_t i0 = group * 4 * VL;

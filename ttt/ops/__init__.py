@@ -29,10 +29,10 @@ def window_linear(
         weight: (m, n), float32, bfloat16, float16 or float64.
         bias: (m,) or None.
         win_x: (C, n), X; win_delta: (C, m), D; win_eta: (C,), float32 (float64 for float64 weights).
-            A row whose eta is 0 is empty: what stands in it is not read.
+            A row whose eta is 0 is empty: its x and delta are not read.
 
     Returns:
-        (..., m), dtype of ``x``. Sums are made in float32 (float64 for float64).
+        (..., m), dtype of ``x``. Sums are in float32 (float64 for float64).
 
     Raises:
         ValueError, TypeError: for a wrong shape, dtype, device or stride.
@@ -49,7 +49,7 @@ def project_out(x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
         basis: (k, n), U, of the dtype of ``x``: orthonormal rows. Rows of zeros change nothing. k may be 0.
 
     Returns:
-        A new tensor like ``x``. Sums are made in float32 (float64 for float64).
+        A new tensor like ``x``. Sums are in float32 (float64 for float64).
 
     Raises:
         ValueError, TypeError: for a wrong shape, dtype, device or stride.
@@ -73,29 +73,29 @@ def window_append(
     tokens: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
 ) -> None:
-    """Put B rows into a window of C, in place, from row ``at`` on, or from where ``counters`` on the device says.
+    """Write B rows into a window of C rows, in place, from row ``at`` on, or from the row that ``counters`` holds.
 
-    With ``counters`` = (p, full, 0)::
+    With ``counters`` = (p, full, 0), which stay on the device::
 
-        full:   what stands in the window was committed: tokens <- tokens + p; win_eta <- 0; p <- 0
+        if full (the window has been committed):  tokens <- tokens + p;  win_eta <- 0;  p <- 0
         rows p ... p + B - 1 of the window <- x, delta, eta, trace_delta
-        p <- p + B;  full <- whether another B rows would not fit
+        p <- p + B;  full <- 1 if another B rows would not fit, else 0
 
-    so a window is emptied by the append after the commit that its ``full`` was the gate of, and the step (commit,
-    append) needs nothing from the host.
+    ``full`` is the gate of the next commit, and the append after that commit empties the window. So the pair of calls
+    (commit, append) needs nothing from the host.
 
     Args:
         win_x: (C, n); win_delta: (C, m); win_eta: (C,), float32; win_trace: (C, m) or None.
         x: (B, n); delta: (B, m); both of the window's dtype; eta: (B,), float32. B may be 0.
         trace_delta: (B, m), what goes into ``win_trace``; ``delta`` if None.
-        at: the first row that is written; not used with ``counters``.
-        counters: (3,), int64; the third is the kernel's own, and 0 between calls.
-        tokens: (1,), int64; grows by the rows that were committed.
-        gate: (1,), int64: where it is 0 nothing changes.
+        at: the first row that is written; ignored with ``counters``.
+        counters: (3,), int64; the third is used by the kernel, and is 0 between calls.
+        tokens: (1,), int64, grows by the rows that were committed.
+        gate: (1,), int64. If it holds 0, nothing changes.
 
     Raises:
         ValueError, TypeError: for a wrong argument, or rows that do not fit from ``at`` on; nothing has been written
-            then. Rows that do not fit by ``counters`` are refused on CPU, and never written on CUDA.
+            then. If ``counters`` leave no room for the rows, they are refused on CPU, and not written on CUDA.
     """
     torch.ops.ttt.window_append(
         win_x, win_delta, win_eta, win_trace, x, delta, eta, trace_delta, at, counters, tokens, gate
@@ -128,7 +128,7 @@ def commit(
     mu: float = 0.0,
     decay: float = 0.0,
 ) -> None:
-    """Write T tokens, checked against R replay rows, into ``weight`` and ``trace``, in place.
+    """Write T tokens into ``weight`` and ``trace``, in place, correcting for R replay rows.
 
     With d = W - W*, sums in float32 (float64 for float64 weights)::
 
@@ -145,17 +145,23 @@ def commit(
     The penalty is lam/2 sum Omega (W - W*)^2 per token and unit of eta. 16-bit weights, traces and momenta are
     rounded stochastically with the Philox counters of `ttt.ops.philox`.
 
-    With ``momentum`` M the tokens' part of G, G' = D^T diag(eta) X, passes through a velocity, and with ``decay`` the
-    weights go back to the anchor whatever their importance: the momentum and the forget gate of Titans (Behrouz et al.
-    2024), towards W* instead of 0::
+    Precision: products are summed in float32 from factors that are exact or rounded to at least 16 bits. Two products
+    are less precise with bfloat16 weights. The trace's S is made from factors rounded to bfloat16 (P*P and X*X, or |P|
+    and |X|) on processors with AVX512-BF16 or AMX and on GPUs: for T = 1 an element is off by up to 0.7 % (0.69 % in
+    1000 x 1000 normal ones; 0.23 % root mean square). And for more than 256 tokens on a GPU, the factor eta D of G is
+    rounded to bfloat16. AVX512-BF16 and AMX flush subnormal numbers: inputs and sums below 1.2e-38 count as zero.
 
-        G = G'' + E^T V,  G'' = carry M + gain G'          E = X_r (W - G'' - W*)^T: replay checks the whole move
-        M <- keep M + share G'                             the four numbers: `ttt.ops.momentum`
+    With ``momentum`` M the tokens' part of G, G' = D^T diag(eta) X, passes through a velocity. With ``decay`` all
+    weights are pulled to the anchor, whatever their importance. These are the momentum and the forget gate of Titans
+    (Behrouz et al. 2024), with W* in place of 0::
+
+        G = G'' + E^T V,  G'' = carry M + gain G'          E = X_r (W - G'' - W*)^T: the drift includes the momentum
+        M <- keep M + share G'                             `ttt.ops.momentum` derives the four coefficients
         a = (sum eta) (lam Omega + decay)
 
     For T = 1 this is M <- mu M + eta delta x^T; W <- W* + (W - M - E^T V - W*) / (1 + eta (lam Omega + decay)). For
-    T > 1 it is what T such steps make of W and M with every g_t taken as G' / T, but for replay and the pull to the
-    anchor, which come once, at the end.
+    T > 1 the result is that of T such steps with every g_t taken as G' / T, except that replay and the pull to the
+    anchor are applied once, at the end.
 
     Args:
         weight: (m, n), float32, bfloat16, float16 or float64.
@@ -166,23 +172,27 @@ def commit(
         eta: (T,), float32: the step of each token.
         step: (1,), int64: the counter of commits.
         trace_delta: (T, m), the gradient that the trace uses; ``delta`` if None.
-        memory: (K, n) of ``weight``'s dtype, of which the first min(seen, K) rows are filled; seen: (1,), int64, or
-            None: then nothing is drawn, and ``memory`` (R, n) holds the replay rows themselves, X_r.
-        replay_rows: R in [0, 64], drawn uniformly with replacement; no replay while the memory is empty.
+        memory: (K, n) of ``weight``'s dtype, the replay memory; its first min(seen, K) rows are filled.
+        seen: (1,), int64, >= 0, the rows that have entered the memory so far. If None, nothing is drawn: ``memory``
+            (R, n) holds the replay rows X_r themselves.
+        replay_rows: R in [0, 64], drawn uniformly with replacement. Nothing is replayed while the memory is empty.
         beta: strength of the projection V = beta (X_r X_r^T + eps tr/R I)^-1 X_r, with tr the trace of X_r X_r^T; it is
             stable for 0 < beta < 2.
         eps: ridge of the projection, >= 0, relative to the mean squared norm of the replay rows.
         gamma: decay of the trace per token, in (0, 1].
-        trace_every: S from one random token of each ``trace_every`` consecutive ones, times their number: unbiased, and
-            its product is cheaper by that factor. For normal x and delta one in four of 2048 tokens is off by 11 %.
-        gate: (1,), int64. Where it holds 0 the call changes nothing, not even ``step``. A GPU decides this by itself,
-            without waiting for the host: one CUDA graph can hold a commit that only some of its replays need.
+        trace_every: one random token of each ``trace_every`` consecutive ones stands for all of them in S. The estimate
+            is unbiased, and the product for S is cheaper by that factor. With 4, S of 2048 normal tokens is off by
+            11 %.
+        gate: (1,), int64. If it holds 0, the call changes nothing, not even ``step``. On a GPU the kernels read the
+            gate themselves and the host does not wait, so a CUDA graph can contain a commit that only some of its
+            replays make.
         momentum: M, (m, n), float32 or bfloat16 (float64 for float64 weights); None for none.
-        mu: what M keeps of itself per token, in [0, 1); needs ``momentum`` if > 0.
+        mu: decay of M per token, in [0, 1); needs ``momentum`` if > 0.
         decay: >= 0, the pull to the anchor per token and unit of eta; needs ``anchor`` if > 0.
 
     Raises:
-        ValueError, TypeError: for a wrong argument; nothing has been written then.
+        ValueError, TypeError: for a wrong argument; nothing has been written then. A negative ``seen`` is refused on
+            CPU; on CUDA, where the host does not read it, it counts as an empty memory.
     """
     torch.ops.ttt.commit(
         *CommitArguments(
@@ -197,17 +207,38 @@ def commit(
 def reservoir_insert(
     memory: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, *, seed: int = 0, gate: torch.Tensor | None = None
 ) -> None:
-    """Let the rows of ``x`` (T, n) enter ``memory`` (K, n) by reservoir sampling, in place.
+    """Insert the rows of ``x`` (T, n) into ``memory`` (K, n) by reservoir sampling, in place.
 
     Algorithm R (Vitter 1985): after N rows each of them is in the memory with probability K / N.
-    ``seen`` (1,), int64, counts the rows, at most 2^31 of them. Where ``gate`` (1,), int64, holds 0 the call
-    changes nothing; on a GPU the host does not wait for it.
+
+    Args:
+        memory: (K, n), float32, bfloat16, float16 or float64.
+        seen: (1,), int64, >= 0: the rows that have entered so far, at most 2^31. It grows by T.
+        x: (T, n), of the memory's dtype.
+        seed: the key of the random choices.
+        gate: (1,), int64. If it holds 0, the call changes nothing; on a GPU the host does not wait for it.
+
+    Raises:
+        ValueError, TypeError: for a wrong argument; nothing has been written then. A negative ``seen`` is refused on
+            CPU; on CUDA, where the host does not read it, rows with a negative number are not written.
     """
     torch.ops.ttt.reservoir_insert(memory, seen, x, seed, gate)
 
 
 def reservoir_draw(seen: torch.Tensor, step: torch.Tensor, *, capacity: int, rows: int, seed: int = 0) -> torch.Tensor:
-    """The memory rows (int64, (rows,)) that the commit with counter ``step`` replays; -1 while the memory is empty."""
+    """The indices of the memory rows that the commit with counter ``step`` replays.
+
+    Args:
+        seen, step: (1,), int64, as in `commit`.
+        capacity: K, rows of the memory.
+        rows: R, rows to draw.
+
+    Returns:
+        (R,), int64; -1 while the memory is empty.
+
+    Raises:
+        ValueError, TypeError: for a wrong argument.
+    """
     return torch.ops.ttt.reservoir_draw(seen, step, capacity, rows, seed)
 
 

@@ -1,4 +1,4 @@
-"""The arguments of ops with many of them, by name: one structure for the checks and every backend."""
+"""Named arguments of ops that have many: one structure for the checks and every backend."""
 
 from __future__ import annotations
 

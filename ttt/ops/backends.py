@@ -1,7 +1,4 @@
-"""Which backend runs each op, and why a faster one does not; printed by `ttt.info()`.
-
-Nothing here asks a GPU anything, compiles or touches the network: `status` may be called anywhere.
-"""
+"""Counts which backend ran each op, and why a faster one did not; `ttt.info()` prints the counts."""
 
 from __future__ import annotations
 
@@ -11,12 +8,12 @@ OPS = ("window_linear", "project_out", "window_append", "commit", "reservoir_ins
        "low_rank_linear", "low_rank_append", "low_rank_compress")  # fmt: skip
 
 calls: Counter[tuple[str, str, str]] = Counter()
-"""(op, backend, why) -> calls; ``why`` is empty unless a slower backend had to stand in."""
+"""(op, backend, why) -> calls; ``why`` is empty unless a slower backend was used."""
 
 unavailable: dict[str, str] = {}
 """Backend ("cpu", "triton") -> why it cannot be used in this process."""
 
 
 def record(op: str, backend: str, why: str = "") -> None:
-    """Count one call of ``op``; ``why`` says what kept a faster backend from taking it."""
+    """Count one call of ``op``; ``why`` is the reason why a faster backend was not used."""
     calls[op, backend, why] += 1

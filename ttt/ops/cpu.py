@@ -27,8 +27,8 @@ if _C is not None and os.environ.get(ISA_VARIABLE):
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}  # the last for importance and trace only
 _MASK64 = (1 << 64) - 1
 
-# Above this many tokens, torch's matmul reuses each weight from its registers and the C++ kernel only
-# subtracts the window's part. Below, one stream over W is faster (bench: suite window_linear).
+# With more tokens than this, torch's matmul makes the product and the C++ kernel only subtracts the window's part. With
+# fewer, one pass of the C++ kernel over W is faster (bench: suite window_linear).
 _FUSED_TOKENS = {torch.float32: 4, torch.bfloat16: 8}
 
 
@@ -94,7 +94,8 @@ def window_append(
 def bind_layer(layer):
     """The addresses of a `ttt.nn.Linear`, bound for ``ttt._C``, or None where its kernels do not apply.
 
-    What is bound checks nothing: the layer does. Good until one of the tensors moves.
+    The bound kernels check counters and row numbers only; the layer checks the rest. Valid until a tensor is
+    reallocated.
     """
     weight, recent = layer.weight, layer.recent
     if _why_not_commit(weight, layer.importance, layer.trace) or not weight.is_contiguous():
@@ -114,7 +115,7 @@ def bind_layer(layer):
 
 
 def few_tokens(dtype: torch.dtype) -> int:
-    """Up to how many tokens `window_linear` makes the product itself."""
+    """The most tokens for which `window_linear` computes the product itself."""
     return _FUSED_TOKENS[dtype]
 
 

@@ -1,4 +1,4 @@
-"""Gates of ops: (1,) int64 tensors, or None. Where one holds 0 the op changes nothing."""
+"""Gates of ops: (1,) int64 tensors, or None. If a gate holds 0, the op changes nothing."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 
 
 def closed(gate: torch.Tensor | None) -> bool:
-    """Whether ``gate`` holds 0. The host waits for its device."""
+    """Whether ``gate`` holds 0. The host waits for the gate's device."""
     return gate is not None and int(gate) == 0
 
 
 def advance(counter: torch.Tensor, by: int, gate: torch.Tensor | None) -> None:
-    """counter <- counter + by, unless ``gate`` holds 0, which the device decides by itself."""
+    """counter <- counter + by, unless ``gate`` holds 0. The host does not wait for the device."""
     if gate is None:
         counter.add_(by)
     else:

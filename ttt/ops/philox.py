@@ -1,7 +1,7 @@
 """Philox 4x32-10 in plain torch (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
-The C++ and Triton kernels run the same generator on the same counters, so all three backends draw
-the same replay rows and the same rounding bits. Counters, for a key made of the 64-bit seed:
+The C++ and Triton kernels run the same generator on the same counters, so all three backends draw the same replay rows
+and the same rounding bits. The key is the 64-bit seed; the counters are:
 
 ==========  ======================  ======================================================================
 stream      counter (c0, c1, c2)    words used
@@ -33,11 +33,11 @@ _MASK = 0xFFFFFFFF
 def philox(
     c0: torch.Tensor, c1: torch.Tensor | int, c2: torch.Tensor | int, stream: int, seed: int
 ) -> tuple[torch.Tensor, ...]:
-    """Four words (int64 tensors with values in [0, 2^32)) for each counter; the counters broadcast.
+    """Four random words (int64 tensors with values in [0, 2^32)) for each counter; the counters broadcast.
 
-    int64 products of 32-bit words wrap modulo 2^64, which keeps both halves exact.
+    int64 products of 32-bit words wrap modulo 2^64, so both halves stay exact.
     """
-    # Filled there: a number copied to a GPU would make the host wait.
+    # `full` sets the number on the device: copying it there would make the host wait.
     c1, c2 = (
         c if isinstance(c, torch.Tensor) else torch.full((), c, dtype=torch.int64, device=c0.device) for c in (c1, c2)
     )
@@ -52,7 +52,7 @@ def philox(
 
 
 def choose_tokens(tokens: int, every: int, step: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One random token of each group of ``every`` consecutive ones: its index, and the group's size (both int64)."""
+    """Draw a random token from each group of ``every`` consecutive ones: its index and the group's size, both int64."""
     k = torch.arange((tokens + every - 1) // every, device=step.device)
     word = torch.stack(philox(k // 4, 0, step, TOKEN, seed), dim=-1)[k, k % 4]
     size = (tokens - k * every).clamp_max(every)
@@ -60,9 +60,9 @@ def choose_tokens(tokens: int, every: int, step: torch.Tensor, seed: int) -> tup
 
 
 def spread_tokens(tokens: int, rows: int, step: torch.Tensor, seed: int) -> torch.Tensor:
-    """``rows`` of ``tokens`` >= 1 tokens (int64), rising: row r falls anywhere into the r-th of as many equal parts.
+    """Draw ``rows`` of ``tokens`` >= 1 tokens (int64, ascending): row r is uniform in the r-th of ``rows`` equal parts.
 
-    Each token is expected ``rows / tokens`` times, and none comes more than twice while rows <= tokens.
+    Each token is expected ``rows / tokens`` times, and at most twice if rows <= tokens.
     """
     r = torch.arange(rows, device=step.device)
     word = torch.stack(philox(r // 4, 0, step, DISTIL, seed), dim=-1)[r, r % 4]
@@ -70,7 +70,7 @@ def spread_tokens(tokens: int, rows: int, step: torch.Tensor, seed: int) -> torc
 
 
 def normals(rows: int, cols: int, step: torch.Tensor, seed: int) -> torch.Tensor:
-    """Standard normal numbers (float64, rows x cols), by the transform of Box and Muller (1958); see `NORMAL`."""
+    """Draw standard normal numbers (float64, rows x cols) by the transform of Box and Muller (1958); see `NORMAL`."""
     c0 = torch.arange((cols + 3) // 4, device=step.device).view(1, -1)
     c1 = torch.arange(rows, device=step.device).view(-1, 1)
     words = torch.stack(philox(c0, c1, step.view(1, 1), NORMAL, seed), dim=-1)

@@ -1,7 +1,7 @@
-"""Every op in plain torch: the definition, in any floating dtype, float64 included.
+"""Every op in plain torch, in any floating dtype including float64: the definition of what the kernels compute.
 
-State changes exactly as the kernels change it. The reference is also the fallback where no kernel applies; it makes the
-m x n temporaries that the kernels avoid.
+State changes as the kernels change it. The reference is also the fallback where no kernel applies. Unlike the kernels
+it allocates m x n temporaries.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def window_append(
     tokens: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
 ) -> None:
-    """B rows into the window, which is emptied first if it was full; see `ttt.ops.window_append`."""
+    """Write B rows into the window, which is emptied first if it was full; see `ttt.ops.window_append`."""
     rows, window = x.shape[0], win_eta.shape[0]
     if rows == 0 or closed(gate):
         return
@@ -114,15 +114,15 @@ def replay_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The replay rows X_r (R x n) and V = beta (X_r X_r^T + eps tr/R I)^-1 X_r (R x n), both of dtype ``wide``.
 
-    tr is the trace of X_r X_r^T, so that eps has no unit. X_r is drawn from the memory or, without ``seen``, the memory
-    itself.
+    tr is the trace of X_r X_r^T, so that eps has no unit. X_r is drawn from the memory; without ``seen`` it is the
+    memory.
     """
     if seen is not None:
         memory = memory[reservoir_draw(seen, step, memory.shape[0], rows, seed).clamp_min(0)]
     xr = memory.to(wide)
     rows64 = xr.to(torch.float64)
     gram = rows64 @ rows64.T
-    # Rows of zeros only: any ridge will do, as V is zero.
+    # If all rows are zeros, V is zero with any ridge.
     ridge = eps * gram.diagonal().mean()
     ridge = torch.where(ridge > 0, ridge, torch.ones_like(ridge))
     gram = gram + ridge * torch.eye(rows, dtype=gram.dtype, device=gram.device)
@@ -209,6 +209,6 @@ def reservoir_insert(
     s = count_of("seen", seen, rows) + torch.arange(rows, device=x.device)
     word = philox(s, 0, 0, INSERT, seed)[0]
     slot = torch.where(s < capacity, s, (word * (s + 1)) >> 32)
-    for t in (slot < capacity).nonzero().flatten().tolist():  # in order: the last of two rows stays
+    for t in (slot < capacity).nonzero().flatten().tolist():  # in order: a later row replaces an earlier one
         memory[int(slot[t])] = x[t].to(memory.dtype)
     seen += rows

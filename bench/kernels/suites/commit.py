@@ -21,6 +21,7 @@ from ttt.ops import reference
 
 # The strengths are fixed here, so that results do not depend on the defaults of `ttt.ops.commit`.
 LAM, BETA, EPS, ETA, MEMORY = 0.01, 0.3, 1e-3, 5e-3, 256
+SAMPLED = "ttt, trace_every = 4"
 
 Layer = dict[str, Any]
 
@@ -29,7 +30,8 @@ Layer = dict[str, Any]
 class Commit(Case):
     """A commit of ``tokens`` T and ``replay`` R rows into W (m, n); importance and trace are stored as ``state``.
 
-    The contender ``forward`` is the product of the same T tokens with W.
+    The contender ``forward`` is the product of the same T tokens with W. With ``samples``, another contender sums the
+    trace over one random token of every four.
     """
 
     suite = "commit"
@@ -43,6 +45,7 @@ class Commit(Case):
     state: str
     plain: bool = True  # with the contender "plain torch", which takes up to a second per call
     compiles: bool = False  # with the contender "torch.compile", which takes seconds for each shape
+    samples: bool = False
 
     @property
     def name(self) -> str:
@@ -65,13 +68,13 @@ class Commit(Case):
         return round(m * n * (3 * size + 3 * STORAGE[self.state].bytes)) + rows + self.replay * n * size
 
     def flops(self, contender: str) -> int:
-        """G and S over T tokens; E and E^T V over R rows."""
-        if contender == "forward":
-            return 2 * self.m * self.n * self.tokens
-        return 4 * self.m * self.n * (self.tokens + self.replay)
+        """G and S over T tokens, or S over a sample of them; E and E^T V over R rows."""
+        rows = 0 if contender == "forward" else 4 * self.m * self.n * self.replay
+        return self.product_flops(contender) + rows
 
     def product_flops(self, contender: str) -> int:
-        return self.flops(contender) if contender == "forward" else 4 * self.m * self.n * self.tokens
+        one = 2 * self.m * self.n * self.tokens
+        return {"forward": one, SAMPLED: one + one // 4}.get(contender, 2 * one)
 
     def ceilings(self) -> dict[str, Callable[[], Contender]]:
         found = {"copy": lambda: copy_ceiling(self.device)}
@@ -81,7 +84,7 @@ class Commit(Case):
         return found
 
     def parameters(self) -> dict[str, Any]:
-        return {k: v for k, v in super().parameters().items() if k not in ("plain", "compiles")}
+        return {k: v for k, v in super().parameters().items() if k not in ("plain", "compiles", "samples")}
 
     def layers(self) -> tuple[Layer, list[Layer]]:
         """(the state of a layer from which checks start, the layers to rotate among)."""
@@ -114,8 +117,10 @@ class Commit(Case):
         inputs = functools.cache(self.inputs)  # allocated when the first contender is made
         step = torch.zeros(1, dtype=torch.int64, device=self.device)
 
-        def ours(layer: Layer) -> None:
-            ttt.ops.commit(**layer, **inputs(), step=step, lam=LAM, replay_rows=self.replay, beta=BETA, eps=EPS)
+        def ours(layer: Layer, every: int = 1) -> None:
+            ttt.ops.commit(
+                **layer, **inputs(), step=step, lam=LAM, replay_rows=self.replay, beta=BETA, eps=EPS, trace_every=every
+            )
 
         def plain(function: Callable) -> Callable[[Layer], None]:
             def run(layer: Layer) -> None:
@@ -132,14 +137,16 @@ class Commit(Case):
         def forward(layer: Layer) -> Tensor:
             return torch.nn.functional.linear(inputs()["x"], layer["weight"])
 
-        def writer(make: Callable[[], Callable[[Layer], None]]) -> Callable[[], Contender]:
+        def writer(make: Callable[[], Callable[[Layer], None]], every: int = 1) -> Callable[[], Contender]:
             def contender() -> Contender:
                 run = make()
-                return self._over_layers(run, lambda: self.check(run, inputs(), step))
+                return self._over_layers(run, lambda: self.check(run, inputs(), step, every))
 
             return contender
 
         found = {"ttt": writer(lambda: ours)}
+        if self.samples:
+            found[SAMPLED] = writer(lambda: functools.partial(ours, every=4), every=4)
         if self.plain and self.state in ("float32", "bfloat16"):
             found["plain torch"] = writer(lambda: plain(plain_commit))
             if self.compiles:
@@ -152,7 +159,7 @@ class Commit(Case):
         turn = itertools.cycle(layers)
         return Contender(lambda: run(next(turn)), check, cycle=len(layers))
 
-    def check(self, run: Callable[[Layer], None], inputs: dict[str, Any], step: Tensor) -> None:
+    def check(self, run: Callable[[Layer], None], inputs: dict[str, Any], step: Tensor, every: int = 1) -> None:
         """Compare W and F with the float64 reference on 256 rows; W* and Omega must not change by one bit."""
         start, layers = self.layers()
         got = layers[0]
@@ -168,7 +175,7 @@ class Commit(Case):
         w, anchor, importance, trace = exact.values()
         reference.commit(
             w, anchor, importance, trace, wide["x"], wide["delta"], wide["eta"], None, wide.get("memory"),
-            wide.get("seen"), step.clone(), 0, self.replay, BETA, EPS, LAM, 1.0, "fisher",
+            wide.get("seen"), step.clone(), 0, self.replay, BETA, EPS, LAM, 1.0, "fisher", every,
         )  # fmt: skip
         run(got)
         allowed = {"weight": STORAGE[self.dtype].tolerance, "trace": STORAGE[self.state].tolerance}
@@ -192,6 +199,7 @@ def cases(device: str) -> list[Case]:
             device, dtype, m, n, tokens, replay, dtype,
             plain=not replay or tokens == 16,
             compiles=not replay and m in (1024, 4096) and tokens in (1, 64),
+            samples=tokens == 1024 and not replay and m == n and m in (1024, 4096),
             quick=(m, n) == shapes[0] and tokens in (1, 16, 64),
         )
         for dtype in dtypes
