@@ -98,13 +98,13 @@ def test_a_gpu_writes_no_row_outside_of_the_reservoir(seen):
 
 
 @pytest.mark.parametrize("full", [0, 1])
-@pytest.mark.parametrize("held", [-1, 5, -(2**40)])
-def test_append_refuses_a_wrong_count_of_rows_in_use(held, full):
+@pytest.mark.parametrize("held", [5, 2**40])
+def test_append_refuses_too_large_a_count_of_rows_in_use(held, full):
     win = [t.cpu() for t in window_of(4, 3, 5, torch.float32)]
     new = [t.cpu() for t in rows_of(2, 3, 5, torch.float32)]
     state = (*win, counters := count(held, full, 0).cpu(), tokens := count(7).cpu())
     call = lambda: ops.window_append(*win, *new[:3], counters=counters, tokens=tokens)  # noqa: E731
-    refused(call, state, rf"counters\[0\] must be in \[0, 4\], the rows of the window in use, got {held}")
+    refused(call, state, f"counters must hold at most the 4 rows of the window, got {held}")
 
 
 @pytest.mark.parametrize("held", [-1, -2, 4, 5])

@@ -95,6 +95,34 @@ def test_a_gpu_never_writes_in_front_of_the_memory():
     assert torch.equal(around, want)
 
 
+def window_of(rows, dtype=torch.float32, device="cpu"):
+    shapes = {"win_x": (rows, 6), "win_delta": (rows, 3), "win_eta": (rows,), "win_trace": (rows, 3)}
+    return {k: torch.rand(shape, dtype=dtype, device=device) for k, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("full", [0, 1])
+@pytest.mark.parametrize("held", [-1, -3, -(2**40)])
+def test_an_append_refuses_a_negative_number_of_rows(dtype, held, full):
+    case = {**window_of(5, dtype), "counters": torch.tensor([held, full, 0]), "tokens": torch.tensor([9])}
+    before, new = copy_of(case), window_of(2, dtype)
+    with pytest.raises(ValueError, match=f"counters must hold a number of rows of at least 0, got {held}"):
+        ops.window_append(**case, x=new["win_x"], delta=new["win_delta"], eta=new["win_eta"])
+    assert_same(case, before)
+
+
+def test_a_gpu_never_writes_in_front_of_the_window():
+    append = pytest.importorskip("ttt.ops.triton.append")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    around, new = window_of(11, device=device), window_of(4, device=device)
+    before = copy_of(around)
+    window = [around[k][3:8] for k in ("win_x", "win_delta", "win_eta", "win_trace")]
+    counters = torch.tensor([-2, 0, 0], device=device)
+    append.window_append(*window, new["win_x"], new["win_delta"], new["win_eta"], new["win_trace"], 0, counters)
+    for name, t in before.items():
+        assert torch.equal(around[name][:3], t[:3]), name
+        assert torch.equal(around[name][8:], t[8:]), name
+
+
 def bound_layer(m=4, n=7, window=5, recent_seen=0, seen=2):
     """A ``_C.Layer`` and its tensors, each with room behind it, so that a wrong write is seen and does no harm."""
     space = {

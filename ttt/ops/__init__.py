@@ -95,7 +95,8 @@ def window_append(
 
     Raises:
         ValueError, TypeError: for a wrong argument, or rows that do not fit from ``at`` on; nothing has been written
-            then. If ``counters`` leave no room for the rows, they are refused on CPU, and not written on CUDA.
+            then. If ``counters`` are negative or leave no room for the rows, the call is refused on CPU; on CUDA, where
+            the host does not read them, rows outside of the window are not written.
     """
     torch.ops.ttt.window_append(
         win_x, win_delta, win_eta, win_trace, x, delta, eta, trace_delta, at, counters, tokens, gate

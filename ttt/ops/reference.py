@@ -85,8 +85,10 @@ def window_append(
         return
     if counters is not None:
         held, full = counters[:2].tolist()
-        if not 0 <= held <= window:
-            raise ValueError(f"counters[0] must be in [0, {window}], the rows of the window in use, got {held}")
+        if held < 0:
+            raise ValueError(f"counters must hold a number of rows of at least 0, got {held}")
+        if held > window:
+            raise ValueError(f"counters must hold at most the {window} rows of the window, got {held}")
         at = 0 if full else held
         if at + rows > window:
             raise ValueError(f"counters says that {at} of {window} rows are in use: {rows} more do not fit")

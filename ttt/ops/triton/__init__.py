@@ -1,5 +1,5 @@
-"""The ops on CUDA, one file per op: the equation, the kernels, their block table, the launcher.
+"""The ops on CUDA in Triton; each file holds the equation of an op, its kernels, their block sizes and the launcher.
 
-Nothing is tuned at run time: the kernels write in place, and tuning would run them many times over
-the live state. `python -m ttt.ops.triton.aot` compiles every kernel without a GPU.
+Nothing is tuned at run time, because tuning would run kernels many times, and they write their state in place.
+`python -m ttt.ops.triton.aot` compiles every kernel without a GPU.
 """

@@ -1,7 +1,7 @@
 """Compile every Triton kernel for sm_80 and sm_90 without a GPU: ``python -m ttt.ops.triton.aot [--all]``.
 
-The launchers run on meta tensors and their launches are compiled instead of run, so what is checked is
-what a GPU would be given. Fails if a kernel needs stack memory or spills registers.
+The launchers run on meta tensors, and their launches are compiled instead of run, so the kernels that are checked are
+those a GPU would run. The exit status is 1 if a kernel needs stack memory or spills registers.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _compress(dtype, slots, rank, window, lam=0.0, replay_rows=0) -> None:
 
 
 def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
-    """(label, call): calls of the launchers that reach every kernel, or every variant of each."""
+    """Calls of the launchers, each as (label, call), that reach every kernel, or every variant of every kernel."""
     dtypes = (torch.bfloat16, torch.float32, torch.float16)
     bf16, fp32, fp16, codes = *dtypes, torch.uint8
     few, many = {"tokens": 16}, {"tokens": 2048}
@@ -192,7 +192,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _source(kernel: JITFunction, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
-    """What the launch ``kernel[grid](*args, **kwargs)`` would compile, and its options."""
+    """The source that the launch ``kernel[grid](*args, **kwargs)`` would compile, and its options."""
     values = dict(zip(kernel.arg_names, args, strict=False))
     options = {k: v for k, v in kwargs.items() if k not in kernel.arg_names}
     values.update((k, v) for k, v in kwargs.items() if k in kernel.arg_names)
@@ -214,7 +214,7 @@ def _source(kernel: JITFunction, args: tuple, kwargs: dict) -> tuple[ASTSource, 
 
 
 def launches(call: Callable[[], None]) -> list[tuple[JITFunction, tuple, dict]]:
-    """The launches that ``call`` makes; nothing runs."""
+    """Record the launches that ``call`` makes, without running them."""
     made = []
 
     def record(kernel, *args, grid, warmup, **kwargs):
@@ -249,7 +249,7 @@ def inspect(compiled) -> dict[str, int]:
 
 
 def compile_all(everything: bool = False, arches: tuple[int, ...] = (80, 90)) -> Iterator[tuple[str, str, int, dict]]:
-    """(kernel, label, arch, what `inspect` found) for each distinct launch."""
+    """(kernel, label, arch, result of `inspect`) for each distinct launch."""
     done = set()
     for label, call in calls(everything):
         for kernel, args, kwargs in launches(call):

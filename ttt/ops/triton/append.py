@@ -1,8 +1,8 @@
 """Rows p ... p + B - 1 of the window <- x, delta, eta, trace_delta          x: B x n, delta: B x m, eta: B
 
-p is an argument, or ``counters`` = (p, full, ticket) on the device. There a full window, which has been
-committed, is emptied first: tokens += p, eta = 0, p = 0. Afterwards p += B and full = (p + B > C). All
-programs read the counters and one must write them: the last to take a ticket, when all have read.
+p is an argument, or ``counters`` = (p, full, ticket) on the device. With counters, a full window, which has been
+committed, is emptied first: tokens += p, eta = 0, p = 0. Afterwards p += B and full = (p + B > C). All programs read
+the counters. The program that takes the last ticket writes them, since all others have read them by then.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def _append(
     win_x, win_delta, win_eta, win_trace, x, delta, eta, trace_delta, counters, tokens, gate,
     at, rows, window, m, n, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """BN columns of one row for each program."""
+    """Write one row, BN columns of it in each program."""
     b = tl.program_id(1).to(tl.int64)
     j = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     opened = True
@@ -30,7 +30,7 @@ def _append(
             full = tl.load(counters + 1) != 0
             first = tl.where(full, 0, held)
         slot = first + b
-        fits = (slot >= 0) & (slot < window)  # a counter may be wrong, and the host does not see it
+        fits = (slot >= 0) & (slot < window)
         in_x, in_delta = j < tl.where(fits, n, 0), j < tl.where(fits, m, 0)
         tl.store(win_x + slot * n + j, tl.load(x + b * n + j, mask=in_x, other=0), mask=in_x)
         tl.store(win_delta + slot * m + j, tl.load(delta + b * m + j, mask=in_delta, other=0), mask=in_delta)
@@ -47,7 +47,8 @@ def _append(
                     c = c0 + tl.arange(0, BC).to(tl.int64)
                     new = (c >= first) & (c < first + rows)
                     value = tl.load(eta + (c - first), mask=new, other=0)
-                    # Rows before the new ones stay, and those behind them are 0: empty.
+                    # Rows before the new ones keep their eta, and all do if the count is negative. Rows after the new
+                    # ones get 0, which means empty.
                     tl.store(win_eta + c, value, mask=(c < window) & (c >= tl.where(first < 0, window, first)))
                 if tokens is not None:
                     tl.store(tokens, tl.load(tokens) + tl.where(full, held, 0))

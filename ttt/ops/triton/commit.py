@@ -1,22 +1,21 @@
-"""Write T tokens, checked against R replay rows, into W (m x n) and the trace F.
+"""Write T tokens into W (m x n) and the trace F, correcting for R replay rows.
 
 With d = W - W*, X: T x n, D and P: T x m, X_r: R x n drawn from the memory, U: R x m from `replay`::
 
-    G = D^T diag(eta) X + U^T X_r              m x n     never stored: made tile by tile
+    G = D^T diag(eta) X + U^T X_r              m x n     computed tile by tile, never stored
     S = (P*P)^T diag(c gamma^age) (X*X), |P|^T diag(c gamma^age) |X| or P^T diag(c) X, by kind
     W <- W - (G + a d) / (1 + a)               a = (sum eta) (lam Omega + decay); `update` does it
     F <- gamma^T F + S                         for SI with S * (W_old - W_new)
 
-With a momentum M the tokens' part of G becomes carry M + gain G before U^T X_r joins it, and M <- remember M + share G.
-S runs over all tokens, c = 1, or over one of each `trace_every`, c being the size of its group. Up to FEW_TOKENS
-tokens `_commit` makes the products of a tile itself and finishes it at once: one pass over W, W*, Omega and F, which
-bounds it. For more, `panels` leaves the products to torch's matmul. Nothing here waits for the host, and all of it can
-be captured into a CUDA graph. Where ``gate`` holds 0 every kernel returns at once.
+With a momentum M the tokens' part of G becomes carry M + gain G before U^T X_r is added, and M <- remember M + share G.
+S sums over all tokens with c = 1, or over one token of each `trace_every`, with c the size of its group. For up to
+FEW_TOKENS tokens `_commit` computes the products of a tile and writes it in one pass over W, W*, Omega and F, by which
+it is bound. For more tokens `panels` uses torch's matmul. Nothing here waits for the host, and all of it can be
+captured into a CUDA graph. If ``gate`` holds 0, every kernel returns at once.
 
-Precision: sums in float32. Operands of `_commit`'s products: float32 exactly for float32 weights, as three tf32
-products for float16. For bfloat16 the left factor of G is split into two bfloat16 numbers (relative error 2^-17, its
-right factor is exact), while those of S are rounded to bfloat16 once, after the square and the decay: S is as
-accurate as the product of rounded squares.
+Precision: sums are in float32. The operands of `_commit`'s products are float32 for float32 weights, and split into
+three tf32 products for float16. For bfloat16 the left factor of G is split into two bfloat16 numbers (relative error
+2^-17; the right factor is exact), and the factors of S are rounded to bfloat16 once, after the square and the decay.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def _commit(
     KIND: tl.constexpr, SAMPLED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
     G_AS: tl.constexpr, S_AS: tl.constexpr,
 ):  # fmt: skip
-    """W and F on a BM x BN tile. None stands for what is not needed."""
+    """Write a BM x BN tile of W and F. Arguments that are not needed are None."""
     if gate is not None:
         if tl.load(gate) == 0:
             return
@@ -52,7 +51,7 @@ def _commit(
     # 64-bit offsets for the tile, 32-bit ones within it: half the registers.
     i, j, b = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BT)[:, None]
     row, column = i < m - i0, j < n - j0
-    # The tile's state is asked for first, and arrives from memory while the products are made.
+    # The tile's state is loaded first, so that it arrives from memory during the products.
     at, inside = (i0 * n + j0) + (i[:, None] * n + j), row[:, None] & column
     old = tl.load(weight + at, mask=inside, other=0)
     origin, omega, before, velocity = None, None, None, None
@@ -116,11 +115,11 @@ def _commit(
 
 _BLOCKS = {  # by the weight's dtype
     # 64 x 32 with 4 warps fits into 128 registers on sm_90, so that four programs share a multiprocessor and one waits
-    # for memory while another computes. On sm_80 8-bit state takes 205, and spills where it is held to 128. On sm_90 a
-    # warp issues some 850 instructions for its part of the tile and 145 for every 16 tokens; 32 tokens at a time would
-    # be 218, but 165 registers for 8-bit state; 64 x 64 on 8 warps takes 174.
+    # for memory while another computes. On sm_80 8-bit state takes 205 registers, and spills if limited to 128. On
+    # sm_90 a warp issues some 850 instructions for its part of the tile and 145 for every 16 tokens. 32 tokens at a
+    # time would take 218 instructions, but 165 registers for 8-bit state; 64 x 64 with 8 warps takes 174 registers.
     torch.bfloat16: {"BM": 64, "BN": 32, "BT": 16, "G_AS": "bf16x2", "S_AS": "bf16", "num_warps": 4, "num_stages": 1},
-    # Left alone, the assembler aims at 168 and 128 registers in one variant of each, and spills a little.
+    # Without a limit, the assembler aims at 168 and 128 registers in one variant of each, and spills a little.
     torch.float16: {
         "BM": 64, "BN": 32, "BT": 16, "G_AS": "tf32x3", "S_AS": "tf32x3", "num_warps": 4, "num_stages": 1,
         "maxnreg": 255,

@@ -1,4 +1,4 @@
-"""What the kernels share: the streams of `ttt.ops.philox` and `ttt.ops.rounding`, operand types."""
+"""Shared by the kernels: the random streams of `ttt.ops.philox` and `ttt.ops.rounding`, and operand types."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _OPERAND = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16
 
 
 def operand(dtype: torch.dtype) -> tl.dtype:
-    """The type in which tl.dot takes values of ``dtype``: exactly these, or wider."""
+    """The operand type of tl.dot for values of ``dtype``: the same type or a wider one."""
     # The interpreter multiplies the bit patterns of bfloat16 numbers as if they were integers.
     return tl.float32 if INTERPRETED and dtype == torch.bfloat16 else _OPERAND[dtype]
 
 
 def signed(seed: int) -> int:
-    """The 64-bit seed as a signed number: the kernels sign-extend whichever integer type it arrives in."""
+    """The 64-bit seed as a signed number: kernels sign-extend it from the integer type in which it is passed."""
     return ((seed + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63)
 
 
 def padded_rows(rows: int) -> int:
-    """Rows of a tl.dot operand that holds ``rows`` rows."""
+    """The rows of a tl.dot operand that can hold ``rows`` rows."""
     return max(16, triton.next_power_of_2(rows))
 
 
@@ -45,9 +45,9 @@ def _word_of(k, step, STREAM: tl.constexpr, seed):
 
 @triton.jit
 def draw(r, seen_ptr, step_ptr, capacity, seed):
-    """The memory rows (int64) that replay rows ``r`` (int32) stand for; -1 while the memory is empty.
+    """The memory rows (int64) drawn for replay rows ``r`` (int32); -1 while the memory is empty.
 
-    None for ``seen_ptr``: they are the memory's rows, in order.
+    If ``seen_ptr`` is None, replay row r is row r of the memory.
     """
     if seen_ptr is None:
         index = r.to(tl.int64)
@@ -68,7 +68,7 @@ def choose_token(k, tokens, every, step_ptr, seed):
 
 @triton.jit
 def _mix(x, key):
-    """A random word (uint32) of each word x and key: `ttt.ops.rounding`."""
+    """Hash each word x (uint32) with its key, as `ttt.ops.rounding.mix`."""
     x ^= x >> 16
     x *= MIX_0
     x ^= (x >> 15) ^ key
@@ -93,7 +93,7 @@ def weight_bits(words):
 
 @triton.jit
 def momentum_bits(i, pair, step, seed):
-    """16 bits (BM x BN) for the elements of a momentum: those of the other pair of each four columns."""
+    """16 bits (BM x BN) for the elements of a momentum: the bits of the other pair of each four columns."""
     return weight_bits(rounding_words(i, pair ^ 1, step, seed))
 
 

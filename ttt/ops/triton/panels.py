@@ -1,13 +1,13 @@
-"""The commit of many tokens: products by torch's matmul, a panel of W's columns at a time, finished while in the cache.
+"""The commit of many tokens: torch's matmul computes panels of columns of G and S, which are used while in the cache.
 
     left = eta D, left_s = P*P c gamma^age, right_s = X*X      `_factors`: T x (m + n) numbers, by kind
     G, S = left^T X[:, j], left_s^T right_s[:, j]              torch.mm, float32, for the columns j of one panel
     W, F <- `update` of G + U^T X_r and S                      `_finish`, the same code as the fused kernel's
 
-Both panels together take at most PANEL_BYTES, which the caches of GPUs of this class hold: nothing of size m x n is
-made. All dtypes come this way. With bfloat16 weights the factors are rounded to bfloat16 once, products and sums
-are float32; with others the factors are float32 and torch.mm multiplies as torch.backends.cuda.matmul says. With a
-closed gate the products are made for nothing, of whatever the scratch held, and `_finish` writes nothing.
+Both panels together take at most PANEL_BYTES, which fits into the second-level cache, so nothing of size m x n is
+allocated. With bfloat16 weights the factors are rounded to bfloat16 once, and products and sums are float32; with other
+dtypes the factors are float32 and torch.mm follows torch.backends.cuda.matmul. With a closed gate the products are
+computed from uninitialised factors, and `_finish` writes nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _factors(
     tokens, every, groups, m, n, seed, log2_gamma,
     KIND: tl.constexpr, SAMPLED: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
-    """The factors of BT tokens for BJ columns of D, or of X: left, and left_s and right_s if there are any."""
+    """Write left, and left_s and right_s if there is a trace, for BT tokens and BJ columns of D or of X."""
     if gate is not None:
         if tl.load(gate) == 0:
             return
@@ -63,7 +63,7 @@ def _finish(
     rows, capacity, m, n, width, first, g_stride, s_stride, seed, lam, decay, keep, carry, gain, remember, share,
     KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, AS: tl.constexpr,
 ):  # fmt: skip
-    """A BM x BN tile of W and F, whose G without replay and S stand in panels that begin at column ``first``."""
+    """Write a BM x BN tile of W and F from panels of S and of G without replay, which begin at column ``first``."""
     if gate is not None:
         if tl.load(gate) == 0:
             return
@@ -152,7 +152,7 @@ def commit(
     if INTERPRETED and weight.dtype == torch.bfloat16:
         blocks = {**blocks, "AS": "ieee"}
     if response is None:
-        blocks = {**blocks, "maxnreg": 128}  # left alone, the assembler aims at 96 and spills a little
+        blocks = {**blocks, "maxnreg": 128}  # without a limit, the assembler aims at 96 and spills a little
     span = max(1, PANEL_BYTES // (8 * m * 128)) * 128
     for first in range(0, n, span):
         last = min(first + span, n)
@@ -164,4 +164,4 @@ def commit(
             capacity, m, n, width, first, last - first, 0 if s is None else s.shape[1], seed, lam, decay, keep,
             carry, gain, remember, share, KIND=shared["KIND"], **blocks,
         )  # fmt: skip
-        del g, s  # so that the next panel takes the same memory, which the cache holds
+        del g, s  # so that the next panel reuses their memory, which is in the cache

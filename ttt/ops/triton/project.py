@@ -1,8 +1,9 @@
 """x' = x - H U with H = x U^T                          x: T x n, U: k x n, H: T x k
 
-Every column of x' needs all of H, and so a first launch: its programs each make H's part from a stretch of the columns,
-which the second launch adds up in order. A token or two would otherwise wait for one multiprocessor to read all of U.
-Sums are made in float32, and H stays in float32 where it meets U: what x' has left of directions in U is only rounding.
+Every column of x' needs all of H, so there are two launches. In the first, each program computes a part of H from one
+stretch of the columns; the second adds the parts in a fixed order. With one launch, a single multiprocessor would have
+to read all of U for each token. Sums are in float32, and H stays in float32 in its product with U, so that x' has only
+rounding errors in the directions of U.
 """
 
 from __future__ import annotations

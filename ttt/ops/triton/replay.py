@@ -1,4 +1,4 @@
-"""How the outputs on remembered inputs have drifted, and what must be subtracted from W to pull them back.
+"""The drift of the outputs on remembered inputs, and the correction of W that pulls them back.
 
 With d = W - W*, X_r (R x n) drawn from the memory, A = X_r X_r^T + eps tr/R I::
 
@@ -6,13 +6,13 @@ With d = W - W*, X_r (R x n) drawn from the memory, A = X_r X_r^T + eps tr/R I::
                                                          X_r (d - carry M)^T - gain ((X_r X^T) * eta) D
     U = beta A^-1 E                            R x m     `_invert`, then `_project`
 
-The commit subtracts U^T X_r, which is E^T V with V = beta A^-1 X_r as A^-1 is symmetric: the replay rows are R
-more tokens with inputs X_r, which the weight's dtype holds exactly. An empty memory gives E = 0 on the device.
+The commit subtracts U^T X_r, which equals E^T V with V = beta A^-1 X_r because A^-1 is symmetric. So the replay rows
+are R more tokens with inputs X_r, which the weight's dtype holds exactly. An empty memory gives E = 0 on the device.
 
-`_drift` reads W and W* a second time, 4 bytes a weight beside the commit's 12 at 16 bits: they do not stay in the
-cache. It is cut along n as well as m, so that there are programs enough for all multiprocessors, and the slabs'
-sums are added in a fixed order by `_project`, not by atomics: results are the same in every run. A and its inverse
-are float64. R is at most 64: one program inverts A while nothing else could run.
+`_drift` reads W and W* a second time, because they do not stay in the cache: 4 bytes per weight in addition to the
+commit's 12 at 16 bits. It is divided along n as well as m, so that there are enough programs for all multiprocessors.
+`_project` adds the sums of the slabs in a fixed order, not by atomics, so results are the same in every run. A and its
+inverse are float64. R is at most 64, so one program inverts A.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ttt.ops.triton.common import draw, padded_rows
 def _products(
     out, memory, seen, step, x, eta, gate, tokens, columns, capacity, n, seed, BC: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
-    """out (R x columns): (X_r X^T) * eta beside X_r X_r^T; BC numbers of one row for each program."""
+    """out (R x columns) = [(X_r X^T) * eta, X_r X_r^T]; each program computes BC numbers of one row."""
     if gate is not None:
         if tl.load(gate) == 0:
             return
@@ -42,7 +42,7 @@ def _products(
     for k0 in range(0, n, BK):
         k = k0 + tl.arange(0, BK)
         xr = tl.load(memory + index * n + k, mask=k < filled, other=0).to(tl.float64)
-        # One of the two is masked out; choosing between the pointers would cost the wide loads.
+        # One of the two is masked out; a choice between the pointers would prevent wide loads.
         other = tl.load(of_x + k, mask=is_x & (k < filled), other=0).to(tl.float64)
         other += tl.load(of_memory + k, mask=is_memory & (k < filled), other=0).to(tl.float64)
         acc += xr * other
@@ -52,9 +52,9 @@ def _products(
 
 @triton.jit
 def ridged_inverse(a, r, c, rows, eps):
-    """(A + eps tr A / rows I)^-1 of a matrix of ``rows`` rows and zeros, by sweeping out one after the other."""
+    """(A + eps tr A / rows I)^-1 of a matrix of ``rows`` rows, padded with zeros, by the sweep operator."""
     ridge = eps * tl.sum(tl.sum(tl.where(r == c, a, 0.0), axis=1)) / rows
-    # Rows of zeros only: any ridge will do, as E is zero.
+    # If all rows are zeros, U^T X_r is zero with any ridge.
     a += tl.where(r == c, tl.where(ridge > 0, ridge, 1.0), 0.0)
     for k in range(0, rows):
         row = tl.sum(tl.where(r == k, a, 0.0), axis=0)[None, :]
@@ -67,7 +67,7 @@ def ridged_inverse(a, r, c, rows, eps):
 
 @triton.jit(do_not_specialize=["tokens", "rows"])
 def _invert(inverse, products, gate, tokens, rows, eps, RP: tl.constexpr):
-    """inverse = (X_r X_r^T + eps tr/R I)^-1 in one program."""
+    """inverse = (X_r X_r^T + eps tr/R I)^-1, in one program."""
     if gate is not None:
         if tl.load(gate) == 0:
             return
@@ -92,7 +92,7 @@ def _drift(
     index = draw(r, seen, step, capacity, seed)
     live = (r < rows) & (index >= 0)
     acc = tl.zeros((RP, BM), tl.float32)
-    # The last slabs are over tokens; a loop whose turn it is not has no iterations.
+    # The first slabs are columns of W, the last ones are tokens; the other loop has no iterations.
     first = slab * SLAB
     for k0 in range(first, tl.where(slab < slabs, tl.minimum(first + SLAB, n), 0), BK):
         k = k0 + tl.arange(0, BK)
@@ -110,12 +110,13 @@ def _drift(
         if gain is not None:
             cross *= gain
         d = tl.load(delta + t[:, None] * m + i, mask=(t < tokens)[:, None] & (i < m), other=0)
-        # Unlike the rounding of d above, which all replay rows share, A^-1 would amplify one of the products.
+        # tf32 is not enough here: A^-1 would amplify the rounding of this product. Rounding of w above is the same for
+        # all replay rows, and is not amplified.
         acc -= tl.dot(
             cross.to(tl.float32), d.to(tl.float32), input_precision="tf32x3" if PRECISION == "tf32" else PRECISION
         )
     at = drift + (slab.to(tl.int64) * rows + r[:, None]) * m + i
-    # Where nothing was drawn a weight that is not finite must not become a replay gradient.
+    # Rows that were not drawn must give zero, even if a weight is not finite.
     tl.store(at, tl.where(live[:, None], acc, 0.0), mask=(r < rows)[:, None] & (i < m))
 
 

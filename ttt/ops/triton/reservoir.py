@@ -1,7 +1,7 @@
-"""The replay memory: Algorithm R (Vitter 1985) and the draw of replay rows, from the same generator.
+"""The replay memory: insertion by Algorithm R (Vitter 1985), and the draw of replay rows.
 
-Row s of all rows seen goes to slot s while there is room (s < K), then to slot floor(u (s + 1)) with u
-uniform in [0, 1), and is dropped where that is not below K.
+Row number s, counted from 0, goes to row s of the memory while s < K, then to row floor(u (s + 1)) with u uniform in
+[0, 1); if that is not below K, it is dropped.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The largest singular values of D = B^T A from the Gram matrices of its factors: one program a slot, in float64.
 
 The rows of both factors are first scaled to equal lengths, which leaves D unchanged. With A A^T = L L^T (pivoted
-Cholesky) the eigenvalues of C = L^T H, H = (B B^T) L, are the squares of D's singular values s. With C = N N^T
-(likewise), rotations that make pairs of N's columns orthogonal lead to N = V diag(s), where V are C's eigenvectors
+Cholesky) the eigenvalues of C = L^T H, H = (B B^T) L, are the squares of D's singular values s. With C = N N^T (pivoted
+Cholesky again), rotations that make pairs of N's columns orthogonal turn N into V diag(s), where V are C's eigenvectors
 (one-sided Jacobi: Hestenes 1958). Columns are paired in round-robin order (Brent & Luk, SIAM J. Sci. Stat. Comput.
-1985): the pairs of a round are disjoint, and every pair occurs once a sweep::
+1985): the pairs of a round are disjoint, and every pair occurs once per sweep. Then::
 
     B <- s^-1/2 V^T L^T B     A <- s^-3/2 V^T H^T A
 
@@ -17,13 +17,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-NEGLIGIBLE = tl.constexpr(1e-15)  # beside the largest square, or the sum of all
-SWEEPS = tl.constexpr(40)  # at most; four to ten are enough
+NEGLIGIBLE = tl.constexpr(1e-15)  # relative to the largest square, or to the sum of all
+SWEEPS = tl.constexpr(40)  # most sweeps; four to ten are enough
 
 
 @triton.jit
 def diagonal(gram, pieces, held, size, RP: tl.constexpr):
-    """Squared lengths of the rows, from the pieces of their Gram matrix; infinity and NaN are kept."""
+    """The squared lengths of the rows, from the pieces of their Gram matrix; infinity and NaN are kept."""
     c = tl.arange(0, RP)
     total = tl.zeros((RP,), tl.float64)
     for p in range(0, pieces):
@@ -50,9 +50,9 @@ def _scaled_sum(to, gram, pieces, scale, held, size, RP: tl.constexpr, BQ: tl.co
 
 @triton.jit
 def _cholesky(lt, g, rows, size, RP: tl.constexpr, BQ: tl.constexpr):
-    """L^T of G = L L^T, row by row; the pivot is the largest number that is left on the diagonal.
+    """Compute L^T of G = L L^T row by row; each pivot is the largest number left on the diagonal.
 
-    Returns the number of rows; the others are negligible.
+    Returns the number of rows that are not negligible.
     """
     c = tl.arange(0, RP)
     left = tl.load(g + c * (size + 1), mask=c < rows, other=0)

@@ -1,12 +1,11 @@
-"""What becomes of one tile of W and F once its G and S are known, and the factors of both: the fused kernel and the
-panels share them.
+"""Writes one tile of W and F from its G and S, and makes the factors of both; shared by the fused kernel and panels.
 
-    G <- carry M + gain G;  M <- keep M + share G        with a momentum, before the replay rows join G
+    G <- carry M + gain G;  M <- keep M + share G        with a momentum, before the replay rows are added to G
     W <- W - (G + a d) / (1 + a)               a = (sum eta) (lam Omega + decay), d = W - W*
     F <- gamma^T F + S                         for SI: S = S' * (W_old - W_new), with S' = P^T X
 
-16-bit weights and traces are rounded stochastically, and 8-bit ones written in the blocks of `ttt.ops.log8`,
-with the same bits as the reference.
+16-bit weights and traces are rounded stochastically and 8-bit traces are written in the blocks of `ttt.ops.log8`, with
+the same random bits as in the reference.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ ROOM = tl.constexpr(log8.ROOM)
 
 @triton.jit
 def squares(p, x, age, count, log2_gamma, KIND: tl.constexpr, SAMPLED: tl.constexpr):
-    """The two factors of S for tokens of the given age; ``count`` is how many tokens each stands for, if sampled.
+    """The two factors of S for tokens of the given age; if sampled, each token stands for ``count`` tokens.
 
-    None for ``log2_gamma`` stands for gamma = 1.
+    ``log2_gamma`` is None if gamma = 1.
     """
     if KIND == "si":
         if SAMPLED:
@@ -48,7 +47,7 @@ def squares(p, x, age, count, log2_gamma, KIND: tl.constexpr, SAMPLED: tl.conste
 
 @triton.jit
 def _permuted(left, right):
-    """The factors with their columns in the order for which `in_order` has nothing to move."""
+    """Permute the columns of both factors such that `in_order` moves nothing between threads."""
     BT: tl.constexpr = left.shape[0]
     BM: tl.constexpr = left.shape[1]
     BN: tl.constexpr = right.shape[1]
@@ -59,12 +58,12 @@ def _permuted(left, right):
 
 @triton.jit
 def in_order(acc):
-    """A sum that `outer` made, with rows and columns in their order.
+    """Bring a sum that `outer` made into the order of rows and columns.
 
-    Tensor cores leave each thread pairs of columns that are 8 apart, while wide loads and stores want 8 neighbours:
-    the compiler would pass every tile of the state through shared memory, between some 25 barriers. So the factors,
-    which are small, are permuted instead, such that in four warps each thread's sums are neighbours in the very rows
-    that it loads. Instructions are a fifth fewer; with other shapes this is merely no gain.
+    Tensor cores leave each thread pairs of columns that are 8 apart, while wide loads and stores need 8 neighbours. The
+    compiler would pass every tile of the state through shared memory, with some 25 barriers. Instead the factors, which
+    are small, are permuted such that with four warps each thread's sums are neighbours, in the rows that it loads. This
+    saves a fifth of the instructions; with other shapes it gains nothing.
     """
     BM: tl.constexpr = acc.shape[0]
     BN: tl.constexpr = acc.shape[1]
@@ -76,7 +75,7 @@ def in_order(acc):
 def outer(left, right, acc, AS: tl.constexpr):
     """acc + left^T right, permuted as `in_order` says.
 
-    Operands are taken as ``AS`` says: "bf16", "bf16x2" (the left one in two parts), or an input_precision of tl.dot.
+    ``AS`` is how operands are converted: "bf16", "bf16x2" (the left one in two parts), or an input_precision of tl.dot.
     """
     left, right = _permuted(left, right)
     if AS == "bf16":
@@ -141,7 +140,7 @@ def _over_blocks(scale, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _values(stored, state, i0, j0, i, m, n, width, BM: tl.constexpr, BN: tl.constexpr):
-    """What a tile from `load_state` stands for, in float32."""
+    """Decode a tile from `load_state` to float32."""
     if stored.dtype == tl.uint8:
         COUNT: tl.constexpr = BN // BLOCK
         mask = (i < m - i0)[:, None] & (tl.arange(0, COUNT) * BLOCK < n - j0)
@@ -156,7 +155,7 @@ def _values(stored, state, i0, j0, i, m, n, width, BM: tl.constexpr, BN: tl.cons
 def _store_codes(state, value, bits, i0, j0, i, j, m, n, width, inside, BM: tl.constexpr, BN: tl.constexpr):
     """Encode values >= 0 as `ttt.ops.log8.encode` does; those past column n are zeros."""
     COUNT: tl.constexpr = BN // BLOCK
-    # Floats >= 0 order like their bits.
+    # Floats >= 0 are ordered like their bits.
     top = tl.max(tl.reshape(value.to(tl.int32, bitcast=True), (BM, COUNT, BLOCK)), axis=2)
     exponent = tl.minimum(((top + ROOM) >> 23) + 1, MAX_EXPONENT)
     exponent = tl.where(top > 0, exponent, 0)
@@ -176,7 +175,7 @@ def pass_momentum(
     g, velocity, momentum, step, seed, carry, gain, remember, share, i0, j0, i, j, m, n, BM: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    """carry M + gain G for a tile in order; M, of which ``velocity`` is the tile, becomes remember M + share G."""
+    """Return carry M + gain G for a tile in order, and write M <- remember M + share G; ``velocity`` is M's tile."""
     velocity = velocity.to(tl.float32)
     after = remember * velocity + share * g
     bits = tl.zeros((BM, BN), tl.uint32)
@@ -195,7 +194,7 @@ def update(
 ):  # fmt: skip
     """Write the tile of W and F whose first element is (i0, j0), from its G and S.
 
-    ``old``, ``origin``, ``omega`` and ``before`` are its W, W*, Omega and F as stored, None where not needed; ``pull``
+    ``old``, ``origin``, ``omega`` and ``before`` are its W, W*, Omega and F as stored, or None if not needed. ``pull``
     and ``decay`` are lam and decay times sum eta.
     """
     inside = (i < m - i0)[:, None] & (j < n - j0)

@@ -1,15 +1,15 @@
 """y = x W^T + b - ((x X^T) * eta) D                   x: T x n, W: m x n, X: C x n, D: C x m, eta: C
 
-A few tokens (decoding) are bound by the bytes of W, which one launch streams once. Its first programs make the
-coefficients c = (x X^T) * eta (T x C, float32) and publish them; the others stream their rows of W meanwhile, and wait
-for c only when the last block of them is on its way. No program waits before it publishes, and those that publish
-have the lowest numbers, which a GPU starts first: so a wait always ends, however few programs fit at a time. (The
-argument of decoupled look-back, Merrill and Garland 2016, and of stream-K, Osama et al. 2023.)
+With few tokens (decoding), time is bound by reading W, which one launch does once. Its first programs compute the
+coefficients c = (x X^T) * eta (T x C, float32) and publish them. The other programs read their rows of W meanwhile, and
+wait for c only after they have issued their last loads. Publishing programs never wait, and they have the lowest
+numbers, which a GPU starts first; so every wait ends, however few programs run at a time. (The same argument as in
+decoupled look-back, Merrill and Garland 2016, and stream-K, Osama et al. 2023.)
 
-Many tokens are left to torch's matmul, whose result then loses the window's part, c being made by a skinny kernel.
+With many tokens torch's matmul makes the product, and kernels compute c and subtract the window's part.
 
-Sums are made in float32. A row of the window with eta = 0 is masked out of every load, so it may hold anything, NaN
-included. For bfloat16, c is split into two bfloat16 numbers (relative error 2^-17) where it meets D on tensor cores.
+Sums are in float32. A row of the window with eta = 0 is masked out of every load, so it may hold NaN. For bfloat16, c
+is split into two bfloat16 numbers (relative error 2^-17) for the product with D on tensor cores.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FEW_TOKENS = 16
 def _publish(
     coef, ready, x, win_x, win_eta, program, tokens, window, n, BT: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
-    """c[t, c] = eta_c (x_t . X_c) for BT tokens and one row of the window; then it is counted in ``ready``."""
+    """Compute c[t, c] = eta_c (x_t . X_c) for BT tokens and one row of the window, then increment ``ready``."""
     c = (program % window).to(tl.int64)
     t = (program // window).to(tl.int64) * BT + tl.arange(0, BT)
     eta = tl.load(win_eta + c)
@@ -48,7 +48,7 @@ def _publish(
 
 @triton.jit
 def _await(ready, publishers):
-    """Until all coefficients are there. The last program to pass leaves ``ready`` at 0, for the next launch."""
+    """Wait until all coefficients are published. The last program to pass resets ``ready`` for the next launch."""
     while tl.atomic_add(ready, 0, sem="acquire") < publishers:
         pass
     if tl.atomic_add(ready, 1, sem="relaxed") == tl.num_programs(0) - 1:
@@ -81,7 +81,7 @@ def _decode_one(
         for c0 in range(0, window, BC):
             c = c0 + tl.arange(0, BC).to(tl.int64)
             live = tl.load(win_eta + c, mask=c < window, other=0) != 0
-            # Past the first-level cache: another multiprocessor wrote them.
+            # ".cg" bypasses the first-level cache: another multiprocessor wrote these numbers.
             factor = tl.load(coef + c, mask=live, other=0, cache_modifier=".cg")
             d = tl.load(
                 win_delta + c * m + i[:, None], mask=live & (i < m)[:, None], other=0, eviction_policy="evict_last"
@@ -130,7 +130,7 @@ def _coefficients(
     c_ptr, x, win_x, win_eta, tokens, window, n,
     BT: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """The same as a matrix product, for many tokens: a BT x BC block of c for each program."""
+    """Compute c for many tokens as a matrix product: a BT x BC block in each program."""
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     c = tl.program_id(1).to(tl.int64) * BC + tl.arange(0, BC)
     eta = tl.load(win_eta + c, mask=c < window, other=0)
@@ -151,7 +151,7 @@ def _window_part(c_ptr, win_delta, win_eta, t, i, tokens, window, m, BC: tl.cons
         c = c0 + tl.arange(0, BC).to(tl.int64)
         live = tl.load(win_eta + c, mask=c < window, other=0) != 0
         at = c_ptr + t[:, None] * window + c
-        # Past the first-level cache: another multiprocessor wrote them.
+        # ".cg" bypasses the first-level cache: another multiprocessor wrote these numbers.
         factor = tl.load(at, mask=(t < tokens)[:, None] & live, other=0, cache_modifier=".cg")
         d = tl.load(win_delta + c[:, None] * m + i, mask=live[:, None] & (i < m), other=0, eviction_policy="evict_last")
         if OPERAND == tl.bfloat16:  # noqa: SIM300
@@ -178,8 +178,9 @@ def _subtract(
 
 
 _BLOCKS = {  # kernel, is the weight float32
-    # "one": 4 MB of a 4096 x 4096 matrix on their way at a time, 60 registers and one wave; "few": 32 KB on every
-    # multiprocessor. A GPU of 5 TB/s needs about 4 MB in all. A row of 1024 for each of four warps spills on sm_90.
+    # "one" has loads of 4 MB of a 4096 x 4096 matrix in flight, with 60 registers and one wave; "few" has 32 KB on
+    # every multiprocessor. A GPU of 5 TB/s needs about 4 MB in all. A row of 1024 in each of four warps spills on
+    # sm_90.
     ("one", False): {"BM": 8, "BK": 512, "num_warps": 8},
     ("one", True): {"BM": 8, "BK": 256, "num_warps": 8},
     ("few", False): {"BT": 16, "BM": 32, "BK": 128, "BP": 1024, "BTP": 4, "num_warps": 4, "num_stages": 5},
@@ -190,12 +191,12 @@ _BLOCKS = {  # kernel, is the weight float32
     ("subtract", True): {"BT": 32, "BM": 64, "BC": 16, "num_warps": 4, "num_stages": 2},
 }
 
-_COUNTERS = 1 << 15  # launches that can be captured on a device, each with a counter of its own
-_STRIDE = 8  # int32: every counter has the same alignment
+_COUNTERS = 1 << 15  # the most launches that can be captured on a device with a counter for each
+_STRIDE = 8  # int32 numbers from counter to counter, so that all have the same alignment
 
 
 class _Pool:
-    """Counters of 0 on one device; ``streams`` keeps those of streams by their handles."""
+    """Zero counters on one device; ``streams`` maps the handles of streams to their counters."""
 
     def __init__(self, device: torch.device) -> None:
         self.counters = torch.zeros((_COUNTERS, _STRIDE), dtype=torch.int32, device=device)
@@ -208,10 +209,10 @@ _pools: dict[torch.device, _Pool] = {}
 
 
 def _counter(device: torch.device) -> torch.Tensor:
-    """int32, 0, and in use by no other launch that may run at the same time.
+    """A counter (int32) that is 0 and is used by no other launch that may run at the same time.
 
-    Launches on one stream follow each other and share one. A captured launch runs on whatever stream its graph is
-    replayed on, and gets one that nobody else ever gets.
+    Launches on one stream run in order and share a counter. A captured launch runs on any stream on which its graph is
+    replayed, so it gets a counter of its own.
     """
     if device.type != "cuda":
         return torch.zeros(_STRIDE, dtype=torch.int32, device=device)
@@ -276,5 +277,5 @@ def window_linear(
 
 
 def _padded(size: int, most: int) -> int:
-    """Elements of a block that holds ``size``, or ``most`` of them at a time; one size for all of a few."""
+    """The length of a block for ``size`` elements, or for ``most`` of them at a time; at least 16."""
     return min(most, max(16, triton.next_power_of_2(size)))
