@@ -13,9 +13,7 @@ from ttt import nn, ops
 from ttt._renamed import old_names
 from ttt.adapt.checkpoint import load, save
 from ttt.adapt.convert import adapt_, learning_layers, restore_
-from ttt.adapt.fork import Memory as MemoryUsage
-from ttt.adapt.fork import fork
-from ttt.adapt.fork import memory as memory_usage
+from ttt.adapt.fork import MemoryUsage, fork, memory_usage
 from ttt.config import TTTConfig
 from ttt.defences import (
     EWC,
@@ -30,14 +28,12 @@ from ttt.defences import (
 )
 from ttt.experts.learner import GrowingLearner
 from ttt.info import info
-from ttt.learn.any_loss import Outcome as LearningResult
-from ttt.learn.any_loss import capturable_, learning
+from ttt.learn.any_loss import LearningResult, capturable_, learning
 from ttt.learn.cuda_graph import GraphedLearner
-from ttt.learn.generate import Generated as GenerateOutput
-from ttt.learn.guard import Check as GuardCheck
-from ttt.learn.guard import Guard
+from ttt.learn.generate import GenerateOutput
+from ttt.learn.guard import Guard, GuardCheck
 from ttt.learn.learner import Learner, Snapshot
-from ttt.learn.learner import Seen as ObserveOutput
+from ttt.learn.loop import ObserveOutput
 from ttt.per_user.pool import Pool, pool_of, users
 
 if TYPE_CHECKING:

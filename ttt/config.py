@@ -321,6 +321,7 @@ def _take_old_names(init: Any) -> Any:
 
     @functools.wraps(init)
     def wrapped(self: TTTConfig, *args: Any, **kwargs: Any) -> None:
+        kwargs = _without_removed(kwargs)
         flat = {name: kwargs.pop(name) for name in OFF if name in kwargs}
         if flat:
             warnings.warn(

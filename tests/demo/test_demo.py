@@ -121,5 +121,5 @@ def test_the_demo_writes_its_report(tiny, batches, tmp_path, monkeypatch, capsys
 
 def test_without_a_clone_the_demo_model_is_missing_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_model, "WEIGHTS", tmp_path / "byte_model")
-    with pytest.raises(FileNotFoundError, match=r"no demo model in .*byte_model"):
+    with pytest.raises(FileNotFoundError, match=r"the byte-level model is missing: .*byte_model"):
         demo_model.load_model()

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from forged import content, forge
+from tiny_models import VOCAB, adapted, assert_same, ids_of, state_of
 
-from ttt.experts.columns import compress, merge
+import ttt
+from ttt.experts.columns import compress, load, merge, save
 from ttt.experts.signature import BUCKETS, Signature
 
 SHAPES = ((33, 21), (7, 40), (5, 5))
@@ -80,3 +83,61 @@ def test_merging_is_the_truncated_mean_weighted_by_tokens():
     for both, x, y in zip(merged.signature.counts, one.signature.counts, other.signature.counts, strict=True):
         assert torch.equal(both, x + y)
     assert all(torch.equal(x, y) for x, y in zip(before, one.a + one.b + other.a + other.b, strict=True))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """(a model, the path of a file with two columns for it)."""
+    model, _ = adapted(layers="last:2")
+    layers = [layer for _, layer in ttt.learning_layers(model)]
+    made = []
+    for seed in (1, 2):
+        signature = Signature(VOCAB)
+        signature.add(ids_of(1, 30))
+        deltas = [torch.randn_like(layer.weight) for layer in layers]
+        made.append(compress(deltas, 3, 29, 0.5, signature, seed))
+    path = tmp_path / "good.safetensors"
+    save(made, model, path)
+    return model, path
+
+
+def test_columns_come_back_from_a_file_to_the_bit(saved):
+    model, path = saved
+    first, second = load(model, path)
+    assert (first.tokens, first.worth, len(first.a)) == (29, 0.5, 2)
+    again = path.with_name("again.safetensors")
+    save([first, second], model, again)
+    assert load(model, again)[1].a[0].equal(second.a[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, m: t["0.a.0"].fill_(float("nan")), "column 0: a must hold finite floats"),
+        (lambda t, m: t["1.b.1"].fill_(float("inf")), "column 1: b must hold finite floats"),
+        (lambda t, m: t["0.pairs"].neg_(), "counts of the signature must be at least 0"),
+        (
+            lambda t, m: t.update({"0.b.0": t["0.b.0"][:2].clone()}),
+            "does not fit this model's learning layers",
+        ),
+        (
+            lambda t, m: t.update({"0.a.0": t["0.a.0"][0].clone()}),
+            "does not fit this model's learning layers",
+        ),
+        (lambda t, m: t.pop("1.second"), "'1.second' is missing"),
+        (lambda t, m: m.update(columns="[" * 3000), "columns in its metadata"),
+        (lambda t, m: m.update(columns="{}"), "must be a list, got dict"),
+        (lambda t, m: m.update(columns='[{"tokens": 1}]'), "must hold tokens, worth and error of every column"),
+        (lambda t, m: m.update(columns='[{"tokens": -1, "worth": 0, "error": 0}]'), "tokens must be a whole number"),
+        (lambda t, m: m.update(columns='[{"tokens": 1, "worth": NaN, "error": 0}]'), "columns in its metadata"),
+        (lambda t, m: m.update(columns='[{"tokens": 1, "worth": "x", "error": 0}]'), "worth must be a number"),
+    ],
+)
+def test_a_forged_file_of_columns_is_refused(saved, change, message):
+    model, path = saved
+    tensors, metadata = content(path)
+    change(tensors, metadata)
+    before = state_of(model)
+    with pytest.raises(ValueError, match=message):
+        load(model, forge(path.with_name("bad.safetensors"), tensors, metadata))
+    assert_same(before, state_of(model))

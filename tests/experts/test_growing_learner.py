@@ -303,7 +303,7 @@ def test_a_change_of_column_that_fails_can_only_be_reset(index, monkeypatch):
     model, learner = growing()
     start = state_of(model)
     learner.observe(text("a", 320))
-    calls, real = [], experts.put
+    calls, real = [], experts.set_weight
 
     def put(layer, delta):
         calls.append(1)
@@ -312,7 +312,7 @@ def test_a_change_of_column_that_fails_can_only_be_reset(index, monkeypatch):
         real(layer, delta)
 
     with monkeypatch.context() as patch:
-        patch.setattr(experts, "put", put)
+        patch.setattr(experts, "set_weight", put)
         with pytest.raises(MemoryError):
             learner.close()
     for call in (lambda: learner.observe(text("a", 9)), learner.close, lambda: learner.score(text("a", 9))):

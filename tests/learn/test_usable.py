@@ -16,7 +16,9 @@ BUSY = "another thread is in Learner.observe"
 
 
 def users_learner():
-    config = plain_config(target_modules=["down_proj"], lr=0.01, chunk=8, users=ttt.LowRank(slots=4, rank=3, window=8))
+    config = plain_config(
+        target_modules=["down_proj"], lr=0.01, chunk=8, per_user=ttt.LowRank(slots=4, rank=3, window=8)
+    )
     return ttt.Learner(ttt.adapt_(tiny(), config))
 
 
@@ -195,12 +197,13 @@ def test_under_inference_mode_a_learning_block_learns():
     assert torch.equal(layers[0].effective_weight(), layers[1].effective_weight())
 
 
-def test_a_model_adapted_under_inference_mode_is_refused():
-    base = tiny()
+def test_a_model_made_under_inference_mode_is_refused_and_one_adapted_there_learns():
+    config, base = plain_config(target_modules=["down_proj"], chunk=8), tiny()
     with torch.inference_mode():
-        model = ttt.adapt_(base, plain_config(target_modules=["down_proj"]))
-    with pytest.raises(RuntimeError, match=r"down_proj.anchor was made under torch.inference_mode.*outside of"):
-        ttt.Learner(model)
+        made, adapted_inside = ttt.adapt_(tiny(), config), ttt.adapt_(base, config)
+    with pytest.raises(RuntimeError, match=r"weight was made under torch.inference_mode.*outside of"):
+        ttt.Learner(made)
+    assert ttt.Learner(adapted_inside).observe(ids_of(1, 17)).learned == 2
 
 
 # -- the model changed under the learner ----------------------------------------------------------------------
@@ -226,7 +229,7 @@ def test_training_mode_is_refused_and_eval_mode_is_the_way_out():
     assert learner.observe(ids).learned == 3
 
 
-@pytest.mark.parametrize("again", [None, {}, {"users": ttt.LowRank(slots=2, rank=2, window=8)}])
+@pytest.mark.parametrize("again", [None, {}, {"per_user": ttt.LowRank(slots=2, rank=2, window=8)}])
 def test_a_learner_of_layers_that_were_taken_out_is_refused(again):
     model, learner = adapted()
     growing, ids = ttt.GrowingLearner(learner), ids_of(1, 20)

@@ -13,8 +13,7 @@ from helpers import plain_config
 from tiny_models import adapted, assert_same, ids_of, state_of, tiny
 
 import ttt
-from ttt.learn import protection
-from ttt.learn.atomic import SignalsDeferred
+from ttt.signals import SignalsDeferred
 
 LAYERS = 4
 TORN = "ended half-way"
@@ -29,10 +28,10 @@ def learners(**options):
     return learner, ttt.Learner(other)
 
 
-def users_learner(model=None, **options):
-    config = plain_config(target_modules=["down_proj"], users=ttt.LowRank(slots=4, rank=3, window=8),
+def users_learner(model=None, guard=None, **options):
+    config = plain_config(target_modules=["down_proj"], per_user=ttt.LowRank(slots=4, rank=3, window=8),
                           **{"lr": 0.01, "chunk": 8, "replay_capacity": 32, "rate": "rms", **options})  # fmt: skip
-    learner = ttt.Learner(ttt.adapt_(tiny() if model is None else model, config))
+    learner = ttt.Learner(ttt.adapt_(tiny() if model is None else model, config), guard=guard)
     learner.calibrate([ids_of(2, 16)])
     return learner
 
@@ -97,6 +96,25 @@ def test_ctrl_c_while_users_learn_waits_for_the_end_of_the_step(index, monkeypat
         learner.observe(ids, users=["a", "b"])
     twin.observe(ids[:, :9], users=["a", "b"])
     assert_same(exports(twin.pool), exports(learner.pool))
+
+
+@pytest.mark.parametrize("index", range(LAYERS))
+def test_ctrl_c_while_a_user_is_loaded_or_forgotten_waits_until_all_layers_are_written(index, monkeypatch):
+    learner = users_learner()
+    pool, layer = learner.pool, list(learner.pool.layers.values())[index]
+    learner.observe(ids_of(2, 33), users=["a", "b"])
+    other, forgotten = pool.export("b"), pool.slot("a")
+    with monkeypatch.context() as patch:
+        during(patch, layer, interrupt, before=True, name="load_slot")
+        with pytest.raises(KeyboardInterrupt):
+            pool.load("a", other)
+    assert_same(other, pool.export("a"))
+    with monkeypatch.context() as patch:
+        during(patch, layer, interrupt, before=True, name="clear_slot")
+        with pytest.raises(KeyboardInterrupt):
+            pool.forget("a")
+    assert pool.users == ("b",)
+    assert not any(t.any() for each in pool.layers.values() for t in each.slot_state(forgotten).values())
 
 
 def test_a_handler_that_raises_at_any_moment_leaves_the_layers_in_step():
@@ -209,12 +227,13 @@ def test_a_failing_layer_inside_a_learning_block_is_reported_too(index, monkeypa
         model(torch.randn(3, 6)).square().sum().backward()
 
 
+@pytest.mark.parametrize("guarded", [False, True])
 @pytest.mark.parametrize("method", ["learn", "count"])
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("index", range(LAYERS))
-def test_users_get_back_what_they_had_when_a_layer_fails(index, before, method, monkeypatch):
+def test_users_get_back_what_they_had_when_a_layer_fails(index, before, method, guarded, monkeypatch):
     """At every chunk up to the second compression, against a learner that no failure hit."""
-    learner = users_learner()
+    learner = users_learner(guard=ttt.Guard([ids_of(1, 9)], every=12) if guarded else None)
     twin = copy.deepcopy(learner)
     users, layer = ["a", "b", None, "a"], list(learner.pool.layers.values())[index]
     learner.pool.open("c")
@@ -225,8 +244,6 @@ def test_users_get_back_what_they_had_when_a_layer_fails(index, before, method, 
             during(patch, layer, fail, before=before, name=method)
             with pytest.raises(MemoryError):
                 learner.observe(ids, users=users)
-        for user in "ab":
-            learner.pool.open(user)
         assert_same(state, {key: t for key, t in exports(learner.pool).items() if key in state})
         assert torch.equal(learner.observe(ids, users=users).nll, twin.observe(ids, users=users).nll)
         assert_same(exports(twin.pool), exports(learner.pool))
@@ -260,7 +277,7 @@ def test_a_window_that_a_capturable_layer_cannot_take_is_found_before_any_layer_
 def test_calibration_that_fails_while_it_writes_changes_nothing(index, monkeypatch):
     model, learner = adapted(layers="all", orthogonal=4)
     twin, before, batches = copy.deepcopy(learner), state_of(model), [ids_of(2, 16)]
-    calls, real = [], protection.refresh
+    calls, real = [], ttt.nn.Linear.refresh_basis
 
     def refresh(layer):
         calls.append(1)
@@ -269,7 +286,7 @@ def test_calibration_that_fails_while_it_writes_changes_nothing(index, monkeypat
             fail()
 
     with monkeypatch.context() as patch:
-        patch.setattr(protection, "refresh", refresh)
+        patch.setattr(ttt.nn.Linear, "refresh_basis", refresh)
         with pytest.raises(MemoryError):
             learner.calibrate(batches)
     assert_same(before, state_of(model))
@@ -279,18 +296,20 @@ def test_calibration_that_fails_while_it_writes_changes_nothing(index, monkeypat
 
 
 @pytest.mark.parametrize("index", range(LAYERS))
-def test_a_consolidation_that_fails_can_only_be_reset_or_rolled_back(index, monkeypatch):
+def test_a_consolidation_that_fails_can_only_be_reset_or_rolled_back(index, monkeypatch, tmp_path):
     learner, twin = learners()
     snapshot, ids = learner.snapshot(), ids_of(2, 9)
     before = state_of(learner.model)
     twin.reset()
     for repair, expected in ((learner.reset, state_of(twin.model)), (lambda: learner.rollback(snapshot), before)):
         with monkeypatch.context() as patch:
-            during(patch, learner.layers[index], fail, before=False, name="own")
+            during(patch, learner.layers[index], fail, before=False, name="unshare")
             with pytest.raises(MemoryError):
                 learner.consolidate()
         with pytest.raises(RuntimeError, match=rf"Learner.consolidate {TORN}"):
             learner.observe(ids)
+        with pytest.raises(ValueError, match=r"model cannot be saved: at layer .*Learner\.consolidate ended half-way"):
+            ttt.save(learner.model, tmp_path / "torn.safetensors")
         repair()
         assert_same(expected, state_of(learner.model))
         learner.rollback(snapshot)

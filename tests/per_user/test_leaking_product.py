@@ -104,12 +104,12 @@ def test_steps_outside_the_basis_are_each_rows_own(monkeypatch):
     x, delta = torch.randn(6, 33).half(), torch.randn(6, 20).half()
     users = torch.tensor([0, 1, 0, 1, -1, 0], dtype=torch.int32)
 
-    def leaking(layer, rows):
-        return learnable(layer, rows) if torch.isfinite(rows).all() else torch.full_like(rows, torch.nan)
+    def leaking(rows, basis):
+        return project_inputs(rows, basis) if torch.isfinite(rows).all() else torch.full_like(rows, torch.nan)
 
-    from ttt.nn.directions import learnable
+    from ttt.nn.directions import project_inputs
 
-    monkeypatch.setattr("ttt.nn.low_rank.learnable", leaking)
+    monkeypatch.setattr("ttt.nn.low_rank.project_inputs", leaking)
     spoilt = x.clone()
     spoilt[1, 5], spoilt[4, 32] = torch.inf, torch.nan
     (want, rates), (found, others) = layer.steps(x, delta, users), layer.steps(spoilt, delta, users)

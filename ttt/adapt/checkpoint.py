@@ -59,6 +59,11 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     _refuse_users(model, "saved")
     require_layers(model)
     layers = learning_layers(model)
+    for name, layer in layers:
+        if layer.torn:
+            raise ValueError(
+                f"model cannot be saved: at layer {name}, {layer.torn}; roll back, reset or load a file first"
+            )
     config = json.dumps(layers[0][1].config.to_dict())
     validate.config_of(config, "model cannot be saved: its configuration")
     tensors: State = {}
@@ -119,7 +124,7 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     states = _by_layer(tensors)
     for name, (state, base) in states.items():
         where = f"{path}: layer {name}"
-        if adapted:
+        if adapted and adapted[name].capturable is not None:
             adapted[name].check_pending(int(state["pending"]))
         base_weight = adapted[name].base_weight if adapted else weight_of(possible[name])
         whole = {_FROM_BASE: base_weight.detach().cpu().contiguous(), **state}

@@ -129,6 +129,3 @@ def memory_usage(*models: nn.Module) -> MemoryUsage:
             counted.add(key)
             found[kind] += storage.nbytes()
     return MemoryUsage(sum(layer.weight.numel() for layer in layers), found)
-
-
-Memory, memory = MemoryUsage, memory_usage  # old names

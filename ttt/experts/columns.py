@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -15,9 +16,12 @@ from torch import Tensor, nn
 
 from ttt.adapt import checkpoint
 from ttt.adapt.convert import require_layers
+from ttt.adapt.validate import parse_json
+from ttt.checks import check_number, check_whole
 from ttt.experts.signature import Signature, joined
 from ttt.files import write_atomically
 
+_LARGEST_METADATA = 1 << 20  # bytes; a column takes about 100
 _COUNTS = ("pairs", "first", "second")
 _OVERSAMPLED, _ITERATIONS = 8, 2  # of the range finder; advice of Halko et al. for slowly decaying spectra
 
@@ -129,6 +133,35 @@ def save(columns: Sequence[Column], model: nn.Module, path: str | os.PathLike) -
     write_atomically(Path(path), safetensors.torch.save(tensors, metadata))
 
 
+def _rows_of(text: str, path: str) -> list[dict[str, Any]]:
+    """The numbers of every column, from the metadata of a file.
+
+    Raises:
+        ValueError: if it is no list of them.
+    """
+    what = f"{path} is damaged: columns in its metadata"
+    rows = parse_json(text, what, _LARGEST_METADATA)
+    if not isinstance(rows, list):
+        raise ValueError(f"{what} must be a list, got {type(rows).__name__}")
+    for row in rows:
+        if not isinstance(row, dict) or set(row) != {"tokens", "worth", "error"}:
+            raise ValueError(f"{what} must hold tokens, worth and error of every column, got {row!r:.200}")
+        check_whole(f"{what}: tokens", row["tokens"], 0)
+        check_number(f"{what}: worth", row["worth"], -math.inf, finite=True)
+        check_number(f"{what}: error", row["error"], 0.0, finite=True)
+    return rows
+
+
+def _check_values(what: str, a: Sequence[Tensor], b: Sequence[Tensor], signature: Signature) -> None:
+    """Raise ValueError unless all values are finite floats, and all counts at least 0."""
+    for name, tensors in (("a", a), ("b", b), ("signature", signature.counts)):
+        for t in tensors:
+            if not t.is_floating_point() or not bool(torch.isfinite(t).all()):
+                raise ValueError(f"{what}: {name} must hold finite floats")
+            if name == "signature" and bool((t < 0).any()):
+                raise ValueError(f"{what}: counts of the signature must be at least 0")
+
+
 def load(model: nn.Module, path: str | os.PathLike) -> list[Column]:
     """The columns in a file of `save`, on the devices of ``model``'s learning layers.
 
@@ -143,7 +176,7 @@ def load(model: nn.Module, path: str | os.PathLike) -> list[Column]:
     if metadata.get("base_sha256") != checkpoint.base_hash(model):
         raise ValueError(f"{path} belongs to another base model: the hash of the base weights differs")
     found = []
-    for number, row in enumerate(json.loads(metadata["columns"])):
+    for number, row in enumerate(_rows_of(metadata["columns"], str(path))):
         try:
             a, b = (
                 tuple(tensors[f"{number}.{side}.{i}"].to(layer.weight.device) for i, layer in enumerate(layers))
@@ -153,7 +186,12 @@ def load(model: nn.Module, path: str | os.PathLike) -> list[Column]:
         except KeyError as error:
             raise ValueError(f"{path} does not fit this model's learning layers: {error} is missing") from None
         shapes = [(layer.out_features, layer.in_features) for layer in layers]
-        if [(y.shape[1], x.shape[1]) for x, y in zip(a, b, strict=True)] != shapes:
+        pairs = list(zip(a, b, strict=True))
+        if (
+            any(x.ndim != 2 or y.ndim != 2 or len(x) != len(y) for x, y in pairs)
+            or [(y.shape[1], x.shape[1]) for x, y in pairs] != shapes
+        ):
             raise ValueError(f"{path} does not fit this model's learning layers of shapes {shapes}")
+        _check_values(f"{path}: column {number}", a, b, signature)
         found.append(Column(a, b, signature=signature, **row))
     return found

@@ -17,13 +17,14 @@ from ttt.experts.active import ActiveColumn, count_targets, empty_signature
 from ttt.experts.columns import Column, compress, merge
 from ttt.experts.scoring import ColumnScorer
 from ttt.experts.signature import Signature, nearest
-from ttt.learn.atomic import SignalsDeferred, whole_write
+from ttt.learn.atomic import whole_write
 from ttt.learn.huggingface import frozen
 from ttt.learn.learner import Learner
 from ttt.learn.loop import ObserveOutput, read
 from ttt.learn.single import SingleWeights
 from ttt.learn.text import Text, check_tokens
-from ttt.nn.state_access import put
+from ttt.nn.state_access import set_weight
+from ttt.signals import SignalsDeferred
 
 _LN2 = math.log(2)
 
@@ -330,7 +331,7 @@ class GrowingLearner:
         tokens = count_targets(recent) if keep else 0 if opened is None else opened.tokens
         with whole_write(self.layers, "changing the column of a GrowingLearner"):
             for i, layer in enumerate(() if keep else self.layers):
-                put(layer, None if opened is None else opened.delta(i))
+                set_weight(layer, None if opened is None else opened.delta(i))
             self.columns = stored
             self._begin(opened, signature, tokens, recent)
 

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from ttt.adapt.convert import kept_originals, require_layers
-from ttt.learn.atomic import SignalsDeferred, refuse_torn
+from ttt.learn.atomic import refuse_torn
 from ttt.nn import Linear, LowRankLinear
 from ttt.per_user.pool import Pool, has_pool, pool_of
+from ttt.signals import SignalsDeferred
 
 _LOCK = "_ttt_lock"  # in the layer's __dict__: not a module, parameter or buffer
 

@@ -27,9 +27,6 @@ class LearningResult:
     learned: Tensor | None = None
 
 
-Outcome = LearningResult  # old name
-
-
 def capturable_(model: nn.Module, rows: int | None) -> nn.Module:
     """Let learning from steps of ``rows`` rows (of a language model: tokens) be captured in a CUDA graph, in place::
 

@@ -66,9 +66,6 @@ class GenerateOutput:
     rejected: int
 
 
-Generated = GenerateOutput  # old name
-
-
 def generate(learner: Learner, prompt: Text, options: GenerateOptions) -> GenerateOutput:
     """`ttt.Learner.generate`, for a ``prompt`` whose tokens were checked.
 

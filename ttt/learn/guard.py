@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ttt.checks import check_number, check_whole
-from ttt.learn.atomic import SignalsDeferred, stand_in, whole_write
+from ttt.learn.atomic import stand_in, whole_write
 from ttt.learn.text import check_tokens
 from ttt.nn import Linear, Update
 from ttt.nn.state import BASE
-
-_LEVEL_TOKENS = 65536  # time constant of the running level of the loss
-_RISE, _FALL = 1 / 2, 1 / 16  # largest changes of the strength's exponent: it rises fast and falls slowly
+from ttt.per_user.pacing import clipped, next_strength, pace
+from ttt.signals import SignalsDeferred
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +34,6 @@ class GuardCheck:
     drift: float
     strength: float
     rolled_back: bool
-
-
-Check = GuardCheck  # old name
 
 
 class Guard:
@@ -161,11 +157,9 @@ class Guard:
     def pace(self, updates: list[tuple[Linear, Update]], nll: Tensor) -> None:
         """Scale the steps of ``updates``, those of a chunk with losses ``nll`` (nats), and count its tokens."""
         tokens = nll.numel()
-        surprise = float(nll.sum(dtype=torch.float64)) / max(tokens, 1)
-        limit = self.surprise * self._level
-        rate = 1.0 if surprise <= limit else (limit / surprise) ** 4
+        loss = float(nll.sum(dtype=torch.float64)) / max(tokens, 1)
+        rate, self._level = pace(loss, tokens, self._level, self.surprise)
         rate /= self.strength if self._slows else 1.0
-        self._level += min(1.0, tokens / _LEVEL_TOKENS) * (min(surprise, limit) - self._level)
         if rate < 1.0:
             for _, update in updates:
                 update.eta.mul_(rate)
@@ -185,9 +179,11 @@ class Guard:
         """
         with self._learner.access.enter("Guard.check"):
             drift = self.loss() / self.reference - 1
-            beyond = not drift <= self.bound  # so that NaN is beyond it
-            exponent = _RISE if beyond else max(-_FALL, min(_RISE, drift / self.threshold - 1))
-            self._set(self.strength * self.strengthen**exponent)
+            strength, beyond = next_strength(
+                self.strength, drift, threshold=self.threshold, bound=self.bound, strengthen=self.strengthen,
+                cap=self.cap,
+            )  # fmt: skip
+            self._set(strength)
             if beyond:
                 self._restore(self._good)
                 self.rollbacks += 1
@@ -210,7 +206,7 @@ class Guard:
 
     def _set(self, strength: float) -> None:
         with SignalsDeferred():
-            self.strength = min(self.cap, max(1.0, strength))
+            self.strength = clipped(strength, self.cap)
             for layer in self._learner.layers:
                 layer.strength = self.strength
 

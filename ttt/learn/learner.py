@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ttt.learn import protection
 from ttt.learn.access import Access
-from ttt.learn.atomic import SignalsDeferred, whole_write
+from ttt.learn.atomic import whole_write
 from ttt.learn.generate import GenerateOptions, GenerateOutput, generate
 from ttt.learn.guard import Guard
 from ttt.learn.head import HeadSplit
@@ -25,8 +25,7 @@ from ttt.learn.stream_rule import StreamRule, check_rules
 from ttt.learn.text import check_tokens
 from ttt.per_user.guards import UserGuards
 from ttt.per_user.protection import calibrate as calibrate_users
-
-Seen = ObserveOutput  # old name
+from ttt.signals import SignalsDeferred
 
 
 class Learner:

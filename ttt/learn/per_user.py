@@ -114,8 +114,8 @@ class PerUserWeights:
         users = torch.where(bad[users.clamp_min(0).long()], -1, users)
         if updates:
             guards = self.pool.companion
-            factors = None if guards is None else guards.pace(self.slots, nll, wanted, bad)
-            with whole_user_write([update.layer for update in updates], users):
+            with whole_user_write([update.layer for update in updates], users, guards):
+                factors = None if guards is None else guards.pace(self.slots, nll, wanted, bad)
                 for layer, x, delta, steps in updates:
                     eta = steps.eta if factors is None else steps.eta * factors[users.clamp_min(0).long()]
                     layer.learn(x, delta, eta, users)

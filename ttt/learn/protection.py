@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from ttt import ops
-from ttt.learn.atomic import SignalsDeferred
 from ttt.learn.huggingface import swapped
 from ttt.learn.text import check_tokens
-from ttt.nn import Capturing, Linear, LowRankLinear, Update, gaussian
-from ttt.nn.directions import refresh
+from ttt.nn import Capturing, Linear, LowRankLinear, Update
 from ttt.nn.rates import CALIBRATED
 from ttt.nn.state import BASE
-from ttt.nn.state_access import wide, write
+from ttt.nn.state_access import read_matrix, write_matrix
+from ttt.signals import SignalsDeferred
 
 if TYPE_CHECKING:
     from ttt.config import TTTConfig
@@ -75,7 +74,7 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
         None if la.importance is None else torch.zeros_like(la.weight, dtype=la.win_eta.dtype) for la in layers
     ]
     memories = [None if la.memory is None else (la.memory.clone(), la.seen.clone()) for la in layers]
-    pasts = [gaussian.of_layer(la) for la in layers]
+    pasts = [la.past_inputs for la in layers]
     moments = [None if la.moments is None or kind == "mas" else torch.zeros_like(la.moments[0]) for la in layers]
     step = torch.zeros((1,), dtype=torch.int64, device=layers[0].weight.device)
     tokens = 0
@@ -103,18 +102,18 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
         protected = [(layer, total) for layer, total in zip(layers, sums, strict=True) if total is not None]
         mean = mean_of(total for _, total in protected)
         for layer, total in protected:
-            write(layer, "importance", total.div_(mean or 1.0))
-            layer.own("importance_scale")
+            write_matrix(layer, "importance", total.div_(mean or 1.0))
+            layer.unshare("importance_scale")
             layer.importance_scale.fill_(mean / (tokens / len(layers)))
         for layer, memory, past, moment in zip(layers, memories, pasts, moments, strict=True):
-            gaussian.write_past(layer, past)
+            layer.set_past_inputs(past)
             if moment is not None:  # for MAS it is None: its gradients are not those of the loss
                 layer.moments[CALIBRATED].copy_(moment)
             if memory is not None:
-                layer.own("memory", "seen", copy=False)
+                layer.unshare("memory", "seen", copy=False)
                 layer.memory.copy_(memory[0])
                 layer.seen.copy_(memory[1])
-                refresh(layer)
+                layer.refresh_basis()
 
 
 @contextlib.contextmanager
@@ -153,23 +152,27 @@ def consolidate(layers: list[Linear]) -> None:
     for layer in protected:
         si, scale = layer.config.importance == "si", float(layer.importance_scale)
         if not scale:
-            layer.own("importance_scale")
+            layer.unshare("importance_scale")
             layer.importance_scale.fill_(mean)
         # The unit of SI (loss per squared distance) is not that of the Fisher information: it is measured anew.
         unit = mean if si or not scale else scale
         decay = 1.0 if si else layer.config.consolidate_decay
-        write(layer, "importance", new_importance(layer).div_(unit or 1.0).add_(wide(layer, "importance"), alpha=decay))
+        write_matrix(
+            layer,
+            "importance",
+            new_importance(layer).div_(unit or 1.0).add_(read_matrix(layer, "importance"), alpha=decay),
+        )
     for layer in layers:
-        layer.own("anchor", copy=False)
+        layer.unshare("anchor", copy=False)
         layer.anchor.copy_(layer.weight)
         if layer.trace is not None:
             layer.trace.zero_()
         layer.tokens.zero_()
-        gaussian.consolidate(layer)
+        layer.merge_present_inputs()
         if layer.memory is not None:
-            layer.own("memory", "seen")
+            layer.unshare("memory", "seen")
             _merge_recent(layer)
-            refresh(layer)
+            layer.refresh_basis()
 
 
 @contextlib.contextmanager
@@ -187,7 +190,7 @@ def new_importance(layer: Linear) -> Tensor:
 
     It is F / tokens; for SI (Zenke et al., 2017) relu(F / ((W - W*)^2 + xi)).
     """
-    trace = wide(layer, "trace")
+    trace = read_matrix(layer, "trace")
     if layer.config.importance != "si":
         return trace / layer.tokens.clamp_min(1)
     moved = layer.weight.to(trace.dtype) - layer.anchor.to(trace.dtype)
@@ -222,6 +225,3 @@ def _merge_recent(layer: Linear) -> None:
         layer.seen += new
     layer.recent.zero_()
     layer.recent_seen.zero_()
-
-
-grown = new_importance  # old name

@@ -105,8 +105,6 @@ class Adapted(torch.nn.Linear):
     def unshare(self, *names: str, copy: bool = True) -> None:
         """Make buffers ready to be written, which other models may hold, too. Here no buffer is ever shared."""
 
-    own = unshare  # old name
-
     @torch.no_grad()
     def refresh_basis(self) -> None:
         """Set ``basis``, if there is one, to the principal directions of the rows of the replay memory."""

@@ -64,7 +64,3 @@ def _leading_span(a: Tensor, size: int) -> Tensor:
     for _ in range(_ROUNDS):
         span = torch.linalg.qr(a.T @ (a @ span)).Q
     return span
-
-
-def refresh(layer) -> None:  # old name
-    layer.refresh_basis()

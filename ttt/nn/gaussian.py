@@ -87,15 +87,3 @@ def buffer_layout(n: int, dtype: torch.dtype, rank: int) -> dict[str, tuple[tupl
     """Shapes and dtypes of the buffers that hold ``past`` and ``present`` of inputs (n,), by name."""
     fields = {"mean": ((n,), dtype), "factor": ((rank, n), dtype), "moments": ((2,), torch.float64)}
     return {f"{which}_{name}": fields[name] for which in ("past", "present") for name in FIELDS}
-
-
-def of_layer(layer):  # old name
-    return layer.past_inputs
-
-
-def write_past(layer, past) -> None:  # old name
-    layer.set_past_inputs(past)
-
-
-def consolidate(layer) -> None:  # old name
-    layer.merge_present_inputs()

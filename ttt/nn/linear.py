@@ -329,8 +329,6 @@ class Linear(StatefulLinear):
         """Whether commits replay rows of other sources than the memory, which are drawn before each commit."""
         return self.config.commit_rows > self.config.replay_rows
 
-    assembles = mixes_replay_sources  # old name
-
     @property
     def replayed(self) -> Tensor | None:
         """The replay memory, if commits replay rows of it; else None."""

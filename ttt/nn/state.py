@@ -212,8 +212,6 @@ class StatefulLinear(Adapted):
                 setattr(self, name, buffer.clone() if copy else torch.empty_like(buffer))
                 self.shared.discard(name)
 
-    own = unshare  # old name
-
     # -- before any learning ----------------------------------------------------------------------------------
 
     def remember_base(self) -> None:

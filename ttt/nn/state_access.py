@@ -62,9 +62,3 @@ def temporary_weights(layers: Sequence[Linear], deltas: Sequence[Tensor | None])
                 layer.weight.copy_(weight)
                 layer.win_eta.copy_(eta)
                 layer.pending = pending
-
-
-wide = read_matrix  # old name
-write = write_matrix  # old name
-put = set_weight  # old name
-standing_in = temporary_weights  # old name

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from ttt.checks import check_number, check_whole
+from ttt.per_user.pacing import clipped, next_strength, pace
 from ttt.per_user.pool import State, pool_of
 
-LEVEL_TOKENS = 65536  # time constant of the running level of the loss
-_RISE, _FALL = 1 / 2, 1 / 16  # largest steps of the strength's exponent: protection is raised soon and lowered late
 _PROGRESS = ("strength", "level", "tokens", "since")
 
 
@@ -70,7 +69,7 @@ class UserGuards:
     each distinct strength.
 
     Args:
-        model: adapted with ``TTTConfig(users=...)``; a causal language model of Hugging Face transformers.
+        model: adapted with ``TTTConfig(per_user=...)``; a causal language model of Hugging Face transformers.
         batches: (B, T) int64 tokens that the model knows, T >= 2. A check costs a forward pass on them.
         threshold: drift at which the strength stays the same.
         bound: drift past which the weights go back. Default: 1.5 ``threshold``.
@@ -159,13 +158,23 @@ class UserGuards:
             tokens = int(own.sum())
             if not tokens or is_bad[guarded.slot]:
                 continue
-            loss, limit = float(nll[own].sum(dtype=torch.float64)) / tokens, self.surprise * guarded.level
-            rate = 1.0 if loss <= limit else (limit / loss) ** 4
+            loss = float(nll[own].sum(dtype=torch.float64)) / tokens
+            rate, guarded.level = pace(loss, tokens, guarded.level, self.surprise)
             factors[guarded.slot] = rate / (guarded.strength if self._scales_steps else 1.0)
-            guarded.level += min(1.0, tokens / LEVEL_TOKENS) * (min(loss, limit) - guarded.level)
             guarded.tokens += tokens
             guarded.since += tokens
         return torch.tensor(factors, dtype=next(iter(self.pool.layers.values())).eta_sum.dtype, device=nll.device)
+
+    def remember(self) -> Callable[[], None]:
+        """A function that puts what `pace` changes of every user back as it is now."""
+        kept = [(guarded, {name: getattr(guarded, name) for name in _PROGRESS}) for guarded in self._users.values()]
+
+        def put_back() -> None:
+            for guarded, progress in kept:
+                for name, value in progress.items():
+                    setattr(guarded, name, value)
+
+        return put_back
 
     def check_due(self) -> list[Hashable]:
         """`check` every user who has learnt ``every`` tokens since the last check; the users who were rolled back."""
@@ -179,9 +188,15 @@ class UserGuards:
             KeyError: if ``user`` has no slot.
         """
         drift, guarded = self.drift(user), self._users[user]
-        past = not drift <= self.bound  # NaN is past it
-        exponent = _RISE if past else max(-_FALL, min(_RISE, drift / self.threshold - 1))
-        self._set(guarded, guarded.strength * self.strengthen**exponent)
+        strength, past = next_strength(
+            guarded.strength,
+            drift,
+            threshold=self.threshold,
+            bound=self.bound,
+            strengthen=self.strengthen,
+            cap=self.cap,
+        )
+        self._set(guarded, strength)
         if past:
             self.pool.restore_layers(user, guarded.good)
         elif drift <= self.threshold:
@@ -247,7 +262,7 @@ class UserGuards:
     # -- inner ------------------------------------------------------------------------------------------------
 
     def _set(self, guarded: _Guarded, strength: float) -> None:
-        guarded.strength = min(self.cap, max(1.0, strength))
+        guarded.strength = clipped(strength, self.cap)
         for layer in self.pool.layers.values():
             layer.strengths[guarded.slot] = guarded.strength
 

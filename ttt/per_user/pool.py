@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt.nn.low_rank import LowRankLinear, Routing
+from ttt.signals import SignalsDeferred
 
 State = dict[str, Tensor]
 _POOL = "_ttt_pool"  # attribute of the model, beside its modules and parameters
@@ -29,6 +30,9 @@ class Companion(Protocol):
 
     def pace(self, slots: Tensor, nll: Tensor, targets: Tensor, bad: Tensor) -> Tensor:
         """Called with each chunk that users learn from; (S,) factors of their steps. See `UserGuards.pace`."""
+
+    def remember(self) -> Callable[[], None]:
+        """A function that undoes later calls of `pace`, for a chunk that could not be learnt."""
 
     def check_due(self) -> list[Hashable]:
         """Called after each chunk that users have learnt from; may change their weights."""
@@ -152,11 +156,12 @@ class Pool:
         with self._one_thread():
             if user in self._slot:
                 self._idle(user)
-                slot = self._slot.pop(user)
-                for layer in self.layers.values():
-                    layer.clear_slot(slot)
-                if self.companion is not None:
-                    self.companion.forget(user)
+                with SignalsDeferred():
+                    slot = self._slot.pop(user)
+                    for layer in self.layers.values():
+                        layer.clear_slot(slot)
+                    if self.companion is not None:
+                        self.companion.forget(user)
 
     def forget_all(self) -> None:
         """`forget` every user."""
@@ -201,7 +206,7 @@ class Pool:
 
     def restore_layers(self, user: Hashable, state: State) -> None:
         """Write a state that `copy_layers` returned into the slot of ``user``; nothing else changes."""
-        with self._one_thread():
+        with self._one_thread(), SignalsDeferred():
             for name, layer in self.layers.items():
                 layer.load_slot(self.slot(user), _part(state, name))
 
@@ -299,12 +304,13 @@ class Pool:
         return min(set(range(self.slots)) - set(self._slot.values()))
 
     def _place(self, user: Hashable, slot: int, state: State | None) -> None:
-        if state is not None:
-            for name, layer in self.layers.items():
-                layer.load_slot(slot, _part(state, name))
-        self._slot[user] = slot
-        if self.companion is not None:
-            self.companion.load(user, _part(state or {}, self.companion.prefix))
+        with SignalsDeferred():
+            if state is not None:
+                for name, layer in self.layers.items():
+                    layer.load_slot(slot, _part(state, name))
+            self._slot[user] = slot
+            if self.companion is not None:
+                self.companion.load(user, _part(state or {}, self.companion.prefix))
 
     def _check(self, user: Hashable, state: State) -> None:
         """Raise ValueError or TypeError unless ``state`` fits the layers and the companion. Nothing is written."""
@@ -345,7 +351,7 @@ def pool_of(model: nn.Module) -> Pool:
 
 
 def has_pool(model: nn.Module) -> bool:
-    """Whether the model was adapted with ``TTTConfig(users=...)``."""
+    """Whether the model was adapted with ``TTTConfig(per_user=...)``."""
     return getattr(model, _POOL, None) is not None
 
 

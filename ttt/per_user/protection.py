@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ttt import ops
 from ttt.nn import Capturing, LowRankLinear
-from ttt.nn.directions import refresh
+from ttt.signals import SignalsDeferred
 
 
 def calibrate(layers: Sequence[LowRankLinear], losses: Iterator[Tensor], kind: str) -> None:
@@ -59,13 +59,14 @@ def calibrate(layers: Sequence[LowRankLinear], losses: Iterator[Tensor], kind: s
         raise ValueError("batches must hold at least one batch of tokens, got none")
     weights = sum(layer.weight.numel() for layer in layers)
     mean = sum(float(rows.mean()) * layer.weight.numel() for layer, (rows, _) in zip(layers, sums, strict=True))
-    for layer, (by_row, by_column), memory, moment in zip(layers, sums, memories, moments, strict=True):
-        if layer.importance_m is not None:
-            layer.importance_m.copy_(by_row / (mean / weights or 1.0))
-            layer.importance_n.copy_(by_column / (by_column.mean() or 1.0))
-        if memory is not None:
-            layer.memory.copy_(memory[0])
-            layer.seen.copy_(memory[1])
-            refresh(layer)
-        if moment is not None:
-            layer.calibrated.copy_(moment)
+    with SignalsDeferred():
+        for layer, (by_row, by_column), memory, moment in zip(layers, sums, memories, moments, strict=True):
+            if layer.importance_m is not None:
+                layer.importance_m.copy_(by_row / (mean / weights or 1.0))
+                layer.importance_n.copy_(by_column / (by_column.mean() or 1.0))
+            if memory is not None:
+                layer.memory.copy_(memory[0])
+                layer.seen.copy_(memory[1])
+                layer.refresh_basis()
+            if moment is not None:
+                layer.calibrated.copy_(moment)

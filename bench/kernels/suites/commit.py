@@ -18,6 +18,7 @@ from bench.kernels.contender import Contender
 from bench.kernels.plain_torch import compiled, plain_commit
 from bench.kernels.state import STORAGE, assert_change, copies, layer_count, random_layer, size_of, some_rows
 from ttt.ops import reference
+from ttt.ops.arguments import CommitArguments
 
 # The strengths are fixed here, so that results do not depend on the defaults of `ttt.ops.commit`.
 LAM, BETA, EPS, ETA, MEMORY = 0.01, 0.3, 1e-3, 5e-3, 256
@@ -172,11 +173,16 @@ class Commit(Case):
         before = {name: t.clone() for name, t in exact.items()}
         wide = {name: t if name == "seen" else t.double() for name, t in inputs.items()}
         wide["delta"] = wide["delta"][:, rows].contiguous()
-        w, anchor, importance, trace = exact.values()
-        reference.commit(
-            w, anchor, importance, trace, wide["x"], wide["delta"], wide["eta"], None, wide.get("memory"),
-            wide.get("seen"), step.clone(), 0, self.replay, BETA, EPS, LAM, 1.0, "fisher", every,
-        )  # fmt: skip
+        absent = dict.fromkeys(("trace_delta", "memory", "seen"))
+        given: dict[str, Any] = absent | exact | wide
+        options: dict[str, Any] = {
+            "replay_rows": self.replay,
+            "beta": BETA,
+            "eps": EPS,
+            "lam": LAM,
+            "trace_every": every,
+        }
+        reference.commit(*CommitArguments(**given, step=step.clone(), **options))
         run(got)
         allowed = {"weight": STORAGE[self.dtype].tolerance, "trace": STORAGE[self.state].tolerance}
         assert_change("weight", got["weight"][rows], exact["weight"], before["weight"], allowed["weight"])

@@ -26,6 +26,7 @@ from bench.kernels.state import (
 )
 from ttt.nn import Linear, Update
 from ttt.ops import reference
+from ttt.ops.arguments import CommitArguments
 
 LAM, LR = 0.01, 1e-3
 SMALL = 512
@@ -273,10 +274,16 @@ class Decode(Case):
 
         def commit_window() -> None:
             xs, deltas, etas = (torch.cat(part) for part in zip(*window, strict=True))
-            reference.commit(
-                w, anchor, importance, trace, xs, deltas, etas, None, None, None, step,
-                0, 0, 0.3, 1e-3, LAM, 1.0, "fisher",
-            )  # fmt: skip
+            state: dict[str, Any] = {
+                "weight": w,
+                "anchor": anchor,
+                "importance": importance,
+                "trace": trace,
+                "step": step,
+            }
+            absent: dict[str, Any] = dict.fromkeys(("trace_delta", "memory", "seen"))
+            rows: dict[str, Any] = {"x": xs, "delta": deltas, "eta": etas}
+            reference.commit(*CommitArguments(**state, **rows, **absent, lam=LAM))
             window.clear()
 
         for _ in range(self.steps + 3):

@@ -15,7 +15,6 @@ from bench.learning.text.readers import Reader
 from ttt.defences import SWITCHES
 from ttt.demo.model import CONTEXT, as_ids, calibration_batches, load_model, new_learner, windows
 from ttt.demo.text import held_out_python, training_python
-from ttt.nn.directions import refresh
 from ttt.nn.state import BASE
 from ttt.rules import StreamRule
 
@@ -66,7 +65,7 @@ class BaseModel:
                 for name in set(BASE) - {"anchor", "basis"}:
                     if (tensor := getattr(layer, name)) is not None:
                         tensor.copy_(getattr(other, name))
-                refresh(layer)
+                layer.refresh_basis()
         return ttt.Learner(model, context=CONTEXT, rules=rules)
 
     def _calibrated_under(self, config: ttt.TTTConfig) -> nn.Module:

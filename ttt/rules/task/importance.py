@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ttt.adapt.convert import require_layers
 from ttt.checks import check_choice, check_number
-from ttt.learn.protection import accumulate, grown, mean_of
+from ttt.learn.protection import accumulate, mean_of, new_importance
 from ttt.nn import Capturing, Linear
 from ttt.nn.state_access import read_matrix, write_matrix
 from ttt.rules.task.base import Batch, Rule, masked, task_loss
@@ -239,7 +239,7 @@ class MAS(_Penalty):
 
 def _scale_to_mean(layers: list[Linear]) -> None:
     """Make the mean of what the traces hold the unit of the next consolidation."""
-    mean = mean_of(grown(layer) for layer in layers)
+    mean = mean_of(new_importance(layer) for layer in layers)
     for layer in layers:
         layer.unshare("importance_scale")
         layer.importance_scale.fill_(mean)

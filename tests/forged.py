@@ -17,8 +17,7 @@ OPTIONS = {
     "rms, momentum, generated rows": {**SHARED, "orthogonal": 2, "momentum": 0.5, "generated_rows": 2,
                                       "generated_rank": 3},
     "mas in 8 bits": {**SHARED, "importance": "mas", "state_dtype": "8bit", "orthogonal": 2, "rate": "energy"},
-    "si, gradient replay": {**SHARED, "importance": "si", "rate": "constant", "clip": None, "orthogonal": 0,
-                            "replay": "gradient"},
+    "si": {**SHARED, "importance": "si", "rate": "constant", "clip": None, "orthogonal": 0},
 }  # fmt: skip
 
 
@@ -51,7 +50,7 @@ class Case:
     def __init__(self, folder, options, consolidated=True):
         torch.manual_seed(3)
         self.pristine = plain()
-        self.model = ttt.adapt_(copy.deepcopy(self.pristine), ttt.TTTConfig(**options))
+        self.model = ttt.adapt_(copy.deepcopy(self.pristine), ttt.TTTConfig().with_flat(**options))
         teach(self.model, 4)
         if consolidated:
             ttt.Learner(self.model).consolidate()
