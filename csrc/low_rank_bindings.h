@@ -1,14 +1,11 @@
-// The low-rank ops of the bindings, and `LowRank`, which makes them at addresses that were bound once. Included by
-// bindings.cpp only.
+// The bindings of the low-rank kernels; included by bindings.cpp only.
 #pragma once
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
-#include "layer.h"
+#include "isa_bindings.h"
 #include "low_rank_checks.h"
 
 namespace {
@@ -20,7 +17,7 @@ bool low_rank_linear(address x, address a, address b, address rows, address user
       in<void>(x), in<void>(a), in<void>(b), in<int32_t>(rows), in<int32_t>(users), out<void>(y), tokens, m, n,
       capacity,    dtype,       threads};
   if (!ttt::users_fit(f.users, f.rows, tokens, slots, capacity, false)) return false;
-  pybind11::gil_scoped_release release;
+  py::gil_scoped_release release;
   active->low_rank_linear(f);
   return true;
 }
@@ -45,14 +42,9 @@ bool low_rank_append(address a, address b, address rows, address eta_sum, addres
                              dtype,
                              threads};
   if (!ttt::users_fit(f.users, f.rows, tokens, slots, capacity, true)) return false;
-  pybind11::gil_scoped_release release;
+  py::gil_scoped_release release;
   active->low_rank_append(f);
   return true;
-}
-
-bool all_finite(address x, int64_t count, int dtype) {
-  pybind11::gil_scoped_release release;
-  return active->all_finite(in<void>(x), count, dtype);
 }
 
 ttt::LowRankCompress compress_of(address a, address b, address rows, address eta_sum, address lost, address step,
@@ -98,7 +90,7 @@ int64_t low_rank_compress(Args... args) {
   if (!ttt::memory_fits(f)) return REFUSED;
   for (int64_t i = 0; i < f.count; i++)
     if (!ttt::slot_fits(f, f.slots[i])) return REFUSED;
-  pybind11::gil_scoped_release release;
+  py::gil_scoped_release release;
   return active->low_rank_compress(f);
 }
 
@@ -113,7 +105,7 @@ struct LowRank {
     const ttt::LowRankLinear f{in<void>(x), held.a, held.b, held.rows,     in<int32_t>(users), out<void>(y),
                                tokens,      held.m, held.n, held.capacity, held.dtype,         threads};
     if (!ttt::users_fit(f.users, f.rows, tokens, held.slots_in_pool, held.capacity, false)) return false;
-    pybind11::gil_scoped_release release;
+    py::gil_scoped_release release;
     active->low_rank_linear(f);
     return true;
   }
@@ -145,7 +137,7 @@ struct LowRank {
       return {0, 0, REFUSED};
     for (int64_t t = 0; t < tokens; t++)
       if (user[t] >= 0 && !ttt::slot_fits(held, user[t])) return {0, 0, REFUSED};
-    pybind11::gil_scoped_release release;
+    py::gil_scoped_release release;
     std::vector<int64_t> before(tokens), total(slots), count(slots), chosen;
     int64_t most = 0;
     for (int64_t t = 0; t < tokens; t++)
@@ -186,5 +178,15 @@ struct CompressAs<R(Args...)> {
   static LowRank bind(int64_t window, Args... args) { return {compress_of(args...), window}; }
 };
 using CompressArguments = CompressAs<std::remove_pointer_t<decltype(&compress_of)>>;
+
+inline void bind_low_rank(py::module_& m) {
+  m.def("low_rank_linear", &low_rank_linear);
+  m.def("low_rank_append", &low_rank_append);
+  m.def("low_rank_compress", CompressArguments::call);
+  py::class_<LowRank>(m, "LowRank")
+      .def(py::init(&CompressArguments::bind))
+      .def("forward", &LowRank::forward)
+      .def("learn", &LowRank::learn);
+}
 
 }  // namespace

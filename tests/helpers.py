@@ -1,4 +1,4 @@
-"""The one rule by which tests compare a kernel with the truth, and the configuration that most tests vary."""
+"""Comparison of kernels with exact results, and the configuration that most tests vary."""
 
 import torch
 
@@ -14,7 +14,7 @@ PLAIN = {
 
 
 ISAS = [] if cpu._C is None else cpu._C.available_isas()
-"""The C++ kernels that are run; matrix units are emulated, wherever pairs of bfloat16 are multiplied at all."""
+"""The instruction sets to test; matrix units are emulated if the processor multiplies pairs of bfloat16."""
 ISAS += ["amx, emulated"] if "avx512bf16" in ISAS else []
 
 
@@ -24,18 +24,18 @@ def multiplies_pairs(isa: str) -> bool:
 
 
 def plain_config(**options) -> ttt.TTTConfig:
-    """EWC and layer replay at a constant rate, and ``options``: what a test is of does not hang on ttt's defaults."""
+    """EWC and layer replay at a constant rate, changed by ``options``; tests do not depend on ttt's defaults."""
     return ttt.TTTConfig().with_flat(**PLAIN | options)
 
 
 def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    """Root mean square error over the root mean square of the truth, in float64."""
+    """Root mean square error relative to the root mean square of ``exact``, in float64."""
     exact = exact.double()
     return float((actual.double() - exact).norm() / exact.norm().clamp_min(1e-300))
 
 
 def assert_close(actual: torch.Tensor, exact: torch.Tensor, baseline: torch.Tensor, name: str) -> None:
-    """``actual`` may be wrong by at most twice what ``baseline`` is, plus a few float32 roundings.
+    """Check that the error of ``actual`` is at most twice that of ``baseline``, plus a few float32 roundings.
 
     Args:
         actual: what the kernel computed.
@@ -58,16 +58,16 @@ ORDER = ("weight", "anchor", "importance", "trace", "x", "delta", "eta", "trace_
 
 
 def as_double(t: torch.Tensor | None, n: int) -> torch.Tensor | None:
-    """``t`` in float64; 8-bit state decoded, other tensors that hold no floats as they are."""
+    """``t`` in float64; 8-bit state is decoded, and other tensors of integers stay as they are."""
     if log8.is_packed(t):
         return log8.decode(t, n).double()
     return t.double() if t is not None and t.is_floating_point() else t
 
 
 def trace_of_rounded_factors(case, options) -> torch.Tensor:
-    """The trace after a commit with bfloat16 weights where both factors of S are rounded to bfloat16.
+    """The trace after a commit with bfloat16 weights if both factors of S are rounded to bfloat16.
 
-    Kernels on matrix units take them so: it is what plain torch makes of the formula at that dtype.
+    This is how kernels that multiply pairs of bfloat16 compute it, and plain torch at that dtype.
     """
     p, x = case["delta" if case["trace_delta"] is None else "trace_delta"], case["x"]
     tokens, n = x.shape
@@ -88,7 +88,7 @@ def trace_of_rounded_factors(case, options) -> torch.Tensor:
 
 
 def assert_commit(case, ours, exact, plain) -> None:
-    """State after a commit: W and F by `assert_close`, the step bumped, and not a bit of the rest written."""
+    """Check the state after a commit: W and F with `assert_close`, the step plus one, and no other bit changed."""
     n = case["x"].shape[1]
     for name in ("weight", "trace"):
         if case[name] is not None:

@@ -1,4 +1,4 @@
-"""What only a GPU can show; collected where there is one (tests/conftest.py)."""
+"""Tests that need a GPU; tests/conftest.py collects them only if there is one."""
 
 import copy
 
@@ -142,7 +142,7 @@ def test_commit_in_several_panels(kind, monkeypatch):
 @pytest.mark.parametrize("path", ["fused", "panels"])
 @pytest.mark.parametrize("state", [torch.bfloat16, torch.uint8])
 def test_bits_are_the_reference_s(path, state, monkeypatch):
-    """Where all sums are exact, the stored weights and traces agree to the bit."""
+    """All sums are exact, so the stored weights and traces agree to the bit."""
     monkeypatch.setattr(fused, "FEW_TOKENS", 10**9 if path == "fused" else 0)
     m, n, tokens = 133, 275, 5
     case = commit_case(m, n, tokens, torch.bfloat16, state)
@@ -224,7 +224,7 @@ def captured(run):
 @pytest.mark.parametrize(("window", "rows"), [(16, 1), (16, 5), (8, 8), (12, 3)])
 @pytest.mark.parametrize("options", [{}, {"ewc_lambda": 0.0, "replay_rows": 0}, {"importance": "mas"}])
 def test_a_whole_decode_step_is_one_graph(dtype, window, rows, options):
-    """Forward, append and the commits that fall due: bit for bit what the same calls do without a graph."""
+    """Forward, append and commits in a graph give the same bits as the same calls without a graph."""
     config = plain_config(window=window, replay_capacity=64, lr=1e-2, **options)
     layer = ttt.nn.Linear(256, 128, device="cuda", dtype=dtype, config=config).capturable_(rows)
     if layer.memory is not None:

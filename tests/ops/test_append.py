@@ -21,7 +21,7 @@ def rows_of(rows, n, m, dtype, traced=True):
 
 
 def window_of(window, n, m, dtype, traced=True):
-    """Rows that were never written hold NaN, and none is in use."""
+    """An empty window, whose rows hold NaN."""
     kept = [torch.full((window, k), float("nan"), dtype=dtype, device=DEVICE) for k in (n, m)]
     kept.append(torch.zeros(window, device=DEVICE))
     return [*kept, torch.full_like(kept[1], float("nan")) if traced else None]
@@ -41,7 +41,7 @@ def same(a, b):
     ("window", "rows", "n", "m"), [(1, 1, 1, 1), (16, 5, 33, 7), (12, 3, 127, 1000), (7, 7, 2050, 33), (130, 1, 5, 1)]
 )
 def test_rows_enter_where_the_counters_say(append, dtype, window, rows, n, m):
-    """Against lists of rows: the window is emptied when another step would not fit, and `tokens` counts those."""
+    """Compared with lists of rows: a window is emptied if another step would not fit, and `tokens` counts its rows."""
     win, counters, tokens = window_of(window, n, m, dtype), count(0, 0, 0), count(3)
     live, committed = [], 0
     for step in range(2 * (window // rows) + 2 if window < 100 else 133):

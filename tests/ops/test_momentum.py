@@ -29,7 +29,7 @@ def call(function, case, options, device="cpu"):
 
 @pytest.fixture(params=BACKENDS)
 def commit(request, monkeypatch):
-    """Takes (case, options); returns the state after it."""
+    """A function of (case, options) that commits a copy of the case and returns its state."""
     name, active = request.param, _C.active_isa()
     function, device = reference.commit, "cpu"
     if name in ("fused", "panels"):
@@ -74,7 +74,7 @@ def doubled(case):
 
 
 def check(commit, case, options):
-    """Against the reference in float64, and at the same dtypes for what rounding makes of it."""
+    """Compared with the reference in float64, with the tolerance of the reference at the same dtypes."""
     ours, plain = commit(case, options), call(reference.commit, case, options)
     exactly = call(reference.commit, doubled(case), options)
     if case["weight"].dtype == torch.bfloat16 and commit.pairs and case["trace"] is not None:
@@ -89,7 +89,7 @@ def check(commit, case, options):
 @pytest.mark.parametrize("mu", [0.0, 0.5, 0.97])
 @pytest.mark.parametrize("tokens", [1, 2, 9, 40])
 def test_the_reference_is_the_recurrence_of_titans(mu, tokens):
-    """Exactly for one token, and for many whose gradients are taken to be equal."""
+    """This is exact for one token, and for many tokens with equal gradients."""
     case = doubled(case_of(5, 7, tokens))
     options = {**OPTIONS, "mu": mu}
     ours = call(reference.commit, case, options)
@@ -99,8 +99,10 @@ def test_the_reference_is_the_recurrence_of_titans(mu, tokens):
 
 
 def test_one_token_at_a_time_is_titans_with_its_forget_gate_towards_the_anchor():
-    """S_t = mu S_{t-1} - theta g_t; M_t = (1 - alpha_t) (M_{t-1} + S_t) of W - W*: the gate takes the new weights back
-    by eta decay of what they are then, which is implicit where the paper's is explicit."""
+    """S_t = mu S_{t-1} - theta g_t; M_t = (1 - alpha_t) (M_{t-1} + S_t), with M = W - W*.
+
+    The decay is an implicit step, which uses the new weights; that of the paper is explicit.
+    """
     mu, decay = 0.7, 0.4
     case = doubled(case_of(4, 6, 1))
     case["momentum"].zero_()
@@ -115,7 +117,7 @@ def test_one_token_at_a_time_is_titans_with_its_forget_gate_towards_the_anchor()
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.3, 0.99])
-def test_a_gradient_moves_the_weight_by_its_sum_of_powers_whatever_the_window(mu):
+def test_a_gradient_finally_moves_the_weight_by_its_multiple_for_any_window(mu):
     for tokens in (1, 3, 64):
         _, share, _, gain = coefficients(mu, tokens)
         assert gain + share * mu / (1 - mu) == pytest.approx(1 / (1 - mu))
@@ -129,7 +131,7 @@ def test_a_gradient_moves_the_weight_by_its_sum_of_powers_whatever_the_window(mu
 )
 def test_commit(commit, m, n, tokens, rows, half, moving):
     if commit.half == torch.float16 and moving == torch.bfloat16:
-        moving = torch.float32 if half else moving  # rounding there is checked below, on exact sums
+        moving = torch.float32 if half else moving  # rounding of the momentum is tested below, on exact sums
     dtype = commit.half if half else torch.float32
     check(commit, case_of(m, n, tokens, dtype, moving=moving), {**OPTIONS, "replay_rows": rows})
 
@@ -150,7 +152,7 @@ def test_state_in_8_bits(commit):
 
 @pytest.mark.parametrize("tokens", [1, 8, 40])
 def test_decay_alone(commit, tokens):
-    """No momentum, no importance, no trace: the weights go back to the anchor by 1 / (1 + decay sum eta)."""
+    """Without momentum, importance and trace, W - W* is divided by 1 + decay sum eta."""
     case = case_of(6, 35, tokens) | {"importance": None, "trace": None, "momentum": None}
     case["delta"].zero_()
     options = {**OPTIONS, "lam": 0.0, "mu": 0.0, "decay": 5.0}
@@ -161,8 +163,8 @@ def test_decay_alone(commit, tokens):
     assert torch.equal(ours["anchor"], case["anchor"])
 
 
-def test_replay_checks_the_whole_move(commit):
-    """With beta = 1 and no ridge the outputs on the rows are the anchor's, whatever the momentum did."""
+def test_replay_corrects_the_momentum_too(commit):
+    """With beta = 1 and no ridge, the outputs on the rows are those of the anchor for any momentum."""
     case = case_of(6, 50, 5) | {"seen": None, "importance": None}
     case["memory"] = case["memory"][:4]
     ours = commit(case, {**OPTIONS, "lam": 0.0, "decay": 0.0, "beta": 1.0, "eps": 1e-9, "replay_rows": 4})
@@ -174,7 +176,7 @@ def test_replay_checks_the_whole_move(commit):
 @pytest.mark.parametrize("n", [1, 31, 130])
 @pytest.mark.parametrize("half", [False, True])
 def test_a_16_bit_momentum_is_rounded_with_the_reference_s_bits(commit, n, half):
-    """Sums that float32 holds exactly: every backend must store the very same bits."""
+    """All sums are exact in float32, so every backend must store the same bits."""
     case = case_of(19, n, 4, commit.half if half else torch.float32, moving=torch.bfloat16)
     for name in ("x", "delta"):
         case[name] = torch.randint(-3, 4, case[name].shape).to(case[name].dtype)
@@ -205,7 +207,7 @@ def test_rounding_of_the_momentum_is_unbiased_and_shares_no_bits_with_the_elemen
     assert float(torch.stack(kept).double().mean()) == pytest.approx(0.999, abs=2e-4)
 
 
-def test_no_tokens_leave_the_momentum(commit):
+def test_without_tokens_the_momentum_stays(commit):
     case = case_of(7, 40, 0, moving=torch.bfloat16)
     ours = commit(case, {**OPTIONS, "replay_rows": 3})
     assert torch.equal(ours["momentum"], case["momentum"])

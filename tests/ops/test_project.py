@@ -16,14 +16,14 @@ SHAPES = [(1, 1, 1), (1, 7, 3), (5, 33, 7), (17, 127, 16), (1, 1000, 17), (35, 1
 
 @pytest.fixture(autouse=True)
 def scratch_is_nan():
-    """Fills uninitialised memory with NaN, so that what is read before it is written shows."""
+    """Fill uninitialised memory with NaN, to detect reads before writes."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def case_of(tokens, n, k, dtype, device="cpu"):
-    """Inputs, and k orthonormal rows as far as ``dtype`` and n hold them; one row is zero."""
+    """Inputs, and k rows that are orthonormal up to the rounding of ``dtype``; one row is zero."""
     x = torch.randn(tokens, n, device=device, dtype=torch.float64)
     basis = torch.zeros(k, n, device=device, dtype=torch.float64)
     q = torch.linalg.qr(torch.randn(n, min(k, n), device=device, dtype=torch.float64)).Q.T
@@ -33,12 +33,12 @@ def case_of(tokens, n, k, dtype, device="cpu"):
 
 
 def plain(x, basis):
-    """As a user of torch would write it at this dtype."""
+    """The formula in plain torch at this dtype."""
     return x - (x @ basis.T) @ basis
 
 
 def brute_force(x, basis):
-    """One direction after the other, token by token, in float64."""
+    """The formula in float64, one direction and one token at a time."""
     out = x.double().clone()
     for row, token in zip(out, x.double(), strict=True):
         for u in basis.double():

@@ -1,4 +1,4 @@
-"""The reference is the definition, so it is compared with brute force and autograd in float64."""
+"""The reference defines the ops, so it is compared with brute force and autograd in float64."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Replay rows that are given: nothing is drawn, and every backend replays exactly them."""
+"""Replay rows that are given instead of drawn: every backend replays exactly these rows."""
 
 import exact
 import pytest
@@ -22,7 +22,7 @@ BACKENDS = ["reference", *ISAS, "fused", "panels"]
 
 @pytest.fixture(params=BACKENDS)
 def commit(request, monkeypatch):
-    """Takes (case, options), with tensors of the case as the op's; returns the state after it."""
+    """A function of (case, options) that commits a copy of the case and returns its state."""
     name, active = request.param, _C.active_isa()
     if name in ("fused", "panels"):
         monkeypatch.setattr(fused, "FEW_TOKENS", 10**9 if name == "fused" else 0)
@@ -96,8 +96,8 @@ def test_rows_that_the_memory_would_have_drawn_give_the_same_bits(commit, rows):
     assert not torch.equal(given["weight"], commit(case | {"memory": case["memory"][:rows]}, options)["weight"])
 
 
-def test_rows_of_zeros_pull_nothing(commit):
-    """Places of what cannot be drawn yet: they weigh as if they were not there, but for the ridge."""
+def test_rows_of_zeros_have_no_effect(commit):
+    """Rows of zeros stand for sources that are still empty. They have no effect, except on the ridge."""
     case, options = case_of(9, 40, 5, 4), {**OPTIONS, "replay_rows": 4, "eps": 0.0}
     case["memory"][2:] = 0
     with_zeros = commit(case, {**options, "eps": 1e-7})

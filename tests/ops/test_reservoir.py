@@ -27,7 +27,7 @@ def test_every_row_is_kept_with_the_same_probability():
         ops.reservoir_insert(memory, seen, torch.arange(total).float().view(-1, 1), seed=trial)
         counts[memory.flatten().long()] += 1
     assert int(counts.sum()) == capacity * trials
-    # Rows of one trial exclude each other, which only makes the statistic smaller than chi-square.
+    # Rows of one trial exclude each other, so the statistic is smaller than chi-square.
     assert chisquare(counts.numpy()).pvalue > 1e-3
 
 

@@ -27,7 +27,7 @@ def test_bits_follow_the_documented_hash():
 
 
 def deviation(counts):
-    """How many standard deviations a chi-square statistic of equally likely counts is off."""
+    """The deviation of a chi-square statistic of equally likely counts, in standard deviations."""
     expected = counts.sum() / len(counts)
     freedom = len(counts) - 1
     return float(((counts - expected).square() / expected).sum() - freedom) / math.sqrt(2 * freedom)
@@ -39,7 +39,7 @@ def counted(values, bins):
 
 @pytest.mark.parametrize("seed", [0, 2**40 + 3])
 def test_bits_are_even_and_independent_of_their_neighbours(seed):
-    """Half a million elements: in a row, between rows, between steps, and for an element's weight, trace, momentum."""
+    """Half a million elements: bits within a row, of rows, of steps, and of an element's weight, trace and momentum."""
     rows, cols = 512, 1024
     drawn = [rounding_bits(rows, cols, torch.tensor([step]), seed) for step in (3, 4)]
     bits = drawn[0]

@@ -1,4 +1,4 @@
-"""The Triton kernels against the reference, through their launchers: on a GPU, or in Triton's interpreter."""
+"""The Triton kernels compared with the reference, on a GPU or in Triton's interpreter."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ SEEDS = [123456789123, 1, 2**64 - 5]
 
 @pytest.fixture(autouse=True)
 def scratch_is_nan():
-    """Fills uninitialised memory with NaN, so that what is read before it is written shows."""
+    """Fill uninitialised memory with NaN, to detect reads before writes."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -59,7 +59,7 @@ def test_window_linear(dtype, m, n, tokens, window):
 
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_the_counter_of_published_coefficients_ends_at_zero(tokens, monkeypatch):
-    """One counter serves all launches of a stream, whatever their shapes."""
+    """One counter serves all launches of a stream, with any shapes."""
     counter = torch.zeros(8, dtype=torch.int32, device=DEVICE)
     monkeypatch.setattr("ttt.ops.triton.window_linear._counter", lambda device: counter)
     for m, n, window in ((9, 33, 3), (40, 7, 130), (1, 2050, 1)):
@@ -69,7 +69,7 @@ def test_the_counter_of_published_coefficients_ends_at_zero(tokens, monkeypatch)
 
 
 def plain_window_linear(x, weight, bias, win_x, win_delta, win_eta):
-    """The formula as a user of torch would write it at this dtype; only empty rows are taken out."""
+    """The formula in plain torch at this dtype, without the empty rows."""
     live = win_eta != 0
     wx, wd, eta = win_x[live], win_delta[live], win_eta[live].to(x.dtype)
     return torch.nn.functional.linear(x, weight, bias) - ((x @ wx.T) * eta) @ wd
@@ -91,7 +91,7 @@ OPTIONS = {
 
 @pytest.fixture(params=["fused", "panels"])
 def path(request, monkeypatch):
-    """The kernel for few tokens, or that for many with panels of 128 columns, whatever the number of tokens."""
+    """The kernel for few tokens, or that for many with panels of 128 columns, used for any number of tokens."""
     monkeypatch.setattr(fused, "FEW_TOKENS", 10**9 if request.param == "fused" else 0)
     monkeypatch.setattr(panels, "PANEL_BYTES", 1)
     return request.param
@@ -241,7 +241,7 @@ def test_degenerate_replay_rows(eps):
     case = commit_case(6, 40, 3, torch.float32)
     case["memory"].zero_()
     check_commit(case, {**OPTIONS, "eps": eps})
-    case["memory"][:] = randn(40)  # R copies of one row: the ridge alone makes the system solvable
+    case["memory"][:] = randn(40)  # R copies of one row: the system can be solved only with the ridge
     check_commit(case, {**OPTIONS, "eps": 1e-3})
 
 
@@ -249,7 +249,7 @@ def test_degenerate_replay_rows(eps):
 @pytest.mark.parametrize("kind", ["fisher", "si"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rounding_bits_are_the_reference_s(path, dtype, every, kind, seed):
-    """Where all sums are exact in float32, every backend must store the very same 16-bit weights and traces."""
+    """All sums are exact in float32, so every backend must store the same 16-bit weights and traces."""
     m, n, tokens = 33, 135, 5
     case = commit_case(m, n, tokens, dtype, torch.bfloat16)
     for name in ("x", "delta", "trace_delta"):
@@ -298,7 +298,7 @@ def test_importance_in_8_bits_is_what_the_reference_decodes(path):
     torch.testing.assert_close(ours["weight"], theirs["weight"], rtol=3e-7, atol=0)
 
 
-def test_non_finite_weights_stay_what_they_are():
+def test_weights_that_are_not_finite_stay_so():
     case = commit_case(4, 9, 2, torch.float16)
     case["weight"][0, 0], case["weight"][1, 1] = float("inf"), float("-inf")
     ours = run(commit, case, {**OPTIONS, "replay_rows": 0, "lam": 0.0})
@@ -321,7 +321,7 @@ def test_reservoir_draw(seed, seen, capacity, rows):
 
 @pytest.fixture(params=["first", "last"])
 def program_that_runs_first(request, monkeypatch):
-    """The interpreter runs programs in order, which a GPU does not promise: reverses it for "last"."""
+    """Whether the first or the last program runs first: a GPU does not run them in order, as the interpreter does."""
     if not INTERPRETED or request.param == "first":
         return
     from triton.runtime.interpreter import interpreter_builder as builder
@@ -344,7 +344,7 @@ def test_a_gate_of_reservoir_insert(gate):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("capacity", "n", "seed"), [(1, 7, SEEDS[0]), (5, 33, SEEDS[1]), (8, 1, SEEDS[2])])
 def test_reservoir_insert(program_that_runs_first, dtype, capacity, n, seed):
-    """Many rows fall on one slot here, and the last of them must stay."""
+    """Many rows are inserted at the same place, and the last of them must stay."""
     ours = torch.zeros(capacity, n, dtype=dtype, device=DEVICE)
     theirs, seen = ours.clone(), [torch.zeros(1, dtype=torch.int64, device=DEVICE) for _ in range(2)]
     for tokens in (3, 1, 0, 33, 140):

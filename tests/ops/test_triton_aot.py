@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for sm_80 and sm_90, without a GPU, stack memory or register spills."""
+"""Every Triton kernel compiles for sm_80 and sm_90 without a GPU, and needs no stack memory and no register spills."""
 
 import ast
 import os
@@ -31,7 +31,7 @@ def table():
 
 
 def kernels():
-    """Names of all kernels: the jit functions that are launched."""
+    """The names of all kernels, which are the jit functions that are launched."""
     sources = [file.read_text() for file in Path(package.__path__[0]).glob("*.py")]
     defined = {
         node.name
@@ -55,9 +55,9 @@ def test_the_bf16_commit_uses_tensor_cores_and_wide_loads(table):
         assert int(row["hgmma" if row["sm"] == "90" else "hmma"]) > 0
         assert int(row["ldg128"]) > 0
         if row["sm"] == "90":
-            # Four programs of four warps on a multiprocessor, or three where there is one matrix more.
+            # So many registers allow four programs of four warps on a multiprocessor, or three with a momentum.
             assert int(row["registers"]) <= (168 if "momentum" in row["variant"] else 128)
-        # Room for factors of the products only: the state does not pass through shared memory.
+        # Shared memory holds factors of the products only: the state does not pass through it.
         assert int(row["shared"]) <= 8192
 
 

@@ -257,8 +257,8 @@ class LowRankLinear(Adapted):
         The slots to compress are chosen on the device. The host waits only if there are more tokens than a window has
         rows, and never while a CUDA graph is captured.
 
-        This mirrors ``LowRank::learn`` of csrc/bindings.cpp, which makes the same calls to the kernels; a change of one
-        must be made in the other. test_many_users_outputs_and_state_are_those_of_the_ops of
+        This mirrors ``LowRank::learn`` of csrc/low_rank_bindings.h, which makes the same calls to the kernels; a change
+        of one must be made in the other. test_many_users_outputs_and_state_are_those_of_the_ops of
         tests/nn/test_cpu_binding.py compares the two bit for bit.
         """
         tokens, window, capacity = users.numel(), self.low_rank.window, self.low_rank.capacity

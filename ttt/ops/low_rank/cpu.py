@@ -11,7 +11,7 @@ from ttt.ops.low_rank import checks, reference
 
 REFUSED = (
     -2
-)  # what the kernels return, having written nothing, for a slot or a counter out of range (csrc/bindings.cpp)
+)  # what the kernels return, having written nothing, for a slot or a counter out of range (csrc/low_rank_bindings.h)
 
 
 def isolated_linear(x, weight, bias):

@@ -1,11 +1,15 @@
-// The instruction set whose kernels run: what this processor has, and which was chosen. Included by bindings.cpp only.
+// The choice of an instruction set and the conversion of addresses; included by bindings.cpp only.
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
 #include "api.h"
+
+namespace py = pybind11;
+using address = uintptr_t;
 
 namespace {
 
@@ -41,9 +45,9 @@ const ttt::Kernels* table_of(const std::string& isa) {
   return &ttt::kernels_portable();
 }
 
-// Whether this processor multiplies pairs of bfloat16 more slowly than float32. Intel's processors multiply them at
-// half the rate of float32 (a commit of 4096 x 4096, T = 256, on Emerald Rapids takes 111 ms with pairs, 71 ms with
-// factors widened to float32), AMD's at twice that rate. With few tokens, pairs are faster on both.
+// Intel's processors multiply pairs of bfloat16 at half the rate of float32 (a commit of 4096 x 4096, T = 256, on
+// Emerald Rapids takes 111 ms with pairs, 71 ms with factors widened to float32), AMD's at twice that rate. With few
+// tokens, pairs are faster on both.
 const bool slow_dots = [] {
 #ifdef TTT_X86
   __builtin_cpu_init();
@@ -66,11 +70,20 @@ void set_isa(const std::string& isa) {
   if (!supports(isa)) {
     std::string allowed;
     for (const auto& name : available_isas()) allowed += (allowed.empty() ? "" : ", ") + name;
-    throw pybind11::value_error("isa must be one that this processor has (" + allowed + "), got '" + isa + "'");
+    throw py::value_error("isa must be one that this processor has (" + allowed + "), got '" + isa + "'");
   }
   active_isa = isa;
   active = table_of(isa);
   active_tiles = tiles_of(isa);
+}
+
+template <class T>
+const T* in(address a) {
+  return reinterpret_cast<const T*>(a);
+}
+template <class T>
+T* out(address a) {
+  return reinterpret_cast<T*>(a);
 }
 
 }  // namespace
