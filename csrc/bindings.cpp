@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "api.h"
+#include "counter_checks.h"
 #include "isa_bindings.h"
 #include "low_rank_bindings.h"
 #include "philox.h"
@@ -88,20 +89,8 @@ ttt::Commit commit_of(address weight, address anchor, address importance, addres
   return c;
 }
 
-// Counters are read from tensors, so Python has not checked them. A negative one would read or write outside a buffer.
-void need_counter(const char* name, const int64_t* counter) {
-  if (counter != nullptr && *counter < 0)
-    throw py::value_error(std::string(name) + " must be at least 0, got " + std::to_string(*counter));
-}
-
-void need_rows(const char* name, int64_t rows, int64_t at, int64_t window) {
-  if (at < 0 || rows < 0 || rows > window - at)
-    throw py::value_error(std::string(name) + " must lie in the window of " + std::to_string(window) + " rows, got " +
-                          std::to_string(rows) + " rows from row " + std::to_string(at) + " on");
-}
-
 void run_commit(const ttt::Commit& c) {
-  if (c.replay_rows) need_counter("seen", c.seen);
+  if (c.replay_rows) ttt::check_counter("seen", c.seen);
   if (c.m == 0 || c.n == 0) {  // there is no element to write
     ++*c.step;
     return;
@@ -132,12 +121,13 @@ void insert_rows(char* memory, int64_t* seen, const char* x, int64_t capacity, i
 
 void reservoir_insert(address memory, address seen, address x, int64_t capacity, int64_t rows, int64_t row_bytes,
                       uint64_t seed) {
-  need_counter("seen", in<int64_t>(seen));
+  ttt::check_counter("seen", in<int64_t>(seen), rows);
   py::gil_scoped_release release;
   insert_rows(out<char>(memory), out<int64_t>(seen), in<char>(x), capacity, rows, row_bytes, seed);
 }
 
 void reservoir_draw(address seen, address step, address index, int64_t capacity, int64_t rows, uint64_t seed) {
+  ttt::check_counter("seen", in<int64_t>(seen));
   const int64_t filled = *in<int64_t>(seen) < capacity ? *in<int64_t>(seen) : capacity;
   for (int64_t r = 0; r < rows; r++) {
     uint32_t words[4];
@@ -149,22 +139,27 @@ void reservoir_draw(address seen, address step, address index, int64_t capacity,
 
 // The addresses of one layer, bound once: unpacking twenty arguments takes longer than the decoding step of a small
 // layer.
+//
+// `append` and `commit_window` mirror `Linear._learn` of ttt/nn/linear.py, which makes the same calls through the ops;
+// a change of one must be made in the other. test_outputs_and_state_are_those_of_the_ops of
+// tests/nn/test_cpu_binding.py compares the two bit for bit.
 struct Layer {
   address weight, bias, win_x, win_delta, win_eta, win_trace, recent, recent_seen, basis;
   int64_t m, n, window, capacity, directions;
   uint64_t seed;
   int dtype;
-  ttt::Commit written = {};
+  ttt::Commit prepared = {};
 
   void forward(address x, address y, int64_t tokens, int threads, bool product_done) const {
     window_linear(x, weight, bias, win_x, win_delta, win_eta, y, tokens, m, n, window, dtype, threads, product_done);
   }
 
   // Writes rows `at` to `at` + rows of the window, with the directions taken out of the inputs. The inputs themselves
-  // also enter the sample of recent inputs.
+  // also enter the sample of recent inputs. Throws, and writes nothing, if the rows or a counter are out of range.
   void append(address x, address delta, address eta, address trace_delta, int64_t at, int64_t rows, int threads) const {
-    need_rows("rows to append", rows, at, window);
-    need_counter("recent_seen", in<int64_t>(recent_seen));
+    ttt::check_rows("rows to append", rows, at, window);
+    ttt::check_counter("recent_seen", in<int64_t>(recent_seen), rows);
+    if (at + rows == window && prepared.replay_rows) ttt::check_counter("seen", prepared.seen);  // a commit follows
     const int64_t size = dtype == ttt::kF32 ? 4 : 2, x_bytes = n * size, d_bytes = m * size;
     if (recent) insert_rows(out<char>(recent), out<int64_t>(recent_seen), in<char>(x), capacity, rows, x_bytes, seed);
     project_out(x, basis, win_x + at * x_bytes, rows, directions, n, dtype, threads);
@@ -174,12 +169,13 @@ struct Layer {
   }
 
   // Sets the arguments of `commit_window` other than the rows of the window.
-  void prepare(const ttt::Commit& c) { written = c; }
+  void prepare(const ttt::Commit& c) { prepared = c; }
 
   // Commits the first `rows` rows of the window and empties the window.
   void commit_window(address tokens, int64_t rows, int threads) const {
-    need_rows("rows to commit", rows, 0, window);
-    ttt::Commit a = written;
+    ttt::check_rows("rows to commit", rows, 0, window);
+    if (prepared.weight == nullptr) throw std::invalid_argument("prepare must be called before commit_window");
+    ttt::Commit a = prepared;
     a.x = in<void>(win_x);
     a.delta = in<void>(win_delta);
     a.eta = in<float>(win_eta);

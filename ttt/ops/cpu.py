@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -52,7 +53,7 @@ def window_linear(x, weight, bias, win_x, win_delta, win_eta):
         return reference.window_linear(x, weight, bias, win_x, win_delta, win_eta)
     record("window_linear", "cpu")
     m, n = weight.shape
-    tokens = x.numel() // n if n else 0
+    tokens = math.prod(x.shape[:-1])
     by_torch = tokens > _FUSED_TOKENS[weight.dtype]
     if by_torch:
         y = torch.nn.functional.linear(x, weight, bias)
@@ -198,6 +199,7 @@ def reservoir_draw(seen, step, capacity, rows, seed):
     schema.check_reservoir_draw(seen, step, capacity, rows, seed)
     if _C is None:
         record("reservoir_draw", "reference", unavailable["cpu"])
+        reference.count_of("seen", seen)
         return reference.reservoir_draw(seen, step, capacity, rows, seed)
     record("reservoir_draw", "cpu")
     index = torch.empty((rows,), dtype=torch.int64)

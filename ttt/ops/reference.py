@@ -15,16 +15,21 @@ from ttt.ops.momentum import coefficients
 from ttt.ops.philox import DRAW, INSERT, choose_tokens, philox
 from ttt.ops.rounding import momentum_rounding_bits, rounding_bits, stochastic_round_, trace_rounding_bits
 
+MOST_ROWS_SEEN = 1 << 31
+"""Rows that a reservoir can count: the product of a random word of 32 bits and the count fits into 63."""
 
-def _counter(name: str, counter: torch.Tensor) -> int:
-    """The value of a counter.
+
+def count_of(name: str, counter: torch.Tensor, more: int = 0) -> int:
+    """The value of a counter of rows, of which ``more`` are to come; csrc/counter_checks.h checks the same.
 
     Raises:
-        ValueError: if it is negative.
+        ValueError: if it is negative, or would pass `MOST_ROWS_SEEN`.
     """
     value = int(counter)
     if value < 0:
         raise ValueError(f"{name} must be at least 0, got {value}")
+    if value > MOST_ROWS_SEEN - more:
+        raise ValueError(f"{name} must be at most 2^31 after {more} further rows, got {value}")
     return value
 
 
@@ -80,9 +85,11 @@ def window_append(
         return
     if counters is not None:
         held, full = counters[:2].tolist()
-        at = 0 if full else held
         if held < 0:
             raise ValueError(f"counters must hold a number of rows of at least 0, got {held}")
+        if held > window:
+            raise ValueError(f"counters must hold at most the {window} rows of the window, got {held}")
+        at = 0 if full else held
         if at + rows > window:
             raise ValueError(f"counters says that {at} of {window} rows are in use: {rows} more do not fit")
         if full:
@@ -131,7 +138,7 @@ def commit(*args) -> None:
         return
     filled = 0
     if c.replay_rows and c.memory is not None:
-        filled = len(c.memory) if c.seen is None else min(_counter("seen", c.seen), len(c.memory))
+        filled = len(c.memory) if c.seen is None else min(count_of("seen", c.seen), len(c.memory))
     weight, trace, step, seed = c.weight, c.trace, c.step, c.seed
     wide = _wide(weight.dtype)
     tokens, n = c.x.shape
@@ -201,7 +208,7 @@ def reservoir_insert(
     if closed(gate):
         return
     capacity, rows = memory.shape[0], x.shape[0]
-    s = _counter("seen", seen) + torch.arange(rows, device=x.device)
+    s = count_of("seen", seen, rows) + torch.arange(rows, device=x.device)
     word = philox(s, 0, 0, INSERT, seed)[0]
     slot = torch.where(s < capacity, s, (word * (s + 1)) >> 32)
     for t in (slot < capacity).nonzero().flatten().tolist():  # in order: a later row replaces an earlier one

@@ -47,8 +47,9 @@ def _append(
                     c = c0 + tl.arange(0, BC).to(tl.int64)
                     new = (c >= first) & (c < first + rows)
                     value = tl.load(eta + (c - first), mask=new, other=0)
-                    # Rows before the new ones keep their eta. Rows after them get 0, which means empty.
-                    tl.store(win_eta + c, value, mask=(c < window) & (c >= first))
+                    # Rows before the new ones keep their eta, and all do if the count is negative. Rows after the new
+                    # ones get 0, which means empty.
+                    tl.store(win_eta + c, value, mask=(c < window) & (c >= tl.where(first < 0, window, first)))
                 if tokens is not None:
                     tl.store(tokens, tl.load(tokens) + tl.where(full, held, 0))
                 tl.store(counters, tl.minimum(first + rows, window))

@@ -246,7 +246,7 @@ def window_linear(
     tokens = x.numel() // n if n else x.shape[:-1].numel()
     few = tokens <= FEW_TOKENS and window > 0 and n > 0
     y = x.new_empty((*x.shape[:-1], m)) if few else torch.nn.functional.linear(x, weight, bias)
-    if tokens == 0 or m == 0 or window == 0:
+    if tokens == 0 or m == 0 or n == 0 or window == 0:
         return y
     wide, dot_type = weight.dtype == torch.float32, operand(weight.dtype)
     coef = torch.empty((tokens, window), dtype=torch.float32, device=x.device)
