@@ -45,8 +45,9 @@ def reading_elsewhere(learner, ids, **options):
         handle.remove()
 
 
-def test_a_second_thread_is_refused_by_name_and_the_first_one_notices_nothing():
+def test_a_second_thread_is_refused_by_name_and_the_first_one_notices_nothing(tmp_path):
     model, learner = adapted()
+    ttt.save(model, tmp_path / "file")
     twin, other, ids = copy.deepcopy(learner), ttt.Learner(model), ids_of(2, 33)
     snapshot = learner.snapshot()
     guarded, _ = adapted()
@@ -60,13 +61,19 @@ def test_a_second_thread_is_refused_by_name_and_the_first_one_notices_nothing():
         "ttt.learning": lambda: ttt.learning(model).__enter__(),
         "GraphedLearner": lambda: ttt.GraphedLearner(other, graph=False),
         "GrowingLearner.observe": lambda: growing.observe(ids), "GrowingLearner.score": lambda: growing.score(ids),
-        "GrowingLearner.close": growing.close, "GrowingLearner.routed": lambda: growing.routed(ids).__enter__(),
+        "GrowingLearner.close": growing.close, "GrowingLearner.save": lambda: growing.save(tmp_path / "new"),
+        "GrowingLearner.routed": lambda: growing.routed(ids).__enter__(),
+        "ttt.save": lambda: ttt.save(model, tmp_path / "new"), "ttt.load": lambda: ttt.load(model, tmp_path / "file"),
+        "ttt.fork": lambda: ttt.fork(model), "ttt.restore_": lambda: ttt.restore_(model),
+        "ttt.export_peft": lambda: ttt.export_peft(model, tmp_path / "new", base_model="base"),
+        "ttt.capturable_": lambda: ttt.capturable_(model, 8),
     }  # fmt: skip
     with reading_elsewhere(learner, ids) as results:
         for name, call in calls.items():
             with pytest.raises(RuntimeError, match=f"^{name} was called while {BUSY}"):
                 call()
     expected = twin.observe(ids)
+    assert not (tmp_path / "new").exists()
     assert torch.equal(results[0].nll, expected.nll)
     assert (results[0].learned, results[0].rejected) == (expected.learned, expected.rejected) == (4, 0)
     assert_same(state_of(twin.model), state_of(model))
@@ -79,7 +86,9 @@ def test_users_learn_in_one_thread_at_a_time():
     learner = users_learner()
     twin, ids = copy.deepcopy(learner), ids_of(2, 33)
     with reading_elsewhere(learner, ids, users=["a", "b"]) as results:
-        for call in (lambda: learner.observe(ids, users=["c", "d"]), learner.reset):
+        for call in (
+            lambda: learner.observe(ids, users=["c", "d"]), learner.reset, lambda: ttt.restore_(learner.model)
+        ):  # fmt: skip
             with pytest.raises(RuntimeError, match=BUSY):
                 call()
     assert torch.equal(results[0].nll, twin.observe(ids, users=["a", "b"]).nll)
@@ -113,6 +122,86 @@ def test_a_learning_block_is_for_one_thread():
     assert len(failed) == 1
     assert "another thread is in ttt.learning" in failed[0]
     assert model[0].pending == 2
+
+
+@pytest.mark.parametrize("what", ["save", "fork", "export_peft", "restore_"])
+def test_learning_is_refused_while_another_thread_copies_the_layers(tmp_path, monkeypatch, what):
+    """What is copied in the middle of a call cannot change before its end."""
+    model, learner = adapted()
+    ids = ids_of(1, 20)
+    learner.observe(ids)
+    before, inside, go_on = state_of(model), threading.Event(), threading.Event()
+    last = learner.layers[-1]
+    plain = type(last).effective_weight if what == "export_peft" else type(last).state
+
+    def wait(layer, *args):
+        if layer is last and threading.current_thread() is thread:
+            inside.set()
+            assert go_on.wait(30)
+        return plain(layer, *args)
+
+    def wait_in_copy(layer):
+        wait(layer) if layer is last else None
+        return plain_getstate(layer)
+
+    plain_getstate = type(last).__getstate__
+    calls = {
+        "save": lambda: ttt.save(model, tmp_path / "file"), "fork": lambda: ttt.fork(model),
+        "export_peft": lambda: ttt.export_peft(model, tmp_path / "folder", base_model="base"),
+        "restore_": lambda: ttt.restore_(model, keep_learned=True),
+    }  # fmt: skip
+    if what == "fork":
+        monkeypatch.setattr(type(last), "__getstate__", wait_in_copy)
+    elif what == "restore_":
+        plain = type(last).flush
+        monkeypatch.setattr(type(last), "flush", wait)
+    else:
+        monkeypatch.setattr(type(last), plain.__name__, wait)
+    thread = threading.Thread(target=calls[what])
+    thread.start()
+    try:
+        assert inside.wait(30)
+        with pytest.raises(RuntimeError, match=rf"Learner\.observe was called while another thread is in ttt\.{what}"):
+            learner.observe(ids)
+    finally:
+        go_on.set()
+        thread.join()
+    monkeypatch.undo()
+    if what == "restore_":
+        with pytest.raises(RuntimeError, match="restored or adapted again"):
+            learner.observe(ids)
+    else:
+        assert_same(before, state_of(model))
+        learner.observe(ids)
+
+
+def test_restoring_inside_a_learning_block_is_refused():
+    model, _ = adapted()
+    with ttt.learning(model):
+        with pytest.raises(RuntimeError, match=r"inside ttt\.learning"):
+            ttt.restore_(model)
+        model(ids_of(1, 5)).logits.sum().backward()
+    assert all(layer.pending for _, layer in ttt.learning_layers(model))
+    ttt.restore_(model)
+
+
+def test_restoring_leaves_layers_alone_that_were_put_in_by_hand():
+    own = ttt.nn.Linear(4, 4, config=plain_config())
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), own)
+    plain = model[0]
+    ttt.adapt_(model, plain_config(), filter_fn=lambda module, name: name == "0")
+    assert list(ttt.restore_(model)) == [plain, own]
+    assert not own.released
+
+
+def test_capturable_refuses_before_it_changes_a_layer():
+    model = torch.nn.Sequential(
+        ttt.nn.Linear(4, 4, config=plain_config()),
+        ttt.nn.Linear(4, 4, config=plain_config(generated_rows=1, generated_rank=1, replay_beta=0.1)),
+    )
+    with pytest.raises(ValueError, match="generated_rows"):
+        ttt.capturable_(model, 8)
+    assert model[0].capturable is None
 
 
 def test_a_failed_call_leaves_the_layers_free_for_other_threads():

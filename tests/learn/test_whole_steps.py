@@ -308,8 +308,15 @@ def test_a_consolidation_that_fails_can_only_be_reset_or_rolled_back(index, monk
                 learner.consolidate()
         with pytest.raises(RuntimeError, match=rf"Learner.consolidate {TORN}"):
             learner.observe(ids)
-        with pytest.raises(ValueError, match=r"model cannot be saved: at layer .*Learner\.consolidate ended half-way"):
-            ttt.save(learner.model, tmp_path / "torn.safetensors")
+        for what, call in (
+            ("ttt.save", lambda: ttt.save(learner.model, tmp_path / "torn.safetensors")),
+            ("ttt.fork", lambda: ttt.fork(learner.model)),
+            ("ttt.export_peft", lambda: ttt.export_peft(learner.model, tmp_path / "torn", base_model="base")),
+            ("ttt.restore_", lambda: ttt.restore_(learner.model, keep_learned=True)),
+        ):
+            with pytest.raises(RuntimeError, match=rf"^{what} needs .*Learner\.consolidate {TORN}"):
+                call()
+        assert list(tmp_path.iterdir()) == []
         repair()
         assert_same(expected, state_of(learner.model))
         learner.rollback(snapshot)

@@ -30,7 +30,9 @@ from ttt.adapt.convert import (
     restore_,
     weight_of,
 )
+from ttt.atomic import whole_write
 from ttt.files import write_atomically
+from ttt.layer_lock import exclusive
 from ttt.nn import Linear
 from ttt.per_user.pool import has_pool
 
@@ -54,16 +56,19 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     Raises:
         ValueError: if ``model`` has no learning layer or was adapted for users, or if its state is one that `load`
             would refuse: values that are not finite, for instance. Nothing is written then.
+        RuntimeError: if another thread is in a method of the model's learners or in `ttt.learning`, or a write to the
+            layers ended half-way. Nothing is written then.
         OSError: if the file cannot be written; a file that was there is unharmed.
     """
     _refuse_users(model, "saved")
-    require_layers(model)
+    with exclusive(require_layers(model), "ttt.save"):
+        content = _bytes_of_model(model)
+    write_atomically(Path(path), content)
+
+
+def _bytes_of_model(model: nn.Module) -> bytes:
+    """The file that `save` writes."""
     layers = learning_layers(model)
-    for name, layer in layers:
-        if layer.torn:
-            raise ValueError(
-                f"model cannot be saved: at layer {name}, {layer.torn}; roll back, reset or load a file first"
-            )
     config = json.dumps(layers[0][1].config.to_dict())
     validate.config_of(config, "model cannot be saved: its configuration")
     tensors: State = {}
@@ -84,7 +89,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
         "base_sha256": base_hash(model),
         "tensors_sha256": tensor_hash(tensors),
     }
-    write_atomically(Path(path), safetensors.torch.save(tensors, metadata))
+    return safetensors.torch.save(tensors, metadata)
 
 
 def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
@@ -100,12 +105,17 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         ValueError: if the file is truncated, damaged, forged or of another version, if it belongs to another model, or
             if ``model`` was adapted for users. ``model`` is unchanged, to the bit.
         OSError: if the file cannot be read; ``model`` is unchanged.
-        RuntimeError: if a layer is capturable and must replace what it shares with a fork; see
-            `ttt.nn.Linear.capturable_`. ``model`` is unchanged.
+        RuntimeError: if another thread is in a method of the model's learners or in `ttt.learning`; or if a layer is
+            capturable and must replace what it shares with a fork, see `ttt.nn.Linear.capturable_`. ``model`` is
+            unchanged.
     """
     _refuse_users(model, "given the state of a file")
-    path = Path(path)
     adapted = dict(learning_layers(model))
+    with exclusive(list(adapted.values()), "ttt.load", repairs=True):
+        return _load(model, adapted, Path(path))
+
+
+def _load(model: nn.Module, adapted: dict[str, Linear], path: Path) -> nn.Module:
     possible: dict[str, nn.Module] = {**adapted} or dict(linear_modules(model))
     with _opened(path, validate.header_allowance(possible)) as (file, metadata):
         names = validate.layer_names(metadata.get("layers"), f"{path} is damaged: layers in its metadata")
@@ -224,7 +234,8 @@ def _trial_layer(layer: Linear) -> Linear:
 def _write(layers: Mapping[str, Linear], states: Mapping[str, tuple[State, State]]) -> None:
     """Put ``states``, which were checked, into ``layers``.
 
-    All memory is taken before the first tensor is written, so that a failure leaves every value as it was.
+    All memory is taken before the first tensor is written, so that a failure leaves every value as it was. Signals are
+    handled after the last one.
     """
     before: dict[str, State] = {}
     for name, (state, base) in states.items():
@@ -239,9 +250,11 @@ def _write(layers: Mapping[str, Linear], states: Mapping[str, tuple[State, State
             live = getattr(layer, key)
             if not torch.equal(live, state[key].to(live.device)):
                 layer.unshare(key)
-    for name, (state, _) in states.items():
-        layers[name].base = before[name]
-        layers[name].load_state(state)
+        layer.require_writable()
+    with whole_write(list(layers.values()), "ttt.load"):
+        for name, (state, _) in states.items():
+            layers[name].base = before[name]
+            layers[name].load_state(state)
 
 
 def _bytes_of(t: Tensor):

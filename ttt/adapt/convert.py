@@ -6,17 +6,20 @@ import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ttt.atomic import whole_write
 from ttt.checks import check_layers, check_names
 from ttt.config import TTTConfig
+from ttt.layer_lock import exclusive
 from ttt.nn import Linear, LowRankLinear
 from ttt.nn.base import DTYPES
 from ttt.per_user.pool import attach, detach, has_pool, pool_of
+from ttt.signals import SignalsDeferred
 
 _INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 # Attributes of an adapted model that `restore_` reads: the replaced modules by name, and the parameters with their
@@ -94,44 +97,62 @@ def restore_(model: nn.Module, keep_learned: bool = False) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: if ``model`` is not adapted; with ``keep_learned``, if its users learnt, each something else.
+        TypeError, ValueError: if ``model`` is no module or not adapted, or ``keep_learned`` no bool or True for a model
+            whose users learnt, each something else. Nothing has changed then.
+        RuntimeError: if another thread is in a method of the model's learners or in `ttt.learning`, or uses its users;
+            inside `ttt.learning`; with ``keep_learned``, if a write to the layers ended half-way.
     """
     originals = _originals(model)
-    if has_pool(model):
-        if keep_learned:
-            raise ValueError(
-                "keep_learned must be False for a model of many users; pool_of(model).export(user) keeps one"
-            )
-        for name, own in pool_of(model).layers.items():  # their weight, shared with the original, never changed
-            _follow(originals[name], own)
-            originals[name].train(own.training)
-            _set_module(model, name, originals[name])
-            own.released = True
-        detach(model)
-    for name, layer in learning_layers(model):
-        original = originals[name]
-        _follow(original, layer)
-        with torch.no_grad():
+    if not has_pool(model):
+        layers = [(name, layer) for name, layer in learning_layers(model) if name in originals]
+        with exclusive([layer for _, layer in layers], "ttt.restore_", repairs=not keep_learned):
+            _originals(model)  # another thread may have restored the model meanwhile
+            if any(layer.sink is not None for _, layer in layers):
+                raise RuntimeError("ttt.restore_ was called inside ttt.learning or a rule; leave it first")
             if keep_learned:
-                layer.flush()
-                learned = layer.weight.detach()
-            else:
-                learned = layer.base_weight
-            if layer.transposed:
-                if keep_learned:
-                    if "original" in layer.shared:  # a fork of the model holds the same weight
-                        original.weight.data = torch.empty_like(original.weight)
-                    original.weight.copy_(learned.T)
-            else:
-                layer.weight.copy_(learned)  # the parameter is the original module's
-        original.train(layer.training)
-        _set_module(model, name, original)
+                with whole_write([layer for _, layer in layers], "ttt.restore_"):
+                    for _, layer in layers:
+                        layer.flush()
+            with SignalsDeferred():
+                for name, layer in layers:
+                    _put_back(layer, originals[name], keep_learned)
+                _take_out(model, dict(layers), originals)
+        return model
+    if keep_learned:
+        raise ValueError("keep_learned must be False for a model of many users; pool_of(model).export(user) keeps one")
+    pool = pool_of(model)
+    with exclusive(list(pool.layers.values()), "ttt.restore_", repairs=True), pool.one_thread(), SignalsDeferred():
+        _originals(model)
+        for name, own in pool.layers.items():  # their weight, shared with the original, never changed
+            _follow(originals[name], own)
+        _take_out(model, pool.layers, originals)
+        detach(model)
+    return model
+
+
+def _put_back(layer: Linear, original: Any, keep_learned: bool) -> None:
+    """Give ``original`` the weight that ``layer`` learnt, or the one from before."""
+    _follow(original, layer)
+    learned = layer.weight.detach() if keep_learned else layer.base_weight
+    with torch.no_grad():
+        if not layer.transposed:
+            layer.weight.copy_(learned)  # the parameter is the original module's
+        elif keep_learned:
+            if "original" in layer.shared:  # a fork of the model holds the same weight
+                original.weight.data = torch.empty_like(original.weight)
+            original.weight.copy_(learned.T)
+
+
+def _take_out(model: nn.Module, layers: Mapping[str, Linear | LowRankLinear], originals: dict[str, Any]) -> None:
+    """Replace ``layers`` in ``model`` by the modules ``originals``, and let parameters require grad as before."""
+    for name, layer in layers.items():
+        originals[name].train(layer.training)
+        _set_module(model, name, originals[name])
         layer.released = True
     for p, requires_grad in getattr(model, _FROZEN):
         p.requires_grad_(requires_grad)
     object.__delattr__(model, _ORIGINALS)
     object.__delattr__(model, _FROZEN)
-    return model
 
 
 def learning_layers(model: nn.Module) -> list[tuple[str, Linear]]:

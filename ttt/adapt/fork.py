@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ttt.adapt.convert import kept_originals, learning_layers, require_layers
+from ttt.layer_lock import exclusive
+from ttt.nn import Linear
 from ttt.nn.gaussian import PAST, PRESENT
 from ttt.nn.state import BASE
 
@@ -38,10 +40,15 @@ def fork(model: nn.Module) -> nn.Module:
         The new model.
 
     Raises:
-        ValueError: if ``model`` has no learning layer.
+        TypeError, ValueError: if ``model`` is no module, or has no learning layer.
+        RuntimeError: if another thread is in a method of the model's learners or in `ttt.learning`, or a write to the
+            layers ended half-way.
     """
-    require_layers(model)
-    layers = dict(learning_layers(model))
+    with exclusive(require_layers(model), "ttt.fork"):
+        return _forked(model, dict(learning_layers(model)))
+
+
+def _forked(model: nn.Module, layers: dict[str, Linear]) -> nn.Module:
     written = {id(layer.weight) for layer in layers.values()}
     memo: dict[int, object] = {}
 

@@ -19,6 +19,7 @@ from ttt.adapt import factors as lowrank
 from ttt.adapt.convert import learning_layers, require_layers
 from ttt.checks import check_choice
 from ttt.files import sync_folder
+from ttt.layer_lock import exclusive
 from ttt.per_user.pool import has_pool
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -97,6 +98,8 @@ def export_peft(
         ValueError: if ``folder`` is not empty, ``rank`` or ``dtype`` is not allowed, the base model is not known,
             ``source`` holds no layer or is a model adapted for users, or a layer's tensors do not fit each other, are
             not finite, or are too large for ``dtype``. Nothing is written.
+        RuntimeError: if ``source`` is a model, and another thread is in a method of its learners or in `ttt.learning`,
+            or a write to the layers ended half-way. Nothing is written.
         OSError: if the folder cannot be written; there is nothing at ``folder`` then.
     """
     folder = Path(folder)
@@ -111,11 +114,12 @@ def export_peft(
                 f"source ({type(source).__name__}) was adapted for users, each with weights of their own; "
                 "export_peft(pool_of(model).export(user), ...) writes those of one"
             )
-        require_layers(source)
+        layers = require_layers(source)
         base_model = base_model or _name_of(source)
-        fan_in_fan_out = any(layer.transposed for _, layer in learning_layers(source))
+        fan_in_fan_out = any(layer.transposed for layer in layers)
         rank = rank or DEFAULT_RANK
-        changes = {name: _of_layer(name, layer, rank, dtype) for name, layer in learning_layers(source)}
+        with exclusive(layers, "ttt.export_peft"):
+            changes = {name: _of_layer(name, layer, rank, dtype) for name, layer in learning_layers(source)}
     else:
         pairs = dict(_pairs_of(source))
         rows = max(a.shape[0] for a, _ in pairs.values())

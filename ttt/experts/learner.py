@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ttt.atomic import whole_write
 from ttt.checks import check_number, check_whole
 from ttt.experts import columns, scoring
 from ttt.experts.active import ActiveColumn, count_targets, empty_signature
 from ttt.experts.columns import Column, compress, merge
 from ttt.experts.scoring import ColumnScorer
 from ttt.experts.signature import Signature, nearest
-from ttt.learn.atomic import whole_write
 from ttt.learn.huggingface import frozen
 from ttt.learn.learner import Learner
 from ttt.learn.loop import ObserveOutput, read
@@ -258,7 +258,8 @@ class GrowingLearner:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the stored columns to ``path`` (safetensors); `close` first for the active one to be among them."""
-        columns.save(self.columns, self.model, path)
+        with self.learner.access.enter("GrowingLearner.save"):
+            columns.save(self.columns, self.model, path)
 
     def load(self, path: str | os.PathLike) -> None:
         """Forget every column, the active one too, and take those of ``path``; as `ttt.experts.columns.load` raises."""

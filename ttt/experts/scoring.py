@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt.experts.columns import Column
-from ttt.learn.atomic import stand_in
+from ttt.learn.stand_in import stand_in
 from ttt.nn import Linear
 
 PREFIX = 128  # tokens of a piece by which text that is not learnt is assigned to a column

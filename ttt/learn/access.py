@@ -1,83 +1,18 @@
-"""When a model's learning layers can be used: by one thread at a time, in eval mode, whole and still in the model."""
+"""When a `ttt.Learner` may use its model: by one thread at a time, in eval mode, with whole layers still in place."""
 
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from ttt.adapt.convert import kept_originals, require_layers
-from ttt.learn.atomic import refuse_torn
+from ttt.atomic import refuse_torn
+from ttt.layer_lock import exclusive
 from ttt.nn import Linear, LowRankLinear
 from ttt.per_user.pool import Pool, has_pool, pool_of
-from ttt.signals import SignalsDeferred
-
-_LOCK = "_ttt_lock"  # in the layer's __dict__: not a module, parameter or buffer
-
-
-class LayerLock:
-    """A lock of one layer that the thread holding it may take again. A copy of the layer has a lock of its own."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._depth = 0
-        self.holder = ""  # what holds it, for error messages
-
-    def acquire(self, what: str) -> bool:
-        """Take the lock for ``what``; False if another thread has it."""
-        if not self._lock.acquire(blocking=False):
-            return False
-        self.holder = self.holder if self._depth else what
-        self._depth += 1
-        return True
-
-    def release(self) -> None:
-        self._depth -= 1
-        self._lock.release()
-
-    def __deepcopy__(self, memo: dict) -> LayerLock:
-        return LayerLock()
-
-    def __reduce__(self):
-        return LayerLock, ()
-
-
-@contextlib.contextmanager
-def exclusive(layers: Sequence[nn.Module], what: str, *, repairs: bool = False) -> Iterator[None]:
-    """Inside, no other thread enters with one of ``layers``, and tensors are ordinary ones in inference mode, too.
-
-    Layers keep what a backward pass leaves and the rows of the present window: two threads would mix them.
-
-    Args:
-        what: the name of the caller, for messages.
-        repairs: whether the block puts a complete state in place, so that torn layers are allowed.
-
-    Raises:
-        RuntimeError: if another thread is inside, or a write to one of the layers ended half-way (`ttt.learn.atomic`).
-    """
-    locks = [layer.__dict__.setdefault(_LOCK, LayerLock()) for layer in layers]
-    taken: list[LayerLock] = []
-    try:
-        with SignalsDeferred():
-            for lock in locks:
-                if not lock.acquire(what):
-                    raise RuntimeError(
-                        f"{what} was called while another thread is in {lock.holder} of the same layers: one thread at "
-                        "a time learns; wait for it, or give each thread a model of its own (ttt.fork)"
-                    )
-                taken.append(lock)
-        if not repairs:
-            refuse_torn(layers, what)
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
-            yield
-    finally:
-        with SignalsDeferred():
-            for lock in taken:
-                lock.release()
 
 
 class Access:
@@ -119,6 +54,15 @@ class Access:
         Raises:
             RuntimeError: as `exclusive`; or if the model was restored, adapted again or put in training mode since.
         """
+        # The locks are taken first: another thread may be restoring the model.
+        with exclusive(self.layers, what, repairs=True):
+            self._require_usable(what)
+            if not repairs:
+                refuse_torn(self.layers, what)
+            yield
+
+    def _require_usable(self, what: str) -> None:
+        """Raise RuntimeError if the model has other layers than it had, or is in training mode."""
         originals = kept_originals(self.model)
         moved = originals is not self._originals and bool(originals or self._originals)
         if moved or has_pool(self.model) != (self.pool is not None):
@@ -131,5 +75,3 @@ class Access:
                 f"{what} needs the model in eval mode, but some of it was put in training mode after the Learner was "
                 "made; call model.eval()"
             )
-        with exclusive(self.layers, what, repairs=repairs):
-            yield

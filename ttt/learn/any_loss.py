@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ttt.adapt.convert import require_layers
-from ttt.learn.access import exclusive
+from ttt.atomic import whole_write
+from ttt.layer_lock import exclusive
 from ttt.learn.step import write
 from ttt.nn import Capturing
+from ttt.nn.graph_steps import check_capturable, forbid_capture
 
 
 @dataclasses.dataclass
@@ -40,11 +42,19 @@ def capturable_(model: nn.Module, rows: int | None) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: if the model has no learning layer, or ``rows`` does not suit one of them; the layers before it have
-            changed then.
+        TypeError, ValueError: if ``model`` is no module or has no learning layer, or ``rows`` does not suit one of
+            them. Nothing has changed then.
+        RuntimeError: as `learning`; or while a CUDA graph is being captured.
     """
-    for layer in require_layers(model):
-        layer.capturable_(rows)
+    layers = require_layers(model)
+    with exclusive(layers, "ttt.capturable_"):
+        forbid_capture("capturable_")
+        for layer in layers:
+            if rows is not None:
+                check_capturable(rows, layer.weight, layer.config.generated_rows)
+        with whole_write(layers, "ttt.capturable_"):  # windows may be committed
+            for layer in layers:
+                layer.capturable_(rows)
     return model
 
 
@@ -60,7 +70,7 @@ def learning(model: nn.Module) -> Iterator[LearningResult]:
     device finds it and changes nothing, and the block's `LearningResult` says so.
 
     Raises:
-        ValueError: if the model has no learning layer.
+        TypeError, ValueError: if ``model`` is no module, or has no learning layer.
         FloatingPointError: if a gradient is not finite; nothing has changed then.
         RuntimeError: if another thread is learning with these layers, or a write to them ended half-way.
     """

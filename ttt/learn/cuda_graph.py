@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ttt.checks import check_whole
-from ttt.learn.access import exclusive
+from ttt.layer_lock import exclusive
 from ttt.learn.huggingface import cached, frozen
 from ttt.learn.learner import Learner
 from ttt.learn.loop import ObserveOutput, read

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt.learn.atomic import stand_in, whole_write
+from ttt.atomic import whole_write
+from ttt.learn.stand_in import stand_in
 from ttt.learn.text import check_tokens
 from ttt.nn import Linear, Update
 from ttt.nn.state import BASE

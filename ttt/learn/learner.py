@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttt.atomic import whole_write
 from ttt.learn import protection
 from ttt.learn.access import Access
-from ttt.learn.atomic import whole_write
 from ttt.learn.generate import GenerateOptions, GenerateOutput, generate
 from ttt.learn.guard import Guard
 from ttt.learn.head import HeadSplit

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ttt.learn.atomic import whole_write
+from ttt.atomic import whole_write
 from ttt.nn import LowRankLinear
 from ttt.nn.low_rank import PER_ROW, PER_SLOT
 from ttt.per_user.pool import Companion

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ttt.learn.atomic import whole_write
+from ttt.atomic import whole_write
 from ttt.learn.stream_rule import StreamRule
 from ttt.nn import Linear
 

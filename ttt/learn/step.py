@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ttt.learn.atomic import whole_write
+from ttt.atomic import whole_write
 from ttt.learn.head import AutogradScores, Scored
 from ttt.learn.stream_rule import Chunk, backward_terms, joined
 from ttt.nn import Capturing, Linear, Update
@@ -97,7 +97,7 @@ def step_from(learner: Learner, capturing: Capturing, chunk: ScoredChunk) -> Ste
 
 
 def write(updates: Sequence[tuple[Linear, Update]], gate: Tensor | None = None) -> None:
-    """Let every layer learn its update, all or none of them; see `ttt.learn.atomic`.
+    """Let every layer learn its update, all or none of them; see `ttt.atomic`.
 
     Args:
         gate: as in `ttt.nn.Linear.learn`.

@@ -111,7 +111,7 @@ class Pool:
         """
         if user is None:
             raise ValueError("user must be the name of a user, got None, which stands for the base model")
-        with self._one_thread():
+        with self.one_thread():
             if user not in self._slot:
                 state = self.on_miss(user) if self.on_miss is not None else None
                 if state is not None:
@@ -131,7 +131,7 @@ class Pool:
             KeyError: if ``user`` has no slot, or nobody has.
             RuntimeError: while the user's rows are being computed, or if another thread uses the pool.
         """
-        with self._one_thread():
+        with self.one_thread():
             if user is None:
                 idle = (u for u in self._slot if not self._in_use[u])
                 user = next(idle, None)
@@ -153,7 +153,7 @@ class Pool:
         Raises:
             RuntimeError: while the user's rows are being computed, or if another thread uses the pool.
         """
-        with self._one_thread():
+        with self.one_thread():
             if user in self._slot:
                 self._idle(user)
                 with SignalsDeferred():
@@ -176,7 +176,7 @@ class Pool:
         Raises:
             KeyError: if ``user`` has no slot. RuntimeError: if another thread uses the pool.
         """
-        with self._one_thread():
+        with self.one_thread():
             state = self._export_layers(user)
             if self.companion is not None:
                 own = self.companion.export(user)
@@ -196,7 +196,7 @@ class Pool:
         """
         if user is None:
             raise ValueError("user must be the name of a user, got None, which stands for the base model")
-        with self._one_thread():
+        with self.one_thread():
             self._check(user, state)
             if user in self._slot:
                 self._idle(user)
@@ -206,13 +206,13 @@ class Pool:
 
     def restore_layers(self, user: Hashable, state: State) -> None:
         """Write a state that `copy_layers` returned into the slot of ``user``; nothing else changes."""
-        with self._one_thread(), SignalsDeferred():
+        with self.one_thread(), SignalsDeferred():
             for name, layer in self.layers.items():
                 layer.load_slot(self.slot(user), _part(state, name))
 
     def copy_layers(self, user: Hashable) -> State:
         """A copy of what the layers hold for ``user``: `export` without the companion's tensors."""
-        with self._one_thread():
+        with self.one_thread():
             return self._export_layers(user)
 
     def lost(self, user: Hashable) -> dict[str, float]:
@@ -238,7 +238,7 @@ class Pool:
             raise ValueError(f"users must be a list with a user or None for each row of the batch, got {users!r}")
         if len(named) > self.slots:
             raise ValueError(f"users names {len(named)} users, but the model was adapted for {self.slots} at a time")
-        with self._one_thread():
+        with self.one_thread():
             self._in_use.update(named)  # so that no user of the batch is evicted for another one
             try:
                 with self._routed([-1 if u is None else self.open(u) for u in users]) as slots:
@@ -257,13 +257,13 @@ class Pool:
         Raises:
             KeyError: if ``user`` has no slot. RuntimeError: if another thread uses the pool.
         """
-        with self._one_thread(), self._routed([-1 if user is None else self.slot(user)] * rows):
+        with self.one_thread(), self._routed([-1 if user is None else self.slot(user)] * rows):
             yield
 
     # -- inner --------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _one_thread(self) -> Iterator[None]:
+    def one_thread(self) -> Iterator[None]:
         """Raise RuntimeError if another thread is inside; the same thread may enter several times."""
         me = threading.get_ident()
         with _ENTRY:

@@ -14,9 +14,6 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from torch import Tensor
-
-from ttt.nn.state_access import temporary_weights
 from ttt.signals import SignalsDeferred
 
 
@@ -43,19 +40,3 @@ def refuse_torn(layers: Iterable[Any], what: str) -> None:
                 f"{what} needs layers that belong together, but {layer.torn}: some have learnt and others have not. "
                 "Learner.rollback(snapshot), Learner.reset() or ttt.load(model, path) puts a complete state in place"
             )
-
-
-@contextlib.contextmanager
-def stand_in(layers: Sequence[Any], deltas: Sequence[Tensor | None]) -> Iterator[None]:
-    """Inside, the weights are W* + delta, as by `temporary_weights`; no signal interrupts the exchange."""
-    exchange = temporary_weights(layers, deltas)
-
-    def leave() -> None:
-        with whole_write(layers, "putting weights back"):
-            exchange.__exit__(None, None, None)
-
-    with contextlib.ExitStack() as stack:
-        with SignalsDeferred():
-            exchange.__enter__()
-            stack.callback(leave)
-        yield
