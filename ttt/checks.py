@@ -1,9 +1,48 @@
-"""Checks of single arguments: each returns the value, or raises a ValueError that names it and what is allowed."""
+"""Checks of single arguments: each returns the value, or raises an error that names it and what is allowed."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def check_type(name: str, value: Any, kind: type[T] | tuple[type[T], ...], allowed: str) -> T:
+    """``value``, if it is of type ``kind``; ``allowed`` says in words what it must be.
+
+    Raises:
+        TypeError: otherwise; it names the argument, the type of the value and what is allowed.
+    """
+    if not isinstance(value, kind):
+        shown = "None" if value is None else f"{type(value).__name__} {value!r:.80}"
+        raise TypeError(f"{name} must be {allowed}, got {shown}")
+    return value
+
+
+def check_bool(name: str, value: bool) -> bool:
+    """``value``, if it is True or False.
+
+    Raises:
+        TypeError: otherwise.
+    """
+    return check_type(name, value, bool, "True or False")
+
+
+def check_path(name: str, value: str | os.PathLike) -> Path:
+    """``value`` as a path.
+
+    Raises:
+        TypeError: if it is neither a string nor a path. ValueError: if it is empty.
+    """
+    check_type(name, value, (str, os.PathLike), "a path (a string or os.PathLike)")
+    text = os.fspath(value)
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"{name} must be a path of at least one character, got {value!r:.80}")
+    return Path(text)
 
 
 def check_number(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -14,19 +16,34 @@ def write_atomically(path: Path, data: bytes) -> None:
     The bytes go to a temporary file in the same folder, are flushed to the disk, and get the name in one step.
 
     Raises:
-        OSError: if that fails. A failed flush is not repeated: the system may have dropped the pages.
+        OSError: if that fails; its ``filename`` is ``path``. A failed flush is not repeated: the system may have
+            dropped the pages.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with errors_naming(path):
+        if not path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, f"the folder {str(path.parent)!r} does not exist")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:48]}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)  # the new name must reach the disk as well
+
+
+@contextlib.contextmanager
+def errors_naming(path: Path) -> Iterator[None]:
+    """An OSError inside becomes one that names ``path``, not a temporary file that the caller does not know."""
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)  # the new name must reach the disk as well
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename == str(path):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -271,6 +271,51 @@ def test_other_urls_are_refused(url, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("url", [None, 3, True, b"bytes", ["list"]])
+def test_a_url_that_is_no_text_is_refused_and_creates_nothing(url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TypeError, match=r"url must be a path, file:///path.*, got"):
+        ttt.Store(url)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_types_are_refused_by_name_and_change_nothing(local, tmp_path):
+    put(local, "ada", 1)
+    with local.lease("ada") as lease:
+        for call, error, match in (
+            (lambda: local.put(None, {}), TypeError, r"lease must be what Store.lease returns, got None"),
+            (lambda: local.put("ada", {}), TypeError, r"lease must be what Store.lease returns, got str 'ada'"),
+            (lambda: local.put(lease, None), TypeError, r"tensors must be a dict of tensors by name, got None"),
+            (lambda: local.put(lease, [torch.ones(1)]), TypeError, "tensors must be a dict .* got list"),
+            (lambda: local.put(lease, {}, 3), ValueError, r"meta must be a dict"),
+            (lambda: local.rollback("ada", 1, lease="ada"), TypeError, "Store.lease returns, or None, got str"),
+            (lambda: local.rollback("ada", "1"), TypeError, r"version must be a whole number, got '1'"),
+            (lambda: local.get("ada", True), TypeError, r"version must be a whole number, got True"),
+            (lambda: local.get("ada", [1]), TypeError, r"version must be a whole number, got \[1\]"),
+            (lambda: local.get("ada", strict="no"), TypeError, r"strict must be True or False, got str 'no'"),
+            (lambda: local.lease("ada", steal=1), TypeError, r"steal must be True or False, got int 1"),
+            (lambda: local.get(None), ValueError, r"user must be a string, got None"),
+            (lambda: local.get(["ada"]), ValueError, r"user must be a string"),
+            (lambda: local.history(3), ValueError, r"user must be a string, got 3"),
+            (lambda: local.history("\ud800"), ValueError, r"user must be text that UTF-8 can hold"),
+            (lambda: local.forget({}), ValueError, r"user must be a string, got {}"),
+            (lambda: ttt.Store(tmp_path / "new", create="yes"), TypeError, r"create must be True or False"),
+        ):  # fmt: skip
+            with pytest.raises(error, match=match):
+                call()
+    assert [version.number for version in local.history("ada")] == [1]
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_store_that_must_exist_is_not_created(url):
+    with pytest.raises(ttt.store.StorageFailure, match="there is no store"):
+        ttt.Store(url, create=False)
+    with ttt.Store(url) as store:
+        put(store, "ada", 1)
+    with ttt.Store(url, create=False) as store:
+        assert_same_state(store.get("ada").tensors, small_state(1))
+
+
 def test_urls_of_sqlite_name_an_index_and_a_folder_of_blobs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for url, index, blobs in (

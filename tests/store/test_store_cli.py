@@ -43,7 +43,45 @@ def test_ls_lists_all_users(url, tmp_path):
     assert any("[red]bob[/red]" in line for line in lines)  # not markup
     found = json.loads(run("users", "ls", url, "--json").stdout)
     assert [(u["name"], u["head"], u["versions"]) for u in found] == [("[red]bob[/red]", 1, 1), ("ada", 3, 3)]
+    ttt.Store(tmp_path / "new").close()
     assert json.loads(run("users", "ls", tmp_path / "new", "--json").stdout) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("users", "ls"), ("users", "show", "ada"), ("users", "rollback", "ada", "1"), ("verify",), ("gc",),
+        ("users", "forget", "ada", "--yes"), ("users", "export", "ada", "file"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["folder", "file", "sqlite", "empty folder", "empty index", "no blobs"])
+def test_commands_refuse_a_store_that_does_not_exist_and_create_nothing(tmp_path, monkeypatch, arguments, kind):
+    monkeypatch.chdir(tmp_path)
+    url = {"file": f"file://{tmp_path}/gone", "sqlite": f"sqlite:///{tmp_path}/gone/index.db"}.get(kind, "gone")
+    if kind in ("empty folder", "empty index"):
+        (tmp_path / "gone").mkdir()
+    if kind == "empty index":
+        (tmp_path / "gone" / "index.db").touch()
+    if kind == "no blobs":
+        ttt.Store("gone").close()
+        (tmp_path / "gone" / "blobs").rmdir()
+    before = sorted(tmp_path.rglob("*"))
+    position = 2 if arguments[0] == "users" else 1
+    done = run(*arguments[:position], url, *arguments[position:], code=1)
+    assert "StorageFailure: " in done.stderr
+    assert str(tmp_path / "gone") in done.stderr or "at gone" in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_import_makes_a_store_but_not_for_a_wrong_argument(url, tmp_path):
+    torn, sound = tmp_path / "torn", tmp_path / "sound"
+    run("users", "export", url, "ada", sound)
+    torn.write_bytes(b"torn")
+    run("users", "import", tmp_path / "new", "ada", torn, code=2)
+    run("users", "import", tmp_path / "new", "a" * 513, sound, code=2)
+    assert not (tmp_path / "new").exists()
+    run("users", "import", tmp_path / "new", "ada", sound)
+    assert [user.name for user in ttt.Store(tmp_path / "new", create=False).users()] == ["ada"]
 
 
 def test_show_prints_versions_tensors_and_metadata(url):

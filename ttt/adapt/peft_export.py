@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ttt.adapt import factors as lowrank
 from ttt.adapt.convert import learning_layers, require_layers
 from ttt.checks import check_choice
-from ttt.files import sync_folder
+from ttt.files import errors_naming, sync_folder
 from ttt.layer_lock import exclusive
 from ttt.per_user.pool import has_pool
 
@@ -205,6 +205,11 @@ def _ratio(lost: float, size: float) -> float:
 
 def _write(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
     """Write both files to a new folder beside ``folder``, flush them to the disk, and rename it to ``folder``."""
+    with errors_naming(folder):
+        _write_beside(folder, config, tensors)
+
+
+def _write_beside(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = folder.parent / f".{folder.name}.{secrets.token_hex(8)}"
     staging.mkdir()

@@ -20,7 +20,7 @@ from torch import Tensor
 from ttt.files import write_atomically
 from ttt.store.errors import DamagedStateWarning, StoreError
 from ttt.store.serialization import decode, encode
-from ttt.store.store import State, Store
+from ttt.store.store import State, Store, check_user
 from ttt.store.table import print_table
 
 users = typer.Typer(no_args_is_help=True, help="Per-user weights in a store: list, show, roll back, forget, exchange.")
@@ -116,13 +116,16 @@ def import_user(
     steal: Steal = False,
 ) -> None:
     """Make a safetensors file a user's newest version."""
-    with _opened(store) as opened:
-        try:
-            tensors, meta = decode(file.read_bytes())
-        except ValueError as error:
-            raise typer.BadParameter(f"{file} is {error}", param_hint="FILE") from None
-        with opened.lease(user, steal=steal) as lease:
-            print(f"{file} is version {opened.put(lease, tensors, meta)} of {_shown(user)}")
+    with _errors_shown():
+        check_user(user)
+        data = file.read_bytes()
+    try:
+        tensors, meta = decode(data)
+    except ValueError as error:
+        raise typer.BadParameter(f"{file} is {error}", param_hint="FILE") from None
+    # Opened only now: a wrong argument must leave no store behind.
+    with _opened(store, create=True) as opened, opened.lease(user, steal=steal) as lease:
+        print(f"{file} is version {opened.put(lease, tensors, meta)} of {_shown(user)}")
 
 
 def verify(store: StoreUrl, as_json: AsJson = False) -> None:
@@ -178,11 +181,17 @@ def add_to(app: typer.Typer) -> None:
 
 
 @contextlib.contextmanager
-def _opened(url: str) -> Iterator[Store]:
-    """Open the store; its errors end the command with a line on stderr."""
+def _opened(url: str, create: bool = False) -> Iterator[Store]:
+    """Open the store, which must exist unless ``create``; its errors end the command with a line on stderr."""
+    with _errors_shown(), Store(url, create=create) as store:
+        yield store
+
+
+@contextlib.contextmanager
+def _errors_shown() -> Iterator[None]:
+    """Errors of the store and of files end the command with a line on stderr."""
     try:
-        with Store(url) as store:
-            yield store
+        yield
     except (StoreError, OSError, ImportError) as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         raise typer.Exit(1) from error

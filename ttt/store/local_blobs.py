@@ -19,11 +19,20 @@ class LocalBlobs(Blobs):
 
     All methods raise OSError once ``root`` was removed, replaced or unmounted: a blob must not be written to a folder
     that takes its place, and a blob that cannot be reached must not pass for a missing one.
+
+    Args:
+        create: make the folder if it does not exist.
+
+    Raises:
+        OSError: if the folder cannot be made, or does not exist and ``create`` is False.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, create: bool = True) -> None:
         self.root = root.absolute()
-        make_folder(self.root)
+        if create:
+            make_folder(self.root)
+        elif not self.root.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "the folder of the blobs does not exist", str(self.root))
         self._close_root: weakref.finalize | None = None
         self._require_root()
 

@@ -48,20 +48,22 @@ _SCHEMA_LOCK = 0x747474  # two processes that make the tables at the same time w
 
 
 class PostgresIndex(Index):
-    """An `Index` in the database that ``conninfo`` names (a URL or libpq's keywords); tables are made if missing.
+    """An `Index` in the database that ``conninfo`` names (a URL or libpq's keywords).
 
     Args:
         timeout: seconds to wait for a connection, and for another transaction's lock.
+        create: make the tables if they do not exist.
 
     Raises:
         ImportError: without psycopg.
-        StorageFailure: if the server cannot be reached, or the tables are of a later release.
+        StorageFailure: if the server cannot be reached, the tables are of a later release, or they do not exist and
+            ``create`` is False.
     """
 
     row_lock = " FOR UPDATE"
     journal = "server"
 
-    def __init__(self, conninfo: str, timeout: float = 30.0) -> None:
+    def __init__(self, conninfo: str, timeout: float = 30.0, create: bool = True) -> None:
         super().__init__()
         try:
             import psycopg
@@ -70,6 +72,9 @@ class PostgresIndex(Index):
         self._psycopg, self.error = psycopg, psycopg.Error
         self.conninfo, self.timeout = conninfo, timeout
         if not self._has_table("ttt_store"):
+            if not create:
+                # Not the conninfo, which may hold a password.
+                raise StorageFailure("there is no store in the database: it has no table ttt_store")
             self._make_schema()
         found = self.query("SELECT version FROM ttt_store")[0][0]
         if found != SCHEMA_VERSION:

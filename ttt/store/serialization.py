@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ttt.checks import check_type
+
 META = "ttt.store.meta"
 """The only entry of a file's metadata. Several entries have no fixed order: equal states would give different bytes."""
 META_BYTES = 65536
@@ -25,9 +27,11 @@ def encode(tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None)
         meta: a dict that JSON gives back unchanged, 64 KiB at most.
 
     Raises:
+        TypeError: if ``tensors`` is no mapping.
         ValueError: if a name is not a string or is reserved, a value is not a dense tensor of a dtype that safetensors
             knows, or ``meta`` is not such a dict.
     """
+    check_type("tensors", tensors, Mapping, "a dict of tensors by name")
     copies = {}
     for name, tensor in tensors.items():
         if not isinstance(name, str) or name == "__metadata__":

@@ -70,23 +70,30 @@ SCHEMA_VERSION = len(_MIGRATIONS)
 
 
 class SqliteIndex(Index):
-    """An `Index` in the file ``path``, made if it does not exist.
+    """An `Index` in the file ``path``.
 
     Args:
         timeout: seconds to wait for another process's transaction.
         network_filesystem: returns the name of the network file system that a folder is on, or None; by default
             `ttt.store.filesystems.network_filesystem`.
+        create: make the file if it does not exist.
 
     Raises:
-        StorageFailure: if the file cannot be opened, or is on a network file system and its write-ahead log is in use.
+        StorageFailure: if the file cannot be opened, or is no index and ``create`` is False; or if it is on a network
+            file system and its write-ahead log is in use.
     """
 
     error = sqlite3.Error
 
     def __init__(
-        self, path: Path, timeout: float = 30.0, network_filesystem: Callable[[Path], str | None] | None = None
+        self,
+        path: Path,
+        timeout: float = 30.0,
+        network_filesystem: Callable[[Path], str | None] | None = None,
+        create: bool = True,
     ) -> None:
         super().__init__()
+        self._create = create
         self.path, self.timeout = path.absolute(), timeout
         self._reserve = self.path.with_name(f"{self.path.name}-reserve")
         find = network_filesystem or filesystems.network_filesystem
@@ -117,7 +124,7 @@ class SqliteIndex(Index):
 
     def connect(self) -> sqlite3.Connection:
         # Once it was open, a file that is missing must not be made anew: its blobs would all be garbage.
-        mode = "rwc" if self._id is None else "rw"
+        mode = "rwc" if self._create and self._id is None else "rw"
         uri = f"{self.path.as_uri()}?mode={mode}"
         connection = sqlite3.connect(uri, self.timeout, isolation_level=None, check_same_thread=False, uri=True)
         try:
@@ -129,6 +136,8 @@ class SqliteIndex(Index):
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         """Set the journal and the options, bring the schema up to date, and note which file this is."""
+        if not self._create and _schema_version(connection) == 0:
+            raise StorageFailure(f"there is no store at {self.path.parent}: {self.path} is no index")
         for pragma in _PRAGMAS:
             connection.execute(f"PRAGMA {pragma}")
         self._journal = self._choose_journal(connection)

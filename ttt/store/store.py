@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import os
 import random
 import time
 import warnings
@@ -13,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ttt.checks import check_number, check_whole
+from ttt.checks import check_bool, check_number, check_type, check_whole
 from ttt.store.blobs import Blobs, new_key
 from ttt.store.errors import DamagedState, DamagedStateWarning, LeaseHeld, StaleLease, StorageFailure
 from ttt.store.index import Index
@@ -21,7 +22,7 @@ from ttt.store.lease import Lease
 from ttt.store.maintenance import Collected, collect, forget
 from ttt.store.records import User, Version
 from ttt.store.serialization import encode
-from ttt.store.urls import open_url, without_password
+from ttt.store.urls import FORMS, open_url, without_password
 from ttt.store.verification import Damage, Report, read_version, verify
 
 USER_BYTES = 512
@@ -68,18 +69,23 @@ class Store:
             - ``postgresql://user@host/database?blobs=URL``: the index in PostgreSQL; blobs must be named. More
               parameters go to libpq.
         timeout: seconds to wait for another process's transaction.
+        create: make index and blobs if they do not exist; False refuses then, and creates nothing.
 
     Raises:
+        TypeError: if ``url`` is neither a string nor a path, or ``create`` no bool.
         ValueError: if ``url`` is none of these.
-        StorageFailure: if the index cannot be opened.
+        StorageFailure: if the index cannot be opened, or there is no store and ``create`` is False.
         ImportError: if the URL needs a package that is not installed.
     """
 
-    def __init__(self, url: str, timeout: float = 30.0) -> None:
+    def __init__(self, url: str | os.PathLike[str], timeout: float = 30.0, *, create: bool = True) -> None:
+        text = os.fspath(check_type("url", url, (str, os.PathLike), f"{FORMS} (a string or os.PathLike)"))
+        text = check_type("url", text, str, FORMS)
+        check_number("timeout", timeout, 0, above=True)
         self.index: Index
         self.blobs: Blobs
-        self.index, self.blobs = open_url(str(url), check_number("timeout", timeout, 0, above=True))
-        self._name = without_password(str(url))
+        self.index, self.blobs = open_url(text, timeout, check_bool("create", create))
+        self._name = without_password(text)
 
     @property
     def journal(self) -> str:
@@ -105,10 +111,11 @@ class Store:
 
         Raises:
             LeaseHeld: if another's lease has not expired.
-            ValueError: if an argument is not as described.
+            TypeError, ValueError: if an argument is not as described.
             StorageFailure, CommitUncertain: if the index failed.
         """
-        _check_user(user)
+        check_user(user)
+        check_bool("steal", steal)
         check_number("seconds", seconds, 0, above=True)
         deadline = time.monotonic() + check_number("wait", wait, 0)
         while True:
@@ -134,8 +141,9 @@ class Store:
             StaleLease: if the lease is no longer the latest; nothing was written.
             StorageFailure: if disk, network or database failed; nothing was written.
             CommitUncertain: if the database failed during the commit.
-            ValueError: if ``tensors`` or ``meta`` cannot be stored, or ``lease`` is of another store.
+            TypeError, ValueError: if ``tensors`` or ``meta`` cannot be stored, or ``lease`` is not one of this store.
         """
+        check_type("lease", lease, Lease, "what Store.lease returns")
         grant = lease.grant
         lease.require_store(self.index, self._name)
         data = encode(tensors, meta)
@@ -165,8 +173,12 @@ class Store:
         Raises:
             UnknownUser, UnknownVersion: if there is no such version.
             DamagedState: if that version's blob is damaged.
-            LeaseHeld, StaleLease, StorageFailure, CommitUncertain, ValueError: as `lease` and `put`.
+            LeaseHeld, StaleLease, StorageFailure, CommitUncertain, TypeError, ValueError: as `lease` and `put`.
         """
+        check_user(user)
+        _check_version(version)
+        if lease is not None:
+            check_type("lease", lease, Lease, "what Store.lease returns, or None")
         if lease is not None and lease.user != user:
             raise ValueError(f"lease must be one of {user!r}, got one of {lease.user!r}")
         if lease is None:
@@ -207,7 +219,12 @@ class Store:
             UnknownUser, UnknownVersion: if there is no such version.
             DamagedState: if ``version``, or with ``strict`` the newest, or each version, is damaged.
             StorageFailure: if index or target cannot be read.
+            TypeError, ValueError: if an argument is of a wrong type.
         """
+        check_user(user)
+        check_bool("strict", strict)
+        if version is not None:
+            _check_version(version)
         while True:
             state, damaged = self._first_sound(user, version, version is None and not strict)
             if not damaged or set(damaged) <= set(self.index.versions(user)):
@@ -242,7 +259,8 @@ class Store:
             yield from (v for v in self.index.versions(user) if v.number < first.number)
 
     def history(self, user: str) -> list[Version]:
-        """A user's stored versions, newest first. Raises `UnknownUser` and `StorageFailure`."""
+        """A user's stored versions, newest first. Raises `UnknownUser`, `StorageFailure`, and ValueError for no id."""
+        check_user(user)
         return self.index.versions(user)
 
     def users(self) -> list[User]:
@@ -290,7 +308,9 @@ class Store:
             StorageFailure: if something could not be removed yet, of this user or of one forgotten before, after all
                 else was; call again.
             CommitUncertain: if the index failed during a commit; call again.
+            ValueError: if ``user`` can be no user's id.
         """
+        check_user(user)
         with _target_failures():
             forget(self.index, self.blobs, user)
 
@@ -325,7 +345,13 @@ def _target_failures():
         raise StorageFailure(f"the blobs are out of reach: {error}") from error
 
 
-def _check_user(user: str) -> None:
+def _check_version(version: int) -> None:
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise TypeError(f"version must be a whole number, got {version!r:.80}")
+
+
+def check_user(user: str) -> None:
+    """Raise ValueError unless ``user`` can be a user's id, see `Store.lease`."""
     if not isinstance(user, str):
         raise ValueError(f"user must be a string, got {user!r:.200}")
     try:
