@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor, nn
+
 T = TypeVar("T")
+
+MOST_ROWS = 2**24
+"""The largest number of rows of a layer's window, its memory or a user's weights."""
+
+_LAST = re.compile(r"last:(?:(?P<count>\d+)|(?P<share>\d*\.\d+|\d+\.))", re.ASCII)
 
 
 def check_type(name: str, value: Any, kind: type[T] | tuple[type[T], ...], allowed: str) -> T:
@@ -43,6 +52,53 @@ def check_path(name: str, value: str | os.PathLike) -> Path:
     if not isinstance(text, str) or not text:
         raise ValueError(f"{name} must be a path of at least one character, got {value!r:.80}")
     return Path(text)
+
+
+def check_model(value: nn.Module, name: str = "model") -> nn.Module:
+    """``value``, if it is a module.
+
+    Raises:
+        TypeError: otherwise.
+    """
+    return check_type(name, value, nn.Module, "a torch.nn.Module")
+
+
+def check_dense(name: str, value: Tensor) -> Tensor:
+    """``value``, if it is a strided tensor whose numbers are in memory.
+
+    Raises:
+        TypeError: otherwise.
+    """
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
+        kind = type(value).__name__
+        if isinstance(value, Tensor):
+            kind = "one on the meta device" if value.is_meta else f"a {value.layout} tensor"
+        raise TypeError(f"{name} must be a dense tensor with data, got {kind}")
+    return value
+
+
+def check_token_ids(name: str, ids: Tensor, model: Any) -> Tensor:
+    """``ids``, if they are (B, T) int64 tokens of the vocabulary of ``model``, a transformers language model.
+
+    Raises:
+        TypeError: if ``ids`` is no such tensor, or ``model`` has no input embeddings.
+        ValueError: for a wrong shape, or a token outside the vocabulary.
+    """
+    check_dense(name, ids)
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {ids.dtype}")
+    if ids.ndim != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
+        raise ValueError(f"{name} must have shape (B, T) with B, T >= 1, got {tuple(ids.shape)}")
+    if not hasattr(model, "get_input_embeddings"):
+        raise TypeError(
+            f"model must be a transformers causal language model to read tokens, got {type(model).__name__}; "
+            "ttt.learning learns with other models"
+        )
+    vocabulary = model.get_input_embeddings().num_embeddings
+    low, high = torch.stack(ids.aminmax()).tolist()
+    if low < 0 or high >= vocabulary:
+        raise ValueError(f"{name} must be in [0, {vocabulary}), got {low} to {high}")
+    return ids
 
 
 def check_number(
@@ -116,15 +172,34 @@ def check_names(name: str, value: Sequence[str] | str | None) -> Sequence[str] |
 
 
 def check_layers(name: str, value: Sequence[int] | str) -> Sequence[int] | str:
-    """``value``, if it is a string or a sequence of whole numbers, as ``TTTConfig.layers`` is.
+    """``value``, if it is "all", "last:" and a number, or a sequence of whole numbers, as ``TTTConfig.layers`` is.
 
     Raises:
         ValueError: otherwise.
     """
-    if not isinstance(value, str) and not _sequence_of(value, int):
-        raise ValueError(f'{name} must be "all", "last:0.25", "last:2" or a list of indices, got {value!r:.200}')
-    return value
+    if value == "all" or (not isinstance(value, str) and _sequence_of(value, int)):
+        return value
+    if isinstance(value, str) and last_blocks(value) is not None:
+        return value
+    raise ValueError(
+        f'{name} must be "all", "last:F" with a share F in (0.0, 1.0], "last:N" with a whole number N of at least 1, '
+        f"or a list of indices, got {value!r:.200}"
+    )
+
+
+def last_blocks(text: str) -> int | float | None:
+    """The number of blocks that "last:2" names, a whole number, or the share of them that "last:0.25" names.
+
+    It is None for other texts, and for a number or a share that is 0 or a share above 1.
+    """
+    found = _LAST.fullmatch(text)
+    if found is None:
+        return None
+    amount = int(found["count"]) if found["count"] else float(found["share"])
+    return amount if amount > 0 and (isinstance(amount, int) or amount <= 1) else None
 
 
 def _sequence_of(value: object, kind: type) -> bool:
+    if isinstance(value, (bytes, bytearray)):
+        return False
     return isinstance(value, Sequence) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)

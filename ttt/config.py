@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ttt.checks import check_choice, check_layers, check_names, check_number, check_whole
+from ttt.checks import MOST_ROWS, check_choice, check_layers, check_names, check_number, check_whole
 from ttt.defences import (
     EWC,
     KINDS,
@@ -133,7 +133,8 @@ class TTTConfig(FlatSettings):
         target_modules: as in PEFT: a list of names or name suffixes, or one regular expression that the
             whole name must match, or ``"all-linear"``.
         layers: which blocks of a stack: ``"all"``, ``"last:0.25"`` (the last quarter, rounded up),
-            ``"last:2"`` (the last two), or a list of indices, negative ones counting from the end.
+            ``"last:2"`` (the last two; the model must have as many), or a list of indices, negative ones counting from
+            the end.
             The index of a module is the first number in its name.
         lr: step per token (eta), in the units of ``rate``. The loss is summed over tokens, so the rate does not depend
             on ``chunk`` or ``window`` to first order.
@@ -190,14 +191,14 @@ class TTTConfig(FlatSettings):
             object.__setattr__(self, name, value)
 
         check_number("lr", self.lr, 0.0, finite=True)
-        check_whole("window", self.window, 1)
+        check_whole("window", self.window, 1, MOST_ROWS)
         check_whole("chunk", self.chunk, 1)
         check_choice("rate", self.rate, ("constant", "energy", "rms"))
         for name in ("clip", "burst"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0.0, above=True, finite=True)
         check_number("momentum", self.momentum, 0.0, 1.0, below=True)
-        check_whole("replay_capacity", self.replay_capacity, 1)
+        check_whole("replay_capacity", self.replay_capacity, 1, MOST_ROWS)
         check_number("head_mass", self.head_mass, 0.0, 0.5)
         if self.state_dtype is not None:
             check_choice("state_dtype", self.state_dtype, ("float32", "bfloat16", "8bit"))

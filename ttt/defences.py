@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from ttt.checks import check_choice, check_number, check_whole
+from ttt.checks import MOST_ROWS, check_choice, check_number, check_whole
 from ttt.ops.schema import MAX_REPLAY_ROWS
 
 
@@ -212,7 +212,7 @@ class LayerGenerativeReplay(_Rows):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._whole("rank", 1)
+        self._whole("rank", 1, MOST_ROWS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,7 +350,7 @@ class LowRank:
 
     def __post_init__(self) -> None:
         for name in ("slots", "rank", "window"):
-            check_whole(name, getattr(self, name), 1)
+            check_whole(name, getattr(self, name), 1, MOST_ROWS)
 
     @property
     def capacity(self) -> int:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import nn
 
 from ttt.atomic import refuse_torn
 from ttt.signals import SignalsDeferred
-
-_LOCK = "_ttt_lock"  # in the layer's __dict__: not a module, parameter or buffer
 
 
 class LayerLock:
@@ -43,7 +41,7 @@ class LayerLock:
 
 
 @contextlib.contextmanager
-def exclusive(layers: Sequence[nn.Module], what: str, *, repairs: bool = False) -> Iterator[None]:
+def exclusive(layers: Sequence[Any], what: str, *, repairs: bool = False) -> Iterator[None]:
     """Inside, no other thread enters with one of ``layers``, and tensors are ordinary ones in inference mode, too.
 
     Layers keep what a backward pass leaves and the rows of the present window: two threads would mix them, and a thread
@@ -51,13 +49,14 @@ def exclusive(layers: Sequence[nn.Module], what: str, *, repairs: bool = False) 
     second thread is refused, not made to wait: it would not know for how long.
 
     Args:
+        layers: `ttt.nn.Linear` or `ttt.nn.LowRankLinear`.
         what: the name of the caller, for messages.
         repairs: whether the block puts a complete state in place, so that torn layers are allowed.
 
     Raises:
         RuntimeError: if another thread is inside, or a write to one of the layers ended half-way (`ttt.atomic`).
     """
-    locks = [layer.__dict__.setdefault(_LOCK, LayerLock()) for layer in layers]
+    locks = [layer.lock for layer in layers]
     taken: list[LayerLock] = []
     try:
         with SignalsDeferred():

@@ -3,6 +3,7 @@ import functools
 
 import pytest
 import torch
+from tiny_models import assert_same, state_of
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -44,10 +45,107 @@ def test_targets_are_chosen_as_in_peft():
 @pytest.mark.parametrize(
     ("layers", "wanted"),
     [("last:0.25", [6, 7]), ("last:0.3", [5, 6, 7]), ("last:1", [7]), ("last:1.0", list(range(8))), ([0, -1], [0, 7]),
-     ("all", list(range(8))), ("last:99", list(range(8)))],
+     ("all", list(range(8))), ("last:8", list(range(8))), ("last:.25", [6, 7])],
 )  # fmt: skip
 def test_layers(layers, wanted):
     assert adapted(target_modules=["down_proj"], layers=layers) == [f"layers.{i}.down_proj" for i in wanted]
+
+
+@pytest.mark.parametrize(
+    "layers",
+    ["first", "last", "last:", "last:0", "last:0.0", "last:2.5", "last:1.01", "last:-1", "last:nan", "last:1e0",
+     "last: 2", "last:1_0", "LAST:2", "", b"ab", [True], [0.5], None, 3],
+)  # fmt: skip
+def test_layers_that_name_no_blocks_are_refused(layers):
+    with pytest.raises(ValueError, match=r'layers must be "all", "last:F" with a share F in .* indices, got'):
+        ttt.TTTConfig(layers=layers)
+
+
+def test_more_blocks_than_there_are_cannot_be_chosen():
+    model = Model()
+    before = list(model.modules())
+    with pytest.raises(ValueError, match="'last:99' asks for more than the model's 8 blocks; last:8 is all"):
+        ttt.adapt_(model, ttt.TTTConfig(target_modules=["down_proj"], layers="last:99"))
+    assert list(model.modules()) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "filter_fn"),
+    [({"target_modules": "all-linear"}, None), ({"target_modules": ["x"]}, None), ({}, lambda module, name: True)],
+)
+def test_a_bare_linear_layer_is_refused_by_name(options, filter_fn):
+    model = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"model must hold the linear layers .* it is one itself \(Linear\).*wrap it"):
+        ttt.adapt_(model, ttt.TTTConfig(**options), filter_fn=filter_fn)
+    assert model.weight.requires_grad
+    assert not any(name.startswith("_ttt") for name in vars(model))
+
+
+def test_wrong_types_are_refused_by_name(tmp_path):
+    model = Model()
+    config = ttt.TTTConfig(target_modules=["head"])
+    for call, match in (
+        (lambda: ttt.adapt_(None, config), "model must be a torch.nn.Module, got None"),
+        (lambda: ttt.adapt_("x", config), "model must be a torch.nn.Module, got str 'x'"),
+        (lambda: ttt.adapt_(model, {"lr": 1}), "config must be a ttt.TTTConfig or None, got dict"),
+        (lambda: ttt.adapt_(model, ["head"]), "config must be a ttt.TTTConfig or None, got list"),
+        (lambda: ttt.adapt_(model, config, "head"), "filter_fn must be a function of .* got str"),
+        (lambda: ttt.restore_(3), "model must be a torch.nn.Module, got int 3"),
+        (lambda: ttt.learning_layers(3), "model must be a torch.nn.Module, got int 3"),
+        (lambda: ttt.fork("x"), "model must be a torch.nn.Module"),
+        (lambda: ttt.memory_usage("x"), "model must be a torch.nn.Module"),
+        (lambda: ttt.save("x", tmp_path / "x"), "model must be a torch.nn.Module"),
+        (lambda: ttt.load("x", tmp_path / "x"), "model must be a torch.nn.Module"),
+        (lambda: ttt.pool_of(3), "model must be a torch.nn.Module"),
+        (lambda: ttt.capturable_(3, 8), "model must be a torch.nn.Module"),
+        (lambda: ttt.learning("x").__enter__(), "model must be a torch.nn.Module, got str 'x'"),
+        (lambda: ttt.export_peft(3, tmp_path / "x"), "source must be a model or a user's state"),
+        (lambda: ttt.export_peft({1: 2}, tmp_path / "x"), "a name in source must be a string, got int 1"),
+        (lambda: ttt.export_peft({"0.a": 2, "0.b": 3}, tmp_path / "x"), "0.a must be a dense tensor"),
+        (lambda: ttt.export_peft({}, None), "folder must be a path"),
+        (lambda: ttt.import_peft(None), "folder must be a path .*, got None"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            call()
+    assert list(tmp_path.iterdir()) == []
+    ttt.adapt_(model, config)
+    before = state_of(model)
+    for call, match in (
+        (lambda: ttt.restore_(model, "yes"), "keep_learned must be True or False, got str 'yes'"),
+        (lambda: ttt.save(model, None), "path must be a path .*, got None"),
+        (lambda: ttt.save(model, 3), "path must be a path .*, got int 3"),
+        (lambda: ttt.load(model, None), "path must be a path .*, got None"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            call()
+    with pytest.raises(ValueError, match="path must be a path of at least one character, got ''"):
+        ttt.save(model, "")
+    assert_same(before, state_of(model))
+
+
+@pytest.mark.parametrize("field", ["window", "replay_capacity"])
+def test_sizes_that_cannot_be_held_are_refused_by_name(field):
+    with pytest.raises(ValueError, match=rf"{field} must be a whole number in \[1, 16777216\], got 1000000000000"):
+        ttt.TTTConfig(**{field: 10**12})
+    for name in ("slots", "rank", "window"):
+        with pytest.raises(ValueError, match=rf"{name} must be a whole number in \[1, 16777216\], got 1000000000000"):
+            ttt.LowRank(**{name: 10**12})
+    with pytest.raises(ValueError, match=r"LayerGenerativeReplay.rank must be a whole number in"):
+        ttt.LayerGenerativeReplay(rank=10**12)
+
+
+def test_too_little_memory_names_what_takes_it(monkeypatch):
+    model = Model()
+    before = list(model.modules())
+
+    def full(*args, **kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(ttt.nn.Linear, "_build", full)
+    with pytest.raises(MemoryError, match="too little memory for the state of layer head with window = 64, replay_cap"):
+        ttt.adapt_(model, ttt.TTTConfig(target_modules=["head"]))
+    monkeypatch.undo()
+    assert list(model.modules()) == before
 
 
 def test_the_model_itself_is_returned():

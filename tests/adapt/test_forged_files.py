@@ -40,6 +40,8 @@ def with_values(case, tmp_path, **values):
         ({"pending": 6}, r"pending must be in \[0, 5\], got 6"),
         ({"recent_seen": -1}, "layer 0: recent_seen must hold numbers in"),
         ({"recent_seen": 2**63 - 1}, "recent_seen must hold numbers in"),
+        ({"recent_seen": 2**31}, "recent_seen must hold numbers in"),
+        ({"seen": 2**31}, "seen must hold numbers in"),
         ({"seen": -(10**6)}, "layer 0: seen must hold"),
         ({"step": -1}, "step must hold"),
         ({"step": 0}, r"tokens must be 0 before the first commit \(step 0\)"),
@@ -137,7 +139,7 @@ def test_metadata_that_is_no_configuration(first_case, tmp_path, text, match):
 
 
 def test_sizes_that_no_memory_can_hold(tmp_path):
-    """A layer of 2^22 inputs and a window of 2^40 rows: more bytes than 63 bits count."""
+    """A layer of 2^22 inputs and a window of 2^40 rows: more bytes than 63 bits count, and refused before that."""
     model = nn.Sequential(nn.Linear(2**22, 1, bias=False))
     config = ttt.TTTConfig(target_modules="all-linear", window=1, protect=[])
     path = tmp_path / "bad.safetensors"
@@ -146,7 +148,7 @@ def test_sizes_that_no_memory_can_hold(tmp_path):
     values = json.loads(metadata["config"]) | {"window": 2**40}
     forge(path, tensors, {**metadata, "config": json.dumps(values)})
     before = list(model.modules())
-    with pytest.raises(ValueError, match=r"bad\.safetensors: the configuration asks for tensors that are too large"):
+    with pytest.raises(ValueError, match=r"bad\.safetensors.*window must be a whole number in \[1, 16777216\]"):
         ttt.load(model, path)
     assert list(model.modules()) == before
 
@@ -159,8 +161,8 @@ def test_names_of_layers_that_are_not_valid(first_case, tmp_path, text):
 
 @pytest.mark.parametrize("field", ["window", "replay_capacity", "orthogonal", "generated_rank"])
 def test_sizes_are_compared_before_anything_of_that_size_is_made(first_case, tmp_path, field, monkeypatch):
-    """10^8 rows are refused without a tensor of that size."""
-    config = json.loads(first_case.metadata["config"]) | {field: 10**8}
+    """10^7 rows are refused without a tensor of that size."""
+    config = json.loads(first_case.metadata["config"]) | {field: 10**7}
     path = forge(
         tmp_path / "bad.safetensors", first_case.tensors, {**first_case.metadata, "config": json.dumps(config)}
     )

@@ -278,7 +278,7 @@ def test_wrong_arguments_are_refused_and_change_nothing():
         with pytest.raises(ValueError, match=name):
             ttt.Guard([ids_of(1, 9)], **options)
     for batches, match in (([], "at least one batch"), ([ids_of(1, 1)], "2 to 64"), ([ids_of(1, 65)], "2 to 64"),
-                           ([torch.full((1, 9), VOCAB)], "input_ids")):  # fmt: skip
+                           ([torch.full((1, 9), VOCAB)], "each of batches must be in")):  # fmt: skip
         with pytest.raises(ValueError, match=match):
             ttt.Learner(model, guard=ttt.Guard(batches))
     guard = ttt.Guard([ids_of(1, 9)])

@@ -1,6 +1,8 @@
 """The learner on tiny random Hugging Face models."""
 
 import copy
+import functools
+import math
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from tiny_models import TARGETS, VOCAB, adapted, assert_same, ids_of, state_of, 
 
 import ttt
 from ttt.adapt.convert import learning_layers
+
+ONES = torch.ones(1, 5, dtype=torch.long)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
@@ -342,6 +346,23 @@ def test_16_bit_models_learn():
         (torch.full((1, 5), VOCAB), {}, ValueError, rf"input_ids must be in \[0, {VOCAB}\)"),
         (torch.zeros(1, 5, dtype=torch.long), {"learn_mask": torch.ones(1, 4)}, ValueError, "learn_mask must have"),
         (torch.zeros(1, 5, dtype=torch.long), {"attention_mask": torch.ones(5)}, ValueError, "attention_mask must"),
+        ("text", {}, TypeError, "input_ids must be a dense tensor with data, got str"),
+        (None, {}, TypeError, "input_ids must be a dense tensor with data, got NoneType"),
+        ([[1, 2]], {}, TypeError, "input_ids must be a dense tensor with data, got list"),
+        (torch.zeros(1, 5, dtype=torch.long, device="meta"), {}, TypeError, "input_ids must .* the meta device"),
+        (torch.zeros(1, 5, dtype=torch.long).to_sparse(), {}, TypeError, "input_ids must .* sparse"),
+        (torch.ones(1, 3, dtype=torch.bool), {}, TypeError, "input_ids must be int64, got torch.bool"),
+        (ONES, {"attention_mask": [[1] * 5]}, TypeError, "attention_mask must be a dense tensor with data, got list"),
+        (ONES, {"learn_mask": True}, TypeError, "learn_mask must be a dense tensor with data, got bool"),
+        (ONES, {"learn_mask": ONES.to("meta")}, TypeError, "learn_mask must be a dense tensor with data"),
+        (ONES, {"learn_mask": 2 * ONES}, ValueError, "learn_mask must hold True and False, or 0 and 1, got 2"),
+        (ONES, {"attention_mask": -ONES}, ValueError, "attention_mask must hold True and False, or 0 and 1, got -1"),
+        (ONES, {"attention_mask": 0.5 * ONES}, ValueError, "attention_mask must hold .* got 0.5"),
+        (ONES, {"learn_mask": torch.nan * ONES}, ValueError, "learn_mask must hold .* got nan"),
+        (ONES, {"learn": "no"}, TypeError, "learn must be True or False, got str 'no'"),
+        (ONES, {"learn": None}, TypeError, "learn must be True or False, got None"),
+        (ONES, {"learn": 1}, TypeError, "learn must be True or False, got int 1"),
+        (ONES, {"users": ["a"]}, ValueError, "users must be given if, and only if"),
     ],
 )
 def test_bad_input_is_refused_and_changes_nothing(ids, options, error, message):
@@ -352,11 +373,92 @@ def test_bad_input_is_refused_and_changes_nothing(ids, options, error, message):
     assert_same(before, state_of(model))
 
 
-def test_a_text_of_one_token_gives_no_scores():
+def test_wrong_types_are_refused_by_name_and_change_nothing():
+    model, learner = adapted()
+    learner.observe(ids_of(1, 20))
+    fresh, before = adapted()[1], state_of(model)
+    generate = functools.partial(learner.generate, ids_of(1, 3))
+    for call, match in (
+        (lambda: ttt.Learner(3), "model must be a torch.nn.Module, got int 3"),
+        (lambda: ttt.Learner(None), "model must be a torch.nn.Module, got None"),
+        (lambda: ttt.Learner(model, guard="x"), "guard must be a ttt.Guard or None, got str 'x'"),
+        (lambda: ttt.Learner(model, rules=3), "rules must be a list of ttt.rules.StreamRule, got int 3"),
+        (lambda: ttt.Learner(model, rules=["x"]), "rules must be ttt.rules.StreamRule"),
+        (lambda: ttt.Guard(None), "batches must be a list of .* got None"),
+        (lambda: ttt.Learner(model, guard=ttt.Guard("x")), "each of batches must be a dense tensor with data, got str"),
+        (lambda: learner.rollback(None), "snapshot must be what Learner.snapshot returns, got None"),
+        (lambda: learner.rollback([{}]), "snapshot must be what Learner.snapshot returns, got list"),
+        (lambda: fresh.calibrate(None), "batches must be an iterable of batches, got None"),
+        (lambda: fresh.calibrate("x"), "each of batches must be a dense tensor with data, got str"),
+        (lambda: fresh.calibrate([ids_of(1, 9).float()]), "each of batches must be int64"),
+        (lambda: fresh.calibrate([ids_of(1, 9)], loss=3), "loss must be a function of .* got int"),
+        (lambda: fresh.calibrate([1], loss=lambda model, batch: 3.0), "loss must return a scalar tensor .* got float"),
+        (lambda: fresh.calibrate([1], loss=lambda model, batch: torch.ones(())), "loss must return .* without a graph"),
+        (lambda: learner.generate("x", max_new_tokens=2), "input_ids must be a dense tensor with data, got str"),
+        (
+            lambda: learner.generate(ids_of(1, 3), max_new_tokens=2, learn_prompt=2),
+            "learn_prompt must be True or False",
+        ),
+        (lambda: generate(max_new_tokens=2, generator=2), "generator must be a torch.Generator"),
+        (lambda: ttt.GraphedLearner(model), "learner must be a ttt.Learner, got LlamaForCausalLM"),
+        (lambda: ttt.GraphedLearner(learner, graph=0), "graph must be True or False"),
+        (lambda: ttt.GrowingLearner(model), "learner must be a ttt.Learner, got LlamaForCausalLM"),
+        (lambda: ttt.GrowingLearner(learner).observe(ids_of(1, 3), learn=0), "learn must be True or False"),
+        (lambda: ttt.GrowingLearner(learner).load(None), "path must be a path .*, got None"),
+        (lambda: ttt.GrowingLearner(learner).save(3), "path must be a path .*, got int 3"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            call()
+    for call, match in (
+        (lambda: ttt.Learner(model, context="x"), "context must be a whole number of at least 2, got 'x'"),
+        (lambda: ttt.Learner(model, context=1), "context must be a whole number of at least 2, got 1"),
+        (lambda: fresh.calibrate(ids_of(2, 9)), r"each of batches must have shape \(B, T\)"),
+        (lambda: generate(max_new_tokens=None), "max_new_tokens must be a whole number"),
+        (
+            lambda: learner.generate(ids_of(1, 3), max_new_tokens=2, learn_every=None),
+            "learn_every must be a whole number",
+        ),
+        (lambda: generate(max_new_tokens=2, temperature="x"), "temperature must be a number in"),
+        (lambda: generate(max_new_tokens=2, eos_token_id=[1]), "eos_token_id must be a whole"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
+    assert_same(before, state_of(model))
+    assert not any(bool(layer.seen) for layer in fresh.layers)
+
+
+def test_a_model_that_reads_no_tokens_is_refused_by_name():
+    model = ttt.adapt_(torch.nn.Sequential(torch.nn.Linear(4, 4)), plain_config(), filter_fn=lambda *_: True)
+    with pytest.raises(TypeError, match="model must be a transformers causal language model to read tokens, got Seq"):
+        ttt.Learner(model).observe(ids_of(1, 9))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_padding_between_tokens_is_not_seen_either(family):
+    """As where texts were joined: only the token after it is not scored."""
+    model, learner = adapted(family)
+    ids = ids_of(1, 20)
+    plain = learner.observe(ids, learn=False).nll[0]
+    holed = torch.cat([ids[:, :7], ids_of(1, 4), ids[:, 7:]], 1)
+    mask = torch.ones_like(holed)
+    mask[:, 7:11] = 0
+    output = learner.observe(holed, attention_mask=mask, learn=False)
+    torch.testing.assert_close(output.nll[output.mask], torch.cat([plain[:6], plain[7:]]), rtol=1e-4, atol=1e-4)
+    learner.observe(holed, attention_mask=mask)
+    found = state_of(model)
+    learner.reset()
+    learner.observe(torch.where(mask == 1, holed, 0), attention_mask=mask)
+    assert_same(found, state_of(model))
+
+
+def test_a_text_of_which_nothing_is_scored_has_no_mean():
     _, learner = adapted()
-    output = learner.observe(ids_of(2, 1))
-    assert output.nll.shape == (2, 0)
-    assert (output.learned, output.rejected) == (0, 0)
+    for ids, mask in ((ids_of(2, 1), None), (ids_of(2, 9), torch.zeros(2, 9))):
+        output = learner.observe(ids, attention_mask=mask)
+        assert not output.mask.any()
+        assert math.isnan(output.bits)
+        assert (output.learned, output.rejected) == (0, 0)
+    assert learner.observe(ids_of(2, 1)).nll.shape == (2, 0)
 
 
 def test_compiled_adapted_model_equals_eager():

@@ -204,6 +204,15 @@ def test_capturable_refuses_before_it_changes_a_layer():
     assert model[0].capturable is None
 
 
+def test_a_learning_block_that_fails_leaves_nothing_on_the_layers():
+    layer = ttt.nn.Linear(4, 4, config=plain_config())
+    before = sorted(vars(layer))
+    with pytest.raises(FloatingPointError), ttt.learning(layer):
+        (layer(torch.randn(2, 4)) * torch.inf).sum().backward()
+    assert sorted(vars(layer)) == before
+    assert copy.deepcopy(layer).lock is not layer.lock
+
+
 def test_a_failed_call_leaves_the_layers_free_for_other_threads():
     _, learner = adapted()
     with pytest.raises(TypeError):

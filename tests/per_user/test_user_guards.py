@@ -232,8 +232,11 @@ def test_guards_are_refused_where_they_cannot_be_right():
     with pytest.raises(ValueError, match="model has guards for its users already"):
         UserGuards(model, [ids_of(2, 9)])
     model, learner = adapted()
-    for batches, message in (([], "at least one batch"), ([ids_of(2, 1)], "T >= 2"), ([ids_of(2, 9).int()], "int64")):
-        with pytest.raises(ValueError, match=message):
+    for batches, message in (
+        ([], "at least one batch"), ([ids_of(2, 1)], "at least 2 tokens"), ([ids_of(2, 9).int()], "int64"),
+        (5, "batches must be a list"), ([ids_of(2, 9) + 1000], "each of batches must be in"),
+    ):  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=message):
             UserGuards(model, batches)
     learner.observe(ids_of(1, 9), users=["a"])
     with pytest.raises(ValueError, match=r"before users learn: \['a'\] have slots already"):

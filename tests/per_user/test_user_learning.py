@@ -234,10 +234,19 @@ def test_refusals_change_nothing():
     learner.observe(ids, users=["a", "b"])
     before = exports(learner.pool, "a", "b")
     for users, message in (
-        (None, "users must be given"), (["a"], "an entry for each of the 2 rows, got 1"), ([], "an entry for each")
+        (None, "users must be given"), (["a"], "an entry for each of the 2 rows, got 1"), ([], "a list with a user"),
+        ("ab", "a list with a user"), (3, "a list with a user"), ({"a", "b"}, "a list with a user"),
+        ([["a"], "b"], "user must be hashable, as a string is, got list"),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             learner.observe(ids, users=users)
+    pool = learner.pool
+    for call in (pool.open, pool.slot, pool.evict, pool.forget, pool.export, lambda user: pool.load(user, {})):
+        with pytest.raises(TypeError, match=r"user must be hashable, as a string is, got dict {}"):
+            call({})
+    for users in (3, None, [["a"], "b"]):
+        with pytest.raises(TypeError, match=r"users? must be"), ttt.users(learner.model, users):
+            pass
     with pytest.raises(ValueError, match="names 3 users"):
         learner.observe(ids_of(3, 12), users=["c", "d", "e"])
     with pytest.raises(ValueError, match=r"input_ids must be in \[0"):

@@ -31,6 +31,7 @@ from ttt.adapt.convert import (
     weight_of,
 )
 from ttt.atomic import whole_write
+from ttt.checks import check_path
 from ttt.files import write_atomically
 from ttt.layer_lock import exclusive
 from ttt.nn import Linear
@@ -54,16 +55,18 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     step: a crash leaves the old file or the new one, never a part.
 
     Raises:
+        TypeError: if ``model`` is no module or ``path`` no path. Nothing is written then.
         ValueError: if ``model`` has no learning layer or was adapted for users, or if its state is one that `load`
             would refuse: values that are not finite, for instance. Nothing is written then.
         RuntimeError: if another thread is in a method of the model's learners or in `ttt.learning`, or a write to the
             layers ended half-way. Nothing is written then.
         OSError: if the file cannot be written; a file that was there is unharmed.
     """
+    path = check_path("path", path)
     _refuse_users(model, "saved")
     with exclusive(require_layers(model), "ttt.save"):
         content = _bytes_of_model(model)
-    write_atomically(Path(path), content)
+    write_atomically(path, content)
 
 
 def _bytes_of_model(model: nn.Module) -> bytes:
@@ -102,6 +105,7 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         ``model``.
 
     Raises:
+        TypeError: if ``model`` is no module or ``path`` no path.
         ValueError: if the file is truncated, damaged, forged or of another version, if it belongs to another model, or
             if ``model`` was adapted for users. ``model`` is unchanged, to the bit.
         OSError: if the file cannot be read; ``model`` is unchanged.
@@ -109,10 +113,11 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
             capturable and must replace what it shares with a fork, see `ttt.nn.Linear.capturable_`. ``model`` is
             unchanged.
     """
+    path = check_path("path", path)
     _refuse_users(model, "given the state of a file")
     adapted = dict(learning_layers(model))
     with exclusive(list(adapted.values()), "ttt.load", repairs=True):
-        return _load(model, adapted, Path(path))
+        return _load(model, adapted, path)
 
 
 def _load(model: nn.Module, adapted: dict[str, Linear], path: Path) -> nn.Module:
@@ -126,7 +131,7 @@ def _load(model: nn.Module, adapted: dict[str, Linear], path: Path) -> nn.Module
             trials = {name: _trial_layer(layer) for name, layer in adapted.items()}
         else:
             check_adaptable(model, [(name, possible[name]) for name in names])
-            trials = {name: validate.blank_layer(str(path), weight_of(possible[name]), config, name) for name in names}
+            trials = {name: validate.blank_layer(weight_of(possible[name]), config, name) for name in names}
         _check_layout(path, file, adapted or trials)
         if metadata.get("base_sha256") != base_hash(model, None if adapted else names):
             raise ValueError(f"{path} belongs to another base model: the hash of the base weights differs")
@@ -226,7 +231,7 @@ def _by_layer(tensors: State) -> dict[str, tuple[State, State]]:
 
 def _trial_layer(layer: Linear) -> Linear:
     """A layer without memory, as `validate.check_state` takes it, that learns as ``layer`` does."""
-    trial = validate.blank_layer(layer.name, layer.weight, layer.config, layer.name)
+    trial = validate.blank_layer(layer.weight, layer.config, layer.name)
     trial.strength = layer.strength
     return trial
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import re
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt.atomic import whole_write
-from ttt.checks import check_layers, check_names
+from ttt.checks import check_bool, check_layers, check_model, check_names, check_type, last_blocks
 from ttt.config import TTTConfig
 from ttt.layer_lock import exclusive
 from ttt.nn import Linear, LowRankLinear
@@ -47,9 +48,18 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
         ``model``.
 
     Raises:
-        ValueError: if nothing matches (the error lists the nearest names), the model is adapted already, or a
-            match cannot learn: tied weights, 3-D expert parameters, a dtype or module type without support.
+        TypeError: if ``model`` is no module, ``config`` no `TTTConfig`, or ``filter_fn`` no function.
+        ValueError: if nothing matches (the error lists the nearest names), the model is adapted already, it is a linear
+            layer itself, which cannot be replaced in place, or a match cannot learn: tied weights, 3-D expert
+            parameters, a dtype or module type without support.
+        MemoryError: if there is too little memory for the state of the layers (on a GPU torch.OutOfMemoryError).
     """
+    check_model(model)
+    if config is not None:
+        check_type("config", config, TTTConfig, "a ttt.TTTConfig or None")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be a function of (module, name) or None, got {type(filter_fn).__name__}")
+    _refuse_bare(model)
     config = config or TTTConfig()
     if hasattr(model, _ORIGINALS):
         raise ValueError("model is adapted already; ttt.restore_(model) first")
@@ -60,7 +70,7 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
     placed: list[tuple[str, nn.Module]] = []
     try:
         # All layers are made before one is placed: that takes the memory, and is what fails if there is too little.
-        layers = {name: make(module, config, name) for name, module in chosen}
+        layers = {name: _made(make, module, config, name) for name, module in chosen}
         for name, module in chosen:
             layers[name].train(module.training)
             placed.append((name, module))
@@ -102,7 +112,8 @@ def restore_(model: nn.Module, keep_learned: bool = False) -> nn.Module:
         RuntimeError: if another thread is in a method of the model's learners or in `ttt.learning`, or uses its users;
             inside `ttt.learning`; with ``keep_learned``, if a write to the layers ended half-way.
     """
-    originals = _originals(model)
+    originals = _originals(check_model(model))
+    check_bool("keep_learned", keep_learned)
     if not has_pool(model):
         layers = [(name, layer) for name, layer in learning_layers(model) if name in originals]
         with exclusive([layer for _, layer in layers], "ttt.restore_", repairs=not keep_learned):
@@ -156,7 +167,12 @@ def _take_out(model: nn.Module, layers: Mapping[str, Linear | LowRankLinear], or
 
 
 def learning_layers(model: nn.Module) -> list[tuple[str, Linear]]:
-    """(fully qualified name, layer) of every `ttt.nn.Linear` in ``model``, in the model's order."""
+    """(fully qualified name, layer) of every `ttt.nn.Linear` in ``model``, in the model's order.
+
+    Raises:
+        TypeError: if ``model`` is no module.
+    """
+    check_model(model)
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
 
 
@@ -164,7 +180,7 @@ def require_layers(model: nn.Module) -> list[Linear]:
     """The learning layers of ``model``.
 
     Raises:
-        ValueError: if there is none.
+        TypeError: if ``model`` is no module. ValueError: if there is none.
     """
     layers = [layer for _, layer in learning_layers(model)]
     if not layers and has_pool(model):
@@ -207,9 +223,19 @@ def weight_of(module: Any) -> Tensor:
 
 def check_adaptable(model: nn.Module, chosen: list[tuple[str, nn.Module]]) -> None:
     """Raise ValueError unless all of the ``chosen`` modules of ``model`` can be replaced by learning layers."""
+    _refuse_bare(model)
     tied = _tied_weights(model)
     for name, module in chosen:
         _refuse_unfit(name, module, tied)
+
+
+def _refuse_bare(model: nn.Module) -> None:
+    """Raise ValueError if ``model`` is a linear layer: a module can be replaced in the one that holds it only."""
+    if any(name == "" for name, _ in linear_modules(model)):
+        raise ValueError(
+            f"model must hold the linear layers that are to learn, but it is one itself ({type(model).__name__}), "
+            "which cannot be replaced in place; wrap it, as torch.nn.Sequential(model), or make a ttt.nn.Linear"
+        )
 
 
 def _choose(model: nn.Module, config: TTTConfig, filter_fn: FilterFn | None) -> list[tuple[str, nn.Module]]:
@@ -274,15 +300,13 @@ def _names_in_layers(names: list[str], model: nn.Module, layers) -> set[str]:
         if (found := _INDEX.search(name)) and name[: found.start(1)] in prefixes
     )
     if isinstance(layers, str):
-        kind, _, amount = layers.partition(":")
-        try:
-            value = float(amount)
-        except ValueError:
-            value = math.nan
-        if kind != "last" or not value > 0 or ("." not in amount and value != int(value)):
-            raise ValueError(f'layers must be "all", "last:0.25", "last:2" or a list of indices, got {layers!r}')
-        last = math.ceil(value * count) if "." in amount else int(value)
-        wanted = set(range(max(0, count - last), count))
+        last = last_blocks(layers)
+        assert last is not None  # `TTTConfig` checked it
+        if isinstance(last, float):
+            last = math.ceil(last * count)
+        if last > count:
+            raise ValueError(f"layers = {layers!r} asks for more than the model's {count} blocks; last:{count} is all")
+        wanted = set(range(count - last, count))
     else:
         wanted = set()
         for i in layers:
@@ -316,6 +340,20 @@ def _refuse_unfit(name: str, module: Any, tied: dict[int, list[str]]) -> None:
         raise ValueError(f"{name}.weight is {weight.dtype}; it must be one of {[str(d) for d in DTYPES]}")
     if weight.is_meta:
         raise ValueError(f"{name}.weight is on the meta device; load the model's weights first")
+
+
+def _made(make: Callable[[Any, TTTConfig, str], Any], module: Any, config: TTTConfig, name: str) -> Any:
+    """The layer that ``make`` makes, whose failure for want of memory says what sets how much it takes."""
+    try:
+        return make(module, config, name)
+    except RuntimeError as error:
+        if type(error) is not RuntimeError or "allocate memory" not in str(error):
+            raise
+        sizes = {"window": config.window, "replay_capacity": config.replay_capacity}
+        if config.per_user is not None:
+            sizes = {f"per_user.{key}": value for key, value in dataclasses.asdict(config.per_user).items()} | sizes
+        given = ", ".join(f"{key} = {value}" for key, value in sizes.items())
+        raise MemoryError(f"there is too little memory for the state of layer {name} with {given} ({error})") from None
 
 
 def _learning_layer(module: Any, config: TTTConfig, name: str) -> Linear:

@@ -110,7 +110,7 @@ def memory_usage(*models: nn.Module) -> MemoryUsage:
     """Count the bytes that the learning layers of ``models`` hold; memory shared by a model and its forks counts once.
 
     Raises:
-        ValueError: if there is no model, or one has no learning layer.
+        TypeError, ValueError: if there is no model, or one is no module or has no learning layer.
     """
     if not models:
         raise ValueError("memory_usage needs at least one model, got none")

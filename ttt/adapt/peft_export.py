@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ttt.adapt import factors as lowrank
 from ttt.adapt.convert import learning_layers, require_layers
-from ttt.checks import check_choice
+from ttt.checks import check_bool, check_choice, check_dense, check_path, check_type
 from ttt.files import errors_naming, sync_folder
 from ttt.layer_lock import exclusive
 from ttt.per_user.pool import has_pool
@@ -95,6 +95,8 @@ def export_peft(
         The folder, the rank, and how far what was written is from what was learnt.
 
     Raises:
+        TypeError: if ``source``, ``folder`` or ``fan_in_fan_out`` is of another type, or a state holds more than
+            tensors.
         ValueError: if ``folder`` is not empty, ``rank`` or ``dtype`` is not allowed, the base model is not known,
             ``source`` holds no layer or is a model adapted for users, or a layer's tensors do not fit each other, are
             not finite, or are too large for ``dtype``. Nothing is written.
@@ -102,7 +104,9 @@ def export_peft(
             or a write to the layers ended half-way. Nothing is written.
         OSError: if the folder cannot be written; there is nothing at ``folder`` then.
     """
-    folder = Path(folder)
+    check_type("source", source, (nn.Module, Mapping), "a model or a user's state, a dict of tensors")
+    folder = check_path("folder", folder)
+    check_bool("fan_in_fan_out", fan_in_fan_out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"folder must be new or empty, for servers cache adapters by path; {str(folder)!r} is not")
     if rank is not None and (not isinstance(rank, int) or rank not in RANKS):
@@ -173,6 +177,8 @@ def _of_factors(a: Tensor, b: Tensor, rank: int, dtype: torch.dtype) -> _Change:
 
 
 def _pairs_of(state: Mapping[str, Tensor]) -> Iterator[tuple[str, lowrank.Factors]]:
+    for key in state:
+        check_type("a name in source", key, str, "a string")
     names = sorted({key[:-2] for key in state if key.endswith((".a", ".b"))})
     if not names:
         raise ValueError(f"source holds no layer: no tensors {{layer}}.a and {{layer}}.b among {sorted(state)[:5]}")
@@ -180,6 +186,8 @@ def _pairs_of(state: Mapping[str, Tensor]) -> Iterator[tuple[str, lowrank.Factor
         a, b = state.get(f"{name}.a"), state.get(f"{name}.b")
         if a is None or b is None:
             raise ValueError(f"source holds one of {name}.a and {name}.b only; both are needed")
+        for key, t in ((f"{name}.a", a), (f"{name}.b", b)):
+            check_dense(key, t)
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[0]:
             shapes = tuple(a.shape), tuple(b.shape)
             raise ValueError(f"{name}.a and {name}.b must have shapes (rows, n) and (rows, m), got {shapes}")

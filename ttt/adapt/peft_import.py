@@ -15,7 +15,7 @@ from ttt.adapt.factors import padded
 from ttt.adapt.peft_config import by_pattern, read_config
 from ttt.adapt.peft_export import CONFIG, PREFIX, WEIGHTS
 from ttt.adapt.validate import check_header_size
-from ttt.checks import check_whole
+from ttt.checks import check_path, check_whole
 
 _KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
 _HEADER_BYTES = 1 << 24
@@ -39,13 +39,14 @@ def import_peft(folder: str | os.PathLike, *, rows: int | None = None) -> dict[s
         factor in the file is). m is the size of the output, of a ``Conv1D`` layer, too.
 
     Raises:
+        TypeError: if ``folder`` is no path.
         ValueError: if the adapter asks for what cannot be expressed so (DoRA, bias, modules to save, embeddings,
             initial values that change the base weights, ...), which is named; if ``rows`` is too few; if a field or a
             tensor has a wrong type or is out of range, values that are not finite included; if a pattern is no regular
             expression of the subset in `ttt.adapt.patterns`; or if a file is damaged.
         OSError: if a file cannot be read.
     """
-    folder = Path(folder)
+    folder = check_path("folder", folder)
     if rows is not None:
         check_whole("rows", rows, 1)
     if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():

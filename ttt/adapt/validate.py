@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt.checks import check_layers, check_names
+from ttt.checks import MOST_ROWS, check_layers, check_names
 from ttt.config import TTTConfig
 from ttt.nn import Linear
 from ttt.nn.gaussian import PAST, PRESENT
 from ttt.nn.state import BASE
 from ttt.ops import log8
+from ttt.ops.reference import MOST_ROWS_SEEN
 
 Kind = tuple[tuple[int, ...], str]
 """Shape and dtype of a tensor; the dtype by the name that safetensors gives it."""
@@ -33,6 +34,7 @@ Products of two stay finite in float32, sums of thousands of them included."""
 LARGEST_SQUARE = 2.0**80  # of sums of squared gradients (trace)
 LARGEST_SUM = 2.0**200  # of sums kept in float64
 LARGEST_COUNT = 2**62  # a counter must not overflow int64 when it goes on counting
+LARGEST_SEEN = MOST_ROWS_SEEN - MOST_ROWS  # of rows that a reservoir has counted: there must be room for more
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -156,17 +158,10 @@ def check_numbers(values: Any, what: str) -> None:
 # -- shapes -------------------------------------------------------------------------------------------------------
 
 
-def blank_layer(where: str, weight: Tensor, config: TTTConfig, name: str) -> Linear:
-    """Make a layer for ``weight`` (m, n) on the meta device: its state has shapes and dtypes, and takes no memory.
-
-    Raises:
-        ValueError: if ``config`` asks for tensors that no memory can hold; it begins with ``where``.
-    """
+def blank_layer(weight: Tensor, config: TTTConfig, name: str) -> Linear:
+    """Make a layer for ``weight`` (m, n) on the meta device: its state has shapes and dtypes, and takes no memory."""
     blank = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), requires_grad=False)
-    try:
-        return Linear.from_weight(blank, None, config, name)
-    except (RuntimeError, TypeError, OverflowError) as error:
-        raise ValueError(f"{where}: the configuration asks for tensors that are too large ({error})") from None
+    return Linear.from_weight(blank, None, config, name)
 
 
 def check_layout(where: str, layer: Linear, found: Mapping[str, Kind]) -> None:
@@ -251,6 +246,8 @@ def _check_range(what: str, key: str, t: Tensor, layer: Linear) -> None:
 
 
 def _bounds(key: str, layer: Linear) -> tuple[float, float]:
+    if key in ("seen", "recent_seen"):
+        return 0, LARGEST_SEEN
     if key in _COUNTERS:
         return 0, LARGEST_COUNT
     if key in _SUMS:

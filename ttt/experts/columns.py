@@ -7,7 +7,6 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from ttt.adapt import checkpoint
 from ttt.adapt.convert import require_layers
 from ttt.adapt.validate import parse_json
-from ttt.checks import check_number, check_whole
+from ttt.checks import check_number, check_path, check_whole
 from ttt.experts.signature import Signature, joined
 from ttt.files import write_atomically
 
@@ -130,7 +129,7 @@ def save(columns: Sequence[Column], model: nn.Module, path: str | os.PathLike) -
         "base_sha256": checkpoint.base_hash(model),
         "tensors_sha256": checkpoint.tensor_hash(tensors),
     }
-    write_atomically(Path(path), safetensors.torch.save(tensors, metadata))
+    write_atomically(check_path("path", path), safetensors.torch.save(tensors, metadata))
 
 
 def _rows_of(text: str, path: str) -> list[dict[str, Any]]:
@@ -166,11 +165,12 @@ def load(model: nn.Module, path: str | os.PathLike) -> list[Column]:
     """The columns in a file of `save`, on the devices of ``model``'s learning layers.
 
     Raises:
+        TypeError: if ``path`` is no path.
         ValueError: if the file is truncated, damaged, holds no columns, or belongs to another model.
         OSError: if the file cannot be read.
     """
-    layers = require_layers(model)
-    tensors, metadata = checkpoint.read_tensors(Path(path))
+    layers, path = require_layers(model), check_path("path", path)
+    tensors, metadata = checkpoint.read_tensors(path)
     if "columns" not in metadata:
         raise ValueError(f"{path} holds no columns")
     if metadata.get("base_sha256") != checkpoint.base_hash(model):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ttt.atomic import whole_write
-from ttt.checks import check_number, check_whole
+from ttt.checks import check_bool, check_number, check_type, check_whole
 from ttt.experts import columns, scoring
 from ttt.experts.active import ActiveColumn, count_targets, empty_signature
 from ttt.experts.columns import Column, compress, merge
@@ -111,6 +111,7 @@ class GrowingLearner:
         evidence: float = 96.0,
         recent: int = 1024,
     ) -> None:
+        check_type("learner", learner, Learner, "a ttt.Learner")
         learner.require_single(
             "GrowingLearner", "Learner.observe(input_ids, users=[...]), whose weights have a low rank, too"
         )
@@ -159,7 +160,7 @@ class GrowingLearner:
         Without ``learn`` the tokens are scored under the active column, and nothing changes. `score` scores them under
         the column that fits them.
         """
-        if not learn:
+        if not check_bool("learn", learn):
             return self.learner.observe(input_ids, learn=False)
         with self.learner.access.enter("GrowingLearner.observe"), frozen(self.model):
             ids = check_tokens(self.model, input_ids).ids

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt.checks import check_whole
+from ttt.checks import check_bool, check_dense, check_type, check_whole
 from ttt.layer_lock import exclusive
 from ttt.learn.huggingface import cached, frozen
 from ttt.learn.learner import Learner
@@ -59,6 +59,8 @@ class GraphedLearner:
     """
 
     def __init__(self, learner: Learner, *, batch: int = 1, chunk: int | None = None, graph: bool = True) -> None:
+        check_type("learner", learner, Learner, "a ttt.Learner")
+        check_bool("graph", graph)
         learner.require_single("GraphedLearner", "Learner.observe(input_ids, users=[...])")
         if learner.rules:
             names = [type(rule).__name__ for rule in learner.rules]
@@ -166,9 +168,10 @@ class GraphedLearner:
             ids: (B, T + 1) int64, on any device: the chunk and the token after it. Tokens are not checked.
 
         Raises:
-            ValueError: for another shape or dtype.
+            TypeError, ValueError: for what is no tensor, or another shape or dtype.
             RuntimeError: as `ttt.Learner.observe`; or after `release`.
         """
+        check_dense("ids", ids)
         if ids.shape != self.ids.shape or ids.dtype != torch.int64:
             raise ValueError(f"ids must be int64 of shape {tuple(self.ids.shape)}, got {ids.dtype} {tuple(ids.shape)}")
         with self.learner.access.enter("GraphedLearner.step"):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ttt.checks import check_whole
+from ttt.checks import check_bool, check_number, check_type, check_whole
 from ttt.learn.huggingface import cache_of, cached, frozen, masked_inputs
 from ttt.learn.loop import read
 from ttt.learn.output_learning import OutputLearning
@@ -25,7 +25,7 @@ class GenerateOptions:
     """The arguments of `ttt.Learner.generate` that are not tokens.
 
     Raises:
-        ValueError: for a value out of range.
+        TypeError, ValueError: for a value of a wrong type or out of range.
     """
 
     max_new_tokens: int
@@ -39,11 +39,17 @@ class GenerateOptions:
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "learn_every", "top_k"):
-            if (value := getattr(self, name)) is not None:
-                check_whole(name, value, 1)
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be a number above 0, got {self.temperature!r}")
+        if self.top_k is not None:
+            check_whole("top_k", self.top_k, 1)
+        check_whole("max_new_tokens", self.max_new_tokens, 1)
+        check_whole("learn_every", self.learn_every, 1)
+        for name in ("learn_prompt", "learn_output", "do_sample"):
+            check_bool(name, getattr(self, name))
+        check_number("temperature", self.temperature, 0.0, above=True, finite=True)
+        if self.eos_token_id is not None:
+            check_whole("eos_token_id", self.eos_token_id, 0)
+        if self.generator is not None:
+            check_type("generator", self.generator, torch.Generator, "a torch.Generator or None")
 
 
 @dataclasses.dataclass(frozen=True)

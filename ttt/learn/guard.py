@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ttt.atomic import whole_write
+from ttt.checks import check_token_ids, check_type
 from ttt.learn.stand_in import stand_in
-from ttt.learn.text import check_tokens
 from ttt.nn import Linear, Update
 from ttt.nn.state import BASE
 from ttt.per_user.pacing import GuardSettings, clipped, pace
@@ -75,7 +75,7 @@ class Guard(GuardSettings):
         surprise: of the gate; infinity for no gate.
 
     Raises:
-        ValueError: for a value out of range.
+        TypeError, ValueError: if ``batches`` is no iterable or empty, or for a value out of range.
 
     Attributes:
         history: list of `GuardCheck`.
@@ -97,7 +97,7 @@ class Guard(GuardSettings):
         surprise: float = 2.5,
     ) -> None:
         super().__init__(threshold, bound, every, strengthen, cap, surprise)
-        self.batches = list(batches)
+        self.batches = list(check_type("batches", batches, Iterable, "a list of (B, T) int64 tokens"))
         if not self.batches:
             raise ValueError("batches must hold at least one batch of tokens, got none")
         self.history: list[GuardCheck] = []
@@ -122,7 +122,7 @@ class Guard(GuardSettings):
         if self._learner is not None:
             raise ValueError("guard watches another learner already; make one Guard for each")
         for ids in self.batches:
-            check_tokens(learner.model, ids)
+            check_token_ids("each of batches", ids, learner.model)
             if not 2 <= ids.shape[1] <= learner.context:
                 raise ValueError(f"batches must have 2 to {learner.context} tokens a row, got {tuple(ids.shape)}")
         self._learner = learner

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt.atomic import whole_write
+from ttt.checks import check_bool, check_type, check_whole
 from ttt.learn import protection
 from ttt.learn.access import Access
 from ttt.learn.generate import GenerateOptions, GenerateOutput, generate
@@ -52,7 +53,7 @@ class Learner:
             gives the held-back inputs and the settings of one guard per user (`ttt.per_user.guards.UserGuards`).
 
     Raises:
-        TypeError: if one of ``rules`` is no `ttt.rules.StreamRule`.
+        TypeError: if ``model`` is no module, ``guard`` no `ttt.Guard`, or one of ``rules`` no `ttt.rules.StreamRule`.
         ValueError: if the model has no learning layer, ``context`` < 2, or a rule or ``guard`` cannot serve it; no rule
             can serve a model with weights for each user.
         RuntimeError: if a tensor of the model was made under `torch.inference_mode`.
@@ -72,13 +73,13 @@ class Learner:
         rules: Sequence[StreamRule] = (),
         guard: Guard | None = None,
     ) -> None:
+        if guard is not None:
+            check_type("guard", guard, Guard, "a ttt.Guard or None")
         self.access = Access(model)
         self.pool, self.layers, self.config = self.access.pool, self.access.single_layers, self.access.config
         if context is None:
             context = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 2048
-        if context < 2:
-            raise ValueError(f"context must be at least 2 tokens, got {context}")
-        self.context = context
+        self.context = check_whole("context", context, 2)
         self.rules = check_rules(rules)
         if self.pool is not None and self.rules:
             raise ValueError(
@@ -116,7 +117,9 @@ class Learner:
 
         Args:
             input_ids: (B, T) int64.
-            attention_mask: (B, T) bool or 0/1: 0 marks padding, on either side; it is neither scored nor learnt.
+            attention_mask: (B, T) bool or 0/1: 0 marks padding, which is neither scored nor learnt, and which no other
+                token sees. It may be on either side. If all blocks of the model have attention it may also be between
+                tokens, as where texts were joined; the token after it is read, but not scored.
             learn_mask: (B, T) bool or 0/1: tokens with 0 are read and scored, but no loss is taken on them and their
                 rows are not written: they change no bit of a weight.
             learn: False scores only.
@@ -130,11 +133,13 @@ class Learner:
             alone.
 
         Raises:
-            TypeError, ValueError: for a wrong dtype, shape or token. Nothing has changed then.
+            TypeError, ValueError: for an argument of a wrong type, dtype or shape, a token outside the vocabulary, or a
+                mask with other values. Nothing has changed then.
             RuntimeError: if the learner cannot be used now: another thread is inside, the model is in training mode or
                 was restored or adapted again, or a write ended half-way.
         """
         with self.access.enter("Learner.observe"):
+            check_bool("learn", learn)
             text = check_tokens(self.model, input_ids, attention_mask, learn_mask)
             if (self.pool is None) != (users is None):
                 raise ValueError(
@@ -218,10 +223,14 @@ class Learner:
                 output ("true") or those of the text ("empirical").
 
         Raises:
-            ValueError: if the model has learnt already, or there is no batch. Nothing has changed then.
+            TypeError, ValueError: if the model has learnt already, there is no batch, or an argument, a batch or what
+                ``loss`` returns is of a wrong type. Nothing has changed then.
             RuntimeError: as `observe`.
         """
         with self.access.enter("Learner.calibrate"):
+            check_type("batches", batches, Iterable, "an iterable of batches")
+            if loss is not None and not callable(loss):
+                raise TypeError(f"loss must be a function of (model, batch) or None, got {type(loss).__name__}")
             kind = "mas" if self.config.importance == "mas" else "fisher"
             if loss is None:
                 losses = protection.calibration_losses(self.model, batches, self.config, kind)
@@ -265,6 +274,7 @@ class Learner:
         """Go back to a snapshot exactly.
 
         Raises:
+            TypeError: if ``snapshot`` is none.
             ValueError: if it comes from a model with other layers, or a learner with other rules.
         """
         self.require_single("rollback", "pool.load(user, state)")

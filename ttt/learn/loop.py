@@ -38,7 +38,7 @@ class ObserveOutput:
 
     @property
     def bits(self) -> float:
-        """Mean bits per scored token."""
+        """Mean bits per scored token; NaN if none was scored, of which there is no mean."""
         return float(self.nll[self.mask].mean(dtype=torch.float64)) / math.log(2)
 
 

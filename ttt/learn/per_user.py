@@ -15,14 +15,15 @@ from ttt.learn.slot_undo import whole_user_write
 from ttt.learn.text import Span, Text
 from ttt.nn import Capturing, LowRankLinear
 from ttt.nn.rates import Rates
-from ttt.per_user.pool import Pool
+from ttt.per_user.pool import Pool, check_user_list
 
 if TYPE_CHECKING:
     from ttt.learn.learner import Learner
 
 
 def check_users(users: Sequence[Hashable | None], batch: int) -> None:
-    """Raise ValueError unless there is one of ``users`` for each of ``batch`` sequences."""
+    """Raise TypeError or ValueError unless there is one of ``users`` for each of ``batch`` sequences."""
+    check_user_list(users)
     if len(users) != batch:
         raise ValueError(f"users must have an entry for each of the {batch} rows, got {len(users)}")
 

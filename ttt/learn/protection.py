@@ -44,7 +44,7 @@ def calibration_losses(model: Any, batches: Iterable[Tensor], config: TTTConfig,
     """
     generator = torch.Generator(device=next(model.parameters()).device).manual_seed(config.seed)
     for batch in batches:
-        ids = check_tokens(model, batch).ids
+        ids = check_tokens(model, batch, name="each of batches").ids
         logits = model(input_ids=ids).logits.float()
         if kind == "mas":
             yield logits.square().sum()
@@ -80,6 +80,7 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
     tokens = 0
     with Capturing(layers) as capturing, torch.enable_grad():
         for loss in losses:
+            check_loss(loss)
             loss.backward()
             captured = zip(layers, capturing.renew(), sums, memories, moments, strict=True)
             for at, (layer, pairs, total, memory, moment) in enumerate(captured):
@@ -114,6 +115,15 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
                 layer.memory.copy_(memory[0])
                 layer.seen.copy_(memory[1])
                 layer.refresh_basis()
+
+
+def check_loss(loss: Tensor) -> None:
+    """Raise TypeError unless ``loss`` is a scalar whose gradient can be taken."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        found = type(loss).__name__
+        if isinstance(loss, Tensor):
+            found = f"shape {tuple(loss.shape)}, {'with' if loss.requires_grad else 'without'} a graph"
+        raise TypeError(f"loss must return a scalar tensor with a graph to the learning layers, got {found}")
 
 
 @contextlib.contextmanager

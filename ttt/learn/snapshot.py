@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ttt.atomic import whole_write
+from ttt.checks import check_type
 from ttt.learn.stream_rule import StreamRule
 from ttt.nn import Linear
 
@@ -39,9 +40,11 @@ def put_back(snapshot: Snapshot, layers: Sequence[Linear], rules: Sequence[Strea
     """Give ``layers`` and ``rules`` the state in ``snapshot``.
 
     Raises:
+        TypeError: if ``snapshot`` is none.
         ValueError: if it is of layers of other shapes, or of other rules, or a capturable layer cannot take its window
             (`ttt.nn.Linear.capturable_`). Nothing has changed then.
     """
+    check_type("snapshot", snapshot, Snapshot, "what Learner.snapshot returns")
     shapes = [{name: t.shape for name, t in layer.state().items()} for layer in layers]
     if [{name: t.shape for name, t in state.items()} for state in snapshot.layers] != shapes:
         raise ValueError("snapshot does not fit this model's learning layers; nothing was changed")

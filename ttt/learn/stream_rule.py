@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttt.checks import check_type
 from ttt.learn.text import Segment, Span
 from ttt.nn import Capturing
 
@@ -108,7 +109,7 @@ def check_rules(rules: Iterable[StreamRule]) -> list[StreamRule]:
     Raises:
         TypeError: if one is no `StreamRule`.
     """
-    found = list(rules)
+    found = list(check_type("rules", rules, Iterable, "a list of ttt.rules.StreamRule"))
     for rule in found:
         if not isinstance(rule, StreamRule):
             raise TypeError(f"rules must be ttt.rules.StreamRule, which learn from text, got {type(rule).__name__}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttt.checks import check_dense, check_token_ids
 from ttt.learn.huggingface import masked_inputs
 
 
@@ -50,7 +51,12 @@ class Text:
 
 
 def check_tokens(
-    model: Any, ids: Tensor, attention_mask: Tensor | None = None, learn_mask: Tensor | None = None
+    model: Any,
+    ids: Tensor,
+    attention_mask: Tensor | None = None,
+    learn_mask: Tensor | None = None,
+    *,
+    name: str = "input_ids",
 ) -> Text:
     """The `Text` that the arguments of `ttt.Learner.observe` describe.
 
@@ -58,25 +64,27 @@ def check_tokens(
         model: a transformers model, whose vocabulary the tokens must belong to.
         ids: (B, T) int64.
         attention_mask, learn_mask: (B, T) bool or 0/1; None for all 1.
+        name: of ``ids``, for messages.
 
     Raises:
-        TypeError: for another dtype of ``ids``.
-        ValueError: for a wrong shape, or a token outside the vocabulary.
+        TypeError: if ``ids`` or a mask is no such tensor, or ``model`` no language model.
+        ValueError: for a wrong shape, a token outside the vocabulary, or a mask with other values.
     """
-    if ids.dtype != torch.int64:
-        raise TypeError(f"input_ids must be int64, got {ids.dtype}")
-    if ids.ndim != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
-        raise ValueError(f"input_ids must have shape (B, T) with B, T >= 1, got {tuple(ids.shape)}")
-    vocabulary = model.get_input_embeddings().num_embeddings
-    low, high = torch.stack(ids.aminmax()).tolist()
-    if low < 0 or high >= vocabulary:
-        raise ValueError(f"input_ids must be in [0, {vocabulary}), got {low} to {high}")
-    masks: list[Tensor | None] = []
-    for name, mask in (("attention_mask", attention_mask), ("learn_mask", learn_mask)):
-        if mask is not None and mask.shape != ids.shape:
-            raise ValueError(f"{name} must have the shape of input_ids {tuple(ids.shape)}, got {tuple(mask.shape)}")
-        masks.append(None if mask is None else _usable(mask.to(device=ids.device, dtype=torch.bool)))
+    check_token_ids(name, ids, model)
+    masks = [_mask("attention_mask", attention_mask, ids), _mask("learn_mask", learn_mask, ids)]
     return Text.of(_usable(ids), *masks)
+
+
+def _mask(name: str, mask: Tensor | None, ids: Tensor) -> Tensor | None:
+    """``mask`` as bool, on the device of ``ids``, if it suits them."""
+    if mask is None:
+        return None
+    check_dense(name, mask)
+    if mask.shape != ids.shape:
+        raise ValueError(f"{name} must have the shape of input_ids {tuple(ids.shape)}, got {tuple(mask.shape)}")
+    if mask.dtype != torch.bool and bool((wrong := (mask != 0) & (mask != 1)).any()):
+        raise ValueError(f"{name} must hold True and False, or 0 and 1, got {mask[wrong][0].item()!r}")
+    return _usable(mask.to(device=ids.device, dtype=torch.bool))
 
 
 def _usable(t: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ttt.config import TTTConfig
+from ttt.layer_lock import LayerLock
 from ttt.nn.directions import principal_directions
 from ttt.ops import log8
 from ttt.ops.schema import _FLOATS
@@ -79,6 +80,7 @@ class Adapted(torch.nn.Linear):
         """Set all attributes besides the parameters, which exist already; buffers are zeros."""
         self.config = config
         self.name = name
+        self.lock = LayerLock()
         self.seed = ((config.seed << 32) ^ zlib.crc32(name.encode())) & _SEED_MASK
         self.sink: list[tuple[Tensor, Tensor]] | None = None  # where backward passes leave (x, delta)
         self.weight.requires_grad_(False)

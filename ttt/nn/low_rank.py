@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ttt import ops
+from ttt.checks import check_dense
 from ttt.config import TTTConfig
 from ttt.defences import LowRank
 from ttt.nn.base import Adapted, Layout
@@ -331,9 +332,7 @@ class LowRankLinear(Adapted):
             why = f" (rate is {self.config.rate!r})" if "moments" in state and self.moments is None else ""
             raise ValueError(f"{self.name} needs the tensors {sorted(allowed)}{why}, got {sorted(state)}")
         for name, value in state.items():
-            if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
-                kind = f"a {value.layout} tensor" if isinstance(value, Tensor) else type(value).__name__
-                raise TypeError(f"{self.name}.{name} must be a dense tensor with data, got {kind}")
+            check_dense(f"{self.name}.{name}", value)
         held = state["a"].shape[0] if state["a"].ndim else 0
         if held > self.low_rank.capacity:
             raise ValueError(f"{self.name}.a must have at most {self.low_rank.capacity} rows, got {held}")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterable
 import torch
 from torch import Tensor, nn
 
+from ttt.checks import check_token_ids, check_type
 from ttt.per_user.pacing import GuardSettings, clipped, pace
 from ttt.per_user.pool import State, pool_of
 
@@ -101,12 +102,12 @@ class UserGuards(GuardSettings):
     ) -> None:
         super().__init__(threshold, bound, every, strengthen, cap, surprise)
         self.model, self.pool = model, pool_of(model)
-        self.batches = list(batches)
+        self.batches = list(check_type("batches", batches, Iterable, "a list of (B, T) int64 tokens"))
         if not self.batches:
             raise ValueError("batches must hold at least one batch of tokens, got none")
         for ids in self.batches:
-            if ids.dtype != torch.int64 or ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
-                raise ValueError(f"batches must be (B, T) int64 tokens, T >= 2, got {tuple(ids.shape)} of {ids.dtype}")
+            if check_token_ids("each of batches", ids, model).shape[1] < 2:
+                raise ValueError(f"each of batches must have at least 2 tokens a row, got {tuple(ids.shape)}")
         if self.pool.companion is not None:
             raise ValueError("model has guards for its users already")
         if self.pool.users:

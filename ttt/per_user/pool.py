@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ttt.checks import check_model, check_type
 from ttt.nn.low_rank import LowRankLinear, Routing
 from ttt.signals import SignalsDeferred
 
@@ -98,6 +99,7 @@ class Pool:
         Raises:
             KeyError: if ``user`` has none.
         """
+        check_hashable(user)
         if user not in self._slot:
             raise KeyError(f"user {user!r} has no slot; pool.open(user) gives one")
         return self._slot[user]
@@ -109,8 +111,7 @@ class Pool:
             ValueError, TypeError: if ``user`` is None, or what ``on_miss`` returned does not fit the layers.
             RuntimeError: if all slots belong to users of the current batch, or another thread uses the pool.
         """
-        if user is None:
-            raise ValueError("user must be the name of a user, got None, which stands for the base model")
+        _check_named(user)
         with self.one_thread():
             if user not in self._slot:
                 state = self.on_miss(user) if self.on_miss is not None else None
@@ -153,6 +154,7 @@ class Pool:
         Raises:
             RuntimeError: while the user's rows are being computed, or if another thread uses the pool.
         """
+        check_hashable(user)
         with self.one_thread():
             if user in self._slot:
                 self._idle(user)
@@ -194,8 +196,7 @@ class Pool:
             RuntimeError: while the user's rows are being computed, if no slot is free, or if another thread uses the
                 pool. Nothing has changed in any of these cases.
         """
-        if user is None:
-            raise ValueError("user must be the name of a user, got None, which stands for the base model")
+        _check_named(user)
         with self.one_thread():
             self._check(user, state)
             if user in self._slot:
@@ -230,12 +231,12 @@ class Pool:
             (B,) int32: their slots, -1 for None.
 
         Raises:
-            ValueError: for no users, or more than there are slots; nothing has changed then.
+            TypeError, ValueError: for no users, more than there are slots, or one that is not hashable; nothing has
+                changed then.
             RuntimeError: if another thread uses the pool; nothing has changed then.
         """
+        check_user_list(users)
         named = list(dict.fromkeys(u for u in users if u is not None))
-        if isinstance(users, (str, bytes)) or not len(users):
-            raise ValueError(f"users must be a list with a user or None for each row of the batch, got {users!r}")
         if len(named) > self.slots:
             raise ValueError(f"users names {len(named)} users, but the model was adapted for {self.slots} at a time")
         with self.one_thread():
@@ -335,13 +336,38 @@ def _part(state: State, prefix: str) -> State:
     return {k[len(prefix) + 1 :]: t for k, t in state.items() if k.rpartition(".")[0] == prefix}
 
 
+def check_hashable(user: Hashable) -> None:
+    """Raise TypeError unless ``user`` can be a key of a dict."""
+    try:
+        hash(user)
+    except TypeError:
+        raise TypeError(f"user must be hashable, as a string is, got {type(user).__name__} {user!r:.80}") from None
+
+
+def _check_named(user: Hashable) -> None:
+    """Raise TypeError or ValueError unless ``user`` can be the name of a user."""
+    check_hashable(user)
+    if user is None:
+        raise ValueError("user must be the name of a user, got None, which stands for the base model")
+
+
+def check_user_list(users: Sequence[Hashable | None]) -> None:
+    """Raise TypeError or ValueError unless ``users`` is a list with at least one user or None."""
+    allowed = "a list with a user or None for each row of the batch"
+    if not isinstance(check_type("users", users, Sequence, allowed), (str, bytes)) and len(users):
+        for user in users:
+            check_hashable(user)
+        return
+    raise ValueError(f"users must be {allowed}, got {users!r:.80}")
+
+
 def pool_of(model: nn.Module) -> Pool:
     """The `Pool` of a model that was adapted with ``TTTConfig(per_user=...)``.
 
     Raises:
-        ValueError: if it was not.
+        TypeError: if ``model`` is no module. ValueError: if it was not.
     """
-    pool = getattr(model, _POOL, None)
+    pool = getattr(check_model(model), _POOL, None)
     if pool is None:
         raise ValueError(
             f"model ({type(model).__name__}) has one set of weights for all; "
@@ -375,7 +401,8 @@ def users(model: nn.Module, users: Sequence[Hashable | None]) -> Iterator[Tensor
     See `Pool.using`.
 
     Raises:
-        ValueError: if the model was not adapted for users, or ``users`` is empty or names too many.
+        TypeError, ValueError: if the model was not adapted for users, or ``users`` is no list of them, is empty or
+            names too many.
         RuntimeError: if another thread uses the model's pool.
     """
     with pool_of(model).using(users) as slots:

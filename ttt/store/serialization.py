@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ttt.checks import check_type
+from ttt.checks import check_dense, check_type
 
 META = "ttt.store.meta"
 """The only entry of a file's metadata. Several entries have no fixed order: equal states would give different bytes."""
@@ -27,17 +27,16 @@ def encode(tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None)
         meta: a dict that JSON gives back unchanged, 64 KiB at most.
 
     Raises:
-        TypeError: if ``tensors`` is no mapping.
-        ValueError: if a name is not a string or is reserved, a value is not a dense tensor of a dtype that safetensors
-            knows, or ``meta`` is not such a dict.
+        TypeError: if ``tensors`` is no mapping, or a value no dense tensor.
+        ValueError: if a name is not a string or is reserved, safetensors does not know a dtype, or ``meta`` is not such
+            a dict.
     """
     check_type("tensors", tensors, Mapping, "a dict of tensors by name")
     copies = {}
     for name, tensor in tensors.items():
         if not isinstance(name, str) or name == "__metadata__":
             raise ValueError(f"tensors has the name {name!r}; names must be strings other than '__metadata__'")
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-            raise ValueError(f"tensors[{name!r}] must be a dense tensor, got {_kind_of(tensor)}")
+        check_dense(f"tensors[{name!r}]", tensor)
         copies[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     metadata = {META: _json_of(meta)}
     try:
@@ -74,9 +73,3 @@ def _json_of(meta: Mapping[str, Any] | None) -> str:
     if len(text.encode()) > META_BYTES:
         raise ValueError(f"meta must take at most {META_BYTES} bytes as JSON, got {len(text.encode())}")
     return text
-
-
-def _kind_of(value: object) -> str:
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    return "a tensor on the meta device" if value.is_meta else str(value.layout)

@@ -79,8 +79,8 @@ class Store:
     """
 
     def __init__(self, url: str | os.PathLike[str], timeout: float = 30.0, *, create: bool = True) -> None:
-        text = os.fspath(check_type("url", url, (str, os.PathLike), f"{FORMS} (a string or os.PathLike)"))
-        text = check_type("url", text, str, FORMS)
+        check_type("url", url, (str, os.PathLike), FORMS)
+        text = check_type("url", os.fspath(url), str, FORMS)  # a PathLike may give bytes
         check_number("timeout", timeout, 0, above=True)
         self.index: Index
         self.blobs: Blobs
