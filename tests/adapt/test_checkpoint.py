@@ -165,7 +165,7 @@ def test_errors_of_writing_name_the_path_that_was_given(tmp_path, kind):
     (tmp_path / "file").touch()
     name = {"missing folder": "none/x", "a folder": "folder", "under a file": "file/x", "long name": "x" * 300}[kind]
     before = sorted(tmp_path.rglob("*"))
-    model = ttt.adapt_(nn.Sequential(nn.Linear(4, 4)), ttt.TTTConfig(target_modules="all-linear"))
+    model = ttt.adapt_(torch.nn.Sequential(torch.nn.Linear(4, 4)), ttt.TTTConfig(target_modules="all-linear"))
     with pytest.raises(OSError) as refused:  # noqa: PT011 (which one depends on the kind)
         ttt.save(model, tmp_path / name)
     assert refused.value.filename == str(tmp_path / name)
@@ -176,14 +176,14 @@ def test_errors_of_writing_name_the_path_that_was_given(tmp_path, kind):
 
 
 def test_names_of_files_may_be_as_long_as_the_system_allows(tmp_path):
-    model = ttt.adapt_(nn.Sequential(nn.Linear(4, 4)), ttt.TTTConfig(target_modules="all-linear"))
+    model = ttt.adapt_(torch.nn.Sequential(torch.nn.Linear(4, 4)), ttt.TTTConfig(target_modules="all-linear"))
     ttt.save(model, tmp_path / ("x" * 255))
     ttt.load(model, tmp_path / ("x" * 255))
 
 
 def test_errors_of_an_export_name_the_folder_that_was_given(tmp_path):
     (tmp_path / "file").touch()
-    model = ttt.adapt_(nn.Sequential(nn.Linear(4, 4)), ttt.TTTConfig(target_modules="all-linear"))
+    model = ttt.adapt_(torch.nn.Sequential(torch.nn.Linear(4, 4)), ttt.TTTConfig(target_modules="all-linear"))
     with pytest.raises(OSError) as refused:  # noqa: PT011
         ttt.export_peft(model, tmp_path / "file" / "x", base_model="base")
     assert refused.value.filename == str(tmp_path / "file" / "x")

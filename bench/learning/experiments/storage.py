@@ -7,7 +7,6 @@ with a consolidation halfway, which turns the trace into importance. Writes
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import time
@@ -17,32 +16,25 @@ from typing import Any
 from rich.console import Console
 
 import ttt
+from bench.learning.experiments.demo_setting import options_of, setting
 from bench.machine import machine
 from ttt.demo.model import (
     DEFAULT,
     EWC,
     as_ids,
     bits_per_byte,
-    calibration_batches,
-    load_model,
     methods,
     new_learner,
-    windows,
 )
-from ttt.demo.text import held_out_python, stream_of
+from ttt.demo.text import stream_of
 
 RESULTS = Path("bench/learning/results/demo_storage.json")
 DTYPES = ("float32", "bfloat16", "8bit")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bytes", type=int, default=20480, help="bytes to read of each domain")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="file to write")
-    args = parser.parse_args()
-    console = Console()
-    base, config = load_model()
-    held_out, batches = windows(held_out_python(), 32), calibration_batches()
+    args, console = options_of(__doc__, 20480, RESULTS), Console()
+    base, config, held_out, batches = setting()
     half = args.bytes // 2
     rows: list[dict[str, Any]] = []
     for domain in ("english", "headers"):

@@ -8,7 +8,6 @@ on. Writes ``bench/learning/results/demo_tuning.json``.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -16,10 +15,11 @@ from pathlib import Path
 from rich.console import Console
 
 import ttt
+from bench.learning.experiments.demo_setting import options_of, setting
 from bench.machine import machine
 from ttt.defences import SWITCHES
-from ttt.demo.model import as_ids, bits_per_byte, calibration_batches, load_model, new_learner, windows
-from ttt.demo.text import held_out_python, stream_of
+from ttt.demo.model import as_ids, bits_per_byte, new_learner
+from ttt.demo.text import stream_of
 
 OFFSET = 400_000  # of the bytes to read: far behind those that the demo reads
 RESULTS = Path("bench/learning/results/demo_tuning.json")
@@ -52,13 +52,8 @@ def grid(config: ttt.TTTConfig) -> dict[str, ttt.TTTConfig]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bytes", type=int, default=24576, help="bytes to read")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="file to write")
-    args = parser.parse_args()
-    console = Console()
-    base, config = load_model()
-    held_out, batches = windows(held_out_python(), 32), calibration_batches()
+    args, console = options_of(__doc__, 24576, RESULTS), Console()
+    base, config, held_out, batches = setting()
     stream = as_ids(stream_of("headers")[OFFSET : OFFSET + args.bytes + 1])
     frozen = new_learner(base, config, batches)
     frozen_new = round(frozen.observe(stream, learn=False).bits, 4)
