@@ -35,6 +35,8 @@ def info(file: TextIO | None = sys.stdout) -> dict[str, Any]:
         - ``calls``: ``"OP on BACKEND"`` -> number of calls in this process, where the fastest backend ran;
         - ``slow_calls``: ``"OP on BACKEND: REASON"`` -> number of calls that a slower backend ran, for that reason.
     """
+    if file is not None and not callable(getattr(file, "write", None)):
+        raise TypeError(f"file must be a text file to write to, or None, got {type(file).__name__}")
     found: dict[str, Any] = {
         "ttt": _version("ttt"),
         "python": platform.python_version(),

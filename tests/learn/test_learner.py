@@ -10,6 +10,7 @@ from helpers import plain_config
 from tiny_models import TARGETS, VOCAB, adapted, assert_same, ids_of, state_of, tiny
 
 import ttt
+import ttt.rules
 from ttt.adapt.convert import learning_layers
 
 ONES = torch.ones(1, 5, dtype=torch.long)
@@ -406,6 +407,13 @@ def test_wrong_types_are_refused_by_name_and_change_nothing():
         (lambda: ttt.GrowingLearner(learner).observe(ids_of(1, 3), learn=0), "learn must be True or False"),
         (lambda: ttt.GrowingLearner(learner).load(None), "path must be a path .*, got None"),
         (lambda: ttt.GrowingLearner(learner).save(3), "path must be a path .*, got int 3"),
+        (lambda: learner.layers[0].load_state(None), "state must be a dict of tensors by name, got None"),
+        (lambda: learner.layers[0].load_state({"trace": 1, "step": 3}), "trace of .* must be a dense tensor with data"),
+        (lambda: ttt.nn.Linear(4, 4, config="x"), "config must be a ttt.TTTConfig or None, got str 'x'"),
+        (lambda: ttt.rules.SequenceReplay(4, base=[1]), "base must be a dense tensor with data, got list"),
+        (lambda: ttt.rules.Trainer(model, 3), "rules must be a list of ttt.rules.Rule or defences, got int 3"),
+        (lambda: ttt.Pool(3), "layers must be a dict of ttt.nn.LowRankLinear by name, got int 3"),
+        (lambda: ttt.info("x"), "file must be a text file to write to, or None, got str"),
     ):
         with pytest.raises(TypeError, match=match):
             call()

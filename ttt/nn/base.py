@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttt.checks import check_type
 from ttt.config import TTTConfig
 from ttt.layer_lock import LayerLock
 from ttt.nn.directions import principal_directions
@@ -52,6 +53,8 @@ class Adapted(torch.nn.Linear):
         config: TTTConfig | None = None,
         name: str = "",
     ) -> None:
+        if config is not None:
+            check_type("config", config, TTTConfig, "a ttt.TTTConfig or None")
         with torch.inference_mode(False):  # Parameters made in inference mode could not be written outside it.
             super().__init__(in_features, out_features, bias, device, dtype)
         self._build(config or self._default_config(), name)

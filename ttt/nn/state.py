@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from ttt.checks import check_dense, check_type
 from ttt.config import TTTConfig
 from ttt.nn.base import Adapted, Layout
 from ttt.nn.directions import count_directions
@@ -125,10 +127,13 @@ class StatefulLinear(Adapted):
         """Check that `load_state` can take ``state``: names, shapes, and the range of all counters.
 
         Raises:
-            ValueError: if it cannot. Dtypes and other values are not checked.
+            TypeError: if it is no dict of tensors.
+            ValueError: if it does not fit. Dtypes and other values are not checked.
         """
+        check_type("state", state, Mapping, "a dict of tensors by name")
         live: dict[str, Tensor] = {"weight": self.weight, **dict(self.named_buffers(recurse=False))}
         for name, value in state.items():
+            check_dense(f"{name} of {self.name or 'the layer'}", value)
             if name != "pending" and name not in live:
                 raise ValueError(f"{self.name or 'the layer'} has no state named {name!r}; it has {sorted(live)}")
             shape = (1,) if name == "pending" else tuple(live[name].shape)
@@ -151,7 +156,7 @@ class StatefulLinear(Adapted):
         """Copy ``state``, as returned by `state`, into the live tensors. It may lack names.
 
         Raises:
-            ValueError: as `check_state`. Nothing has changed then.
+            TypeError, ValueError: as `check_state`. Nothing has changed then.
             RuntimeError: if the layer's own tensors cannot be written; see `require_writable`.
         """
         self.check_state(state)

@@ -71,6 +71,7 @@ class Pool:
     """
 
     def __init__(self, layers: dict[str, LowRankLinear]) -> None:
+        check_type("layers", layers, dict, "a dict of ttt.nn.LowRankLinear by name")
         if not layers:
             raise ValueError("layers must hold at least one ttt.nn.LowRankLinear, got none")
         self.layers = dict(layers)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt.checks import check_number, check_whole
+from ttt.checks import check_dense, check_number, check_whole
 from ttt.learn.stream_rule import Chunk, StreamRule
 from ttt.learn.text import check_tokens
 from ttt.rules.reservoir import SampleReservoir
@@ -73,6 +73,7 @@ def pieces_of(base: Tensor, length: int) -> Tensor:
     Raises:
         TypeError, ValueError: for another dtype or shape, or rows that are too short.
     """
+    check_dense("base", base)
     if base.dtype != torch.int64:
         raise TypeError(f"base must be int64, got {base.dtype}")
     if base.ndim != 2 or len(base) == 0 or base.shape[1] <= length:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ttt.checks import check_type
 from ttt.config import TTTConfig
 from ttt.defences import SWITCHES, Defence
 
@@ -124,10 +125,11 @@ def as_rules(rules: Iterable[Rule | Defence]) -> list[Rule]:
     """The rules, with each defence made a rule that sets its options.
 
     Raises:
+        TypeError: if ``rules`` is no iterable.
         ValueError: for a defence whose importance has to be measured when a task ends, or something that is neither.
     """
     out: list[Rule] = []
-    for rule in rules:
+    for rule in check_type("rules", rules, Iterable, "a list of ttt.rules.Rule or defences"):
         if isinstance(rule, Defence):
             if rule.switch == "ewc_lambda":
                 name = type(rule).__name__
