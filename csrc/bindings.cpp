@@ -144,8 +144,8 @@ void reservoir_draw(address seen, address step, address index, int64_t capacity,
 // a change of one must be made in the other. test_outputs_and_state_are_those_of_the_ops of
 // tests/nn/test_cpu_binding.py compares the two bit for bit.
 struct Layer {
-  address weight, bias, win_x, win_delta, win_eta, win_trace, recent, recent_seen, basis;
-  int64_t m, n, window, capacity, directions;
+  address weight, bias, win_x, win_delta, win_eta, win_trace, recent, recent_delta, recent_seen, basis, output_basis;
+  int64_t m, n, window, capacity, directions, output_directions;
   uint64_t seed;
   int dtype;
   ttt::Commit prepared = {};
@@ -154,16 +154,21 @@ struct Layer {
     window_linear(x, weight, bias, win_x, win_delta, win_eta, y, tokens, m, n, window, dtype, threads, product_done);
   }
 
-  // Writes rows `at` to `at` + rows of the window, with the directions taken out of the inputs. The inputs themselves
-  // also enter the sample of recent inputs. Throws, and writes nothing, if the rows or a counter are out of range.
+  // Writes rows `at` to `at` + rows of the window, with the directions taken out of inputs and gradients. Inputs and
+  // gradients themselves also enter the samples of recent ones. Throws, and writes nothing, if the rows or a counter
+  // are out of range.
   void append(address x, address delta, address eta, address trace_delta, int64_t at, int64_t rows, int threads) const {
     ttt::check_rows("rows to append", rows, at, window);
     ttt::check_counter("recent_seen", in<int64_t>(recent_seen), rows);
     if (at + rows == window && prepared.replay_rows) ttt::check_counter("seen", prepared.seen);  // a commit follows
     const int64_t size = dtype == ttt::kF32 ? 4 : 2, x_bytes = n * size, d_bytes = m * size;
+    if (recent_delta) {  // with the counter as it is: the same tokens are kept of both
+      int64_t seen = *in<int64_t>(recent_seen);
+      insert_rows(out<char>(recent_delta), &seen, in<char>(delta), capacity, rows, d_bytes, seed);
+    }
     if (recent) insert_rows(out<char>(recent), out<int64_t>(recent_seen), in<char>(x), capacity, rows, x_bytes, seed);
     project_out(x, basis, win_x + at * x_bytes, rows, directions, n, dtype, threads);
-    std::memcpy(out<char>(win_delta) + at * d_bytes, in<char>(delta), rows * d_bytes);
+    project_out(delta, output_basis, win_delta + at * d_bytes, rows, output_directions, m, dtype, threads);
     if (win_trace) std::memcpy(out<char>(win_trace) + at * d_bytes, in<char>(trace_delta), rows * d_bytes);
     std::memcpy(out<float>(win_eta) + at, in<float>(eta), rows * sizeof(float));
   }
@@ -209,11 +214,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("reservoir_draw", &reservoir_draw);
   py::class_<Layer>(m, "Layer")
       .def(py::init([](address weight, address bias, address win_x, address win_delta, address win_eta,
-                       address win_trace, address recent, address recent_seen, address basis, int64_t m, int64_t n,
-                       int64_t window, int64_t capacity, int64_t directions, uint64_t seed, int dtype) {
-        return Layer{weight, bias, win_x, win_delta, win_eta,  win_trace,  recent, recent_seen,
-                     basis,  m,    n,     window,    capacity, directions, seed,   dtype};
-      }))
+                       address win_trace, address recent, address recent_delta, address recent_seen, address basis,
+                       address output_basis, int64_t m, int64_t n, int64_t window, int64_t capacity, int64_t directions,
+                       int64_t output_directions, uint64_t seed, int dtype) {
+             return Layer{weight, bias,         win_x,       win_delta,  win_eta,           win_trace,
+                          recent, recent_delta, recent_seen, basis,      output_basis,      m,
+                          n,      window,       capacity,    directions, output_directions, seed,
+                          dtype};
+           }),
+           py::kw_only(), named("weight"), named("bias"), named("win_x"), named("win_delta"), named("win_eta"),
+           named("win_trace"), named("recent"), named("recent_delta"), named("recent_seen"), named("basis"),
+           named("output_basis"), named("m"), named("n"), named("window"), named("capacity"), named("directions"),
+           named("output_directions"), named("seed"), named("dtype"))
       .def("forward", &Layer::forward)
       .def("append", &Layer::append)
       .def("prepare", &Layer::prepare)

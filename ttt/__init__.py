@@ -24,6 +24,7 @@ from ttt.defences import (
     LayerGenerativeReplay,
     LayerReplay,
     LowRank,
+    KroneckerFisher,
     OrthogonalUpdates,
 )
 from ttt.experts.learner import GrowingLearner
@@ -58,6 +59,7 @@ __all__ = [
     "LowRank",
     "MemoryUsage",
     "ObserveOutput",
+    "KroneckerFisher",
     "OrthogonalUpdates",
     "Pool",
     "Snapshot",

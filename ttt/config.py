@@ -10,19 +10,17 @@ from typing import Any
 
 from ttt.checks import MOST_ROWS, check_choice, check_layers, check_names, check_number, check_whole
 from ttt.defences import (
-    EWC,
     KINDS,
     OFF,
     SWITCHES,
     Defence,
-    LayerReplay,
+    KroneckerFisher,
     LowRank,
-    OrthogonalUpdates,
     build,
     flatten,
 )
 
-DEFAULT_PROTECTION: tuple[Defence, ...] = (EWC(0.003), LayerReplay(rows=4, strength=0.1), OrthogonalUpdates(32))
+DEFAULT_PROTECTION: tuple[Defence, ...] = (KroneckerFisher(32),)
 
 
 class FlatSettings:
@@ -104,6 +102,21 @@ class FlatSettings:
         return self._flat["orthogonal"]
 
     @property
+    def kronecker(self) -> int:
+        """k, principal directions of either factor of the Fisher information along which updates are damped."""
+        return self._flat["kronecker"]
+
+    @property
+    def kronecker_power(self) -> float:
+        """p, the power to which the inverse of the factors damps updates."""
+        return self._flat["kronecker_power"]
+
+    @property
+    def kronecker_damping(self) -> float:
+        """eps, added to the eigenvalues of the factors, in units of their mean."""
+        return self._flat["kronecker_damping"]
+
+    @property
     def decay(self) -> float:
         """Pull of all weights to the anchor, per token and unit of ``lr``."""
         return self._flat["decay"]
@@ -123,11 +136,10 @@ class FlatSettings:
 class TTTConfig(FlatSettings):
     """Which layers learn, and how. Frozen: `dataclasses.replace` makes a changed copy.
 
-    The defaults were measured to learn well and forget little (docs/choices.md). They need `ttt.Learner.calibrate` with
-    data that the model knows. Without it the model learns all the same, but unprotected until
-    `ttt.Learner.consolidate`, and `ttt.Learner` warns: importance, replay memory and directions are zeros, which have
-    no effect, and the unit of ``rate`` comes from the stream, so that the first token's step has the norm ``lr``.
-    Without protection about a third of the rate is best.
+    The defaults were measured to learn well and forget little (docs/choices.md). They need `ttt.Learner.calibrate`,
+    with data that the model knows or with text that it writes itself. Without it the model learns all the same, but
+    unprotected until `ttt.Learner.consolidate`, and `ttt.Learner` warns: importance, replay memory and directions are
+    zeros, which have no effect, and the unit of ``rate`` comes from the stream alone.
 
     Args:
         target_modules: as in PEFT: a list of names or name suffixes, or one regular expression that the
@@ -140,21 +152,24 @@ class TTTConfig(FlatSettings):
             on ``chunk`` or ``window`` to first order.
         window: C, tokens that are in effect before they are written into the weights.
         chunk: tokens that `ttt.Learner.observe` scores before it learns from them.
-        rate: what ``lr`` is a multiple of, at each layer (`ttt.nn.rates`): ``"constant"`` 1; ``"energy"`` 1 / the mean
-            |x|^2 of its inputs (normalised least mean squares); ``"rms"`` 1 / the root mean square of its tokens'
-            gradient norms |delta| |x|. Means are over all rows learnt, and those of the calibration.
+        rate: the unit of ``lr`` (`ttt.nn.rates`). ``"decrease"``: ``lr`` is in nats, the decrease of a typical token's
+            own loss by its own update, to first order and summed over the layers of the model; it means the same for
+            every model, whatever the scales of its weights, inputs and gradients. At each layer by itself:
+            ``"constant"`` 1; ``"energy"`` 1 / the mean |x|^2 of its inputs (normalised least mean squares); ``"rms"``
+            1 / the root mean square of its tokens' gradient norms |delta| |x|. Means are over all rows learnt, and
+            those of the calibration.
         clip: bound on the norm of one token's gradient at one layer, |delta| |x|: a token above it learns at a
-            rate smaller in proportion. With ``rate="rms"`` it is in units of the root mean square, so the default does
-            not suit the other rates. None for no bound.
+            rate smaller in proportion. With ``rate`` "decrease" and "rms" it is in units of the root mean square, so
+            the default does not suit the other rates. None for no bound.
         burst: bound on the norm of the summed gradients of T tokens that are learnt at once, in units of sqrt(T) root
             mean squares; ordinary text has about 1 (`ttt.nn.rates`). None for no bound. Ignored unless ``rate`` is
-            ``"rms"``.
+            ``"decrease"`` or ``"rms"``.
         momentum: mu, what the update of one token keeps of that before: a velocity that the commit carries (Titans,
             Behrouz et al. 2024; see `ttt.ops.momentum`). In the end a token moves the weights by 1 / (1 - mu) times
             its gradient, so choose ``lr`` smaller accordingly. 0 keeps no velocity.
         protect: the defences against forgetting, any of `ttt.EWC`, `ttt.SI`, `ttt.MAS` (one of these three),
-            `ttt.LayerReplay`, `ttt.LayerDistillation`, `ttt.LayerGenerativeReplay`, `ttt.OrthogonalUpdates` and
-            `ttt.Decay`. An empty list is plain gradient descent.
+            `ttt.LayerReplay`, `ttt.LayerDistillation`, `ttt.LayerGenerativeReplay`, `ttt.Decay`, and
+            `ttt.KroneckerFisher` or `ttt.OrthogonalUpdates`. An empty list is plain gradient descent.
         per_user: `ttt.LowRank`: every user has low-rank weights of their own beside the model's, which never change
             (`ttt.nn.LowRankLinear`); ``window`` and what is said of the trace do not apply then. None: one set of
             weights for all.
@@ -172,10 +187,10 @@ class TTTConfig(FlatSettings):
 
     target_modules: Sequence[str] | str | None = None
     layers: Sequence[int] | str = "all"
-    lr: float = 0.07
+    lr: float = 0.3
     window: int = 64
     chunk: int = 64
-    rate: str = "rms"
+    rate: str = "decrease"
     clip: float | None = 3.0
     burst: float | None = 1.2
     momentum: float = 0.0
@@ -193,7 +208,7 @@ class TTTConfig(FlatSettings):
         check_number("lr", self.lr, 0.0, finite=True)
         check_whole("window", self.window, 1, MOST_ROWS)
         check_whole("chunk", self.chunk, 1)
-        check_choice("rate", self.rate, ("constant", "energy", "rms"))
+        check_choice("rate", self.rate, ("constant", "energy", "rms", "decrease"))
         for name in ("clip", "burst"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0.0, above=True, finite=True)

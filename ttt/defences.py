@@ -238,6 +238,40 @@ class OrthogonalUpdates(Defence):
 
 
 @dataclasses.dataclass(frozen=True)
+class KroneckerFisher(Defence):
+    """Updates are damped along the principal directions of a Kronecker-factored Fisher information.
+
+    A token's input x and gradient delta enter the update as (A + eps)^-p x and (B + eps)^-p delta, where A and B are the
+    second moments of the layer's inputs and of the gradients at its outputs on text that the model knows; see
+    `ttt.nn.kronecker` for the formula and its sources. An update stays one row, and costs as much as
+    `OrthogonalUpdates`, whose limit for large eigenvalues it is. `ttt.Learner.calibrate` measures A and B, and
+    `ttt.Learner.consolidate` adds what was learnt. Trace, ``clip`` and ``burst`` are of the damped rows.
+
+    Args:
+        directions: k >= 0, principal directions that are kept of A and of B; at most half of a layer's inputs or
+            outputs. All other directions count as their mean.
+        power: p in (0, 1]. 1 is the natural gradient.
+        damping: eps >= 0, in units of the mean eigenvalue.
+    """
+
+    flat: ClassVar[Mapping[str, str]] = {
+        "directions": "kronecker",
+        "power": "kronecker_power",
+        "damping": "kronecker_damping",
+    }
+    switch = "kronecker"
+
+    directions: int = 32
+    power: float = 1.0
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._whole("directions", 0)
+        self._number("power", 0.0, 1.0, above=True)
+        self._number("damping", 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Decay(Defence):
     """All weights are pulled to the anchor alike: a forget gate, which needs no importance.
 
@@ -256,8 +290,9 @@ class Decay(Defence):
 
 KINDS: dict[str, type[Defence]] = {
     kind.__name__: kind
-    for kind in (EWC, SI, MAS, LayerReplay, LayerDistillation, LayerGenerativeReplay, OrthogonalUpdates, Decay)
-}
+    for kind in (EWC, SI, MAS, LayerReplay, LayerDistillation, LayerGenerativeReplay, OrthogonalUpdates,
+                 KroneckerFisher, Decay)
+}  # fmt: skip
 """Every defence by name."""
 
 PENALTIES: dict[str, type[_Penalty]] = {kind.kind: kind for kind in (EWC, SI, MAS)}
@@ -266,7 +301,8 @@ PENALTIES: dict[str, type[_Penalty]] = {kind.kind: kind for kind in (EWC, SI, MA
 OFF: dict[str, Any] = {
     "importance": "fisher", "fisher": "true", "ewc_lambda": 0.0, "consolidate_decay": 1.0, "trace_decay": 1.0,
     "trace_every": 1, "si_xi": 1e-3, "replay_rows": 0, "distill_rows": 0, "generated_rows": 0, "generated_rank": 16,
-    "replay_beta": 0.1, "replay_eps": 1e-3, "orthogonal": 0, "decay": 0.0,
+    "replay_beta": 0.1, "replay_eps": 1e-3, "orthogonal": 0, "kronecker": 0, "kronecker_power": 1.0,
+    "kronecker_damping": 0.0, "decay": 0.0,
 }  # fmt: skip
 """The flat settings where no defence is on."""
 
@@ -296,6 +332,13 @@ def flatten(protect: Iterable[Defence]) -> dict[str, Any]:
                 pair = f"{source[flat]} and {name}"
                 raise ValueError(f"protect cannot combine {pair}: they need {flat} = {found[flat]!r} and {value!r}")
             found[flat], source[flat] = value, name
+    if found.get("kronecker") and found.get("orthogonal"):
+        raise ValueError("protect must hold one of OrthogonalUpdates and KroneckerFisher, got both")
+    if found.get("kronecker") and found.get("importance") == "mas":
+        raise ValueError(
+            "protect cannot combine KroneckerFisher and MAS: calibration differentiates the loss for one, and the squared "
+            "logits for the other"
+        )
     rows = [found.get(name, 0) for name in ("replay_rows", "distill_rows", "generated_rows")]
     if sum(rows) > MAX_REPLAY_ROWS:
         raise ValueError(

@@ -73,6 +73,7 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
         layers = {name: _made(make, module, config, name) for name, module in chosen}
         for name, module in chosen:
             layers[name].train(module.training)
+            layers[name].share = 1 / len(layers)
             placed.append((name, module))
             _set_module(model, name, layers[name])
         for p in model.parameters():

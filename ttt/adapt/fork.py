@@ -13,10 +13,12 @@ from ttt.adapt.convert import kept_originals, learning_layers, require_layers
 from ttt.layer_lock import exclusive
 from ttt.nn import Linear
 from ttt.nn.gaussian import PAST, PRESENT
+from ttt.nn.kronecker import MOMENTS
 from ttt.nn.state import BASE
 
 _KINDS = {"weight": "weight", "anchor": "anchor", "importance": "importance", "trace": "trace", "momentum": "trace"}
-_KINDS |= dict.fromkeys(("memory", "recent", "basis", *PAST, *PRESENT), "memory")
+_MEMORY = ("memory", "recent", "recent_delta", "basis", "output_basis", *MOMENTS, *PAST, *PRESENT)
+_KINDS |= dict.fromkeys(_MEMORY, "memory")
 
 
 def fork(model: nn.Module) -> nn.Module:

@@ -41,7 +41,7 @@ _DTYPES = {
     torch.int64: "I64", torch.uint8: "U8",
 }  # fmt: skip
 _COUNTERS = ("step", "tokens", "seen", "recent_seen")
-_SUMS = ("moments", PAST[2], PRESENT[2])
+_SUMS = ("moments", "input_sums", "output_sums", PAST[2], PRESENT[2])
 _WRITTEN = ("weight", "trace", "momentum", "step", *PRESENT)  # by a commit
 _ANCHOR = "anchor"
 _DEPTH = 8  # of nested JSON values
@@ -238,11 +238,13 @@ def _check_range(what: str, key: str, t: Tensor, layer: Linear) -> None:
     least, most = (e.item() for e in torch.aminmax(t.detach()))
     if not (low <= least and most <= high):  # false for NaN
         raise ValueError(f"{what} must hold numbers in [{low:g}, {high:g}], got {least:g} to {most:g}")
-    if key == "basis":
+    if key in ("basis", "output_basis"):
         gram = t.double() @ t.double().T
         size = gram.diagonal()
-        if bool(((gram - torch.diag(size.round().clamp(0, 1))).abs() > 2**-4).any()):
-            raise ValueError(f"{what} must hold orthonormal rows, or rows of zeros")
+        wanted = size.clamp(0, 1) if layer.config.kronecker else size.round().clamp(0, 1)
+        if bool(((gram - torch.diag(wanted)).abs() > 2**-4).any()):
+            allowed = "orthogonal rows of length 1 or less" if layer.config.kronecker else "orthonormal rows, or zeros"
+            raise ValueError(f"{what} must hold {allowed}")
 
 
 def _bounds(key: str, layer: Linear) -> tuple[float, float]:

@@ -29,7 +29,7 @@ def check_users(users: Sequence[Hashable | None], batch: int) -> None:
 
 
 class LayerUpdate(NamedTuple):
-    """What one layer learns from T tokens: inputs ``x`` (T, n), gradients ``delta`` (T, m), and ``steps``."""
+    """What one layer learns from T tokens: the rows ``x`` (T, n) and ``delta`` (T, m) of the update, and ``steps``."""
 
     layer: LowRankLinear
     x: Tensor
@@ -149,7 +149,7 @@ def _update(layer: LowRankLinear, pairs: list[tuple[Tensor, Tensor]], users: Ten
     if len(x) != len(users):
         raise ValueError(f"{layer.name} saw {len(x)} rows of {len(users)} tokens: users need every token seen once")
     x, delta = (t.to(layer.weight.dtype).contiguous() for t in (x, delta))
-    x, steps = layer.steps(x, delta, users)
+    x, delta, steps = layer.steps(x, delta, users)
     return LayerUpdate(layer, x, delta, steps)
 
 

@@ -15,6 +15,7 @@ from ttt import ops
 from ttt.learn.huggingface import swapped
 from ttt.learn.text import check_tokens
 from ttt.nn import Capturing, Linear, LowRankLinear, Update
+from ttt.nn.kronecker import MOMENTS, SIDES, Calibration, second_moment, set_directions, with_rows
 from ttt.nn.rates import CALIBRATED
 from ttt.nn.state import BASE
 from ttt.nn.state_access import read_matrix, write_matrix
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 def warn_if_none(config: TTTConfig, layer: Linear | LowRankLinear) -> None:
     """Warn if ``config`` protects, but ``layer`` holds nothing yet to protect with. To be called by a public method."""
     held = (getattr(layer, name, None) for name in ("importance", "importance_m", "seen", "basis"))
-    protects = config.ewc_lambda or config.replay_rows or config.orthogonal
+    protects = config.ewc_lambda or config.replay_rows or config.orthogonal or config.kronecker
     if protects and not any(t is not None and bool(t.any()) for t in held):
         warnings.warn(
             "learning is unprotected: Learner.calibrate was not called (it takes data that the model knows). "
@@ -76,6 +77,7 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
     memories = [None if la.memory is None else (la.memory.clone(), la.seen.clone()) for la in layers]
     pasts = [la.past_inputs for la in layers]
     moments = [None if la.moments is None or kind == "mas" else torch.zeros_like(la.moments[0]) for la in layers]
+    softs = [Calibration(la) if la.config.kronecker else None for la in layers]
     step = torch.zeros((1,), dtype=torch.int64, device=layers[0].weight.device)
     tokens = 0
     with Capturing(layers) as capturing, torch.enable_grad():
@@ -88,6 +90,8 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
                 if update is None or not bool(update.finite):
                     raise ValueError(f"calibration gave no finite gradient at {layer.name or layer}")
                 tokens += update.x.shape[0]
+                if (soft := softs[at]) is not None:
+                    soft.add(update.x, update.delta)
                 if total is not None:
                     accumulate(layer, update, total, step, kind)
                 if (past := pasts[at]) is not None:
@@ -106,8 +110,10 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
             write_matrix(layer, "importance", total.div_(mean or 1.0))
             layer.unshare("importance_scale")
             layer.importance_scale.fill_(mean / (tokens / len(layers)))
-        for layer, memory, past, moment in zip(layers, memories, pasts, moments, strict=True):
+        for layer, memory, past, moment, soft in zip(layers, memories, pasts, moments, softs, strict=True):
             layer.set_past_inputs(past)
+            if soft is not None:
+                moment = soft.write()
             if moment is not None:  # for MAS it is None: its gradients are not those of the loss
                 layer.moments[CALIBRATED].copy_(moment)
             if memory is not None:
@@ -179,10 +185,16 @@ def consolidate(layers: list[Linear]) -> None:
             layer.trace.zero_()
         layer.tokens.zero_()
         layer.merge_present_inputs()
+        if layer.config.kronecker:
+            _merge_moments(layer)
         if layer.memory is not None:
             layer.unshare("memory", "seen")
             _merge_recent(layer)
             layer.refresh_basis()
+        for name in ("recent", "recent_delta"):
+            if (sample := getattr(layer, name)) is not None:
+                sample.zero_()
+        layer.recent_seen.zero_()
 
 
 @contextlib.contextmanager
@@ -233,5 +245,16 @@ def _merge_recent(layer: Linear) -> None:
         slots = torch.randperm(capacity, generator=generator, device=rest.device)[:count]
         layer.memory[slots] = rest[:count]
         layer.seen += new
-    layer.recent.zero_()
-    layer.recent_seen.zero_()
+
+
+def _merge_moments(layer: Linear) -> None:
+    """Add the recent inputs and gradients to the second moments of ``layer``, and renew its directions."""
+    layer.unshare(*MOMENTS)
+    seen, found = int(layer.recent_seen), []
+    for side, sample in zip(SIDES, (layer.recent, layer.recent_delta), strict=True):
+        factor, sums = getattr(layer, f"{side}_factor"), getattr(layer, f"{side}_sums")
+        moment = with_rows(second_moment(factor, sums), sample[: min(seen, len(sample))], seen)
+        factor.copy_(moment.factor)
+        sums.copy_(moment.moments)
+        found.append(moment)
+    set_directions(layer, *found)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ttt.checks import check_type
 from ttt.config import TTTConfig
 from ttt.layer_lock import LayerLock
-from ttt.nn.directions import principal_directions
+from ttt.nn.directions import principal_directions, project_rows
 from ttt.ops import log8
 from ttt.ops.schema import _FLOATS
 
@@ -39,6 +39,8 @@ class Adapted(torch.nn.Linear):
     memory: Tensor
     seen: Tensor
     basis: Tensor
+    output_basis: Tensor
+    share = 1.0  # 1 / the number of learning layers of the model (`ttt.adapt_`), for ``rate="decrease"``
     _binding: Any = None  # addresses of the tensors, for the C++ kernels; made by `ttt.nn.cpu_binding.binding_of`
     torn = ""  # names the write to several layers that ended half-way at this layer or beside it; usually empty
 
@@ -110,10 +112,14 @@ class Adapted(torch.nn.Linear):
     def unshare(self, *names: str, copy: bool = True) -> None:
         """Make buffers ready to be written, which other models may hold, too. Here no buffer is ever shared."""
 
+    def applied(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows that updates are made with for inputs ``x`` (T, n) and gradients ``delta`` (T, m)."""
+        return project_rows(x, self.basis), project_rows(delta, self.output_basis)
+
     @torch.no_grad()
     def refresh_basis(self) -> None:
-        """Set ``basis``, if there is one, to the principal directions of the rows of the replay memory."""
-        if self.basis is not None:
+        """Set ``basis``, if updates are orthogonal, to the principal directions of the rows of the replay memory."""
+        if self.config.orthogonal:
             self.unshare("basis", copy=False)
             self.basis.copy_(principal_directions(self.memory[: int(self.seen)], len(self.basis)))
 

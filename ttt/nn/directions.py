@@ -20,10 +20,10 @@ def count_directions(wanted: int, n: int) -> int:
     return min(wanted, n // 2)
 
 
-def project_inputs(x: Tensor, basis: Tensor | None) -> Tensor:
-    """The inputs that updates are made with: x - U^T U x for ``x`` (T, n) and U = ``basis`` (k, n); x without a basis.
+def project_rows(x: Tensor, basis: Tensor | None) -> Tensor:
+    """The rows that updates are made with: x - U^T U x for ``x`` (T, n) and U = ``basis`` (k, n); x without a basis.
 
-    ``basis`` has orthonormal rows; rows of zeros have no effect.
+    The rows of ``basis`` are orthogonal, of length 1 or less; rows of zeros have no effect.
     """
     return x if basis is None else ops.project_out(x, basis)
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ttt import ops
 from ttt.nn.cpu_binding import Binding, binding_of
-from ttt.nn.directions import project_inputs
 from ttt.nn.graph_steps import WindowCounter
 from ttt.nn.rates import STREAM, count_, rates
 from ttt.nn.replay_rows import gather_replay_rows
@@ -67,9 +66,15 @@ class Linear(StatefulLinear):
     ``memory``            (K, n)        replay memory: inputs on which the anchor defines the
                                         outputs; if ``replay_rows`` or ``orthogonal`` > 0
     ``recent``            (K', n)       reservoir sample of inputs since the last consolidation;
-                                        likewise; K' = min(K, 1024)
-    ``basis``             (k, n)        U, orthonormal directions that updates leave alone; if
-                                        ``orthogonal`` > 0. Rows of zeros have no effect
+                                        likewise, or if ``kronecker`` > 0; K' = min(K, 1024)
+    ``recent_delta``      (K', m)       the gradients of the same tokens; if ``kronecker`` > 0
+    ``basis``             (k, n)        U, orthogonal directions of inputs that updates leave alone
+                                        (rows of length 1) or damp (shorter rows); if ``orthogonal``
+                                        or ``kronecker`` > 0. Rows of zeros have no effect
+    ``output_basis``      (k, m)        the same of gradients; if ``kronecker`` > 0
+    ``input_factor``,     (2 k, n)      second moments of inputs and of gradients, from which
+    ``output_factor``     (2 k, m)      the directions are made (`ttt.nn.kronecker`); likewise,
+    ``input_sums``, ...   (2,)          with their counts and the energy in other directions
     ``seen``              (1,) int64    rows that were ever offered to ``memory``,
     ``recent_seen``       (1,) int64    and to ``recent``
     ``past_mean``, ...                  Gaussian of past inputs (`ttt.nn.gaussian`); if
@@ -77,8 +82,8 @@ class Linear(StatefulLinear):
     ``present_mean``, ...               Gaussian of inputs since the last consolidation; likewise
     ``step``              (1,) int64    commits so far
     ``tokens``            (1,) int64    tokens in the trace
-    ``moments``           (2, 3)        float64: sums of |x|^2 and of |delta|^2 |x|^2, and the
-                                        number of tokens, at calibration and since; unless
+    ``moments``           (2, 3)        float64: sums of |x|^2 and of |delta|^2 |x|^2 as `ttt.nn.rates`
+                                        defines them, and the number of tokens, at calibration and since; unless
                                         ``rate`` is "constant"
     ``importance_scale``  (1,)          float64: mean importance at the first calibration, the
                                         unit of Omega
@@ -164,11 +169,11 @@ class Linear(StatefulLinear):
             x, delta = x[rows], delta[rows]
             trace_delta = None if trace_delta is None else trace_delta[rows]
         x, delta = x.to(self.weight.dtype).contiguous(), delta.to(self.weight.dtype).contiguous()
-        sum_dtype, basis = self.win_eta.dtype, self.basis
+        sum_dtype = self.win_eta.dtype
         eta, each, moments = rates(
             x, delta, self.config, sum_dtype,
             before=None if self.moments is None else self.moments.sum(0),
-            applied=None if basis is None else lambda inputs: project_inputs(inputs, basis),
+            applied=self.applied(x, delta), share=self.share,
         )  # fmt: skip
         finite = each.all()
         if trace_delta is not None:
@@ -232,14 +237,22 @@ class Linear(StatefulLinear):
             return None
         return update.delta if update.trace_delta is None else update.trace_delta
 
+    def _sample(self, update: Update, gate: Tensor | None = None) -> None:
+        """Offer the rows of ``update`` to the samples of recent inputs and gradients, if there are any."""
+        if self.recent_delta is not None:  # with the counter as it is: the same tokens are kept of both
+            ops.reservoir_insert(
+                self.recent_delta, self.recent_seen.clone(), update.delta, seed=self.seed, gate=gate
+            )
+        if self.recent is not None:
+            ops.reservoir_insert(self.recent, self.recent_seen, update.x, seed=self.seed, gate=gate)
+
     @torch.no_grad()
     def _learn(self, update: Update, count: int) -> None:
         """`learn` through the ops, for layers that are not capturable."""
         p, c = self._pending, self.config.window
         traced = self._trace_gradients(update)
-        if self.recent is not None:
-            ops.reservoir_insert(self.recent, self.recent_seen, update.x, seed=self.seed)
-        x, delta, eta = project_inputs(update.x, self.basis), update.delta, update.eta
+        self._sample(update)
+        (x, delta), eta = self.applied(update.x, update.delta), update.eta
         if p + count <= c:
             ops.window_append(
                 self.win_x, self.win_delta, self.win_eta, self.win_trace, x, delta, eta, trace_delta=traced, at=p
@@ -260,16 +273,15 @@ class Linear(StatefulLinear):
     @torch.no_grad()
     def _learn_step(self, update: Update, gate: Tensor | None, counter: WindowCounter) -> None:
         """`learn` of a capturable layer: the host neither knows nor waits for the number of rows in the window."""
-        if self.recent is not None:
-            ops.reservoir_insert(self.recent, self.recent_seen, update.x, seed=self.seed, gate=gate)
-        x = project_inputs(update.x, self.basis)
+        self._sample(update, gate)
+        x, delta = self.applied(update.x, update.delta)
         if not counter.capacity:
-            self._commit(x, update.delta, update.eta, self._trace_gradients(update), gate)
+            self._commit(x, delta, update.eta, self._trace_gradients(update), gate)
             advance(self.tokens, counter.rows, gate)
             return
         self._commit(*self._window_rows(counter.capacity), counter.full if gate is None else counter.full * gate)
         ops.window_append(
-            self.win_x, self.win_delta, self.win_eta, self.win_trace, x, update.delta, update.eta,
+            self.win_x, self.win_delta, self.win_eta, self.win_trace, x, delta, update.eta,
             trace_delta=self._trace_gradients(update), counters=counter.counters, tokens=self.tokens, gate=gate,
         )  # fmt: skip
 

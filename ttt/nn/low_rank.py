@@ -14,7 +14,7 @@ from ttt.config import TTTConfig
 from ttt.defences import LowRank
 from ttt.nn.base import Adapted, Layout
 from ttt.nn.cpu_binding import LowRankBinding, binding_of
-from ttt.nn.directions import count_directions, project_inputs
+from ttt.nn.directions import count_directions
 from ttt.nn.rates import Rates, count_, places, rates
 from ttt.ops.reference import _wide
 
@@ -108,8 +108,9 @@ class LowRankLinear(Adapted):
     ``importance_n``   (n,)          ``ewc_lambda`` > 0: Omega_ij = importance_m[i] importance_n[j]
     ``memory``         (K, n)        replay memory, shared, if ``replay_rows`` or ``orthogonal`` > 0,
     ``seen``           (1,)          and how many rows were ever offered to it
-    ``basis``          (k, n)        orthonormal directions that updates leave alone, shared, if
-                                     ``orthogonal`` > 0; rows of zeros have no effect
+    ``basis``          (k, n)        orthogonal directions of inputs that updates leave alone or damp,
+                                     shared, if ``orthogonal`` or ``kronecker`` > 0 (`ttt.nn.Linear`)
+    ``output_basis``   (k, m)        the same of gradients, shared, if ``kronecker`` > 0
     ``calibrated``     (3,)          float64, shared, unless ``rate`` is "constant": sums of |x|^2 and
                                      of |delta|^2 |x|^2, and the number of tokens, at calibration
     ``moments``        (S, 3)        the same of each user's own tokens since
@@ -143,8 +144,9 @@ class LowRankLinear(Adapted):
     def _layout(self, dtype: torch.dtype) -> Layout:
         config, wide, low_rank = self.config, _wide(dtype), self.low_rank
         m, n = self.out_features, self.in_features
-        k, protects, scaled = count_directions(config.orthogonal, n), config.ewc_lambda > 0, config.rate != "constant"
-        remembers = config.replay_rows > 0 or k > 0
+        k, protects = count_directions(config.orthogonal or config.kronecker, n), config.ewc_lambda > 0
+        outputs, scaled = count_directions(config.kronecker, m), config.rate != "constant"
+        remembers = config.replay_rows > 0 or (config.orthogonal > 0 and k > 0)
         return {
             "a": ((low_rank.slots, low_rank.capacity, n), dtype),
             "b": ((low_rank.slots, low_rank.capacity, m), dtype),
@@ -157,6 +159,7 @@ class LowRankLinear(Adapted):
             "memory": ((config.replay_capacity, n), dtype) if remembers else None,
             "seen": ((1,), torch.int64) if remembers else None,
             "basis": ((k, n), dtype) if k else None,
+            "output_basis": ((outputs, m), dtype) if outputs else None,
             "calibrated": ((3,), torch.float64) if scaled else None,
             "moments": ((low_rank.slots, 3), torch.float64) if scaled else None,
         }
@@ -211,8 +214,8 @@ class LowRankLinear(Adapted):
     # -- learning ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def steps(self, x: Tensor, delta: Tensor, users: Tensor | None) -> tuple[Tensor, Rates]:
-        """Inputs (T, n) without their part in the span of ``basis``, and the step eta_t of each token.
+    def steps(self, x: Tensor, delta: Tensor, users: Tensor | None) -> tuple[Tensor, Tensor, Rates]:
+        """The rows (T, n) and (T, m) that updates are made with, and the step eta_t of each token.
 
         A user's steps depend only on the user's own tokens and on calibration. Nothing is written; `count` adds the
         tokens to the moments.
@@ -221,13 +224,20 @@ class LowRankLinear(Adapted):
             x: (T, n); delta: (T, m), gradients of the summed loss at the output; both of the weight's dtype.
             users: (T,), int32; -1 for tokens that teach nobody. None: as tokens of one user who has learnt nothing yet.
         """
-        before = self.moments
-        if self.basis is not None:  # rows that are not finite must not reach others through a product, see `forward`
-            finite = torch.isfinite(x).all(1, keepdim=True)
-            x = torch.where(finite, project_inputs(torch.where(finite, x, 0.0), self.basis), torch.nan)
+        before, applied = self.moments, (x, delta)
+        if self.basis is not None or self.output_basis is not None:
+            # Rows that are not finite must not reach others through a product, see `forward`.
+            finite = (torch.isfinite(x).all(1) & torch.isfinite(delta).all(1)).unsqueeze(1)
+            x, delta = (torch.where(finite, rows, 0.0) for rows in (x, delta))
+            applied = self.applied(x, delta)
+            x, delta, *changed = (torch.where(finite, rows, torch.nan) for rows in (x, delta, *applied))
+            applied = (changed[0], changed[1])
         if before is not None:
             before = self.calibrated if users is None else self.calibrated + before
-        return x, rates(x, delta, self.config, self.eta_sum.dtype, before=before, users=users)
+        found = rates(
+            x, delta, self.config, self.eta_sum.dtype, before=before, users=users, applied=applied, share=self.share
+        )
+        return *applied, found
 
     @torch.no_grad()
     def count(self, grown: Tensor | None, kept: Tensor) -> None:
@@ -240,7 +250,7 @@ class LowRankLinear(Adapted):
         """Append a row for each token to its user's slot; compress slots that are full or have too little room.
 
         Args:
-            x: (T, n), inputs as `steps` returns them; delta: (T, m); both of the weight's dtype.
+            x: (T, n), inputs and delta: (T, m), gradients, as `steps` returns them; both of the weight's dtype.
             eta: (T,), float32 (float64 for float64): steps. users: (T,), int32; -1 for tokens that teach nobody.
 
         Raises:

@@ -5,16 +5,27 @@ With g_t = |delta_t| |x_t|, the norm of token t's gradient at the layer, and mea
     constant   eta_t = lr
     energy     eta_t = lr / mean |x|^2       normalised least mean squares (Nagumo & Noda 1967)
     rms        eta_t = lr / sqrt(mean g^2)   RMSProp (Tieleman & Hinton 2012) with one scale for a whole layer
+    decrease   eta_t = lr share / mean s^2   s_t^2 = (delta_t . delta'_t) (x_t . x'_t)
+
+**Decrease.** An update by -eta delta'_t x'_t^T changes token t's own loss by -eta s_t^2 to first order, where x' and
+delta' are the rows that updates are made with (`ttt.nn.kronecker`; without a soft projection s_t is g_t). So ``lr`` is
+that decrease in nats, of a typical token, summed over the layers of a model, of which each has the ``share`` 1 / their
+number. If inputs, gradients or outputs of a layer are in other units (x to c x with W to W / c), the update is in those
+units, too: the same ``lr`` is right for models whose weights, activations and gradients have other scales.
 
 **Clip.** Where g_t is above ``clip`` (for "rms": above ``clip`` sqrt(mean g^2)), eta_t is multiplied by the ratio of
-the bound to g_t. A token counts in its own mean, so that the first token has a scale, and the means do not depend on
-how a stream is cut into chunks.
+the bound to g_t. For "decrease" s_t stands for g_t, here and below. A token counts in its own mean, so that the first
+token has a scale, and the means do not depend on how a stream is cut into chunks.
 
 **Burst.** The gradients of T tokens that are learnt at once are all taken at the weights before them. Those of ordinary
 text hardly agree, so the norm of their sum is about sqrt(T) times that of one of them; the gradients of one byte
 repeated T times reach T times. So "rms" bounds::
 
     |sum_t eta_t delta_t x_t^T|  <=  burst lr sqrt(T)
+
+and "decrease", with w_t = eta_t sqrt(mean s^2) / (lr share)::
+
+    sum_ij w_i w_j (delta_i . delta'_j) (x_i . x'_j)  <=  burst^2 T
 
 Where the sum would be larger, all T steps are multiplied by the ratio (gradient clipping, Pascanu et al. 2013, in units
 in which ordinary text has about 1). The means do not change. With T = 1 it is a second ``clip``.
@@ -25,7 +36,6 @@ calibration) and over its user's tokens in the batch up to and including it. Eac
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -51,6 +61,40 @@ class Rates(NamedTuple):
     grown: Tensor | None
 
 
+class Sizes(NamedTuple):
+    """How large the inputs and gradients of T tokens are, in the unit of a rate; see `token_sizes`.
+
+    Attributes:
+        x, delta: (T,), for "decrease" the roots of x . x' and delta . delta'; otherwise the norms of x' and delta'.
+        norm: (T,), their products: s_t or g_t.
+        squares: (2, T) float64: the squares of ``x`` and of ``norm``.
+    """
+
+    x: Tensor
+    delta: Tensor
+    norm: Tensor
+    squares: Tensor
+
+
+def token_sizes(
+    x: Tensor, delta: Tensor, applied: tuple[Tensor, Tensor], rate: str, wide: torch.dtype = torch.float64
+) -> Sizes:
+    """The sizes of tokens with inputs ``x`` (T, n) and gradients ``delta`` (T, m), computed in ``wide``.
+
+    Args:
+        applied: the rows x' (T, n) and delta' (T, m) that updates are made with.
+        rate: as in a `ttt.TTTConfig`.
+    """
+    sizes = []
+    for rows, others in zip((x, delta), applied, strict=True):
+        if rate == "decrease" and others is not rows:
+            sizes.append((rows.to(wide) * others.to(wide)).sum(1).clamp_min(0.0).sqrt())
+        else:
+            sizes.append(torch.linalg.vector_norm(others, dim=1, dtype=wide))
+    norm = sizes[0] * sizes[1]
+    return Sizes(*sizes, norm, torch.stack([sizes[0], norm]).double().square_())
+
+
 def rates(
     x: Tensor,
     delta: Tensor,
@@ -59,7 +103,8 @@ def rates(
     *,
     before: Tensor | None = None,
     users: Tensor | None = None,
-    applied: Callable[[Tensor], Tensor] | None = None,
+    applied: tuple[Tensor, Tensor] | None = None,
+    share: float = 1.0,
 ) -> Rates:
     """The steps of T tokens. Nothing is written, and the host waits for the device only if there are ``users``.
 
@@ -72,20 +117,19 @@ def rates(
             if ``config.rate`` is "constant".
         users: (T,) int32, the slot of each token; ``before`` is (S, 3) then. Tokens with -1 teach nobody, and their
             steps have no meaning. The bits that a user gets do not depend on tokens of others.
-        applied: turns ``x`` into the inputs that updates are made with, whose norms are then used in place of |x|.
-            Whether a token is finite is decided by ``x`` itself.
+        applied: the rows x' (T, n) and delta' (T, m) that updates are made with; None: ``x`` and ``delta``. Whether a
+            token is finite is decided by ``x`` and ``delta``.
+        share: of this layer in the decrease, if ``config.rate`` is "decrease".
     """
     x_norm, d_norm = (torch.linalg.vector_norm(t, dim=1, dtype=wide) for t in (x, delta))
     norm = d_norm * x_norm
     # The squared norm bounds every entry of the token's squared gradient: a trace cannot overflow either.
     finite = torch.isfinite(norm * norm)
-    if applied is not None and (before is not None or config.clip is not None):
-        x = applied(x)
-        x_norm = torch.linalg.vector_norm(x, dim=1, dtype=wide)
-        norm = d_norm * x_norm
+    applied = (x, delta) if applied is None else applied
+    sizes = token_sizes(x, delta, applied, config.rate, wide)
+    norm, squares = sizes.norm, sizes.squares
     if before is None:
         return Rates(_clipped(torch.full_like(norm, config.lr), norm, config.clip), finite, None)
-    squares = torch.stack([x_norm, norm]).double().square_()
     if users is None:
         sums, place = squares.cumsum(1), torch.arange(1, len(norm) + 1, device=norm.device)
         grown = torch.cat([squares.sum(1), squares.new_full((1,), len(norm))])
@@ -94,13 +138,19 @@ def rates(
         sums, place, grown = _by_user(squares, users, len(before))
         earlier = before[users.clamp_min(0).long()].T
     energy, square = (earlier[:2] + sums) / (earlier[2] + place)
-    scale = energy if config.rate == "energy" else square.sqrt()
+    root = square.sqrt()
+    # `unit` makes eta / unit the weight of a gradient in which those of typical tokens have length 1.
+    unit = {"energy": config.lr, "rms": config.lr, "decrease": config.lr * share / root}[config.rate]
+    scale = energy if config.rate == "energy" else root
     # The scale is 0 only if the token's x or its gradient is 0.
-    eta = torch.where(scale > 0, config.lr / scale, 0.0).to(norm.dtype)
+    eta = torch.where(scale > 0, unit / scale, 0.0).to(norm.dtype)
     bound = config.clip if config.clip is None or config.rate == "energy" else config.clip * scale
     eta = _clipped(eta, norm, bound)
-    if config.burst is not None and config.rate == "rms" and config.lr > 0:
-        size = _sizes(x, delta, x_norm, d_norm, eta / config.lr, users)
+    if config.burst is not None and config.rate != "energy" and config.lr > 0:
+        # For "rms" both factors of a gradient are those of the update.
+        rows = applied if config.rate == "rms" else (x, delta)
+        weight = torch.where(root > 0, eta / unit, 0.0).to(norm.dtype)
+        size = _sizes(rows, applied, sizes, weight, users)
         eta = torch.where(size > config.burst, eta * (config.burst / size), eta)
     # Steps of inputs close to 0 may overflow.
     return Rates(eta, finite & torch.isfinite(eta), grown)
@@ -137,34 +187,51 @@ def _clipped(eta: Tensor, norm: Tensor, bound: float | Tensor | None) -> Tensor:
     return eta if bound is None else torch.where(norm > bound, eta * (bound / norm), eta).to(norm.dtype)
 
 
-def _sizes(x: Tensor, delta: Tensor, x_norm: Tensor, d_norm: Tensor, weight: Tensor, users: Tensor | None) -> Tensor:
-    """|sum_t weight_t delta_t x_t^T| / sqrt(T): (), or with users (T,), of each token's user; 0 for tokens of nobody.
+Rows = tuple[Tensor, Tensor]  # inputs (T, n) and gradients (T, m)
 
-    ``x_norm`` and ``d_norm`` (T,) are the norms of the rows of ``x`` and ``delta``.
+
+def _sizes(rows: Rows, applied: Rows, sizes: Sizes, weight: Tensor, users: Tensor | None) -> Tensor:
+    """The length of the sum of T weighted gradients, divided by sqrt(T); see `_sum_norm`.
+
+    Returns:
+        (), or with users (T,), of each token's user; 0 for tokens of nobody.
     """
     if users is None:
-        return _sum_norm(x, delta, x_norm, d_norm, weight) / len(weight) ** 0.5
+        return _sum_norm(rows, applied, sizes.x, sizes.delta, weight) / len(weight) ** 0.5
     # Each user's sum is made of its own rows alone, in products whose shapes and bits do not depend on other users.
-    sizes = torch.where(users < 0, 0.0, weight * (x_norm * d_norm))
+    lengths = torch.where(users < 0, 0.0, weight * sizes.norm)
     owners, counts = users.unique(return_counts=True)
     for user, count in zip(owners.tolist(), counts.tolist(), strict=True):
         if user >= 0 and count > 1:
             own = (users == user).nonzero().flatten()
-            sizes[own] = _sum_norm(x[own], delta[own], x_norm[own], d_norm[own], weight[own]) / count**0.5
-    return sizes
+            mine = (rows[0][own], rows[1][own])
+            changed = mine if applied is rows else (applied[0][own], applied[1][own])
+            lengths[own] = _sum_norm(mine, changed, sizes.x[own], sizes.delta[own], weight[own]) / count**0.5
+    return lengths
 
 
-def _sum_norm(x: Tensor, delta: Tensor, x_norm: Tensor, d_norm: Tensor, weight: Tensor) -> Tensor:
-    """|sum_t weight_t delta_t x_t^T|, (), from rows scaled to length 1, so that no product overflows."""
+def _sum_norm(rows: Rows, applied: Rows, x_size: Tensor, delta_size: Tensor, weight: Tensor) -> Tensor:
+    """The root of sum_ij w_i w_j (delta_i . delta'_j) (x_i . x'_j), (), with w = ``weight``.
+
+    With x' = x and delta' = delta it is |sum_t w_t delta_t x_t^T|. The rows are divided by their sizes first, so that no
+    product overflows.
+    """
     tiny = torch.finfo(weight.dtype).tiny
-    x, delta = (
-        rows.to(weight.dtype) / norm.clamp_min(tiny).unsqueeze(1) for rows, norm in ((x, x_norm), (delta, d_norm))
-    )
-    weight = weight * (x_norm * d_norm)
-    rows, n, m = len(weight), x.shape[1], delta.shape[1]
-    if rows * (m + n) > m * n:  # the matrix of the sum is less work than the products of all pairs of rows
-        return torch.linalg.vector_norm((delta * weight.unsqueeze(1)).T @ x)
-    pairs = (x @ x.T) * (delta @ delta.T)
+    scales = [size.clamp_min(tiny).unsqueeze(1) for size in (x_size, delta_size)]
+
+    def scaled(pair: Rows) -> list[Tensor]:
+        return [part.to(weight.dtype) / scale for part, scale in zip(pair, scales, strict=True)]
+
+    x, delta = scaled(rows)
+    x2, delta2 = (x, delta) if applied is rows else scaled(applied)
+    weight = weight * (x_size * delta_size)
+    count, n, m = len(weight), x.shape[1], delta.shape[1]
+    if count * (m + n) > m * n:  # the matrix of the sum is less work than the products of all pairs of rows
+        total = (delta * weight.unsqueeze(1)).T @ x
+        if applied is rows:
+            return torch.linalg.vector_norm(total)
+        return (total * ((delta2 * weight.unsqueeze(1)).T @ x2)).sum().clamp_min(0.0).sqrt()
+    pairs = (x @ x2.T) * (delta @ delta2.T)
     return (weight @ pairs @ weight).clamp_min(0.0).sqrt()
 
 

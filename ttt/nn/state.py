@@ -14,14 +14,16 @@ from ttt.nn.base import Adapted, Layout
 from ttt.nn.directions import count_directions
 from ttt.nn.gaussian import FIELDS, PAST, PRESENT, Gaussian, buffer_layout
 from ttt.nn.graph_steps import WindowCounter, check_capturable, forbid_capture
+from ttt.nn.kronecker import MOMENTS, layout
 from ttt.nn.rates import STREAM
 from ttt.ops import log8
 from ttt.ops.reference import _wide
 
-BASE = ("anchor", "importance", "importance_scale", "memory", "seen", "basis", *PAST)
+BASE = ("anchor", "importance", "importance_scale", "memory", "seen", "basis", "output_basis", *MOMENTS, *PAST)
 """Buffers that calibrating and consolidating write, and learning does not."""
 
 _COUNTERS = ("seen", "recent_seen", "step", "tokens")
+_RECENT = 1024  # the most rows of the sample of recent inputs
 _MAX_COUNT = 2**62  # far from an overflow of int64
 
 Layer = TypeVar("Layer", bound="StatefulLinear")
@@ -40,6 +42,11 @@ class StatefulLinear(Adapted):
     momentum: Tensor
     win_trace: Tensor
     recent: Tensor
+    recent_delta: Tensor
+    input_factor: Tensor
+    input_sums: Tensor
+    output_factor: Tensor
+    output_sums: Tensor
     past_mean: Tensor
     moments: Tensor
     # Counters:
@@ -65,9 +72,10 @@ class StatefulLinear(Adapted):
         else:
             state = default
         signed = state if state.is_floating_point else default  # 8 bits hold no signs
-        k, protects = count_directions(config.orthogonal, n), config.ewc_lambda > 0
-        remembers = config.replay_rows > 0 or k > 0
-        columns, capacity = log8.width(n) if state == torch.uint8 else n, config.replay_capacity
+        k, protects = count_directions(config.orthogonal or config.kronecker, n), config.ewc_lambda > 0
+        remembers, soft = config.replay_rows > 0 or (config.orthogonal > 0 and k > 0), config.kronecker > 0
+        outputs, recent = count_directions(config.kronecker, m), min(capacity := config.replay_capacity, _RECENT)
+        columns = log8.width(n) if state == torch.uint8 else n
         gaussians = buffer_layout(n, sum_dtype, config.generated_rank)
         counter = ((1,), torch.int64)
         return {
@@ -80,8 +88,11 @@ class StatefulLinear(Adapted):
             "win_eta": ((c,), sum_dtype),
             "win_trace": ((c, m), dtype) if protects and config.importance == "mas" else None,
             "memory": ((capacity, n), dtype) if remembers else None,
-            "recent": ((min(capacity, 1024), n), dtype) if remembers else None,
+            "recent": ((recent, n), dtype) if remembers or soft else None,
+            "recent_delta": ((recent, m), dtype) if soft else None,
             "basis": ((k, n), dtype) if k else None,
+            "output_basis": ((outputs, m), dtype) if outputs else None,
+            **{name: kind if soft else None for name, kind in layout(config, m, n, sum_dtype).items()},
             **{name: kind if config.generated_rows else None for name, kind in gaussians.items()},
             "seen": counter,
             "recent_seen": counter,
@@ -245,7 +256,7 @@ class StatefulLinear(Adapted):
         self.base = {}
         self.weight.copy_(self.anchor)
         # Zeroed, not only marked empty: what a user said must not stay in memory.
-        learnt = ("trace", "momentum", "recent", "recent_seen", "step", "tokens", *PRESENT)
+        learnt = ("trace", "momentum", "recent", "recent_delta", "recent_seen", "step", "tokens", *PRESENT)
         for name in ("win_x", "win_delta", "win_eta", "win_trace", *learnt):
             if (b := getattr(self, name)) is not None:
                 b.zero_()

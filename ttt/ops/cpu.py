@@ -102,12 +102,26 @@ def bind_layer(layer):
         return None
     m, n = weight.shape
     bound = _C.Layer(
-        weight.data_ptr(), _address(layer.bias), layer.win_x.data_ptr(), layer.win_delta.data_ptr(),
-        layer.win_eta.data_ptr(), _address(layer.win_trace), _address(recent),
-        0 if recent is None else layer.recent_seen.data_ptr(), _address(layer.basis), m, n, layer.win_eta.numel(),
-        0 if recent is None else recent.shape[0], 0 if layer.basis is None else len(layer.basis),
-        layer.seed & _MASK64, _DTYPE[weight.dtype],
-    )  # fmt: skip
+        weight=weight.data_ptr(),
+        bias=_address(layer.bias),
+        win_x=layer.win_x.data_ptr(),
+        win_delta=layer.win_delta.data_ptr(),
+        win_eta=layer.win_eta.data_ptr(),
+        win_trace=_address(layer.win_trace),
+        recent=_address(recent),
+        recent_delta=_address(layer.recent_delta),
+        recent_seen=0 if recent is None else layer.recent_seen.data_ptr(),
+        basis=_address(layer.basis),
+        output_basis=_address(layer.output_basis),
+        m=m,
+        n=n,
+        window=layer.win_eta.numel(),
+        capacity=0 if recent is None else recent.shape[0],
+        directions=0 if layer.basis is None else len(layer.basis),
+        output_directions=0 if layer.output_basis is None else len(layer.output_basis),
+        seed=layer.seed & _MASK64,
+        dtype=_DTYPE[weight.dtype],
+    )
     if not layer.mixes_replay_sources:
         window = layer.win_x, layer.win_delta, layer.win_eta, layer.win_trace
         bound.prepare(_bound_commit(layer.commit_arguments(*window)))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ttt import ops
 from ttt.nn import Capturing, LowRankLinear
+from ttt.nn.kronecker import Calibration
 from ttt.signals import SignalsDeferred
 
 
@@ -36,14 +37,15 @@ def calibrate(layers: Sequence[LowRankLinear], losses: Iterator[Tensor], kind: s
     memories = [None if la.memory is None else (la.memory.clone(), la.seen.clone()) for la in layers]
     # The gradients for MAS are not those of the loss, so they say nothing about its scale.
     moments = [None if la.calibrated is None or kind == "mas" else torch.zeros_like(la.calibrated) for la in layers]
+    softs = [Calibration(la) if la.config.kronecker else None for la in layers]
     with Capturing(layers) as capturing, torch.enable_grad():
         for loss in losses:
             loss.backward()
-            captured = zip(layers, capturing.renew(), sums, memories, moments, strict=True)
-            for layer, pairs, (by_row, by_column), memory, moment in captured:
+            captured = zip(layers, capturing.renew(), sums, memories, moments, softs, strict=True)
+            for layer, pairs, (by_row, by_column), memory, moment, soft in captured:
                 for x, delta in pairs:
                     x, delta = x.to(layer.weight.dtype).contiguous(), delta.to(layer.weight.dtype)
-                    _, steps = layer.steps(x, delta, None)
+                    *_, steps = layer.steps(x, delta, None)
                     if not bool(steps.finite.all()):
                         raise ValueError(f"calibration gave no finite gradient at {layer.name or layer}")
                     tokens += len(x)
@@ -52,6 +54,8 @@ def calibrate(layers: Sequence[LowRankLinear], losses: Iterator[Tensor], kind: s
                     xs, ds = (t.to(wide).abs() if kind == "mas" else t.to(wide).square() for t in (x, delta))
                     by_row += ds.T @ xs.mean(1)
                     by_column += xs.T @ ds.mean(1)
+                    if soft is not None:
+                        soft.add(x, delta)
                     if memory is not None:
                         with torch.no_grad():
                             ops.reservoir_insert(*memory, x, seed=layer.seed)
@@ -60,7 +64,9 @@ def calibrate(layers: Sequence[LowRankLinear], losses: Iterator[Tensor], kind: s
     weights = sum(layer.weight.numel() for layer in layers)
     mean = sum(float(rows.mean()) * layer.weight.numel() for layer, (rows, _) in zip(layers, sums, strict=True))
     with SignalsDeferred():
-        for layer, (by_row, by_column), memory, moment in zip(layers, sums, memories, moments, strict=True):
+        for layer, (by_row, by_column), memory, moment, soft in zip(
+            layers, sums, memories, moments, softs, strict=True
+        ):
             if layer.importance_m is not None:
                 layer.importance_m.copy_(by_row / (mean / weights or 1.0))
                 layer.importance_n.copy_(by_column / (by_column.mean() or 1.0))
@@ -68,5 +74,7 @@ def calibrate(layers: Sequence[LowRankLinear], losses: Iterator[Tensor], kind: s
                 layer.memory.copy_(memory[0])
                 layer.seen.copy_(memory[1])
                 layer.refresh_basis()
+            if soft is not None:
+                moment = soft.write()
             if moment is not None:
                 layer.calibrated.copy_(moment)
