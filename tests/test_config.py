@@ -52,9 +52,20 @@ def test_a_defence_that_is_switched_off_is_none():
     assert ttt.TTTConfig(protect=[ttt.EWC(0.0), ttt.LayerReplay(0), ttt.OrthogonalUpdates(0)]) == ttt.TTTConfig(
         protect=[]
     )
-    config = ttt.TTTConfig().with_flat(ewc_lambda=0.0, lr=0.5)
-    assert [type(d).__name__ for d in config.protect] == ["LayerReplay", "OrthogonalUpdates"]
+    config = ttt.TTTConfig(protect=[ttt.EWC(), ttt.LayerReplay()]).with_flat(ewc_lambda=0.0, lr=0.5)
+    assert [type(d).__name__ for d in config.protect] == ["LayerReplay"]
     assert config.lr == 0.5
+
+
+def test_of_two_defences_that_set_directions_the_one_asked_for_wins():
+    assert ttt.TTTConfig().with_flat(orthogonal=5).protect == (ttt.OrthogonalUpdates(5),)
+    assert ttt.TTTConfig(protect=[ttt.OrthogonalUpdates(5)]).with_flat(kronecker=6).protect == (ttt.KroneckerFisher(6),)
+    with pytest.raises(ValueError, match="one of OrthogonalUpdates and KroneckerFisher, got both"):
+        ttt.TTTConfig(protect=[ttt.OrthogonalUpdates(), ttt.KroneckerFisher()])
+    with pytest.raises(ValueError, match="one of OrthogonalUpdates and KroneckerFisher, got both"):
+        ttt.TTTConfig().with_flat(orthogonal=5, kronecker=5)
+    with pytest.raises(ValueError, match="cannot combine KroneckerFisher and MAS"):
+        ttt.TTTConfig(protect=[ttt.MAS(), ttt.KroneckerFisher()])
 
 
 def test_defaults_of_the_op_and_of_the_configuration_agree():
@@ -138,11 +149,11 @@ def test_defences_that_do_not_combine_are_refused():
 def test_old_names_still_work_and_warn():
     with pytest.warns(DeprecationWarning, match=r"TTTConfig\(ewc_lambda, replay_rows\) is deprecated"):
         config = ttt.TTTConfig(ewc_lambda=0.5, replay_rows=0)
-    assert set(config.protect) == {ttt.EWC(0.5), ttt.OrthogonalUpdates(32)}
+    assert set(config.protect) == {ttt.EWC(0.5), ttt.KroneckerFisher(32)}
     with pytest.warns(DeprecationWarning, match="use per_user"):
         assert ttt.TTTConfig(users=ttt.LowRank(slots=3)).per_user == ttt.LowRank(slots=3)
     with pytest.warns(DeprecationWarning, match="ewc_lambda"):
-        assert dataclasses.replace(config, ewc_lambda=0.0).protect == (ttt.OrthogonalUpdates(32),)
+        assert dataclasses.replace(config, ewc_lambda=0.0).protect == (ttt.KroneckerFisher(32),)
     for module, old, new in [
         (ttt, "Seen", "ObserveOutput"), (ttt, "Generated", "GenerateOutput"), (ttt, "Check", "GuardCheck"),
         (ttt, "Outcome", "LearningResult"), (ttt, "Memory", "MemoryUsage"), (ttt, "memory", "memory_usage"),

@@ -72,7 +72,7 @@ def check_rates_are_a_users_own(device, dtype, rate):
     x2, delta2 = x.clone(), delta.clone()
     x2[~mine] *= 1e3
     delta2[~mine] = 0
-    found, others = layer.steps(x, delta, users)[1], layer.steps(x2, delta2, users)[1]
+    found, others = layer.steps(x, delta, users)[2], layer.steps(x2, delta2, users)[2]
     assert torch.equal(found.eta[mine], others.eta[mine])
     assert torch.equal(found.grown[1], others.grown[1])
     assert not torch.equal(found.grown[0], others.grown[0])

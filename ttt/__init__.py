@@ -20,11 +20,11 @@ from ttt.defences import (
     MAS,
     SI,
     Decay,
+    KroneckerFisher,
     LayerDistillation,
     LayerGenerativeReplay,
     LayerReplay,
     LowRank,
-    KroneckerFisher,
     OrthogonalUpdates,
 )
 from ttt.experts.learner import GrowingLearner
@@ -51,6 +51,7 @@ __all__ = [
     "GrowingLearner",
     "Guard",
     "GuardCheck",
+    "KroneckerFisher",
     "LayerDistillation",
     "LayerGenerativeReplay",
     "LayerReplay",
@@ -59,7 +60,6 @@ __all__ = [
     "LowRank",
     "MemoryUsage",
     "ObserveOutput",
-    "KroneckerFisher",
     "OrthogonalUpdates",
     "Pool",
     "Snapshot",

@@ -281,7 +281,7 @@ class TTTConfig(FlatSettings):
             values["protect"] = _read_defences(values["protect"])
         flat = {name: values.pop(name) for name in OFF if name in values}
         if flat:
-            values["protect"] = build(flatten(values.get("protect", ())) | flat)
+            values["protect"] = build(_changed(flatten(values.get("protect", ())), flat))
         return cls(**values)
 
     def with_flat(self, **settings: Any) -> TTTConfig:
@@ -308,6 +308,14 @@ def _without_removed(values: Mapping[str, Any]) -> dict[str, Any]:
         if name in values and values[name] != kept:
             raise ValueError(f"{name} must be {kept!r}, got {values[name]!r}, which was removed")
     return {name: value for name, value in values.items() if name not in _REMOVED}
+
+
+def _changed(flat: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``flat`` settings with ``changes``; of the two defences that set a layer's directions, one asked for wins."""
+    for name, other in (("orthogonal", "kronecker"), ("kronecker", "orthogonal")):
+        if changes.get(name) and other not in changes:
+            changes = {**changes, other: 0}
+    return {**flat, **changes}
 
 
 def _from_fields(kind: Any, values: Mapping[str, Any], what: str) -> Any:
@@ -346,7 +354,7 @@ def _take_old_names(init: Any) -> Any:
                 DeprecationWarning,
                 stacklevel=2,
             )
-            kwargs["protect"] = build(flatten(kwargs.get("protect", DEFAULT_PROTECTION)) | flat)
+            kwargs["protect"] = build(_changed(flatten(kwargs.get("protect", DEFAULT_PROTECTION)), flat))
         if "users" in kwargs:
             warnings.warn("TTTConfig(users=...) is deprecated; use per_user=...", DeprecationWarning, stacklevel=2)
             kwargs["per_user"] = kwargs.pop("users")

@@ -24,6 +24,7 @@ OPTIONS = {
     "mas": {**ALL, "importance": "mas", "rate": "energy", "lr": 0.1},
     "8bit": {**ALL, "state_dtype": "8bit"},
     "float32 state": {**ALL, "state_dtype": "float32"},
+    "soft": {"rate": "decrease", "kronecker": 5},
     "momentum, generated": {**ALL, "momentum": 0.5, "generated_rows": 2, "generated_rank": 3, "decay": 0.1},
 }
 
@@ -160,8 +161,8 @@ def test_what_users_learnt_is_rounded_once(way):
     layer = LowRankLinear(9, 7, config=all_settings(ttt.LowRank(slots=2, rank=2, window=4)), name="layer")
     for _ in range(3):
         x, delta, users = torch.randn(3, 9), torch.randn(3, 7), torch.tensor([0, 1, 1], dtype=torch.int32)
-        applied, steps = layer.steps(x, delta, users)
-        layer.learn(applied, delta, steps.eta, users)
+        *applied, steps = layer.steps(x, delta, users)
+        layer.learn(*applied, steps.eta, users)
         layer.count(steps.grown, torch.ones(2, dtype=torch.bool))
     before = {name: t.clone() for name, t in layer.named_buffers()}
     convert(layer)

@@ -5,20 +5,21 @@ import copy
 import pytest
 import torch
 from helpers import plain_config
-from rates_by_hand import burst_by_hand, steps_by_hand
+from rates_by_hand import burst_by_hand, roots_by_hand, steps_by_hand
 from tiny_models import adapted, assert_same, ids_of, state_of
 
 import ttt
 from ttt.nn import Linear
-from ttt.nn.directions import project_inputs
+from ttt.nn.directions import project_rows
 from ttt.nn.rates import CALIBRATED, STREAM
 
-SCALED = ["energy", "rms"]
+SCALED = ["energy", "rms", "decrease"]
 
 
 def layer_of(m, n, dtype=torch.float64, **options):
     options = {"lr": 0.05, "window": 4, "replay_capacity": 8, **options}
     layer = Linear(n, m, dtype=dtype, config=plain_config(**options), name="layer")
+    layer._largest_step = torch.inf  # tests/nn/test_kronecker.py has it
     if layer.memory is not None:
         layer.memory.normal_()
         layer.seen.fill_(8)
@@ -70,7 +71,7 @@ def test_steps_do_not_depend_on_how_a_stream_is_cut(rate):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rate", "burst"), [("energy", None), ("rms", None), ("rms", 0.6)])
+@pytest.mark.parametrize(("rate", "burst"), [("energy", None), ("rms", None), ("rms", 0.6), ("decrease", 0.6)])
 def test_bound_kernels_ops_and_capturable_layers_take_the_same_steps(rate, burst, dtype, monkeypatch):
     bound = layer_of(9, 17, dtype, rate=rate, clip=1.5, burst=burst, window=6)
     ops, steps = copy.deepcopy(bound), copy.deepcopy(bound).capturable_(2)
@@ -219,24 +220,27 @@ def test_the_means_stay_in_float64_when_a_layer_is_converted():
         plain_config(rate="adam")
 
 
+@pytest.mark.parametrize("rate", ["rms", "decrease"])
 @pytest.mark.parametrize("orthogonal", [0, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("m", "n", "rows"), [(1, 1, 1), (7, 33, 4), (7, 33, 40), (40, 3, 9)])
-def test_burst_shrinks_steps_of_gradients_that_agree(m, n, rows, dtype, orthogonal):
+def test_burst_shrinks_steps_of_gradients_that_agree(m, n, rows, dtype, orthogonal, rate):
     """Nearly equal and random rows, few (multiplied in pairs) and many (summed), against the definition."""
-    layer = layer_of(m, n, dtype, rate="rms", clip=2.5, burst=0.9, orthogonal=min(orthogonal, n - 1))
+    layer = layer_of(m, n, dtype, rate=rate, clip=2.5, burst=0.9, orthogonal=min(orthogonal, n - 1))
     if layer.basis is not None:
         layer.basis.copy_(torch.linalg.qr(torch.randn(n, len(layer.basis)))[0].T)
-    free = layer_of(m, n, dtype, rate="rms", clip=2.5)
+    free = layer_of(m, n, dtype, rate=rate, clip=2.5)
     state = (0.0, 0.0, 0)
     for alike in (True, False):
         x, delta = rows_of(layer, rows)
         if alike:
             x, delta = x[:1] + 0.1 * x, delta[:1] + 0.1 * delta
-        applied = project_inputs(x, layer.basis)
-        steps, state = steps_by_hand(applied, delta, free.config, state)
+        applied = project_rows(x, layer.basis)
+        raw = (x, delta) if rate == "decrease" else None
+        roots = roots_by_hand(applied, delta, layer.config, state, raw)
+        steps, state = steps_by_hand(applied, delta, free.config, state, raw)
         update = layer.update_from([(x, delta)])
-        expected = burst_by_hand(applied, delta, steps, layer.config)
+        expected = burst_by_hand(applied, delta, steps, layer.config, roots, raw)
         tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 1e-4)
         torch.testing.assert_close(update.eta.double(), expected, rtol=tolerance, atol=0)
         layer.learn(update)

@@ -31,7 +31,7 @@ def teach(pool, user, rows):
         x, delta = torch.randn(rows, layer.in_features), torch.randn(rows, layer.out_features)
         x, delta = x.to(layer.weight.dtype), delta.to(layer.weight.dtype)
         users = torch.full((rows,), pool.open(user), dtype=torch.int32)
-        x, steps = layer.steps(x, delta, users)
+        x, delta, steps = layer.steps(x, delta, users)
         layer.learn(x, delta, steps.eta, users)
         layer.count(steps.grown, torch.arange(pool.slots) == pool.slot(user))
 

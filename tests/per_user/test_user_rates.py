@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import plain_config
-from rates_by_hand import burst_by_hand, steps_by_hand
+from rates_by_hand import burst_by_hand, roots_by_hand, steps_by_hand
 from test_low_rank_layer import layer_of
 from test_user_learning import adapted, assert_same, exports
 from tiny_models import TARGETS, ids_of, tiny
@@ -13,14 +13,15 @@ from ttt.defences import LowRank
 from ttt.nn.directions import principal_directions
 from ttt.nn.rates import CALIBRATED, STREAM, places
 
-SCALED = ["energy", "rms"]
-BOUNDED = [("energy", None), ("rms", None), ("rms", 0.6)]
+SCALED = ["energy", "rms", "decrease"]
+BOUNDED = [("energy", None), ("rms", None), ("rms", 0.6), ("decrease", None), ("decrease", 0.6)]
 NOBODY = -1
 
 
 def scaled(n=9, m=7, dtype=torch.float64, calibrated=True, **options):
     """A layer with moments and, if asked for, a basis, as if calibrated."""
     layer = layer_of(n, m, dtype, replay_capacity=8, **options)
+    layer._largest_step = torch.inf  # tests/nn/test_kronecker.py has it
     if calibrated:
         layer.calibrated.copy_(torch.tensor([3.5, 0.7, 4.0]))
     if layer.basis is not None:
@@ -37,8 +38,8 @@ def rows_of(layer, count):
 
 def read(layer, x, delta, users):
     """One chunk, learnt; the inputs that were applied and the steps."""
-    applied, steps = layer.steps(x, delta, users)
-    layer.learn(applied, delta, steps.eta, users)
+    applied, changed, steps = layer.steps(x, delta, users)
+    layer.learn(applied, changed, steps.eta, users)
     layer.count(steps.grown, torch.ones(layer.low_rank.slots, dtype=torch.bool))
     return applied, steps
 
@@ -61,9 +62,13 @@ def test_steps_are_those_of_each_user_by_hand(rate, burst, clip, calibrated, dty
         assert bool(steps.finite[users >= 0].all())
         for user in range(3):
             own = users == user
-            expected, state[user] = steps_by_hand(applied[own], delta[own], layer.config, state[user])
+            raw, before = (x[own], delta[own]), state[user]
+            rows = applied[own], delta[own]
+            raw = raw if rate == "decrease" else None
+            expected, state[user] = steps_by_hand(*rows, layer.config, before, raw)
             if burst is not None and own.any():
-                expected = burst_by_hand(applied[own], delta[own], expected, layer.config)
+                roots = roots_by_hand(*rows, layer.config, before, raw)
+                expected = burst_by_hand(*rows, expected, layer.config, roots, raw)
             torch.testing.assert_close(steps.eta[own].double(), expected, rtol=tolerance, atol=0)
             total = layer.calibrated + layer.moments[user]
             torch.testing.assert_close(total, torch.tensor(state[user], dtype=torch.float64), rtol=tolerance, atol=0)
@@ -97,7 +102,7 @@ def test_no_bit_of_a_users_steps_depends_on_others(rate, burst, dtype):
             if side == 2:
                 spoilt = torch.tensor([torch.nan, torch.inf], dtype=dtype)[torch.randint(2, (30, 1))]
                 x = torch.where(own.unsqueeze(1), x, spoilt)
-            applied, steps = layer.steps(x, delta, users)
+            applied, _, steps = layer.steps(x, delta, users)
             kept = torch.ones(3, dtype=torch.bool)
             if side == 2:
                 assert not steps.finite[~own].any()
@@ -113,7 +118,7 @@ def test_no_bit_of_a_users_steps_depends_on_others(rate, burst, dtype):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("options", [
     {"rate": "rms", "clip": 2.0}, {"rate": "rms", "burst": 0.5}, {"rate": "energy", "lr": 0.5},
-    {"rate": "rms", "orthogonal": 6, "clip": 3.0},
+    {"rate": "rms", "orthogonal": 6, "clip": 3.0}, {"rate": "decrease", "kronecker": 6, "lr": 0.3, "burst": 1.2},
     {"rate": "constant", "orthogonal": 6, "clip": 1.0},
 ])  # fmt: skip
 def test_each_user_learns_as_in_a_model_of_their_own(family, options):
@@ -169,7 +174,7 @@ def test_norms_are_those_of_the_inputs_that_are_applied():
     (x, delta), users = rows_of(layer, 3), torch.tensor([0, 1, 0], dtype=torch.int32)
     x[1] = 30 * layer.basis[0]  # nothing of it is applied: a clip by its own norm would say otherwise
     u = layer.basis
-    applied, steps = layer.steps(x, delta, users)
+    applied, _, steps = layer.steps(x, delta, users)
     torch.testing.assert_close(applied, x - x @ u.T @ u, rtol=1e-12, atol=1e-12)
     for t in range(3):
         norm = float(torch.outer(delta[t], x[t] - u.T @ (u @ x[t])).norm())

@@ -18,6 +18,7 @@ from ttt.learn.guard import Guard
 from ttt.learn.head import HeadSplit
 from ttt.learn.huggingface import frozen
 from ttt.learn.loop import ObserveOutput, read
+from ttt.learn.own_text import own_text
 from ttt.learn.per_user import PerUserWeights, check_users
 from ttt.learn.single import SingleWeights
 from ttt.learn.snapshot import Snapshot, put_back, take_snapshot
@@ -210,17 +211,28 @@ class Learner:
 
     # -- protect --------------------------------------------------------------------------------------------------
 
-    def calibrate(self, batches: Iterable[Tensor], loss: Callable[[nn.Module, Tensor], Tensor] | None = None) -> None:
-        """Measure what must not be forgotten: importance and replay memory, from data that the model knows.
+    def calibrate(
+        self,
+        batches: Iterable[Tensor] | None = None,
+        loss: Callable[[nn.Module, Tensor], Tensor] | None = None,
+        *,
+        tokenizer: Any = None,
+    ) -> None:
+        """Measure what must not be forgotten, on data that the model knows or on text that it writes itself.
 
-        Importance is the per-token Fisher information (MAS for ``importance="mas"``; SI has no offline form, so Fisher
-        too), divided by its mean over all adapted weights. Inputs of the layers enter the replay memories.
+        Measured is what the defences of ``config.protect`` need: the factors of the Fisher information
+        (`ttt.KroneckerFisher`); the importance of each weight, which is the per-token Fisher information (MAS for
+        ``importance="mas"``; SI has no offline form, so Fisher too) divided by its mean over all adapted weights; and
+        samples of the layers' inputs for the replay memories. The scale of the gradients sets the unit of ``lr``.
 
         Args:
-            batches: of (B, T) int64 tokens; or of anything, with ``loss``.
+            batches: of (B, T) int64 tokens; or of anything, with ``loss``. None: 16 sequences of 256 tokens that the
+                model writes (`ttt.learn.own_text`), which takes as long as generating 1,024 tokens in batches of 4.
             loss: called with (model, batch), returns the summed loss, whose per-token gradients are squared: for models
                 that are not causal language models. Default: ``config.fisher``, labels drawn from the model's own
                 output ("true") or those of the text ("empirical").
+            tokenizer: the model's, for ``batches=None``: the model writes answers in its own chat template. None: it
+                writes from the token that begins a text.
 
         Raises:
             TypeError, ValueError: if the model has learnt already, there is no batch, or an argument, a batch or what
@@ -228,7 +240,10 @@ class Learner:
             RuntimeError: as `observe`.
         """
         with self.access.enter("Learner.calibrate"):
+            if batches is None and loss is None:
+                batches = own_text(self.model, tokenizer, context=self.context, seed=self.config.seed)
             check_type("batches", batches, Iterable, "an iterable of batches")
+            assert batches is not None
             if loss is not None and not callable(loss):
                 raise TypeError(f"loss must be a function of (model, batch) or None, got {type(loss).__name__}")
             kind = "mas" if self.config.importance == "mas" else "fisher"

@@ -13,6 +13,7 @@ from ttt.config import TTTConfig
 from ttt.layer_lock import LayerLock
 from ttt.nn.directions import principal_directions, project_rows
 from ttt.ops import log8
+from ttt.ops.reference import _wide
 from ttt.ops.schema import _FLOATS
 
 DTYPES = _FLOATS
@@ -21,6 +22,7 @@ DTYPES = _FLOATS
 Layout = dict[str, "tuple[tuple[int, ...], torch.dtype] | None"]
 """Buffer name -> shape and dtype, or None for a buffer that the configuration does not need."""
 
+_LARGEST_STEP = 0.01  # in units of the norm of the weight
 _SEED_MASK = (1 << 63) - 1
 _BOUND = ("config", "strength", "seed")  # Attributes that are no tensors, but whose values a binding holds.
 
@@ -40,6 +42,7 @@ class Adapted(torch.nn.Linear):
     seen: Tensor
     basis: Tensor
     output_basis: Tensor
+    _largest_step: float | None = None
     share = 1.0  # 1 / the number of learning layers of the model (`ttt.adapt_`), for ``rate="decrease"``
     _binding: Any = None  # addresses of the tensors, for the C++ kernels; made by `ttt.nn.cpu_binding.binding_of`
     torn = ""  # names the write to several layers that ended half-way at this layer or beside it; usually empty
@@ -112,6 +115,18 @@ class Adapted(torch.nn.Linear):
     def unshare(self, *names: str, copy: bool = True) -> None:
         """Make buffers ready to be written, which other models may hold, too. Here no buffer is ever shared."""
 
+    @property
+    def base_weight(self) -> Tensor:
+        """(m, n): the weight from before any learning."""
+        raise NotImplementedError
+
+    def largest_step(self) -> float | None:
+        """The largest norm of one token's update for ``rate="decrease"``; None if the weight was 0 before learning."""
+        if self._largest_step is None:
+            norm = torch.linalg.vector_norm(self.base_weight.detach(), dtype=_wide(self.weight.dtype))
+            self._largest_step = _LARGEST_STEP * float(norm)
+        return self._largest_step or None
+
     def applied(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """The rows that updates are made with for inputs ``x`` (T, n) and gradients ``delta`` (T, m)."""
         return project_rows(x, self.basis), project_rows(delta, self.output_basis)
@@ -130,7 +145,7 @@ class Adapted(torch.nn.Linear):
             raise TypeError(f"{self.name or 'the layer'} must be one of {[str(d) for d in DTYPES]}, got {dtype}")
         before = dict(self._buffers)
         super()._apply(fn, recurse)
-        self._binding = None
+        self._binding = self._largest_step = None
         for name, buffer in before.items():
             if buffer is not None:
                 self._buffers[name] = self._converted(name, buffer, getattr(self, name))

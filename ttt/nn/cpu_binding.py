@@ -50,7 +50,9 @@ class Binding(_Direct):
         self.tokens = layer.tokens.data_ptr()
         self.inserts, self.traces = layer.recent is not None, layer.win_trace is not None
         self.projects = layer.basis is not None or layer.output_basis is not None
-        self.appended = _present(layer, "win_x", "win_delta", "win_eta", "win_trace", "recent", "recent_delta", "recent_seen")
+        self.appended = _present(
+            layer, "win_x", "win_delta", "win_eta", "win_trace", "recent", "recent_delta", "recent_seen"
+        )
         self.committed = _present(layer, "weight", "trace", "momentum", "step", "tokens", "win_eta")
 
     @staticmethod

@@ -174,6 +174,7 @@ class Linear(StatefulLinear):
             x, delta, self.config, sum_dtype,
             before=None if self.moments is None else self.moments.sum(0),
             applied=self.applied(x, delta), share=self.share,
+            limit=self.largest_step() if self.config.rate == "decrease" else None,
         )  # fmt: skip
         finite = each.all()
         if trace_delta is not None:
@@ -240,9 +241,7 @@ class Linear(StatefulLinear):
     def _sample(self, update: Update, gate: Tensor | None = None) -> None:
         """Offer the rows of ``update`` to the samples of recent inputs and gradients, if there are any."""
         if self.recent_delta is not None:  # with the counter as it is: the same tokens are kept of both
-            ops.reservoir_insert(
-                self.recent_delta, self.recent_seen.clone(), update.delta, seed=self.seed, gate=gate
-            )
+            ops.reservoir_insert(self.recent_delta, self.recent_seen.clone(), update.delta, seed=self.seed, gate=gate)
         if self.recent is not None:
             ops.reservoir_insert(self.recent, self.recent_seen, update.x, seed=self.seed, gate=gate)
 

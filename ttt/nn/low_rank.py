@@ -203,6 +203,11 @@ class LowRankLinear(Adapted):
             return delta @ self.weight
         return ops.low_rank_linear(delta.contiguous(), self.weight.T, None, self.b, self.a, self.rows, users)
 
+    @property
+    def base_weight(self) -> Tensor:
+        """(m, n): the weight, which never changes."""
+        return self.weight.detach()
+
     @torch.no_grad()
     def effective_weight(self, slot: int) -> Tensor:
         """W + B_u^T A_u of slot u, (m, n). A new tensor."""
@@ -234,9 +239,11 @@ class LowRankLinear(Adapted):
             applied = (changed[0], changed[1])
         if before is not None:
             before = self.calibrated if users is None else self.calibrated + before
+        limit = self.largest_step() if self.config.rate == "decrease" else None
         found = rates(
-            x, delta, self.config, self.eta_sum.dtype, before=before, users=users, applied=applied, share=self.share
-        )
+            x, delta, self.config, self.eta_sum.dtype,
+            before=before, users=users, applied=applied, share=self.share, limit=limit,
+        )  # fmt: skip
         return *applied, found
 
     @torch.no_grad()

@@ -11,7 +11,11 @@ With g_t = |delta_t| |x_t|, the norm of token t's gradient at the layer, and mea
 delta' are the rows that updates are made with (`ttt.nn.kronecker`; without a soft projection s_t is g_t). So ``lr`` is
 that decrease in nats, of a typical token, summed over the layers of a model, of which each has the ``share`` 1 / their
 number. If inputs, gradients or outputs of a layer are in other units (x to c x with W to W / c), the update is in those
-units, too: the same ``lr`` is right for models whose weights, activations and gradients have other scales.
+units, too: the same ``lr`` is right for models whose weights, activations and gradients have other scales. It takes a
+loss that is a negative log likelihood, summed over tokens; with a loss in other units ``lr`` is in those. As a
+safeguard, no token moves a weight matrix by more than a hundredth of its norm from before any learning (the layer-wise
+trust ratio of You et al., "Large Batch Training of Convolutional Networks", 2017). Language models use less than a
+tenth of that.
 
 **Clip.** Where g_t is above ``clip`` (for "rms": above ``clip`` sqrt(mean g^2)), eta_t is multiplied by the ratio of
 the bound to g_t. For "decrease" s_t stands for g_t, here and below. A token counts in its own mean, so that the first
@@ -105,6 +109,7 @@ def rates(
     users: Tensor | None = None,
     applied: tuple[Tensor, Tensor] | None = None,
     share: float = 1.0,
+    limit: float | None = None,
 ) -> Rates:
     """The steps of T tokens. Nothing is written, and the host waits for the device only if there are ``users``.
 
@@ -120,6 +125,7 @@ def rates(
         applied: the rows x' (T, n) and delta' (T, m) that updates are made with; None: ``x`` and ``delta``. Whether a
             token is finite is decided by ``x`` and ``delta``.
         share: of this layer in the decrease, if ``config.rate`` is "decrease".
+        limit: the largest norm of one token's update, if ``config.rate`` is "decrease"; None for no limit.
     """
     x_norm, d_norm = (torch.linalg.vector_norm(t, dim=1, dtype=wide) for t in (x, delta))
     norm = d_norm * x_norm
@@ -152,6 +158,9 @@ def rates(
         weight = torch.where(root > 0, eta / unit, 0.0).to(norm.dtype)
         size = _sizes(rows, applied, sizes, weight, users)
         eta = torch.where(size > config.burst, eta * (config.burst / size), eta)
+    if limit is not None and config.rate == "decrease":
+        moved = torch.stack([torch.linalg.vector_norm(rows, dim=1, dtype=wide) for rows in applied]).prod(0)
+        eta = _clipped(eta, eta * moved, limit)
     # Steps of inputs close to 0 may overflow.
     return Rates(eta, finite & torch.isfinite(eta), grown)
 

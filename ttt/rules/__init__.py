@@ -5,7 +5,7 @@ text: a `ttt.Learner` takes those. A `Trainer` also takes the defences of `ttt.T
 of a task, such as `ttt.LayerReplay`. Linear layers change by the fused commit alone.
 """
 
-from ttt.defences import LayerDistillation, LayerGenerativeReplay, LayerReplay, OrthogonalUpdates
+from ttt.defences import KroneckerFisher, LayerDistillation, LayerGenerativeReplay, LayerReplay, OrthogonalUpdates
 from ttt.learn.stream_rule import Chunk, Segment, StreamRule
 from ttt.rules.reservoir import SampleReservoir
 from ttt.rules.stream.distillation import LogitDistillation
@@ -30,6 +30,7 @@ __all__ = [
     "ExperienceReplay",
     "GaussianMixture",
     "GenerativeReplay",
+    "KroneckerFisher",
     "LayerDistillation",
     "LayerGenerativeReplay",
     "LayerReplay",

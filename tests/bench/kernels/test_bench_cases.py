@@ -103,7 +103,7 @@ def test_removal_of_directions_is_counted_and_checked(dtype, monkeypatch):
     assert case.bytes("ttt") - case.bytes("ttt, k = 0") == (3 + 1) * 40 * getattr(torch, dtype).itemsize
     assert case.flops("ttt") - case.flops("ttt, k = 0") == 4 * 40 * 3
     monkeypatch.setattr("ttt.nn.linear.binding_of", lambda layer: None)
-    monkeypatch.setattr("ttt.nn.linear.project_inputs", lambda x, basis: x)
+    monkeypatch.setattr("ttt.nn.base.project_rows", lambda x, basis: x)
     assert set(reasons(case)) == {"ttt"}
 
 

@@ -1,0 +1,80 @@
+"""Text that a model writes itself, to measure what it knows where no data that it knows is at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttt.learn.huggingface import cache_of, cached
+
+TOPICS = (
+    "the history of Rome", "how plants grow", "cooking pasta", "the solar system", "computer programming", "music",
+    "the geography of Africa", "the human body", "a short story about a dog", "economics", "football", "the weather",
+    "mathematics", "a letter to a friend", "an ordinary day at work", "animals of the sea",
+)  # fmt: skip
+"""What a model with a chat template is asked to write about."""
+
+SEQUENCES, LENGTH, _BATCH = 16, 256, 4
+
+
+def own_text(model: Any, tokenizer: Any = None, *, context: int, seed: int) -> Iterator[Tensor]:
+    """Batches of text drawn from ``model``: 16 sequences of 256 tokens, in batches of 4.
+
+    Tokens are drawn from the model's whole distribution (temperature 1), so that the text has the variety of what the
+    model was trained on. It is written without regard to tokens that end a text.
+
+    Args:
+        model: a transformers causal language model in eval mode.
+        tokenizer: with a chat template: each sequence answers a request to write about one of `TOPICS`. None, or a
+            tokenizer without a template: each begins with the model's token for the beginning of a text.
+        context: bound on the length.
+        seed: of the draws.
+
+    Raises:
+        ValueError: if there is neither a chat template nor a token to begin with.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator(device=device).manual_seed(seed)
+    prompts = _prompts(model, tokenizer)
+    for at in range(0, SEQUENCES, _BATCH):
+        # Prompts of one batch are cut to the shortest: what is lost is the end of a request.
+        rows = [prompts[row % len(prompts)] for row in range(at, at + _BATCH)]
+        shortest = min(map(len, rows))
+        ids = torch.tensor([row[-shortest:] for row in rows], device=device)
+        yield _written(model, ids[:, : context - 1], min(LENGTH, context), generator)
+
+
+def _prompts(model: Any, tokenizer: Any) -> Sequence[list[int]]:
+    if tokenizer is not None and getattr(tokenizer, "chat_template", None):
+        texts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": f"Write about {topic}."}], add_generation_prompt=True, tokenize=False
+            )
+            for topic in TOPICS
+        ]
+        return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    config = getattr(model, "config", None)
+    for name in ("bos_token_id", "eos_token_id"):
+        token = getattr(config, name, None)
+        token = token[0] if isinstance(token, (list, tuple)) and token else token
+        if isinstance(token, int) and 0 <= token < config.vocab_size:
+            return [[token]]
+    raise ValueError(
+        "batches must be given for a model whose config names no bos_token_id or eos_token_id to begin a text with "
+        "(or tokenizer, one with a chat template)"
+    )
+
+
+@torch.no_grad()
+def _written(model: Any, ids: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    """``ids`` (B, P) continued to ``length`` tokens that are drawn from the model."""
+    cache, step = None, ids
+    while ids.shape[1] < length:
+        out = model(input_ids=step, **cached(model, cache))
+        cache = cache_of(out)
+        step = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1, generator=generator)
+        ids = torch.cat([ids, step], 1)
+    return ids
