@@ -15,8 +15,8 @@ namespace {
 struct Replay {
   int64_t rows;   // R, or 0 if the memory is empty
   int64_t width;  // n, rounded up to whole tiles
-  // Both are R x width floats, with zeros from column n on. The columns of each strip are in the order in which strips
-  // of W are held in vectors (vec.h).
+  // x and v are R x width floats, with zeros from column n on. The columns of each strip are in the order in which
+  // strips of W are held in vectors (vec.h).
   Scratch x;      // X_r: the first strip of every row, then the second strip of every row, and so on; see at()
   Scratch v;      // V, row by row
   Scratch pairs;  // X_r as bfloat16, in the layout of x but in the order of memory; empty without TTT_DOT
@@ -56,7 +56,8 @@ inline double dot(const Replay& replay, int64_t r, int64_t s) {
   return total;
 }
 
-// V = beta (X_r X_r^T + eps tr/R I)^-1 X_r by Cholesky.
+// Draws X_r from the memory, and computes V = beta (K + eps tr(K)/R I)^-1 X_r with K = X_r X_r^T by a Cholesky
+// decomposition.
 template <class T>
 void draw_replay(const ttt::Commit& a, Replay& out) {
   const int64_t n = a.n, width = out.width, rows = out.rows, filled = filled_rows(a);

@@ -116,7 +116,7 @@ class SI(_Penalty):
 
 @dataclasses.dataclass(frozen=True)
 class MAS(_Penalty):
-    """Memory aware synapses: how much the squared norm of the output depends on a weight is its importance.
+    """Memory aware synapses: a weight's importance is how much the squared norm of the output changes with it.
 
     Aljundi et al., ECCV 2018. The trace costs a second backward pass of every chunk.
 

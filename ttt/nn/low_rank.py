@@ -211,14 +211,19 @@ class LowRankLinear(Adapted):
 
     @torch.no_grad()
     def steps(self, x: Tensor, delta: Tensor, users: Tensor | None) -> tuple[Tensor, Rates]:
-        """Inputs (T, n) without their part in the span of ``basis``, and the step eta_t of each token.
+        """Project the directions of ``basis`` out of the inputs, and compute each token's step size eta_t.
 
         A user's steps depend only on the user's own tokens and on calibration. Nothing is written; `count` adds the
         tokens to the moments.
 
         Args:
-            x: (T, n); delta: (T, m), gradients of the summed loss at the output; both of the weight's dtype.
-            users: (T,), int32; -1 for tokens that teach nobody. None: as tokens of one user who has learnt nothing yet.
+            x: (T, n), of the weight's dtype.
+            delta: (T, m), gradients of the summed loss at the output, of the weight's dtype.
+            users: (T,) int32, the slot of each token's user; -1 for tokens that teach nobody. None: all tokens are
+                taken as those of one user who has learnt nothing before.
+
+        Returns:
+            The projected inputs (T, n), and the `Rates`.
         """
         before = self.moments
         if self.basis is not None:  # rows that are not finite must not reach others through a product, see `forward`
@@ -230,7 +235,7 @@ class LowRankLinear(Adapted):
 
     @torch.no_grad()
     def count(self, grown: Tensor | None, kept: Tensor) -> None:
-        """Add what `steps` found to the moments of the slots where ``kept`` (S,) bool is True."""
+        """Add ``grown`` of the `Rates` from `steps` to the moments of the slots where ``kept``, (S,) bool, is True."""
         if grown is not None:
             count_(self.moments, grown, kept.unsqueeze(1))
 
@@ -239,8 +244,10 @@ class LowRankLinear(Adapted):
         """Append a row for each token to its user's slot; compress slots that are full or have too little room.
 
         Args:
-            x: (T, n), inputs as `steps` returns them; delta: (T, m); both of the weight's dtype.
-            eta: (T,), float32 (float64 for float64): steps. users: (T,), int32; -1 for tokens that teach nobody.
+            x: (T, n), inputs as `steps` returns them, of the weight's dtype.
+            delta: (T, m), gradients of the summed loss at the output, of the weight's dtype.
+            eta: (T,), step sizes; float64 for float64 weights, else float32.
+            users: (T,) int32, the slot of each token's user; -1 for tokens that teach nobody.
 
         Raises:
             ValueError, TypeError: as `ttt.ops.low_rank_append`.
