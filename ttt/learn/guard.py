@@ -36,14 +36,14 @@ class GuardCheck:
 
 
 class Guard(GuardSettings):
-    """Measures the loss on a few inputs that the model knows, and acts when learning raises it::
+    """Measures the loss on a few inputs that the model knows, and acts when learning raises it:
 
         guard = ttt.Guard([held_back_ids])
         learner = ttt.Learner(model, guard=guard)
 
     **Drift and strength.** The guard holds some inputs back: the model never learns from them. After every ``every``
     learnt tokens it measures the drift, which is the loss on the held-back inputs divided by the frozen model's loss on
-    them, minus 1. From the drift follows the strength s of the protection::
+    them, minus 1. From the drift follows the strength s of the protection:
 
         s <- min(cap, max(1, s strengthen^e))        e = min(1/2, max(-1/16, drift / threshold - 1))
 
@@ -104,8 +104,11 @@ class Guard(GuardSettings):
         if not self.batches:
             raise ValueError("batches must hold at least one batch of tokens, got none")
         self.history: list[GuardCheck] = []
-        self.strength, self.rollbacks, self.tokens = 1.0, 0, 0
-        self.reference = self._level = math.nan
+        self.strength = 1.0
+        self.rollbacks = 0
+        self.tokens = 0
+        self.reference = math.nan
+        self._level = math.nan
         self._since = 0  # tokens learnt since the last check
         self._learner: Any = None
         self._good: list[dict[str, Tensor]] = []

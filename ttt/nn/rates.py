@@ -1,6 +1,6 @@
 """The step eta_t of each token: constant, or relative to the layer's own inputs and gradients.
 
-With g_t = |delta_t| |x_t|, the norm of token t's gradient at the layer, and means over the tokens up to t inclusive::
+With g_t = |delta_t| |x_t|, the norm of token t's gradient at the layer, and means over the tokens up to t inclusive:
 
     constant   eta_t = lr
     energy     eta_t = lr / mean |x|^2       normalised least mean squares (Nagumo & Noda 1967)
@@ -13,7 +13,7 @@ on how a stream is cut into chunks.
 **Burst.** T tokens that are learnt together all have gradients at the weights from before the first of them. In
 ordinary text these gradients point in different directions, and the norm of their sum is about sqrt(T) times that of
 one. If one byte is repeated T times, they point in the same direction, and the norm of their sum is T times that of
-one. To keep such a step from being too long, "rms" bounds::
+one. To keep such a step from being too long, "rms" bounds:
 
     |sum_t eta_t delta_t x_t^T|  <=  burst lr sqrt(T)
 

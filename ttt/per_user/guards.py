@@ -46,14 +46,14 @@ class _Guarded:
 
 
 class UserGuards(GuardSettings):
-    """One guard for each user of a model; all users share the held-back inputs::
+    """One guard for each user of a model; all users share the held-back inputs:
 
         guards = UserGuards(model, [held_back_ids])
         learner.observe(ids, users=["alice", "bob"])
 
     Each user's guard has the formulas of `ttt.Guard`, which explains them, and its own drift, strength and level.
     Whenever a user has learnt ``every`` tokens, the drift of that user's weights is measured: the loss on the held-back
-    inputs divided by the base model's loss on them, minus 1. From it follows the strength s of the user's protection::
+    inputs divided by the base model's loss on them, minus 1. From it follows the strength s of the user's protection:
 
         s <- min(cap, max(1, s strengthen^e))        e = min(1/2, max(-1/16, drift / threshold - 1))
 
