@@ -296,6 +296,9 @@ class Learner:
                 layer.flush()
 
     def require_single(self, what: str, instead: str) -> None:
-        """Raise ValueError if users have weights of their own, where ``what`` needs one set; ``instead`` is a way round."""
+        """Raise ValueError if users have weights of their own, where ``what`` needs one set.
+
+        The message ends with ``instead``, which says what to do.
+        """
         if self.pool is not None:
             raise ValueError(f"{what} is for one set of weights, but every user has their own: {instead}")
