@@ -1,6 +1,6 @@
 # Every target installs what it needs into .venv first, once.
 #   build  an editable install with the C++ kernels      test   all tests
-#   demo   writes report/index.html                      quick  a selection of them
+#   demo   writes report/index.html                      quick  some tests, in under 2 minutes
 #   docs   the documentation, into site/                 lint, format
 #   bench-learning, bench, bench-check  the benchmarks of methods and of kernels
 VENV ?= .venv
