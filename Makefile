@@ -1,6 +1,6 @@
 # Every target installs what it needs into .venv first, once.
 #   build  an editable install with the C++ kernels      test   all tests
-#   demo   writes report/index.html                      quick  tests of two minutes
+#   demo   writes report/index.html                      quick  some tests, in under 2 minutes
 #   docs   the documentation, into site/                 lint, format
 #   bench-learning, bench, bench-check  the benchmarks of methods and of kernels
 VENV ?= .venv
@@ -28,9 +28,9 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
-# Without the cases that tests/conftest.py marks as slow.
+# Without the tests that tests/selection.py marks as slow, in two processes of one thread each.
 quick: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

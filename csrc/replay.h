@@ -1,4 +1,5 @@
-// The replay rows X_r of one commit, and V, with which the commit multiplies their drift.
+// The replay rows X_r of one commit, and the factor V of its replay step: the commit adds E^T V to G, where E is the
+// drift of the layer's outputs on X_r.
 #pragma once
 #include <omp.h>
 
@@ -14,8 +15,11 @@ namespace {
 struct Replay {
   int64_t rows;   // R, or 0 if the memory is empty
   int64_t width;  // n, rounded up to whole tiles
-  Scratch x, v;   // R x width: X_r, strip by strip, and V, in the order of W's strips; zeros from column n on
-  Scratch pairs;  // X_r again, unconverted, for products of pairs of bfloat16
+  // x and v are R x width floats, with zeros from column n on. The columns of each strip are in the order in which
+  // strips of W are held in vectors (vec.h).
+  Scratch x;      // X_r: the first strip of every row, then the second strip of every row, and so on; see at()
+  Scratch v;      // V, row by row
+  Scratch pairs;  // X_r as bfloat16, in the layout of x but in the order of memory; empty without TTT_DOT
 
   Replay(int64_t rows, int64_t n)
       : rows(rows),
@@ -24,8 +28,8 @@ struct Replay {
         v(rows * width),
         pairs(TTT_DOT * rows * width / 2) {}
 
-  // The strip of X_r at column j. It is followed by the same strip of the next replay row: if replay rows were n
-  // columns apart, like the rows of W, both would compete for the same cache lines.
+  // The strip of replay row r that begins at column j. The same strip of row r + 1 follows it in memory. In the layout
+  // of W, row by row, equal columns of all rows could fall into the same cache sets and evict each other.
   float* at(int64_t r, int64_t j) const { return x.get() + j * rows + r * STRIP; }
   float* pairs_at(int64_t r, int64_t j) const { return pairs.get() + (j * rows + r * STRIP) / 2; }
 };
@@ -52,7 +56,8 @@ inline double dot(const Replay& replay, int64_t r, int64_t s) {
   return total;
 }
 
-// V = beta (X_r X_r^T + eps tr/R I)^-1 X_r by Cholesky.
+// Draws X_r from the memory, and computes V = beta (K + eps tr(K)/R I)^-1 X_r with K = X_r X_r^T by a Cholesky
+// decomposition.
 template <class T>
 void draw_replay(const ttt::Commit& a, Replay& out) {
   const int64_t n = a.n, width = out.width, rows = out.rows, filled = filled_rows(a);

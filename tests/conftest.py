@@ -20,6 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 SEED = os.environ.get("TTT_TEST_SEED", "0")
 SEED = int.from_bytes(os.urandom(4), "little") if SEED == "random" else int(SEED)
+os.environ["TTT_TEST_SEED"] = str(SEED)  # the processes that pytest-xdist starts draw the same
 
 
 def pytest_configure():

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import selection
+from typer.testing import CliRunner
 
 import ttt
+from ttt.cli import app
 from ttt.demo.model import model_folder
 from ttt.ops.build_report import why_not_built
 
@@ -96,8 +98,8 @@ def test_why_the_kernels_cannot_be_imported(tmp_path, files, why):
 
 
 def test_the_demo_says_which_folder_has_no_model(tmp_path, monkeypatch):
-    done = python("-m", "ttt", "demo", TTT_BYTE_MODEL=str(tmp_path))
-    assert done.returncode == 1
+    done = CliRunner().invoke(app, ["demo"], env={"TTT_BYTE_MODEL": str(tmp_path)})
+    assert done.exit_code == 1
     missing = f"{tmp_path} has no config.json and no model.safetensors"
     assert f"the byte-level model is missing: {missing}; TTT_BYTE_MODEL must name the folder" in done.stderr
     monkeypatch.setenv("TTT_BYTE_MODEL", str(tmp_path))
@@ -109,9 +111,9 @@ def test_the_demo_says_which_folder_has_no_model(tmp_path, monkeypatch):
 
 
 def test_the_demo_refuses_a_text_that_is_missing(tmp_path):
-    done = python("-m", "ttt", "demo", "--text", str(tmp_path / "none.txt"), COLUMNS="1000")
-    assert done.returncode == 2
-    assert "does not exist" in done.stderr
+    done = CliRunner().invoke(app, ["demo", "--text", str(tmp_path / "none.txt")])
+    assert done.exit_code == 2
+    assert re.search(r"does\W+not\W+exist", done.stderr)
 
 
 def test_without_the_extension_the_reference_runs_and_info_says_so():
@@ -156,11 +158,19 @@ def test_what_is_marked_as_slow():
     assert selection.spread(3, 3) == {0, 1, 2}
     assert selection.spread(4, 3) == {0, 2, 3}
     assert selection.spread(101, 3) == {0, 50, 100}
+    assert selection.spread(5, 1) == {0}
     for name in selection.SLOW:
-        path, _, function = name.partition("::")
+        path, _, test = name.partition("::")
+        function = test.partition("[")[0]
         assert (selection.TESTS / path).exists(), name
         assert not function or f"def {function}(" in (selection.TESTS / path).read_text(), name
+    for file in selection.ONE_QUICK_CASE:
+        assert (selection.TESTS / file).exists(), file
     assert selection.slow_by_name("bench/kernels/test_bench.py", "test_any")
+    assert selection.slow_by_name("test_examples.py", "test_many_users_learn_apart_from_each_other[any]")
+    forked = "test_a_child_forked_during_a_transaction_does_not_hang"
+    assert selection.slow_by_name("store/test_store_forks.py", f"{forked}[folder]")
+    assert not selection.slow_by_name("store/test_store_forks.py", f"{forked}[postgres]")
     assert selection.slow_by_name("ops/test_triton.py", "test_any")
     assert not selection.slow_by_name("ops/test_triton_other.py", "test_any")
     assert not selection.slow_by_name("learn/test_learner.py", "test_any")

@@ -1,8 +1,11 @@
-"""Parts of a `ttt.TTTConfig`: the defences against forgetting, and low-rank weights of every user's own.
+"""Settings of the defences against forgetting, and of the low-rank weights of users.
 
-Each defence is a small frozen dataclass; ``TTTConfig(protect=[EWC(0.003), LayerReplay(4)])`` combines them in one
-commit (`ttt.ops.commit`). The layers read the same settings under flat names (``config.ewc_lambda``), one number
-each, whichever defences are on: `flatten` makes them, `build` is its inverse.
+Each defence is a frozen dataclass. ``TTTConfig(protect=[EWC(0.003), LayerReplay(4)])`` combines several, and all of
+them act in the same commit (`ttt.ops.commit`).
+
+Layers read the settings under flat names, such as ``config.ewc_lambda`` for the strength of the penalty. Every flat
+name always has a value; where a defence is off, it is the one in `OFF`. `flatten` turns defences into flat settings,
+and `build` turns flat settings back into defences.
 """
 
 from __future__ import annotations
@@ -25,9 +28,9 @@ class Defence:
     """
 
     flat: ClassVar[Mapping[str, str]] = {}
-    """Name of each setting -> its flat name."""
+    """The flat name of each setting, by the setting's own name."""
     switch: ClassVar[str] = ""
-    """The flat name that is 0 where the defence is off."""
+    """The flat name of the setting that is 0 where the defence is off."""
 
     def _number(self, name: str, low: float, high: float = math.inf, *, above: bool = False) -> None:
         check_number(f"{type(self).__name__}.{name}", getattr(self, name), low, high, above=above, finite=True)
@@ -64,11 +67,11 @@ class EWC(_Penalty):
     Args:
         strength: lambda >= 0.
         trace_decay: gamma in (0, 1], decay of the trace per token.
-        labels: what `ttt.Learner.calibrate` differentiates: ``"true"`` (labels drawn from the model's own output) or
-            ``"empirical"`` (the given ones).
-        consolidate_decay: in [0, 1], what `ttt.Learner.consolidate` keeps of the old importance.
-        trace_every: of each so many consecutive tokens one, drawn at random, stands for all in the trace. The estimate
-            is unbiased, and its matrix product costs that much less.
+        labels: for which labels `ttt.Learner.calibrate` takes the gradients: ``"true"``, labels drawn from the model's
+            own output, or ``"empirical"``, the tokens of the text.
+        consolidate_decay: in [0, 1], the factor by which `ttt.Learner.consolidate` multiplies the old importance.
+        trace_every: N >= 1. Of every N consecutive tokens, one is drawn at random, and its squared gradient enters the
+            trace N times. The trace is then unbiased, and its matrix product has 1 / N of the rows.
     """
 
     kind = "fisher"
@@ -90,7 +93,7 @@ class EWC(_Penalty):
 
 @dataclasses.dataclass(frozen=True)
 class SI(_Penalty):
-    """Synaptic intelligence: importance is the loss that each weight's movement has saved.
+    """Synaptic intelligence: a weight's importance is how much its own changes have lowered the loss.
 
     Zenke, Poole & Ganguli, ICML 2017: the trace adds up -dL/dW (W_new - W_old), and a consolidation adds
     relu(F / ((W - W*)^2 + damping)) to Omega.
@@ -113,14 +116,14 @@ class SI(_Penalty):
 
 @dataclasses.dataclass(frozen=True)
 class MAS(_Penalty):
-    """Memory aware synapses: importance is how much each weight moves the squared norm of the model's output.
+    """Memory aware synapses: a weight's importance is how much the squared norm of the output changes with it.
 
     Aljundi et al., ECCV 2018. The trace costs a second backward pass of every chunk.
 
     Args:
         strength: lambda >= 0 of the penalty strength/2 sum Omega (W - W*)^2 per token, with Omega of mean 1.
         trace_decay: in (0, 1], decay of the trace per token.
-        consolidate_decay: in [0, 1], what `ttt.Learner.consolidate` keeps of the old importance.
+        consolidate_decay: in [0, 1], the factor by which `ttt.Learner.consolidate` multiplies the old importance.
     """
 
     kind = "mas"
@@ -153,14 +156,16 @@ class _Rows(Defence):
 
 @dataclasses.dataclass(frozen=True)
 class LayerReplay(_Rows):
-    """Each commit is checked against remembered inputs of the layer: its outputs on them are pulled to the anchor's.
+    """Each commit pulls the layer's outputs on remembered inputs to those of the anchor.
 
-    No label and no sample of the model's input is kept, and there is no further forward pass.
+    What is remembered are inputs of the layer, not texts or labels, and no further forward pass is needed.
 
     Args:
-        rows: R, remembered inputs replayed at each commit. All defences together may have 64 rows.
-        strength: beta of the projection step, stable in (0, 2). Defences that add rows share one strength and ridge.
-        ridge: relative to the mean squared norm of the replayed inputs.
+        rows: R, how many remembered inputs each commit replays. The ``rows`` of all defences together are at most 64.
+        strength: beta, the share of the drift on the replayed inputs that one commit takes back; stable in (0, 2).
+            Equal for all defences that have ``rows``.
+        ridge: eps, what is added to the diagonal of X_r X_r^T before it is inverted, in units of the mean squared norm
+            of the replayed inputs X_r. Equal for all defences that have ``rows``.
     """
 
     flat: ClassVar[Mapping[str, str]] = {
@@ -173,14 +178,13 @@ class LayerReplay(_Rows):
 
 @dataclasses.dataclass(frozen=True)
 class LayerDistillation(_Rows):
-    """Each commit pulls the layer's outputs on some of the inputs that it learns from to those of the anchor.
+    """Each commit pulls the layer's outputs on some of the inputs that it writes to those of the anchor.
 
-    Learning without Forgetting (Li & Hoiem, ECCV 2016) layer by layer: nothing is kept but the anchor.
+    This is Learning without Forgetting (Li & Hoiem, ECCV 2016), applied to each layer. No input is kept.
 
     Args:
-        rows: inputs of each commit that are used. All defences together may have 64 rows.
-        strength: beta of the projection step, stable in (0, 2). Defences that add rows share one strength and ridge.
-        ridge: relative to the mean squared norm of the rows.
+        rows: how many inputs of each commit are replayed. The ``rows`` of all defences together are at most 64.
+        strength, ridge: as in `LayerReplay`; equal for all defences that have ``rows``.
     """
 
     flat: ClassVar[Mapping[str, str]] = {"rows": "distill_rows", "strength": "replay_beta", "ridge": "replay_eps"}
@@ -189,15 +193,15 @@ class LayerDistillation(_Rows):
 
 @dataclasses.dataclass(frozen=True)
 class LayerGenerativeReplay(_Rows):
-    """Each commit is checked against inputs drawn from a low-rank Gaussian of the layer's past inputs.
+    """Each commit pulls the layer's outputs on generated inputs to those of the anchor.
 
-    Generative replay (Shin et al., NeurIPS 2017) layer by layer: no input is kept. See `ttt.nn.gaussian`.
+    This is generative replay (Shin et al., NeurIPS 2017), applied to each layer. The inputs are drawn from a low-rank
+    Gaussian that is fitted to the layer's past inputs (`ttt.nn.gaussian`). No input is kept.
 
     Args:
-        rows: inputs drawn at each commit. All defences together may have 64 rows.
-        strength: beta of the projection step, stable in (0, 2). Defences that add rows share one strength and ridge.
-        ridge: relative to the mean squared norm of the rows.
-        rank: principal directions of the Gaussian.
+        rows: how many inputs are drawn at each commit. The ``rows`` of all defences together are at most 64.
+        strength, ridge: as in `LayerReplay`; equal for all defences that have ``rows``.
+        rank: number of principal directions of the Gaussian.
     """
 
     flat: ClassVar[Mapping[str, str]] = {
@@ -217,15 +221,15 @@ class LayerGenerativeReplay(_Rows):
 
 @dataclasses.dataclass(frozen=True)
 class OrthogonalUpdates(Defence):
-    """Updates leave the principal directions of remembered inputs alone.
+    """Updates do not change a layer's outputs along the principal directions of remembered inputs.
 
-    With the rows of U spanning those directions, inputs enter the window as x - U^T U x (`ttt.ops.project_out`), so no
-    output on inputs in their span changes (Saha et al., "Gradient Projection Memory", ICLR 2021).
-    `ttt.Learner.calibrate` and `ttt.Learner.consolidate` renew U. Trace and ``clip`` are of the projected inputs.
+    The rows of U (k, n) are those directions. Inputs enter the window as x - U^T U x (`ttt.ops.project_out`). So the
+    output on an input that is a combination of the rows of U stays as it is (Saha et al., "Gradient Projection
+    Memory", ICLR 2021). `ttt.Learner.calibrate` and `ttt.Learner.consolidate` compute U anew. The trace and ``clip``
+    use the projected inputs.
 
     Args:
-        directions: k. A layer of n inputs leaves at most n // 2 alone: half of 256 cost 13 and 25 % of the gain on two
-            texts.
+        directions: k, at most half of the layer's inputs: a layer with n inputs takes min(k, n // 2) directions.
     """
 
     flat: ClassVar[Mapping[str, str]] = {"directions": "orthogonal"}
@@ -241,10 +245,10 @@ class OrthogonalUpdates(Defence):
 class KroneckerFisher(Defence):
     """Updates are damped along the principal directions of a Kronecker-factored Fisher information.
 
-    A token's input x and gradient delta enter the update as (A + eps)^-p x and (B + eps)^-p delta, where A and B are the
-    second moments of the layer's inputs and of the gradients at its outputs on text that the model knows; see
-    `ttt.nn.kronecker` for the formula and its sources. An update stays one row, and costs as much as
-    `OrthogonalUpdates`, whose limit for large eigenvalues it is. `ttt.Learner.calibrate` measures A and B, and
+    A token's input x and gradient delta enter the update as (A + eps)^-p x and (B + eps)^-p delta, where A and B are
+    the second moments of the layer's inputs and of the gradients at its outputs on text that the model knows; see
+    `ttt.nn.kronecker` for the formula and its sources. An update stays one row. Directions with large eigenvalues are
+    left alone, as by `OrthogonalUpdates`. `ttt.Learner.calibrate` measures A and B, and
     `ttt.Learner.consolidate` adds what was learnt. Trace, ``clip`` and ``burst`` are of the damped rows.
 
     Args:
@@ -273,10 +277,13 @@ class KroneckerFisher(Defence):
 
 @dataclasses.dataclass(frozen=True)
 class Decay(Defence):
-    """All weights are pulled to the anchor alike: a forget gate, which needs no importance.
+    """All weights are pulled to the anchor with the same strength; no importance is needed.
+
+    This is the forget gate of Titans (Behrouz et al. 2024), towards the anchor instead of zero.
 
     Args:
-        strength: per token and unit of ``lr``, as an addition of strength / lambda to Omega would be.
+        strength: s >= 0. A token with the step size eta divides the distance W - W* by 1 + eta s. Together with a
+            penalty of strength lambda, the divisor is 1 + eta (lambda Omega + s).
     """
 
     flat: ClassVar[Mapping[str, str]] = {"strength": "decay"}
@@ -296,7 +303,7 @@ KINDS: dict[str, type[Defence]] = {
 """Every defence by name."""
 
 PENALTIES: dict[str, type[_Penalty]] = {kind.kind: kind for kind in (EWC, SI, MAS)}
-"""What the trace accumulates -> the penalty that uses it."""
+"""Every penalty, by the name of what its trace accumulates."""
 
 OFF: dict[str, Any] = {
     "importance": "fisher", "fisher": "true", "ewc_lambda": 0.0, "consolidate_decay": 1.0, "trace_decay": 1.0,
@@ -307,14 +314,15 @@ OFF: dict[str, Any] = {
 """The flat settings where no defence is on."""
 
 SWITCHES: dict[str, Any] = {kind.switch: OFF[kind.switch] for kind in KINDS.values()}
-"""The flat settings that switch defences, each with the value that switches it off."""
+"""The flat settings that switch a defence on or off, each with the value that means off."""
 
 
 def flatten(protect: Iterable[Defence]) -> dict[str, Any]:
-    """The flat settings of these defences.
+    """The values of all flat settings for these defences; settings of other defences are as in `OFF`.
 
     Raises:
-        ValueError: if something is no defence, there are two of one kind, or two need different values of one setting.
+        ValueError: if an element is not a defence, if two defences exclude each other, if two need different values of
+            one flat setting, or if they replay more than 64 rows in all.
     """
     found: dict[str, Any] = {}
     source: dict[str, str] = {}
@@ -336,8 +344,8 @@ def flatten(protect: Iterable[Defence]) -> dict[str, Any]:
         raise ValueError("protect must hold one of OrthogonalUpdates and KroneckerFisher, got both")
     if found.get("kronecker") and found.get("importance") == "mas":
         raise ValueError(
-            "protect cannot combine KroneckerFisher and MAS: calibration differentiates the loss for one, and the squared "
-            "logits for the other"
+            "protect cannot combine KroneckerFisher and MAS: calibration differentiates the loss for one, and the "
+            "squared logits for the other"
         )
     rows = [found.get(name, 0) for name in ("replay_rows", "distill_rows", "generated_rows")]
     if sum(rows) > MAX_REPLAY_ROWS:
@@ -349,7 +357,7 @@ def flatten(protect: Iterable[Defence]) -> dict[str, Any]:
 
 
 def build(flat: Mapping[str, Any]) -> tuple[Defence, ...]:
-    """The defences that are on under these flat settings; the inverse of `flatten`.
+    """The defences that these flat settings switch on; the inverse of `flatten`.
 
     Raises:
         ValueError: for a value out of range; it names the flat setting.
@@ -374,14 +382,14 @@ def build(flat: Mapping[str, Any]) -> tuple[Defence, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """Low-rank weights B_u^T A_u of every user's own, for ``TTTConfig(per_user=...)``.
+    """Number and size of the low-rank weights B_u^T A_u of users u, for ``TTTConfig(per_user=...)``.
 
-    A layer of m x n holds ``slots`` (rank + window) (m + n) numbers for them, whatever they learn.
+    For each slot, a layer of m x n allocates A_u with (rank + window) x n and B_u with (rank + window) x m numbers.
 
     Args:
-        slots: S, users whose weights are in memory at a time.
-        rank: r, rows that a user's weights are compressed to.
-        window: C, the latest tokens of a user, in effect with full rank until r + C rows are in use.
+        slots: S, the largest number of users whose weights are in memory at the same time.
+        rank: r, number of rows of A_u and B_u after a compression.
+        window: C, number of rows that tokens may add, one each, before the r + C rows of a slot are compressed to r.
 
     Raises:
         ValueError: for a value out of range.

@@ -26,8 +26,7 @@ def info(file: TextIO | None = sys.stdout) -> dict[str, Any]:
 
         - ``ttt``, ``python``, ``torch``, ``triton``: versions; None if not installed;
         - ``processor``: its name; ``threads``: the number of threads that torch and the C++ kernels use;
-        - ``isa``: the instruction set that the C++ kernels use, None without them; ``isas``: all that they could use
-          on this processor;
+        - ``isa``: the instruction set of the C++ kernels, None without them; ``isas``: all that this processor has;
         - ``devices``: ``"cpu"``, then each CUDA device with its name;
         - ``ops``: op -> {``"cpu"``: backend, ``"cuda"``: backend};
         - ``missing``: backend -> the reason why it cannot be used;

@@ -226,7 +226,8 @@ def test_calibration_measures_both_sides_and_the_unit_of_the_rate(users):
         for rows, u in ((x, layer.basis), (delta, layer.output_basis)):
             exact = power_of(rows.T @ rows / len(rows), 4, 1.0, 0.0)
             found = torch.eye(rows.shape[1], dtype=torch.float64) - u.double().T @ u.double()
-            assert float(torch.linalg.matrix_norm(found - exact, 2)) < 0.05
+            assert float(torch.linalg.matrix_norm(found - exact, 2)) < 0.15  # a sketch of 8 directions
+            assert float(torch.linalg.matrix_norm(found - torch.eye(len(found)), 2)) > 0.5
         rows = damped(layer, x, delta)
         square = (x * rows[0]).sum(1) * (delta * rows[1]).sum(1)
         moments = layer.moments[CALIBRATED] if users is None else layer.calibrated
@@ -293,7 +294,7 @@ def test_forged_files_are_refused(name, spoil, tmp_path):
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     tensors = load_file(path)
-    key = next(key for key in tensors if key.endswith("." + name))
+    key = next(key for key in sorted(tensors) if key.endswith(name))
     spoil(tensors[key])
     save_file(tensors, path, metadata)
     model = copy.deepcopy(base)

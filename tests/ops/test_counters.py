@@ -127,7 +127,8 @@ def bound_layer(m=4, n=7, window=5, recent_seen=0, seen=2):
     """A ``_C.Layer`` and its tensors, each with room behind it, so that a wrong write is seen and does no harm."""
     space = {
         "weight": (m, n), "win_x": (window, n), "win_delta": (window, m), "win_trace": (window, m),
-        "recent": (6, n), "recent_delta": (6, m), "memory": (6, n), "anchor": (m, n), "importance": (m, n), "trace": (m, n),
+        "recent": (6, n), "recent_delta": (6, m), "memory": (6, n), "anchor": (m, n),
+        "importance": (m, n), "trace": (m, n),
     }  # fmt: skip
     whole = {name: torch.rand(3 * rows, columns) for name, (rows, columns) in space.items()}
     tensors = {name: t[len(t) // 3 : 2 * len(t) // 3] for name, t in whole.items()}
@@ -137,7 +138,8 @@ def bound_layer(m=4, n=7, window=5, recent_seen=0, seen=2):
     bound = ("weight", "win_x", "win_delta", "win_eta", "win_trace", "recent", "recent_delta")
     layer = cpu._C.Layer(
         **{name: tensors[name].data_ptr() for name in bound}, recent_seen=counters["recent_seen"].data_ptr(), bias=0,
-        basis=0, output_basis=0, m=m, n=n, window=window, capacity=6, directions=0, output_directions=0, seed=7, dtype=0,
+        basis=0, output_basis=0, m=m, n=n, window=window, capacity=6, directions=0, output_directions=0, seed=7,
+        dtype=0,
     )  # fmt: skip
     layer.prepare(
         cpu._bound_commit(

@@ -66,10 +66,12 @@ MUTATIONS = {
 NOT_KEYS = [None, 3, "a", "0", ".a", "0.", "2.a", "0.rows", "0.moments.a", "0.a.b"]
 
 
-def float64_if_integer(change, t, at):
-    """Integers cannot hold NaN and the like: those go into a tensor of another dtype, which must be refused."""
+def changed(change, t, at):
+    """``change(t, at)``, in float64 where integers cannot hold NaN and the like; ``t`` if it has no rows to change."""
     try:
         return change(t, at)
+    except IndexError:  # an earlier change has made it a number
+        return t
     except (RuntimeError, OverflowError):
         return change(t.double(), at)
 
@@ -98,7 +100,7 @@ def test_a_changed_state_is_refused_or_works(rows, changes, drop, extra, rate, s
     for at, kind, where in changes:
         name = names[at % len(names)]
         if isinstance(state[name], torch.Tensor) and not state[name].is_sparse and not state[name].is_meta:
-            state[name] = float64_if_integer(MUTATIONS[kind], state[name], where)
+            state[name] = changed(MUTATIONS[kind], state[name], where)
     if drop is not None:
         state.pop(names[drop % len(names)])
     if extra is not None:

@@ -48,9 +48,9 @@ def load_language_model(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, 
     where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     loaded = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
-    config = loaded.config
+    config: Any = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # of the file: the loaded weights are not quantized
-    model = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict())
     return model.to(dtype).eval(), tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class Evidence:
-    """One-sided CUSUM of a log-likelihood ratio (Page 1954; optimal for a known change by Lorden 1971)::
+    """One-sided CUSUM of a log-likelihood ratio (Page 1954; optimal for a known change by Lorden 1971):
 
         S <- max(0, S + bits - slack tokens)
 

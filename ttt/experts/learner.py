@@ -48,7 +48,7 @@ class Switch:
 
 
 class GrowingLearner:
-    """Reads as `ttt.Learner` does, and learns every domain in a column of low rank of its own::
+    """Reads as `ttt.Learner` does, and learns every domain in a column of low rank of its own:
 
         growing = ttt.GrowingLearner(ttt.Learner(model))
         output = growing.observe(input_ids)
@@ -208,7 +208,7 @@ class GrowingLearner:
 
         Of every piece of ``context`` tokens the first 128 are scored by the mixture of the anchor, the stored columns
         and the active one. All have the same probability before the piece, and each is weighted by the probability
-        that it gave the tokens so far::
+        that it gave the tokens so far:
 
             p(x_t) = sum_k w_k p_k(x_t)        w_k = prod_{s<t} p_k(x_s) / sum_j prod_{s<t} p_j(x_s)
 

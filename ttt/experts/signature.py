@@ -14,7 +14,7 @@ _PAIR, _WORD = 8.0, 128.0  # weights, in tokens, of the distribution of single w
 
 
 class Signature:
-    """A bigram model of the texts that were added, interpolated with single words (MacKay & Peto 1995)::
+    """A bigram model of the texts that were added, interpolated with single words (MacKay & Peto 1995):
 
         p(b | a) = (c(a, b) + 8 p(b)) / (c(a) + 8)        p(b) = (c(b) + 128 / V) / (n + 128)
 

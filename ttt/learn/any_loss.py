@@ -30,7 +30,7 @@ class LearningResult:
 
 
 def capturable_(model: nn.Module, rows: int | None) -> nn.Module:
-    """Let learning from steps of ``rows`` rows (of a language model: tokens) be captured in a CUDA graph, in place::
+    """Let learning from steps of ``rows`` rows (of a language model: tokens) be captured in a CUDA graph, in place:
 
         ttt.capturable_(model, rows=8)
         with torch.cuda.graph(graph), ttt.learning(model) as result:

@@ -37,13 +37,13 @@ class GraphedLearner:
     do. `release` makes them ordinary layers again. With ``graph=False`` the same steps run without a graph, on any
     device.
 
-    ============  ==================  =====================================================================
-    ``ids``       (B, T + 1) int64    the present chunk and the token after it; `step` copies them here
-    ``nll``       (B, T) float32      nats, of ``ids[:, 1:]``, measured before the model learnt from them
-    ``learned``   (1,) int64          number of chunks that the model learnt from
-    ``rejected``  (1,) int64          number of chunks that were not finite; they changed nothing
-    ``learning``  (1,) int64          1; set it to 0 to score only
-    ============  ==================  =====================================================================
+        ============  ==================  =====================================================================
+        ``ids``       (B, T + 1) int64    the present chunk and the token after it; `step` copies them here
+        ``nll``       (B, T) float32      nats, of ``ids[:, 1:]``, measured before the model learnt from them
+        ``learned``   (1,) int64          number of chunks that the model learnt from
+        ``rejected``  (1,) int64          number of chunks that were not finite; they changed nothing
+        ``learning``  (1,) int64          1; set it to 0 to score only
+        ============  ==================  =====================================================================
 
     Args:
         learner: of a transformers causal language model with full attention in every block, computed by "sdpa" or

@@ -25,9 +25,9 @@ class GuardCheck:
 
     Attributes:
         tokens: number of tokens learnt since the guard was attached.
-        drift: loss on the held-back inputs divided by that of the frozen model, minus 1; before any rollback.
-        strength: of the protection from then on, in units of the configured one.
-        rolled_back: whether the layers went back to the last good state.
+        drift: loss on the held-back inputs divided by the frozen model's loss on them, minus 1; before any rollback.
+        strength: the factor by which the configured protection is multiplied from then on.
+        rolled_back: whether the layers were rolled back to their last good state.
     """
 
     tokens: int
@@ -37,42 +37,46 @@ class GuardCheck:
 
 
 class Guard(GuardSettings):
-    """Measures the loss on a few inputs that the model knows, and acts when learning raises it::
+    """Measures the loss on a few inputs that the model knows, and acts when learning raises it:
 
         guard = ttt.Guard([held_back_ids])
         learner = ttt.Learner(model, guard=guard)
 
-    After every ``every`` learnt tokens it measures drift = loss / loss of the frozen model - 1. The strength s of the
-    protection follows the drift, so that it settles where the drift is ``threshold``::
+    **Drift and strength.** The guard holds some inputs back: the model never learns from them. After every ``every``
+    learnt tokens it measures the drift, which is the loss on the held-back inputs divided by the frozen model's loss on
+    them, minus 1. From the drift follows the strength s of the protection:
 
         s <- min(cap, max(1, s strengthen^e))        e = min(1/2, max(-1/16, drift / threshold - 1))
 
-    If the drift is above ``bound``, e = 1/2 and the layers go back exactly to the last state that was within the
-    threshold. At strength s the layers learn with ``ewc_lambda`` s and ``replay_beta`` min(s beta, 1) (never below the
-    configured one; 1 is the full projection, and the projection is stable below 2). At equal drift, stronger protection
-    keeps more of what is new than smaller steps do; if the configuration has no protection, the rate is ``lr`` / s. s
-    begins at ``strengthen``^(3/2), because most is forgotten in the first tokens of new text.
+    So s rises while the drift is above ``threshold``, and falls slowly while it is below. If the drift is above
+    ``bound``, e is 1/2, and the layers are rolled back: their state becomes that of the last check within the
+    threshold, bit for bit.
 
-    **Surprise gate.** A chunk of mean loss l is learnt at the rate min(1, (surprise L / l)^4), where L is the running
-    level of the loss: it begins at the frozen model's loss on the held-back inputs and follows min(l, surprise L) with
-    a time constant of 65,536 tokens. The loss on text that can be learnt soon falls below the gate; noise stays above.
+    At strength s the penalty is s times the configured one, and so is the strength of replay, up to 1 (at 1 the drift
+    on the replayed inputs is taken back in full; above 2 the step would diverge). If neither is configured, ``lr`` is
+    divided by s instead. With protection the steps keep their size, because at equal drift the model then keeps more
+    of what it learns. s begins at strengthen^(3/2), because most is forgotten in the first tokens of a new text.
 
-    The guard never learns from its inputs, and a measurement changes no bit of the state. It holds one copy of what
-    learning writes (weight, trace, window, recent inputs).
+    **Surprise gate.** The steps of a chunk with the mean loss l are multiplied by min(1, (surprise L / l)^4). L is a
+    running level of the loss: it begins at the frozen model's loss on the held-back inputs and follows
+    min(l, surprise L) with a time constant of 65,536 tokens. Text that can be learnt soon has a loss below
+    surprise L. Noise stays above it, and so changes little.
 
-    The reference is the model under its anchor at the time when the guard was attached, and never changes.
-    `Learner.consolidate` measures first, so that nothing beyond the bound is consolidated. If it moved the reference,
-    drift would add up from one consolidation to the next.
+    **Reference.** The drift refers to the loss of the model with the anchor's weights at the time when the guard was
+    attached. This reference never changes, as otherwise the drift could grow by up to ``bound`` with every
+    consolidation. `Learner.consolidate` begins with a check, so that no state beyond the bound is consolidated.
+
+    The guard holds one copy of the tensors that learning writes (weight, trace, window, recent inputs).
 
     Args:
-        batches: of (B, T) int64 tokens that the model knows, T >= 2. About 2,000 tokens in all are enough; a
-            measurement costs a forward pass on them.
-        threshold: drift at which the strength does not change.
-        bound: drift above which the layers go back. Default: 1.5 ``threshold``.
-        every: number of learnt tokens between two measurements.
-        strengthen: base of the strength's changes.
+        batches: held-back inputs, each (B, T) int64 tokens that the model knows, T >= 2. About 2,000 tokens in all are
+            enough. A check costs a forward pass on them.
+        threshold: drift at which the strength stays the same.
+        bound: drift above which the layers are rolled back. Default: 1.5 ``threshold``.
+        every: number of learnt tokens between two checks.
+        strengthen: base of the power by which a check multiplies the strength.
         cap: largest strength.
-        surprise: of the gate; infinity for no gate.
+        surprise: the gate acts on losses above ``surprise`` times the running level. Infinity for no gate.
 
     Raises:
         TypeError, ValueError: if ``batches`` is no iterable or empty, or for a value out of range.
@@ -80,7 +84,7 @@ class Guard(GuardSettings):
     Attributes:
         history: list of `GuardCheck`.
         strength: s, at present.
-        rollbacks: how often the layers went back.
+        rollbacks: number of times that the layers were rolled back.
         tokens: number of tokens learnt since the guard was attached.
         reference: nats per token of the frozen model on the held-back inputs.
     """
@@ -101,8 +105,11 @@ class Guard(GuardSettings):
         if not self.batches:
             raise ValueError("batches must hold at least one batch of tokens, got none")
         self.history: list[GuardCheck] = []
-        self.strength, self.rollbacks, self.tokens = 1.0, 0, 0
-        self.reference = self._level = math.nan
+        self.strength = 1.0
+        self.rollbacks = 0
+        self.tokens = 0
+        self.reference = math.nan
+        self._level = math.nan
         self._since = 0  # tokens learnt since the last check
         self._learner: Any = None
         self._good: list[dict[str, Tensor]] = []
@@ -114,7 +121,7 @@ class Guard(GuardSettings):
         return {name: getattr(self, name) for name in names}
 
     def attach(self, learner: Any) -> None:
-        """Watch ``learner`` from now on, and measure the reference under its anchor; `ttt.Learner` calls it.
+        """Guard ``learner`` from now on, and measure the reference with its anchor's weights. `ttt.Learner` calls this.
 
         Raises:
             TypeError, ValueError: if a batch does not suit the learner's model, or the guard watches another learner.
@@ -139,7 +146,7 @@ class Guard(GuardSettings):
 
     @torch.no_grad()
     def loss(self) -> float:
-        """Mean nats per token on the held-back inputs, under the present weights."""
+        """Mean nats per token on the held-back inputs, with the present weights."""
         total, count = 0.0, 0
         for ids in self.batches:
             logits = self._learner.model(input_ids=ids).logits[:, :-1].float()
@@ -162,12 +169,12 @@ class Guard(GuardSettings):
         self._since += tokens
 
     def check_if_due(self) -> None:
-        """Call `check` if ``every`` tokens or more were learnt since the last one."""
+        """Call `check` if at least ``every`` tokens were learnt since the last check."""
         if self._since >= self.every:
             self.check()
 
     def check(self) -> None:
-        """Measure the drift now, set the strength, and go back if the drift is above the bound.
+        """Measure the drift now, set the strength, and roll the layers back if the drift is above ``bound``.
 
         Raises:
             RuntimeError: as `ttt.Learner.observe`.
@@ -185,13 +192,13 @@ class Guard(GuardSettings):
             self.history.append(GuardCheck(self.tokens, drift, self.strength, beyond))
 
     def restart(self) -> None:
-        """Set strength and level as at the beginning; called after the layers were reset."""
+        """Set strength and running level to their initial values. Called after the layers were reset."""
         self._set(self.strengthen**1.5)
         self._level = self.reference
         self.resume()
 
     def resume(self) -> None:
-        """Take the present state for the last good one if it is within the bound; called after it was replaced."""
+        """Keep the present state as the last good one if its drift is within ``bound``. Called after it was loaded."""
         if self.loss() / self.reference - 1 <= self.bound:
             self._good = self._copy()
         self._since = 0
@@ -205,7 +212,7 @@ class Guard(GuardSettings):
     # -- state ------------------------------------------------------------------------------------------------
 
     def _copy(self) -> list[dict[str, Tensor]]:
-        """A copy of what learning writes, of every layer."""
+        """Copy the tensors that learning writes, for every layer."""
         kept = [{k: t for k, t in layer.state().items() if k not in BASE} for layer in self._learner.layers]
         return [{name: t.clone() for name, t in state.items()} for state in kept]
 

@@ -50,8 +50,8 @@ class Learner:
         rules: add terms to the loss of every chunk that teaches, as `ttt.rules.SequenceReplay` does. The layers learn
             from the rules' own forward passes in the same update, at ``lr`` per token. Those rows count as the chunk's
             do: in the window, in the sample of recent inputs, and in the trace (with zeros for "mas").
-        guard: keeps what is forgotten within a bound; None for no guard. For a model with weights for each user it
-            gives the held-back inputs and the settings of one guard per user (`ttt.per_user.guards.UserGuards`).
+        guard: keeps what is forgotten within a bound; None for no guard. If every user has weights of their own, its
+            inputs and settings are those of one guard for each user (`ttt.per_user.guards.UserGuards`).
 
     Raises:
         TypeError: if ``model`` is no module, ``guard`` no `ttt.Guard`, or one of ``rules`` no `ttt.rules.StreamRule`.
@@ -259,7 +259,7 @@ class Learner:
                 calibrate_users(list(self.pool.layers.values()), losses, kind)
 
     def consolidate(self) -> None:
-        """Protect what was learnt from now on, as in online EWC; it ends a task, if there are tasks::
+        """Protect what was learnt so far, as in online EWC; call it at the end of a task, if there are tasks:
 
             Omega <- gamma_c Omega + F / tokens       (SI: Omega + relu(F / ((W - W*)^2 + xi)))
             W* <- W;  F <- 0
@@ -321,6 +321,9 @@ class Learner:
                 layer.flush()
 
     def require_single(self, what: str, instead: str) -> None:
-        """Raise ValueError if users have weights of their own, for which ``what`` is not; ``instead`` says what is."""
+        """Raise ValueError if users have weights of their own, where ``what`` needs one set.
+
+        The message ends with ``instead``, which says what to do.
+        """
         if self.pool is not None:
             raise ValueError(f"{what} is for one set of weights, but every user has their own: {instead}")

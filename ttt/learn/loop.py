@@ -21,11 +21,12 @@ class ObserveOutput:
         nll: (B, T-1) float32, nats: -log p(token t+1 | tokens up to t), each measured before the model learnt from
             that token. Where either token is padding, 0.
         mask: (B, T-1) bool: the tokens that were scored.
-        learned: number of chunks that the model learnt from; of a model for many users, counted for each user.
-        rejected: number of chunks that were skipped for a loss or gradient that is not finite; they changed nothing.
-        rollbacks: how often a `ttt.Guard` went back to the last good state meanwhile.
-        strength: of the protection afterwards, in units of the configured one; a `ttt.Guard` raises it.
-        rejected_users: user -> number of rejected chunks, of the users who had any.
+        learned: number of chunks that were learnt. With users, a chunk counts once for each user who learnt from it.
+        rejected: number of chunks that were not learnt, because a loss or gradient was not finite. They changed
+            nothing. With users, counted as ``learned`` is.
+        rollbacks: number of times that a `ttt.Guard` rolled the layers back during this text.
+        strength: the factor by which a `ttt.Guard` multiplies the protection after this text; 1 without a guard.
+        rejected_users: the number of rejected chunks of each user who had any.
     """
 
     nll: Tensor

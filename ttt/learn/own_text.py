@@ -56,7 +56,7 @@ def _prompts(model: Any, tokenizer: Any) -> Sequence[list[int]]:
             for topic in TOPICS
         ]
         return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     for name in ("bos_token_id", "eos_token_id"):
         token = getattr(config, name, None)
         token = token[0] if isinstance(token, (list, tuple)) and token else token

@@ -31,8 +31,8 @@ def warn_if_none(config: TTTConfig, layer: Linear | LowRankLinear) -> None:
     protects = config.ewc_lambda or config.replay_rows or config.orthogonal or config.kronecker
     if protects and not any(t is not None and bool(t.any()) for t in held):
         warnings.warn(
-            "learning is unprotected: Learner.calibrate was not called (with data that the model knows, or without, for "
-            "text that it writes itself)",
+            "learning is unprotected: Learner.calibrate was not called (with data that the model knows or, without "
+            "arguments, on text that it writes itself)",
             stacklevel=3,
         )
 

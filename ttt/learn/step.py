@@ -1,4 +1,4 @@
-"""One learning step of one set of weights: from a scored chunk to what every layer learns, and writing that."""
+"""One learning step of one set of weights: backward passes on a scored chunk, and writing every layer's update."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class ScoredChunk:
     """A chunk of B sequences of T tokens after its forward pass.
 
     Attributes:
-        scores: of its targets, with the graph of the forward pass.
-        wanted: (B, T) bool, the targets whose loss is taken; None for all.
-        rows: (B T,) bool, the tokens whose rows may be written; None for all.
-        shown: what rules are shown of the chunk; None where there are no rules.
+        scores: the losses of the targets, with what the backward pass needs.
+        wanted: (B, T) bool, the targets whose losses are summed; None for all.
+        rows: (B T,) bool, the tokens whose rows (x, delta) may be written; None for all.
+        shown: what the learner's rules are given of the chunk; None if it has no rules.
     """
 
     scores: Scored
@@ -37,14 +37,19 @@ class ScoredChunk:
 
 
 class Step(NamedTuple):
-    """What each layer that saw the chunk learns from it; ``finite`` () bool: whether all of that is finite."""
+    """What the layers can learn from a chunk.
+
+    Attributes:
+        updates: each layer that took part in the forward pass, with its update.
+        finite: () bool, whether the loss and all updates are finite.
+    """
 
     updates: list[tuple[Linear, Update]]
     finite: Tensor
 
 
 def differentiates_outputs(config: TTTConfig) -> bool:
-    """Whether the trace needs the gradient of the squared logits: importance "mas" (Aljundi et al., 2018)."""
+    """Whether the trace needs gradients of the squared logits, as that of `ttt.MAS` does (Aljundi et al., 2018)."""
     return config.importance == "mas" and config.ewc_lambda > 0
 
 
@@ -52,7 +57,7 @@ def learn_from(learner: Learner, capturing: Capturing, chunk: ScoredChunk) -> bo
     """Let the learner's layers learn from ``chunk``, whose forward pass ran inside ``capturing``.
 
     Returns:
-        False if the loss or a gradient is not finite; not a bit has changed then.
+        Whether it was learnt. If the loss or a gradient is not finite, nothing was written, and this is False.
     """
     step = step_from(learner, capturing, chunk)
     if not bool(step.finite):
@@ -69,7 +74,7 @@ def learn_from(learner: Learner, capturing: Capturing, chunk: ScoredChunk) -> bo
 
 
 def step_from(learner: Learner, capturing: Capturing, chunk: ScoredChunk) -> Step:
-    """The backward passes of ``chunk``, and what the layers can learn from them. Nothing is written."""
+    """Run the backward passes of ``chunk`` and collect every layer's update. Nothing is written."""
     scores, layers = chunk.scores, learner.layers
     mas = differentiates_outputs(learner.config)
     term, logits_gradient = None, None
@@ -97,7 +102,7 @@ def step_from(learner: Learner, capturing: Capturing, chunk: ScoredChunk) -> Ste
 
 
 def write(updates: Sequence[tuple[Linear, Update]], gate: Tensor | None = None) -> None:
-    """Let every layer learn its update, all or none of them; see `ttt.atomic`.
+    """Let every layer learn its update. Signals wait until all are written, see `ttt.atomic`.
 
     Args:
         gate: as in `ttt.nn.Linear.learn`.

@@ -6,9 +6,10 @@ that the model knows, a token's row (x, delta) enters the update as::
     x'     = (a / (A + eps_A))^p x          a: the mean of the smaller eigenvalues of A, plus eps_A; likewise b
     delta' = (b / (B + eps_B))^p delta
 
-A kron B approximates the Fisher information of the weights (K-FAC: Martens & Grosse, ICML 2015). p = 1 gives the natural
-gradient up to a factor; on the side of the inputs it is the closed form with which MEMIT writes facts (Meng et al., ICLR
-2023). Of A and B only k principal directions u_i with eigenvalues l_i are kept; all others count as their mean. Then
+The Kronecker product of A and B approximates the Fisher information of the weights (K-FAC: Martens & Grosse, ICML
+2015). p = 1 gives the natural gradient up to a factor; on the side of the inputs it is the closed form with which MEMIT
+writes facts (Meng et al., ICLR 2023). Of A and B only k principal directions u_i with eigenvalues l_i are kept; all
+others count as their mean. Then
 
     x' = x - U^T U x,    row i of U:  u_i sqrt(1 - (a / (l_i + eps_A))^p)
 

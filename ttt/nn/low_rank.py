@@ -96,26 +96,7 @@ class LowRankLinear(Adapted):
     The state is in buffers at fixed addresses that are not part of `state_dict`. There are S slots of R = rank + window
     rows; ``eta_sum`` and the importance are float32 (float64 for float64 weights):
 
-    =================  ============  ==========================================================
-    ``a``              (S, R, n)     inputs x_t; after compression scaled right singular vectors
-    ``b``              (S, R, m)     -eta_t delta_t; after compression scaled left singular vectors.
-                                     In float16 numbers below 3e-8 are rounded to 0
-    ``rows``           (S,) int32    rows in use
-    ``eta_sum``        (S,)          sum of eta_t since the slot was compressed
-    ``lost``           (S,)          bound on the Frobenius norm of what truncation dropped
-    ``step``           (S,) int64    compressions so far
-    ``importance_m``   (m,)          row and column means of Omega, shared by all users, if
-    ``importance_n``   (n,)          ``ewc_lambda`` > 0: Omega_ij = importance_m[i] importance_n[j]
-    ``memory``         (K, n)        replay memory, shared, if ``replay_rows`` or ``orthogonal`` > 0,
-    ``seen``           (1,)          and how many rows were ever offered to it
-    ``basis``          (k, n)        orthogonal directions of inputs that updates leave alone or damp,
-                                     shared, if ``orthogonal`` or ``kronecker`` > 0 (`ttt.nn.Linear`)
-    ``output_basis``   (k, m)        the same of gradients, shared, if ``kronecker`` > 0
-    ``calibrated``     (3,)          float64, shared, unless ``rate`` is "constant": sums of |x|^2 and
-                                     of |delta|^2 |x|^2, and the number of tokens, at calibration
-    ``moments``        (S, 3)        the same of each user's own tokens since
-    =================  ============  ==========================================================
-
+        =================  ============  ===================================================
     Args:
         in_features, out_features, bias, device, dtype: as `torch.nn.Linear`.
         config: a `TTTConfig` whose ``per_user`` (`ttt.LowRank`) gives the number and size of the slots.
@@ -226,8 +207,13 @@ class LowRankLinear(Adapted):
         tokens to the moments.
 
         Args:
-            x: (T, n); delta: (T, m), gradients of the summed loss at the output; both of the weight's dtype.
-            users: (T,), int32; -1 for tokens that teach nobody. None: as tokens of one user who has learnt nothing yet.
+            x: (T, n), of the weight's dtype.
+            delta: (T, m), gradients of the summed loss at the output, of the weight's dtype.
+            users: (T,) int32, the slot of each token's user; -1 for tokens that teach nobody. None: all tokens are
+                taken as those of one user who has learnt nothing before.
+
+        Returns:
+            The rows of the update, (T, n) and (T, m), and the `Rates`.
         """
         before, applied = self.moments, (x, delta)
         if self.basis is not None or self.output_basis is not None:
@@ -248,7 +234,7 @@ class LowRankLinear(Adapted):
 
     @torch.no_grad()
     def count(self, grown: Tensor | None, kept: Tensor) -> None:
-        """Add what `steps` found to the moments of the slots where ``kept`` (S,) bool is True."""
+        """Add ``grown`` of the `Rates` from `steps` to the moments of the slots where ``kept``, (S,) bool, is True."""
         if grown is not None:
             count_(self.moments, grown, kept.unsqueeze(1))
 
@@ -257,8 +243,10 @@ class LowRankLinear(Adapted):
         """Append a row for each token to its user's slot; compress slots that are full or have too little room.
 
         Args:
-            x: (T, n), inputs and delta: (T, m), gradients, as `steps` returns them; both of the weight's dtype.
-            eta: (T,), float32 (float64 for float64): steps. users: (T,), int32; -1 for tokens that teach nobody.
+            x: (T, n), rows of the update as `steps` returns them, of the weight's dtype.
+            delta: (T, m), likewise, of the weight's dtype.
+            eta: (T,), step sizes; float64 for float64 weights, else float32.
+            users: (T,) int32, the slot of each token's user; -1 for tokens that teach nobody.
 
         Raises:
             ValueError, TypeError: as `ttt.ops.low_rank_append`.

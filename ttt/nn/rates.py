@@ -1,6 +1,6 @@
 """The step eta_t of each token: constant, or relative to the layer's own inputs and gradients.
 
-With g_t = |delta_t| |x_t|, the norm of token t's gradient at the layer, and means over the tokens up to t inclusive::
+With g_t = |delta_t| |x_t|, the norm of token t's gradient at the layer, and means over the tokens up to t inclusive:
 
     constant   eta_t = lr
     energy     eta_t = lr / mean |x|^2       normalised least mean squares (Nagumo & Noda 1967)
@@ -18,24 +18,27 @@ trust ratio of You et al., "Large Batch Training of Convolutional Networks", 201
 tenth of that.
 
 **Clip.** Where g_t is above ``clip`` (for "rms": above ``clip`` sqrt(mean g^2)), eta_t is multiplied by the ratio of
-the bound to g_t. For "decrease" s_t stands for g_t, here and below. A token counts in its own mean, so that the first
-token has a scale, and the means do not depend on how a stream is cut into chunks.
+the bound to g_t. For "decrease" s_t stands for g_t, here and below. The means include the token itself. So the first
+token has a scale too, and the means do not depend on how a stream is cut into chunks.
 
-**Burst.** The gradients of T tokens that are learnt at once are all taken at the weights before them. Those of ordinary
-text hardly agree, so the norm of their sum is about sqrt(T) times that of one of them; the gradients of one byte
-repeated T times reach T times. So "rms" bounds::
+**Burst.** T tokens that are learnt together all have gradients at the weights from before the first of them. In
+ordinary text these gradients point in different directions, and the norm of their sum is about sqrt(T) times that of
+one. If one byte is repeated T times, they point in the same direction, and the norm of their sum is T times that of
+one. To keep such a step from being too long, "rms" bounds:
 
     |sum_t eta_t delta_t x_t^T|  <=  burst lr sqrt(T)
 
-and "decrease", with w_t = eta_t sqrt(mean s^2) / (lr share)::
+and "decrease", with w_t = eta_t sqrt(mean s^2) / (lr share):
 
     sum_ij w_i w_j (delta_i . delta'_j) (x_i . x'_j)  <=  burst^2 T
 
-Where the sum would be larger, all T steps are multiplied by the ratio (gradient clipping, Pascanu et al. 2013, in units
-in which ordinary text has about 1). The means do not change. With T = 1 it is a second ``clip``.
+Where the left side is larger, all T steps are multiplied by the ratio of the right side to the left (gradient clipping,
+Pascanu et al. 2013). In ordinary text the two sides are about equal for burst = 1, so that a ``burst`` a little above 1
+rarely acts on it. The means do not change. With T = 1 the bound is one on a single token's gradient, as ``clip`` is.
 
-**Users.** In a batch of several users, each token's means are over the earlier tokens given for its user (with those of
-calibration) and over its user's tokens in the batch up to and including it. Each user has a sum and a T of its own.
+**Users.** In a batch of several users, a token's means are over three kinds of tokens: those of calibration, those that
+its user has learnt before, and its user's tokens in the batch up to and including itself. The bound of ``burst`` holds
+for each user, with the sum over that user's tokens and T their number.
 """
 
 from __future__ import annotations
@@ -96,7 +99,7 @@ def token_sizes(
         else:
             sizes.append(torch.linalg.vector_norm(others, dim=1, dtype=wide))
     norm = sizes[0] * sizes[1]
-    return Sizes(*sizes, norm, torch.stack([sizes[0], norm]).double().square_())
+    return Sizes(sizes[0], sizes[1], norm, torch.stack([sizes[0], norm]).double().square_())
 
 
 def rates(
@@ -222,8 +225,8 @@ def _sizes(rows: Rows, applied: Rows, sizes: Sizes, weight: Tensor, users: Tenso
 def _sum_norm(rows: Rows, applied: Rows, x_size: Tensor, delta_size: Tensor, weight: Tensor) -> Tensor:
     """The root of sum_ij w_i w_j (delta_i . delta'_j) (x_i . x'_j), (), with w = ``weight``.
 
-    With x' = x and delta' = delta it is |sum_t w_t delta_t x_t^T|. The rows are divided by their sizes first, so that no
-    product overflows.
+    With x' = x and delta' = delta it is |sum_t w_t delta_t x_t^T|. The rows are divided by their sizes first, so that
+    no product overflows.
     """
     tiny = torch.finfo(weight.dtype).tiny
     scales = [size.clamp_min(tiny).unsqueeze(1) for size in (x_size, delta_size)]

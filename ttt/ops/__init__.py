@@ -75,7 +75,7 @@ def window_append(
 ) -> None:
     """Write B rows into a window of C rows, in place, from row ``at`` on, or from the row that ``counters`` holds.
 
-    With ``counters`` = (p, full, 0), which stay on the device::
+    With ``counters`` = (p, full, 0), which stay on the device:
 
         if full (the window has been committed):  tokens <- tokens + p;  win_eta <- 0;  p <- 0
         rows p ... p + B - 1 of the window <- x, delta, eta, trace_delta
@@ -131,7 +131,7 @@ def commit(
 ) -> None:
     """Write T tokens into ``weight`` and ``trace``, in place, correcting for R replay rows.
 
-    With d = W - W*, sums in float32 (float64 for float64 weights)::
+    With d = W - W*, sums in float32 (float64 for float64 weights):
 
         E = X_r d^T - ((X_r X^T) * eta) D                  drift of the remembered outputs
         G = D^T diag(eta) X + E^T V
@@ -147,14 +147,14 @@ def commit(
     rounded stochastically with the Philox counters of `ttt.ops.philox`.
 
     Precision: products are summed in float32 from factors that are exact or rounded to at least 16 bits. Two products
-    are less precise with bfloat16 weights. The trace's S is made from factors rounded to bfloat16 (P*P and X*X, or |P|
-    and |X|) on processors with AVX512-BF16 or AMX and on GPUs: for T = 1 an element is off by up to 0.7 % (0.69 % in
+    are less precise with bfloat16 weights. The trace's S is made from factors rounded to bfloat16 (squares, or |P| and
+    |X|) on processors with AVX512-BF16 or AMX and on GPUs: for T = 1 an element is off by up to 0.7 % (0.69 % in
     1000 x 1000 normal ones; 0.23 % root mean square). And for more than 256 tokens on a GPU, the factor eta D of G is
     rounded to bfloat16. AVX512-BF16 and AMX flush subnormal numbers: inputs and sums below 1.2e-38 count as zero.
 
     With ``momentum`` M the tokens' part of G, G' = D^T diag(eta) X, passes through a velocity. With ``decay`` all
     weights are pulled to the anchor, whatever their importance. These are the momentum and the forget gate of Titans
-    (Behrouz et al. 2024), with W* in place of 0::
+    (Behrouz et al. 2024), with W* in place of 0:
 
         G = G'' + E^T V,  G'' = carry M + gain G'          E = X_r (W - G'' - W*)^T: the drift includes the momentum
         M <- keep M + share G'                             `ttt.ops.momentum` derives the four coefficients
@@ -189,7 +189,7 @@ def commit(
             replays make.
         momentum: M, (m, n), float32 or bfloat16 (float64 for float64 weights); None for none.
         mu: decay of M per token, in [0, 1); needs ``momentum`` if > 0.
-        decay: >= 0, the pull to the anchor per token and unit of eta; needs ``anchor`` if > 0.
+        decay: the pull to the anchor per token and unit of eta, at least 0; needs ``anchor`` if > 0.
 
     Raises:
         ValueError, TypeError: for a wrong argument; nothing has been written then. A negative ``seen`` is refused on

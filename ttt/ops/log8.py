@@ -1,7 +1,7 @@
 """Importance and trace in 8 bits: floating-point codes, with one exponent shared by each block of 32 columns.
 
 A matrix (m, n) of values >= 0 is stored as one uint8 tensor (m, n + ceil(n / 32)). Each row holds n codes, followed by
-the exponents of its blocks. With code q and exponent e the value is::
+the exponents of its blocks. With code q and exponent e the value is:
 
     0                                            if q = 0
     2^(e - 127) 2^(q // 16 - 16) (1 + q % 16 / 16)    otherwise

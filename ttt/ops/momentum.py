@@ -1,12 +1,12 @@
 """The coefficients by which a momentum M acts on W over the T tokens of one commit.
 
 Titans (Behrouz, Zhong & Mirrokni, "Titans: Learning to Memorize at Test Time", 2024) updates a momentum per token. With
-g_t = eta_t delta_t x_t^T, and without its forget gate (here the pull to the anchor)::
+g_t = eta_t delta_t x_t^T, and without its forget gate (here the pull to the anchor):
 
     M_t = mu M_{t-1} + g_t                     W_t = W_{t-1} - M_t
 
 A commit computes G = sum g_t only: the weighted sums over g_t would take a second product as large as that of G. Every
-g_t is taken as G / T, which is exact for T = 1 and for equal g_t, and ignores the order of the tokens in the window::
+g_t is taken as G / T, which is exact for T = 1 and for equal g_t, and ignores the order of the tokens in the window:
 
     M_T       = keep M_0 + share G             keep = mu^T           share = (1 - mu^T) / (T (1 - mu))
     W_0 - W_T = carry M_0 + gain G             carry = mu (1 - mu^T) / (1 - mu)

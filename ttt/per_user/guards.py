@@ -22,9 +22,9 @@ class UserGuardCheck:
     Attributes:
         user: whose weights were measured.
         tokens: tokens that the user has learnt.
-        drift: loss on the held-back inputs divided by that of the base model, minus 1; before any rollback.
-        strength: of the user's protection from now on; 1 is the configured one.
-        rolled_back: whether the user's weights went back to their last good state.
+        drift: loss on the held-back inputs divided by the base model's loss on them, minus 1; before any rollback.
+        strength: the factor by which the user's configured protection is multiplied from then on.
+        rolled_back: whether the user's weights were rolled back to their last good state.
     """
 
     user: Hashable
@@ -47,36 +47,39 @@ class _Guarded:
 
 
 class UserGuards(GuardSettings):
-    """One guard for each user of a model, on inputs that all users share::
+    """One guard for each user of a model; all users share the held-back inputs:
 
         guards = UserGuards(model, [held_back_ids])
         learner.observe(ids, users=["alice", "bob"])
 
-    It works for each user as `ttt.Guard` does for a model with one set of weights, with the same formulas. Whenever a
-    user has learnt ``every`` tokens, drift = loss / loss of the base model - 1 is measured with that user's weights.
-    The strength s of the user's protection follows it::
+    Each user's guard has the formulas of `ttt.Guard`, which explains them, and its own drift, strength and level.
+    Whenever a user has learnt ``every`` tokens, the drift of that user's weights is measured: the loss on the held-back
+    inputs divided by the base model's loss on them, minus 1. From it follows the strength s of the user's protection:
 
         s <- min(cap, max(1, s strengthen^e))        e = min(1/2, max(-1/16, drift / threshold - 1))
 
-    Past ``bound``, e = 1/2 and the user's weights go back to their last state within ``threshold``, bit for bit; other
-    users are not affected. Compressions of the user's slots use ``ewc_lambda`` s and min(``replay_beta`` s, 1). Without
-    these protections ``lr`` / s takes their place. s begins at strengthen^(3/2). A user's chunk with a mean loss l
-    above the gate, ``surprise`` times the running level L of the user's loss, is learnt at the rate (surprise L / l)^4.
+    If the drift is above ``bound``, e is 1/2, and the user's weights are rolled back to those of the last check within
+    ``threshold``, bit for bit. When the user's slot is compressed, the penalty is s times the configured one, and so is
+    the strength of replay, up to 1. If neither is configured, ``lr`` is divided by s instead. s begins at
+    strengthen^(3/2). The steps of a user's chunk with the mean loss l are multiplied by min(1, (surprise L / l)^4),
+    where L is the running level of that user's loss.
 
-    What happens to a user depends on the user's own tokens only. A user is checked before being evicted, and strength
-    and level are part of the state that `ttt.Pool.export` returns, as ``"ttt.guard.progress"``. A user in a slot costs
-    one copy of the state of their slots. While strengths differ from 1, compressions are called from Python, once for
-    each distinct strength.
+    What a guard does to a user depends on that user's own tokens only. A user is checked before being evicted. Strength
+    and level are part of the state that `ttt.Pool.export` returns, as ``"ttt.guard.progress"``.
+
+    The guard keeps one copy of the state of every user in a slot. While strengths differ from 1, slots are compressed
+    by calls from Python, one for each distinct strength, which is slower than the single call without guards.
 
     Args:
         model: adapted with ``TTTConfig(per_user=...)``; a causal language model of Hugging Face transformers.
-        batches: (B, T) int64 tokens that the model knows, T >= 2. A check costs a forward pass on them.
+        batches: held-back inputs, each (B, T) int64 tokens that the model knows, T >= 2. A check costs a forward pass
+            on them.
         threshold: drift at which the strength stays the same.
-        bound: drift past which the weights go back. Default: 1.5 ``threshold``.
-        every: tokens of a user from check to check.
-        strengthen: base of the strength's changes.
+        bound: drift above which the weights are rolled back. Default: 1.5 ``threshold``.
+        every: number of tokens that a user learns between two checks.
+        strengthen: base of the power by which a check multiplies the strength.
         cap: largest strength.
-        surprise: factor of the gate; infinity for no gate.
+        surprise: steps are made smaller at losses above ``surprise`` times the running level. Infinity: never.
 
     Raises:
         ValueError: for a value out of range, or if the model has guards or users in slots already.
@@ -141,11 +144,13 @@ class UserGuards(GuardSettings):
     # -- called while learning --------------------------------------------------------------------------------
 
     def pace(self, slots: Tensor, nll: Tensor, targets: Tensor, bad: Tensor) -> Tensor:
-        """Count what a chunk teaches each user; (S,) the factor by which each slot's steps are to be multiplied.
+        """Return (S,), the factor for each slot's steps on a chunk, and count the tokens that each user learns from it.
 
         Args:
-            slots: (B,) int32, the slot of each row, -1 for none. nll: (B, L), nats.
-            targets: (B, L) bool, the tokens that teach. bad: (S,) bool, slots that do not learn from this chunk.
+            slots: (B,) int32, the slot of each sequence; -1 for none.
+            nll: (B, L), nats.
+            targets: (B, L) bool, the tokens that teach.
+            bad: (S,) bool, the slots that do not learn from this chunk.
         """
         factors, is_bad = [1.0] * len(bad), bad.tolist()
         for guarded in self._users.values():
@@ -161,7 +166,7 @@ class UserGuards(GuardSettings):
         return torch.tensor(factors, dtype=next(iter(self.pool.layers.values())).eta_sum.dtype, device=nll.device)
 
     def remember(self) -> Callable[[], None]:
-        """A function that puts what `pace` changes of every user back as it is now."""
+        """Return a function that undoes later calls of `pace`: it sets every user's numbers to their present values."""
         kept = [(guarded, {name: getattr(guarded, name) for name in _PROGRESS}) for guarded in self._users.values()]
 
         def put_back() -> None:
@@ -172,12 +177,12 @@ class UserGuards(GuardSettings):
         return put_back
 
     def check_due(self) -> list[Hashable]:
-        """`check` every user who has learnt ``every`` tokens since the last check; the users who were rolled back."""
+        """Check each user who has learnt ``every`` tokens since the last check; return those who were rolled back."""
         due = [user for user, guarded in self._users.items() if guarded.since >= self.every]
         return [user for user in due if self.check(user).rolled_back]
 
     def check(self, user: Hashable) -> UserGuardCheck:
-        """Measure a user's drift now, adjust the strength, and roll the user back if the drift is past ``bound``.
+        """Measure a user's drift now, set the strength, and roll the user back if the drift is above ``bound``.
 
         Raises:
             KeyError: if ``user`` has no slot.
@@ -201,7 +206,7 @@ class UserGuards(GuardSettings):
             self.check(user)
 
     def export(self, user: Hashable) -> State:
-        """``progress`` (4,) float64: strength, level, tokens, and tokens since the last check."""
+        """Return ``progress``, (4,) float64: strength, level, tokens learnt, and tokens learnt since the last check."""
         guarded = self._users[user]
         return {"progress": torch.tensor([getattr(guarded, name) for name in _PROGRESS], dtype=torch.float64)}
 
@@ -226,7 +231,11 @@ class UserGuards(GuardSettings):
         return numbers
 
     def load(self, user: Hashable, state: State) -> None:
-        """Start to guard ``user``. A state past the bound, or never checked, is not taken as a good one."""
+        """Start to guard ``user``, who has just got a slot.
+
+        The user's present state becomes the last good one, to which a check may roll back. If its last tokens were
+        never checked and its drift is above ``bound``, the last good state is that of a new user instead.
+        """
         numbers, slot = self.check_state(state), self.pool.slot(user)
         strength, level, tokens, since = numbers or (self.strengthen**1.5, self.reference, 0, 0)
         guarded = _Guarded(slot, 1.0, level, int(tokens), int(since), {})

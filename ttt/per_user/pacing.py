@@ -1,4 +1,4 @@
-"""Settings and formulas of guards: the drift sets the strength of the protection, and surprise slows learning.
+"""Settings and formulas of guards: the strength of the protection after a check, and the steps on surprising text.
 
 `ttt.Guard` uses them for one set of weights, `ttt.per_user.guards.UserGuards` for every user.
 """
@@ -29,10 +29,10 @@ class GuardSettings:
         self.surprise = check_number("surprise", surprise, 1.0, above=True)
 
     def _next_strength(self, strength: float, drift: float) -> tuple[float, bool]:
-        """The strength after a check that found ``drift``, and whether the drift is past ``bound`` (NaN is)::
+        """The strength after a check that found ``drift``, and whether the drift is above ``bound`` (NaN counts):
 
         s <- min(cap, max(1, s strengthen^e))
-        e = min(1/2, max(-1/16, drift / threshold - 1)), or 1/2 past the bound
+        e = min(1/2, max(-1/16, drift / threshold - 1)), or 1/2 above the bound
         """
         past = not drift <= self.bound
         exponent = _RISE if past else max(-_FALL, min(_RISE, drift / self.threshold - 1))
@@ -45,7 +45,7 @@ def clipped(strength: float, cap: float) -> float:
 
 
 def pace(loss: float, tokens: int, level: float, surprise: float) -> tuple[float, float]:
-    """The rate at which a chunk of ``tokens`` tokens with the mean ``loss`` is learnt, and the new running level::
+    """The factor for the steps of a chunk of ``tokens`` tokens with the mean ``loss``, and the new running level:
 
     rate = min(1, (surprise level / loss)^4)
     level <- level + min(1, tokens / 65536) (min(loss, surprise level) - level)

@@ -394,7 +394,7 @@ def detach(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def users(model: nn.Module, users: Sequence[Hashable | None]) -> Iterator[Tensor]:
-    """Inside, row i of every batch is computed with the weights of ``users[i]``; None: with the base model's::
+    """Inside, row i of every batch is computed with the weights of ``users[i]``; None: with the base model's:
 
         with ttt.users(model, ["alice", None, "bob"]):
             model.generate(input_ids, max_new_tokens=20)

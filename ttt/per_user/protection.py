@@ -58,7 +58,7 @@ def calibrate(layers: Sequence[LowRankLinear], losses: Iterator[Tensor], kind: s
                         soft.add(x, delta)
                     if memory is not None:
                         with torch.no_grad():
-                            ops.reservoir_insert(*memory, x, seed=layer.seed)
+                            ops.reservoir_insert(memory[0], memory[1], x, seed=layer.seed)
     if tokens == 0:
         raise ValueError("batches must hold at least one batch of tokens, got none")
     weights = sum(layer.weight.numel() for layer in layers)

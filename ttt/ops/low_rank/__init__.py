@@ -1,6 +1,6 @@
 """Ops of low-rank weights: W + B_u^T A_u for the user u of each token, learnt by appending rows.
 
-A layer has S slots of R rows, of which the first ``rows[u]`` of slot u are in use::
+A layer has S slots of R rows, of which the first ``rows[u]`` of slot u are in use:
 
     a (S, R, n)    b (S, R, m)    rows (S,) int32    eta_sum (S,) float32 (float64)
 """
@@ -60,7 +60,7 @@ def low_rank_append(
     eta: torch.Tensor,
     users: torch.Tensor,
 ) -> None:
-    """Append the step -eta_t delta_t x_t^T of each token as a row to its user's slot, in place::
+    """Append the step -eta_t delta_t x_t^T of each token as a row to its user's slot, in place:
 
         for t = 0 ... T - 1 with u = users[t] >= 0:
             a[u, rows[u]] <- x_t;  b[u, rows[u]] <- -eta_t delta_t;  rows[u] += 1;  eta_sum[u] += eta_t
@@ -101,7 +101,7 @@ def low_rank_compress(
 ) -> None:
     """Reduce slots to ``rank`` rows, with replay and the pull to the anchor, in place.
 
-    With D = B^T A (m x n), a user's change of W, and X_r, V as in `ttt.ops.commit`::
+    With D = B^T A (m x n), a user's change of W, and X_r, V as in `ttt.ops.commit`:
 
         A <- A - (A X_r^T) V             replay: with the drift E = X_r D^T of the remembered outputs,
                                          D - E^T V = B^T (A - (A X_r^T) V)
@@ -114,7 +114,7 @@ def low_rank_compress(
     Pull. The penalty a/2 sum Omega D^2 with a = lam eta_sum and Omega_ij = rho_i kappa_j has the proximal step
     D_ij / (1 + a rho_i kappa_j), which would raise the rank. Its minimum over all diag(p) D is at
     p_i = 1 / (1 + a rho_i kappa'_i), kappa'_i = sum_j D_ij^2 kappa_j / sum_j D_ij^2, and that over all D diag(q)
-    likewise at q_j = 1 / (1 + a kappa_j rho'_j). The geometric mean of the two is used::
+    likewise at q_j = 1 / (1 + a kappa_j rho'_j). The geometric mean of the two is used:
 
         p_i = (1 + a rho_i kappa'_i)^-1/2       q_j = (1 + a kappa_j rho'_j)^-1/2
 

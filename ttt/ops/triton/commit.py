@@ -1,6 +1,6 @@
 """Write T tokens into W (m x n) and the trace F, correcting for R replay rows.
 
-With d = W - W*, X: T x n, D and P: T x m, X_r: R x n drawn from the memory, U: R x m from `replay`::
+With d = W - W*, X: T x n, D and P: T x m, X_r: R x n drawn from the memory, U: R x m from `replay`:
 
     G = D^T diag(eta) X + U^T X_r              m x n     computed tile by tile, never stored
     S = (P*P)^T diag(c gamma^age) (X*X), |P|^T diag(c gamma^age) |X| or P^T diag(c) X, by kind

@@ -1,6 +1,6 @@
 """Compress slots to their rank, in a sequence of launches over all K slots (K,), of which -1 stands for none.
 
-With a (S, R, n), b (S, R, m) and the formulas of `ttt.ops.low_rank_compress`::
+With a (S, R, n), b (S, R, m) and the formulas of `ttt.ops.low_rank_compress`:
 
     E = A X_r^T, X_r X_r^T                          `_cross`
     F = E beta (X_r X_r^T + eps tr/R I)^-1          `_shares`: replay is A <- A - F X_r

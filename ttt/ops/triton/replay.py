@@ -1,6 +1,6 @@
 """The drift of the outputs on remembered inputs, and the correction of W that pulls them back.
 
-With d = W - W*, X_r (R x n) drawn from the memory, A = X_r X_r^T + eps tr/R I::
+With d = W - W*, X_r (R x n) drawn from the memory, A = X_r X_r^T + eps tr/R I:
 
     E = X_r d^T - ((X_r X^T) * eta) D          R x m     `_products`, then `_drift` in slabs; with a momentum
                                                          X_r (d - carry M)^T - gain ((X_r X^T) * eta) D

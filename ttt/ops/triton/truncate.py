@@ -4,7 +4,7 @@ The rows of both factors are first scaled to equal lengths, which leaves D uncha
 Cholesky) the eigenvalues of C = L^T H, H = (B B^T) L, are the squares of D's singular values s. With C = N N^T (pivoted
 Cholesky again), rotations that make pairs of N's columns orthogonal turn N into V diag(s), where V are C's eigenvectors
 (one-sided Jacobi: Hestenes 1958). Columns are paired in round-robin order (Brent & Luk, SIAM J. Sci. Stat. Comput.
-1985): the pairs of a round are disjoint, and every pair occurs once per sweep. Then::
+1985): the pairs of a round are disjoint, and every pair occurs once per sweep. Then:
 
     B <- s^-1/2 V^T L^T B     A <- s^-3/2 V^T H^T A
 

@@ -17,7 +17,7 @@ from ttt.rules.task.distillation import distillation
 class LogitDistillation(StreamRule):
     """On the new text the model is to answer as it does under its anchor weights.
 
-    Learning without Forgetting (Li & Hoiem, ECCV 2016) at the logits::
+    Learning without Forgetting (Li & Hoiem, ECCV 2016) at the logits:
 
         loss += weight T^2 sum_t KL(softmax(f*(x_<=t) / T) || softmax(f(x_<=t) / T))
 

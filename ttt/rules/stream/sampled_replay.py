@@ -21,7 +21,7 @@ class SampledReplay(Replayed):
 
     Shin et al., 2017, with soft targets as in van de Ven & Tolias, 2018. When the rule is attached, and after each
     consolidation, a pool of sequences is sampled under the anchor weights and stored with the outputs that those
-    weights give. Every step learns some of them::
+    weights give. Every step learns some of them:
 
         loss += weight T^2 sum over S sequences, L tokens of KL(softmax(f*(x) / T) || softmax(f(x) / T))
 

@@ -92,7 +92,7 @@ def pieces_seen(chunk: Chunk, length: int) -> Tensor:
 
 
 class SequenceReplay(Replayed):
-    """Experience replay of text: a few remembered sequences are learnt with every chunk::
+    """Experience replay of text: a few remembered sequences are learnt with every chunk:
 
         loss += weight sum over S sequences, L tokens of CE(f(x), next token)
 
@@ -169,7 +169,7 @@ class SequenceReplay(Replayed):
 
 
 class DarkSequenceReplay(SequenceReplay):
-    """Dark experience replay of text (DER, DER++; Buzzega et al., NeurIPS 2020), with stored outputs::
+    """Dark experience replay of text (DER, DER++; Buzzega et al., NeurIPS 2020), with stored outputs:
 
         loss += alpha T^2 sum_r KL(softmax(z_r / T) || softmax(f(x_r) / T))  +  beta sum_s CE(f(x_s), next token)
 

@@ -145,10 +145,10 @@ def as_rules(rules: Iterable[Rule | Defence]) -> list[Rule]:
 
 
 def configure(config: TTTConfig, rules: Iterable[Rule | Defence]) -> TTTConfig:
-    """``config`` with what ``rules`` need of the fused commit; without what none of them needs.
+    """``config`` with the defences and settings that ``rules`` need, and with all other defences switched off.
 
     Raises:
-        ValueError: if two rules want different values of one setting.
+        ValueError: if two rules need different values of one setting.
     """
     wanted: dict[str, Any] = {}
     source: dict[str, str] = {}

@@ -105,7 +105,7 @@ class SeenOutputs:
 class LwF(Rule):
     """Learning without Forgetting: on the new task's inputs the model is to answer as the old model did.
 
-    Li & Hoiem, ECCV 2016::
+    Li & Hoiem, ECCV 2016:
 
         loss += weight T^2 KL(softmax(f*(x) / T) || softmax(f(x) / T))
 

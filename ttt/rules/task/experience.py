@@ -16,7 +16,7 @@ FILL = ("step", "task")
 class ExperienceReplay(Rule):
     """Experience replay: every step also learns from samples drawn from a reservoir.
 
-    Ratcliff 1990; Chaudhry et al., "On Tiny Episodic Memories in Continual Learning", 2019::
+    Ratcliff 1990; Chaudhry et al., "On Tiny Episodic Memories in Continual Learning", 2019:
 
         loss += weight sum_r CE(f(x_r), y_r)
 
@@ -66,7 +66,7 @@ class DarkExperienceReplay(Rule):
     """Dark experience replay (DER, DER++): remembered samples come back with the logits that the model gave for them.
 
     Buzzega et al., "Dark Experience for General Continual Learning", NeurIPS 2020. With each sample x the reservoir
-    keeps the logits z of the step in which x was learnt. Every step learns from two independent draws::
+    keeps the logits z of the step in which x was learnt. Every step learns from two independent draws:
 
         loss += alpha sum_r |f(x_r) - z_r|^2  +  beta sum_s CE(f(x_s), y_s)        beta = 0: DER; beta > 0: DER++
 
@@ -74,8 +74,8 @@ class DarkExperienceReplay(Rule):
 
     Args:
         capacity: samples in the reservoir.
-        alpha: >= 0.
-        beta: >= 0.
+        alpha: at least 0.
+        beta: at least 0.
         rows: samples in each draw.
         seed: of the reservoir and the draws.
 

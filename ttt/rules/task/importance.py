@@ -1,6 +1,6 @@
 """Regularisation: weights that matter to earlier tasks are held near where those tasks left them.
 
-All rules here share one penalty, which the fused commit takes as a proximal step (`ttt.ops.commit`)::
+All rules here share one penalty, which the fused commit takes as a proximal step (`ttt.ops.commit`):
 
     lambda/2 sum_ij Omega_ij (W_ij - W*_ij)^2        per sample, beside the loss of that sample
 
@@ -30,7 +30,7 @@ def measure_importance(model: nn.Module, losses: Iterator[Tensor], kind: str = "
     """Replace the trace F of every learning layer by what ``losses`` say of the present weights.
 
     For each row (a sample; a token, where inputs are (batch, time, features)), with x its input and delta the
-    gradient of the summed loss at the layer's output::
+    gradient of the summed loss at the layer's output:
 
         fisher   F = sum (delta*delta)^T (x*x)           squares of per-row gradients, not of their sum
         mas      F = sum |delta|^T |x|
@@ -94,7 +94,7 @@ class EWC(_Penalty):
 
     ``mode="separate"`` (Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017): a
     penalty for each task k, around the weights it ended with. The sum of these parabolas is one parabola but for a
-    constant, so one Omega and one anchor hold any number of tasks::
+    constant, so one Omega and one anchor hold any number of tasks:
 
         sum_k Omega_k (W - W_k)^2 = Omega (W - W*)^2 + const
         Omega = sum_k Omega_k        W* = sum_k Omega_k W_k / Omega    (the present W where Omega = 0)
@@ -185,7 +185,7 @@ class EWC(_Penalty):
 class SynapticIntelligence(_Penalty):
     """Synaptic Intelligence (Zenke, Poole & Ganguli, "Continual Learning Through Synaptic Intelligence", ICML 2017).
 
-    Along the path of task k each weight is credited with the loss that its movement saved::
+    Along the path of task k each weight is credited with the loss that its movement saved:
 
         F <- F - (dL/dW) (W_new - W_old)                 at every commit
         Omega <- Omega + relu(F / ((W - W*)^2 + xi));  W* <- W;  F <- 0      when the task ends

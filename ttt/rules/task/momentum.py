@@ -17,7 +17,7 @@ class Momentum(Rule):
 
     Args:
         mu: share of the velocity that stays from token to token, in [0, 1).
-        decay: >= 0, pull to the anchor per token and unit of the learning rate.
+        decay: pull to the anchor per token and unit of the learning rate, at least 0.
 
     Raises:
         ValueError: for a value out of range.

@@ -69,7 +69,7 @@ class Ones(nn.Module):
 class ProgressiveNet(nn.Module):
     """A progressive neural network (Rusu et al., 2016) of multilayer perceptrons with ReLU.
 
-    Layer i of column k reads its own column's layer below and those of all earlier columns::
+    Layer i of column k reads its own column's layer below and those of all earlier columns:
 
         h_i^k = relu(W_i^k h_{i-1}^k + sum_{j<k} U_i^{k:j} h_{i-1}^j)        i >= 2; no relu at the output
 

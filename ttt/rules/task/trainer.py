@@ -82,7 +82,7 @@ class Trainer:
         return float(own.detach()) / max(1, len(batch))
 
     def end_task(self, batches: Iterable[Batch]) -> None:
-        """What was learnt becomes something to protect: importance is measured, the anchors move.
+        """End a task: measure importance and move the anchors, so that what was learnt is protected from then on.
 
         Args:
             batches: each sample of the task once.
