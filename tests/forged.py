@@ -12,11 +12,13 @@ import ttt
 from ttt.adapt.checkpoint import tensor_hash
 from ttt.adapt.convert import learning_layers
 
-SHARED = {"target_modules": "all-linear", "window": 5, "replay_capacity": 12, "lr": 0.02, "ewc_lambda": 0.01}
+SHARED = {"target_modules": "all-linear", "window": 5, "replay_capacity": 12, "lr": 0.02, "rate": "rms",
+          "ewc_lambda": 0.01, "replay_rows": 4}  # fmt: skip
 OPTIONS = {
     "rms, momentum, generated rows": {**SHARED, "orthogonal": 2, "momentum": 0.5, "generated_rows": 2,
                                       "generated_rank": 3},
     "mas in 8 bits": {**SHARED, "importance": "mas", "state_dtype": "8bit", "orthogonal": 2, "rate": "energy"},
+    "soft": {**SHARED, "kronecker": 2, "rate": "decrease"},
     "si": {**SHARED, "importance": "si", "rate": "constant", "clip": None, "orthogonal": 0},
 }  # fmt: skip
 

@@ -16,7 +16,9 @@ from ttt.adapt import RANKS
 def learnt(model, targets, lr):
     """``model`` adapted and taught; a copy of it as it was."""
     before = copy.deepcopy(model)
-    ttt.adapt_(model, ttt.TTTConfig(target_modules=targets, lr=lr, window=7, protect=[ttt.OrthogonalUpdates(32)]))
+    ttt.adapt_(
+        model, ttt.TTTConfig(target_modules=targets, lr=lr, rate="rms", window=7, protect=[ttt.OrthogonalUpdates(32)])
+    )
     learner = ttt.Learner(model)
     learner.observe(torch.randint(0, 40, (1, 60)))
     learner.consolidate()

@@ -1,4 +1,4 @@
-"""`TTTConfig` as it comes: all defences and scaled steps, with and without calibration, in layers of any size."""
+"""`TTTConfig` as it comes, and the defences of the commit together: with and without calibration, in layers of any size."""
 
 import copy
 import warnings
@@ -12,29 +12,38 @@ from ttt.adapt.convert import learning_layers
 from ttt.nn import Linear, LowRankLinear
 from ttt.nn.rates import STREAM
 
-OFF = {"ewc_lambda": 0.0, "replay_rows": 0, "orthogonal": 0}
+OFF = {"ewc_lambda": 0.0, "replay_rows": 0, "orthogonal": 0, "kronecker": 0}
 DEFAULT = ttt.TTTConfig()
+COMMIT = {
+    "rate": "rms", "lr": 0.07,
+    "protect": [ttt.EWC(0.003), ttt.LayerReplay(rows=4, strength=0.1), ttt.OrthogonalUpdates(32)],
+}  # fmt: skip
+BOTH = pytest.mark.parametrize("settings", [{}, COMMIT], ids=["default", "defences of the commit"])
 
 
-def learner_of(base, **options):
-    config = ttt.TTTConfig(target_modules=["down_proj"], layers="last:0.5", chunk=8, window=16).with_flat(**options)
-    return ttt.Learner(ttt.adapt_(copy.deepcopy(base), config))
+def learner_of(base, settings=COMMIT, **options):
+    config = ttt.TTTConfig(target_modules=["down_proj"], layers="last:0.5", chunk=8, window=16, **settings)
+    return ttt.Learner(ttt.adapt_(copy.deepcopy(base), config.with_flat(**options)))
 
 
-def test_all_defences_and_scaled_steps_are_on():
-    assert DEFAULT.rate == "rms"
+def test_updates_are_damped_and_the_rate_is_in_nats():
+    assert DEFAULT.rate == "decrease"
     assert DEFAULT.clip > 1
-    assert min(DEFAULT.lr, DEFAULT.ewc_lambda, DEFAULT.replay_rows, DEFAULT.replay_beta, DEFAULT.orthogonal) > 0
+    assert DEFAULT.burst > 1
+    assert min(DEFAULT.lr, DEFAULT.kronecker, DEFAULT.kronecker_power) > 0
+    assert not DEFAULT.ewc_lambda
+    assert not DEFAULT.commit_rows
     assert DEFAULT.calibrates
     for users in (None, ttt.LowRank()):
         assert ttt.TTTConfig.from_dict(ttt.TTTConfig(per_user=users).to_dict()) == ttt.TTTConfig(per_user=users)
 
 
+@BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_calibration_nothing_is_protected_and_nothing_else_differs(dtype):
+def test_without_calibration_nothing_is_protected_and_nothing_else_differs(dtype, settings):
     """Weights, window and what is read are those without any defence, to the bit."""
     base = tiny().to(dtype)
-    plain, learner = learner_of(base, **OFF), learner_of(base)
+    plain, learner = learner_of(base, settings, **OFF), learner_of(base, settings)
     ids = ids_of(2, 60)
     for _ in range(2):
         outputs = [each.observe(ids) for each in (plain, learner)]
@@ -45,10 +54,12 @@ def test_without_calibration_nothing_is_protected_and_nothing_else_differs(dtype
         assert torch.equal(t, held[key]) or key.endswith("recent_seen"), key
     for layer in learner.layers:
         assert not torch.equal(layer.weight, layer.anchor)
-        assert not layer.importance.any()
         assert not layer.basis.any()
         assert int(layer.seen) == 0
-        assert bool(layer.trace.any())
+        assert (layer.output_basis is None) == bool(settings)
+        if settings:
+            assert not layer.importance.any()
+            assert bool(layer.trace.any())
 
 
 def test_without_calibration_what_is_consolidated_is_protected():
@@ -80,8 +91,8 @@ def test_a_learner_warns_once_if_it_has_nothing_to_protect_with(users):
         learner.observe(ids, users=users)
     observe(learner)
     observe(learner_of(tiny(), **OFF, **options))
-    for protection in ("ewc_lambda", "replay_rows", "orthogonal"):
-        only = {name: value for name, value in OFF.items() if name != protection}
+    for protection, value in (("ewc_lambda", 0.003), ("replay_rows", 4), ("orthogonal", 32), ("kronecker", 32)):
+        only = OFF | {protection: value}
         with pytest.warns(UserWarning, match=match):
             learner_of(tiny(), **only, **options).observe(ids, users=users)
         learner = learner_of(tiny(), **only, **options)
@@ -91,18 +102,19 @@ def test_a_learner_warns_once_if_it_has_nothing_to_protect_with(users):
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_without_calibration_the_first_step_has_the_norm_of_the_rate(scale):
-    layer = Linear(8, 5, config=DEFAULT)
+    layer = Linear(8, 5, config=ttt.TTTConfig(**COMMIT))
     with ttt.learning(layer):
         (scale * layer(torch.randn(1, 8)).square().sum()).backward()
     moved = float((layer.effective_weight() - layer.anchor).norm())
-    assert moved == pytest.approx(DEFAULT.lr, rel=1e-3)
+    assert moved == pytest.approx(0.07, rel=1e-3)
     assert float(layer.moments[STREAM, 2]) == 1
 
 
+@BOTH
 @pytest.mark.parametrize("calibrated", [False, True])
 @pytest.mark.parametrize("sizes", [(16, 16, 3), (16, 4, 16), (100, 30, 1), (5, 1, 2)])
-def test_any_model_and_loss_learns(sizes, calibrated):
-    """Layers of so few inputs that ``orthogonal`` is more than half of them, of one input among them."""
+def test_any_model_and_loss_learns(sizes, calibrated, settings):
+    """Layers of so few inputs that 32 directions are more than half of them, of one input among them."""
     a, b, c = sizes
     model = torch.nn.Sequential(torch.nn.Linear(a, b), torch.nn.Tanh(), torch.nn.Linear(b, c))
     teacher, known, x = copy.deepcopy(model), torch.randn(64, a), torch.randn(400, a)
@@ -111,11 +123,12 @@ def test_any_model_and_loss_learns(sizes, calibrated):
             if p.ndim == 2:  # biases do not learn
                 p.add_(torch.randn_like(p))
     target = teacher(x).detach()
-    ttt.adapt_(model, ttt.TTTConfig(target_modules="all-linear"))
+    ttt.adapt_(model, ttt.TTTConfig(target_modules="all-linear", **settings))
     if calibrated:
         ttt.Learner(model).calibrate([known], loss=lambda m, rows: m(rows).square().sum())
     before = float((model(x) - target).square().mean())
-    for rows in torch.arange(400).repeat(5).split(25):
+    # Squared errors are not in nats: the default's rate is in their unit, of which there are more.
+    for rows in torch.arange(400).repeat(5 if settings else 25).split(25):
         with ttt.learning(model):
             (model(x[rows]) - target[rows]).square().sum().backward()
     # Calibrated with inputs like those that are learnt, the layers leave half of the directions alone; a single hidden
@@ -131,12 +144,17 @@ def test_any_model_and_loss_learns(sizes, calibrated):
 @pytest.mark.parametrize(("n", "k"), [(1, 0), (2, 1), (5, 2), (63, 31), (64, 32), (65, 32), (300, 32)])
 def test_at_most_half_of_a_layers_inputs_are_left_alone(kind, n, k):
     users = None if kind is Linear else ttt.LowRank(slots=2, rank=2, window=4)
-    layer = kind(n, 3, config=ttt.TTTConfig(per_user=users, replay_capacity=8))
+    layer = kind(n, 3, config=ttt.TTTConfig(per_user=users, replay_capacity=8, **COMMIT))
     assert (layer.basis is None) == (k == 0)
     assert k == 0 or layer.basis.shape == (k, n)
     assert layer.memory.shape == (8, n)
-    alone = kind(n, 3, config=ttt.TTTConfig(per_user=users, replay_capacity=8).with_flat(replay_rows=0))
+    alone = kind(n, 3, config=ttt.TTTConfig(per_user=users, replay_capacity=8, **COMMIT).with_flat(replay_rows=0))
     assert (alone.memory is None) == (k == 0)
+    soft = kind(n, 40, config=ttt.TTTConfig(per_user=users, replay_capacity=8))
+    assert (soft.basis is None) == (k == 0)
+    assert k == 0 or soft.basis.shape == (k, n)
+    assert soft.output_basis.shape == (20, 40)
+    assert soft.memory is None
 
 
 def test_fewer_inputs_than_directions_span_what_they_span():
@@ -149,10 +167,13 @@ def test_fewer_inputs_than_directions_span_what_they_span():
     assert all(not torch.equal(layer.effective_weight(), layer.anchor) for layer in learner.layers)
 
 
+@BOTH
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_state_survives_files_and_snapshots(family, tmp_path):
+def test_state_survives_files_and_snapshots(family, settings, tmp_path):
     base = tiny(family)
-    model = ttt.adapt_(copy.deepcopy(base), ttt.TTTConfig(target_modules=TARGETS[family], layers="last:0.5"))
+    model = ttt.adapt_(
+        copy.deepcopy(base), ttt.TTTConfig(target_modules=TARGETS[family], layers="last:0.5", **settings)
+    )
     learner = ttt.Learner(model)
     learner.calibrate([ids_of(2, 40)])
     learner.observe(ids_of(1, 60))
@@ -164,10 +185,11 @@ def test_state_survives_files_and_snapshots(family, tmp_path):
     assert_same(state_of(model), saved)
 
 
+@BOTH
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_users_learn_with_the_defaults(calibrated):
+def test_users_learn_with_the_defaults(calibrated, settings):
     config = ttt.TTTConfig(
-        target_modules=["down_proj"], layers="last:0.5", per_user=ttt.LowRank(slots=3, rank=4, window=16)
+        target_modules=["down_proj"], layers="last:0.5", per_user=ttt.LowRank(slots=3, rank=4, window=16), **settings
     )
     learner = ttt.Learner(ttt.adapt_(tiny(), config))
     if calibrated:

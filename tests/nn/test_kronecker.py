@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
+from forged import content, forge
 from rates_by_hand import burst_by_hand, roots_by_hand, steps_by_hand
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from tiny_models import TARGETS, assert_same, ids_of, state_of, tiny
 
 import ttt
@@ -218,15 +217,16 @@ def captured_by(learner, batches):
 @pytest.mark.parametrize("users", [None, ttt.LowRank(slots=2, rank=2, window=16)])
 def test_calibration_measures_both_sides_and_the_unit_of_the_rate(users):
     base, batches = tiny(), [ids_of(2, 40), ids_of(1, 25)]
-    learner = learner_of(base, per_user=users)
-    reference = captured_by(learner_of(base, per_user=users), batches)
+    every = {"protect": [ttt.KroneckerFisher(12)], "per_user": users}  # sketches of 24 directions, of 24 and 48
+    learner = learner_of(base, **every)
+    reference = captured_by(learner_of(base, **every), batches)
     learner.calibrate(batches)
     layers = learner.layers or list(learner.pool.layers.values())
     for layer, (x, delta) in zip(layers, reference, strict=True):
         for rows, u in ((x, layer.basis), (delta, layer.output_basis)):
-            exact = power_of(rows.T @ rows / len(rows), 4, 1.0, 0.0)
+            exact = power_of(rows.T @ rows / len(rows), 12, 1.0, 0.0)
             found = torch.eye(rows.shape[1], dtype=torch.float64) - u.double().T @ u.double()
-            assert float(torch.linalg.matrix_norm(found - exact, 2)) < 0.15  # a sketch of 8 directions
+            assert float(torch.linalg.matrix_norm(found - exact, 2)) < 0.15
             assert float(torch.linalg.matrix_norm(found - torch.eye(len(found)), 2)) > 0.5
         rows = damped(layer, x, delta)
         square = (x * rows[0]).sum(1) * (delta * rows[1]).sum(1)
@@ -291,12 +291,10 @@ def test_forged_files_are_refused(name, spoil, tmp_path):
     learner.observe(ids_of(1, 60))
     path = tmp_path / "a.safetensors"
     ttt.save(learner.model, path)
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
+    tensors, metadata = content(path)
     key = next(key for key in sorted(tensors) if key.endswith(name))
     spoil(tensors[key])
-    save_file(tensors, path, metadata)
+    forge(path, tensors, metadata)
     model = copy.deepcopy(base)
     before = {k: t.clone() for k, t in model.state_dict().items()}
     with pytest.raises(ValueError, match=name):

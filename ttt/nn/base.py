@@ -134,7 +134,7 @@ class Adapted(torch.nn.Linear):
     @torch.no_grad()
     def refresh_basis(self) -> None:
         """Set ``basis``, if updates are orthogonal, to the principal directions of the rows of the replay memory."""
-        if self.config.orthogonal:
+        if self.config.orthogonal and self.basis is not None:
             self.unshare("basis", copy=False)
             self.basis.copy_(principal_directions(self.memory[: int(self.seen)], len(self.basis)))
 
