@@ -389,7 +389,7 @@ def test_wrong_types_are_refused_by_name_and_change_nothing():
         (lambda: ttt.Learner(model, guard=ttt.Guard("x")), "each of batches must be a dense tensor with data, got str"),
         (lambda: learner.rollback(None), "snapshot must be what Learner.snapshot returns, got None"),
         (lambda: learner.rollback([{}]), "snapshot must be what Learner.snapshot returns, got list"),
-        (lambda: fresh.calibrate(None), "batches must be an iterable of batches, got None"),
+        (lambda: fresh.calibrate(3), "batches must be an iterable of batches, got int 3"),
         (lambda: fresh.calibrate("x"), "each of batches must be a dense tensor with data, got str"),
         (lambda: fresh.calibrate([ids_of(1, 9).float()]), "each of batches must be int64"),
         (lambda: fresh.calibrate([ids_of(1, 9)], loss=3), "loss must be a function of .* got int"),

@@ -1,0 +1,78 @@
+"""Calibration on text that the model writes itself."""
+
+import copy
+import types
+
+import pytest
+import torch
+from tiny_models import VOCAB, adapted, assert_same, state_of, tiny
+
+import ttt
+from ttt.learn.own_text import LENGTH, SEQUENCES, TOPICS, own_text
+
+
+class Words:
+    """A tokenizer with a chat template: one token for each letter of the topic."""
+
+    chat_template = "{{ messages }}"
+
+    def apply_chat_template(self, messages, add_generation_prompt, tokenize):
+        assert add_generation_prompt
+        assert not tokenize
+        return "user: " + messages[0]["content"]
+
+    def __call__(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return types.SimpleNamespace(input_ids=[1 + ord(letter) % (VOCAB - 1) for letter in text])
+
+
+def test_text_is_drawn_from_the_models_own_distribution():
+    """Given a seed, the tokens are those of a loop without a cache that draws from softmax of the logits."""
+    model = tiny().eval()
+    batches = list(own_text(model, context=40, seed=3))
+    assert sum(len(ids) for ids in batches) == SEQUENCES
+    assert {tuple(ids.shape) for ids in batches} == {(4, 40)}
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.full((4, 1), model.config.bos_token_id)
+    with torch.no_grad():
+        while ids.shape[1] < 40:
+            chances = model(input_ids=ids).logits[:, -1].double().softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(chances.float(), 1, generator=generator)], 1)
+    assert torch.equal(batches[0], ids)
+    assert not torch.equal(batches[1], batches[0])
+    assert next(own_text(model, context=1000, seed=3)).shape == (4, LENGTH)
+
+
+def test_a_chat_template_asks_for_every_topic():
+    tokenizer, asked = Words(), []
+    for at, ids in enumerate(own_text(tiny().eval(), tokenizer, context=200, seed=0)):
+        prompts = [tokenizer(f"user: Write about {t}.", False).input_ids for t in TOPICS[4 * at : 4 * at + 4]]
+        shortest = min(map(len, prompts))
+        assert torch.equal(ids[:, :shortest], torch.tensor([p[-shortest:] for p in prompts]))
+        asked += prompts
+    assert len(asked) == len(TOPICS) == SEQUENCES
+
+
+@pytest.mark.parametrize("per_user", [None, ttt.LowRank(slots=2, rank=2, window=8)])
+def test_calibrating_without_data_is_calibrating_on_that_text(per_user):
+    base = tiny()
+    config = ttt.TTTConfig(target_modules=["down_proj"], layers="last:0.5", per_user=per_user, seed=5)
+    found = []
+    for batches in (None, list(own_text(copy.deepcopy(base).eval(), context=30, seed=5))):
+        learner = ttt.Learner(ttt.adapt_(copy.deepcopy(base), config), context=30)
+        learner.calibrate(batches)
+        layers = learner.layers or list(learner.pool.layers.values())
+        assert all(bool(layer.basis.any()) for layer in layers)
+        found.append({f"{la.name}.{k}": t.clone() for la in layers for k, t in la.named_buffers()})
+    assert_same(*found)
+
+
+def test_a_model_that_cannot_begin_a_text_is_refused_and_does_not_change():
+    model, learner = adapted()
+    model.config.bos_token_id = model.config.eos_token_id = None
+    before = state_of(model)
+    with pytest.raises(ValueError, match="batches must be given for a model whose config names no bos_token_id"):
+        learner.calibrate()
+    assert_same(before, state_of(model))
+    with pytest.raises(TypeError, match="batches must be an iterable of batches, got None"):
+        learner.calibrate(loss=lambda model, batch: model(batch).logits.sum())
