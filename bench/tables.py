@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 DOMAINS = ("english", "html", "rst", "licences")
 SPLITS = ("split-class", "split-domain", "split-task", "permuted")
 BRIEF = {"frozen": "frozen", "in-context only": "in-context only", "naive": "plain SGD", "ER": "replay of text (ER)",
-         "default": "**ttt, default**", "growing columns": "**ttt, growing columns**"}  # fmt: skip
+         "default": "EWC, replay and orthogonal", "soft projection": "**ttt, default**",
+         "growing columns": "**ttt, growing columns**"}  # fmt: skip
 BRIEF_COSTS = (
     ("commit", "4096x4096, T = 16, R = 0", "bfloat16"),
     ("decode", "4096x4096, window 64", "bfloat16"),

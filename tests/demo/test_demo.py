@@ -31,12 +31,14 @@ def batches():
     return list(torch.randint(256, (6, 64)).split(3))
 
 
-def test_each_method_has_one_protection_and_the_default_has_all():
+def test_each_method_has_one_protection_and_one_has_all_of_the_commit():
     found = methods(CONFIG)
-    names = ("ewc_lambda", "replay_rows", "orthogonal")
+    names = ("ewc_lambda", "replay_rows", "orthogonal", "kronecker")
     used = {name: {n for n in names if getattr(config, n)} for name, config in found.items() if config is not None}
     assert used.pop("SGD") == set()
-    assert used.pop("default") == set(names)
+    assert used.pop("combined") == {"ewc_lambda", "replay_rows", "orthogonal"}
+    assert used.pop("default") == {"kronecker"}
+    assert found["default"] is CONFIG
     assert used.pop("columns") == {n for n in names if getattr(COLUMNS, n)}
     assert used == {"EWC": {"ewc_lambda"}, "replay": {"replay_rows"}, "orthogonal": {"orthogonal"}}
     assert found["frozen"] is found["in-context only"] is None
@@ -45,7 +47,7 @@ def test_each_method_has_one_protection_and_the_default_has_all():
 def test_a_new_learner_is_calibrated_and_leaves_the_base_model_alone(tiny, batches):
     before = copy.deepcopy(tiny.state_dict())
     learner = new_learner(tiny, CONFIG, batches)
-    assert all(float(layer.importance.sum()) > 0 for layer in learner.layers)
+    assert all(bool(layer.basis.any()) and bool(layer.output_basis.any()) for layer in learner.layers)
     learner.observe(torch.randint(256, (1, 200)))
     assert all(torch.equal(value, before[name]) for name, value in tiny.state_dict().items())
     plain = new_learner(tiny, methods(CONFIG)["SGD"], batches)

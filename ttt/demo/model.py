@@ -23,10 +23,12 @@ WEIGHTS = Path(__file__).parents[2] / "bench" / "learning" / "byte_model"
 CONTEXT = 512  # bytes: the longest context that the model was trained with
 LN2 = math.log(2)
 
-# Chosen by `python -m bench.learning.experiments.tune`, on text that the demo does not read.
-CONFIG = TTTConfig(
-    target_modules=["gate_proj", "up_proj", "down_proj"],
-    layers="last:2",
+CONFIG = TTTConfig(target_modules=["gate_proj", "up_proj", "down_proj"], layers="last:2")
+
+# The defences of the commit together. Chosen by `python -m bench.learning.experiments.tune`, on text that the demo does
+# not read.
+COMBINED = dataclasses.replace(
+    CONFIG,
     rate="constant",
     lr=0.04,
     clip=3.0,
@@ -36,13 +38,13 @@ CONFIG = TTTConfig(
 
 # For `ttt.GrowingLearner`, which can always go back to the anchor and therefore needs less protection. Chosen by
 # `python -m bench.learning --suite text --tune --methods "growing columns"`, on text that no benchmark reports.
-COLUMNS = dataclasses.replace(CONFIG, rate="rms", lr=0.08, protect=[ttt.OrthogonalUpdates(32)], replay_capacity=512)
+COLUMNS = dataclasses.replace(COMBINED, rate="rms", lr=0.08, protect=[ttt.OrthogonalUpdates(32)], replay_capacity=512)
 
 # The names of the demo's methods.
 FROZEN, IN_CONTEXT, SGD, EWC, REPLAY = "frozen", "in-context only", "SGD", "EWC", "replay"
-ORTHOGONAL, DEFAULT, GROWING = "orthogonal", "default", "columns"
+ORTHOGONAL, ALL, DEFAULT, GROWING = "orthogonal", "combined", "default", "columns"
 
-# The best settings of a single protection. They are stronger than in CONFIG, which combines all of them, and the best
+# The best settings of a single protection. They are stronger than in COMBINED, and the best
 # rate is lower: see `bench.learning.experiments.tune`.
 RATE_ALONE, EWC_ALONE, BETA_ALONE, DIRECTIONS_ALONE = 0.02, 0.003, 0.2, 16
 
@@ -50,17 +52,18 @@ RATE_ALONE, EWC_ALONE, BETA_ALONE, DIRECTIONS_ALONE = 0.02, 0.003, 0.2, 16
 def methods(config: TTTConfig) -> dict[str, TTTConfig | None]:
     """The demo's methods: name -> configuration, or None for a method that does not learn.
 
-    `SGD` has no protection and the rate that is best without protection; `DEFAULT` is ``config``; `GROWING` has a
-    configuration of its own.
+    `SGD` has no protection and the rate that is best without protection; `ALL` is `COMBINED`; `DEFAULT` is ``config``;
+    `GROWING` has a configuration of its own.
     """
     plain: dict[str, Any] = {**SWITCHES, "lr": RATE_ALONE}
     return {
         FROZEN: None,
         IN_CONTEXT: None,
-        SGD: config.with_flat(**plain),
-        EWC: config.with_flat(**{**plain, "ewc_lambda": EWC_ALONE}),
-        REPLAY: config.with_flat(**{**plain, "replay_rows": config.replay_rows, "replay_beta": BETA_ALONE}),
-        ORTHOGONAL: config.with_flat(**{**plain, "orthogonal": DIRECTIONS_ALONE}),
+        SGD: COMBINED.with_flat(**plain),
+        EWC: COMBINED.with_flat(**{**plain, "ewc_lambda": EWC_ALONE}),
+        REPLAY: COMBINED.with_flat(**{**plain, "replay_rows": COMBINED.replay_rows, "replay_beta": BETA_ALONE}),
+        ORTHOGONAL: COMBINED.with_flat(**{**plain, "orthogonal": DIRECTIONS_ALONE}),
+        ALL: COMBINED,
         DEFAULT: config,
         GROWING: COLUMNS,
     }

@@ -13,6 +13,7 @@ COLOURS = {
     "EWC": "#ff7f0e",
     "replay": "#9467bd",
     "orthogonal": "#2ca02c",
+    "combined": "#bcbd22",
     "default": "#1f77b4",
     "columns": "#8c564b",
 }
@@ -48,8 +49,9 @@ them, and chooses among these by likelihood.</p>
 {"".join(body)}
 <p class="small">{html.escape(found["machine"])}; {found["date"]}; {found["seconds"]} s in total. All figures are in
 <a href="results.json">results.json</a>. Times are per byte read, relative to the frozen model; the methods took turns
-on the same pieces of text. The defaults were chosen on C++ headers that the demo does not read, by
-<code>python -m bench.learning.experiments.tune</code>.</p>
+on the same pieces of text. "Combined" is EWC, replay and orthogonal updates together. It and the single protections
+were tuned on C++ headers that the demo does not read
+(<code>python -m bench.learning.experiments.tune</code>); the default was chosen on another model.</p>
 </html>
 """
     (folder / "index.html").write_text(page)
@@ -70,7 +72,7 @@ def _section(domain: str, one: dict, picture: str) -> str:
 <th>forgetting, % of SGD's<th>time</tr>
 {"".join(cells)}</table>
 <img src="{picture}" alt="learning curve, gain and forgetting, time">
-<p>The weights learnt by the <b>default</b> method (EWC, replay and orthogonal updates together) were saved
+<p>The weights learnt by the <b>default</b> method were saved
 ({r["file_bytes"] / 1e6:.1f} MB) and loaded in a new process. On {r["bytes"]} further bytes of the same text, which no
 method has read, the model needs {r["loaded"]:.3f} bits per byte with these weights, and {r["frozen"]:.3f} without them.
 In-context learning starts with an empty context there, so it needs as many as the frozen model.</p>

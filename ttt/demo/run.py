@@ -1,4 +1,4 @@
-"""The demo: one model reads text of an unknown kind with eight methods, which are compared.
+"""The demo: one model reads text of an unknown kind with nine methods, which are compared.
 
 The methods take turns reading the same pieces of text, so that all of their times are subject to the same disturbances
 of the machine. Each byte is scored before anything is learnt from it.

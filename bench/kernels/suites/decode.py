@@ -41,7 +41,7 @@ class Decode(Case):
     features it is a single layer, which stays in the cache. The windows of the layers are filled to different levels,
     so that every C tokens, which is one ``run``, contain exactly one commit. There is no replay. With ``orthogonal``
     = k, the parts of the inputs in k directions are removed (`ttt.ops.project_out`), and the same layer with k = 0 is
-    another contender.
+    another contender. With ``soft`` they are damped instead, and so are the gradients along as many directions.
 
     On a GPU, "ttt" runs as in a server: layers are capturable (`ttt.capturable_`), one CUDA graph holds a step of every
     layer, and each replay decides on the device which layers commit.
@@ -57,12 +57,13 @@ class Decode(Case):
     batch: int
     state: str
     orthogonal: int = 0
+    soft: bool = False
 
     @property
     def name(self) -> str:
         batch = "" if self.batch == 1 else f", batch {self.batch}"
         state = "" if self.state == self.dtype else f", {self.state} state"
-        directions = f", k = {self.orthogonal}" if self.orthogonal else ""
+        directions = f", k = {self.orthogonal}{' soft' * self.soft}" if self.orthogonal else ""
         return f"{self.m}x{self.n}, window {self.window}{batch}{state}{directions}"
 
     @property
@@ -96,7 +97,7 @@ class Decode(Case):
         * make the share B / C of a commit, which reads and writes W and F, and reads W*, Omega and the C rows of the
           window,
         * if directions are removed, write B rows of n numbers to the sample of recent inputs, and read the k
-          directions.
+          directions; if they are damped, the same of the m numbers of gradients.
         """
         m, n, size, b, c = self.m, self.n, size_of(self.dtype), self.batch, self.window
         moved: float = (m * n + b * (m + n)) * size
@@ -104,7 +105,7 @@ class Decode(Case):
             written = m * n * (3 * size + 3 * STORAGE[self.state].bytes)
             moved += (b + (c - b) / 2 + b) * (m + n) * size + written * b / c
         if self.orthogonal and contender == "ttt":
-            moved += (self.orthogonal + b) * n * size
+            moved += (self.orthogonal + b) * (n + m * self.soft) * size
         return round(moved)
 
     def flops(self, contender: str) -> int:
@@ -112,7 +113,7 @@ class Decode(Case):
         m, n, b = self.m, self.n, self.batch
         if contender == "nn.Linear":
             return 2 * m * n * b
-        taken_out = 4 * b * n * self.orthogonal if contender == "ttt" else 0
+        taken_out = 4 * b * (n + m * self.soft) * self.orthogonal if contender == "ttt" else 0
         return 6 * m * n * b + b * (self.window - b) * (m + n) + taken_out
 
     def parameters(self) -> dict[str, Any]:
@@ -147,7 +148,7 @@ class Decode(Case):
     def contenders(self) -> dict[str, Callable[[], Contender]]:
         found = {"ttt": self.learning, "nn.Linear": self.linear}
         if self.orthogonal:
-            return found | {"ttt, k = 0": dataclasses.replace(self, orthogonal=0).learning}
+            return found | {"ttt, k = 0": dataclasses.replace(self, orthogonal=0, soft=False).learning}
         if self.state in ("float32", "bfloat16"):
             found["plain torch"] = self.plain
         return found
@@ -168,10 +169,13 @@ class Decode(Case):
         """Our layer, with an empty window."""
         layer = learning_layer(
             weight, state, lr=LR, window=self.window, ewc_lambda=LAM, replay_rows=0, state_dtype=self.state,
-            orthogonal=self.orthogonal, replay_capacity=64,
+            replay_capacity=64, **{"kronecker" if self.soft else "orthogonal": self.orthogonal},
         )  # fmt: skip
-        if self.orthogonal:
-            layer.basis.copy_(torch.linalg.qr(torch.randn(self.n, self.orthogonal, device=self.device)).Q.T)
+        for basis in (layer.basis, layer.output_basis):
+            if basis is not None:
+                k, size = basis.shape
+                unit = torch.linalg.qr(torch.randn(size, k, device=self.device)).Q.T
+                basis.copy_(unit * torch.rand(k, 1, device=self.device).sqrt() if self.soft else unit)
         return layer
 
     def learning(self) -> Contender:
@@ -234,7 +238,7 @@ class Decode(Case):
             layer.capturable_(self.batch)
         self.check(
             start, state, layer, lambda x, delta, eta: layer.learn(self._update(x, delta, eta)),
-            late=self.capturable and 2 * self.batch <= self.window, basis=layer.basis,
+            late=self.capturable and 2 * self.batch <= self.window, bases=(layer.basis, layer.output_basis),
         )  # fmt: skip
 
     def check_plain(self) -> None:
@@ -251,7 +255,7 @@ class Decode(Case):
         forward: Any,
         learn: Callable,
         late: bool = False,
-        basis: Tensor | None = None,
+        bases: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> None:
         """Compare outputs, W and F with the float64 reference of window and commit, on 256 outputs.
 
@@ -261,7 +265,7 @@ class Decode(Case):
             forward: the layer.
             learn: makes the layer learn x, delta and eta.
             late: a full window is committed by the next step, before it is appended, as in capturable layers.
-            basis: (k, n), the directions that are removed from the inputs before they are learnt.
+            bases: (k, n) and (k, m), what is removed from inputs and from gradients before they are learnt.
         """
         rows, decode = some_rows(self.m, device=self.device), STORAGE[self.state].decode
         w, anchor = (start[name][rows].double() for name in ("weight", "anchor"))
@@ -299,8 +303,11 @@ class Decode(Case):
             committed = late and len(window) == self.steps
             if committed:
                 commit_window()
-            learnt = x.double() if basis is None else reference.project_out(x.double(), basis.double())
-            window.append((learnt, delta[:, rows].double(), eta.double()))
+            learnt = [
+                part.double() if basis is None else reference.project_out(part.double(), basis.double())
+                for part, basis in zip((x, delta), bases, strict=True)
+            ]
+            window.append((learnt[0], learnt[1][:, rows], eta.double()))
             if not late and len(window) == self.steps:
                 committed = True
                 commit_window()
@@ -328,4 +335,6 @@ def cases(device: str) -> list[Case]:
             for d in (256, 512, 1024, 2048, 4096):
                 found += [Decode(device, dtype, d, d, c, 1, dtype, quick=c == 16 and d in (512, 4096)) for c in windows]
         found += [Decode(device, "float32", d, d, 64, 1, "float32", orthogonal=16) for d in (512, 2048, 4096)]
+        for dtype in ("float32", "bfloat16"):
+            found += [Decode(device, dtype, d, d, 64, 1, dtype, orthogonal=32, soft=True) for d in (512, 4096)]
     return found + [Decode(device, "bfloat16", 4096, 4096, c, 1, "8bit") for c in windows]

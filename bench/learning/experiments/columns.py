@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import ttt
 from bench.learning.text.streams import yaml
 from bench.machine import machine
-from ttt.demo.model import COLUMNS, LN2, as_ids, calibration_batches, load_model, new_learner, windows
+from ttt.demo.model import COLUMNS, COMBINED, LN2, as_ids, calibration_batches, load_model, new_learner, windows
 from ttt.demo.text import held_out_python, stream_of
 
 RESULTS = Path("bench/learning/results/demo_columns.json")
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--part", type=int, default=PART, help="bytes of each part of the stream")
     args = parser.parse_args()
     console = Console()
-    base, config = load_model()
+    (base, _), config = load_model(), COMBINED
     held_out = held_out_python()
     texts = {"headers": stream_of("headers"), "english": stream_of("english"), "yaml": yaml()}
     texts["python"] = held_out[len(held_out) // 2 :]  # the windows below are of the first half

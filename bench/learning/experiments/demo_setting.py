@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 import ttt
-from ttt.demo.model import calibration_batches, load_model, windows
+from ttt.demo.model import COMBINED, calibration_batches, load_model, windows
 from ttt.demo.text import held_out_python
 
 Setting = tuple[nn.Module, ttt.TTTConfig, Tensor, list[Tensor]]
@@ -25,5 +25,5 @@ def options_of(doc: str, size: int, results: Path) -> argparse.Namespace:
 
 def setting() -> Setting:
     """Load what the experiments share."""
-    model, config = load_model()
+    (model, _), config = load_model(), COMBINED
     return model, config, windows(held_out_python(), 32), calibration_batches()

@@ -37,7 +37,7 @@ from ttt.demo.text import held_out_python, stream_of, training_python
 RESULTS = Path("bench/learning/results/demo_drift.json")
 EVERY = 2048  # bytes between two tests
 GUARD: dict[str, Any] = {"every": 1024}
-CONFIG = demo_model.CONFIG.with_flat(lr=0.02, orthogonal=0)
+CONFIG = demo_model.COMBINED.with_flat(lr=0.02, orthogonal=0)
 UNNATURAL = ("random", "line")
 COLOURS = {"without guard": "#d62728", "with guard": "#1f77b4"}
 SHADES = {"headers": "#dbe9f6", "english": "#e3f2df", "yaml": "#fdebd0", "random": "#d9d9d9", "line": "#eadcf4",

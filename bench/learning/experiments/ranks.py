@@ -19,7 +19,7 @@ import ttt
 from bench.learning.experiments.tune import OFFSET
 from bench.machine import machine
 from ttt.defences import SWITCHES
-from ttt.demo.model import CONTEXT, RATE_ALONE, as_ids, load_model
+from ttt.demo.model import COMBINED, CONTEXT, RATE_ALONE, as_ids, load_model
 from ttt.demo.text import stream_of
 
 RESULTS = Path("bench/learning/results/demo_ranks.json")
@@ -37,7 +37,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     sizes = [(f"rank {rank}", ttt.LowRank(slots=1, rank=rank)) for rank in RANKS]
     for name, users in [("frozen", None), ("full rank", None), *sizes]:
-        model, config = load_model()
+        (model, _), config = load_model(), COMBINED
         ttt.adapt_(model, config.with_flat(**plain, per_user=users))
         learner = ttt.Learner(model, context=CONTEXT)
         observed = learner.observe(ids, learn=name != "frozen", users=None if users is None else ["user"])

@@ -31,7 +31,7 @@ from bench.learning.experiments import pretrain
 from bench.learning.text import streams as texts
 from bench.machine import machine
 from ttt.defences import SWITCHES
-from ttt.demo.model import CONFIG, CONTEXT, WEIGHTS, bits_per_byte, calibration_batches, windows
+from ttt.demo.model import COMBINED, CONTEXT, WEIGHTS, bits_per_byte, calibration_batches, windows
 from ttt.demo.text import held_out_python
 
 RESULTS = Path("bench/learning/results/demo_transfer.json")
@@ -108,7 +108,7 @@ class Model:
     def measure(self, setting: Setting, ids: Tensor) -> dict[str, float]:
         """Bits per byte of ``ids`` (1, T), each byte scored before it is learnt, and of held-out Python afterwards."""
         options: dict[str, Any] = {name: setting[name] for name in ("rate", "lr", "clip", "burst")}
-        config = CONFIG.with_flat(**options | ({} if setting["protected"] else SWITCHES))
+        config = COMBINED.with_flat(**options | ({} if setting["protected"] else SWITCHES))
         model = ttt.adapt_(copy.deepcopy(self.base), config)
         learner = ttt.Learner(model, context=CONTEXT)
         if setting["protected"]:
@@ -259,7 +259,7 @@ def main() -> None:
         before = json.loads(args.json.read_text())
         if before["bytes"] == args.bytes and "ranking" in before:  # earlier files have rows with other fields
             found["rows"] = [r for r in before["rows"] if r["model"] not in names or r["text"] not in domains]
-    found |= {"config": CONFIG.to_dict()}
+    found |= {"config": COMBINED.to_dict()}
     for name in names:
         model = Model(load(name, console), held_out)
         for domain in domains:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import ttt
 from bench.learning.text.readers import Reader
 from ttt.defences import SWITCHES
-from ttt.demo.model import CONTEXT, as_ids, calibration_batches, load_model, new_learner, windows
+from ttt.demo.model import COMBINED, CONTEXT, as_ids, calibration_batches, load_model, new_learner, windows
 from ttt.demo.text import held_out_python, training_python
 from ttt.nn.state import BASE
 from ttt.rules import StreamRule
@@ -57,6 +57,8 @@ class BaseModel:
 
     def learner(self, config: ttt.TTTConfig, rules: Sequence[StreamRule] = ()) -> ttt.Learner:
         """A new learner, calibrated if ``config`` needs that."""
+        if config.kronecker:  # factors of another size, and a rate whose unit calibration measures
+            return new_learner(self.model, config, self.batches, rules=rules)
         model = ttt.adapt_(copy.deepcopy(self.model), config)
         if config.calibrates:
             source = self._calibrated_under(config)
@@ -88,8 +90,8 @@ class BaseModel:
 @functools.cache
 def demo_base(*, tuning: bool = False) -> BaseModel:
     """The demo model."""
-    model, config = load_model()
-    return BaseModel(model, config, training_python(), calibration_batches(), old_windows(tuning=tuning))
+    model, _ = load_model()
+    return BaseModel(model, COMBINED, training_python(), calibration_batches(), old_windows(tuning=tuning))
 
 
 def old_windows(*, tuning: bool) -> Tensor:

@@ -14,6 +14,7 @@ RECURRING = (
     "frozen",
     "naive",
     "default",
+    "soft projection",
     "growing columns",
     "generative replay",
     "kNN-LM",

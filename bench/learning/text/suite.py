@@ -11,7 +11,7 @@ from bench.learning.suite import SEEDS, Figure, Record, best_of
 from bench.learning.text import plots, streams
 from bench.learning.text.methods import EPOCHS, METHODS, NEIGHBOURS, PERIOD, method
 from bench.learning.text.run import run
-from ttt.demo.model import CONFIG
+from ttt.demo.model import COMBINED
 
 
 class TextSuite:
@@ -45,8 +45,8 @@ class TextSuite:
     )  # fmt: skip
 
     def protocol(self) -> Record:
-        fixed = {name: getattr(CONFIG, name) for name in ("layers", "window", "chunk", "clip")}
-        fixed["target_modules"] = list(CONFIG.target_modules or ())
+        fixed = {name: getattr(COMBINED, name) for name in ("layers", "window", "chunk", "clip")}
+        fixed["target_modules"] = list(COMBINED.target_modules or ())
         return {
             "adapt": streams.ADAPT, "segment": streams.SEGMENT, "search": streams.SEARCH, "config": fixed,
             "fine_tuning": {"period": PERIOD, "epochs": EPOCHS}, "neighbours": NEIGHBOURS,

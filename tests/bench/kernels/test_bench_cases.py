@@ -97,11 +97,13 @@ def test_right_contenders_pass_their_checks(make, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_removal_of_directions_is_counted_and_checked(dtype, monkeypatch):
-    case = Decode("cpu", dtype, 24, 40, 4, 1, dtype, orthogonal=3)
+@pytest.mark.parametrize("soft", [False, True])
+def test_removal_of_directions_is_counted_and_checked(soft, dtype, monkeypatch):
+    case = Decode("cpu", dtype, 24, 40, 4, 1, dtype, orthogonal=3, soft=soft)
+    numbers = 40 + 24 * soft
     assert set(measure.checked(case)[0]) == {"ttt", "ttt, k = 0", "nn.Linear"}
-    assert case.bytes("ttt") - case.bytes("ttt, k = 0") == (3 + 1) * 40 * getattr(torch, dtype).itemsize
-    assert case.flops("ttt") - case.flops("ttt, k = 0") == 4 * 40 * 3
+    assert case.bytes("ttt") - case.bytes("ttt, k = 0") == (3 + 1) * numbers * getattr(torch, dtype).itemsize
+    assert case.flops("ttt") - case.flops("ttt, k = 0") == 4 * numbers * 3
     monkeypatch.setattr("ttt.nn.linear.binding_of", lambda layer: None)
     monkeypatch.setattr("ttt.nn.base.project_rows", lambda x, basis: x)
     assert set(reasons(case)) == {"ttt"}

@@ -16,7 +16,7 @@ from bench.learning.text.methods import METHODS, TextMethod, method
 from bench.learning.text.readers import Learning, NearestNeighbours
 from bench.learning.text.streams import Segment, Stream
 from bench.learning.text.suite import TextSuite
-from ttt.demo.model import COLUMNS, CONFIG
+from ttt.demo.model import COLUMNS, COMBINED
 from ttt.demo.text import held_out_python
 
 
@@ -162,7 +162,7 @@ def test_growing_columns_score_held_out_text_with_all_columns(base_model):
 
 def test_the_configuration_for_columns_is_the_tuned_one():
     chosen = tuning.load(tuning.tuned_path(TextSuite()))["tuning"]["growing columns"]
-    assert METHODS["growing columns"].config(CONFIG, chosen, CONFIG.seed) == COLUMNS
+    assert METHODS["growing columns"].config(COMBINED, chosen, COMBINED.seed) == COLUMNS
 
 
 def test_fine_tuning_changes_only_its_layers(base_model):
