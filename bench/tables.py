@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from bench.learning.language import tables as language
 
 ROOT = Path(__file__).parents[1]
 DOMAINS = ("english", "html", "rst", "licences")
@@ -145,8 +147,22 @@ def all_costs() -> list[str]:
     return _table(head, lines)
 
 
+def _language(make: Callable[[Mapping[str, Any]], list[tuple[str, ...]]]) -> Callable[[], list[str]]:
+    """A table of the suite "streams", which says so where it has not been run."""
+
+    def table() -> list[str]:
+        if not (ROOT / "bench/learning/results/benchmark_streams.json").exists():
+            return _table(("not yet run",), [])
+        head, *lines = make(_load("benchmark_streams.json"))
+        return _table(head, [_line(*cells) for cells in lines])
+
+    return table
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "quality": quality, "streams": streams, "digits": digits, "demo": demo, "costs": costs, "all costs": all_costs,
+    "language run": _language(language.about), "language": _language(language.by_text),
+    "language methods": _language(language.by_method), "language hard": _language(language.hard),
 }  # fmt: skip
 """Name in the marker -> what makes the table."""
 

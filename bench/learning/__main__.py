@@ -15,7 +15,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    suite: Annotated[str, typer.Option(help="The suite to run: digits or text.")] = "digits",
+    suite: Annotated[str, typer.Option(help="The suite to run: digits, text or streams.")] = "digits",
     scenarios: Annotated[str | None, typer.Option(help="Comma-separated list; all by default.")] = None,
     methods: Annotated[str | None, typer.Option(help="Comma-separated list; all by default.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, counted from 0.")] = 5,
@@ -25,6 +25,7 @@ def main(
     tuned: Annotated[Path | None, typer.Option(help="File of tuned options; by default the committed one.")] = None,
     plots: Annotated[bool, typer.Option(help="Draw plots.")] = True,
     curves: Annotated[bool, typer.Option("--curves", help="Also make the runs of trade-off curves.")] = False,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of each text (streams only).")] = None,
     report: Annotated[bool, typer.Option("--report", help="Run nothing; write all results as one HTML page.")] = False,
     page: Annotated[Path, typer.Option(help="The file of the page.")] = Path("report/benchmark.html"),
 ) -> None:
@@ -34,7 +35,7 @@ def main(
             write(results, page)
             print(f"{page} written")
             return
-        run(suite, scenarios, methods, seeds, tune, jobs, results, tuned, plots, curves)
+        run(suite, scenarios, methods, seeds, tune, jobs, results, tuned, plots, curves, tokens)
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
 

@@ -37,15 +37,23 @@ def pick(name: str, given: str | None, allowed: Sequence[str]) -> list[str]:
     return [item for item in allowed if item in items]
 
 
-def suite_of(name: str) -> Suite:
+def suite_of(name: str, tokens: int | None = None) -> Suite:
     """The suite ``name``.
 
+    Args:
+        tokens: to read of each text, for a suite that has this setting; None for what the suite reads by default.
+
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or for ``tokens`` that it cannot read.
     """
     if name not in SUITES:
         raise ValueError(f"suite must be one of {list(SUITES)}, got {name!r}")
-    return SUITES[name]()
+    suite = SUITES[name]()
+    if tokens is not None:
+        if not hasattr(suite, "tokens"):
+            raise ValueError(f"tokens must not be given for the suite {name!r}, got {tokens}")
+        suite.tokens = tokens
+    return suite
 
 
 def _run(suite: Suite, todo: list[Record], journal: Journal, jobs: int, console: Console, what: str) -> None:
@@ -87,7 +95,7 @@ def runs_of(
     Raises:
         ValueError: for a method without tuned options.
     """
-    options = tuning.load(tuned)
+    options = tuning.options_of(suite, tuned)
     todo, sweeps = [], []
     for scenario in scenarios:
         for method in methods:
@@ -120,7 +128,7 @@ def measure(
     _run(suite, todo, journal, jobs, console, suite.name)
     # Keep the runs of this call, and earlier ones with options that are still the tuned ones.
     asked = {key_of(r) for r in todo}
-    options = tuning.load(tuned)
+    options = tuning.options_of(suite, tuned)
 
     def current(r: Record) -> bool:
         chosen = options.get(suite.tuned_on(r["scenario"]), {}).get(r["method"])
@@ -158,14 +166,14 @@ def measure(
 
 def main(
     suite: str, scenarios: str | None, methods: str | None, seeds: int, tune_first: bool, jobs: int, results: Path,
-    tuned: Path | None, plots: bool, curves: bool,
+    tuned: Path | None, plots: bool, curves: bool, tokens: int | None = None,
 ) -> None:  # fmt: skip
     """Tune or compare, with the arguments of the command (see `bench.learning.__main__`).
 
     Raises:
         ValueError: for an unknown suite, scenario or method.
     """
-    found = suite_of(suite)
+    found = suite_of(suite, tokens)
     chosen = pick("scenarios", scenarios, found.scenarios), pick("methods", methods, found.methods)
     path = tuned or tuning.tuned_path(found)
     console = Console()

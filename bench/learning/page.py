@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.learning.report import cell, shown_figures
-from bench.learning.suite import Suite
+from bench.learning.suite import Suite, candidates
 from bench.learning.suites import SUITES
 from ttt.demo.report import STYLE
 
@@ -38,9 +38,8 @@ def write(results: Path, path: Path) -> None:
     page = f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>ttt: methods of continual learning compared</title><style>{_STYLE}</style>
 <h1>Methods of continual learning compared</h1>
-<p>The options of every method were chosen by the same search, on data and seeds that are not reported. A figure is the
-mean over seeds ± half the width of its 95 % confidence interval (Student's t). <code>make benchmark</code> repeats all
-runs that are missing and writes this page.</p>
+<p>A figure is the mean over seeds ± half the width of its 95 % confidence interval (Student's t). <code>make
+benchmark</code> repeats all runs that are missing and writes this page.</p>
 {"".join(body)}
 </html>
 """
@@ -57,11 +56,13 @@ def _section(suite: Suite, found: Mapping[str, Any], results: Path) -> str:
     domains = found.get("domains", {})
     read = ", ".join(f"{name} {size:,} bytes" for name, size in domains.items())
     lacking = "".join(f"<p>Left out: {html.escape(why)}.</p>" for why in found.get("missing", {}).values())
+    searched = any(len(candidates(suite.grid(name))) > 1 for name in suite.methods)
+    search = f"""The options of every method were chosen by the same search, on data and seeds that are not reported:
+<code>python -m bench.learning --suite {suite.name} --tune</code>."""
     return f"""
 <h2>{html.escape(suite.name)}</h2>
-<p class="small">{html.escape(machine)}; {html.escape(found["date"])}. Options were tuned with
-<code>python -m bench.learning --suite {suite.name} --tune</code>; runs were made with
-<code>python -m bench.learning --suite {suite.name}</code>.</p>
+<p class="small">{html.escape(machine)}; {html.escape(found["date"])}. Runs were made with
+<code>python -m bench.learning --suite {suite.name}</code>. {search if searched else ""}</p>
 {f"<p>Text on that machine: {read}.</p>" if read else ""}{lacking}
 <dl>{meanings}</dl>
 {pictures}

@@ -29,6 +29,19 @@ def load(path: Path) -> dict[str, dict[str, Record]]:
     return {s: {m: found["options"] for m, found in methods.items()} for s, methods in chosen.items()}
 
 
+def options_of(suite: Suite, path: Path) -> dict[str, dict[str, Record]]:
+    """Scenario -> method -> options: the only candidate where there is one, else what `load` finds in the file.
+
+    A suite whose methods all have one candidate needs no search and no file.
+
+    Raises:
+        FileNotFoundError: if there is no file, and it is needed.
+    """
+    single = {m: found[0] for m in suite.methods if len(found := candidates(suite.grid(m))) == 1}
+    held = load(path) if len(single) < len(suite.methods) else {}
+    return {s: {**held.get(s, {}), **single} for s in {*held, *map(suite.tuned_on, suite.scenarios)}}
+
+
 def todo(suite: Suite, scenarios: Sequence[str], methods: Sequence[str]) -> list[Record]:
     """All runs of the search for the options of ``methods`` in ``scenarios``, and of the references."""
     every = sorted({*SEEDS, *(seed for method in methods for seed in suite.seeds(method))})

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import time
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.learning import metrics
+from bench.learning.clock import Clock
 from bench.learning.text.base_model import BaseModel, demo_base
 from bench.learning.text.methods import Options, TextMethod, method
 from bench.learning.text.streams import Stream, held_out, stream
 from ttt.demo.model import CONTEXT, LN2
-
-TIMED = 4  # pieces in a block; the frozen model reads the first of each block as well, for comparison
 
 
 def run(scenario: str, method_name: str, seed: int, options: Options, *, tuning: bool = False) -> dict[str, Any]:
@@ -89,48 +87,3 @@ def read(
         "state_bytes": reader.state_bytes(),
         "parameters": base.parameters,
     }
-
-
-class Clock:
-    """Compares the time of a method's turns with the frozen model's.
-
-    The frozen model takes one turn in each block of `TIMED` turns of the method, after the first of them.
-    """
-
-    def __init__(self) -> None:
-        self._blocks: list[tuple[list[float], list[float]]] = []
-
-    def turn(self) -> _Timer:
-        """Times a turn of the method."""
-        if not self._blocks or len(self._blocks[-1][0]) == TIMED:
-            self._blocks.append(([], []))
-        return _Timer(self._blocks[-1][0])
-
-    def due(self) -> bool:
-        """Whether the frozen model has not yet had its turn in this block."""
-        return not self._blocks[-1][1]
-
-    def frozen(self) -> _Timer:
-        """Times a turn of the frozen model."""
-        return _Timer(self._blocks[-1][1])
-
-    def ratio(self) -> float:
-        """Median over the blocks of (mean time of the method's turns / time of the frozen model's turn).
-
-        The mean within a block spreads work that is done only once every few turns.
-        """
-        ratios = [sum(own) / len(own) / frozen[0] for own, frozen in self._blocks]
-        return round(median(ratios), 4)
-
-
-class _Timer:
-    """A context manager that appends the seconds spent in it to ``times``."""
-
-    def __init__(self, times: list[float]) -> None:
-        self.times = times
-
-    def __enter__(self) -> None:
-        self.began = time.perf_counter()
-
-    def __exit__(self, *exc: object) -> None:
-        self.times.append(time.perf_counter() - self.began)

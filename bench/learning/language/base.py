@@ -1,0 +1,162 @@
+"""What all runs of a process share: the model, samples of its own, and the texts on which it is tested afterwards."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ttt
+from bench.learning.language import texts
+from bench.learning.language.hard import HARD, READS, Encode
+from bench.learning.language.measures import Fact, as_facts, final_hidden
+from bench.learning.text.readers import adapted_weights
+from ttt.demo.language_model import load_language_model
+
+CONTEXT = 1024
+CONFIG = ttt.TTTConfig(target_modules=["down_proj"], layers="last:0.25")
+"""The default configuration of the package. Its layers are those that every method changes."""
+
+GENERAL = (4, 512)  # rows and tokens of the text on which what was kept is measured
+SAMPLES = (16, 256)  # the model's own texts, from which it is calibrated
+TOPICS = (
+    "the history of Rome", "how plants grow", "cooking pasta", "the solar system", "Python programming", "music",
+    "the geography of Africa", "the human body", "a short story about a dog", "economics", "football", "the weather",
+    "mathematics", "a letter to a friend", "computers", "animals",
+)  # fmt: skip
+
+
+class Base:
+    """A language model that is not adapted, from which the runs of a process make their readers.
+
+    Args:
+        model: a causal language model in eval mode.
+        encode: text -> its tokens (T,) int64.
+        sample: makes texts (N, T) of the model's own, for calibration. Called once, when they are first needed.
+        facts: short sentences and how they go on.
+    """
+
+    def __init__(
+        self, model: Any, encode: Encode, sample: Callable[[], Tensor], facts: Sequence[tuple[str, str]]
+    ) -> None:
+        self.model = model.requires_grad_(False)
+        self.encode = encode
+        self._sample = sample
+        self.names = adapted_weights(model, CONFIG)
+        self.facts: list[Fact] = as_facts(facts, encode)
+        rows, length = GENERAL
+        self.general = encode(texts.english()[: texts.KNOWN // 2])[: rows * length].view(rows, length)
+        self._learners: dict[ttt.TTTConfig, ttt.Learner] = {}
+
+    @functools.cached_property
+    def own(self) -> Tensor:
+        """(N, T) int64: texts of the model's own."""
+        return self._sample()
+
+    @functools.cached_property
+    def frozen_hidden(self) -> list[Tensor]:
+        """What the model's output head gets on each row of ``general``: (1, T, d)."""
+        return [final_hidden(self.model, row) for row in self.general.split(1)]
+
+    def copy(self) -> nn.Module:
+        """A copy of the model with weights of its own where methods learn; all others are shared."""
+        shared = {id(p): p for name, p in self.model.named_parameters() if name not in self.names}
+        return copy.deepcopy(self.model, shared)
+
+    def learner(self, config: ttt.TTTConfig) -> ttt.Learner:
+        """A learner that has learnt nothing, calibrated on ``own`` if ``config`` needs that.
+
+        There is one for each configuration: calling this again resets it.
+        """
+        if config not in self._learners:
+            learner = ttt.Learner(ttt.adapt_(self.copy(), config), context=CONTEXT)
+            if config.calibrates:
+                learner.calibrate(self.own.split(1))
+            self._learners[config] = learner
+        self._learners[config].reset()
+        return self._learners[config]
+
+    def tokens(self, name: str, count: int, part: int) -> Tensor:
+        """(1, count + 1) int64: tokens of a text, or of a hard one; the first is only context.
+
+        Args:
+            part: which part of the text, counted from 0; for a hard text the seed of its random draws.
+
+        Raises:
+            ValueError: if the text has no such part.
+            FileNotFoundError: if the text is not on this machine.
+        """
+        if name in HARD:
+            generator = torch.Generator().manual_seed(part)
+            ids = HARD[name](self.encode, self.model.config.vocab_size, count + 1, generator)
+        else:
+            ids = self.encode(texts.read(name))[part * count : (part + 1) * count + 1]
+        if len(ids) <= count:
+            raise ValueError(f"the text {name!r} is too short for part {part} of {count} tokens")
+        return ids[None]
+
+
+def check_text(name: str) -> None:
+    """Raise FileNotFoundError, which says what to install, if the text or hard text ``name`` is not on this machine."""
+    for each in READS.get(name, ()) if name in HARD else (name,):
+        texts.read(each)
+
+
+@functools.cache
+def smollm() -> Base:
+    """SmolLM2-135M-Instruct.
+
+    Raises:
+        FileNotFoundError: if its package is not installed; it says how to install it.
+    """
+    model, tokenizer = load_language_model()
+
+    def encode(text: str) -> Tensor:
+        return tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+
+    return Base(model, encode, lambda: own_samples(model, tokenizer), FACTS)
+
+
+@torch.no_grad()
+def own_samples(model: Any, tokenizer: Any) -> Tensor:
+    """(16, 256) int64: chats on `TOPICS`, drawn from the model at temperature 1, each with its prompt."""
+    count, length = SAMPLES
+    chats = [[{"role": "user", "content": f"Write about {topic}."}] for topic in TOPICS[:count]]
+    prompts = [
+        tokenizer(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)).input_ids
+        for chat in chats
+    ]
+    # All at once, with padding on the left; none may end before the shortest prompt has become a whole row.
+    width, new = max(map(len, prompts)), length - min(map(len, prompts))
+    padding = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        drawn = model.generate(
+            ids, attention_mask=padding, max_new_tokens=new, min_new_tokens=new, do_sample=True, temperature=1.0,
+            top_k=0, top_p=1.0, pad_token_id=0,
+        )  # fmt: skip
+    return torch.stack([row[width - len(p) :][:length] for row, p in zip(drawn, prompts, strict=True)])
+
+
+FACTS = (
+    ("The capital of Japan is", " Tokyo"), ("The capital of France is", " Paris"),
+    ("The capital of Italy is", " Rome"), ("The capital of Germany is", " Berlin"),
+    ("The capital of Spain is", " Madrid"), ("The capital of Egypt is", " Cairo"),
+    ("The capital of Russia is", " Moscow"), ("The capital of England is", " London"),
+    ("The Eiffel Tower is located in", " Paris"), ("The Great Wall is located in", " China"),
+    ("The largest planet in the solar system is", " Jupiter"), ("The planet closest to the Sun is", " Mercury"),
+    ("The largest ocean on Earth is the", " Pacific"), ("The currency of the United States is the", " dollar"),
+    ("The first president of the United States was George", " Washington"),
+    ("The theory of relativity was developed by Albert", " Einstein"),
+    ("Romeo and Juliet was written by William", " Shakespeare"), ("The chemical symbol for gold is", " Au"),
+    ("The freezing point of water is zero degrees", " Celsius"), ("Water is made of hydrogen and", " oxygen"),
+    ("The human heart pumps", " blood"), ("Bees make", " honey"), ("Cows give us", " milk"),
+    ("A week has seven", " days"), ("The color of the sky is", " blue"), ("The color of grass is", " green"),
+    ("Two plus two equals", " four"), ("The opposite of hot is", " cold"), ("The opposite of up is", " down"),
+    ("The opposite of black is", " white"),
+)  # fmt: skip

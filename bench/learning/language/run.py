@@ -1,0 +1,62 @@
+"""One run of the suite: a method reads a text, is scored on each token before it learns from it, and tested after."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.learning.clock import Clock
+from bench.learning.language.base import CONTEXT, Base
+from bench.learning.language.measures import blocks, divergence, facts_loss, loss
+from bench.learning.language.methods import LanguageMethod, Options
+
+TIMED = 2  # segments that a method reads for each one that the frozen model reads as well, for comparison
+
+
+def run(base: Base, found: LanguageMethod, ids: Tensor, seed: int, options: Options) -> dict[str, Any]:
+    """The method ``found`` reads ``ids`` (1, T + 1) in segments of `CONTEXT` tokens, each with an empty context.
+
+    Returns:
+        A dict of plain values. Losses and divergences are in nats.
+
+        * ``nll``: mean loss, each token scored before it was learnt
+        * ``blocks``: the means of `measures.BLOCKS` consecutive parts of the text
+        * ``kl``: means of as many parts of the divergence from the frozen model on general text, afterwards
+        * ``facts``: mean loss on how the facts go on, afterwards
+        * ``time_ratio``: time per token divided by that of a forward pass in the same run
+        * ``seconds``: processor time
+        * ``tokens``: how many were scored
+        * ``sha256``: of the tokens, and of those of the general text
+    """
+    began = time.process_time()
+    reader = found.make(base, options, seed)
+    clock = Clock(TIMED)
+    parts = []
+    for start in range(0, ids.shape[1] - 1, CONTEXT):
+        segment = ids[:, start : start + CONTEXT + 1]
+        with clock.turn():
+            parts.append(reader.read(segment))
+        if clock.due():
+            with clock.frozen():
+                loss(base.model, segment)
+    nll = torch.cat(parts)
+    head = base.model.get_output_embeddings()
+    kl = divergence(reader.model, base.general, head, base.frozen_hidden)
+    return {
+        "nll": round(float(nll.double().mean()), 6),
+        "blocks": blocks(nll),
+        "kl": blocks(kl),
+        "facts": round(facts_loss(reader.model, base.facts), 6),
+        "time_ratio": clock.ratio(),
+        "seconds": round(time.process_time() - began, 2),
+        "tokens": len(nll),
+        "sha256": [_digest(ids), _digest(base.general)],
+    }
+
+
+def _digest(ids: Tensor) -> str:
+    return hashlib.sha256(str(ids.flatten().tolist()).encode()).hexdigest()[:16]
