@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 DOMAINS = ("english", "html", "rst", "licences")
 SPLITS = ("split-class", "split-domain", "split-task", "permuted")
 BRIEF = {"frozen": "frozen", "in-context only": "in-context only", "naive": "plain SGD", "ER": "replay of text (ER)",
-         "default": "EWC, replay and orthogonal", "soft projection": "**ttt, default**",
+         "combined": "EWC, replay and orthogonal", "soft projection": "**ttt, default**",
          "growing columns": "**ttt, growing columns**"}  # fmt: skip
 BRIEF_COSTS = (
     ("commit", "4096x4096, T = 16, R = 0", "bfloat16"),
@@ -159,8 +159,23 @@ def _language(make: Callable[[Mapping[str, Any]], list[tuple[str, ...]]]) -> Cal
     return table
 
 
+def units() -> list[str]:
+    """Gain and drift of a real model in three forms that compute the same, under rates in several units."""
+    if not (ROOT / "bench/learning/results/language_units.json").exists():
+        return _table(("not yet run",), [])
+    rows = _load("language_units.json")["rows"]
+    forms = list(dict.fromkeys(row["form"] for row in rows))
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        power = "" if "power" not in row else f", power {row['power']:g}"
+        setting = f'`rate="{row["rate"]}", lr={row["lr"]:g}`{power}'
+        found.setdefault(setting, {})[row["form"]] = f"{row['gain']:+.3f} / {row['kl']:.4f}"
+    return _table(("setting", *forms), [_line(s, *(by_form[form] for form in forms)) for s, by_form in found.items()])
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "quality": quality, "streams": streams, "digits": digits, "demo": demo, "costs": costs, "all costs": all_costs,
+    "units": units,
     "language run": _language(language.about), "language": _language(language.by_text),
     "language methods": _language(language.by_method), "language hard": _language(language.hard),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The command ``ttt``: ``ttt info``, ``ttt demo``, and ``ttt users`` and ``ttt verify`` for a store."""
+"""The command ``ttt``: ``ttt info``, ``ttt demo``, ``ttt chat``, and ``ttt users`` and ``ttt verify`` for a store."""
 
 from __future__ import annotations
 
@@ -47,3 +47,22 @@ def demo(
     from ttt.demo.run import main
 
     main(text, report, bytes_per_domain)
+
+
+@app.command()
+def chat(
+    model: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Folder of a transformers model; by default SmolLM2-135M."),
+    ] = None,
+    store: Annotated[str, typer.Option(help="URL of the store that keeps what is learnt; a path names a folder.")] = (
+        "chat-store"
+    ),
+    user: Annotated[str, typer.Option(help="Id of the user who talks.")] = "me",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Bound on the length of an answer.")] = 128,
+    learn: Annotated[bool, typer.Option(help="Whether the model learns from what is said.")] = True,
+) -> None:
+    """Talk with a language model that learns from what you say, and remembers it the next time."""
+    from ttt.chat.terminal import run
+
+    run(model, store, user, max_new_tokens, learn)

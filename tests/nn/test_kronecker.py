@@ -310,3 +310,23 @@ def test_a_larger_model_shares_the_decrease_among_its_layers():
     whole = one.update_from([(x, delta)]).eta
     one.share = 0.25
     torch.testing.assert_close(one.update_from([(x, delta)]).eta, whole / 4, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("rate", "same"), [("decrease", True), ("rms", False)])
+def test_a_model_in_other_units_learns_the_same(rate, same):
+    """Inputs a thousand times as large and weights a thousandth: with rates of other units the updates are others."""
+    base, ids, known = tiny().double(), ids_of(1, 60), [ids_of(2, 40)]
+    scaled = copy.deepcopy(base)
+    with torch.no_grad():
+        for block in scaled.model.layers:
+            block.mlp.up_proj.weight.mul_(1024)
+            block.mlp.down_proj.weight.div_(1024)
+    found = []
+    for model in (base, scaled):
+        learner = learner_of(model, rate=rate, lr=0.3, head_mass=0.0)
+        learner.calibrate(known)
+        found.append(learner.observe(ids.repeat(1, 3)).nll)
+    assert torch.allclose(found[0], found[1], rtol=1e-3, atol=1e-4) == same
+    with torch.no_grad():
+        frozen = torch.nn.functional.cross_entropy(base(ids).logits[0, :-1], ids[0, 1:])
+    assert float(found[0][0, -59:].mean()) < float(frozen) - 0.1

@@ -16,18 +16,13 @@ from bench.learning.language.hard import HARD, READS, Encode
 from bench.learning.language.measures import Fact, as_facts, final_hidden
 from bench.learning.text.readers import adapted_weights
 from ttt.demo.language_model import load_language_model
+from ttt.learn.own_text import own_text
 
 CONTEXT = 1024
 CONFIG = ttt.TTTConfig(target_modules=["down_proj"], layers="last:0.25")
 """The default configuration of the package. Its layers are those that every method changes."""
 
 GENERAL = (4, 512)  # rows and tokens of the text on which what was kept is measured
-SAMPLES = (16, 256)  # the model's own texts, from which it is calibrated
-TOPICS = (
-    "the history of Rome", "how plants grow", "cooking pasta", "the solar system", "Python programming", "music",
-    "the geography of Africa", "the human body", "a short story about a dog", "economics", "football", "the weather",
-    "mathematics", "a letter to a friend", "computers", "animals",
-)  # fmt: skip
 
 
 class Base:
@@ -74,7 +69,7 @@ class Base:
         """
         if config not in self._learners:
             learner = ttt.Learner(ttt.adapt_(self.copy(), config), context=CONTEXT)
-            if config.calibrates:
+            if config.calibrates:  # as `learner.calibrate(tokenizer=...)` does, with a text that is drawn once
                 learner.calibrate(self.own.split(1))
             self._learners[config] = learner
         self._learners[config].reset()
@@ -118,29 +113,10 @@ def smollm() -> Base:
     def encode(text: str) -> Tensor:
         return tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
 
-    return Base(model, encode, lambda: own_samples(model, tokenizer), FACTS)
+    def sample() -> Tensor:
+        return torch.cat(list(own_text(model, tokenizer, context=CONTEXT, seed=CONFIG.seed)))
 
-
-@torch.no_grad()
-def own_samples(model: Any, tokenizer: Any) -> Tensor:
-    """(16, 256) int64: chats on `TOPICS`, drawn from the model at temperature 1, each with its prompt."""
-    count, length = SAMPLES
-    chats = [[{"role": "user", "content": f"Write about {topic}."}] for topic in TOPICS[:count]]
-    prompts = [
-        tokenizer(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)).input_ids
-        for chat in chats
-    ]
-    # All at once, with padding on the left; none may end before the shortest prompt has become a whole row.
-    width, new = max(map(len, prompts)), length - min(map(len, prompts))
-    padding = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        drawn = model.generate(
-            ids, attention_mask=padding, max_new_tokens=new, min_new_tokens=new, do_sample=True, temperature=1.0,
-            top_k=0, top_p=1.0, pad_token_id=0,
-        )  # fmt: skip
-    return torch.stack([row[width - len(p) :][:length] for row, p in zip(drawn, prompts, strict=True)])
+    return Base(model, encode, sample, FACTS)
 
 
 FACTS = (

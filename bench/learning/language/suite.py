@@ -9,13 +9,14 @@ from typing import Any
 
 from bench.learning import metrics
 from bench.learning.language import plot, texts
-from bench.learning.language.base import CONTEXT, GENERAL, SAMPLES, Base, check_text, smollm
+from bench.learning.language.base import CONTEXT, GENERAL, Base, check_text, smollm
 from bench.learning.language.hard import CHUNK, HARD
 from bench.learning.language.measures import BLOCKS
 from bench.learning.language.methods import METHODS, method
 from bench.learning.language.run import run
 from bench.learning.suite import SEEDS, Figure, Record
 from ttt.demo.language_model import PACKAGE
+from ttt.learn.own_text import LENGTH, SEQUENCES
 
 SHARE = 4  # a hard text is shorter by this factor: it shows harm soon, or not at all
 
@@ -63,7 +64,7 @@ class StreamsSuite:
     def protocol(self) -> Record:
         return {
             "model": PACKAGE, "tokens": self.tokens, "hard": self.tokens // SHARE, "context": CONTEXT, "chunk": CHUNK,
-            "general": list(GENERAL), "samples": list(SAMPLES),
+            "general": list(GENERAL), "samples": [SEQUENCES, LENGTH],
         }  # fmt: skip
 
     def facts(self) -> Record:

@@ -115,8 +115,8 @@ SOURCES: dict[str, Source] = {
     "python": Source("Python's tarfile.py", lambda: Path(tarfile.__file__).read_text(encoding="utf-8")),
     "prose": Source(
         "quotations from literature",
-        lambda: _file("fortunes", "/literature").read_text(encoding="utf-8", errors="replace"),
-        "fortunes",
+        lambda: _file("fortunes-min", "/literature").read_text(encoding="utf-8", errors="replace"),
+        "fortunes-min",
     ),
     "tables": Source(
         "the table of time zones",

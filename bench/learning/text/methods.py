@@ -160,9 +160,8 @@ METHODS: dict[str, TextMethod] = {
         "orthogonal", {"lr": (0.02, 0.04), "orthogonal": (8, 16), "replay_beta": (0.1, 0.2)},
         {"replay_rows": ROWS}, sweep=BETA_SWEEP, recurs=False,
     ),
-    # Chosen by `python -m bench.learning.experiments.tune` on headers that the search reads as well. It was the default
-    # until the soft projection, and keeps the name under which its runs are recorded.
-    "default": TextMethod(
+    # Chosen by `python -m bench.learning.experiments.tune` on headers that the search reads as well.
+    "combined": TextMethod(
         "combination", {"lr": (COMBINED.lr,)}, {name: getattr(COMBINED, name) for name in ("replay_beta", *SWITCHES)},
         sweep=("lr", (0.01, 0.02, 0.08)),
     ),

@@ -13,7 +13,7 @@ GAIN, FORGETTING = 0.97, 0.20  # the target, drawn as dotted lines: shares of na
 RECURRING = (
     "frozen",
     "naive",
-    "default",
+    "combined",
     "soft projection",
     "growing columns",
     "generative replay",

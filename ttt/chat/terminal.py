@@ -1,0 +1,86 @@
+"""``ttt chat`` in the terminal: reading lines, commands, and printing answers as they are written."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from ttt.chat.session import Chat
+from ttt.store import Store
+
+HELP = "/versions  /rollback NUMBER  /forget  /quit; anything else is said to the model"
+
+
+def run(model: Path | None, store: str, user: str, max_new_tokens: int, learn: bool) -> None:
+    """Talk until the input ends; see `ttt.cli.chat`."""
+    console = Console(highlight=False)
+    try:
+        loaded, tokenizer = _load(model)
+        with console.status("The model writes some text, to measure what it must not forget ..."):
+            chat = Chat(loaded, tokenizer, Store(store), user, max_new_tokens=max_new_tokens, learn=learn)
+    except (ImportError, FileNotFoundError, ValueError) as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(1) from None
+    known = chat.versions()
+    console.print(f"[dim]{user} has {len(known)} version(s) in {store}. {HELP}[/dim]")
+    talk(chat, tokenizer, console)
+
+
+def talk(chat: Chat, tokenizer: Any, console: Console) -> None:
+    """Read lines and answer them until the input ends or ``/quit``."""
+    from transformers import TextStreamer
+
+    while True:
+        try:
+            line = console.input("[bold]you>[/bold] ").strip()
+        except EOFError:
+            return
+        if line == "/quit":
+            return
+        try:
+            if line.startswith("/"):
+                command(chat, line, console)
+            elif line:
+                streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+                turn = chat.say(line, streamer)
+                if turn.version is not None:
+                    console.print(f"[dim]learnt {turn.tokens} tokens ({turn.nll:.2f} nats each): {turn.version}[/dim]")
+        except ValueError as error:
+            console.print(f"[red]{error}[/red]")
+
+
+def command(chat: Chat, line: str, console: Console) -> None:
+    """Do what a line that begins with a slash asks for.
+
+    Raises:
+        ValueError: if there is no such command, or its argument is wrong.
+    """
+    name, _, argument = line.partition(" ")
+    if name == "/versions":
+        for found in chat.versions():
+            when = datetime.datetime.fromtimestamp(found.created).isoformat(" ", "seconds")
+            console.print(f"{found.number:>5}  {when}" + (f"  as {found.source}" if found.source else ""))
+    elif name == "/rollback":
+        if not argument.strip().isdecimal():
+            raise ValueError(f"/rollback needs the number of a version, got {argument!r}")
+        console.print(f"version {chat.rollback(int(argument))} is as {argument.strip()} was")
+    elif name == "/forget":
+        chat.forget()
+        console.print("everything that was learnt is removed")
+    else:
+        raise ValueError(f"{name} is no command; {HELP}")
+
+
+def _load(folder: Path | None) -> tuple[Any, Any]:
+    if folder is None:
+        from ttt.demo.language_model import load_language_model
+
+        return load_language_model()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
