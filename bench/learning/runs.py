@@ -54,7 +54,11 @@ class Journal:
         self.records[key_of(record)] = record
 
     def rewrite(self, wanted: Callable[[Record], bool]) -> None:
-        """Remove the records for which ``wanted`` is false; sort the others by scenario, method, options and seed."""
+        """Remove the records for which ``wanted`` is false; sort the others by scenario, method, options and seed.
+
+        Records that other processes have added to the file meanwhile are kept.
+        """
+        self.records = {**Journal(self.path).records, **self.records}
         kept = [r for r in self.records.values() if wanted(r)]
         kept.sort(key=lambda r: (r["scenario"], r["method"], json.dumps(r["options"]), r["seed"]))
         self.records = {key_of(r): r for r in kept}

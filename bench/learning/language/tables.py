@@ -73,10 +73,10 @@ def by_method(found: Mapping[str, Any]) -> Lines:
 def hard(found: Mapping[str, Any]) -> Lines:
     """Gain and divergence on hard texts."""
     shown = {(row["scenario"], row["method"]): row for row in found["rows"] if row["gain"] is not None}
-    methods = [m for m in HARD_SHOWN if all((text, m) in shown for text in HARD)]
+    read = [text for text in HARD if (text, "frozen") in shown]
+    methods = [m for m in HARD_SHOWN if all((text, m) in shown for text in read)]
     lines: Lines = [("text", "frozen", *(f"{what}, {m}" for what in ("gain", "KL") for m in methods))]
-    for text in HARD:
-        if methods and (text, "frozen") in shown:
-            cells = [_figure(shown[text, m], what, d) for what, d in (("gain", 3), ("kl", 4)) for m in methods]
-            lines.append((text, f"{shown[text, 'frozen']['nll'][0]:.3f}", *cells))
+    for text in read:
+        cells = [_figure(shown[text, m], what, d) for what, d in (("gain", 3), ("kl", 4)) for m in methods]
+        lines.append((text, f"{shown[text, 'frozen']['nll'][0]:.3f}", *cells))
     return lines
