@@ -5,6 +5,7 @@ import math
 import pytest
 
 from bench.learning import metrics
+from bench.learning.runs import Journal
 
 # Three tasks. Task 0 is best after task 1 (.95), not when it was learnt (.9): BWT and forgetting differ.
 R = [
@@ -113,3 +114,16 @@ def test_the_interval_is_by_students_t():
 def test_bad_matrices_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_journal_keeps_what_another_process_adds_meanwhile(tmp_path):
+    def record(scenario):
+        return {"scenario": scenario, "method": "frozen", "seed": 0, "options": {}, "protocol": {}}
+
+    mine, other = Journal(tmp_path / "runs.jsonl"), Journal(tmp_path / "runs.jsonl")
+    mine.add(record("a"))
+    other.add(record("b"))
+    mine.rewrite(lambda r: True)
+    assert [r["scenario"] for r in Journal(tmp_path / "runs.jsonl").records.values()] == ["a", "b"]
+    mine.rewrite(lambda r: r["scenario"] == "b")
+    assert [r["scenario"] for r in Journal(tmp_path / "runs.jsonl").records.values()] == ["b"]
