@@ -9,8 +9,9 @@ import torch
 from helpers import plain_config
 from torch import Tensor
 
+import ttt
 from ttt.learn import protection
-from ttt.nn import Linear
+from ttt.nn import Linear, LowRankLinear
 from ttt.nn import cpu_binding as binding
 
 OPTIONS = [
@@ -285,3 +286,11 @@ def test_a_base_that_does_not_fit_is_not_gone_back_to():
     layer.base = base
     layer.reset()
     assert int(layer.seen) == 11
+
+
+@pytest.mark.parametrize("kind", [Linear, LowRankLinear])
+def test_the_docstring_names_every_buffer(kind):
+    users = None if kind is Linear else ttt.LowRank(slots=2, rank=2, window=4)
+    names = set(dict(kind(6, 5, config=ttt.TTTConfig(per_user=users))._layout(torch.float32)))
+    assert len(names) > 10
+    assert {name for name in names if f"``{name}``" not in kind.__doc__} == set()

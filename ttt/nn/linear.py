@@ -54,7 +54,45 @@ class Linear(StatefulLinear):
 
     With weights (m, n), a window of C rows and a replay memory of K rows:
 
-        ====================  ============  ================================================
+        ====================  ============  =======================================================
+        ``anchor``            (m, n)        W*, the weights that must not be forgotten
+        ``importance``        (m, n)        Omega, of mean 1 over the model; if ``ewc_lambda`` > 0
+        ``trace``             (m, n)        F, importance of the current stream; likewise
+        ``momentum``          (m, n)        M, the velocity; if ``momentum`` > 0
+        ``win_x``             (C, n)        the window: inputs x,
+        ``win_delta``         (C, m)        gradients delta at the output,
+        ``win_eta``           (C,)          and steps eta; 0 in rows that are not in use
+        ``win_trace``         (C, m)        gradients for the trace; only for ``importance="mas"``
+        ``memory``            (K, n)        replay memory: inputs on which the anchor defines the
+                                            outputs; if ``replay_rows`` or ``orthogonal`` > 0
+        ``recent``            (K', n)       reservoir sample of inputs since the last consolidation;
+                                            likewise, or if ``kronecker`` > 0; K' = min(K, 1024)
+        ``recent_delta``      (K', m)       the gradients of the same tokens; if ``kronecker`` > 0
+        ``basis``             (k, n)        U, orthogonal directions of inputs that updates leave alone
+                                            (rows of length 1) or damp (shorter rows); if ``orthogonal``
+                                            or ``kronecker`` > 0. Rows of zeros have no effect
+        ``output_basis``      (k, m)        the same of gradients; if ``kronecker`` > 0
+        ``input_factor``,     (2 k, n)      second moments of inputs and of gradients, from which
+        ``output_factor``     (2 k, m)      the directions are made (`ttt.nn.kronecker`); likewise,
+        ``input_sums``,       (2,) float64  with their counts and the energy in other directions
+        ``output_sums``       (2,) float64
+        ``seen``              (1,) int64    rows that were ever offered to ``memory``,
+        ``recent_seen``       (1,) int64    and to ``recent``
+        ``past_mean``,        (n,)          Gaussian of past inputs (`ttt.nn.gaussian`); if
+        ``past_factor``,      (r, n)        ``generated_rows`` > 0
+        ``past_moments``      (2,) float64
+        ``present_mean``,     (n,)          Gaussian of inputs since the last consolidation; likewise
+        ``present_factor``,   (r, n)
+        ``present_moments``   (2,) float64
+        ``step``              (1,) int64    commits so far
+        ``tokens``            (1,) int64    tokens in the trace
+        ``moments``           (2, 3)        float64: sums of |x|^2 and of |delta|^2 |x|^2 as
+                                            `ttt.nn.rates` defines them, and the number of tokens, at
+                                            calibration and since; unless ``rate`` is "constant"
+        ``importance_scale``  (1,)          float64: mean importance at the first calibration, the
+                                            unit of Omega
+        ====================  ============  =======================================================
+
     Buffers that the configuration does not need are None.
 
     Args:

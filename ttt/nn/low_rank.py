@@ -96,7 +96,26 @@ class LowRankLinear(Adapted):
     The state is in buffers at fixed addresses that are not part of `state_dict`. There are S slots of R = rank + window
     rows; ``eta_sum`` and the importance are float32 (float64 for float64 weights):
 
-        =================  ============  ===================================================
+        =================  ============  ==========================================================
+        ``a``              (S, R, n)     inputs x_t; after compression scaled right singular vectors
+        ``b``              (S, R, m)     -eta_t delta_t; after compression scaled left singular vectors.
+                                         In float16 numbers below 3e-8 are rounded to 0
+        ``rows``           (S,) int32    rows in use
+        ``eta_sum``        (S,)          sum of eta_t since the slot was compressed
+        ``lost``           (S,)          bound on the Frobenius norm of what truncation dropped
+        ``step``           (S,) int64    compressions so far
+        ``importance_m``   (m,)          row and column means of Omega, shared by all users, if
+        ``importance_n``   (n,)          ``ewc_lambda`` > 0: Omega_ij = importance_m[i] importance_n[j]
+        ``memory``         (K, n)        replay memory, shared, if ``replay_rows`` or ``orthogonal`` > 0,
+        ``seen``           (1,)          and how many rows were ever offered to it
+        ``basis``          (k, n)        orthogonal directions of inputs that updates leave alone or damp,
+                                         shared, if ``orthogonal`` or ``kronecker`` > 0 (`ttt.nn.Linear`)
+        ``output_basis``   (k, m)        the same of gradients, shared, if ``kronecker`` > 0
+        ``calibrated``     (3,)          float64, shared, unless ``rate`` is "constant": sums of |x|^2 and
+                                         of |delta|^2 |x|^2, and the number of tokens, at calibration
+        ``moments``        (S, 3)        the same of each user's own tokens since
+        =================  ============  ==========================================================
+
     Args:
         in_features, out_features, bias, device, dtype: as `torch.nn.Linear`.
         config: a `TTTConfig` whose ``per_user`` (`ttt.LowRank`) gives the number and size of the slots.
