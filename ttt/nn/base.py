@@ -121,11 +121,21 @@ class Adapted(torch.nn.Linear):
         raise NotImplementedError
 
     def largest_step(self) -> float | None:
-        """The largest norm of one token's update for ``rate="decrease"``; None if the weight was 0 before learning."""
+        """The largest norm of one token's update; None for no limit.
+
+        There is one for ``rate="decrease"``, unless the weight was 0 before learning.
+        """
+        if self.config.rate != "decrease":
+            return None
         if self._largest_step is None:
             norm = torch.linalg.vector_norm(self.base_weight.detach(), dtype=_wide(self.weight.dtype))
             self._largest_step = _LARGEST_STEP * float(norm)
         return self._largest_step or None
+
+    @property
+    def damps(self) -> bool:
+        """Whether updates are made with other rows than those that backward passes give; see `applied`."""
+        return self.basis is not None or self.output_basis is not None
 
     def applied(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """The rows that updates are made with for inputs ``x`` (T, n) and gradients ``delta`` (T, m)."""

@@ -49,7 +49,7 @@ class Binding(_Direct):
         self.window, self.most = layer.config.window, self._most_rows(layer)
         self.tokens = layer.tokens.data_ptr()
         self.inserts, self.traces = layer.recent is not None, layer.win_trace is not None
-        self.projects = layer.basis is not None or layer.output_basis is not None
+        self.projects = layer.damps
         self.appended = _present(
             layer, "win_x", "win_delta", "win_eta", "win_trace", "recent", "recent_delta", "recent_seen"
         )

@@ -177,8 +177,7 @@ class Linear(StatefulLinear):
         eta, each, moments = rates(
             x, delta, self.config, sum_dtype,
             before=None if self.moments is None else self.moments.sum(0),
-            applied=self.applied(x, delta), share=self.share,
-            limit=self.largest_step() if self.config.rate == "decrease" else None,
+            applied=self.applied if self.damps else None, share=self.share, limit=self.largest_step(),
         )  # fmt: skip
         finite = each.all()
         if trace_delta is not None:

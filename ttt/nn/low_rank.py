@@ -235,7 +235,7 @@ class LowRankLinear(Adapted):
             The rows of the update, (T, n) and (T, m), and the `Rates`.
         """
         before, applied = self.moments, (x, delta)
-        if self.basis is not None or self.output_basis is not None:
+        if self.damps:
             # Rows that are not finite must not reach others through a product, see `forward`.
             finite = (torch.isfinite(x).all(1) & torch.isfinite(delta).all(1)).unsqueeze(1)
             x, delta = (torch.where(finite, rows, 0.0) for rows in (x, delta))
@@ -244,10 +244,10 @@ class LowRankLinear(Adapted):
             applied = (changed[0], changed[1])
         if before is not None:
             before = self.calibrated if users is None else self.calibrated + before
-        limit = self.largest_step() if self.config.rate == "decrease" else None
         found = rates(
             x, delta, self.config, self.eta_sum.dtype,
-            before=before, users=users, applied=applied, share=self.share, limit=limit,
+            before=before, users=users, applied=(lambda *_: applied) if self.damps else None, share=self.share,
+            limit=self.largest_step(),
         )  # fmt: skip
         return *applied, found
 

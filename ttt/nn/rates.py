@@ -43,6 +43,7 @@ for each user, with the sum over that user's tokens and T their number.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,10 @@ from ttt.config import TTTConfig
 
 CALIBRATED, STREAM = 0, 1
 """Rows of a layer's ``moments``: sums over the tokens of calibration, and over those learnt since."""
+
+
+Rows = tuple[Tensor, Tensor]
+"""Inputs (T, n) and gradients (T, m)."""
 
 
 class Rates(NamedTuple):
@@ -83,9 +88,7 @@ class Sizes(NamedTuple):
     squares: Tensor
 
 
-def token_sizes(
-    x: Tensor, delta: Tensor, applied: tuple[Tensor, Tensor], rate: str, wide: torch.dtype = torch.float64
-) -> Sizes:
+def token_sizes(x: Tensor, delta: Tensor, applied: Rows, rate: str, wide: torch.dtype = torch.float64) -> Sizes:
     """The sizes of tokens with inputs ``x`` (T, n) and gradients ``delta`` (T, m), computed in ``wide``.
 
     Args:
@@ -110,7 +113,7 @@ def rates(
     *,
     before: Tensor | None = None,
     users: Tensor | None = None,
-    applied: tuple[Tensor, Tensor] | None = None,
+    applied: Callable[[Tensor, Tensor], Rows] | None = None,
     share: float = 1.0,
     limit: float | None = None,
 ) -> Rates:
@@ -125,17 +128,18 @@ def rates(
             if ``config.rate`` is "constant".
         users: (T,) int32, the slot of each token; ``before`` is (S, 3) then. Tokens with -1 teach nobody, and their
             steps have no meaning. The bits that a user gets do not depend on tokens of others.
-        applied: the rows x' (T, n) and delta' (T, m) that updates are made with; None: ``x`` and ``delta``. Whether a
-            token is finite is decided by ``x`` and ``delta``.
+        applied: turns ``x`` and ``delta`` into the rows x' (T, n) and delta' (T, m) that updates are made with, whose
+            norms are then used; None: ``x`` and ``delta`` themselves. These decide whether a token is finite.
         share: of this layer in the decrease, if ``config.rate`` is "decrease".
-        limit: the largest norm of one token's update, if ``config.rate`` is "decrease"; None for no limit.
+        limit: the largest norm of one token's update; None for no limit.
     """
-    x_norm, d_norm = (torch.linalg.vector_norm(t, dim=1, dtype=wide) for t in (x, delta))
-    norm = d_norm * x_norm
+    given = changed = (x, delta)
+    sizes = token_sizes(x, delta, given, config.rate, wide)
     # The squared norm bounds every entry of the token's squared gradient: a trace cannot overflow either.
-    finite = torch.isfinite(norm * norm)
-    applied = (x, delta) if applied is None else applied
-    sizes = token_sizes(x, delta, applied, config.rate, wide)
+    finite = torch.isfinite(sizes.norm * sizes.norm)
+    if applied is not None and (before is not None or config.clip is not None):
+        changed = applied(x, delta)
+        sizes = token_sizes(x, delta, changed, config.rate, wide)
     norm, squares = sizes.norm, sizes.squares
     if before is None:
         return Rates(_clipped(torch.full_like(norm, config.lr), norm, config.clip), finite, None)
@@ -157,13 +161,14 @@ def rates(
     eta = _clipped(eta, norm, bound)
     if config.burst is not None and config.rate != "energy" and config.lr > 0:
         # For "rms" both factors of a gradient are those of the update.
-        rows = applied if config.rate == "rms" else (x, delta)
+        rows = changed if config.rate == "rms" else given
         weight = torch.where(root > 0, eta / unit, 0.0).to(norm.dtype)
-        size = _sizes(rows, applied, sizes, weight, users)
+        size = _sizes(rows, changed, sizes, weight, users)
         eta = torch.where(size > config.burst, eta * (config.burst / size), eta)
-    if limit is not None and config.rate == "decrease":
-        moved = torch.stack([torch.linalg.vector_norm(rows, dim=1, dtype=wide) for rows in applied]).prod(0)
-        eta = _clipped(eta, eta * moved, limit)
+    if limit is not None:
+        if changed is not given:  # the norms of the update's rows, which are not the sizes of "decrease"
+            norm = torch.stack([torch.linalg.vector_norm(rows, dim=1, dtype=wide) for rows in changed]).prod(0)
+        eta = _clipped(eta, eta * norm, limit)
     # Steps of inputs close to 0 may overflow.
     return Rates(eta, finite & torch.isfinite(eta), grown)
 
@@ -197,9 +202,6 @@ def places(users: Tensor) -> Tensor:
 def _clipped(eta: Tensor, norm: Tensor, bound: float | Tensor | None) -> Tensor:
     """``eta`` (T,), multiplied by bound / norm where the gradient's ``norm`` (T,) is above ``bound``."""
     return eta if bound is None else torch.where(norm > bound, eta * (bound / norm), eta).to(norm.dtype)
-
-
-Rows = tuple[Tensor, Tensor]  # inputs (T, n) and gradients (T, m)
 
 
 def _sizes(rows: Rows, applied: Rows, sizes: Sizes, weight: Tensor, users: Tensor | None) -> Tensor:
