@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import ttt
 from ttt.checks import check_type, check_whole
 from ttt.learn.learner import Learner
-from ttt.store import Store, Version
+from ttt.store import Store, UnknownUser, Version
 
 CONFIG = ttt.TTTConfig(
     target_modules=["down_proj"], layers="last:0.25", per_user=ttt.LowRank(slots=1, rank=16, window=64)
@@ -84,8 +84,10 @@ class Chat:
 
     def versions(self) -> list[Version]:
         """The user's versions, newest first; empty for a user who is not in the store."""
-        known = any(user.name == self.user for user in self.store.users())
-        return self.store.history(self.user) if known else []
+        try:
+            return self.store.history(self.user)
+        except UnknownUser:
+            return []
 
     def say(self, text: str, streamer: Any = None) -> Turn:
         """Answer ``text``, then learn from it and store what was learnt.
@@ -99,8 +101,7 @@ class Chat:
         check_type("text", text, str, "a string")
         if not text.strip():
             raise ValueError("text must not be empty")
-        asked = [*self.messages, {"role": "user", "content": text}]
-        asked, ids, _ = self._fitting(asked)
+        asked, ids = self._fitting([*self.messages, {"role": "user", "content": text}])
         with torch.no_grad(), ttt.users(self.model, [self.user]):
             written = self.model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.max_new_tokens, do_sample=False,
@@ -137,26 +138,26 @@ class Chat:
         self.messages = []
 
     def _learn(self, asked: list[dict[str, str]], answer: str) -> Turn:
-        _, ids, mask = self._tokens(asked, prompt=False)
+        ids, mask = self._tokens(asked, prompt=False)
         seen = self.learner.observe(ids, learn_mask=mask, users=[self.user])
         nll = float(seen.nll[mask[:, 1:]].double().mean())
         with self.store.lease(self.user) as lease:
             version = self.store.put(lease, self.pool.export(self.user))
         return Turn(answer, version, int(mask.sum()), nll)
 
-    def _fitting(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], Tensor, Tensor]:
+    def _fitting(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], Tensor]:
         """The latest of ``messages`` that leave room for an answer, and their tokens."""
         room = self.learner.context - self.max_new_tokens
         while True:
-            found = self._tokens(messages, prompt=True)
-            if found[1].shape[1] <= room:
-                return found
+            ids, _ = self._tokens(messages, prompt=True)
+            if ids.shape[1] <= room:
+                return messages, ids
             if len(messages) < 3:
-                raise ValueError(f"text must have at most about {room} tokens, got {found[1].shape[1]}")
+                raise ValueError(f"text must have at most about {room} tokens, got {ids.shape[1]}")
             messages = messages[2:]
 
-    def _tokens(self, messages: list[dict[str, str]], *, prompt: bool) -> tuple[list[dict[str, str]], Tensor, Tensor]:
-        """``messages``, their tokens (1, T) in the template, and (1, T) bool: the words of the last of them.
+    def _tokens(self, messages: list[dict[str, str]], *, prompt: bool) -> tuple[Tensor, Tensor]:
+        """The tokens (1, T) of ``messages`` in the template, and (1, T) bool: those of the last one's words.
 
         Args:
             prompt: whether the template's beginning of an answer follows.
@@ -167,4 +168,4 @@ class Chat:
         found = self.tokenizer(whole, return_offsets_mapping=True, add_special_tokens=False)
         inside = [first < start + len(content) and last > start for first, last in found["offset_mapping"]]
         device = next(self.model.parameters()).device
-        return messages, torch.tensor([found["input_ids"]], device=device), torch.tensor([inside], device=device)
+        return torch.tensor([found["input_ids"]], device=device), torch.tensor([inside], device=device)
