@@ -1,6 +1,6 @@
 # Every target installs what it needs into .venv first, once.
 #   build  an editable install with the C++ kernels      test   all tests
-#   demo   writes report/index.html                      quick  some tests, in under 2 minutes
+#   demo   writes report/index.html                      quick  some tests, in about 80 s
 #   docs   the documentation, into site/                 lint, format
 #   bench-learning, bench-language, bench, bench-check  the benchmarks of methods, on a real language model, of kernels
 VENV ?= .venv
@@ -44,7 +44,7 @@ bench-learning: $(VENV)/.bench
 	$(BIN)/python -m bench.learning --report
 
 # A language model learns from streams of text: about 100 minutes on one core. The texts are of Debian's packages
-# manpages-fr, manpages-de, debian-policy, fortunes and tzdata; the command says which of them is missing.
+# manpages-fr, manpages-de, debian-policy, fortunes-min and tzdata; the command says which of them is missing.
 bench-language: $(VENV)/.language
 	$(BIN)/python -m bench.learning --suite streams --seeds 1
 	$(BIN)/python -m bench.tables

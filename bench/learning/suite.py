@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 SEEDS = (1000, 1001)
 """Seeds of the search for options, for references and for methods without other seeds. Reported seeds count from 0."""
@@ -103,6 +103,20 @@ class Suite(Protocol):
             rows: the summary of the runs, from `bench.learning.report.summarise`.
         """
         ...
+
+
+M = TypeVar("M")
+
+
+def named(methods: Mapping[str, M], name: str) -> M:
+    """The method ``name`` of a suite's ``methods``.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name not in methods:
+        raise ValueError(f"method must be one of {list(methods)}, got {name!r}")
+    return methods[name]
 
 
 def best_of(method: str) -> str:

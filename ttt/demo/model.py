@@ -44,8 +44,8 @@ COLUMNS = dataclasses.replace(COMBINED, rate="rms", lr=0.08, protect=[ttt.Orthog
 FROZEN, IN_CONTEXT, SGD, EWC, REPLAY = "frozen", "in-context only", "SGD", "EWC", "replay"
 ORTHOGONAL, ALL, DEFAULT, GROWING = "orthogonal", "combined", "default", "columns"
 
-# The best settings of a single protection. They are stronger than in COMBINED, and the best
-# rate is lower: see `bench.learning.experiments.tune`.
+# The best settings of a single protection. They are stronger than in COMBINED, and the best rate is lower: see
+# `bench.learning.experiments.tune`.
 RATE_ALONE, EWC_ALONE, BETA_ALONE, DIRECTIONS_ALONE = 0.02, 0.003, 0.2, 16
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from bench.learning.suite import named
 from ttt.defences import Defence
 from ttt.rules import (
     EWC,
@@ -110,9 +111,7 @@ def method(name: str) -> Method:
     Raises:
         ValueError: if there is none.
     """
-    if name not in METHODS:
-        raise ValueError(f"method must be one of {list(METHODS)}, got {name!r}")
-    return METHODS[name]
+    return named(METHODS, name)
 
 
 def fits(name: str, scenario: str) -> bool:

@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--part", type=int, default=PART, help="bytes of each part of the stream")
     args = parser.parse_args()
     console = Console()
-    (base, _), config = load_model(), COMBINED
+    base, config = load_model()[0], COMBINED
     held_out = held_out_python()
     texts = {"headers": stream_of("headers"), "english": stream_of("english"), "yaml": yaml()}
     texts["python"] = held_out[len(held_out) // 2 :]  # the windows below are of the first half

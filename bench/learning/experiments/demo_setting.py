@@ -25,5 +25,5 @@ def options_of(doc: str, size: int, results: Path) -> argparse.Namespace:
 
 def setting() -> Setting:
     """Load what the experiments share."""
-    (model, _), config = load_model(), COMBINED
+    model, config = load_model()[0], COMBINED
     return model, config, windows(held_out_python(), 32), calibration_batches()

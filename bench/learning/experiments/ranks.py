@@ -37,7 +37,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     sizes = [(f"rank {rank}", ttt.LowRank(slots=1, rank=rank)) for rank in RANKS]
     for name, users in [("frozen", None), ("full rank", None), *sizes]:
-        (model, _), config = load_model(), COMBINED
+        model, config = load_model()[0], COMBINED
         ttt.adapt_(model, config.with_flat(**plain, per_user=users))
         learner = ttt.Learner(model, context=CONTEXT)
         observed = learner.observe(ids, learn=name != "frozen", users=None if users is None else ["user"])

@@ -28,9 +28,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import ttt
-from bench.learning.language.base import CONTEXT, Base, smollm
+from bench.learning.language.base import CONTEXT, Base, segments, smollm
 from bench.learning.language.measures import divergence, loss
 from bench.learning.language.methods import CONFIG
+from bench.learning.language.readers import Learning
 from bench.learning.language.texts import TUNING
 from bench.machine import machine
 
@@ -81,14 +82,15 @@ def rewritten(model: Any, form: str) -> Any:
 def measure(base: Base, form: str, setting: dict[str, Any], ids: Tensor) -> dict[str, Any]:
     """What one form of the model gains, and how far it drifts, in nats per token."""
     model = rewritten(base.model, form)
-    frozen = torch.cat([loss(model, ids[:, at : at + CONTEXT + 1]) for at in range(0, ids.shape[1] - 1, CONTEXT)])
+    frozen = torch.cat([loss(model, segment) for segment in segments(ids)])
     options = dict(setting)
     protect = [ttt.KroneckerFisher(power=options.pop("power", CONFIG.kronecker_power))]
     learner = ttt.Learner(ttt.adapt_(model, dataclasses.replace(CONFIG, **options, protect=protect)), context=CONTEXT)
     learner.calibrate(base.own.split(1))
-    parts = [learner.observe(ids[:, at : at + CONTEXT + 1]).nll[0] for at in range(0, ids.shape[1] - 1, CONTEXT)]
+    reader = Learning(learner)
+    learnt = torch.cat([reader.read(segment) for segment in segments(ids)])
     drift = divergence(model, base.general, base.model.get_output_embeddings(), base.frozen_hidden)
-    gain = float((frozen - torch.cat(parts)).double().mean())
+    gain = float((frozen - learnt).double().mean())
     return {"form": form, **setting, "gain": round(gain, 4), "kl": round(float(drift.double().mean()), 5)}
 
 

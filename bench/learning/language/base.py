@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -93,6 +93,12 @@ class Base:
         if len(ids) <= count:
             raise ValueError(f"the text {name!r} is too short for part {part} of {count} tokens")
         return ids[None]
+
+
+def segments(ids: Tensor) -> Iterator[Tensor]:
+    """The parts of ``ids`` (1, T + 1) that are read with one context: of `CONTEXT` tokens and the one after them."""
+    for start in range(0, ids.shape[1] - 1, CONTEXT):
+        yield ids[:, start : start + CONTEXT + 1]
 
 
 def check_text(name: str) -> None:

@@ -16,6 +16,7 @@ import ttt
 from bench.learning.language import readers
 from bench.learning.language.base import CONFIG, Base
 from bench.learning.language.readers import Reader
+from bench.learning.suite import named
 
 Options = Mapping[str, Any]
 
@@ -95,6 +96,4 @@ def method(name: str) -> LanguageMethod:
     Raises:
         ValueError: if there is none.
     """
-    if name not in METHODS:
-        raise ValueError(f"method must be one of {list(METHODS)}, got {name!r}")
-    return METHODS[name]
+    return named(METHODS, name)

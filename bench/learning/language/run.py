@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.learning.clock import Clock
-from bench.learning.language.base import CONTEXT, Base
+from bench.learning.language.base import Base, segments
 from bench.learning.language.measures import blocks, divergence, facts_loss, loss
 from bench.learning.language.methods import LanguageMethod, Options
 
@@ -18,7 +18,7 @@ TIMED = 2  # segments that a method reads for each one that the frozen model rea
 
 
 def run(base: Base, found: LanguageMethod, ids: Tensor, seed: int, options: Options) -> dict[str, Any]:
-    """The method ``found`` reads ``ids`` (1, T + 1) in segments of `CONTEXT` tokens, each with an empty context.
+    """The method ``found`` reads ``ids`` (1, T + 1) in segments of `base.CONTEXT` tokens, each with an empty context.
 
     Returns:
         A dict of plain values. Losses and divergences are in nats.
@@ -36,8 +36,7 @@ def run(base: Base, found: LanguageMethod, ids: Tensor, seed: int, options: Opti
     reader = found.make(base, options, seed)
     clock = Clock(TIMED)
     parts = []
-    for start in range(0, ids.shape[1] - 1, CONTEXT):
-        segment = ids[:, start : start + CONTEXT + 1]
+    for segment in segments(ids):
         with clock.turn():
             parts.append(reader.read(segment))
         if clock.due():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import ttt
+from bench.learning.suite import named
 from bench.learning.text import readers
 from bench.learning.text.base_model import BaseModel
 from bench.learning.text.streams import Stream
@@ -204,6 +205,4 @@ def method(name: str) -> TextMethod:
     Raises:
         ValueError: if there is none.
     """
-    if name not in METHODS:
-        raise ValueError(f"method must be one of {list(METHODS)}, got {name!r}")
-    return METHODS[name]
+    return named(METHODS, name)
