@@ -31,10 +31,12 @@ from ttt.experts.learner import GrowingLearner
 from ttt.info import info
 from ttt.learn.any_loss import LearningResult, capturable_, learning
 from ttt.learn.cuda_graph import GraphedLearner
+from ttt.learn.episodes import EpisodeLog
 from ttt.learn.generate import GenerateOutput
 from ttt.learn.guard import Guard, GuardCheck
 from ttt.learn.learner import Learner, Snapshot
 from ttt.learn.loop import ObserveOutput
+from ttt.learn.study import StudyOutput
 from ttt.per_user.pool import Pool, pool_of, users
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ __all__ = [
     "MAS",
     "SI",
     "Decay",
+    "EpisodeLog",
     "GenerateOutput",
     "GraphedLearner",
     "GrowingLearner",
@@ -64,6 +67,7 @@ __all__ = [
     "Pool",
     "Snapshot",
     "Store",
+    "StudyOutput",
     "TTTConfig",
     "adapt_",
     "capturable_",

@@ -13,6 +13,7 @@ from ttt.atomic import whole_write
 from ttt.checks import check_bool, check_type, check_whole
 from ttt.learn import protection
 from ttt.learn.access import Access
+from ttt.learn.episodes import EpisodeLog
 from ttt.learn.generate import GenerateOptions, GenerateOutput, generate
 from ttt.learn.guard import Guard
 from ttt.learn.head import HeadSplit
@@ -24,6 +25,7 @@ from ttt.learn.single import SingleWeights
 from ttt.learn.snapshot import Snapshot, put_back, take_snapshot
 from ttt.learn.step import differentiates_outputs
 from ttt.learn.stream_rule import StreamRule, check_rules
+from ttt.learn.study import StudyOptions, StudyOutput, study
 from ttt.learn.text import check_tokens
 from ttt.per_user.guards import UserGuards
 from ttt.per_user.protection import calibrate as calibrate_users
@@ -52,9 +54,11 @@ class Learner:
             do: in the window, in the sample of recent inputs, and in the trace (with zeros for "mas").
         guard: keeps what is forgotten within a bound; None for no guard. If every user has weights of their own, its
             inputs and settings are those of one guard for each user (`ttt.per_user.guards.UserGuards`).
+        episodes: keeps the text that was learnt from, for `study`; None to keep nothing. It serves one learner.
 
     Raises:
-        TypeError: if ``model`` is no module, ``guard`` no `ttt.Guard`, or one of ``rules`` no `ttt.rules.StreamRule`.
+        TypeError: if ``model`` is no module, ``guard`` no `ttt.Guard`, ``episodes`` no `ttt.EpisodeLog`, or one of
+            ``rules`` no `ttt.rules.StreamRule`.
         ValueError: if the model has no learning layer, ``context`` < 2, or a rule or ``guard`` cannot serve it; no rule
             can serve a model with weights for each user.
         RuntimeError: if a tensor of the model was made under `torch.inference_mode`.
@@ -73,9 +77,12 @@ class Learner:
         context: int | None = None,
         rules: Sequence[StreamRule] = (),
         guard: Guard | None = None,
+        episodes: EpisodeLog | None = None,
     ) -> None:
         if guard is not None:
             check_type("guard", guard, Guard, "a ttt.Guard or None")
+        if episodes is not None:
+            check_type("episodes", episodes, EpisodeLog, "a ttt.EpisodeLog or None")
         self.access = Access(model)
         self.pool, self.layers, self.config = self.access.pool, self.access.single_layers, self.access.config
         if context is None:
@@ -91,6 +98,7 @@ class Learner:
         self.head = HeadSplit(model, "importance 'mas' differentiates the logits" * differentiates_outputs(self.config))
         self.guard: Guard | None = None
         self.user_guards: UserGuards | None = None
+        self.episodes = episodes
         self._looked_for_protection = False
         with self.access.enter("Learner", repairs=True), contextlib.ExitStack() as undo:
             for rule in self.rules:
@@ -101,6 +109,8 @@ class Learner:
             elif guard is not None:
                 guard.attach(self)
                 self.guard = guard
+            if episodes is not None and self.pool is not None:
+                self.pool.episodes = episodes
             undo.pop_all()
 
     # -- read and write text --------------------------------------------------------------------------------------
@@ -158,7 +168,10 @@ class Learner:
                     strategy = PerUserWeights(self, self.pool, text, users, slots, learn)
                 else:
                     strategy = SingleWeights(self, text, learn)
-                return strategy.output(read(text, strategy, self.config.chunk, self.context))
+                output = strategy.output(read(text, strategy, self.config.chunk, self.context))
+                if learn and self.episodes is not None:
+                    self.episodes.keep(text, users, output)
+                return output
 
     def generate(
         self,
@@ -208,6 +221,34 @@ class Learner:
                 eos_token_id=eos_token_id, generator=generator,
             )  # fmt: skip
             return generate(self, text, options)
+
+    def study(self, user: Hashable = None, *, passes: int = 20, lr: float = 0.005, until: float = 0.4) -> StudyOutput:
+        """Read again what was learnt since the last study, several times, until the weights hold it.
+
+        To be called between requests, on a learner with an `ttt.EpisodeLog`. Where nothing new was said, nothing is
+        done. It can be undone with `snapshot` and `rollback`, or `ttt.Pool.export` and `load`. An interrupt leaves the
+        model as it was; the next call begins anew. With weights for each user, the change is truncated to the rank of
+        `ttt.LowRank`; 32 or more keeps nearly all of it.
+
+        Args:
+            user: who said it, where every user has weights of their own; a user without a slot gets one.
+            passes: largest number of passes over the episodes; a pass is one step for each 32 of them.
+            lr: size of a step for each weight, relative to the root mean square of the layer's weights.
+            until: end when the mean loss of a pass, in nats per token, is no larger.
+
+        Returns:
+            A `ttt.StudyOutput`.
+
+        Raises:
+            TypeError, ValueError: for a wrong argument, or without a log.
+            FloatingPointError: if a loss or gradient is not finite, or the loss grows by a nat per token.
+            RuntimeError: as `observe`. Nothing has changed in any of these cases.
+        """
+        options = StudyOptions(passes=passes, lr=lr, until=until)
+        if (self.pool is None) != (user is None):
+            raise ValueError(f"user must be given if, and only if, every user has weights of their own; got {user!r}")
+        with self.access.enter("Learner.study"), frozen(self.model):
+            return study(self, user, options)
 
     # -- protect --------------------------------------------------------------------------------------------------
 
@@ -280,10 +321,10 @@ class Learner:
     # -- go back --------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
-        """A copy of all learning state, that of the rules included, for `rollback`."""
+        """A copy of all learning state, that of the rules and the log of episodes included, for `rollback`."""
         self.require_single("snapshot", "pool.export(user)")
         with self.access.enter("Learner.snapshot"):
-            return take_snapshot(self.layers, self.rules)
+            return take_snapshot(self.layers, self.rules, self.episodes)
 
     def rollback(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot exactly.
@@ -294,7 +335,7 @@ class Learner:
         """
         self.require_single("rollback", "pool.load(user, state)")
         with self.access.enter("Learner.rollback", repairs=True):
-            put_back(snapshot, self.layers, self.rules)
+            put_back(snapshot, self.layers, self.rules, self.episodes)
             if self.guard is not None:
                 self.guard.resume()
 
@@ -311,6 +352,8 @@ class Learner:
                     layer.reset()
             for rule in self.rules:
                 rule.reset()
+            if self.episodes is not None:
+                self.episodes.forget(None)
             if self.guard is not None:
                 self.guard.restart()
 

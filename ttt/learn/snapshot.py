@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ttt.atomic import whole_write
 from ttt.checks import check_type
+from ttt.learn.episodes import EpisodeLog
 from ttt.learn.stream_rule import StreamRule
 from ttt.nn import Linear
 
@@ -22,22 +23,27 @@ class Snapshot:
         layers: of each layer, its state (`ttt.nn.Linear`) by name.
         bases: of each layer, what `ttt.Learner.reset` goes back to after a consolidation; empty before the first.
         rules: of each rule, its class and its state.
+        episodes: what the log held; empty without a log.
     """
 
     layers: list[dict[str, Tensor]]
     bases: list[dict[str, Tensor]]
     rules: list[tuple[type[StreamRule], Any]] = dataclasses.field(default_factory=list)
+    episodes: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
-def take_snapshot(layers: Sequence[Linear], rules: Sequence[StreamRule]) -> Snapshot:
-    """A snapshot of ``layers`` and ``rules``."""
+def take_snapshot(layers: Sequence[Linear], rules: Sequence[StreamRule], log: EpisodeLog | None) -> Snapshot:
+    """A snapshot of ``layers``, ``rules`` and ``log``."""
     # Shared tensors and bases are never written in place: they need no copy.
     states = [{name: t if name in layer.shared else t.clone() for name, t in layer.state().items()} for layer in layers]
-    return Snapshot(states, [dict(layer.base) for layer in layers], [(type(rule), rule.state()) for rule in rules])
+    held = {} if log is None else log.export(None)
+    return Snapshot(
+        states, [dict(layer.base) for layer in layers], [(type(rule), rule.state()) for rule in rules], held
+    )
 
 
-def put_back(snapshot: Snapshot, layers: Sequence[Linear], rules: Sequence[StreamRule]) -> None:
-    """Give ``layers`` and ``rules`` the state in ``snapshot``.
+def put_back(snapshot: Snapshot, layers: Sequence[Linear], rules: Sequence[StreamRule], log: EpisodeLog | None) -> None:
+    """Give ``layers``, ``rules`` and ``log`` the state in ``snapshot``.
 
     Raises:
         TypeError: if ``snapshot`` is none.
@@ -61,3 +67,5 @@ def put_back(snapshot: Snapshot, layers: Sequence[Linear], rules: Sequence[Strea
             layer.base = dict(base)
         for rule, (_, held) in zip(rules, snapshot.rules, strict=True):
             rule.load_state(held)
+        if log is not None:
+            log.load(None, snapshot.episodes)

@@ -20,11 +20,27 @@ _POOL = "_ttt_pool"  # attribute of the model, beside its modules and parameters
 _ENTRY = threading.Lock()  # held while a pool's thread is looked up and set; not in the pool, which can be copied
 
 
-class Companion(Protocol):
-    """State beside the layers that a `Pool` keeps for users in a slot, such as `ttt.per_user.guards.UserGuards`."""
+class UserState(Protocol):
+    """State beside the layers that a `Pool` keeps for users in a slot, such as `ttt.EpisodeLog`."""
 
     prefix: str
     """Its tensors are ``{prefix}.{name}`` in a user's state."""
+
+    def export(self, user: Hashable) -> State:
+        """The tensors kept for ``user``, by name."""
+
+    def check_state(self, state: State) -> object:
+        """Raise ValueError or TypeError unless ``state``, which may be empty, can be loaded."""
+
+    def load(self, user: Hashable, state: State) -> None:
+        """Start with a user whose layers have just been loaded; ``state`` is empty for a new user."""
+
+    def forget(self, user: Hashable) -> None:
+        """Drop everything kept for ``user``."""
+
+
+class Companion(UserState, Protocol):
+    """State of users that takes part in their learning, as `ttt.per_user.guards.UserGuards`."""
 
     def before_evict(self, user: Hashable) -> None:
         """Called before ``user``, who has a slot, is evicted; may change the user's weights."""
@@ -37,18 +53,6 @@ class Companion(Protocol):
 
     def check_due(self) -> list[Hashable]:
         """Called after each chunk that users have learnt from; may change their weights."""
-
-    def export(self, user: Hashable) -> State:
-        """The companion's tensors for ``user``, by name."""
-
-    def check_state(self, state: State) -> object:
-        """Raise ValueError or TypeError unless ``state``, which may be empty, can be loaded."""
-
-    def load(self, user: Hashable, state: State) -> None:
-        """Start with a user whose layers have just been loaded; ``state`` is empty for a new user."""
-
-    def forget(self, user: Hashable) -> None:
-        """Drop everything kept for ``user``."""
 
 
 class Pool:
@@ -67,7 +71,8 @@ class Pool:
         on_evict: called with (user, state) before a slot is given to another user; if it raises, nothing changes.
             None: what an evicted user learnt is lost.
         on_miss: called with a user who has no slot; returns a state, or None for a user who starts from the base model.
-        companion: keeps further state for every user in a slot; None for nothing.
+        companion: keeps further state for every user in a slot and takes part in learning; None for nothing.
+        episodes: keeps what was learnt from (`ttt.EpisodeLog`); None for nothing.
     """
 
     def __init__(self, layers: dict[str, LowRankLinear]) -> None:
@@ -80,6 +85,7 @@ class Pool:
         self.on_evict: Callable[[Hashable, State], None] | None = None
         self.on_miss: Callable[[Hashable], State | None] | None = None
         self.companion: Companion | None = None
+        self.episodes: UserState | None = None
         self.routing = Routing()
         for layer in self.layers.values():
             layer.routing = self.routing
@@ -163,8 +169,8 @@ class Pool:
                     slot = self._slot.pop(user)
                     for layer in self.layers.values():
                         layer.clear_slot(slot)
-                    if self.companion is not None:
-                        self.companion.forget(user)
+                    for kept in self._kept:
+                        kept.forget(user)
 
     def forget_all(self) -> None:
         """`forget` every user."""
@@ -181,9 +187,8 @@ class Pool:
         """
         with self.one_thread():
             state = self._export_layers(user)
-            if self.companion is not None:
-                own = self.companion.export(user)
-                state |= {f"{self.companion.prefix}.{key}": t for key, t in own.items()}
+            for kept in self._kept:
+                state |= {f"{kept.prefix}.{key}": t for key, t in kept.export(user).items()}
             return state
 
     def load(self, user: Hashable, state: State) -> int:
@@ -213,7 +218,7 @@ class Pool:
                 layer.load_slot(self.slot(user), _part(state, name))
 
     def copy_layers(self, user: Hashable) -> State:
-        """A copy of what the layers hold for ``user``: `export` without the companion's tensors."""
+        """A copy of what the layers hold for ``user``: `export` without what is kept beside them."""
         with self.one_thread():
             return self._export_layers(user)
 
@@ -281,6 +286,11 @@ class Pool:
             with _ENTRY:
                 self._depth -= 1
 
+    @property
+    def _kept(self) -> list[UserState]:
+        """What keeps state of users beside the layers."""
+        return [kept for kept in (self.companion, self.episodes) if kept is not None]
+
     @contextlib.contextmanager
     def _routed(self, slots: list[int]) -> Iterator[Tensor]:
         before = self.routing.slots
@@ -311,21 +321,21 @@ class Pool:
                 for name, layer in self.layers.items():
                     layer.load_slot(slot, _part(state, name))
             self._slot[user] = slot
-            if self.companion is not None:
-                self.companion.load(user, _part(state or {}, self.companion.prefix))
+            for kept in self._kept:
+                kept.load(user, _part(state or {}, kept.prefix))
 
     def _check(self, user: Hashable, state: State) -> None:
-        """Raise ValueError or TypeError unless ``state`` fits the layers and the companion. Nothing is written."""
+        """Raise ValueError or TypeError unless ``state`` fits what the pool keeps. Nothing is written."""
         if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
             raise TypeError(f"the state of user {user!r} must be a dict of tensors by name, got {type(state).__name__}")
-        prefixes = [*self.layers, *([] if self.companion is None else [self.companion.prefix])]
+        prefixes = [*self.layers, *(kept.prefix for kept in self._kept)]
         names = {f"{prefix}.{key}" for prefix in prefixes for key in _part(state, prefix)}
         if names != set(state):
             raise ValueError(f"the state of user {user!r} has tensors of other layers: {sorted(set(state) - names)}")
         for name, layer in self.layers.items():
             layer.check_slot_state(_part(state, name))
-        if self.companion is not None:
-            self.companion.check_state(_part(state, self.companion.prefix))
+        for kept in self._kept:
+            kept.check_state(_part(state, kept.prefix))
 
     def _export_layers(self, user: Hashable) -> State:
         slot = self.slot(user)
@@ -333,7 +343,7 @@ class Pool:
 
 
 def _part(state: State, prefix: str) -> State:
-    """The tensors of one layer, or of the companion, by their own names."""
+    """The tensors of one layer, or of what is kept beside them, by their own names."""
     return {k[len(prefix) + 1 :]: t for k, t in state.items() if k.rpartition(".")[0] == prefix}
 
 

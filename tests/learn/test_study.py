@@ -1,0 +1,365 @@
+"""Study and its log: one step against autograd and torch's Adam, isolation, undoing, and what is kept of a text."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import VOCAB, assert_same, tiny
+from torch import nn
+
+import ttt
+from ttt.learn import study as study_module
+from ttt.learn.episodes import Episode
+
+
+def words(rows, length, seed=None):
+    generator = torch.Generator().manual_seed(torch.seed() % 2**31 if seed is None else seed)
+    return torch.randint(1, VOCAB, (rows, length), generator=generator)
+
+
+def learner_of(users=None, dtype=torch.float32, lr=0.0, log=None, **options):
+    config = ttt.TTTConfig(
+        ["down_proj"], layers="last:0.5", lr=lr, protect=[ttt.KroneckerFisher(directions=3)], window=8, chunk=8,
+        per_user=None if users is None else ttt.LowRank(slots=users, rank=40, window=8), **options,
+    )  # fmt: skip
+    learner = ttt.Learner(ttt.adapt_(tiny().to(dtype), config), episodes=log or ttt.EpisodeLog())
+    learner.calibrate([words(2, 24)])
+    return learner
+
+
+def told(learner, ids, learn, user="ada"):
+    if learner.pool is not None:
+        learner.pool.open(user)
+    learner.episodes.keep(*_text(ids, learn, learner.pool and [user] * len(ids)))
+
+
+def _text(ids, learn, users):
+    from ttt.learn.loop import ObserveOutput
+    from ttt.learn.text import Text
+
+    nothing = torch.zeros((len(ids), ids.shape[1] - 1))
+    return Text.of(ids, None, learn), users, ObserveOutput(nothing, nothing.bool(), 0, 0)
+
+
+def projections(layer):
+    """I - U^T U of inputs and of gradients, in float64."""
+    return [torch.eye(basis.shape[1], dtype=torch.float64) - basis.double().T @ basis.double()
+            for basis in (layer.basis, layer.output_basis)]  # fmt: skip
+
+
+def by_autograd(model, layers, episodes, passes, lr):
+    """The studied weights, from autograd through all of the model in float64, and torch's own Adam."""
+    reference = copy.deepcopy(model).double()
+    for layer in layers:
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=torch.float64)
+        plain.weight.data.copy_(layer.weight)
+        parent, _, name = layer.name.rpartition(".")
+        setattr(reference.get_submodule(parent), name, plain)
+    weights = [reference.get_submodule(layer.name).weight for layer in layers]
+    optimizers = [torch.optim.Adam([w], lr=1.0, betas=(0.9, 0.99), eps=1e-14) for w in weights]
+    losses = []
+    for _ in range(passes):
+        total, count = 0.0, 0
+        for episode in episodes:
+            logits = reference(input_ids=episode.ids[None, :-1]).logits[0]
+            each = nn.functional.cross_entropy(logits, episode.ids[1:], reduction="none")
+            total, count = total + each[episode.learn[1:]].sum(), count + int(episode.learn.sum())
+        losses.append(float(total.detach()) / count)
+        for gradient, weight, layer, adam in zip(
+            torch.autograd.grad(total / count, weights), weights, layers, optimizers, strict=True
+        ):
+            inputs, outputs = projections(layer)
+            before = weight.detach().clone()
+            weight.grad = outputs @ gradient @ inputs
+            adam.step()
+            unit = lr * layer.weight.double().square().mean().sqrt()
+            weight.data.copy_(before + unit * (outputs @ (weight.data - before) @ inputs))
+    return [w.detach() for w in weights], losses
+
+
+@pytest.mark.parametrize("users", [None, 2])
+def test_a_study_takes_the_steps_of_adam_within_the_projections(users):
+    learner = learner_of(users)
+    user = None if users is None else "ada"
+    for length in (9, 5, 17):
+        ids = words(1, length)
+        learn = torch.rand(ids.shape) < 0.6
+        learn[:, -1] = True
+        told(learner, ids, learn)
+    episodes = learner.episodes.of(user)
+    layers = list(learner.access.layers)
+    before = [layer.weight.detach().clone() for layer in layers]
+    wanted, losses = by_autograd(learner.model, layers, episodes, 4, 0.02)
+    output = learner.study(user, passes=4, lr=0.02, until=0.0)
+    assert output.episodes == len(episodes)
+    assert output.losses == pytest.approx(losses, rel=1e-4)
+    assert losses[-1] < losses[0]
+    for layer, weight, expected in zip(layers, before, wanted, strict=True):
+        now = layer.weight if users is None else layer.effective_weight(learner.pool.slot("ada"))
+        change = (expected - weight.double()).norm()
+        assert change > 0
+        assert (now.double() - expected).norm() < 0.02 * change
+        if users is not None:
+            assert torch.equal(layer.weight, weight)
+    assert all(episode.studied for episode in learner.episodes.of(user))
+    assert learner.study(user) == ttt.StudyOutput(0, [])  # there is nothing new
+
+
+def test_a_users_change_is_the_best_one_of_the_rank_and_what_was_dropped_is_counted():
+    learner = learner_of(1, lr=0.05)
+    learner.observe(words(1, 30), users=["ada"])
+    for layer in learner.pool.layers.values():
+        change = study_module.Change(layer)
+        change.value.normal_()
+        slot = learner.pool.slot("ada")
+        held = int(layer.rows[slot])
+        assert held
+        old = layer.b[slot, :held].double().T @ layer.a[slot, :held].double()
+        left, sizes, right = torch.linalg.svd(change.value.double() + old, full_matrices=False)
+        for rank in (3, 40):
+            object.__setattr__(layer, "low_rank", ttt.LowRank(slots=1, rank=rank, window=8))
+            state = study_module._slot_state(layer, slot, change, seed=0)
+            best = (left[:, :rank] * sizes[:rank]) @ right[:rank]
+            got = state["b"].double().T @ state["a"].double()
+            lost = float(state["lost"] - layer.lost[slot])
+            assert (got - best).norm() < 1e-2 * best.norm() if rank == 3 else (got - best).norm() < 1e-5 * best.norm()
+            exact = float(sizes[rank:].square().sum().sqrt())
+            assert lost == pytest.approx(exact, rel=1e-3, abs=1e-3)
+            assert int(state["step"]) == int(layer.step[slot]) + 1
+
+
+def test_one_users_study_changes_no_bit_of_anything_else():
+    learner = learner_of(3, lr=0.05)
+    ids = words(2, 20)
+    learner.observe(ids, users=["ada", "bob"])
+    weights = [layer.weight.clone() for layer in learner.pool.layers.values()]
+    with torch.no_grad(), ttt.users(learner.model, [None, "bob"]):
+        before = learner.model(input_ids=ids).logits
+    bob, ada = learner.pool.export("bob"), learner.pool.export("ada")
+    assert learner.study("ada", passes=3, lr=0.02).episodes
+    with torch.no_grad(), ttt.users(learner.model, [None, "bob"]):
+        assert torch.equal(learner.model(input_ids=ids).logits, before)
+    after = learner.pool.export("bob")
+    assert after.keys() == bob.keys()
+    assert all(torch.equal(after[key], bob[key]) for key in bob)
+    assert all(torch.equal(a, layer.weight) for a, layer in zip(weights, learner.pool.layers.values(), strict=True))
+    studied = learner.pool.export("ada")
+    assert not torch.equal(studied["episodes.studied"], ada["episodes.studied"])
+    learner.pool.load("ada", ada)  # undone
+    again = learner.pool.export("ada")
+    assert all(torch.equal(again[key], ada[key]) for key in ada)
+    assert learner.study("ada", passes=3, lr=0.02).episodes
+    redone = learner.pool.export("ada")
+    assert all(torch.equal(redone[key], studied[key]) for key in studied)
+
+
+def test_what_a_user_said_travels_with_their_state_and_goes_with_it():
+    learner = learner_of(2)
+    ids = words(1, 20)
+    told(learner, ids, torch.ones_like(ids, dtype=torch.bool), "ada")
+    state = learner.pool.export("ada")
+    other = learner_of(2)
+    other.pool.load("ada", state)
+    assert [
+        torch.equal(a.ids, b.ids) for a, b in zip(other.episodes.of("ada"), learner.episodes.of("ada"), strict=True)
+    ]
+    kept = {}
+    other.pool.on_evict = kept.__setitem__
+    for user in ("bob", "eve"):
+        other.pool.open(user)
+    assert not other.episodes.of("ada")
+    assert torch.equal(kept["ada"]["episodes.ids"], state["episodes.ids"])
+    learner.pool.forget("ada")
+    assert not learner.episodes.of("ada")
+    assert "ada" not in learner.episodes._held
+    wrong = {**state, "episodes.lengths": state["episodes.lengths"] + 1}
+    with pytest.raises(ValueError, match=r"episodes\.lengths must add up"):
+        learner.pool.load("ada", wrong)
+    assert not learner.episodes.of("ada")
+    assert "ada" not in learner.pool.users
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ids", lambda t: -t), ("ids", lambda t: t.float()), ("ids", lambda t: t[None]), ("learn", lambda t: ~t),
+        ("learn", lambda t: t[1:]), ("lengths", lambda t: t[:0]), ("lengths", lambda t: t * 0),
+        ("studied", lambda t: t.long()), ("studied", lambda t: torch.cat([t, t])), ("ids", lambda t: t.numpy()),
+    ],
+)  # fmt: skip
+def test_forged_episodes_are_refused_by_name(name, value):
+    log = ttt.EpisodeLog()
+    log.add("ada", words(1, 9)[0], torch.ones(9, dtype=torch.bool))
+    state = log.export("ada")
+    log.check_state(state)
+    with pytest.raises((ValueError, TypeError), match="episodes"):
+        log.check_state({**state, name: value(state[name])})
+    with pytest.raises(ValueError, match="episodes needs the tensors"):
+        log.check_state({key: t for key, t in state.items() if key != name})
+
+
+def test_every_learnt_token_is_kept_once_with_the_tokens_before_it():
+    log = ttt.EpisodeLog(tokens=10_000, length=12, before=3)
+    for _ in range(20):
+        length = int(torch.randint(2, 60, ()))
+        ids = torch.arange(length) + 1000  # a token tells its place
+        learn = torch.rand(length) < 0.7
+        log.add("ada", ids, learn)
+        found = log.of("ada")
+        places = torch.cat([e.ids[e.learn] for e in found] or [ids[:0]]) - 1000
+        assert places.tolist() == learn[1:].nonzero()[:, 0].add(1).tolist()
+        for episode in found:
+            assert len(episode.ids) <= 12
+            assert torch.equal(episode.ids, torch.arange(int(episode.ids[0]), int(episode.ids[-1]) + 1))
+            first = int(episode.learn.nonzero()[0])
+            assert first == min(3, int(episode.ids[first]) - 1000)
+            assert not bool(episode.learn[:first].any())
+        log.forget("ada")
+
+
+def test_the_oldest_episodes_are_dropped():
+    log = ttt.EpisodeLog(tokens=30, length=10, before=1)
+    for at in range(9):
+        log.add("ada", torch.full((8,), at), torch.ones(8, dtype=torch.bool))
+    assert [int(e.ids[0]) for e in log.of("ada")] == [6, 7, 8]
+    log.add("bob", torch.zeros(5, dtype=torch.int64), torch.zeros(5, dtype=torch.bool))
+    assert "bob" not in log._held
+
+
+def test_observe_keeps_what_was_learnt_and_nothing_else():
+    learner = learner_of(2, lr=0.05)
+    ids, attend, learn = words(3, 20), torch.ones((3, 20)).long(), torch.zeros((3, 20)).long()
+    attend[0, :4] = 0
+    learn[0, 6:9] = learn[1, 5:] = learn[2, 5:] = 1
+    learner.observe(ids, attention_mask=attend, learn_mask=learn, users=["ada", "bob", None])
+    (ada,), (bob,) = learner.episodes.of("ada"), learner.episodes.of("bob")
+    assert torch.equal(ada.ids[ada.learn], ids[0, 6:9])
+    assert torch.equal(ada.ids, ids[0, 4:9])  # no padding
+    assert torch.equal(bob.ids[bob.learn], ids[1, 5:])
+    assert not learner.episodes.of(None)
+    learner.observe(ids, learn=False, users=["ada", "bob", None])
+    assert len(learner.episodes.of("ada")) == 1
+
+
+def test_rejected_text_is_not_kept(monkeypatch):
+    learner = learner_of(lr=0.05)
+    with torch.no_grad():
+        learner.model.get_input_embeddings().weight[3] = float("nan")
+    ids = words(1, 20)
+    ids[0, 10] = 3
+    assert learner.observe(ids).rejected
+    assert not learner.episodes.of()
+
+
+def _flat(held):
+    """The tensors of a snapshot or of a user's state, by name."""
+    if isinstance(held, dict):
+        return held
+    layers = {f"{at}.{key}": t for at, layer in enumerate(held.layers) for key, t in layer.items()}
+    return layers | held.episodes
+
+
+@pytest.mark.parametrize("users", [None, 1])
+@pytest.mark.parametrize("fault", ["interrupt", "nan", "diverged"])
+def test_a_study_that_ends_early_changes_nothing(users, fault, monkeypatch):
+    learner = learner_of(users, lr=0.05)
+    user = None if users is None else "ada"
+    learner.observe(words(1, 30), users=users and ["ada"])
+    before = copy.deepcopy(learner.snapshot() if users is None else learner.pool.export("ada"))
+    options = {"passes": 5, "lr": 0.01}
+    if fault == "interrupt":
+        step, calls = study_module.Change.step, []
+
+        def interrupted(self, *args):
+            calls.append(self)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return step(self, *args)
+
+        monkeypatch.setattr(study_module.Change, "step", interrupted)
+        expected = pytest.raises(KeyboardInterrupt)
+    elif fault == "nan":
+        with torch.no_grad():
+            learner.model.get_output_embeddings().weight[5] = float("nan")
+        expected = pytest.raises(FloatingPointError, match="not finite")
+    else:
+        monkeypatch.setattr(study_module, "_WORSE", -1.0)  # so that a loss that falls by less has diverged
+        expected = pytest.raises(FloatingPointError, match=r"diverged with lr=0\.01")
+    with expected:
+        learner.study(user, **options)
+    after = learner.snapshot() if users is None else learner.pool.export("ada")
+    assert_same(_flat(before), _flat(after))
+    assert not any(layer._forward_hooks for layer in learner.access.layers)
+
+
+def test_one_set_of_weights_goes_back_with_its_log():
+    learner = learner_of(lr=0.05)
+    learner.observe(words(1, 21))
+    before = learner.snapshot()
+    weights = [layer.weight.clone() for layer in learner.layers]
+    learner.study(passes=2)
+    assert not any(torch.equal(w, layer.weight) for w, layer in zip(weights, learner.layers, strict=True))
+    assert all(episode.studied for episode in learner.episodes.of())
+    learner.rollback(before)
+    assert all(torch.equal(w, layer.weight) for w, layer in zip(weights, learner.layers, strict=True))
+    assert not any(episode.studied for episode in learner.episodes.of())
+    learner.reset()
+    assert not learner.episodes.of()
+
+
+def test_it_ends_when_the_loss_is_small_enough():
+    learner = learner_of()
+    told(learner, words(1, 12, seed=3), torch.ones((1, 12), dtype=torch.bool))
+    first = learner.study(passes=1).losses[0]
+    for _ in range(2):
+        told(learner, words(1, 12, seed=3), torch.ones((1, 12), dtype=torch.bool))
+    output = learner.study(passes=60, lr=0.02, until=first - 0.5)
+    assert output.losses[-1] <= first - 0.5 < output.losses[-2]
+    assert len(output.losses) < 60
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_learn(dtype):
+    learner = learner_of(dtype=dtype)
+    ids = words(1, 12, seed=1)
+    told(learner, ids, torch.ones_like(ids, dtype=torch.bool))
+    before = float(learner.observe(ids, learn=False).nll.mean())
+    learner.study(passes=20, lr=0.02, until=0.0)
+    assert float(learner.observe(ids, learn=False).nll.mean()) < before - 0.1
+
+
+def test_more_episodes_than_a_step_takes_are_all_read():
+    learner, seen = learner_of(), []
+    for at in range(70):
+        ids = words(1, 5)
+        ids[0, :2] = torch.tensor([at // 50, at % 50])
+        told(learner, ids, torch.ones_like(ids, dtype=torch.bool))
+    handle = learner.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.extend(kwargs["input_ids"][:, :2].tolist()), with_kwargs=True
+    )
+    learner.study(passes=1)
+    handle.remove()
+    assert sorted(seen) == [[at // 50, at % 50] for at in range(70)]
+
+
+def test_wrong_arguments_are_refused_by_name():
+    learner, users = learner_of(), learner_of(1)
+    for options, name in [
+        ({"passes": 0}, "passes"),
+        ({"lr": -1.0}, "lr"),
+        ({"lr": "1"}, "lr"),
+        ({"until": float("nan")}, "until"),
+    ]:
+        with pytest.raises((ValueError, TypeError), match=name):
+            learner.study(**options)
+    with pytest.raises(ValueError, match="user must be given if, and only if"):
+        learner.study("ada")
+    with pytest.raises(ValueError, match="user must be given if, and only if"):
+        users.study()
+    with pytest.raises(ValueError, match=r"ttt\.EpisodeLog\(\)"):
+        ttt.Learner(learner.model).study()
+    with pytest.raises(TypeError, match="episodes"):
+        ttt.Learner(learner.model, episodes=[Episode(words(1, 3)[0], torch.ones(3, dtype=torch.bool))])
+    for options, name in [({"before": 0}, "before"), ({"length": 4}, "length"), ({"tokens": 10}, "tokens")]:
+        with pytest.raises(ValueError, match=name):
+            ttt.EpisodeLog(**options)

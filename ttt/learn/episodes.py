@@ -1,0 +1,155 @@
+"""`EpisodeLog`: what was learnt from, kept as tokens so that `ttt.Learner.study` can read it again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttt.checks import check_dense, check_whole
+from ttt.learn.loop import ObserveOutput
+from ttt.learn.text import Text
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Episode:
+    """A piece of text that was learnt from.
+
+    Attributes:
+        ids: (T,) int64 tokens, on the CPU.
+        learn: (T,) bool: the tokens on which a loss is taken; the others are context. False at 0.
+        studied: whether `ttt.Learner.study` has read it.
+    """
+
+    ids: Tensor
+    learn: Tensor
+    studied: bool = False
+
+
+class EpisodeLog:
+    """Keeps the newest text that a `ttt.Learner` has learnt from, for each user:
+
+        learner = ttt.Learner(model, episodes=ttt.EpisodeLog())
+        learner.observe(ids, users=["ada"])
+        learner.study("ada")
+
+    With weights for each user the log is part of the user's state: `ttt.Pool.export` and `load` keep it, eviction hands
+    it on, and `forget` erases it. With one set of weights everything is kept under the user None.
+
+    Args:
+        tokens: largest number of tokens that are kept of a user. The oldest episodes are dropped first.
+        length: largest number of tokens of an episode, more than ``before``; longer text becomes several.
+        before: number of tokens before the first token of an episode that are kept as its context, such as the
+            beginning of a turn in a chat template.
+
+    Raises:
+        TypeError, ValueError: for an argument that is no whole number, or out of range.
+    """
+
+    prefix = "episodes"
+    """Its tensors are ``episodes.{name}`` in a user's state."""
+
+    def __init__(self, tokens: int = 16384, length: int = 256, before: int = 4) -> None:
+        self.before = check_whole("before", before, 1)
+        self.length = check_whole("length", length, before + 1)
+        self.tokens = check_whole("tokens", tokens, length)
+        self._held: dict[Hashable, list[Episode]] = {}
+
+    def add(self, user: Hashable, ids: Tensor, learn: Tensor) -> None:
+        """Keep a text of ``user``: ``ids`` (T,) int64, of which the tokens ``learn`` (T,) bool were learnt.
+
+        Each run of learnt tokens becomes an episode. The first token of a text is never learnt.
+        """
+        ids, learn = ids.detach().cpu(), learn.detach().cpu().clone()
+        learn[0] = False
+        held = self._held.setdefault(user, [])
+        edges = torch.diff(learn.long(), prepend=learn.new_zeros(1).long(), append=learn.new_zeros(1).long())
+        for begin, end in zip(
+            (edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist(), strict=True
+        ):
+            for at in range(begin, end, self.length - self.before):
+                part = slice(max(0, at - self.before), min(end, at + self.length - self.before))
+                wanted = torch.arange(part.start, part.stop) >= at
+                held.append(Episode(ids[part].clone(), wanted))
+        while sum(len(episode.ids) for episode in held) > self.tokens:
+            held.pop(0)
+        if not held:
+            del self._held[user]
+
+    def keep(self, text: Text, users: Sequence[Hashable | None] | None, output: ObserveOutput) -> None:
+        """Keep what ``text`` taught ``users`` (None: the one set of weights), as ``output`` tells.
+
+        A text of which a chunk was rejected is not kept, nor that of a user one of whose chunks was.
+        """
+        if users is None and output.rejected:
+            return
+        teach = torch.ones_like(text.ids, dtype=torch.bool) if text.rows is None else text.rows
+        for row, user in enumerate([None] * len(text.ids) if users is None else users):
+            if users is None or (user is not None and user not in output.rejected_users):
+                attend = slice(None) if text.attend is None else text.attend[row]
+                self.add(user, text.ids[row][attend], teach[row][attend])
+
+    def of(self, user: Hashable = None) -> list[Episode]:
+        """The episodes of ``user``, oldest first."""
+        return list(self._held.get(user, []))
+
+    def mark_studied(self, user: Hashable = None) -> None:
+        """Mark all episodes of ``user`` as studied."""
+        if user in self._held:
+            self._held[user] = [dataclasses.replace(episode, studied=True) for episode in self._held[user]]
+
+    # -- a user's state (`ttt.per_user.pool.UserState`) -------------------------------------------------------------
+
+    def export(self, user: Hashable) -> dict[str, Tensor]:
+        """Copies of everything kept of ``user``: ``ids`` and ``learn`` (N,) of all episodes, ``lengths`` and
+        ``studied`` (E,) of each; empty if nothing is kept."""
+        held = self._held.get(user, [])
+        if not held:
+            return {}
+        return {
+            "ids": torch.cat([episode.ids for episode in held]),
+            "learn": torch.cat([episode.learn for episode in held]),
+            "lengths": torch.tensor([len(episode.ids) for episode in held]),
+            "studied": torch.tensor([episode.studied for episode in held]),
+        }
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError or TypeError unless ``state`` is what `export` returns, within the bounds of this log."""
+        if not state:
+            return
+        kinds = {"ids": torch.int64, "learn": torch.bool, "lengths": torch.int64, "studied": torch.bool}
+        if set(state) != set(kinds):
+            raise ValueError(f"episodes needs the tensors {sorted(kinds)}, got {sorted(state)}")
+        for name, dtype in kinds.items():
+            check_dense(f"episodes.{name}", state[name])
+            if state[name].dtype != dtype or state[name].ndim != 1:
+                got = f"{state[name].dtype} of shape {tuple(state[name].shape)}"
+                raise TypeError(f"episodes.{name} must be {dtype} with one dimension, got {got}")
+        lengths, total = state["lengths"], len(state["ids"])
+        if len(state["studied"]) != len(lengths) or len(state["learn"]) != total or total > self.tokens:
+            raise ValueError(
+                f"episodes must hold at most {self.tokens} tokens, with a flag for each token and each episode, got "
+                + ", ".join(f"{name}: {len(state[name])}" for name in sorted(state))
+            )
+        if not len(lengths) or bool((lengths < 2).any()) or bool((lengths > self.length).any()):
+            raise ValueError(f"episodes.lengths must be in [2, {self.length}], got {lengths.tolist()[:8]}")
+        if int(lengths.sum()) != total or bool((state["ids"] < 0).any()):
+            raise ValueError(f"episodes.lengths must add up to {total} tokens that are not negative")
+        if bool(state["learn"][lengths.cumsum(0) - lengths].any()):
+            raise ValueError("episodes.learn must be False at the first token of an episode")
+
+    def load(self, user: Hashable, state: dict[str, Tensor]) -> None:
+        """Keep exactly what `export` returned. The caller checks it first."""
+        self.forget(user)
+        if state:
+            lengths = state["lengths"].tolist()
+            parts = (state[name].cpu().clone().split(lengths) for name in ("ids", "learn"))
+            rows = zip(*parts, state["studied"].tolist(), strict=True)
+            self._held[user] = [Episode(ids, learn, bool(studied)) for ids, learn, studied in rows]
+
+    def forget(self, user: Hashable) -> None:
+        """Drop everything that is kept of ``user``."""
+        self._held.pop(user, None)
