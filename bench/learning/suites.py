@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bench.learning.digits.suite import DigitsSuite
+from bench.learning.facts.suite import FactsSuite
 from bench.learning.suite import Suite
 from bench.learning.text.suite import TextSuite
 
-SUITES: dict[str, Callable[[], Suite]] = {"digits": DigitsSuite, "text": TextSuite}
+SUITES: dict[str, Callable[[], Suite]] = {"digits": DigitsSuite, "text": TextSuite, "facts": FactsSuite}
 """Name -> function that makes the suite."""
