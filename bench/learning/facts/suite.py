@@ -29,9 +29,7 @@ class FactsSuite:
     methods: Sequence[str] = tuple(METHODS)
     references: Sequence[str] = ("frozen",)
     figures: Sequence[Figure] = (
-        Figure(
-            "right", "right", 2, "share of the questions for which the right one of ten values is the most probable"
-        ),
+        Figure("right", "right", 2, "share of the questions for which the right value of ten is the most probable"),
         Figure("rank", "rank", 2, "rank of the right value among the ten, by probability; mean over the questions"),
         Figure("nll", "answer, nats", 2, "nats of the right value, mean over the questions"),
         Figure("general", "known, nats", 4, "increase of the nats of 30 general facts over the frozen model's"),
