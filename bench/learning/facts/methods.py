@@ -26,7 +26,7 @@ class FactsMethod:
 
 
 def _online(times: int) -> FactsMethod:
-    return FactsMethod("combination", contenders.Online, {"lr": (0.07, 0.2, 0.5), "times": (times,)})
+    return FactsMethod("combination", contenders.Online, {"lr": (0.1, 0.3, 1.0), "times": (times,)})
 
 
 METHODS: dict[str, FactsMethod] = {
