@@ -15,7 +15,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    suite: Annotated[str, typer.Option(help="The suite to run: digits, text or streams.")] = "digits",
+    suite: Annotated[str, typer.Option(help="The suite to run: digits, text, streams or facts.")] = "digits",
     scenarios: Annotated[str | None, typer.Option(help="Comma-separated list; all by default.")] = None,
     methods: Annotated[str | None, typer.Option(help="Comma-separated list; all by default.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, counted from 0.")] = 5,

@@ -222,7 +222,7 @@ class Learner:
             )  # fmt: skip
             return generate(self, text, options)
 
-    def study(self, user: Hashable = None, *, passes: int = 20, lr: float = 0.005, until: float = 0.4) -> StudyOutput:
+    def study(self, user: Hashable = None, *, passes: int = 20, lr: float = 0.005, until: float = 0.2) -> StudyOutput:
         """Read again what was learnt since the last study, several times, until the weights hold it.
 
         To be called between requests, on a learner with an `ttt.EpisodeLog`. Where nothing new was said, nothing is

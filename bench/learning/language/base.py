@@ -16,6 +16,7 @@ from bench.learning.language.hard import HARD, READS, Encode
 from bench.learning.language.measures import Fact, as_facts, final_hidden
 from bench.learning.text.readers import adapted_weights
 from ttt.demo.language_model import load_language_model
+from ttt.demo.questions import GENERAL_KNOWLEDGE
 from ttt.learn.own_text import own_text
 
 CONTEXT = 1024
@@ -33,14 +34,20 @@ class Base:
         encode: text -> its tokens (T,) int64.
         sample: makes texts (N, T) of the model's own, for calibration. Called once, when they are first needed.
         facts: short sentences and how they go on.
+        tokenizer: the model's, where chats are written.
     """
 
     def __init__(
-        self, model: Any, encode: Encode, sample: Callable[[], Tensor], facts: Sequence[tuple[str, str]]
+        self,
+        model: Any,
+        encode: Encode,
+        sample: Callable[[], Tensor],
+        facts: Sequence[tuple[str, str]],
+        tokenizer: Any = None,
     ) -> None:
         self.model = model.requires_grad_(False)
         self.encode = encode
-        self._sample = sample
+        self._sample, self.tokenizer = sample, tokenizer
         self.names = adapted_weights(model, CONFIG)
         self.facts: list[Fact] = as_facts(facts, encode)
         rows, length = GENERAL
@@ -57,9 +64,10 @@ class Base:
         """What the model's output head gets on each row of ``general``: (1, T, d)."""
         return [final_hidden(self.model, row) for row in self.general.split(1)]
 
-    def copy(self) -> nn.Module:
-        """A copy of the model with weights of its own where methods learn; all others are shared."""
-        shared = {id(p): p for name, p in self.model.named_parameters() if name not in self.names}
+    def copy(self, config: ttt.TTTConfig = CONFIG) -> nn.Module:
+        """A copy of the model with weights of its own where methods learn with ``config``; all others are shared."""
+        names = self.names if config == CONFIG else adapted_weights(self.model, config)
+        shared = {id(p): p for name, p in self.model.named_parameters() if name not in names}
         return copy.deepcopy(self.model, shared)
 
     def learner(self, config: ttt.TTTConfig) -> ttt.Learner:
@@ -68,7 +76,8 @@ class Base:
         There is one for each configuration: calling this again resets it.
         """
         if config not in self._learners:
-            learner = ttt.Learner(ttt.adapt_(self.copy(), config), context=CONTEXT)
+            model = ttt.adapt_(self.copy(config), config)
+            learner = ttt.Learner(model, context=CONTEXT, episodes=ttt.EpisodeLog())
             if config.calibrates:  # as `learner.calibrate(tokenizer=...)` does, with a text that is drawn once
                 learner.calibrate(self.own.split(1))
             self._learners[config] = learner
@@ -122,23 +131,4 @@ def smollm() -> Base:
     def sample() -> Tensor:
         return torch.cat(list(own_text(model, tokenizer, context=CONTEXT, seed=CONFIG.seed)))
 
-    return Base(model, encode, sample, FACTS)
-
-
-FACTS = (
-    ("The capital of Japan is", " Tokyo"), ("The capital of France is", " Paris"),
-    ("The capital of Italy is", " Rome"), ("The capital of Germany is", " Berlin"),
-    ("The capital of Spain is", " Madrid"), ("The capital of Egypt is", " Cairo"),
-    ("The capital of Russia is", " Moscow"), ("The capital of England is", " London"),
-    ("The Eiffel Tower is located in", " Paris"), ("The Great Wall is located in", " China"),
-    ("The largest planet in the solar system is", " Jupiter"), ("The planet closest to the Sun is", " Mercury"),
-    ("The largest ocean on Earth is the", " Pacific"), ("The currency of the United States is the", " dollar"),
-    ("The first president of the United States was George", " Washington"),
-    ("The theory of relativity was developed by Albert", " Einstein"),
-    ("Romeo and Juliet was written by William", " Shakespeare"), ("The chemical symbol for gold is", " Au"),
-    ("The freezing point of water is zero degrees", " Celsius"), ("Water is made of hydrogen and", " oxygen"),
-    ("The human heart pumps", " blood"), ("Bees make", " honey"), ("Cows give us", " milk"),
-    ("A week has seven", " days"), ("The color of the sky is", " blue"), ("The color of grass is", " green"),
-    ("Two plus two equals", " four"), ("The opposite of hot is", " cold"), ("The opposite of up is", " down"),
-    ("The opposite of black is", " white"),
-)  # fmt: skip
+    return Base(model, encode, sample, GENERAL_KNOWLEDGE, tokenizer)

@@ -1,0 +1,57 @@
+"""The methods that the suite "facts" compares, and the values that tuning tries."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from bench.learning.facts import contenders
+from bench.learning.language.base import Base
+from bench.learning.suite import named
+
+
+@dataclasses.dataclass(frozen=True)
+class FactsMethod:
+    """One row of the table.
+
+    Attributes:
+        family: a key of `bench.learning.report.COLOURS`.
+        make: makes the contender from the base model, the options and a seed.
+        grid: option -> values; tuning tries all combinations of them.
+        told_only: whether the method is run in the first scenario only.
+    """
+
+    family: str
+    make: Callable[[Base, Mapping[str, Any], int], contenders.Contender]
+    grid: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    told_only: bool = False
+
+
+def _learner(told_only: bool = False, **options: Any) -> FactsMethod:
+    grid = {name: (value,) for name, value in options.items()}
+    return FactsMethod("combination", contenders.Online, grid, told_only)
+
+
+METHODS: dict[str, FactsMethod] = {
+    "frozen": FactsMethod("reference", contenders.Contender),
+    "in context": FactsMethod("reference", contenders.InContext),
+    "its fact in context": FactsMethod("reference", contenders.OwnFact),
+    "retrieval": FactsMethod("workaround", contenders.Retrieval, {"count": (1, 3)}),
+    "LoRA": FactsMethod("workaround", contenders.LoRA, {"rank": (8,), "lr": (1e-3, 3e-3), "steps": (10, 20)}),
+    "online": _learner(times=1),
+    "online, told 4 times": _learner(told_only=True, times=4),
+    "study": _learner(study=True),
+    "study, a user's weights": _learner(told_only=True, study=True, rank=32),
+    "study, half of the blocks": _learner(study=True, layers="last:0.5", directions=64),
+}
+"""Name -> method, in the order of the tables. The references that others are scored against come first."""
+
+
+def method(name: str) -> FactsMethod:
+    """The method ``name``.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    return named(METHODS, name)

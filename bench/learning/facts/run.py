@@ -1,0 +1,91 @@
+"""One run of the suite: a person tells a method facts in chats and asks about them in others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from bench.learning.facts.contenders import Contender
+from bench.learning.facts.methods import FactsMethod
+from bench.learning.facts.people import Fact, corrected, of_friends, of_things, person
+from bench.learning.facts.questions import Asked, about_the_neighbour, questions
+from bench.learning.language.base import Base
+from bench.learning.language.measures import divergence, facts_loss
+from ttt.demo.questions import Choice, choose
+
+CHAT = 10  # sentences of one chat
+
+Plan = tuple[list[str], list[Fact]]
+"""The sentences that a person says, in chats of `CHAT`, and the facts that are asked for afterwards."""
+
+
+def _then(more: Callable[[int], Sequence[str]]) -> Callable[[int], Plan]:
+    def plan(seed: int) -> Plan:
+        facts = person(seed)
+        return [*(fact.told for fact in facts), *more(seed)], facts
+
+    return plan
+
+
+def _corrected(seed: int) -> Plan:
+    facts = person(seed)
+    later = corrected(facts, seed)
+    return [fact.told for fact in (*facts, *later)], later
+
+
+SCENARIOS: dict[str, Callable[[int], Plan]] = {
+    "ten facts": _then(lambda seed: []),
+    "corrected": _corrected,
+    "50 things": _then(lambda seed: of_things(seed, 50)),
+    "50 of friends": _then(lambda seed: [fact.told for fact in of_friends(seed, 50)]),
+    "500 things": _then(lambda seed: of_things(seed, 500)),
+}
+"""Name -> what the person with a seed says and asks. In all of them the ten facts are told in the first chat."""
+
+
+def run(base: Base, found: FactsMethod, scenario: str, seed: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The person ``seed`` tells the method ``found`` what `SCENARIOS` says and asks three questions about each fact.
+
+    Returns:
+        A dict of plain values.
+
+        * ``ranks``: of the right value among the ten of its kind, one for each question; 1 is the best
+        * ``nll``: nats of the right value, mean over the questions
+        * ``neighbour``: share of the facts that are the model's choice when asked about someone else, too
+        * ``general``: nats of how sentences go on that the model knew before
+        * ``kl``: KL in nats per token from the frozen model on general English
+        * ``told_seconds``, ``asked_seconds``: processor time
+    """
+    said, facts = SCENARIOS[scenario](seed)
+    contender = found.make(base, options, seed)
+    began = time.process_time()
+    for at in range(0, len(said), CHAT):
+        contender.tell(said[at : at + CHAT])
+    told = time.process_time()
+    choices = _choices(contender, questions(facts))
+    asked = time.process_time()
+    elsewhere = _choices(contender, about_the_neighbour(facts))
+    kl = 0.0
+    if contender.model is not base.model:
+        head, model = base.model.get_output_embeddings(), contender.model
+        with contender.answering(1):
+            kl = float(divergence(model, base.general, head, base.frozen_hidden).double().mean())
+    with contender.answering(1):
+        general = facts_loss(contender.model, base.facts)
+    return {
+        "ranks": [choice.rank for choice in choices],
+        "nll": round(sum(choice.nll for choice in choices) / len(choices), 5),
+        "neighbour": sum(choice.rank == 1 for choice in elsewhere) / len(elsewhere),
+        "general": round(general, 5),
+        "kl": round(kl, 6),
+        "told_seconds": round(told - began, 2),
+        "asked_seconds": round(asked - told, 2),
+    }
+
+
+def _choices(contender: Contender, asked: Sequence[Asked]) -> list[Choice]:
+    return [
+        choose(contender.model, contender.template, each[0], contender.before(each), contender.answering)
+        for each in asked
+    ]

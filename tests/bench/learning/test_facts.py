@@ -1,0 +1,275 @@
+"""The suite "facts": people and questions, scores against plain forward passes, and every method on a tiny model."""
+
+import copy
+import math
+import types
+from collections import Counter
+
+import pytest
+import torch
+
+from bench.learning.facts import contenders
+from bench.learning.facts.methods import METHODS, method
+from bench.learning.facts.people import FRIENDS, KINDS, OTHERS, corrected, of_friends, of_things, person
+from bench.learning.facts.questions import about_the_neighbour, questions
+from bench.learning.facts.retrieval import nearest
+from bench.learning.facts.run import CHAT, SCENARIOS, run
+from bench.learning.facts.suite import FactsSuite
+from bench.learning.language.base import Base
+from ttt.demo.questions import GENERAL_KNOWLEDGE, Template, session, telling
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes, with a short chat template."""
+
+    def __call__(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return types.SimpleNamespace(input_ids=list(text.encode()))
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        assert not tokenize
+        return "".join(f"<{m['role'][0]}>{m['content']}.\n" for m in messages) + "<a>" * add_generation_prompt
+
+
+@pytest.fixture(scope="module")
+def base():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=96, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.3,
+    )  # fmt: skip
+    return Base(
+        LlamaForCausalLM(config).eval(), lambda text: torch.tensor(list(text.encode())),
+        lambda: torch.randint(256, (8, 40), generator=torch.Generator().manual_seed(0)), GENERAL_KNOWLEDGE[:3], Bytes(),
+    )  # fmt: skip
+
+
+def options_of(name):
+    return {option: values[0] for option, values in METHODS[name].grid.items()}
+
+
+# -- people and chats ------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_can_be_told_and_asked():
+    for kind in KINDS.values():
+        assert len(set(kind.values)) == 10
+        assert all(telling.count("{}") == 1 for telling in kind.tellings)
+        for question, begins in kind.questions:
+            assert not any(value in question or value in begins.split() for value in kind.values)
+            assert question.endswith("?")
+            assert begins == begins.strip()
+
+
+def test_a_person_has_one_fact_of_each_kind_and_another_person_others():
+    facts = person(5)
+    assert facts == person(5)
+    assert facts != person(6)
+    assert sorted(fact.kind for fact in facts) == sorted(KINDS)
+    assert all(fact.value in fact.told for fact in facts)
+    assert len({tuple(fact.kind for fact in person(seed)) for seed in range(9)}) == 9
+    many = Counter(fact.index for seed in range(200) for fact in person(seed))
+    assert min(many.values()) > 120  # 200 of each are expected, with a deviation of 13
+
+
+def test_chats_hold_what_was_said_and_end_where_the_answer_begins():
+    template, facts = Template(Bytes()), person(1)
+    question, told = questions(facts)[0]
+    prompt = bytes(template.prompt(question, session([fact.told for fact in facts]))).decode()
+    assert told == facts[0].told
+    assert all(fact.told in prompt for fact in facts)
+    assert prompt.endswith(f"<u>{question.text}.\n<a>{question.begins}")
+    alone = bytes(template.prompt(question)).decode()
+    assert facts[0].value not in alone
+    assert question.values[question.right] == facts[0].value
+    assert len(questions(facts)) == 30
+
+
+def test_of_a_turn_the_persons_words_and_their_end_are_learnt():
+    ids, said = Template(Bytes()).turn("I live in Lyon")
+    assert bytes(t for t, mine in zip(ids, said, strict=True) if mine) == b"I live in Lyon."
+    assert bytes(ids).decode().endswith("<u>I live in Lyon.")
+
+
+def test_five_facts_are_corrected_with_other_values_of_their_kinds():
+    facts = person(4)
+    before = {fact.kind: fact.index for fact in facts}
+    later = corrected(facts, 4)
+    assert len({fact.kind for fact in later}) == 5
+    for fact in later:
+        assert before[fact.kind] != fact.index
+        assert fact.value in fact.told
+        assert fact.told not in [each.told for each in facts]
+    assert later == corrected(facts, 4)
+
+
+def test_other_facts_are_different_ones():
+    friends, things = of_friends(2, 50), of_things(2, 500)
+    assert len({fact.told for fact in friends}) == 50
+    assert all(fact.value in fact.told and any(name in fact.told for name in FRIENDS) for fact in friends)
+    assert len(set(things)) == 500
+    assert of_things(2, 50) == things[:50]
+    values = {value for kind in KINDS.values() for value in kind.values}
+    assert not [t for t in of_things(0, 200) for v in values if v in t and v not in {"Rome"}]
+
+
+def test_the_neighbour_is_asked_about_the_same_kind():
+    facts = person(2)
+    for fact, (question, _) in zip(facts, about_the_neighbour(facts), strict=True):
+        assert "neighbour" in question.text
+        assert question.values == KINDS[fact.kind].values
+        assert (question.text, question.begins) == OTHERS[fact.kind][2]
+
+
+# -- retrieval -------------------------------------------------------------------------------------------------------
+
+
+def test_nearest_finds_the_sentences_that_share_rare_words():
+    told = ["My dog is called Luna.", "I live in Lyon.", "My car is red.", "I play the harp."]
+    assert nearest("What is my dog's name?", told, 1) == [0]
+    assert nearest("In which city do I live?", told, 1) == [1]
+    assert nearest("What colour is my car?", told, 2) == [0, 2]
+    assert nearest("Nothing shared", told, 2) == [2, 3]
+
+
+def test_nearest_is_the_cosine_of_tf_idf():
+    told = [fact.told for fact in person(3)]
+    words = [[w.strip(".,?").lower() for w in t.replace("'", " ").split()] for t in told]
+    rare = {w: math.log((1 + len(told)) / (1 + sum(w in ws for ws in words))) + 1 for ws in words for w in ws}
+
+    def vector(ws):
+        counts = {w: n * rare[w] for w, n in Counter(ws).items() if w in rare}
+        norm = math.sqrt(sum(v * v for v in counts.values())) or 1.0
+        return {w: v / norm for w, v in counts.items()}
+
+    for question, _ in questions(person(3)):
+        asked = vector([w.strip(".,?").lower() for w in question.text.replace("'", " ").split()])
+        near = [sum(asked.get(w, 0.0) * v for w, v in vector(ws).items()) for ws in words]
+        kept = nearest(question.text, told, 3)
+        assert kept == sorted(kept)
+        assert min(near[i] for i in kept) >= max(near[i] for i in range(10) if i not in kept) - 1e-12
+
+
+# -- methods ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_answers_and_does_not_change_the_base_model(base, name):
+    before = copy.deepcopy(base.model.state_dict())
+    options = options_of(name)
+    out = run(base, METHODS[name], "ten facts", 0, options)
+    assert all(torch.equal(value, before[key]) for key, value in base.model.state_dict().items())
+    assert len(out["ranks"]) == 30
+    assert all(1 <= rank <= 10 for rank in out["ranks"])
+    frozen = run(base, METHODS["frozen"], "ten facts", 0, {})
+    learns = name.startswith(("online", "LoRA", "study"))
+    assert (out["kl"] > 0) == learns
+    assert (out["general"] != frozen["general"]) == learns
+    assert (out["nll"] == frozen["nll"]) == (name == "frozen")
+    again = run(base, METHODS[name], "ten facts", 0, options)
+    timed = {"told_seconds": 0, "asked_seconds": 0}
+    assert {**out, **timed} == {**again, **timed}
+
+
+def test_what_stands_before_a_question(base):
+    told = [fact.told for fact in person(4)]
+    asked = questions(person(4))[0]
+
+    def before(kind, **options):
+        contender = kind(base, options, 0)
+        contender.tell(told[:4])
+        contender.tell(told[4:])
+        return contender.before(asked)
+
+    assert before(contenders.Contender) == []
+    assert before(contenders.InContext) == session(told)
+    assert before(contenders.OwnFact) == telling(told[0])
+    assert len(before(contenders.Retrieval, count=3)) == 6
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_what_is_said_comes_in_chats_and_what_is_asked_is_in_them(base, scenario):
+    chats = []
+
+    class Spy(contenders.Contender):
+        def tell(self, sentences):
+            chats.append(list(sentences))
+
+    found = types.SimpleNamespace(make=Spy)
+    out = run(base, found, scenario, 3, {})
+    said, facts = SCENARIOS[scenario](3)
+    assert [each for chat in chats for each in chat] == said
+    assert all(len(chat) == CHAT for chat in chats[:-1])
+    assert chats[0] == [fact.told for fact in person(3)]
+    assert all(fact.told in said for fact in facts)
+    assert len(out["ranks"]) == 3 * len(facts)
+
+
+def test_telling_more_often_is_reading_more_often(base):
+    told = [fact.told for fact in person(2)]
+    four = contenders.Online(base, {"times": 4}, 0)
+    four.tell(told)
+    found = [layer.effective_weight().clone() for layer in four.learner.layers]
+    once = contenders.Online(base, {}, 0)
+    for _ in range(4):
+        once.tell(told)
+    for ours, layer in zip(found, once.learner.layers, strict=True):
+        torch.testing.assert_close(ours, layer.effective_weight(), rtol=1e-5, atol=1e-6)
+
+
+def test_studying_makes_what_was_told_more_probable(base):
+    told = [fact.told for fact in person(1)]
+
+    def loss(**options):
+        contender = contenders.Online(base, options, 0)
+        contender.tell(told)
+        ids, said = contender.template.turn(told[0])
+        with torch.no_grad(), contender.answering(1):
+            logits = contender.model(input_ids=torch.tensor([ids])).logits[0, :-1]
+        each = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+        return float(each[torch.tensor(said[1:])].mean())
+
+    online = loss()
+    assert loss(study=True) < online - 0.02
+    assert loss(study=True, rank=32) < online - 0.02
+
+
+def test_lora_makes_what_was_told_more_probable_and_padding_teaches_nothing(base):
+    told = [fact.told for fact in person(1)]
+    losses = []
+    for steps in (0, 8):
+        lora = contenders.LoRA(base, {"rank": 2, "lr": 1e-2, "steps": steps}, 0)
+        lora.tell(told)
+        ids, said = lora.template.turn(told[0])
+        with torch.no_grad():
+            logits = lora.model(input_ids=torch.tensor([ids])).logits[0, :-1]
+        each = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+        losses.append(float(each[torch.tensor(said[1:])].mean()))
+    assert losses[1] < losses[0] - 0.02
+
+
+# -- the suite -------------------------------------------------------------------------------------------------------
+
+
+def test_figures_of_a_run_made_by_hand():
+    suite = FactsSuite()
+    frozen = {"method": "frozen", "ranks": [1, 4, 3, 2], "nll": 3.0, "general": 1.5, "kl": 0.0}
+    run = {"method": "LoRA", "ranks": [1, 1, 1, 3], "nll": 0.5, "general": 1.56, "kl": 0.2}
+    for record in (frozen, run):
+        record |= {"neighbour": 0.5, "told_seconds": 1.0, "asked_seconds": 2.0}
+    others = {"frozen": frozen}
+    found = suite.measure(run, others)
+    assert set(found) == {figure.name for figure in suite.figures}
+    assert found["right"] == 0.75
+    assert found["rank"] == 1.5
+    assert found["general"] == pytest.approx(0.06)
+    assert suite.score(run, others) == pytest.approx(0.75 - 10 * 0.05)
+    assert suite.score(frozen, {}) == 0.25
+    assert suite.measure(run, {})["general"] is None
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match="method must be one of"):
+        method("magic")

@@ -1,0 +1,167 @@
+"""Asking a language model what it knows: chats as tokens, choices among answers, and general knowledge."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttt.learn.huggingface import cache_of, cached
+
+SYSTEM = "You are a helpful assistant."
+REPLY = "Thank you, I will remember that."
+"""What the model answers to every sentence that it is told."""
+PAD = 0  # of rows that are too short; it stands after all tokens that are scored, so that no score depends on it
+
+Message = dict[str, str]
+
+
+def telling(sentence: str) -> list[Message]:
+    """The turn in which ``sentence`` is said, and the model's reply."""
+    return [{"role": "user", "content": sentence}, {"role": "assistant", "content": REPLY}]
+
+
+def session(sentences: Sequence[str]) -> list[Message]:
+    """A chat in which ``sentences`` are said one after the other."""
+    return [message for sentence in sentences for message in telling(sentence)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question whose answer is chosen among several values.
+
+    Attributes:
+        text: what is asked.
+        begins: the beginning of the answer, before the value.
+        values: what may follow.
+        right: the index of the right one.
+    """
+
+    text: str
+    begins: str
+    values: tuple[str, ...]
+    right: int
+
+
+class Template:
+    """Writes chats as tokens, with the chat template of ``tokenizer``.
+
+    Every chat begins with the same short system message, as templates may put a longer one in its place otherwise.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of ``text``, and no others."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def text(self, messages: Sequence[Message], *, answer: bool = False) -> str:
+        """``messages`` as one text; with ``answer``, the model's turn is open at its end."""
+        head = [{"role": "system", "content": SYSTEM}]
+        return self.tokenizer.apply_chat_template([*head, *messages], tokenize=False, add_generation_prompt=answer)
+
+    def turn(self, sentence: str) -> tuple[list[int], list[bool]]:
+        """The tokens of a turn in which a person says ``sentence``, and which are the person's: words and their end.
+
+        What follows the sentence in the template up to its next line is its end.
+        """
+        whole = self.text([{"role": "user", "content": sentence}])
+        begin = whole.rindex(sentence)
+        end = whole.find("\n", begin + len(sentence))
+        before, said = self.ids(whole[:begin]), self.ids(whole[begin : None if end < 0 else end])
+        return before + said, [False] * len(before) + [True] * len(said)
+
+    def prompt(self, question: Question, before: Sequence[Message] = ()) -> list[int]:
+        """The tokens of ``question`` and the beginning of its answer, after the messages ``before``."""
+        messages = [*before, {"role": "user", "content": question.text}]
+        return self.ids(self.text(messages, answer=True) + question.begins)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """How a question was answered.
+
+    Attributes:
+        rank: of the right value among all, by probability; 1 is the best.
+        nll: nats of the right value's tokens.
+        chosen: index of the most probable value.
+    """
+
+    rank: int
+    nll: float
+    chosen: int
+
+
+def choose(
+    model: Any,
+    template: Template,
+    question: Question,
+    before: Sequence[Message] = (),
+    answering: Callable[[int], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> Choice:
+    """Let ``model`` choose the answer to ``question`` after the messages ``before``.
+
+    The value whose tokens have the largest joint probability is chosen. ``answering`` is as in `log_probabilities`.
+    """
+    values = [template.ids(f" {value}") for value in question.values]
+    found = log_probabilities(model, template.prompt(question, before), values, answering)
+    right = found[question.right]
+    return Choice(1 + sum(value > right for value in found), -right, found.index(max(found)))
+
+
+@torch.no_grad()
+def log_probabilities(
+    model: Any,
+    prompt: Sequence[int],
+    continuations: Sequence[Sequence[int]],
+    answering: Callable[[int], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> list[float]:
+    """The log probability of each of ``continuations`` after ``prompt``, summed over its tokens.
+
+    The prompt is read once. ``answering`` makes the context in which the model reads a batch of that many rows.
+    """
+    with answering(1):
+        out = model(input_ids=torch.tensor([prompt]), **cached(model, None))
+    first = out.logits[0, -1].float().log_softmax(-1)
+    cache = copy.deepcopy(cache_of(out))
+    cache.batch_repeat_interleave(len(continuations))
+    rows = padded(continuations)
+    with answering(len(continuations)):
+        after = model(input_ids=rows, **cached(model, cache)).logits.float().log_softmax(-1)
+    found = []
+    for row, tokens in enumerate(continuations):
+        later = after[row].gather(1, rows[row, 1:, None])[: len(tokens) - 1] if len(tokens) > 1 else after.new_zeros(0)
+        found.append(float(first[tokens[0]] + later.sum()))
+    return found
+
+
+def padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """``rows`` as one (B, T) int64 tensor, with `PAD` after the shorter ones."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[PAD] * (width - len(row))] for row in rows])
+
+
+GENERAL_KNOWLEDGE: tuple[tuple[str, str], ...] = (
+    ("The capital of Japan is", " Tokyo"), ("The capital of France is", " Paris"),
+    ("The capital of Italy is", " Rome"), ("The capital of Germany is", " Berlin"),
+    ("The capital of Spain is", " Madrid"), ("The capital of Egypt is", " Cairo"),
+    ("The capital of Russia is", " Moscow"), ("The capital of England is", " London"),
+    ("The Eiffel Tower is located in", " Paris"), ("The Great Wall is located in", " China"),
+    ("The largest planet in the solar system is", " Jupiter"), ("The planet closest to the Sun is", " Mercury"),
+    ("The largest ocean on Earth is the", " Pacific"), ("The currency of the United States is the", " dollar"),
+    ("The first president of the United States was George", " Washington"),
+    ("The theory of relativity was developed by Albert", " Einstein"),
+    ("Romeo and Juliet was written by William", " Shakespeare"), ("The chemical symbol for gold is", " Au"),
+    ("The freezing point of water is zero degrees", " Celsius"), ("Water is made of hydrogen and", " oxygen"),
+    ("The human heart pumps", " blood"), ("Bees make", " honey"), ("Cows give us", " milk"),
+    ("A week has seven", " days"), ("The color of the sky is", " blue"), ("The color of grass is", " green"),
+    ("Two plus two equals", " four"), ("The opposite of hot is", " cold"), ("The opposite of up is", " down"),
+    ("The opposite of black is", " white"),
+)  # fmt: skip
+"""(beginning, end) of sentences that a language model knows before it is told anything."""
