@@ -40,10 +40,10 @@ METHODS: dict[str, FactsMethod] = {
     "retrieval": FactsMethod("workaround", contenders.Retrieval, {"count": (1, 3)}),
     "LoRA": FactsMethod("workaround", contenders.LoRA, {"rank": (8,), "lr": (1e-3, 3e-3), "steps": (10, 20)}),
     "online": _learner(times=1),
-    "online, told 4 times": _learner(told_only=True, times=4),
+    "online (told 4 times)": _learner(told_only=True, times=4),
     "study": _learner(study=True),
-    "study, a user's weights": _learner(told_only=True, study=True, rank=32),
-    "study, half of the blocks": _learner(study=True, layers="last:0.5", directions=64),
+    "study (a user's weights)": _learner(told_only=True, study=True, rank=32),
+    "study (half of the blocks)": _learner(study=True, layers="last:0.5", directions=64),
 }
 """Name -> method, in the order of the tables. The references that others are scored against come first."""
 
