@@ -58,8 +58,8 @@ def test_only_the_users_words_of_the_last_turn_teach(base, tmp_path, monkeypatch
     for words in ("my dog is called Biscuit", "my dog is called Biscuit", "and I live in York"):
         turn = chat.say(words)
         letters = Letters()
-        assert seen[-1] == letters.decode(letters(words).input_ids)
-        assert turn.tokens == len(words)
+        assert seen[-1] == letters.decode(letters(words + "</>").input_ids)
+        assert turn.tokens == len(words + "</>")
         assert turn.nll > 0
     assert [found.number for found in chat.versions()] == [3, 2, 1]
     assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 3
@@ -102,6 +102,28 @@ def test_going_back_restores_a_version_and_wrong_ones_are_refused(base, tmp_path
     assert [found.number for found in chat.versions()] == [3, 2, 1]
 
 
+def test_what_is_studied_is_stored_with_what_was_said(base, tmp_path):
+    chat = chat_of(base, tmp_path)
+    assert chat.study() == (ttt.StudyOutput(0, []), None)
+    chat.say("my dog is called Biscuit")
+    (episode,) = chat.learner.episodes.of("ada")
+    letters = Letters()
+    assert letters.decode(episode.ids[episode.learn]) == letters.decode(
+        letters("my dog is called Biscuit</>").input_ids
+    )
+    output, version = chat.study()
+    assert version == 2
+    assert output.losses[-1] < output.losses[0]
+    later = chat_of(base, tmp_path)
+    state, loaded = chat.pool.export("ada"), later.pool.export("ada")
+    assert all(torch.equal(state[key], loaded[key]) for key in state)
+    assert later.study() == (ttt.StudyOutput(0, []), None)  # it was studied in the other chat
+    later.rollback(1)
+    assert later.study()[1] == 4
+    later.forget()
+    assert not later.learner.episodes.of("ada")
+
+
 def test_nothing_is_learnt_if_that_is_wished(base, tmp_path):
     chat = chat_of(base, tmp_path, learn=False)
     assert chat.say("my dog is called Biscuit").version is None
@@ -120,17 +142,21 @@ def test_an_old_conversation_is_dropped_where_it_does_not_fit(base, tmp_path):
 def test_commands_in_the_terminal(base, tmp_path, monkeypatch):
     chat = chat_of(base, tmp_path)
     monkeypatch.setattr("transformers.TextStreamer", lambda *_, **__: None)
-    lines = iter(["hello", "", "/versions", "/rollback 1", "/rollback x", "/rollback 7", "/dance", "/forget", "/quit"])
+    lines = iter(
+        ["/study", "hello", "", "/versions", "/rollback 1", "/rollback x", "/rollback 7", "/study", "/study", "/dance",
+         "/forget", "/study", "/quit"]
+    )  # fmt: skip
     out = io.StringIO()
     console = Console(file=out, width=200)
     monkeypatch.setattr(console, "input", lambda _: next(lines))
     terminal.talk(chat, Letters(), console)
     text = out.getvalue()
     for part in (
-        "learnt 5 tokens", "version 2 is as 1 was", "/rollback needs the number of a version, got 'x'",
+        "learnt 8 tokens", "version 2 is as 1 was", "studied 1 piece(s) 20 times", "/rollback needs the number of a version, got 'x'",
         "version must be one of [1, 2], got 7", "/dance is no command", "everything that was learnt is removed",
     ):  # fmt: skip
         assert part in text
+    assert text.count("nothing new was said") == 3
     assert chat.versions() == []
 
 

@@ -2,7 +2,8 @@
 
 What is learnt stays: every turn's weights are a version in a `ttt.Store`, and a later chat begins with the newest. The
 model learns from the user's own words only, after it has answered; the system prompt, the template and its own answers
-are read and teach nothing.
+are read and teach nothing. `Chat.study` reads what was said again until the weights hold it; what was said is kept with
+the weights, and goes with them.
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ from ttt.learn.learner import Learner
 from ttt.store import Store, UnknownUser, Version
 
 CONFIG = ttt.TTTConfig(
-    target_modules=["down_proj"], layers="last:0.25", per_user=ttt.LowRank(slots=1, rank=16, window=64)
+    target_modules=["down_proj"],
+    layers="last:0.5",
+    protect=[ttt.KroneckerFisher(directions=64)],
+    per_user=ttt.LowRank(slots=1, rank=32, window=64),
 )
+"""More layers and directions than by default: what is studied then changes the rest less (docs/language.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Turn:
     Attributes:
         answer: the model's.
         version: of the user's weights in the store, from this turn; None if nothing was learnt.
-        tokens: number of the user's tokens that were learnt.
+        tokens: number of the user's tokens that were learnt, with those that end the turn.
         nll: their mean loss in nats, before they were learnt.
     """
 
@@ -72,7 +77,7 @@ class Chat:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(f"tokenizer must have a chat template, got {type(tokenizer).__name__} without one")
         self.model: Any = ttt.adapt_(model, CONFIG)
-        self.learner = Learner(self.model)
+        self.learner = Learner(self.model, episodes=ttt.EpisodeLog())
         self.learner.calibrate(tokenizer=tokenizer)
         assert self.learner.pool is not None
         self.pool = self.learner.pool
@@ -112,6 +117,17 @@ class Chat:
         self.messages = [*asked, {"role": "assistant", "content": answer}]
         return turn
 
+    def study(self) -> tuple[ttt.StudyOutput, int | None]:
+        """Read again what the user said since the last study, and store what was learnt (`ttt.Learner.study`).
+
+        Returns:
+            What was done, and the new version; None where nothing new was said.
+        """
+        if self.user not in self.pool.users:
+            return ttt.StudyOutput(0, []), None
+        output = self.learner.study(self.user)
+        return output, self._put() if output.episodes else None
+
     def rollback(self, version: int) -> int:
         """Go back to an earlier version, which becomes the newest one; the conversation begins anew.
 
@@ -141,9 +157,11 @@ class Chat:
         ids, mask = self._tokens(asked, prompt=False)
         seen = self.learner.observe(ids, learn_mask=mask, users=[self.user])
         nll = float(seen.nll[mask[:, 1:]].double().mean())
+        return Turn(answer, self._put(), int(mask.sum()), nll)
+
+    def _put(self) -> int:
         with self.store.lease(self.user) as lease:
-            version = self.store.put(lease, self.pool.export(self.user))
-        return Turn(answer, version, int(mask.sum()), nll)
+            return self.store.put(lease, self.pool.export(self.user))
 
     def _fitting(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], Tensor]:
         """The latest of ``messages`` that leave room for an answer, and their tokens."""
@@ -157,7 +175,9 @@ class Chat:
             messages = messages[2:]
 
     def _tokens(self, messages: list[dict[str, str]], *, prompt: bool) -> tuple[Tensor, Tensor]:
-        """The tokens (1, T) of ``messages`` in the template, and (1, T) bool: those of the last one's words.
+        """The tokens (1, T) of ``messages`` in the template, and (1, T) bool: those of the last one's words and end.
+
+        What follows the words in the template up to its next line is their end.
 
         Args:
             prompt: whether the template's beginning of an answer follows.
@@ -165,7 +185,9 @@ class Chat:
         whole = self.tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
         content = messages[-1]["content"]
         start = whole.rindex(content)
+        line = whole.find("\n", start + len(content))
+        stop = len(whole) if line < 0 else line
         found = self.tokenizer(whole, return_offsets_mapping=True, add_special_tokens=False)
-        inside = [first < start + len(content) and last > start for first, last in found["offset_mapping"]]
+        inside = [first < stop and last > start for first, last in found["offset_mapping"]]
         device = next(self.model.parameters()).device
         return torch.tensor([found["input_ids"]], device=device), torch.tensor([inside], device=device)

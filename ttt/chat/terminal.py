@@ -12,7 +12,7 @@ from rich.console import Console
 from ttt.chat.session import Chat
 from ttt.store import Store
 
-HELP = "/versions  /rollback NUMBER  /forget  /quit; anything else is said to the model"
+HELP = "/study  /versions  /rollback NUMBER  /forget  /quit; anything else is said to the model"
 
 
 def run(model: Path | None, store: str, user: str, max_new_tokens: int, learn: bool) -> None:
@@ -49,7 +49,7 @@ def talk(chat: Chat, tokenizer: Any, console: Console) -> None:
                 turn = chat.say(line, streamer)
                 if turn.version is not None:
                     console.print(f"[dim]learnt {turn.tokens} tokens ({turn.nll:.2f} nats each): {turn.version}[/dim]")
-        except ValueError as error:
+        except (ValueError, FloatingPointError) as error:
             console.print(f"[red]{error}[/red]")
 
 
@@ -68,6 +68,17 @@ def command(chat: Chat, line: str, console: Console) -> None:
         if not argument.strip().isdecimal():
             raise ValueError(f"/rollback needs the number of a version, got {argument!r}")
         console.print(f"version {chat.rollback(int(argument))} is as {argument.strip()} was")
+    elif name == "/study":
+        with console.status("The model reads again what you said ..."):
+            output, version = chat.study()
+        if version is None:
+            console.print("nothing new was said")
+        else:
+            first, last = output.losses[0], output.losses[-1]
+            console.print(
+                f"studied {output.episodes} piece(s) {len(output.losses)} times ({first:.2f} to {last:.2f} nats per "
+                f"token): {version}"
+            )
     elif name == "/forget":
         chat.forget()
         console.print("everything that was learnt is removed")
