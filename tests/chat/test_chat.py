@@ -11,7 +11,7 @@ from tiny_models import VOCAB, tiny
 from typer.testing import CliRunner
 
 import ttt
-from ttt.chat import Chat, session, terminal
+from ttt.chat import Chat, terminal
 from ttt.cli import app
 
 
@@ -107,10 +107,8 @@ def test_what_is_studied_is_stored_with_what_was_said(base, tmp_path):
     assert chat.study() == (ttt.StudyOutput(0, []), None)
     chat.say("my dog is called Biscuit")
     (episode,) = chat.learner.episodes.of("ada")
-    letters = Letters()
-    assert letters.decode(episode.ids[episode.learn]) == letters.decode(
-        letters("my dog is called Biscuit</>").input_ids
-    )
+    said = Letters()("my dog is called Biscuit</>").input_ids
+    assert episode.ids[episode.learn].tolist() == said
     output, version = chat.study()
     assert version == 2
     assert output.losses[-1] < output.losses[0]
@@ -152,7 +150,8 @@ def test_commands_in_the_terminal(base, tmp_path, monkeypatch):
     terminal.talk(chat, Letters(), console)
     text = out.getvalue()
     for part in (
-        "learnt 8 tokens", "version 2 is as 1 was", "studied 1 piece(s) 20 times", "/rollback needs the number of a version, got 'x'",
+        "learnt 8 tokens", "version 2 is as 1 was", "studied 1 piece(s) 20 times",
+        "/rollback needs the number of a version, got 'x'",
         "version must be one of [1, 2], got 7", "/dance is no command", "everything that was learnt is removed",
     ):  # fmt: skip
         assert part in text
@@ -173,4 +172,3 @@ def test_a_tokenizer_without_a_template_is_refused(base, tmp_path):
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="tokenizer must have a chat template, got Letters without one"):
         Chat(base, tokenizer, ttt.Store(tmp_path), "ada")
-    assert session.CONFIG.per_user.slots == 1

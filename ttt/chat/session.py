@@ -16,16 +16,9 @@ from torch import Tensor, nn
 
 import ttt
 from ttt.checks import check_type, check_whole
+from ttt.demo.language_model import CONVERSATION
 from ttt.learn.learner import Learner
 from ttt.store import Store, UnknownUser, Version
-
-CONFIG = ttt.TTTConfig(
-    target_modules=["down_proj"],
-    layers="last:0.5",
-    protect=[ttt.KroneckerFisher(directions=64)],
-    per_user=ttt.LowRank(slots=1, rank=32, window=64),
-)
-"""More layers and directions than by default: what is studied then changes the rest less (docs/language.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +42,8 @@ class Chat:
     """A conversation with a model that learns from it.
 
     Args:
-        model: a causal language model of Hugging Face transformers; it is adapted in place (`CONFIG`) and calibrated on
+        model: a causal language model of Hugging Face transformers; it is adapted in place, as
+            `ttt.demo.language_model.CONVERSATION` says, and calibrated on
             text that it writes itself, which takes half a minute for a model of 135 M parameters on two cores.
         tokenizer: its fast tokenizer, with a chat template.
         store: where the user's versions are kept.
@@ -76,7 +70,7 @@ class Chat:
         check_whole("max_new_tokens", max_new_tokens, 1)
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(f"tokenizer must have a chat template, got {type(tokenizer).__name__} without one")
-        self.model: Any = ttt.adapt_(model, CONFIG)
+        self.model: Any = ttt.adapt_(model, CONVERSATION)
         self.learner = Learner(self.model, episodes=ttt.EpisodeLog())
         self.learner.calibrate(tokenizer=tokenizer)
         assert self.learner.pool is not None

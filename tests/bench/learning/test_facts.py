@@ -12,11 +12,11 @@ from bench.learning.facts import contenders
 from bench.learning.facts.methods import METHODS, method
 from bench.learning.facts.people import FRIENDS, KINDS, OTHERS, corrected, of_friends, of_things, person
 from bench.learning.facts.questions import about_the_neighbour, questions
-from bench.learning.facts.retrieval import nearest
 from bench.learning.facts.run import CHAT, SCENARIOS, run
 from bench.learning.facts.suite import FactsSuite
 from bench.learning.language.base import Base
 from ttt.demo.questions import GENERAL_KNOWLEDGE, Template, session, telling
+from ttt.demo.retrieval import nearest
 
 
 class Bytes:
