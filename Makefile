@@ -1,6 +1,6 @@
 # Every target installs what it needs into .venv first, once.
 #   build  an editable install with the C++ kernels      test   all tests
-#   demo   writes report/index.html                      quick  some tests, in about 80 s
+#   demo   writes report/index.html; also demo-byte      quick  some tests, in about 80 s
 #   docs   the documentation, into site/                 lint, format
 #   bench-learning, bench-language, bench, bench-check  the benchmarks of methods, on a real language model, of kernels
 VENV ?= .venv
@@ -47,10 +47,11 @@ bench-learning: $(VENV)/.bench
 	$(BIN)/python -m bench.learning --suite text --seeds 3 --curves --jobs 2
 	$(BIN)/python -m bench.learning --report
 
-# A language model learns from streams of text: about 100 minutes on one core. The texts are of Debian's packages
+# A language model learns from streams of text, and is told facts: about 3 hours on one core. The texts are of Debian's packages
 # manpages-fr, manpages-de, debian-policy, fortunes-min and tzdata; the command says which of them is missing.
 bench-language: $(VENV)/.bench
 	$(BIN)/python -m bench.learning --suite streams --seeds 1
+	$(BIN)/python -m bench.learning --suite facts --seeds 3
 	$(BIN)/python -m bench.tables
 
 # About 10 minutes on two cores.

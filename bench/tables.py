@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from bench.learning.facts import tables as facts
 from bench.learning.language import tables as language
 
 ROOT = Path(__file__).parents[1]
@@ -147,13 +148,27 @@ def all_costs() -> list[str]:
     return _table(head, lines)
 
 
-def _language(make: Callable[[Mapping[str, Any]], list[tuple[str, ...]]]) -> Callable[[], list[str]]:
-    """A table of the suite "streams", which says so where it has not been run."""
+def conversation() -> list[str]:
+    """What SmolLM2 knew in a new process, in every way of knowing."""
+    if not (ROOT / "bench/learning/results/conversation.json").exists():
+        return _table(("not yet run",), [])
+    found, lines = _load("conversation.json"), []
+    for name, way in found["ways"].items():
+        right = sum(c == q["right"] for c, q in zip(way["chosen"], found["questions"], strict=True))
+        general = found["general"].get(name, found["general"]["frozen"])
+        shown = f"**{name}**" if name == "ttt" else name
+        times = f"{way['before']:.1f}", f"{way['seconds']:.1f}"
+        lines.append(_line(shown, f"{right} of {len(way['chosen'])}", f"{general:.3f}", *times))
+    return _table(("way", "right", "general knowledge, nats", "before asking, s", "asking, s"), lines)
+
+
+def _suite(name: str, make: Callable[[Mapping[str, Any]], list[tuple[str, ...]]]) -> Callable[[], list[str]]:
+    """A table of the suite ``name``, which says so where it has not been run."""
 
     def table() -> list[str]:
-        if not (ROOT / "bench/learning/results/benchmark_streams.json").exists():
+        if not (ROOT / f"bench/learning/results/benchmark_{name}.json").exists():
             return _table(("not yet run",), [])
-        head, *lines = make(_load("benchmark_streams.json"))
+        head, *lines = make(_load(f"benchmark_{name}.json"))
         return _table(head, [_line(*cells) for cells in lines])
 
     return table
@@ -176,8 +191,10 @@ def units() -> list[str]:
 TABLES: dict[str, Callable[[], list[str]]] = {
     "quality": quality, "streams": streams, "digits": digits, "demo": demo, "costs": costs, "all costs": all_costs,
     "units": units,
-    "language run": _language(language.about), "language": _language(language.by_text),
-    "language methods": _language(language.by_method), "language hard": _language(language.hard),
+    "language run": _suite("streams", language.about), "language": _suite("streams", language.by_text),
+    "language methods": _suite("streams", language.by_method), "language hard": _suite("streams", language.hard),
+    "facts run": _suite("facts", facts.about), "facts": _suite("facts", facts.by_scenario),
+    "facts costs": _suite("facts", facts.costs), "conversation": conversation,
 }  # fmt: skip
 """Name in the marker -> what makes the table."""
 
