@@ -33,21 +33,22 @@ def test_text_is_drawn_from_the_models_own_distribution():
     assert sum(len(ids) for ids in batches) == SEQUENCES
     assert {tuple(ids.shape) for ids in batches} == {(4, 40)}
     generator = torch.Generator().manual_seed(3)
-    ids = torch.full((4, 1), model.config.bos_token_id)
+    ids = torch.full((SEQUENCES, 1), model.config.bos_token_id)
     with torch.no_grad():
         while ids.shape[1] < 40:
             chances = model(input_ids=ids).logits[:, -1].double().softmax(-1)
             ids = torch.cat([ids, torch.multinomial(chances.float(), 1, generator=generator)], 1)
-    assert torch.equal(batches[0], ids)
+    assert torch.equal(torch.cat(batches), ids)
     assert not torch.equal(batches[1], batches[0])
     assert next(own_text(model, context=1000, seed=3)).shape == (4, LENGTH)
 
 
 def test_a_chat_template_asks_for_every_topic():
     tokenizer, asked = Words(), []
+    every = [tokenizer(f"user: Write about {t}.", False).input_ids for t in TOPICS]
+    shortest = min(map(len, every))
     for at, ids in enumerate(own_text(tiny().eval(), tokenizer, context=200, seed=0)):
-        prompts = [tokenizer(f"user: Write about {t}.", False).input_ids for t in TOPICS[4 * at : 4 * at + 4]]
-        shortest = min(map(len, prompts))
+        prompts = every[4 * at : 4 * at + 4]
         assert torch.equal(ids[:, :shortest], torch.tensor([p[-shortest:] for p in prompts]))
         asked += prompts
     assert len(asked) == len(TOPICS) == SEQUENCES

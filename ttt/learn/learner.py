@@ -268,7 +268,7 @@ class Learner:
 
         Args:
             batches: of (B, T) int64 tokens; or of anything, with ``loss``. None: 16 sequences of 256 tokens that the
-                model writes (`ttt.learn.own_text`), which takes as long as generating 1,024 tokens in batches of 4.
+                model writes (`ttt.learn.own_text`), which takes as long as generating 256 tokens in a batch of 16.
             loss: called with (model, batch), returns the summed loss, whose per-token gradients are squared: for models
                 that are not causal language models. Default: ``config.fisher``, labels drawn from the model's own
                 output ("true") or those of the text ("empirical").

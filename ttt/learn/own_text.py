@@ -39,12 +39,12 @@ def own_text(model: Any, tokenizer: Any = None, *, context: int, seed: int) -> I
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
     prompts = _prompts(model, tokenizer)
-    for at in range(0, SEQUENCES, _BATCH):
-        # Prompts of one batch are cut to the shortest: what is lost is the end of a request.
-        rows = [prompts[row % len(prompts)] for row in range(at, at + _BATCH)]
-        shortest = min(map(len, rows))
-        ids = torch.tensor([row[-shortest:] for row in rows], device=device)
-        yield _written(model, ids[:, : context - 1], min(LENGTH, context), generator)
+    # All are written together: a step of decoding takes about as long for 16 sequences as for 4. Prompts are cut to the
+    # shortest: what is lost is the beginning of the template.
+    rows = [prompts[row % len(prompts)] for row in range(SEQUENCES)]
+    shortest = min(map(len, rows))
+    ids = torch.tensor([row[-shortest:] for row in rows], device=device)
+    yield from _written(model, ids[:, : context - 1], min(LENGTH, context), generator).split(_BATCH)
 
 
 def _prompts(model: Any, tokenizer: Any) -> Sequence[list[int]]:

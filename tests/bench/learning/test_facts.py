@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from bench.learning.facts import contenders
+from bench.learning.facts import contenders, tables
 from bench.learning.facts.methods import METHODS, method
 from bench.learning.facts.people import FRIENDS, KINDS, OTHERS, corrected, of_friends, of_things, person
 from bench.learning.facts.questions import about_the_neighbour, questions
@@ -273,3 +273,18 @@ def test_figures_of_a_run_made_by_hand():
 def test_an_unknown_method_is_refused():
     with pytest.raises(ValueError, match="method must be one of"):
         method("magic")
+
+
+def test_tables_show_what_was_run_and_with_how_many_people():
+    def row(scenario, method, right, people):
+        figures = ("right", "rank", "kl", "general", "neighbour", "told", "asked")
+        return {"scenario": scenario, "method": method, "seeds": people} | {name: [right, None] for name in figures}
+
+    found = {"rows": [row("ten facts", "frozen", 0.1, 3), row("ten facts", "study", 0.85, 3),
+                      row("50 things", "study", 0.75, 1)]}  # fmt: skip
+    assert tables.by_scenario(found) == [
+        ("method", "ten facts (3)", "50 things (1)"), ("frozen", "0.10", ""), ("study", "0.85", "0.75"),
+    ]  # fmt: skip
+    assert [line[0] for line in tables.costs(found)] == ["method", "frozen", "study"]
+    machine = {"processor": "a processor", "cores": 2, "threads": 1, "torch": "2"}
+    assert tables.about({"machine": machine, "date": "2026-11-28"})[1][-1] == "2026-11-28"
