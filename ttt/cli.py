@@ -31,7 +31,9 @@ def demo(
         Path | None,
         typer.Option(exists=True, file_okay=False, help="Folder of a transformers model; by default SmolLM2-135M."),
     ] = None,
-    report: Annotated[Path, typer.Option(help="Folder to write index.html and the plots to.")] = Path("report"),
+    report: Annotated[Path, typer.Option(file_okay=False, help="Folder to write index.html and the plots to.")] = Path(
+        "report"
+    ),
     byte: Annotated[bool, typer.Option("--byte", help="Compare nine ways to read with a byte-level model.")] = False,
     bytes_per_domain: Annotated[
         int | None, typer.Option("--bytes", min=2048, help="With --byte: bytes to read of each kind of text (20480).")
@@ -58,7 +60,7 @@ def demo(
             from ttt.demo.conversation import main as converse
 
             converse(text, report, model)
-    except (FileNotFoundError, ImportError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         hint = "" if byte else "\nIn a clone, ttt demo --byte shows a small byte-level model instead."
         typer.echo(f"{error}{hint}", err=True)
         raise typer.Exit(1) from None

@@ -104,7 +104,7 @@ def test_going_back_restores_a_version_and_wrong_ones_are_refused(base, tmp_path
 
 def test_what_is_studied_is_stored_with_what_was_said(base, tmp_path):
     chat = chat_of(base, tmp_path)
-    assert chat.study() == (ttt.StudyOutput(0, []), None)
+    assert chat.study()[1] is None
     chat.say("my dog is called Biscuit")
     (episode,) = chat.learner.episodes.of("ada")
     said = Letters()("my dog is called Biscuit</>").input_ids
@@ -115,16 +115,51 @@ def test_what_is_studied_is_stored_with_what_was_said(base, tmp_path):
     later = chat_of(base, tmp_path)
     state, loaded = chat.pool.export("ada"), later.pool.export("ada")
     assert all(torch.equal(state[key], loaded[key]) for key in state)
-    assert later.study() == (ttt.StudyOutput(0, []), None)  # it was studied in the other chat
+    assert later.study()[1] is None  # it was studied in the other chat
     later.rollback(1)
     assert later.study()[1] == 4
     later.forget()
     assert not later.learner.episodes.of("ada")
 
 
+def test_what_cannot_be_stored_is_not_studied_and_the_terminal_goes_on(base, tmp_path, monkeypatch):
+    chat = chat_of(base, tmp_path)
+    chat.say("my dog is called Biscuit")
+    before = chat.pool.export("ada")
+    out, lines = io.StringIO(), iter(["/study", "/quit"])
+    console = Console(file=out, width=200)
+    monkeypatch.setattr(console, "input", lambda _: next(lines))
+    with ttt.Store(tmp_path).lease("ada"):
+        terminal.talk(chat, Letters(), console)
+    assert "lease" in out.getvalue()
+    after = chat.pool.export("ada")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert chat.study()[1] == 2
+
+
+@pytest.mark.parametrize("words", ["/", ">", "user", " hello\n"])
+def test_words_that_the_template_has_too_are_told_apart(base, tmp_path, words):
+    turn = chat_of(base, tmp_path).say(words)
+    assert turn.tokens == len(words.strip() + "</>")
+
+
+def test_a_template_that_changes_the_words_is_refused(base, tmp_path, monkeypatch):
+    chat = chat_of(base, tmp_path)
+    plain = chat.tokenizer.apply_chat_template
+
+    def loud(messages, **options):
+        return plain(messages, **options).upper().replace("THE WORDS OF THIS TURN", "the words of this turn")
+
+    monkeypatch.setattr(chat.tokenizer, "apply_chat_template", loud)
+    with pytest.raises(ValueError, match="the chat template changes what was said"):
+        chat.say("hello")
+
+
 def test_nothing_is_learnt_if_that_is_wished(base, tmp_path):
     chat = chat_of(base, tmp_path, learn=False)
     assert chat.say("my dog is called Biscuit").version is None
+    with pytest.raises(ValueError, match=r"study is refused: nothing is learnt in this chat \(learn=False\)"):
+        chat.study()
     assert chat.versions() == []
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import VOCAB, assert_same, tiny
+from tiny_models import TARGETS, VOCAB, assert_same, tiny
 from torch import nn
 
 import ttt
@@ -17,12 +17,12 @@ def words(rows, length, seed=None):
     return torch.randint(1, VOCAB, (rows, length), generator=generator)
 
 
-def learner_of(users=None, dtype=torch.float32, lr=0.0, log=None, **options):
+def learner_of(users=None, dtype=torch.float32, lr=0.0, log=None, family="llama", context=None, **options):
     config = ttt.TTTConfig(
-        ["down_proj"], layers="last:0.5", lr=lr, protect=[ttt.KroneckerFisher(directions=3)], window=8, chunk=8,
+        TARGETS[family], layers="last:0.5", lr=lr, protect=[ttt.KroneckerFisher(directions=3)], window=8, chunk=8,
         per_user=None if users is None else ttt.LowRank(slots=users, rank=40, window=8), **options,
     )  # fmt: skip
-    learner = ttt.Learner(ttt.adapt_(tiny().to(dtype), config), episodes=log or ttt.EpisodeLog())
+    learner = ttt.Learner(ttt.adapt_(tiny(family).to(dtype), config), context=context, episodes=log or ttt.EpisodeLog())
     learner.calibrate([words(2, 24)])
     return learner
 
@@ -102,7 +102,8 @@ def test_a_study_takes_the_steps_of_adam_within_the_projections(users):
         if users is not None:
             assert torch.equal(layer.weight, weight)
     assert all(episode.studied for episode in learner.episodes.of(user))
-    assert learner.study(user) == ttt.StudyOutput(0, [])  # there is nothing new
+    again = learner.study(user)  # there is nothing new
+    assert (again.episodes, again.losses) == (0, [])
 
 
 def test_a_users_change_is_the_best_one_of_the_rank_and_what_was_dropped_is_counted():
@@ -184,6 +185,7 @@ def test_what_a_user_said_travels_with_their_state_and_goes_with_it():
     [
         ("ids", lambda t: -t), ("ids", lambda t: t.float()), ("ids", lambda t: t[None]), ("learn", lambda t: ~t),
         ("learn", lambda t: t[1:]), ("lengths", lambda t: t[:0]), ("lengths", lambda t: t * 0),
+        ("learn", lambda t: t & False),
         ("studied", lambda t: t.long()), ("studied", lambda t: torch.cat([t, t])), ("ids", lambda t: t.numpy()),
     ],
 )  # fmt: skip
@@ -339,6 +341,7 @@ def test_more_episodes_than_a_step_takes_are_all_read():
     )
     learner.study(passes=1)
     handle.remove()
+    seen = seen[: len(seen) // 2]  # what is read once more is measured only
     assert sorted(seen) == [[at // 50, at % 50] for at in range(70)]
 
 
@@ -363,3 +366,91 @@ def test_wrong_arguments_are_refused_by_name():
     for options, name in [({"before": 0}, "before"), ({"length": 4}, "length"), ({"tokens": 10}, "tokens")]:
         with pytest.raises(ValueError, match=name):
             ttt.EpisodeLog(**options)
+
+
+@pytest.mark.parametrize("users", [None, 1])
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_other_models_study_text_longer_than_their_context(family, users):
+    """Layers of GPT-2 are transposed, and its positions end: episodes are no longer than the context."""
+    learner = learner_of(users, family=family, lr=0.05, context=64)
+    ids, user = words(1, 150), None if users is None else "ada"
+    learner.observe(ids, users=users and ["ada"])
+    assert max(len(episode.ids) for episode in learner.episodes.of(user)) == 64
+    output = learner.study(user, passes=4, lr=0.02)
+    assert output.after < output.losses[0]
+    assert output.after == pytest.approx(study_module._mean_loss(learner, user, learner.episodes.of(user)), rel=1e-3)
+
+
+@pytest.mark.parametrize("users", [None, 1])
+def test_what_the_last_step_does_is_measured_before_it_is_written(users):
+    learner = learner_of(users, dtype=torch.float16)
+    user = None if users is None else "ada"
+    told(learner, words(1, 30), torch.ones((1, 30), dtype=torch.bool))
+    before = learner.snapshot() if users is None else learner.pool.export("ada")
+    with pytest.raises((FloatingPointError, ValueError), match=r"nothing was changed|finite"):
+        learner.study(user, passes=1, lr=1e6)
+    assert_same(_flat(before), _flat(learner.snapshot() if users is None else learner.pool.export("ada")))
+
+
+def test_the_loss_after_a_study_counts_what_the_truncation_drops():
+    learner = learner_of(1, lr=0.05)
+    told(learner, words(1, 30), torch.ones((1, 30), dtype=torch.bool))
+    for layer in learner.pool.layers.values():
+        object.__setattr__(layer, "low_rank", ttt.LowRank(slots=1, rank=1, window=8))
+    output = learner.study("ada", passes=10, lr=0.05)
+    real = study_module._mean_loss(learner, "ada", learner.episodes.of("ada"))
+    assert output.after == pytest.approx(real, rel=1e-4)
+    assert output.after > output.losses[-1]
+
+
+def test_studying_for_someone_who_said_nothing_takes_nobodys_slot():
+    learner = learner_of(1)
+    told(learner, words(1, 9), torch.ones((1, 9), dtype=torch.bool), "ada")
+    assert learner.study("adda").episodes == 0
+    assert learner.pool.users == ("ada",)
+    learner.pool.on_miss = lambda user: None
+    assert learner.study("adda").episodes == 0
+    assert learner.pool.users == ("adda",)
+
+
+def test_tokens_of_another_vocabulary_and_of_a_longer_context_are_refused():
+    learner = learner_of(1)
+    told(learner, words(1, 40), torch.ones((1, 40), dtype=torch.bool), "ada")
+    state = learner.pool.export("ada")
+    learner.pool.load("ada", {**state, "episodes.ids": state["episodes.ids"] + 1000})
+    with pytest.raises(ValueError, match="the log's tokens"):
+        learner.study("ada")
+    learner.pool.load("ada", state)
+    learner.context = 20
+    with pytest.raises(ValueError, match="an episode of 40 tokens, but the learner's context is 20"):
+        learner.study("ada")
+
+
+def test_a_log_is_refused_where_it_could_not_be_kept():
+    learner = learner_of()
+    known = [words(2, 20)]
+    with pytest.raises(ValueError, match="guard and episodes exclude each other"):
+        ttt.Learner(learner.model, guard=ttt.Guard(known), episodes=ttt.EpisodeLog())
+    with pytest.raises(ValueError, match="learner must have no log of episodes"):
+        ttt.GrowingLearner(learner)
+    with pytest.raises(ValueError, match="learner must have no log of episodes"):
+        ttt.GraphedLearner(learner, batch=1)
+    users = learner_of(1)
+    with pytest.raises(ValueError, match=r"episodes must be the log that the model's users have already"):
+        ttt.Learner(users.model, episodes=ttt.EpisodeLog())
+    assert ttt.Learner(users.model, episodes=users.episodes).pool.episodes is users.episodes
+    told(users, words(1, 9), torch.ones((1, 9), dtype=torch.bool))
+    plain = ttt.Learner(ttt.adapt_(tiny(), users.config))
+    with pytest.raises(ValueError, match=r"ttt\.EpisodeLog\(\)"):
+        plain.pool.load("ada", users.pool.export("ada"))
+    for ids, learn in [(words(1, 4)[0], torch.ones(6).bool()), (torch.rand(4), torch.ones(4).bool())]:
+        with pytest.raises(ValueError, match="ids and learn must be"):
+            learner.episodes.add(None, ids, learn)
+
+
+def test_a_snapshot_without_a_log_leaves_the_log_alone():
+    learner = learner_of(lr=0.05)
+    snapshot = ttt.Learner(learner.model).snapshot()
+    learner.observe(words(1, 20))
+    learner.rollback(snapshot)
+    assert learner.episodes.of()

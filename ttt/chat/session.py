@@ -20,6 +20,8 @@ from ttt.demo.language_model import CONVERSATION
 from ttt.learn.learner import Learner
 from ttt.store import Store, UnknownUser, Version
 
+_MARK = "the words of this turn"
+
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
@@ -98,7 +100,8 @@ class Chat:
             ValueError: if ``text`` is empty, or so long that it leaves no room for an answer.
         """
         check_type("text", text, str, "a string")
-        if not text.strip():
+        text = text.strip()
+        if not text:
             raise ValueError("text must not be empty")
         asked, ids = self._fitting([*self.messages, {"role": "user", "content": text}])
         with torch.no_grad(), ttt.users(self.model, [self.user]):
@@ -116,11 +119,18 @@ class Chat:
 
         Returns:
             What was done, and the new version; None where nothing new was said.
+
+        Raises:
+            ValueError: in a chat that learns nothing. FloatingPointError: as `ttt.Learner.study`.
+            StoreError: if the store refuses, as `LeaseHeld` where another process has the user.
         """
+        if not self.learn:
+            raise ValueError("study is refused: nothing is learnt in this chat (learn=False)")
         if self.user not in self.pool.users:
             return ttt.StudyOutput(0, []), None
-        output = self.learner.study(self.user)
-        return output, self._put() if output.episodes else None
+        with self.store.lease(self.user) as lease:  # taken first: what could not be stored is not studied
+            output = self.learner.study(self.user)
+            return output, self.store.put(lease, self.pool.export(self.user)) if output.episodes else None
 
     def rollback(self, version: int) -> int:
         """Go back to an earlier version, which becomes the newest one; the conversation begins anew.
@@ -178,7 +188,11 @@ class Chat:
         """
         whole = self.tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
         content = messages[-1]["content"]
-        start = whole.rindex(content)
+        # Looking for the words could find them in the template's own text.
+        marked = [*messages[:-1], {**messages[-1], "content": _MARK}]
+        start = self.tokenizer.apply_chat_template(marked, add_generation_prompt=prompt, tokenize=False).rindex(_MARK)
+        if not whole.startswith(content, start):
+            raise ValueError(f"the chat template changes what was said, which cannot be found in it: {content!r:.80}")
         line = whole.find("\n", start + len(content))
         stop = len(whole) if line < 0 else line
         found = self.tokenizer(whole, return_offsets_mapping=True, add_special_tokens=False)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ttt.chat.session import Chat
 from ttt.demo.language_model import load
-from ttt.store import Store
+from ttt.store import Store, StoreError
 
 HELP = "/study  /versions  /rollback NUMBER  /forget  /quit; anything else is said to the model"
 
@@ -23,7 +23,7 @@ def run(model: Path | None, store: str, user: str, max_new_tokens: int, learn: b
         loaded, tokenizer = load(model)
         with console.status("The model writes some text, to measure what it must not forget ..."):
             chat = Chat(loaded, tokenizer, Store(store), user, max_new_tokens=max_new_tokens, learn=learn)
-    except (ImportError, FileNotFoundError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         typer.echo(error, err=True)
         raise typer.Exit(1) from None
     known = chat.versions()
@@ -50,7 +50,7 @@ def talk(chat: Chat, tokenizer: Any, console: Console) -> None:
                 turn = chat.say(line, streamer)
                 if turn.version is not None:
                     console.print(f"[dim]learnt {turn.tokens} tokens ({turn.nll:.2f} nats each): {turn.version}[/dim]")
-        except (ValueError, FloatingPointError) as error:
+        except (ValueError, FloatingPointError, StoreError) as error:
             console.print(f"[red]{error}[/red]")
 
 

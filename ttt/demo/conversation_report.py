@@ -92,10 +92,11 @@ def _plot(found: dict[str, Any], path: Path) -> None:
     ways, questions, general = found["ways"], found["questions"], found["general"]
     names = list(ways)
     colours = [COLOURS[name] for name in names]
+    known = [general.get(name, general["frozen"]) for name in names]
     panels = [
         (f"right answers of {len(questions)}", [rights(ways[name], questions) for name in names], "{:.0f}"),
         ("seconds for the questions", [ways[name]["seconds"] for name in names], "{:.1f}"),
-        ("general knowledge, nats", [general.get(name, general["frozen"]) for name in names], "{:.2f}"),
+        ("general knowledge, nats (less is better)", known, "{:.2f}"),
     ]
     figure, axes = plt.subplots(1, 3, figsize=(13, 3), constrained_layout=True, sharey=True)
     for axis, (title, values, form) in zip(axes, panels, strict=True):

@@ -71,8 +71,9 @@ class Template:
 
         What follows the sentence in the template up to its next line is its end.
         """
+        mark = "the words of this turn"  # looking for the sentence could find it in the template's own text
+        begin = self.text([{"role": "user", "content": mark}]).rindex(mark)
         whole = self.text([{"role": "user", "content": sentence}])
-        begin = whole.rindex(sentence)
         end = whole.find("\n", begin + len(sentence))
         before, said = self.ids(whole[:begin]), self.ids(whole[begin : None if end < 0 else end])
         return before + said, [False] * len(before) + [True] * len(said)

@@ -115,6 +115,8 @@ class GrowingLearner:
         learner.require_single(
             "GrowingLearner", "Learner.observe(input_ids, users=[...]), whose weights have a low rank, too"
         )
+        if learner.episodes is not None:
+            raise ValueError("learner must have no log of episodes: a study would change whatever column is active")
         if learner.guard is not None:
             raise ValueError("learner must have no guard: its last good state would be another column's")
         self.rank, self.budget = check_whole("rank", rank, 1), check_whole("budget", budget, 1)

@@ -65,6 +65,8 @@ class GraphedLearner:
         if learner.rules:
             names = [type(rule).__name__ for rule in learner.rules]
             raise ValueError(f"learner must have no rules, whose terms cannot be captured, got {names}")
+        if learner.episodes is not None:
+            raise ValueError("learner must have no log of episodes: nothing would be added to it here")
         if learner.guard is not None:
             raise ValueError("learner has a guard, which changes rates and strengths that a CUDA graph holds fixed")
         chunk = learner.config.chunk if chunk is None else chunk

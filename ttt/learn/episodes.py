@@ -30,14 +30,15 @@ class Episode:
 
 
 class EpisodeLog:
-    """Keeps the newest text that a `ttt.Learner` has learnt from, for each user:
+    """Keeps the newest text that `ttt.Learner.observe` has learnt from, for each user:
 
         learner = ttt.Learner(model, episodes=ttt.EpisodeLog())
         learner.observe(ids, users=["ada"])
         learner.study("ada")
 
     With weights for each user the log is part of the user's state: `ttt.Pool.export` and `load` keep it, eviction hands
-    it on, and `forget` erases it. With one set of weights everything is kept under the user None.
+    it on, and `forget` erases it. With one set of weights everything is kept under the user None: a snapshot has it,
+    the files of `ttt.save` do not; ``export(None)`` and ``load(None, ...)`` move it.
 
     Args:
         tokens: largest number of tokens that are kept of a user. The oldest episodes are dropped first.
@@ -58,11 +59,22 @@ class EpisodeLog:
         self.tokens = check_whole("tokens", tokens, length)
         self._held: dict[Hashable, list[Episode]] = {}
 
-    def add(self, user: Hashable, ids: Tensor, learn: Tensor) -> None:
+    def add(self, user: Hashable, ids: Tensor, learn: Tensor, context: int | None = None) -> None:
         """Keep a text of ``user``: ``ids`` (T,) int64, of which the tokens ``learn`` (T,) bool were learnt.
 
-        Each run of learnt tokens becomes an episode. The first token of a text is never learnt.
+        Each run of learnt tokens becomes an episode, of at most ``context`` tokens. The first token of a text is never
+        learnt.
+
+        Raises:
+            TypeError, ValueError: if ``ids`` and ``learn`` are no such tensors. Nothing has changed then.
         """
+        if ids.dtype != torch.int64 or learn.dtype != torch.bool or ids.ndim != 1 or ids.shape != learn.shape:
+            got = f"{ids.dtype} {tuple(ids.shape)} and {learn.dtype} {tuple(learn.shape)}"
+            raise ValueError(f"ids and learn must be (T,) int64 and (T,) bool, got {got}")
+        if not len(ids):
+            return
+        length = self.length if context is None else min(self.length, max(context, 2))
+        before = min(self.before, length - 1)
         ids, learn = ids.detach().cpu(), learn.detach().cpu().clone()
         learn[0] = False
         held = self._held.setdefault(user, [])
@@ -70,8 +82,8 @@ class EpisodeLog:
         for begin, end in zip(
             (edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist(), strict=True
         ):
-            for at in range(begin, end, self.length - self.before):
-                part = slice(max(0, at - self.before), min(end, at + self.length - self.before))
+            for at in range(begin, end, length - before):
+                part = slice(max(0, at - before), min(end, at + length - before))
                 wanted = torch.arange(part.start, part.stop) >= at
                 held.append(Episode(ids[part].clone(), wanted))
         while sum(len(episode.ids) for episode in held) > self.tokens:
@@ -79,8 +91,12 @@ class EpisodeLog:
         if not held:
             del self._held[user]
 
-    def keep(self, text: Text, users: Sequence[Hashable | None] | None, output: ObserveOutput) -> None:
+    def keep(
+        self, text: Text, users: Sequence[Hashable | None] | None, output: ObserveOutput, context: int | None = None
+    ) -> None:
         """Keep what ``text`` taught ``users`` (None: the one set of weights), as ``output`` tells.
+
+        Episodes are no longer than ``context``, the learner's.
 
         A text of which a chunk was rejected is not kept, nor that of a user one of whose chunks was.
         """
@@ -90,7 +106,7 @@ class EpisodeLog:
         for row, user in enumerate([None] * len(text.ids) if users is None else users):
             if users is None or (user is not None and user not in output.rejected_users):
                 attend = slice(None) if text.attend is None else text.attend[row]
-                self.add(user, text.ids[row][attend], teach[row][attend])
+                self.add(user, text.ids[row][attend], teach[row][attend], context)
 
     def of(self, user: Hashable = None) -> list[Episode]:
         """The episodes of ``user``, oldest first."""
@@ -140,6 +156,8 @@ class EpisodeLog:
             raise ValueError(f"episodes.lengths must add up to {total} tokens that are not negative")
         if bool(state["learn"][lengths.cumsum(0) - lengths].any()):
             raise ValueError("episodes.learn must be False at the first token of an episode")
+        if not all(bool(part.any()) for part in state["learn"].split(lengths.tolist())):
+            raise ValueError("episodes.learn must be True somewhere in each episode")
 
     def load(self, user: Hashable, state: dict[str, Tensor]) -> None:
         """Keep exactly what `export` returned. The caller checks it first."""

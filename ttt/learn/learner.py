@@ -54,7 +54,8 @@ class Learner:
             do: in the window, in the sample of recent inputs, and in the trace (with zeros for "mas").
         guard: keeps what is forgotten within a bound; None for no guard. If every user has weights of their own, its
             inputs and settings are those of one guard for each user (`ttt.per_user.guards.UserGuards`).
-        episodes: keeps the text that was learnt from, for `study`; None to keep nothing. It serves one learner.
+        episodes: keeps the text that `observe` learns from, for `study`; None to keep nothing. It serves one model, and
+            not together with a ``guard``.
 
     Raises:
         TypeError: if ``model`` is no module, ``guard`` no `ttt.Guard`, ``episodes`` no `ttt.EpisodeLog`, or one of
@@ -83,6 +84,8 @@ class Learner:
             check_type("guard", guard, Guard, "a ttt.Guard or None")
         if episodes is not None:
             check_type("episodes", episodes, EpisodeLog, "a ttt.EpisodeLog or None")
+            if guard is not None:
+                raise ValueError("guard and episodes exclude each other: a guard does not know of studies")
         self.access = Access(model)
         self.pool, self.layers, self.config = self.access.pool, self.access.single_layers, self.access.config
         if context is None:
@@ -110,6 +113,11 @@ class Learner:
                 guard.attach(self)
                 self.guard = guard
             if episodes is not None and self.pool is not None:
+                if self.pool.episodes not in (None, episodes):
+                    raise ValueError(
+                        "episodes must be the log that the model's users have already, pool.episodes: what they said "
+                        "is in it"
+                    )
                 self.pool.episodes = episodes
             undo.pop_all()
 
@@ -170,7 +178,7 @@ class Learner:
                     strategy = SingleWeights(self, text, learn)
                 output = strategy.output(read(text, strategy, self.config.chunk, self.context))
                 if learn and self.episodes is not None:
-                    self.episodes.keep(text, users, output)
+                    self.episodes.keep(text, users, output, self.context)
                 return output
 
     def generate(
@@ -223,7 +231,7 @@ class Learner:
             return generate(self, text, options)
 
     def study(self, user: Hashable = None, *, passes: int = 20, lr: float = 0.005, until: float = 0.2) -> StudyOutput:
-        """Read again what was learnt since the last study, several times, until the weights hold it.
+        """Read again what `observe` learnt since the last study, several times, until the weights hold it.
 
         To be called between requests, on a learner with an `ttt.EpisodeLog`. Where nothing new was said, nothing is
         done. It can be undone with `snapshot` and `rollback`, or `ttt.Pool.export` and `load`. An interrupt leaves the
@@ -231,7 +239,8 @@ class Learner:
         `ttt.LowRank`; 32 or more keeps nearly all of it.
 
         Args:
-            user: who said it, where every user has weights of their own; a user without a slot gets one.
+            user: who said it, where every user has weights of their own; one without a slot gets one if the pool has
+                ``on_miss``, and otherwise has said nothing.
             passes: largest number of passes over the episodes; a pass is one step for each 32 of them.
             lr: size of a step for each weight, relative to the root mean square of the layer's weights.
             until: end when the mean loss of a pass, in nats per token, is no larger.

@@ -23,20 +23,20 @@ class Snapshot:
         layers: of each layer, its state (`ttt.nn.Linear`) by name.
         bases: of each layer, what `ttt.Learner.reset` goes back to after a consolidation; empty before the first.
         rules: of each rule, its class and its state.
-        episodes: what the log held; empty without a log.
+        episodes: what the log held; None without a log.
     """
 
     layers: list[dict[str, Tensor]]
     bases: list[dict[str, Tensor]]
     rules: list[tuple[type[StreamRule], Any]] = dataclasses.field(default_factory=list)
-    episodes: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    episodes: dict[str, Tensor] | None = None
 
 
 def take_snapshot(layers: Sequence[Linear], rules: Sequence[StreamRule], log: EpisodeLog | None) -> Snapshot:
     """A snapshot of ``layers``, ``rules`` and ``log``."""
     # Shared tensors and bases are never written in place: they need no copy.
     states = [{name: t if name in layer.shared else t.clone() for name, t in layer.state().items()} for layer in layers]
-    held = {} if log is None else log.export(None)
+    held = None if log is None else log.export(None)
     return Snapshot(
         states, [dict(layer.base) for layer in layers], [(type(rule), rule.state()) for rule in rules], held
     )
@@ -67,5 +67,5 @@ def put_back(snapshot: Snapshot, layers: Sequence[Linear], rules: Sequence[Strea
             layer.base = dict(base)
         for rule, (_, held) in zip(rules, snapshot.rules, strict=True):
             rule.load_state(held)
-        if log is not None:
+        if log is not None and snapshot.episodes is not None:
             log.load(None, snapshot.episodes)

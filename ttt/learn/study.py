@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from ttt.atomic import whole_write
-from ttt.checks import check_real, check_whole
+from ttt.checks import check_real, check_token_ids, check_whole
 from ttt.learn.episodes import Episode
 from ttt.nn import Capturing, Linear, LowRankLinear
 from ttt.nn.directions import project_rows
+from ttt.per_user.pool import Pool
 from ttt.signals import SignalsDeferred
 
 if TYPE_CHECKING:
@@ -44,11 +45,14 @@ class StudyOutput:
 
     Attributes:
         episodes: number of episodes that were studied.
-        losses: nats per token in each pass over them, each measured before the pass's step.
+        losses: nats per token in each pass over them, each measured before the pass's steps.
+        after: nats per token with what was written; with weights for each user, after the truncation. NaN if nothing
+            was studied.
     """
 
     episodes: int
     losses: list[float]
+    after: float = math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +65,8 @@ class StudyOptions:
 
     def __post_init__(self) -> None:
         check_whole("passes", self.passes, 1)
-        check_real("lr", self.lr, low=0.0)
+        if check_real("lr", self.lr, low=0.0) == 0:
+            raise ValueError("lr must be above 0, got 0: nothing would be learnt, and all would count as studied")
         check_real("until", self.until, low=0.0)
 
 
@@ -77,17 +82,17 @@ class Change:
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.layer, self.steps = layer, 0
         self.unit = float(torch.linalg.vector_norm(weight, dtype=wide)) / max(1, weight.numel()) ** 0.5
-        self.value = torch.zeros_like(weight, dtype=wide)
+        self.value = torch.zeros(weight.shape, dtype=wide, device=weight.device)
         self.mean, self.square = torch.zeros_like(self.value), torch.zeros_like(self.value)
 
     @torch.no_grad()
-    def gradient(self, pairs: Sequence[tuple[Tensor, Tensor]], tokens: int) -> Tensor:
-        """The projected gradient of the mean loss of ``tokens`` tokens, from their rows (x, delta)."""
+    def gradient(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """The projected gradient (m, n) of the loss whose backward pass left the rows (x, delta)."""
         found = torch.zeros_like(self.value)
         for rows in pairs:
             x, delta = self.layer.applied(*(t.to(self.layer.weight.dtype).contiguous() for t in rows))
             found += delta.to(found.dtype).T @ x.to(found.dtype)
-        return found / tokens
+        return found
 
     @torch.no_grad()
     def step(self, gradient: Tensor, lr: float) -> None:
@@ -105,6 +110,12 @@ class Change:
             None if basis is None else basis.to(matrix.dtype) for basis in (self.layer.basis, self.layer.output_basis)
         )
         return project_rows(project_rows(matrix, inputs).T.contiguous(), outputs).T.contiguous()
+
+    @torch.no_grad()
+    def fits(self) -> bool:
+        """Whether the changed weight is finite in the dtype of the weight."""
+        weight = self.layer.weight
+        return bool(torch.isfinite((weight.to(self.value.dtype) + self.value).to(weight.dtype)).all())
 
     @torch.no_grad()
     def write(self, layer: Linear) -> None:
@@ -132,14 +143,30 @@ def study(learner: Learner, user: Hashable, options: StudyOptions) -> StudyOutpu
     Args:
         user: None for one set of weights.
     """
-    log, pool, seed = learner.episodes, learner.pool, learner.config.seed
+    log, pool = learner.episodes, learner.pool
     if log is None:
         raise ValueError("study needs a log of what was learnt: ttt.Learner(model, episodes=ttt.EpisodeLog())")
+    if pool is not None and user not in pool.users and pool.on_miss is None:
+        return StudyOutput(0, [])  # who said nothing takes nobody's slot
     with contextlib.nullcontext() if pool is None else pool.using([user]):
         new = [episode for episode in log.of(user) if not episode.studied]
+        for episode in new:
+            check_token_ids("the log's tokens", episode.ids[None], learner.model)
+            if len(episode.ids) > learner.context + 1:
+                raise ValueError(
+                    f"the log has an episode of {len(episode.ids)} tokens, but the learner's context is "
+                    f"{learner.context}: it was filled with a larger one"
+                )
         if not new:
             return StudyOutput(0, [])
-        changes, losses = _found(learner, user, new, options)
+        changes = [Change(layer) for layer in learner.access.layers]
+        with in_effect(changes):
+            losses = _learnt(learner, user, new, changes, options)
+            states = [] if pool is None else _slot_states(pool, user, changes, learner.config.seed)
+            after = _mean_loss(learner, user, new)
+            if not all(change.fits() for change in changes):
+                raise FloatingPointError("the study made weights that are not finite; nothing was changed")
+            _check(losses[0], after, options.lr)
         if pool is None:
             with whole_write(learner.layers, "Learner.study"):
                 for layer, change in zip(learner.layers, changes, strict=True):
@@ -147,60 +174,67 @@ def study(learner: Learner, user: Hashable, options: StudyOptions) -> StudyOutpu
                     change.write(layer)
                 log.mark_studied(user)
         else:
-            slot, owned = pool.slot(user), list(pool.layers.values())
-            states = [_slot_state(each, slot, change, seed) for each, change in zip(owned, changes, strict=True)]
-            for each, state in zip(owned, states, strict=True):
-                each.check_slot_state(state)
             with SignalsDeferred():
-                for each, state in zip(owned, states, strict=True):
-                    each.load_slot(slot, state)
+                for each, state in zip(pool.layers.values(), states, strict=True):
+                    each.load_slot(pool.slot(user), state)
                 log.mark_studied(user)
-        return StudyOutput(len(new), losses)
+        return StudyOutput(len(new), losses, after)
 
 
-def _found(
-    learner: Learner, user: Hashable, episodes: Sequence[Episode], options: StudyOptions
-) -> tuple[list[Change], list[float]]:
-    """The changes of the layers that make ``episodes`` probable, and nats per token in each pass. Nothing is written.
+def _learnt(
+    learner: Learner, user: Hashable, episodes: Sequence[Episode], changes: Sequence[Change], options: StudyOptions
+) -> list[float]:
+    """Let ``changes``, which are in effect, make ``episodes`` probable: nats per token in each pass.
 
     Raises:
         FloatingPointError: if a loss or gradient is not finite, or the loss has grown by more than a nat per token.
     """
-    order, draw = list(episodes), random.Random(learner.config.seed)
-    changes, losses = [Change(layer) for layer in learner.access.layers], list[float]()
-    with in_effect(changes):
-        for _ in range(options.passes):
-            draw.shuffle(order)
-            total, tokens = 0.0, 0
-            for at in range(0, len(order), _BATCH):
-                batch = order[at : at + _BATCH]
-                count = sum(int(episode.learn.sum()) for episode in batch)
-                nll, captured = _gradients(learner, user, batch)
-                gradients = [change.gradient(rows, count) for change, rows in zip(changes, captured, strict=True)]
-                if not math.isfinite(nll) or not all(bool(torch.isfinite(g).all()) for g in gradients):
-                    raise FloatingPointError("the study met a loss or gradient that is not finite; nothing was changed")
-                for change, gradient in zip(changes, gradients, strict=True):
-                    change.step(gradient, options.lr)
-                total, tokens = total + nll, tokens + count
-            losses.append(total / tokens)
-            if losses[-1] > losses[0] + _WORSE:
-                raise FloatingPointError(
-                    f"the study diverged with lr={options.lr:g}: {losses[0]:.3g} nats per token became "
-                    f"{losses[-1]:.3g}; nothing was changed"
-                )
-            if losses[-1] <= options.until:
-                break
-    return changes, losses
+    order, draw, losses = list(episodes), random.Random(learner.config.seed), list[float]()
+    for _ in range(options.passes):
+        draw.shuffle(order)
+        total = 0.0
+        for at in range(0, len(order), _BATCH):
+            batch = order[at : at + _BATCH]
+            gradients = [torch.zeros_like(change.value) for change in changes]
+            nll = _summed_loss(learner, user, batch, (changes, gradients))
+            if not math.isfinite(nll) or not all(bool(torch.isfinite(g).all()) for g in gradients):
+                raise FloatingPointError("the study met a loss or gradient that is not finite; nothing was changed")
+            for change, gradient in zip(changes, gradients, strict=True):
+                change.step(gradient / _tokens(batch), options.lr)
+            total += nll
+        losses.append(total / _tokens(order))
+        _check(losses[0], losses[-1], options.lr)
+        if losses[-1] <= options.until:
+            break
+    return losses
 
 
-def _gradients(
-    learner: Learner, user: Hashable, batch: Sequence[Episode]
-) -> tuple[float, list[list[tuple[Tensor, Tensor]]]]:
-    """The summed loss of ``batch``, and the rows (x, delta) that its backward passes leave at each layer."""
+def _check(first: float, last: float, lr: float) -> None:
+    if not last <= first + _WORSE:
+        raise FloatingPointError(
+            f"the study diverged with lr={lr:g}: {first:.3g} nats per token became {last:.3g}; nothing was changed"
+        )
+
+
+def _tokens(episodes: Sequence[Episode]) -> int:
+    return sum(int(episode.learn.sum()) for episode in episodes)
+
+
+def _mean_loss(learner: Learner, user: Hashable, episodes: Sequence[Episode]) -> float:
+    parts = (episodes[at : at + _BATCH] for at in range(0, len(episodes), _BATCH))
+    return sum(_summed_loss(learner, user, part) for part in parts) / _tokens(episodes)
+
+
+def _summed_loss(
+    learner: Learner,
+    user: Hashable,
+    batch: Sequence[Episode],
+    add_to: tuple[Sequence[Change], Sequence[Tensor]] | None = None,
+) -> float:
+    """The summed loss of ``batch``; its projected gradient at each change is added to the tensor beside it."""
     layers, pool = learner.access.layers, learner.pool
     device = next(learner.model.parameters()).device
-    batch = sorted(batch, key=lambda episode: len(episode.ids))
-    total, found = 0.0, [list[tuple[Tensor, Tensor]]() for _ in layers]
+    batch, total = sorted(batch, key=lambda episode: len(episode.ids)), 0.0
     while batch:
         # Longest last, so that the width of a part is that of its last episode.
         size = next((n for n in range(len(batch), 1, -1) if n * len(batch[n - 1].ids) <= _TOKENS), 1)
@@ -212,13 +246,28 @@ def _gradients(
             ids[row, : len(episode.ids)], wanted[row, : len(episode.ids)] = episode.ids, episode.learn
         ids, wanted = ids.to(device), wanted.to(device)[:, 1:]
         users = contextlib.nullcontext() if pool is None else pool.reading(user, size)
-        with torch.enable_grad(), Capturing(layers) as capturing, users, learner.head as head:
+        capturing: Any = contextlib.nullcontext() if add_to is None else Capturing(layers)
+        with torch.set_grad_enabled(add_to is not None), capturing, users, learner.head as head:
             _, scores = head.run({"input_ids": ids[:, :-1], "use_cache": False}, ids[:, 1:])
             total += float(scores.nll.detach()[wanted].sum(dtype=torch.float64))
-            scores.backward(wanted, 0.0)
-            for pairs, new in zip(found, capturing.renew(), strict=True):
-                pairs.extend(new)
-    return total, found
+            if add_to is not None:
+                scores.backward(wanted, 0.0)
+                for change, gradient, pairs in zip(*add_to, capturing.renew(), strict=True):
+                    gradient += change.gradient(pairs)
+    return total
+
+
+def _slot_states(pool: Pool, user: Hashable, changes: Sequence[Change], seed: int) -> list[dict[str, Tensor]]:
+    """The states of the user's slot with ``changes`` added, each of which becomes what is left of it at that rank."""
+    slot, found = pool.slot(user), []
+    for layer, change in zip(pool.layers.values(), changes, strict=True):
+        before = layer.slot_state(slot)
+        state = _slot_state(layer, slot, change, seed)
+        layer.check_slot_state(state)
+        wide = change.value.dtype
+        change.value = state["b"].to(wide).T @ state["a"].to(wide) - before["b"].to(wide).T @ before["a"].to(wide)
+        found.append(state)
+    return found
 
 
 @torch.no_grad()

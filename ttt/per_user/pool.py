@@ -331,7 +331,13 @@ class Pool:
         prefixes = [*self.layers, *(kept.prefix for kept in self._kept)]
         names = {f"{prefix}.{key}" for prefix in prefixes for key in _part(state, prefix)}
         if names != set(state):
-            raise ValueError(f"the state of user {user!r} has tensors of other layers: {sorted(set(state) - names)}")
+            other = sorted(set(state) - names)
+            hint = (
+                ""
+                if not any(name.startswith("episodes.") for name in other)
+                else ("; what the user said is loaded by a ttt.Learner(model, episodes=ttt.EpisodeLog())")
+            )
+            raise ValueError(f"the state of user {user!r} has tensors of other layers: {other}{hint}")
         for name, layer in self.layers.items():
             layer.check_slot_state(_part(state, name))
         for kept in self._kept:
