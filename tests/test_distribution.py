@@ -206,7 +206,7 @@ for name in ("transformers", "fsspec", "pytest"):
 
 
 def test_the_demo_of_an_installed_wheel_says_where_its_model_is(installed, tmp_path):
-    done = python("-m", "ttt", "demo", folder=tmp_path, PYTHONPATH=str(installed), TTT_BYTE_MODEL="")
+    done = python("-m", "ttt", "demo", "--byte", folder=tmp_path, PYTHONPATH=str(installed), TTT_BYTE_MODEL="")
     assert done.returncode == 1
     assert done.stderr.startswith("the byte-level model is missing: ")
     for word in ("bench/learning/byte_model", "clone", "TTT_BYTE_MODEL"):

@@ -98,7 +98,7 @@ def test_why_the_kernels_cannot_be_imported(tmp_path, files, why):
 
 
 def test_the_demo_says_which_folder_has_no_model(tmp_path, monkeypatch):
-    done = CliRunner().invoke(app, ["demo"], env={"TTT_BYTE_MODEL": str(tmp_path)})
+    done = CliRunner().invoke(app, ["demo", "--byte"], env={"TTT_BYTE_MODEL": str(tmp_path)})
     assert done.exit_code == 1
     missing = f"{tmp_path} has no config.json and no model.safetensors"
     assert f"the byte-level model is missing: {missing}; TTT_BYTE_MODEL must name the folder" in done.stderr
