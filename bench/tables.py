@@ -15,6 +15,7 @@ from typing import Any
 
 from bench.learning.facts import tables as facts
 from bench.learning.language import tables as language
+from ttt.demo.conversation_report import rights
 
 ROOT = Path(__file__).parents[1]
 DOMAINS = ("english", "html", "rst", "licences")
@@ -154,7 +155,7 @@ def conversation() -> list[str]:
         return _table(("not yet run",), [])
     found, lines = _load("conversation.json"), []
     for name, way in found["ways"].items():
-        right = sum(c == q["right"] for c, q in zip(way["chosen"], found["questions"], strict=True))
+        right = rights(way, found["questions"])
         general = found["general"].get(name, found["general"]["frozen"])
         shown = f"**{name}**" if name == "ttt" else name
         times = f"{way['before']:.1f}", f"{way['seconds']:.1f}"

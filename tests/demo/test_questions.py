@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny_models import VOCAB, tiny
 
-from ttt.demo.questions import GENERAL_KNOWLEDGE, Question, Template, choose, log_probabilities, padded
+from ttt.demo.knowledge import GENERAL_KNOWLEDGE
+from ttt.demo.questions import Question, Template, choose, log_probabilities, padded
 
 
 class Letters:

@@ -119,7 +119,7 @@ def test_a_users_change_is_the_best_one_of_the_rank_and_what_was_dropped_is_coun
         left, sizes, right = torch.linalg.svd(change.value.double() + old, full_matrices=False)
         for rank in (3, 40):
             object.__setattr__(layer, "low_rank", ttt.LowRank(slots=1, rank=rank, window=8))
-            state = study_module._slot_state(layer, slot, change, seed=0)
+            state, _ = study_module._slot_state(layer, slot, change)
             best = (left[:, :rank] * sizes[:rank]) @ right[:rank]
             got = state["b"].double().T @ state["a"].double()
             lost = float(state["lost"] - layer.lost[slot])

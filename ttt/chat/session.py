@@ -17,10 +17,9 @@ from torch import Tensor, nn
 import ttt
 from ttt.checks import check_type, check_whole
 from ttt.demo.language_model import CONVERSATION
+from ttt.demo.questions import words_in_template
 from ttt.learn.learner import Learner
 from ttt.store import Store, UnknownUser, Version
-
-_MARK = "the words of this turn"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,20 +180,10 @@ class Chat:
     def _tokens(self, messages: list[dict[str, str]], *, prompt: bool) -> tuple[Tensor, Tensor]:
         """The tokens (1, T) of ``messages`` in the template, and (1, T) bool: those of the last one's words and end.
 
-        What follows the words in the template up to its next line is their end.
-
         Args:
             prompt: whether the template's beginning of an answer follows.
         """
-        whole = self.tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
-        content = messages[-1]["content"]
-        # Looking for the words could find them in the template's own text.
-        marked = [*messages[:-1], {**messages[-1], "content": _MARK}]
-        start = self.tokenizer.apply_chat_template(marked, add_generation_prompt=prompt, tokenize=False).rindex(_MARK)
-        if not whole.startswith(content, start):
-            raise ValueError(f"the chat template changes what was said, which cannot be found in it: {content!r:.80}")
-        line = whole.find("\n", start + len(content))
-        stop = len(whole) if line < 0 else line
+        whole, start, stop = words_in_template(self.tokenizer, messages, answer=prompt)
         found = self.tokenizer(whole, return_offsets_mapping=True, add_special_tokens=False)
         inside = [first < stop and last > start for first, last in found["offset_mapping"]]
         device = next(self.model.parameters()).device

@@ -7,7 +7,6 @@ The demo runs this command. MODEL is a folder, or ``-`` for SmolLM2. It prints o
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import sys
 import time
@@ -18,8 +17,9 @@ from torch import Tensor
 
 import ttt
 from ttt.demo.facts import QUESTIONS
+from ttt.demo.knowledge import GENERAL_KNOWLEDGE, as_facts, facts_loss
 from ttt.demo.language_model import CONVERSATION, load
-from ttt.demo.questions import GENERAL_KNOWLEDGE, Template, choose
+from ttt.demo.questions import Template, choose
 from ttt.store import Store, UnknownUser
 
 OTHER = "someone else"
@@ -27,13 +27,7 @@ OTHER = "someone else"
 
 def general_loss(model: Any, template: Template) -> float:
     """Nats of the ends of the sentences in `GENERAL_KNOWLEDGE`, mean over the sentences."""
-    total = 0.0
-    for begin, end in GENERAL_KNOWLEDGE:
-        ids, last = template.ids(begin + end), len(template.ids(begin + end)) - len(template.ids(begin))
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([ids])).logits[0, :-1].float()
-        total += float(torch.nn.functional.cross_entropy(logits[-last:], torch.tensor(ids[-last:]), reduction="sum"))
-    return total / len(GENERAL_KNOWLEDGE)
+    return facts_loss(model, as_facts(GENERAL_KNOWLEDGE, lambda text: torch.tensor(template.ids(text))))
 
 
 def logits_of(model: Any, template: Template, user: str | None) -> Tensor:
@@ -62,9 +56,10 @@ def main(folder: str, store: str, user: str) -> dict[str, Any]:
     except UnknownUser:
         pool.open(user)  # one who begins with the base model
     began = time.perf_counter()
-    with torch.no_grad():
-        answering = functools.partial(_answering, model, user)
-        choices = [choose(model, template, question, answering=answering) for question in QUESTIONS]
+    choices = [
+        choose(model, template, question, answering=lambda rows: ttt.users(model, [user] * rows))
+        for question in QUESTIONS
+    ]
     seconds = time.perf_counter() - began
     with ttt.users(model, [user]):
         general = general_loss(model, template)
@@ -73,10 +68,6 @@ def main(folder: str, store: str, user: str) -> dict[str, Any]:
         "chosen": [choice.chosen for choice in choices], "nll": [choice.nll for choice in choices], "general": general,
         "same": same, "seconds": seconds,
     }  # fmt: skip
-
-
-def _answering(model: Any, user: str, rows: int) -> Any:
-    return ttt.users(model, [user] * rows)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
-import os
-import platform
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,7 +25,9 @@ from ttt.demo.conversation_report import rights, write
 from ttt.demo.facts import QUESTIONS, SENTENCES
 from ttt.demo.language_model import CONVERSATION, load
 from ttt.demo.lora import fine_tune, with_lora
+from ttt.demo.process import in_new_process
 from ttt.demo.questions import Message, Question, Template, choose, session
+from ttt.demo.report import machine
 from ttt.demo.retrieval import nearest
 from ttt.store import Store
 
@@ -60,22 +57,26 @@ def main(text: Path | None, report: Path, folder: Path | None) -> None:
     template = Template(tokenizer)
     name, document = _document(text, template)
     found: dict[str, Any] = {
-        "model": str(folder or "SmolLM2-135M-Instruct"), "machine": _machine(), "date": time.strftime("%Y-%m-%d"),
+        "model": str(folder or "SmolLM2-135M-Instruct"), "machine": machine(), "date": time.strftime("%Y-%m-%d"),
         "told": list(SENTENCES), "questions": [dataclasses.asdict(question) for question in QUESTIONS], "ways": {},
     }  # fmt: skip
     plain = copy.deepcopy(model)
+    ttt.adapt_(model, CONVERSATION)
     with console.status("Asking the frozen model, without and with what it will be told in the context ..."):
         found["general"] = {"frozen": general_loss(plain, template)}
         found["ways"]["frozen"] = _asked(lambda q: [], plain, template)
         found["ways"]["in context"] = _asked(lambda q: session(SENTENCES), plain, template)
         found["ways"]["retrieval"] = _asked(_retrieved, plain, template)
     with console.status("Fine-tuning with LoRA ..."):
-        tuned, seconds = _fine_tuned(copy.deepcopy(plain), template)
+        tuned, seconds = _fine_tuned(copy.deepcopy(plain), list(ttt.pool_of(model).layers), template)
         found["ways"]["LoRA"] = _asked(lambda q: [], tuned, template) | {"before": seconds}
         found["general"]["LoRA"] = general_loss(tuned, template)
         del tuned
     with tempfile.TemporaryDirectory() as place:
-        found |= _conversation(model, tokenizer, plain, (name, document), folder, Path(place), found, console)
+        way, learnt = _conversation(model, tokenizer, plain, (name, document), folder, Path(place), console)
+    found["ways"]["ttt"] = way
+    found["general"]["ttt"] = learnt.pop("general")
+    found |= learnt
     found["seconds"] = round(time.perf_counter() - began, 1)
     _show(found, console)
     write(found, report)
@@ -89,12 +90,14 @@ def _conversation(
     document: tuple[str, Tensor],
     folder: Path | None,
     place: Path,
-    found: dict[str, Any],
     console: Console,
-) -> dict[str, Any]:
-    """Tell, study, store, ask in a new process, read a document, go back, and forget: what was measured."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tell, study, store, ask in a new process, read a document, go back, and forget.
+
+    Returns:
+        The answers, as `_asked` returns them, and everything else that was measured.
+    """
     template, seconds, store = Template(tokenizer), dict[str, float](), Store(place / "store")
-    ttt.adapt_(model, CONVERSATION)
     learner = ttt.Learner(model, episodes=ttt.EpisodeLog())
     pool = learner.pool
     assert pool is not None
@@ -110,8 +113,8 @@ def _conversation(
         told = store.put(lease, pool.export(USER))
     with console.status("Asking in a new process ..."):
         after = _ask(folder, place / "store", USER)
-    way = {"chosen": after["chosen"], "nll": after["nll"], "seconds": after["seconds"]}
-    ways = found["ways"] | {"ttt": way | {"before": seconds["tell"] + seconds["study"]}}
+    way = {name: after[name] for name in ("chosen", "nll", "seconds")}
+    way["before"] = seconds["tell"] + seconds["study"]
     name, ids = document
     with console.status(f"The model reads {DOCUMENT} tokens of {name} ..."):
         read = _read(learner, plain, ids)
@@ -123,8 +126,8 @@ def _conversation(
     pool.forget(USER)
     with ttt.users(model, [USER]), torch.no_grad():
         forgotten = torch.equal(model(input_ids=ids[:, :64]).logits, plain(input_ids=ids[:, :64]).logits)
-    return {
-        "ways": ways, "general": found["general"] | {"ttt": after["general"]}, "calibrate": seconds["calibrate"],
+    return way, {
+        "general": after["general"], "calibrate": seconds["calibrate"],
         "studied": {"passes": len(studied.losses), "first": studied.losses[0], "last": studied.losses[-1]},
         "document": {"name": name, **read}, "other_user_same": after["same"], "rolled_back": same,
         "forgotten": forgotten,
@@ -138,17 +141,8 @@ def _tell(learner: ttt.Learner, template: Template) -> None:
 
 
 def _ask(folder: Path | None, store: Path, user: str) -> dict[str, Any]:
-    """What `ttt.demo.ask` finds in a new process.
-
-    Raises:
-        RuntimeError: if the process fails; the message has its output.
-    """
-    command = [sys.executable, "-m", "ttt.demo.ask", str(folder or "-"), str(store), user]
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    """What `ttt.demo.ask` finds in a new process."""
+    return in_new_process("ttt.demo.ask", str(folder or "-"), str(store), user)
 
 
 def _read(learner: ttt.Learner, plain: Any, ids: Tensor) -> dict[str, float]:
@@ -180,10 +174,9 @@ def _retrieved(question: Question) -> list[Message]:
     return session([SENTENCES[i] for i in nearest(question.text, SENTENCES, 1)])
 
 
-def _fine_tuned(model: Any, template: Template) -> tuple[Any, float]:
-    """``model`` with low-rank weights where `CONVERSATION` learns, fine-tuned, and the seconds that it took."""
-    names = list(ttt.pool_of(ttt.adapt_(copy.deepcopy(model), CONVERSATION)).layers)
-    tuned = with_lora(model, names, int(LORA["rank"]), seed=0)
+def _fine_tuned(model: Any, modules: list[str], template: Template) -> tuple[Any, float]:
+    """``model`` with low-rank weights at ``modules``, fine-tuned, and the seconds that the steps took."""
+    tuned = with_lora(model, modules, int(LORA["rank"]), seed=0)
     turns = [template.turn(sentence) for sentence in SENTENCES]
     return tuned, _timed(lambda: fine_tune(tuned, turns, LORA["lr"], int(LORA["steps"])))
 
@@ -215,13 +208,6 @@ def _timed(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
-
-
-def _machine() -> str:
-    """Processor, cores, threads, Python and torch, in one line."""
-    found = ttt.info(file=None)
-    versions = f"Python {platform.python_version()}, torch {found['torch']}"
-    return f"{found['processor']}, {os.cpu_count()} cores, {found['threads']} threads, {versions}"
 
 
 def _show(found: dict[str, Any], console: Console) -> None:

@@ -1,4 +1,4 @@
-"""Asking a language model what it knows: chats as tokens, choices among answers, and general knowledge."""
+"""Asking a language model what it was told: chats as tokens, and choices among answers."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ REPLY = "Thank you, I will remember that."
 PAD = 0  # of rows that are too short; it stands after all tokens that are scored, so that no score depends on it
 
 Message = dict[str, str]
+_HEAD: Message = {"role": "system", "content": SYSTEM}
 
 
 def telling(sentence: str) -> list[Message]:
@@ -48,6 +49,34 @@ class Question:
     right: int
 
 
+_MARK = "the words of this turn"
+
+
+def words_in_template(tokenizer: Any, messages: Sequence[Message], *, answer: bool = False) -> tuple[str, int, int]:
+    """``messages`` in the chat template, and where the last one's words begin and end in it.
+
+    What follows the words up to the template's next line is their end.
+
+    Args:
+        answer: whether the template's beginning of an answer follows.
+
+    Raises:
+        ValueError: if the template changes the words.
+    """
+
+    def text(content: str) -> str:
+        last = {**messages[-1], "content": content}
+        return tokenizer.apply_chat_template([*messages[:-1], last], add_generation_prompt=answer, tokenize=False)
+
+    content = messages[-1]["content"]
+    # Looking for the words could find them in the template's own text.
+    whole, start = text(content), text(_MARK).rindex(_MARK)
+    if not whole.startswith(content, start):
+        raise ValueError(f"the chat template changes what was said, which cannot be found in it: {content!r:.80}")
+    line = whole.find("\n", start + len(content))
+    return whole, start, len(whole) if line < 0 else line
+
+
 class Template:
     """Writes chats as tokens, with the chat template of ``tokenizer``.
 
@@ -63,19 +92,16 @@ class Template:
 
     def text(self, messages: Sequence[Message], *, answer: bool = False) -> str:
         """``messages`` as one text; with ``answer``, the model's turn is open at its end."""
-        head = [{"role": "system", "content": SYSTEM}]
-        return self.tokenizer.apply_chat_template([*head, *messages], tokenize=False, add_generation_prompt=answer)
+        return self.tokenizer.apply_chat_template([_HEAD, *messages], tokenize=False, add_generation_prompt=answer)
 
     def turn(self, sentence: str) -> tuple[list[int], list[bool]]:
         """The tokens of a turn in which a person says ``sentence``, and which are the person's: words and their end.
 
-        What follows the sentence in the template up to its next line is its end.
+        Raises:
+            ValueError: as `words_in_template`.
         """
-        mark = "the words of this turn"  # looking for the sentence could find it in the template's own text
-        begin = self.text([{"role": "user", "content": mark}]).rindex(mark)
-        whole = self.text([{"role": "user", "content": sentence}])
-        end = whole.find("\n", begin + len(sentence))
-        before, said = self.ids(whole[:begin]), self.ids(whole[begin : None if end < 0 else end])
+        whole, start, stop = words_in_template(self.tokenizer, [_HEAD, {"role": "user", "content": sentence}])
+        before, said = self.ids(whole[:start]), self.ids(whole[start:stop])
         return before + said, [False] * len(before) + [True] * len(said)
 
     def prompt(self, question: Question, before: Sequence[Message] = ()) -> list[int]:
@@ -146,23 +172,3 @@ def padded(rows: Sequence[Sequence[int]]) -> Tensor:
     """``rows`` as one (B, T) int64 tensor, with `PAD` after the shorter ones."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[PAD] * (width - len(row))] for row in rows])
-
-
-GENERAL_KNOWLEDGE: tuple[tuple[str, str], ...] = (
-    ("The capital of Japan is", " Tokyo"), ("The capital of France is", " Paris"),
-    ("The capital of Italy is", " Rome"), ("The capital of Germany is", " Berlin"),
-    ("The capital of Spain is", " Madrid"), ("The capital of Egypt is", " Cairo"),
-    ("The capital of Russia is", " Moscow"), ("The capital of England is", " London"),
-    ("The Eiffel Tower is located in", " Paris"), ("The Great Wall is located in", " China"),
-    ("The largest planet in the solar system is", " Jupiter"), ("The planet closest to the Sun is", " Mercury"),
-    ("The largest ocean on Earth is the", " Pacific"), ("The currency of the United States is the", " dollar"),
-    ("The first president of the United States was George", " Washington"),
-    ("The theory of relativity was developed by Albert", " Einstein"),
-    ("Romeo and Juliet was written by William", " Shakespeare"), ("The chemical symbol for gold is", " Au"),
-    ("The freezing point of water is zero degrees", " Celsius"), ("Water is made of hydrogen and", " oxygen"),
-    ("The human heart pumps", " blood"), ("Bees make", " honey"), ("Cows give us", " milk"),
-    ("A week has seven", " days"), ("The color of the sky is", " blue"), ("The color of grass is", " green"),
-    ("Two plus two equals", " four"), ("The opposite of hot is", " cold"), ("The opposite of up is", " down"),
-    ("The opposite of black is", " white"),
-)  # fmt: skip
-"""(beginning, end) of sentences that a language model knows before it is told anything."""

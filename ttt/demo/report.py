@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import html
 import json
+import os
 from pathlib import Path
+
+from ttt.info import info
 
 COLOURS = {
     "frozen": "#7f7f7f",
@@ -28,6 +31,13 @@ tr.ours { font-weight: 600; background: #eef5fb; }
 img { max-width: 100%; }
 .small { color: #666; font-size: .85rem; }
 """
+
+
+def machine() -> str:
+    """Processor, cores, threads, Python and torch, in one line."""
+    found = info(file=None)
+    versions = f"Python {found['python']}, torch {found['torch']}"
+    return f"{found['processor']}, {os.cpu_count()} cores, {found['threads']} threads, {versions}"
 
 
 def write(found: dict, folder: Path) -> None:

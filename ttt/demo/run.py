@@ -9,9 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -43,7 +40,8 @@ from ttt.demo.model import (
     score_in_context,
     windows,
 )
-from ttt.demo.report import write
+from ttt.demo.process import in_new_process
+from ttt.demo.report import machine, write
 
 UNREAD_WINDOWS = 16  # of CONTEXT bytes at most: text at the end of a domain that no method reads
 
@@ -192,19 +190,8 @@ def recall(reader: Reader, unread: Tensor, folder: Path) -> dict[str, float]:
     weights, rows = folder / "user.safetensors", folder / "unread.json"
     ttt.save(reader.model, weights)
     rows.write_text(json.dumps(unread.tolist()))
-    command = [sys.executable, "-m", "ttt.demo.recall", str(weights), str(rows)]
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    return {**json.loads(done.stdout.splitlines()[-1]), "file_bytes": weights.stat().st_size}
-
-
-def _machine() -> str:
-    """Processor, cores, threads, Python and torch, in one line."""
-    found = ttt.info(file=None)
-    versions = f"Python {found['python']}, torch {found['torch']}"
-    return f"{found['processor']}, {os.cpu_count()} cores, {found['threads']} threads, {versions}"
+    found = in_new_process("ttt.demo.recall", str(weights), str(rows))
+    return {**found, "file_bytes": weights.stat().st_size}
 
 
 def main(text: Path | None, report: Path, bytes_per_domain: int) -> None:
@@ -231,7 +218,7 @@ def main(text: Path | None, report: Path, bytes_per_domain: int) -> None:
     held_out = windows(texts.held_out_python(), 32)
     batches = calibration_batches()
     columns = [TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    found: dict = {"machine": _machine(), "date": time.strftime("%Y-%m-%d"), "config": config.to_dict(), "domains": {}}
+    found: dict = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "config": config.to_dict(), "domains": {}}
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         old_bits = bits_per_byte(base, held_out)
         for domain, data in streams.items():

@@ -84,7 +84,7 @@ class GrowingLearner:
     not call `Learner.consolidate`, which would move the anchor that the stored columns are relative to.
 
     Args:
-        learner: whose layers learn; without a guard, of a model with one set of weights.
+        learner: whose layers learn; without a guard or a log of episodes, of a model with one set of weights.
         rank: r of stored columns.
         budget: largest number of stored columns.
         margin: bits per token that count as a difference.
@@ -93,7 +93,8 @@ class GrowingLearner:
             left for a new one.
 
     Raises:
-        ValueError: for a value out of range, or a learner with a guard, or of a model with weights for each user.
+        ValueError: for a value out of range, or a learner with a guard or a log of episodes, or of a model with
+            weights for each user.
 
     Attributes:
         columns: the stored `Column`s; replaced, never written.

@@ -53,8 +53,8 @@ class GraphedLearner:
         graph: capture in a CUDA graph; False runs step by step.
 
     Raises:
-        ValueError: for a wrong batch or chunk, a learner with rules or a guard, or a model for which there is no static
-            cache.
+        ValueError: for a wrong batch or chunk, a learner with rules, a guard or a log of episodes, or a model for
+            which there is no static cache.
         RuntimeError: if ``graph`` is True and the model is not on a CUDA device; or as `ttt.Learner.observe`.
     """
 

@@ -66,7 +66,7 @@ class EpisodeLog:
         learnt.
 
         Raises:
-            TypeError, ValueError: if ``ids`` and ``learn`` are no such tensors. Nothing has changed then.
+            ValueError: if ``ids`` and ``learn`` are no such tensors. Nothing has changed then.
         """
         if ids.dtype != torch.int64 or learn.dtype != torch.bool or ids.ndim != 1 or ids.shape != learn.shape:
             got = f"{ids.dtype} {tuple(ids.shape)} and {learn.dtype} {tuple(learn.shape)}"
@@ -79,15 +79,15 @@ class EpisodeLog:
         learn[0] = False
         held = self._held.setdefault(user, [])
         edges = torch.diff(learn.long(), prepend=learn.new_zeros(1).long(), append=learn.new_zeros(1).long())
-        for begin, end in zip(
-            (edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist(), strict=True
-        ):
+        begins, ends = ((edges == sign).nonzero()[:, 0].tolist() for sign in (1, -1))
+        for begin, end in zip(begins, ends, strict=True):
             for at in range(begin, end, length - before):
                 part = slice(max(0, at - before), min(end, at + length - before))
                 wanted = torch.arange(part.start, part.stop) >= at
                 held.append(Episode(ids[part].clone(), wanted))
-        while sum(len(episode.ids) for episode in held) > self.tokens:
-            held.pop(0)
+        total = sum(len(episode.ids) for episode in held)
+        while total > self.tokens:
+            total -= len(held.pop(0).ids)
         if not held:
             del self._held[user]
 

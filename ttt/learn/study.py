@@ -27,7 +27,7 @@ from ttt.atomic import whole_write
 from ttt.checks import check_real, check_token_ids, check_whole
 from ttt.learn.episodes import Episode
 from ttt.nn import Capturing, Linear, LowRankLinear
-from ttt.nn.directions import project_rows
+from ttt.nn.directions import principal_directions, project_rows
 from ttt.per_user.pool import Pool
 from ttt.signals import SignalsDeferred
 
@@ -162,7 +162,7 @@ def study(learner: Learner, user: Hashable, options: StudyOptions) -> StudyOutpu
         changes = [Change(layer) for layer in learner.access.layers]
         with in_effect(changes):
             losses = _learnt(learner, user, new, changes, options)
-            states = [] if pool is None else _slot_states(pool, user, changes, learner.config.seed)
+            states = [] if pool is None else _slot_states(pool, user, changes)
             after = _mean_loss(learner, user, new)
             if not all(change.fits() for change in changes):
                 raise FloatingPointError("the study made weights that are not finite; nothing was changed")
@@ -257,43 +257,38 @@ def _summed_loss(
     return total
 
 
-def _slot_states(pool: Pool, user: Hashable, changes: Sequence[Change], seed: int) -> list[dict[str, Tensor]]:
+def _slot_states(pool: Pool, user: Hashable, changes: Sequence[Change]) -> list[dict[str, Tensor]]:
     """The states of the user's slot with ``changes`` added, each of which becomes what is left of it at that rank."""
     slot, found = pool.slot(user), []
     for layer, change in zip(pool.layers.values(), changes, strict=True):
-        before = layer.slot_state(slot)
-        state = _slot_state(layer, slot, change, seed)
+        state, change.value = _slot_state(layer, slot, change)
         layer.check_slot_state(state)
-        wide = change.value.dtype
-        change.value = state["b"].to(wide).T @ state["a"].to(wide) - before["b"].to(wide).T @ before["a"].to(wide)
         found.append(state)
     return found
 
 
 @torch.no_grad()
-def _slot_state(layer: LowRankLinear, slot: int, change: Change, seed: int) -> dict[str, Tensor]:
-    """The state of ``slot`` with ``change`` added: the best matrix of ``rank`` rows; the rest is added to ``lost``."""
+def _slot_state(layer: LowRankLinear, slot: int, change: Change) -> tuple[dict[str, Tensor], Tensor]:
+    """The state of ``slot`` with ``change`` added, as the best matrix of ``rank`` rows, and what is left of the change.
+
+    What the truncation drops is added to ``lost``.
+    """
     state = layer.slot_state(slot)
-    whole = change.value.double() + state["b"].double().T @ state["a"].double()
-    left, sizes, right = _leading(whole, min(layer.low_rank.rank, *whole.shape), seed)
-    roots = sizes.sqrt().unsqueeze(1)
+    before = _product(state)
+    whole = before + change.value.double()
+    right = principal_directions(whole, min(layer.low_rank.rank, *whole.shape))
+    scaled = right @ whole.T  # left singular vectors times singular values
+    sizes = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    roots = sizes.sqrt()
     dropped = (whole.square().sum() - sizes.square().sum()).clamp_min(0).sqrt()
     dtype = state["a"].dtype
-    state |= {"a": (roots * right).to(dtype), "b": (roots * left).to(dtype)}
+    tiny = torch.finfo(roots.dtype).tiny
+    state |= {"a": (roots * right).to(dtype), "b": (scaled / roots.clamp_min(tiny)).to(dtype)}
     state["lost"] = state["lost"] + dropped.to(state["lost"].dtype)
-    return state | {"eta_sum": torch.zeros_like(state["eta_sum"]), "step": state["step"] + 1}
+    state |= {"eta_sum": torch.zeros_like(state["eta_sum"]), "step": state["step"] + 1}
+    return state, (_product(state) - before).to(change.value.dtype)
 
 
-def _leading(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular vectors (rank, m) and (rank, n) of ``matrix`` (m, n), with their singular values (rank,).
-
-    By subspace iteration (Halko, Martinsson & Tropp, SIAM Review 2011, algorithm 4.4).
-    """
-    generator = torch.Generator(device=matrix.device).manual_seed(seed)
-    count = min(rank + 16, *matrix.shape)
-    start = torch.randn((matrix.shape[1], count), dtype=matrix.dtype, device=matrix.device, generator=generator)
-    space = torch.linalg.qr(matrix @ start)[0]
-    for _ in range(4):
-        space = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ space)[0])[0]
-    left, sizes, right = torch.linalg.svd(space.T @ matrix, full_matrices=False)
-    return (space @ left[:, :rank]).T, sizes[:rank], right[:rank]
+def _product(state: dict[str, Tensor]) -> Tensor:
+    """B^T A of a slot's state, (m, n) float64."""
+    return state["b"].double().T @ state["a"].double()

@@ -29,11 +29,12 @@ from torch import Tensor, nn
 
 import ttt
 from bench.learning.language.base import CONTEXT, Base, segments, smollm
-from bench.learning.language.measures import divergence, loss
+from bench.learning.language.measures import divergence
 from bench.learning.language.methods import CONFIG
 from bench.learning.language.readers import Learning
 from bench.learning.language.texts import TUNING
 from bench.machine import machine
+from ttt.demo.knowledge import loss
 
 RESULTS = Path("bench/learning/results/language_units.json")
 FORMS = ("plain", "scaled inputs", "normalised outputs")

@@ -11,7 +11,8 @@ from bench.learning.facts.methods import FactsMethod
 from bench.learning.facts.people import Fact, corrected, of_friends, of_things, person
 from bench.learning.facts.questions import Asked, about_the_neighbour, questions
 from bench.learning.language.base import Base
-from bench.learning.language.measures import divergence, facts_loss
+from bench.learning.language.measures import divergence
+from ttt.demo.knowledge import facts_loss
 from ttt.demo.questions import Choice, choose
 
 CHAT = 10  # sentences of one chat

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import ttt
 from bench.learning.language import texts
 from bench.learning.language.hard import HARD, READS, Encode
-from bench.learning.language.measures import Fact, as_facts, final_hidden
+from bench.learning.language.measures import final_hidden
 from bench.learning.text.readers import adapted_weights
+from ttt.demo.knowledge import GENERAL_KNOWLEDGE, Fact, as_facts
 from ttt.demo.language_model import load_language_model
-from ttt.demo.questions import GENERAL_KNOWLEDGE
 from ttt.learn.own_text import own_text
 
 CONTEXT = 1024

@@ -1,4 +1,4 @@
-"""What is measured of a model: the loss on a text, the divergence from the frozen model, the loss on facts."""
+"""What is measured of a model: the divergence from the frozen model, and means over the parts of a text."""
 
 from __future__ import annotations
 
@@ -9,19 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.learning.language.hard import Encode
-
 BLOCKS = 16
 """Parts of a text whose means give the confidence interval of the mean over its tokens."""
-
-Fact = tuple[Tensor, int]
-"""Tokens (1, T) of a sentence and what follows it, and the number of tokens that follow."""
-
-
-@torch.no_grad()
-def loss(model: Any, ids: Tensor) -> Tensor:
-    """-log p(token t + 1 | tokens up to t) in nats, of ``ids`` (1, T + 1): (T,)."""
-    return functional.cross_entropy(model(input_ids=ids[:, :-1]).logits[0].float(), ids[0, 1:], reduction="none")
 
 
 @torch.no_grad()
@@ -44,20 +33,6 @@ def divergence(model: Any, rows: Tensor, head: Any, frozen_hidden: Sequence[Tens
         frozen = head(hidden).float().log_softmax(-1)
         found.append(functional.kl_div(learnt, frozen, log_target=True, reduction="none").sum(-1))
     return torch.cat(found)
-
-
-def as_facts(facts: Sequence[tuple[str, str]], encode: Encode) -> list[Fact]:
-    """The tokens of sentences and of what follows them."""
-    found = []
-    for sentence, end in facts:
-        whole = encode(sentence + end)
-        found.append((whole[None], len(whole) - len(encode(sentence))))
-    return found
-
-
-def facts_loss(model: Any, facts: Sequence[Fact]) -> float:
-    """-log p(what follows | the sentence) in nats, the mean over ``facts``."""
-    return sum(float(loss(model, ids)[-last:].sum()) for ids, last in facts) / len(facts)
 
 
 def blocks(values: Tensor) -> list[float]:

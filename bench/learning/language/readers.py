@@ -12,7 +12,7 @@ from torch.nn import functional
 import ttt
 from bench.learning.language.base import Base
 from bench.learning.language.hard import CHUNK
-from bench.learning.language.measures import loss
+from ttt.demo.knowledge import loss
 from ttt.learn.huggingface import cache_of, cached, detached
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from bench.learning.clock import Clock
 from bench.learning.language.base import Base, segments
-from bench.learning.language.measures import blocks, divergence, facts_loss, loss
+from bench.learning.language.measures import blocks, divergence
 from bench.learning.language.methods import LanguageMethod, Options
+from ttt.demo.knowledge import facts_loss, loss
 
 TIMED = 2  # segments that a method reads for each one that the frozen model reads as well, for comparison
 

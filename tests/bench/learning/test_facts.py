@@ -15,7 +15,8 @@ from bench.learning.facts.questions import about_the_neighbour, questions
 from bench.learning.facts.run import CHAT, SCENARIOS, run
 from bench.learning.facts.suite import FactsSuite
 from bench.learning.language.base import Base
-from ttt.demo.questions import GENERAL_KNOWLEDGE, Template, session, telling
+from ttt.demo.knowledge import GENERAL_KNOWLEDGE
+from ttt.demo.questions import Template, session, telling
 from ttt.demo.retrieval import nearest
 
 

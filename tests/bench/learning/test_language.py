@@ -18,6 +18,7 @@ from bench.learning.language.methods import DEFAULT, METHODS
 from bench.learning.language.run import run
 from bench.learning.language.suite import StreamsSuite, _check
 from bench.learning.suites import SUITES
+from ttt.demo import knowledge
 
 FACTS = [("ab", "c"), ("xyz", "uvw")]
 
@@ -63,7 +64,7 @@ def log_softmax(z):
 
 def test_the_loss_is_that_of_each_next_token(base):
     ids = ids_of(9)
-    found = measures.loss(base.model, ids)
+    found = knowledge.loss(base.model, ids)
     scores = log_softmax(logits(base.model, ids[:, :-1]))
     assert found.tolist() == pytest.approx([-scores[t, int(ids[0, t + 1])] for t in range(8)], abs=1e-5)
 
@@ -90,7 +91,7 @@ def test_the_loss_on_facts_is_of_what_follows_the_sentence(base):
         scores = log_softmax(logits(base.model, ids[None]))
         for t in range(len(sentence), len(sentence) + len(end)):
             total -= scores[t - 1, int(ids[t])]
-    assert measures.facts_loss(base.model, base.facts) == pytest.approx(total / 2, abs=1e-4)
+    assert knowledge.facts_loss(base.model, base.facts) == pytest.approx(total / 2, abs=1e-4)
 
 
 def test_blocks_are_means_of_consecutive_parts():
@@ -124,7 +125,7 @@ def test_a_copy_shares_all_weights_but_those_that_learn(base):
 def test_a_step_of_adam_is_on_the_mean_loss_of_a_chunk_after_it_was_scored(base):
     ids = ids_of(hard.CHUNK + 1)
     reader, (name,) = readers.adam(base, 0.01), base.names
-    assert torch.allclose(reader.read(ids), measures.loss(base.model, ids), atol=1e-4)
+    assert torch.allclose(reader.read(ids), knowledge.loss(base.model, ids), atol=1e-4)
     other = base.copy()
     weight = other.get_parameter(name).requires_grad_(True)
     scores = other(input_ids=ids[:, :-1]).logits[0].log_softmax(-1)
@@ -137,7 +138,7 @@ def test_a_step_of_adam_is_on_the_mean_loss_of_a_chunk_after_it_was_scored(base)
 def test_reading_in_chunks_scores_as_one_forward_pass(base):
     ids = ids_of(150)
     for reader in (readers.adam(base, 0.0), readers.lora(base, 4, 8, 0.0, 0)):
-        assert torch.allclose(reader.read(ids), measures.loss(base.model, ids), atol=1e-4)
+        assert torch.allclose(reader.read(ids), knowledge.loss(base.model, ids), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["frozen", DEFAULT, "SGD 0.00625", "hard projection 0.035", "Adam 0.0001", "LoRA"])
@@ -151,7 +152,7 @@ def test_a_run_leaves_the_model_alone_and_can_be_repeated(base, name):
     assert first == again
     assert all(torch.equal(v, before[k]) for k, v in base.model.state_dict().items())
     assert first["nll"] == pytest.approx(np.mean(first["blocks"]), abs=1e-5)
-    assert first["blocks"][:4] == pytest.approx(measures.blocks(measures.loss(base.model, ids))[:4], abs=1e-4)
+    assert first["blocks"][:4] == pytest.approx(measures.blocks(knowledge.loss(base.model, ids))[:4], abs=1e-4)
     frozen = run(base, METHODS["frozen"], ids, 0, {})
     assert max(frozen["kl"]) < 1e-5
     assert (first["blocks"] == frozen["blocks"]) == (name == "frozen")
