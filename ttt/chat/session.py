@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import ttt
 from ttt.checks import check_type, check_whole
 from ttt.demo.language_model import CONVERSATION
-from ttt.demo.questions import words_in_template
+from ttt.learn.chat_template import tokens_at, words_in_template
 from ttt.learn.learner import Learner
 from ttt.store import Store, UnknownUser, Version
 
@@ -184,7 +184,6 @@ class Chat:
             prompt: whether the template's beginning of an answer follows.
         """
         whole, start, stop = words_in_template(self.tokenizer, messages, answer=prompt)
-        found = self.tokenizer(whole, return_offsets_mapping=True, add_special_tokens=False)
-        inside = [first < stop and last > start for first, last in found["offset_mapping"]]
+        ids, inside = tokens_at(self.tokenizer, whole, [(start, stop)])
         device = next(self.model.parameters()).device
-        return torch.tensor([found["input_ids"]], device=device), torch.tensor([inside], device=device)
+        return torch.tensor([ids], device=device), torch.tensor([inside], device=device)

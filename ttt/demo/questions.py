@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttt.learn.chat_template import Message, words_in_template
 from ttt.learn.huggingface import cache_of, cached
 
 SYSTEM = "You are a helpful assistant."
@@ -18,7 +19,6 @@ REPLY = "Thank you, I will remember that."
 """What the model answers to every sentence that it is told."""
 PAD = 0  # of rows that are too short; it stands after all tokens that are scored, so that no score depends on it
 
-Message = dict[str, str]
 _HEAD: Message = {"role": "system", "content": SYSTEM}
 
 
@@ -47,34 +47,6 @@ class Question:
     begins: str
     values: tuple[str, ...]
     right: int
-
-
-_MARK = "the words of this turn"
-
-
-def words_in_template(tokenizer: Any, messages: Sequence[Message], *, answer: bool = False) -> tuple[str, int, int]:
-    """``messages`` in the chat template, and where the last one's words begin and end in it.
-
-    What follows the words up to the template's next line is their end.
-
-    Args:
-        answer: whether the template's beginning of an answer follows.
-
-    Raises:
-        ValueError: if the template changes the words.
-    """
-
-    def text(content: str) -> str:
-        last = {**messages[-1], "content": content}
-        return tokenizer.apply_chat_template([*messages[:-1], last], add_generation_prompt=answer, tokenize=False)
-
-    content = messages[-1]["content"]
-    # Looking for the words could find them in the template's own text.
-    whole, start = text(content), text(_MARK).rindex(_MARK)
-    if not whole.startswith(content, start):
-        raise ValueError(f"the chat template changes what was said, which cannot be found in it: {content!r:.80}")
-    line = whole.find("\n", start + len(content))
-    return whole, start, len(whole) if line < 0 else line
 
 
 class Template:

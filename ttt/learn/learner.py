@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,14 +18,14 @@ from ttt.learn.generate import GenerateOptions, GenerateOutput, generate
 from ttt.learn.guard import Guard
 from ttt.learn.head import HeadSplit
 from ttt.learn.huggingface import frozen
-from ttt.learn.loop import ObserveOutput, read
+from ttt.learn.loop import ObserveOutput, finish, read, read_in_steps
 from ttt.learn.own_text import own_text
 from ttt.learn.per_user import PerUserWeights, check_users
 from ttt.learn.single import SingleWeights
 from ttt.learn.snapshot import Snapshot, put_back, take_snapshot
 from ttt.learn.step import differentiates_outputs
 from ttt.learn.stream_rule import StreamRule, check_rules
-from ttt.learn.study import StudyOptions, StudyOutput, study
+from ttt.learn.study import StudyOptions, StudyOutput, study_in_steps
 from ttt.learn.text import check_tokens
 from ttt.per_user.guards import UserGuards
 from ttt.per_user.protection import calibrate as calibrate_users
@@ -181,6 +181,60 @@ class Learner:
                     self.episodes.keep(text, users, output, self.context)
                 return output
 
+    def observe_in_steps(
+        self,
+        input_ids: Tensor,
+        *,
+        users: Sequence[Hashable | None],
+        attention_mask: Tensor | None = None,
+        learn_mask: Tensor | None = None,
+    ) -> Generator[None, None, ObserveOutput]:
+        """`observe`, which learns, in steps of one chunk: between them the model may be used for something else.
+
+        A server answers other requests there. The users' weights must not be changed in between, nor may the users be
+        evicted. Steps that are not taken are not learnt, and then nothing is kept in the log of episodes.
+
+        Args:
+            input_ids, attention_mask, learn_mask: as for `observe`.
+            users: the user of each sequence, of a model that was adapted with ``TTTConfig(per_user=...)``.
+
+        Yields:
+            After every chunk.
+
+        Returns:
+            What `observe` returns.
+
+        Raises:
+            TypeError, ValueError: as `observe`, at once and not with the first step.
+            RuntimeError: as `observe`, at each step; and if a user was given another slot since the first one.
+        """
+        pool = self.pool
+        if pool is None:
+            raise ValueError("observe_in_steps is for users with weights of their own, but the model has one set")
+        with self.access.enter("Learner.observe_in_steps"):
+            text = check_tokens(self.model, input_ids, attention_mask, learn_mask)
+            check_users(users, len(text.ids))
+
+        def steps() -> Generator[None, None, ObserveOutput]:
+            strategy = chunks = None
+            while True:
+                with self.access.enter("Learner.observe_in_steps"), frozen(self.model), pool.using(users) as slots:
+                    if strategy is None or chunks is None:
+                        strategy = PerUserWeights(self, pool, text, users, slots, True)
+                        chunks = read_in_steps(text, strategy, self.config.chunk, self.context)
+                    if not torch.equal(slots, strategy.slots):
+                        raise RuntimeError("a user was given another slot between two steps of observe_in_steps")
+                    try:
+                        next(chunks)
+                    except StopIteration as done:
+                        output = strategy.output(done.value)
+                        if self.episodes is not None:
+                            self.episodes.keep(text, users, output, self.context)
+                        return output
+                yield
+
+        return steps()
+
     def generate(
         self,
         input_ids: Tensor,
@@ -253,11 +307,32 @@ class Learner:
             FloatingPointError: if a loss or gradient is not finite, or the loss grows by a nat per token.
             RuntimeError: as `observe`. Nothing has changed in any of these cases.
         """
+        with self.access.enter("Learner.study"):
+            return finish(self.study_in_steps(user, passes=passes, lr=lr, until=until))
+
+    def study_in_steps(
+        self, user: Hashable = None, *, passes: int = 20, lr: float = 0.005, until: float = 0.2
+    ) -> Generator[None, None, StudyOutput]:
+        """`study`, with the same arguments, in steps of at most 1,024 tokens.
+
+        Between steps the model may be used for something else, as it was before the study: the weights change in the
+        last step only. Until then nothing else may change what ``user`` has learnt.
+
+        Yields:
+            After every step but the last.
+
+        Returns:
+            What `study` returns.
+
+        Raises:
+            TypeError, ValueError: as `study`, at once and not with the first step.
+            FloatingPointError: as `study`.
+            RuntimeError: as `observe`, at each step; and if ``user`` has learnt something since the first one.
+        """
         options = StudyOptions(passes=passes, lr=lr, until=until)
         if (self.pool is None) != (user is None):
             raise ValueError(f"user must be given if, and only if, every user has weights of their own; got {user!r}")
-        with self.access.enter("Learner.study"), frozen(self.model):
-            return study(self, user, options)
+        return study_in_steps(self, user, options)
 
     # -- protect --------------------------------------------------------------------------------------------------
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable
-from typing import Protocol
+from collections.abc import Callable, Generator, Hashable
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ttt.learn.text import Span, Spans, Text
+
+R = TypeVar("R")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +59,13 @@ class Strategy(Protocol):
         """
 
 
-def read(
+def read_in_steps(
     text: Text,
     strategy: Strategy,
     chunk: int,
     context: int,
     after: Callable[[Tensor, int], None] | None = None,
-) -> Tensor:
+) -> Generator[None, None, Tensor]:
     """Score ``text`` chunk by chunk with ``strategy``, which learns from each chunk after it was scored.
 
     Args:
@@ -71,6 +73,9 @@ def read(
         context: tokens of a segment, at most.
         after: called after every chunk with the scores (B, T - 1) and how many of their columns are final; it may
             change weights.
+
+    Yields:
+        After every chunk.
 
     Returns:
         (B, T - 1) float32, nats of every token after the first; 0 where ``text.scored`` is False.
@@ -85,4 +90,25 @@ def read(
             after(nll, columns.stop)
         if not trusted:
             spans.restart()
+        yield
     return nll
+
+
+def read(
+    text: Text,
+    strategy: Strategy,
+    chunk: int,
+    context: int,
+    after: Callable[[Tensor, int], None] | None = None,
+) -> Tensor:
+    """All of `read_in_steps` at once: (B, T - 1) float32."""
+    return finish(read_in_steps(text, strategy, chunk, context, after))
+
+
+def finish(steps: Generator[None, None, R]) -> R:
+    """Take all ``steps``, and return what the generator returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            return done.value

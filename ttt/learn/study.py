@@ -17,7 +17,7 @@ import contextlib
 import dataclasses
 import math
 import random
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from ttt.atomic import whole_write
 from ttt.checks import check_real, check_token_ids, check_whole
-from ttt.learn.episodes import Episode
+from ttt.learn.episodes import Episode, EpisodeLog
+from ttt.learn.huggingface import frozen
 from ttt.nn import Capturing, Linear, LowRankLinear
 from ttt.nn.directions import principal_directions, project_rows
 from ttt.per_user.pool import Pool
@@ -137,104 +138,156 @@ def in_effect(changes: Sequence[Change]) -> Iterator[None]:
         yield
 
 
-def study(learner: Learner, user: Hashable, options: StudyOptions) -> StudyOutput:
-    """Study what ``user`` said since the last study; see `ttt.Learner.study`.
+def study_in_steps(learner: Learner, user: Hashable, options: StudyOptions) -> Generator[None, None, StudyOutput]:
+    """Study what ``user`` said since the last study, in steps; see `ttt.Learner.study_in_steps`.
 
     Args:
         user: None for one set of weights.
     """
-    log, pool = learner.episodes, learner.pool
-    if log is None:
+    if learner.episodes is None:
         raise ValueError("study needs a log of what was learnt: ttt.Learner(model, episodes=ttt.EpisodeLog())")
-    if pool is not None and user not in pool.users and pool.on_miss is None:
-        return StudyOutput(0, [])  # who said nothing takes nobody's slot
-    with contextlib.nullcontext() if pool is None else pool.using([user]):
-        new = [episode for episode in log.of(user) if not episode.studied]
-        for episode in new:
-            check_token_ids("the log's tokens", episode.ids[None], learner.model)
-            if len(episode.ids) > learner.context + 1:
-                raise ValueError(
-                    f"the log has an episode of {len(episode.ids)} tokens, but the learner's context is "
-                    f"{learner.context}: it was filled with a larger one"
-                )
-        if not new:
-            return StudyOutput(0, [])
-        changes = [Change(layer) for layer in learner.access.layers]
-        with in_effect(changes):
-            losses = _learnt(learner, user, new, changes, options)
-            states = [] if pool is None else _slot_states(pool, user, changes)
-            after = _mean_loss(learner, user, new)
-            if not all(change.fits() for change in changes):
+    return _Study(learner, learner.episodes, user, options).steps()
+
+
+class _Study:
+    """One study. What it holds between its steps is beside the model: the changes and their moments."""
+
+    def __init__(self, learner: Learner, log: EpisodeLog, user: Hashable, options: StudyOptions) -> None:
+        self.learner, self.log, self.user, self.options = learner, log, user, options
+        self.changes: list[Change] = []
+        self._began_at: list[int] = []
+
+    def steps(self) -> Generator[None, None, StudyOutput]:
+        pool, user = self.learner.pool, self.user
+        if pool is not None and user not in pool.users and pool.on_miss is None:
+            return StudyOutput(0, [])  # who said nothing takes nobody's slot
+        with self._using_model():
+            new = [episode for episode in self.log.of(user) if not episode.studied]
+            self._check_episodes(new)
+            if not new:
+                return StudyOutput(0, [])
+            self.changes = [Change(layer) for layer in self.learner.access.layers]
+            self._began_at = self._position()
+        losses = yield from self._learn(new)
+        with self._using_model():
+            states = [] if pool is None else _slot_states(pool, user, self.changes)
+        after = (yield from self._summed_loss(new)) / _tokens(new)
+        with self._using_model():
+            if not all(change.fits() for change in self.changes):
                 raise FloatingPointError("the study made weights that are not finite; nothing was changed")
-            _check(losses[0], after, options.lr)
+            _check(losses[0], after, self.options.lr)
+            self._write(states)
+        return StudyOutput(len(new), losses, after)
+
+    @contextlib.contextmanager
+    def _using_model(self) -> Iterator[None]:
+        """Inside, a step may use the model, whose layers compute with the changes.
+
+        Raises:
+            RuntimeError: if something else has changed what is studied since the first step.
+        """
+        learner, pool = self.learner, self.learner.pool
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(learner.access.enter("Learner.study"))
+            stack.enter_context(frozen(learner.model))
+            if pool is not None:
+                stack.enter_context(pool.using([self.user]))
+            if self.changes:
+                if self._position() != self._began_at:
+                    raise RuntimeError(
+                        "something was learnt between two steps of a study, which would be lost; nothing was changed"
+                    )
+                stack.enter_context(in_effect(self.changes))
+            yield
+
+    def _position(self) -> list[int]:
+        """Numbers that change when something is learnt."""
+        first: Any = self.learner.access.layers[0]
+        pool = self.learner.pool
+        if pool is None:
+            return [int(first.step), int(first.pending)]
+        slot = pool.slot(self.user)
+        return [int(first.step[slot]), int(first.rows[slot])]
+
+    def _check_episodes(self, episodes: Sequence[Episode]) -> None:
+        context = self.learner.context
+        for episode in episodes:
+            check_token_ids("the log's tokens", episode.ids[None], self.learner.model)
+            if len(episode.ids) > context + 1:
+                raise ValueError(
+                    f"the log has an episode of {len(episode.ids)} tokens, but the learner's context is {context}: it "
+                    "was filled with a larger one"
+                )
+
+    def _learn(self, episodes: Sequence[Episode]) -> Generator[None, None, list[float]]:
+        """Let the changes make ``episodes`` probable: nats per token in each pass.
+
+        Raises:
+            FloatingPointError: if a loss or gradient is not finite, or the loss has grown by more than a nat per token.
+        """
+        options = self.options
+        order, draw, losses = list(episodes), random.Random(self.learner.config.seed), list[float]()
+        for _ in range(options.passes):
+            draw.shuffle(order)
+            total = 0.0
+            for at in range(0, len(order), _BATCH):
+                batch = order[at : at + _BATCH]
+                gradients = [torch.zeros_like(change.value) for change in self.changes]
+                nll = yield from self._summed_loss(batch, gradients)
+                if not math.isfinite(nll) or not all(bool(torch.isfinite(g).all()) for g in gradients):
+                    raise FloatingPointError("the study met a loss or gradient that is not finite; nothing was changed")
+                for change, gradient in zip(self.changes, gradients, strict=True):
+                    change.step(gradient / _tokens(batch), options.lr)
+                total += nll
+            losses.append(total / _tokens(order))
+            _check(losses[0], losses[-1], options.lr)
+            if losses[-1] <= options.until:
+                break
+        return losses
+
+    def _summed_loss(
+        self, batch: Sequence[Episode], gradients: Sequence[Tensor] | None = None
+    ) -> Generator[None, None, float]:
+        """The summed loss of ``batch``; its projected gradient at each change is added to the tensor beside it."""
+        layers, pool, total = self.learner.access.layers, self.learner.pool, 0.0
+        device = next(self.learner.model.parameters()).device
+        for ids, wanted in _parts(batch):
+            ids, wanted = ids.to(device), wanted.to(device)[:, 1:]
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(self._using_model())
+                if pool is not None:
+                    stack.enter_context(pool.reading(self.user, len(ids)))
+                stack.enter_context(torch.set_grad_enabled(gradients is not None))
+                capturing = None if gradients is None else stack.enter_context(Capturing(layers))
+                head = stack.enter_context(self.learner.head)
+                _, scores = head.run({"input_ids": ids[:, :-1], "use_cache": False}, ids[:, 1:])
+                total += float(scores.nll.detach()[wanted].sum(dtype=torch.float64))
+                if capturing is not None and gradients is not None:
+                    scores.backward(wanted, 0.0)
+                    for change, gradient, pairs in zip(self.changes, gradients, capturing.renew(), strict=True):
+                        gradient += change.gradient(pairs)
+            yield
+        return total
+
+    def _write(self, states: Sequence[dict[str, Tensor]]) -> None:
+        """Put the changes into the weights: with a pool, ``states`` into the user's slot."""
+        learner, pool = self.learner, self.learner.pool
         if pool is None:
             with whole_write(learner.layers, "Learner.study"):
-                for layer, change in zip(learner.layers, changes, strict=True):
+                for layer, change in zip(learner.layers, self.changes, strict=True):
                     layer.flush()
                     change.write(layer)
-                log.mark_studied(user)
+                self.log.mark_studied(self.user)
         else:
             with SignalsDeferred():
                 for each, state in zip(pool.layers.values(), states, strict=True):
-                    each.load_slot(pool.slot(user), state)
-                log.mark_studied(user)
-        return StudyOutput(len(new), losses, after)
+                    each.load_slot(pool.slot(self.user), state)
+                self.log.mark_studied(self.user)
 
 
-def _learnt(
-    learner: Learner, user: Hashable, episodes: Sequence[Episode], changes: Sequence[Change], options: StudyOptions
-) -> list[float]:
-    """Let ``changes``, which are in effect, make ``episodes`` probable: nats per token in each pass.
-
-    Raises:
-        FloatingPointError: if a loss or gradient is not finite, or the loss has grown by more than a nat per token.
-    """
-    order, draw, losses = list(episodes), random.Random(learner.config.seed), list[float]()
-    for _ in range(options.passes):
-        draw.shuffle(order)
-        total = 0.0
-        for at in range(0, len(order), _BATCH):
-            batch = order[at : at + _BATCH]
-            gradients = [torch.zeros_like(change.value) for change in changes]
-            nll = _summed_loss(learner, user, batch, (changes, gradients))
-            if not math.isfinite(nll) or not all(bool(torch.isfinite(g).all()) for g in gradients):
-                raise FloatingPointError("the study met a loss or gradient that is not finite; nothing was changed")
-            for change, gradient in zip(changes, gradients, strict=True):
-                change.step(gradient / _tokens(batch), options.lr)
-            total += nll
-        losses.append(total / _tokens(order))
-        _check(losses[0], losses[-1], options.lr)
-        if losses[-1] <= options.until:
-            break
-    return losses
-
-
-def _check(first: float, last: float, lr: float) -> None:
-    if not last <= first + _WORSE:
-        raise FloatingPointError(
-            f"the study diverged with lr={lr:g}: {first:.3g} nats per token became {last:.3g}; nothing was changed"
-        )
-
-
-def _tokens(episodes: Sequence[Episode]) -> int:
-    return sum(int(episode.learn.sum()) for episode in episodes)
-
-
-def _mean_loss(learner: Learner, user: Hashable, episodes: Sequence[Episode]) -> float:
-    parts = (episodes[at : at + _BATCH] for at in range(0, len(episodes), _BATCH))
-    return sum(_summed_loss(learner, user, part) for part in parts) / _tokens(episodes)
-
-
-def _summed_loss(
-    learner: Learner,
-    user: Hashable,
-    batch: Sequence[Episode],
-    add_to: tuple[Sequence[Change], Sequence[Tensor]] | None = None,
-) -> float:
-    """The summed loss of ``batch``; its projected gradient at each change is added to the tensor beside it."""
-    layers, pool = learner.access.layers, learner.pool
-    device = next(learner.model.parameters()).device
-    batch, total = sorted(batch, key=lambda episode: len(episode.ids)), 0.0
+def _parts(batch: Sequence[Episode]) -> Iterator[tuple[Tensor, Tensor]]:
+    """``batch`` in parts of at most `_TOKENS` tokens: (B, T) int64 tokens, and (B, T) bool, those that are learnt."""
+    batch = sorted(batch, key=lambda episode: len(episode.ids))
     while batch:
         # Longest last, so that the width of a part is that of its last episode.
         size = next((n for n in range(len(batch), 1, -1) if n * len(batch[n - 1].ids) <= _TOKENS), 1)
@@ -244,17 +297,18 @@ def _summed_loss(
         wanted = torch.zeros((size, width), dtype=torch.bool)
         for row, episode in enumerate(part):  # padding comes after all tokens that count, which do not see it
             ids[row, : len(episode.ids)], wanted[row, : len(episode.ids)] = episode.ids, episode.learn
-        ids, wanted = ids.to(device), wanted.to(device)[:, 1:]
-        users = contextlib.nullcontext() if pool is None else pool.reading(user, size)
-        capturing: Any = contextlib.nullcontext() if add_to is None else Capturing(layers)
-        with torch.set_grad_enabled(add_to is not None), capturing, users, learner.head as head:
-            _, scores = head.run({"input_ids": ids[:, :-1], "use_cache": False}, ids[:, 1:])
-            total += float(scores.nll.detach()[wanted].sum(dtype=torch.float64))
-            if add_to is not None:
-                scores.backward(wanted, 0.0)
-                for change, gradient, pairs in zip(*add_to, capturing.renew(), strict=True):
-                    gradient += change.gradient(pairs)
-    return total
+        yield ids, wanted
+
+
+def _tokens(episodes: Sequence[Episode]) -> int:
+    return sum(int(episode.learn.sum()) for episode in episodes)
+
+
+def _check(first: float, last: float, lr: float) -> None:
+    if not last <= first + _WORSE:
+        raise FloatingPointError(
+            f"the study diverged with lr={lr:g}: {first:.3g} nats per token became {last:.3g}; nothing was changed"
+        )
 
 
 def _slot_states(pool: Pool, user: Hashable, changes: Sequence[Change]) -> list[dict[str, Tensor]]:

@@ -1,0 +1,90 @@
+"""Errors that a client gets to see, each with its HTTP status and OpenAI's type and code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class RequestError(Exception):
+    """A request that cannot be served.
+
+    Args:
+        message: for the client: what was wrong, what was received, and what is allowed.
+        param: the name of the wrong parameter; None if there is none.
+        code: for programs; by default the class's.
+        retry_after: seconds after which the same request may be served; None for never.
+    """
+
+    status = 400
+    type = "invalid_request_error"
+    code: str | None = None
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message, self.param, self.retry_after = message, param, retry_after
+        if code is not None:
+            self.code = code
+
+    def body(self) -> dict[str, Any]:
+        """The error in OpenAI's form."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class BadRequest(RequestError):
+    """The request is wrong in itself."""
+
+
+class Unauthenticated(RequestError):
+    """There is no valid API key."""
+
+    status, type, code = 401, "authentication_error", "invalid_api_key"
+
+
+class Forbidden(RequestError):
+    """The API key does not allow this."""
+
+    status, type, code = 403, "permission_error", "forbidden"
+
+
+class NotFound(RequestError):
+    """There is no such model, user, version or page."""
+
+    status, code = 404, "not_found"
+
+
+class Conflict(RequestError):
+    """The state of a user does not allow this now."""
+
+    status, type, code = 409, "conflict_error", "conflict"
+
+
+class TooLarge(RequestError):
+    """The body is larger than allowed."""
+
+    status, code = 413, "request_too_large"
+
+
+class TooBusy(RequestError):
+    """There are too many requests, from this client or at all."""
+
+    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+
+class ServerFailure(RequestError):
+    """The request may be right, but it could not be served."""
+
+    status, type, code = 500, "server_error", "internal_error"
+
+
+class Unavailable(RequestError):
+    """The server is stopping, or the store is out of reach."""
+
+    status, type, code = 503, "server_error", "unavailable"
+
+
+class TimedOut(RequestError):
+    """The request took longer than allowed."""
+
+    status, type, code = 504, "server_error", "timeout"

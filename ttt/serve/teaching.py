@@ -1,0 +1,90 @@
+"""Which tokens of a chat may teach: by default the user's own words of the last turn, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from ttt.learn.chat_template import Message, tokens_at, words_in_template
+from ttt.serve.errors import BadRequest
+
+ROLES = ("user", "assistant", "system", "tool")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """A text to learn from.
+
+    Attributes:
+        ids: tokens, to the last one that teaches.
+        learn: for each, whether it teaches; the others are context. Never the first.
+    """
+
+    ids: list[int]
+    learn: list[bool]
+
+    @classmethod
+    def of(cls, ids: Sequence[int], learn: Sequence[bool], longest: int) -> Lesson | None:
+        """The lesson of ``ids`` where ``learn``; None if nothing in it teaches.
+
+        The newest ``longest`` tokens of it are kept.
+        """
+        taught = [at for at, teaches in enumerate(learn) if teaches and at > 0]
+        if not taught:
+            return None
+        end = taught[-1] + 1
+        start = max(0, end - longest)
+        ids, learn = list(ids[start:end]), list(learn[start:end])
+        learn[0] = False
+        return cls(ids, learn) if any(learn) else None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens teach."""
+        return sum(self.learn)
+
+
+@dataclasses.dataclass(frozen=True)
+class Teaching:
+    """Chooses the tokens of a chat that teach.
+
+    Attributes:
+        roles: whose messages teach.
+        all_turns: teach from every message of ``roles``, not only from the last message of the chat.
+    """
+
+    roles: tuple[str, ...] = ("user",)
+    all_turns: bool = False
+
+    def lesson(self, tokenizer: Any, messages: Sequence[Message], longest: int) -> Lesson | None:
+        """What ``messages`` teach; None for nothing, as where the last one is a tool's.
+
+        The template's text, and messages of other roles, are context.
+
+        Args:
+            longest: largest number of tokens, with context.
+
+        Raises:
+            BadRequest: if the chat template changes the words of a message that teaches.
+        """
+        chosen = [at for at, message in enumerate(messages) if message["role"] in self.roles]
+        if not self.all_turns:
+            chosen = [at for at in chosen if at == len(messages) - 1]
+        if not chosen:
+            return None
+        spans, text = [], ""
+        for at in chosen:
+            try:
+                whole, start, stop = words_in_template(tokenizer, messages[: at + 1])
+            except ValueError as error:
+                raise BadRequest(str(error), param="messages") from None
+            if not whole.startswith(text):
+                raise BadRequest(
+                    "the chat template changes what stands before a message when another follows; with this model "
+                    "only the last message can teach",
+                    param="messages",
+                )
+            spans.append((start, stop))
+            text = whole[:stop]
+        return Lesson.of(*tokens_at(tokenizer, text, spans), longest)
