@@ -1,0 +1,344 @@
+"""Continuous batching: sequences of several users that are generated side by side, and join and leave at any step."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttt.per_user.pool import Pool
+from ttt.serve.errors import RequestError, ServerFailure
+from ttt.serve.row_cache import RowCache
+from ttt.serve.sampling import Sampling, TokenScore, draw, scored
+from ttt.serve.teaching import Lesson
+from ttt.serve.text_stream import TextStream
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Text that a sequence has grown by, with its tokens; text may come later than its tokens.
+
+    Attributes:
+        index: of the sequence among the request's.
+        text: to be added.
+        tokens: with their log probabilities, if the request asks for them; empty otherwise.
+        finish: why the sequence has ended, "stop" or "length"; None if it goes on.
+        count: number of tokens so far.
+    """
+
+    index: int
+    text: str
+    tokens: tuple[TokenScore, ...]
+    finish: str | None
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """The end of a request that was served.
+
+    Attributes:
+        prompt_tokens, completion_tokens: numbers of tokens read and generated.
+        updates, version: of the user's `Session` at the end; None without a user.
+        learning: "off", "queued", "stored", or "refused: WHY".
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    updates: int | None = None
+    version: int | None = None
+    learning: str = "off"
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """Text to be continued, with the weights of a user.
+
+    Attributes:
+        user: whose weights are used; None for the base model's.
+        prompt: tokens, at least one.
+        sampling: how to go on; ``max_tokens`` 0 only reads.
+        deliver: called in the engine's thread with each `Piece`, and at the end with an `Outcome` or a `RequestError`.
+        n: number of continuations.
+        lesson: what to learn after the last one has ended; None for nothing.
+        wait: whether the outcome is to come when the lesson is stored, instead of at the end of the text.
+        score_prompt: whether to give the log probabilities of the prompt's tokens to ``on_prompt``.
+        on_prompt: called in the engine's thread with them; the first token has none.
+        cancelled: set by anyone, from any thread: the request ends without an outcome, and teaches nothing.
+    """
+
+    user: str | None
+    prompt: list[int]
+    sampling: Sampling
+    deliver: Callable[[Piece | Outcome | RequestError], None]
+    n: int = 1
+    lesson: Lesson | None = None
+    wait: bool = False
+    score_prompt: bool = False
+    on_prompt: Callable[[list[TokenScore]], None] | None = None
+    cancelled: bool = False
+    arrival: int = 0
+    generated: int = 0
+    running: int = 0
+    failed: bool = False
+
+
+@dataclasses.dataclass(eq=False)
+class _Sequence:
+    """One continuation of a request. ``held`` of its ``ids`` are in the cache, in row ``row``."""
+
+    request: Request
+    index: int
+    ids: list[int]
+    text: TextStream
+    row: int
+    held: int = 0
+    generator: torch.Generator | None = None
+    counts: Counter[int] = dataclasses.field(default_factory=Counter)
+
+
+class Batch:
+    """The sequences that are being generated.
+
+    The first rows of the cache hold those that are decoded, in the order of ``decoding``; one more may be reading its
+    prompt, in the row after them, a part at each step.
+
+    Args:
+        model: a transformers causal language model in eval mode, adapted for users.
+        pool: its users.
+        tokenizer: of the model.
+        rows: largest number of sequences.
+        capacity: largest number of tokens of a sequence.
+        prefill: tokens of a prompt that are read in one step, at most.
+        ended: called with a request whose last sequence has ended, or which failed or was cancelled.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        pool: Pool,
+        tokenizer: Any,
+        *,
+        rows: int,
+        capacity: int,
+        prefill: int,
+        ended: Callable[[Request], None],
+    ) -> None:
+        self.model, self.pool, self.tokenizer = model, pool, tokenizer
+        self.rows, self.prefill, self.ended = rows, prefill, ended
+        self.cache = RowCache(model, rows, capacity)
+        self.decoding: list[_Sequence] = []
+        self.reading: _Sequence | None = None
+        self._scores: list[TokenScore] = []  # of the prompt that is read
+        self._ends = _end_tokens(model, tokenizer)
+        self._last_only = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self.decoding and self.reading is None
+
+    @property
+    def requests(self) -> list[Request]:
+        """The requests that have sequences here."""
+        sequences = [*self.decoding, *([] if self.reading is None else [self.reading])]
+        return list(dict.fromkeys(sequence.request for sequence in sequences))
+
+    def fits(self, request: Request) -> bool:
+        """Whether ``request`` can begin now."""
+        return self.reading is None and len(self.decoding) + request.n <= self.rows
+
+    def begin(self, request: Request) -> None:
+        """Let the next steps read the prompt of ``request``; the batch must have room for it (`fits`)."""
+        assert self.fits(request)
+        request.running = request.n
+        self.reading = self._sequence(request, 0, list(request.prompt), len(self.decoding))
+        self._scores = []
+
+    def _sequence(self, request: Request, index: int, ids: list[int], row: int) -> _Sequence:
+        seed, generator = request.sampling.seed, None
+        if seed is not None:
+            generator = torch.Generator().manual_seed((seed + index) % 2**63)
+        return _Sequence(request, index, ids, TextStream(self.tokenizer, request.sampling.stop), row, generator=generator)
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def read_step(self) -> int:
+        """Read a part of the prompt of the sequence that has just begun; how many tokens were read."""
+        sequence = self.reading
+        if sequence is None:
+            return 0
+        request, start = sequence.request, sequence.held
+        if request.cancelled:
+            self._leave_reading()
+            return 0
+        part = request.prompt[start : start + self.prefill]
+        last = start + len(part) == len(request.prompt)
+        try:
+            logits = self._logits([request.user], [part], sequence.row, [start], last_only=not request.score_prompt)
+            sequence.held += len(part)
+            if request.score_prompt:
+                self._score(request, start, logits[0])
+            if last:
+                if not bool(torch.isfinite(logits[0, -1]).all()):
+                    raise ServerFailure("the model computed something that is not finite for this request")
+                self._begin_decoding(sequence, logits[0, -1])
+        except Exception as error:
+            self._fail_reading(sequence, error)
+        return len(part)
+
+    def _fail_reading(self, sequence: _Sequence, error: Exception) -> None:
+        if self.reading is sequence:
+            _fail(sequence.request, error)
+            self._leave_reading()
+        else:  # it had begun to be decoded
+            _fail(sequence.request, error)
+            for each in [each for each in self.decoding if each.request is sequence.request]:
+                self._leave(each)
+
+    def _begin_decoding(self, sequence: _Sequence, logits: Tensor) -> None:
+        """The prompt has been read: take the first token of each of the request's sequences from ``logits`` (V,)."""
+        request = sequence.request
+        if request.score_prompt and request.on_prompt is not None:
+            request.on_prompt(self._scores)
+        self.reading = None
+        self.decoding.append(sequence)
+        for index in range(1, request.n):
+            other = self._sequence(request, index, list(request.prompt), len(self.decoding))
+            self.cache.copy(sequence.row, other.row, len(request.prompt))
+            other.held = sequence.held
+            self.decoding.append(other)
+        for each in [each for each in self.decoding if each.request is request]:
+            self._take(each, logits)
+
+    def _score(self, request: Request, start: int, logits: Tensor) -> None:
+        """Score the prompt's tokens after ``start`` under ``logits`` (T, V)."""
+        for at, row in enumerate(logits.log_softmax(-1)):
+            if start + at + 1 < len(request.prompt):
+                self._scores.append(scored(row, request.prompt[start + at + 1], request.sampling.logprobs or 0))
+
+    def decode_step(self) -> int:
+        """Generate one token for each sequence; how many there are."""
+        for sequence in [each for each in self.decoding if each.request.cancelled or each.request.failed]:
+            self._leave(sequence)
+        sequences = list(self.decoding)
+        if not sequences:
+            return 0
+        users = [sequence.request.user for sequence in sequences]
+        last = [[sequence.ids[-1]] for sequence in sequences]
+        logits = self._logits(users, last, 0, [sequence.held for sequence in sequences], last_only=True)[:, -1]
+        finite = torch.isfinite(logits).all(1).tolist()
+        for sequence, row, sound in zip(sequences, logits, finite, strict=True):
+            sequence.held += 1
+            if sequence.request.failed:
+                continue
+            if not sound:
+                _fail(sequence.request, ServerFailure("the model computed something that is not finite"))
+                continue
+            self._take(sequence, row)
+        for sequence in [each for each in self.decoding if each.request.failed]:
+            self._leave(sequence)
+        return len(sequences)
+
+    @torch.no_grad()
+    def _logits(
+        self, users: list[str | None], ids: list[list[int]], first: int, held: list[int], *, last_only: bool
+    ) -> Tensor:
+        """(B, T, V) float32 on the CPU, T = 1 with ``last_only``, for the next ``ids`` of the rows from ``first`` on."""
+        tokens = torch.tensor(ids, device=self.cache.device)
+        inputs = self.cache.inputs(tokens, first, torch.tensor(held))
+        if last_only and self._last_only:
+            inputs["logits_to_keep"] = 1
+        with self.pool.using(users):
+            logits = self.model(**inputs).logits
+        return (logits[:, -1:] if last_only else logits).float().cpu()
+
+    def _take(self, sequence: _Sequence, logits: Tensor) -> None:
+        """Draw the next token of ``sequence`` from ``logits`` (V,), deliver it, and end the sequence where it ends."""
+        request, sampling = sequence.request, sequence.request.sampling
+        made = len(sequence.ids) - len(request.prompt)
+        if made >= sampling.max_tokens:  # only where nothing is to be generated
+            return self._finish(sequence, "length", "", ())
+        token = draw(logits, sampling, sequence.counts, sequence.generator)
+        scores: tuple[TokenScore, ...] = ()
+        if sampling.logprobs is not None:
+            scores = (scored(logits.log_softmax(-1), token, sampling.logprobs),)
+        sequence.ids.append(token)
+        sequence.counts[token] += 1
+        request.generated += 1
+        if token in self._ends and not sampling.ignore_eos:
+            return self._finish(sequence, "stop", sequence.text.end(), scores)
+        text = sequence.text.add(token)
+        if sequence.text.stopped:
+            return self._finish(sequence, "stop", text, scores)
+        if made + 1 == sampling.max_tokens:
+            text += sequence.text.end()
+            return self._finish(sequence, "stop" if sequence.text.stopped else "length", text, scores)
+        request.deliver(Piece(sequence.index, text, scores, None, made + 1))
+
+    def _finish(self, sequence: _Sequence, reason: str, text: str, scores: tuple[TokenScore, ...]) -> None:
+        count = len(sequence.ids) - len(sequence.request.prompt)
+        sequence.request.deliver(Piece(sequence.index, text, scores, reason, count))
+        self._leave(sequence)
+
+    # -- leaving ------------------------------------------------------------------------------------------------------
+
+    def _leave(self, sequence: _Sequence) -> None:
+        """Take ``sequence`` out of the batch; the last one takes its row."""
+        last = self.decoding.pop()
+        if last is not sequence:
+            self.cache.copy(last.row, sequence.row, last.held)
+            self.decoding[self.decoding.index(sequence)] = last
+            self.cache.clear(last.row)
+            last.row = sequence.row
+        else:
+            self.cache.clear(last.row)
+        if self.reading is not None:
+            row = len(self.decoding)
+            self.cache.copy(self.reading.row, row, self.reading.held)
+            self.cache.clear(self.reading.row)
+            self.reading.row = row
+        self._count_down(sequence.request)
+
+    def _leave_reading(self) -> None:
+        assert self.reading is not None
+        request, self.reading = self.reading.request, None
+        self.cache.clear(len(self.decoding))
+        request.running = 1
+        self._count_down(request)
+
+    def _count_down(self, request: Request) -> None:
+        request.running -= 1
+        if request.running == 0:
+            self.ended(request)
+
+    def fail_all(self, error: Exception) -> None:
+        """End all requests with ``error``."""
+        if self.reading is not None:
+            self._fail_reading(self.reading, error)
+        while self.decoding:
+            _fail(self.decoding[-1].request, error)
+            self._leave(self.decoding[-1])
+
+
+def _fail(request: Request, error: Exception) -> None:
+    if not request.failed and not request.cancelled:
+        request.failed = True
+        known = isinstance(error, RequestError)
+        request.deliver(error if known else ServerFailure(f"the request failed: {type(error).__name__}"))
+    request.failed = True
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a text, by the model's generation configuration and the tokenizer."""
+    found: set[int] = set()
+    generation = getattr(model, "generation_config", None)
+    for value in (getattr(generation, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)):
+        if value is not None:
+            found |= set(value) if isinstance(value, (list, tuple)) else {value}
+    return frozenset(found)

@@ -1,0 +1,148 @@
+"""A key-value cache with a row for each sequence, for batches whose sequences come and go.
+
+Row i holds the keys and values of one sequence from position 0 on, whatever the lengths of the others are. Sequences that
+are decoded stand in the first rows, so that a batch is a slice and nothing is copied: the sequence that leaves is replaced
+by the last one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FIRST = 256  # tokens that the rows hold at first; doubled when one needs more
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+class RowCache:
+    """Keys and values of up to ``rows`` sequences.
+
+    Memory grows with the longest sequence: two numbers for each row, position, block and feature of the key heads.
+
+    Args:
+        model: a transformers causal language model, all of whose blocks have full or sliding attention.
+        rows: number of sequences.
+        capacity: largest number of tokens of a sequence.
+
+    Raises:
+        ValueError: if a block has something else, or its attention is computed by other code than "sdpa" or "eager".
+    """
+
+    def __init__(self, model: Any, rows: int, capacity: int) -> None:
+        from transformers.cache_utils import Cache, CacheLayerMixin
+
+        config = model.config.get_text_config(decoder=True)
+        kinds = getattr(config, "layer_types", None) or [FULL] * config.num_hidden_layers
+        if not set(kinds) <= {FULL, SLIDING}:
+            raise ValueError(f"model must have full or sliding attention in every block, got {sorted(set(kinds))}")
+        if (attention := getattr(config, "_attn_implementation", "sdpa")) not in ("sdpa", "eager"):
+            raise ValueError(f"model must compute attention by 'sdpa' or 'eager', got {attention!r}")
+        window = getattr(config, "sliding_window", None)
+        if window and not getattr(config, "layer_types", None) and getattr(config, "use_sliding_window", True):
+            kinds = [SLIDING] * config.num_hidden_layers  # as Mistral's first releases
+        self.model, self.rows, self.capacity = model, rows, capacity
+        self.kinds, self.window = set(kinds), window
+        self.device = next(model.parameters()).device
+        self.dtype = next(model.parameters()).dtype
+        self._first, self._positions = 0, torch.zeros(0, dtype=torch.int64)  # of the present call
+
+        rows_cache = self
+
+        class Layer(CacheLayerMixin):
+            is_sliding = False
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.held: list[Tensor] = []
+
+            def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+                self.is_initialized = True
+
+            def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any):
+                return rows_cache._update(self, key_states, value_states)
+
+            def get_seq_length(self, *args: Any) -> int:
+                return int(rows_cache._positions.min()) if len(rows_cache._positions) else 0
+
+            def get_mask_sizes(self, *args: Any) -> tuple[int, int]:
+                return rows_cache._width, 0
+
+            def get_max_cache_shape(self) -> int:
+                return capacity
+
+            get_max_length = get_max_cache_shape
+
+        self.cache = Cache(layers=[Layer() for _ in range(config.num_hidden_layers)])
+        self._width = 0
+
+    # -- one forward pass -------------------------------------------------------------------------------------------
+
+    def inputs(self, ids: Tensor, first: int, positions: Tensor) -> dict[str, Any]:
+        """The model's arguments for a forward pass; its result must be used before the next call.
+
+        Args:
+            ids: (B, T) int64, the next tokens of rows ``first`` to ``first + B``.
+            positions: (B,) int64 on the CPU, how many tokens each of these rows holds.
+        """
+        batch, length = ids.shape
+        self._first, self._positions = first, positions
+        self._width = int(positions.max()) + length
+        self._at = positions.unsqueeze(1) + torch.arange(length)  # (B, T)
+        at = self._at.to(self.device)
+        masks = {kind: self._mask(at, self.window if kind == SLIDING else None) for kind in self.kinds}
+        from ttt.learn.huggingface import cached
+
+        return {
+            "input_ids": ids, "position_ids": at, "attention_mask": masks if len(masks) > 1 else masks.popitem()[1],
+        } | cached(self.model, self.cache)  # fmt: skip
+
+    def _mask(self, at: Tensor, window: int | None) -> Tensor:
+        """(B, 1, T, width), added to the attention's scores: 0 where a token at ``at`` (B, T) may look."""
+        keys = torch.arange(self._width, device=at.device)
+        allowed = keys <= at.unsqueeze(-1)
+        if window is not None:
+            allowed &= keys > at.unsqueeze(-1) - window
+        blocked = torch.finfo(self.dtype).min
+        return torch.zeros(allowed.shape, dtype=self.dtype, device=at.device).masked_fill_(~allowed, blocked)[:, None]
+
+    def _update(self, layer: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write ``keys`` and ``values`` (B, heads, T, features) of the present call; all of these rows so far."""
+        if not layer.held or layer.held[0].shape[2] < self._width:
+            layer.held = [self._grown(old, new) for old, new in zip(layer.held or [None, None], (keys, values))]
+        batch, _, length, _ = keys.shape
+        rows = slice(self._first, self._first + batch)
+        for held, new in zip(layer.held, (keys, values), strict=True):
+            if batch == 1:
+                start = int(self._positions[0])
+                held[rows, :, start : start + length] = new
+            else:
+                index = torch.arange(self._first, self._first + batch).unsqueeze(1).to(held.device)
+                held[index, :, self._at.to(held.device)] = new.transpose(1, 2)
+        return layer.held[0][rows, :, : self._width], layer.held[1][rows, :, : self._width]
+
+    def _grown(self, old: Tensor | None, like: Tensor) -> Tensor:
+        size = _FIRST if old is None else old.shape[2]
+        while size < self._width:
+            size *= 2
+        size = min(size, max(self.capacity, self._width))
+        new = torch.zeros((self.rows, like.shape[1], size, like.shape[3]), dtype=like.dtype, device=like.device)
+        if old is not None:
+            new[:, :, : old.shape[2]] = old
+        return new
+
+    # -- rows -------------------------------------------------------------------------------------------------------
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` tokens of row ``source`` to row ``target``."""
+        for layer in self.cache.layers:
+            for held in layer.held:
+                held[target, :, :length] = held[source, :, :length]
+
+    def clear(self, row: int) -> None:
+        """Zero a row: values that are not finite would reach its next sequence, masked or not."""
+        for layer in self.cache.layers:
+            for held in layer.held:
+                held[row].zero_()
