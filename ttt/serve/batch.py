@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ttt.per_user.pool import Pool
-from ttt.serve.errors import RequestError, ServerFailure
+from ttt.serve.errors import RequestError, ServerFailure, as_request_error
 from ttt.serve.row_cache import RowCache
 from ttt.serve.sampling import Sampling, TokenScore, draw, scored
 from ttt.serve.teaching import Lesson
@@ -164,7 +164,8 @@ class Batch:
         seed, generator = request.sampling.seed, None
         if seed is not None:
             generator = torch.Generator().manual_seed((seed + index) % 2**63)
-        return _Sequence(request, index, ids, TextStream(self.tokenizer, request.sampling.stop), row, generator=generator)
+        text = TextStream(self.tokenizer, request.sampling.stop)
+        return _Sequence(request, index, ids, text, row, generator=generator)
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -249,7 +250,7 @@ class Batch:
     def _logits(
         self, users: list[str | None], ids: list[list[int]], first: int, held: list[int], *, last_only: bool
     ) -> Tensor:
-        """(B, T, V) float32 on the CPU, T = 1 with ``last_only``, for the next ``ids`` of the rows from ``first`` on."""
+        """(B, T, V) float32 on the CPU, T = 1 with ``last_only``: of the next ``ids`` of the rows from ``first``."""
         tokens = torch.tensor(ids, device=self.cache.device)
         inputs = self.cache.inputs(tokens, first, torch.tensor(held))
         if last_only and self._last_only:
@@ -329,8 +330,7 @@ class Batch:
 def _fail(request: Request, error: Exception) -> None:
     if not request.failed and not request.cancelled:
         request.failed = True
-        known = isinstance(error, RequestError)
-        request.deliver(error if known else ServerFailure(f"the request failed: {type(error).__name__}"))
+        request.deliver(as_request_error(error))
     request.failed = True
 
 

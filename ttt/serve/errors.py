@@ -88,3 +88,10 @@ class TimedOut(RequestError):
     """The request took longer than allowed."""
 
     status, type, code = 504, "server_error", "timeout"
+
+
+def as_request_error(error: BaseException) -> RequestError:
+    """``error``, or for one that clients must not see, a `ServerFailure` that names its type only."""
+    if isinstance(error, RequestError):
+        return error
+    return ServerFailure(f"the server failed: {type(error).__name__}")

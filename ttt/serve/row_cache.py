@@ -1,8 +1,8 @@
 """A key-value cache with a row for each sequence, for batches whose sequences come and go.
 
-Row i holds the keys and values of one sequence from position 0 on, whatever the lengths of the others are. Sequences that
-are decoded stand in the first rows, so that a batch is a slice and nothing is copied: the sequence that leaves is replaced
-by the last one.
+Row i holds the keys and values of one sequence from position 0 on, whatever the lengths of the others are. Sequences
+that are decoded stand in the first rows, so that a batch is a slice and nothing is copied: the sequence that leaves is
+replaced by the last one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ttt.learn.huggingface import cached
 
 _FIRST = 256  # tokens that the rows hold at first; doubled when one needs more
 
@@ -75,7 +77,8 @@ class RowCache:
 
             get_max_length = get_max_cache_shape
 
-        self.cache = Cache(layers=[Layer() for _ in range(config.num_hidden_layers)])
+        self.layers = [Layer() for _ in range(config.num_hidden_layers)]
+        self.cache = Cache(layers=list(self.layers))
         self._width = 0
 
     # -- one forward pass -------------------------------------------------------------------------------------------
@@ -87,14 +90,12 @@ class RowCache:
             ids: (B, T) int64, the next tokens of rows ``first`` to ``first + B``.
             positions: (B,) int64 on the CPU, how many tokens each of these rows holds.
         """
-        batch, length = ids.shape
+        length = ids.shape[1]
         self._first, self._positions = first, positions
         self._width = int(positions.max()) + length
         self._at = positions.unsqueeze(1) + torch.arange(length)  # (B, T)
         at = self._at.to(self.device)
         masks = {kind: self._mask(at, self.window if kind == SLIDING else None) for kind in self.kinds}
-        from ttt.learn.huggingface import cached
-
         return {
             "input_ids": ids, "position_ids": at, "attention_mask": masks if len(masks) > 1 else masks.popitem()[1],
         } | cached(self.model, self.cache)  # fmt: skip
@@ -111,7 +112,9 @@ class RowCache:
     def _update(self, layer: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write ``keys`` and ``values`` (B, heads, T, features) of the present call; all of these rows so far."""
         if not layer.held or layer.held[0].shape[2] < self._width:
-            layer.held = [self._grown(old, new) for old, new in zip(layer.held or [None, None], (keys, values))]
+            layer.held = [
+                self._grown(old, new) for old, new in zip(layer.held or [None, None], (keys, values), strict=True)
+            ]
         batch, _, length, _ = keys.shape
         rows = slice(self._first, self._first + batch)
         for held, new in zip(layer.held, (keys, values), strict=True):
@@ -137,12 +140,12 @@ class RowCache:
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` tokens of row ``source`` to row ``target``."""
-        for layer in self.cache.layers:
+        for layer in self.layers:
             for held in layer.held:
                 held[target, :, :length] = held[source, :, :length]
 
     def clear(self, row: int) -> None:
         """Zero a row: values that are not finite would reach its next sequence, masked or not."""
-        for layer in self.cache.layers:
+        for layer in self.layers:
             for held in layer.held:
                 held[row].zero_()

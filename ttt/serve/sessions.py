@@ -43,6 +43,7 @@ class Session:
         stored: value of ``updates`` in the newest version that the store has acknowledged.
         version: the number of that version; None if there is none.
         opened: when, by `time.monotonic`.
+        writes: one for each update that is to be stored.
     """
 
     user: str
@@ -53,6 +54,7 @@ class Session:
     stored: int = 0
     version: int | None = None
     opened: float = dataclasses.field(default_factory=time.monotonic)
+    writes: list[concurrent.futures.Future[int]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +157,10 @@ class Sessions:
         self._sessions.move_to_end(session.user)
         return session
 
+    def discard(self, fetched: Fetched) -> None:
+        """Release the lease of a user who was fetched and is not to be installed."""
+        self._writer.release(fetched.session)
+
     def get(self, user: str) -> Session | None:
         """The session of a user who has a slot, or None."""
         return self._sessions.get(user)
@@ -193,7 +199,13 @@ class Sessions:
         session.updates += 1
         session.tokens += tokens
         meta = {"updates": session.updates, "tokens": session.tokens, "model": self.model}
-        return self._writer.write(session, self.pool.export(user), meta)
+        future = self._writer.write(session, self.pool.export(user), meta)
+        session.writes = [each for each in session.writes if not each.done()] + [future]
+        return future
+
+    def oldest_write(self, user: str) -> concurrent.futures.Future[int] | None:
+        """Of the updates of ``user`` that are to be stored, the first one; None if there is none."""
+        return next((each for each in self._sessions[user].writes if not each.done()), None)
 
     def saved(self, user: str) -> bool:
         """Whether the store has everything that ``user`` has learnt."""

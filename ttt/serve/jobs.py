@@ -1,0 +1,208 @@
+"""Work on one user's weights between requests, in steps: learning, study, going back, forgetting, and reading.
+
+A job is a generator. It yields None after each step that used the model, or a future to be continued when that is done.
+Jobs run in the thread that uses the model, while no request of their user is being served.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Generator
+from typing import Any
+
+import torch
+
+from ttt.learn.learner import Learner
+from ttt.learn.study import StudyOutput
+from ttt.serve.errors import Conflict, ServerFailure, Unavailable
+from ttt.serve.sessions import Sessions, State
+from ttt.serve.teaching import Lesson
+
+LONGEST_WAIT = 10.0
+"""Seconds that a job waits for the store; the user's requests wait as long."""
+Steps = Generator["concurrent.futures.Future[Any] | None", None, Any]
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """Work on the weights of one user.
+
+    Attributes:
+        user: whose.
+        kind: "learn", "study", "rollback", "forget", "export", "taught" or "open".
+        steps: makes the generator.
+        result: what the generator returned, or its error.
+        needs_slot: whether the user must have a slot.
+        yields_to_requests: give up when a request of the user comes in.
+        tokens: number of tokens that are to be learnt.
+        seconds: how long its steps have taken so far.
+        running, waits_for, until: the generator, the future that it waits for, and until when.
+    """
+
+    user: str
+    kind: str
+    steps: Callable[[], Steps]
+    result: concurrent.futures.Future[Any] = dataclasses.field(default_factory=concurrent.futures.Future)
+    needs_slot: bool = True
+    yields_to_requests: bool = False
+    tokens: int = 0
+    arrival: int = 0
+    seconds: float = 0.0
+    running: Steps | None = None
+    waits_for: concurrent.futures.Future[Any] | None = None
+    until: float = 0.0
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next step can be taken."""
+        return self.waits_for is None or self.waits_for.done() or time.monotonic() > self.until
+
+    def step(self) -> bool:
+        """Take a step; True when there are no more."""
+        began = time.perf_counter()
+        if self.running is None:
+            self.running = self.steps()
+        try:
+            self.waits_for = next(self.running)
+            self.until = time.monotonic() + LONGEST_WAIT
+            return False
+        except StopIteration as done:
+            self.result.set_result(done.value)
+        except Exception as error:
+            self.result.set_exception(error)
+        finally:
+            self.seconds += time.perf_counter() - began
+        return True
+
+    def give_up(self, error: Exception) -> None:
+        """End without the remaining steps."""
+        if self.running is not None:
+            self.running.close()
+        if not self.result.done():
+            self.result.set_exception(error)
+
+
+@dataclasses.dataclass(frozen=True)
+class Learnt:
+    """What a lesson did.
+
+    Attributes:
+        tokens: number of tokens that were learnt.
+        nll: their mean loss in nats, before they were learnt.
+        updates: of the user's `Session` afterwards.
+        stored: the number of the version that has it, once the store has acknowledged it.
+    """
+
+    tokens: int
+    nll: float
+    updates: int
+    stored: concurrent.futures.Future[int]
+
+
+@contextlib.contextmanager
+def _all_or_nothing(sessions: Sessions, user: str):
+    """Put the user's state back if the block fails or is given up."""
+    before = sessions.pool.export(user)
+    try:
+        yield
+    except BaseException:
+        sessions.pool.load(user, before)
+        raise
+
+
+def learn(learner: Learner, sessions: Sessions, user: str, lesson: Lesson) -> Steps:
+    """Learn ``lesson``; returns `Learnt`. All of it, or nothing.
+
+    Raises:
+        Conflict: if this server cannot write for the user.
+    """
+    yield from _room(sessions, user)
+    sessions.require_writable(user)
+    device = next(learner.model.parameters()).device
+    ids, mask = (torch.tensor([each], device=device) for each in (lesson.ids, lesson.learn))
+    with _all_or_nothing(sessions, user):
+        output = yield from learner.observe_in_steps(ids, learn_mask=mask, users=[user])
+        if output.rejected:
+            raise ServerFailure("nothing was learnt: a loss or gradient was not finite")
+        stored = sessions.learnt(user, lesson.tokens)
+    nll = float(output.nll[mask[:, 1:]].double().mean())
+    return Learnt(lesson.tokens, nll, sessions.use(user).updates, stored)
+
+
+def study(learner: Learner, sessions: Sessions, user: str, **options: Any) -> Steps:
+    """Study what the user said since the last study; returns (`StudyOutput`, future of the version or None)."""
+    yield from _room(sessions, user)
+    sessions.require_writable(user)
+    try:
+        output: StudyOutput = yield from learner.study_in_steps(user, **options)
+    except FloatingPointError as error:
+        raise Conflict(str(error), code="study_failed") from error
+    return output, sessions.learnt(user, 0) if output.episodes else None
+
+
+def rollback(sessions: Sessions, io: concurrent.futures.Executor, user: str, version: int) -> Steps:
+    """Go back to ``version``, which becomes the newest one; returns the `Session`."""
+    yield from _stored(sessions, user)
+    fetched = yield from _done(io.submit(sessions.rolled_back, sessions.require_writable(user), version))
+    return sessions.install(fetched)
+
+
+def forget(sessions: Sessions, io: concurrent.futures.Executor, user: str) -> Steps:
+    """Remove everything that is kept of the user, here and in the store."""
+    sessions.drop(user)
+    yield from _done(io.submit(sessions.erase, user))
+
+
+def export(sessions: Sessions, user: str) -> Steps:
+    """A copy of the user's state."""
+    state: State = sessions.pool.export(user)
+    return state
+    yield  # a generator without steps
+
+
+def taught(learner: Learner, user: str, most: int) -> Steps:
+    """The user's newest ``most`` episodes: of each its tokens, which of them teach, and their loss for the base model
+    and with the user's weights, in nats per token."""
+    assert learner.pool is not None
+    assert learner.episodes is not None
+    found = []
+    for episode in learner.episodes.of(user)[-most:]:
+        device = next(learner.model.parameters()).device
+        ids = episode.ids.to(device).repeat(2, 1)
+        with torch.no_grad(), learner.pool.using([None, user]):
+            logits = learner.model(input_ids=ids[:, :-1], use_cache=False).logits.float()
+        nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        wanted = episode.learn[1:].to(device)
+        before, now = nll.view(2, -1)[:, wanted].double().mean(1).tolist()
+        found.append((episode.ids.tolist(), episode.learn.tolist(), before, now, episode.studied))
+        yield None
+    return found
+
+
+def _done(future: concurrent.futures.Future[Any]) -> Steps:
+    """Wait for ``future``, and return its result."""
+    while not future.done():
+        yield future
+    return future.result()
+
+
+def _room(sessions: Sessions, user: str) -> Steps:
+    """Wait until the store has acknowledged enough of what the user has learnt."""
+    return _until(sessions, user, sessions.has_room)
+
+
+def _stored(sessions: Sessions, user: str) -> Steps:
+    """Wait until the store has acknowledged all that the user has learnt."""
+    return _until(sessions, user, sessions.saved)
+
+
+def _until(sessions: Sessions, user: str, condition: Callable[[str], bool]) -> Steps:
+    began = time.monotonic()
+    while not condition(user):
+        sessions.require_writable(user)
+        if time.monotonic() - began > LONGEST_WAIT:
+            raise Unavailable("the store does not take what was learnt before", retry_after=10)
+        yield sessions.oldest_write(user)

@@ -1,0 +1,540 @@
+"""`Service`: one thread that answers requests of many users and learns from them between its steps."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from ttt.learn.learner import Learner
+from ttt.serve import jobs
+from ttt.serve.batch import Batch, Outcome, Request
+from ttt.serve.errors import Conflict, RequestError, TooBusy, Unavailable, as_request_error
+from ttt.serve.jobs import Job, Learnt
+from ttt.serve.sessions import Fetched, Sessions
+from ttt.serve.teaching import Lesson
+from ttt.store import Store
+
+log = logging.getLogger("ttt.serve")
+_REOPEN = 5.0  # seconds after which a user who can only be read is opened again
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Bounds on what a `Service` takes at a time.
+
+    Attributes:
+        rows: largest number of sequences that are generated at a time.
+        waiting: largest number of requests that wait for a place among them.
+        context: largest number of tokens of a sequence, prompt and continuation.
+        prefill: tokens of a prompt that are read between two steps of the others.
+        study_after: seconds after which what an idle user said is studied, if nothing else is to be done; 0 for never.
+    """
+
+    rows: int = 8
+    waiting: int = 64
+    context: int = 2048
+    prefill: int = 128
+    study_after: float = 30.0
+
+
+class Observer(Protocol):
+    """Is told what happens, in the service's thread; see `ttt.serve.http.metrics`."""
+
+    def served(self, prompt: int, completion: int) -> None: ...
+    def learnt(self, tokens: int, seconds: float) -> None: ...
+    def studied(self, episodes: int, seconds: float) -> None: ...
+    def failed(self, kind: str) -> None: ...
+    def evicted(self) -> None: ...
+    def opened(self, seconds: float) -> None: ...
+    def stored(self, seconds: float) -> None: ...
+
+
+class Silent:
+    """An `Observer` that does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args: None
+
+
+class _Queue:
+    """What waits for one user, oldest first, and what is going on."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[Request | Job] = deque()
+        self.active = 0  # requests that are being served
+        self.job: Job | None = None
+        self.opening: concurrent.futures.Future[Fetched] | None = None
+        self.fetched: Fetched | None = None
+        self.forgetting = False
+        self.last = time.monotonic()
+        self.to_study = False
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and not self.active and self.job is None and self.opening is None and not self.fetched
+
+
+class Service:
+    """Serves a language model whose users have weights of their own, and learns from them.
+
+    Requests of one user and work on that user's weights take turns: a request is answered with one state of the
+    weights from its first token to its last, and the next request waits until what was to be learnt from the one before
+    is learnt. Nobody waits for another user's learning for longer than one step of it.
+
+    Args:
+        learner: of a model that was adapted with ``TTTConfig(per_user=...)``, with an `ttt.EpisodeLog`, calibrated.
+        tokenizer: of the model.
+        store: keeps users' versions.
+        model_id: a short name of the weights, see `Sessions`.
+        limits: bounds on what is taken.
+        lease_seconds: see `Sessions`.
+        observer: is told what happens.
+
+    Raises:
+        ValueError: if the model has no users or an attention that `RowCache` cannot keep, or the learner no log.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        tokenizer: Any,
+        store: Store,
+        model_id: str,
+        *,
+        limits: Limits | None = None,
+        lease_seconds: float = 30.0,
+        observer: Observer | None = None,
+    ) -> None:
+        if learner.pool is None or learner.episodes is None:
+            raise ValueError("learner must be one of a model adapted with per_user, with an ttt.EpisodeLog")
+        self.learner, self.pool, self.tokenizer, self.store = learner, learner.pool, tokenizer, store
+        self.limits = limits or Limits()
+        self.observer: Any = observer or Silent()
+        self.context = min(self.limits.context, learner.context)
+        self.sessions = Sessions(
+            self.pool, store, model_id, lease_seconds=lease_seconds, on_stored=self.observer.stored
+        )  # fmt: skip
+        self.batch = Batch(
+            learner.model, self.pool, tokenizer, rows=self.limits.rows, capacity=self.context,
+            prefill=self.limits.prefill, ended=self._ended,
+        )  # fmt: skip
+        self._io = concurrent.futures.ThreadPoolExecutor(4, "ttt-io")
+        self._inbox: queue.SimpleQueue[Request | Job | None] = queue.SimpleQueue()
+        self._queues: OrderedDict[str | None, _Queue] = OrderedDict()
+        self._jobs: deque[Job] = deque()  # that have begun, the next one to take a step first
+        self._count = itertools.count()
+        self._waiting = 0  # requests in the inbox and in queues
+        self._lock = threading.Lock()  # of _waiting and _draining
+        self._draining = False
+        self._drain_until: float | None = None
+        self._learning_tokens = 0
+        self._thread = threading.Thread(target=self._run, name="ttt-model", daemon=True)
+        self._thread.start()
+
+    # -- from any thread ----------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Serve ``request`` when its turn comes.
+
+        Raises:
+            TooBusy: if too many wait already. Unavailable: if the service is ending.
+        """
+        with self._lock:
+            self._require_open()
+            if self._waiting >= self.limits.waiting:
+                raise TooBusy(
+                    f"{self._waiting} requests are waiting, which is as many as are allowed; try again later",
+                    retry_after=2,
+                )
+            self._waiting += 1
+        self._inbox.put(request)
+
+    def learn(self, user: str, lesson: Lesson) -> concurrent.futures.Future[Learnt]:
+        """Learn ``lesson`` when the user's turn comes; see `ttt.serve.jobs.learn`."""
+        return self._enter(self._lesson_job(user, lesson))
+
+    def study(self, user: str, **options: Any) -> concurrent.futures.Future[Any]:
+        """See `ttt.serve.jobs.study`; ``options`` are those of `ttt.Learner.study`."""
+        return self._enter(self._study_job(user, **options))
+
+    def rollback(self, user: str, version: int) -> concurrent.futures.Future[Any]:
+        """See `ttt.serve.jobs.rollback`."""
+        return self._enter(Job(user, "rollback", lambda: jobs.rollback(self.sessions, self._io, user, version)))
+
+    def forget(self, user: str) -> concurrent.futures.Future[None]:
+        """See `ttt.serve.jobs.forget`."""
+        steps = lambda: jobs.forget(self.sessions, self._io, user)  # noqa: E731
+        return self._enter(Job(user, "forget", steps, needs_slot=False))
+
+    def export(self, user: str) -> concurrent.futures.Future[Any]:
+        """A copy of the user's state, see `ttt.Pool.export`."""
+        return self._enter(Job(user, "export", lambda: jobs.export(self.sessions, user)))
+
+    def taught(self, user: str, most: int) -> concurrent.futures.Future[Any]:
+        """See `ttt.serve.jobs.taught`."""
+        return self._enter(Job(user, "taught", lambda: jobs.taught(self.learner, user, most)))
+
+    def io(self, work: Callable[..., Any], *args: Any) -> concurrent.futures.Future[Any]:
+        """Do ``work``, which waits for the store, in a thread of its own."""
+        return self._io.submit(work, *args)
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests that wait for their turn."""
+        return self._waiting
+
+    @property
+    def learning_tokens(self) -> int:
+        """Number of tokens that wait to be learnt."""
+        return self._learning_tokens
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are served."""
+        return self._thread.is_alive() and not self._draining
+
+    def drain(self, timeout: float | None = None) -> list[str]:
+        """Take no more requests, serve and learn what has come in, store it, and end.
+
+        Args:
+            timeout: seconds after which requests that are not served yet are refused. What was served is learnt and
+                stored however long that takes.
+
+        Returns:
+            The users of whom something could not be stored.
+        """
+        with self._lock:
+            self._draining = True
+            self._drain_until = None if timeout is None else time.monotonic() + timeout
+        self._inbox.put(None)
+        self._thread.join()
+        self._io.shutdown()
+        return self.sessions.close()
+
+    def _require_open(self) -> None:
+        if self._draining or not self._thread.is_alive():
+            raise Unavailable("the server is stopping", retry_after=10)
+
+    def _enter(self, job: Job) -> concurrent.futures.Future[Any]:
+        with self._lock:
+            self._require_open()
+        self._learning_tokens += job.tokens
+        self._inbox.put(job)
+        return job.result
+
+    def _lesson_job(self, user: str, lesson: Lesson) -> Job:
+        steps = lambda: jobs.learn(self.learner, self.sessions, user, lesson)  # noqa: E731
+        return Job(user, "learn", steps, tokens=lesson.tokens)
+
+    def _study_job(self, user: str, **options: Any) -> Job:
+        return Job(user, "study", lambda: jobs.study(self.learner, self.sessions, user, **options))
+
+    # -- the service's thread -----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            try:
+                if not self._turn():
+                    return
+            except Exception as error:
+                log.exception("a step of the service failed")
+                self.observer.failed("step")
+                self.batch.fail_all(as_request_error(error))
+
+    def _turn(self) -> bool:
+        """Take in what has come, and take a step of everything that can; False at the end."""
+        nothing_to_do = self.batch.idle and not any(job.ready for job in self._jobs)
+        self._receive(block=nothing_to_do)
+        if self._draining and self._drain_until is not None and time.monotonic() > self._drain_until:
+            self._refuse_all(Unavailable("the server is stopping", retry_after=10))
+        self._start()
+        self.batch.read_step()
+        self.batch.decode_step()
+        self._job_step()
+        self._look_for_study()
+        if self._draining and self._inbox.empty():
+            return not (self.batch.idle and not self._jobs and all(each.idle for each in self._queues.values()))
+        return True
+
+    def _receive(self, block: bool) -> None:
+        """Put what has come into the queues of its users. ``block``: wait a little if nothing has."""
+        waits = self._jobs or self._draining or any(each.waiting or each.fetched for each in self._queues.values())
+        with contextlib.suppress(queue.Empty):
+            item = self._inbox.get(timeout=0.005 if waits else 0.5) if block else self._inbox.get_nowait()
+            while True:
+                if item is not None:
+                    self._add(item)
+                item = self._inbox.get_nowait()
+
+    def _add(self, item: Request | Job) -> None:
+        item.arrival = next(self._count)
+        user_queue = self._queues.setdefault(item.user, _Queue())
+        user_queue.last = time.monotonic()
+        user_queue.waiting.append(item)
+        job = user_queue.job
+        if job is not None and job.yields_to_requests:
+            job.give_up(Conflict("the study was given up for a request; it begins anew later"))
+            self._jobs.remove(job)
+            user_queue.job = None
+
+    def _start(self) -> None:
+        """Start what waits at the head of the queues, oldest first."""
+        for user, waits in sorted(
+            ((user, waits) for user, waits in self._queues.items() if waits.waiting or waits.opening or waits.fetched),
+            key=lambda pair: pair[1].waiting[0].arrival if pair[1].waiting else -1,
+        ):
+            self._opened(user, waits)
+            while waits.waiting and self._start_head(user, waits):
+                pass
+        for user in [user for user, waits in self._queues.items() if waits.idle]:
+            if user is None or self.sessions.get(user) is None:
+                del self._queues[user]
+        for user in self.sessions.lost():  # what they learnt last was refused: they begin with what is stored
+            if user not in self._queues or self._queues[user].idle:
+                self.sessions.drop(user)
+
+    def _start_head(self, user: str | None, waits: _Queue) -> bool:
+        """Start the first item that waits, if it can be; whether the next one may be looked at."""
+        item = waits.waiting[0]
+        if isinstance(item, Request):
+            if item.cancelled:
+                self._dequeue(waits)
+                return True
+            if waits.job is not None or not self.batch.fits(item) or not self._has_session(user, waits):
+                return False
+            self._dequeue(waits)
+            waits.active += 1
+            self.batch.begin(item)
+            return True
+        if waits.active or waits.job is not None or (item.needs_slot and not self._has_session(user, waits)):
+            return False
+        if item.kind == "forget":
+            waits.forgetting = True
+            self._drop_lessons(waits)
+            if waits.opening is not None:
+                return False
+            if waits.fetched is not None:
+                self.sessions.discard(waits.fetched)
+                waits.fetched = None
+        waits.waiting.remove(item)
+        waits.job = item
+        self._jobs.append(item)
+        return False
+
+    def _dequeue(self, waits: _Queue) -> None:
+        waits.waiting.popleft()
+        with self._lock:
+            self._waiting -= 1
+
+    def _drop_lessons(self, waits: _Queue) -> None:
+        """The user is to be forgotten: what was to be learnt from them is not."""
+        for item in [item for item in waits.waiting if isinstance(item, Job) and item.kind == "learn"]:
+            waits.waiting.remove(item)
+            self._learning_tokens -= item.tokens
+            item.give_up(Conflict("nothing was learnt: the user was forgotten meanwhile"))
+
+    # -- opening ------------------------------------------------------------------------------------------------------
+
+    def _has_session(self, user: str | None, waits: _Queue) -> bool:
+        """Whether the user has a slot; otherwise the store is asked for their state."""
+        if user is None:
+            return True
+        session = self.sessions.get(user)
+        if (
+            session is not None
+            and session.read_only
+            and time.monotonic() - session.opened > _REOPEN
+            and not waits.active
+        ):
+            self.sessions.drop(user)
+            session = None
+        if session is not None:
+            self.sessions.use(user)
+            return True
+        if waits.opening is None and waits.fetched is None:
+            waits.opening = self._io.submit(self._timed_fetch, user)
+            waits.opening.add_done_callback(lambda _: self._inbox.put(None))
+        return False
+
+    def _timed_fetch(self, user: str) -> Fetched:
+        began = time.perf_counter()
+        fetched = self.sessions.fetch(user)
+        self.observer.opened(time.perf_counter() - began)
+        return fetched
+
+    def _opened(self, user: str | None, waits: _Queue) -> None:
+        """Give a user whose state has been read a slot, if there is one."""
+        if waits.opening is not None and waits.opening.done():
+            future, waits.opening = waits.opening, None
+            try:
+                waits.fetched = future.result()
+            except Exception as error:
+                self._refuse(waits, error)
+        if waits.fetched is None or not self._free_slot():
+            return
+        fetched, waits.fetched = waits.fetched, None
+        try:
+            self.sessions.install(fetched)
+            assert user is not None
+            assert self.learner.episodes is not None
+            waits.to_study = any(not episode.studied for episode in self.learner.episodes.of(user))
+        except Exception as error:
+            self._refuse(waits, error)
+
+    def _free_slot(self) -> bool:
+        """Whether a slot is free, after the eviction of an idle user if necessary."""
+        if len(self.sessions.users) < self.pool.slots:
+            return True
+        for user in self.sessions.users:
+            waits = self._queues.get(user)
+            session = self.sessions.get(user)
+            if (
+                (waits is None or waits.idle)
+                and session is not None
+                and (self.sessions.saved(user) or not session.lease)
+            ):
+                self.sessions.evict(user)
+                self.observer.evicted()
+                return True
+        return False
+
+    # -- refusing -----------------------------------------------------------------------------------------------------
+
+    def _refuse(self, waits: _Queue, error: Exception) -> None:
+        """End everything that waits for a user with ``error``."""
+        known = as_request_error(error)
+        while waits.waiting:
+            item = waits.waiting[0]
+            if isinstance(item, Request):
+                self._dequeue(waits)
+                item.deliver(known)
+            else:
+                waits.waiting.popleft()
+                self._learning_tokens -= item.tokens
+                item.give_up(known)
+
+    def _refuse_all(self, error: RequestError) -> None:
+        """End all requests that wait; jobs are done."""
+        for waits in self._queues.values():
+            for item in [item for item in waits.waiting if isinstance(item, Request)]:
+                waits.waiting.remove(item)
+                with self._lock:
+                    self._waiting -= 1
+                item.deliver(error)
+        for request in self.batch.requests:
+            request.cancelled = True
+            request.deliver(error)
+
+    # -- learning -----------------------------------------------------------------------------------------------------
+
+    def _ended(self, request: Request) -> None:
+        """All sequences of ``request`` have ended: learn from it, and tell its sender."""
+        waits = self._queues[request.user]
+        waits.active -= 1
+        waits.last = time.monotonic()
+        if request.cancelled or request.failed:
+            return
+        self.observer.served(len(request.prompt), request.generated)
+        if request.user is None:
+            return request.deliver(self._outcome(request, "off"))
+        session = self.sessions.use(request.user)
+        if request.lesson is None:
+            return request.deliver(self._outcome(request, "off"))
+        if session.read_only or waits.forgetting:
+            why = session.read_only or "the user is being forgotten"
+            return request.deliver(self._outcome(request, f"refused: {why}"))
+        job = self._lesson_job(request.user, request.lesson)
+        job.arrival = request.arrival
+        self._learning_tokens += job.tokens
+        # Before the requests that wait, and after lessons that do.
+        at = sum(1 for item in itertools.takewhile(_is_lesson, waits.waiting))
+        waits.waiting.insert(at, job)
+        if request.wait:
+            job.result.add_done_callback(lambda done: self._tell_when_stored(request, done))
+        else:
+            request.deliver(self._outcome(request, "queued"))
+
+    def _tell_when_stored(self, request: Request, done: concurrent.futures.Future[Learnt]) -> None:
+        if (error := done.exception()) is not None:
+            return request.deliver(self._outcome(request, f"refused: {error}"))
+        learnt = done.result()
+
+        def tell(stored: concurrent.futures.Future[int]) -> None:
+            error = stored.exception()
+            learning = "stored" if error is None else f"refused: {error}"
+            request.deliver(dataclasses.replace(self._outcome(request, learning), updates=learnt.updates))
+
+        learnt.stored.add_done_callback(tell)
+
+    def _outcome(self, request: Request, learning: str) -> Outcome:
+        session = None if request.user is None else self.sessions.get(request.user)
+        outcome = Outcome(len(request.prompt), request.generated, learning=learning)
+        return outcome if session is None else dataclasses.replace(
+            outcome, updates=session.updates, version=session.version
+        )  # fmt: skip
+
+    def _job_step(self) -> None:
+        """Take a step of the next job that can take one."""
+        for _ in range(len(self._jobs)):
+            job = self._jobs.popleft()
+            if not job.ready:
+                self._jobs.append(job)
+                continue
+            if job.step():
+                self._job_ended(job)
+            else:
+                if job.waits_for is not None:
+                    job.waits_for.add_done_callback(lambda _: self._inbox.put(None))
+                self._jobs.append(job)
+            return
+
+    def _job_ended(self, job: Job) -> None:
+        waits = self._queues[job.user]
+        waits.job, waits.last = None, time.monotonic()
+        self._learning_tokens -= job.tokens
+        failed = job.result.exception() is not None
+        if failed:
+            self.observer.failed(job.kind)
+        if job.kind == "learn" and not failed:
+            waits.to_study = True
+            self.observer.learnt(job.tokens, job.seconds)
+        elif job.kind == "study":
+            waits.to_study = False
+            if not failed:
+                self.observer.studied(job.result.result()[0].episodes, job.seconds)
+        elif job.kind == "forget":
+            waits.forgetting = waits.to_study = False
+        elif job.kind == "rollback" and not failed:
+            assert self.learner.episodes is not None
+            waits.to_study = any(not episode.studied for episode in self.learner.episodes.of(job.user))
+
+    def _look_for_study(self) -> None:
+        """If there is nothing else to do, let a user's words be studied who has said nothing for a while."""
+        if not self.limits.study_after or self._draining or self._jobs or not self.batch.idle:
+            return
+        now = time.monotonic()
+        for user, waits in self._queues.items():
+            if user is None or not waits.to_study or not waits.idle or now - waits.last < self.limits.study_after:
+                continue
+            session = self.sessions.get(user)
+            if session is None or session.read_only:
+                waits.to_study = False
+                continue
+            job = self._study_job(user)
+            job.yields_to_requests = True
+            waits.job = job
+            self._jobs.append(job)
+            return
+
+
+def _is_lesson(item: Request | Job) -> bool:
+    return isinstance(item, Job) and item.kind == "learn"
