@@ -234,8 +234,9 @@ class Batch:
         last = [[sequence.ids[-1]] for sequence in sequences]
         logits = self._logits(users, last, 0, [sequence.held for sequence in sequences], last_only=True)[:, -1]
         finite = torch.isfinite(logits).all(1).tolist()
-        for sequence, row, sound in zip(sequences, logits, finite, strict=True):
+        for sequence in sequences:  # all of them before one leaves, which moves another one's row
             sequence.held += 1
+        for sequence, row, sound in zip(sequences, logits, finite, strict=True):
             if sequence.request.failed:
                 continue
             if not sound:
