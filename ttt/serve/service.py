@@ -269,7 +269,7 @@ class Service:
         """Put what has come into the queues of its users. ``block``: wait a little if nothing has."""
         waits = self._jobs or self._draining or any(each.waiting or each.fetched for each in self._queues.values())
         with contextlib.suppress(queue.Empty):
-            item = self._inbox.get(timeout=0.005 if waits else 0.5) if block else self._inbox.get_nowait()
+            item = self._inbox.get(timeout=0.005 if waits else 0.1) if block else self._inbox.get_nowait()
             while True:
                 if item is not None:
                     self._add(item)
