@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from ttt.serve import keys_cli
 from ttt.store import cli as store_cli
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Models that learn while they are used.")
 store_cli.add_to(app)
+keys_cli.add_to(app)
 
 
 @app.command()
@@ -83,3 +85,72 @@ def chat(
     from ttt.chat.terminal import run
 
     run(model, store, user, max_new_tokens, learn)
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        Path | None,
+        typer.Argument(exists=True, file_okay=False, help="Folder of a transformers model; by default SmolLM2-135M."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model in requests; by default the folder's.")] = None,
+    store: Annotated[str, typer.Option(help="URL of the store that keeps what is learnt; a path names a folder.")] = (
+        "serve-store"
+    ),
+    host: Annotated[
+        str, typer.Option(help="Address to listen at. All but this machine's own need --keys.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    keys: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="File of API keys, made by 'ttt keys add'.")
+    ] = None,
+    user: Annotated[str, typer.Option(help="Without --keys: who talks, unless the header x-ttt-user says.")] = "me",
+    slots: Annotated[int, typer.Option(min=1, help="Users whose weights are in memory at a time.")] = 32,
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = "float32",
+    rows: Annotated[int, typer.Option(min=1, help="Texts that are generated at a time.")] = 8,
+    waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are refused.")] = 64,
+    context: Annotated[int, typer.Option(min=16, help="Tokens of a text, prompt and answer, at most.")] = 2048,
+    study_after: Annotated[
+        float, typer.Option(min=0, help="Seconds after which what an idle user said is studied; 0 for never.")
+    ] = 30.0,
+    lease_seconds: Annotated[
+        float, typer.Option(min=1, help="Seconds after which another server may take over a user of a killed one.")
+    ] = 30.0,
+    requests_per_minute: Annotated[int, typer.Option(min=0, help="Of one API key; 0 for no bound.")] = 0,
+    tokens_per_minute: Annotated[int, typer.Option(min=0, help="Of one API key; 0 for no bound.")] = 0,
+    request_seconds: Annotated[float, typer.Option(min=1, help="The longest that a request may take.")] = 300.0,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="After SIGTERM: seconds until requests that are not served are refused.")
+    ] = 30.0,
+    calibration: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="File that keeps the calibration; by default in ~/.cache/ttt.")
+    ] = None,
+    telemetry: Annotated[bool, typer.Option(help="Trace requests with OpenTelemetry.")] = False,
+) -> None:
+    """Serve a language model that learns from each of its users, with OpenAI's API and a page at /."""
+    from ttt.serve.main import ServeOptions, run
+
+    run(
+        ServeOptions(
+            model=model,
+            name=name,
+            store=store,
+            host=host,
+            port=port,
+            keys=keys,
+            user=user,
+            slots=slots,
+            dtype=dtype,
+            rows=rows,
+            waiting=waiting,
+            context=context,
+            study_after=study_after,
+            lease_seconds=lease_seconds,
+            requests_per_minute=requests_per_minute,
+            tokens_per_minute=tokens_per_minute,
+            request_seconds=request_seconds,
+            drain_seconds=drain_seconds,
+            calibration=calibration,
+            telemetry=telemetry,
+        )
+    )

@@ -182,6 +182,20 @@ def taught(learner: Learner, user: str, most: int) -> Steps:
     return found
 
 
+def drift(learner: Learner, user: str) -> Steps:
+    """How far the user's weights are from the base model's: the norm of the change, relative to that of the weights."""
+    assert learner.pool is not None
+    change = size = 0.0
+    slot = learner.pool.slot(user)
+    for layer in learner.pool.layers.values():
+        rows = slice(0, int(layer.rows[slot]))
+        a, b = layer.a[slot, rows].double(), layer.b[slot, rows].double()
+        change += float(((a @ a.T) * (b @ b.T)).sum())  # |B^T A|^2
+        size += float(layer.weight.detach().double().square().sum())
+    return (max(change, 0.0) / size) ** 0.5
+    yield  # a generator without steps
+
+
 def _done(future: concurrent.futures.Future[Any]) -> Steps:
     """Wait for ``future``, and return its result."""
     while not future.done():

@@ -179,6 +179,10 @@ class Service:
         """A copy of the user's state, see `ttt.Pool.export`."""
         return self._enter(Job(user, "export", lambda: jobs.export(self.sessions, user)))
 
+    def drift(self, user: str) -> concurrent.futures.Future[float]:
+        """See `ttt.serve.jobs.drift`."""
+        return self._enter(Job(user, "drift", lambda: jobs.drift(self.learner, user)))
+
     def taught(self, user: str, most: int) -> concurrent.futures.Future[Any]:
         """See `ttt.serve.jobs.taught`."""
         return self._enter(Job(user, "taught", lambda: jobs.taught(self.learner, user, most)))

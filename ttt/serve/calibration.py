@@ -1,0 +1,82 @@
+"""What is measured of a base model before anyone learns, kept in a file for the next start."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from ttt.files import write_atomically
+from ttt.per_user.pool import Pool
+
+SHARED = ("importance_m", "importance_n", "memory", "seen", "basis", "output_basis", "calibrated")
+"""Buffers of `ttt.nn.LowRankLinear` that `ttt.Learner.calibrate` fills."""
+
+
+def weights_name(pool: Pool) -> str:
+    """A short name of the weights that learn: 16 hexadecimal digits of a digest of their shapes and some of them."""
+    digest = hashlib.sha256()
+    for name, layer in pool.layers.items():
+        digest.update(f"{name} {tuple(layer.weight.shape)} {layer.weight.dtype}".encode())
+        digest.update(layer.weight.detach()[::97, ::89].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def default_file(pool: Pool) -> Path:
+    """Where the calibration of these weights and this configuration is kept: in the user's folder for caches."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "ttt" / f"calibration-{_digest(pool)[:16]}.safetensors"
+
+
+def calibrate_once(pool: Pool, file: Path, measure: Callable[[], None]) -> bool:
+    """Fill the layers' calibration from ``file``; where there is none, ``measure`` it and write the file.
+
+    Args:
+        pool: of the model's users, none of whom has a slot.
+        file: safetensors, with a digest of weights and configuration.
+        measure: calibrates the layers.
+
+    Returns:
+        Whether it was measured.
+
+    Raises:
+        ValueError: if the file is of other weights or another configuration, or no such file.
+    """
+    digest = _digest(pool)
+    if not file.exists():
+        measure()
+        tensors = {
+            f"{name}.{buffer}": t.detach().cpu().contiguous()
+            for name, layer in pool.layers.items()
+            for buffer in SHARED
+            if (t := getattr(layer, buffer, None)) is not None
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, safetensors.torch.save(tensors, {"digest": digest}))
+        return True
+    try:
+        with safetensors.safe_open(file, "pt") as held:
+            if (held.metadata() or {}).get("digest") != digest:
+                raise ValueError(f"{file} must be the calibration of this model and configuration, not of another")
+            for name, layer in pool.layers.items():
+                for buffer in SHARED:
+                    if (t := getattr(layer, buffer, None)) is not None:
+                        with torch.no_grad():
+                            t.copy_(held.get_tensor(f"{name}.{buffer}"))
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} must be a calibration, but cannot be read ({error}); remove it") from None
+    return False
+
+
+def _digest(pool: Pool) -> str:
+    """Of the weights that learn and of the options that calibration depends on."""
+    options = {name: value for name, value in pool.config.to_dict().items() if name not in ("per_user", "chunk", "lr")}
+    return hashlib.sha256(
+        f"{weights_name(pool)} {json.dumps(options, sort_keys=True, default=str)}".encode()
+    ).hexdigest()

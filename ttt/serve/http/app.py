@@ -1,0 +1,115 @@
+"""The web application: routes, errors in OpenAI's form, numbers, health, and the page."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from ttt.serve.errors import BadRequest, NotFound, RequestError, as_request_error
+from ttt.serve.http import completions, users
+from ttt.serve.http.middleware import Guarded
+from ttt.serve.http.state import Server, server_of
+
+PAGE = Path(__file__).parent / "page"
+_FILES = {"page.js": "text/javascript", "page.css": "text/css"}
+_CONTENT_SECURITY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:"
+
+
+def create_app(server: Server, *, largest_body: int = 1 << 20, hosts: Sequence[str] | None = None) -> FastAPI:
+    """The application in front of ``server.service``.
+
+    Args:
+        server: what the routes share.
+        largest_body: bytes of a request, at most.
+        hosts: see `ttt.serve.http.middleware.Guarded`.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+
+    app = FastAPI(title="ttt serve", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.server = server
+    app.include_router(completions.router)
+    app.include_router(users.router)
+    for name, about, read in (
+        ("ttt_waiting_requests", "Requests that wait for their turn.", lambda: server.service.waiting),
+        ("ttt_learning_queue_tokens", "Tokens that wait to be learnt.", lambda: server.service.learning_tokens),
+        ("ttt_users_online", "Users with a slot.", lambda: len(server.service.sessions.users)),
+    ):
+        server.metrics.watch(name, about, read)
+    _add_errors(app)
+
+    @app.get("/health")
+    async def health(http: Request) -> JSONResponse:
+        alive = server_of(http).service.alive
+        return JSONResponse({"status": "ok" if alive else "stopping"}, 200 if alive else 503)
+
+    @app.get("/metrics")
+    async def metrics(http: Request) -> Response:
+        return Response(server_of(http).metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        headers = {"content-security-policy": _CONTENT_SECURITY, "x-content-type-options": "nosniff"}
+        return FileResponse(PAGE / "index.html", media_type="text/html", headers=headers)
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def file(name: str) -> FileResponse:
+        if name not in _FILES:
+            raise NotFound(f"there is no page {name!r:.80}")
+        return FileResponse(PAGE / name, media_type=_FILES[name])
+
+    app.add_middleware(Guarded, largest=largest_body, hosts=hosts, metrics=server.metrics)
+    return app
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(RequestError)
+    async def known(http: Request, error: RequestError) -> JSONResponse:
+        return _response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(http: Request, error: RequestValidationError) -> JSONResponse:
+        return _response(_bad_request(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(http: Request, error: HTTPException) -> JSONResponse:
+        found = NotFound(f"{http.method} {http.url.path:.80} is not served here")
+        found.status = error.status_code
+        return _response(found)
+
+    @app.exception_handler(Exception)
+    async def unknown(http: Request, error: Exception) -> JSONResponse:
+        return _response(as_request_error(error))
+
+
+def _response(error: RequestError) -> JSONResponse:
+    headers = {} if error.retry_after is None else {"retry-after": str(int(error.retry_after))}
+    return JSONResponse(error.body(), error.status, headers)
+
+
+def _bad_request(errors: Sequence[Any]) -> BadRequest:
+    """The first of pydantic's ``errors``, with the name of the parameter and the value that was received."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return BadRequest(f"the body must be JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    path = [part for part in first["loc"] if part != "body"]
+    # Of a union, pydantic names the part that it tried, as in "prompt.list[int]": the parameter stands before it.
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path if _is_name(part)).lstrip(".")
+    got = first.get("input")
+    shown = f", got {got!r:.100}" if first["type"] != "missing" and not isinstance(got, (dict, list)) else ""
+    if isinstance(got, (dict, list)) and not name:
+        return BadRequest("the body must be a JSON object of the parameters")
+    return BadRequest(f"{name or 'the body'}: {first['msg']}{shown}", param=name or None)
+
+
+def _is_name(part: Any) -> bool:
+    return isinstance(part, int) or (part.isidentifier() and part not in ("str", "int"))

@@ -1,0 +1,343 @@
+"""``/v1/chat/completions``, ``/v1/completions`` and ``/v1/models``, as OpenAI has them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import StreamingResponse
+
+from ttt.serve.batch import Outcome, Piece
+from ttt.serve.errors import BadRequest, NotFound, RequestError, as_request_error
+from ttt.serve.http.running import Running
+from ttt.serve.http.schema import ChatRequest, CompletionRequest, StreamOptions
+from ttt.serve.http.state import Server, server_of
+from ttt.serve.sampling import TokenScore
+from ttt.serve.teaching import Lesson, Teaching
+
+router = APIRouter()
+LEARN = ("off", "on", "wait")
+"""Values of the header ``x-ttt-learn``: learn nothing; learn after the answer; the same, and end when it is stored."""
+
+
+@router.get("/v1/models")
+async def models(http: Request) -> dict[str, Any]:
+    """List the model that is served."""
+    server = server_of(http)
+    server.identify(http)
+    return {"object": "list", "data": [_model(server)]}
+
+
+@router.get("/v1/models/{name:path}")
+async def model(http: Request, name: str) -> dict[str, Any]:
+    """Describe the model that is served."""
+    server = server_of(http)
+    server.identify(http)
+    _require_model(server, name)
+    return _model(server)
+
+
+def _model(server: Server) -> dict[str, Any]:
+    return {
+        "id": server.name, "object": "model", "created": server.created, "owned_by": "ttt",
+        "max_model_len": server.service.context,
+    }  # fmt: skip
+
+
+@router.post("/v1/chat/completions", response_model=None)
+async def chat(http: Request, body: ChatRequest) -> dict[str, Any] | StreamingResponse:
+    """Answer a chat; then learn from the user's own words of its last turn, unless ``x-ttt-learn`` is ``off``."""
+    server = server_of(http)
+    identity = server.identify(http)
+    body.refuse_extras()
+    _require_model(server, body.model)
+    if body.top_logprobs and not body.logprobs:
+        raise BadRequest("top_logprobs goes with logprobs=true only", param="top_logprobs")
+    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
+        raise BadRequest("max_tokens and max_completion_tokens exclude each other", param="max_tokens")
+    messages = [message.plain(at) for at, message in enumerate(body.messages)]
+    prompt = server.chat_tokens(messages)
+    sampling = body.sampling(
+        _room(server, prompt, body.max_completion_tokens or body.max_tokens, "messages"),
+        body.top_logprobs if body.logprobs else None,
+    )
+    learn = _learn_header(http, "on")
+    lesson = None
+    if learn != "off" and identity.user is not None:
+        lesson = Teaching().lesson(server.tokenizer, messages, server.service.context)
+    server.limits.take(identity.key, tokens=len(prompt) + body.n * sampling.max_tokens)
+    running = Running(
+        server.service, server.metrics, identity.user, prompt, sampling, n=body.n, lesson=lesson, wait=learn == "wait",
+        seconds=server.request_seconds,
+    )  # fmt: skip
+    shape = _Shape("chatcmpl", "chat.completion", server.name)
+    if body.stream:
+        return _stream(_chat_chunks(server, running, shape, body.n, body.stream_options))
+    texts, scores, reasons, outcome = await _collected(running, http, body.n)
+    choices = [
+        {
+            "index": at, "message": {"role": "assistant", "content": texts[at], "refusal": None},
+            "finish_reason": reasons[at],
+            "logprobs": _chat_logprobs(server, scores[at]) if body.logprobs else None,
+        }
+        for at in range(body.n)
+    ]  # fmt: skip
+    return shape.body() | {"choices": choices} | _end(outcome)
+
+
+@router.post("/v1/completions", response_model=None)
+async def completions(http: Request, body: CompletionRequest) -> dict[str, Any] | StreamingResponse:
+    """Continue one or more texts. Learn from them only if ``x-ttt-learn`` says so."""
+    server = server_of(http)
+    identity = server.identify(http)
+    body.refuse_extras()
+    _require_model(server, body.model)
+    prompts = _prompts(server, body.prompt)
+    if body.stream and (len(prompts) > 1 or body.echo):
+        raise BadRequest("stream=true takes one prompt, without echo", param="stream")
+    if body.max_tokens == 0 and not body.echo:
+        raise BadRequest("max_tokens must be at least 1 without echo, got 0", param="max_tokens")
+    if body.echo and body.n > 1:
+        raise BadRequest("echo goes with n=1 only", param="n")
+    samplings = [
+        body.sampling(_room(server, prompt, body.max_tokens, "prompt", least=0), body.logprobs) for prompt in prompts
+    ]
+    learn = _learn_header(http, "off")
+    lessons: list[Lesson | None] = [None] * len(prompts)
+    if learn != "off" and identity.user is not None:
+        lessons = [Lesson.of(prompt, [True] * len(prompt), server.service.context) for prompt in prompts]
+    server.limits.take(
+        identity.key, tokens=sum(len(p) + body.n * s.max_tokens for p, s in zip(prompts, samplings, strict=True))
+    )
+    runnings: list[Running] = []
+    try:
+        for prompt, sampling, lesson in zip(prompts, samplings, lessons, strict=True):
+            runnings.append(
+                Running(
+                    server.service,
+                    server.metrics,
+                    identity.user,
+                    prompt,
+                    sampling,
+                    n=body.n,
+                    lesson=lesson,
+                    wait=learn == "wait",
+                    score_prompt=body.echo and body.logprobs is not None,
+                    seconds=server.request_seconds,
+                )
+            )
+        shape = _Shape("cmpl", "text_completion", server.name)
+        if body.stream:
+            return _stream(_text_chunks(server, runnings[0], shape, body.n, body.stream_options, body.logprobs))
+        choices: list[dict[str, Any]] = []
+        outcomes = []
+        for running, prompt in zip(runnings, prompts, strict=True):
+            texts, scores, reasons, outcome = await _collected(running, http, body.n)
+            outcomes.append(outcome)
+            for at in range(body.n):
+                text, found = texts[at], scores[at]
+                if body.echo:
+                    text = server.text(prompt) + text
+                    first = TokenScore(prompt[0], float("nan"))
+                    found = [first, *running.prompt_scores, *found] if body.logprobs is not None else []
+                choices.append({
+                    "index": len(choices), "text": text, "finish_reason": reasons[at],
+                    "logprobs": None if body.logprobs is None else _text_logprobs(server, found),
+                })  # fmt: skip
+    except BaseException:
+        for running in runnings:
+            running.request.cancelled = True
+        raise
+    total = dataclasses.replace(
+        outcomes[-1], prompt_tokens=sum(each.prompt_tokens for each in outcomes),
+        completion_tokens=sum(each.completion_tokens for each in outcomes),
+    )  # fmt: skip
+    return shape.body() | {"choices": choices} | _end(total)
+
+
+# -- what was asked ----------------------------------------------------------------------------------------------
+
+
+def _require_model(server: Server, name: str) -> None:
+    if name != server.name:
+        raise NotFound(
+            f"the model {name!r:.100} does not exist; this server has {server.name!r}",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def _learn_header(http: Request, default: str) -> str:
+    value = http.headers.get("x-ttt-learn", default)
+    if value not in LEARN:
+        raise BadRequest(
+            f"the header x-ttt-learn must be one of {', '.join(LEARN)}, got {value!r:.40}", param="x-ttt-learn"
+        )
+    return value
+
+
+def _room(server: Server, prompt: Sequence[int], wanted: int | None, param: str, least: int = 1) -> int:
+    """How many tokens may be generated after ``prompt``."""
+    context = server.service.context
+    left = context - len(prompt)
+    need = least if wanted is None else wanted
+    if left < need:
+        raise BadRequest(
+            f"this model has a context of {context} tokens; {param} takes {len(prompt)}, and {need} were asked for",
+            param=param, code="context_length_exceeded",
+        )  # fmt: skip
+    return left if wanted is None else wanted
+
+
+def _prompts(server: Server, prompt: str | list[str] | list[int] | list[list[int]]) -> list[list[int]]:
+    """The tokens of each prompt."""
+    one = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
+    prompts: list[Any] = [prompt] if one else list(prompt)
+    if not prompts or len(prompts) > 64:
+        raise BadRequest(f"prompt must hold 1 to 64 texts, got {len(prompts)}", param="prompt")
+    found = [server.tokens(each) if isinstance(each, str) else list(each) for each in prompts]
+    for ids in found:
+        if not ids:
+            raise BadRequest("prompt must not be empty", param="prompt")
+        server.check_tokens(ids, "prompt")
+    return found
+
+
+# -- what is answered --------------------------------------------------------------------------------------------
+
+
+class _Shape:
+    """What all parts of one answer have in common."""
+
+    def __init__(self, prefix: str, kind: str, model: str) -> None:
+        self.id, self.kind, self.model, self.created = (
+            f"{prefix}-{secrets.token_hex(12)}",
+            kind,
+            model,
+            int(time.time()),
+        )
+
+    def body(self, kind: str | None = None) -> dict[str, Any]:
+        return {"id": self.id, "object": kind or self.kind, "created": self.created, "model": self.model}
+
+
+def _usage(outcome: Outcome) -> dict[str, int]:
+    prompt, completion = outcome.prompt_tokens, outcome.completion_tokens
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _end(outcome: Outcome) -> dict[str, Any]:
+    learnt = {"updates": outcome.updates, "version": outcome.version, "learning": outcome.learning}
+    return {"usage": _usage(outcome), "ttt": learnt}
+
+
+async def _collected(
+    running: Running, http: Request, n: int
+) -> tuple[list[str], list[list[TokenScore]], list[str | None], Outcome]:
+    """Texts, scores of tokens and reasons to end of all ``n`` sequences, and the outcome."""
+    texts, scores = [""] * n, [list[TokenScore]() for _ in range(n)]
+    reasons: list[str | None] = [None] * n
+    outcome: Outcome | None = None
+    async for event in running.events(http):
+        if isinstance(event, Outcome):
+            outcome = event
+        else:
+            texts[event.index] += event.text
+            scores[event.index] += event.tokens
+            reasons[event.index] = event.finish or reasons[event.index]
+    assert outcome is not None
+    return texts, scores, reasons, outcome
+
+
+def _stream(chunks: AsyncIterator[dict[str, Any] | str]) -> StreamingResponse:
+    async def lines() -> AsyncIterator[str]:
+        try:
+            async for chunk in chunks:
+                yield f"data: {chunk if isinstance(chunk, str) else json.dumps(chunk)}\n\n"
+        except RequestError as error:
+            yield f"data: {json.dumps(error.body())}\n\n"
+        except Exception as error:
+            yield f"data: {json.dumps(as_request_error(error).body())}\n\n"
+
+    return StreamingResponse(lines(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+
+
+async def _chunks(
+    running: Running,
+    shape: _Shape,
+    kind: str,
+    options: StreamOptions | None,
+    choice: Callable[[Piece], dict[str, Any]],
+) -> AsyncIterator[dict[str, Any] | str]:
+    async for event in running.events():
+        if isinstance(event, Piece):
+            if event.text or event.tokens or event.finish:
+                yield shape.body(kind) | {"choices": [choice(event)]}
+        else:
+            if options is not None and options.include_usage:
+                yield shape.body(kind) | {"choices": []} | _end(event)
+            else:
+                yield shape.body(kind) | {"choices": [], "ttt": _end(event)["ttt"]}
+            yield "[DONE]"
+
+
+async def _chat_chunks(
+    server: Server, running: Running, shape: _Shape, n: int, options: StreamOptions | None
+) -> AsyncIterator[dict[str, Any] | str]:
+    kind = "chat.completion.chunk"
+    for at in range(n):
+        first = {"index": at, "delta": {"role": "assistant", "content": ""}, "finish_reason": None, "logprobs": None}
+        yield shape.body(kind) | {"choices": [first]}
+
+    def choice(piece: Piece) -> dict[str, Any]:
+        delta = {"content": piece.text} if piece.text or piece.tokens else {}
+        return {
+            "index": piece.index, "delta": delta, "finish_reason": piece.finish,
+            "logprobs": _chat_logprobs(server, piece.tokens) if piece.tokens else None,
+        }  # fmt: skip
+
+    async for chunk in _chunks(running, shape, kind, options, choice):
+        yield chunk
+
+
+async def _text_chunks(
+    server: Server, running: Running, shape: _Shape, n: int, options: StreamOptions | None, logprobs: int | None
+) -> AsyncIterator[dict[str, Any] | str]:
+    def choice(piece: Piece) -> dict[str, Any]:
+        return {
+            "index": piece.index, "text": piece.text, "finish_reason": piece.finish,
+            "logprobs": None if logprobs is None else _text_logprobs(server, piece.tokens),
+        }  # fmt: skip
+
+    async for chunk in _chunks(running, shape, shape.kind, options, choice):
+        yield chunk
+
+
+def _chat_logprobs(server: Server, scores: Sequence[TokenScore]) -> dict[str, Any]:
+    def one(token: int, logprob: float) -> dict[str, Any]:
+        text = server.text([token])
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+
+    content = [one(s.token, s.logprob) | {"top_logprobs": [one(*each) for each in s.top]} for s in scores]
+    return {"content": content, "refusal": None}
+
+
+def _text_logprobs(server: Server, scores: Sequence[TokenScore]) -> dict[str, Any]:
+    """``nan`` stands for the first token of a text, which has no probability."""
+    tokens = [server.text([score.token]) for score in scores]
+    offsets = [sum(map(len, tokens[:at])) for at in range(len(tokens))]
+    known = [score.logprob == score.logprob for score in scores]
+    tops = [{server.text([token]): max(value, -9999.0) for token, value in score.top} for score in scores]
+    return {
+        "tokens": tokens,
+        "token_logprobs": [
+            max(s.logprob, -9999.0) if is_known else None for s, is_known in zip(scores, known, strict=True)
+        ],
+        "top_logprobs": [top if is_known else None for top, is_known in zip(tops, known, strict=True)],
+        "text_offset": offsets,
+    }

@@ -1,0 +1,92 @@
+"""What is done with every HTTP request: bounds on its size, its host, a line in the log, and a count."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import Any
+
+from ttt.serve.errors import Forbidden, RequestError, TooLarge
+from ttt.serve.http.metrics import Metrics
+
+log = logging.getLogger("ttt.serve.access")
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class _BodyTooLarge(Exception):
+    """Ends the reading of a body."""
+
+
+class Guarded:
+    """Passes requests on to ``app`` that are not too large and meant for this host, and writes a line about each.
+
+    The line has the route, the status and the time, but nothing that a client sent: no content, no key, no user.
+
+    Args:
+        largest: bytes of a body, at most.
+        hosts: names that the header ``Host`` may have, without the port; None for any. A server without keys must look
+            at it: otherwise any web page could name the server by a host of its own, and talk to it from the browser.
+        metrics: counts requests.
+    """
+
+    def __init__(self, app: App, *, largest: int, hosts: Sequence[str] | None, metrics: Metrics) -> None:
+        self.app, self.largest, self.hosts, self.metrics = app, largest, hosts, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        began, status, size = time.perf_counter(), 0, 0
+
+        async def counted() -> MutableMapping[str, Any]:
+            nonlocal size
+            message = await receive()
+            if message["type"] == "http.request":
+                size += len(message.get("body", b""))
+                if size > self.largest:
+                    raise _BodyTooLarge
+            return message
+
+        async def noted(message: MutableMapping[str, Any]) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        headers = dict(scope["headers"])
+        try:
+            host = headers.get(b"host", b"").decode("latin-1").rsplit(":", 1)[0]
+            if self.hosts is not None and host not in self.hosts:
+                await _answer(
+                    Forbidden(f"this server answers to {', '.join(self.hosts)} only, got {host!r:.80}"), noted
+                )
+            elif (length := headers.get(b"content-length", b"0")).isdigit() and int(length) > self.largest:
+                await _answer(self._too_large(), noted)
+            else:
+                await self.app(scope, counted, noted)
+        except _BodyTooLarge:
+            if not status:
+                await _answer(self._too_large(), noted)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self.metrics.requests.labels(route, str(status)).inc()
+            milliseconds = round(1e3 * (time.perf_counter() - began), 1)
+            log.info(json.dumps({"method": scope["method"], "route": route, "status": status, "ms": milliseconds}))
+
+    def _too_large(self) -> TooLarge:
+        return TooLarge(f"a request may have at most {self.largest} bytes")
+
+
+async def _answer(error: RequestError, send: Send) -> None:
+    body = json.dumps(error.body()).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),
+    ]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

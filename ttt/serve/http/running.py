@@ -1,0 +1,114 @@
+"""From an HTTP request to the service and back: events across threads, time limits, and clients that hang up."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+
+from ttt.serve.batch import Outcome, Piece, Request
+from ttt.serve.errors import RequestError, TimedOut, as_request_error
+from ttt.serve.http.metrics import Metrics
+from ttt.serve.sampling import Sampling, TokenScore
+from ttt.serve.service import Service
+from ttt.serve.teaching import Lesson
+
+_LOOK = 0.25  # seconds between looks whether the client is still there
+
+
+class Running:
+    """A request that the service works on.
+
+    Args:
+        service: that gets it.
+        metrics: is told the time to the first token.
+        user, prompt, sampling, n, lesson, wait, score_prompt: as for `ttt.serve.batch.Request`.
+        seconds: the longest that it may take.
+
+    Raises:
+        RequestError: as `Service.submit`.
+
+    Attributes:
+        prompt_scores: of the prompt's tokens, once the first piece has come.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        metrics: Metrics,
+        user: str | None,
+        prompt: list[int],
+        sampling: Sampling,
+        *,
+        n: int = 1,
+        lesson: Lesson | None = None,
+        wait: bool = False,
+        score_prompt: bool = False,
+        seconds: float,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Piece | Outcome | RequestError] = asyncio.Queue()
+        self._metrics, self._began, self._seconds = metrics, time.monotonic(), seconds
+        self.prompt_scores: list[TokenScore] = []
+        self.request = Request(
+            user, prompt, sampling, self._deliver, n=n, lesson=lesson, wait=wait, score_prompt=score_prompt,
+            on_prompt=self._take_prompt_scores,
+        )  # fmt: skip
+        service.submit(self.request)
+
+    def _deliver(self, event: Piece | Outcome | RequestError) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    def _take_prompt_scores(self, scores: list[TokenScore]) -> None:
+        self.prompt_scores = scores
+
+    async def events(self, http: HttpRequest | None = None) -> AsyncIterator[Piece | Outcome]:
+        """The pieces, and the outcome as the last one. If the iterator is closed before, the request is cancelled.
+
+        Args:
+            http: to cancel the request when its client hangs up; None where something else looks for that.
+
+        Raises:
+            RequestError: if the request fails or takes too long. asyncio.CancelledError: if the client hung up.
+        """
+        first, done = True, False
+        try:
+            while True:
+                left = self._began + self._seconds - time.monotonic()
+                if left <= 0:
+                    raise TimedOut(f"the request took longer than {self._seconds:g} s")
+                try:
+                    event = await asyncio.wait_for(self._events.get(), min(left, _LOOK))
+                except asyncio.TimeoutError:
+                    if http is not None and await http.is_disconnected():
+                        raise asyncio.CancelledError from None
+                    continue
+                if isinstance(event, RequestError):
+                    done = True
+                    raise event
+                if first:
+                    self._metrics.first_token.observe(time.monotonic() - self._began)
+                    first = False
+                done = isinstance(event, Outcome)
+                yield event
+                if done:
+                    return
+        finally:
+            if not done:
+                self.request.cancelled = True
+
+
+async def result_of(future: concurrent.futures.Future[Any]) -> Any:
+    """The result of work in another thread; errors that clients must not see become a `RequestError`."""
+    try:
+        return await asyncio.shield(asyncio.wrap_future(future))
+    except RequestError:
+        raise
+    except Exception as error:
+        raise as_request_error(error) from error

@@ -1,0 +1,190 @@
+"""``/v1/users/{id}``: what was learnt from a user, more of it, back to an earlier version, out of here, and away."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from ttt.adapt.peft_export import export_peft
+from ttt.learn.chat_template import tokens_at
+from ttt.serve.errors import BadRequest, Forbidden, NotFound, Unavailable
+from ttt.serve.http.running import result_of
+from ttt.serve.http.schema import LearnRequest, RollbackRequest, StudyRequest
+from ttt.serve.http.state import Server, server_of
+from ttt.serve.jobs import Learnt
+from ttt.serve.teaching import Lesson, Teaching
+from ttt.store import StoreError, UnknownUser
+
+router = APIRouter(prefix="/v1")
+_MOST_TAUGHT = 20
+
+
+@router.get("/status")
+async def status(http: Request) -> dict[str, Any]:
+    """What the server is doing; operators also see which users have a slot."""
+    server = server_of(http)
+    identity = server.identify(http)
+    service = server.service
+    found: dict[str, Any] = {
+        "model": server.name, "user": identity.user, "online": len(service.sessions.users), "slots": service.pool.slots,
+        "waiting": service.waiting, "learning_tokens": service.learning_tokens,
+    }  # fmt: skip
+    return found | ({"users": list(service.sessions.users)} if identity.operator else {})
+
+
+@router.get("/users/{user}")
+async def show(http: Request, user: str) -> dict[str, Any]:
+    """A user's versions, newest first, and what is known of those that are in use."""
+    server = server_of(http)
+    user = _allowed(server, http, user)
+    versions = await result_of(server.service.io(_versions, server, user))
+    session = server.service.sessions.get(user)
+    if session is None and not versions:
+        raise NotFound(f"there is no user {user!r}", param="user")
+    drift = await result_of(server.service.drift(user)) if session is not None else None
+    return {
+        "id": user, "online": session is not None,
+        "updates": None if session is None else session.updates, "tokens": None if session is None else session.tokens,
+        "read_only": session.read_only if session is not None else "", "drift": drift, "versions": versions,
+    }  # fmt: skip
+
+
+@router.delete("/users/{user}")
+async def forget(http: Request, user: str) -> dict[str, Any]:
+    """Remove everything that was learnt from a user, for good."""
+    server = server_of(http)
+    user = _allowed(server, http, user)
+    await result_of(server.service.forget(user))
+    return {"id": user, "deleted": True}
+
+
+@router.post("/users/{user}/rollback")
+async def rollback(http: Request, user: str, body: RollbackRequest) -> dict[str, Any]:
+    """Go back to an earlier version, which becomes the newest one."""
+    server = server_of(http)
+    user = _allowed(server, http, user)
+    session = await result_of(server.service.rollback(user, body.version))
+    return {"id": user, "version": session.version, "updates": session.updates}
+
+
+@router.post("/users/{user}/learn")
+async def learn(http: Request, user: str, body: LearnRequest) -> dict[str, Any]:
+    """Learn a text, or a chat, and answer when it is stored."""
+    server = server_of(http)
+    user = _allowed(server, http, user)
+    lesson = _lesson(server, body)
+    if lesson is None:
+        raise BadRequest("there is nothing to learn: no token of the text teaches", param="text")
+    learnt: Learnt = await result_of(server.service.learn(user, lesson))
+    version = await result_of(learnt.stored)
+    return {"id": user, "tokens": learnt.tokens, "nll": learnt.nll, "updates": learnt.updates, "version": version}
+
+
+@router.post("/users/{user}/study")
+async def study(http: Request, user: str, body: StudyRequest) -> dict[str, Any]:
+    """Read what the user said again until the weights hold it, and answer when that is stored."""
+    server = server_of(http)
+    user = _allowed(server, http, user)
+    output, stored = await result_of(server.service.study(user, **body.model_dump()))
+    version = None if stored is None else await result_of(stored)
+    after = None if stored is None else output.after
+    return {"id": user, "episodes": output.episodes, "losses": output.losses, "after": after, "version": version}
+
+
+@router.get("/users/{user}/taught")
+async def taught(http: Request, user: str) -> dict[str, Any]:
+    """The newest texts that were learnt from a user, with their loss before and now, in nats per token."""
+    server = server_of(http)
+    user = _allowed(server, http, user)
+    await _require_known(server, user)
+    found = await result_of(server.service.taught(user, _MOST_TAUGHT))
+    data = []
+    for ids, learn, before, now, studied in found:
+        words = [token for token, teaches in zip(ids, learn, strict=True) if teaches]
+        text = server.tokenizer.decode(words, skip_special_tokens=True)
+        data.append({"text": text, "before": before, "now": now, "studied": studied})
+    return {"id": user, "data": data}
+
+
+@router.get("/users/{user}/export")
+async def export(http: Request, user: str) -> Response:
+    """A user's weights as a LoRA adapter that PEFT and vLLM load, in a zip file."""
+    server = server_of(http)
+    user = _allowed(server, http, user)
+    await _require_known(server, user)
+    state = await result_of(server.service.export(user))
+    data = await result_of(server.service.io(_zipped, state, server.name))
+    return Response(
+        data, media_type="application/zip", headers={"content-disposition": 'attachment; filename="adapter.zip"'}
+    )
+
+
+def _allowed(server: Server, http: Request, user: str) -> str:
+    """``user``, if who asks may act for them.
+
+    Raises:
+        RequestError: as `Server.identify` and `ttt.serve.keys.Identity.require`.
+    """
+    identity = server.identify(http)
+    if not identity.operator and identity.user is None:
+        raise Forbidden("this key may act for no user")
+    return identity.require(user)
+
+
+async def _require_known(server: Server, user: str) -> None:
+    """Raise NotFound if nothing is known of ``user``, who gets no slot then."""
+    if server.service.sessions.get(user) is None and not await result_of(server.service.io(_versions, server, user)):
+        raise NotFound(f"there is no user {user!r}", param="user")
+
+
+def _versions(server: Server, user: str) -> list[dict[str, Any]]:
+    try:
+        history = server.service.store.history(user)
+    except UnknownUser:
+        return []
+    except StoreError as error:
+        raise Unavailable(f"the store is out of reach: {error}") from error
+    return [
+        {"number": v.number, "created": v.created, "bytes": v.size, "restores": v.source} for v in history
+    ]  # fmt: skip
+
+
+def _lesson(server: Server, body: LearnRequest) -> Lesson | None:
+    if (body.text is None) == (body.messages is None):
+        raise BadRequest("one of text and messages must be given, and not both", param="text")
+    context = server.service.context
+    if body.messages is not None:
+        if body.spans is not None:
+            raise BadRequest("spans go with text only", param="spans")
+        messages = [message.plain(at) for at, message in enumerate(body.messages)]
+        return Teaching(tuple(body.roles), all_turns=True).lesson(server.tokenizer, messages, context)
+    assert body.text is not None
+    spans: Sequence[tuple[int, int]] = [(0, len(body.text))] if body.spans is None else body.spans
+    for start, stop in spans:
+        if not 0 <= start < stop <= len(body.text):
+            raise BadRequest(f"spans must lie in the text, [0, {len(body.text)}), got [{start}, {stop})", param="spans")
+    ids, inside = tokens_at(server.tokenizer, body.text, spans)
+    if len(ids) > context:
+        raise BadRequest(
+            f"text must have at most {context} tokens, got {len(ids)}; send it in parts",
+            param="text", code="context_length_exceeded",
+        )  # fmt: skip
+    return Lesson.of(ids, inside, context)
+
+
+def _zipped(state: dict[str, Any], base_model: str) -> bytes:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "adapter"
+        export_peft(state, folder, base_model=base_model)
+        data = io.BytesIO()
+        with zipfile.ZipFile(data, "w") as archive:
+            for file in sorted(folder.iterdir()):
+                archive.write(file, file.name)
+        return data.getvalue()

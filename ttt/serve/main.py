@@ -1,0 +1,187 @@
+"""``ttt serve``: a model, the service and the HTTP server together, from their options."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import json
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+
+import ttt
+from ttt.demo.language_model import CONVERSATION, load
+from ttt.serve.calibration import calibrate_once, default_file, weights_name
+from ttt.serve.keys import Keys, NoKeys
+from ttt.serve.service import Limits, Service
+
+log = logging.getLogger("ttt.serve")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeOptions:
+    """What ``ttt serve`` is told on the command line; see `ttt.cli.serve`."""
+
+    model: Path | None = None
+    name: str | None = None
+    store: str = "serve-store"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    keys: Path | None = None
+    user: str = "me"
+    slots: int = 32
+    dtype: str = "float32"
+    lr: float | None = None
+    rows: int = 8
+    waiting: int = 64
+    context: int = 2048
+    study_after: float = 30.0
+    lease_seconds: float = 30.0
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
+    request_seconds: float = 300.0
+    largest_body: int = 1 << 20
+    drain_seconds: float = 30.0
+    calibration: Path | None = None
+    telemetry: bool = False
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens at ``host``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def build_service(options: ServeOptions, observer: Any = None, say: Any = lambda text: None) -> tuple[Service, str]:
+    """Load, adapt and calibrate the model, and start a service: (service, the model's name).
+
+    Args:
+        observer: of the service.
+        say: called with what is being done.
+
+    Raises:
+        ValueError, OSError, ImportError: if the model, the store or an option is not usable.
+    """
+    say("loading the model")
+    model, tokenizer = load(options.model)
+    if options.dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
+    model = model.to(DTYPES[options.dtype])
+    assert CONVERSATION.per_user is not None
+    per_user = dataclasses.replace(CONVERSATION.per_user, slots=options.slots)
+    # Chunks of 16 tokens: others wait for one chunk at most.
+    config = dataclasses.replace(CONVERSATION, per_user=per_user, chunk=16)
+    if options.lr is not None:
+        config = dataclasses.replace(config, lr=options.lr)
+    model = ttt.adapt_(model, config)
+    learner = ttt.Learner(model, episodes=ttt.EpisodeLog())
+    assert learner.pool is not None
+    file = options.calibration or default_file(learner.pool)
+    say("measuring what the model must not forget, on text that it writes, if that was not done before")
+    calibrate_once(learner.pool, file, lambda: learner.calibrate(tokenizer=tokenizer))
+    limits = Limits(
+        rows=options.rows, waiting=options.waiting, context=options.context, study_after=options.study_after
+    )  # fmt: skip
+    service = Service(
+        learner, tokenizer, ttt.Store(options.store), weights_name(learner.pool), limits=limits,
+        lease_seconds=options.lease_seconds, observer=observer,
+    )  # fmt: skip
+    name = options.name or ("SmolLM2-135M-Instruct" if options.model is None else options.model.resolve().name)
+    return service, name
+
+
+def run(options: ServeOptions) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what has come in, store it and end.
+
+    Raises:
+        typer.Exit: with 1 if the server cannot start, or if something could not be stored at the end.
+    """
+    try:
+        import uvicorn
+
+        from ttt.serve.http.app import create_app
+        from ttt.serve.http.limits import RateLimits
+        from ttt.serve.http.metrics import Metrics
+        from ttt.serve.http.state import Server
+    except ImportError as error:
+        _stop(f"{error}; install the server with: pip install 'ttt[serve]'")
+    if options.keys is None and not is_loopback(options.host):
+        _stop(f"--host {options.host} is reached from other machines: it needs --keys FILE, made by 'ttt keys add'")
+    _log_to_stderr()
+    metrics = Metrics()
+    try:
+        keys = NoKeys(options.user) if options.keys is None else Keys(options.keys)
+        service, name = build_service(options, metrics, lambda text: typer.echo(f"{text} ...", err=True))
+    except (ImportError, OSError, ValueError, ttt.store.StoreError) as error:
+        _stop(str(error))
+    rates = RateLimits(options.requests_per_minute, options.tokens_per_minute)
+    server = Server(service, keys, name, metrics, rates, options.request_seconds)
+    hosts = ["127.0.0.1", "localhost", "[::1]", options.host] if options.keys is None else None
+    app = create_app(server, largest_body=options.largest_body, hosts=hosts)
+    if options.telemetry:
+        _add_telemetry(app)
+    config = uvicorn.Config(
+        app, host=options.host, port=options.port, log_level="warning", access_log=False, lifespan="off",
+        timeout_graceful_shutdown=int(options.drain_seconds),
+    )  # fmt: skip
+    web = uvicorn.Server(config)
+    typer.echo(f"{name} is served at http://{options.host}:{options.port}/ (users in {options.store})", err=True)
+    try:
+        web.run()
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what was learnt is being stored
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        unsaved = service.drain(options.drain_seconds)
+    if unsaved:
+        _stop(f"what {len(unsaved)} user(s) said last could not be stored")
+    if not web.started:
+        raise typer.Exit(1)
+
+
+def _stop(message: str) -> Any:
+    typer.echo(message, err=True)
+    raise typer.Exit(1)
+
+
+class _Lines(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        found: dict[str, Any] = {"time": self.formatTime(record), "level": record.levelname, "logger": record.name}
+        message = record.getMessage()
+        found |= json.loads(message) if record.name == "ttt.serve.access" else {"message": message}
+        if record.exc_info:
+            # The traceback without the error's own text, which may repeat what a client sent.
+            found["error"] = record.exc_info[0].__name__ if record.exc_info[0] else ""
+            found["at"] = [f"{frame.filename}:{frame.lineno}" for frame in _frames(record.exc_info[2])][-6:]
+        return json.dumps(found)
+
+
+def _frames(trace: Any) -> list[Any]:
+    import traceback
+
+    return list(traceback.extract_tb(trace))
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Lines())
+    logger = logging.getLogger("ttt.serve")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+
+
+def _add_telemetry(app: Any) -> None:
+    try:
+        from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+    except ImportError as error:
+        _stop(f"{error}; install it with: pip install opentelemetry-instrumentation-fastapi")
+    FastAPIInstrumentor.instrument_app(app)
