@@ -148,6 +148,20 @@ def all_costs() -> list[str]:
     return _table(head, lines)
 
 
+def users() -> list[str]:
+    """What users' weights cost beside nn.Linear, by the number of users in a batch: a row a way of computing."""
+    measured = _load("cpu_low_rank.json")["rows"]
+    found = {(r["case"], r["contender"], r["dtype"]): r["ratio"] for r in measured}
+    counts = sorted({int(m[1]) for r in measured if (m := re.search(r"32 tokens of (\d+) users", r["case"]))})
+    base, lines = "2048x2048, 32 tokens of {} users, rank 16", []
+    learning = f"learning: {base}, window 64"
+    ways = (("read", base, "ttt"), ("read and learnt", learning, "ttt"), ("read, PEFT", base, "PEFT"))
+    for shown, case, contender in ways:
+        for dtype in ("float32", "bfloat16"):
+            lines.append(_line(shown, dtype, *(f"{found[case.format(n), contender, dtype]:.2f}" for n in counts)))
+    return _table(("", "weights", *(f"{n} user{'s' * (n > 1)}" for n in counts)), lines)
+
+
 def told() -> list[str]:
     """What SmolLM2 knew in a new process, and what that cost of its general knowledge."""
     found = _load("conversation.json")
@@ -205,7 +219,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "language run": _suite("streams", language.about), "language": _suite("streams", language.by_text),
     "language methods": _suite("streams", language.by_method), "language hard": _suite("streams", language.hard),
     "facts run": _suite("facts", facts.about), "facts": _suite("facts", facts.by_scenario),
-    "facts costs": _suite("facts", facts.costs), "told": told, "conversation": conversation,
+    "facts costs": _suite("facts", facts.costs), "told": told, "conversation": conversation, "users": users,
 }  # fmt: skip
 """Name in the marker -> what makes the table."""
 
