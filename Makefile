@@ -1,6 +1,6 @@
 # Every target installs what it needs into .venv first, once.
 #   build  an editable install with the C++ kernels      test   all tests
-#   demo   writes report/index.html; also demo-byte      quick  some tests, in about 80 s
+#   demo   writes report/index.html; also demo-byte      quick  some tests, in about 55 s
 #   docs   the documentation, into site/                 lint, format
 #   bench-learning, bench-language, bench, bench-check  the benchmarks of methods, on a real language model, of kernels
 VENV ?= .venv

@@ -20,17 +20,17 @@ from ttt.demo.conversation_report import rights
 ROOT = Path(__file__).parents[1]
 DOMAINS = ("english", "html", "rst", "licences")
 SPLITS = ("split-class", "split-domain", "split-task", "permuted")
-BRIEF = {"frozen": "frozen", "in-context only": "in-context only", "naive": "plain SGD", "ER": "replay of text (ER)",
-         "combined": "EWC, replay and orthogonal", "soft projection": "**ttt, default**",
-         "growing columns": "**ttt, growing columns**"}  # fmt: skip
-BRIEF_COSTS = (
-    ("commit", "4096x4096, T = 16, R = 0", "bfloat16"),
-    ("decode", "4096x4096, window 64", "bfloat16"),
-    ("observe", "demo model, chunks of 64", "float32"),
-    ("observe", "llama 12x768, chunks of 64", "float32"),
-    ("generate", "llama 12x768, 32 tokens, learning every 16", "float32"),
-    ("low_rank", "learning: 2048x2048, 32 tokens of 32 users, rank 16, window 64", "bfloat16"),
-)
+BRIEF = {"frozen": "frozen", "naive": "plain SGD", "ER": "replay (ER)",
+         "soft projection": "**ttt, default**", "growing columns": "**ttt, growing columns**"}  # fmt: skip
+"""Methods in the README, by the names that they have there."""
+BRIEF_DOMAINS = ("english", "html")
+BRIEF_COSTS = {
+    ("decode", "4096x4096, window 64", "bfloat16"): "one token, learnt, 4096x4096",
+    ("observe", "llama 12x768, chunks of 64", "float32"): "one token, read and learnt, Llama",
+    ("low_rank", "learning: 2048x2048, 32 tokens of 32 users, rank 16, window 64", "bfloat16"):
+        "32 users' tokens, learnt, 2048x2048",
+}  # fmt: skip
+"""Cases in the README, by the names that they have there."""
 COMMITS = ("1024x1024, T = 1, R = 0", "1024x1024, T = 16, R = 0", "4096x4096, T = 1, R = 0", "4096x4096, T = 16, R = 0",
            "4096x4096, T = 16, R = 4", "4096x4096, T = 16, R = 0, 8bit state", "4096x4096, T = 64, R = 0",
            "4096x4096, T = 1024, R = 0")  # fmt: skip
@@ -61,13 +61,13 @@ def _alone(rows: dict[tuple[str, str], dict[str, Any]], method: str) -> tuple[li
 
 
 def quality() -> list[str]:
-    """Six methods on streams of text: bits per byte and share of naive's forgetting."""
-    rows = _streams()
-    lines = []
+    """Some methods on two streams of text: bits per byte, and forgetting in % of naive's."""
+    rows, lines = _streams(), []
     for method, shown in BRIEF.items():
-        cells, time = _alone(rows, method)
-        lines.append(_line(shown, *cells, time))
-    return _table(("method", "English", "HTML", "reStructuredText", "licences", "time"), lines)
+        alone = [rows[f"adapt-{domain}", method] for domain in BRIEF_DOMAINS]
+        cells = [cell for r in alone for cell in (f"{r['new'][0]:.3f}", f"{100 * r['forgetting_share'][0]:.0f}")]
+        lines.append(_line(shown, *cells, _alone(rows, method)[1]))
+    return _table(("method", "English", "lost", "HTML", "lost", "time"), lines)
 
 
 def streams() -> list[str]:
@@ -127,11 +127,10 @@ def _beside(row: dict[str, Any]) -> str:
 
 
 def costs() -> list[str]:
-    """Six figures of what kernels and loops cost."""
+    """Some figures of what kernels and loops cost."""
     rows = {(r["suite"], r["case"], r["dtype"]): r for r in _measured()}
-    found = [rows[key] for key in BRIEF_COSTS]
-    lines = [_line(r["suite"], r["case"], r["dtype"], f"{r['us']:.0f}", _beside(r)) for r in found]
-    return _table(("suite", "case", "weights", "us", "compared with, in the same run"), lines)
+    lines = [_line(shown, f"{rows[key]['us']:.0f}", _beside(rows[key])) for key, shown in BRIEF_COSTS.items()]
+    return _table(("what is timed", "us", "compared with"), lines)
 
 
 def all_costs() -> list[str]:
@@ -149,18 +148,43 @@ def all_costs() -> list[str]:
     return _table(head, lines)
 
 
+def users() -> list[str]:
+    """What users' weights cost beside nn.Linear, by the number of users in a batch: a row a way of computing."""
+    measured = _load("cpu_low_rank.json")["rows"]
+    found = {(r["case"], r["contender"], r["dtype"]): r["ratio"] for r in measured}
+    counts = sorted({int(m[1]) for r in measured if (m := re.search(r"32 tokens of (\d+) users", r["case"]))})
+    base, lines = "2048x2048, 32 tokens of {} users, rank 16", []
+    learning = f"learning: {base}, window 64"
+    ways = (("read", base, "ttt"), ("read and learnt", learning, "ttt"), ("read, PEFT", base, "PEFT"))
+    for shown, case, contender in ways:
+        for dtype in ("float32", "bfloat16"):
+            lines.append(_line(shown, dtype, *(f"{found[case.format(n), contender, dtype]:.2f}" for n in counts)))
+    return _table(("", "weights", *(f"{n} user{'s' * (n > 1)}" for n in counts)), lines)
+
+
+def told() -> list[str]:
+    """What SmolLM2 knew in a new process, and what that cost of its general knowledge."""
+    found = _load("conversation.json")
+    lines = []
+    for name, way in found["ways"].items():
+        general = found["general"].get(name, found["general"]["frozen"])
+        lines.append(_line(_bold(name), f"{rights(way, found['questions'])}", f"{general:.2f}"))
+    return _table(("way", f"right, of {len(found['questions'])}", "general knowledge, nats"), lines)
+
+
 def conversation() -> list[str]:
-    """What SmolLM2 knew in a new process, in every way of knowing."""
-    if not (ROOT / "bench/learning/results/conversation.json").exists():
-        return _table(("not yet run",), [])
+    """As `told`, and what every way took."""
     found, lines = _load("conversation.json"), []
     for name, way in found["ways"].items():
         right = rights(way, found["questions"])
         general = found["general"].get(name, found["general"]["frozen"])
-        shown = f"**{name}**" if name == "ttt" else name
         times = f"{way['before']:.1f}", f"{way['seconds']:.1f}"
-        lines.append(_line(shown, f"{right} of {len(way['chosen'])}", f"{general:.3f}", *times))
+        lines.append(_line(_bold(name), f"{right} of {len(way['chosen'])}", f"{general:.3f}", *times))
     return _table(("way", "right", "general knowledge, nats", "before asking, s", "asking, s"), lines)
+
+
+def _bold(name: str) -> str:
+    return f"**{name}**" if name == "ttt" else name
 
 
 def _suite(name: str, make: Callable[[Mapping[str, Any]], list[tuple[str, ...]]]) -> Callable[[], list[str]]:
@@ -195,7 +219,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "language run": _suite("streams", language.about), "language": _suite("streams", language.by_text),
     "language methods": _suite("streams", language.by_method), "language hard": _suite("streams", language.hard),
     "facts run": _suite("facts", facts.about), "facts": _suite("facts", facts.by_scenario),
-    "facts costs": _suite("facts", facts.costs), "conversation": conversation,
+    "facts costs": _suite("facts", facts.costs), "told": told, "conversation": conversation, "users": users,
 }  # fmt: skip
 """Name in the marker -> what makes the table."""
 

@@ -34,6 +34,10 @@ def pytest_report_header():
     return f"TTT_TEST_SEED={SEED}"
 
 
+def pytest_ignore_collect(collection_path, config):
+    return selection.left_out(collection_path, config) or None
+
+
 def pytest_collection_modifyitems(items):
     selection.mark_slow(items)
 

@@ -10,42 +10,67 @@ import pytest
 TESTS = Path(__file__).parent
 
 SLOW = (
+    "adapt/test_random_damage.py::test_metadata",
+    "adapt/test_random_damage.py::test_values_of_tensors",
     "bench",
+    "demo/test_conversation.py::test_a_process_that_fails_is_shown",
+    "demo/test_conversation.py::test_the_demo_asks_in_a_new_process_and_reports",
+    "demo/test_demo.py::test_the_demo_writes_its_report",
+    "experts/test_growing_learner.py::test_a_column_opened_by_mistake_stays_as_it_was",
     "experts/test_growing_learner.py::test_beyond_the_budget_the_nearest_columns_are_merged",
     "experts/test_growing_learner.py::test_columns_are_saved_and_loaded_to_the_bit",
-    "experts/test_growing_learner.py::test_scoring_and_routing_change_no_bit",
+    "experts/test_growing_learner.py::test_frozen_columns_and_the_anchor_stay_to_the_bit",
+    "experts/test_growing_learner.py::test_long_text_is_scored_piece_by_piece_and_one_token_not_at_all",
+    "experts/test_growing_learner.py::test_reset_forgets_everything",
     "experts/test_growing_learner.py::test_routing_to_the_anchor_gives_its_scores",
+    "experts/test_growing_learner.py::test_scores_come_before_learning_and_before_routing",
+    "experts/test_growing_learner.py::test_scoring_and_routing_change_no_bit",
     "experts/test_growing_learner.py::test_text_that_is_not_learnt_is_scored_by_the_mixture",
     "experts/test_growing_learner.py::test_what_comes_later_changes_no_score_and_a_switch_keeps_the_context",
     "experts/test_growing_learner.py::test_what_is_stored_is_the_column_before_the_first_sign_of_change",
     "learn/test_learner.py::test_compiled_adapted_model_equals_eager",
+    "learn/test_learner.py::test_consolidated_memory_holds_only_rows_that_passed_through_the_layer",
+    "learn/test_learner.py::test_generate_uses_what_was_learnt",
+    "learn/test_whole_steps.py::test_a_handler_that_raises_at_any_moment_leaves_the_layers_in_step",
     "nn/test_linear.py::test_compiled_forward_equals_eager_and_does_not_recompile",
     "ops/test_append.py",
+    "ops/test_cpu.py::test_opcheck",
     "ops/test_low_rank_compress_triton.py",
     "ops/test_low_rank_triton.py",
+    "ops/test_reference.py::test_a_sampled_trace_is_unbiased",
+    "ops/test_replay_rows.py::test_given_rows",
     "ops/test_replay_rows.py::test_rows_that_the_memory_would_have_drawn_give_the_same_bits",
     "ops/test_triton.py",
     "ops/test_triton_aot.py",
+    "per_user/test_slot_states.py::test_a_changed_state_is_refused_or_works",
+    "rules/test_sequences.py::test_reservoir_of_sequences_is_uniform_over_base_and_stream",
+    "rules/test_sequences.py::test_rules_compose_with_each_other_and_with_protection",
+    "rules/test_sequences.py::test_the_pool_is_written_by_the_anchor_of_the_moment",
     "store/test_store_crashes.py",
     "store/test_store_faults.py::test_writes_that_a_file_size_limit_stops_change_nothing",
+    "store/test_store_forget.py::test_no_byte_of_a_forgotten_user_remains",
     "store/test_store_forks.py::test_a_child_cannot_go_on_with_its_parents_transaction",
     "store/test_store_forks.py::test_a_child_cannot_write_under_its_parents_lease_nor_end_it[postgres]",
-    "store/test_store_forks.py::test_a_child_forked_during_a_transaction_does_not_hang[folder]",
+    "store/test_store_forks.py::test_a_child_forked_during_a_transaction_does_not_hang",
+    "store/test_store_garbage.py::test_no_order_of_a_write_and_a_collection_loses_an_acknowledged_version",
     "store/test_store_leases.py::test_two_processes_that_fight_for_a_lease_never_both_write",
     "store/test_store_sequences.py",
     "test_distribution.py",
-    "test_examples.py::test_learn_from_text_learns_saves_and_loads",
-    "test_examples.py::test_learn_from_text_takes_a_model_folder",
-    "test_examples.py::test_many_users_learn_apart_from_each_other",
+    "test_docs.py::test_code_blocks_of_a_page_run_in_order_and_print_what_it_says[docs/index.md]",
+    "test_examples.py",
+    "test_package.py::test_info_says_what_is_active",
+    "test_package.py::test_instruction_set_can_be_forced",
 )
-"""Slow folders, files, functions and cases: Triton's interpreter, compilers, many processes, benches."""
+"""Slow folders, files, functions and cases: Triton's interpreter, compilers, many processes, benches, long runs."""
 
-QUICK_CASES = 3
+QUICK_CASES = 2
 """This many cases of a parametrised test are quick."""
 
 ONE_QUICK_CASE = (
+    "adapt/test_forged_files.py",
     "adapt/test_random_damage.py",
     "experts/test_growing_learner.py",
+    "learn/test_defaults.py",
 )
 """Files in which each test has one quick case, because a case takes long."""
 
@@ -64,6 +89,11 @@ def mark_slow(items):
         for index, item in enumerate(group):
             if index not in quick:
                 item.add_marker(pytest.mark.slow)
+
+
+def left_out(path, config):
+    """Whether `make quick` need not even import ``path``, a file or folder of which all tests are slow."""
+    return config.option.markexpr == "not slow" and os.path.relpath(path, TESTS) in SLOW
 
 
 def function_of(item):

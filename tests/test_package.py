@@ -154,7 +154,7 @@ def test_the_makefile_installs_what_pyproject_names(variable, table, key):
 
 
 def test_what_is_marked_as_slow():
-    """The first, the middle and the last case of a test are quick; what `selection.SLOW` names exists, and is slow."""
+    """The first and the last case of a test are quick; what `selection.SLOW` names exists, and is slow."""
     assert selection.spread(3, 3) == {0, 1, 2}
     assert selection.spread(4, 3) == {0, 2, 3}
     assert selection.spread(101, 3) == {0, 50, 100}
@@ -168,9 +168,9 @@ def test_what_is_marked_as_slow():
         assert (selection.TESTS / file).exists(), file
     assert selection.slow_by_name("bench/kernels/test_bench.py", "test_any")
     assert selection.slow_by_name("test_examples.py", "test_many_users_learn_apart_from_each_other[any]")
-    forked = "test_a_child_forked_during_a_transaction_does_not_hang"
-    assert selection.slow_by_name("store/test_store_forks.py", f"{forked}[folder]")
-    assert not selection.slow_by_name("store/test_store_forks.py", f"{forked}[postgres]")
+    forked = "test_a_child_cannot_write_under_its_parents_lease_nor_end_it"
+    assert selection.slow_by_name("store/test_store_forks.py", f"{forked}[postgres]")
+    assert not selection.slow_by_name("store/test_store_forks.py", f"{forked}[folder]")
     assert selection.slow_by_name("ops/test_triton.py", "test_any")
     assert not selection.slow_by_name("ops/test_triton_other.py", "test_any")
     assert not selection.slow_by_name("learn/test_learner.py", "test_any")

@@ -77,7 +77,7 @@ def cell(value: Sequence[float | None] | None, digits: int) -> str:
 
 
 def bars(suite: Suite, rows: Sequence[Mapping[str, Any]], figure: str, label: str, title: str, path: str) -> None:
-    """Draw a figure of every method as bars with intervals, in one panel for each scenario."""
+    """Draw a share of every method as bars with intervals, in one panel for each scenario."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -93,10 +93,11 @@ def bars(suite: Suite, rows: Sequence[Mapping[str, Any]], figure: str, label: st
         ax.barh(
             [r["method"] for r in mine],
             [r[figure][0] for r in mine],
-            xerr=[r[figure][1] or 0.0 for r in mine],
+            xerr=[math.nan if r[figure][1] is None else r[figure][1] for r in mine],
             color=[COLOURS[r["family"]] for r in mine],
             error_kw={"elinewidth": 1, "capsize": 2},
         )
+        ax.set_xlim(0, 1)
         ax.set_title(scenario, fontsize=10)
         ax.tick_params(labelsize=8)
         ax.set_xlabel(label, fontsize=8)
