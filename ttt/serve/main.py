@@ -17,8 +17,10 @@ import typer
 import ttt
 from ttt.demo.language_model import CONVERSATION, load
 from ttt.serve.calibration import calibrate_once, default_file, weights_name
+from ttt.serve.errors import RequestError
 from ttt.serve.keys import Keys, NoKeys
 from ttt.serve.service import Limits, Service
+from ttt.store import StoreError
 
 log = logging.getLogger("ttt.serve")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -120,7 +122,7 @@ def run(options: ServeOptions) -> None:
     try:
         keys = NoKeys(options.user) if options.keys is None else Keys(options.keys)
         service, name = build_service(options, metrics, lambda text: typer.echo(f"{text} ...", err=True))
-    except (ImportError, OSError, ValueError, ttt.store.StoreError) as error:
+    except (ImportError, OSError, ValueError, StoreError, RequestError) as error:
         _stop(str(error))
     rates = RateLimits(options.requests_per_minute, options.tokens_per_minute)
     server = Server(service, keys, name, metrics, rates, options.request_seconds)
@@ -134,11 +136,13 @@ def run(options: ServeOptions) -> None:
     )  # fmt: skip
     web = uvicorn.Server(config)
     typer.echo(f"{name} is served at http://{options.host}:{options.port}/ (users in {options.store})", err=True)
+    # uvicorn has handlers of its own while it runs, and raises the signal again after it has put these back: what was
+    # learnt must be stored before the process ends.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     try:
         web.run()
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what was learnt is being stored
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         unsaved = service.drain(options.drain_seconds)
     if unsaved:
         _stop(f"what {len(unsaved)} user(s) said last could not be stored")

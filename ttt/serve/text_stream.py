@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-_INCOMPLETE = "\ufffd"  # what a tokenizer writes for bytes that are no complete character yet
-_LONGEST = 8  # tokens after which what is still incomplete is taken as it is
+_UNKNOWN = "\ufffd"  # what a tokenizer writes for bytes that are no character, or not yet a complete one
+_BYTES = 3  # of an incomplete character, at most
 
 
 class TextStream:
@@ -27,30 +27,30 @@ class TextStream:
         self.tokenizer, self.stop, self.skip_special = tokenizer, tuple(stop), skip_special
         self.stopped = False
         self._ids: list[int] = []
-        self._from, self._read = 0, 0  # decoding begins at token _from; text up to token _read was given out
+        self._clean = [0, 0]  # the last two places in _ids where the text so far ended with a complete character
+        self._given = 0  # how much of the text of the tokens from the first of these places on was taken
         self._held = ""
 
     def add(self, token: int) -> str:
         """The text that is certain after ``token``, and was not returned before."""
         self._ids.append(token)
-        before = self._decode(self._ids[self._from : self._read])
-        after = self._decode(self._ids[self._from :])
-        if after.endswith(_INCOMPLETE) and len(self._ids) - self._read < _LONGEST:
-            return ""
-        self._from, self._read = self._read, len(self._ids)
-        self._held += after[len(before) :]
+        # Decoding begins one part earlier than needed: some tokenizers leave out a space at the beginning.
+        text = self._decode(self._ids[self._clean[0] :])
+        incomplete = min(len(text) - len(text.rstrip(_UNKNOWN)), _BYTES)
+        self._held += text[self._given : len(text) - incomplete]
+        self._given = max(self._given, len(text) - incomplete)
+        if not incomplete:
+            self._clean = [self._clean[1], len(self._ids)]
+            self._given = len(self._decode(self._ids[self._clean[0] :]))
         return self._certain()
 
     def end(self) -> str:
         """The rest of the text."""
-        if self._read < len(self._ids) and not self.stopped:
-            before = self._decode(self._ids[self._from : self._read])
-            self._held += self._decode(self._ids[self._from :])[len(before) :]
-            self._read = len(self._ids)
+        if not self.stopped:
+            self._held += self._decode(self._ids[self._clean[0] :])[self._given :]
         text = self._certain()
-        if self.stopped:
-            return text
-        text, self._held = text + self._held, ""
+        if not self.stopped:
+            text, self._held = text + self._held, ""
         return text
 
     def _decode(self, ids: list[int]) -> str:

@@ -19,7 +19,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class _BodyTooLarge(Exception):
-    """Ends the reading of a body."""
+    """Ends the reading of a body; the application answers it with some error, which is replaced."""
 
 
 class Guarded:
@@ -40,19 +40,22 @@ class Guarded:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        began, status, size = time.perf_counter(), 0, 0
+        began, status, size, refused = time.perf_counter(), 0, 0, False
 
         async def counted() -> MutableMapping[str, Any]:
-            nonlocal size
+            nonlocal size, refused
             message = await receive()
             if message["type"] == "http.request":
                 size += len(message.get("body", b""))
                 if size > self.largest:
+                    refused = True
                     raise _BodyTooLarge
             return message
 
         async def noted(message: MutableMapping[str, Any]) -> None:
             nonlocal status
+            if refused and not status and message.get("status") != TooLarge.status:
+                return  # what the application makes of the broken body
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
@@ -68,9 +71,8 @@ class Guarded:
                 await _answer(self._too_large(), noted)
             else:
                 await self.app(scope, counted, noted)
-        except _BodyTooLarge:
-            if not status:
-                await _answer(self._too_large(), noted)
+                if refused and not status:
+                    await _answer(self._too_large(), noted)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.requests.labels(route, str(status)).inc()

@@ -77,17 +77,19 @@ class Running:
         Raises:
             RequestError: if the request fails or takes too long. asyncio.CancelledError: if the client hung up.
         """
-        first, done = True, False
+        first, done, looked = True, False, self._began
         try:
             while True:
                 left = self._began + self._seconds - time.monotonic()
                 if left <= 0:
                     raise TimedOut(f"the request took longer than {self._seconds:g} s")
+                if http is not None and time.monotonic() - looked > _LOOK:
+                    looked = time.monotonic()
+                    if await http.is_disconnected():
+                        raise asyncio.CancelledError
                 try:
                     event = await asyncio.wait_for(self._events.get(), min(left, _LOOK))
                 except asyncio.TimeoutError:
-                    if http is not None and await http.is_disconnected():
-                        raise asyncio.CancelledError from None
                     continue
                 if isinstance(event, RequestError):
                     done = True

@@ -34,7 +34,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 class Strict(BaseModel):
     """Refuses parameters that it does not know."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class StreamOptions(Strict):
@@ -46,7 +46,7 @@ class StreamOptions(Strict):
 class _Generation(BaseModel):
     """What requests for text have in common."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
 
     model: str
     temperature: float = Field(1.0, ge=0, le=2)
@@ -100,7 +100,7 @@ class TextPart(Strict):
 class ChatMessage(BaseModel):
     """A message of a chat."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Union[str, list[TextPart], None] = None  # noqa: UP007
@@ -153,7 +153,7 @@ class LearnRequest(Strict):
     """
 
     text: str | None = None
-    spans: list[tuple[int, int]] | None = None
+    spans: list[Annotated[list[int], Field(min_length=2, max_length=2)]] | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=2048)
     roles: list[Literal["user", "assistant", "system", "tool"]] = Field(["user"], min_length=1)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import tempfile
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +165,7 @@ def _lesson(server: Server, body: LearnRequest) -> Lesson | None:
         messages = [message.plain(at) for at, message in enumerate(body.messages)]
         return Teaching(tuple(body.roles), all_turns=True).lesson(server.tokenizer, messages, context)
     assert body.text is not None
-    spans: Sequence[tuple[int, int]] = [(0, len(body.text))] if body.spans is None else body.spans
+    spans = [(0, len(body.text))] if body.spans is None else [(span[0], span[1]) for span in body.spans]
     for start, stop in spans:
         if not 0 <= start < stop <= len(body.text):
             raise BadRequest(f"spans must lie in the text, [0, {len(body.text)}), got [{start}, {stop})", param="spans")

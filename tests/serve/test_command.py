@@ -1,0 +1,167 @@
+"""``ttt serve`` and ``ttt keys`` as commands, on a model in a folder."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+import torch
+import typer
+from tiny_chat_model import byte_tokenizer, learner_of, tiny_chat_model
+from typer.testing import CliRunner
+from web import client_of
+
+import ttt
+from ttt.cli import app
+from ttt.serve.calibration import SHARED, calibrate_once, default_file, weights_name
+from ttt.serve.keys import Keys
+from ttt.serve.main import ServeOptions, is_loopback, run
+
+CHAT = [{"role": "user", "content": "My dog is called Biscuit."}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny-chat"
+    tiny_chat_model().save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def start(folder, tmp_path):
+    """Starts servers; those that are still running at the end are killed."""
+    started = []
+
+    def begin(*options):
+        port = 18000 + os.getpid() % 10000 + len(started)
+        command = [sys.executable, "-m", "ttt", "serve", str(folder), "--port", str(port), "--study-after", "0",
+                   "--store", str(tmp_path / "store"), "--calibration", str(tmp_path / "calibration"),
+                   *options]  # fmt: skip
+        process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        started.append(process)
+        url, began = f"http://127.0.0.1:{port}", time.monotonic()
+        while True:
+            try:
+                assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+                return process, url
+            except httpx.TransportError:
+                assert process.poll() is None, process.stderr.read()
+                assert time.monotonic() - began < 90
+                time.sleep(0.1)
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def test_what_was_learnt_is_there_after_a_restart(start, tmp_path):
+    process, url = start()
+    client = client_of(url, user="ada")
+    ask = {"model": "tiny-chat", "messages": CHAT, "max_tokens": 3, "temperature": 0}
+    for _ in range(3):
+        assert client.chat.completions.create(**ask).ttt["learning"] == "queued"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert ttt.Store(tmp_path / "store").history("ada")
+    with ttt.Store(tmp_path / "store").lease("ada"):  # it was released
+        pass
+    process, url = start()
+    found = client_of(url, user="ada", learn="off").chat.completions.create(**ask)
+    assert found.ttt["updates"] == 3
+    logs = process.stderr
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) in (0, -signal.SIGINT)
+    text = logs.read()
+    assert '"route": "/v1/chat/completions", "status": 200' in text
+    assert "Biscuit" not in text
+    assert "ada" not in text
+
+
+def test_a_request_that_is_under_way_is_finished_when_the_server_is_stopped(start):
+    process, url = start()
+    stream = client_of(url, user="ada").chat.completions.create(
+        model="tiny-chat", messages=CHAT, max_tokens=300, stream=True, temperature=0, extra_body={"ignore_eos": True}
+    )  # fmt: skip
+    next(iter(stream))
+    process.send_signal(signal.SIGTERM)
+    *_, last = list(stream)
+    assert last.ttt["learning"] == "queued"
+    assert process.wait(60) == 0
+
+
+def test_servers_that_others_reach_need_keys(folder, capsys):
+    with pytest.raises(typer.Exit) as ended:
+        run(ServeOptions(model=folder, host="0.0.0.0"))
+    assert ended.value.exit_code == 1
+    assert "--keys" in capsys.readouterr().err
+    assert [
+        is_loopback(host) for host in ("127.0.0.1", "localhost", "::1", "127.9.9.9", "0.0.0.0", "10.0.0.1", "me")
+    ] == ([True] * 4 + [False] * 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [({"dtype": "int8"}, "dtype"), ({"user": "a b"}, "user"), ({"keys": "missing"}, "missing"),
+     ({"store": "x://"}, "url")],
+)  # fmt: skip
+def test_wrong_options_end_the_server_with_a_line(folder, tmp_path, capsys, options, why):
+    usual = {"model": folder, "store": str(tmp_path / "store"), "calibration": tmp_path / "c"}
+    with pytest.raises(typer.Exit) as ended:
+        run(ServeOptions(**usual | options))
+    assert ended.value.exit_code == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert why in lines[-1]
+
+
+def test_keys_are_made_listed_and_revoked(tmp_path):
+    path, runner = str(tmp_path / "keys.json"), CliRunner()
+    key = runner.invoke(app, ["keys", "add", path, "--user", "ada"]).stdout.strip()
+    operator = runner.invoke(app, ["keys", "add", path, "--operator"]).stdout.strip()
+    keys = Keys(path)
+    assert keys.identify(f"Bearer {key}").user == "ada"
+    assert keys.identify(f"bearer {operator}", "bob").user == "bob"
+    listed = runner.invoke(app, ["keys", "ls", path]).stdout
+    assert "ada" in listed
+    assert "(operator)" in listed
+    assert key not in listed
+    for wrong in (["add", path], ["add", path, "--user", "a", "--operator"], ["add", path, "--user", "a b"],
+                  ["ls", path + "x"], ["revoke", path]):  # fmt: skip
+        assert runner.invoke(app, ["keys", *wrong]).exit_code == 1
+    assert "1 key" in runner.invoke(app, ["keys", "revoke", path, "--operator"]).stdout
+    assert [entry.get("user") for entry in Keys(path).entries().values()] == ["ada"]
+
+
+def test_calibration_is_measured_once(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    learner, other = learner_of(model), learner_of(model)
+    file = default_file(learner.pool)
+    assert file == default_file(other.pool)
+    wanted = {
+        name: {buffer: t.clone() for buffer in SHARED if (t := getattr(layer, buffer, None)) is not None}
+        for name, layer in learner.pool.layers.items()
+    }
+    assert calibrate_once(learner.pool, file, lambda: None)
+    for layer in other.pool.layers.values():
+        for buffer in SHARED:
+            if (t := getattr(layer, buffer, None)) is not None:
+                t.zero_()
+    assert not calibrate_once(other.pool, file, lambda: pytest.fail("it is there already"))
+    for name, layer in other.pool.layers.items():
+        assert {"basis", "output_basis"} <= set(wanted[name])
+        assert all(torch.equal(t, getattr(layer, buffer)) for buffer, t in wanted[name].items())
+    changed = learner_of(tiny_chat_model(seed=3))
+    assert weights_name(changed.pool) != weights_name(other.pool)
+    assert default_file(changed.pool) != file
+    with pytest.raises(ValueError, match="another"):
+        calibrate_once(changed.pool, file, lambda: None)
+    file.write_bytes(b"torn")
+    with pytest.raises(ValueError, match="cannot be read"):
+        calibrate_once(other.pool, file, lambda: None)
