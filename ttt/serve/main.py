@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import typer
+from torch import nn
 
 import ttt
 from ttt.demo.language_model import CONVERSATION, load
@@ -62,6 +63,23 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def adapted(model: nn.Module, *, slots: int, lr: float | None = None) -> ttt.Learner:
+    """A learner of ``model``, adapted for so many users at a time, not calibrated.
+
+    Args:
+        model: changed in place.
+        slots: users in memory at a time.
+        lr: learning rate; None for the default.
+    """
+    assert CONVERSATION.per_user is not None
+    per_user = dataclasses.replace(CONVERSATION.per_user, slots=slots)
+    # Chunks of 16 tokens: other requests wait for one chunk at most.
+    config = dataclasses.replace(CONVERSATION, per_user=per_user, chunk=16)
+    if lr is not None:
+        config = dataclasses.replace(config, lr=lr)
+    return ttt.Learner(ttt.adapt_(model, config), episodes=ttt.EpisodeLog())
+
+
 def build_service(options: ServeOptions, observer: Any = None, say: Any = lambda text: None) -> tuple[Service, str]:
     """Load, adapt and calibrate the model, and start a service: (service, the model's name).
 
@@ -72,19 +90,11 @@ def build_service(options: ServeOptions, observer: Any = None, say: Any = lambda
     Raises:
         ValueError, OSError, ImportError: if the model, the store or an option is not usable.
     """
-    say("loading the model")
-    model, tokenizer = load(options.model)
     if options.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
-    model = model.to(DTYPES[options.dtype])
-    assert CONVERSATION.per_user is not None
-    per_user = dataclasses.replace(CONVERSATION.per_user, slots=options.slots)
-    # Chunks of 16 tokens: others wait for one chunk at most.
-    config = dataclasses.replace(CONVERSATION, per_user=per_user, chunk=16)
-    if options.lr is not None:
-        config = dataclasses.replace(config, lr=options.lr)
-    model = ttt.adapt_(model, config)
-    learner = ttt.Learner(model, episodes=ttt.EpisodeLog())
+    say("loading the model")
+    model, tokenizer = load(options.model)
+    learner = adapted(model.to(DTYPES[options.dtype]), slots=options.slots, lr=options.lr)
     assert learner.pool is not None
     file = options.calibration or default_file(learner.pool)
     say("measuring what the model must not forget, on text that it writes, if that was not done before")
