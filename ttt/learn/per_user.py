@@ -67,6 +67,11 @@ class PerUserWeights:
         self.layers = list(pool.layers.values())
         self.users = list(dict.fromkeys(u for u in users if u is not None))
         self.learns = learn and learner.config.lr > 0 and bool(self.users)
+        self._teaches: list[bool] | None = None  # for each column, where only some tokens teach
+        if self.learns and text.rows is not None:
+            assert self.text.wanted is not None
+            assert self.text.rows is not None
+            self._teaches = (self.text.wanted.any(0) | self.text.rows[:, :-1].any(0)).tolist()
         self.cache: Any = None
         self.learned = dict.fromkeys(self.users, 0)
         self.rejected = dict.fromkeys(self.users, 0)
@@ -74,16 +79,17 @@ class PerUserWeights:
     def read(self, span: Span) -> tuple[Tensor, bool]:
         """See `ttt.learn.loop.Strategy`."""
         model, text, columns = self.learner.model, self.text, span.columns
+        learns = self.learns and (self._teaches is None or any(self._teaches[columns]))
         inputs = span.inputs() | cached(model, self.cache if span.start else None)
-        capturing: Any = Capturing(self.layers) if self.learns else contextlib.nullcontext()
-        with torch.set_grad_enabled(self.learns), capturing, self.learner.head as head:
+        capturing: Any = Capturing(self.layers) if learns else contextlib.nullcontext()
+        with torch.set_grad_enabled(learns), capturing, self.learner.head as head:
             out, scores = head.run(inputs, span.targets)
-            if self.learns:
+            if learns:
                 assert text.wanted is not None
                 scores.backward(text.wanted[:, columns], 0.0)
                 captured = capturing.renew()
         self.cache = detached(cache_of(out))
-        if self.learns:
+        if learns:
             for user in self._count(self._learn(captured, columns, scores.nll.detach()), columns):
                 _blank(self.cache, self.slots == self.pool.slot(user))
             if self.pool.companion is not None:

@@ -73,8 +73,8 @@ def adapted(model: nn.Module, *, slots: int, lr: float | None = None) -> ttt.Lea
     """
     assert CONVERSATION.per_user is not None
     per_user = dataclasses.replace(CONVERSATION.per_user, slots=slots)
-    # Chunks of 16 tokens: other requests wait for one chunk at most.
-    config = dataclasses.replace(CONVERSATION, per_user=per_user, chunk=16)
+    # Other requests wait for one chunk at most. Smaller ones cost more: each reads all weights.
+    config = dataclasses.replace(CONVERSATION, per_user=per_user, chunk=32)
     if lr is not None:
         config = dataclasses.replace(config, lr=lr)
     return ttt.Learner(ttt.adapt_(model, config), episodes=ttt.EpisodeLog())
