@@ -1,6 +1,7 @@
 # Every target installs what it needs into .venv first, once.
 #   build  an editable install with the C++ kernels      test   all tests
 #   demo   writes report/index.html; also demo-byte      quick  some tests, in about 55 s
+#   serve  a server of SmolLM2 at http://127.0.0.1:8000
 #   docs   the documentation, into site/                 lint, format
 #   bench-learning, bench-language, bench, bench-check  the benchmarks of methods, on a real language model, of kernels
 VENV ?= .venv
@@ -18,7 +19,7 @@ BUILD_REQUIRES := 'setuptools>=77' 'pybind11>=2.12' ninja
 DOCS_REQUIRES := 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.26'
 LINT_REQUIRES := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 
-.PHONY: build demo demo-byte test quick docs bench-learning bench-language benchmark bench bench-check lint format clean
+.PHONY: build demo demo-byte serve test quick docs bench-learning bench-language benchmark bench bench-check lint format clean
 
 build: $(VENV)/.build
 
@@ -28,6 +29,9 @@ demo: $(VENV)/.demo
 # With a byte-level model that is in the repository.
 demo-byte: $(VENV)/.demo
 	$(BIN)/python -m ttt demo --byte
+
+serve: $(VENV)/.serve
+	$(BIN)/python -m ttt serve
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
@@ -100,6 +104,10 @@ $(VENV)/.demo: $(VENV)/.requires $(VENV)/.language $(SOURCES)
 	$(EDITABLE) '.[demo]'
 	touch $@
 
+$(VENV)/.serve: $(VENV)/.requires $(VENV)/.language $(SOURCES)
+	$(EDITABLE) '.[serve]'
+	touch $@
+
 $(VENV)/.bench: $(VENV)/.requires $(VENV)/.language $(SOURCES)
 	$(EDITABLE) '.[bench]'
 	touch $@ $(VENV)/.demo
@@ -115,7 +123,7 @@ $(VENV)/.language: $(VENV)/.torch
 $(VENV)/.test: $(VENV)/.requires $(VENV)/.language $(SOURCES)
 	TTT_REQUIRE_KERNELS=1 $(EDITABLE) '.[test]'
 	$(PIP) --no-deps 'backpack-for-pytorch>=1.6' unfoldNd
-	touch $@ $(VENV)/.build $(VENV)/.demo $(VENV)/.bench
+	touch $@ $(VENV)/.build $(VENV)/.demo $(VENV)/.serve $(VENV)/.bench
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/python
 	$(PIP) $(DOCS_REQUIRES)

@@ -15,6 +15,7 @@ from typing import Any
 
 from bench.learning.facts import tables as facts
 from bench.learning.language import tables as language
+from bench.serving import tables as serving
 from ttt.demo.conversation_report import rights
 
 ROOT = Path(__file__).parents[1]
@@ -220,6 +221,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "language methods": _suite("streams", language.by_method), "language hard": _suite("streams", language.hard),
     "facts run": _suite("facts", facts.about), "facts": _suite("facts", facts.by_scenario),
     "facts costs": _suite("facts", facts.costs), "told": told, "conversation": conversation, "users": users,
+    "server": serving.server, "server prices": serving.prices, "soak": serving.soak,
 }  # fmt: skip
 """Name in the marker -> what makes the table."""
 

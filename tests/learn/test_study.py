@@ -256,6 +256,19 @@ def test_observe_keeps_what_was_learnt_and_nothing_else():
     assert len(learner.episodes.of("ada")) == 1
 
 
+@pytest.mark.parametrize("users", [None, 1])
+def test_the_token_after_a_gap_was_not_learnt_and_is_not_studied(users):
+    learner = learner_of(users, lr=0.05)
+    ids = words(1, 12)
+    attend = torch.ones((1, 12), dtype=torch.bool)
+    attend[0, 5:7] = False
+    seen = learner.observe(ids, attention_mask=attend, users=users and ["ada"])
+    kept = learner.episodes.of(users and "ada")
+    assert sum(int(episode.learn.sum()) for episode in kept) == int(seen.mask.sum()) == 8
+    learnt = [int(t) for e in kept for t, is_learnt in zip(e.ids, e.learn, strict=True) if is_learnt]
+    assert learnt == ids[0, 1:5].tolist() + ids[0, 8:].tolist()
+
+
 def test_rejected_text_is_not_kept(monkeypatch):
     learner = learner_of(lr=0.05)
     with torch.no_grad():

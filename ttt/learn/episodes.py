@@ -102,7 +102,8 @@ class EpisodeLog:
         """
         if users is None and output.rejected:
             return
-        teach = torch.ones_like(text.ids, dtype=torch.bool) if text.rows is None else text.rows
+        teach = torch.ones_like(text.ids, dtype=torch.bool) if text.rows is None else text.rows.clone()
+        teach[:, 1:] &= text.scored  # the token after a gap was not scored, and so not learnt
         for row, user in enumerate([None] * len(text.ids) if users is None else users):
             if users is None or (user is not None and user not in output.rejected_users):
                 attend = slice(None) if text.attend is None else text.attend[row]
