@@ -110,6 +110,9 @@ def serve(
     rows: Annotated[int, typer.Option(min=1, help="Texts that are generated at a time.")] = 8,
     waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are refused.")] = 64,
     context: Annotated[int, typer.Option(min=16, help="Tokens of a text, prompt and answer, at most.")] = 2048,
+    learning_share: Annotated[
+        float, typer.Option(max=1, help="Part of the time that learning may take while answers are generated.")
+    ] = 0.5,
     study_after: Annotated[
         float, typer.Option(min=0, help="Seconds after which what an idle user said is studied; 0 for never.")
     ] = 30.0,
@@ -144,6 +147,7 @@ def serve(
             rows=rows,
             waiting=waiting,
             context=context,
+            learning_share=learning_share,
             study_after=study_after,
             lease_seconds=lease_seconds,
             requests_per_minute=requests_per_minute,

@@ -340,6 +340,21 @@ def test_what_is_wrong_is_named_and_changes_no_bit(model, tmp_path):
             )
             assert found.status_code == 400
             assert why in found.json()["error"]["message"]
+        numbers = json.dumps({"model": NAME, "messages": CHAT}).encode()
+        for value in (b"NaN", b"Infinity", b"-1e999"):
+            content = numbers[:-1] + b', "temperature": ' + value + b"}"
+            found = httpx.post(f"{url}/v1/chat/completions", content=content, headers=JSON)
+            assert (found.status_code, found.json()["error"]["param"]) == (400, "temperature")
+        half = rb'"\ud83d"'  # of a character
+        for route, content in (
+            ("chat/completions", b'{"model": "tiny", "messages": [{"role": "user", "content": %s}]}' % half),
+            ("completions", b'{"model": "tiny", "prompt": %s}' % half),
+            ("completions", b'{"model": "tiny", "prompt": "x", "stop": [%s]}' % half),
+            ("completions", b'{"model": %s, "prompt": "x"}' % half),
+            ("users/ada/learn", b'{"text": %s}' % half),
+        ):
+            found = httpx.post(f"{url}/v1/{route}", content=content, headers=JSON)
+            assert found.status_code in (400, 404), (route, content, found.text)
         deep = b'{"model": ' + b"[" * 100_000
         assert httpx.post(f"{url}/v1/chat/completions", content=deep, headers=JSON).status_code == 400
         assert httpx.get(f"{url}/nothing").json()["error"]["code"] == "not_found"

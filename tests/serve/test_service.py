@@ -15,6 +15,7 @@ from tiny_models import assert_same
 import ttt
 from ttt.serve import sessions as sessions_module
 from ttt.serve.errors import Conflict, NotFound, TooBusy, Unavailable
+from ttt.serve.service import Limits
 from ttt.serve.teaching import Lesson, Teaching
 from ttt.store import StorageFailure, UnknownUser
 
@@ -370,6 +371,42 @@ def test_a_study_gives_way_to_a_request_and_is_done_later(model, tmp_path, monke
         assert time.monotonic() - began < 60
         time.sleep(1)
     service.drain()
+
+
+@pytest.mark.parametrize("share", [0.25, 0.75])
+def test_learning_takes_its_share_of_the_time_while_others_are_answered(model, tmp_path, monkeypatch, share):
+    service = service_of(model, tmp_path, learning_share=share)
+    steps, slept = service.learner.observe_in_steps, []
+
+    def slowly(*args, **options):
+        inner = steps(*args, **options)
+        while True:
+            time.sleep(0.1)
+            slept.append(0.1)
+            try:
+                next(inner)
+            except StopIteration as done:
+                return done.value
+            yield
+
+    monkeypatch.setattr(service.learner, "observe_in_steps", slowly)
+    decode = service.batch.decode_step
+    monkeypatch.setattr(service.batch, "decode_step", lambda: (time.sleep(0.01), decode())[1])
+    answer = Answer(service, None, words(5), max_tokens=150)
+    while not answer.pieces:
+        time.sleep(0.001)
+    began = time.monotonic()
+    service.learn("ada", lesson_of(450, teach=1.0))
+    answer.wait()
+    taken = sum(slept) / (time.monotonic() - began)
+    assert 0.6 * share < taken < 1.2 * share
+    service.drain()
+
+
+@pytest.mark.parametrize("limits", [{"rows": 0}, {"waiting": True}, {"learning_share": 0.0}, {"learning_share": 1.5}])
+def test_limits_that_make_no_sense_are_refused(limits):
+    with pytest.raises((ValueError, TypeError), match=next(iter(limits))):
+        Limits(**limits)
 
 
 def test_only_the_users_own_words_of_the_last_turn_teach(tokenizer):

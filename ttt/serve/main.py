@@ -44,6 +44,7 @@ class ServeOptions:
     rows: int = 8
     waiting: int = 64
     context: int = 2048
+    learning_share: float = 0.5
     study_after: float = 30.0
     lease_seconds: float = 30.0
     requests_per_minute: int = 0
@@ -100,7 +101,8 @@ def build_service(options: ServeOptions, observer: Any = None, say: Any = lambda
     say("measuring what the model must not forget, on text that it writes, if that was not done before")
     calibrate_once(learner.pool, file, lambda: learner.calibrate(tokenizer=tokenizer))
     limits = Limits(
-        rows=options.rows, waiting=options.waiting, context=options.context, study_after=options.study_after
+        rows=options.rows, waiting=options.waiting, context=options.context,
+        learning_share=options.learning_share, study_after=options.study_after,
     )  # fmt: skip
     service = Service(
         learner, tokenizer, ttt.Store(options.store), weights_name(learner.pool), limits=limits,

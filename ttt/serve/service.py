@@ -14,6 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from ttt.checks import check_real, check_whole
 from ttt.learn.learner import Learner
 from ttt.serve import jobs
 from ttt.serve.batch import Batch, Outcome, Request
@@ -36,6 +37,8 @@ class Limits:
         waiting: largest number of requests that wait for a place among them.
         context: largest number of tokens of a sequence, prompt and continuation.
         prefill: tokens of a prompt that are read between two steps of the others.
+        learning_share: the part of the time, above 0 and at most 1, that work on users' weights may take while answers
+            are generated. With nothing to generate it takes all of it.
         study_after: seconds after which what an idle user said is studied, if nothing else is to be done; 0 for never.
     """
 
@@ -43,7 +46,16 @@ class Limits:
     waiting: int = 64
     context: int = 2048
     prefill: int = 128
+    learning_share: float = 0.5
     study_after: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "waiting", "prefill"):
+            check_whole(name, getattr(self, name), 1)
+        check_whole("context", self.context, 2)
+        check_real("study_after", self.study_after, low=0.0)
+        if not check_real("learning_share", self.learning_share, low=0.0, high=1.0) > 0:
+            raise ValueError("learning_share must be above 0, got 0: users would wait for their learning forever")
 
 
 class Observer(Protocol):
@@ -137,6 +149,7 @@ class Service:
         self._draining = False
         self._drain_until: float | None = None
         self._learning_tokens = 0
+        self._owed = 0.0  # seconds of generating that must pass before the next step of a job
         self._thread = threading.Thread(target=self._run, name="ttt-model", daemon=True)
         self._thread.start()
 
@@ -261,9 +274,18 @@ class Service:
         if self._draining and self._drain_until is not None and time.monotonic() > self._drain_until:
             self._refuse_all(Unavailable("the server is stopping", retry_after=10))
         self._start()
+        began = time.perf_counter()
         self.batch.read_step()
         self.batch.decode_step()
-        self._job_step()
+        generating = time.perf_counter()
+        if self.batch.idle:
+            self._owed = 0.0
+        if self._owed <= 0:
+            self._job_step()
+        # What a step of a job takes is owed to the answers, which pay it back with their share of the time.
+        share = self.limits.learning_share
+        self._owed += (time.perf_counter() - generating) * (1 - share) / share - (generating - began)
+        self._owed = max(self._owed, 0.0)
         self._look_for_study()
         if self._draining and self._inbox.empty():
             return not (self.batch.idle and not self._jobs and all(each.idle for each in self._queues.values()))

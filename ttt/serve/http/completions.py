@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
 from ttt.serve.batch import Outcome, Piece
-from ttt.serve.errors import BadRequest, NotFound, RequestError, as_request_error
+from ttt.serve.errors import BadRequest, NotFound, as_request_error
 from ttt.serve.http.running import Running
 from ttt.serve.http.schema import ChatRequest, CompletionRequest, StreamOptions
 from ttt.serve.http.state import Server, server_of
@@ -77,7 +77,7 @@ async def chat(http: Request, body: ChatRequest) -> dict[str, Any] | StreamingRe
     )  # fmt: skip
     shape = _Shape("chatcmpl", "chat.completion", server.name)
     if body.stream:
-        return _stream(_chat_chunks(server, running, shape, body.n, body.stream_options))
+        return _Stream(running, _chat_chunks(server, running, shape, body.n, body.stream_options))
     texts, scores, reasons, outcome = await _collected(running, http, body.n)
     choices = [
         {
@@ -133,7 +133,8 @@ async def completions(http: Request, body: CompletionRequest) -> dict[str, Any] 
             )
         shape = _Shape("cmpl", "text_completion", server.name)
         if body.stream:
-            return _stream(_text_chunks(server, runnings[0], shape, body.n, body.stream_options, body.logprobs))
+            chunks = _text_chunks(server, runnings[0], shape, body.n, body.stream_options, body.logprobs)
+            return _Stream(runnings[0], chunks)
         choices: list[dict[str, Any]] = []
         outcomes = []
         for running, prompt in zip(runnings, prompts, strict=True):
@@ -254,17 +255,26 @@ async def _collected(
     return texts, scores, reasons, outcome
 
 
-def _stream(chunks: AsyncIterator[dict[str, Any] | str]) -> StreamingResponse:
-    async def lines() -> AsyncIterator[str]:
-        try:
-            async for chunk in chunks:
-                yield f"data: {chunk if isinstance(chunk, str) else json.dumps(chunk)}\n\n"
-        except RequestError as error:
-            yield f"data: {json.dumps(error.body())}\n\n"
-        except Exception as error:
-            yield f"data: {json.dumps(as_request_error(error).body())}\n\n"
+class _Stream(StreamingResponse):
+    """Sends ``chunks`` as server-sent events; if the client hangs up, even before the first one, ends the request."""
 
-    return StreamingResponse(lines(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+    def __init__(self, running: Running, chunks: AsyncIterator[dict[str, Any] | str]) -> None:
+        super().__init__(_lines(chunks), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self._running = running
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._running.close()
+
+
+async def _lines(chunks: AsyncIterator[dict[str, Any] | str]) -> AsyncIterator[str]:
+    try:
+        async for chunk in chunks:
+            yield f"data: {chunk if isinstance(chunk, str) else json.dumps(chunk)}\n\n"
+    except Exception as error:
+        yield f"data: {json.dumps(as_request_error(error).body())}\n\n"
 
 
 async def _chunks(

@@ -55,6 +55,7 @@ class Running:
         self._events: asyncio.Queue[Piece | Outcome | RequestError] = asyncio.Queue()
         self._metrics, self._began, self._seconds = metrics, time.monotonic(), seconds
         self.prompt_scores: list[TokenScore] = []
+        self._done = False
         self.request = Request(
             user, prompt, sampling, self._deliver, n=n, lesson=lesson, wait=wait, score_prompt=score_prompt,
             on_prompt=self._take_prompt_scores,
@@ -77,7 +78,7 @@ class Running:
         Raises:
             RequestError: if the request fails or takes too long. asyncio.CancelledError: if the client hung up.
         """
-        first, done, looked = True, False, self._began
+        first, looked = True, self._began
         try:
             while True:
                 left = self._began + self._seconds - time.monotonic()
@@ -92,18 +93,22 @@ class Running:
                 except asyncio.TimeoutError:
                     continue
                 if isinstance(event, RequestError):
-                    done = True
+                    self._done = True
                     raise event
                 if first:
                     self._metrics.first_token.observe(time.monotonic() - self._began)
                     first = False
-                done = isinstance(event, Outcome)
+                self._done = isinstance(event, Outcome)
                 yield event
-                if done:
+                if self._done:
                     return
         finally:
-            if not done:
-                self.request.cancelled = True
+            self.close()
+
+    def close(self) -> None:
+        """Cancel the request unless it has ended. It may have ended, and nobody come for its events."""
+        if not self._done:
+            self.request.cancelled = True
 
 
 async def result_of(future: concurrent.futures.Future[Any]) -> Any:

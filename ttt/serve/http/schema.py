@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ttt.serve.errors import BadRequest
 from ttt.serve.sampling import Sampling
@@ -31,10 +31,22 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Parameters of OpenAI's API that are not supported, with the values that ask for nothing."""
 
 
+def _encodable(text: str) -> str:
+    """``text``, or ValueError if UTF-8 cannot hold it: JSON can name halves of characters, as in "\\ud83d"."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"must be text that UTF-8 can hold ({error.reason})") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+
+
 class Strict(BaseModel):
     """Refuses parameters that it does not know."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class StreamOptions(Strict):
@@ -46,7 +58,7 @@ class StreamOptions(Strict):
 class _Generation(BaseModel):
     """What requests for text have in common."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
     model: str
     temperature: float = Field(1.0, ge=0, le=2)
@@ -54,7 +66,7 @@ class _Generation(BaseModel):
     top_k: int = Field(0, ge=-1)
     n: int = Field(1, ge=1, le=16)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
@@ -94,16 +106,16 @@ class TextPart(Strict):
     """A part of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(BaseModel):
     """A message of a chat."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Union[str, list[TextPart], None] = None  # noqa: UP007
+    content: Union[Text, list[TextPart], None] = None  # noqa: UP007
     name: str | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
@@ -139,7 +151,7 @@ class ChatRequest(_Generation):
 class CompletionRequest(_Generation):
     """The body of ``/v1/completions``."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Text | list[Text] | list[int] | list[list[int]]
     max_tokens: int = Field(16, ge=0)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False
@@ -152,7 +164,7 @@ class LearnRequest(Strict):
     messages of ``roles`` teach.
     """
 
-    text: str | None = None
+    text: Text | None = None
     spans: list[Annotated[list[int], Field(min_length=2, max_length=2)]] | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=2048)
     roles: list[Literal["user", "assistant", "system", "tool"]] = Field(["user"], min_length=1)
