@@ -124,7 +124,16 @@ def log_probabilities(
     """The log probability of each of ``continuations`` after ``prompt``, summed over its tokens.
 
     The prompt is read once. ``answering`` makes the context in which the model reads a batch of that many rows.
+
+    Raises:
+        ValueError: if prompt and continuation are longer than the model's context.
     """
+    longest = len(prompt) + max(map(len, continuations))
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and longest > context:
+        raise ValueError(
+            f"prompt and continuation must fit into the model's context of {context}, got {longest} tokens"
+        )
     with answering(1):
         out = model(input_ids=torch.tensor([prompt]), **cached(model, None))
     first = out.logits[0, -1].float().log_softmax(-1)
