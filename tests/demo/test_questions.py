@@ -71,5 +71,5 @@ def test_text_that_does_not_fit_into_the_context_is_refused():
     model = tiny()
     context = model.config.max_position_embeddings
     assert len(log_probabilities(model, [1] * (context - 2), [[7], [8, 9]])) == 2
-    with pytest.raises(ValueError, match=f"context of {context}, got {context + 1}"):
+    with pytest.raises(ValueError, match=f"context of {context} tokens, got {context + 1}"):
         log_probabilities(model, [1] * (context - 1), [[7], [8, 9]])
