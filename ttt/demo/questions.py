@@ -131,9 +131,7 @@ def log_probabilities(
     longest = len(prompt) + max(map(len, continuations))
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and longest > context:
-        raise ValueError(
-            f"prompt and continuation must fit into the model's context of {context}, got {longest} tokens"
-        )
+        raise ValueError(f"prompt and continuation must fit into the context of {context} tokens, got {longest}")
     with answering(1):
         out = model(input_ids=torch.tensor([prompt]), **cached(model, None))
     first = out.logits[0, -1].float().log_softmax(-1)
