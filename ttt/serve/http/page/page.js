@@ -58,7 +58,10 @@ function explain(error) {
   if (error.status === 401) return `The server does not accept this key${said}. Enter it at "You".`;
   if (error.status === 403) return `This is not allowed with your key${said}.`;
   if (error.code === "context_length_exceeded") return `This conversation is too long for the model${said}. Start a new one.`;
-  if (error.status === 429) return `The server is busy, or you sent much in a short time${said}.${wait || " Try again soon."}`;
+  if (error.status === 429) {
+    const why = error.message.replace(/; try again in .*$/, ""); // said once is enough
+    return `That is more than the server takes now: ${why}.${wait || " Try again soon."}`;
+  }
   if (error.status >= 500) return `The server could not do this${said}.${wait}`;
   return `This did not work: ${error.message}.${wait}`;
 }
@@ -151,7 +154,7 @@ function showWho(users) {
   at("user-form").hidden = !operator;
   at("who").textContent = state.user === null
     ? "You have an operator's key. Choose a user to act for; until then nothing is learnt."
-    : `You are ${state.user}. The model learns from your words for you alone.`;
+    : `The model learns from your words for the user “${state.user}” alone.`;
   if (!operator) return;
   if (document.activeElement !== at("user")) at("user").value = state.user ?? "";
   const others = users.filter((name) => name !== state.user);
