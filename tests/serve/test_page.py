@@ -141,7 +141,7 @@ def test_a_turn_is_answered_and_what_was_learnt_appears_and_can_be_rolled_back_a
         back.click()
         page.get_by_role("dialog").get_by_role("button", name="Roll back").click()
         expect(page.locator("#versions li").first).to_contain_text("the same as version 1")
-        expect(page.locator("#updates")).to_have_text("1")
+        expect(page.locator("#learning")).to_have_text("Back at version 1.")
 
         page.get_by_role("button", name="Forget everything").click()
         page.get_by_role("dialog").get_by_role("button", name="Forget everything").click()

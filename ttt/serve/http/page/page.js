@@ -5,6 +5,7 @@
 const POLL_SECONDS = [0.5, 0.5, 1, 1, 2, 2, 4, 4, 8, 8, 15, 15]; // how long learning may take: a minute
 const FIRST_VERSIONS = 5;
 const TEMPERATURE = 0.3;
+const LONGEST_ANSWER = 512; // tokens: a small model may not find an end of its own
 
 const at = (id) => document.getElementById(id);
 const state = {
@@ -433,7 +434,7 @@ async function send(event) {
   let end = null;
   try {
     end = await answer(conversation, turn, controller.signal);
-    if (end?.cut) addNote("The answer was cut off: the conversation has filled the model's memory. Start a new one.");
+    if (end?.cut) addNote("The answer was cut off here: it was getting too long.");
   } catch (error) {
     if (conversation === state.conversation) failed(error, text, mine, turn, conversation);
   } finally {
@@ -445,12 +446,20 @@ async function send(event) {
   if (end) await act("learnt-error", null, () => afterAnswer(end.ttt));
 }
 
+async function ask(what, signal) {
+  const body = { model: state.model, stream: true, temperature: TEMPERATURE, ...what };
+  const headers = { "x-ttt-learn": at("learn").checked ? "on" : "off" };
+  try {
+    return await call("/v1/chat/completions", { method: "POST", signal, headers, body });
+  } catch (error) {
+    if (error.code !== "context_length_exceeded" || !what.max_completion_tokens) throw error;
+    return ask({ messages: what.messages }, signal); // there is less room than that: take what is left
+  }
+}
+
 /** Stream an answer into `turn`; returns what the server said at its end. */
 async function answer(messages, turn, signal) {
-  const response = await call("/v1/chat/completions", {
-    method: "POST", signal, headers: { "x-ttt-learn": at("learn").checked ? "on" : "off" },
-    body: { model: state.model, messages, stream: true, temperature: TEMPERATURE },
-  });
+  const response = await ask({ messages, max_completion_tokens: LONGEST_ANSWER }, signal);
   let ttt = null, cut = false;
   for await (const data of events(response)) {
     if (data === "[DONE]") return { ttt, cut };
