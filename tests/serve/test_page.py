@@ -7,7 +7,6 @@ import re
 import shutil
 import socket
 import threading
-import time
 
 import pytest
 import uvicorn
@@ -21,7 +20,7 @@ from ttt.serve.http.state import Server
 from ttt.serve.keys import Keys, NoKeys, add_key
 
 expect.set_options(timeout=30_000)
-REFUSED = re.compile("Failed to load resource: the server responded with a status of (401|404|429)")
+REFUSED = re.compile("Failed to load resource: the server responded with a status of (400|401|404|429)")
 
 
 # Not for the session: while Playwright runs, no other test of this process could start an event loop.
@@ -80,6 +79,15 @@ def address(model, tmp_path):
         yield found
 
 
+def test_the_page_cannot_be_framed_nor_outlive_the_server_in_a_cache(browser, address):
+    with opened(browser, address) as page:
+        answer = page.request.get(address)
+        assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+        for name in ("", "page/page.js", "page/page.css"):
+            headers = page.request.get(address + name).headers
+            assert (headers["cache-control"], headers["x-content-type-options"]) == ("no-cache", "nosniff")
+
+
 def say(page, text):
     page.get_by_label("Your message").fill(text)
     page.keyboard.press("Enter")
@@ -90,11 +98,10 @@ def learnt(page, updates):
     expect(page.locator("#learning")).to_have_text("Learnt.")
 
 
-def answer_with(page, *events, delay=0.0):
+def answer_with(page, *events):
     """The server answers the next chats with ``events``."""
 
     def fulfil(route):
-        time.sleep(delay)
         route.fulfill(content_type="text/event-stream", body="".join(f"data: {event}\n\n" for event in events))
 
     page.route("**/v1/chat/completions", fulfil)
@@ -229,7 +236,7 @@ def test_errors_are_told_in_words_and_the_message_is_not_lost(browser, model, tm
 
 def test_an_answer_can_be_stopped_and_shift_enter_starts_a_line(browser, address):
     with opened(browser, address) as page:
-        answer_with(page, chunk("late"), END, "[DONE]", delay=1.0)
+        page.route("**/v1/chat/completions", lambda route: None)  # no answer ever comes
         page.get_by_label("Your message").fill("one")
         page.keyboard.press("Shift+Enter")
         page.keyboard.type("two")

@@ -235,7 +235,12 @@ async function refreshPanel() {
   if (session !== state.session) return;
   showUser(user);
   const taught = user ? (await json(userPath("/taught"))).data : [];
-  if (session === state.session) showTaught(taught);
+  if (session !== state.session) return;
+  showTaught(taught);
+  if (user && !user.online) { // asking for the texts has brought the user's weights in: now their numbers are known
+    const now = await fetchUser();
+    if (session === state.session) showUser(now);
+  }
 }
 
 function showUser(user) {
@@ -285,8 +290,9 @@ function taughtItem({ text, before, now, studied }) {
   const item = make("li");
   const said = make("p", "said", text.trim());
   said.title = text.trim();
-  item.append(said, measure("before", before), measure("now", now));
+  item.append(said);
   if (studied) item.append(make("span", "studied", "studied"));
+  item.append(measure("before", before), measure("now", now));
   return item;
 }
 
