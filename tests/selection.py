@@ -46,6 +46,7 @@ SLOW = (
     "rules/test_sequences.py::test_reservoir_of_sequences_is_uniform_over_base_and_stream",
     "rules/test_sequences.py::test_rules_compose_with_each_other_and_with_protection",
     "rules/test_sequences.py::test_the_pool_is_written_by_the_anchor_of_the_moment",
+    "serve/test_page.py",
     "store/test_store_crashes.py",
     "store/test_store_faults.py::test_writes_that_a_file_size_limit_stops_change_nothing",
     "store/test_store_forget.py::test_no_byte_of_a_forgotten_user_remains",
