@@ -263,6 +263,12 @@ def test_no_page_elsewhere_can_use_a_server_without_keys(model, tmp_path):
         assert httpx.get(f"{url}/v1/models").status_code == 200
         found = httpx.get(f"{url}/v1/models", headers={"host": "evil.example"})
         assert found.status_code == 403
+        for origin, status in (
+            ("https://evil.example", 403), ("https://evil.example:8000", 403), ("null", 403), (url, 200),
+            ("http://localhost:1234", 200), ("http://localhost", 200), ("http://127.0.0.1.evil.example", 403),
+        ):  # fmt: skip
+            found = httpx.post(f"{url}/v1/users/me/learn", json={"text": "something"}, headers={"origin": origin})
+            assert found.status_code == status, origin
         preflight = httpx.options(f"{url}/v1/chat/completions", headers={
             "origin": "https://evil.example", "access-control-request-method": "POST"})  # fmt: skip
         assert "access-control-allow-origin" not in preflight.headers

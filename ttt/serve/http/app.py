@@ -19,7 +19,13 @@ from ttt.serve.http.state import Server, server_of
 
 PAGE = Path(__file__).parent / "page"
 _FILES = {"page.js": "text/javascript", "page.css": "text/css"}
-_CONTENT_SECURITY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:"
+_CONTENT_SECURITY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    # Not covered by default-src. In a frame of another site, a click there could be one on "Forget everything" here.
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
+# After an update of the server no browser may put an old script and a new page together.
+_FILE_HEADERS = {"x-content-type-options": "nosniff", "cache-control": "no-cache"}
 
 
 def create_app(server: Server, *, largest_body: int = 1 << 20, hosts: Sequence[str] | None = None) -> FastAPI:
@@ -58,14 +64,14 @@ def create_app(server: Server, *, largest_body: int = 1 << 20, hosts: Sequence[s
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
-        headers = {"content-security-policy": _CONTENT_SECURITY, "x-content-type-options": "nosniff"}
+        headers = _FILE_HEADERS | {"content-security-policy": _CONTENT_SECURITY}
         return FileResponse(PAGE / "index.html", media_type="text/html", headers=headers)
 
     @app.get("/page/{name}", include_in_schema=False)
     async def file(name: str) -> FileResponse:
         if name not in _FILES:
             raise NotFound(f"there is no page {name!r:.80}")
-        return FileResponse(PAGE / name, media_type=_FILES[name])
+        return FileResponse(PAGE / name, media_type=_FILES[name], headers=_FILE_HEADERS)
 
     app.add_middleware(Guarded, largest=largest_body, hosts=hosts, metrics=server.metrics)
     return app

@@ -29,8 +29,9 @@ class Guarded:
 
     Args:
         largest: bytes of a body, at most.
-        hosts: names that the header ``Host`` may have, without the port; None for any. A server without keys must look
-            at it: otherwise any web page could name the server by a host of its own, and talk to it from the browser.
+        hosts: names that the headers ``Host`` and ``Origin`` may have, without the port; None for any. A server without
+            keys must look at them: otherwise any web page could talk to it from the browser, by the server's own name
+            or by one that leads to it.
         metrics: counts requests.
     """
 
@@ -63,7 +64,10 @@ class Guarded:
         headers = dict(scope["headers"])
         try:
             host = headers.get(b"host", b"").decode("latin-1").rsplit(":", 1)[0]
-            if self.hosts is not None and host not in self.hosts:
+            origin = headers.get(b"origin", b"").decode("latin-1")
+            if self.hosts is not None and origin and _host_of(origin) not in self.hosts:
+                await _answer(Forbidden(f"pages of {origin!r:.80} may not use this server, which needs no key"), noted)
+            elif self.hosts is not None and host not in self.hosts:
                 await _answer(
                     Forbidden(f"this server answers to {', '.join(self.hosts)} only, got {host!r:.80}"), noted
                 )
@@ -81,6 +85,11 @@ class Guarded:
 
     def _too_large(self) -> TooLarge:
         return TooLarge(f"a request may have at most {self.largest} bytes")
+
+
+def _host_of(origin: str) -> str:
+    """The host in an ``Origin`` such as ``http://localhost:8000``, without the port; "" if there is none."""
+    return origin.partition("://")[2].rsplit(":", 1)[0] if origin.count(":") > 1 else origin.partition("://")[2]
 
 
 async def _answer(error: RequestError, send: Send) -> None:
