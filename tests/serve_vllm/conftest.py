@@ -1,4 +1,4 @@
-"""One server for the tests of this folder. They need vLLM, so they run by ``make test-vllm``, in an environment of its own."""
+"""One server for the tests of a file. They need vLLM, so ``make test-vllm`` runs them, in an environment of its own."""
 
 import os
 

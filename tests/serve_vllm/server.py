@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -96,10 +97,8 @@ class Server:
 
     def _reap(self) -> None:
         assert self.process is not None
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
     # -- what is asked ------------------------------------------------------------------------------------------------
 
@@ -128,7 +127,7 @@ class Server:
     def say(self, who: str, text: str, *, learn: str = "wait", tokens: int = 4, **body: Any) -> Any:
         """A turn of a user."""
         return self.client(who, x_ttt_learn=learn).chat.completions.create(
-            model=MODEL, messages=[{"role": "user", "content": text}], max_tokens=tokens, temperature=0, **body
+            model=MODEL, messages=[{"role": "user", "content": text}], max_tokens=tokens, **{"temperature": 0, **body}
         )
 
     def first(self, who: str | None, text: str, salt: str | None = None) -> tuple[list[tuple[str, float]], int]:
@@ -141,7 +140,9 @@ class Server:
         details = answer.usage.prompt_tokens_details
         return sorted(top.items()), (details.cached_tokens or 0) if details is not None else 0
 
-    def http(self, method: str, path: str, who: str | None, body: bytes | None = None, **headers: str) -> tuple[int, str]:
+    def http(
+        self, method: str, path: str, who: str | None, body: bytes | None = None, **headers: str
+    ) -> tuple[int, str]:
         """Status and text of a plain request; ``who`` None sends no key."""
         sent = {name.replace("_", "-"): value for name, value in headers.items()}
         if who is not None:

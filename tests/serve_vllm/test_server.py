@@ -10,7 +10,9 @@ import openai
 import pytest
 from server import MODEL, RESERVED, Server
 
-LONG = " ".join(f"On day {day} the keeper of the lighthouse wrote down the wind, the tide and the ships." for day in range(22))
+LONG = " ".join(
+    f"On day {day} the keeper of the lighthouse wrote down the wind, the tide and the ships." for day in range(22)
+)
 """More tokens than two blocks of the prefix cache."""
 
 
@@ -190,7 +192,10 @@ def test_a_user_whose_request_runs_is_not_evicted(server):
 def test_words_of_others_in_a_chat_do_not_teach(server):
     client = server.client("ada", x_ttt_learn="wait")
     messages = [
-        {"role": "system", "content": "You are a helpful guide of the harbour, who knows " + "all of its ships and " * 9},
+        {
+            "role": "system",
+            "content": "You are a helpful guide of the harbour, who knows " + "all of its ships and " * 9,
+        },
         {"role": "user", "content": "Good morning, who are you?"},
         {"role": "assistant", "content": "I am the guide of the harbour."},
         {"role": "user", "content": "My dog is called Ottokar."},
@@ -248,7 +253,7 @@ def test_going_back_to_an_earlier_version(server):
     assert code == 200, text
     assert server.logprobs("ada", RESERVED["ada"]) == first
     code, text = server.http("POST", "/v1/users/ada/rollback", "ada", b'{"version": 12345}')
-    assert (code, json.loads(text)["error"]["param"]) == (404, None) or code == 404, text
+    assert code == 404, text
     for body in (b"{}", b"no", b'{"version": -1}', b'{"version": "1"}'):
         assert server.http("POST", "/v1/users/ada/rollback", "ada", body)[0] == 400
 
@@ -267,8 +272,8 @@ def test_prompt_logprobs_beside_a_user_do_not_end_the_engine(server):
 
 def test_several_answers_teach_nothing_and_are_served_with_learning_off(server):
     with pytest.raises(openai.BadRequestError, match="n must be 1"):
-        server.say("ada", RESERVED["ada"], learn="on", n=2)
-    assert len(server.say("ada", RESERVED["ada"], learn="off", n=2).choices) == 2
+        server.say("ada", RESERVED["ada"], learn="on", n=2, temperature=1)
+    assert len(server.say("ada", RESERVED["ada"], learn="off", n=2, temperature=1).choices) == 2
     assert status(server, "ada")["updates"] == 0
 
 

@@ -1,12 +1,18 @@
 """The vLLM plugin: every user of ``vllm serve`` has low-rank weights of their own, which learn while the model serves.
 
-vLLM calls `register` in each of its processes (entry point ``vllm.general_plugins``). Without ``TTT_VLLM_STORE`` in
-the environment it does nothing. See docs/vllm.md.
+vLLM calls `register` in each of its processes (entry point ``vllm.general_plugins``). Without ``TTT_VLLM_STORE`` in the
+environment it does nothing. See docs/vllm.md.
 
-In the API server's process: `frontend` (where vLLM is entered), `identity` (who asks), `seats` (who has a slot), `turns`
-(a request of a user, and learning after it), `routes` (``/v1/users``), `engine` (calls to the worker). In the worker's: `worker` (where vLLM is entered),
-`users` (what the API server calls), `capture`, `top_blocks` and `lessons` (learning), `adapters` (vLLM's slots),
-`calibration`, `cpu_lora`.
+In the API server's process:
+
+- `frontend`: where vLLM is entered. `supported`: what is refused.
+- `identity`: who asks. `seats`: who has a slot. `turns`: a request of a user, and learning after it.
+- `routes`: ``/v1/users``. `engine`: calls to the worker.
+
+In the worker's:
+
+- `worker`: where vLLM is entered. `users`: what the API server calls.
+- `capture`, `top_blocks` and `lessons`: learning. `adapters`: vLLM's slots. `calibration`, `cpu_lora`.
 """
 
 from __future__ import annotations

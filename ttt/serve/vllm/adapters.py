@@ -16,7 +16,7 @@ log = logging.getLogger("vllm.ttt")
 
 
 def label(key: str, boot: str, stamp: int) -> str:
-    """The path of a user's adapter. vLLM keys its prefix cache by name and path, so each state of a user has its own."""
+    """The path of a user's adapter. vLLM's prefix cache is keyed by it, so each state of a user has its own."""
     return f"{PREFIX}{key}@{boot}.{stamp}"
 
 

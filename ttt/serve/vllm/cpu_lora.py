@@ -1,8 +1,8 @@
 """vLLM's low-rank product on the CPU, for batches in which some tokens belong to no user.
 
-vLLM indexes the stacked adapters with -1 for such tokens, which reads the *last slot*: beside a user's request, the base
-model's requests would be computed with that user's weights. This one leaves their rows alone, bit for bit, and gathers no
-weights for each token.
+vLLM indexes the stacked adapters with -1 for such tokens, which reads the *last slot*: beside a user's request, the
+base model's requests would be computed with that user's weights. This one leaves their rows alone, bit for bit, and
+gathers no weights for each token.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who sends a request, and what they want learnt of it: read from authenticated headers before vLLM sees the request."""
+"""Who sends a request, and whether it may teach: read from authenticated headers before vLLM sees the request."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Turn:
 
 
 current: contextvars.ContextVar[Turn | None] = contextvars.ContextVar("ttt_turn", default=None)
-"""The turn that is being handled. It is lost where the response of a stream is made: read it in a plain function before."""
+"""The turn that is being handled. It is lost where a stream's response is made: read it in a plain function before."""
 identity_of: contextvars.ContextVar[Identity | None] = contextvars.ContextVar("ttt_identity", default=None)
 
 

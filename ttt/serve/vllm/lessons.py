@@ -112,10 +112,15 @@ def _slices(first: int, end: int, size: int) -> Generator[tuple[int, int, bool],
 
 @contextlib.contextmanager
 def _using(learner: Learner, user: str, hidden: Tensor) -> Iterator[Tensor]:
-    """Inside, the top blocks may be run for ``user`` on the tokens whose ``hidden`` states are given: the user's slot."""
+    """Inside, the top blocks run for ``user``, on tokens whose ``hidden`` states are given: the user's slot."""
     pool, given = learner.pool, learner.model.model.embed_tokens
     assert pool is not None
-    with torch.inference_mode(False), learner.access.enter("a lesson"), frozen(learner.model), pool.using([user]) as slots:
+    with (
+        torch.inference_mode(False),
+        learner.access.enter("a lesson"),
+        frozen(learner.model),
+        pool.using([user]) as slots,
+    ):
         given.rows = hidden
         try:
             yield slots

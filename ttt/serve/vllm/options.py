@@ -68,8 +68,8 @@ class Options:
         check_choice("TTT_VLLM_IDENTITY", self.identity, ("keys", "header"))
         if (self.identity == "keys") != bool(self.keys):
             raise ValueError(
-                "TTT_VLLM_KEYS must be the path of a file of API keys if, and only if, TTT_VLLM_IDENTITY is 'keys' (the default), "
-                f"got {self.keys!r} with TTT_VLLM_IDENTITY={self.identity!r}"
+                "TTT_VLLM_KEYS must be the path of a file of API keys if, and only if, TTT_VLLM_IDENTITY is 'keys' "
+                f"(the default), got {self.keys!r} with TTT_VLLM_IDENTITY={self.identity!r}"
             )
         check_choice("TTT_VLLM_LEARN", self.learn, ("on", "off"))
         check_choice("TTT_VLLM_UNTESTED", self.untested, ("", "gpu"))
@@ -78,8 +78,8 @@ class Options:
         check_whole("TTT_VLLM_WINDOW", self.window, 1)
         if self.rank + self.window > RANKS[-1]:
             raise ValueError(
-                f"TTT_VLLM_RANK + TTT_VLLM_WINDOW must be at most {RANKS[-1]}, got {self.rank} + {self.window}: larger adapters "
-                "are not served by vLLM"
+                f"TTT_VLLM_RANK + TTT_VLLM_WINDOW must be at most {RANKS[-1]}, got {self.rank} + {self.window}: "
+                "vLLM serves no larger adapters"
             )
         if not isinstance(self.layers, str) or last_blocks(self.layers) is None:
             raise ValueError(f"TTT_VLLM_LAYERS must be as 'last:0.25' or 'last:4', got {self.layers!r}")
@@ -98,8 +98,10 @@ class Options:
             ValueError: for a value that is not allowed; it names the variable, the value and what is.
         """
         values: dict[str, Any] = {"store": ""}
-        for field in dataclasses.fields(cls):
-            name = PREFIX + field.name.upper()
+        names = [PREFIX + field.name.upper() for field in dataclasses.fields(cls)]
+        if unknown := sorted(name for name in environment if name.startswith(PREFIX) and name not in names):
+            raise ValueError(f"{unknown[0]} is no option of the plugin; there are {', '.join(names)}")
+        for name, field in zip(names, dataclasses.fields(cls), strict=True):
             text = environment.get(name, "")
             if text:
                 values[field.name] = _parsed(name, text, type(field.default))

@@ -19,7 +19,7 @@ def add_routes(app: Any, state: Any) -> None:
         seats: Seats = state.seats()
         async with seats.hold(_allowed(user)) as seat:
             await seat.settled()
-            seat.known |= {name: value for name, value in (await seats.engine.call("status", user)).items()}
+            seat.known = await seats.engine.call("status", user)
             return {"id": user, **{name: seat.known[name] for name in SHOWN}}
 
     async def forget(user: str) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def add_routes(app: Any, state: Any) -> None:
         try:
             version = (await request.json())["version"]
         except (ValueError, KeyError, TypeError):
-            raise BadRequest("the body must be JSON with a version, as {\"version\": 3}", param="version") from None
+            raise BadRequest('the body must be JSON with a version, as {"version": 3}', param="version") from None
         if not isinstance(version, int) or isinstance(version, bool) or not 0 <= version < 2**63:
             raise BadRequest(f"version must be a whole number of at least 0, got {version!r:.40}", param="version")
         known = await seats.rollback(user, version)

@@ -30,7 +30,7 @@ def check_version(found: str | None = None) -> None:
     found = found or installed_version()
     if found is None or found.partition("+")[0] not in VERSIONS:
         raise RuntimeError(
-            f"ttt serves users inside vLLM {', '.join(VERSIONS)}, but vLLM {found} is installed: it was not tested, and "
+            f"ttt serves users in vLLM {', '.join(VERSIONS)}, but vLLM {found} is installed: it was not tested, and "
             "may not keep users apart. Install a tested version, or start vLLM without TTT_VLLM_STORE."
         )
 
@@ -80,7 +80,9 @@ def check_config(config: Any, options: Options) -> None:
     if not set(names) & set(ARCHITECTURES):
         raise ValueError(f"ttt can serve users of models {', '.join(ARCHITECTURES)}, got {', '.join(names) or 'none'}")
     if model.quantization is not None:
-        raise ValueError(f"ttt cannot serve users of quantized weights ({model.quantization}): learning needs the weights")
+        raise ValueError(
+            f"ttt cannot serve users of quantized weights ({model.quantization}): learning needs the weights"
+        )
     device = config.device_config.device_type
     if device != "cpu" and options.untested != "gpu":
         raise ValueError(

@@ -1,7 +1,7 @@
 """The blocks that learn, as a transformers model on vLLM's own weights.
 
-Learning needs a backward pass, which vLLM's kernels do not have. The blocks below the lowest that learns are not needed:
-vLLM has computed them, and their output is captured.
+Learning needs a backward pass, which vLLM's kernels do not have. The blocks below the lowest that learns are not
+needed: vLLM has computed them, and their output is captured.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def top_blocks(model: Any, hf_config: Any, first: int) -> nn.Module:
         found = head[: config.vocab_size] if name == "lm_head.weight" else _weight(model, name, config, first)
         if found.shape != parameter.shape:
             raise RuntimeError(
-                f"{name} must have shape {tuple(parameter.shape)}, got {tuple(found.shape)}: vLLM has dropped or repacked "
-                "it, and the blocks that learn cannot be computed"
+                f"{name} must have shape {tuple(parameter.shape)}, got {tuple(found.shape)}: vLLM has dropped or "
+                "repacked it, and the blocks that learn cannot be computed"
             )
         module, _, attribute = name.rpartition(".")
         setattr(top.get_submodule(module), attribute, nn.Parameter(found.detach(), requires_grad=False))

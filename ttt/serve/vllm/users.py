@@ -1,6 +1,7 @@
 """The users in vLLM's worker: opening, learning, forgetting. All of it runs between two steps of the model.
 
-What takes longer than a step may is a generator, which is taken on by further calls: learning, and waiting for the store.
+What takes longer than a step may is a generator, which is taken on by further calls: learning, and waiting for the
+store.
 """
 
 from __future__ import annotations
@@ -67,11 +68,12 @@ class Users:
         self.capture = Capture(runner, options.captured)
         model.model.layers[blocks.start].register_forward_pre_hook(self.capture.before_block)
         self._stamps, self._tickets = itertools.count(1), itertools.count(1)
+        self._stamp: dict[str, int] = {}  # by user, another one for each state of their weights
         self._running: dict[int, Generator[float, None, Any]] = {}
         self._threads = concurrent.futures.ThreadPoolExecutor(2, "ttt-io")
         atexit.register(self.close)
 
-    # -- what the API server calls ----------------------------------------------------------------------------------
+    # -- what the API server calls ------------------------------------------------------------------------------------
 
     def begin(self, operation: str, *arguments: Any) -> tuple[str, Any, Any]:
         """Begin one of `OPERATIONS`; see `proceed`."""
@@ -119,7 +121,7 @@ class Users:
     # -- operations ---------------------------------------------------------------------------------------------------
 
     def open(self, user: str, key: str, kept: list[str]) -> Steps[dict[str, Any]]:
-        """Give ``user`` a slot; users who are not ``kept`` make room. ``key`` stands for the user in adapters' paths."""
+        """Give ``user`` a slot; users who are not ``kept`` make room. ``key`` is the user's in adapters' paths."""
         waited = 0.0
         while True:
             fetched = yield from self._in_thread(self.sessions.fetch, user)
@@ -139,19 +141,16 @@ class Users:
                     yield _IO_WAIT
                     continue
                 self.sessions.evict(leaving)
-                self.adapters.remove(leaving)
+                self._remove(leaving)
             installed = True  # or the lease was released
             self.sessions.install(fetched)
         finally:
             if not installed:
                 self.sessions.discard(fetched)
         self.adapters.introduce(key, user)
-        self.adapters.publish(user)
-        return self._described(user)
+        return self._publish(user)
 
-    def learn(
-        self, user: str, captured: str, ids: list[int], taught: list[bool], start: int
-    ) -> Steps[dict[str, Any]]:
+    def learn(self, user: str, captured: str, ids: list[int], taught: list[bool], start: int) -> Steps[dict[str, Any]]:
         """Let ``user`` learn from the tokens ``ids`` of a captured prompt, which stand at ``start`` in it.
 
         What was learnt is in effect at the end, and is stored soon.
@@ -172,16 +171,13 @@ class Users:
                     learnt = done.value
                     break
                 yield 0.0
+            self.sessions.learnt(user, learnt.tokens)
         except BaseException:  # a client that does not wait any more included
             if self.sessions.get(user) is not None:
                 self.pool.load(user, before)
             raise
-        if self.sessions.get(user) is None:
-            raise Conflict("nothing was learnt: the user was forgotten meanwhile")
-        self.adapters.publish(user)
-        self.sessions.learnt(user, learnt.tokens)
         rows = {"slices": learnt.slices, "ms": learnt.milliseconds, "longest_ms": learnt.longest, "nll": learnt.nll}
-        return {**self._described(user), "learnt": learnt.tokens, **rows}
+        return {**self._publish(user), "learnt": learnt.tokens, **rows}
 
     def stored(self, user: str) -> Steps[dict[str, Any]]:
         """Wait until the store has everything that ``user`` has learnt so far."""
@@ -196,7 +192,7 @@ class Users:
     def forget(self, user: str) -> Steps[None]:
         """Remove everything of ``user``, here and in the store; from now on their requests get the base model."""
         self.sessions.drop(user)
-        self.adapters.remove(user)
+        self._remove(user)
         yield from self._in_thread(self.sessions.erase, user)
 
     def rollback(self, user: str, version: int) -> Steps[dict[str, Any]]:
@@ -205,8 +201,7 @@ class Users:
         yield from self.stored(user)
         fetched = yield from self._in_thread(self.sessions.rolled_back, session, version)
         self.sessions.install(fetched)
-        self.adapters.publish(user)
-        return self._described(user)
+        return self._publish(user)
 
     def status(self, user: str) -> Steps[dict[str, Any]]:
         """What is known of ``user``, who has a slot."""
@@ -219,7 +214,7 @@ class Users:
         return None
         yield 0.0
 
-    # -- inner ----------------------------------------------------------------------------------------------------------
+    # -- inner --------------------------------------------------------------------------------------------------------
 
     def _in_thread(self, function: Callable[..., T], *arguments: Any) -> Steps[T]:
         future = self._threads.submit(function, *arguments)
@@ -227,12 +222,23 @@ class Users:
             yield _IO_WAIT
         return future.result()
 
+    def _publish(self, user: str) -> dict[str, Any]:
+        """Put what has changed of ``user`` into effect, under a new stamp: the user's counters."""
+        self.adapters.publish(user)
+        self._stamp[user] = next(self._stamps)
+        return self._described(user)
+
+    def _remove(self, user: str) -> None:
+        """Take a user who has no slot any more out of vLLM."""
+        self.adapters.remove(user)
+        self._stamp.pop(user, None)
+
     def _described(self, user: str) -> dict[str, Any]:
-        """A user's counters. The stamp is new: the caller has changed the user's weights, or does not know them."""
+        """A user's counters."""
         session: Session = self.sessions.use(user)
         first = next(iter(self.pool.layers.values()))
         return {
-            "stamp": next(self._stamps), "updates": session.updates, "tokens": session.tokens,
+            "stamp": self._stamp[user], "updates": session.updates, "tokens": session.tokens,
             "stored": session.stored, "version": session.version, "read_only": session.read_only,
             "rows": int(first.rows[self.pool.slot(user)]), "captured": self.capture.tokens,
         }  # fmt: skip
