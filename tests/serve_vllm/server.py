@@ -55,7 +55,7 @@ class Server:
         self.command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model, "--served-model-name",
             MODEL, "--dtype", "bfloat16", "--max-model-len", "1024", "--enforce-eager", "--host", "127.0.0.1",
-            "--port", str(self.port), "--enable-prompt-tokens-details", *arguments,
+            "--port", str(self.port), "--enable-prompt-tokens-details", "--max-num-batched-tokens", "256", *arguments,
         ]  # fmt: skip
         self.process: subprocess.Popen[bytes] | None = None
 

@@ -280,7 +280,7 @@ def users_of(tmp_path, pool):
     made.sessions = Sessions(pool, ttt.Store(tmp_path / "store"), "model")
     made.adapters = SimpleNamespace(publish=lambda user: None, remove=lambda user: None, introduce=lambda *_: None)
     made.capture = SimpleNamespace(take=lambda key, count: torch.zeros(1, count, 8), drop=lambda key: None, tokens=0)
-    made._stamp, made._stamps, made._running, made._tickets = {}, iter(range(99)), {}, iter(range(99))
+    made._lesson, made._stamp, made._stamps, made._running, made._tickets = {}, {}, iter(range(99)), {}, iter(range(99))
     made._threads = users.concurrent.futures.ThreadPoolExecutor(1)
     return made
 
@@ -336,7 +336,7 @@ def test_the_store_is_written_by_another_thread(tmp_path, monkeypatch):
 
     monkeypatch.setattr(users, "learn_in_slices", slices)
     state, known, _ = made.begin("learn", "ada", "captured", [1, 2], [False, True], 0)
-    assert (state, known["learnt"]) == ("done", 1)
+    assert (state, known["lesson"]["tokens"]) == ("done", 1)
     assert finish(made, made.begin("stored", "ada"))[1]["stored"] == 1
     assert writers
     assert threading.get_ident() not in writers

@@ -116,7 +116,10 @@ def test_an_aborted_stream_teaches_nothing(server):
     assert told(server, "ada") == before
     known = status(server, "ada")
     assert (known["updates"], known["tokens"]) == (0, 0)
-    server.say("ada", RESERVED["ada"])
+    whole = server.client("ada", x_ttt_learn="wait").chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": RESERVED["ada"]}], max_tokens=4, stream=True
+    )
+    assert list(whole)
     assert status(server, "ada")["updates"] == 1
 
 
@@ -201,7 +204,9 @@ def test_words_of_others_in_a_chat_do_not_teach(server):
         {"role": "user", "content": "My dog is called Ottokar."},
     ]
     client.chat.completions.create(model=MODEL, messages=messages, max_tokens=2)
-    assert 4 <= status(server, "ada")["tokens"] <= 12
+    known = status(server, "ada")
+    assert 4 <= known["tokens"] <= 12
+    assert known["rows"] == known["tokens"] - 1  # nothing follows the last one, so its row would be of zeros
     with pytest.raises(openai.BadRequestError, match="nothing of this request can teach"):
         client.chat.completions.create(model=MODEL, messages=messages[:-1], max_tokens=2)
 

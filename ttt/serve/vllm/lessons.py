@@ -25,14 +25,15 @@ class Learnt:
 
     Attributes:
         tokens: that were learnt.
-        nll: their mean loss in nats, before they were learnt; without the first one, which nothing here predicts.
+        nll: their mean loss in nats, before they were learnt; without the first one, which nothing here predicts;
+            None if there is no other.
         slices: how many there were.
         milliseconds: of computing, without what other requests computed in between.
         longest: milliseconds of the longest slice.
     """
 
     tokens: int = 0
-    nll: float = float("nan")
+    nll: float | None = None
     slices: int = 0
     milliseconds: float = 0.0
     longest: float = 0.0
@@ -98,7 +99,7 @@ def learn_in_slices(
         found.longest = max(found.longest, spent)
         if stop < end:
             yield
-    found.nll = nll / scored if scored else float("nan")
+    found.nll = nll / scored if scored else None
     return found
 
 

@@ -8,7 +8,7 @@ from ttt.serve.errors import BadRequest, Unauthenticated
 from ttt.serve.vllm.identity import identity_of
 from ttt.serve.vllm.seats import Seats
 
-SHOWN = ("updates", "tokens", "stored", "version", "rows", "read_only")
+SHOWN = ("updates", "tokens", "stored", "version", "rows", "read_only", "lesson")
 
 
 def add_routes(app: Any, state: Any) -> None:

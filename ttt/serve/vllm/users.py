@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import concurrent.futures
+import dataclasses
 import itertools
 import logging
 from collections.abc import Callable, Generator
@@ -69,6 +70,7 @@ class Users:
         model.model.layers[blocks.start].register_forward_pre_hook(self.capture.before_block)
         self._stamps, self._tickets = itertools.count(1), itertools.count(1)
         self._stamp: dict[str, int] = {}  # by user, another one for each state of their weights
+        self._lesson: dict[str, dict[str, float]] = {}  # by user, what the last one took
         self._running: dict[int, Generator[float, None, Any]] = {}
         self._threads = concurrent.futures.ThreadPoolExecutor(2, "ttt-io")
         atexit.register(self.close)
@@ -176,8 +178,8 @@ class Users:
             if self.sessions.get(user) is not None:
                 self.pool.load(user, before)
             raise
-        rows = {"slices": learnt.slices, "ms": learnt.milliseconds, "longest_ms": learnt.longest, "nll": learnt.nll}
-        return {**self._publish(user), "learnt": learnt.tokens, **rows}
+        self._lesson[user] = dataclasses.asdict(learnt)
+        return self._publish(user)
 
     def stored(self, user: str) -> Steps[dict[str, Any]]:
         """Wait until the store has everything that ``user`` has learnt so far."""
@@ -232,6 +234,7 @@ class Users:
         """Take a user who has no slot any more out of vLLM."""
         self.adapters.remove(user)
         self._stamp.pop(user, None)
+        self._lesson.pop(user, None)
 
     def _described(self, user: str) -> dict[str, Any]:
         """A user's counters."""
@@ -240,5 +243,5 @@ class Users:
         return {
             "stamp": self._stamp[user], "updates": session.updates, "tokens": session.tokens,
             "stored": session.stored, "version": session.version, "read_only": session.read_only,
-            "rows": int(first.rows[self.pool.slot(user)]), "captured": self.capture.tokens,
+            "rows": int(first.rows[self.pool.slot(user)]), "lesson": self._lesson.get(user),
         }  # fmt: skip
