@@ -285,12 +285,13 @@ def test_several_answers_teach_nothing_and_are_served_with_learning_off(server):
 def test_a_long_prompt_is_captured_in_parts_while_others_are_answered(server):
     async def both():
         others = [asyncio.to_thread(server.say, "bob", "Count to a hundred.", learn="off", tokens=60) for _ in range(2)]
-        return await asyncio.gather(asyncio.to_thread(server.say, "ada", LONG), *others)
+        said = asyncio.to_thread(server.say, "ada", f"{LONG} {RESERVED['ada']}")
+        return await asyncio.gather(said, *others)
 
-    before = mean(server.logprobs("ada", LONG))
+    before = told(server, "ada")
     asyncio.run(both())
-    assert status(server, "ada")["tokens"] > 300
-    assert mean(server.logprobs("ada", LONG)) > before + 0.3
+    assert status(server, "ada")["tokens"] > 300  # a step of this server has 256 at most
+    assert told(server, "ada") > before + 0.1
 
 
 def test_names_of_users_reach_neither_logs_nor_metrics(server):
