@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from torch import Tensor
 
 import ttt
 from ttt.config import TTTConfig
-from ttt.files import write_atomically
 from ttt.per_user.pool import Pool
+from ttt.serve.calibration import SHARED, calibrate_once, default_file, weights_name
 
-SHARED = ("importance_m", "importance_n", "memory", "seen", "basis", "output_basis", "calibrated")
-"""Buffers of `ttt.nn.LowRankLinear` that are measured by `ttt.Learner.calibrate`."""
 log = logging.getLogger("vllm.ttt")
 
 
@@ -31,60 +26,33 @@ def calibrate(pool: Pool, config: TTTConfig, model: Any, path: str) -> str:
         pool: of the top blocks; its layers have the names of the whole model's modules.
         config: of its layers.
         model: vLLM's ``ModelConfig``.
-        path: of the file; "" for one in ``~/.cache/ttt``, named by a digest of the model.
+        path: of the file; "" for `ttt.serve.calibration.default_file`.
 
     Returns:
         A short name of the model's weights: users of another model are refused.
 
     Raises:
-        ValueError: if the file is of another model or configuration.
+        ValueError: as `ttt.serve.calibration.calibrate_once`.
     """
-    digest = _digest(pool, config)
-    file = Path(path) if path else Path.home() / ".cache" / "ttt" / f"calibration-{digest[:16]}.safetensors"
-    if not file.exists():
-        began = time.perf_counter()
-        log.info("measuring what must not be forgotten, into %s", file)
-        found = _measured(pool, config, model)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, safetensors.torch.save(found, {"digest": digest}))
-        log.info("measured in %.0f s", time.perf_counter() - began)
-    with safetensors.safe_open(file, "pt") as held:
-        if (held.metadata() or {}).get("digest") != digest:
-            raise ValueError(f"{file} must be the calibration of this model and configuration, got that of another")
-        for name, layer in pool.layers.items():
-            for buffer in SHARED:
-                if (t := getattr(layer, buffer)) is not None:
-                    t.copy_(held.get_tensor(f"{name}.{buffer}"))
-    return _weights_digest(pool)[:16]
-
-
-def _digest(pool: Pool, config: TTTConfig) -> str:
-    """Of the configuration and the weights that learn."""
-    return hashlib.sha256(f"{sorted(config.to_dict().items())} {_weights_digest(pool)}".encode()).hexdigest()
-
-
-def _weights_digest(pool: Pool) -> str:
-    """Of samples of the weights that learn."""
-    made = hashlib.sha256()
-    for name, layer in pool.layers.items():
-        made.update(name.encode() + str(tuple(layer.weight.shape)).encode())
-        made.update(layer.weight[::97, ::89].float().cpu().numpy().tobytes())
-    return made.hexdigest()
+    file = Path(path) if path else default_file(pool)
+    began = time.perf_counter()
+    if calibrate_once(pool, file, lambda: _measure(pool, config, model)):
+        log.info("what must not be forgotten was measured in %.0f s", time.perf_counter() - began)
+    return weights_name(pool)
 
 
 @torch.inference_mode(False)
-def _measured(pool: Pool, config: TTTConfig, model: Any) -> dict[str, Tensor]:
+def _measure(pool: Pool, config: TTTConfig, model: Any) -> None:
+    """Calibrate the whole model, loaded once more, and copy what its layers hold into those of ``pool``."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    log.info("measuring what must not be forgotten")
     source = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     whole = AutoModelForCausalLM.from_pretrained(model.model, dtype=model.dtype, **source).eval()
     tokenizer = AutoTokenizer.from_pretrained(model.tokenizer, **source)
     ttt.adapt_(whole, config, filter_fn=lambda module, name: name in pool.layers)
     ttt.Learner(whole).calibrate(tokenizer=tokenizer)
-    layers = ttt.pool_of(whole).layers
-    return {
-        f"{name}.{buffer}": t.contiguous().cpu()
-        for name, layer in layers.items()
-        for buffer in SHARED
-        if (t := getattr(layer, buffer)) is not None
-    }
+    for name, layer in ttt.pool_of(whole).layers.items():
+        for buffer in SHARED:
+            if (t := getattr(layer, buffer, None)) is not None:
+                getattr(pool.layers[name], buffer).copy_(t)
