@@ -3,6 +3,7 @@
 #   demo   writes report/index.html; also demo-byte      quick  some tests, in about 55 s
 #   serve  a server of SmolLM2 at http://127.0.0.1:8000
 #   test-vllm  the vLLM plugin, with a real server, in .venv-vllm
+#   test-ray   tests of replicas in a Ray cluster
 #   docs   the documentation, into site/                 lint, format
 #   bench-learning, bench-language, bench, bench-check  the benchmarks of methods, on a real language model, of kernels
 VENV ?= .venv
@@ -11,6 +12,7 @@ BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_PIP := $(VLLM_BIN)/python -m pip --disable-pip-version-check install --quiet
+RAY_VENV ?= .venv-ray
 LAYER_SUITES := decode,window_linear,fisher,observe,generate,loops
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
@@ -23,8 +25,8 @@ BUILD_REQUIRES := 'setuptools>=77' 'pybind11>=2.12' ninja
 DOCS_REQUIRES := 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.26'
 LINT_REQUIRES := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 
-.PHONY: build demo demo-byte serve test test-vllm quick docs bench-learning bench-language benchmark bench bench-check
-.PHONY: lint format clean
+.PHONY: build demo demo-byte serve test test-vllm test-ray quick docs bench-learning bench-language benchmark bench
+.PHONY: bench-check lint format clean
 
 build: $(VENV)/.build
 
@@ -48,6 +50,11 @@ test-vllm: $(VLLM_VENV)/.ready $(VLLM_VENV)/smollm2/model.safetensors
 # Without the tests that tests/selection.py marks as slow, in two processes of one thread each.
 quick: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+
+# Replicas in a Ray cluster on this machine, in about 4 minutes. Ray has a virtual environment of its own: it requires many
+# packages, in versions that other tests need not have.
+test-ray: $(RAY_VENV)/.ray
+	OMP_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0 $(RAY_VENV)/bin/python -m pytest tests/serve/test_ray.py
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
@@ -150,6 +157,11 @@ $(VLLM_VENV)/.ready: $(VLLM_VENV)/.installed $(SOURCES)
 
 $(VLLM_VENV)/smollm2/model.safetensors: $(VLLM_VENV)/.ready
 	$(VLLM_BIN)/python tests/serve_vllm/save_model.py $(@D)
+
+$(RAY_VENV)/.ray: pyproject.toml constraints.txt $(SOURCES)
+	$(MAKE) VENV=$(RAY_VENV) $(RAY_VENV)/.test
+	$(RAY_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt 'ray[serve]>=2.50'
+	touch $@
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/python
 	$(PIP) $(DOCS_REQUIRES)

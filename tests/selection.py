@@ -49,6 +49,7 @@ SLOW = (
     "serve/test_command.py::test_a_request_that_is_under_way_is_finished_when_the_server_is_stopped",
     "serve/test_command.py::test_what_was_learnt_is_there_after_a_restart",
     "serve/test_page.py",
+    "serve/test_replicas.py",
     "serve/test_service.py::test_a_study_gives_way_to_a_request_and_is_done_later",
     "serve/test_service.py::test_what_was_acknowledged_survives_a_kill",
     "serve/test_service.py::test_what_was_said_is_studied_when_nothing_else_is_to_be_done",

@@ -21,10 +21,20 @@ NAME = "tiny"
 def served(service, keys=None, limits=None, seconds=60.0, metrics=None, **options):
     """The URL of a server of ``service``, which is drained at the end."""
     server = Server(service, keys or NoKeys(), NAME, metrics or Metrics(), limits or RateLimits(), seconds)
+    try:
+        with listening(create_app(server, **options)) as url:
+            yield url
+    finally:
+        if service.alive:
+            service.drain()
+
+
+@contextlib.contextmanager
+def listening(app):
+    """The URL of a real HTTP server of ``app``."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(server, **options), log_level="error", lifespan="off")
-    web = uvicorn.Server(config)
+    web = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
     thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
@@ -35,8 +45,6 @@ def served(service, keys=None, limits=None, seconds=60.0, metrics=None, **option
     finally:
         web.should_exit = True
         thread.join(30)
-        if service.alive:
-            service.drain()
 
 
 def client_of(url, key="none", **headers):

@@ -81,15 +81,14 @@ def adapted(model: nn.Module, *, slots: int, lr: float | None = None) -> ttt.Lea
     return ttt.Learner(ttt.adapt_(model, config), episodes=ttt.EpisodeLog())
 
 
-def build_service(options: ServeOptions, observer: Any = None, say: Any = lambda text: None) -> tuple[Service, str]:
-    """Load, adapt and calibrate the model, and start a service: (service, the model's name).
+def build_learner(options: ServeOptions, say: Any = lambda text: None) -> tuple[ttt.Learner, Any]:
+    """Load, adapt and calibrate the model: (its learner, its tokenizer). Servers with the same options learn alike.
 
     Args:
-        observer: of the service.
         say: called with what is being done.
 
     Raises:
-        ValueError, OSError, ImportError: if the model, the store or an option is not usable.
+        ValueError, OSError, ImportError: if the model or an option is not usable.
     """
     if options.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
@@ -100,6 +99,21 @@ def build_service(options: ServeOptions, observer: Any = None, say: Any = lambda
     file = options.calibration or default_file(learner.pool)
     say("measuring what the model must not forget, on text that it writes, if that was not done before")
     calibrate_once(learner.pool, file, lambda: learner.calibrate(tokenizer=tokenizer))
+    return learner, tokenizer
+
+
+def build_service(options: ServeOptions, observer: Any = None, say: Any = lambda text: None) -> tuple[Service, str]:
+    """Load, adapt and calibrate the model, and start a service: (service, the model's name).
+
+    Args:
+        observer: of the service.
+        say: called with what is being done.
+
+    Raises:
+        ValueError, OSError, ImportError: if the model, the store or an option is not usable.
+    """
+    learner, tokenizer = build_learner(options, say)
+    assert learner.pool is not None
     limits = Limits(
         rows=options.rows, waiting=options.waiting, context=options.context,
         learning_share=options.learning_share, study_after=options.study_after,

@@ -25,7 +25,7 @@ from ttt.serve.teaching import Lesson
 from ttt.store import Store
 
 log = logging.getLogger("ttt.serve")
-_REOPEN = 5.0  # seconds after which a user who can only be read is opened again
+_REOPEN = 5.0  # seconds after which a user who can only be read is opened again, or sooner with short leases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +132,7 @@ class Service:
         self.limits = limits or Limits()
         self.observer: Any = observer or Silent()
         self.context = min(self.limits.context, learner.context)
+        self.reopen_after = min(_REOPEN, lease_seconds / 8)
         self.sessions = Sessions(
             self.pool, store, model_id, lease_seconds=lease_seconds, on_stored=self.observer.stored
         )  # fmt: skip
@@ -378,7 +379,7 @@ class Service:
         if (
             session is not None
             and session.read_only
-            and time.monotonic() - session.opened > _REOPEN
+            and time.monotonic() - session.opened > self.reopen_after
             and not waits.active
         ):
             self.sessions.drop(user)
