@@ -59,8 +59,9 @@ def calibrate(pool: Pool, config: TTTConfig, model: Any, path: str) -> str:
 
 
 def _digest(pool: Pool, config: TTTConfig) -> str:
-    """Of the configuration and the weights that learn."""
-    return hashlib.sha256(f"{sorted(config.to_dict().items())} {_weights_digest(pool)}".encode()).hexdigest()
+    """Of what is measured: the configuration, without sizes and speeds of learning, and the weights that learn."""
+    measured = {name: value for name, value in config.to_dict().items() if name not in ("per_user", "lr", "chunk")}
+    return hashlib.sha256(f"{sorted(measured.items())} {_weights_digest(pool)}".encode()).hexdigest()
 
 
 def _weights_digest(pool: Pool) -> str:
