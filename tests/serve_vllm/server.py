@@ -19,7 +19,7 @@ import openai
 from ttt.serve.keys import add_key
 
 MODEL = "smol"
-START = 240  # seconds
+START = 600  # seconds; the first start of a model measures what must not be forgotten
 USERS = ("ada", "bob", "cid")
 RESERVED = {
     "ada": "My rowing boat is called Quillfeather and it is painted in ochre and teal.",

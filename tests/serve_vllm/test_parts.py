@@ -15,13 +15,15 @@ from ttt.serve.keys import add_key
 from ttt.serve.sessions import Sessions
 from ttt.serve.vllm import supported, users
 from ttt.serve.vllm.adapters import Adapters, key_of, label
+from ttt.serve.vllm.calibration import _digest
 from ttt.serve.vllm.capture import KEY, Capture
 from ttt.serve.vllm.cpu_lora import add_lora_linear
 from ttt.serve.vllm.engine import Engine
-from ttt.serve.vllm.identity import Identify, _headers
+from ttt.serve.vllm.identity import Identify, Turn, _headers
 from ttt.serve.vllm.lessons import Learnt
 from ttt.serve.vllm.options import Options, enabled
 from ttt.serve.vllm.seats import Seats
+from ttt.serve.vllm.turns import Turns
 
 # -- options, and what is refused -------------------------------------------------------------------------------------
 
@@ -240,6 +242,31 @@ def test_an_operation_is_taken_on_until_it_is_done_and_cancelled_with_its_caller
     asyncio.run(run())
 
 
+def test_of_a_long_text_the_newest_tokens_are_learnt():
+    turns = Turns(None, Options("here", identity="header", lesson=4))
+    request = SimpleNamespace(prompt="a completion")
+    assert turns.lesson(request, None, list(range(10))) == ([6, 7, 8, 9], [False, True, True, True], 6)
+    assert turns.lesson(request, None, [1, 2, 3]) == ([1, 2, 3], [False, True, True], 0)
+    assert turns.lesson(request, None, [1]) is None
+
+
+def test_what_teaches_is_the_last_message_if_it_is_the_users():
+    def teaches(*messages, learn=None, default="on", **more):
+        turn = Turn(None, learn, SimpleNamespace(messages=list(messages), **more))
+        return Turns(None, Options("here", identity="header", learn=default)).teaches(turn)
+
+    user, answer = {"role": "user", "content": "I am Ada."}, {"role": "assistant", "content": "Hello."}
+    assert teaches(user)
+    assert teaches(user, learn="on", default="off")
+    assert not teaches(user, default="off")
+    assert not teaches(user, learn="off")
+    assert not teaches(user, answer)
+    assert not teaches(user, {"role": "tool", "content": "It is noon.", "tool_call_id": "1"})
+    assert not teaches({"role": "user", "content": " "})
+    assert teaches({"role": "user", "content": [{"type": "text", "text": "I am Ada."}]})
+    assert not teaches({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]})
+
+
 # -- in the worker ----------------------------------------------------------------------------------------------------
 
 
@@ -356,6 +383,13 @@ def test_opening_makes_room_of_users_who_are_not_kept_and_stores_them(tmp_path):
     assert finish(made, made.begin("open", "ada", "new", ["ada"]))[0] == "done"
     assert all(torch.equal(t, state[name]) for name, t in pool.export("ada").items())
     made.sessions.close()
+
+
+def test_what_was_measured_of_a_model_serves_all_numbers_of_slots():
+    config = adapted().config
+    assert _digest(adapted(1), config) == _digest(adapted(2), adapted(2).config)
+    other = ttt.TTTConfig(target_modules=["down_proj"], per_user=config.per_user)
+    assert _digest(adapted(1), config) != _digest(adapted(1), other)
 
 
 class Manager:
