@@ -46,7 +46,7 @@ def users_bytes(learner: ttt.Learner, tokenizer: Any, rounds: int) -> tuple[dict
         learner.observe(torch.tensor([lesson.ids]), learn_mask=torch.tensor([lesson.learn]), users=["ada"])
         tokens += lesson.tokens
         talk.append({"turns": number + 1, "tokens": tokens, "bytes": len(encode(pool.export("ada"), {}))})
-    learner.study("ada")
+    learner.study("ada", passes=2)  # the bytes do not depend on how often
     state = pool.export("ada")
     layers = list(pool.layers.values())
     slot = sum((layer.a[0].nbytes + layer.b[0].nbytes) for layer in layers)
@@ -98,8 +98,8 @@ def store_figures(url: str, state: dict[str, torch.Tensor], count: int) -> dict[
 
 @app.command()
 def main(
-    count: Annotated[int, typer.Option(min=10, help="Users of each store.")] = 60,
-    rounds: Annotated[int, typer.Option(min=1, help="How often the four turns are said.")] = 5,
+    count: Annotated[int, typer.Option(min=10, help="Users of each store.")] = 40,
+    rounds: Annotated[int, typer.Option(min=1, help="How often the four turns are said.")] = 3,
     folder: Annotated[Path | None, typer.Option(help="For temporary files, on the disk to measure.")] = None,
     json_file: Annotated[Path, typer.Option("--json")] = Path("bench/serving/results/scale.json"),
 ) -> None:
