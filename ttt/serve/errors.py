@@ -84,6 +84,12 @@ class Unavailable(RequestError):
     status, type, code = 503, "server_error", "unavailable"
 
 
+class HungUp(RequestError):
+    """The client has closed the connection; nobody reads the answer."""
+
+    status, code = 499, "client_closed_request"
+
+
 class TimedOut(RequestError):
     """The request took longer than allowed."""
 

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 
 from ttt.serve.batch import Outcome, Piece, Request
-from ttt.serve.errors import RequestError, TimedOut, as_request_error
+from ttt.serve.errors import HungUp, RequestError, TimedOut, as_request_error
 from ttt.serve.http.metrics import Metrics
 from ttt.serve.sampling import Sampling, TokenScore
 from ttt.serve.service import Service
@@ -76,7 +76,7 @@ class Running:
             http: to cancel the request when its client hangs up; None where something else looks for that.
 
         Raises:
-            RequestError: if the request fails or takes too long. asyncio.CancelledError: if the client hung up.
+            RequestError: if the request fails or takes too long, or the client hung up.
         """
         first, looked = True, self._began
         try:
@@ -87,7 +87,7 @@ class Running:
                 if http is not None and time.monotonic() - looked > _LOOK:
                     looked = time.monotonic()
                     if await http.is_disconnected():
-                        raise asyncio.CancelledError
+                        raise HungUp("the client has closed the connection")
                 try:
                     event = await asyncio.wait_for(self._events.get(), min(left, _LOOK))
                 except asyncio.TimeoutError:
