@@ -57,7 +57,7 @@ def prices() -> list[str]:
 def soak() -> list[str]:
     """What came of half an hour with kills and evictions."""
     found = _load("soak.json")
-    ends = [life[-1] / 1e9 for life in found["resident_bytes"]]
+    ends = [life[-1] / 1e9 for life in found["resident_bytes"] if life]
     rows = [
         ["users, slots, minutes", f"{found['users']}, {found['slots']}, {found['minutes']:g}"],
         ["kills, evictions", f"{found['kills']}, {found['evictions']}"],

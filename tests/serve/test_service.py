@@ -95,6 +95,22 @@ def test_many_users_at_once_each_end_as_if_alone(model, tmp_path):
         assert [version.number for version in ttt.Store(tmp_path).history(user)] == [4, 3, 2, 1]
 
 
+def test_a_user_who_comes_back_while_the_lease_is_being_given_up_is_learnt_from(model, tmp_path, monkeypatch):
+    service = service_of(model, tmp_path, slots=1)
+    release = ttt.store.Lease.release
+
+    def slowly(lease):
+        time.sleep(0.5)
+        release(lease)
+
+    monkeypatch.setattr(ttt.store.Lease, "release", slowly)
+    for _ in range(2):
+        assert Answer(service, "ada", words(5), lesson_of(), max_tokens=1, wait=True).wait().end.learning == "stored"
+        Answer(service, "bob", words(5), max_tokens=1).wait()  # takes the only slot
+    service.drain()
+    assert ttt.Store(tmp_path).get("ada").meta["updates"] == 2
+
+
 def test_what_was_acknowledged_survives_a_kill(model, tmp_path):
     script = """
         import sys, torch

@@ -44,6 +44,7 @@ class Session:
         version: the number of that version; None if there is none.
         opened: when, by `time.monotonic`.
         writes: one for each update that is to be stored.
+        left: set once the lease was given up.
     """
 
     user: str
@@ -55,6 +56,7 @@ class Session:
     version: int | None = None
     opened: float = dataclasses.field(default_factory=time.monotonic)
     writes: list[concurrent.futures.Future[int]] = dataclasses.field(default_factory=list)
+    left: threading.Event = dataclasses.field(default_factory=threading.Event)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +106,9 @@ class Sessions:
         Raises:
             Conflict: if the version is of another model. Unavailable: if the store failed.
         """
+        leaving = self._writer.leaving.get(user)
+        if leaving is not None:  # the user was evicted a moment ago: the lease may still be ours
+            leaving.left.wait(self.lease_seconds)
         try:
             lease, why = self.store.lease(user, self.lease_seconds), ""
         except LeaseHeld:
@@ -291,6 +296,7 @@ class _Writer:
         self._changed = threading.Condition()
         self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
         self._writing: _Waiting | None = None
+        self.leaving: dict[str, Session] = {}  # by user, whose leases are to be released; the latest of each
         self._released: list[Session] = []
         self._renewed = time.monotonic()
         self._stop = False
@@ -313,21 +319,24 @@ class _Writer:
             while self._writing is not None and self._writing.session is session:
                 self._changed.wait()
             waiting = self._waiting.pop(session.user, waiting)
-            self._released.append(session)
-            self._changed.notify()
+            self._leave(session)
         for future in [] if waiting is None else waiting.futures:
             future.set_exception(Conflict("nothing was stored: the user was forgotten meanwhile"))
 
     def release(self, session: Session) -> None:
         with self._changed:
-            self._released.append(session)
-            self._changed.notify()
+            self._leave(session)
+
+    def _leave(self, session: Session) -> None:
+        self.leaving[session.user] = session
+        self._released.append(session)
+        self._changed.notify()
 
     def close(self, sessions: list[Session], timeout: float | None) -> None:
         with self._changed:
-            self._released += sessions
+            for session in sessions:
+                self._leave(session)
             self._stop = True
-            self._changed.notify()
         self._thread.join(timeout)
 
     def _run(self) -> None:
@@ -339,9 +348,9 @@ class _Writer:
                 if work is not None:
                     del self._waiting[work.session.user]
                     self._writing = work
-                released = [] if self._waiting or work is not None else self._released
-                if released:
-                    self._released = []
+                busy = set(self._waiting) | ({work.session.user} if work is not None else set())
+                released = [session for session in self._released if session.user not in busy]
+                self._released = [session for session in self._released if session.user in busy]
                 if work is None and not released and self._stop:
                     return
             try:
@@ -391,6 +400,10 @@ class _Writer:
             if session.lease is not None:
                 with contextlib.suppress(Exception):  # it expires by itself
                     session.lease.release()
+            session.left.set()
+            with self._changed:
+                if self.leaving.get(session.user) is session:
+                    del self.leaving[session.user]
 
     def _renew(self) -> None:
         """Extend the leases of all users with a slot, a few times in the time of a lease."""
