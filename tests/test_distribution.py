@@ -93,6 +93,9 @@ def installed(wheel, tmp_path_factory):
     return target
 
 
+PAGE = {f"ttt/serve/http/page/{name}" for name in ("index.html", "page.css", "page.js")}
+
+
 def test_the_archive_holds_what_a_build_needs_and_nothing_else(archive):
     with tarfile.open(archive) as file:
         names = {member.name.partition("/")[2] for member in file.getmembers() if member.isfile()}
@@ -100,7 +103,7 @@ def test_the_archive_holds_what_a_build_needs_and_nothing_else(archive):
                if path.suffix in (".cpp", ".h", ".py", ".typed")}  # fmt: skip
     given = {"CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"}
     made = {name for name in names if name in ("PKG-INFO", "setup.cfg") or name.startswith("ttt.egg-info/")}
-    assert names - made == sources | given
+    assert names - made == sources | PAGE | given
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
@@ -109,7 +112,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         report = json.loads(file.read("ttt/_build.json"))
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ttt").rglob("*.py")}
     metadata = {name for name in names if name.startswith("ttt-0.1.0.dist-info/")}
-    assert names - metadata == modules | {f"ttt/{LIBRARY}", "ttt/_build.json", "ttt/py.typed"}
+    assert names - metadata == modules | PAGE | {f"ttt/{LIBRARY}", "ttt/_build.json", "ttt/py.typed"}
     assert report == {"built": True, "reason": ""}
 
 
