@@ -35,11 +35,12 @@ BRIEF_COSTS = {
 COMMITS = ("1024x1024, T = 1, R = 0", "1024x1024, T = 16, R = 0", "4096x4096, T = 1, R = 0", "4096x4096, T = 16, R = 0",
            "4096x4096, T = 16, R = 4", "4096x4096, T = 16, R = 0, 8bit state", "4096x4096, T = 64, R = 0",
            "4096x4096, T = 1024, R = 0")  # fmt: skip
+SERVING = ("server.json", "soak.json")
 DECODES = tuple(f"{size}x{size}, window {window}" for size in (512, 4096) for window in (16, 64, 128))
 
 
 def _load(name: str) -> dict[str, Any]:
-    folder = "kernels" if name.startswith("cpu_") else "learning"
+    folder = "kernels" if name.startswith("cpu_") else "serving" if name in SERVING else "learning"
     return json.loads((ROOT / "bench" / folder / "results" / name).read_text())
 
 
@@ -188,14 +189,23 @@ def _bold(name: str) -> str:
     return f"**{name}**" if name == "ttt" else name
 
 
-def _suite(name: str, make: Callable[[Mapping[str, Any]], list[tuple[str, ...]]]) -> Callable[[], list[str]]:
-    """A table of the suite ``name``, which says so where it has not been run."""
+def _results(name: str, make: Callable[[Mapping[str, Any]], list[tuple[str, ...]]]) -> Callable[[], list[str]]:
+    """A table of the results in the file ``name``."""
 
     def table() -> list[str]:
-        if not (ROOT / f"bench/learning/results/benchmark_{name}.json").exists():
-            return _table(("not yet run",), [])
-        head, *lines = make(_load(f"benchmark_{name}.json"))
+        head, *lines = make(_load(name))
         return _table(head, [_line(*cells) for cells in lines])
+
+    return table
+
+
+def _suite(name: str, make: Callable[[Mapping[str, Any]], list[tuple[str, ...]]]) -> Callable[[], list[str]]:
+    """A table of the suite ``name``, which says so where it has not been run."""
+    file = f"benchmark_{name}.json"
+
+    def table() -> list[str]:
+        there = (ROOT / "bench/learning/results" / file).exists()
+        return _results(file, make)() if there else _table(("not yet run",), [])
 
     return table
 
@@ -221,7 +231,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "language methods": _suite("streams", language.by_method), "language hard": _suite("streams", language.hard),
     "facts run": _suite("facts", facts.about), "facts": _suite("facts", facts.by_scenario),
     "facts costs": _suite("facts", facts.costs), "told": told, "conversation": conversation, "users": users,
-    "server": serving.server, "server prices": serving.prices, "soak": serving.soak,
+    "server": _results("server.json", serving.server), "server prices": _results("server.json", serving.prices),
+    "soak": _results("soak.json", serving.soak),
 }  # fmt: skip
 """Name in the marker -> what makes the table."""
 

@@ -115,7 +115,8 @@ def replay_difference(
     for text in texts:
         lesson = Teaching().lesson(tokenizer, [{"role": "user", "content": text}], context)
         assert lesson is not None
-        learner.observe(torch.tensor([lesson.ids]), learn_mask=torch.tensor([lesson.learn]), users=[user])
+        ids, mask = lesson.tensors()
+        learner.observe(ids, learn_mask=mask, users=[user])
     found = learner.pool.export(user)
     learner.pool.forget(user)
     if set(found) != set(stored):

@@ -43,7 +43,8 @@ def users_bytes(learner: ttt.Learner, tokenizer: Any, rounds: int) -> tuple[dict
         text = TURNS[number % len(TURNS)]
         lesson = Teaching().lesson(tokenizer, [{"role": "user", "content": text}], 2048)
         assert lesson is not None
-        learner.observe(torch.tensor([lesson.ids]), learn_mask=torch.tensor([lesson.learn]), users=["ada"])
+        ids, mask = lesson.tensors()
+        learner.observe(ids, learn_mask=mask, users=["ada"])
         tokens += lesson.tokens
         talk.append({"turns": number + 1, "tokens": tokens, "bytes": len(encode(pool.export("ada"), {}))})
     learner.study("ada", passes=2)  # the bytes do not depend on how often

@@ -22,7 +22,9 @@ import numpy as np
 
 from bench.machine import provenance
 from bench.serving.clients import Streamed, all_at_once
-from bench.serving.server_process import ServerProcess, server
+from bench.serving.servers import ServerProcess, running
+from ttt.demo.language_model import load
+from ttt.serve.main import ServeOptions, adapted
 
 MODEL = "SmolLM2-135M-Instruct"
 RESULTS = Path(__file__).parent / "results" / "server.json"
@@ -97,9 +99,6 @@ def measure_memory(process: ServerProcess, users: int) -> dict[str, Any]:
 
 def slot_bytes() -> int:
     """Bytes of one slot in all layers, by the shapes of the serving configuration."""
-    from ttt.demo.language_model import load
-    from ttt.serve.main import adapted
-
     learner = adapted(load()[0], slots=1)
     assert learner.pool is not None
     tensors = [getattr(layer, name) for layer in learner.pool.layers.values() for name in ("a", "b")]
@@ -115,10 +114,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
     found: dict[str, Any] = provenance("cpu") | {"model": MODEL, "server_threads": options.threads, "answer": TOKENS}
-    largest = str(max(options.users))
+    largest = max(options.users)
     with tempfile.TemporaryDirectory() as place:
-        serve = ("--rows", largest, "--slots", largest, "--waiting", "128", "--study-after", "0")
-        with server(f"{place}/store", *serve, threads=options.threads, log=Path(place) / "log") as process:
+        serve = ServeOptions(store=f"{place}/store", rows=largest, slots=largest, waiting=128, study_after=0.0)
+        with running(serve, Path(place) / "log", options.threads) as process:
             found["prices"] = measure_prices(process, options.rounds)
             found["streams"] = []
             for users in options.users:
@@ -135,7 +134,7 @@ def main() -> None:
             numbers = process.metrics()
             found["store_write_ms"] = _mean_ms(numbers, "ttt_store_write_seconds")
             found["memory"] = measure_memory(process, min(options.users))
-        with server(f"{place}/store", *serve, threads=options.threads, log=Path(place) / "log") as process:
+        with running(serve, Path(place) / "log", options.threads) as process:
             measure_streams(process.url, max(options.users), "off", 0)  # all of them are opened from the store
             found["user_open_ms"] = _mean_ms(process.metrics(), "ttt_user_open_seconds")
     found["memory"]["slot_bytes"] = slot_bytes()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import multiprocessing
 import os
+import re
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 
 from ttt.serve.main import ServeOptions, run
 
@@ -38,8 +42,10 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def _serve(options: ServeOptions, log: Path) -> None:
+def _serve(options: ServeOptions, log: Path, threads: int | None) -> None:
     """Be ``ttt serve`` in a process of its own."""
+    if threads is not None:
+        torch.set_num_threads(threads)
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -54,18 +60,20 @@ class ServerProcess:
     Args:
         options: of the server; the port is chosen here. All servers of a store must share the calibration.
         log: file that the process writes to.
+        threads: of torch; None for its default.
     """
 
-    def __init__(self, options: ServeOptions, log: Path) -> None:
+    def __init__(self, options: ServeOptions, log: Path, threads: int | None = None) -> None:
         self.options = dataclasses.replace(options, port=free_port())
         self.url, self.log = f"http://127.0.0.1:{self.options.port}", log
+        self.threads = threads
         self.process: Any = None
 
     def start(self) -> None:
         """Start the process; see `wait_until_ready`."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOADED))
-        self.process = context.Process(target=_serve, args=(self.options, self.log), daemon=True)
+        self.process = context.Process(target=_serve, args=(self.options, self.log, self.threads), daemon=True)
         self.process.start()
 
     def wait_until_ready(self, seconds: float = 120.0) -> None:
@@ -80,6 +88,16 @@ class ServerProcess:
             if not self.process.is_alive() or time.monotonic() > until:
                 raise RuntimeError(f"the server did not start: {self.log.read_text()[-2000:]}")
             time.sleep(0.1)
+
+    def metrics(self) -> dict[str, float]:
+        """The server's numbers that have no labels, by name."""
+        text = httpx.get(f"{self.url}/metrics").text
+        return {name: float(value) for name, value in re.findall(r"^(\w+) ([-\d.e+]+)$", text, re.MULTILINE)}
+
+    def resident(self) -> int:
+        """Bytes of memory that the process has."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
 
     def kill(self) -> None:
         """End the process by SIGKILL, as a crash would."""
@@ -96,3 +114,16 @@ class ServerProcess:
         """Kill the process if it still runs."""
         if self.process is not None and self.process.is_alive():
             self.kill()
+
+
+@contextlib.contextmanager
+def running(options: ServeOptions, log: Path, threads: int | None = None) -> Iterator[ServerProcess]:
+    """A `ServerProcess` that answers, and is stopped at the end."""
+    process = ServerProcess(options, log, threads)
+    try:
+        process.start()
+        process.wait_until_ready()
+        yield process
+        process.stop()
+    finally:
+        process.end()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import random
 import tempfile
@@ -22,12 +23,10 @@ import torch
 from rich.progress import track
 
 from bench.machine import provenance
+from bench.serving.account import replay_difference
 from bench.serving.server import MODEL, words_of
-from bench.serving.server_process import ServerProcess
-from ttt.demo.language_model import load
-from ttt.serve.calibration import calibrate_once, default_file
-from ttt.serve.main import adapted
-from ttt.serve.teaching import Teaching
+from bench.serving.servers import ServerProcess
+from ttt.serve.main import ServeOptions, build_learner
 from ttt.store import Store
 
 RESULTS = Path(__file__).parent / "results" / "soak.json"
@@ -96,51 +95,30 @@ def chat(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-def talk(talkers: list[Talker], url: list[str], until: float, seed: int) -> None:
+def talk(talkers: list[Talker], url: str, until: float, seed: int) -> None:
     """Let one of ``talkers`` say something, then another, until the time has come."""
     draw = random.Random(seed)
     while time.monotonic() < until:
         talker = draw.choice(talkers)
         with contextlib.suppress(httpx.HTTPError):
-            talker.turn(url[0], draw.choice(talker.texts))
+            talker.turn(url, draw.choice(talker.texts))
 
 
-def compare(talkers: list[Talker], store: Store) -> dict[str, Any]:
-    """Replay every user's turns with a learner of its own, and compare with what is stored."""
-    model, tokenizer = load()
-    learner = adapted(model, slots=1)
-    assert learner.pool is not None
-    calibrate_once(learner.pool, default_file(learner.pool), lambda: learner.calibrate(tokenizer=tokenizer))
-    equal, largest, without = 0, 0.0, 0
-    for talker in track(talkers, "replaying"):
-        if not talker.learnt:
-            without += 1
-            continue
-        for text in talker.learnt:
-            lesson = Teaching().lesson(tokenizer, chat(text), learner.context)
-            assert lesson is not None
-            learner.observe(torch.tensor([lesson.ids]), learn_mask=torch.tensor([lesson.learn]), users=[talker.name])
-        wanted, found = learner.pool.export(talker.name), store.get(talker.name).tensors
-        learner.pool.forget(talker.name)
-        same = wanted.keys() == found.keys() and all(torch.equal(wanted[name], found[name]) for name in wanted)
-        equal += same
-        if not same:
-            largest = max(largest, _difference(wanted, found))
-    return {"users_replayed": len(talkers) - without, "users_equal_to_the_bit": equal, "largest_difference": largest}
-
-
-def _difference(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> float:
-    """The largest difference of the products B^T A, relative to their norms; infinite if the states do not compare."""
-    worst = 0.0
-    for name in wanted:
-        if not name.endswith(".a"):
-            continue
-        other = f"{name[:-2]}.b"
-        if name not in found:
-            return float("inf")
-        one, two = (state[other].double().T @ state[name].double() for state in (wanted, found))
-        worst = max(worst, float((one - two).norm() / one.norm()))
-    return worst
+def compare(talkers: list[Talker], store: Store, options: ServeOptions) -> dict[str, Any]:
+    """Replay every user's turns with a learner like that of the server, and compare with what is stored."""
+    learner, tokenizer = build_learner(dataclasses.replace(options, slots=1))
+    replayed = [talker for talker in talkers if talker.learnt]
+    differences = [
+        replay_difference(
+            learner, tokenizer, learner.context, talker.name, talker.learnt, store.get(talker.name).tensors
+        )
+        for talker in track(replayed, "replaying")
+    ]
+    return {
+        "users_replayed": len(replayed),
+        "users_equal_to_the_bit": differences.count(0.0),
+        "largest_difference": max(differences, default=0.0),
+    }
 
 
 def main() -> None:
@@ -154,24 +132,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)  # as the server's: sums of other parts round otherwise
     found: dict[str, Any] = provenance("cpu") | {"model": MODEL, "server_threads": options.threads}
     texts = words_of(options.users * 20, 100)
     talkers = [Talker(f"user-{i}", texts[20 * i : 20 * i + 20]) for i in range(options.users)]
     with tempfile.TemporaryDirectory() as place:
-        store = f"{place}/store"
-        serve = ("--rows", "4", "--slots", str(options.slots), "--study-after", "0", "--lease-seconds", "5")
-
-        def start() -> ServerProcess:
-            process = ServerProcess(store, *serve, threads=options.threads, log=Path(place) / "log")
-            process.wait()
-            return process
-
-        process = start()
-        url, memory, numbers = [process.url], list[list[int]](), dict[str, float]()
+        serve = ServeOptions(store=f"{place}/store", rows=4, slots=options.slots, study_after=0.0, lease_seconds=5.0)
+        process = ServerProcess(serve, Path(place) / "log", options.threads)
+        process.start()
+        process.wait_until_ready()
+        memory, numbers = list[list[int]](), dict[str, float]()
         until = time.monotonic() + 60 * options.minutes
         # Each client speaks for its own users, so that a user's turns have an order.
         threads = [
-            threading.Thread(target=talk, args=(talkers[at :: options.clients], url, until, at))
+            threading.Thread(target=talk, args=(talkers[at :: options.clients], process.url, until, at))
             for at in range(options.clients)
         ]
         for thread in threads:
@@ -187,15 +161,15 @@ def main() -> None:
                 numbers[name] = numbers.get(name, 0.0) + value
             if life < options.kills:
                 process.kill()
-                process = start()
-                url[0] = process.url
+                process.start()
+                process.wait_until_ready()
         for thread in threads:
             thread.join()
         for talker in talkers:  # one last look at turns that a kill has left open
-            with httpx.Client(base_url=url[0], timeout=120, headers={"x-ttt-user": talker.name}) as client:
+            with httpx.Client(base_url=process.url, timeout=120, headers={"x-ttt-user": talker.name}) as client:
                 talker._settle(client)
         found["stopped_with"] = process.stop()
-        result = compare(talkers, Store(store))
+        result = compare(talkers, Store(serve.store), serve)
     found |= {
         "minutes": options.minutes, "users": options.users, "slots": options.slots, "kills": options.kills,
         "turns_acknowledged": sum(talker.acknowledged for talker in talkers),

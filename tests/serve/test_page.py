@@ -5,18 +5,14 @@ import json
 import os
 import re
 import shutil
-import socket
-import threading
 
 import pytest
-import uvicorn
 from playwright.sync_api import expect, sync_playwright
 from tiny_chat_model import service_of
+from web import served
 
-from ttt.serve.http.app import create_app
 from ttt.serve.http.limits import RateLimits
 from ttt.serve.http.metrics import Metrics
-from ttt.serve.http.state import Server
 from ttt.serve.keys import Keys, NoKeys, add_key
 
 expect.set_options(timeout=30_000)
@@ -37,21 +33,11 @@ def browser():
 
 
 @contextlib.contextmanager
-def served(model, store, keys, limits=None):
-    """The address of a server, as `ttt.serve.main.run` makes it."""
+def page_of(model, store, keys, limits=None):
+    """The address of the page of a server of the tiny model."""
     metrics = Metrics()
-    service = service_of(model, store, observer=metrics)
-    server = Server(service, keys, "tiny", metrics, limits or RateLimits(0, 0))
-    listening = socket.create_server(("127.0.0.1", 0))
-    web = uvicorn.Server(uvicorn.Config(create_app(server), log_level="warning", access_log=False, lifespan="off"))
-    thread = threading.Thread(target=web.run, kwargs={"sockets": [listening]})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
-    finally:
-        web.should_exit = True
-        thread.join()
-        service.drain(10)
+    with served(service_of(model, store, observer=metrics), keys, limits, metrics=metrics) as url:
+        yield f"{url}/"
 
 
 @contextlib.contextmanager
@@ -75,7 +61,7 @@ def opened(browser, address, **options):
 
 @pytest.fixture
 def address(model, tmp_path):
-    with served(model, tmp_path / "store", NoKeys("ada")) as found:
+    with page_of(model, tmp_path / "store", NoKeys("ada")) as found:
         yield found
 
 
@@ -180,7 +166,7 @@ def test_nothing_is_learnt_with_the_switch_off_and_users_are_apart(browser, addr
 def test_a_server_with_keys_asks_for_one_and_keeps_it_in_the_tab(browser, model, tmp_path):
     key = add_key(tmp_path / "keys.json", "ada")
     with (
-        served(model, tmp_path / "store", Keys(tmp_path / "keys.json")) as address,
+        page_of(model, tmp_path / "store", Keys(tmp_path / "keys.json")) as address,
         opened(browser, address) as page,
     ):
         expect(page.get_by_label("API key")).to_be_visible()
@@ -218,7 +204,7 @@ def test_html_stays_text(browser, address):
 
 def test_errors_are_told_in_words_and_the_message_is_not_lost(browser, model, tmp_path):
     with (
-        served(model, tmp_path / "store", NoKeys("ada"), RateLimits(3, 0)) as address,
+        page_of(model, tmp_path / "store", NoKeys("ada"), RateLimits(3, 0)) as address,
         opened(browser, address) as page,
     ):
         expect(page.locator("#who")).to_contain_text("ada")

@@ -15,7 +15,7 @@ from tiny_models import assert_same
 import ttt
 from ttt.serve import sessions as sessions_module
 from ttt.serve.errors import Conflict, NotFound, TooBusy, Unavailable
-from ttt.serve.service import Limits
+from ttt.serve.limits import Limits
 from ttt.serve.teaching import Lesson, Teaching
 from ttt.store import StorageFailure, UnknownUser
 

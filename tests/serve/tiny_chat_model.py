@@ -10,8 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import ttt
 from ttt.serve.batch import Outcome, Piece, Request
 from ttt.serve.errors import RequestError
+from ttt.serve.limits import Limits
 from ttt.serve.sampling import Sampling
-from ttt.serve.service import Limits, Service
+from ttt.serve.service import Service
 
 CONTEXT = 512
 TEMPLATE = (

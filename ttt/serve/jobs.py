@@ -121,8 +121,7 @@ def learn(learner: Learner, sessions: Sessions, user: str, lesson: Lesson) -> St
     """
     yield from _room(sessions, user)
     sessions.require_writable(user)
-    device = next(learner.model.parameters()).device
-    ids, mask = (torch.tensor([each], device=device) for each in (lesson.ids, lesson.learn))
+    ids, mask = lesson.tensors(next(learner.model.parameters()).device)
     with _all_or_nothing(sessions, user):
         output = yield from learner.observe_in_steps(ids, learn_mask=mask, users=[user])
         if output.rejected:

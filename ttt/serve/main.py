@@ -8,8 +8,9 @@ import json
 import logging
 import signal
 import sys
+import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import typer
@@ -20,10 +21,17 @@ from ttt.demo.language_model import CONVERSATION, load
 from ttt.serve.calibration import calibrate_once, default_file, weights_name
 from ttt.serve.errors import RequestError
 from ttt.serve.keys import Keys, NoKeys
-from ttt.serve.service import Limits, Service
+from ttt.serve.limits import Limits
+from ttt.serve.service import Service
 from ttt.store import StoreError
 
-log = logging.getLogger("ttt.serve")
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from ttt.serve.http.state import Server
+
+OWN_HOSTS = ("127.0.0.1", "localhost", "[::1]")
+"""Names of this machine, as the header ``Host`` has them."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -126,6 +134,30 @@ def build_service(options: ServeOptions, observer: Any = None, say: Any = lambda
     return service, name
 
 
+def build_app(options: ServeOptions, say: Any = lambda text: None) -> tuple[FastAPI, Server]:
+    """The web application with ``options``, and what its routes share; its service has been started.
+
+    Args:
+        say: called with what is being done.
+
+    Raises:
+        ValueError, OSError, ImportError, RequestError, StoreError: if the model, the store or an option is not usable.
+    """
+    from ttt.serve.http.app import create_app
+    from ttt.serve.http.limits import RateLimits
+    from ttt.serve.http.metrics import Metrics
+    from ttt.serve.http.state import Server
+
+    metrics = Metrics()
+    keys = NoKeys(options.user) if options.keys is None else Keys(options.keys)
+    service, name = build_service(options, metrics, say)
+    rates = RateLimits(options.requests_per_minute, options.tokens_per_minute)
+    server = Server(service, keys, name, metrics, rates, options.request_seconds)
+    # Without keys everyone is an operator: then nobody but this machine may reach the server.
+    hosts = [*OWN_HOSTS, options.host] if options.keys is None else None
+    return create_app(server, largest_body=options.largest_body, hosts=hosts), server
+
+
 def run(options: ServeOptions) -> None:
     """Serve until SIGTERM or SIGINT, then finish what has come in, store it and end.
 
@@ -135,25 +167,16 @@ def run(options: ServeOptions) -> None:
     try:
         import uvicorn
 
-        from ttt.serve.http.app import create_app
-        from ttt.serve.http.limits import RateLimits
-        from ttt.serve.http.metrics import Metrics
-        from ttt.serve.http.state import Server
+        import ttt.serve.http.app  # noqa: F401 (to see whether what it needs is installed, before the model is loaded)
     except ImportError as error:
         _stop(f"{error}; install the server with: pip install 'ttt[serve]'")
     if options.keys is None and not is_loopback(options.host):
         _stop(f"--host {options.host} is reached from other machines: it needs --keys FILE, made by 'ttt keys add'")
     _log_to_stderr()
-    metrics = Metrics()
     try:
-        keys = NoKeys(options.user) if options.keys is None else Keys(options.keys)
-        service, name = build_service(options, metrics, lambda text: typer.echo(f"{text} ...", err=True))
+        app, server = build_app(options, lambda text: typer.echo(f"{text} ...", err=True))
     except (ImportError, OSError, ValueError, StoreError, RequestError) as error:
         _stop(str(error))
-    rates = RateLimits(options.requests_per_minute, options.tokens_per_minute)
-    server = Server(service, keys, name, metrics, rates, options.request_seconds)
-    hosts = ["127.0.0.1", "localhost", "[::1]", options.host] if options.keys is None else None
-    app = create_app(server, largest_body=options.largest_body, hosts=hosts)
     if options.telemetry:
         _add_telemetry(app)
     config = uvicorn.Config(
@@ -161,7 +184,7 @@ def run(options: ServeOptions) -> None:
         timeout_graceful_shutdown=int(options.drain_seconds),
     )  # fmt: skip
     web = uvicorn.Server(config)
-    typer.echo(f"{name} is served at http://{options.host}:{options.port}/ (users in {options.store})", err=True)
+    typer.echo(f"{server.name} is served at http://{options.host}:{options.port}/ (users in {options.store})", err=True)
     # uvicorn has handlers of its own while it runs, and raises the signal again after it has put these back: what was
     # learnt must be stored before the process ends.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -169,7 +192,7 @@ def run(options: ServeOptions) -> None:
     try:
         web.run()
     finally:
-        unsaved = service.drain(options.drain_seconds)
+        unsaved = server.service.drain(options.drain_seconds)
     if unsaved:
         _stop(f"what {len(unsaved)} user(s) said last could not be stored")
     if not web.started:
@@ -191,14 +214,9 @@ class _Lines(logging.Formatter):
         if record.exc_info:
             # The traceback without the error's own text, which may repeat what a client sent.
             found["error"] = record.exc_info[0].__name__ if record.exc_info[0] else ""
-            found["at"] = [f"{frame.filename}:{frame.lineno}" for frame in _frames(record.exc_info[2])][-6:]
+            frames = traceback.extract_tb(record.exc_info[2])[-6:]
+            found["at"] = [f"{frame.filename}:{frame.lineno}" for frame in frames]
         return json.dumps(found)
-
-
-def _frames(trace: Any) -> list[Any]:
-    import traceback
-
-    return list(traceback.extract_tb(trace))
 
 
 def _log_to_stderr() -> None:

@@ -25,14 +25,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ttt.serve.http.app import create_app
 from ttt.serve.http.forwarding import Claims, Forwarding
-from ttt.serve.http.limits import RateLimits
-from ttt.serve.http.metrics import Metrics
 from ttt.serve.http.middleware import Receive, Scope, Send
-from ttt.serve.http.state import Server
-from ttt.serve.keys import Keys, NoKeys
-from ttt.serve.main import ServeOptions, build_service
+from ttt.serve.main import ServeOptions, build_app
 
 try:
     import ray
@@ -44,7 +39,6 @@ except ImportError as error:
 PREFIX = "TTT_SERVE_"
 NAMESPACE = "ttt"
 _NOT_HERE = ("host", "port", "telemetry")  # Ray listens, and has options of its own for these
-_OWN_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,14 +175,7 @@ class Replica:
 
     def __init__(self, options: RayOptions) -> None:
         self.options = options
-        metrics = Metrics()
-        keys = NoKeys(options.user) if options.keys is None else Keys(options.keys)
-        service, name = build_service(options, metrics)
-        rates = RateLimits(options.requests_per_minute, options.tokens_per_minute)
-        self.server = Server(service, keys, name, metrics, rates, options.request_seconds)
-        # Without keys everyone is an operator: then nobody but this machine may reach the server.
-        hosts = _OWN_HOSTS if options.keys is None else None
-        app = create_app(self.server, largest_body=options.largest_body, hosts=hosts)
+        app, self.server = build_app(options)
         self._listener = socket.socket()
         self._listener.bind(("127.0.0.1" if options.keys is None else ray.util.get_node_ip_address(), 0))
         self.address = "http://{}:{}".format(*self._listener.getsockname())

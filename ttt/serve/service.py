@@ -12,87 +12,22 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
-from ttt.checks import check_real, check_whole
 from ttt.learn.learner import Learner
 from ttt.serve import jobs
 from ttt.serve.batch import Batch, Outcome, Request
 from ttt.serve.errors import Conflict, RequestError, TooBusy, Unavailable, as_request_error
 from ttt.serve.jobs import Job, Learnt
+from ttt.serve.limits import Limits
+from ttt.serve.observer import Observer, Silent
 from ttt.serve.sessions import Fetched, Sessions
 from ttt.serve.teaching import Lesson
+from ttt.serve.user_queue import UserQueue, is_lesson
 from ttt.store import Store
 
 log = logging.getLogger("ttt.serve")
 _REOPEN = 5.0  # seconds after which a user who can only be read is opened again, or sooner with short leases
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """Bounds on what a `Service` takes at a time.
-
-    Attributes:
-        rows: largest number of sequences that are generated at a time.
-        waiting: largest number of requests that wait for a place among them.
-        context: largest number of tokens of a sequence, prompt and continuation.
-        prefill: tokens of a prompt that are read between two steps of the others.
-        learning_share: the part of the time, above 0 and at most 1, that work on users' weights may take while answers
-            are generated. With nothing to generate it takes all of it.
-        study_after: seconds after which what an idle user said is studied, if nothing else is to be done; 0 for never.
-    """
-
-    rows: int = 8
-    waiting: int = 64
-    context: int = 2048
-    prefill: int = 128
-    learning_share: float = 0.5
-    study_after: float = 30.0
-
-    def __post_init__(self) -> None:
-        for name in ("rows", "waiting", "prefill"):
-            check_whole(name, getattr(self, name), 1)
-        check_whole("context", self.context, 2)
-        check_real("study_after", self.study_after, low=0.0)
-        if not check_real("learning_share", self.learning_share, low=0.0, high=1.0) > 0:
-            raise ValueError("learning_share must be above 0, got 0: users would wait for their learning forever")
-
-
-class Observer(Protocol):
-    """Is told what happens, in the service's thread; see `ttt.serve.http.metrics`."""
-
-    def served(self, prompt: int, completion: int) -> None: ...
-    def learnt(self, tokens: int, seconds: float) -> None: ...
-    def studied(self, episodes: int, seconds: float) -> None: ...
-    def failed(self, kind: str) -> None: ...
-    def evicted(self) -> None: ...
-    def opened(self, seconds: float) -> None: ...
-    def stored(self, seconds: float) -> None: ...
-
-
-class Silent:
-    """An `Observer` that does nothing."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args: None
-
-
-class _Queue:
-    """What waits for one user, oldest first, and what is going on."""
-
-    def __init__(self) -> None:
-        self.waiting: deque[Request | Job] = deque()
-        self.active = 0  # requests that are being served
-        self.job: Job | None = None
-        self.opening: concurrent.futures.Future[Fetched] | None = None
-        self.fetched: Fetched | None = None
-        self.forgetting = False
-        self.last = time.monotonic()
-        self.to_study = False
-
-    @property
-    def idle(self) -> bool:
-        return not self.waiting and not self.active and self.job is None and self.opening is None and not self.fetched
 
 
 class Service:
@@ -142,7 +77,7 @@ class Service:
         )  # fmt: skip
         self._io = concurrent.futures.ThreadPoolExecutor(4, "ttt-io")
         self._inbox: queue.SimpleQueue[Request | Job | None] = queue.SimpleQueue()
-        self._queues: OrderedDict[str | None, _Queue] = OrderedDict()
+        self._queues: OrderedDict[str | None, UserQueue] = OrderedDict()
         self._jobs: deque[Job] = deque()  # that have begun, the next one to take a step first
         self._count = itertools.count()
         self._waiting = 0  # requests in the inbox and in queues
@@ -186,8 +121,8 @@ class Service:
 
     def forget(self, user: str) -> concurrent.futures.Future[None]:
         """See `ttt.serve.jobs.forget`."""
-        steps = lambda: jobs.forget(self.sessions, self._io, user)  # noqa: E731
-        return self._enter(Job(user, "forget", steps, needs_slot=False))
+        job = Job(user, "forget", lambda: jobs.forget(self.sessions, self._io, user), needs_slot=False)
+        return self._enter(job)
 
     def export(self, user: str) -> concurrent.futures.Future[Any]:
         """A copy of the user's state, see `ttt.Pool.export`."""
@@ -250,8 +185,9 @@ class Service:
         return job.result
 
     def _lesson_job(self, user: str, lesson: Lesson) -> Job:
-        steps = lambda: jobs.learn(self.learner, self.sessions, user, lesson)  # noqa: E731
-        return Job(user, "learn", steps, tokens=lesson.tokens)
+        return Job(
+            user, "learn", lambda: jobs.learn(self.learner, self.sessions, user, lesson), tokens=lesson.tokens
+        )  # fmt: skip
 
     def _study_job(self, user: str, **options: Any) -> Job:
         return Job(user, "study", lambda: jobs.study(self.learner, self.sessions, user, **options))
@@ -304,7 +240,7 @@ class Service:
 
     def _add(self, item: Request | Job) -> None:
         item.arrival = next(self._count)
-        user_queue = self._queues.setdefault(item.user, _Queue())
+        user_queue = self._queues.setdefault(item.user, UserQueue())
         user_queue.last = time.monotonic()
         user_queue.waiting.append(item)
         job = user_queue.job
@@ -329,7 +265,7 @@ class Service:
             if user not in self._queues or self._queues[user].idle:
                 self.sessions.drop(user)
 
-    def _start_head(self, user: str | None, waits: _Queue) -> bool:
+    def _start_head(self, user: str | None, waits: UserQueue) -> bool:
         """Start the first item that waits, if it can be; whether the next one may be looked at."""
         item = waits.waiting[0]
         if isinstance(item, Request):
@@ -357,21 +293,21 @@ class Service:
         self._jobs.append(item)
         return False
 
-    def _dequeue(self, waits: _Queue) -> None:
+    def _dequeue(self, waits: UserQueue) -> None:
         waits.waiting.popleft()
         with self._lock:
             self._waiting -= 1
 
-    def _drop_lessons(self, waits: _Queue) -> None:
+    def _drop_lessons(self, waits: UserQueue) -> None:
         """The user is to be forgotten: what was to be learnt from them is not."""
-        for item in [item for item in waits.waiting if isinstance(item, Job) and item.kind == "learn"]:
+        for item in [item for item in waits.waiting if isinstance(item, Job) and is_lesson(item)]:
             waits.waiting.remove(item)
             self._learning_tokens -= item.tokens
             item.give_up(Conflict("nothing was learnt: the user was forgotten meanwhile"))
 
     # -- opening ------------------------------------------------------------------------------------------------------
 
-    def _has_session(self, user: str | None, waits: _Queue) -> bool:
+    def _has_session(self, user: str | None, waits: UserQueue) -> bool:
         """Whether the user has a slot; otherwise the store is asked for their state."""
         if user is None:
             return True
@@ -398,7 +334,7 @@ class Service:
         self.observer.opened(time.perf_counter() - began)
         return fetched
 
-    def _opened(self, user: str | None, waits: _Queue) -> None:
+    def _opened(self, user: str | None, waits: UserQueue) -> None:
         """Give a user whose state has been read a slot, if there is one."""
         if waits.opening is not None and waits.opening.done():
             future, waits.opening = waits.opening, None
@@ -411,9 +347,7 @@ class Service:
         fetched, waits.fetched = waits.fetched, None
         try:
             self.sessions.install(fetched)
-            assert user is not None
-            assert self.learner.episodes is not None
-            waits.to_study = any(not episode.studied for episode in self.learner.episodes.of(user))
+            waits.to_study = self._has_unstudied(user)
         except Exception as error:
             self._refuse(waits, error)
 
@@ -436,7 +370,7 @@ class Service:
 
     # -- refusing -----------------------------------------------------------------------------------------------------
 
-    def _refuse(self, waits: _Queue, error: Exception) -> None:
+    def _refuse(self, waits: UserQueue, error: Exception) -> None:
         """End everything that waits for a user with ``error``."""
         known = as_request_error(error)
         while waits.waiting:
@@ -483,7 +417,7 @@ class Service:
         job.arrival = request.arrival
         self._learning_tokens += job.tokens
         # Before the requests that wait, and after lessons that do.
-        at = sum(1 for item in itertools.takewhile(_is_lesson, waits.waiting))
+        at = sum(1 for item in itertools.takewhile(is_lesson, waits.waiting))
         waits.waiting.insert(at, job)
         if request.wait:
             job.result.add_done_callback(lambda done: self._tell_when_stored(request, done))
@@ -541,8 +475,12 @@ class Service:
         elif job.kind == "forget":
             waits.forgetting = waits.to_study = False
         elif job.kind == "rollback" and not failed:
-            assert self.learner.episodes is not None
-            waits.to_study = any(not episode.studied for episode in self.learner.episodes.of(job.user))
+            waits.to_study = self._has_unstudied(job.user)
+
+    def _has_unstudied(self, user: str | None) -> bool:
+        """Whether something that ``user`` said was not studied yet."""
+        assert self.learner.episodes is not None
+        return any(not episode.studied for episode in self.learner.episodes.of(user))
 
     def _look_for_study(self) -> None:
         """If there is nothing else to do, let a user's words be studied who has said nothing for a while."""
@@ -561,7 +499,3 @@ class Service:
             waits.job = job
             self._jobs.append(job)
             return
-
-
-def _is_lesson(item: Request | Job) -> bool:
-    return isinstance(item, Job) and item.kind == "learn"

@@ -6,10 +6,23 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ttt.learn.chat_template import Message, tokens_at, words_in_template
 from ttt.serve.errors import BadRequest
 
-ROLES = ("user", "assistant", "system", "tool")
+LEARN = ("off", "on", "wait")
+"""Values of the header ``x-ttt-learn``: learn nothing; learn after the answer; the same, and end when it is stored."""
+
+
+def check_learn_header(value: str) -> str:
+    """Return the ``value`` of the header ``x-ttt-learn``, or raise BadRequest if it is none of `LEARN`."""
+    if value not in LEARN:
+        raise BadRequest(
+            f"the header x-ttt-learn must be one of {', '.join(LEARN)}, got {value!r:.40}", param="x-ttt-learn"
+        )
+    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +56,10 @@ class Lesson:
     def tokens(self) -> int:
         """How many tokens teach."""
         return sum(self.learn)
+
+    def tensors(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """The tokens, (1, T) int64, and which of them teach, (1, T) bool, as `ttt.Learner.observe` takes them."""
+        return torch.tensor([self.ids], device=device), torch.tensor([self.learn], device=device)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +35,7 @@ def create_app(server: Server, *, largest_body: int = 1 << 20, hosts: Sequence[s
         largest_body: bytes of a request, at most.
         hosts: see `ttt.serve.http.middleware.Guarded`.
     """
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-
-    app = FastAPI(title="ttt serve", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="ttt serve", docs_url=None, redoc_url=None)
     app.state.server = server
     app.include_router(completions.router)
     app.include_router(users.router)
@@ -98,8 +92,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _response(error: RequestError) -> JSONResponse:
-    headers = {} if error.retry_after is None else {"retry-after": str(int(error.retry_after))}
-    return JSONResponse(error.body(), error.status, headers)
+    return JSONResponse(error.body(), error.status, error.headers)
 
 
 def _bad_request(errors: Sequence[Any]) -> BadRequest:

@@ -17,12 +17,11 @@ from ttt.serve.errors import BadRequest, NotFound, as_request_error
 from ttt.serve.http.running import Running
 from ttt.serve.http.schema import ChatRequest, CompletionRequest, StreamOptions
 from ttt.serve.http.state import Server, server_of
+from ttt.serve.keys import Identity
 from ttt.serve.sampling import TokenScore
-from ttt.serve.teaching import Lesson, Teaching
+from ttt.serve.teaching import Lesson, Teaching, check_learn_header
 
 router = APIRouter()
-LEARN = ("off", "on", "wait")
-"""Values of the header ``x-ttt-learn``: learn nothing; learn after the answer; the same, and end when it is stored."""
 
 
 @router.get("/v1/models")
@@ -52,10 +51,7 @@ def _model(server: Server) -> dict[str, Any]:
 @router.post("/v1/chat/completions", response_model=None)
 async def chat(http: Request, body: ChatRequest) -> dict[str, Any] | StreamingResponse:
     """Answer a chat; then learn from the user's own words of its last turn, unless ``x-ttt-learn`` is ``off``."""
-    server = server_of(http)
-    identity = server.identify(http)
-    body.refuse_extras()
-    _require_model(server, body.model)
+    server, identity = _admitted(http, body)
     if body.top_logprobs and not body.logprobs:
         raise BadRequest("top_logprobs goes with logprobs=true only", param="top_logprobs")
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
@@ -66,7 +62,7 @@ async def chat(http: Request, body: ChatRequest) -> dict[str, Any] | StreamingRe
         _room(server, prompt, body.max_completion_tokens or body.max_tokens, "messages"),
         body.top_logprobs if body.logprobs else None,
     )
-    learn = _learn_header(http, "on")
+    learn = check_learn_header(http.headers.get("x-ttt-learn", "on"))
     lesson = None
     if learn != "off" and identity.user is not None:
         lesson = Teaching().lesson(server.tokenizer, messages, server.service.context)
@@ -93,10 +89,7 @@ async def chat(http: Request, body: ChatRequest) -> dict[str, Any] | StreamingRe
 @router.post("/v1/completions", response_model=None)
 async def completions(http: Request, body: CompletionRequest) -> dict[str, Any] | StreamingResponse:
     """Continue one or more texts. Learn from them only if ``x-ttt-learn`` says so."""
-    server = server_of(http)
-    identity = server.identify(http)
-    body.refuse_extras()
-    _require_model(server, body.model)
+    server, identity = _admitted(http, body)
     prompts = _prompts(server, body.prompt)
     if body.stream and (len(prompts) > 1 or body.echo):
         raise BadRequest("stream=true takes one prompt, without echo", param="stream")
@@ -107,7 +100,7 @@ async def completions(http: Request, body: CompletionRequest) -> dict[str, Any] 
     samplings = [
         body.sampling(_room(server, prompt, body.max_tokens, "prompt", least=0), body.logprobs) for prompt in prompts
     ]
-    learn = _learn_header(http, "off")
+    learn = check_learn_header(http.headers.get("x-ttt-learn", "off"))
     lessons: list[Lesson | None] = [None] * len(prompts)
     if learn != "off" and identity.user is not None:
         lessons = [Lesson.of(prompt, [True] * len(prompt), server.service.context) for prompt in prompts]
@@ -152,7 +145,7 @@ async def completions(http: Request, body: CompletionRequest) -> dict[str, Any] 
                 })  # fmt: skip
     except BaseException:
         for running in runnings:
-            running.request.cancelled = True
+            running.close()
         raise
     total = dataclasses.replace(
         outcomes[-1], prompt_tokens=sum(each.prompt_tokens for each in outcomes),
@@ -164,6 +157,15 @@ async def completions(http: Request, body: CompletionRequest) -> dict[str, Any] 
 # -- what was asked ----------------------------------------------------------------------------------------------
 
 
+def _admitted(http: Request, body: ChatRequest | CompletionRequest) -> tuple[Server, Identity]:
+    """The server, and who asks, for a request without anything that is not supported."""
+    server = server_of(http)
+    identity = server.identify(http)
+    body.refuse_extras()
+    _require_model(server, body.model)
+    return server, identity
+
+
 def _require_model(server: Server, name: str) -> None:
     if name != server.name:
         raise NotFound(
@@ -171,15 +173,6 @@ def _require_model(server: Server, name: str) -> None:
             param="model",
             code="model_not_found",
         )
-
-
-def _learn_header(http: Request, default: str) -> str:
-    value = http.headers.get("x-ttt-learn", default)
-    if value not in LEARN:
-        raise BadRequest(
-            f"the header x-ttt-learn must be one of {', '.join(LEARN)}, got {value!r:.40}", param="x-ttt-learn"
-        )
-    return value
 
 
 def _room(server: Server, prompt: Sequence[int], wanted: int | None, param: str, least: int = 1) -> int:
@@ -216,12 +209,8 @@ class _Shape:
     """What all parts of one answer have in common."""
 
     def __init__(self, prefix: str, kind: str, model: str) -> None:
-        self.id, self.kind, self.model, self.created = (
-            f"{prefix}-{secrets.token_hex(12)}",
-            kind,
-            model,
-            int(time.time()),
-        )
+        self.id, self.created = f"{prefix}-{secrets.token_hex(12)}", int(time.time())
+        self.kind, self.model = kind, model
 
     def body(self, kind: str | None = None) -> dict[str, Any]:
         return {"id": self.id, "object": kind or self.kind, "created": self.created, "model": self.model}

@@ -7,8 +7,9 @@ import contextvars
 import dataclasses
 from typing import Any
 
-from ttt.serve.errors import BadRequest, RequestError, Unauthenticated, as_request_error
+from ttt.serve.errors import BadRequest, RequestError, Unauthenticated
 from ttt.serve.keys import Identity, Keys, check_user_id
+from ttt.serve.teaching import check_learn_header
 from ttt.serve.vllm.options import Options
 from ttt.serve.vllm.seats import Seat, Seats
 
@@ -16,7 +17,6 @@ OPEN = frozenset({"/health", "/ping", "/metrics", "/version", "/load"})
 """Paths that need no identity; they tell nothing of users."""
 GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 """Paths on which a user gets weights of their own."""
-LEARN = ("on", "off", "wait")
 
 
 @dataclasses.dataclass(eq=False)
@@ -25,7 +25,7 @@ class Turn:
 
     Attributes:
         seat: the user's.
-        learn: one of `LEARN`, as the header ``x-ttt-learn`` says; None where there is none.
+        learn: one of `ttt.serve.teaching.LEARN`, as the header ``x-ttt-learn`` says; None where there is none.
         request: the body of the request, once vLLM has read it.
     """
 
@@ -85,8 +85,8 @@ class Middleware:
                 identity = self.identify(headers)
                 identity_of.set(identity)
                 learn = headers.get("x-ttt-learn")
-                if learn is not None and learn not in LEARN:
-                    raise BadRequest(f"the header x-ttt-learn must be one of {LEARN}, got {learn!r:.40}")
+                if learn is not None:
+                    check_learn_header(learn)
                 if identity.user is not None and path in GENERATING and scope["method"] == "POST":
                     seats: Seats = self.state.seats()
                     seat = await stack.enter_async_context(seats.hold(identity.user))
@@ -98,7 +98,7 @@ class Middleware:
                 raise
             from starlette.responses import JSONResponse
 
-            await error_response(as_request_error(error), JSONResponse)(scope, receive, send)
+            await error_response(error, JSONResponse)(scope, receive, send)
 
 
 def _headers(scope: Any) -> dict[str, str]:
@@ -118,5 +118,4 @@ def _headers(scope: Any) -> dict[str, str]:
 
 def error_response(error: RequestError, response: Any) -> Any:
     """``error`` in OpenAI's form; ``response`` is starlette's JSONResponse."""
-    after = {} if error.retry_after is None else {"Retry-After": str(max(1, round(error.retry_after)))}
-    return response(error.body(), status_code=error.status, headers=after)
+    return response(error.body(), status_code=error.status, headers=error.headers)

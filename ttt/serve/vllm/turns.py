@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from ttt.serve.errors import BadRequest, Conflict, RequestError
-from ttt.serve.teaching import Teaching
+from ttt.serve.teaching import Lesson, Teaching
 from ttt.serve.vllm.adapters import PREFIX
 from ttt.serve.vllm.capture import KEY
 from ttt.serve.vllm.identity import Turn
@@ -131,18 +131,16 @@ class Turns:
         """What ``request``, whose prompt was ``ids``, teaches; None if the words cannot be found there."""
         messages = getattr(request, "messages", None)
         if messages is None:
-            tokens, learn = ids, [at > 0 for at in range(len(ids))]
+            whole = Lesson.of(ids, [True] * len(ids), len(ids))
         else:
             plain = [_plain(each) for each in messages]
             if any(each is None for each in plain):
                 return None
-            found = Teaching().lesson(tokenizer, [each for each in plain if each is not None], len(ids))
-            if found is None or found.ids != ids[: len(found.ids)]:
-                return None
-            tokens, learn = found.ids, found.learn
-        start = max(0, len(tokens) - self.options.lesson)
-        tokens, learn = tokens[start:], [False, *learn[start + 1 :]]
-        return (tokens, learn, start) if any(learn) else None
+            whole = Teaching().lesson(tokenizer, [each for each in plain if each is not None], len(ids))
+        if whole is None or whole.ids != ids[: len(whole.ids)]:
+            return None
+        newest = Lesson.of(whole.ids, whole.learn, self.options.lesson)
+        return None if newest is None else (newest.ids, newest.learn, len(whole.ids) - len(newest.ids))
 
 
 def _plain(message: Any) -> dict[str, str] | None:

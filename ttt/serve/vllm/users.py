@@ -34,7 +34,7 @@ log = logging.getLogger("vllm.ttt")
 T = TypeVar("T")
 Steps = Generator[float, None, T]
 """Yields how many seconds may pass before it is taken on; 0 for none."""
-_IO_WAIT, _LEASE_WAIT = 0.002, 0.5
+_IO_WAIT = 0.002
 OPERATIONS = ("open", "learn", "stored", "forget", "rollback", "status", "drop")
 
 
@@ -124,14 +124,7 @@ class Users:
 
     def open(self, user: str, key: str, kept: list[str]) -> Steps[dict[str, Any]]:
         """Give ``user`` a slot; users who are not ``kept`` make room. ``key`` is the user's in adapters' paths."""
-        waited = 0.0
-        while True:
-            fetched = yield from self._in_thread(self.sessions.fetch, user)
-            # The lease of a user who was evicted a moment ago is given back by a thread.
-            if fetched.session.lease is not None or waited >= _LEASE_WAIT:
-                break
-            waited += 10 * _IO_WAIT
-            yield 10 * _IO_WAIT
+        fetched = yield from self._in_thread(self.sessions.fetch, user)
         installed = False
         try:
             while user not in self.pool.users and len(self.pool.users) >= self.pool.slots:

@@ -1,0 +1,37 @@
+"""Bounds on what a `ttt.serve.service.Service` takes at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ttt.checks import check_real, check_whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Bounds on what a `Service` takes at a time.
+
+    Attributes:
+        rows: largest number of sequences that are generated at a time.
+        waiting: largest number of requests that wait for a place among them.
+        context: largest number of tokens of a sequence, prompt and continuation.
+        prefill: tokens of a prompt that are read between two steps of the others.
+        learning_share: the part of the time, above 0 and at most 1, that work on users' weights may take while answers
+            are generated. With nothing to generate it takes all of it.
+        study_after: seconds after which what an idle user said is studied, if nothing else is to be done; 0 for never.
+    """
+
+    rows: int = 8
+    waiting: int = 64
+    context: int = 2048
+    prefill: int = 128
+    learning_share: float = 0.5
+    study_after: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "waiting", "prefill"):
+            check_whole(name, getattr(self, name), 1)
+        check_whole("context", self.context, 2)
+        check_real("study_after", self.study_after, low=0.0)
+        if not check_real("learning_share", self.learning_share, low=0.0, high=1.0) > 0:
+            raise ValueError("learning_share must be above 0, got 0: users would wait for their learning forever")
