@@ -108,7 +108,12 @@ def serve(
     slots: Annotated[int, typer.Option(min=1, help="Users whose weights are in memory at a time.")] = 32,
     dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = "float32",
     rows: Annotated[int, typer.Option(min=1, help="Texts that are generated at a time.")] = 8,
-    waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are refused.")] = 64,
+    waiting: Annotated[
+        int, typer.Option(min=1, help="Requests that may wait, half of them of one user; more are refused.")
+    ] = 128,
+    learning_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens that may wait to be learnt; requests that would add more are refused.")
+    ] = 16_384,
     context: Annotated[int, typer.Option(min=16, help="Tokens of a text, prompt and answer, at most.")] = 2048,
     learning_share: Annotated[
         float, typer.Option(max=1, help="Part of the time that learning may take while answers are generated.")
@@ -146,6 +151,7 @@ def serve(
             dtype=dtype,
             rows=rows,
             waiting=waiting,
+            learning_tokens=learning_tokens,
             context=context,
             learning_share=learning_share,
             study_after=study_after,

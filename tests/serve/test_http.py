@@ -265,10 +265,15 @@ def test_no_page_elsewhere_can_use_a_server_without_keys(model, tmp_path):
         assert found.status_code == 403
         for origin, status in (
             ("https://evil.example", 403), ("https://evil.example:8000", 403), ("null", 403), (url, 200),
-            ("http://localhost:1234", 200), ("http://localhost", 200), ("http://127.0.0.1.evil.example", 403),
+            ("http://localhost:1234", 403), ("http://localhost", 403), ("http://127.0.0.1.evil.example", 403),
         ):  # fmt: skip
             found = httpx.post(f"{url}/v1/users/me/learn", json={"text": "something"}, headers={"origin": origin})
             assert found.status_code == status, origin
+        # What browsers say of a request without an origin, as for a picture. A link to the page may be followed.
+        for path, mode, status in (("/v1/users/me/taught", "no-cors", 403), ("/", "navigate", 200)):
+            headers = {"sec-fetch-site": "cross-site", "sec-fetch-mode": mode}
+            assert httpx.get(url + path, headers=headers).status_code == status
+        assert httpx.get(url, headers={"sec-fetch-site": "same-origin"}).status_code == 200
         preflight = httpx.options(f"{url}/v1/chat/completions", headers={
             "origin": "https://evil.example", "access-control-request-method": "POST"})  # fmt: skip
         assert "access-control-allow-origin" not in preflight.headers

@@ -13,7 +13,7 @@ from tiny_chat_model import Answer, learner_of, service_of
 from tiny_models import assert_same
 
 import ttt
-from ttt.serve import sessions as sessions_module
+from ttt.serve import writer as writer_module
 from ttt.serve.errors import Conflict, NotFound, TooBusy, Unavailable
 from ttt.serve.limits import Limits
 from ttt.serve.teaching import Lesson, Teaching
@@ -257,7 +257,7 @@ def test_a_lesson_that_fails_changes_nothing(model, tmp_path, monkeypatch):
 
 
 def test_a_store_that_fails_for_a_while_loses_nothing(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(sessions_module, "_RETRY", 0.05)
+    monkeypatch.setattr(writer_module, "_RETRY", 0.05)
     monkeypatch.setattr("ttt.serve.jobs.LONGEST_WAIT", 1.0)
     service = service_of(model, tmp_path)
     put, broken = service.store.put, threading.Event()

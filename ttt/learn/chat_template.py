@@ -2,36 +2,71 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
 Message = dict[str, str]
-_MARK = "the words of this turn"
 
 
 def words_in_template(tokenizer: Any, messages: Sequence[Message], *, answer: bool = False) -> tuple[str, int, int]:
     """``messages`` in the chat template, and where the last one's words begin and end in it.
 
-    What follows the words up to the template's next line is their end.
-
     Args:
         answer: whether the template's beginning of an answer follows.
+
+    Raises:
+        ValueError: as `spans_in_template`.
+    """
+    text, ((start, stop),) = spans_in_template(tokenizer, messages, [len(messages) - 1], answer=answer)
+    return text, start, stop
+
+
+def spans_in_template(
+    tokenizer: Any, messages: Sequence[Message], chosen: Sequence[int], *, answer: bool = False
+) -> tuple[str, list[tuple[int, int]]]:
+    """``messages`` in the chat template, and where the words of the ``chosen`` ones begin and end in it.
+
+    What follows the words up to the template's next line is their end. Templates may leave out blanks around the words.
+
+    Args:
+        chosen: places of messages, in ascending order.
+        answer: whether the template's beginning of an answer follows.
+
+    Returns:
+        The text, and for each chosen message its [start, stop) in characters.
 
     Raises:
         ValueError: if the template changes the words.
     """
 
-    def text(content: str) -> str:
-        last = {**messages[-1], "content": content}
-        return tokenizer.apply_chat_template([*messages[:-1], last], add_generation_prompt=answer, tokenize=False)
+    def text(messages: Sequence[Message]) -> str:
+        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=answer, tokenize=False)
 
-    content = messages[-1]["content"]
-    # Looking for the words could find them in the template's own text.
-    whole, start = text(content), text(_MARK).rindex(_MARK)
-    if not whole.startswith(content, start):
-        raise ValueError(f"the chat template changes what was said, which cannot be found in it: {content!r:.80}")
-    line = whole.find("\n", start + len(content))
-    return whole, start, len(whole) if line < 0 else line
+    # Looking for the words could find them in the template's own text, or in another message: marks are put in their
+    # places, which cannot be there.
+    marked, mark = list(messages), secrets.token_hex(16)
+    for at in chosen:
+        marked[at] = {**messages[at], "content": f"the words {mark} of a turn"}
+    whole, parts = text(messages), text(marked).split(f"the words {mark} of a turn")
+    spans = None if len(parts) != len(chosen) + 1 else _spans(whole, parts, [messages[at]["content"] for at in chosen])
+    if spans is None:
+        shown = ", ".join(f"{messages[at]['content']!r:.80}" for at in chosen[:3])
+        raise ValueError(f"the chat template changes what was said, which cannot be found in it: {shown}")
+    return whole, spans
+
+
+def _spans(whole: str, parts: Sequence[str], words: Sequence[str]) -> list[tuple[int, int]] | None:
+    """Where ``words`` stand in ``whole``, if it is ``parts`` with the words between them; None if it is not."""
+    spans, at = [], len(parts[0])
+    for word, part in zip(words, parts[1:], strict=True):
+        found = next((each for each in (word, word.strip()) if whole.startswith(each + part, at)), None)
+        if found is None:
+            return None
+        end = part.find("\n")
+        spans.append((at, at + len(found) + (len(part) if end < 0 else end)))
+        at += len(found) + len(part)
+    return spans if whole.startswith(parts[0]) and at == len(whole) else None
 
 
 def tokens_at(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
@@ -44,5 +79,20 @@ def tokens_at(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> tu
         found = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     except NotImplementedError:
         raise ValueError(f"tokenizer must be a fast one, got {type(tokenizer).__name__}") from None
-    inside = [any(first < stop and last > start for start, stop in spans) for first, last in found["offset_mapping"]]
+    merged, at, inside = _merged(spans), 0, []
+    for first, last in found["offset_mapping"]:
+        while at < len(merged) and merged[at][1] <= first:
+            at += 1
+        inside.append(at < len(merged) and first < merged[at][1] and last > merged[at][0])
     return found["input_ids"], inside
+
+
+def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """``spans`` in ascending order, those that touch each other as one."""
+    found: list[tuple[int, int]] = []
+    for start, stop in sorted(span for span in spans if span[0] < span[1]):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], stop))
+        else:
+            found.append((start, stop))
+    return found

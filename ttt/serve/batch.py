@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import logging
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,8 @@ from ttt.serve.row_cache import RowCache
 from ttt.serve.sampling import Sampling, TokenScore, draw, scored
 from ttt.serve.teaching import Lesson
 from ttt.serve.text_stream import TextStream
+
+log = logging.getLogger("ttt.serve")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +245,11 @@ class Batch:
             if not sound:
                 _fail(sequence.request, ServerFailure("the model computed something that is not finite"))
                 continue
-            self._take(sequence, row)
+            try:
+                self._take(sequence, row)
+            except Exception as error:
+                log.exception("a token could not be drawn or delivered")
+                _fail(sequence.request, error)
         for sequence in [each for each in self.decoding if each.request.failed]:
             self._leave(sequence)
         return len(sequences)

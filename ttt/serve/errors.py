@@ -101,6 +101,16 @@ class TimedOut(RequestError):
     status, type, code = 504, "server_error", "timeout"
 
 
+def kinds(error: BaseException | None) -> str:
+    """The types of ``error`` and of what caused it, for logs: their texts may name users and addresses."""
+    found = []
+    while error is not None:
+        reason = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
+        found.append(type(error).__name__ + reason)
+        error = error.__cause__
+    return ", by ".join(found)
+
+
 def as_request_error(error: BaseException) -> RequestError:
     """``error``, or for one that clients must not see, a `ServerFailure` that names its type only."""
     if isinstance(error, RequestError):

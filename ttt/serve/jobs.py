@@ -18,7 +18,8 @@ import torch
 from ttt.learn.learner import Learner
 from ttt.learn.study import StudyOutput
 from ttt.serve.errors import Conflict, ServerFailure, Unavailable
-from ttt.serve.sessions import Sessions, State
+from ttt.serve.session import State, settle
+from ttt.serve.sessions import Sessions
 from ttt.serve.teaching import Lesson
 
 LONGEST_WAIT = 10.0
@@ -32,13 +33,15 @@ class Job:
 
     Attributes:
         user: whose.
-        kind: "learn", "study", "rollback", "forget", "export", "taught" or "open".
+        kind: "learn", "study", "rollback", "forget", "export", "taught" or "drift".
         steps: makes the generator.
-        result: what the generator returned, or its error.
+        result: for who waits: what the generator returned, or its error. Cancelled by who waits no more.
         needs_slot: whether the user must have a slot.
+        counted: whether it takes one of the places for what waits.
         yields_to_requests: give up when a request of the user comes in.
         tokens: number of tokens that are to be learnt.
         seconds: how long its steps have taken so far.
+        value, error: as ``result``, whether or not that was cancelled.
         running, waits_for, until: the generator, the future that it waits for, and until when.
     """
 
@@ -47,13 +50,26 @@ class Job:
     steps: Callable[[], Steps]
     result: concurrent.futures.Future[Any] = dataclasses.field(default_factory=concurrent.futures.Future)
     needs_slot: bool = True
+    counted: bool = True
     yields_to_requests: bool = False
     tokens: int = 0
     arrival: int = 0
     seconds: float = 0.0
+    value: Any = None
+    error: Exception | None = None
     running: Steps | None = None
     waits_for: concurrent.futures.Future[Any] | None = None
     until: float = 0.0
+
+    @property
+    def reads(self) -> bool:
+        """Whether it changes nothing."""
+        return self.kind in ("export", "taught", "drift")
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody waits for it any more, so that it need not be done: what goes back or forgets is done."""
+        return self.result.cancelled() and self.kind not in ("rollback", "forget")
 
     @property
     def ready(self) -> bool:
@@ -70,19 +86,21 @@ class Job:
             self.until = time.monotonic() + LONGEST_WAIT
             return False
         except StopIteration as done:
-            self.result.set_result(done.value)
+            self.value = done.value
+            settle(self.result, done.value)
         except Exception as error:
-            self.result.set_exception(error)
+            self.error = error
+            settle(self.result, error)
         finally:
             self.seconds += time.perf_counter() - began
         return True
 
     def give_up(self, error: Exception) -> None:
         """End without the remaining steps."""
+        self.error = error
         if self.running is not None:
             self.running.close()
-        if not self.result.done():
-            self.result.set_exception(error)
+        settle(self.result, error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,18 +153,25 @@ def study(learner: Learner, sessions: Sessions, user: str, **options: Any) -> St
     """Study what the user said since the last study; returns (`StudyOutput`, future of the version or None)."""
     yield from _room(sessions, user)
     sessions.require_writable(user)
-    try:
-        output: StudyOutput = yield from learner.study_in_steps(user, **options)
-    except FloatingPointError as error:
-        raise Conflict(str(error), code="study_failed") from error
-    return output, sessions.learnt(user, 0) if output.episodes else None
+    with _all_or_nothing(sessions, user):
+        try:
+            output: StudyOutput = yield from learner.study_in_steps(user, **options)
+        except FloatingPointError as error:
+            raise Conflict(str(error), code="study_failed") from error
+        return output, sessions.learnt(user, 0) if output.episodes else None
 
 
 def rollback(sessions: Sessions, io: concurrent.futures.Executor, user: str, version: int) -> Steps:
     """Go back to ``version``, which becomes the newest one; returns the `Session`."""
     yield from _stored(sessions, user)
-    fetched = yield from _done(io.submit(sessions.rolled_back, sessions.require_writable(user), version))
-    return sessions.install(fetched)
+    session = sessions.require_writable(user)
+    target = yield from _done(io.submit(sessions.read_version, session, version))
+    try:
+        fetched = yield from _done(io.submit(sessions.rolled_back, session, target))
+        return sessions.install(fetched)
+    except BaseException:
+        sessions.drop(user)  # the store may have gone back or not: the user is opened again with what it has
+        raise
 
 
 def forget(sessions: Sessions, io: concurrent.futures.Executor, user: str) -> Steps:

@@ -6,7 +6,9 @@ key: keys are 256 random bits, so a plain hash cannot be searched.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +16,7 @@ import re
 import secrets
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,21 +146,31 @@ def add_key(path: str | os.PathLike[str], user: str | None) -> str:
     """
     key = PREFIX + secrets.token_urlsafe(32)
     entry = {"operator": True} if user is None else {"user": check_user_id(user)}
-    entries = _read(Path(path)) if Path(path).exists() else {}
-    _write(Path(path), entries | {digest(key): entry})
+    with _changing(Path(path)):
+        entries = _read(Path(path)) if Path(path).exists() else {}
+        _write(Path(path), entries | {digest(key): entry})
     return key
 
 
 def remove_keys(path: str | os.PathLike[str], user: str | None) -> int:
     """Remove all keys of ``user``, or of operators (None), from the file at ``path``: how many there were."""
-    entries = _read(Path(path))
-    kept = {
-        name: entry
-        for name, entry in entries.items()
-        if (not entry.get("operator") if user is None else entry.get("user") != user)
-    }
-    _write(Path(path), kept)
+    with _changing(Path(path)):
+        entries = _read(Path(path))
+        kept = {
+            name: entry
+            for name, entry in entries.items()
+            if (not entry.get("operator") if user is None else entry.get("user") != user)
+        }
+        _write(Path(path), kept)
     return len(entries) - len(kept)
+
+
+@contextlib.contextmanager
+def _changing(path: Path) -> Iterator[None]:
+    """Inside, no other process that changes the file at ``path`` with this function reads or writes it."""
+    with open(path.parent / f".{path.name}.lock", "a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

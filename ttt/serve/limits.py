@@ -13,7 +13,9 @@ class Limits:
 
     Attributes:
         rows: largest number of sequences that are generated at a time.
-        waiting: largest number of requests that wait for a place among them.
+        waiting: largest number of requests, and of jobs on users' weights, that wait.
+        waiting_per_user: largest number of them of one user; 0 for half of ``waiting``, but at least 1.
+        learning_tokens: largest number of tokens that wait to be learnt. A single lesson may have more.
         context: largest number of tokens of a sequence, prompt and continuation.
         prefill: tokens of a prompt that are read between two steps of the others.
         learning_share: the part of the time, above 0 and at most 1, that work on users' weights may take while answers
@@ -22,14 +24,18 @@ class Limits:
     """
 
     rows: int = 8
-    waiting: int = 64
+    waiting: int = 128
+    waiting_per_user: int = 0
+    learning_tokens: int = 16_384
     context: int = 2048
     prefill: int = 128
     learning_share: float = 0.5
     study_after: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("rows", "waiting", "prefill"):
+        if self.waiting_per_user == 0:
+            object.__setattr__(self, "waiting_per_user", max(1, self.waiting // 2))
+        for name in ("rows", "waiting", "waiting_per_user", "learning_tokens", "prefill"):
             check_whole(name, getattr(self, name), 1)
         check_whole("context", self.context, 2)
         check_real("study_after", self.study_after, low=0.0)

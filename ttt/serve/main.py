@@ -8,6 +8,7 @@ import json
 import logging
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,8 @@ class ServeOptions:
     dtype: str = "float32"
     lr: float | None = None
     rows: int = 8
-    waiting: int = 64
+    waiting: int = 128
+    learning_tokens: int = 16_384
     context: int = 2048
     learning_share: float = 0.5
     study_after: float = 30.0
@@ -123,7 +125,7 @@ def build_service(options: ServeOptions, observer: Any = None, say: Any = lambda
     learner, tokenizer = build_learner(options, say)
     assert learner.pool is not None
     limits = Limits(
-        rows=options.rows, waiting=options.waiting, context=options.context,
+        rows=options.rows, waiting=options.waiting, learning_tokens=options.learning_tokens, context=options.context,
         learning_share=options.learning_share, study_after=options.study_after,
     )  # fmt: skip
     service = Service(
@@ -183,7 +185,15 @@ def run(options: ServeOptions) -> None:
         app, host=options.host, port=options.port, log_level="warning", access_log=False, lifespan="off",
         timeout_graceful_shutdown=int(options.drain_seconds),
     )  # fmt: skip
-    web = uvicorn.Server(config)
+
+    class Web(uvicorn.Server):
+        signalled = 0.0  # when the first signal came, by time.monotonic
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            self.signalled = self.signalled or time.monotonic()
+            super().handle_exit(sig, frame)
+
+    web = Web(config)
     typer.echo(f"{server.name} is served at http://{options.host}:{options.port}/ (users in {options.store})", err=True)
     # uvicorn has handlers of its own while it runs, and raises the signal again after it has put these back: what was
     # learnt must be stored before the process ends.
@@ -192,7 +202,9 @@ def run(options: ServeOptions) -> None:
     try:
         web.run()
     finally:
-        unsaved = server.service.drain(options.drain_seconds)
+        # The time that open connections were given counts.
+        left = options.drain_seconds - (time.monotonic() - web.signalled if web.signalled else 0)
+        unsaved = server.service.drain(max(left, 0.0))
     if unsaved:
         _stop(f"what {len(unsaved)} user(s) said last could not be stored")
     if not web.started:

@@ -8,6 +8,9 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+# A temperature below which only the most probable token is drawn: float32 may not hold the quotients.
+_COLDEST = 1e-5
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -15,7 +18,7 @@ class Sampling:
 
     Attributes:
         max_tokens: largest number of tokens to generate.
-        temperature: divides the logits; 0 takes the most probable token.
+        temperature: divides the logits; 0, or less than 1e-5, takes the most probable token.
         top_p: draw from the most probable tokens that together have this probability.
         top_k: draw from the k most probable tokens; 0 for all.
         frequency_penalty, presence_penalty: subtracted from the logit of a token for each time, or once, that it was
@@ -65,16 +68,17 @@ def draw(logits: Tensor, sampling: Sampling, counts: Counter[int], generator: to
         times = torch.tensor(list(counts.values()), dtype=torch.float32)
         logits = logits.clone()
         logits[tokens] -= sampling.frequency_penalty * times + sampling.presence_penalty
-    if sampling.temperature == 0:
+    if sampling.temperature < _COLDEST:
         return int(logits.argmax())
-    logits = logits / sampling.temperature
+    logits = (logits - logits.max()) / sampling.temperature  # at most 0, so that it cannot overflow
     if 0 < sampling.top_k < len(logits):
         lowest = logits.topk(sampling.top_k).values[-1]
         logits = logits.masked_fill(logits < lowest, float("-inf"))
     p = logits.softmax(-1)
     if sampling.top_p < 1:
         ordered, order = p.sort(descending=True, stable=True)
-        kept = ordered.cumsum(-1) - ordered < sampling.top_p  # never fewer than one
+        kept = ordered.cumsum(-1) - ordered < sampling.top_p
+        kept[0] = True  # float32 may round top_p to 0
         p = torch.zeros_like(p).scatter_(0, order, ordered * kept)
     return int(torch.multinomial(p, 1, generator=generator))
 

@@ -17,17 +17,18 @@ from typing import Any
 from ttt.learn.learner import Learner
 from ttt.serve import jobs
 from ttt.serve.batch import Batch, Outcome, Request
-from ttt.serve.errors import Conflict, RequestError, TooBusy, Unavailable, as_request_error
+from ttt.serve.errors import BadRequest, Conflict, HungUp, RequestError, Unavailable, as_request_error
 from ttt.serve.jobs import Job, Learnt
 from ttt.serve.limits import Limits
 from ttt.serve.observer import Observer, Silent
-from ttt.serve.sessions import Fetched, Sessions
+from ttt.serve.openings import Openings
+from ttt.serve.places import Places
+from ttt.serve.sessions import Sessions
 from ttt.serve.teaching import Lesson
 from ttt.serve.user_queue import UserQueue, is_lesson
 from ttt.store import Store
 
 log = logging.getLogger("ttt.serve")
-_REOPEN = 5.0  # seconds after which a user who can only be read is opened again, or sooner with short leases
 
 
 class Service:
@@ -67,7 +68,6 @@ class Service:
         self.limits = limits or Limits()
         self.observer: Any = observer or Silent()
         self.context = min(self.limits.context, learner.context)
-        self.reopen_after = min(_REOPEN, lease_seconds / 8)
         self.sessions = Sessions(
             self.pool, store, model_id, lease_seconds=lease_seconds, on_stored=self.observer.stored
         )  # fmt: skip
@@ -78,13 +78,15 @@ class Service:
         self._io = concurrent.futures.ThreadPoolExecutor(4, "ttt-io")
         self._inbox: queue.SimpleQueue[Request | Job | None] = queue.SimpleQueue()
         self._queues: OrderedDict[str | None, UserQueue] = OrderedDict()
+        self._openings = Openings(
+            self.sessions, self._queues, self._io, self.observer, lambda: self._inbox.put(None)
+        )  # fmt: skip
         self._jobs: deque[Job] = deque()  # that have begun, the next one to take a step first
         self._count = itertools.count()
-        self._waiting = 0  # requests in the inbox and in queues
-        self._lock = threading.Lock()  # of _waiting and _draining
+        self._places = Places(self.limits)
+        self._lock = threading.Lock()  # what comes in is taken before the service drains, or refused
         self._draining = False
         self._drain_until: float | None = None
-        self._learning_tokens = 0
         self._owed = 0.0  # seconds of generating that must pass before the next step of a job
         self._thread = threading.Thread(target=self._run, name="ttt-model", daemon=True)
         self._thread.start()
@@ -95,17 +97,19 @@ class Service:
         """Serve ``request`` when its turn comes.
 
         Raises:
-            TooBusy: if too many wait already. Unavailable: if the service is ending.
+            BadRequest: if it asks for more sequences than are generated at a time. TooBusy: if too much waits already.
+            Unavailable: if the service is ending.
         """
+        if request.n > self.limits.rows:
+            raise BadRequest(
+                f"n must be at most {self.limits.rows}, the number of texts that are generated at a time, got "
+                f"{request.n}",
+                param="n",
+            )
         with self._lock:
             self._require_open()
-            if self._waiting >= self.limits.waiting:
-                raise TooBusy(
-                    f"{self._waiting} requests are waiting, which is as many as are allowed; try again later",
-                    retry_after=2,
-                )
-            self._waiting += 1
-        self._inbox.put(request)
+            self._places.take(request.user, 0 if request.lesson is None else request.lesson.tokens)
+            self._inbox.put(request)
 
     def learn(self, user: str, lesson: Lesson) -> concurrent.futures.Future[Learnt]:
         """Learn ``lesson`` when the user's turn comes; see `ttt.serve.jobs.learn`."""
@@ -142,25 +146,25 @@ class Service:
 
     @property
     def waiting(self) -> int:
-        """Number of requests that wait for their turn."""
-        return self._waiting
+        """Number of requests and jobs that wait for their turn."""
+        return self._places.waiting
 
     @property
     def learning_tokens(self) -> int:
         """Number of tokens that wait to be learnt."""
-        return self._learning_tokens
+        return self._places.tokens
 
     @property
     def alive(self) -> bool:
-        """Whether requests are served."""
-        return self._thread.is_alive() and not self._draining
+        """Whether requests are served, and what they teach is stored."""
+        return self._thread.is_alive() and self.sessions.alive and not self._draining
 
     def drain(self, timeout: float | None = None) -> list[str]:
         """Take no more requests, serve and learn what has come in, store it, and end.
 
         Args:
-            timeout: seconds after which requests that are not served yet are refused. What was served is learnt and
-                stored however long that takes.
+            timeout: seconds after which requests and jobs that are not done yet are refused. What was served is learnt
+                however long that takes, and then the store has as many seconds to take it.
 
         Returns:
             The users of whom something could not be stored.
@@ -170,8 +174,9 @@ class Service:
             self._drain_until = None if timeout is None else time.monotonic() + timeout
         self._inbox.put(None)
         self._thread.join()
-        self._io.shutdown()
-        return self.sessions.close()
+        unsaved = self.sessions.close(timeout)
+        self._io.shutdown(wait=False)
+        return unsaved
 
     def _require_open(self) -> None:
         if self._draining or not self._thread.is_alive():
@@ -180,8 +185,8 @@ class Service:
     def _enter(self, job: Job) -> concurrent.futures.Future[Any]:
         with self._lock:
             self._require_open()
-        self._learning_tokens += job.tokens
-        self._inbox.put(job)
+            self._places.take(job.user, job.tokens)
+            self._inbox.put(job)
         return job.result
 
     def _lesson_job(self, user: str, lesson: Lesson) -> Job:
@@ -201,8 +206,10 @@ class Service:
                     return
             except Exception as error:
                 log.exception("a step of the service failed")
-                self.observer.failed("step")
-                self.batch.fail_all(as_request_error(error))
+                with contextlib.suppress(Exception):
+                    self.observer.failed("step")
+                    self.batch.fail_all(as_request_error(error))
+                time.sleep(0.01)  # if it fails again and again, other threads must still run
 
     def _turn(self) -> bool:
         """Take in what has come, and take a step of everything that can; False at the end."""
@@ -241,23 +248,43 @@ class Service:
     def _add(self, item: Request | Job) -> None:
         item.arrival = next(self._count)
         user_queue = self._queues.setdefault(item.user, UserQueue())
-        user_queue.last = time.monotonic()
         user_queue.waiting.append(item)
+        if isinstance(item, Job) and item.reads:
+            return  # goes on beside a study
+        user_queue.last = time.monotonic()
         job = user_queue.job
         if job is not None and job.yields_to_requests:
             job.give_up(Conflict("the study was given up for a request; it begins anew later"))
-            self._jobs.remove(job)
-            user_queue.job = None
+            self._end_job(job)
 
     def _start(self) -> None:
         """Start what waits at the head of the queues, oldest first."""
+        full = False  # or reserved for a request that needs more rows than are free
         for user, waits in sorted(
             ((user, waits) for user, waits in self._queues.items() if waits.waiting or waits.opening or waits.fetched),
             key=lambda pair: pair[1].waiting[0].arrival if pair[1].waiting else -1,
         ):
-            self._opened(user, waits)
-            while waits.waiting and self._start_head(user, waits):
-                pass
+            self._sweep(waits)
+            try:
+                if self._openings.install(waits):
+                    waits.to_study = self._has_unstudied(user)
+            except Exception as error:
+                self._end_waiting(waits, lambda item: True, as_request_error(error))
+            while waits.waiting:
+                item = waits.waiting[0]
+                if isinstance(item, Job):
+                    if not self._start_job(item, waits):
+                        break
+                elif waits.job is not None or not self._openings.has_session(user, waits):
+                    break
+                elif full or not self.batch.fits(item):
+                    full = True
+                    break
+                else:
+                    waits.waiting.popleft()
+                    self._places.leave(item.user)
+                    waits.active += 1
+                    self.batch.begin(item)
         for user in [user for user, waits in self._queues.items() if waits.idle]:
             if user is None or self.sessions.get(user) is None:
                 del self._queues[user]
@@ -265,135 +292,67 @@ class Service:
             if user not in self._queues or self._queues[user].idle:
                 self.sessions.drop(user)
 
-    def _start_head(self, user: str | None, waits: UserQueue) -> bool:
-        """Start the first item that waits, if it can be; whether the next one may be looked at."""
-        item = waits.waiting[0]
-        if isinstance(item, Request):
-            if item.cancelled:
-                self._dequeue(waits)
-                return True
-            if waits.job is not None or not self.batch.fits(item) or not self._has_session(user, waits):
+    def _start_job(self, job: Job, waits: UserQueue) -> bool:
+        """Start the first item that waits, a job, if it can be; whether the next one may be looked at."""
+        if job.reads:
+            # Until a study ends it writes nothing.
+            if (waits.job is not None and waits.job.kind != "study") or not self._openings.has_session(job.user, waits):
                 return False
-            self._dequeue(waits)
-            waits.active += 1
-            self.batch.begin(item)
+            waits.waiting.popleft()
+            waits.reads += 1
+            self._jobs.append(job)
             return True
-        if waits.active or waits.job is not None or (item.needs_slot and not self._has_session(user, waits)):
+        if waits.active or waits.reads or waits.job is not None:
             return False
-        if item.kind == "forget":
+        if job.needs_slot and not self._openings.has_session(job.user, waits):
+            return False
+        if job.kind == "forget":
             waits.forgetting = True
-            self._drop_lessons(waits)
+            self._end_waiting(waits, is_lesson, Conflict("nothing was learnt: the user was forgotten meanwhile"))
             if waits.opening is not None:
                 return False
             if waits.fetched is not None:
                 self.sessions.discard(waits.fetched)
                 waits.fetched = None
-        waits.waiting.remove(item)
-        waits.job = item
-        self._jobs.append(item)
+        waits.waiting.remove(job)
+        waits.job = job
+        self._jobs.append(job)
         return False
 
-    def _dequeue(self, waits: UserQueue) -> None:
-        waits.waiting.popleft()
-        with self._lock:
-            self._waiting -= 1
-
-    def _drop_lessons(self, waits: UserQueue) -> None:
-        """The user is to be forgotten: what was to be learnt from them is not."""
-        for item in [item for item in waits.waiting if isinstance(item, Job) and is_lesson(item)]:
-            waits.waiting.remove(item)
-            self._learning_tokens -= item.tokens
-            item.give_up(Conflict("nothing was learnt: the user was forgotten meanwhile"))
-
-    # -- opening ------------------------------------------------------------------------------------------------------
-
-    def _has_session(self, user: str | None, waits: UserQueue) -> bool:
-        """Whether the user has a slot; otherwise the store is asked for their state."""
-        if user is None:
-            return True
-        session = self.sessions.get(user)
-        if (
-            session is not None
-            and session.read_only
-            and time.monotonic() - session.opened > self.reopen_after
-            and not waits.active
-        ):
-            self.sessions.drop(user)
-            session = None
-        if session is not None:
-            self.sessions.use(user)
-            return True
-        if waits.opening is None and waits.fetched is None:
-            waits.opening = self._io.submit(self._timed_fetch, user)
-            waits.opening.add_done_callback(lambda _: self._inbox.put(None))
-        return False
-
-    def _timed_fetch(self, user: str) -> Fetched:
-        began = time.perf_counter()
-        fetched = self.sessions.fetch(user)
-        self.observer.opened(time.perf_counter() - began)
-        return fetched
-
-    def _opened(self, user: str | None, waits: UserQueue) -> None:
-        """Give a user whose state has been read a slot, if there is one."""
-        if waits.opening is not None and waits.opening.done():
-            future, waits.opening = waits.opening, None
-            try:
-                waits.fetched = future.result()
-            except Exception as error:
-                self._refuse(waits, error)
-        if waits.fetched is None or not self._free_slot():
-            return
-        fetched, waits.fetched = waits.fetched, None
-        try:
-            self.sessions.install(fetched)
-            waits.to_study = self._has_unstudied(user)
-        except Exception as error:
-            self._refuse(waits, error)
-
-    def _free_slot(self) -> bool:
-        """Whether a slot is free, after the eviction of an idle user if necessary."""
-        if len(self.sessions.users) < self.pool.slots:
-            return True
-        for user in self.sessions.users:
-            waits = self._queues.get(user)
-            session = self.sessions.get(user)
-            if (
-                (waits is None or waits.idle)
-                and session is not None
-                and (self.sessions.saved(user) or not session.lease)
-            ):
-                self.sessions.evict(user)
-                self.observer.evicted()
-                return True
-        return False
+    def _sweep(self, waits: UserQueue) -> None:
+        """End what waits or goes on for nobody any more."""
+        self._end_waiting(waits, lambda item: item.cancelled, HungUp("nobody waits for the answer any more"))
+        if waits.job is not None and waits.job.cancelled:
+            waits.job.give_up(HungUp("nobody waits for the answer any more"))
+            self._end_job(waits.job)
 
     # -- refusing -----------------------------------------------------------------------------------------------------
 
-    def _refuse(self, waits: UserQueue, error: Exception) -> None:
-        """End everything that waits for a user with ``error``."""
-        known = as_request_error(error)
-        while waits.waiting:
-            item = waits.waiting[0]
-            if isinstance(item, Request):
-                self._dequeue(waits)
-                item.deliver(known)
+    def _end_waiting(self, waits: UserQueue, which: Callable[[Request | Job], bool], error: RequestError) -> None:
+        """End what waits for a user, if ``which`` says so, with ``error``."""
+        for item in [item for item in waits.waiting if which(item)]:
+            waits.waiting.remove(item)
+            if isinstance(item, Job):
+                item.give_up(error)
+                self._leave(item)
             else:
-                waits.waiting.popleft()
-                self._learning_tokens -= item.tokens
-                item.give_up(known)
+                self._places.leave(item.user)
+                if item.lesson is not None:
+                    self._places.learnt(item.lesson.tokens)
+                if not item.cancelled:
+                    item.deliver(error)
 
     def _refuse_all(self, error: RequestError) -> None:
-        """End all requests that wait; jobs are done."""
+        """End everything but lessons that answers have promised, and what has begun to change a user's versions."""
         for waits in self._queues.values():
-            for item in [item for item in waits.waiting if isinstance(item, Request)]:
-                waits.waiting.remove(item)
-                with self._lock:
-                    self._waiting -= 1
-                item.deliver(error)
+            self._end_waiting(waits, lambda item: not isinstance(item, Job) or item.counted, error)
+            if waits.job is not None and waits.job.kind == "study":
+                waits.job.give_up(error)
+                self._end_job(waits.job)
         for request in self.batch.requests:
-            request.cancelled = True
-            request.deliver(error)
+            if not request.cancelled:
+                request.cancelled = True
+                request.deliver(error)
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
@@ -403,19 +362,20 @@ class Service:
         waits.active -= 1
         waits.last = time.monotonic()
         if request.cancelled or request.failed:
-            return
+            return self._unlearnt(request)
         self.observer.served(len(request.prompt), request.generated)
         if request.user is None:
+            self._unlearnt(request)
             return request.deliver(self._outcome(request, "off"))
         session = self.sessions.use(request.user)
         if request.lesson is None:
             return request.deliver(self._outcome(request, "off"))
         if session.read_only or waits.forgetting:
             why = session.read_only or "the user is being forgotten"
+            self._unlearnt(request)
             return request.deliver(self._outcome(request, f"refused: {why}"))
         job = self._lesson_job(request.user, request.lesson)
-        job.arrival = request.arrival
-        self._learning_tokens += job.tokens
+        job.arrival, job.counted = request.arrival, False
         # Before the requests that wait, and after lessons that do.
         at = sum(1 for item in itertools.takewhile(is_lesson, waits.waiting))
         waits.waiting.insert(at, job)
@@ -423,6 +383,11 @@ class Service:
             job.result.add_done_callback(lambda done: self._tell_when_stored(request, done))
         else:
             request.deliver(self._outcome(request, "queued"))
+
+    def _unlearnt(self, request: Request) -> None:
+        """The lesson of ``request`` will not be learnt."""
+        if request.lesson is not None:
+            self._places.learnt(request.lesson.tokens)
 
     def _tell_when_stored(self, request: Request, done: concurrent.futures.Future[Learnt]) -> None:
         if (error := done.exception()) is not None:
@@ -446,23 +411,34 @@ class Service:
     def _job_step(self) -> None:
         """Take a step of the next job that can take one."""
         for _ in range(len(self._jobs)):
-            job = self._jobs.popleft()
+            self._jobs.rotate(-1)
+            job = self._jobs[-1]
             if not job.ready:
-                self._jobs.append(job)
                 continue
             if job.step():
                 self._job_ended(job)
-            else:
-                if job.waits_for is not None:
-                    job.waits_for.add_done_callback(lambda _: self._inbox.put(None))
-                self._jobs.append(job)
+            elif job.waits_for is not None:
+                job.waits_for.add_done_callback(lambda _: self._inbox.put(None))
             return
 
-    def _job_ended(self, job: Job) -> None:
+    def _end_job(self, job: Job) -> None:
+        """Take a job that has ended out of what goes on."""
+        self._jobs.remove(job)
         waits = self._queues[job.user]
-        waits.job, waits.last = None, time.monotonic()
-        self._learning_tokens -= job.tokens
-        failed = job.result.exception() is not None
+        if job.reads:
+            waits.reads -= 1
+        else:
+            waits.job, waits.last = None, time.monotonic()
+        self._leave(job)
+
+    def _leave(self, job: Job) -> None:
+        self._places.learnt(job.tokens)
+        if job.counted:
+            self._places.leave(job.user)
+
+    def _job_ended(self, job: Job) -> None:
+        self._end_job(job)
+        waits, failed = self._queues[job.user], job.error is not None
         if failed:
             self.observer.failed(job.kind)
         if job.kind == "learn" and not failed:
@@ -471,7 +447,7 @@ class Service:
         elif job.kind == "study":
             waits.to_study = False
             if not failed:
-                self.observer.studied(job.result.result()[0].episodes, job.seconds)
+                self.observer.studied(job.value[0].episodes, job.seconds)
         elif job.kind == "forget":
             waits.forgetting = waits.to_study = False
         elif job.kind == "rollback" and not failed:
@@ -495,7 +471,7 @@ class Service:
                 waits.to_study = False
                 continue
             job = self._study_job(user)
-            job.yields_to_requests = True
+            job.yields_to_requests, job.counted = True, False
             waits.job = job
             self._jobs.append(job)
             return

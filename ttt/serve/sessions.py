@@ -1,8 +1,7 @@
 """Users who are served: their slots in the pool, their leases on the store, and the writing of what they learnt.
 
-Learning must not wait for a disk, so a thread of its own writes. A user's newest state is written; states that were
-replaced before their turn are skipped. What was learnt is *stored* once its version is acknowledged by the store, and
-`Session.stored` says up to which update that is so.
+Learning must not wait for a disk, so `ttt.serve.writer.Writer` writes in a thread of its own. What was learnt is
+*stored* once its version is acknowledged by the store, and `Session.stored` says up to which update that is so.
 """
 
 from __future__ import annotations
@@ -11,52 +10,19 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import logging
-import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
-
-from torch import Tensor
 
 from ttt.per_user.pool import Pool
-from ttt.serve.errors import Conflict, NotFound, Unavailable
-from ttt.store import LeaseHeld, StaleLease, Store, StoreError, UnknownUser, UnknownVersion
+from ttt.serve.errors import Conflict, NotFound, Unavailable, kinds
+from ttt.serve.session import Session, State
+from ttt.serve.writer import Writer
+from ttt.store import DamagedState, LeaseHeld, StaleLease, Store, StoreError, UnknownUser, UnknownVersion
+from ttt.store import State as StoredState
 from ttt.store.lease import Lease
 
 log = logging.getLogger("ttt.serve")
-State = dict[str, Tensor]
-_RETRY = 0.5  # seconds between attempts to write to a store that fails
-
-
-@dataclasses.dataclass
-class Session:
-    """A user who has a slot.
-
-    Attributes:
-        user: their id.
-        lease: the right to write their versions; None if the user can only be read.
-        read_only: why nothing can be learnt; empty if it can.
-        updates: rises with every change of the user's weights while the user has a slot. What the weights
-            computed may be kept under the user's id and this number.
-        tokens: number of tokens learnt so far.
-        stored: value of ``updates`` in the newest version that the store has acknowledged.
-        version: the number of that version; None if there is none.
-        opened: when, by `time.monotonic`.
-        writes: one for each update that is to be stored.
-        left: set once the lease was given up.
-    """
-
-    user: str
-    lease: Lease | None
-    read_only: str = ""
-    updates: int = 0
-    tokens: int = 0
-    stored: int = 0
-    version: int | None = None
-    opened: float = dataclasses.field(default_factory=time.monotonic)
-    writes: list[concurrent.futures.Future[int]] = dataclasses.field(default_factory=list)
-    left: threading.Event = dataclasses.field(default_factory=threading.Event)
+_LEAVE = 5.0  # seconds that `Sessions.erase` waits for a write to end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +36,8 @@ class Fetched:
 class Sessions:
     """Keeps the users of one ``pool`` in step with a ``store``.
 
-    `fetch`, `rolled_back` and `erase` wait for the store, and may be called from any thread. All other methods are for
-    the thread that uses the pool.
+    `fetch`, `read_version`, `rolled_back` and `erase` wait for the store, and may be called from any thread. All other
+    methods are for the thread that uses the pool.
 
     Args:
         pool: of the model's users. Its hooks are not used: the caller makes room with `evict`.
@@ -94,9 +60,9 @@ class Sessions:
         on_stored: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self.pool, self.store, self.model = pool, store, model
-        self.lease_seconds, self.most_unsaved, self.on_stored = lease_seconds, most_unsaved, on_stored
+        self.lease_seconds, self.most_unsaved = lease_seconds, most_unsaved
         self._sessions: OrderedDict[str, Session] = OrderedDict()  # in the order in which they were last used
-        self._writer = _Writer(self)
+        self._writer = Writer(store, lambda: list(self._sessions.values()), lease_seconds, on_stored)
 
     # -- opening ----------------------------------------------------------------------------------------------------
 
@@ -114,28 +80,28 @@ class Sessions:
         except LeaseHeld:
             lease, why = None, "another server holds the lease of this user, and is the one that learns"
         except StoreError as error:
-            raise Unavailable(f"the store is out of reach: {error}") from error
+            raise unavailable("the store is out of reach", error) from error
         try:
-            return self._read(user, lease, why)
+            return self._newest(user, lease, why)
         except BaseException:
             if lease is not None:
                 with contextlib.suppress(StoreError):
                     lease.release()
             raise
 
-    def _read(self, user: str, lease: Lease | None, why: str = "") -> Fetched:
-        session = Session(user, lease, why)
+    def _newest(self, user: str, lease: Lease | None, why: str) -> Fetched:
         try:
             found = self.store.get(user)
         except UnknownUser:
-            return Fetched(session, None)
+            return Fetched(Session(user, lease, why), None)
         except StoreError as error:
-            raise Unavailable(f"the store cannot serve this user: {error}") from error
+            raise unavailable("the store cannot serve this user", error) from error
+        self._check_model(found)
+        return _fetched(found, Session(user, lease, why), found.version)
+
+    def _check_model(self, found: StoredState) -> None:
         if (of := found.meta.get("model", self.model)) != self.model:
             raise Conflict(f"this user's weights are of another model: {of!r:.80}, and {self.model!r} is served")
-        session.updates = session.stored = int(found.meta.get("updates", found.version))
-        session.tokens, session.version = int(found.meta.get("tokens", 0)), found.version
-        return Fetched(session, found.tensors)
 
     def install(self, fetched: Fetched) -> Session:
         """Give the user of ``fetched`` a slot with their state; a slot must be free, or theirs already.
@@ -194,6 +160,11 @@ class Sessions:
         session = self._sessions[user]
         return session.updates - session.stored < self.most_unsaved
 
+    @property
+    def alive(self) -> bool:
+        """Whether what is learnt is stored, and leases are renewed."""
+        return self._writer.alive
+
     def learnt(self, user: str, tokens: int) -> concurrent.futures.Future[int]:
         """Count an update of ``user``, whose weights have learnt ``tokens`` tokens, and have it written.
 
@@ -230,23 +201,46 @@ class Sessions:
         self.pool.forget(user)
         self._writer.release(session)
 
-    def rolled_back(self, session: Session, version: int) -> Fetched:
-        """Make ``version`` of a user the newest in the store, and read it. `install` puts it in effect.
+    def read_version(self, session: Session, version: int) -> StoredState:
+        """Read ``version`` of a user from the store, to go back to it with `rolled_back`.
 
         Raises:
-            NotFound: if there is no such version. Unavailable: if the store failed. Conflict: without the lease.
+            NotFound: if there is no such version. Unavailable: if the store failed. Conflict: without the lease, and if
+                the version is damaged or of another model.
         """
         if session.lease is None:
             raise Conflict(f"nothing was rolled back: {session.read_only}", code="read_only")
         try:
-            self.store.rollback(session.user, version, lease=session.lease)
-        except (UnknownUser, UnknownVersion) as error:
-            raise NotFound(str(error), param="version") from None
-        except StaleLease as error:
-            raise Conflict(f"nothing was rolled back: {error}", code="read_only") from error
+            found = self.store.get(session.user, version, strict=True)
+        except (UnknownUser, UnknownVersion):
+            raise NotFound(f"user {session.user!r} has no version {version}", param="version") from None
+        except DamagedState as error:
+            log.warning("a version is damaged: %s", kinds(error))
+            raise Conflict(f"nothing was rolled back: version {version} is damaged", code="damaged") from error
         except StoreError as error:
-            raise Unavailable(f"nothing was rolled back: {error}") from error
-        return self._read(session.user, session.lease)
+            raise unavailable("nothing was rolled back: the store cannot serve this user", error) from error
+        self._check_model(found)
+        return found
+
+    def rolled_back(self, session: Session, target: StoredState) -> Fetched:
+        """Make ``target``, from `read_version`, the user's newest version in the store. `install` puts it in effect.
+
+        If it raises, the store may have gone back or not, and the user is to be opened again, after `drop`.
+
+        Raises:
+            Unavailable: if the store failed. Conflict: if the lease was lost.
+        """
+        lease = session.lease
+        try:
+            if lease is None:
+                raise StaleLease(session.read_only)
+            number = self.store.rollback(session.user, target.version, lease=lease)
+        except StaleLease as error:
+            session.lose()
+            raise Conflict(f"nothing was rolled back: {session.read_only}", code="read_only") from error
+        except StoreError as error:
+            raise unavailable("it is not known whether the user was rolled back", error) from error
+        return _fetched(target, Session(session.user, lease), number)
 
     def erase(self, user: str) -> None:
         """Remove everything that the store has of ``user``, for good; for a user whose slot was freed by `drop`.
@@ -254,15 +248,22 @@ class Sessions:
         Raises:
             Unavailable: if something could not be removed yet.
         """
+        leaving = self._writer.leaving.get(user)
+        if leaving is not None:
+            # A write that is going on then leaves nothing behind. If it takes longer, its commit is refused.
+            leaving.left.wait(_LEAVE)
         try:
             self.store.forget(user)
         except UnknownUser:
             pass
         except StoreError as error:
-            raise Unavailable(f"not everything could be removed yet, ask again: {error}") from error
+            raise unavailable("not everything could be removed yet, ask again", error) from error
 
     def drop(self, user: str) -> None:
-        """Free the slot of ``user``, if there is one, without storing anything; what waits to be written is dropped."""
+        """Free the slot of ``user``, if there is one, without storing anything; what waits to be written is dropped.
+
+        Does not wait: a write that is going on ends by itself.
+        """
         session = self._sessions.pop(user, None)
         if session is not None:
             self.pool.forget(user)
@@ -278,144 +279,13 @@ class Sessions:
         return [user for user, session in self._sessions.items() if session.stored < session.updates]
 
 
-@dataclasses.dataclass
-class _Waiting:
-    """The newest state of a user that is not yet stored, and who waits for it."""
-
-    session: Session
-    state: State
-    meta: dict[str, Any]
-    futures: list[concurrent.futures.Future[int]]
+def unavailable(what: str, error: Exception) -> Unavailable:
+    """The error that a client sees when the store fails; what kind of failure it was is in the log."""
+    log.warning("%s: %s", what, kinds(error))
+    return Unavailable(f"{what}; try again later", retry_after=5)
 
 
-class _Writer:
-    """The thread that writes states, and renews and releases leases."""
-
-    def __init__(self, sessions: Sessions) -> None:
-        self.sessions = sessions
-        self._changed = threading.Condition()
-        self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
-        self._writing: _Waiting | None = None
-        self.leaving: dict[str, Session] = {}  # by user, whose leases are to be released; the latest of each
-        self._released: list[Session] = []
-        self._renewed = time.monotonic()
-        self._stop = False
-        self._thread = threading.Thread(target=self._run, name="ttt-store", daemon=True)
-        self._thread.start()
-
-    def write(self, session: Session, state: State, meta: dict[str, Any]) -> concurrent.futures.Future[int]:
-        future: concurrent.futures.Future[int] = concurrent.futures.Future()
-        with self._changed:
-            older = self._waiting.get(session.user)
-            futures = [*(older.futures if older is not None else []), future]
-            self._waiting[session.user] = _Waiting(session, state, meta, futures)
-            self._changed.notify()
-        return future
-
-    def drop(self, session: Session) -> None:
-        """Forget what waits to be written of a user, and wait for a write that is going on."""
-        with self._changed:
-            waiting = self._waiting.pop(session.user, None)
-            while self._writing is not None and self._writing.session is session:
-                self._changed.wait()
-            waiting = self._waiting.pop(session.user, waiting)
-            self._leave(session)
-        for future in [] if waiting is None else waiting.futures:
-            future.set_exception(Conflict("nothing was stored: the user was forgotten meanwhile"))
-
-    def release(self, session: Session) -> None:
-        with self._changed:
-            self._leave(session)
-
-    def _leave(self, session: Session) -> None:
-        self.leaving[session.user] = session
-        self._released.append(session)
-        self._changed.notify()
-
-    def close(self, sessions: list[Session], timeout: float | None) -> None:
-        with self._changed:
-            for session in sessions:
-                self._leave(session)
-            self._stop = True
-        self._thread.join(timeout)
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                if not self._waiting and not self._released and not self._stop:
-                    self._changed.wait(self.sessions.lease_seconds / 4)
-                work = next(iter(self._waiting.values()), None)
-                if work is not None:
-                    del self._waiting[work.session.user]
-                    self._writing = work
-                busy = set(self._waiting) | ({work.session.user} if work is not None else set())
-                released = [session for session in self._released if session.user not in busy]
-                self._released = [session for session in self._released if session.user in busy]
-                if work is None and not released and self._stop:
-                    return
-            try:
-                if work is not None:
-                    self._put(work)
-            finally:
-                with self._changed:
-                    self._writing = None
-                    self._changed.notify_all()
-            self._release(released)
-            self._renew()
-
-    def _put(self, work: _Waiting) -> None:
-        """Write, and tell those who wait. If the store fails, the state waits again, unless there is a newer one."""
-        session, lease = work.session, work.session.lease
-        began = time.perf_counter()
-        try:
-            if lease is None:
-                raise StaleLease(session.read_only or "the lease was lost")
-            version = self.sessions.store.put(lease, work.state, work.meta)
-        except StaleLease as error:
-            session.lease, session.read_only = None, f"another server has taken over this user ({error})"
-            failure = Conflict(f"what was learnt was not stored: {session.read_only}", code="read_only")
-            for future in work.futures:
-                future.set_exception(failure)
-        except Exception as error:  # whatever it was, the writer goes on
-            log.warning("a version could not be stored; trying again: %s", type(error).__name__)
-            with self._changed:
-                newer = self._waiting.get(session.user)
-                if newer is not None:
-                    newer.futures[:0] = work.futures
-                elif not self._stop:
-                    self._waiting[session.user] = work
-                else:
-                    for future in work.futures:
-                        future.set_exception(Unavailable(f"what was learnt was not stored: {error}"))
-                self._changed.wait(_RETRY)
-        else:
-            session.version = version
-            session.stored = max(session.stored, int(work.meta["updates"]))
-            self.sessions.on_stored(time.perf_counter() - began)
-            for future in work.futures:
-                future.set_result(version)
-
-    def _release(self, sessions: list[Session]) -> None:
-        for session in sessions:
-            if session.lease is not None:
-                with contextlib.suppress(Exception):  # it expires by itself
-                    session.lease.release()
-            session.left.set()
-            with self._changed:
-                if self.leaving.get(session.user) is session:
-                    del self.leaving[session.user]
-
-    def _renew(self) -> None:
-        """Extend the leases of all users with a slot, a few times in the time of a lease."""
-        if time.monotonic() - self._renewed < self.sessions.lease_seconds / 4:
-            return
-        self._renewed = time.monotonic()
-        for session in list(self.sessions._sessions.values()):
-            if session.lease is None:
-                continue
-            try:
-                session.lease.renew(self.sessions.lease_seconds)
-            except StaleLease as error:
-                session.lease, session.read_only = None, f"another server has taken over this user ({error})"
-            except Exception as error:  # the store may be back before the lease ends
-                log.warning("a lease could not be renewed: %s", type(error).__name__)
+def _fetched(found: StoredState, session: Session, version: int) -> Fetched:
+    session.updates = session.stored = int(found.meta.get("updates", found.version))
+    session.tokens, session.version = int(found.meta.get("tokens", 0)), version
+    return Fetched(session, found.tensors)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt.learn.chat_template import Message, tokens_at, words_in_template
+from ttt.learn.chat_template import Message, spans_in_template, tokens_at
 from ttt.serve.errors import BadRequest
 
 LEARN = ("off", "on", "wait")
@@ -90,18 +90,8 @@ class Teaching:
             chosen = [at for at in chosen if at == len(messages) - 1]
         if not chosen:
             return None
-        spans, text = [], ""
-        for at in chosen:
-            try:
-                whole, start, stop = words_in_template(tokenizer, messages[: at + 1])
-            except ValueError as error:
-                raise BadRequest(str(error), param="messages") from None
-            if not whole.startswith(text):
-                raise BadRequest(
-                    "the chat template changes what stands before a message when another follows; with this model "
-                    "only the last message can teach",
-                    param="messages",
-                )
-            spans.append((start, stop))
-            text = whole[:stop]
-        return Lesson.of(*tokens_at(tokenizer, text, spans), longest)
+        try:
+            whole, spans = spans_in_template(tokenizer, messages[: chosen[-1] + 1], chosen)
+            return Lesson.of(*tokens_at(tokenizer, whole[: spans[-1][1]], spans), longest)
+        except ValueError as error:
+            raise BadRequest(str(error), param="messages") from None

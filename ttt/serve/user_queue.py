@@ -17,7 +17,8 @@ class UserQueue:
     def __init__(self) -> None:
         self.waiting: deque[Request | Job] = deque()
         self.active = 0  # requests that are being served
-        self.job: Job | None = None
+        self.job: Job | None = None  # that changes the user's weights
+        self.reads = 0  # jobs that only read them
         self.opening: concurrent.futures.Future[Fetched] | None = None
         self.fetched: Fetched | None = None
         self.forgetting = False
@@ -27,7 +28,10 @@ class UserQueue:
     @property
     def idle(self) -> bool:
         """Whether nothing waits or is going on."""
-        return not self.waiting and not self.active and self.job is None and self.opening is None and not self.fetched
+        return (
+            not self.waiting and not self.active and not self.reads and self.job is None and self.opening is None
+            and not self.fetched
+        )  # fmt: skip
 
 
 def is_lesson(item: Request | Job) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from types import TracebackType
 
 from ttt.checks import check_number
@@ -18,7 +19,7 @@ class Lease:
     ``token`` rules out two writers: each lease of the store has a greater token than all before it, and a version is
     committed in a transaction that finds its lease's token to be the latest. Expiry only decides when another holder
     may take over; a lease that expired and was not taken over still writes. A lease belongs to the process that took
-    it: in a fork of that process it is stale.
+    it: in a fork of that process it is stale. It may be used from several threads at once.
 
     Attributes:
         user: the user's id.
@@ -29,6 +30,7 @@ class Lease:
         self._index, self._store_name = index, store_name
         self._grant: Grant | None = grant
         self._seconds, self._pid = seconds, os.getpid()
+        self._lock = threading.Lock()  # a lease that is renewed while it is released must end released
         self.user, self.token = grant.user, grant.token
 
     @property
@@ -53,7 +55,10 @@ class Lease:
 
     def commit(self, blob: tuple[str, int, str], source: int | None = None) -> int | None:
         """Add a version and extend the lease, see `ttt.store.index.Index.commit`; the version's number."""
-        version, self._grant = self._index.commit(self.grant, self._seconds, blob, source)
+        version, grant = self._index.commit(self.grant, self._seconds, blob, source)
+        with self._lock:
+            if self._grant is not None:
+                self._grant = grant
         return version
 
     def renew(self, seconds: float | None = None) -> None:
@@ -63,14 +68,16 @@ class Lease:
             StaleLease: if it was released, or another holder has taken over.
         """
         seconds = self._seconds if seconds is None else check_number("seconds", seconds, 0, above=True)
-        self._grant = self._index.extend(self.grant, seconds)
+        with self._lock:
+            self._grant = self._index.extend(self.grant, seconds)
 
     def release(self) -> None:
         """End the lease. Does nothing if it was released before, another has taken over, or this is a fork."""
-        if self._grant is not None and self._pid == os.getpid():
-            with contextlib.suppress(StaleLease):
-                self._index.extend(self._grant, 0)
-        self._grant = None
+        with self._lock:
+            if self._grant is not None and self._pid == os.getpid():
+                with contextlib.suppress(StaleLease):
+                    self._index.extend(self._grant, 0)
+            self._grant = None
 
     def __enter__(self) -> Lease:
         return self

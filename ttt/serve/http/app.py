@@ -35,7 +35,7 @@ def create_app(server: Server, *, largest_body: int = 1 << 20, hosts: Sequence[s
         largest_body: bytes of a request, at most.
         hosts: see `ttt.serve.http.middleware.Guarded`.
     """
-    app = FastAPI(title="ttt serve", docs_url=None, redoc_url=None)
+    app = FastAPI(title="ttt serve", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.server = server
     app.include_router(completions.router)
     app.include_router(users.router)
@@ -55,6 +55,11 @@ def create_app(server: Server, *, largest_body: int = 1 << 20, hosts: Sequence[s
     @app.get("/metrics")
     async def metrics(http: Request) -> Response:
         return Response(server_of(http).metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi(http: Request) -> JSONResponse:
+        server_of(http).identify(http)
+        return JSONResponse(app.openapi())
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
@@ -82,9 +87,12 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(http: Request, error: HTTPException) -> JSONResponse:
-        found = NotFound(f"{http.method} {http.url.path:.80} is not served here")
-        found.status = error.status_code
-        return _response(found)
+        if error.status_code in (404, 405):
+            known: RequestError = NotFound(f"{http.method} {http.url.path:.80} is not served here")
+        else:  # a body that is no JSON, in no encoding of text, or nested too deeply
+            known = BadRequest(f"the body must be JSON: {error.detail!s:.200}")
+        known.status = error.status_code
+        return _response(known)
 
     @app.exception_handler(Exception)
     async def unknown(http: Request, error: Exception) -> JSONResponse:

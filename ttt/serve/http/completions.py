@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import json
 import secrets
 import time
@@ -18,7 +20,7 @@ from ttt.serve.http.running import Running
 from ttt.serve.http.schema import ChatRequest, CompletionRequest, StreamOptions
 from ttt.serve.http.state import Server, server_of
 from ttt.serve.keys import Identity
-from ttt.serve.sampling import TokenScore
+from ttt.serve.sampling import Sampling, TokenScore
 from ttt.serve.teaching import Lesson, Teaching, check_learn_header
 
 router = APIRouter()
@@ -57,7 +59,7 @@ async def chat(http: Request, body: ChatRequest) -> dict[str, Any] | StreamingRe
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise BadRequest("max_tokens and max_completion_tokens exclude each other", param="max_tokens")
     messages = [message.plain(at) for at, message in enumerate(body.messages)]
-    prompt = server.chat_tokens(messages)
+    prompt = await server.apart(server.chat_tokens, messages)
     sampling = body.sampling(
         _room(server, prompt, body.max_completion_tokens or body.max_tokens, "messages"),
         body.top_logprobs if body.logprobs else None,
@@ -65,12 +67,8 @@ async def chat(http: Request, body: ChatRequest) -> dict[str, Any] | StreamingRe
     learn = check_learn_header(http.headers.get("x-ttt-learn", "on"))
     lesson = None
     if learn != "off" and identity.user is not None:
-        lesson = Teaching().lesson(server.tokenizer, messages, server.service.context)
-    server.limits.take(identity.key, tokens=len(prompt) + body.n * sampling.max_tokens)
-    running = Running(
-        server.service, server.metrics, identity.user, prompt, sampling, n=body.n, lesson=lesson, wait=learn == "wait",
-        seconds=server.request_seconds,
-    )  # fmt: skip
+        lesson = await server.apart(Teaching().lesson, server.tokenizer, messages, server.service.context)
+    running = _begun(server, identity, prompt, sampling, n=body.n, lesson=lesson, wait=learn == "wait")
     shape = _Shape("chatcmpl", "chat.completion", server.name)
     if body.stream:
         return _Stream(running, _chat_chunks(server, running, shape, body.n, body.stream_options))
@@ -90,7 +88,7 @@ async def chat(http: Request, body: ChatRequest) -> dict[str, Any] | StreamingRe
 async def completions(http: Request, body: CompletionRequest) -> dict[str, Any] | StreamingResponse:
     """Continue one or more texts. Learn from them only if ``x-ttt-learn`` says so."""
     server, identity = _admitted(http, body)
-    prompts = _prompts(server, body.prompt)
+    prompts = await server.apart(_prompts, server, body.prompt)
     if body.stream and (len(prompts) > 1 or body.echo):
         raise BadRequest("stream=true takes one prompt, without echo", param="stream")
     if body.max_tokens == 0 and not body.echo:
@@ -104,26 +102,12 @@ async def completions(http: Request, body: CompletionRequest) -> dict[str, Any] 
     lessons: list[Lesson | None] = [None] * len(prompts)
     if learn != "off" and identity.user is not None:
         lessons = [Lesson.of(prompt, [True] * len(prompt), server.service.context) for prompt in prompts]
-    server.limits.take(
-        identity.key, tokens=sum(len(p) + body.n * s.max_tokens for p, s in zip(prompts, samplings, strict=True))
-    )
     runnings: list[Running] = []
     try:
         for prompt, sampling, lesson in zip(prompts, samplings, lessons, strict=True):
-            runnings.append(
-                Running(
-                    server.service,
-                    server.metrics,
-                    identity.user,
-                    prompt,
-                    sampling,
-                    n=body.n,
-                    lesson=lesson,
-                    wait=learn == "wait",
-                    score_prompt=body.echo and body.logprobs is not None,
-                    seconds=server.request_seconds,
-                )
-            )
+            options = {"n": body.n, "lesson": lesson, "wait": learn == "wait"}
+            score = body.echo and body.logprobs is not None
+            runnings.append(_begun(server, identity, prompt, sampling, score_prompt=score, **options))
         shape = _Shape("cmpl", "text_completion", server.name)
         if body.stream:
             chunks = _text_chunks(server, runnings[0], shape, body.n, body.stream_options, body.logprobs)
@@ -164,6 +148,15 @@ def _admitted(http: Request, body: ChatRequest | CompletionRequest) -> tuple[Ser
     body.refuse_extras()
     _require_model(server, body.model)
     return server, identity
+
+
+def _begun(server: Server, identity: Identity, prompt: list[int], sampling: Sampling, **options: Any) -> Running:
+    """A request that the service works on, after its tokens were counted; ``options`` are those of `Running`."""
+    server.limits.take(identity.key, tokens=len(prompt) + options["n"] * sampling.max_tokens)
+    return Running(
+        server.service, server.metrics, identity.user, prompt, sampling, seconds=server.request_seconds,
+        unused=functools.partial(server.limits.give_back, identity.key), **options,
+    )  # fmt: skip
 
 
 def _require_model(server: Server, name: str) -> None:
@@ -273,16 +266,26 @@ async def _chunks(
     options: StreamOptions | None,
     choice: Callable[[Piece], dict[str, Any]],
 ) -> AsyncIterator[dict[str, Any] | str]:
+    """The parts of a streamed answer. The last one with a choice also says what was learnt."""
+    left = running.request.n
+    last: Piece | None = None
     async for event in running.events():
-        if isinstance(event, Piece):
-            if event.text or event.tokens or event.finish:
-                yield shape.body(kind) | {"choices": [choice(event)]}
-        else:
+        if isinstance(event, Outcome):
+            if last is not None:
+                yield shape.body(kind) | {"choices": [choice(last)], "ttt": _end(event)["ttt"]}
             if options is not None and options.include_usage:
-                yield shape.body(kind) | {"choices": []} | _end(event)
-            else:
-                yield shape.body(kind) | {"choices": [], "ttt": _end(event)["ttt"]}
+                yield shape.body(kind) | {"choices": [], "usage": _usage(event)}
             yield "[DONE]"
+            continue
+        if event.text or event.tokens:
+            yield shape.body(kind) | {"choices": [choice(dataclasses.replace(event, finish=None))]}
+        if event.finish:
+            left -= 1
+            end = dataclasses.replace(event, text="", tokens=())
+            if left:
+                yield shape.body(kind) | {"choices": [choice(end)]}
+            else:  # sent with the outcome
+                last = end
 
 
 async def _chat_chunks(
@@ -307,11 +310,14 @@ async def _chat_chunks(
 async def _text_chunks(
     server: Server, running: Running, shape: _Shape, n: int, options: StreamOptions | None, logprobs: int | None
 ) -> AsyncIterator[dict[str, Any] | str]:
+    lengths = [0] * n  # of the tokens' texts so far
+
     def choice(piece: Piece) -> dict[str, Any]:
-        return {
-            "index": piece.index, "text": piece.text, "finish_reason": piece.finish,
-            "logprobs": None if logprobs is None else _text_logprobs(server, piece.tokens),
-        }  # fmt: skip
+        scores = None
+        if logprobs is not None:
+            scores = _text_logprobs(server, piece.tokens, lengths[piece.index])
+            lengths[piece.index] += sum(map(len, scores["tokens"]))
+        return {"index": piece.index, "text": piece.text, "finish_reason": piece.finish, "logprobs": scores}
 
     async for chunk in _chunks(running, shape, shape.kind, options, choice):
         yield chunk
@@ -326,10 +332,10 @@ def _chat_logprobs(server: Server, scores: Sequence[TokenScore]) -> dict[str, An
     return {"content": content, "refusal": None}
 
 
-def _text_logprobs(server: Server, scores: Sequence[TokenScore]) -> dict[str, Any]:
-    """``nan`` stands for the first token of a text, which has no probability."""
+def _text_logprobs(server: Server, scores: Sequence[TokenScore], offset: int = 0) -> dict[str, Any]:
+    """``nan`` stands for the first token of a text, which has no probability; the first one stands at ``offset``."""
     tokens = [server.text([score.token]) for score in scores]
-    offsets = [sum(map(len, tokens[:at])) for at in range(len(tokens))]
+    offsets = list(itertools.accumulate(map(len, tokens[:-1]), initial=offset)) if tokens else []
     known = [score.logprob == score.logprob for score in scores]
     tops = [{server.text([token]): max(value, -9999.0) for token, value in score.top} for score in scores]
     return {

@@ -14,6 +14,8 @@ _MOST_KEYS = 100_000
 class RateLimits:
     """Token buckets for each key: they fill evenly, and hold a minute's worth.
 
+    What a request may generate is counted when it comes, and what it did not generate is given back at its end.
+
     Args:
         requests, tokens: that a key may ask for in a minute; 0 for no bound.
     """
@@ -45,7 +47,14 @@ class RateLimits:
                         f"this API key may ask for {bound:.0f} {name} in a minute; try again in {seconds} s",
                         retry_after=seconds,
                     )
-                left[key, name] = (held - wanted[name], now)
+                left[key, name] = (held - need, now)
             if len(self._held) > _MOST_KEYS:
                 self._held = {each: value for each, value in self._held.items() if now - value[1] < 60}
             self._held.update(left)
+
+    def give_back(self, key: str, tokens: int) -> None:
+        """Count ``tokens`` less, which ``key`` had asked for and did not get."""
+        with self._lock:
+            if (key, "tokens") in self._held:
+                held, since = self._held[key, "tokens"]
+                self._held[key, "tokens"] = (min(self.bounds["tokens"], held + tokens), since)

@@ -29,9 +29,9 @@ class Guarded:
 
     Args:
         largest: bytes of a body, at most.
-        hosts: names that the headers ``Host`` and ``Origin`` may have, without the port; None for any. A server without
-            keys must look at them: otherwise any web page could talk to it from the browser, by the server's own name
-            or by one that leads to it.
+        hosts: names that the header ``Host`` may have, without the port, and pages of no other origin may ask; None for
+            any. A server without keys must look at them: otherwise any web page could talk to it from the browser, by
+            the server's own name or by one that leads to it.
         metrics: counts requests.
     """
 
@@ -63,11 +63,17 @@ class Guarded:
 
         headers = dict(scope["headers"])
         try:
-            host = headers.get(b"host", b"").decode("latin-1").rsplit(":", 1)[0]
+            host = headers.get(b"host", b"").decode("latin-1")
             origin = headers.get(b"origin", b"").decode("latin-1")
-            if self.hosts is not None and origin and _host_of(origin) not in self.hosts:
-                await _answer(Forbidden(f"pages of {origin!r:.80} may not use this server, which needs no key"), noted)
-            elif self.hosts is not None and host not in self.hosts:
+            # A page of another server on this machine has another port.
+            foreign = bool(origin) and origin.partition("://")[2] != host
+            # A browser says where a request comes from that has no origin; following a link to the page is harmless.
+            site, link = headers.get(b"sec-fetch-site"), headers.get(b"sec-fetch-mode") == b"navigate"
+            foreign |= site == b"cross-site" and not (link and scope["method"] == "GET")
+            if self.hosts is not None and foreign:
+                shown = origin or "another site"
+                await _answer(Forbidden(f"pages of {shown!r:.80} may not use this server, which needs no key"), noted)
+            elif self.hosts is not None and _without_port(host) not in self.hosts:
                 await _answer(
                     Forbidden(f"this server answers to {', '.join(self.hosts)} only, got {host!r:.80}"), noted
                 )
@@ -87,9 +93,10 @@ class Guarded:
         return TooLarge(f"a request may have at most {self.largest} bytes")
 
 
-def _host_of(origin: str) -> str:
-    """The host in an ``Origin`` such as ``http://localhost:8000``, without the port; "" if there is none."""
-    return origin.partition("://")[2].rsplit(":", 1)[0] if origin.count(":") > 1 else origin.partition("://")[2]
+def _without_port(host: str) -> str:
+    """The name in a header ``Host`` such as ``localhost:8000`` or ``[::1]:8000``."""
+    name, _, port = host.rpartition(":")
+    return name if name and port.isdigit() else host
 
 
 async def _answer(error: RequestError, send: Send) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -29,6 +29,7 @@ class Running:
         metrics: is told the time to the first token.
         user, prompt, sampling, n, lesson, wait, score_prompt: as for `ttt.serve.batch.Request`.
         seconds: the longest that it may take.
+        unused: called at the end with the number of tokens that were counted for the request and not generated.
 
     Raises:
         RequestError: as `Service.submit`.
@@ -50,17 +51,24 @@ class Running:
         wait: bool = False,
         score_prompt: bool = False,
         seconds: float,
+        unused: Callable[[int], None] = lambda tokens: None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Piece | Outcome | RequestError] = asyncio.Queue()
         self._metrics, self._began, self._seconds = metrics, time.monotonic(), seconds
         self.prompt_scores: list[TokenScore] = []
-        self._done = False
+        self._done = self._closed = False
+        self._unused = unused
         self.request = Request(
             user, prompt, sampling, self._deliver, n=n, lesson=lesson, wait=wait, score_prompt=score_prompt,
             on_prompt=self._take_prompt_scores,
         )  # fmt: skip
-        service.submit(self.request)
+        try:
+            service.submit(self.request)
+        except BaseException:
+            self._closed = True
+            unused(len(prompt) + n * sampling.max_tokens)
+            raise
 
     def _deliver(self, event: Piece | Outcome | RequestError) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended
@@ -109,13 +117,34 @@ class Running:
         """Cancel the request unless it has ended. It may have ended, and nobody come for its events."""
         if not self._done:
             self.request.cancelled = True
+        if not self._closed:
+            self._closed = True
+            self._unused(self.request.n * self.request.sampling.max_tokens - self.request.generated)
 
 
-async def result_of(future: concurrent.futures.Future[Any]) -> Any:
-    """The result of work in another thread; errors that clients must not see become a `RequestError`."""
+async def result_of(future: concurrent.futures.Future[Any], http: HttpRequest, seconds: float) -> Any:
+    """The result of work in another thread.
+
+    Args:
+        future: of the work. If nobody waits for it any more it is cancelled, which ends work that need not be done.
+        http: whose client waits.
+        seconds: how long, at most.
+
+    Raises:
+        RequestError: what the work raised; errors that clients must not see become one. TimedOut: after ``seconds``.
+            HungUp: if the client has closed the connection.
+    """
+    wrapped, until = asyncio.wrap_future(future), time.monotonic() + seconds
     try:
-        return await asyncio.shield(asyncio.wrap_future(future))
-    except RequestError:
-        raise
+        while not wrapped.done():
+            left = until - time.monotonic()
+            if left <= 0:
+                raise TimedOut(f"the request took longer than {seconds:g} s; it may still be carried out")
+            await asyncio.wait({wrapped}, timeout=min(left, _LOOK))
+            if not wrapped.done() and await http.is_disconnected():
+                raise HungUp("the client has closed the connection")
+        return wrapped.result()
     except Exception as error:
         raise as_request_error(error) from error
+    finally:
+        wrapped.cancel()

@@ -165,7 +165,7 @@ class LearnRequest(Strict):
     """
 
     text: Text | None = None
-    spans: list[Annotated[list[int], Field(min_length=2, max_length=2)]] | None = None
+    spans: list[Annotated[list[int], Field(min_length=2, max_length=2)]] | None = Field(None, max_length=4096)
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=2048)
     roles: list[Literal["user", "assistant", "system", "tool"]] = Field(["user"], min_length=1)
 
@@ -173,7 +173,7 @@ class LearnRequest(Strict):
 class RollbackRequest(Strict):
     """The body of ``/v1/users/{id}/rollback``."""
 
-    version: int = Field(ge=1)
+    version: int = Field(ge=1, lt=2**63)
 
 
 class StudyRequest(Strict):

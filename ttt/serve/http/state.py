@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import dataclasses
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
@@ -14,6 +16,8 @@ from ttt.serve.http.limits import RateLimits
 from ttt.serve.http.metrics import Metrics
 from ttt.serve.keys import Identity, Keys, NoKeys
 from ttt.serve.service import Service
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass
@@ -37,6 +41,10 @@ class Server:
     limits: RateLimits
     request_seconds: float = 300.0
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    # Tokenizers are not made for several threads at once; one after the other they take their turns.
+    texts: concurrent.futures.Executor = dataclasses.field(
+        default_factory=lambda: concurrent.futures.ThreadPoolExecutor(1, "ttt-text")
+    )
 
     @property
     def tokenizer(self) -> Any:
@@ -52,6 +60,10 @@ class Server:
         identity = self.keys.identify(http.headers.get("authorization"), http.headers.get("x-ttt-user"))
         self.limits.take(identity.key, requests=1)
         return identity
+
+    async def apart(self, work: Callable[..., T], *args: Any) -> T:
+        """Do ``work`` on a text in a thread of its own: other requests do not wait for a long text."""
+        return await asyncio.get_running_loop().run_in_executor(self.texts, work, *args)
 
     def tokens(self, text: str) -> list[int]:
         """The tokens of a text."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import io
 import tempfile
 import zipfile
@@ -13,11 +14,14 @@ from fastapi.responses import Response
 
 from ttt.adapt.peft_export import export_peft
 from ttt.learn.chat_template import tokens_at
-from ttt.serve.errors import BadRequest, Forbidden, NotFound, Unavailable
+from ttt.serve.errors import BadRequest, Forbidden, NotFound
 from ttt.serve.http.running import result_of
 from ttt.serve.http.schema import LearnRequest, RollbackRequest, StudyRequest
 from ttt.serve.http.state import Server, server_of
 from ttt.serve.jobs import Learnt
+from ttt.serve.keys import Identity
+from ttt.serve.session import settle
+from ttt.serve.sessions import unavailable
 from ttt.serve.teaching import Lesson, Teaching
 from ttt.store import StoreError, UnknownUser
 
@@ -43,11 +47,11 @@ async def show(http: Request, user: str) -> dict[str, Any]:
     """A user's versions, newest first, and what is known of those that are in use."""
     server = server_of(http)
     user = _allowed(server, http, user)
-    versions = await result_of(server.service.io(_versions, server, user))
+    versions = await _result(server, http, server.service.io(_versions, server, user))
     session = server.service.sessions.get(user)
     if session is None and not versions:
         raise NotFound(f"there is no user {user!r}", param="user")
-    drift = await result_of(server.service.drift(user)) if session is not None else None
+    drift = await _result(server, http, server.service.drift(user)) if session is not None else None
     return {
         "id": user, "online": session is not None,
         "updates": None if session is None else session.updates, "tokens": None if session is None else session.tokens,
@@ -60,7 +64,7 @@ async def forget(http: Request, user: str) -> dict[str, Any]:
     """Remove everything that was learnt from a user, for good."""
     server = server_of(http)
     user = _allowed(server, http, user)
-    await result_of(server.service.forget(user))
+    await _result(server, http, server.service.forget(user))
     return {"id": user, "deleted": True}
 
 
@@ -69,7 +73,8 @@ async def rollback(http: Request, user: str, body: RollbackRequest) -> dict[str,
     """Go back to an earlier version, which becomes the newest one."""
     server = server_of(http)
     user = _allowed(server, http, user)
-    session = await result_of(server.service.rollback(user, body.version))
+    await _require_known(server, http, user)
+    session = await _result(server, http, server.service.rollback(user, body.version))
     return {"id": user, "version": session.version, "updates": session.updates}
 
 
@@ -77,12 +82,13 @@ async def rollback(http: Request, user: str, body: RollbackRequest) -> dict[str,
 async def learn(http: Request, user: str, body: LearnRequest) -> dict[str, Any]:
     """Learn a text, or a chat, and answer when it is stored."""
     server = server_of(http)
-    user = _allowed(server, http, user)
-    lesson = _lesson(server, body)
+    identity = _identity(server, http, user)
+    lesson = await server.apart(_lesson, server, body)
     if lesson is None:
         raise BadRequest("there is nothing to learn: no token of the text teaches", param="text")
-    learnt: Learnt = await result_of(server.service.learn(user, lesson))
-    version = await result_of(learnt.stored)
+    server.limits.take(identity.key, tokens=len(lesson.ids))
+    learnt: Learnt = await _result(server, http, server.service.learn(user, lesson))
+    version = await _stored(server, http, learnt.stored)
     return {"id": user, "tokens": learnt.tokens, "nll": learnt.nll, "updates": learnt.updates, "version": version}
 
 
@@ -91,8 +97,9 @@ async def study(http: Request, user: str, body: StudyRequest) -> dict[str, Any]:
     """Read what the user said again until the weights hold it, and answer when that is stored."""
     server = server_of(http)
     user = _allowed(server, http, user)
-    output, stored = await result_of(server.service.study(user, **body.model_dump()))
-    version = None if stored is None else await result_of(stored)
+    await _require_known(server, http, user)
+    output, stored = await _result(server, http, server.service.study(user, **body.model_dump()))
+    version = None if stored is None else await _stored(server, http, stored)
     after = None if stored is None else output.after
     return {"id": user, "episodes": output.episodes, "losses": output.losses, "after": after, "version": version}
 
@@ -102,8 +109,8 @@ async def taught(http: Request, user: str) -> dict[str, Any]:
     """The newest texts that were learnt from a user, with their loss before and now, in nats per token."""
     server = server_of(http)
     user = _allowed(server, http, user)
-    await _require_known(server, user)
-    found = await result_of(server.service.taught(user, _MOST_TAUGHT))
+    await _require_known(server, http, user)
+    found = await _result(server, http, server.service.taught(user, _MOST_TAUGHT))
     data = []
     for ids, learn, before, now, studied in found:
         words = [token for token, teaches in zip(ids, learn, strict=True) if teaches]
@@ -117,16 +124,22 @@ async def export(http: Request, user: str) -> Response:
     """A user's weights as a LoRA adapter that PEFT and vLLM load, in a zip file."""
     server = server_of(http)
     user = _allowed(server, http, user)
-    await _require_known(server, user)
-    state = await result_of(server.service.export(user))
-    data = await result_of(server.service.io(_zipped, state, server.name))
+    await _require_known(server, http, user)
+    state = await _result(server, http, server.service.export(user))
+    data = await _result(server, http, server.service.io(_zipped, state, server.name))
     return Response(
         data, media_type="application/zip", headers={"content-disposition": 'attachment; filename="adapter.zip"'}
     )
 
 
 def _allowed(server: Server, http: Request, user: str) -> str:
-    """``user``, if who asks may act for them.
+    """``user``, if who asks may act for them; raises as `_identity`."""
+    _identity(server, http, user)
+    return user
+
+
+def _identity(server: Server, http: Request, user: str) -> Identity:
+    """Who asks, if they may act for ``user``.
 
     Raises:
         RequestError: as `Server.identify` and `ttt.serve.keys.Identity.require`.
@@ -134,12 +147,26 @@ def _allowed(server: Server, http: Request, user: str) -> str:
     identity = server.identify(http)
     if not identity.operator and identity.user is None:
         raise Forbidden("this key may act for no user")
-    return identity.require(user)
+    identity.require(user)
+    return identity
 
 
-async def _require_known(server: Server, user: str) -> None:
+async def _result(server: Server, http: Request, future: concurrent.futures.Future[Any]) -> Any:
+    return await result_of(future, http, server.request_seconds)
+
+
+async def _stored(server: Server, http: Request, future: concurrent.futures.Future[int]) -> int:
+    """The number of the version that is being stored; it is stored whether or not somebody waits for it."""
+    copy: concurrent.futures.Future[int] = concurrent.futures.Future()
+    future.add_done_callback(lambda done: settle(copy, done.exception() or done.result()))
+    return await _result(server, http, copy)
+
+
+async def _require_known(server: Server, http: Request, user: str) -> None:
     """Raise NotFound if nothing is known of ``user``, who gets no slot then."""
-    if server.service.sessions.get(user) is None and not await result_of(server.service.io(_versions, server, user)):
+    if server.service.sessions.get(user) is None and not await _result(
+        server, http, server.service.io(_versions, server, user)
+    ):
         raise NotFound(f"there is no user {user!r}", param="user")
 
 
@@ -149,7 +176,7 @@ def _versions(server: Server, user: str) -> list[dict[str, Any]]:
     except UnknownUser:
         return []
     except StoreError as error:
-        raise Unavailable(f"the store is out of reach: {error}") from error
+        raise unavailable("the store is out of reach", error) from error
     return [
         {"number": v.number, "created": v.created, "bytes": v.size, "restores": v.source} for v in history
     ]  # fmt: skip

@@ -21,7 +21,8 @@ from ttt.config import TTTConfig
 from ttt.defences import LowRank
 from ttt.learn.learner import Learner
 from ttt.serve.errors import Conflict, RequestError, ServerFailure, TooBusy
-from ttt.serve.sessions import Session, Sessions
+from ttt.serve.session import Session
+from ttt.serve.sessions import Sessions
 from ttt.serve.vllm import calibration
 from ttt.serve.vllm.adapters import Adapters
 from ttt.serve.vllm.capture import Capture
@@ -194,8 +195,13 @@ class Users:
         """Put ``version`` of ``user`` into effect, as the newest."""
         session = self.sessions.require_writable(user)
         yield from self.stored(user)
-        fetched = yield from self._in_thread(self.sessions.rolled_back, session, version)
-        self.sessions.install(fetched)
+        target = yield from self._in_thread(self.sessions.read_version, session, version)
+        try:
+            self.sessions.install((yield from self._in_thread(self.sessions.rolled_back, session, target)))
+        except BaseException:  # the store may have gone back or not: the user is opened again with what it has
+            self.sessions.drop(user)
+            self._remove(user)
+            raise
         return self._publish(user)
 
     def status(self, user: str) -> Steps[dict[str, Any]]:
