@@ -1,14 +1,15 @@
 """The vLLM plugin beside plain vLLM and beside vLLM's own adapters: ``python -m bench.serving.vllm MODEL``.
 
-Three servers run one after another. Run it in the environment of ``make test-vllm``. Written
-is a JSON file: tokens per second and the largest gap between two tokens of 8 streams, and what learning costs in units
-of a prefill of the same tokens.
+All servers run at the same time, and are measured in turns: what one of them does is compared with what another did
+just before. Run it in the environment of ``make test-vllm``. Written is a JSON file: tokens per second and the largest
+gap between two tokens of 8 streams, and what learning costs in units of a prefill of the same tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -106,37 +107,47 @@ async def prefill(measured: Measured, count: int) -> float:
     return statistics.median(whole) - statistics.median(word)
 
 
-async def lesson(measured: Measured) -> dict[str, float]:
-    """What the worker says of a lesson, when nothing else runs."""
+async def lesson(measured: Measured, count: int) -> dict[str, float]:
+    """What the worker says of a lesson, when nothing else runs, and the milliseconds of a prefill of its prompt."""
     await measured.client("user0", "wait").chat.completions.create(
         model="smol", messages=[{"role": "user", "content": LESSON}], max_tokens=1
     )
     code, text = measured.server.http("GET", "/v1/users/user0", "user0")
     assert code == 200, text
-    return json.loads(text)["lesson"]
+    found = json.loads(text)["lesson"]
+    return {**found, "prefill_ms": await prefill(measured, count)}
 
 
-async def rounds(count: int, run: Callable[[], Coroutine[Any, Any, dict[str, float]]]) -> dict[str, Any]:
-    """The medians of ``count`` rounds, and all of them."""
-    await run()
-    found = [await run() for _ in range(count)]
-    return {name: statistics.median(each[name] for each in found) for name in found[0]} | {"rounds": found}
+Run = Callable[[], Coroutine[Any, Any, dict[str, float]]]
 
 
-async def measure(kind: str, server: Any, count: int) -> dict[str, Any]:
-    """Everything that is measured of one server."""
+def runs(kind: str, server: Any) -> dict[str, Run]:
+    """What is measured of one server."""
     measured = Measured(server, kind == "lora")
     users: list[str | None] = [f"user{i}" for i in range(STREAMS)]
-    found: dict[str, Any] = {"base": await rounds(count, lambda: measured.streams([None] * STREAMS))}
+    found: dict[str, Run] = {"base": lambda: measured.streams([None] * STREAMS)}
     if kind != "plain":
-        found["users"] = await rounds(count, lambda: measured.streams(users))
-    if kind == "plugin":
-        found["users learning"] = await rounds(count, lambda: measured.streams(users, "on", LESSON))
-        found["base beside a user"] = await rounds(count, lambda: measured.beside("off"))
-        found["base beside a user who learns"] = await rounds(count, lambda: measured.beside("on"))
-        found["prefill_ms"] = await prefill(measured, 2 * count + 1)
-        lessons = [await lesson(measured) for _ in range(count)]
-        found["lesson"] = {name: statistics.median(each[name] for each in lessons) for name in lessons[0]}
+        found["users"] = lambda: measured.streams(users)
+    if kind.startswith("plugin"):
+        found["users learning"] = lambda: measured.streams(users, "on", LESSON)
+        found["base beside a user"] = lambda: measured.beside("off")
+        found["base beside a user who learns"] = lambda: measured.beside("on")
+        found["lesson"] = lambda: lesson(measured, 3)
+    return found
+
+
+async def in_turns(servers: dict[str, Any], count: int) -> dict[str, dict[str, list[dict[str, float]]]]:
+    """Of each server and measurement, what ``count`` rounds found; a round before them is not counted."""
+    plans = {kind: runs(kind, server) for kind, server in servers.items()}
+    found: dict[str, dict[str, list[dict[str, float]]]] = {kind: {} for kind in servers}
+    for at in range(count + 1):
+        for name in dict.fromkeys(name for plan in plans.values() for name in plan):
+            for kind, plan in plans.items():
+                if name in plan:
+                    result = await plan[name]()
+                    if at:
+                        found[kind].setdefault(name, []).append(result)
+        print(f"round {at} of {count}", flush=True)
     return found
 
 
@@ -161,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="folder of the model")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--slices", type=int, nargs="*", default=[16, 64], help="also measured beside the default")
     parser.add_argument("--json", default="bench/serving/results/vllm_cpu.json")
     given = parser.parse_args()
     os.environ["TTT_TEST_MODEL"] = given.model
@@ -168,37 +180,60 @@ def main() -> None:
     import server as servers  # of the tests
 
     servers.USERS = tuple(f"user{i}" for i in range(STREAMS))
-    results: dict[str, Any] = {}
-    for kind in ("plain", "lora", "plugin"):
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = adapters(given.model, Path(folder)) if kind == "lora" else []
-            running = servers.Server(Path(folder), *arguments, plugin=kind == "plugin", slots=STREAMS)
-            running.start()
-            try:
-                results[kind] = asyncio.run(measure(kind, running, given.rounds))
-            finally:
-                running.kill()
-        print(kind, json.dumps(results[kind])[:2000], flush=True)
-    plugin, plain = results["plugin"], results["plain"]
-    goals = {
-        "base tokens/s beside plain vLLM (goal 0.97)": _ratio(plugin["base"], plain["base"], "tokens_per_second"),
-        "users' tokens/s beside stock adapters": _ratio(plugin["users"], results["lora"]["users"], "tokens_per_second"),
-        "largest gap beside a user who learns, and who does not (goal 1.5)": _ratio(
-            plugin["base beside a user who learns"], plugin["base beside a user"], "largest_gap_ms"
-        ),
-        "a lesson in prefills (goal 1.0)": plugin["lesson"]["milliseconds"] / plugin["prefill_ms"],
-    }
-    print(json.dumps(goals, indent=1))
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        running: dict[str, Any] = {}
+
+        def start(kind: str, *arguments: str, **options: Any) -> None:
+            place = Path(folder) / kind.replace(" ", "-")
+            place.mkdir()
+            server = servers.Server(place, *arguments, **options)
+            stack.callback(server.kill)
+            running[kind] = server.start()
+
+        stock = Path(folder) / "adapters"
+        stock.mkdir()
+        start("plain", plugin=False)
+        start("lora", *adapters(given.model, stock), plugin=False)
+        start("plugin", slots=STREAMS)
+        for size in given.slices:
+            start(f"plugin, slice {size}", slots=STREAMS, slice=size)
+        found = asyncio.run(in_turns(running, given.rounds))
     written = {
         "machine": provenance("cpu") | {"vllm": installed_version(), "load": os.getloadavg()[0]},
-        "goals": goals,
-        **results,
+        "command": " ".join(["python", "-m", "bench.serving.vllm", "MODEL", *sys.argv[2:]]),
+        "goals": goals(found),
+        "medians": {kind: {name: _medians(each) for name, each in of.items()} for kind, of in found.items()},
+        "rounds": found,
     }
+    print(json.dumps(written["goals"], indent=1))
     Path(given.json).write_text(json.dumps(written, indent=1) + "\n")
 
 
-def _ratio(one: dict[str, Any], other: dict[str, Any], name: str) -> float:
-    return one[name] / other[name]
+def goals(found: dict[str, dict[str, list[dict[str, float]]]]) -> dict[str, dict[str, float]]:
+    """Of each kind of plugin, the medians of the ratios of single rounds."""
+    plain, lora = found["plain"], found["lora"]
+    return {
+        kind: {
+            "base: tokens/s beside plain vLLM (goal 0.97)": _ratio(of["base"], plain["base"], "tokens_per_second"),
+            "users: tokens/s beside vLLM's adapters": _ratio(of["users"], lora["users"], "tokens_per_second"),
+            "base: largest gap beside a user who learns, and one who does not (goal 1.5)": _ratio(
+                of["base beside a user who learns"], of["base beside a user"], "largest_gap_ms"
+            ),
+            "a lesson in prefills (goal 1.0)": statistics.median(
+                each["milliseconds"] / each["prefill_ms"] for each in of["lesson"]
+            ),
+        }
+        for kind, of in found.items()
+        if kind.startswith("plugin")
+    }
+
+
+def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+
+
+def _ratio(ones: list[dict[str, float]], others: list[dict[str, float]], name: str) -> float:
+    return statistics.median(one[name] / other[name] for one, other in zip(ones, others, strict=True))
 
 
 if __name__ == "__main__":
