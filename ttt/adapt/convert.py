@@ -110,8 +110,8 @@ def restore_(model: nn.Module, keep_learned: bool = False) -> nn.Module:
     Raises:
         TypeError, ValueError: if ``model`` is no module or not adapted, or ``keep_learned`` no bool or True for a model
             whose users learnt, each something else. Nothing has changed then.
-        RuntimeError: if another thread is in a method of the model's learners or in `ttt.learning`, or uses its users;
-            inside `ttt.learning`; with ``keep_learned``, if a write to the layers ended half-way.
+        RuntimeError: if another thread is in a method of the model's learners or in `ttt.learning`; inside of
+            `ttt.users` or `ttt.learning`; with ``keep_learned``, if a write to the layers ended half-way.
     """
     originals = _originals(check_model(model))
     check_bool("keep_learned", keep_learned)
@@ -135,6 +135,7 @@ def restore_(model: nn.Module, keep_learned: bool = False) -> nn.Module:
     pool = pool_of(model)
     with exclusive(list(pool.layers.values()), "ttt.restore_", repairs=True), pool.one_thread(), SignalsDeferred():
         _originals(model)
+        pool.require_idle()
         for name, own in pool.layers.items():  # their weight, shared with the original, never changed
             _follow(originals[name], own)
         _take_out(model, pool.layers, originals)

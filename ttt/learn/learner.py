@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -130,7 +130,7 @@ class Learner:
         attention_mask: Tensor | None = None,
         learn_mask: Tensor | None = None,
         learn: bool = True,
-        users: Sequence[Hashable | None] | None = None,
+        users: Sequence[str | None] | None = None,
     ) -> ObserveOutput:
         """Score the tokens, chunk by chunk, and learn from each chunk after it was scored.
 
@@ -172,7 +172,7 @@ class Learner:
             with frozen(self.model), contextlib.ExitStack() as stack:
                 strategy: SingleWeights | PerUserWeights
                 if self.pool is not None and users is not None:
-                    slots = stack.enter_context(self.pool.using(users))
+                    slots = stack.enter_context(self.pool.using(users, learns=learn))
                     strategy = PerUserWeights(self, self.pool, text, users, slots, learn)
                 else:
                     strategy = SingleWeights(self, text, learn)
@@ -185,7 +185,7 @@ class Learner:
         self,
         input_ids: Tensor,
         *,
-        users: Sequence[Hashable | None],
+        users: Sequence[str | None],
         attention_mask: Tensor | None = None,
         learn_mask: Tensor | None = None,
     ) -> Generator[None, None, ObserveOutput]:
@@ -218,7 +218,11 @@ class Learner:
         def steps() -> Generator[None, None, ObserveOutput]:
             strategy = chunks = None
             while True:
-                with self.access.enter("Learner.observe_in_steps"), frozen(self.model), pool.using(users) as slots:
+                with (
+                    self.access.enter("Learner.observe_in_steps"),
+                    frozen(self.model),
+                    pool.using(users, learns=True) as slots,
+                ):
                     if strategy is None or chunks is None:
                         strategy = PerUserWeights(self, pool, text, users, slots, True)
                         chunks = read_in_steps(text, strategy, self.config.chunk, self.context)
@@ -284,7 +288,7 @@ class Learner:
             )  # fmt: skip
             return generate(self, text, options)
 
-    def study(self, user: Hashable = None, *, passes: int = 20, lr: float = 0.005, until: float = 0.2) -> StudyOutput:
+    def study(self, user: str | None = None, *, passes: int = 20, lr: float = 0.005, until: float = 0.2) -> StudyOutput:
         """Read again what `observe` learnt since the last study, several times, until the weights hold it.
 
         To be called between requests, on a learner with an `ttt.EpisodeLog`. Where nothing new was said, nothing is
@@ -311,7 +315,7 @@ class Learner:
             return finish(self.study_in_steps(user, passes=passes, lr=lr, until=until))
 
     def study_in_steps(
-        self, user: Hashable = None, *, passes: int = 20, lr: float = 0.005, until: float = 0.2
+        self, user: str | None = None, *, passes: int = 20, lr: float = 0.005, until: float = 0.2
     ) -> Generator[None, None, StudyOutput]:
         """`study`, with the same arguments, in steps of at most 1,024 tokens.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import zlib
 from typing import Any
 
@@ -25,6 +26,30 @@ Layout = dict[str, "tuple[tuple[int, ...], torch.dtype] | None"]
 _LARGEST_STEP = 0.01  # in units of the norm of the weight
 _SEED_MASK = (1 << 63) - 1
 _BOUND = ("config", "strength", "seed")  # Attributes that are no tensors, but whose values a binding holds.
+
+
+class Sink(list[tuple[Tensor, Tensor]]):
+    """Where the backward passes of one thread leave (x, delta) of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread = threading.get_ident()
+
+
+def captures(layer: Adapted) -> bool:
+    """Whether a forward pass that begins here is to leave (x, delta) of ``layer`` in its sink.
+
+    Another thread's is not; but autograd computes checkpointed layers again in threads of its own.
+    """
+    sink = layer.sink
+    if sink is None or torch.compiler.is_compiling():
+        return sink is not None
+    return sink.thread == threading.get_ident() or in_backward()
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a backward pass in this thread."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class Adapted(torch.nn.Linear):
@@ -90,7 +115,7 @@ class Adapted(torch.nn.Linear):
         self.name = name
         self.lock = LayerLock()
         self.seed = ((config.seed << 32) ^ zlib.crc32(name.encode())) & _SEED_MASK
-        self.sink: list[tuple[Tensor, Tensor]] | None = None  # where backward passes leave (x, delta)
+        self.sink: Sink | None = None  # where backward passes leave (x, delta)
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)

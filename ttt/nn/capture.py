@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ttt.nn.base import Sink
 from ttt.nn.linear import Linear
 from ttt.nn.low_rank import LowRankLinear
 
@@ -26,9 +27,9 @@ class Capturing:
 
     def renew(self) -> list[list[tuple[Tensor, Tensor]]]:
         """Take what was captured so far, a list of (x, delta) for each layer, and begin collecting anew."""
-        captured = [layer.sink or [] for layer in self.layers]
+        captured: list[list[tuple[Tensor, Tensor]]] = [layer.sink or [] for layer in self.layers]
         for layer in self.layers:
-            layer.sink = []
+            layer.sink = Sink()
         return captured
 
     def __exit__(self, *exc) -> None:

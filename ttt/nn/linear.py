@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ttt import ops
+from ttt.nn.base import captures
 from ttt.nn.cpu_binding import Binding, binding_of
 from ttt.nn.graph_steps import WindowCounter
 from ttt.nn.rates import STREAM, count_, rates
@@ -28,7 +29,7 @@ class _Capture(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, root, layer):
         ctx.save_for_backward(x)
-        ctx.layer = layer
+        ctx.layer, ctx.captures = layer, captures(layer)
         return layer._apply_window(x)
 
     @staticmethod
@@ -37,7 +38,7 @@ class _Capture(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         layer = ctx.layer
         delta = grad.reshape(-1, layer.out_features)
-        if layer.sink is not None:
+        if layer.sink is not None and ctx.captures:
             layer.sink.append((x.detach().reshape(-1, layer.in_features), delta.detach()))
         if not ctx.needs_input_grad[0]:
             return None, None, None
@@ -108,7 +109,7 @@ class Linear(StatefulLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., n) -> (..., m), with the rows of the window in effect. Gradients reach ``x``, but not the weight."""
-        if torch.is_grad_enabled() and (self.sink is not None or x.requires_grad):
+        if torch.is_grad_enabled() and (x.requires_grad or captures(self)):
             return _Capture.apply(x, self._root, self)
         return self._apply_window(x)
 
