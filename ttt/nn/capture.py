@@ -22,6 +22,16 @@ class Capturing:
         self.layers = layers
 
     def __enter__(self) -> Capturing:
+        for layer in self.layers:
+            if layer.weight.is_meta or hasattr(layer.weight, "device_mesh"):
+                held = (
+                    "on the meta device, as hooks leave it that offload weights (accelerate's device_map, cpu_offload)"
+                )
+                part = "a DTensor, a part of a weight (FSDP2 or tensor parallelism)"
+                raise RuntimeError(
+                    f"{layer.name or 'a layer'} cannot learn: its weight is {held if layer.weight.is_meta else part}; "
+                    "what it would learn would be lost. Keep whole weights in memory, or compute without learning"
+                )
         self.renew()
         return self
 
