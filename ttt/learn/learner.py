@@ -13,6 +13,7 @@ from ttt.atomic import whole_write
 from ttt.checks import check_bool, check_type, check_whole
 from ttt.learn import protection
 from ttt.learn.access import Access
+from ttt.learn.continues import refuse_restarting
 from ttt.learn.episodes import EpisodeLog
 from ttt.learn.generate import GenerateOptions, GenerateOutput, generate
 from ttt.learn.guard import Guard
@@ -60,8 +61,8 @@ class Learner:
     Raises:
         TypeError: if ``model`` is no module, ``guard`` no `ttt.Guard`, ``episodes`` no `ttt.EpisodeLog`, or one of
             ``rules`` no `ttt.rules.StreamRule`.
-        ValueError: if the model has no learning layer, ``context`` < 2, or a rule or ``guard`` cannot serve it; no rule
-            can serve a model with weights for each user.
+        ValueError: if the model has no learning layer or is an encoder-decoder, ``context`` < 2, or a rule or ``guard``
+            cannot serve it; no rule can serve a model with weights for each user.
         RuntimeError: if a tensor of the model was made under `torch.inference_mode`.
 
     Attributes:
@@ -86,6 +87,11 @@ class Learner:
             check_type("episodes", episodes, EpisodeLog, "a ttt.EpisodeLog or None")
             if guard is not None:
                 raise ValueError("guard and episodes exclude each other: a guard does not know of studies")
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise ValueError(
+                f"model ({type(model).__name__}) has an encoder, which sees the tokens that the decoder is to predict; "
+                "ttt.Learner reads causal language models. ttt.learning(model) learns from a loss with labels"
+            )
         self.access = Access(model)
         self.pool, self.layers, self.config = self.access.pool, self.access.single_layers, self.access.config
         if context is None:
@@ -102,7 +108,7 @@ class Learner:
         self.guard: Guard | None = None
         self.user_guards: UserGuards | None = None
         self.episodes = episodes
-        self._looked_for_protection = False
+        self._looked_for_protection = self._tried = False
         with self.access.enter("Learner", repairs=True), contextlib.ExitStack() as undo:
             for rule in self.rules:
                 undo.callback(setattr, rule, "learner", rule.learner)
@@ -166,6 +172,7 @@ class Learner:
                 )
             if users is not None:
                 check_users(users, len(text.ids))
+            self._try_model()
             if learn and not self._looked_for_protection:
                 self._looked_for_protection = True
                 protection.warn_if_none(self.config, self.access.layers[0])
@@ -214,6 +221,7 @@ class Learner:
         with self.access.enter("Learner.observe_in_steps"):
             text = check_tokens(self.model, input_ids, attention_mask, learn_mask)
             check_users(users, len(text.ids))
+            self._try_model()
 
         def steps() -> Generator[None, None, ObserveOutput]:
             strategy = chunks = None
@@ -281,6 +289,7 @@ class Learner:
         self.require_single("generate", "with ttt.users(model, [...]): model.generate(...)")
         with self.access.enter("Learner.generate"):
             text = check_tokens(self.model, input_ids, attention_mask)
+            self._try_model()
             options = GenerateOptions(
                 max_new_tokens=max_new_tokens, learn_prompt=learn_prompt, learn_output=learn_output,
                 learn_every=learn_every, do_sample=do_sample, temperature=temperature, top_k=top_k,
@@ -450,6 +459,12 @@ class Learner:
         with self.access.enter("Learner.flush"), whole_write(self.layers, "Learner.flush"):
             for layer in self.layers:
                 layer.flush()
+
+    def _try_model(self) -> None:
+        """Raise ValueError, before the first text is read, if the model cannot be read chunk by chunk."""
+        if not self._tried:
+            refuse_restarting(self.model, self.config.chunk, self.context)
+            self._tried = True
 
     def require_single(self, what: str, instead: str) -> None:
         """Raise ValueError if users have weights of their own, where ``what`` needs one set.

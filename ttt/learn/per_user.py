@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ttt.learn.huggingface import cache_of, cached, detached
+from ttt.learn.huggingface import cache_of, cached, changed, detached
 from ttt.learn.loop import ObserveOutput
 from ttt.learn.slot_undo import whole_user_write
 from ttt.learn.text import Span, Text
@@ -167,8 +167,10 @@ def _update(layer: LowRankLinear, pairs: list[tuple[Tensor, Tensor]], users: Ten
 
 def _blank(cache: Any, sequences: Tensor) -> None:
     """Zero what the cache holds of ``sequences`` (B,) bool, so that values that are not finite are not read again."""
-    for layer in getattr(cache, "layers", []):
-        for name, value in vars(layer).items():
-            if isinstance(value, Tensor) and value.ndim and value.shape[0] == len(sequences):
-                shape = (-1,) + (1,) * (value.ndim - 1)
-                setattr(layer, name, torch.where(sequences.view(shape), torch.zeros_like(value), value))
+
+    def blanked(t: Tensor) -> Tensor:
+        if not t.ndim or t.shape[0] != len(sequences):
+            return t
+        return torch.where(sequences.view(-1, *[1] * (t.ndim - 1)), torch.zeros_like(t), t)
+
+    changed(cache, blanked)
