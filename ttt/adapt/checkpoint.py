@@ -53,7 +53,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     """Write what ``model`` learnt to ``path`` (safetensors).
 
     The bytes go to a temporary file in the same folder, are flushed to the disk, and take the name ``path`` in one
-    step: a crash leaves the old file or the new one, never a part.
+    step: a crash leaves the old file or the new one, never a part. What a killed save left in the folder is removed.
 
     Raises:
         TypeError: if ``model`` is no module or ``path`` no path. Nothing is written then.
@@ -67,7 +67,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     _refuse_users(model, "saved")
     with exclusive(require_layers(model), "ttt.save"):
         content = _bytes_of_model(model)
-    write_atomically(path, content)
+    write_atomically(path, content, sweep=True)
 
 
 def _bytes_of_model(model: nn.Module) -> bytes:

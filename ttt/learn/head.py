@@ -248,7 +248,7 @@ class FusedScores:
         gradient = input_gradient(self._scores, self._weight, wanted, mass).view(self._hidden.shape)
         if logits_gradient is not None:
             gradient = gradient + logits_gradient.to(self._weight.dtype) @ self._weight
-        self._hidden.backward(gradient, retain_graph=retain_graph)
+        self._hidden.backward(gradient.to(self._hidden.dtype), retain_graph=retain_graph)
 
 
 class AutogradScores:

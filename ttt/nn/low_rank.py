@@ -11,6 +11,7 @@ from ttt import ops
 from ttt.checks import check_dense
 from ttt.config import TTTConfig
 from ttt.defences import LowRank
+from ttt.nn.autocast import autocast_dtype, full_precision, without_autocast
 from ttt.nn.base import Adapted, Layout, captures
 from ttt.nn.cpu_binding import LowRankBinding, binding_of
 from ttt.nn.directions import count_directions
@@ -45,7 +46,8 @@ class _Capture(torch.autograd.Function):
             layer.sink.append((x.detach().reshape(-1, layer.in_features), delta))
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
-        return layer._transposed_product(grad, users), None, None, None
+        with without_autocast(x.device):
+            return layer._transposed_product(grad, users), None, None, None
 
 
 class LowRankLinear(Adapted):
@@ -133,6 +135,7 @@ class LowRankLinear(Adapted):
         self.routing = Routing()
         self.strengths: dict[int, float] = {}  # of the protection, by slot, where it is not 1 (`UserGuards`)
         super()._build(config, name)
+        self.first_version = self.weight._version  # a weight that was loaded since has another one (`ttt.version`)
 
     def _bind(self) -> LowRankBinding:
         return LowRankBinding(self)
@@ -147,6 +150,9 @@ class LowRankLinear(Adapted):
         Raises:
             ValueError: if ``x`` has another number of rows than users were named.
         """
+        if (dtype := autocast_dtype(x)) is not None:
+            with without_autocast(x.device):
+                return self.forward(x.to(self.weight.dtype)).to(dtype)
         users = self.routing.tokens(x, self.flat)
         if torch.is_grad_enabled() and (x.requires_grad or captures(self)):
             return _Capture.apply(x, self._root, self, users)
@@ -181,6 +187,7 @@ class LowRankLinear(Adapted):
     # -- learning ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @full_precision
     def steps(self, x: Tensor, delta: Tensor, users: Tensor | None) -> tuple[Tensor, Tensor, Rates]:
         """The rows (T, n) and (T, m) that updates are made with, and the step eta_t of each token.
 
@@ -220,6 +227,7 @@ class LowRankLinear(Adapted):
             count_(self.moments, grown, kept.unsqueeze(1))
 
     @torch.no_grad()
+    @full_precision
     def learn(self, x: Tensor, delta: Tensor, eta: Tensor, users: Tensor) -> None:
         """Append a row for each token to its user's slot; compress slots that are full or have too little room.
 
