@@ -138,6 +138,24 @@ def test_users_learn_and_one_bad_chunk_is_not_the_end(family):
     torch.testing.assert_close(seen.nll[1:], want, rtol=2e-3, atol=2e-3)
 
 
+def test_models_that_see_later_tokens_are_refused():
+    config = transformers.BertConfig(**COMMON, intermediate_size=48, num_attention_heads=4)
+    for decodes in (False, True):
+        config.is_decoder = decodes
+        model = transformers.BertLMHeadModel(config).eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(3)
+        learner = ttt.Learner(ttt.adapt_(model, ttt.TTTConfig(target_modules=["query"], protect=[], chunk=8)))
+        if decodes:
+            assert learner.observe(ids_of(2, 20)).learned == 3
+            continue
+        before = {name: t.clone() for name, t in learner.layers[0].state().items()}
+        with pytest.raises(ValueError, match=r"model \(BertLMHeadModel\) sees later tokens"):
+            learner.observe(ids_of(2, 20))
+        assert all(torch.equal(t, before[name]) for name, t in learner.layers[0].state().items())
+
+
 def test_encoder_decoders_are_refused():
     config = T5Config(
         d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=VOCAB, decoder_start_token_id=0

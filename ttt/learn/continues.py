@@ -1,4 +1,8 @@
-"""Whether a model goes on from its cache: some recurrent models of transformers begin anew with every chunk."""
+"""Whether a model can be read chunk by chunk: it sees no later tokens, and goes on from its cache.
+
+Encoders such as BERT see later tokens, which would be scored as if they had been predicted. Some recurrent models of
+transformers begin anew with every chunk.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ttt.learn.huggingface import cache_of, cached
 
@@ -15,27 +18,30 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # relative error of the
 
 
 @torch.no_grad()
-def refuse_restarting(model: Any, chunk: int, context: int) -> None:
-    """Raise ValueError if ``model`` has recurrent states that it does not go on from.
+def refuse_unreadable(model: Any, chunk: int, context: int) -> None:
+    """Raise ValueError if ``model`` sees later tokens, or computes something else in chunks than in one piece.
 
-    It reads a few tokens in one piece, and in two chunks with a cache. Models whose cache holds keys and values only
-    are not tried, nor are those whose segments have one chunk.
+    It reads a few tokens in one piece, without the last of them, and in two chunks with a cache. Where each segment has
+    one chunk, nothing need go on from a cache.
 
     Args:
         chunk: tokens of a chunk, at most. context: tokens of a segment, at most.
     """
-    if chunk >= context:
-        return
     device = next(model.parameters()).device
     words = model.get_input_embeddings().num_embeddings
     ids = torch.randint(0, words, (1, _FIRST + _THEN), generator=torch.Generator().manual_seed(0)).to(device)
+    wanted = model(input_ids=ids, **cached(model, None)).logits
     out = model(input_ids=ids[:, :_FIRST], **cached(model, None))
-    if not _recurrent(cache_of(out)):
+    if _differ(out.logits, wanted[:, :_FIRST]):
+        raise ValueError(
+            f"model ({type(model).__name__}) sees later tokens, which it would be shown before they are scored; "
+            "ttt.Learner reads causal language models (is_decoder=True in the configuration of BERT and its kin). "
+            "ttt.learning(model) learns from any loss"
+        )
+    if chunk >= context:
         return
     found = model(input_ids=ids[:, _FIRST:], **cached(model, cache_of(out))).logits
-    wanted = model(input_ids=ids, use_cache=False).logits[:, _FIRST:]
-    error = float((found - wanted).norm() / wanted.norm())
-    if math.isfinite(error) and error > _TOLERANCE.get(wanted.dtype, 0.1):
+    if error := _differ(found, wanted[:, _FIRST:]):
         raise ValueError(
             f"model ({type(model).__name__}) does not go on from its cache in this release of transformers: in chunks "
             f"it computes something else than in one piece (relative error {error:.2g}), as if the text began anew. "
@@ -44,7 +50,7 @@ def refuse_restarting(model: Any, chunk: int, context: int) -> None:
         )
 
 
-def _recurrent(cache: Any) -> bool:
-    """Whether a layer of ``cache`` holds states in dictionaries, as those of recurrent blocks are."""
-    states = [value for layer in getattr(cache, "layers", []) for value in vars(layer).values()]
-    return any(isinstance(t, Tensor) for value in states if isinstance(value, dict) for t in value.values())
+def _differ(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The relative error of ``found``, if it is larger than rounding makes it; else 0."""
+    error = float((found - wanted).norm() / wanted.norm())
+    return error if math.isfinite(error) and error > _TOLERANCE.get(wanted.dtype, 0.1) else 0.0

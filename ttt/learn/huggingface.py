@@ -79,10 +79,12 @@ def detached(cache):
 
 def changed(cache: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """``cache`` itself, each tensor in its layers replaced by what ``change`` makes of it."""
-    for layer in getattr(cache, "layers", []):
+    for layer in [cache, *getattr(cache, "layers", [])] if hasattr(cache, "layers") else []:
         for name, value in vars(layer).items():
             if isinstance(value, Tensor):
                 setattr(layer, name, change(value))
+            elif isinstance(value, list) and any(isinstance(t, Tensor) for t in value):
+                value[:] = [change(t) if isinstance(t, Tensor) else t for t in value]
             elif isinstance(value, dict) and any(isinstance(t, Tensor) for t in value.values()):
                 setattr(layer, name, _States({k: change(t) if isinstance(t, Tensor) else t for k, t in value.items()}))
     return cache

@@ -13,7 +13,7 @@ from ttt.atomic import whole_write
 from ttt.checks import check_bool, check_type, check_whole
 from ttt.learn import protection
 from ttt.learn.access import Access
-from ttt.learn.continues import refuse_restarting
+from ttt.learn.continues import refuse_unreadable
 from ttt.learn.episodes import EpisodeLog
 from ttt.learn.generate import GenerateOptions, GenerateOutput, generate
 from ttt.learn.guard import Guard
@@ -463,7 +463,7 @@ class Learner:
     def _try_model(self) -> None:
         """Raise ValueError, before the first text is read, if the model cannot be read chunk by chunk."""
         if not self._tried:
-            refuse_restarting(self.model, self.config.chunk, self.context)
+            refuse_unreadable(self.model, self.config.chunk, self.context)
             self._tried = True
 
     def require_single(self, what: str, instead: str) -> None:
