@@ -66,7 +66,6 @@ def tiny(family: str) -> Any:
     Raises:
         RuntimeError: if it cannot be made, is too large, or takes too long.
     """
-    began = time.monotonic()
     try:
         config = transformers.AutoConfig.for_model(family, **SIZES)
         with torch.device("meta"):
@@ -74,6 +73,7 @@ def tiny(family: str) -> Any:
         count = sum(p.numel() for p in model.parameters())
         if count > PARAMETERS:
             raise RuntimeError(f"{count} parameters")
+        began = time.monotonic()  # without the imports
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config)).float().eval()
         with torch.no_grad():  # the usual initialisation is so small that the logits hardly depend on the input
@@ -150,7 +150,7 @@ def _restores(model: Any) -> None:
     learner = _adapted(model)
     before = model.generate(_ids(2, 6), max_new_tokens=6, do_sample=False)
     with torch.enable_grad(), ttt.learning(learner.model):
-        learner.model(_ids(2, 9)).logits.square().sum().backward()
+        learner.model(_ids(2, 9), use_cache=False).logits.square().sum().backward()
     ttt.restore_(learner.model)
     wanted = model.state_dict()
     assert all(torch.equal(t, wanted[name]) for name, t in learner.model.state_dict().items()), "weights differ"
@@ -160,7 +160,7 @@ def _restores(model: Any) -> None:
 def _saves(model: Any) -> None:
     learner = _adapted(model)
     with torch.enable_grad(), ttt.learning(learner.model):
-        learner.model(_ids(2, 9)).logits.square().sum().backward()
+        learner.model(_ids(2, 9), use_cache=False).logits.square().sum().backward()
     with tempfile.TemporaryDirectory() as folder:
         ttt.save(learner.model, Path(folder) / "x")
         again = ttt.load(copy.deepcopy(model), Path(folder) / "x")

@@ -21,8 +21,8 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # relative error of the
 def refuse_unreadable(model: Any, chunk: int, context: int) -> None:
     """Raise ValueError if ``model`` sees later tokens, or computes something else in chunks than in one piece.
 
-    It reads a few tokens in one piece, without the last of them, and in two chunks with a cache. Where each segment has
-    one chunk, nothing need go on from a cache.
+    It reads a few tokens in one piece, and again with another last one; if its cache holds recurrent states, and not
+    keys and values only, also in two chunks. Where each segment has one chunk, nothing need go on from a cache.
 
     Args:
         chunk: tokens of a chunk, at most. context: tokens of a segment, at most.
@@ -31,14 +31,18 @@ def refuse_unreadable(model: Any, chunk: int, context: int) -> None:
     words = model.get_input_embeddings().num_embeddings
     ids = torch.randint(0, words, (1, _FIRST + _THEN), generator=torch.Generator().manual_seed(0)).to(device)
     wanted = model(input_ids=ids, **cached(model, None)).logits
-    out = model(input_ids=ids[:, :_FIRST], **cached(model, None))
-    if _differ(out.logits, wanted[:, :_FIRST]):
+    other = ids.clone()
+    other[:, -1] = (ids[:, -1] + 1) % words
+    if _differ(model(input_ids=other, **cached(model, None)).logits[:, :-1], wanted[:, :-1]):
         raise ValueError(
             f"model ({type(model).__name__}) sees later tokens, which it would be shown before they are scored; "
             "ttt.Learner reads causal language models (is_decoder=True in the configuration of BERT and its kin). "
             "ttt.learning(model) learns from any loss"
         )
     if chunk >= context:
+        return
+    out = model(input_ids=ids[:, :_FIRST], **cached(model, None))
+    if not _recurrent(cache_of(out)):
         return
     found = model(input_ids=ids[:, _FIRST:], **cached(model, cache_of(out))).logits
     if error := _differ(found, wanted[:, _FIRST:]):
@@ -48,6 +52,12 @@ def refuse_unreadable(model: Any, chunk: int, context: int) -> None:
             f"Make chunk = {chunk} at least as large as the learner's context of {context} tokens, so that each text "
             "is read in one piece, or learn by ttt.learning(model)"
         )
+
+
+def _recurrent(cache: Any) -> bool:
+    """Whether a layer of ``cache`` holds states in dictionaries, as those of recurrent blocks are."""
+    held = [value for layer in getattr(cache, "layers", []) for value in vars(layer).values()]
+    return any(isinstance(t, torch.Tensor) for value in held if isinstance(value, dict) for t in value.values())
 
 
 def _differ(found: torch.Tensor, wanted: torch.Tensor) -> float:
