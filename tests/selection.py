@@ -28,6 +28,7 @@ SLOW = (
     "experts/test_growing_learner.py::test_text_that_is_not_learnt_is_scored_by_the_mixture",
     "experts/test_growing_learner.py::test_what_comes_later_changes_no_score_and_a_switch_keeps_the_context",
     "experts/test_growing_learner.py::test_what_is_stored_is_the_column_before_the_first_sign_of_change",
+    "families",
     "learn/test_learner.py::test_compiled_adapted_model_equals_eager",
     "learn/test_learner.py::test_consolidated_memory_holds_only_rows_that_passed_through_the_layer",
     "learn/test_learner.py::test_generate_uses_what_was_learnt",

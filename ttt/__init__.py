@@ -14,6 +14,7 @@ from ttt._renamed import old_names
 from ttt.adapt.checkpoint import load, save
 from ttt.adapt.convert import adapt_, learning_layers, restore_
 from ttt.adapt.fork import MemoryUsage, fork, memory_usage
+from ttt.adapt.version import version
 from ttt.config import TTTConfig
 from ttt.defences import (
     EWC,
@@ -85,6 +86,7 @@ __all__ = [
     "restore_",
     "save",
     "users",
+    "version",
 ]
 
 # Imported when first used.

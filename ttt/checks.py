@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
+Layers = Sequence[int] | str | Mapping[str, Any]
 
 MOST_ROWS = 2**24
 """The largest number of rows of a layer's window, its memory or a user's weights."""
@@ -171,8 +172,10 @@ def check_names(name: str, value: Sequence[str] | str | None) -> Sequence[str] |
     return value
 
 
-def check_layers(name: str, value: Sequence[int] | str) -> Sequence[int] | str:
+def check_layers(name: str, value: Layers) -> Layers:
     """``value``, if it is "all", "last:" and a number, or a sequence of whole numbers, as ``TTTConfig.layers`` is.
+
+    It may also be a dictionary of such values by the names of stacks of blocks.
 
     Raises:
         ValueError: otherwise.
@@ -181,6 +184,13 @@ def check_layers(name: str, value: Sequence[int] | str) -> Sequence[int] | str:
         return value
     if isinstance(value, str) and last_blocks(value) is not None:
         return value
+    if isinstance(value, Mapping) and value and all(isinstance(key, str) and key for key in value):
+        for key, part in value.items():
+            if isinstance(part, Mapping):
+                break
+            check_layers(f"{name}[{key!r}]", part)
+        else:
+            return value
     raise ValueError(
         f'{name} must be "all", "last:F" with a share F in (0.0, 1.0], "last:N" with a whole number N of at least 1, '
         f"or a list of indices, got {value!r:.200}"

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ttt.checks import MOST_ROWS, check_choice, check_layers, check_names, check_number, check_whole
+from ttt.checks import MOST_ROWS, Layers, check_choice, check_layers, check_names, check_number, check_whole
 from ttt.defences import (
     KINDS,
     OFF,
@@ -19,6 +19,7 @@ from ttt.defences import (
     build,
     flatten,
 )
+from ttt.frozen_map import FrozenMap
 
 DEFAULT_PROTECTION: tuple[Defence, ...] = (KroneckerFisher(32),)
 
@@ -143,11 +144,13 @@ class TTTConfig(FlatSettings):
 
     Args:
         target_modules: as in PEFT: a list of names or name suffixes, or one regular expression that the
-            whole name must match, or ``"all-linear"``.
+            whole name must match, or ``"all-linear"``, which leaves out the output head, classifiers, routers of
+            experts, adapters, tied weights, and all but the language model (`ttt.info` lists what was left out).
         layers: which blocks of a stack: ``"all"``, ``"last:0.25"`` (the last quarter, rounded up),
             ``"last:2"`` (the last two; the model must have as many), or a list of indices, negative ones counting from
-            the end.
-            The index of a module is the first number in its name.
+            the end. The index of a module is the first number in its name. Each stack of blocks is counted by itself,
+            and in a model with other parts, as a vision tower, only those of the language model are meant. A dictionary
+            names the stacks: ``{"language_model": "last:0.25", "vision_tower": [0]}``.
         lr: step per token (eta), in the units of ``rate``. The loss is summed over tokens, so the rate does not depend
             on ``chunk`` or ``window`` to first order.
         window: C, tokens that are in effect before they are written into the weights.
@@ -186,7 +189,7 @@ class TTTConfig(FlatSettings):
     """
 
     target_modules: Sequence[str] | str | None = None
-    layers: Sequence[int] | str = "all"
+    layers: Layers = "all"
     lr: float = 0.3
     window: int = 64
     chunk: int = 64
@@ -223,7 +226,9 @@ class TTTConfig(FlatSettings):
         # Lists become tuples, so that a configuration is hashable and truly frozen.
         for name in ("target_modules", "layers"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
+            if isinstance(value, Mapping):
+                put(name, FrozenMap({k: v if isinstance(v, str) else tuple(v) for k, v in value.items()}))
+            elif value is not None and not isinstance(value, str):
                 put(name, tuple(value))
         if isinstance(self.protect, Defence) or not isinstance(self.protect, Sequence):
             raise ValueError(f"protect must be a list of defences, got {self.protect!r}")
@@ -250,6 +255,8 @@ class TTTConfig(FlatSettings):
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; each defence is a dictionary with its class's name under ``"defence"``."""
         out = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if isinstance(self.layers, Mapping):
+            out["layers"] = dict(self.layers)
         out["protect"] = [{"defence": type(d).__name__, **dataclasses.asdict(d)} for d in self.protect]
         out["per_user"] = None if self.per_user is None else dataclasses.asdict(self.per_user)
         return out

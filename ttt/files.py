@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+_MARK = ".ttt-"  # in the names of temporary files
+_YOUNG = 2.0  # seconds
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, *, sweep: bool = False) -> None:
     """Write ``data`` to ``path`` so that a crash leaves the old file or the new one, never a part.
 
     The bytes go to a temporary file in the same folder, are flushed to the disk, and get the name in one step.
+
+    Args:
+        sweep: also remove the temporary files that killed writers of ``path`` left there, which lists the folder.
 
     Raises:
         OSError: if that fails; its ``filename`` is ``path``. A failed flush is not repeated: the system may have
@@ -22,9 +36,14 @@ def write_atomically(path: Path, data: bytes) -> None:
     with errors_naming(path):
         if not path.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, f"the folder {str(path.parent)!r} does not exist")
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:48]}.")
+        prefix = f".{path.name[:48]}{_MARK}"
+        if sweep:
+            _sweep(path.parent, prefix)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix)
         try:
             with os.fdopen(handle, "wb") as file:
+                if not _locked(file):
+                    raise OSError(errno.EAGAIN, "the temporary file is locked by another process")
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -33,6 +52,29 @@ def write_atomically(path: Path, data: bytes) -> None:
             Path(temporary).unlink(missing_ok=True)
             raise
         sync_folder(path.parent)  # the new name must reach the disk as well
+
+
+def _sweep(folder: Path, prefix: str) -> None:
+    """Remove temporary files that a killed writer left in ``folder``; one that is being written is locked."""
+    if fcntl is None:
+        return
+    for found in folder.glob(f"{glob.escape(prefix)}*"):
+        with contextlib.suppress(OSError), open(found, "rb") as file:
+            # One that was made just now may not be locked yet.
+            if time.time() - os.fstat(file.fileno()).st_mtime > _YOUNG and _locked(file):
+                found.unlink(missing_ok=True)
+
+
+def _locked(file: IO[bytes]) -> bool:
+    """Lock ``file`` until it is closed, or its process ends; False if another process has locked it."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            return True
+    return True
 
 
 @contextlib.contextmanager

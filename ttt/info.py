@@ -11,15 +11,20 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from torch import nn
 
+from ttt.adapt.convert import left_out
+from ttt.checks import check_model
+from ttt.nn.base import Adapted
 from ttt.ops import backends, cpu
 
 
-def info(file: TextIO | None = sys.stdout) -> dict[str, Any]:
+def info(file: TextIO | None = sys.stdout, *, model: nn.Module | None = None) -> dict[str, Any]:
     """Print and return which backend runs each op on each device, and why a faster one is missing.
 
     Args:
         file: the text file to print to, by default standard output; None prints nothing.
+        model: an adapted model, for the last two keys; None for none.
 
     Returns:
         A dict with the keys
@@ -32,7 +37,9 @@ def info(file: TextIO | None = sys.stdout) -> dict[str, Any]:
         - ``missing``: backend -> the reason why it cannot be used;
         - ``isolation``: dtype -> whether torch's linear layer on the CPU keeps the rows of a batch apart;
         - ``calls``: ``"OP on BACKEND"`` -> number of calls in this process, where the fastest backend ran;
-        - ``slow_calls``: ``"OP on BACKEND: REASON"`` -> number of calls that a slower backend ran, for that reason.
+        - ``slow_calls``: ``"OP on BACKEND: REASON"`` -> number of calls that a slower backend ran, for that reason;
+        - ``learning``: names of the layers of ``model`` that learn;
+        - ``left_out``: name -> why ``target_modules="all-linear"`` did not take it.
     """
     if file is not None and not callable(getattr(file, "write", None)):
         raise TypeError(f"file must be a text file to write to, or None, got {type(file).__name__}")
@@ -62,6 +69,9 @@ def info(file: TextIO | None = sys.stdout) -> dict[str, Any]:
     found["isolation"] = {str(dtype).removeprefix("torch."): _isolation(dtype) for dtype in _PROBED}
     found["calls"] = {f"{op} on {b}": n for (op, b, why), n in sorted(backends.calls.items()) if not why}
     found["slow_calls"] = {f"{op} on {b}: {why}": n for (op, b, why), n in sorted(backends.calls.items()) if why}
+    if model is not None:
+        names = [name for name, module in check_model(model).named_modules() if isinstance(module, Adapted)]
+        found["learning"], found["left_out"] = names, left_out(model)
     if file is not None:
         _print(found, file)
     return found
@@ -119,3 +129,7 @@ def _print(found: dict[str, Any], file: TextIO) -> None:
         for key, value in found[title].items():
             text = "; ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else value
             print(f"{title:12}{key}: {text}", file=file)
+    for name in found.get("learning", ()):
+        print(f"{'learning':12}{name}", file=file)
+    for name, why in found.get("left_out", {}).items():
+        print(f"{'left_out':12}{name}: {why}", file=file)

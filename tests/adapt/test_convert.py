@@ -64,7 +64,9 @@ def test_layers_that_name_no_blocks_are_refused(layers):
 def test_more_blocks_than_there_are_cannot_be_chosen():
     model = Model()
     before = list(model.modules())
-    with pytest.raises(ValueError, match="'last:99' asks for more than the model's 8 blocks; last:8 is all"):
+    with pytest.raises(
+        ValueError, match="'last:99' asks for more than there are: the model has 8 blocks in layers; last:8 is all"
+    ):
         ttt.adapt_(model, ttt.TTTConfig(target_modules=["down_proj"], layers="last:99"))
     assert list(model.modules()) == before
 

@@ -10,6 +10,7 @@ from user_rates import check_rates_are_a_users_own, check_steps
 import ttt
 from ttt.defences import LowRank
 from ttt.nn import LowRankLinear
+from ttt.nn.base import Sink
 
 
 def layer_of(n=9, m=7, dtype=torch.float64, **options):
@@ -59,7 +60,7 @@ def test_learning_is_a_step_on_the_users_own_weight_until_compression():
     before = layer.weight.clone()
     layer.routing.set(torch.tensor([2, 0], dtype=torch.int32))
     x = torch.randn(2, 5, 9, dtype=torch.float64)
-    layer.sink = []
+    layer.sink = Sink()
     layer(x).square().sum().backward()
     ((seen, delta),) = layer.sink
     layer.learn(seen, delta, torch.full((10,), 0.01, dtype=torch.float64), layer.routing.tokens(x))

@@ -60,6 +60,7 @@ def test_replay_begins_its_graph_at_the_lowest_layer_that_learns_and_runs_one_ba
     rule = SequenceReplay(20, 3, 6, base=ids_of(3, 14))
     model, learner = double([rule], layers=[2])
     graph = []
+    learner.observe(ids_of(1, 4), learn=False)  # the first text is preceded by a trial of the model
     for i, block in enumerate(model.model.layers):
         block.register_forward_hook(lambda m, args, out, i=i: graph.append((i, args[0].shape[0], out.requires_grad)))
     learner.observe(ids_of(1, 8))
@@ -182,6 +183,7 @@ def test_a_replayed_sequence_that_is_not_finite_rejects_the_chunk(make):
     rule = make(ids_of(2, 12))
     model, _ = adapted()
     learner = ttt.Learner(model, rules=[rule])
+    learner.observe(ids_of(1, 4), learn=False)  # the first text is preceded by a trial of the model
     before, memory, calls = state_of(model), bits(rule), []
 
     def second(module, args, out):

@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from ttt.adapt import validate
 from ttt.adapt.convert import (
     adapt_,
-    check_adaptable,
     learning_layers,
     linear_modules,
     require_layers,
     restore_,
     weight_of,
 )
+from ttt.adapt.names import canonical, unwrapped
+from ttt.adapt.plan import check_fit
 from ttt.atomic import whole_write
 from ttt.checks import check_path
 from ttt.files import write_atomically
@@ -52,7 +53,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     """Write what ``model`` learnt to ``path`` (safetensors).
 
     The bytes go to a temporary file in the same folder, are flushed to the disk, and take the name ``path`` in one
-    step: a crash leaves the old file or the new one, never a part.
+    step: a crash leaves the old file or the new one, never a part. What a killed save left in the folder is removed.
 
     Raises:
         TypeError: if ``model`` is no module or ``path`` no path. Nothing is written then.
@@ -66,7 +67,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     _refuse_users(model, "saved")
     with exclusive(require_layers(model), "ttt.save"):
         content = _bytes_of_model(model)
-    write_atomically(path, content)
+    write_atomically(path, content, sweep=True)
 
 
 def _bytes_of_model(model: nn.Module) -> bytes:
@@ -75,7 +76,8 @@ def _bytes_of_model(model: nn.Module) -> bytes:
     config = json.dumps(layers[0][1].config.to_dict())
     validate.config_of(config, "model cannot be saved: its configuration")
     tensors: State = {}
-    for name, layer in layers:
+    for full, layer in layers:
+        name = canonical(full)
         state = {key: t.detach().cpu().contiguous() for key, t in layer.state().items()}
         base = {key: t.detach().cpu().contiguous() for key, t in layer.base.items() if key != _FROM_BASE}
         validate.check_state(f"model cannot be saved: layer {name}", _trial_layer(layer), state, base)
@@ -88,7 +90,7 @@ def _bytes_of_model(model: nn.Module) -> bytes:
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "config": config,
-        "layers": json.dumps([name for name, _ in layers]),
+        "layers": json.dumps([canonical(name) for name, _ in layers]),
         "base_sha256": base_hash(model),
         "tensors_sha256": tensor_hash(tensors),
     }
@@ -115,13 +117,14 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """
     path = check_path("path", path)
     _refuse_users(model, "given the state of a file")
-    adapted = dict(learning_layers(model))
+    adapted = {canonical(name): layer for name, layer in learning_layers(model)}
     with exclusive(list(adapted.values()), "ttt.load", repairs=True):
         return _load(model, adapted, path)
 
 
 def _load(model: nn.Module, adapted: dict[str, Linear], path: Path) -> nn.Module:
-    possible: dict[str, nn.Module] = {**adapted} or dict(linear_modules(model))
+    names_here = {canonical(name): name for name, _ in linear_modules(model)}
+    possible: dict[str, nn.Module] = {**adapted} or {canonical(name): m for name, m in linear_modules(model)}
     with _opened(path, validate.header_allowance(possible)) as (file, metadata):
         names = validate.layer_names(metadata.get("layers"), f"{path} is damaged: layers in its metadata")
         config = validate.config_of(metadata.get("config"), f"{path} is damaged: config in its metadata")
@@ -130,7 +133,7 @@ def _load(model: nn.Module, adapted: dict[str, Linear], path: Path) -> nn.Module
         if adapted:
             trials = {name: _trial_layer(layer) for name, layer in adapted.items()}
         else:
-            check_adaptable(model, [(name, possible[name]) for name in names])
+            check_fit(unwrapped(model), [(names_here[name], possible[name]) for name in names])
             trials = {name: validate.blank_layer(weight_of(possible[name]), config, name) for name in names}
         _check_layout(path, file, adapted or trials)
         if metadata.get("base_sha256") != base_hash(model, None if adapted else names):
@@ -147,9 +150,9 @@ def _load(model: nn.Module, adapted: dict[str, Linear], path: Path) -> nn.Module
     if adapted:
         _write(adapted, states)
         return model
-    adapt_(model, config, filter_fn=lambda _, name: name in states)
+    adapt_(model, config, filter_fn=lambda _, name: canonical(name) in states)
     try:
-        _write(dict(learning_layers(model)), states)
+        _write({canonical(name): layer for name, layer in learning_layers(model)}, states)
     except BaseException:
         restore_(model)
         raise
@@ -285,10 +288,11 @@ def base_hash(model: nn.Module, names: list[str] | None = None) -> str:
     Args:
         names: modules that will learn, of a model that is not adapted; None for one that is.
     """
-    layers = dict(learning_layers(model))
+    layers = {canonical(name): layer for name, layer in learning_layers(model)}
     learn = set(layers) if names is None else set(names)
     digest = hashlib.sha256()
-    for key, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
+    parameters = {canonical(name): parameter for name, parameter in unwrapped(model).named_parameters()}
+    for key, parameter in sorted(parameters.items()):
         owner, _, leaf = key.rpartition(".")
         value = parameter.detach()
         if owner in layers and leaf == "weight":

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-import re
-from collections import Counter
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ttt.adapt.fast_path import switch_off_fast_paths, switch_on_fast_paths
+from ttt.adapt.fit import is_conv1d, is_linear, refuse_parallel
+from ttt.adapt.names import canonical, unwrapped
+from ttt.adapt.plan import FilterFn, make_plan
 from ttt.atomic import whole_write
-from ttt.checks import check_bool, check_layers, check_model, check_names, check_type, last_blocks
+from ttt.checks import check_bool, check_model, check_type
 from ttt.config import TTTConfig
 from ttt.layer_lock import exclusive
 from ttt.nn import Linear, LowRankLinear
-from ttt.nn.base import DTYPES
 from ttt.per_user.pool import attach, detach, has_pool, pool_of
 from ttt.signals import SignalsDeferred
 
-_INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 # Attributes of an adapted model that `restore_` reads: the replaced modules by name, and the parameters with their
 # requires_grad from before. They are set past torch's way, so that they are neither modules nor in state_dict.
-_ORIGINALS, _FROZEN = "_ttt_originals", "_ttt_requires_grad"
-
-FilterFn = Callable[[nn.Module, str], bool]
+_ORIGINALS, _FROZEN, _LEFT_OUT = "_ttt_originals", "_ttt_requires_grad", "_ttt_left_out"
 
 
 def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterFn | None = None) -> nn.Module:
@@ -59,18 +56,18 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
         check_type("config", config, TTTConfig, "a ttt.TTTConfig or None")
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn must be a function of (module, name) or None, got {type(filter_fn).__name__}")
-    _refuse_bare(model)
-    config = config or TTTConfig()
+    whole, model, config = model, unwrapped(model), config or TTTConfig()
     if hasattr(model, _ORIGINALS):
         raise ValueError("model is adapted already; ttt.restore_(model) first")
-    chosen = _choose(model, config, filter_fn)
-    check_adaptable(model, chosen)
+    plan = make_plan(model, config, filter_fn)
+    chosen = plan.chosen
+    _warn_of_left_out(plan.left_out)
     make = _learning_layer if config.per_user is None else _low_rank_layer
     frozen = [(p, p.requires_grad) for p in model.parameters()]
     placed: list[tuple[str, nn.Module]] = []
     try:
         # All layers are made before one is placed: that takes the memory, and is what fails if there is too little.
-        layers = {name: _made(make, module, config, name) for name, module in chosen}
+        layers = {name: _made(make, module, config, canonical(name)) for name, module in chosen}
         for name, module in chosen:
             layers[name].train(module.training)
             layers[name].share = 1 / len(layers)
@@ -79,20 +76,24 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
         for p in model.parameters():
             p.requires_grad_(False)
         if config.per_user is not None:
-            attach(model, {name: layer for name, layer in layers.items() if isinstance(layer, LowRankLinear)})
+            pooled = {canonical(n): layer for n, layer in layers.items() if isinstance(layer, LowRankLinear)}
+            attach(model, pooled)
+        switch_off_fast_paths(model, layers)
         object.__setattr__(model, _ORIGINALS, dict(chosen))
+        object.__setattr__(model, _LEFT_OUT, plan.left_out)
         object.__setattr__(model, _FROZEN, frozen)
     except BaseException:
         for name, module in placed:
             _set_module(model, name, module)
         for p, requires_grad in frozen:  # the layers share the parameters and have switched it off
             p.requires_grad_(requires_grad)
-        for attribute in (_ORIGINALS, _FROZEN):
+        for attribute in (_ORIGINALS, _FROZEN, _LEFT_OUT):
             model.__dict__.pop(attribute, None)
+        switch_on_fast_paths(model)
         if has_pool(model):
             detach(model)
         raise
-    return model
+    return whole
 
 
 def restore_(model: nn.Module, keep_learned: bool = False) -> nn.Module:
@@ -110,10 +111,11 @@ def restore_(model: nn.Module, keep_learned: bool = False) -> nn.Module:
     Raises:
         TypeError, ValueError: if ``model`` is no module or not adapted, or ``keep_learned`` no bool or True for a model
             whose users learnt, each something else. Nothing has changed then.
-        RuntimeError: if another thread is in a method of the model's learners or in `ttt.learning`, or uses its users;
-            inside `ttt.learning`; with ``keep_learned``, if a write to the layers ended half-way.
+        RuntimeError: if another thread is in a method of the model's learners or in `ttt.learning`; inside of
+            `ttt.users` or `ttt.learning`; with ``keep_learned``, if a write to the layers ended half-way.
     """
-    originals = _originals(check_model(model))
+    whole, model = model, unwrapped(check_model(model))
+    originals = _originals(model)
     check_bool("keep_learned", keep_learned)
     if not has_pool(model):
         layers = [(name, layer) for name, layer in learning_layers(model) if name in originals]
@@ -129,17 +131,19 @@ def restore_(model: nn.Module, keep_learned: bool = False) -> nn.Module:
                 for name, layer in layers:
                     _put_back(layer, originals[name], keep_learned)
                 _take_out(model, dict(layers), originals)
-        return model
+        return whole
     if keep_learned:
         raise ValueError("keep_learned must be False for a model of many users; pool_of(model).export(user) keeps one")
     pool = pool_of(model)
     with exclusive(list(pool.layers.values()), "ttt.restore_", repairs=True), pool.one_thread(), SignalsDeferred():
         _originals(model)
-        for name, own in pool.layers.items():  # their weight, shared with the original, never changed
-            _follow(originals[name], own)
-        _take_out(model, pool.layers, originals)
+        pool.require_idle()
+        own = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+        for name in originals:  # the weight, shared with the original, never changed
+            _follow(originals[name], own[name])
+        _take_out(model, {name: own[name] for name in originals}, originals)
         detach(model)
-    return model
+    return whole
 
 
 def _put_back(layer: Linear, original: Any, keep_learned: bool) -> None:
@@ -149,7 +153,7 @@ def _put_back(layer: Linear, original: Any, keep_learned: bool) -> None:
     with torch.no_grad():
         if not layer.transposed:
             layer.weight.copy_(learned)  # the parameter is the original module's
-        elif keep_learned:
+        elif keep_learned or not torch.equal(learned.T, original.weight):  # another weight was loaded since
             if "original" in layer.shared:  # a fork of the model holds the same weight
                 original.weight.data = torch.empty_like(original.weight)
             original.weight.copy_(learned.T)
@@ -165,6 +169,8 @@ def _take_out(model: nn.Module, layers: Mapping[str, Linear | LowRankLinear], or
         p.requires_grad_(requires_grad)
     object.__delattr__(model, _ORIGINALS)
     object.__delattr__(model, _FROZEN)
+    object.__delattr__(model, _LEFT_OUT)
+    switch_on_fast_paths(model)
 
 
 def learning_layers(model: nn.Module) -> list[tuple[str, Linear]]:
@@ -173,16 +179,18 @@ def learning_layers(model: nn.Module) -> list[tuple[str, Linear]]:
     Raises:
         TypeError: if ``model`` is no module.
     """
-    check_model(model)
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
+    modules = unwrapped(check_model(model)).named_modules()
+    return [(name, module) for name, module in modules if isinstance(module, Linear)]
 
 
 def require_layers(model: nn.Module) -> list[Linear]:
     """The learning layers of ``model``.
 
     Raises:
-        TypeError: if ``model`` is no module. ValueError: if there is none.
+        TypeError: if ``model`` is no module. ValueError: if there is none, or the model is wrapped for
+            data parallelism.
     """
+    refuse_parallel(check_model(model))
     layers = [layer for _, layer in learning_layers(model)]
     if not layers and has_pool(model):
         raise ValueError(
@@ -199,148 +207,38 @@ def kept_originals(model: nn.Module) -> dict[str, nn.Module]:
     return getattr(model, _ORIGINALS, {})
 
 
+def left_out(model: nn.Module) -> dict[str, str]:
+    """What "all-linear" did not take of an adapted model -> why; empty for other targets."""
+    return dict(getattr(model, _LEFT_OUT, {}))
+
+
+def _warn_of_left_out(found: dict[str, str]) -> None:
+    """Warn of what was left out because it is not supported, and not because nobody adapts it."""
+    lacking = [f"{name} ({why})" for name, why in found.items() if "adapted" in why]
+    if lacking:
+        shown = "; ".join(lacking[:4]) + (f"; and {len(lacking) - 4} more" if len(lacking) > 4 else "")
+        warnings.warn(
+            f"target_modules='all-linear' leaves out {shown}; ttt.info(model=model)['left_out'] lists all",
+            stacklevel=3,
+        )
+
+
 def _originals(model: nn.Module) -> dict[str, Any]:
     if not hasattr(model, _ORIGINALS):
         raise ValueError(f"model ({type(model).__name__}) is not adapted; there is nothing to restore")
     return getattr(model, _ORIGINALS)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
-
-
 def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(fully qualified name, module) of every linear layer in ``model``, a transformers ``Conv1D`` included."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or _is_conv1d(module):
+    for name, module in unwrapped(model).named_modules():
+        if is_linear(module):
             yield name, module
 
 
 def weight_of(module: Any) -> Tensor:
     """The weight (m, n) of a linear module: of a ``Conv1D``, which keeps (n, m), a transposed view."""
-    return module.weight.detach().T if _is_conv1d(module) else module.weight
-
-
-def check_adaptable(model: nn.Module, chosen: list[tuple[str, nn.Module]]) -> None:
-    """Raise ValueError unless all of the ``chosen`` modules of ``model`` can be replaced by learning layers."""
-    _refuse_bare(model)
-    tied = _tied_weights(model)
-    for name, module in chosen:
-        _refuse_unfit(name, module, tied)
-
-
-def _refuse_bare(model: nn.Module) -> None:
-    """Raise ValueError if ``model`` is a linear layer: a module can be replaced in the one that holds it only."""
-    if any(name == "" for name, _ in linear_modules(model)):
-        raise ValueError(
-            f"model must hold the linear layers that are to learn, but it is one itself ({type(model).__name__}), "
-            "which cannot be replaced in place; wrap it, as torch.nn.Sequential(model), or make a ttt.nn.Linear"
-        )
-
-
-def _choose(model: nn.Module, config: TTTConfig, filter_fn: FilterFn | None) -> list[tuple[str, nn.Module]]:
-    check_names("target_modules", config.target_modules)
-    check_layers("layers", config.layers)
-    candidates = list(linear_modules(model))
-    if filter_fn is not None:
-        chosen = [(name, module) for name, module in candidates if filter_fn(module, name)]
-        if not chosen:
-            raise ValueError(f"filter_fn accepted none of {[name for name, _ in candidates]}")
-        return chosen
-    targets = config.target_modules
-    if targets is None:
-        raise ValueError(
-            'target_modules must name the layers to adapt (as ["down_proj"], a regular expression, or "all-linear"), '
-            "or filter_fn be given; got None"
-        )
-    matched = [(n, m) for n, m in candidates if targets == "all-linear" or _matches(n, targets)]
-    if not matched:
-        _refuse_no_match(model, candidates, targets)
-    chosen = [(n, m) for n, m in matched if n in _names_in_layers([n for n, _ in matched], model, config.layers)]
-    if not chosen:
-        raise ValueError(f"layers = {config.layers!r} leaves none of the matched modules {[n for n, _ in matched]}")
-    return chosen
-
-
-def _matches(name: str, targets) -> bool:
-    if isinstance(targets, str):
-        try:
-            return re.fullmatch(targets, name) is not None
-        except re.error as error:
-            raise ValueError(f"target_modules = {targets!r} is no regular expression: {error}") from None
-    return any(name == target or name.endswith("." + target) for target in targets)
-
-
-def _refuse_no_match(model: nn.Module, candidates: list[tuple[str, nn.Module]], targets) -> None:
-    for name, module in model.named_modules():
-        if name and _matches(name, targets):
-            _refuse_unfit(name, module, {})
-    for name, parameter in model.named_parameters():
-        if _matches(name, targets) or _matches(name.removesuffix(".weight"), targets):
-            shape = tuple(parameter.shape)
-            kind = "a stack of experts" if parameter.ndim == 3 else "a bare parameter"
-            raise ValueError(f"{name} is {kind} of shape {shape}, not a linear layer: it cannot be adapted")
-    names = sorted({suffix for name, _ in candidates for suffix in (name, name.rsplit(".", 1)[-1])})
-    wanted = [targets] if isinstance(targets, str) else list(targets)
-    near = [n for want in wanted for n in difflib.get_close_matches(want, names, n=5, cutoff=0.3)]
-    near = list(dict.fromkeys(near)) or names[:10]
-    raise ValueError(f"target_modules = {targets!r} matches no linear layer; the nearest names are {near}")
-
-
-def _names_in_layers(names: list[str], model: nn.Module, layers) -> set[str]:
-    if layers == "all":
-        return set(names)
-    index = {name: int(found.group(1)) for name in names if (found := _INDEX.search(name))}
-    if not index:
-        raise ValueError(f"layers = {layers!r} needs numbered modules; none of {names} has a number in its name")
-    prefixes = {name[: _INDEX.search(name).start(1)] for name in index}  # type: ignore[union-attr]
-    count = 1 + max(
-        int(found.group(1))
-        for name, _ in model.named_modules()
-        if (found := _INDEX.search(name)) and name[: found.start(1)] in prefixes
-    )
-    if isinstance(layers, str):
-        last = last_blocks(layers)
-        assert last is not None  # `TTTConfig` checked it
-        if isinstance(last, float):
-            last = math.ceil(last * count)
-        if last > count:
-            raise ValueError(f"layers = {layers!r} asks for more than the model's {count} blocks; last:{count} is all")
-        wanted = set(range(count - last, count))
-    else:
-        wanted = set()
-        for i in layers:
-            if not -count <= i < count:
-                raise ValueError(
-                    f"layers holds {i}; the model has {count} blocks, so it must be in [{-count}, {count})"
-                )
-            wanted.add(i % count)
-    return {name for name, i in index.items() if i in wanted}
-
-
-def _tied_weights(model: nn.Module) -> dict[int, list[str]]:
-    """id of each parameter that has several names -> the names."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {key: found for key, found in names.items() if len(found) > 1}
-
-
-def _refuse_unfit(name: str, module: Any, tied: dict[int, list[str]]) -> None:
-    kind = type(module)
-    if kind is not nn.Linear and not _is_conv1d(module):
-        held = Counter(p.ndim for p in module.parameters(recurse=False))
-        why = "holds 3-D expert parameters" if held[3] else f"is {kind.__module__}.{kind.__name__}"
-        raise ValueError(f"{name} {why}; only torch.nn.Linear and transformers' Conv1D can be adapted")
-    weight = module.weight
-    if id(weight) in tied:
-        others = [other for other in tied[id(weight)] if other != f"{name}.weight"]
-        raise ValueError(f"{name}.weight is tied to {others}: learning in one would change the other; leave it out")
-    if weight.dtype not in DTYPES:
-        raise ValueError(f"{name}.weight is {weight.dtype}; it must be one of {[str(d) for d in DTYPES]}")
-    if weight.is_meta:
-        raise ValueError(f"{name}.weight is on the meta device; load the model's weights first")
+    return module.weight.detach().T if is_conv1d(module) else module.weight
 
 
 def _made(make: Callable[[Any, TTTConfig, str], Any], module: Any, config: TTTConfig, name: str) -> Any:
@@ -358,9 +256,7 @@ def _made(make: Callable[[Any, TTTConfig, str], Any], module: Any, config: TTTCo
 
 
 def _learning_layer(module: Any, config: TTTConfig, name: str) -> Linear:
-    if not _is_conv1d(module):
-        if not module.weight.is_contiguous():
-            raise ValueError(f"{name}.weight must be contiguous, got strides {module.weight.stride()}")
+    if not is_conv1d(module):
         return Linear.from_weight(module.weight, module.bias, config, name)
     # A Conv1D keeps (n, m). The learning layer gets a transposed copy, and the original stays as it is.
     layer = Linear.from_weight(nn.Parameter(module.weight.detach().T.contiguous()), module.bias, config, name)
@@ -369,7 +265,7 @@ def _learning_layer(module: Any, config: TTTConfig, name: str) -> Linear:
 
 
 def _low_rank_layer(module: Any, config: TTTConfig, name: str) -> LowRankLinear:
-    if not _is_conv1d(module):
+    if not is_conv1d(module):
         return LowRankLinear.from_weight(module.weight, module.bias, config, name)
     # A view (m, n) of the Conv1D's weight, which is never written.
     layer = LowRankLinear.from_weight(nn.Parameter(module.weight.detach().T), module.bias, config, name)

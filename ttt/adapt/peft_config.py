@@ -42,6 +42,8 @@ def _patterns_of(check: Callable[[str, Any], None]) -> Callable[[str, Any], None
 
 
 def _indices(name: str, value: Any) -> None:
+    if isinstance(value, dict):
+        raise ValueError(f"{name} must be a list of indices, got {value!r:.80}")
     if value is not None:
         check_layers(name, [value] if isinstance(value, int) else value)
 

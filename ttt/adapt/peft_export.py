@@ -8,6 +8,7 @@ import math
 import os
 import secrets
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ttt.adapt import factors as lowrank
 from ttt.adapt.convert import learning_layers, require_layers
+from ttt.adapt.names import canonical
 from ttt.checks import check_bool, check_choice, check_dense, check_path, check_type
 from ttt.files import errors_naming, sync_folder
 from ttt.layer_lock import exclusive
@@ -26,7 +28,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM serves (its ``--max-lora-rank``); an adapter is padded up to one of them."""
-DEFAULT_RANK = 16
+TOLERANCE = 0.05
+"""Part of what a model learnt, in the Frobenius norm, that the rank chosen for it may lose."""
+_MUCH = 0.1  # from this loss on, there is a warning
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -85,11 +89,14 @@ def export_peft(
             nearest delta of that rank. Names of layers are the model's module names.
         folder: new, or empty.
         base_model: the adapter's ``base_model_name_or_path``. Default: ``model.config._name_or_path``.
-        rank: one of `RANKS`. Default: 16 for a model; for a state the smallest that holds it exactly, 512 at most.
+        rank: one of `RANKS`. Default: for a model the smallest that loses at most 5 % of what was learnt (`TOLERANCE`),
+            for a state the smallest that holds it exactly; 512 at most.
         dtype: of the adapter's tensors: float32, bfloat16 or float16.
         task_type: as PEFT's; None for a model without ``generate``.
         fan_in_fan_out: whether the layers of a state are transformers' ``Conv1D`` (GPT-2); ignored for a model, where
             it is known. The factors are the same; vLLM does not serve LoRA on such models.
+
+    Warns if more than a tenth of what was learnt is lost.
 
     Returns:
         The folder, the rank, and how far what was written is from what was learnt.
@@ -121,9 +128,8 @@ def export_peft(
         layers = require_layers(source)
         base_model = base_model or _name_of(source)
         fan_in_fan_out = any(layer.transposed for layer in layers)
-        rank = rank or DEFAULT_RANK
         with exclusive(layers, "ttt.export_peft"):
-            changes = {name: _of_layer(name, layer, rank, dtype) for name, layer in learning_layers(source)}
+            rank, changes = _of_model(source, rank, dtype)
     else:
         pairs = dict(_pairs_of(source))
         rows = max(a.shape[0] for a, _ in pairs.values())
@@ -158,14 +164,31 @@ def export_peft(
     _write(folder, config, tensors)
     lost, size = (math.hypot(*(getattr(c, what) for c in changes.values())) for what in ("lost", "size"))
     errors = {name: _ratio(change.lost, change.size) for name, change in changes.items()}
-    return Exported(folder, rank, errors, _ratio(lost, size))
+    error = _ratio(lost, size)
+    if error > _MUCH:
+        way = f"a rank above {rank} loses less" if rank < RANKS[-1] else "ttt.save keeps all of it"
+        warnings.warn(
+            f"the adapter of rank {rank} in {folder} lost {error:.0%} of what was learnt; {way}", stacklevel=2
+        )
+    return Exported(folder, rank, errors, error)
 
 
-def _of_layer(name: str, layer, rank: int, dtype: torch.dtype) -> _Change:
-    delta = layer.effective_weight().double() - layer.base_weight.double()
-    _require_finite(name, delta)
-    a, b = (t.to(dtype) for t in lowrank.padded(*lowrank.truncated(delta, rank), rank))
-    return _Change((a, b), float((delta - b.double().T @ a.double()).norm()), float(delta.norm()))
+def _of_model(model: nn.Module, rank: int | None, dtype: torch.dtype) -> tuple[int, dict[str, _Change]]:
+    """The rank, and the change of every layer; ``rank`` None: the smallest that keeps the error within `TOLERANCE`."""
+    deltas, found = {}, {}
+    for name, layer in learning_layers(model):
+        name = canonical(name)
+        deltas[name] = layer.effective_weight().double() - layer.base_weight.double()
+        _require_finite(name, deltas[name])
+    if rank is None:
+        values = [torch.linalg.svdvals(delta).square() for delta in deltas.values()]
+        total = sum(float(each.sum()) for each in values)
+        lost = {r: sum(float(each[r:].sum()) for each in values) for r in RANKS}
+        rank = next((r for r in RANKS if lost[r] <= TOLERANCE**2 * total), RANKS[-1])
+    for name, delta in deltas.items():
+        a, b = (t.to(dtype) for t in lowrank.padded(*lowrank.truncated(delta, rank), rank))
+        found[name] = _Change((a, b), float((delta - b.double().T @ a.double()).norm()), float(delta.norm()))
+    return rank, found
 
 
 def _of_factors(a: Tensor, b: Tensor, rank: int, dtype: torch.dtype) -> _Change:

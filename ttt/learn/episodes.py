@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,9 +57,9 @@ class EpisodeLog:
         self.before = check_whole("before", before, 1)
         self.length = check_whole("length", length, before + 1)
         self.tokens = check_whole("tokens", tokens, length)
-        self._held: dict[Hashable, list[Episode]] = {}
+        self._held: dict[str | None, list[Episode]] = {}
 
-    def add(self, user: Hashable, ids: Tensor, learn: Tensor, context: int | None = None) -> None:
+    def add(self, user: str | None, ids: Tensor, learn: Tensor, context: int | None = None) -> None:
         """Keep a text of ``user``: ``ids`` (T,) int64, of which the tokens ``learn`` (T,) bool were learnt.
 
         Each run of learnt tokens becomes an episode, of at most ``context`` tokens. The first token of a text is never
@@ -92,7 +92,7 @@ class EpisodeLog:
             del self._held[user]
 
     def keep(
-        self, text: Text, users: Sequence[Hashable | None] | None, output: ObserveOutput, context: int | None = None
+        self, text: Text, users: Sequence[str | None] | None, output: ObserveOutput, context: int | None = None
     ) -> None:
         """Keep what ``text`` taught ``users`` (None: the one set of weights), as ``output`` tells.
 
@@ -109,18 +109,18 @@ class EpisodeLog:
                 attend = slice(None) if text.attend is None else text.attend[row]
                 self.add(user, text.ids[row][attend], teach[row][attend], context)
 
-    def of(self, user: Hashable = None) -> list[Episode]:
+    def of(self, user: str | None = None) -> list[Episode]:
         """The episodes of ``user``, oldest first."""
         return list(self._held.get(user, []))
 
-    def mark_studied(self, user: Hashable = None) -> None:
+    def mark_studied(self, user: str | None = None) -> None:
         """Mark all episodes of ``user`` as studied."""
         if user in self._held:
             self._held[user] = [dataclasses.replace(episode, studied=True) for episode in self._held[user]]
 
     # -- a user's state (`ttt.per_user.pool.UserState`) -------------------------------------------------------------
 
-    def export(self, user: Hashable) -> dict[str, Tensor]:
+    def export(self, user: str | None) -> dict[str, Tensor]:
         """Copies of everything kept of ``user``: ``ids`` and ``learn`` (N,) of all episodes, ``lengths`` and
         ``studied`` (E,) of each; empty if nothing is kept."""
         held = self._held.get(user, [])
@@ -160,7 +160,7 @@ class EpisodeLog:
         if not all(bool(part.any()) for part in state["learn"].split(lengths.tolist())):
             raise ValueError("episodes.learn must be True somewhere in each episode")
 
-    def load(self, user: Hashable, state: dict[str, Tensor]) -> None:
+    def load(self, user: str | None, state: dict[str, Tensor]) -> None:
         """Keep exactly what `export` returned. The caller checks it first."""
         self.forget(user)
         if state:
@@ -169,6 +169,6 @@ class EpisodeLog:
             rows = zip(*parts, state["studied"].tolist(), strict=True)
             self._held[user] = [Episode(ids, learn, bool(studied)) for ids, learn, studied in rows]
 
-    def forget(self, user: Hashable) -> None:
+    def forget(self, user: str | None) -> None:
         """Drop everything that is kept of ``user``."""
         self._held.pop(user, None)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from typing import Any
 
 import torch
@@ -151,6 +152,7 @@ class HeadSplit:
         self._handles: list[Any] = []
         self._seen: list[tuple[Tensor, Tensor]] = []
         self._output: Tensor | None = None
+        self._thread = 0
 
     def unfit(self) -> str:
         """Why the head's gradient must come from autograd; empty if it need not."""
@@ -166,7 +168,7 @@ class HeadSplit:
         return self.changed
 
     def __enter__(self) -> HeadSplit:
-        self.why = self.unfit()
+        self.why, self._thread = self.unfit(), threading.get_ident()
         if not self.why:
             self._handles = [
                 self.head.register_forward_pre_hook(self._before),
@@ -180,13 +182,16 @@ class HeadSplit:
         self._handles, self._seen, self._output = [], [], None
 
     def _before(self, module, args):
+        if threading.get_ident() != self._thread:
+            return None  # another thread uses the model
         hidden = args[0]
         leaf = hidden.detach().requires_grad_(hidden.requires_grad)
         self._seen.append((hidden, leaf))
         return (leaf, *args[1:])
 
     def _after(self, module, args, output):
-        self._output = output
+        if threading.get_ident() == self._thread:
+            self._output = output
 
     def forward(self, inputs: dict[str, Any]) -> tuple[Any, Tensor | None, Tensor | None]:
         """Run the model: (its output, the hidden states at the head with their graph, the leaf that replaced them)."""
@@ -243,7 +248,7 @@ class FusedScores:
         gradient = input_gradient(self._scores, self._weight, wanted, mass).view(self._hidden.shape)
         if logits_gradient is not None:
             gradient = gradient + logits_gradient.to(self._weight.dtype) @ self._weight
-        self._hidden.backward(gradient, retain_graph=retain_graph)
+        self._hidden.backward(gradient.to(self._hidden.dtype), retain_graph=retain_graph)
 
 
 class AutogradScores:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from ttt.atomic import whole_write
 from ttt.checks import check_bool, check_type, check_whole
 from ttt.learn import protection
 from ttt.learn.access import Access
+from ttt.learn.continues import refuse_unreadable
 from ttt.learn.episodes import EpisodeLog
 from ttt.learn.generate import GenerateOptions, GenerateOutput, generate
 from ttt.learn.guard import Guard
@@ -60,8 +61,8 @@ class Learner:
     Raises:
         TypeError: if ``model`` is no module, ``guard`` no `ttt.Guard`, ``episodes`` no `ttt.EpisodeLog`, or one of
             ``rules`` no `ttt.rules.StreamRule`.
-        ValueError: if the model has no learning layer, ``context`` < 2, or a rule or ``guard`` cannot serve it; no rule
-            can serve a model with weights for each user.
+        ValueError: if the model has no learning layer or is an encoder-decoder, ``context`` < 2, or a rule or ``guard``
+            cannot serve it; no rule can serve a model with weights for each user.
         RuntimeError: if a tensor of the model was made under `torch.inference_mode`.
 
     Attributes:
@@ -86,6 +87,11 @@ class Learner:
             check_type("episodes", episodes, EpisodeLog, "a ttt.EpisodeLog or None")
             if guard is not None:
                 raise ValueError("guard and episodes exclude each other: a guard does not know of studies")
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise ValueError(
+                f"model ({type(model).__name__}) has an encoder, which sees the tokens that the decoder is to predict; "
+                "ttt.Learner reads causal language models. ttt.learning(model) learns from a loss with labels"
+            )
         self.access = Access(model)
         self.pool, self.layers, self.config = self.access.pool, self.access.single_layers, self.access.config
         if context is None:
@@ -102,7 +108,7 @@ class Learner:
         self.guard: Guard | None = None
         self.user_guards: UserGuards | None = None
         self.episodes = episodes
-        self._looked_for_protection = False
+        self._looked_for_protection = self._tried = False
         with self.access.enter("Learner", repairs=True), contextlib.ExitStack() as undo:
             for rule in self.rules:
                 undo.callback(setattr, rule, "learner", rule.learner)
@@ -130,7 +136,7 @@ class Learner:
         attention_mask: Tensor | None = None,
         learn_mask: Tensor | None = None,
         learn: bool = True,
-        users: Sequence[Hashable | None] | None = None,
+        users: Sequence[str | None] | None = None,
     ) -> ObserveOutput:
         """Score the tokens, chunk by chunk, and learn from each chunk after it was scored.
 
@@ -166,13 +172,14 @@ class Learner:
                 )
             if users is not None:
                 check_users(users, len(text.ids))
+            self._try_model()
             if learn and not self._looked_for_protection:
                 self._looked_for_protection = True
                 protection.warn_if_none(self.config, self.access.layers[0])
             with frozen(self.model), contextlib.ExitStack() as stack:
                 strategy: SingleWeights | PerUserWeights
                 if self.pool is not None and users is not None:
-                    slots = stack.enter_context(self.pool.using(users))
+                    slots = stack.enter_context(self.pool.using(users, learns=learn))
                     strategy = PerUserWeights(self, self.pool, text, users, slots, learn)
                 else:
                     strategy = SingleWeights(self, text, learn)
@@ -185,7 +192,7 @@ class Learner:
         self,
         input_ids: Tensor,
         *,
-        users: Sequence[Hashable | None],
+        users: Sequence[str | None],
         attention_mask: Tensor | None = None,
         learn_mask: Tensor | None = None,
     ) -> Generator[None, None, ObserveOutput]:
@@ -214,11 +221,16 @@ class Learner:
         with self.access.enter("Learner.observe_in_steps"):
             text = check_tokens(self.model, input_ids, attention_mask, learn_mask)
             check_users(users, len(text.ids))
+            self._try_model()
 
         def steps() -> Generator[None, None, ObserveOutput]:
             strategy = chunks = None
             while True:
-                with self.access.enter("Learner.observe_in_steps"), frozen(self.model), pool.using(users) as slots:
+                with (
+                    self.access.enter("Learner.observe_in_steps"),
+                    frozen(self.model),
+                    pool.using(users, learns=True) as slots,
+                ):
                     if strategy is None or chunks is None:
                         strategy = PerUserWeights(self, pool, text, users, slots, True)
                         chunks = read_in_steps(text, strategy, self.config.chunk, self.context)
@@ -277,6 +289,7 @@ class Learner:
         self.require_single("generate", "with ttt.users(model, [...]): model.generate(...)")
         with self.access.enter("Learner.generate"):
             text = check_tokens(self.model, input_ids, attention_mask)
+            self._try_model()
             options = GenerateOptions(
                 max_new_tokens=max_new_tokens, learn_prompt=learn_prompt, learn_output=learn_output,
                 learn_every=learn_every, do_sample=do_sample, temperature=temperature, top_k=top_k,
@@ -284,7 +297,7 @@ class Learner:
             )  # fmt: skip
             return generate(self, text, options)
 
-    def study(self, user: Hashable = None, *, passes: int = 20, lr: float = 0.005, until: float = 0.2) -> StudyOutput:
+    def study(self, user: str | None = None, *, passes: int = 20, lr: float = 0.005, until: float = 0.2) -> StudyOutput:
         """Read again what `observe` learnt since the last study, several times, until the weights hold it.
 
         To be called between requests, on a learner with an `ttt.EpisodeLog`. Where nothing new was said, nothing is
@@ -311,7 +324,7 @@ class Learner:
             return finish(self.study_in_steps(user, passes=passes, lr=lr, until=until))
 
     def study_in_steps(
-        self, user: Hashable = None, *, passes: int = 20, lr: float = 0.005, until: float = 0.2
+        self, user: str | None = None, *, passes: int = 20, lr: float = 0.005, until: float = 0.2
     ) -> Generator[None, None, StudyOutput]:
         """`study`, with the same arguments, in steps of at most 1,024 tokens.
 
@@ -446,6 +459,12 @@ class Learner:
         with self.access.enter("Learner.flush"), whole_write(self.layers, "Learner.flush"):
             for layer in self.layers:
                 layer.flush()
+
+    def _try_model(self) -> None:
+        """Raise ValueError, before the first text is read, if the model cannot be read chunk by chunk."""
+        if not self._tried:
+            refuse_unreadable(self.model, self.config.chunk, self.context)
+            self._tried = True
 
     def require_single(self, what: str, instead: str) -> None:
         """Raise ValueError if users have weights of their own, where ``what`` needs one set.

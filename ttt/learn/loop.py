@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Generator, Hashable
+from collections.abc import Callable, Generator
 from typing import Protocol, TypeVar
 
 import torch
@@ -37,7 +37,7 @@ class ObserveOutput:
     rejected: int
     rollbacks: int = 0
     strength: float = 1.0
-    rejected_users: dict[Hashable, int] = dataclasses.field(default_factory=dict)
+    rejected_users: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def bits(self) -> float:

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ttt.learn.huggingface import cache_of, cached, detached
+from ttt.learn.huggingface import cache_of, cached, changed, detached
 from ttt.learn.loop import ObserveOutput
 from ttt.learn.slot_undo import whole_user_write
 from ttt.learn.text import Span, Text
 from ttt.nn import Capturing, LowRankLinear
 from ttt.nn.rates import Rates
-from ttt.per_user.pool import Pool, check_user_list
+from ttt.per_user.names import check_user_list
+from ttt.per_user.pool import Pool
 
 if TYPE_CHECKING:
     from ttt.learn.learner import Learner
 
 
-def check_users(users: Sequence[Hashable | None], batch: int) -> None:
+def check_users(users: Sequence[str | None], batch: int) -> None:
     """Raise TypeError or ValueError unless there is one of ``users`` for each of ``batch`` sequences."""
     check_user_list(users)
     if len(users) != batch:
@@ -58,7 +59,7 @@ class PerUserWeights:
         learner: Learner,
         pool: Pool,
         text: Text,
-        users: Sequence[Hashable | None],
+        users: Sequence[str | None],
         slots: Tensor,
         learn: bool,
     ) -> None:
@@ -134,7 +135,7 @@ class PerUserWeights:
                     layer.count(steps.grown, ~bad)
         return bad
 
-    def _count(self, bad: Tensor, columns: slice) -> list[Hashable]:
+    def _count(self, bad: Tensor, columns: slice) -> list[str]:
         """Count each user's chunk as learnt or rejected, ``bad`` (S,) being the rejected slots: who was rejected."""
         assert self.text.wanted is not None
         taught = self._by_slot(self.slots, self.text.wanted[:, columns].sum(1))
@@ -166,8 +167,10 @@ def _update(layer: LowRankLinear, pairs: list[tuple[Tensor, Tensor]], users: Ten
 
 def _blank(cache: Any, sequences: Tensor) -> None:
     """Zero what the cache holds of ``sequences`` (B,) bool, so that values that are not finite are not read again."""
-    for layer in getattr(cache, "layers", []):
-        for name, value in vars(layer).items():
-            if isinstance(value, Tensor) and value.ndim and value.shape[0] == len(sequences):
-                shape = (-1,) + (1,) * (value.ndim - 1)
-                setattr(layer, name, torch.where(sequences.view(shape), torch.zeros_like(value), value))
+
+    def blanked(t: Tensor) -> Tensor:
+        if not t.ndim or t.shape[0] != len(sequences):
+            return t
+        return torch.where(sequences.view(-1, *[1] * (t.ndim - 1)), torch.zeros_like(t), t)
+
+    changed(cache, blanked)

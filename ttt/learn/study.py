@@ -17,7 +17,7 @@ import contextlib
 import dataclasses
 import math
 import random
-from collections.abc import Generator, Hashable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -138,7 +138,7 @@ def in_effect(changes: Sequence[Change]) -> Iterator[None]:
         yield
 
 
-def study_in_steps(learner: Learner, user: Hashable, options: StudyOptions) -> Generator[None, None, StudyOutput]:
+def study_in_steps(learner: Learner, user: str | None, options: StudyOptions) -> Generator[None, None, StudyOutput]:
     """Study what ``user`` said since the last study, in steps; see `ttt.Learner.study_in_steps`.
 
     Args:
@@ -152,7 +152,7 @@ def study_in_steps(learner: Learner, user: Hashable, options: StudyOptions) -> G
 class _Study:
     """One study. What it holds between its steps is beside the model: the changes and their moments."""
 
-    def __init__(self, learner: Learner, log: EpisodeLog, user: Hashable, options: StudyOptions) -> None:
+    def __init__(self, learner: Learner, log: EpisodeLog, user: str | None, options: StudyOptions) -> None:
         self.learner, self.log, self.user, self.options = learner, log, user, options
         self.changes: list[Change] = []
         self._began_at: list[int] = []
@@ -170,7 +170,7 @@ class _Study:
             self._began_at = self._position()
         losses = yield from self._learn(new)
         with self._using_model():
-            states = [] if pool is None else _slot_states(pool, user, self.changes)
+            states = [] if pool is None or user is None else _slot_states(pool, user, self.changes)
         after = (yield from self._summed_loss(new)) / _tokens(new)
         with self._using_model():
             if not all(change.fits() for change in self.changes):
@@ -191,7 +191,7 @@ class _Study:
             stack.enter_context(learner.access.enter("Learner.study"))
             stack.enter_context(frozen(learner.model))
             if pool is not None:
-                stack.enter_context(pool.using([self.user]))
+                stack.enter_context(pool.using([self.user], learns=True))
             if self.changes:
                 if self._position() != self._began_at:
                     raise RuntimeError(
@@ -206,6 +206,7 @@ class _Study:
         pool = self.learner.pool
         if pool is None:
             return [int(first.step), int(first.pending)]
+        assert self.user is not None  # `Learner.study_in_steps` checked it
         slot = pool.slot(self.user)
         return [int(first.step[slot]), int(first.rows[slot])]
 
@@ -278,7 +279,7 @@ class _Study:
                     layer.flush()
                     change.write(layer)
                 self.log.mark_studied(self.user)
-        else:
+        elif self.user is not None:
             with SignalsDeferred():
                 for each, state in zip(pool.layers.values(), states, strict=True):
                     each.load_slot(pool.slot(self.user), state)
@@ -311,7 +312,7 @@ def _check(first: float, last: float, lr: float) -> None:
         )
 
 
-def _slot_states(pool: Pool, user: Hashable, changes: Sequence[Change]) -> list[dict[str, Tensor]]:
+def _slot_states(pool: Pool, user: str, changes: Sequence[Change]) -> list[dict[str, Tensor]]:
     """The states of the user's slot with ``changes`` added, each of which becomes what is left of it at that rank."""
     slot, found = pool.slot(user), []
     for layer, change in zip(pool.layers.values(), changes, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import zlib
 from typing import Any
 
@@ -25,6 +26,38 @@ Layout = dict[str, "tuple[tuple[int, ...], torch.dtype] | None"]
 _LARGEST_STEP = 0.01  # in units of the norm of the weight
 _SEED_MASK = (1 << 63) - 1
 _BOUND = ("config", "strength", "seed")  # Attributes that are no tensors, but whose values a binding holds.
+
+
+_ddp: Any = torch.nn.parallel.DistributedDataParallel if torch.distributed.is_available() else None
+
+
+class Sink(list[tuple[Tensor, Tensor]]):
+    """Where the backward passes of one thread leave (x, delta) of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread = threading.get_ident()
+
+
+def captures(layer: Adapted) -> bool:
+    """Whether a forward pass that begins here is to leave (x, delta) of ``layer`` in its sink.
+
+    Another thread's is not; but autograd computes checkpointed layers again in threads of its own.
+    """
+    sink = layer.sink
+    if sink is None or torch.compiler.is_compiling():
+        return sink is not None
+    if _ddp is not None and _ddp._active_ddp_module is not None:
+        raise RuntimeError(
+            f"{layer.name or 'a layer'} is to learn inside of a DistributedDataParallel, whose replicas would learn "
+            "from different tokens and drift apart; call the model that it wraps, and learn in one process"
+        )
+    return sink.thread == threading.get_ident() or in_backward()
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a backward pass in this thread."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class Adapted(torch.nn.Linear):
@@ -90,7 +123,7 @@ class Adapted(torch.nn.Linear):
         self.name = name
         self.lock = LayerLock()
         self.seed = ((config.seed << 32) ^ zlib.crc32(name.encode())) & _SEED_MASK
-        self.sink: list[tuple[Tensor, Tensor]] | None = None  # where backward passes leave (x, delta)
+        self.sink: Sink | None = None  # where backward passes leave (x, delta)
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
@@ -179,8 +212,16 @@ class Adapted(torch.nn.Linear):
             key = prefix + "weight"
             destination[key] = destination[key].T.contiguous()
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         key = prefix + "weight"
         if self.transposed and key in state_dict:
             state_dict = {**state_dict, key: state_dict[key].T}
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        # Copied, not assigned: the module that `ttt.restore_` puts back has the same parameter.
+        local_metadata = {**local_metadata, "assign_to_params_buffers": False}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if key in state_dict and state_dict[key].shape == self.weight.shape:
+            self._largest_step = None
+            self.rebase()
+
+    def rebase(self) -> None:
+        """Take the present weight, which was loaded from outside, as the one from before any learning."""

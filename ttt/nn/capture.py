@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ttt.nn.base import Sink
 from ttt.nn.linear import Linear
 from ttt.nn.low_rank import LowRankLinear
 
@@ -21,14 +22,24 @@ class Capturing:
         self.layers = layers
 
     def __enter__(self) -> Capturing:
+        for layer in self.layers:
+            if layer.weight.is_meta or hasattr(layer.weight, "device_mesh"):
+                held = (
+                    "on the meta device, as hooks leave it that offload weights (accelerate's device_map, cpu_offload)"
+                )
+                part = "a DTensor, a part of a weight (FSDP2 or tensor parallelism)"
+                raise RuntimeError(
+                    f"{layer.name or 'a layer'} cannot learn: its weight is {held if layer.weight.is_meta else part}; "
+                    "what it would learn would be lost. Keep whole weights in memory, or compute without learning"
+                )
         self.renew()
         return self
 
     def renew(self) -> list[list[tuple[Tensor, Tensor]]]:
         """Take what was captured so far, a list of (x, delta) for each layer, and begin collecting anew."""
-        captured = [layer.sink or [] for layer in self.layers]
+        captured: list[list[tuple[Tensor, Tensor]]] = [layer.sink or [] for layer in self.layers]
         for layer in self.layers:
-            layer.sink = []
+            layer.sink = Sink()
         return captured
 
     def __exit__(self, *exc) -> None:

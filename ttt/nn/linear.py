@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ttt import ops
+from ttt.nn.autocast import autocast_dtype, full_precision, without_autocast
+from ttt.nn.base import captures
 from ttt.nn.cpu_binding import Binding, binding_of
 from ttt.nn.graph_steps import WindowCounter
 from ttt.nn.rates import STREAM, count_, rates
@@ -28,7 +30,7 @@ class _Capture(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, root, layer):
         ctx.save_for_backward(x)
-        ctx.layer = layer
+        ctx.layer, ctx.captures = layer, captures(layer)
         return layer._apply_window(x)
 
     @staticmethod
@@ -37,11 +39,12 @@ class _Capture(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         layer = ctx.layer
         delta = grad.reshape(-1, layer.out_features)
-        if layer.sink is not None:
+        if layer.sink is not None and ctx.captures:
             layer.sink.append((x.detach().reshape(-1, layer.in_features), delta.detach()))
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        return layer._transposed_window(delta).view(x.shape), None, None
+        with without_autocast(x.device):
+            return layer._transposed_window(delta).view(x.shape), None, None
 
 
 class Linear(StatefulLinear):
@@ -108,7 +111,10 @@ class Linear(StatefulLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., n) -> (..., m), with the rows of the window in effect. Gradients reach ``x``, but not the weight."""
-        if torch.is_grad_enabled() and (self.sink is not None or x.requires_grad):
+        if (dtype := autocast_dtype(x)) is not None:
+            with without_autocast(x.device):
+                return self.forward(x.to(self.weight.dtype)).to(dtype)
+        if torch.is_grad_enabled() and (x.requires_grad or captures(self)):
             return _Capture.apply(x, self._root, self)
         return self._apply_window(x)
 
@@ -142,6 +148,7 @@ class Linear(StatefulLinear):
     # -- learning ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @full_precision
     def update_from(
         self,
         captured: list[tuple[Tensor, Tensor]],
@@ -185,6 +192,7 @@ class Linear(StatefulLinear):
             finite = finite & torch.isfinite(torch.linalg.vector_norm(trace_delta, dtype=sum_dtype))
         return Update(x, delta, eta, trace_delta, finite, moments)
 
+    @full_precision
     def learn(self, update: Update, gate: Tensor | None = None) -> None:
         """Put the rows of ``update`` into the window, and commit it if it then holds C rows or more.
 
@@ -288,6 +296,7 @@ class Linear(StatefulLinear):
         )  # fmt: skip
 
     @torch.no_grad()
+    @full_precision
     def flush(self) -> None:
         """Commit the rows of the window to the weights now, however many there are.
 

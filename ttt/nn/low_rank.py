@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
@@ -12,54 +11,17 @@ from ttt import ops
 from ttt.checks import check_dense
 from ttt.config import TTTConfig
 from ttt.defences import LowRank
-from ttt.nn.base import Adapted, Layout
+from ttt.nn.autocast import autocast_dtype, full_precision, without_autocast
+from ttt.nn.base import Adapted, Layout, captures
 from ttt.nn.cpu_binding import LowRankBinding, binding_of
 from ttt.nn.directions import count_directions
 from ttt.nn.rates import Rates, count_, places, rates
+from ttt.nn.routing import Routing
 from ttt.ops.reference import _wide
 
 PER_ROW = ("a", "b")
 PER_SLOT = ("eta_sum", "lost", "step")
 MOST_STEPS = {"eta_sum": float("inf"), "lost": float("inf"), "step": 2**62}
-
-
-class Routing:
-    """The user of each row of the current batch, shared by all layers of a model. ``slots``: (B,) int32, or None."""
-
-    def __init__(self) -> None:
-        self.slots: Tensor | None = None
-        self._tokens: dict[int, Tensor] = {}
-        self._thread = 0
-
-    def set(self, slots: Tensor | None) -> None:
-        """Route row i to slot ``slots[i]`` (B,) int32, where -1 stands for the base model; None: all rows to it."""
-        self.slots, self._tokens, self._thread = slots, {}, threading.get_ident()
-
-    def tokens(self, x: Tensor) -> Tensor | None:
-        """(T,) int32: the slot of each token of ``x`` (B, ..., n).
-
-        Raises:
-            ValueError: if ``x`` has another number of rows.
-            RuntimeError: if another thread has named the users.
-        """
-        if self.slots is None:
-            return None
-        if not torch.compiler.is_compiling() and self._thread != threading.get_ident() and not _in_backward():
-            raise RuntimeError(
-                "the users of this model were named in another thread; one thread at a time may use a model with users"
-            )
-        batch = self.slots.numel()
-        if x.ndim < 2 or x.shape[0] != batch:
-            raise ValueError(f"x must have shape ({batch}, ..., n) for {batch} users, got {tuple(x.shape)}")
-        each = x.shape[1:-1].numel()
-        if each not in self._tokens:
-            self._tokens[each] = self.slots.repeat_interleave(each)
-        return self._tokens[each]
-
-
-def _in_backward() -> bool:
-    """Whether autograd runs a backward pass here: checkpointed layers are computed again in its own threads."""
-    return torch._C._current_graph_task_id() != -1
 
 
 class _Capture(torch.autograd.Function):
@@ -71,7 +33,7 @@ class _Capture(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, root, layer, users):
         ctx.save_for_backward(x, users)
-        ctx.layer = layer
+        ctx.layer, ctx.captures = layer, captures(layer)
         return layer._product(x, users)
 
     @staticmethod
@@ -79,12 +41,13 @@ class _Capture(torch.autograd.Function):
     def backward(ctx, grad):
         x, users = ctx.saved_tensors
         layer = ctx.layer
-        if layer.sink is not None:
+        if layer.sink is not None and ctx.captures:
             delta = grad.detach().reshape(-1, layer.out_features)
             layer.sink.append((x.detach().reshape(-1, layer.in_features), delta))
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
-        return layer._transposed_product(grad, users), None, None, None
+        with without_autocast(x.device):
+            return layer._transposed_product(grad, users), None, None, None
 
 
 class LowRankLinear(Adapted):
@@ -122,6 +85,7 @@ class LowRankLinear(Adapted):
         name: seeds this layer's random draws, together with ``config.seed``.
     """
 
+    flat = False  # whether the model hands the layer its tokens as (B T, n)
     a: Tensor
     b: Tensor
     rows: Tensor
@@ -171,6 +135,7 @@ class LowRankLinear(Adapted):
         self.routing = Routing()
         self.strengths: dict[int, float] = {}  # of the protection, by slot, where it is not 1 (`UserGuards`)
         super()._build(config, name)
+        self.first_version = self.weight._version  # a weight that was loaded since has another one (`ttt.version`)
 
     def _bind(self) -> LowRankBinding:
         return LowRankBinding(self)
@@ -185,8 +150,11 @@ class LowRankLinear(Adapted):
         Raises:
             ValueError: if ``x`` has another number of rows than users were named.
         """
-        users = self.routing.tokens(x)
-        if torch.is_grad_enabled() and (self.sink is not None or x.requires_grad):
+        if (dtype := autocast_dtype(x)) is not None:
+            with without_autocast(x.device):
+                return self.forward(x.to(self.weight.dtype)).to(dtype)
+        users = self.routing.tokens(x, self.flat)
+        if torch.is_grad_enabled() and (x.requires_grad or captures(self)):
             return _Capture.apply(x, self._root, self, users)
         return self._product(x, users)
 
@@ -219,6 +187,7 @@ class LowRankLinear(Adapted):
     # -- learning ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @full_precision
     def steps(self, x: Tensor, delta: Tensor, users: Tensor | None) -> tuple[Tensor, Tensor, Rates]:
         """The rows (T, n) and (T, m) that updates are made with, and the step eta_t of each token.
 
@@ -258,6 +227,7 @@ class LowRankLinear(Adapted):
             count_(self.moments, grown, kept.unsqueeze(1))
 
     @torch.no_grad()
+    @full_precision
     def learn(self, x: Tensor, delta: Tensor, eta: Tensor, users: Tensor) -> None:
         """Append a row for each token to its user's slot; compress slots that are full or have too little room.
 

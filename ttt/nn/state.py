@@ -242,6 +242,19 @@ class StatefulLinear(Adapted):
         return self.base.get("anchor", self.anchor)
 
     @torch.no_grad()
+    def rebase(self) -> None:
+        """Take the present weight, which was loaded from outside, as the one from before any learning.
+
+        The anchor moves to it, and what was learnt on another weight is gone. What was calibrated stays as it is.
+        """
+        self.base = {name: value for name, value in self.base.items() if name != "anchor"}
+        self.unshare("anchor", copy=False)
+        self.anchor.copy_(self.weight)
+        if self.base:
+            self.base["anchor"] = self.anchor.clone()
+        self._forget()
+
+    @torch.no_grad()
     def reset(self) -> None:
         """Forget everything learnt since calibration: weights, trace, window, and what was consolidated.
 
@@ -255,6 +268,10 @@ class StatefulLinear(Adapted):
             self._overwrite(name, value)
         self.base = {}
         self.weight.copy_(self.anchor)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Empty the window, the trace and all counters of what was learnt."""
         # Zeroed, not only marked empty: what a user said must not stay in memory.
         learnt = ("trace", "momentum", "recent", "recent_delta", "recent_seen", "step", "tokens", *PRESENT)
         for name in ("win_x", "win_delta", "win_eta", "win_trace", *learnt):

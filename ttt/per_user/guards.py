@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class UserGuardCheck:
         rolled_back: whether the user's weights were rolled back to their last good state.
     """
 
-    user: Hashable
+    user: str
     tokens: int
     drift: float
     strength: float
@@ -118,7 +118,7 @@ class UserGuards(GuardSettings):
         config = self.pool.config
         self._scales_steps = config.ewc_lambda == 0 and config.replay_rows == 0
         self.history: list[UserGuardCheck] = []
-        self._users: dict[Hashable, _Guarded] = {}
+        self._users: dict[str, _Guarded] = {}
         self.reference = self._loss(None)
         self.pool.companion = self
 
@@ -128,7 +128,7 @@ class UserGuards(GuardSettings):
             self.forget(user)
         self.pool.companion = None
 
-    def strength(self, user: Hashable) -> float:
+    def strength(self, user: str) -> float:
         """The strength of the protection of a user who has a slot.
 
         Raises:
@@ -137,7 +137,7 @@ class UserGuards(GuardSettings):
         self.pool.slot(user)
         return self._users[user].strength
 
-    def drift(self, user: Hashable | None) -> float:
+    def drift(self, user: str | None) -> float:
         """Loss on the held-back inputs with the weights of ``user`` (None: the base model's) / reference - 1."""
         return self._loss(user) / self.reference - 1
 
@@ -176,12 +176,12 @@ class UserGuards(GuardSettings):
 
         return put_back
 
-    def check_due(self) -> list[Hashable]:
+    def check_due(self) -> list[str]:
         """Check each user who has learnt ``every`` tokens since the last check; return those who were rolled back."""
         due = [user for user, guarded in self._users.items() if guarded.since >= self.every]
         return [user for user in due if self.check(user).rolled_back]
 
-    def check(self, user: Hashable) -> UserGuardCheck:
+    def check(self, user: str) -> UserGuardCheck:
         """Measure a user's drift now, set the strength, and roll the user back if the drift is above ``bound``.
 
         Raises:
@@ -200,12 +200,12 @@ class UserGuards(GuardSettings):
 
     # -- called by the pool -----------------------------------------------------------------------------------
 
-    def before_evict(self, user: Hashable) -> None:
+    def before_evict(self, user: str) -> None:
         """Check a user who has learnt since the last check, so that the state that is kept is within the bound."""
         if self._users[user].since:
             self.check(user)
 
-    def export(self, user: Hashable) -> State:
+    def export(self, user: str) -> State:
         """Return ``progress``, (4,) float64: strength, level, tokens learnt, and tokens learnt since the last check."""
         guarded = self._users[user]
         return {"progress": torch.tensor([getattr(guarded, name) for name in _PROGRESS], dtype=torch.float64)}
@@ -230,7 +230,7 @@ class UserGuards(GuardSettings):
             raise ValueError(f"{self.prefix}.progress must be strength >= 1, level > 0 and two counts, got {numbers}")
         return numbers
 
-    def load(self, user: Hashable, state: State) -> None:
+    def load(self, user: str, state: State) -> None:
         """Start to guard ``user``, who has just got a slot.
 
         The user's present state becomes the last good one, to which a check may roll back. If its last tokens were
@@ -248,7 +248,7 @@ class UserGuards(GuardSettings):
                 name: t[:0] if name.endswith((".a", ".b")) else torch.zeros_like(t) for name, t in guarded.good.items()
             }
 
-    def forget(self, user: Hashable) -> None:
+    def forget(self, user: str) -> None:
         """Drop everything kept for ``user``."""
         guarded = self._users.pop(user, None)
         if guarded is not None:
@@ -264,7 +264,7 @@ class UserGuards(GuardSettings):
             layer.strengths[guarded.slot] = guarded.strength
 
     @torch.no_grad()
-    def _loss(self, user: Hashable | None) -> float:
+    def _loss(self, user: str | None) -> float:
         """Mean nats per token on the held-back inputs, with the weights of ``user``; None: of the base model."""
         total, count = 0.0, 0
         for ids in self.batches:

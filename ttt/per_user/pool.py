@@ -5,54 +5,22 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ttt.checks import check_model, check_type
-from ttt.nn.low_rank import LowRankLinear, Routing
+from ttt.nn.low_rank import LowRankLinear
+from ttt.nn.routing import Routing
+from ttt.per_user.generation import attach_generation, detach_generation
+from ttt.per_user.names import check_user, check_user_list
+from ttt.per_user.turn import Turn
+from ttt.per_user.user_state import Companion, State, UserState
 from ttt.signals import SignalsDeferred
 
-State = dict[str, Tensor]
 _POOL = "_ttt_pool"  # attribute of the model, beside its modules and parameters
-_ENTRY = threading.Lock()  # held while a pool's thread is looked up and set; not in the pool, which can be copied
-
-
-class UserState(Protocol):
-    """State beside the layers that a `Pool` keeps for users in a slot, such as `ttt.EpisodeLog`."""
-
-    prefix: str
-    """Its tensors are ``{prefix}.{name}`` in a user's state."""
-
-    def export(self, user: Hashable) -> State:
-        """The tensors kept for ``user``, by name."""
-
-    def check_state(self, state: State) -> object:
-        """Raise ValueError or TypeError unless ``state``, which may be empty, can be loaded."""
-
-    def load(self, user: Hashable, state: State) -> None:
-        """Start with a user whose layers have just been loaded; ``state`` is empty for a new user."""
-
-    def forget(self, user: Hashable) -> None:
-        """Drop everything kept for ``user``."""
-
-
-class Companion(UserState, Protocol):
-    """State of users that takes part in their learning, as `ttt.per_user.guards.UserGuards`."""
-
-    def before_evict(self, user: Hashable) -> None:
-        """Called before ``user``, who has a slot, is evicted; may change the user's weights."""
-
-    def pace(self, slots: Tensor, nll: Tensor, targets: Tensor, bad: Tensor) -> Tensor:
-        """Called with each chunk that users learn from; (S,) factors of their steps. See `UserGuards.pace`."""
-
-    def remember(self) -> Callable[[], None]:
-        """A function that undoes later calls of `pace`, for a chunk that could not be learnt."""
-
-    def check_due(self) -> list[Hashable]:
-        """Called after each chunk that users have learnt from; may change their weights."""
+_COUNTING = threading.Lock()  # held while users in use are counted; not in the pool, which can be copied
 
 
 class Pool:
@@ -62,7 +30,8 @@ class Pool:
     of tensors, ``{"LAYER.a": (rows, n), "LAYER.b": (rows, m), "LAYER.eta_sum": (1,), ...}``. It is passed to
     ``on_evict`` at eviction, and taken from ``on_miss`` when the user is named again.
 
-    Only one thread at a time may use a pool, or the model inside `using`: a second one gets a RuntimeError.
+    Several threads may compute inside `using`, each with users of its own. One thread at a time learns: meanwhile
+    another one that names users or changes the pool gets a RuntimeError.
 
     Args:
         layers: the model's learning layers, by name, all with the same `ttt.LowRank`.
@@ -82,43 +51,43 @@ class Pool:
         self.layers = dict(layers)
         self.config = next(iter(layers.values())).config
         self.slots = next(iter(layers.values())).low_rank.slots
-        self.on_evict: Callable[[Hashable, State], None] | None = None
-        self.on_miss: Callable[[Hashable], State | None] | None = None
+        self.on_evict: Callable[[str, State], None] | None = None
+        self.on_miss: Callable[[str], State | None] | None = None
         self.companion: Companion | None = None
         self.episodes: UserState | None = None
         self.routing = Routing()
         for layer in self.layers.values():
             layer.routing = self.routing
-        self._slot: OrderedDict[Hashable, int] = OrderedDict()  # in the order in which users were last named
-        self._in_use: Counter[Hashable] = Counter()
-        self._thread, self._depth = 0, 0  # the thread that uses the pool, and how many of its calls are nested
+        self._slot: OrderedDict[str, int] = OrderedDict()  # in the order in which users were last named
+        self._in_use: Counter[tuple[str, int]] = Counter()  # (user, thread) of batches that are being computed
+        self._turn = Turn()
 
     # -- slots ----------------------------------------------------------------------------------------------------
 
     @property
-    def users(self) -> tuple[Hashable, ...]:
+    def users(self) -> tuple[str, ...]:
         """The users who have a slot, in the order in which they were last named."""
         return tuple(self._slot)
 
-    def slot(self, user: Hashable) -> int:
+    def slot(self, user: str) -> int:
         """The slot of a user who has one.
 
         Raises:
             KeyError: if ``user`` has none.
         """
-        check_hashable(user)
+        check_user(user)
         if user not in self._slot:
             raise KeyError(f"user {user!r} has no slot; pool.open(user) gives one")
         return self._slot[user]
 
-    def open(self, user: Hashable) -> int:
+    def open(self, user: str) -> int:
         """The user's slot; a user without one gets one, with the state that ``on_miss`` returns.
 
         Raises:
             ValueError, TypeError: if ``user`` is None, or what ``on_miss`` returned does not fit the layers.
-            RuntimeError: if all slots belong to users of the current batch, or another thread uses the pool.
+            RuntimeError: if all slots belong to users of the current batch, or another thread learns.
         """
-        _check_named(user)
+        check_user(user)
         with self.one_thread():
             if user not in self._slot:
                 state = self.on_miss(user) if self.on_miss is not None else None
@@ -129,7 +98,7 @@ class Pool:
             self._slot.move_to_end(user)
             return self._slot[user]
 
-    def evict(self, user: Hashable | None = None) -> Hashable:
+    def evict(self, user: str | None = None) -> str:
         """Free the slot of ``user`` after passing the state to ``on_evict``. None: of the user least recently named.
 
         Returns:
@@ -137,11 +106,11 @@ class Pool:
 
         Raises:
             KeyError: if ``user`` has no slot, or nobody has.
-            RuntimeError: while the user's rows are being computed, or if another thread uses the pool.
+            RuntimeError: while the user's rows are being computed, or if another thread learns.
         """
         with self.one_thread():
             if user is None:
-                idle = (u for u in self._slot if not self._in_use[u])
+                idle = (u for u in self._slot if not self._uses(u))
                 user = next(idle, None)
                 if user is None:
                     raise KeyError("no user can be evicted: none has a slot, or all are in use")
@@ -153,15 +122,15 @@ class Pool:
             self.forget(user)
             return user
 
-    def forget(self, user: Hashable) -> None:
+    def forget(self, user: str) -> None:
         """Free the slot of ``user`` and fill its memory with zeros, without calling ``on_evict``.
 
         A user without a slot is ignored.
 
         Raises:
-            RuntimeError: while the user's rows are being computed, or if another thread uses the pool.
+            RuntimeError: while the user's rows are being computed, or if another thread learns.
         """
-        check_hashable(user)
+        check_user(user)
         with self.one_thread():
             if user in self._slot:
                 self._idle(user)
@@ -179,11 +148,11 @@ class Pool:
 
     # -- state ------------------------------------------------------------------------------------------------------
 
-    def export(self, user: Hashable) -> State:
+    def export(self, user: str) -> State:
         """A copy of everything that ``user`` has learnt, which `load` accepts.
 
         Raises:
-            KeyError: if ``user`` has no slot. RuntimeError: if another thread uses the pool.
+            KeyError: if ``user`` has no slot. RuntimeError: if another thread learns.
         """
         with self.one_thread():
             state = self._export_layers(user)
@@ -191,7 +160,7 @@ class Pool:
                 state |= {f"{kept.prefix}.{key}": t for key, t in kept.export(user).items()}
             return state
 
-    def load(self, user: Hashable, state: State) -> int:
+    def load(self, user: str, state: State) -> int:
         """Give ``user`` a slot with a ``state`` that `export` returned, bit for bit; ``on_miss`` is not called.
 
         Returns:
@@ -202,7 +171,7 @@ class Pool:
             RuntimeError: while the user's rows are being computed, if no slot is free, or if another thread uses the
                 pool. Nothing has changed in any of these cases.
         """
-        _check_named(user)
+        check_user(user)
         with self.one_thread():
             self._check(user, state)
             if user in self._slot:
@@ -211,18 +180,18 @@ class Pool:
             self._slot.move_to_end(user)
             return self._slot[user]
 
-    def restore_layers(self, user: Hashable, state: State) -> None:
+    def restore_layers(self, user: str, state: State) -> None:
         """Write a state that `copy_layers` returned into the slot of ``user``; nothing else changes."""
         with self.one_thread(), SignalsDeferred():
             for name, layer in self.layers.items():
                 layer.load_slot(self.slot(user), _part(state, name))
 
-    def copy_layers(self, user: Hashable) -> State:
+    def copy_layers(self, user: str) -> State:
         """A copy of what the layers hold for ``user``: `export` without what is kept beside them."""
         with self.one_thread():
             return self._export_layers(user)
 
-    def lost(self, user: Hashable) -> dict[str, float]:
+    def lost(self, user: str) -> dict[str, float]:
         """By layer: a bound on the Frobenius norm of what compression dropped of the user's weights so far."""
         slot = self.slot(user)
         return {name: float(layer.lost[slot]) for name, layer in self.layers.items()}
@@ -230,61 +199,90 @@ class Pool:
     # -- batches ------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def using(self, users: Sequence[Hashable | None]) -> Iterator[Tensor]:
+    def using(self, users: Sequence[str | None], *, learns: bool = False) -> Iterator[Tensor]:
         """Inside, row i of every batch goes through the model with the weights of ``users[i]``; None: the base model's.
+
+        That holds for the thread or asyncio task that enters the block and for those that it starts with its context;
+        in a generator, only while the generator runs. Everything else keeps its own users, or the base model's
+        weights. Beams and returned sequences of ``generate`` are those of the row that they come from.
+
+        Args:
+            learns: whether the users may learn inside: then the block is one thread's alone.
 
         Yields:
             (B,) int32: their slots, -1 for None.
 
         Raises:
-            TypeError, ValueError: for no users, more than there are slots, or one that is not hashable; nothing has
+            TypeError, ValueError: for no users, more than there are slots, or one that is no string; nothing has
                 changed then.
-            RuntimeError: if another thread uses the pool; nothing has changed then.
+            RuntimeError: if another thread learns or, with ``learns``, computes with one of the users; nothing has
+                changed then.
         """
         check_user_list(users)
         named = list(dict.fromkeys(u for u in users if u is not None))
         if len(named) > self.slots:
             raise ValueError(f"users names {len(named)} users, but the model was adapted for {self.slots} at a time")
-        with self.one_thread():
-            self._in_use.update(named)  # so that no user of the batch is evicted for another one
-            try:
-                with self._routed([-1 if u is None else self.open(u) for u in users]) as slots:
-                    yield slots
-            finally:
-                self._in_use.subtract(named)
-                self._in_use = +self._in_use
+        held = [(user, threading.get_ident()) for user in named]
+        with contextlib.ExitStack() as stack:
+            turn = stack if learns else stack.enter_context(contextlib.ExitStack())
+            turn.enter_context(self._turn.taken(learning=learns))
+            if learns and (busy := self._elsewhere(named)):
+                raise RuntimeError(f"users {busy} are in use by another thread; learn when it has left ttt.users(...)")
+            stack.enter_context(self._held(held))  # so that no user of the batch is evicted for another one
+            slots = [-1 if u is None else self.open(u) for u in users]
+            if not learns:
+                turn.close()
+            with self._routed(slots) as routed:
+                yield routed
 
     @contextlib.contextmanager
-    def reading(self, user: Hashable | None, rows: int) -> Iterator[None]:
+    def reading(self, user: str | None, rows: int) -> Iterator[None]:
         """Inside, all ``rows`` rows of a batch go through the model with the weights of ``user``, who has a slot, or of
         the base model (None).
 
         Unlike `using` this does not count as naming the user, so the order of eviction stays as it is.
 
         Raises:
-            KeyError: if ``user`` has no slot. RuntimeError: if another thread uses the pool.
+            KeyError: if ``user`` has no slot. RuntimeError: if another thread learns.
         """
         with self.one_thread(), self._routed([-1 if user is None else self.slot(user)] * rows):
             yield
 
     # -- inner --------------------------------------------------------------------------------------------------------
 
+    def one_thread(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, no other thread changes the pool; others wait for their turn, or have it now (`Turn.taken`)."""
+        return self._turn.taken()
+
     @contextlib.contextmanager
-    def one_thread(self) -> Iterator[None]:
-        """Raise RuntimeError if another thread is inside; the same thread may enter several times."""
-        me = threading.get_ident()
-        with _ENTRY:
-            if self._depth and self._thread != me:
-                raise RuntimeError(
-                    "another thread uses this pool of users; one thread at a time may call it, or compute inside "
-                    "ttt.users(...) and Learner.observe: serialise the calls with a lock"
-                )
-            self._thread, self._depth = me, self._depth + 1
+    def _held(self, held: list[tuple[str, int]]) -> Iterator[None]:
+        """Inside, (user, thread) of ``held`` are in use."""
+        with _COUNTING:
+            self._in_use.update(held)
         try:
             yield
         finally:
-            with _ENTRY:
-                self._depth -= 1
+            with _COUNTING:
+                self._in_use.subtract(held)
+                self._in_use = +self._in_use
+
+    def _elsewhere(self, users: list[str]) -> list[str]:
+        """Those of ``users`` with whom another thread computes."""
+        me = threading.get_ident()
+        with _COUNTING:
+            return sorted({user for user, thread in self._in_use if user in users and thread != me})
+
+    def require_idle(self) -> None:
+        """Raise RuntimeError if a user is part of a batch that is being computed."""
+        with _COUNTING:
+            busy = sorted({user for user, _ in self._in_use})
+        if busy:
+            raise RuntimeError(f"users {busy} are in use; leave ttt.users(...) first")
+
+    def _uses(self, user: str) -> bool:
+        """Whether ``user`` is part of a batch that is being computed."""
+        with _COUNTING:
+            return any(user == held for held, _ in self._in_use)
 
     @property
     def _kept(self) -> list[UserState]:
@@ -293,29 +291,25 @@ class Pool:
 
     @contextlib.contextmanager
     def _routed(self, slots: list[int]) -> Iterator[Tensor]:
-        before = self.routing.slots
-        routed = torch.tensor(slots, dtype=torch.int32, device=next(iter(self.layers.values())).rows.device)
-        self.routing.set(routed)
-        try:
-            yield routed
-        finally:
-            self.routing.set(before)
+        device = next(iter(self.layers.values())).rows.device
+        with self.routing.named(torch.tensor(slots, dtype=torch.int32, device=device)) as route:
+            yield route.slots
 
-    def _idle(self, user: Hashable) -> None:
+    def _idle(self, user: str) -> None:
         """Raise unless ``user`` has a slot and is not part of the current batch."""
         self.slot(user)
-        if self._in_use[user]:
+        if self._uses(user):
             raise RuntimeError(f"user {user!r} is in use; leave ttt.users(...) first")
 
     def _free(self) -> int:
         """A free slot, after an eviction if necessary."""
         if len(self._slot) == self.slots:
-            if all(self._in_use[u] for u in self._slot):
+            if all(self._uses(u) for u in self._slot):
                 raise RuntimeError(f"all {self.slots} slots belong to users of the present batch")
             self.evict()
         return min(set(range(self.slots)) - set(self._slot.values()))
 
-    def _place(self, user: Hashable, slot: int, state: State | None) -> None:
+    def _place(self, user: str, slot: int, state: State | None) -> None:
         with SignalsDeferred():
             if state is not None:
                 for name, layer in self.layers.items():
@@ -324,7 +318,7 @@ class Pool:
             for kept in self._kept:
                 kept.load(user, _part(state or {}, kept.prefix))
 
-    def _check(self, user: Hashable, state: State) -> None:
+    def _check(self, user: str, state: State) -> None:
         """Raise ValueError or TypeError unless ``state`` fits what the pool keeps. Nothing is written."""
         if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
             raise TypeError(f"the state of user {user!r} must be a dict of tensors by name, got {type(state).__name__}")
@@ -343,7 +337,7 @@ class Pool:
         for kept in self._kept:
             kept.check_state(_part(state, kept.prefix))
 
-    def _export_layers(self, user: Hashable) -> State:
+    def _export_layers(self, user: str) -> State:
         slot = self.slot(user)
         return {f"{name}.{key}": t for name, layer in self.layers.items() for key, t in layer.slot_state(slot).items()}
 
@@ -351,31 +345,6 @@ class Pool:
 def _part(state: State, prefix: str) -> State:
     """The tensors of one layer, or of what is kept beside them, by their own names."""
     return {k[len(prefix) + 1 :]: t for k, t in state.items() if k.rpartition(".")[0] == prefix}
-
-
-def check_hashable(user: Hashable) -> None:
-    """Raise TypeError unless ``user`` can be a key of a dict."""
-    try:
-        hash(user)
-    except TypeError:
-        raise TypeError(f"user must be hashable, as a string is, got {type(user).__name__} {user!r:.80}") from None
-
-
-def _check_named(user: Hashable) -> None:
-    """Raise TypeError or ValueError unless ``user`` can be the name of a user."""
-    check_hashable(user)
-    if user is None:
-        raise ValueError("user must be the name of a user, got None, which stands for the base model")
-
-
-def check_user_list(users: Sequence[Hashable | None]) -> None:
-    """Raise TypeError or ValueError unless ``users`` is a list with at least one user or None."""
-    allowed = "a list with a user or None for each row of the batch"
-    if not isinstance(check_type("users", users, Sequence, allowed), (str, bytes)) and len(users):
-        for user in users:
-            check_hashable(user)
-        return
-    raise ValueError(f"users must be {allowed}, got {users!r:.80}")
 
 
 def pool_of(model: nn.Module) -> Pool:
@@ -400,16 +369,19 @@ def has_pool(model: nn.Module) -> bool:
 
 def attach(model: nn.Module, layers: dict[str, LowRankLinear]) -> None:
     """Give ``model`` a pool over its ``layers``."""
-    object.__setattr__(model, _POOL, Pool(layers))
+    pool = Pool(layers)
+    object.__setattr__(model, _POOL, pool)
+    attach_generation(model, pool.routing)
 
 
 def detach(model: nn.Module) -> None:
     """Remove the pool from ``model``."""
     object.__delattr__(model, _POOL)
+    detach_generation(model)
 
 
 @contextlib.contextmanager
-def users(model: nn.Module, users: Sequence[Hashable | None]) -> Iterator[Tensor]:
+def users(model: nn.Module, users: Sequence[str | None]) -> Iterator[Tensor]:
     """Inside, row i of every batch is computed with the weights of ``users[i]``; None: with the base model's:
 
         with ttt.users(model, ["alice", None, "bob"]):
@@ -420,7 +392,7 @@ def users(model: nn.Module, users: Sequence[Hashable | None]) -> Iterator[Tensor
     Raises:
         TypeError, ValueError: if the model was not adapted for users, or ``users`` is no list of them, is empty or
             names too many.
-        RuntimeError: if another thread uses the model's pool.
+        RuntimeError: if another thread learns with the model's users.
     """
     with pool_of(model).using(users) as slots:
         yield slots

@@ -94,7 +94,7 @@ class Online(Contender):
         self.learner = base.learner(config)
         self.model = self.learner.model
         self.user = "user" if "rank" in options else None
-        if self.learner.pool is not None:
+        if self.learner.pool is not None and self.user is not None:
             self.learner.pool.open(self.user)
 
     def tell(self, sentences: Sequence[str]) -> None:

@@ -1,0 +1,260 @@
+"""Which families of transformers work: every causal language model that can be made tiny is tried.
+
+    python tests/families/matrix.py    # writes docs/compatibility.md, in a few minutes
+
+A family is made with random weights and two blocks. What cannot be made so is not tried, and is named as such.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import platform
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto import modeling_auto
+
+import ttt
+from ttt.adapt.convert import learning_layers
+
+PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
+VOCAB, PARAMETERS, SECONDS = 61, 6_000_000, 2.0
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "d_model": 32, "n_embd": 32, "word_embed_proj_dim": 32,
+    "num_hidden_layers": 2, "n_layer": 2, "num_layers": 2, "n_layers": 2, "num_encoder_layers": 2, "embedding_size": 32,
+    "intermediate_size": 48, "ffn_dim": 48, "n_inner": 48, "ffn_hidden_size": 48, "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16, "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "n_positions": 128, "n_ctx": 128,
+    "max_seq_len": 128, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "state_size": 8, "q_lora_rank": 16, "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "n_group": 1, "topk_group": 1, "mamba_n_heads": 4,
+    "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8, "rotary_dim": 4,
+    "mamba_d_ssm": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "expand": 2, "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0,
+}  # fmt: skip
+COLUMNS = ("adapts", "learns", "restores", "saves", "users", "padded", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What was found of one family: for each of `COLUMNS` "yes", "refused", "no", or "" where it was not tried.
+
+    ``why``: the sentence of the first refusal or error; of a family that was not tried, why not.
+    """
+
+    family: str
+    found: dict[str, str]
+    why: str = ""
+
+
+def families() -> list[str]:
+    """The model types of transformers that have a causal language model, without those that have an encoder."""
+    return sorted(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def tiny(family: str) -> Any:
+    """A tiny model of ``family`` with random weights.
+
+    Raises:
+        RuntimeError: if it cannot be made, is too large, or takes too long.
+    """
+    try:
+        config = transformers.AutoConfig.for_model(family, **SIZES)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        count = sum(p.numel() for p in model.parameters())
+        if count > PARAMETERS:
+            raise RuntimeError(f"{count} parameters")
+        began = time.monotonic()  # without the imports
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config)).float().eval()
+        with torch.no_grad():  # the usual initialisation is so small that the logits hardly depend on the input
+            for p in model.parameters():
+                if p.ndim == 2:
+                    p.mul_(2)
+            model(torch.arange(3, 12)[None])
+    except Exception as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}".split("\n")[0][:90]) from error
+    if time.monotonic() - began > SECONDS:
+        raise RuntimeError("it takes too long")
+    return model
+
+
+def try_family(family: str) -> Row:
+    """All columns of one family."""
+    try:
+        model = tiny(family)
+    except RuntimeError as error:
+        return Row(family, dict.fromkeys(COLUMNS, ""), f"{error}")
+    found, why = dict.fromkeys(COLUMNS, ""), ""
+    for name in COLUMNS:
+        try:
+            CHECKS[name](model)
+            found[name] = "yes"
+        except Exception as error:
+            refused = isinstance(error, (ValueError, TypeError)) and not isinstance(error, AssertionError)
+            found[name] = "refused" if refused and _ours(error) else "no"
+            why = why or f"{name}: {error or type(error).__name__}".split("\n")[0]
+            if name == "adapts":
+                break
+    return Row(family, found, why)
+
+
+def _ours(error: BaseException) -> bool:
+    """Whether the package itself raised ``error``."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and "/ttt/" in trace.tb_frame.f_code.co_filename
+
+
+def _adapted(model: Any, **options: Any) -> ttt.Learner:
+    config = ttt.TTTConfig(target_modules="all-linear", protect=[], lr=0.05, chunk=8, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ttt.Learner(ttt.adapt_(copy.deepcopy(model), config), context=64)
+
+
+def _ids(batch: int, length: int) -> torch.Tensor:
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def _adapts(model: Any) -> None:
+    adapted = _adapted(model).model
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(_ids(2, 9)).logits, model(_ids(2, 9)).logits, rtol=1e-3, atol=1e-3)
+
+
+def _learns(model: Any) -> None:
+    learner, ids = _adapted(model), _ids(2, 30)
+    frozen = learner.observe(ids, learn=False).nll
+    with torch.no_grad():
+        logits = model(ids).logits[:, :-1].float()
+    whole = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    torch.testing.assert_close(frozen, whole.view_as(frozen), rtol=1e-2, atol=1e-2)
+    for _ in range(3):
+        seen = learner.observe(ids)
+    assert seen.rejected == 0, "chunks were rejected"
+    assert float(seen.nll.mean()) < float(frozen.mean()), "nothing was learnt"
+
+
+def _restores(model: Any) -> None:
+    learner = _adapted(model)
+    before = model.generate(_ids(2, 6), max_new_tokens=6, do_sample=False)
+    with torch.enable_grad(), ttt.learning(learner.model):
+        learner.model(_ids(2, 9), use_cache=False).logits.square().sum().backward()
+    ttt.restore_(learner.model)
+    wanted = model.state_dict()
+    assert all(torch.equal(t, wanted[name]) for name, t in learner.model.state_dict().items()), "weights differ"
+    assert torch.equal(learner.model.generate(_ids(2, 6), max_new_tokens=6, do_sample=False), before), "output differs"
+
+
+def _saves(model: Any) -> None:
+    learner = _adapted(model)
+    with torch.enable_grad(), ttt.learning(learner.model):
+        learner.model(_ids(2, 9), use_cache=False).logits.square().sum().backward()
+    with tempfile.TemporaryDirectory() as folder:
+        ttt.save(learner.model, Path(folder) / "x")
+        again = ttt.load(copy.deepcopy(model), Path(folder) / "x")
+    other = dict(learning_layers(again))
+    for name, layer in learning_layers(learner.model):
+        state = other[name].state()
+        assert all(torch.equal(t, state[key]) for key, t in layer.state().items()), f"{name} differs"
+
+
+def _users(model: Any) -> None:
+    users = ttt.LowRank(slots=2, rank=4, window=64)
+    learner, ids = _adapted(model, per_user=users), _ids(2, 30)
+    learner.observe(ids, users=["a", "b"])
+    seen = learner.observe(ids, users=["a", "b"])
+    assert seen.rejected == 0, "chunks were rejected"
+    alone = _adapted(model, per_user=users)
+    alone.observe(ids[1:], users=["b"])
+    torch.testing.assert_close(seen.nll[1:], alone.observe(ids[1:], users=["b"]).nll, rtol=2e-2, atol=2e-2)
+
+
+def _padded(model: Any) -> None:
+    learner, ids = _adapted(model), _ids(2, 20)
+    alone = learner.observe(ids[:1, :13], learn=False).nll
+    for left in (True, False):
+        given, mask = ids.clone(), torch.ones_like(ids)
+        at = slice(7, 20) if left else slice(0, 13)
+        given[0], mask[0] = 0, 0
+        given[0, at], mask[0, at] = ids[0, :13], 1
+        nll = learner.observe(given, attention_mask=mask, learn=False).nll[0, at][: alone.shape[1]]
+        torch.testing.assert_close(nll, alone[0], rtol=1e-2, atol=1e-2)
+
+
+def _bfloat16(model: Any) -> None:
+    learner = _adapted(copy.deepcopy(model).to(torch.bfloat16))
+    assert learner.observe(_ids(2, 30)).rejected == 0, "chunks were rejected"
+
+
+CHECKS: dict[str, Callable[[Any], None]] = {
+    "adapts": _adapts, "learns": _learns, "restores": _restores, "saves": _saves, "users": _users, "padded": _padded,
+    "bfloat16": _bfloat16,
+}  # fmt: skip
+
+
+def page(rows: list[Row]) -> str:
+    """The text of docs/compatibility.md."""
+    tried = [row for row in rows if any(row.found.values())]
+    whole = [row for row in tried if set(row.found.values()) == {"yes"}]
+    text = f"""# Compatibility
+
+Every causal language model of transformers that can be made tiny was tried, with random weights, two blocks, and
+`target_modules="all-linear"`: {len(whole)} of {len(tried)} families work in every column
+(`python tests/families/matrix.py`, transformers {transformers.__version__}, torch {torch.__version__},
+Python {platform.python_version()}; the same checks are `tests/families/test_families.py`).
+
+| column | what was checked |
+|---|---|
+| adapts | the adapted model computes what the model does |
+| learns | a text of four chunks is scored as in one piece, and gets more probable by being learnt |
+| restores | the weights are bit-equal after `restore_`, and `generate` writes the same |
+| saves | `save` and `load` give the same state, bit for bit |
+| users | two users learn side by side as alone |
+| padded | left and right padding change no score |
+| bfloat16 | chunks are learnt in bfloat16 |
+
+"refused" means by an error that says what to do; "no" that it fails otherwise, or is not right.
+
+## Families
+
+| family | {" | ".join(COLUMNS)} |
+|---|{"---|" * len(COLUMNS)}
+"""
+    for row in tried:
+        text += f"| {row.family} | {' | '.join(row.found[name] or '-' for name in COLUMNS)} |\n"
+    text += "\n## What does not work, and why\n\n| family | first of it |\n|---|---|\n"
+    for row in tried:
+        if row.why:
+            text += f"| {row.family} | {_cell(row.why)} |\n"
+    text += "\n## Not tried\n\nNo tiny model of these could be made without settings of their own: "
+    return text + ", ".join(row.family for row in rows if row not in tried) + ".\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/").replace("\n", " ")[:240]
+
+
+def main() -> None:
+    """Try all families and write the page."""
+    torch.set_num_threads(1)
+    rows = []
+    for family in families():
+        rows.append(try_family(family))
+        print(rows[-1].family, rows[-1].found, rows[-1].why[:200], file=sys.stderr, flush=True)
+    PAGE.write_text(page(rows))
+
+
+if __name__ == "__main__":
+    main()

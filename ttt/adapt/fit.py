@@ -1,0 +1,125 @@
+"""What cannot learn: modules, weights and wrappers that `adapt_` refuses, each by name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttt.nn.base import DTYPES
+
+_PARALLEL = {
+    "DistributedDataParallel": "its replicas would learn from different tokens and drift apart",
+    "DataParallel": "its replicas would learn in copies that are thrown away",
+    "FullyShardedDataParallel": "it holds a part of each weight only",
+}
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is a ``Conv1D`` of transformers, a linear layer with a transposed weight."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is a linear layer, of torch or of transformers."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def refuse_parallel(model: nn.Module) -> None:
+    """Raise ValueError if ``model`` is wrapped for data parallelism, with which learning would not be right."""
+    for name, module in model.named_modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ in _PARALLEL and kind.__module__.startswith("torch."):
+                raise ValueError(
+                    f"{name or 'model'} is a {kind.__name__}, which is not supported: {_PARALLEL[kind.__name__]}; "
+                    "adapt the model that it wraps, and learn in one process"
+                )
+
+
+def unfit_type(name: str, module: Any) -> str:
+    """Why a module of this type cannot be replaced; empty if it can."""
+    kind = type(module)
+    if kind is nn.Linear or is_conv1d(module):
+        return ""
+    held = Counter(p.ndim for p in module.parameters(recurse=False))
+    why = "holds 3-D expert parameters" if held[3] else f"is {kind.__module__}.{kind.__name__}"
+    return f"{name} {why}; only torch.nn.Linear and transformers' Conv1D can be adapted"
+
+
+class Weights:
+    """The parameters and buffers of a model, to find those that share memory."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names: dict[int, list[str]] = {}
+        held: dict[int, tuple[str, Tensor]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self._names.setdefault(id(parameter), []).append(name)
+            held.setdefault(id(parameter), (name, parameter))
+        for name, buffer in model.named_buffers():
+            held.setdefault(id(buffer), (name, buffer))
+        self._by_storage: dict[int, list[tuple[str, Tensor]]] = {}
+        for name, t in held.values():
+            if _in_memory(t):
+                self._by_storage.setdefault(t.untyped_storage().data_ptr(), []).append((name, t))
+
+    def tied(self, name: str, module: Any) -> list[str]:
+        """Other names of the weight of ``module``."""
+        return [other for other in self._names.get(id(module.weight), []) if other != f"{name}.weight"]
+
+    def overlapping(self, module: Any) -> list[str]:
+        """Names of other parameters and buffers that share memory with the weight of ``module``."""
+        weight = module.weight
+        if not _in_memory(weight) or not weight.numel():
+            return []
+        first, last = _span(weight)
+        beside = self._by_storage.get(weight.untyped_storage().data_ptr(), [])
+        return [n for n, t in beside if t is not weight and t.numel() and _span(t)[0] <= last and first <= _span(t)[1]]
+
+    def refuse_unfit(self, name: str, module: Any) -> None:
+        """Raise ValueError unless ``module`` can be replaced by a layer that learns."""
+        if why := unfit_type(name, module):
+            raise ValueError(why)
+        weight = module.weight
+        if hasattr(weight, "device_mesh"):
+            raise ValueError(
+                f"{name}.weight is a DTensor, a part of a weight (FSDP2 or tensor parallelism), which cannot learn; "
+                "adapt the whole model in one process"
+            )
+        if tied := self.tied(name, module):
+            raise ValueError(f"{name}.weight is tied to {tied}: learning in one would change the other; leave it out")
+        if weight.dtype not in DTYPES:
+            raise ValueError(f"{name}.weight is {weight.dtype}; it must be one of {[str(d) for d in DTYPES]}")
+        if weight.is_meta:
+            raise ValueError(
+                f"{name}.weight is on the meta device: it was not loaded yet, or hooks keep it elsewhere "
+                "(accelerate's device_map with 'cpu' or 'disk'); load the whole model first"
+            )
+        if not weight.is_contiguous():
+            raise ValueError(f"{name}.weight must be contiguous, got strides {weight.stride()}")
+        if shared := self.overlapping(module):
+            raise ValueError(
+                f"{name}.weight shares its memory with {shared}: learning in one would change the other; leave it out, "
+                "or give it memory of its own"
+            )
+
+
+def offloads(module: Any) -> bool:
+    """Whether a hook of accelerate keeps the weights of ``module`` elsewhere and puts them in place for each call."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks: Sequence[Any] = getattr(hook, "hooks", [hook])
+    return any(getattr(each, "offload", False) for each in hooks)
+
+
+def _in_memory(t: Tensor) -> bool:
+    return t.layout is torch.strided and not t.is_meta and type(t) in (Tensor, nn.Parameter)
+
+
+def _span(t: Tensor) -> tuple[Any, Any]:
+    """The first and the last byte of ``t`` in its storage."""
+    first = t.storage_offset() * t.element_size()
+    reach = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return first, first + (reach + 1) * t.element_size() - 1

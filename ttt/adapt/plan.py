@@ -1,0 +1,216 @@
+"""Which layers of a model `adapt_` replaces, which it leaves out and why. Nothing is changed here."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ttt.adapt.fit import Weights, is_linear, offloads, refuse_parallel, unfit_type
+from ttt.adapt.names import canonical
+from ttt.adapt.stacks import in_layers, outside_language
+from ttt.checks import check_layers, check_names
+from ttt.config import TTTConfig
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+_ROUTERS = ("gate", "shared_expert_gate", "router", "classifier", "wg", "gating")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `adapt_` is going to do.
+
+    Attributes:
+        chosen: (name, module) of the layers that will learn.
+        left_out: what "all-linear" does not take -> why.
+    """
+
+    chosen: list[tuple[str, nn.Module]]
+    left_out: dict[str, str]
+
+
+def make_plan(model: nn.Module, config: TTTConfig, filter_fn: FilterFn | None) -> Plan:
+    """Choose the layers of ``model`` that ``config`` or ``filter_fn`` ask for.
+
+    Raises:
+        ValueError: as `adapt_`.
+    """
+    refuse_parallel(model)
+    refuse_bare(model)
+    check_names("target_modules", config.target_modules)
+    check_layers("layers", config.layers)
+    candidates = [(name, module) for name, module in model.named_modules() if is_linear(module)]
+    left_out: dict[str, str] = {}
+    targets = config.target_modules
+    if filter_fn is not None:
+        chosen = [(name, module) for name, module in candidates if filter_fn(module, name)]
+        if not chosen:
+            raise ValueError(f"filter_fn accepted none of {[name for name, _ in candidates]}")
+    elif targets is None:
+        raise ValueError(
+            'target_modules must name the layers to adapt (as ["down_proj"], a regular expression, or "all-linear"), '
+            "or filter_fn be given; got None"
+        )
+    else:
+        if targets == "all-linear":
+            left_out = _left_out(model, candidates)
+            matched = [(name, module) for name, module in candidates if name not in left_out]
+            if not matched:
+                raise ValueError(f"target_modules = 'all-linear' leaves no layer to adapt: {left_out}")
+        else:
+            matched = _matched(model, candidates, targets)
+        names = in_layers([name for name, _ in matched], model, config.layers)
+        chosen = [(name, module) for name, module in matched if name in names]
+        if not chosen:
+            raise ValueError(f"layers = {config.layers!r} leaves none of the matched modules {[n for n, _ in matched]}")
+    check_fit(model, chosen)
+    return Plan(chosen, left_out)
+
+
+def check_fit(model: nn.Module, chosen: Sequence[tuple[str, nn.Module]]) -> None:
+    """Raise ValueError unless all of the ``chosen`` modules of ``model`` can be replaced by learning layers."""
+    refuse_bare(model)
+    weights, names = Weights(model), dict[str, str]()
+    for name, module in chosen:
+        if offloads(module):
+            raise ValueError(
+                f"{name} has a hook that keeps its weight elsewhere (accelerate's offloading): what it would learn "
+                "would be lost; load the model without device_map, or with devices that hold all of it"
+            )
+        weights.refuse_unfit(name, module)
+        if (other := names.setdefault(canonical(name), name)) != name:
+            raise ValueError(f"{name} and {other} would have one name, {canonical(name)}, in files; leave one out")
+
+
+def refuse_bare(model: nn.Module) -> None:
+    """Raise ValueError if ``model`` is a linear layer: a module can be replaced in the one that holds it only."""
+    if is_linear(model):
+        raise ValueError(
+            f"model must hold the linear layers that are to learn, but it is one itself ({type(model).__name__}), "
+            "which cannot be replaced in place; wrap it, as torch.nn.Sequential(model), or make a ttt.nn.Linear"
+        )
+
+
+# -- names --------------------------------------------------------------------------------------------------------
+
+
+def _matched(
+    model: nn.Module, candidates: list[tuple[str, nn.Module]], targets: str | Sequence[str]
+) -> list[tuple[str, nn.Module]]:
+    """Those of ``candidates`` that ``targets`` name, each of which must name one."""
+    for target in [targets] if isinstance(targets, str) else targets:
+        wanted = target if isinstance(targets, str) else [target]
+        if not any(_matches(name, wanted) for name, _ in candidates):
+            _refuse_no_match(model, candidates, wanted)
+    if not targets:
+        _refuse_no_match(model, candidates, targets)
+    return [(name, module) for name, module in candidates if _matches(name, targets)]
+
+
+def _matches(name: str, targets: str | Sequence[str]) -> bool:
+    name = canonical(name)
+    if isinstance(targets, str):
+        try:
+            return re.fullmatch(targets, name) is not None
+        except re.error as error:
+            raise ValueError(f"target_modules = {targets!r} is no regular expression: {error}") from None
+    return any(name == target or name.endswith("." + target) for target in targets)
+
+
+def _refuse_no_match(model: nn.Module, candidates: list[tuple[str, nn.Module]], targets: str | Sequence[str]) -> None:
+    for name, module in model.named_modules():
+        if name and _matches(name, targets) and (why := unfit_type(name, module)):
+            raise ValueError(why)
+    for name, parameter in model.named_parameters():
+        if _matches(name, targets) or _matches(name.removesuffix(".weight"), targets):
+            shape = tuple(parameter.shape)
+            kind = "a stack of experts" if parameter.ndim == 3 else "a bare parameter"
+            raise ValueError(f"{name} is {kind} of shape {shape}, not a linear layer: it cannot be adapted")
+    names = sorted({suffix for name, _ in candidates for suffix in (name, name.rsplit(".", 1)[-1])})
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    near = [n for want in wanted for n in difflib.get_close_matches(want, names, n=5, cutoff=0.3)]
+    near = list(dict.fromkeys(near)) or names[:10]
+    shown = targets if isinstance(targets, str) or len(targets) != 1 else targets[0]
+    raise ValueError(f"target_modules: {shown!r} matches no linear layer; the nearest names are {near}")
+
+
+# -- "all-linear" -------------------------------------------------------------------------------------------------
+
+
+def _left_out(model: nn.Module, candidates: list[tuple[str, nn.Module]]) -> dict[str, str]:
+    """What "all-linear" leaves out -> why: as PEFT the output head, classifiers, and LoRA's own layers; and more."""
+    heads, bodies, tuners = _heads(model), _bodies(model), _tuners(model)
+    towers = outside_language(model, [name for name, _ in candidates])
+    weights, found = Weights(model), dict[str, str]()
+    for name, module in candidates:
+        if id(module) in heads:
+            found[name] = "output head"
+        elif any(name.startswith(tuner) and not name.endswith(".base_layer") for tuner in tuners):
+            found[name] = "part of an adapter"
+        elif any(_within(name, outer) and not _within(name, body) for outer, body in bodies):
+            found[name] = "head outside of the model's body, as a classifier"
+        elif _is_router(model, name):
+            found[name] = "router of experts"
+        elif name in towers:
+            found[name] = "outside of the language model; name it in target_modules to adapt it"
+        elif why := unfit_type(name, module):
+            found[name] = why
+        elif tied := weights.tied(name, module):
+            found[name] = f"tied to {tied}"
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3 and "expert" in name.lower():
+            found[name] = f"a stack of experts of shape {tuple(parameter.shape)}, which cannot be adapted yet"
+    return found
+
+
+def _heads(model: nn.Module) -> set[int]:
+    """ids of the output heads that transformers models name."""
+    found = set()
+    each: Any
+    for each in model.modules():
+        if hasattr(each, "get_output_embeddings"):
+            try:
+                head: Any = each.get_output_embeddings()
+            except (AttributeError, NotImplementedError):  # models without one
+                continue
+            if head is not None:
+                found.add(id(head))
+    return found
+
+
+def _bodies(model: nn.Module) -> list[tuple[str, str]]:
+    """(name of a transformers model, name of its body), where it has a head beside the body."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = []
+    for name, module in model.named_modules():
+        body: Any = getattr(module, "base_model", None) if hasattr(module, "base_model_prefix") else None
+        if isinstance(body, nn.Module) and body is not module and id(body) in names:
+            found.append((name, names[id(body)]))
+    return found
+
+
+def _tuners(model: nn.Module) -> list[str]:
+    """Prefixes of the names inside of PEFT's layers, which hold adapters beside the layer that they wrap."""
+    return [
+        f"{name}."
+        for name, module in model.named_modules()
+        if any(kind.__name__ == "BaseTunerLayer" for kind in type(module).__mro__)
+    ]
+
+
+def _within(name: str, outer: str) -> bool:
+    return not outer or name == outer or name.startswith(f"{outer}.")
+
+
+def _is_router(model: nn.Module, name: str) -> bool:
+    """Whether the layer chooses experts: by its name, beside the experts, or by the names around it."""
+    parent, _, leaf = name.rpartition(".")
+    if "router" in name.lower():
+        return True
+    holder = model.get_submodule(parent)
+    return leaf in _ROUTERS and (hasattr(holder, "experts") or "router" in type(holder).__name__.lower())
