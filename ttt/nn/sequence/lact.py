@@ -45,7 +45,9 @@ class LaCT(SequenceLayer):
         self.parts = Heads(hidden, heads, width, convolution)
         self.attention = WindowAttention(hidden, heads, width, window or chunk)
         self.rates_proj = nn.Linear(hidden, 3 * heads)
+        nn.init.zeros_(self.rates_proj.bias)
         self.momentum_proj = nn.Linear(hidden, heads)
+        nn.init.zeros_(self.momentum_proj.bias)
         shapes = [(heads, width, inner), (heads, inner, width), (heads, width, inner)]
         self.first = nn.ParameterList([torch.randn(s) / s[1] ** 0.5 for s in shapes])
 

@@ -47,6 +47,7 @@ class TitansMemory(SequenceLayer):
         width = head_width or hidden // heads
         self.parts = Heads(hidden, heads, width, convolution)
         self.rates_proj = nn.Linear(hidden, 3 * heads)
+        nn.init.zeros_(self.rates_proj.bias)
         sizes = [width, *[expansion * width] * (depth - 1), width]
         first: list[Tensor] = []
         for given, wide in itertools.pairwise(sizes):

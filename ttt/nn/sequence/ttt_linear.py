@@ -38,6 +38,7 @@ class TTTLinear(SequenceLayer):
         width = head_width or hidden // heads
         self.parts = Heads(hidden, heads, width, convolution)
         self.rate_proj = nn.Linear(hidden, heads)
+        nn.init.zeros_(self.rate_proj.bias)
         self.norm_weight = nn.Parameter(torch.ones(heads, width))
         self.norm_bias = nn.Parameter(torch.zeros(heads, width))
         self.first = nn.ParameterList(self._first_weights(heads, width))

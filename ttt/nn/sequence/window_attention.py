@@ -43,7 +43,7 @@ class WindowAttention(SequenceLayer):
             raise ValueError(f"head_width must be even, got {width}")
         if window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
-        self.hidden, self.heads, self.window, self.theta = hidden, heads, window, theta
+        self.hidden, self.heads, self.width, self.window, self.theta = hidden, heads, width, window, theta
         self.qkv_proj = nn.Linear(hidden, 3 * heads * width, bias=False)
         self.out_proj = nn.Linear(heads * width, hidden, bias=False)
 
@@ -53,7 +53,7 @@ class WindowAttention(SequenceLayer):
         """See `SequenceLayer`; the state is never changed in place."""
         checked_input(x, self.hidden, state, WindowState)
         bounds = bounds_of(cu_seqlens, x.shape[0], x.shape[1])
-        q, k, v = self.qkv_proj(x).view(*x.shape[:2], 3, self.heads, -1).unbind(2)
+        q, k, v = self.qkv_proj(x).view(*x.shape[:2], 3, self.heads, self.width).unbind(2)
         if state is None:
             rows = x.shape[0] if bounds is None else len(bounds) - 1
             empty = q.new_zeros(rows, self.heads, self.window - 1, q.shape[-1])

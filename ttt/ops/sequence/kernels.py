@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ttt.ops.backends import record
-from ttt.ops.cpu import _C, _DTYPE, _address, _why_not
-from ttt.ops.sequence.states import MemoryState, own, tensors_of
+from ttt.ops.cpu import _why_not
+from ttt.ops.sequence import cpu, cuda
+from ttt.ops.sequence.states import MemoryState, tensors_of
 
 MOST_MINI_BATCH = 256
 """Longest mini-batch of the C++ kernel for texts: its scratch memory grows with the square of it."""
@@ -86,94 +87,18 @@ def _is_ttt_linear(q, gate, momentum, norm, state) -> bool:
 
 
 def _serves(op: str, q: Tensor, *others: Tensor | None) -> bool:
-    """Whether a kernel serves ``q`` and the others, none of which needs a gradient; counts the call if not."""
+    """Whether a kernel serves ``q`` and the others, none of which needs a gradient; if it does not, counts why."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, *others)):
         return False
-    if q.device.type != "cpu":
-        return False
-    if why := _why_not(q.dtype):
+    if q.device.type == "cpu":
+        why = _why_not(q.dtype)
+    elif q.device.type == "cuda":
+        why = cuda.why_not(q)
+    else:
+        why = f"no kernel for {q.device.type}"
+    if why:
         record(op, "torch", why)
     return not why
-
-
-def _float(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.detach().float().contiguous()
-
-
-def _delta_rule(q, k, v, beta, g, state, begins, scale):
-    record("gated_delta_rule", "cpu")
-    batch, tokens, heads, keys = q.shape
-    values, rows = v.shape[-1], batch if begins is None else begins.numel() - 1
-    q, k, v, beta, g = q.contiguous(), k.contiguous(), v.contiguous(), _float(beta), _float(g)
-    state = (
-        q.new_zeros(rows, heads, keys, values, dtype=torch.float32)
-        if state is None
-        else state.clone(memory_format=torch.contiguous_format)
-    )
-    out = torch.empty_like(v)
-    _C.delta_rule(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), beta.data_ptr(), _address(g), _address(begins), state.data_ptr(),
-        out.data_ptr(), rows, tokens, heads, keys, values, scale, False, _DTYPE[q.dtype], torch.get_num_threads(),
-    )  # fmt: skip
-    return out, state
-
-
-def _delta_rule_step(q, k, v, beta, g, state, scale):
-    record("gated_delta_rule_step", "cpu")
-    batch, heads, keys = q.shape
-    q, k, v, beta, g = q.contiguous(), k.contiguous(), v.contiguous(), _float(beta), _float(g)
-    out = torch.empty_like(v)
-    _C.delta_rule(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), beta.data_ptr(), _address(g), 0, state.data_ptr(),
-        out.data_ptr(), batch, 1, heads, keys, v.shape[-1], scale, True, _DTYPE[q.dtype], torch.get_num_threads(),
-    )  # fmt: skip
-    torch.autograd.graph.increment_version([state])
-    return out
-
-
-def _ttt_linear(
-    q, k, v, rate, norm_weight, norm_bias, eps, weight, bias, start_weight, start_bias, position, begins, mini_batch,
-    scale,
-):  # fmt: skip
-    record("ttt_linear", "cpu")
-    tokens, heads, width = q.shape[1:]
-    state = own((weight.contiguous(), bias.contiguous(), start_weight.contiguous(), start_bias.contiguous()))
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    _call_ttt_linear(
-        q, k, v, rate, norm_weight, norm_bias, eps, state, position, begins, out, tokens, heads, width, mini_batch,
-        scale, False,
-    )  # fmt: skip
-    lengths = tokens if begins is None else begins.diff()
-    return out, *state, (position + lengths) % mini_batch
-
-
-def _ttt_linear_step(
-    q, k, v, rate, norm_weight, norm_bias, eps, weight, bias, start_weight, start_bias, position, mini_batch, scale
-):
-    record("ttt_linear_step", "cpu")
-    heads, width = q.shape[1:]
-    state = (weight, bias, start_weight, start_bias)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    _call_ttt_linear(
-        q, k, v, rate, norm_weight, norm_bias, eps, state, position, None, out, 1, heads, width, mini_batch, scale, True
-    )
-    torch.autograd.graph.increment_version(list(state))
-    position.copy_((position + 1) % mini_batch)
-    return out
-
-
-def _call_ttt_linear(
-    q, k, v, rate, norm_weight, norm_bias, eps, state, position, begins, out, tokens, heads, width, mini_batch, scale,
-    one_token,
-):  # fmt: skip
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    rate, norm_weight, norm_bias = _float(rate), _float(norm_weight), _float(norm_bias)
-    position = position.contiguous()
-    _C.ttt_linear(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), rate.data_ptr(), norm_weight.data_ptr(), norm_bias.data_ptr(),
-        _address(begins), *(t.data_ptr() for t in state), position.data_ptr(), out.data_ptr(), len(position), tokens,
-        heads, width, mini_batch, scale, eps, one_token, _DTYPE[q.dtype], torch.get_num_threads(),
-    )  # fmt: skip
 
 
 def _fake_delta_rule(q, k, v, beta, g, state, begins, scale):
@@ -195,10 +120,12 @@ def _fake_ttt_linear_step(q, *_):
 
 
 for _op, _run, _fake in (
-    ("delta_rule", _delta_rule, _fake_delta_rule),
-    ("delta_rule_step", _delta_rule_step, _fake_delta_rule_step),
-    ("ttt_linear", _ttt_linear, _fake_ttt_linear),
-    ("ttt_linear_step", _ttt_linear_step, _fake_ttt_linear_step),
+    ("delta_rule", cpu.delta_rule, _fake_delta_rule),
+    ("delta_rule_step", cpu.delta_rule_step, _fake_delta_rule_step),
+    ("ttt_linear", cpu.ttt_linear, _fake_ttt_linear),
+    ("ttt_linear_step", cpu.ttt_linear_step, _fake_ttt_linear_step),
 ):
     torch.library.impl(f"ttt::sequence_{_op}", "CPU", _run)
     torch.library.register_fake(f"ttt::sequence_{_op}", _fake)
+torch.library.impl("ttt::sequence_delta_rule", "CUDA", cuda.delta_rule)
+torch.library.impl("ttt::sequence_delta_rule_step", "CUDA", cuda.delta_rule_step)
