@@ -166,8 +166,8 @@ def main(
         "held_out": HELD_OUT,
         "texts": TEXTS,
         "context": CONTEXT,
-        "note": "All models were trained for the same number of steps, a few minutes each, far fewer than it takes until "
-        "their loss stops falling: the figures compare them early in training.",
+        "note": "All models were trained for the same number of steps, a few minutes each: far fewer than it takes until"
+        " their loss stops falling. The figures compare them early in training.",
     }
     if len({(r["steps"], r["batch"]) for r in rows.values()}) > 1 or steps >= 1000:
         del about["note"]
@@ -176,7 +176,7 @@ def main(
     json_file.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(row))
     if out is not None:
-        model.save_pretrained(out)
+        model.save_pretrained(out)  # type: ignore[operator]
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class Block(GradientCheckpointingLayer):
 
 
 def packed(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of ``x`` (B, T, C) that ``mask`` (B, T) marks, as (1, N, C), and where each sequence begins, (B + 1,)."""
+    """The rows of ``x`` (B, T, C) that ``mask`` (B, T) marks, (1, N, C), and where each sequence begins, (B + 1,)."""
     lengths = mask.sum(1)
     bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     return x[mask].unsqueeze(0), bounds

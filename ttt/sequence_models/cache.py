@@ -40,12 +40,14 @@ class StateLayer:
 class SequenceCache(Cache):
     """What a `TTTSequenceForCausalLM` carries from token to token: a state for each block, of constant size.
 
-    ``generate`` makes one, and beam search reorders it. It cannot be cropped: a state has no parts that belong to single
-    tokens. `tensors` and `load` bring it to a `ttt.Store` and back, `copy` keeps it as it is at a moment.
+    ``generate`` makes one, and beam search reorders it. It cannot be cropped: a state has no parts that belong to
+    single tokens. `tensors` and `load` bring it to a `ttt.Store` and back, `copy` keeps it as it is at a moment.
 
     Args:
         blocks: blocks of the model.
     """
+
+    layers: list[Any]  # of `StateLayer`
 
     def __init__(self, blocks: int):
         super().__init__(layers=[StateLayer() for _ in range(blocks)])  # type: ignore[misc, arg-type]
@@ -92,7 +94,7 @@ class SequenceCache(Cache):
     @property
     def nbytes(self) -> int:
         """The bytes of all states."""
-        return sum(state_bytes(layer.state) for layer in self.layers)
+        return sum(int(state_bytes(layer.state)) for layer in self.layers)
 
     def copy(self) -> SequenceCache:
         """A cache with copies of the states."""

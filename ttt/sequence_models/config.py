@@ -78,7 +78,7 @@ class TTTSequenceConfig(PretrainedConfig):
                 raise ValueError(f"in_place must hold numbers of blocks, 0 to {num_hidden_layers - 1}, got {block!r}")
         self.mixers, self.in_place = names, list(in_place)
         self.rms_norm_eps, self.initializer_range, self.use_cache = rms_norm_eps, initializer_range, use_cache
-        super().__init__(tie_word_embeddings=False, **kwargs)
+        super().__init__(**{**kwargs, "tie_word_embeddings": False})
 
     @property
     def head_dim(self) -> int:

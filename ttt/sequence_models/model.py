@@ -50,9 +50,9 @@ class TTTSequenceModel(TTTSequencePreTrainedModel):
         """The embedding."""
         return self.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the embedding."""
-        self.embed_tokens = value
+        self.embed_tokens = value  # type: ignore[assignment]
 
     def forward(
         self,
@@ -82,10 +82,11 @@ class TTTSequenceModel(TTTSequencePreTrainedModel):
         if mask is not None:
             x, bounds = packed(x, mask)
         for number, block in enumerate(self.layers):
-            state = None if cache is None else cache.layers[number].state
+            held: Any = None if cache is None else cache.layers[number]
+            state = None if held is None else held.state
             x, state = block(x, state, bounds, keep)
             if keep:
-                cache.layers[number].state = state  # type: ignore[union-attr]
+                held.state = state
         x = self.norm(x)
         if mask is not None:
             x = x.new_zeros(batch, tokens, x.shape[-1]).masked_scatter(mask.unsqueeze(-1), x)
@@ -119,7 +120,7 @@ class TTTSequenceForCausalLM(TTTSequencePreTrainedModel, GenerationMixin):
         """The embedding."""
         return self.model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the embedding."""
         self.model.embed_tokens = value
 

@@ -86,14 +86,14 @@ def _is_ttt_linear(q, gate, momentum, norm, state) -> bool:
     return q.device.type == "cpu" and gate is None and momentum is None and norm is not None and len(state.weights) == 2
 
 
-def _serves(op: str, q: Tensor, *others: Tensor | None) -> bool:
+def _serves(op: str, q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> bool:
     """Whether a kernel serves ``q`` and the others, none of which needs a gradient; if it does not, counts why."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, *others)):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, *others)):
         return False
     if q.device.type == "cpu":
         why = _why_not(q.dtype)
     elif q.device.type == "cuda":
-        why = cuda.why_not(q)
+        why = cuda.why_not(q, v)
     else:
         why = f"no kernel for {q.device.type}"
     if why:

@@ -110,8 +110,10 @@ def _delta_rule(dtype, keys, values, gated=True, packed=False) -> None:
     q, v = (_meta(2, 256, 8, width, dtype=dtype) for width in (keys, values))
     rates, state = _meta(2, 256, 8, dtype=torch.float32), _meta(2, 8, keys, values, dtype=torch.float32)
     gate, begins = rates if gated else None, _meta(3, dtype=torch.int64) if packed else None
-    delta_rule.delta_rule(q, q, v, rates, gate, state if packed else None, begins, 0.125)
-    delta_rule.delta_rule_step(q[:, 0], q[:, 0], v[:, 0], rates[:, 0], gate, state, 0.125)
+    if keys <= delta_rule.MOST_KEYS:
+        delta_rule.delta_rule(q, q, v, rates, gate, state if packed else None, begins, 0.125)
+    now = [None if t is None else t[:, 0] for t in (q, q, v, rates, gate)]
+    delta_rule.delta_rule_step(*now, state, 0.125)
 
 
 def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -188,7 +190,7 @@ def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
             (bf16, 32, 16, 64, 1.0, 4),
             (fp32, 32, 8, 24, 0.0, 32),
         ]
-    widths = ((64, 64), (128, 128), (256, 64), (20, 300)) if everything else ((64, 64), (128, 128))
+    widths = ((64, 64), (128, 128), (16, 32), (48, 304)) if everything else ((64, 64), (128, 128))
     for dtype, (keys, values) in itertools.product(dtypes if everything else dtypes[:2], widths):
         for gated, packed in itertools.product((True, False), repeat=2) if everything else [(True, True)]:
             label = f"{_name(dtype)} {keys}x{values} gated={gated:d} packed={packed:d}"

@@ -1,8 +1,9 @@
 """The gated delta rule: chunks of 16 tokens, and one token        q, k: T x H x K, v: T x H x V, S: H x K x V
 
-A program holds a block of columns of one head's S in registers, and goes through the text. In each chunk it inverts the
-triangular system I + A by rows, which is stable for all step sizes (powers of A would cancel each other).
-`ttt.ops.sequence.delta_rule` has the formulas.
+Two kernels read a text. `_delta_chunk` has a program for each chunk of a head: it inverts the triangular system I + A,
+by rows, which is stable for all step sizes (powers of A would cancel each other), and makes the products of queries and
+keys. `_delta_states` has a program for each block of columns of a head's S, which it holds in registers while it goes
+through the chunks. `ttt.ops.sequence.delta_rule` has the formulas.
 
 Products with S and with the errors have float32 operands, in three passes of tf32 on tensor cores: S must not lose what
 it learns to rounding. Those of q and k with each other are exact in one pass for 16-bit inputs.
@@ -14,74 +15,106 @@ import torch
 import triton
 import triton.language as tl
 
-MOST_KEYS = 256
 CHUNK = 16
+MOST_KEYS = 64  # of a text: the operands of wider products do not fit into registers beside S
 
 # e^-80 is zero beside anything that is kept. Differences of sums of lower logarithms would be imprecise, or NaN.
 LOWEST = tl.constexpr(-80.0)
 
 
 @triton.jit
-def _inverse(a, C: tl.constexpr):
-    """(I + a)^-1 for a strictly lower triangular ``a`` (C x C)."""
-    row = tl.arange(0, C)
-    found = -a
-    for i in range(1, C):
-        now = tl.sum(tl.where(row[:, None] == i, found, 0.0), 0)
-        now += tl.sum(now[:, None] * found, 0)
-        found = tl.where(row[:, None] == i, now[None, :], found)
-    return found + tl.where(row[:, None] == row[None, :], 1.0, 0.0)
-
-
-@triton.jit(do_not_specialize=["tokens", "heads", "scale"])
-def _delta_chunks(
-    out, last, q, k, v, beta, gate, first, begins, tokens, heads, keys, values, scale,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """BV columns of the outputs and of the last state of one head of one sequence."""
-    sequence = tl.program_id(1).to(tl.int64) // heads
-    head = tl.program_id(1).to(tl.int64) % heads
-    i = tl.arange(0, BK).to(tl.int64)
-    j = tl.program_id(0).to(tl.int64) * BV + tl.arange(0, BV)
-    c = tl.arange(0, C)
-    inside = (i < keys)[:, None] & (j < values)[None, :]
-    at_state = (sequence * heads + head) * keys * values + i[:, None] * values + j[None, :]
-    state = tl.zeros((BK, BV), tl.float32)
-    if first is not None:
-        state = tl.load(first + at_state, mask=inside, other=0)
+def _bounds(begins, sequence, tokens):
+    """The first token of a sequence, and the one behind its last."""
     if begins is None:
         begin = sequence * tokens
         end = begin + tokens
     else:
         begin = tl.load(begins + sequence)
         end = tl.load(begins + sequence + 1)
+    return begin, end
+
+
+@triton.jit
+def _rows(pointer, row, here, width, i):
+    """Rows ``row`` of a matrix ``width`` wide, columns ``i``, as float32; zeros where not ``here``."""
+    inside = here[:, None] & (i < width)[None, :]
+    return tl.load(pointer + row[:, None] * width + i[None, :], mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["tokens", "heads", "chunks"])
+def _delta_chunk(
+    inverse, seen, totals, q, k, beta, gate, begins, tokens, heads, chunks, keys,
+    C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(I + A)^-1 diag(beta), the weights of the errors in the outputs, and the sums of gates, of one chunk."""
+    chunk = tl.program_id(0).to(tl.int64)
+    sequence = tl.program_id(1).to(tl.int64) // heads
+    head = tl.program_id(1).to(tl.int64) % heads
+    begin, end = _bounds(begins, sequence, tokens)
+    c = tl.arange(0, C)
+    t = begin + chunk * C + c.to(tl.int64)
+    here = t < end
+    row = t * heads + head
+    i = tl.arange(0, BK).to(tl.int64)
+    kt = _rows(k, row, here, keys, i)
+    kk = tl.dot(kt, tl.trans(kt), input_precision=PRECISION)
+    qk = tl.dot(_rows(q, row, here, keys, i), tl.trans(kt), input_precision=PRECISION)
+    b = tl.load(beta + row, mask=here, other=0)
+    total = tl.zeros((C,), tl.float32)
+    if gate is not None:
+        total = tl.cumsum(tl.maximum(tl.load(gate + row, mask=here, other=0), LOWEST), 0)
+    ratio = tl.exp(tl.where(c[:, None] >= c[None, :], total[:, None] - total[None, :], -float("inf")))
+    found = tl.where(c[:, None] > c[None, :], -kk * ratio * b[:, None], 0.0)
+    for i in range(1, C):
+        now = tl.sum(tl.where(c[:, None] == i, found, 0.0), 0)
+        now += tl.sum(now[:, None] * found, 0)
+        found = tl.where(c[:, None] == i, now[None, :], found)
+    found += tl.where(c[:, None] == c[None, :], 1.0, 0.0)
+    place = (tl.program_id(1).to(tl.int64) * chunks + chunk) * C
+    at = (place + c)[:, None] * C + c[None, :]
+    tl.store(inverse + at, found * b[None, :])
+    tl.store(seen + at, qk * ratio)
+    tl.store(totals + place + c, total)
+
+
+@triton.jit(do_not_specialize=["tokens", "heads", "chunks", "scale"])
+def _delta_states(
+    out, last, inverse, seen, totals, q, k, v, first, begins, tokens, heads, chunks, keys, values, scale,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """BV columns of the outputs and of the last state of one head of one sequence."""
+    sequence = tl.program_id(1).to(tl.int64) // heads
+    head = tl.program_id(1).to(tl.int64) % heads
+    begin, end = _bounds(begins, sequence, tokens)
+    i = tl.arange(0, BK).to(tl.int64)
+    j = tl.program_id(0).to(tl.int64) * BV + tl.arange(0, BV)
+    c = tl.arange(0, C)
+    inside_state = (i < keys)[:, None] & (j < values)[None, :]
+    at_state = (sequence * heads + head) * keys * values + i[:, None] * values + j[None, :]
+    state = tl.zeros((BK, BV), tl.float32)
+    if first is not None:
+        state = tl.load(first + at_state, mask=inside_state, other=0)
+    place = tl.program_id(1).to(tl.int64) * chunks * C
     for at in range(begin, end, C):
         t = at + c.to(tl.int64)
-        row = t * heads + head
         here = t < end
-        of_keys = here[:, None] & (i < keys)[None, :]
-        of_values = here[:, None] & (j < values)[None, :]
-        kt = tl.load(k + row[:, None] * keys + i[None, :], mask=of_keys, other=0).to(tl.float32)
-        b = tl.load(beta + row, mask=here, other=0)
-        total = tl.zeros((C,), tl.float32)
-        if gate is not None:
-            total = tl.cumsum(tl.maximum(tl.load(gate + row, mask=here, other=0), LOWEST), 0)
-        ratio = tl.exp(tl.where(c[:, None] >= c[None, :], total[:, None] - total[None, :], -float("inf")))
-        system = tl.dot(kt, tl.trans(kt), input_precision=PRECISION) * ratio * b[:, None]
-        inverse = _inverse(tl.where(c[:, None] > c[None, :], system, 0.0), C)
+        row = t * heads + head
+        total = tl.load(totals + place + c)
         grown = tl.exp(total)
-        vt = tl.load(v + row[:, None] * values + j[None, :], mask=of_values, other=0).to(tl.float32)
-        error = b[:, None] * (vt - grown[:, None] * tl.dot(kt, state, input_precision="tf32x3"))
-        error = tl.dot(inverse, error, input_precision="tf32x3")
-        qt = tl.load(q + row[:, None] * keys + i[None, :], mask=of_keys, other=0).to(tl.float32)
-        seen = tl.dot(qt, tl.trans(kt), input_precision=PRECISION) * ratio
-        o = grown[:, None] * tl.dot(qt, state, input_precision="tf32x3")
-        o += tl.dot(seen, error, input_precision="tf32x3")
-        tl.store(out + row[:, None] * values + j[None, :], (scale * o).to(out.dtype.element_ty), mask=of_values)
+        square = (place + c)[:, None] * C + c[None, :]
+        match = tl.dot(_rows(k, row, here, keys, i), state, input_precision="tf32x3")
+        error = _rows(v, row, here, values, j) - grown[:, None] * match
+        error = tl.dot(tl.load(inverse + square), error, input_precision="tf32x3")
+        o = tl.dot(_rows(q, row, here, keys, i), state, input_precision="tf32x3")
+        o = tl.dot(tl.load(seen + square), error, grown[:, None] * o, input_precision="tf32x3")
+        inside = here[:, None] & (j < values)[None, :]
+        tl.store(out + row[:, None] * values + j[None, :], (scale * o).to(out.dtype.element_ty), mask=inside)
         whole = tl.sum(tl.where(c == C - 1, total, 0.0), 0)
-        left = kt * tl.exp(whole - total)[:, None]
-        state = tl.exp(whole) * state + tl.dot(tl.trans(left), error, input_precision="tf32x3")
-    tl.store(last + at_state, state, mask=inside)
+        error *= tl.exp(whole - total)[:, None]
+        left = tl.trans(_rows(k, row, here, keys, i))
+        state = tl.dot(left, error, tl.exp(whole) * state, input_precision="tf32x3")
+        place += C
+    tl.store(last + at_state, state, mask=inside_state)
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -107,12 +140,6 @@ def _delta_token(
     tl.store(out + row * values + j, o.to(out.dtype.element_ty), mask=j < values)
 
 
-def _blocks(keys: int, values: int) -> tuple[int, int]:
-    """(BK, BV): the state's block has at most 4096 numbers, 32 for each thread of 4 warps."""
-    most = max(16, triton.next_power_of_2(keys))
-    return most, max(16, min(32, 4096 // most, triton.next_power_of_2(values)))
-
-
 def delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -127,12 +154,21 @@ def delta_rule(
     values, rows = v.shape[-1], batch if begins is None else begins.numel() - 1
     out = torch.empty_like(v)
     last = torch.empty(rows, heads, keys, values, dtype=torch.float32, device=q.device)
-    block_k, block_v = _blocks(keys, values)
-    if rows * heads and values:
-        _delta_chunks[triton.cdiv(values, block_v), rows * heads](
-            out, last, q, k, v, beta, gate, state, begins, tokens, heads, keys, values, scale,
-            C=CHUNK, BK=block_k, BV=block_v, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", num_warps=4,
+    if not rows * heads * values:
+        return out, last
+    chunks = triton.cdiv(tokens, CHUNK)  # at most, for a packed sequence
+    square = torch.empty(2, rows * heads, chunks, CHUNK, CHUNK, dtype=torch.float32, device=q.device)
+    totals = torch.empty(rows * heads, chunks, CHUNK, dtype=torch.float32, device=q.device)
+    block = max(16, triton.next_power_of_2(keys))
+    if chunks:
+        _delta_chunk[chunks, rows * heads](
+            square[0], square[1], totals, q, k, beta, gate, begins, tokens, heads, chunks, keys,
+            C=CHUNK, BK=block, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", num_warps=4,
         )  # fmt: skip
+    _delta_states[triton.cdiv(values, 16), rows * heads](
+        out, last, square[0], square[1], totals, q, k, v, state, begins, tokens, heads, chunks, keys, values, scale,
+        C=CHUNK, BK=block, BV=16, num_warps=8, num_stages=1,
+    )  # fmt: skip
     return out, last
 
 
@@ -148,9 +184,10 @@ def delta_rule_step(
     batch, heads, keys = q.shape
     values = v.shape[-1]
     out = torch.empty_like(v)
-    block_k, block_v = _blocks(keys, values)
-    if batch * heads and values:
-        _delta_token[triton.cdiv(values, block_v), batch * heads](
-            out, state, q, k, v, beta, gate, keys, values, scale, BK=block_k, BV=block_v, num_warps=4
-        )
+    columns = max(16, min(32, triton.next_power_of_2(values)))
+    if batch * heads * values:
+        _delta_token[triton.cdiv(values, columns), batch * heads](
+            out, state, q, k, v, beta, gate, keys, values, scale,
+            BK=max(16, triton.next_power_of_2(keys)), BV=columns, num_warps=4,
+        )  # fmt: skip
     return out
