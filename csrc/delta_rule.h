@@ -34,7 +34,7 @@ void delta_rule_sequence(const ttt::DeltaRule& a, int64_t sequence, int64_t head
     read_rows(static_cast<const T*>(a.q) + first * keys, a.heads * keys, some, keys, q, kp);
     read_rows(static_cast<const T*>(a.k) + first * keys, a.heads * keys, some, keys, k, kp);
     read_rows(static_cast<const T*>(a.v) + first * values, a.heads * values, some, values, out, vp);
-    transpose(k, kp, some, keys, kt, cp);
+    transpose(k, kp, some, kp, kt, cp);
     product_of<kSet>({k, kp, 1}, kt, cp, system, cp, some, whole_vectors(some), keys, kLowerResult);
     product_of<kSet>({q, kp, 1}, kt, cp, seen, cp, some, whole_vectors(some), keys, kLowerResult);
     product_of<kSet>({k, kp, 1}, state, vp, u, vp, some, vp, keys);

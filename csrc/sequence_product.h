@@ -121,10 +121,44 @@ inline void write_rows(const float* from, int64_t wide, int64_t rows, int64_t co
     }
 }
 
-// to (columns x wide) = the transpose of from (rows x columns), with zeros behind the rows.
+#if defined(__GNUC__) && !defined(__clang__)
+// Swaps the lanes whose numbers have the bit `half` with those of the row that is `half` away: log2(VL) such steps
+// transpose VL rows.
+template <int half>
+inline void swap_lanes(vf* rows) {
+  vi first, second;
+  for (int l = 0; l < VL; l++) {
+    first[l] = l & half ? VL + l - half : l;
+    second[l] = l & half ? VL + l : l + half;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < VL; r++) {
+    if (r & half) continue;
+    const vf a = rows[r], b = rows[r + half];
+    rows[r] = __builtin_shuffle(a, b, first);
+    rows[r + half] = __builtin_shuffle(a, b, second);
+  }
+  if constexpr (half * 2 < VL) swap_lanes<half * 2>(rows);
+}
+#endif
+
+// to (columns x wide) = the transpose of from (rows x columns), with zeros behind the rows. `columns` and `wide` are
+// multiples of VL.
 inline void transpose(const float* from, int64_t from_row, int64_t rows, int64_t columns, float* to, int64_t wide) {
+#if defined(__GNUC__) && !defined(__clang__)
+  for (int64_t r = 0; r < wide; r += VL)
+    for (int64_t j = 0; j < columns; j += VL) {
+      vf block[VL];
+#pragma GCC unroll 16
+      for (int l = 0; l < VL; l++) block[l] = r + l < rows ? load(from + (r + l) * from_row + j) : vf{};
+      swap_lanes<1>(block);
+#pragma GCC unroll 16
+      for (int l = 0; l < VL; l++) store(to + (j + l) * wide + r, block[l]);
+    }
+#else
   for (int64_t j = 0; j < columns; j++)
     for (int64_t r = 0; r < wide; r++) to[j * wide + r] = r < rows ? from[r * from_row + j] : 0.0f;
+#endif
 }
 
 }  // namespace

@@ -115,7 +115,7 @@ void ttt_linear_sequence(const ttt::TTTLinear& a, int64_t sequence, int64_t head
       const float rate = a.rate[first + i * a.heads];
       for (int64_t j = 0; j < wide; j += VL) store(d + i * wide + j, splat(rate) * load(d + i * wide + j));
     }
-    transpose(k, wide, some, width, kt, bp);
+    transpose(k, wide, some, wide, kt, bp);
     product_of<kSet>({q, wide, 1}, kt, bp, seen, bp, some, whole_vectors(some), width, kLowerResult);
     for (int64_t i = 0; i < some; i++) {
       for (int64_t j = 0; j <= i; j++) seen[i * bp + j] += 1.0f;  // the bias

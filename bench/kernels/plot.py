@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from bench.kernels.check import RESULTS, kind_of, load
+from bench.kernels.plot_sequence import lengths
 
 Row = dict[str, Any]
 
@@ -212,7 +213,7 @@ def main(
     results: Annotated[Path, typer.Option(exists=True, help="Folder of JSON files of bench.kernels.run.")] = RESULTS,
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures (default: the same).")] = None,
 ) -> None:
-    """Draw roofline_KIND.png and growth_KIND.png for each kind of device (cpu, cuda) that has results."""
+    """Draw roofline_KIND.png, growth_KIND.png and sequence_KIND.png for each kind of device that has results."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -227,6 +228,10 @@ def main(
         for name, drawn in (
             (f"roofline_{kind}.png", roofline(machine, ceilings, rows, folder / f"roofline_{kind}.png")),
             (f"growth_{kind}.png", growth(machine, rows, folder / f"growth_{kind}.png")),
+            (
+                f"sequence_{kind}.png",
+                lengths(title_of(machine, "Reading a text"), rows, folder / f"sequence_{kind}.png"),
+            ),
         ):
             print(f"{folder / name} drawn" if drawn else f"{name}: no rows for it in {results}")
 

@@ -166,8 +166,8 @@ def main(
         "held_out": HELD_OUT,
         "texts": TEXTS,
         "context": CONTEXT,
-        "note": "All models were trained for the same number of steps, a few minutes each: far fewer than it takes until"
-        " their loss stops falling. The figures compare them early in training.",
+        "note": "All models were trained for the same number of steps, a few minutes each: far fewer than it takes "
+        "until their loss stops falling. The figures compare them early in training.",
     }
     if len({(r["steps"], r["batch"]) for r in rows.values()}) > 1 or steps >= 1000:
         del about["note"]
