@@ -33,6 +33,8 @@ LAYERS: dict[str, Any] = {
 RANGES = ((0, 512), (512, 2048), (2048, 8192))
 TEXTS = 4
 """Held-out texts of 8192 bytes."""
+PROMPT, DECODED = 2048, 64
+"""Bytes that are read before decoding is timed, and bytes that are decoded."""
 
 app = typer.Typer(add_completion=False)
 
@@ -107,9 +109,10 @@ def by_position(model: torch.nn.Module) -> dict[str, float]:
     for start in starts:
         ids, cache, parts = data[start : start + longest + 1].unsqueeze(0), None, []
         for at in range(0, longest, 2048):
-            out: Any = model(input_ids=ids[:, at : at + 2048], **cached(model, cache))
+            end = min(longest, at + 2048)
+            out: Any = model(input_ids=ids[:, at:end], **cached(model, cache))
             cache = cache_of(out)
-            targets = ids[0, at + 1 : at + 2049]
+            targets = ids[0, at + 1 : end + 1]
             parts.append(torch.nn.functional.cross_entropy(out.logits[0].float(), targets, reduction="none") / LN2)
         losses.append(torch.cat(parts))
     mean = torch.stack(losses).mean(0)
@@ -117,8 +120,9 @@ def by_position(model: torch.nn.Module) -> dict[str, float]:
 
 
 @torch.no_grad()
-def decoding(model: torch.nn.Module, prompt: int = 2048, tokens: int = 64) -> dict[str, float]:
-    """Bytes per second of greedy decoding after ``prompt`` bytes, the best of 3, and the bytes of the state there."""
+def decoding(model: torch.nn.Module) -> dict[str, float]:
+    """Bytes per second of greedy decoding after `PROMPT` bytes, the best of 3, and the bytes of the state there."""
+    prompt, tokens = PROMPT, DECODED
     ids = as_ids(held_out_python())[:, : prompt + 1]
     best = float("inf")
     size = 0

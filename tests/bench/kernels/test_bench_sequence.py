@@ -34,8 +34,8 @@ def test_wrong_outputs_are_caught(monkeypatch):
 
 def test_bytes_and_flops():
     text = Text("cpu", "float32", "gated delta rule", 10, 3, 8)
-    # Products with S for keys, queries and the update: 2 D^2 each. Within a chunk of 32: keys and queries with keys, the
-    # triangular solution and the errors' part of the outputs, half of 2 C D each.
+    # Products with S for keys, queries and the update: 2 D^2 each. Within a chunk of 32: keys and queries with keys,
+    # the triangular solution and the errors' part of the outputs, half of 2 C D each.
     assert text.flops("ttt") == 10 * 3 * (3 * 2 * 8 * 8 + 4 * 32 * 8)
     assert Text("cpu", "float32", "TTT-Linear", 10, 3, 8).flops("ttt") == 10 * 3 * (3 * 2 * 8 * 8 + 2 * 16 * 8)
     assert Token("cpu", "float32", "gated delta rule", 2, 3, 8).bytes("ttt") == 2 * 4 * 2 * 3 * 8 * 8
