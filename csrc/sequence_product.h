@@ -106,19 +106,24 @@ inline void solve_lower(const float* a, int64_t a_row, float* x, int64_t x_row, 
 // Rows of `count` numbers that are `stride` apart become float32 rows of `wide` numbers, zeros at the end.
 template <class T>
 inline void read_rows(const T* from, int64_t stride, int64_t rows, int64_t count, float* to, int64_t wide) {
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t j = 0; j < wide; j += VL)
-      store(to + r * wide + j, j < count ? load_upto(from + r * stride + j, count - j) : vf{});
+  for (int64_t r = 0; r < rows; r++) {
+    int64_t j = 0;
+    for (; j + VL <= count; j += VL) store(to + r * wide + j, load(from + r * stride + j));
+    for (; j < wide; j += VL) store(to + r * wide + j, j < count ? load_upto(from + r * stride + j, count - j) : vf{});
+  }
 }
 
 template <class T>
 inline void write_rows(const float* from, int64_t wide, int64_t rows, int64_t count, T* to, int64_t stride) {
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t j = 0; j < count; j += VL) {
+  for (int64_t r = 0; r < rows; r++) {
+    int64_t j = 0;
+    for (; j + VL <= count; j += VL) store_nearest(to + r * stride + j, load(from + r * wide + j));
+    if (j < count) {
       T part[VL];
       store_nearest(part, load(from + r * wide + j));
-      std::memcpy(to + r * stride + j, part, (count - j < VL ? count - j : VL) * sizeof(T));
+      std::memcpy(to + r * stride + j, part, (count - j) * sizeof(T));
     }
+  }
 }
 
 #if defined(__GNUC__) && !defined(__clang__)

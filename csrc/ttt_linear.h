@@ -30,8 +30,8 @@ struct InnerNorm {
     *inverse = 1.0f / std::sqrt((sum(square) + rest) / width + eps);
   }
 
-  // z becomes the gradient of |x + LN(z) - v|^2 / 2 by z.
-  void gradient(float* z, const float* x, const float* v) const {
+  // z becomes `rate` times the gradient of |x + LN(z) - v|^2 / 2 by z.
+  void gradient(float* z, const float* x, const float* v, float rate) const {
     float mean, inverse;
     moments(z, &mean, &inverse);
     vf total = {}, along = {};
@@ -45,7 +45,7 @@ struct InnerNorm {
     for (int64_t j = 0; j < wide; j += VL) {
       const vf plain = (load(z + j) - splat(mean)) * splat(inverse), w = load(weight + j);
       const vf d = (plain * w + load(bias + j) + load(x + j) - load(v + j)) * w;
-      store(z + j, (d - splat(mean_d) - plain * splat(mean_along)) * splat(inverse));
+      store(z + j, (d - splat(mean_d) - plain * splat(mean_along)) * splat(rate * inverse));
     }
     for (int64_t j = width; j < wide; j++) z[j] = 0.0f;
   }
@@ -105,16 +105,13 @@ void ttt_linear_sequence(const ttt::TTTLinear& a, int64_t sequence, int64_t head
     read_rows(static_cast<const T*>(a.q) + first * width, stride, some, width, q, wide);
     read_rows(static_cast<const T*>(a.k) + first * width, stride, some, width, k, wide);
     read_rows(static_cast<const T*>(a.v) + first * width, stride, some, width, v, wide);
-    for (int64_t i = 0; i < some * wide; i += VL) store(q + i, splat(a.scale) * load(q + i));
+    for (int64_t i = 0; a.scale != 1.0f && i < some * wide; i += VL) store(q + i, splat(a.scale) * load(q + i));
     // Where a mini-batch begins, the present weights are its first ones.
     const float* from = position == 0 ? weight : start;
     product_of<kSet>({k, wide, 1}, from, wide, d, wide, some, wide, width);
     add_bias(d, from + width * wide, some, wide);
-    for (int64_t i = 0; i < some; i++) norm.gradient(d + i * wide, k + i * wide, v + i * wide);
-    for (int64_t i = 0; i < some; i++) {
-      const float rate = a.rate[first + i * a.heads];
-      for (int64_t j = 0; j < wide; j += VL) store(d + i * wide + j, splat(rate) * load(d + i * wide + j));
-    }
+    for (int64_t i = 0; i < some; i++)
+      norm.gradient(d + i * wide, k + i * wide, v + i * wide, a.rate[first + i * a.heads]);
     transpose(k, wide, some, wide, kt, bp);
     product_of<kSet>({q, wide, 1}, kt, bp, seen, bp, some, whole_vectors(some), width, kLowerResult);
     for (int64_t i = 0; i < some; i++) {
@@ -209,14 +206,10 @@ void ttt_linear_token(const ttt::TTTLinear& a, int64_t row, float* memory) {
     row_product(k, k, start, width, d, nullptr);
     row_product(q, q, weight, width, out, nullptr);
   }
-  norm.gradient(d, k, v);
-  const float rate = a.rate[row];
+  norm.gradient(d, k, v, a.rate[row]);
   float match = 1.0f;
   for (int64_t i = 0; i < width; i++) match += q[i] * k[i];
-  for (int64_t j = 0; j < wide; j += VL) {
-    store(d + j, splat(rate) * load(d + j));
-    store(out + j, load(out + j) - splat(match) * load(d + j));
-  }
+  for (int64_t j = 0; j < wide; j += VL) store(out + j, load(out + j) - splat(match) * load(d + j));
   norm.apply(out, q);
   write_rows(out, wide, 1, width, static_cast<T*>(a.out) + row * width, 0);
   // The first weights of the mini-batch are the old ones while it goes on, and the new ones when it has ended. Those
