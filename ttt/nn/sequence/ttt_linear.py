@@ -31,7 +31,7 @@ class TTTLinear(SequenceLayer):
         head_width: int | None = None,
         convolution: int = 4,
         mini_batch: int = 16,
-        base_rate: float = 0.5,
+        base_rate: float = 0.2,
     ):
         super().__init__()
         self.hidden, self.mini_batch, self.base_rate = hidden, mini_batch, base_rate
@@ -44,7 +44,9 @@ class TTTLinear(SequenceLayer):
         self.first = nn.ParameterList(self._first_weights(heads, width))
 
     def _first_weights(self, heads: int, width: int) -> list[Tensor]:
-        return [torch.randn(heads, width, width) * 0.02, torch.zeros(heads, width)]
+        # Keys have length 1, so z has a deviation of about 1. The inner norm divides gradients by it: with small first
+        # weights the first tokens would make them large, and later ones could change little.
+        return [torch.randn(heads, width, width), torch.zeros(heads, width)]
 
     def forward(
         self, x: Tensor, state: LayerState | None = None, *, cu_seqlens: Tensor | None = None

@@ -22,7 +22,7 @@ class TTTMLP(TTTLinear):
         head_width: int | None = None,
         convolution: int = 4,
         mini_batch: int = 16,
-        base_rate: float = 0.1,
+        base_rate: float = 0.01,
         expansion: int = 4,
     ):
         self.expansion = expansion
@@ -30,9 +30,10 @@ class TTTMLP(TTTLinear):
 
     def _first_weights(self, heads: int, width: int) -> list[Tensor]:
         inner = self.expansion * width
+        # As in `TTTLinear`, both layers' sums have deviations of about 1.
         return [
-            torch.randn(heads, width, inner) * 0.02,
+            torch.randn(heads, width, inner),
             torch.zeros(heads, inner),
-            torch.randn(heads, inner, width) * 0.02,
+            torch.randn(heads, inner, width) / inner**0.5,
             torch.zeros(heads, width),
         ]
