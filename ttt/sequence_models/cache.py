@@ -88,8 +88,8 @@ class SequenceCache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        """True for each block: none has keys that an attention mask could leave out."""
-        return [True] * len(self.layers)
+        """False for each block: with a cache of linear layers alone, ``generate`` reads the whole text again."""
+        return [False] * len(self.layers)
 
     @property
     def nbytes(self) -> int:
