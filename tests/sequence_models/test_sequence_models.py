@@ -106,9 +106,11 @@ def test_the_next_conversation_starts_from_the_last_state():
     assert isinstance(cache, SequenceCache)
     # The last token that was generated has not been read yet.
     text = torch.cat([out.sequences, ids[:, 8:]], 1)
+    options = {**GREEDY, "attention_mask": torch.ones_like(text)}  # 0 may have been generated: it is no padding
     name = "cache" if "cache" in out else "past_key_values"
-    continued = model.generate(text, **{name: cache}, **GREEDY)
-    assert torch.equal(continued, model.generate(text, use_cache=False, **GREEDY))
+    continued = model.generate(text, **{name: cache}, **options)
+    assert cache.get_seq_length() == 28 + 7
+    assert torch.equal(continued, model.generate(text, use_cache=False, **options))
 
 
 @torch.no_grad()
