@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import assert_close
 
+from ttt.ops.sequence import cuda
 from ttt.ops.sequence import delta_rule as formulas
 from ttt.ops.triton import delta_rule as kernels
 from ttt.ops.triton.common import INTERPRETED
@@ -79,3 +80,19 @@ def test_one_token(dtype, shape, gated):
     if not truncates(dtype):
         assert_close(out, exact, plain.to(dtype), "o")
     assert_close(state, exact_state, plain_state, "state")
+
+
+def test_which_calls_the_kernels_take():
+    """Texts of heads of 16, 32, 48 and 64; tokens of any width up to 256."""
+
+    def why(keys, values, dtype=torch.float32, text=True):
+        shape = (1, 5, 2) if text else (1, 2)
+        return cuda.why_not(torch.zeros(*shape, keys, dtype=dtype), torch.zeros(*shape, values, dtype=dtype))
+
+    assert not any(why(width, width) for width in (16, 32, 48, 64))
+    assert not why(20, 7, text=False)
+    assert not why(64, 128)
+    assert why(128, 128) == "no Triton kernel for keys wider than 64, got 128"
+    assert why(257, 1, text=False) == "no Triton kernel for keys wider than 256, got 257"
+    assert why(20, 16) == "no Triton kernel for widths that are no multiples of 16, got 20 and 16"
+    assert why(16, 16, torch.float64) == "no Triton kernel for torch.float64"
