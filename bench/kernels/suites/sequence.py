@@ -108,7 +108,7 @@ class Text(Case):
 
     @property
     def ceiling(self) -> str | None:
-        return "square matmul"
+        return "matmul"
 
     def bytes(self, contender: str) -> int | None:
         return None
@@ -118,7 +118,7 @@ class Text(Case):
         return self.tokens * self.heads * (6 * self.width**2 + inner * self.width)
 
     def ceilings(self) -> dict[str, Callable[[], Contender]]:
-        return {"square matmul": lambda: square_ceiling(self.device, self.dtype)}
+        return {"matmul": lambda: square_ceiling(self.device, self.dtype)}
 
     def contenders(self) -> dict[str, Callable[[], Contender]]:
         x = inputs_of(self.device, self.dtype, 1, self.tokens, self.heads, self.width)

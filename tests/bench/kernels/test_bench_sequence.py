@@ -26,6 +26,13 @@ def test_prefill_has_attention_beside_it():
     assert not not_timed
 
 
+def test_rows_have_the_shares_of_their_ceilings():
+    text, token = Text("cpu", "float32", OPS[0], 20, 1, 16), Token("cpu", "float32", OPS[1], 2, 1, 16)
+    for case, ceiling in ((text, "matmul"), (token, "copy")):
+        rows, _ = measure.measure(case, 1)
+        assert all(row["ceiling"] == ceiling and row["percent_of_ceiling"] > 0 for row in rows)
+
+
 def test_wrong_outputs_are_caught(monkeypatch):
     real = sequence.run_op
     monkeypatch.setattr(sequence, "run_op", lambda op, x, form: (real(op, x, form)[0] * (1 + (form == "auto")), None))
