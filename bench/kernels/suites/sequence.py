@@ -164,7 +164,9 @@ class Token(Case):
 
     @property
     def name(self) -> str:
-        return f"{self.op}: a token of {self.batch} sequences, {self.heads} heads of {self.width}"
+        return (
+            f"{self.op}: a token of {self.batch} sequence{'s' * (self.batch > 1)}, {self.heads} heads of {self.width}"
+        )
 
     def bytes(self, contender: str) -> int | None:
         """TTT-Linear reads the weights at the beginning of the mini-batch too, and writes them at its end."""
@@ -259,7 +261,7 @@ class Prefill(Case):
 
 
 def cases(device: str) -> list[Case]:
-    """Texts of 2048 tokens, tokens of 1 and 64 sequences, and texts of 512 to 8192 tokens beside attention."""
+    """Texts of 2048 tokens, tokens of 1 and 64 sequences, and texts of 64 to 8192 tokens beside attention."""
     found: list[Case] = []
     for op in OPS:
         for heads, width in ((16, 64), (8, 128)):
@@ -267,4 +269,4 @@ def cases(device: str) -> list[Case]:
                 quick = (op, width, dtype) == (OPS[0], 64, "float32")
                 found.append(Text(device, dtype, op, 2048, heads, width, quick=quick))
             found += [Token(device, "float32", op, batch, heads, width) for batch in (1, 64)]
-    return found + [Prefill(device, "float32", tokens, 16, 64) for tokens in (512, 2048, 8192)]
+    return found + [Prefill(device, "float32", tokens, 16, 64) for tokens in (64, 128, 512, 2048, 8192)]
