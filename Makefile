@@ -81,6 +81,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m bench.kernels.run --suite growth --rounds 5 --seconds 4 --json bench/kernels/results/cpu_growth.json
 	$(BIN)/python -m bench.kernels.run --suite head --rounds 5 --seconds 3 --json bench/kernels/results/cpu_head.json
 	$(BIN)/python -m bench.kernels.run --suite low_rank --rounds 5 --seconds 3 --json bench/kernels/results/cpu_low_rank.json
+	$(BIN)/python -m bench.kernels.run --suite sequence --rounds 5 --seconds 3 --threads 1 --json bench/kernels/results/cpu_sequence.json
 	$(BIN)/python -m bench.kernels.plot
 	$(BIN)/python -m bench.kernels.targets
 

@@ -224,6 +224,34 @@ def units() -> list[str]:
     return _table(("setting", *forms), [_line(s, *(by_form[form] for form in forms)) for s, by_form in found.items()])
 
 
+def pretrained() -> list[str]:
+    """Byte-level models of several kinds of layer: bits per byte by position, decoding and state."""
+    lines = []
+    for row in _load("pretrain.json")["rows"]:
+        bits = [f"{value:.3f}" for value in row["held_out_bpb"].values()]
+        decode = row["decode"]
+        cells = [f"{row['parameters'] / 1e6:.2f}", *bits, f"{row['train_bpb']:.3f}", f"{row['cpu_seconds']:.0f}"]
+        lines.append(_line(row["layer"], *cells, f"{decode['bytes_per_second']:.0f}", f"{decode['state_bytes']:,}"))
+    ranges = list(_load("pretrain.json")["rows"][0]["held_out_bpb"])
+    head = ("layers", "parameters, millions", *(f"bytes {r}" for r in ranges), "training text", "training, CPU s",
+            "decoding, bytes/s", "state, bytes")  # fmt: skip
+    return _table(head, lines)
+
+
+def sequence_ops() -> list[str]:
+    """The ops of sequence layers: times, and shares of the ceilings, beside other ways of computing the same."""
+    rows = _load("cpu_sequence.json")["rows"]
+    lines = []
+    for row in rows:
+        if not row["ours"]:
+            continue
+        same = [r for r in rows if (r["case"], r["dtype"]) == (row["case"], row["dtype"]) and not r["ours"]]
+        others = ", ".join(f"{r['contender']} {r['us'] / row['us']:.2f} x" for r in same)
+        of = "" if row["ceiling"] is None else f"{row['percent_of_ceiling']:.0f} % of {row['ceiling']}"
+        lines.append(_line(row["case"], row["dtype"], f"{row['us']:.0f}", others, of))
+    return _table(("case", "tokens", "us", "time of others", "of the ceiling"), lines)
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "quality": quality, "streams": streams, "digits": digits, "demo": demo, "costs": costs, "all costs": all_costs,
     "units": units,
@@ -232,7 +260,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "facts run": _suite("facts", facts.about), "facts": _suite("facts", facts.by_scenario),
     "facts costs": _suite("facts", facts.costs), "told": told, "conversation": conversation, "users": users,
     "server": _results("server.json", serving.server), "server prices": _results("server.json", serving.prices),
-    "soak": _results("soak.json", serving.soak),
+    "soak": _results("soak.json", serving.soak), "pretrained": pretrained, "sequence ops": sequence_ops,
 }  # fmt: skip
 """Name in the marker -> what makes the table."""
 

@@ -77,6 +77,33 @@ struct LowRankCompress {
   int dtype, threads;
 };
 
+struct DeltaRule {
+  const void *q, *k, *v;     // tokens x heads x keys, the same, tokens x heads x values: dtype
+  const float *beta, *gate;  // tokens x heads; gate, in logarithms, may be null
+  const int64_t* begins;     // sequences + 1: where packed sequences begin; null: each has `tokens` tokens
+  float* state;              // sequences x heads x keys x values, updated
+  void* out;                 // like v
+  int64_t sequences, tokens, heads, keys, values;
+  float scale;
+  bool one_token;  // of each sequence
+  int dtype, threads;
+};
+
+struct TTTLinear {
+  const void *q, *k, *v;                 // tokens x heads x width, dtype
+  const float* rate;                     // tokens x heads
+  const float *norm_weight, *norm_bias;  // heads x width
+  const int64_t* begins;                 // as above
+  float *weight, *bias;                  // sequences x heads x width x width, sequences x heads x width; updated
+  float *start_weight, *start_bias;      // the same before the present mini-batch
+  const int64_t* position;               // sequences: tokens of the present mini-batch
+  void* out;                             // like v
+  int64_t sequences, tokens, heads, width, mini_batch;
+  float scale, eps;
+  bool one_token;  // of each sequence
+  int dtype, threads;
+};
+
 struct Kernels {
   const char* isa;
   void (*window_linear)(const WindowLinear&);
@@ -85,6 +112,8 @@ struct Kernels {
   void (*low_rank_append)(const LowRankAppend&);
   int64_t (*low_rank_compress)(const LowRankCompress&);
   bool (*all_finite)(const void* x, int64_t count, int dtype);
+  void (*delta_rule)(const DeltaRule&);
+  void (*ttt_linear)(const TTTLinear&);
 };
 
 // One table per instruction set, each from its own compilation of kernels.cpp.

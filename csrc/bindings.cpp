@@ -11,6 +11,7 @@
 #include "isa_bindings.h"
 #include "low_rank_bindings.h"
 #include "philox.h"
+#include "sequence_bindings.h"
 
 namespace {
 
@@ -209,6 +210,7 @@ PYBIND11_MODULE(_C, m) {
            named("decay"), named("momentum_dtype"));
   m.def("commit", &run_commit);
   bind_low_rank(m);
+  bind_sequence(m);
   m.def("all_finite", &all_finite);
   m.def("reservoir_insert", &reservoir_insert);
   m.def("reservoir_draw", &reservoir_draw);

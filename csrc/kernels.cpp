@@ -1,5 +1,6 @@
-// Chooses the namespace and vector length by instruction set; the bodies are in commit.h, window_linear.h and
-// low_rank.h. Compiled once for each instruction set with that set's flags (setup.py), never for the whole library.
+// Chooses the namespace and vector length by instruction set; the bodies are in commit.h, window_linear.h, low_rank.h,
+// delta_rule.h and ttt_linear.h. Compiled once for each instruction set with that set's flags (setup.py), never for the
+// whole library.
 #include "api.h"
 
 #if defined(TTT_ISA_AVX512BF16)
@@ -21,16 +22,18 @@
 #endif
 
 #include "commit.h"
+#include "delta_rule.h"
 #include "low_rank.h"
 #include "low_rank_compress.h"
+#include "ttt_linear.h"
 #include "window_linear.h"
 
 namespace ttt {
 
 const Kernels& TTT_TABLE() {
   static const Kernels table = {
-      TTT_NAME,      run_window_linear, run_commit, run_low_rank_linear, run_low_rank_append, run_low_rank_compress,
-      run_all_finite};
+      TTT_NAME,       run_window_linear, run_commit,    run_low_rank_linear, run_low_rank_append, run_low_rank_compress,
+      run_all_finite, run_delta_rule,    run_ttt_linear};
   return table;
 }
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from bench.kernels.check import RESULTS, kind_of, load
+from bench.kernels.plot_sequence import lengths
 
 Row = dict[str, Any]
 
@@ -212,23 +213,31 @@ def main(
     results: Annotated[Path, typer.Option(exists=True, help="Folder of JSON files of bench.kernels.run.")] = RESULTS,
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures (default: the same).")] = None,
 ) -> None:
-    """Draw roofline_KIND.png and growth_KIND.png for each kind of device (cpu, cuda) that has results."""
+    """Draw roofline_KIND.png, growth_KIND.png and sequence_KIND.png for each kind of device that has results."""
     import matplotlib
 
     matplotlib.use("Agg")
     folder = out or results
     folder.mkdir(parents=True, exist_ok=True)
+    files = sorted(results.glob("*.json"))
+    # Sequence layers are measured on one thread, the others on all: they are not results of one kind of machine.
+    apart = [file for file in files if file.stem.endswith("_sequence")]
     for kind in ("cpu", "cuda"):
-        found = gather(sorted(results.glob("*.json")), kind)
+        found = gather([file for file in files if file not in apart], kind)
         if found is None:
             print(f"no results on {kind} in {results}")
             continue
         machine, ceilings, rows = found
-        for name, drawn in (
-            (f"roofline_{kind}.png", roofline(machine, ceilings, rows, folder / f"roofline_{kind}.png")),
-            (f"growth_{kind}.png", growth(machine, rows, folder / f"growth_{kind}.png")),
-        ):
-            print(f"{folder / name} drawn" if drawn else f"{name}: no rows for it in {results}")
+        drawn = {
+            f"roofline_{kind}.png": roofline(machine, ceilings, rows, folder / f"roofline_{kind}.png"),
+            f"growth_{kind}.png": growth(machine, rows, folder / f"growth_{kind}.png"),
+        }
+        if (found := gather(apart, kind)) is not None:
+            machine, _, rows = found
+            path = folder / f"sequence_{kind}.png"
+            drawn[path.name] = lengths(title_of(machine, "What a text costs by its length"), rows, path)
+        for name, done in drawn.items():
+            print(f"{folder / name} drawn" if done else f"{name}: no rows for it in {results}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def _kernels() -> SimpleNamespace | None:
     if "triton" in unavailable:
         return None
     try:
-        from ttt.ops.triton import append, commit, low_rank, project, reservoir, window_linear
+        from ttt.ops.triton import append, commit, delta_rule, low_rank, project, reservoir, window_linear
         from ttt.ops.triton import low_rank_compress as low_rank_compress
     except ImportError as error:
         unavailable["triton"] = f"the Triton kernels cannot be imported ({error})"
@@ -42,6 +42,9 @@ def _kernels() -> SimpleNamespace | None:
         low_rank_append=low_rank.low_rank_append,
         low_rank_compress=low_rank_compress.low_rank_compress,
         why_not_compress=low_rank_compress.why_not,
+        delta_rule=delta_rule.delta_rule,
+        delta_rule_step=delta_rule.delta_rule_step,
+        most_keys=delta_rule.MOST_KEYS,
     )
 
 

@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from bench.kernels.case import Case
-from bench.kernels.suites import commit, decode, fisher, generate, growth, head, loops, low_rank, observe, window_linear
+from bench.kernels.suites import (
+    commit,
+    decode,
+    fisher,
+    generate,
+    growth,
+    head,
+    loops,
+    low_rank,
+    observe,
+    sequence,
+    window_linear,
+)
 
 SUITES: dict[str, Callable[[str], list[Case]]] = {
     "commit": commit.cases,
@@ -18,6 +30,7 @@ SUITES: dict[str, Callable[[str], list[Case]]] = {
     "head": head.cases,
     "growth": growth.cases,
     "low_rank": low_rank.cases,
+    "sequence": sequence.cases,
 }
 
 

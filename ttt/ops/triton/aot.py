@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from ttt.ops import log8, schema
 from ttt.ops.arguments import CommitArguments
-from ttt.ops.triton import append, commit, low_rank, project, reservoir, window_linear
+from ttt.ops.triton import append, commit, delta_rule, low_rank, project, reservoir, window_linear
 from ttt.ops.triton import low_rank_compress as low_rank_compress
 
 M, N, CAPACITY = 4096, 4096, 1024
@@ -106,6 +106,16 @@ def _compress(dtype, slots, rank, window, lam=0.0, replay_rows=0) -> None:
     )  # fmt: skip
 
 
+def _delta_rule(dtype, keys, values, gated=True, packed=False) -> None:
+    q, v = (_meta(2, 256, 8, width, dtype=dtype) for width in (keys, values))
+    rates, state = _meta(2, 256, 8, dtype=torch.float32), _meta(2, 8, keys, values, dtype=torch.float32)
+    gate, begins = rates if gated else None, _meta(3, dtype=torch.int64) if packed else None
+    if keys <= delta_rule.MOST_KEYS:
+        delta_rule.delta_rule(q, q, v, rates, gate, state if packed else None, begins, 0.125)
+    now = [None if t is None else t[:, 0] for t in (q, q, v, rates, gate)]
+    delta_rule.delta_rule_step(*now, state, 0.125)
+
+
 def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """Calls of the launchers, each as (label, call), that reach every kernel, or every variant of every kernel."""
     dtypes = (torch.bfloat16, torch.float32, torch.float16)
@@ -180,6 +190,11 @@ def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
             (bf16, 32, 16, 64, 1.0, 4),
             (fp32, 32, 8, 24, 0.0, 32),
         ]
+    widths = ((64, 64), (128, 128), (16, 32), (48, 304)) if everything else ((64, 64), (128, 128))
+    for dtype, (keys, values) in itertools.product(dtypes if everything else dtypes[:2], widths):
+        for gated, packed in itertools.product((True, False), repeat=2) if everything else [(True, True)]:
+            label = f"{_name(dtype)} {keys}x{values} gated={gated:d} packed={packed:d}"
+            yield label, lambda a=(dtype, keys, values, gated, packed): _delta_rule(*a)
     for a in squeezes:
         dtype, _, rank, window, *rest = a
         label = " ".join(map(str, (_name(dtype), f"slots of {rank}+{window}", *rest)))

@@ -1,0 +1,272 @@
+"""Suite ``sequence``: the ops of sequence layers on a text and on a token, and TTT-Linear beside attention."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.kernels.case import Case
+from bench.kernels.ceilings import square_ceiling
+from bench.kernels.contender import Contender, Unavailable
+from ttt.ops import sequence as ops
+
+MINI_BATCH = 16
+CHUNK = 32
+"""Tokens of a chunk of the delta rule's C++ kernel, by which its products are counted."""
+OPS = ("gated delta rule", "TTT-Linear")
+TOLERANCE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Random tokens (B, T, H, D), and the first weights and the norm of TTT-Linear."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rate: Tensor
+    gate: Tensor
+    weights: list[Tensor]
+    norm: ops.Norm
+
+
+def inputs_of(device: str, dtype: str, batch: int, tokens: int, heads: int, width: int) -> Inputs:
+    """Queries and keys of length 1, rates below 0.2 for TTT-Linear and below 1 for the delta rule."""
+    kind = getattr(torch, dtype)
+    generator = torch.Generator(device=device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, generator=generator)
+
+    q, k = (torch.nn.functional.normalize(draw(batch, tokens, heads, width), dim=-1).to(kind) for _ in range(2))
+    v, rate, gate = draw(batch, tokens, heads, width).to(kind), *(draw(batch, tokens, heads) for _ in range(2))
+    weights = [draw(heads, width, width) * 0.02, torch.zeros(heads, width, device=device)]
+    norm = ops.Norm(torch.ones(heads, width, device=device), torch.zeros(heads, width, device=device))
+    return Inputs(q, k, v, rate.sigmoid(), -torch.nn.functional.softplus(gate - 3), weights, norm)
+
+
+def run_op(op: str, x: Inputs, form: str) -> tuple[Tensor, Any]:
+    """The op on all tokens, with its final state."""
+    if op == "gated delta rule":
+        return ops.gated_delta_rule(x.q, x.k, x.v, x.rate, x.gate, output_final_state=True, form=form)
+    return ops.memory(
+        x.q, x.k, x.v, 0.2 * x.rate, x.weights, norm=x.norm, mini_batch=MINI_BATCH, output_final_state=True, form=form
+    )
+
+
+def fla_naive(folder: str) -> Any:
+    """The naive forms of flash-linear-attention, which need no Triton.
+
+    Raises:
+        Unavailable: if it is not installed.
+    """
+    found = importlib.util.find_spec("fla")
+    if found is None or not found.submodule_search_locations:
+        raise Unavailable("fla-core is not installed")
+    path = Path(next(iter(found.submodule_search_locations))) / "ops" / folder / "naive.py"
+    spec = importlib.util.spec_from_file_location(f"fla_naive_{folder}", path)
+    assert spec is not None and spec.loader is not None  # noqa: PT018
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_close(found: Tensor, exact: Tensor, dtype: str) -> None:
+    """Raise AssertionError if ``found`` is off by more than rounding."""
+    off = float((found.double() - exact.double()).norm() / exact.double().norm())
+    if not off <= (TOLERANCE if dtype == "float32" else 20 * TOLERANCE):
+        raise AssertionError(f"outputs are off by {off:.3g}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Text(Case):
+    """One op on a text of ``tokens``, without gradients, in each of its forms.
+
+    flops are those of the kernel's products: in chunks of C tokens, 6 D^2 with the state and 4 C D within the chunk for
+    each token and head of the delta rule, 6 D^2 and 2 b D of TTT-Linear.
+    """
+
+    suite = "sequence"
+    baseline = "token by token"
+    forward = None
+
+    op: str
+    tokens: int
+    heads: int
+    width: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}: T = {self.tokens}, {self.heads} heads of {self.width}"
+
+    @property
+    def ceiling(self) -> str | None:
+        return "matmul"
+
+    def bytes(self, contender: str) -> int | None:
+        return None
+
+    def flops(self, contender: str) -> int | None:
+        inner = 4 * CHUNK if self.op == "gated delta rule" else 2 * MINI_BATCH
+        return self.tokens * self.heads * (6 * self.width**2 + inner * self.width)
+
+    def ceilings(self) -> dict[str, Callable[[], Contender]]:
+        return {"matmul": lambda: square_ceiling(self.device, self.dtype)}
+
+    def contenders(self) -> dict[str, Callable[[], Contender]]:
+        x = inputs_of(self.device, self.dtype, 1, self.tokens, self.heads, self.width)
+
+        @functools.cache
+        def exact() -> Tensor:
+            return run_op(self.op, x, "reference")[0]
+
+        def contender(run: Callable[[], Tensor]) -> Contender:
+            def guarded() -> Tensor:
+                with torch.no_grad():
+                    return run()
+
+            return Contender(guarded, lambda: check_close(guarded(), exact(), self.dtype), graph=False)
+
+        def of(form: str) -> Callable[[], Contender]:
+            return lambda: contender(lambda: run_op(self.op, x, form)[0])
+
+        found = {"ttt": of("auto"), "torch, in chunks": of("chunk"), "token by token": of("reference")}
+        if self.op == "gated delta rule":
+
+            def fla() -> Contender:
+                naive = fla_naive("gated_delta_rule").naive_chunk_gated_delta_rule
+                given = (x.q, x.k, x.v, x.gate, x.rate)
+                return contender(lambda: naive(*given, chunk_size=64, output_final_state=True)[0])
+
+            found["fla, naive chunks"] = fla
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Token(Case):
+    """One decoding step of ``batch`` sequences. Bytes are those of the states: read once, and written once."""
+
+    suite = "sequence"
+    baseline = "torch"
+    forward = None
+
+    op: str
+    batch: int
+    heads: int
+    width: int
+
+    @property
+    def name(self) -> str:
+        return (
+            f"{self.op}: a token of {self.batch} sequence{'s' * (self.batch > 1)}, {self.heads} heads of {self.width}"
+        )
+
+    def bytes(self, contender: str) -> int | None:
+        """TTT-Linear reads the weights at the beginning of the mini-batch too, and writes them at its end."""
+        state = 4 * self.batch * self.heads * self.width**2
+        if self.op == "gated delta rule":
+            return 2 * state
+        return round(state * (2 + (MINI_BATCH - 1) / MINI_BATCH + 1 / MINI_BATCH))
+
+    def flops(self, contender: str) -> int | None:
+        return None
+
+    def contenders(self) -> dict[str, Callable[[], Contender]]:
+        x = inputs_of(self.device, self.dtype, self.batch, 1, self.heads, self.width)
+        q, k, v, rate, gate = (t[:, 0] for t in (x.q, x.k, x.v, x.rate, x.gate))
+
+        def make(form: str) -> Contender:
+            state: Any
+            if self.op == "gated delta rule":
+                state = torch.zeros(self.batch, self.heads, self.width, self.width, device=self.device)
+            else:
+                state = ops.new_memory_state(x.weights, self.batch)
+
+            def run() -> Tensor:
+                with torch.no_grad():
+                    if self.op == "gated delta rule":
+                        if form == "ttt":
+                            return ops.gated_delta_rule_step(q, k, v, rate, gate, state=state)
+                        given: Any = [t.float() for t in (q, k, v, rate, gate)] + [state, self.width**-0.5]
+                        return ops.delta_rule.step_(*given).to(q.dtype)
+                    options: Any = {"norm": x.norm, "mini_batch": MINI_BATCH}
+                    if form == "ttt":
+                        return ops.memory_step(q, k, v, 0.2 * rate, state=state, **options)
+                    wide = [t.float() for t in (q, k, v, 0.2 * rate)]
+                    given = [*wide, None, None, state, x.norm, MINI_BATCH]
+                    return ops.dual_form.step_(*given).to(q.dtype)
+
+            first = run_op(self.op, x, "reference")[0][:, 0]
+            found = run()
+            return Contender(run, lambda: check_close(found, first, self.dtype), graph=False)
+
+        return {"ttt": lambda: make("ttt"), "torch": lambda: make("torch")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefill(Case):
+    """TTT-Linear on a text of ``tokens`` beside torch's causal attention with the same heads."""
+
+    suite = "sequence"
+    baseline = "attention"
+    forward = None
+
+    tokens: int
+    heads: int
+    width: int
+
+    @property
+    def name(self) -> str:
+        return f"prefill: T = {self.tokens}, {self.heads} heads of {self.width}"
+
+    @property
+    def ceiling(self) -> str | None:
+        return None
+
+    def bytes(self, contender: str) -> int | None:
+        return None
+
+    def flops(self, contender: str) -> int | None:
+        return None
+
+    def ceilings(self) -> dict[str, Callable[[], Contender]]:
+        return {}
+
+    def contenders(self) -> dict[str, Callable[[], Contender]]:
+        x = inputs_of(self.device, self.dtype, 1, self.tokens, self.heads, self.width)
+
+        def contender(run: Callable[[], Tensor]) -> Contender:
+            def guarded() -> Tensor:
+                with torch.no_grad():
+                    return run()
+
+            return Contender(guarded, lambda: None, graph=False)
+
+        def attend() -> Tensor:
+            q, k, v = (t.transpose(1, 2) for t in (x.q, x.k, x.v))
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        return {
+            "ttt": lambda: contender(lambda: run_op("TTT-Linear", x, "auto")[0]),
+            "gated delta rule": lambda: contender(lambda: run_op("gated delta rule", x, "auto")[0]),
+            "attention": lambda: contender(attend),
+        }
+
+
+def cases(device: str) -> list[Case]:
+    """Texts of 2048 tokens, tokens of 1 and 64 sequences, and texts of 64 to 8192 tokens beside attention."""
+    found: list[Case] = []
+    for op in OPS:
+        for heads, width in ((16, 64), (8, 128)):
+            for dtype in ("float32", "bfloat16"):
+                quick = (op, width, dtype) == (OPS[0], 64, "float32")
+                found.append(Text(device, dtype, op, 2048, heads, width, quick=quick))
+            found += [Token(device, "float32", op, batch, heads, width) for batch in (1, 64)]
+    return found + [Prefill(device, "float32", tokens, 16, 64) for tokens in (64, 128, 512, 2048, 8192)]

@@ -1,0 +1,157 @@
+// The gated delta rule: ttt/ops/sequence/delta_rule.py has the formulas. The chunk form for texts, and one token.
+#pragma once
+#include <cmath>
+
+#include "api.h"
+#include "scratch.h"
+#include "sequence_product.h"
+
+namespace {
+
+// Tokens of a chunk. Products with the state cost the same for each token; those within a chunk grow with its length.
+constexpr int64_t DELTA_CHUNK = 32;
+
+template <class T>
+void delta_rule_sequence(const ttt::DeltaRule& a, int64_t sequence, int64_t head, float* memory) {
+  const int64_t keys = a.keys, values = a.values, kp = whole_vectors(keys), vp = whole_vectors(values);
+  constexpr int64_t C = DELTA_CHUNK, cp = (C + VL - 1) / VL * VL;
+  float* state = memory;
+  float* q = state + keys * vp;
+  float* k = q + C * kp;
+  float* kt = k + C * kp;
+  float* u = kt + kp * cp;  // the errors
+  float* out = u + C * vp;
+  float* system = out + C * vp;
+  float* seen = system + C * cp;
+  float* ratio = seen + C * cp;  // e^{G_i - G_j}
+  float* grown = ratio + cp;     // e^{G_i}
+  const int64_t begin = a.begins ? a.begins[sequence] : sequence * a.tokens;
+  const int64_t end = a.begins ? a.begins[sequence + 1] : begin + a.tokens;
+  float* held = a.state + (sequence * a.heads + head) * keys * values;
+  read_rows(held, values, keys, values, state, vp);
+  for (int64_t at = begin; at < end; at += C) {
+    const int64_t some = end - at < C ? end - at : C, first = at * a.heads + head;
+    read_rows(static_cast<const T*>(a.q) + first * keys, a.heads * keys, some, keys, q, kp);
+    read_rows(static_cast<const T*>(a.k) + first * keys, a.heads * keys, some, keys, k, kp);
+    read_rows(static_cast<const T*>(a.v) + first * values, a.heads * values, some, values, out, vp);
+    transpose(k, kp, some, kp, kt, cp);
+    product_of<kSet>({k, kp, 1}, kt, cp, system, cp, some, whole_vectors(some), keys, kLowerResult);
+    product_of<kSet>({q, kp, 1}, kt, cp, seen, cp, some, whole_vectors(some), keys, kLowerResult);
+    product_of<kSet>({k, kp, 1}, state, vp, u, vp, some, vp, keys);
+    float total = 1.0f;
+    for (int64_t i = 0; i < some; i++) {
+      const float gate = a.gate ? std::exp(a.gate[first + i * a.heads]) : 1.0f, beta = a.beta[first + i * a.heads];
+      total *= gate;
+      grown[i] = total;
+      for (int64_t j = 0; j < i; j++) ratio[j] *= gate;
+      ratio[i] = 1.0f;
+      for (int64_t j = 0; j <= i; j++) {
+        system[i * cp + j] = j < i ? system[i * cp + j] * beta * ratio[j] : 0.0f;
+        seen[i * cp + j] *= a.scale * ratio[j];
+      }
+      // Rows of a register tile read further columns of `seen` than their own.
+      for (int64_t j = i + 1; j < i + TILE_ROWS && j < cp; j++) seen[i * cp + j] = 0.0f;
+      for (int64_t j = 0; j < vp; j += VL)
+        store(u + i * vp + j, splat(beta) * (load(out + i * vp + j) - splat(total) * load(u + i * vp + j)));
+    }
+    solve_lower(system, cp, u, vp, some, vp);
+    product_of<kSet>({q, kp, 1}, state, vp, out, vp, some, vp, keys);
+    for (int64_t i = 0; i < some; i++)
+      for (int64_t j = 0; j < vp; j += VL) store(out + i * vp + j, splat(a.scale * grown[i]) * load(out + i * vp + j));
+    product_of<kAdd>({seen, cp, 1}, u, vp, out, vp, some, vp, some, kLowerLeft);
+    write_rows(out, vp, some, values, static_cast<T*>(a.out) + first * values, a.heads * values);
+    if (a.gate) {  // ratio holds e^{G_C - G_j}
+      for (int64_t i = 0; i < some; i++)
+        for (int64_t j = 0; j < vp; j += VL) store(u + i * vp + j, splat(ratio[i]) * load(u + i * vp + j));
+      for (int64_t i = 0; i < keys * vp; i += VL) store(state + i, splat(total) * load(state + i));
+    }
+    product_of<kAdd>({k, 1, kp}, u, vp, state, vp, keys, vp, some);
+  }
+  write_rows(state, vp, keys, values, held, values);
+}
+
+template <class T>
+void delta_rule(const ttt::DeltaRule& a) {
+  const int64_t kp = whole_vectors(a.keys), vp = whole_vectors(a.values), cp = whole_vectors(DELTA_CHUNK);
+  const int64_t floats = a.keys * vp + DELTA_CHUNK * (2 * kp + 2 * vp + 2 * cp + 1) + kp * cp + 2 * cp;
+  const int64_t tasks = a.sequences * a.heads;
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1 && tasks > 1)
+  {
+    Scratch scratch(floats + VL);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < tasks; task++)
+      delta_rule_sequence<T>(a, task / a.heads, task % a.heads, scratch.get());
+  }
+}
+
+// One token of one head: the state is read for both products, and is in the cache when it is written.
+template <class T>
+void delta_rule_token(const ttt::DeltaRule& a, int64_t row, float* memory) {
+  const int64_t keys = a.keys, values = a.values, vp = whole_vectors(values);
+  float* q = memory;
+  float* k = q + whole_vectors(keys);
+  float* error = k + whole_vectors(keys);
+  float* out = error + vp;
+  read_rows(static_cast<const T*>(a.q) + row * keys, 0, 1, keys, q, whole_vectors(keys));
+  read_rows(static_cast<const T*>(a.k) + row * keys, 0, 1, keys, k, whole_vectors(keys));
+  float* state = a.state + row * keys * values;
+  const float gate = a.gate ? std::exp(a.gate[row]) : 1.0f, beta = a.beta[row];
+  float match = 0.0f;
+  for (int64_t i = 0; i < keys; i++) match += q[i] * k[i];
+  const T* v = static_cast<const T*>(a.v) + row * values;
+  for (int64_t j = 0; j < values;) {
+    vf by_k[4] = {}, by_q[4] = {};
+    const bool wide = j + 4 * VL <= values;
+    const int64_t left = values - j;
+    if (wide) {
+      for (int64_t i = 0; i < keys; i++)
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; n++) {
+          const vf s = load(state + i * values + j + n * VL);
+          by_k[n] += splat(k[i]) * s;
+          by_q[n] += splat(q[i]) * s;
+        }
+    } else {
+      for (int64_t i = 0; i < keys; i++) {
+        const vf s = load_upto(state + i * values + j, left);
+        by_k[0] += splat(k[i]) * s;
+        by_q[0] += splat(q[i]) * s;
+      }
+    }
+    for (int n = 0; n < (wide ? 4 : 1); n++) {
+      const int64_t to = j + n * VL;
+      const vf e = splat(beta) * (load_upto(v + to, values - to) - splat(gate) * by_k[n]);
+      store(error + to, e);
+      store(out + to, splat(a.scale) * (splat(gate) * by_q[n] + splat(match) * e));
+    }
+    j += wide ? 4 * VL : VL;
+  }
+  for (int64_t i = 0; i < keys; i++) {
+    float* s = state + i * values;
+    int64_t j = 0;
+    for (; j + VL <= values; j += VL) store(s + j, splat(gate) * load(s + j) + splat(k[i]) * load(error + j));
+    for (; j < values; j++) s[j] = gate * s[j] + k[i] * error[j];
+  }
+  write_rows(out, vp, 1, values, static_cast<T*>(a.out) + row * values, 0);
+}
+
+template <class T>
+void delta_rule_step(const ttt::DeltaRule& a) {
+  const int64_t tasks = a.sequences * a.heads;
+  const int threads = tasks * a.keys * a.values < 65536 ? 1 : a.threads;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Scratch scratch(2 * whole_vectors(a.keys) + 2 * whole_vectors(a.values));
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < tasks; row++) delta_rule_token<T>(a, row, scratch.get());
+  }
+}
+
+void run_delta_rule(const ttt::DeltaRule& a) {
+  if (a.one_token)
+    a.dtype == ttt::kF32 ? delta_rule_step<float>(a) : delta_rule_step<bf16>(a);
+  else
+    a.dtype == ttt::kF32 ? delta_rule<float>(a) : delta_rule<bf16>(a);
+}
+
+}  // namespace

@@ -1,0 +1,122 @@
+"""What sequence layers share: the interface, short convolutions, heads, and the norm of outputs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ttt.ops.sequence.checks import bounds_of
+from ttt.ops.sequence.states import over_sequences
+
+
+class LayerState(NamedTuple):
+    """What a sequence layer carries from token to token.
+
+    Attributes:
+        recent: (B, width - 1, C), the latest inputs of the layer's convolution; None for a layer without one.
+        memory: the state of the layer's op.
+    """
+
+    recent: Tensor | None
+    memory: Any
+
+
+class SequenceLayer(nn.Module):
+    """A layer (B, T, C) -> (B, T, C) whose outputs depend on the tokens up to each, and that carries a state.
+
+    Subclasses have ``forward(x, state=None, *, cu_seqlens=None)``, which returns the outputs and the state after the
+    last token. A text may be read in any pieces: the state that one call returns goes into the next. One token without
+    gradients is a step of the op, which changes ``state`` in place. With ``cu_seqlens`` (N + 1,), x is (1, T, C): N
+    packed sequences, and the state has N rows.
+    """
+
+    def _one_token(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> bool:
+        """Whether the call is a decoding step."""
+        return x.shape[1] == 1 and state is not None and cu_seqlens is None and not torch.is_grad_enabled()
+
+
+def checked_input(x: Tensor, width: int, state: Any, kind: type) -> Tensor:
+    """``x``, if it is (B, T, width) and ``state`` is None or a ``kind``.
+
+    Raises:
+        TypeError, ValueError: otherwise.
+    """
+    if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != width:
+        raise ValueError(f"x must be (B, T, {width}), got {tuple(getattr(x, 'shape', ())) or type(x).__name__}")
+    if state is not None and not isinstance(state, kind):
+        raise TypeError(f"state must be a {kind.__name__} that this layer returned, got {type(state).__name__}")
+    return x
+
+
+class ShortConvolution(nn.Module):
+    """y_t = silu(sum over j < width of w_j * x_{t-j}) for each channel.
+
+    Args:
+        channels: C. width: tokens that an output depends on.
+    """
+
+    def __init__(self, channels: int, width: int = 4):
+        super().__init__()
+        if width < 1:
+            raise ValueError(f"width must be at least 1, got {width}")
+        self.width = width
+        self.weight = nn.Parameter(torch.randn(width, channels) * 0.1 / width)
+        with torch.no_grad():
+            self.weight[0] += 1.0
+
+    def forward(self, x: Tensor, recent: Tensor | None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(y, the latest inputs) of x (B, T, C); ``recent`` (B, width - 1, C) holds those before it, None for zeros."""
+        bounds = bounds_of(cu_seqlens, x.shape[0], x.shape[1])
+        if recent is None:
+            rows = x.shape[0] if bounds is None else len(bounds) - 1
+            recent = x.new_zeros(rows, self.width - 1, x.shape[2])
+        return over_sequences(lambda tensors, state: self._one(tensors[0], state), (x,), recent.to(x.dtype), bounds)
+
+    def _one(self, x, recent):
+        whole = torch.cat([recent, x], 1)
+        tokens, last = x.shape[1], self.width - 1
+        y = whole[:, last:] * self.weight[0]
+        for j in range(1, self.width):
+            y = y + whole[:, last - j : last - j + tokens] * self.weight[j]
+        return nn.functional.silu(y), whole[:, tokens:]
+
+
+class Heads(nn.Module):
+    """Queries, keys and values (B, T, H, D) of a convolved projection, and a projection of outputs with a gate.
+
+    y = W_o (RMSNorm(o) * silu(W_g x)), as in Gated DeltaNet (Yang, Kautz and Hatamizadeh 2025).
+
+    Args:
+        hidden: C. heads: H. head_width: D. convolution: width of the short convolution.
+        unit: whether queries and keys are scaled to length 1.
+    """
+
+    def __init__(self, hidden: int, heads: int, head_width: int, convolution: int, unit: bool = True):
+        super().__init__()
+        for name, value in (("hidden", hidden), ("heads", heads), ("head_width", head_width)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.heads, self.head_width, self.unit = heads, head_width, unit
+        inner = heads * head_width
+        self.qkv_proj = nn.Linear(hidden, 3 * inner, bias=False)
+        self.convolution = ShortConvolution(3 * inner, convolution)
+        self.gate_proj = nn.Linear(hidden, inner, bias=False)
+        self.out_norm = nn.RMSNorm(head_width, eps=1e-6)
+        self.out_proj = nn.Linear(inner, hidden, bias=False)
+
+    def read(
+        self, x: Tensor, recent: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        """((q, k, v), the latest inputs of the convolution)."""
+        mixed, recent = self.convolution(self.qkv_proj(x), recent, cu_seqlens)
+        q, k, v = mixed.view(*x.shape[:2], 3, self.heads, self.head_width).unbind(2)
+        if self.unit:
+            q, k = (nn.functional.normalize(t.float(), dim=-1).to(x.dtype) for t in (q, k))
+        return (q, k, v), recent
+
+    def write(self, o: Tensor, x: Tensor) -> Tensor:
+        """The layer's outputs of the op's outputs ``o`` (B, T, H, D)."""
+        gate = nn.functional.silu(self.gate_proj(x))
+        return self.out_proj(self.out_norm(o).flatten(2) * gate)

@@ -1,0 +1,71 @@
+"""`TTTLinear`: a layer whose state is a linear model that is trained on the tokens it reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttt.nn.sequence.base import Heads, LayerState, SequenceLayer, checked_input
+from ttt.ops.sequence import Norm, memory, memory_step
+
+
+class TTTLinear(SequenceLayer):
+    """A layer whose state is a linear model, trained in mini-batches of b tokens (Sun et al. 2024).
+
+        f(x) = x + LN(x W + b)        W_t = W_{t-1} - r_t grad |f(k_t) - v_t|^2 / 2        o_t = f(q_t; W_t)
+
+    Gradients are taken at the first weights of each mini-batch. q and k have length 1; r_t = base_rate
+    sigmoid(w_r x_t); the first weights of a text and the norm are parameters.
+
+    Args:
+        hidden: C. heads: H. head_width: D, C / H by default. convolution: width of the short convolution.
+        mini_batch: b. base_rate: the highest rate of a token.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        head_width: int | None = None,
+        convolution: int = 4,
+        mini_batch: int = 16,
+        base_rate: float = 0.2,
+    ):
+        super().__init__()
+        self.hidden, self.mini_batch, self.base_rate = hidden, mini_batch, base_rate
+        width = head_width or hidden // heads
+        self.parts = Heads(hidden, heads, width, convolution)
+        self.rate_proj = nn.Linear(hidden, heads)
+        nn.init.zeros_(self.rate_proj.bias)
+        self.norm_weight = nn.Parameter(torch.ones(heads, width))
+        self.norm_bias = nn.Parameter(torch.zeros(heads, width))
+        self.first = nn.ParameterList(self._first_weights(heads, width))
+
+    def _first_weights(self, heads: int, width: int) -> list[Tensor]:
+        # Keys have length 1, so z has a deviation of about 1. The inner norm divides gradients by it: with small first
+        # weights the first tokens would make them large, and later ones could change little.
+        return [torch.randn(heads, width, width), torch.zeros(heads, width)]
+
+    def forward(
+        self, x: Tensor, state: LayerState | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, LayerState]:
+        """See `SequenceLayer`."""
+        checked_input(x, self.hidden, state, LayerState)
+        recent: Any = None
+        held: Any = None
+        if state is not None:
+            recent, held = state
+        (q, k, v), recent = self.parts.read(x, recent, cu_seqlens)
+        rate = self.base_rate * self.rate_proj(x).float().sigmoid()
+        norm = Norm(self.norm_weight, self.norm_bias)
+        if self._one_token(x, state, cu_seqlens):
+            now = (t[:, 0] for t in (q, k, v, rate))
+            o = memory_step(*now, state=held, norm=norm, mini_batch=self.mini_batch).unsqueeze(1)
+        else:
+            o, held = memory(
+                q, k, v, rate, list(self.first), norm=norm, mini_batch=self.mini_batch, initial_state=held,
+                output_final_state=True, cu_seqlens=cu_seqlens,
+            )  # fmt: skip
+        return self.parts.write(o, x), LayerState(recent, held)

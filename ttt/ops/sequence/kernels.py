@@ -1,0 +1,131 @@
+"""Which kernel serves a call of a sequence op, if any: C++ on CPUs, Triton on GPUs, where no gradient is needed.
+
+Each function returns a callable, or None where the torch form must be taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttt.ops.backends import record
+from ttt.ops.cpu import _why_not
+from ttt.ops.sequence import cpu, cuda
+from ttt.ops.sequence.states import MemoryState, tensors_of
+
+MOST_MINI_BATCH = 256
+"""Longest mini-batch of the C++ kernel for texts: its scratch memory grows with the square of it."""
+
+_SCHEMAS = {
+    "sequence_delta_rule": (
+        "(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? state, Tensor? begins, float scale) "
+        "-> (Tensor, Tensor)"
+    ),
+    "sequence_delta_rule_step": (
+        "(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor(a!) state, float scale) -> Tensor"
+    ),
+    "sequence_ttt_linear": (
+        "(Tensor q, Tensor k, Tensor v, Tensor rate, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight, "
+        "Tensor bias, Tensor start_weight, Tensor start_bias, Tensor position, Tensor? begins, int mini_batch, "
+        "float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "sequence_ttt_linear_step": (
+        "(Tensor q, Tensor k, Tensor v, Tensor rate, Tensor norm_weight, Tensor norm_bias, float eps, "
+        "Tensor(a!) weight, Tensor(b!) bias, Tensor(c!) start_weight, Tensor(d!) start_bias, Tensor(e!) position, "
+        "int mini_batch, float scale) -> Tensor"
+    ),
+}
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"ttt::{_name}", _schema)
+
+
+def gated_delta_rule(q, k, v, beta, g, state) -> Callable | None:
+    """The kernel of `ttt.ops.sequence.gated_delta_rule`."""
+    return torch.ops.ttt.sequence_delta_rule if _serves("gated_delta_rule", q, k, v, beta, g, state) else None
+
+
+def gated_delta_rule_step(q, k, v, beta, g, state) -> Callable | None:
+    """The kernel of `ttt.ops.sequence.gated_delta_rule_step`."""
+    served = _serves("gated_delta_rule_step", q, k, v, beta, g, state)
+    return torch.ops.ttt.sequence_delta_rule_step if served else None
+
+
+def ttt_linear(q, k, v, rate, gate, momentum, norm: Any, state: MemoryState, mini_batch: int) -> Callable | None:
+    """The kernel of `ttt.ops.sequence.memory`, for TTT-Linear."""
+    if not _is_ttt_linear(q, gate, momentum, norm, state) or mini_batch > MOST_MINI_BATCH:
+        return None
+    if not _serves("ttt_linear", q, k, v, rate, *norm[:2], *tensors_of(state)):
+        return None
+
+    def run(q, k, v, rate, norm, state, begins, mini_batch, scale):
+        given = (*state.weights, *state.start, state.position)
+        out, *new = torch.ops.ttt.sequence_ttt_linear(q, k, v, rate, *norm, *given, begins, mini_batch, scale)
+        return out, MemoryState(tuple(new[:2]), tuple(new[2:4]), (), new[4])
+
+    return run
+
+
+def ttt_linear_step(q, k, v, rate, gate, momentum, norm: Any, state: MemoryState) -> Callable | None:
+    """The kernel of `ttt.ops.sequence.memory_step`, for TTT-Linear."""
+    if not _is_ttt_linear(q, gate, momentum, norm, state):
+        return None
+    if not _serves("ttt_linear_step", q, k, v, rate, *norm[:2], *tensors_of(state)):
+        return None
+
+    def run(q, k, v, rate, norm, state, mini_batch, scale):
+        given = (*state.weights, *state.start, state.position)
+        return torch.ops.ttt.sequence_ttt_linear_step(q, k, v, rate, *norm, *given, mini_batch, scale)
+
+    return run
+
+
+def _is_ttt_linear(q, gate, momentum, norm, state) -> bool:
+    return q.device.type == "cpu" and gate is None and momentum is None and norm is not None and len(state.weights) == 2
+
+
+def _serves(op: str, q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> bool:
+    """Whether a kernel serves ``q`` and the others, none of which needs a gradient; if it does not, counts why."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, *others)):
+        return False
+    if q.device.type == "cpu":
+        why = _why_not(q.dtype)
+    elif q.device.type == "cuda":
+        why = cuda.why_not(q, v)
+    else:
+        why = f"no kernel for {q.device.type}"
+    if why:
+        record(op, "torch", why)
+    return not why
+
+
+def _fake_delta_rule(q, k, v, beta, g, state, begins, scale):
+    rows = q.shape[0] if begins is None else begins.shape[0] - 1
+    shape = (rows, q.shape[2], q.shape[3], v.shape[3])
+    return v.new_empty(v.shape), q.new_empty(shape, dtype=torch.float32)
+
+
+def _fake_delta_rule_step(q, k, v, beta, g, state, scale):
+    return v.new_empty(v.shape)
+
+
+def _fake_ttt_linear(q, k, v, rate, norm_weight, norm_bias, eps, weight, bias, start_weight, start_bias, position, *_):
+    return q.new_empty(q.shape), *(torch.empty_like(t) for t in (weight, bias, start_weight, start_bias, position))
+
+
+def _fake_ttt_linear_step(q, *_):
+    return q.new_empty(q.shape)
+
+
+for _op, _run, _fake in (
+    ("delta_rule", cpu.delta_rule, _fake_delta_rule),
+    ("delta_rule_step", cpu.delta_rule_step, _fake_delta_rule_step),
+    ("ttt_linear", cpu.ttt_linear, _fake_ttt_linear),
+    ("ttt_linear_step", cpu.ttt_linear_step, _fake_ttt_linear_step),
+):
+    torch.library.impl(f"ttt::sequence_{_op}", "CPU", _run)
+    torch.library.register_fake(f"ttt::sequence_{_op}", _fake)
+torch.library.impl("ttt::sequence_delta_rule", "CUDA", cuda.delta_rule)
+torch.library.impl("ttt::sequence_delta_rule_step", "CUDA", cuda.delta_rule_step)
