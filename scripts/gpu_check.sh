@@ -3,7 +3,8 @@
 # It installs this tree, runs the tests that need the GPU, compiles every kernel ahead of time and runs the benches.
 # The machine needs a GPU, torch and triton. The folder OUT then holds install.log, tests.log, aot.log, bench.log and
 # cuda.json, which has the form of the files in bench/kernels/results.
-# If a step fails or takes too long, the next ones still run, and the exit status is 1.
+# What matters most comes first, and every step's end is in its log when it ends. If a step fails or takes too long, the
+# next ones still run, and the exit status is 1. The limits of all steps together are less than ten minutes.
 set -u
 out=${1:?usage: scripts/gpu_check.sh OUT}
 cd "$(dirname "$0")/.."
@@ -38,14 +39,17 @@ step() {
 rm -f "$out"/{install,tests,aot,bench}.log "$out/cuda.json"
 # Without a compiler, pybind11 or ninja this installs no C++ kernels, and `ttt info` says why. If it fails altogether,
 # everything below still runs from the tree.
-step install.log 90 python3 -m pip install --no-index --no-deps --no-build-isolation --editable .
-step install.log 30 python3 -m ttt info
+step install.log 60 python3 -m pip install --no-index --no-deps --no-build-isolation --editable .
+step install.log 20 python3 -m ttt info
 
-timeout --kill-after=5 170 python3 -m ttt.ops.triton.aot >"$out/aot.log" 2>&1 &
-aot=$!
 workers=()
 python3 -c "import xdist" 2>/dev/null && workers=(-n 8)
-step tests.log 170 python3 -m pytest "${workers[@]}" tests/gpu tests/ops/test_triton.py tests/ops/test_append.py \
+step tests.log 110 python3 -m pytest -x "${workers[@]}" tests/gpu
+step tests.log 60 python3 -m pytest "${workers[@]}" tests/ops/test_momentum.py tests/ops/test_replay_rows.py \
+  tests/ops/sequence/test_delta_rule_triton.py
+timeout --kill-after=5 120 python3 -m ttt.ops.triton.aot >"$out/aot.log" 2>&1 &
+aot=$!
+step tests.log 100 python3 -m pytest "${workers[@]}" tests/ops/test_triton.py tests/ops/test_append.py tests/ops/test_project.py \
   tests/ops/test_low_rank_triton.py tests/ops/test_low_rank_compress_triton.py
 wait "$aot"
 code=$?
@@ -53,12 +57,14 @@ tail -n 3 "$out/aot.log"
 ((code)) && failed+=("python3 -m ttt.ops.triton.aot (exit $code)")
 
 suites=(decode commit low_rank window_linear head observe generate)
+limits=(45 45 20 20 20 20 20)
 results=()
-for suite in "${suites[@]}"; do
+for at in "${!suites[@]}"; do
+  suite=${suites[at]}
   results+=("$parts/$suite.json")
-  step bench.log 70 python3 -m bench.kernels.run --device cuda --suite "$suite" --rounds 5 --seconds 2 --json "$parts/$suite.json"
+  step bench.log "${limits[at]}" python3 -m bench.kernels.run --device cuda --suite "$suite" --rounds 5 --seconds 2 --json "$parts/$suite.json"
 done
-step bench.log 20 python3 -m bench.kernels.merge "$out/cuda.json" "${results[@]}"
+step bench.log 10 python3 -m bench.kernels.merge "$out/cuda.json" "${results[@]}"
 
 if ((${#failed[@]})); then
   printf 'failed: %s\n' "${failed[@]}"

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import ttt
+from ttt.ops.triton import append, low_rank
 from ttt.ops.triton.append import window_append as by_triton
 from ttt.ops.triton.common import INTERPRETED
 
@@ -120,3 +121,27 @@ def test_opcheck():
     win = [torch.zeros_like(t) for t in win]
     for tail in ((1,), (0, count(0, 0, 0), count(0), count(1))):
         torch.library.opcheck(torch.ops.ttt.window_append.default, (*win, *new, *tail))
+
+
+@pytest.mark.parametrize("users", [False, True])
+def test_any_number_of_tokens_fits_the_grid(users, monkeypatch):
+    """CUDA allows 65,535 programs along every axis but the first."""
+    grids, n, m, tokens = [], 2048 + 1, 3, 70_000
+
+    class Recorded:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **options: None
+
+    kernels, name = (low_rank, "_low_rank_append") if users else (append, "_append")
+    monkeypatch.setattr(kernels, name, Recorded())
+    x, delta, eta, _ = rows_of(tokens, n, m, torch.bfloat16)
+    if users:
+        monkeypatch.setattr(kernels, "_low_rank_count", Recorded())
+        a, b = torch.zeros(1, 4, n, device=DEVICE), torch.zeros(1, 4, m, device=DEVICE)
+        held, users = count(0).int(), torch.zeros(tokens, dtype=torch.int32, device=DEVICE)
+        low_rank.low_rank_append(a, b, held, torch.zeros(1, device=DEVICE), x, delta, eta, users)
+    else:
+        by_triton(*window_of(tokens, n, m, torch.bfloat16, traced=False), x, delta, eta, None)
+    assert grids[0] == (tokens, 3)
+    assert all(axis <= 65_535 for grid in grids for axis in grid[1:])

@@ -18,8 +18,8 @@ def _append(
     at, rows, window, m, n, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Write one row, BN columns of it in each program."""
-    b = tl.program_id(1).to(tl.int64)
-    j = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    b = tl.program_id(0).to(tl.int64)  # along the first axis, the only one that may have more than 65,535 programs
+    j = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
     opened = True
     if gate is not None:
         opened = tl.load(gate) != 0
@@ -38,7 +38,7 @@ def _append(
             p = tl.load(trace_delta + b * m + j, mask=in_delta, other=0)
             tl.store(win_trace + slot * m + j, p, mask=in_delta)
         if counters is None:
-            if tl.program_id(0) == 0:
+            if tl.program_id(1) == 0:
                 tl.store(win_eta + slot, tl.load(eta + b))
         else:
             tl.debug_barrier()  # every thread has read the counters
@@ -73,7 +73,7 @@ def window_append(
 ) -> None:
     rows, n, m, window = x.shape[0], win_x.shape[1], win_delta.shape[1], win_eta.shape[0]
     if rows:
-        grid = (max(1, triton.cdiv(max(m, n), 1024)), rows)
+        grid = (rows, max(1, triton.cdiv(max(m, n), 1024)))
         _append[grid](
             win_x, win_delta, win_eta, win_trace, x, delta, eta,
             delta if trace_delta is None and win_trace is not None else trace_delta, counters, tokens, gate,

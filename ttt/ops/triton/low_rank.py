@@ -174,8 +174,8 @@ def _low_rank_append(
     a, b, rows, x, delta, eta, users, tokens, slots, capacity, m, n, BN: tl.constexpr, BT: tl.constexpr
 ):  # fmt: skip
     """Write BN columns of one token's row behind the rows of its user's earlier tokens, if the slot has room."""
-    t = tl.program_id(1).to(tl.int64)
-    j = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    t = tl.program_id(0).to(tl.int64)  # along the first axis, the only one that may have more than 65,535 programs
+    j = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
     u = tl.load(users + t).to(tl.int64)
     if (u >= 0) & (u < slots):
         before = tl.zeros((BT,), tl.int32)
@@ -279,7 +279,7 @@ def low_rank_append(
 ) -> None:
     (slots, capacity, n), m, tokens = a.shape, b.shape[2], users.numel()
     if tokens and slots:
-        grid = (max(1, triton.cdiv(max(m, n), 1024)), tokens)
+        grid = (tokens, max(1, triton.cdiv(max(m, n), 1024)))
         _low_rank_append[grid](
             a, b, rows, x, delta, eta, users, tokens, slots, capacity, m, n, BN=1024, BT=128, num_warps=4
         )
