@@ -1,5 +1,7 @@
 """Every family works in every column or is refused by a sentence; what fails otherwise is known and named here."""
 
+import re
+
 import matrix
 import pytest
 
@@ -10,11 +12,10 @@ KNOWN = {"dory", "trocr"}
 @pytest.mark.parametrize("family", matrix.families())
 def test_a_family_works_or_is_refused(family):
     row = matrix.try_family(family)
-    if not any(row.found.values()):
-        pytest.skip(f"not tried: {row.why}")
-    if family in KNOWN:
-        pytest.skip(f"known not to work: {row.why}")
-    assert "no" not in row.found.values(), row.why
+    if not any(row.found.values()):  # it could not be made tiny: the page says so
+        assert family in re.findall(r"[\w.-]*\w", matrix.PAGE.read_text().partition("## Not tried")[2]), row.why
+    else:
+        assert ("no" in row.found.values()) == (family in KNOWN), row.why
 
 
 def test_the_page_names_every_family_once():
