@@ -84,6 +84,19 @@ def learnt(page, updates):
     expect(page.locator("#learning")).to_have_text("Learnt.")
 
 
+def test_who_writes_before_the_page_knows_the_model_is_answered(browser, address):
+    with opened(browser, address) as page:
+        held, go_on = [], []
+        page.route("**/v1/status", lambda route: route.continue_() if go_on else held.append(route))
+        page.reload(wait_until="commit")
+        say(page, "My dog is called Biscuit.")
+        page.wait_for_function("document.querySelectorAll('.turn').length == 2")
+        go_on.append(True)
+        for route in held:
+            route.continue_()
+        learnt(page, 1)
+
+
 def answer_with(page, *events):
     """The server answers the next chats with ``events``."""
 

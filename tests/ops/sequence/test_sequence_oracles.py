@@ -3,8 +3,8 @@
 Only the files of the naive forms are loaded: they need neither Triton nor a GPU. fla-core is in the extra ``test``.
 """
 
+import importlib.metadata
 import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +14,11 @@ from ttt.ops import sequence as ops
 
 def naive(folder):
     """The module of fla's naive forms in ``folder``."""
-    found = importlib.util.find_spec("fla")
-    if found is None or not found.submodule_search_locations:
+    try:
+        installed = importlib.metadata.distribution("fla-core")
+    except importlib.metadata.PackageNotFoundError:
         pytest.skip("fla-core is not installed (it is in the extra 'test')")
-    path = Path(next(iter(found.submodule_search_locations))) / "ops" / folder / "naive.py"
+    path = installed.locate_file(f"fla/ops/{folder}/naive.py")
     spec = importlib.util.spec_from_file_location(f"fla_naive_{folder}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

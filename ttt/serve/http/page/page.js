@@ -453,6 +453,7 @@ async function send(event) {
 }
 
 async function ask(what, signal) {
+  if (!state.model) await refreshStatus(); // whoever is quick has written before the page knew what is served
   const body = { model: state.model, stream: true, temperature: TEMPERATURE, ...what };
   const headers = { "x-ttt-learn": at("learn").checked ? "on" : "off" };
   try {
