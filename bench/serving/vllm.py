@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -180,6 +181,7 @@ def main() -> None:
     import server as servers  # of the tests
 
     servers.USERS = tuple(f"user{i}" for i in range(STREAMS))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are ended, too
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         running: dict[str, Any] = {}
 
