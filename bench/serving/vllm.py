@@ -200,9 +200,10 @@ def main() -> None:
         for size in given.slices:
             start(f"plugin, slice {size}", slots=STREAMS, slice=size)
         found = asyncio.run(in_turns(running, given.rounds))
+    command = f"python -m bench.serving.vllm MODEL --rounds {given.rounds} --slices {' '.join(map(str, given.slices))}"
     written = {
-        "machine": provenance("cpu") | {"vllm": installed_version(), "load": os.getloadavg()[0]},
-        "command": " ".join(["python", "-m", "bench.serving.vllm", "MODEL", *sys.argv[2:]]),
+        "machine": provenance("cpu")
+        | {"command": command.strip(), "vllm": installed_version(), "load": os.getloadavg()[0]},
         "goals": goals(found),
         "medians": {kind: {name: _medians(each) for name, each in of.items()} for kind, of in found.items()},
         "rounds": found,
