@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from transformers import PretrainedConfig
 
+from ttt.checks import check_whole
+
 MIXERS = ("ttt-linear", "ttt-mlp", "delta", "gated-delta", "titans", "lact", "window")
 
 
@@ -58,9 +60,7 @@ class TTTSequenceConfig(PretrainedConfig):
             "mini_batch": mini_batch, "chunk": chunk, "convolution": convolution,
         }  # fmt: skip
         for name, value in counts.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-            setattr(self, name, value)
+            setattr(self, name, check_whole(name, value, 1))
         if hidden_size % num_attention_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads, got {hidden_size} and {num_attention_heads}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ttt.ops.sequence.checks import bounds_of
+from ttt.ops.sequence.checks import bounds_of, check_count, sequences
 from ttt.ops.sequence.states import over_sequences
 
 
@@ -32,9 +33,32 @@ class SequenceLayer(nn.Module):
     packed sequences, and the state has N rows.
     """
 
-    def _one_token(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> bool:
-        """Whether the call is a decoding step."""
-        return x.shape[1] == 1 and state is not None and cu_seqlens is None and not torch.is_grad_enabled()
+    def _run(
+        self,
+        op: Callable[..., tuple[Tensor, Any]],
+        step: Callable[..., Tensor],
+        tensors: Mapping[str, Tensor | None],
+        memory: Any,
+        cu_seqlens: Tensor | None,
+        first: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Any]:
+        """The outputs of ``op``, or of its ``step`` if the call is a decoding step, and the state after them.
+
+        Args:
+            tensors: arguments (B, T, ...) of both by name; ``step`` gets them without T.
+            memory: the state of the op so far, or None.
+            first: arguments of ``op`` alone, by name: what a new text begins with.
+            options: further arguments of both.
+        """
+        q = tensors["q"]
+        assert q is not None
+        if memory is not None and cu_seqlens is None and q.shape[1] == 1 and not torch.is_grad_enabled():
+            now = {name: None if t is None else t[:, 0] for name, t in tensors.items()}
+            return step(**now, state=memory, **options).unsqueeze(1), memory
+        return op(
+            **tensors, **(first or {}), initial_state=memory, output_final_state=True, cu_seqlens=cu_seqlens, **options
+        )
 
 
 def checked_input(x: Tensor, width: int, state: Any, kind: type) -> Tensor:
@@ -59,8 +83,7 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, channels: int, width: int = 4):
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width must be at least 1, got {width}")
+        check_count("width", width)
         self.width = width
         self.weight = nn.Parameter(torch.randn(width, channels) * 0.1 / width)
         with torch.no_grad():
@@ -70,8 +93,7 @@ class ShortConvolution(nn.Module):
         """(y, the latest inputs) of x (B, T, C); ``recent`` (B, width - 1, C) holds those before it, None for zeros."""
         bounds = bounds_of(cu_seqlens, x.shape[0], x.shape[1])
         if recent is None:
-            rows = x.shape[0] if bounds is None else len(bounds) - 1
-            recent = x.new_zeros(rows, self.width - 1, x.shape[2])
+            recent = x.new_zeros(sequences(bounds, x.shape[0]), self.width - 1, x.shape[2])
         return over_sequences(lambda tensors, state: self._one(tensors[0], state), (x,), recent.to(x.dtype), bounds)
 
     def _one(self, x, recent):
@@ -96,8 +118,7 @@ class Heads(nn.Module):
     def __init__(self, hidden: int, heads: int, head_width: int, convolution: int, unit: bool = True):
         super().__init__()
         for name, value in (("hidden", hidden), ("heads", heads), ("head_width", head_width)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            check_count(name, value)
         self.heads, self.head_width, self.unit = heads, head_width, unit
         inner = heads * head_width
         self.qkv_proj = nn.Linear(hidden, 3 * inner, bias=False)

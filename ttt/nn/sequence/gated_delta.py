@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,19 +44,10 @@ class GatedDeltaNet(SequenceLayer):
     ) -> tuple[Tensor, LayerState]:
         """See `SequenceLayer`."""
         checked_input(x, self.hidden, state, LayerState)
-        recent: Any = None
-        memory: Any = None
-        if state is not None:
-            recent, memory = state
+        recent, memory = state or LayerState(None, None)
         (q, k, v), recent = self.parts.read(x, recent, cu_seqlens)
         beta = self.beta_proj(x).float().sigmoid()
         g = -self.log_decay.float().exp() * nn.functional.softplus(self.decay_proj(x).float()) if self.gated else None
-        if self._one_token(x, state, cu_seqlens):
-            o = gated_delta_rule_step(
-                q[:, 0], k[:, 0], v[:, 0], beta[:, 0], None if g is None else g[:, 0], state=memory
-            ).unsqueeze(1)
-        else:
-            o, memory = gated_delta_rule(
-                q, k, v, beta, g, initial_state=memory, output_final_state=True, cu_seqlens=cu_seqlens
-            )
+        tensors = {"q": q, "k": k, "v": v, "beta": beta, "g": g}
+        o, memory = self._run(gated_delta_rule, gated_delta_rule_step, tensors, memory, cu_seqlens)
         return self.parts.write(o, x), LayerState(recent, memory)

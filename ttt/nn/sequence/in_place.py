@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ttt.nn.sequence.base import LayerState, SequenceLayer, checked_input
 from ttt.ops.sequence import in_place_ttt, in_place_ttt_step
-from ttt.ops.sequence.checks import bounds_of
+from ttt.ops.sequence.checks import bounds_of, sequences
 from ttt.ops.sequence.states import over_sequences
 
 
@@ -61,15 +59,11 @@ class InPlaceMLP(SequenceLayer):
     ) -> tuple[Tensor, LayerState]:
         """See `SequenceLayer`; ``recent`` of the state is (B, 1, inner), the last z."""
         checked_input(x, self.hidden, state, LayerState)
-        recent: Any = None
-        held: Any = None
-        if state is not None:
-            recent, held = state
+        recent, held = state or LayerState(None, None)
         z = nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)
         bounds = bounds_of(cu_seqlens, x.shape[0], x.shape[1])
         if recent is None:
-            rows = x.shape[0] if bounds is None else len(bounds) - 1
-            recent = z.new_zeros(rows, 1, z.shape[-1])
+            recent = z.new_zeros(sequences(bounds, x.shape[0]), 1, z.shape[-1])
 
         def shift(tensors, last):
             whole = torch.cat([last, tensors[0]], 1)
@@ -78,12 +72,7 @@ class InPlaceMLP(SequenceLayer):
         before, recent = over_sequences(shift, (z,), recent.to(z.dtype), bounds)
         rate = self.log_rate.exp().expand(x.shape[0], x.shape[1], 1)
         q, k, v = (t.unsqueeze(2) for t in (z, before, self.target_proj(x)))
-        if self._one_token(x, state, cu_seqlens):
-            now = (t[:, 0] for t in (q, k, v, rate))
-            o = in_place_ttt_step(*now, state=held, chunk_size=self.chunk).unsqueeze(1)
-        else:
-            o, held = in_place_ttt(
-                q, k, v, rate, self.down_proj.weight.T.unsqueeze(0), chunk_size=self.chunk, initial_state=held,
-                output_final_state=True, cu_seqlens=cu_seqlens,
-            )  # fmt: skip
+        tensors = {"q": q, "k": k, "v": v, "rate": rate}
+        first = {"weight": self.down_proj.weight.T.unsqueeze(0)}
+        o, held = self._run(in_place_ttt, in_place_ttt_step, tensors, held, cu_seqlens, first, chunk_size=self.chunk)
         return o.squeeze(2), LayerState(recent, held)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -56,21 +54,12 @@ class LaCT(SequenceLayer):
     ) -> tuple[Tensor, LayerState]:
         """See `SequenceLayer`."""
         checked_input(x, self.hidden, state, LayerState)
-        recent: Any = None
-        held: Any = None
-        near: Any = None
-        if state is not None:
-            recent, (held, near) = state
+        recent, (held, near) = state or LayerState(None, (None, None))
         attended, near = self.attention(x, near, cu_seqlens=cu_seqlens)
         (q, k, v), recent = self.parts.read(x, recent, cu_seqlens)
         rates = self.base_rate * nn.functional.softplus(self.rates_proj(x).float()).unflatten(-1, (-1, 3))
         momentum = self.momentum_proj(x).float().sigmoid()
-        if self._one_token(x, state, cu_seqlens):
-            now = (t[:, 0] for t in (q, k, v, rates))
-            o = lact_step(*now, momentum=momentum[:, 0], state=held, chunk_size=self.chunk).unsqueeze(1)
-        else:
-            o, held = lact(
-                q, k, v, rates, list(self.first), momentum=momentum, chunk_size=self.chunk, initial_state=held,
-                output_final_state=True, cu_seqlens=cu_seqlens,
-            )  # fmt: skip
+        tensors = {"q": q, "k": k, "v": v, "rates": rates, "momentum": momentum}
+        first = {"weights": list(self.first)}
+        o, held = self._run(lact, lact_step, tensors, held, cu_seqlens, first, chunk_size=self.chunk)
         return self.parts.write(o, x) + attended, LayerState(recent, (held, near))

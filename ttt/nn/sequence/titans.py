@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ttt.nn.sequence.base import Heads, LayerState, SequenceLayer, checked_input
 from ttt.ops.sequence import memory, memory_step
+from ttt.ops.sequence.checks import check_count
 
 
 class TitansMemory(SequenceLayer):
@@ -40,8 +40,7 @@ class TitansMemory(SequenceLayer):
         expansion: int = 2,
     ):
         super().__init__()
-        if depth < 1:
-            raise ValueError(f"depth must be at least 1, got {depth}")
+        check_count("depth", depth)
         self.hidden, self.mini_batch = hidden, mini_batch
         self.base_rate, self.most_forgotten = base_rate, most_forgotten
         width = head_width or hidden // heads
@@ -59,21 +58,11 @@ class TitansMemory(SequenceLayer):
     ) -> tuple[Tensor, LayerState]:
         """See `SequenceLayer`."""
         checked_input(x, self.hidden, state, LayerState)
-        recent: Any = None
-        held: Any = None
-        if state is not None:
-            recent, held = state
+        recent, held = state or LayerState(None, None)
         (q, k, v), recent = self.parts.read(x, recent, cu_seqlens)
         rate, momentum, forget = self.rates_proj(x).float().sigmoid().chunk(3, -1)
         rate, momentum, gate = self.base_rate * rate, 0.9 * momentum, 1 - self.most_forgotten * forget
-        if self._one_token(x, state, cu_seqlens):
-            o = memory_step(
-                q[:, 0], k[:, 0], v[:, 0], rate[:, 0], gate=gate[:, 0], momentum=momentum[:, 0], state=held,
-                mini_batch=self.mini_batch,
-            ).unsqueeze(1)  # fmt: skip
-        else:
-            o, held = memory(
-                q, k, v, rate, list(self.first), gate=gate, momentum=momentum, mini_batch=self.mini_batch,
-                initial_state=held, output_final_state=True, cu_seqlens=cu_seqlens,
-            )  # fmt: skip
+        tensors = {"q": q, "k": k, "v": v, "rate": rate, "gate": gate, "momentum": momentum}
+        first = {"weights": list(self.first)}
+        o, held = self._run(memory, memory_step, tensors, held, cu_seqlens, first, mini_batch=self.mini_batch)
         return self.parts.write(o, x), LayerState(recent, held)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -53,19 +51,12 @@ class TTTLinear(SequenceLayer):
     ) -> tuple[Tensor, LayerState]:
         """See `SequenceLayer`."""
         checked_input(x, self.hidden, state, LayerState)
-        recent: Any = None
-        held: Any = None
-        if state is not None:
-            recent, held = state
+        recent, held = state or LayerState(None, None)
         (q, k, v), recent = self.parts.read(x, recent, cu_seqlens)
         rate = self.base_rate * self.rate_proj(x).float().sigmoid()
         norm = Norm(self.norm_weight, self.norm_bias)
-        if self._one_token(x, state, cu_seqlens):
-            now = (t[:, 0] for t in (q, k, v, rate))
-            o = memory_step(*now, state=held, norm=norm, mini_batch=self.mini_batch).unsqueeze(1)
-        else:
-            o, held = memory(
-                q, k, v, rate, list(self.first), norm=norm, mini_batch=self.mini_batch, initial_state=held,
-                output_final_state=True, cu_seqlens=cu_seqlens,
-            )  # fmt: skip
+        o, held = self._run(
+            memory, memory_step, {"q": q, "k": k, "v": v, "rate": rate}, held, cu_seqlens,
+            {"weights": list(self.first)}, norm=norm, mini_batch=self.mini_batch,
+        )  # fmt: skip
         return self.parts.write(o, x), LayerState(recent, held)

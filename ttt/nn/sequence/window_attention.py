@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt.nn.sequence.base import SequenceLayer, checked_input
-from ttt.ops.sequence.checks import bounds_of
+from ttt.ops.sequence.checks import bounds_of, check_count, sequences
 from ttt.ops.sequence.states import over_sequences
 
 
@@ -41,8 +41,7 @@ class WindowAttention(SequenceLayer):
         width = head_width or hidden // heads
         if width % 2:
             raise ValueError(f"head_width must be even, got {width}")
-        if window < 1:
-            raise ValueError(f"window must be at least 1, got {window}")
+        check_count("window", window)
         self.hidden, self.heads, self.width, self.window, self.theta = hidden, heads, width, window, theta
         self.qkv_proj = nn.Linear(hidden, 3 * heads * width, bias=False)
         self.out_proj = nn.Linear(heads * width, hidden, bias=False)
@@ -55,7 +54,7 @@ class WindowAttention(SequenceLayer):
         bounds = bounds_of(cu_seqlens, x.shape[0], x.shape[1])
         q, k, v = self.qkv_proj(x).view(*x.shape[:2], 3, self.heads, self.width).unbind(2)
         if state is None:
-            rows = x.shape[0] if bounds is None else len(bounds) - 1
+            rows = sequences(bounds, x.shape[0])
             empty = q.new_zeros(rows, self.heads, self.window - 1, q.shape[-1])
             state = WindowState(empty, empty, torch.zeros(rows, dtype=torch.int64, device=x.device))
         o, state = over_sequences(self._one, (q, k, v), state, bounds)

@@ -11,6 +11,27 @@ from torch import Tensor
 from ttt.ops.sequence.states import tensors_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FORMS = ("auto", "chunk", "reference")
+
+Form = list[tuple[tuple[int, ...], torch.dtype]]
+"""Of the tensors of a state, in the order of `tensors_of`: the shape without the sequences, and the dtype."""
+
+
+def accumulation(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and states for inputs of ``dtype``: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_form(form: str) -> None:
+    """Raise ValueError unless ``form`` is one of `FORMS`."""
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+
+
+def refuse_gradients(op: str, *tensors: Tensor | None) -> None:
+    """Raise RuntimeError if grad mode is on and one of ``tensors`` requires grad."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(f"{op} has no derivative: call it under torch.no_grad(), or use the op for whole sequences")
 
 
 def check_tokens(q: Tensor, k: Tensor, v: Tensor, dims: int = 4) -> None:
@@ -83,22 +104,24 @@ def bounds_of(cu_seqlens: Tensor | None, batch: int, tokens: int) -> list[int] |
     return bounds
 
 
-def check_state(state: Any, like: Any, rows: int) -> None:
-    """Check that ``state`` has the form of ``like``, tensors of its shapes and dtypes, and ``rows`` sequences.
+def sequences(bounds: list[int] | None, batch: int) -> int:
+    """How many sequences there are: those that are packed between ``bounds`` (`bounds_of`), or the ``batch``."""
+    return batch if bounds is None else len(bounds) - 1
 
-    Args:
-        like: a state for any number of sequences.
+
+def check_state(state: Any, kind: type, form: Form, rows: int, device: torch.device) -> None:
+    """Check that ``state`` is a ``kind`` of ``rows`` sequences, whose tensors have the ``form``, on ``device``.
 
     Raises:
         TypeError, ValueError: otherwise.
     """
-    if type(state) is not type(like):
-        raise TypeError(f"initial_state must be a {type(like).__name__}, got {type(state).__name__}")
-    found, wanted = tensors_of(state), tensors_of(like)
-    if len(found) != len(wanted):
-        raise ValueError(f"initial_state must hold {len(wanted)} tensors, got {len(found)}")
-    for t, w in zip(found, wanted, strict=True):
-        if tuple(t.shape) != (rows, *w.shape[1:]):
-            raise ValueError(f"initial_state must hold a tensor {(rows, *w.shape[1:])} here, got {tuple(t.shape)}")
-        if t.dtype != w.dtype or t.device != w.device:
-            raise TypeError(f"initial_state must hold {w.dtype} on {w.device} here, got {t.dtype} on {t.device}")
+    if type(state) is not kind:
+        raise TypeError(f"initial_state must be a {kind.__name__}, got {type(state).__name__}")
+    found = tensors_of(state)
+    if len(found) != len(form):
+        raise ValueError(f"initial_state must hold {len(form)} tensors, got {len(found)}")
+    for t, (shape, dtype) in zip(found, form, strict=True):
+        if tuple(t.shape) != (rows, *shape):
+            raise ValueError(f"initial_state must hold a tensor {(rows, *shape)} here, got {tuple(t.shape)}")
+        if t.dtype != dtype or t.device != device:
+            raise TypeError(f"initial_state must hold {dtype} on {device} here, got {t.dtype} on {t.device}")

@@ -22,11 +22,6 @@ SPAN = 16
 """This many chunks are prepared together: long texts then need little memory beside that of autograd."""
 
 
-def accumulation(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums and states for inputs of ``dtype``: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def recurrent(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:

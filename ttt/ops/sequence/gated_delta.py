@@ -8,11 +8,17 @@ import torch
 from torch import Tensor
 
 from ttt.ops.sequence import delta_rule, kernels
-from ttt.ops.sequence.checks import bounds_of, check_count, check_shape, check_tokens
-from ttt.ops.sequence.delta_rule import accumulation
+from ttt.ops.sequence.checks import (
+    accumulation,
+    bounds_of,
+    check_count,
+    check_form,
+    check_shape,
+    check_tokens,
+    refuse_gradients,
+    sequences,
+)
 from ttt.ops.sequence.states import over_sequences, own
-
-FORMS = ("auto", "chunk", "reference")
 
 
 def gated_delta_rule(
@@ -57,13 +63,12 @@ def gated_delta_rule(
     """
     check_tokens(q, k, v)
     check_count("chunk_size", chunk_size)
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    check_form(form)
     batch, tokens, heads, width = q.shape
     check_shape("beta", beta, (batch, tokens, heads), q.device)
     check_shape("g", g, (batch, tokens, heads), q.device)
     bounds = bounds_of(cu_seqlens, batch, tokens)
-    rows = batch if bounds is None else len(bounds) - 1
+    rows = sequences(bounds, batch)
     dtype = accumulation(q.dtype)
     state = _checked_state(initial_state, (rows, heads, width, v.shape[-1]), dtype, q.device, "initial_state")
     scale = width**-0.5 if scale is None else float(scale)
@@ -125,12 +130,6 @@ def gated_delta_rule_step(
         return kernel(q, k, v, beta, g, state, scale)
     given: Any = (*(None if t is None else t.to(dtype) for t in (q, k, v, beta, g)), state, scale)
     return delta_rule.step_(*given).to(q.dtype)
-
-
-def refuse_gradients(op: str, *tensors: Tensor | None) -> None:
-    """Raise RuntimeError if grad mode is on and one of ``tensors`` requires grad."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise RuntimeError(f"{op} has no derivative: call it under torch.no_grad(), or use the op for whole sequences")
 
 
 def _checked_state(state, shape, dtype, device, name):

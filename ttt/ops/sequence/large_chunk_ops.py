@@ -9,9 +9,18 @@ import torch
 from torch import Tensor
 
 from ttt.ops.sequence import large_chunk, large_chunk_reference
-from ttt.ops.sequence.checks import bounds_of, check_count, check_shape, check_state, check_tokens
-from ttt.ops.sequence.delta_rule import accumulation
-from ttt.ops.sequence.gated_delta import FORMS, refuse_gradients
+from ttt.ops.sequence.checks import (
+    Form,
+    accumulation,
+    bounds_of,
+    check_count,
+    check_form,
+    check_shape,
+    check_state,
+    check_tokens,
+    refuse_gradients,
+    sequences,
+)
 from ttt.ops.sequence.states import LargeChunkState, by_position, over_sequences, own
 
 
@@ -179,19 +188,20 @@ def new_large_chunk_state(
 def _run(q, k, v, rates, weights, options, forward, updates, orthogonal, norms):
     momentum, chunk_size, scale, initial_state, output_final_state, cu_seqlens, form = options
     check_count("chunk_size", chunk_size)
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    check_form(form)
     batch, tokens, heads = q.shape[:3]
     check_shape("rates", rates, (batch, tokens, heads, len(weights)), q.device)
     check_shape("momentum", momentum, (batch, tokens, heads), q.device)
     bounds = bounds_of(cu_seqlens, batch, tokens)
-    rows = batch if bounds is None else len(bounds) - 1
+    rows = sequences(bounds, batch)
     dtype = accumulation(q.dtype)
-    wide_weights = [w.to(dtype) for w in weights]
     if initial_state is None:
-        state = new_large_chunk_state(wide_weights, rows, momentum is not None, norms)
+        state = new_large_chunk_state([w.to(dtype) for w in weights], rows, momentum is not None, norms)
     else:
-        check_state(initial_state, new_large_chunk_state(wide_weights, 0, momentum is not None, norms), rows)
+        shapes = [tuple(w.shape) for w in weights]
+        check_state(
+            initial_state, LargeChunkState, _form(shapes, dtype, momentum is not None, norms), rows, q.device
+        )  # fmt: skip
         state = initial_state
     wide: Any = tuple(None if t is None else t.to(dtype) for t in (q, k, v, rates, momentum))
     wide = (wide[0] * (1.0 if scale is None else float(scale)), *wide[1:])
@@ -222,10 +232,10 @@ def _step(q, k, v, rates, momentum, state, chunk_size, scale, functions, orthogo
     if not isinstance(state, LargeChunkState) or len(state.weights) != count:
         raise TypeError(f"state must be a LargeChunkState of {count} weights, got {type(state).__name__}")
     dtype = accumulation(q.dtype)
-    like = new_large_chunk_state(
-        [w[0].to(dtype) for w in state.weights], 0, momentum is not None, norms=bool(state.norms)
-    )
-    check_state(state, like, batch)
+    shapes = [tuple(w.shape[1:]) for w in state.weights]
+    check_state(
+        state, LargeChunkState, _form(shapes, dtype, momentum is not None, bool(state.norms)), batch, q.device
+    )  # fmt: skip
     if state.weights[0].shape[-2] != q.shape[-1] or (count == 1 and state.weights[0].shape[-1] != v.shape[-1]):
         shape = tuple(state.weights[0].shape)
         raise ValueError(f"state's weights must fit q and v, {q.shape[-1]} and {v.shape[-1]} wide, got {shape}")
@@ -234,6 +244,14 @@ def _step(q, k, v, rates, momentum, state, chunk_size, scale, functions, orthogo
     wide[0] = wide[0] * (1.0 if scale is None else float(scale))
     given: Any = (*wide, state, *functions, chunk_size, orthogonal)
     return large_chunk.step_(*given).to(q.dtype)
+
+
+def _form(shapes: list[tuple[int, ...]], dtype: torch.dtype, momentum: bool, norms: bool) -> Form:
+    """The `Form` of a `LargeChunkState` whose weights have these shapes."""
+    parts: Form = [(shape, dtype) for shape in shapes]
+    kept: Form = [((shape[0], 1, shape[2]), dtype) for shape in shapes] if norms else []
+    moving: Form = [(shapes[0][:1], dtype)] if momentum else []
+    return [*parts, *parts, *(parts if momentum else []), *kept, *moving, ((), torch.int64)]
 
 
 def _check_swiglu(weights, q, v):

@@ -9,10 +9,19 @@ import torch
 from torch import Tensor
 
 from ttt.ops.sequence import dual_form, kernels, memory_reference
-from ttt.ops.sequence.checks import bounds_of, check_count, check_shape, check_state, check_tokens
-from ttt.ops.sequence.delta_rule import accumulation
+from ttt.ops.sequence.checks import (
+    Form,
+    accumulation,
+    bounds_of,
+    check_count,
+    check_form,
+    check_shape,
+    check_state,
+    check_tokens,
+    refuse_gradients,
+    sequences,
+)
 from ttt.ops.sequence.dual_form import Norm
-from ttt.ops.sequence.gated_delta import FORMS, refuse_gradients
 from ttt.ops.sequence.states import MemoryState, by_position, over_sequences, own
 
 
@@ -66,20 +75,19 @@ def memory(
     """
     check_tokens(q, k, v)
     check_count("mini_batch", mini_batch)
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    check_form(form)
     batch, tokens, heads, width = q.shape
     for name, t in (("rate", rate), ("gate", gate), ("momentum", momentum)):
         check_shape(name, t, (batch, tokens, heads), q.device)
     norm = _checked_model(weights, norm, heads, width, q.device, v)
     bounds = bounds_of(cu_seqlens, batch, tokens)
-    rows = batch if bounds is None else len(bounds) - 1
+    rows = sequences(bounds, batch)
     dtype = accumulation(q.dtype)
-    wide_weights = [w.to(dtype) for w in weights]
     if initial_state is None:
-        state = new_memory_state(wide_weights, rows, momentum is not None)
+        state = new_memory_state([w.to(dtype) for w in weights], rows, momentum is not None)
     else:
-        check_state(initial_state, new_memory_state(wide_weights, 0, momentum is not None), rows)
+        shapes = [tuple(w.shape) for w in weights]
+        check_state(initial_state, MemoryState, _form(shapes, dtype, momentum is not None), rows, q.device)
         state = initial_state
     scale = 1.0 if scale is None else float(scale)
     if form == "auto":
@@ -144,7 +152,8 @@ def memory_step(
         raise TypeError(f"state must be a MemoryState, got {type(state).__name__}")
     norm = _checked_model([w[0] for w in state.weights], norm, heads, width, q.device, v)
     dtype = accumulation(q.dtype)
-    check_state(state, new_memory_state([w[0].to(dtype) for w in state.weights], 0, momentum is not None), batch)
+    shapes = [tuple(w.shape[1:]) for w in state.weights]
+    check_state(state, MemoryState, _form(shapes, dtype, momentum is not None), batch, q.device)
     for name in ("weights", "start", "velocity"):
         if not all(t.is_contiguous() for t in getattr(state, name)):
             raise ValueError(f"state.{name} must be contiguous, because they are changed in place")
@@ -216,6 +225,12 @@ def titans(
         options: as of `ttt_linear`, and ``norm``.
     """
     return memory(q, k, v, rate, weights, gate=1 - forget, momentum=momentum, **options)
+
+
+def _form(shapes: list[tuple[int, ...]], dtype: torch.dtype, momentum: bool) -> Form:
+    """The `Form` of a `MemoryState` whose weights have these shapes."""
+    parts: Form = [(shape, dtype) for shape in shapes]
+    return [*parts, *parts, *(parts if momentum else []), ((), torch.int64)]
 
 
 def _checked_model(weights, norm, heads, width, device, v):
