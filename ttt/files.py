@@ -78,6 +78,19 @@ def _locked(file: IO[bytes]) -> bool:
 
 
 @contextlib.contextmanager
+def in_turns(path: Path) -> Iterator[None]:
+    """Inside, no other process is that changes the file at ``path`` inside of this; beside it stands a file to lock.
+
+    Without locks (Windows, some file systems) there are no turns.
+    """
+    with errors_naming(path), open(path.parent / f".{path.name}.lock", "ab") as file:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
 def errors_naming(path: Path) -> Iterator[None]:
     """An OSError inside becomes one that names ``path``, not a temporary file that the caller does not know."""
     try:

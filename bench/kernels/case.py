@@ -83,6 +83,21 @@ class Case:
         return {name: getattr(self, name) for name in names}
 
 
+@dataclasses.dataclass(frozen=True)
+class TimedCase(Case):
+    """A case of which only the time is known: neither bytes nor flops are counted, and nothing limits it."""
+
+    @property
+    def ceiling(self) -> str | None:
+        return None
+
+    def bytes(self, contender: str) -> int | None:
+        return None
+
+    def flops(self, contender: str) -> int | None:
+        return None
+
+
 _shared: dict[tuple, Any] = {}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_chat_model import Answer, learner_of, service_of
+from tiny_chat_model import Answer, learner_of, service_of, slowed
 from tiny_models import assert_same
 
 import ttt
@@ -365,19 +365,9 @@ def test_what_was_said_is_studied_when_nothing_else_is_to_be_done(model, tmp_pat
 def test_a_study_gives_way_to_a_request_and_is_done_later(model, tmp_path, monkeypatch):
     service = service_of(model, tmp_path, study_after=0.1)
     slow = threading.Event()
-    steps = service.learner.study_in_steps
-
-    def slowly(*args, **options):
-        inner = steps(*args, **options)
-        while True:
-            try:
-                next(inner)
-            except StopIteration as done:
-                return done.value
-            slow.wait(0.3)
-            yield
-
-    monkeypatch.setattr(service.learner, "study_in_steps", slowly)
+    monkeypatch.setattr(
+        service.learner, "study_in_steps", slowed(service.learner.study_in_steps, lambda: slow.wait(0.3))
+    )  # fmt: skip
     service.learn("ada", lesson_of(40, teach=1.0)).result(60)
     time.sleep(0.5)  # the study is going on
     assert Answer(service, "ada", words(5)).wait(5).end.updates == 1

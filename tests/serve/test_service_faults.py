@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 from test_service import learned, lesson_of, stored, words
-from tiny_chat_model import Answer, learner_of, service_of
+from tiny_chat_model import Answer, learner_of, service_of, slowed
 from tiny_models import assert_same
 
 import ttt
@@ -328,22 +328,15 @@ def test_a_job_that_nobody_waits_for_is_not_done(model, tmp_path):
 
 def test_a_lesson_that_nobody_waits_for_any_more_is_undone(model, tmp_path, monkeypatch):
     service = service_of(model, tmp_path)
-    steps, begun, go_on = service.learner.observe_in_steps, threading.Event(), threading.Event()
+    begun, go_on = threading.Event(), threading.Event()
 
-    def slowly(*args, **options):
-        inner = steps(*args, **options)
-        while True:
-            try:
-                next(inner)
-            except StopIteration as done:
-                return done.value
-            begun.set()
-            go_on.wait(10)
-            yield
+    def wait():
+        begun.set()
+        go_on.wait(10)
 
     service.learn("ada", lesson_of()).result(60).stored.result(60)
     before = service.export("ada").result(60)
-    monkeypatch.setattr(service.learner, "observe_in_steps", slowly)
+    monkeypatch.setattr(service.learner, "observe_in_steps", slowed(service.learner.observe_in_steps, wait))
     learning = service.learn("ada", lesson_of(60, teach=1.0))
     assert begun.wait(30)
     learning.cancel()
@@ -374,20 +367,13 @@ def test_a_drain_with_a_deadline_refuses_jobs_that_have_not_begun(model, tmp_pat
 
 def test_reading_goes_on_beside_a_study_and_does_not_put_it_off(model, tmp_path, monkeypatch):
     service = service_of(model, tmp_path, study_after=0.1)
-    steps, begun = service.learner.study_in_steps, []
+    steps, begun = slowed(service.learner.study_in_steps, lambda: time.sleep(0.01)), []
 
-    def slowly(*args, **options):
+    def noted(*args, **options):
         begun.append(time.monotonic())
-        inner = steps(*args, **options)
-        while True:
-            try:
-                next(inner)
-            except StopIteration as done:
-                return done.value
-            time.sleep(0.01)
-            yield
+        return steps(*args, **options)
 
-    monkeypatch.setattr(service.learner, "study_in_steps", slowly)
+    monkeypatch.setattr(service.learner, "study_in_steps", noted)
     service.learn("ada", lesson_of(40, teach=1.0)).result(60)
     until(lambda: begun)
     before, seen = service.export("ada").result(30), 0

@@ -67,6 +67,22 @@ def service_of(model, store, slots=3, observer=None, lease_seconds=30.0, learner
     )  # fmt: skip
 
 
+def slowed(steps, wait):
+    """``steps``, which makes generators of steps, with a call of ``wait`` after each step."""
+
+    def slow(*args, **options):
+        inner = steps(*args, **options)
+        while True:
+            try:
+                next(inner)
+            except StopIteration as done:
+                return done.value
+            wait()
+            yield
+
+    return slow
+
+
 class Answer:
     """A request that is being served, and what came of it."""
 

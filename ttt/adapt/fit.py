@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt.nn.base import DTYPES
+from ttt.nn.base import DTYPES, absent
 
 _PARALLEL = {
     "DistributedDataParallel": "its replicas would learn from different tokens and drift apart",
@@ -84,20 +84,12 @@ class Weights:
         if why := unfit_type(name, module):
             raise ValueError(why)
         weight = module.weight
-        if hasattr(weight, "device_mesh"):
-            raise ValueError(
-                f"{name}.weight is a DTensor, a part of a weight (FSDP2 or tensor parallelism), which cannot learn; "
-                "adapt the whole model in one process"
-            )
+        if why := absent(weight):
+            raise ValueError(f"{name}.weight {why}; it cannot learn. Load the whole model first, in one process")
         if tied := self.tied(name, module):
             raise ValueError(f"{name}.weight is tied to {tied}: learning in one would change the other; leave it out")
         if weight.dtype not in DTYPES:
             raise ValueError(f"{name}.weight is {weight.dtype}; it must be one of {[str(d) for d in DTYPES]}")
-        if weight.is_meta:
-            raise ValueError(
-                f"{name}.weight is on the meta device: it was not loaded yet, or hooks keep it elsewhere "
-                "(accelerate's device_map with 'cpu' or 'disk'); load the whole model first"
-            )
         if not weight.is_contiguous():
             raise ValueError(f"{name}.weight must be contiguous, got strides {weight.stride()}")
         if shared := self.overlapping(module):

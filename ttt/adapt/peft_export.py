@@ -77,9 +77,9 @@ def export_peft(
     """Write what was learnt as a LoRA adapter: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     The delta of a layer is ``lora_B @ lora_A``: ``lora_alpha`` equals ``r``. Servers cache adapters by path, so each
-    version needs a new folder, which gets its name once the adapter is complete. Loading was tested with PEFT. vLLM and
-    SGLang were not available; a test checks the rules that they document: ranks, keys, no bias, no modules to save, a
-    list of targets.
+    version needs a new folder, which gets its name once the adapter is complete. Loading was tested with PEFT and vLLM.
+    SGLang was not available; a test checks the rules that both servers document: ranks, keys, no bias, no modules to
+    save, a list of targets.
 
     Args:
         source: either a model of `ttt.adapt_`, whose deltas (effective weight less the weight before any learning)
@@ -175,18 +175,22 @@ def export_peft(
 
 def _of_model(model: nn.Module, rank: int | None, dtype: torch.dtype) -> tuple[int, dict[str, _Change]]:
     """The rank, and the change of every layer; ``rank`` None: the smallest that keeps the error within `TOLERANCE`."""
-    deltas, found = {}, {}
+    deltas, factors = {}, {}
     for name, layer in learning_layers(model):
         name = canonical(name)
         deltas[name] = layer.effective_weight().double() - layer.base_weight.double()
         _require_finite(name, deltas[name])
+        factors[name] = lowrank.truncated(deltas[name], rank or RANKS[-1])
     if rank is None:
-        values = [torch.linalg.svdvals(delta).square() for delta in deltas.values()]
-        total = sum(float(each.sum()) for each in values)
-        lost = {r: sum(float(each[r:].sum()) for each in values) for r in RANKS}
+        # A factor's rows have the singular values as their squared norms, the largest first.
+        values = [a.square().sum(1).square() for a, _ in factors.values()]
+        total = sum(float(delta.square().sum()) for delta in deltas.values())
+        lost = {r: total - sum(float(each[:r].sum()) for each in values) for r in RANKS}
         rank = next((r for r in RANKS if lost[r] <= TOLERANCE**2 * total), RANKS[-1])
+    found = {}
     for name, delta in deltas.items():
-        a, b = (t.to(dtype) for t in lowrank.padded(*lowrank.truncated(delta, rank), rank))
+        a, b = factors[name]
+        a, b = (t.to(dtype) for t in lowrank.padded(a[:rank], b[:rank], rank))
         found[name] = _Change((a, b), float((delta - b.double().T @ a.double()).norm()), float(delta.norm()))
     return rank, found
 

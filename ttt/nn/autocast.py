@@ -36,10 +36,7 @@ def full_precision(method: F) -> F:
 
     @functools.wraps(method)
     def wrapped(self, *args, **kwargs):
-        kind = self.weight.device.type
-        if not torch.is_autocast_enabled(kind):
-            return method(self, *args, **kwargs)
-        with torch.autocast(kind, enabled=False):
+        with without_autocast(self.weight.device):
             return method(self, *args, **kwargs)
 
     return wrapped  # type: ignore[return-value]

@@ -39,6 +39,18 @@ class Sink(list[tuple[Tensor, Tensor]]):
         self.thread = threading.get_ident()
 
 
+def absent(weight: Tensor) -> str:
+    """Why ``weight``, which is not all in memory, cannot learn; empty if it is."""
+    if hasattr(weight, "device_mesh"):
+        return "is a DTensor, a part of a weight (FSDP2 or tensor parallelism)"
+    if weight.is_meta:
+        return (
+            "is on the meta device: it was not loaded yet, or hooks offload it (accelerate's device_map with 'cpu' or "
+            "'disk', cpu_offload)"
+        )
+    return ""
+
+
 def captures(layer: Adapted) -> bool:
     """Whether a forward pass that begins here is to leave (x, delta) of ``layer`` in its sink.
 

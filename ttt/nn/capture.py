@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ttt.nn.base import Sink
+from ttt.nn.base import Sink, absent
 from ttt.nn.linear import Linear
 from ttt.nn.low_rank import LowRankLinear
 
@@ -23,14 +23,10 @@ class Capturing:
 
     def __enter__(self) -> Capturing:
         for layer in self.layers:
-            if layer.weight.is_meta or hasattr(layer.weight, "device_mesh"):
-                held = (
-                    "on the meta device, as hooks leave it that offload weights (accelerate's device_map, cpu_offload)"
-                )
-                part = "a DTensor, a part of a weight (FSDP2 or tensor parallelism)"
+            if why := absent(layer.weight):
                 raise RuntimeError(
-                    f"{layer.name or 'a layer'} cannot learn: its weight is {held if layer.weight.is_meta else part}; "
-                    "what it would learn would be lost. Keep whole weights in memory, or compute without learning"
+                    f"{layer.name or 'a layer'} cannot learn: its weight {why}; what it would learn would be lost. "
+                    "Keep whole weights in memory, or compute without learning"
                 )
         self.renew()
         return self

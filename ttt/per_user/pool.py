@@ -110,8 +110,8 @@ class Pool:
         """
         with self.one_thread():
             if user is None:
-                idle = (u for u in self._slot if not self._uses(u))
-                user = next(idle, None)
+                busy = self._computed()
+                user = next((u for u in self._slot if u not in busy), None)
                 if user is None:
                     raise KeyError("no user can be evicted: none has a slot, or all are in use")
             self._idle(user)
@@ -226,7 +226,7 @@ class Pool:
         with contextlib.ExitStack() as stack:
             turn = stack if learns else stack.enter_context(contextlib.ExitStack())
             turn.enter_context(self._turn.taken(learning=learns))
-            if learns and (busy := self._elsewhere(named)):
+            if learns and (busy := sorted(self._computed(elsewhere=True).intersection(named))):
                 raise RuntimeError(f"users {busy} are in use by another thread; learn when it has left ttt.users(...)")
             stack.enter_context(self._held(held))  # so that no user of the batch is evicted for another one
             slots = [-1 if u is None else self.open(u) for u in users]
@@ -266,23 +266,16 @@ class Pool:
                 self._in_use.subtract(held)
                 self._in_use = +self._in_use
 
-    def _elsewhere(self, users: list[str]) -> list[str]:
-        """Those of ``users`` with whom another thread computes."""
+    def _computed(self, *, elsewhere: bool = False) -> set[str]:
+        """The users of the batches that are being computed, or of those ``elsewhere``: in other threads."""
         me = threading.get_ident()
         with _COUNTING:
-            return sorted({user for user, thread in self._in_use if user in users and thread != me})
+            return {user for user, thread in self._in_use if not elsewhere or thread != me}
 
     def require_idle(self) -> None:
         """Raise RuntimeError if a user is part of a batch that is being computed."""
-        with _COUNTING:
-            busy = sorted({user for user, _ in self._in_use})
-        if busy:
+        if busy := sorted(self._computed()):
             raise RuntimeError(f"users {busy} are in use; leave ttt.users(...) first")
-
-    def _uses(self, user: str) -> bool:
-        """Whether ``user`` is part of a batch that is being computed."""
-        with _COUNTING:
-            return any(user == held for held, _ in self._in_use)
 
     @property
     def _kept(self) -> list[UserState]:
@@ -298,13 +291,13 @@ class Pool:
     def _idle(self, user: str) -> None:
         """Raise unless ``user`` has a slot and is not part of the current batch."""
         self.slot(user)
-        if self._uses(user):
+        if user in self._computed():
             raise RuntimeError(f"user {user!r} is in use; leave ttt.users(...) first")
 
     def _free(self) -> int:
         """A free slot, after an eviction if necessary."""
         if len(self._slot) == self.slots:
-            if all(self._uses(u) for u in self._slot):
+            if self._computed().issuperset(self._slot):
                 raise RuntimeError(f"all {self.slots} slots belong to users of the present batch")
             self.evict()
         return min(set(range(self.slots)) - set(self._slot.values()))

@@ -6,20 +6,17 @@ key: keys are 256 random bits, so a plain hash cannot be searched.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
-import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ttt.files import in_turns, write_atomically
 from ttt.serve.errors import BadRequest, Forbidden, Unauthenticated
 
 USER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:+-]{0,127}")
@@ -146,7 +143,7 @@ def add_key(path: str | os.PathLike[str], user: str | None) -> str:
     """
     key = PREFIX + secrets.token_urlsafe(32)
     entry = {"operator": True} if user is None else {"user": check_user_id(user)}
-    with _changing(Path(path)):
+    with in_turns(Path(path)):
         entries = _read(Path(path)) if Path(path).exists() else {}
         _write(Path(path), entries | {digest(key): entry})
     return key
@@ -154,7 +151,7 @@ def add_key(path: str | os.PathLike[str], user: str | None) -> str:
 
 def remove_keys(path: str | os.PathLike[str], user: str | None) -> int:
     """Remove all keys of ``user``, or of operators (None), from the file at ``path``: how many there were."""
-    with _changing(Path(path)):
+    with in_turns(Path(path)):
         entries = _read(Path(path))
         kept = {
             name: entry
@@ -163,14 +160,6 @@ def remove_keys(path: str | os.PathLike[str], user: str | None) -> int:
         }
         _write(Path(path), kept)
     return len(entries) - len(kept)
-
-
-@contextlib.contextmanager
-def _changing(path: Path) -> Iterator[None]:
-    """Inside, no other process that changes the file at ``path`` with this function reads or writes it."""
-    with open(path.parent / f".{path.name}.lock", "a", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
@@ -194,12 +183,4 @@ def _checked(entry: dict[str, Any]) -> dict[str, Any]:
 def _write(path: Path, entries: dict[str, dict[str, Any]]) -> None:
     """Replace the file in one step; only its owner may read it."""
     keys = [{"sha256": name, **entry} for name, entry in entries.items()]
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8") as file:
-        try:
-            json.dump({"keys": keys}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    write_atomically(path, json.dumps({"keys": keys}, indent=1).encode())

@@ -61,7 +61,6 @@ class Writer:
         self.leaving: dict[str, Session] = {}  # by user, whose leases are to be released; the latest of each
         self._changed = threading.Condition()
         self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
-        self._writing: Session | None = None
         self._released: list[Session] = []
         self._stop = False
         self._ended = threading.Event()  # no lease needs renewing any more
@@ -135,18 +134,13 @@ class Writer:
             work = next(iter(self._waiting.values()), None)
             if work is not None:
                 del self._waiting[work.session.user]
-                self._writing = work.session
             busy = set(self._waiting) | ({work.session.user} if work is not None else set())
             released = [session for session in self._released if session.user not in busy]
             self._released = [session for session in self._released if session.user in busy]
             if work is None and not released and self._stop:
                 return False
-        try:
-            if work is not None:
-                self._put(work)
-        finally:
-            with self._changed:
-                self._writing = None
+        if work is not None:
+            self._put(work)
         self._release(released)
         return True
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import ttt
-from bench.kernels.case import Case, shared
+from bench.kernels.case import Case, TimedCase, shared
 from bench.kernels.contender import Contender, Unavailable
 from bench.kernels.state import LEARNS, STORAGE, assert_change, layer_count, size_of, some_rows
 from ttt.nn import LowRankLinear
@@ -243,7 +243,7 @@ class MixedLearning(Mixed):
 
 
 @dataclasses.dataclass(frozen=True)
-class Compression(Case):
+class Compression(TimedCase):
     """The compression of one slot of a (d, d) layer from r + C rows to r, without replay and pull, on the CPU.
 
     "torch, eigh" does the same step in torch in float64: Gram matrices of the rows, two calls of `torch.linalg.eigh`,
@@ -261,16 +261,6 @@ class Compression(Case):
     @property
     def name(self) -> str:
         return f"compression: {self.d}x{self.d}, {self.rank + WINDOW} rows to {self.rank}"
-
-    @property
-    def ceiling(self) -> str | None:
-        return None
-
-    def bytes(self, contender: str) -> int | None:
-        return None
-
-    def flops(self, contender: str) -> int | None:
-        return None
 
     def parameters(self) -> dict[str, Any]:
         return super().parameters() | {"window": WINDOW}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels.case import Case
+from bench.kernels.case import Case, TimedCase
 from bench.kernels.ceilings import square_ceiling
 from bench.kernels.contender import Contender, Unavailable
 from ttt.ops import sequence as ops
@@ -211,7 +211,7 @@ class Token(Case):
 
 
 @dataclasses.dataclass(frozen=True)
-class Prefill(Case):
+class Prefill(TimedCase):
     """TTT-Linear on a text of ``tokens`` beside torch's causal attention with the same heads."""
 
     suite = "sequence"
@@ -225,16 +225,6 @@ class Prefill(Case):
     @property
     def name(self) -> str:
         return f"prefill: T = {self.tokens}, {self.heads} heads of {self.width}"
-
-    @property
-    def ceiling(self) -> str | None:
-        return None
-
-    def bytes(self, contender: str) -> int | None:
-        return None
-
-    def flops(self, contender: str) -> int | None:
-        return None
 
     def ceilings(self) -> dict[str, Callable[[], Contender]]:
         return {}
