@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from bench.learning.experiments.pretrain import Muon, new_model
+from bench.learning.experiments.pretrain import new_model, training
 from bench.machine import provenance
 from ttt.demo.model import CONTEXT, LN2, as_ids
 from ttt.demo.text import HELD_OUT, held_out_python, training_python
@@ -68,27 +68,10 @@ def train(model: torch.nn.Module, steps: int, batch: int, minutes: float, seed: 
     data = as_ids(training_python())[0]
     generator = torch.Generator().manual_seed(seed)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n and n.endswith("proj.weight")]
-    chosen = set(map(id, matrices))
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    optimizers = [Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
-    bases = [[g["lr"] for g in o.param_groups] for o in optimizers]
     model.train()
     start, cpu, mean, done = time.time(), time.process_time(), 0.0, 0
-    for step in range(steps):
-        rate = min(1.0, (step + 1) / 20) * (1 - step / steps)
-        for optimizer, rates in zip(optimizers, bases, strict=True):
-            for group, lr in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = lr * rate
-        at = torch.randint(len(data) - CONTEXT, (batch,), generator=generator).tolist()
-        ids = torch.stack([data[s : s + CONTEXT] for s in at])
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        done = step + 1
-        mean += (float(loss.detach()) / LN2 - mean) / (min(step, 19) + 1)
+    for mean in training(model, data, matrices, steps, batch, warm_up=20, generator=generator):
+        done += 1
         if done % 20 == 0:
             print(f"step {done}, {mean:.3f} bits per byte, {time.time() - start:.0f} s", flush=True)
         if time.time() - start > 60 * minutes:

@@ -15,12 +15,14 @@ import copy
 import json
 import platform
 import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
 
 from ttt.demo.model import CONTEXT, LN2, WEIGHTS, as_ids, bits_per_byte, windows
 from ttt.demo.text import HELD_OUT, held_out_python, training_python
+from ttt.ops.sequence.large_chunk import newton_schulz
 
 HIDDEN, LAYERS = 256, 5  # of the demo model: 4.4 M parameters
 
@@ -74,21 +76,54 @@ class Muon(torch.optim.Optimizer):
                     buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     buffer.lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(buffer, group["momentum"]))
-                ortho = _newton_schulz(torch.stack(updates))
+                ortho = newton_schulz(torch.stack(updates))
                 scale = group["lr"] * max(1.0, rows / cols) ** 0.5
                 for p, u in zip(params, ortho, strict=True):
                     p.add_(u, alpha=-scale)
 
 
-def _newton_schulz(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    a, b, c = 3.4445, -4.7750, 2.0315
-    tall = g.shape[-2] > g.shape[-1]
-    x = g.mT if tall else g
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        xx = x @ x.mT
-        x = a * x + (b * xx + c * (xx @ xx)) @ x
-    return x.mT if tall else x
+def training(
+    model: torch.nn.Module,
+    data: torch.Tensor,
+    matrices: Collection[torch.nn.Parameter],
+    steps: int,
+    batch: int,
+    *,
+    warm_up: int,
+    peak: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Iterator[float]:
+    """Train ``model``, a step at a time, on ``batch`` pieces of ``data`` (N,), `CONTEXT` bytes each, drawn at random.
+
+    The rates rise for ``warm_up`` steps and fall linearly to 0 at ``steps``.
+
+    Args:
+        matrices: parameters that are trained with Muon; all others are with AdamW.
+        peak: highest learning rate, as a share of the full one.
+
+    Yields:
+        After each step, the mean loss of about the last ``warm_up`` steps, in bits per byte.
+    """
+    chosen = set(map(id, matrices))
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    optimizers = [Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
+    base_rates = [[g["lr"] for g in o.param_groups] for o in optimizers]
+    mean = 0.0
+    for step in range(steps):
+        rate = peak * min(1.0, (step + 1) / warm_up) * (1 - step / steps)
+        for optimizer, rates in zip(optimizers, base_rates, strict=True):
+            for group, lr in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = lr * rate
+        at = torch.randint(len(data) - CONTEXT, (batch,), generator=generator).tolist()
+        ids = torch.stack([data[s : s + CONTEXT] for s in at])
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        mean += (float(loss.detach()) / LN2 - mean) / (min(step, warm_up - 1) + 1)
+        yield mean
 
 
 def train(
@@ -123,10 +158,7 @@ def train(
     done = log[-1]["step"] if log else 0
     spent = log[-1]["seconds"] if log else 0
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
-    others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in n)]
-    optimizers = [Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
-    base_rates = [[g["lr"] for g in o.param_groups] for o in optimizers]
-    start, mean = time.time() - spent, 0.0
+    start = time.time() - spent
     summary = {
         "commands": commands,
         "python": platform.python_version(),
@@ -135,20 +167,7 @@ def train(
         "parameters": sum(p.numel() for p in model.parameters()),
         "held_out": HELD_OUT,
     }
-    for step in range(steps):
-        rate = peak * min(1.0, (step + 1) / 50) * (1 - step / steps)
-        for optimizer, rates in zip(optimizers, base_rates, strict=True):
-            for group, lr in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = lr * rate
-        at = torch.randint(len(data) - CONTEXT, (batch,)).tolist()
-        ids = torch.stack([data[s : s + CONTEXT] for s in at])
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        mean += (float(loss.detach()) / LN2 - mean) / (min(step, 49) + 1)
+    for step, mean in enumerate(training(model, data, matrices, steps, batch, warm_up=50, peak=peak)):
         if step % 100 == 99 or step == steps - 1:
             model.eval()
             row = {"step": done + step + 1, "bytes": (done + step + 1) * batch * CONTEXT}
