@@ -11,6 +11,7 @@ from torch import nn
 import ttt
 from ttt.learn import study as study_module
 from ttt.learn.episodes import Episode
+from ttt.learn.rehearsal import divergence
 
 
 def words(rows, length, seed=None):
@@ -48,9 +49,14 @@ def projections(layer):
             for basis in (layer.basis, layer.output_basis)]  # fmt: skip
 
 
-def by_autograd(model, layers, episodes, passes, lr):
-    """The studied weights, from autograd through all of the model in float64, and torch's own Adam."""
+def by_autograd(model, layers, episodes, passes, lr, rehearse, texts):
+    """The studied weights, from autograd through all of the model in float64, and torch's own Adam.
+
+    Returns:
+        The weights, the loss in each pass, and the KL on the group of ``texts`` that each pass reads.
+    """
     reference = copy.deepcopy(model).double()
+    plain_model = copy.deepcopy(reference)
     for layer in layers:
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=torch.float64)
         plain.weight.data.copy_(layer.weight)
@@ -58,16 +64,22 @@ def by_autograd(model, layers, episodes, passes, lr):
         setattr(reference.get_submodule(parent), name, plain)
     weights = [reference.get_submodule(layer.name).weight for layer in layers]
     optimizers = [torch.optim.Adam([w], lr=1.0, betas=(0.9, 0.99), eps=1e-14) for w in weights]
-    losses = []
-    for _ in range(passes):
+    losses, moved = [], []
+    for at in range(passes):
         total, count = 0.0, 0
         for episode in episodes:
             logits = reference(input_ids=episode.ids[None, :-1]).logits[0]
             each = nn.functional.cross_entropy(logits, episode.ids[1:], reduction="none")
             total, count = total + each[episode.learn[1:]].sum(), count + int(episode.learn.sum())
         losses.append(float(total.detach()) / count)
+        rows = texts[4 * at % 32 : 4 * at % 32 + 4]
+        with torch.no_grad():
+            before = plain_model(input_ids=rows).logits.log_softmax(-1)
+        now = reference(input_ids=rows).logits.log_softmax(-1)
+        kl = nn.functional.kl_div(now, before, log_target=True, reduction="none").sum(-1).mean()
+        moved.append(float(kl.detach()))
         for gradient, weight, layer, adam in zip(
-            torch.autograd.grad(total / count, weights), weights, layers, optimizers, strict=True
+            torch.autograd.grad(total / count + rehearse * kl, weights), weights, layers, optimizers, strict=True
         ):
             inputs, outputs = projections(layer)
             before = weight.detach().clone()
@@ -75,7 +87,7 @@ def by_autograd(model, layers, episodes, passes, lr):
             adam.step()
             unit = lr * layer.weight.double().square().mean().sqrt()
             weight.data.copy_(before + unit * (outputs @ (weight.data - before) @ inputs))
-    return [w.detach() for w in weights], losses
+    return [w.detach() for w in weights], losses, moved
 
 
 @torch.no_grad()
@@ -90,8 +102,9 @@ def mean_loss(learner, user):
     return total / count
 
 
+@pytest.mark.parametrize("rehearse", [0.0, 30.0])
 @pytest.mark.parametrize("users", [None, 2])
-def test_a_study_takes_the_steps_of_adam_within_the_projections(users):
+def test_a_study_takes_the_steps_of_adam_within_the_projections(users, rehearse):
     learner = learner_of(users)
     user = None if users is None else "ada"
     for length in (9, 5, 17):
@@ -102,10 +115,17 @@ def test_a_study_takes_the_steps_of_adam_within_the_projections(users):
     episodes = learner.episodes.of(user)
     layers = list(learner.access.layers)
     before = [layer.weight.detach().clone() for layer in layers]
-    wanted, losses = by_autograd(learner.model, layers, episodes, 4, 0.02)
-    output = learner.study(user, passes=4, lr=0.02, until=0.0)
+    model = copy.deepcopy(learner.model)
+    output = learner.study(user, passes=12, lr=0.02, until=0.0, rehearse=rehearse)
+    texts = words(32, 48) if learner.own_texts is None else learner.own_texts
+    assert texts.shape == (32, 48)
+    assert (learner.own_texts is None) == (rehearse == 0)
+    wanted, losses, moved = by_autograd(
+        model, [model.get_submodule(layer.name) for layer in layers], episodes, 12, 0.02, rehearse, texts
+    )
     assert output.episodes == len(episodes)
     assert output.losses == pytest.approx(losses, rel=1e-4)
+    assert output.moved == (pytest.approx(moved, rel=1e-3, abs=1e-6) if rehearse else [])
     assert losses[-1] < losses[0]
     for layer, weight, expected in zip(layers, before, wanted, strict=True):
         now = layer.weight if users is None else layer.effective_weight(learner.pool.slot("ada"))
@@ -116,7 +136,60 @@ def test_a_study_takes_the_steps_of_adam_within_the_projections(users):
             assert torch.equal(layer.weight, weight)
     assert all(episode.studied for episode in learner.episodes.of(user))
     again = learner.study(user)  # there is nothing new
-    assert (again.episodes, again.losses) == (0, [])
+    assert (again.episodes, again.losses, again.moved) == (0, [], [])
+
+
+@pytest.mark.parametrize("users", [None, 1])
+def test_rehearsal_moves_the_models_own_text_less_and_teaches_as_much(users):
+    kept = learner_of(users)
+    user = None if users is None else "ada"
+    told(kept, words(1, 20), torch.ones((1, 20), dtype=torch.bool))
+    free = copy.deepcopy(kept)
+    frozen = copy.deepcopy(kept.model)
+    outputs = [kept.study(user, lr=0.02, until=0.5), free.study(user, lr=0.02, until=0.5, rehearse=0)]
+    moved, texts = [], kept.own_texts
+    for learner in (kept, free):
+        with torch.no_grad(), contextlib.nullcontext() if users is None else ttt.users(learner.model, [user] * 32):
+            now = learner.model(input_ids=texts).logits.double()
+        moved.append(divergence(frozen(input_ids=texts).logits.double(), now)[0])
+    assert moved[0] < 0.8 * moved[1]
+    assert outputs[0].after < outputs[1].after + 0.5
+
+
+def test_the_divergence_is_torchs_and_so_is_its_gradient():
+    before, now = torch.randn(2, 3, 5, 11, dtype=torch.float64)
+    now = (3 * now).requires_grad_()
+    expected = nn.functional.kl_div(now.log_softmax(-1), before.log_softmax(-1), log_target=True, reduction="sum") / 15
+    got, gradient = divergence(before, now.detach())
+    assert got == pytest.approx(float(expected.detach()), rel=1e-12)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, now)[0])
+
+
+def test_users_rehearse_what_the_base_model_wrote_once():
+    learner = learner_of(2, lr=0.05)
+    other = copy.deepcopy(learner)  # in which nobody learns anything before
+    ids = words(1, 20)
+    learner.observe(ids, users=["ada"])
+    learner.study("ada", passes=1)
+    first = learner.own_texts
+    learner.observe(ids, users=["bob"])
+    learner.study("bob", passes=1)
+    assert learner.own_texts is first
+    told(other, ids, torch.ones_like(ids, dtype=torch.bool))
+    other.study("ada", passes=1)
+    assert torch.equal(other.own_texts, first)
+
+
+def test_texts_begin_with_the_token_that_begins_a_text():
+    learner = learner_of()
+    told(learner, words(1, 9), torch.ones((1, 9), dtype=torch.bool))
+    learner.model.config.bos_token_id = 7
+    learner.study(passes=1)
+    assert learner.own_texts[:, 0].unique().tolist() == [7]
+    learner.model.config.bos_token_id = learner.model.config.eos_token_id = None
+    told(learner, words(1, 9), torch.ones((1, 9), dtype=torch.bool))
+    learner.study(passes=1)
+    assert len(learner.own_texts[:, 0].unique()) > 8
 
 
 def test_a_users_change_is_the_best_one_of_the_rank_and_what_was_dropped_is_counted():
@@ -365,7 +438,7 @@ def test_more_episodes_than_a_step_takes_are_all_read():
     handle = learner.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.extend(kwargs["input_ids"][:, :2].tolist()), with_kwargs=True
     )
-    learner.study(passes=1)
+    learner.study(passes=1, rehearse=0)
     handle.remove()
     seen = seen[: len(seen) // 2]  # what is read once more is measured only
     assert sorted(seen) == [[at // 50, at % 50] for at in range(70)]
@@ -378,6 +451,7 @@ def test_wrong_arguments_are_refused_by_name():
         ({"lr": -1.0}, "lr"),
         ({"lr": "1"}, "lr"),
         ({"until": float("nan")}, "until"),
+        ({"rehearse": -1.0}, "rehearse"),
     ]:
         with pytest.raises((ValueError, TypeError), match=name):
             learner.study(**options)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ttt.learn.huggingface import cache_of, cached
+from ttt.learn.loop import finish
 
 TOPICS = (
     "the history of Rome", "how plants grow", "cooking pasta", "the solar system", "computer programming", "music",
@@ -44,7 +45,8 @@ def own_text(model: Any, tokenizer: Any = None, *, context: int, seed: int) -> I
     rows = [prompts[row % len(prompts)] for row in range(SEQUENCES)]
     shortest = min(map(len, rows))
     ids = torch.tensor([row[-shortest:] for row in rows], device=device)
-    yield from _written(model, ids[:, : context - 1], min(LENGTH, context), generator).split(_BATCH)
+    written = finish(written_in_steps(model, ids[:, : context - 1], min(LENGTH, context), generator))
+    yield from written.split(_BATCH)
 
 
 def _prompts(model: Any, tokenizer: Any) -> Sequence[list[int]]:
@@ -56,25 +58,39 @@ def _prompts(model: Any, tokenizer: Any) -> Sequence[list[int]]:
             for topic in TOPICS
         ]
         return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-    config: Any = getattr(model, "config", None)
-    for name in ("bos_token_id", "eos_token_id"):
-        token = getattr(config, name, None)
-        token = token[0] if isinstance(token, (list, tuple)) and token else token
-        if isinstance(token, int) and 0 <= token < config.vocab_size:
-            return [[token]]
+    if (token := first_token(model)) is not None:
+        return [[token]]
     raise ValueError(
         "batches must be given for a model whose config names no bos_token_id or eos_token_id to begin a text with "
         "(or tokenizer, one with a chat template)"
     )
 
 
-@torch.no_grad()
-def _written(model: Any, ids: Tensor, length: int, generator: torch.Generator) -> Tensor:
-    """``ids`` (B, P) continued to ``length`` tokens that are drawn from the model."""
+def first_token(model: Any) -> int | None:
+    """The token that begins a text, by the config of ``model``; None if it names none."""
+    config: Any = getattr(model, "config", None)
+    for name in ("bos_token_id", "eos_token_id"):
+        token = getattr(config, name, None)
+        token = token[0] if isinstance(token, (list, tuple)) and token else token
+        if isinstance(token, int) and 0 <= token < config.vocab_size:
+            return token
+    return None
+
+
+def written_in_steps(model: Any, ids: Tensor, length: int, generator: torch.Generator) -> Generator[None, None, Tensor]:
+    """``ids`` (B, P) continued to ``length`` tokens that are drawn from the model, a token in each step.
+
+    Raises:
+        FloatingPointError: if a logit is not finite.
+    """
     cache, step = None, ids
     while ids.shape[1] < length:
-        out = model(input_ids=step, **cached(model, cache))
-        cache = cache_of(out)
-        step = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1, generator=generator)
+        with torch.no_grad():
+            out = model(input_ids=step, **cached(model, cache))
+        cache, p = cache_of(out), out.logits[:, -1].float().softmax(-1)
+        if not bool(torch.isfinite(p).all()):
+            raise FloatingPointError("the model's logits are not finite, so that no text can be drawn from them")
+        step = torch.multinomial(p, 1, generator=generator)
         ids = torch.cat([ids, step], 1)
+        yield
     return ids

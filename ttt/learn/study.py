@@ -7,6 +7,9 @@ of Adam (Kingma & Ba, ICLR 2015) on the mean loss, within the soft projection of
     G  = sum_t delta'_t x'_t^T / tokens         x', delta': the projected rows, as in learning while reading
     dW = -lr rms(W) P_out(Adam(G)) P_in         Adam's division mixes the directions again, so P is applied once more
 
+Beside what was said, each step reads some text that the model wrote itself, and is held to what the model predicted
+there before (`ttt.learn.rehearsal`): the change that a study makes is the one that disturbs the rest least.
+
 The weights themselves are not touched before the end: the change is added to the outputs of the layers by hooks, in
 float32. So a study that is interrupted, or that diverges, leaves the model as it was, to the bit.
 """
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 
 from ttt.atomic import whole_write
 from ttt.checks import check_real, check_token_ids, check_whole
+from ttt.learn import rehearsal
 from ttt.learn.episodes import Episode, EpisodeLog
 from ttt.learn.huggingface import frozen
 from ttt.nn import Capturing, Linear, LowRankLinear
@@ -49,11 +53,14 @@ class StudyOutput:
         losses: nats per token in each pass over them, each measured before the pass's steps.
         after: nats per token with what was written; with weights for each user, after the truncation. NaN if nothing
             was studied.
+        moved: KL in nats per token from the model before the study on text of the model's own, the mean in each pass;
+            empty without rehearsal.
     """
 
     episodes: int
     losses: list[float]
     after: float = math.nan
+    moved: list[float] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +70,14 @@ class StudyOptions:
     passes: int
     lr: float
     until: float
+    rehearse: float
 
     def __post_init__(self) -> None:
         check_whole("passes", self.passes, 1)
         if check_real("lr", self.lr, low=0.0) == 0:
             raise ValueError("lr must be above 0, got 0: nothing would be learnt, and all would count as studied")
         check_real("until", self.until, low=0.0)
+        check_real("rehearse", self.rehearse, low=0.0)
 
 
 class Change:
@@ -155,6 +164,7 @@ class _Study:
     def __init__(self, learner: Learner, log: EpisodeLog, user: str | None, options: StudyOptions) -> None:
         self.learner, self.log, self.user, self.options = learner, log, user, options
         self.changes: list[Change] = []
+        self.moved: list[float] = []
         self._began_at: list[int] = []
 
     def steps(self) -> Generator[None, None, StudyOutput]:
@@ -168,7 +178,8 @@ class _Study:
                 return StudyOutput(0, [])
             self.changes = [Change(layer) for layer in self.learner.access.layers]
             self._began_at = self._position()
-        losses = yield from self._learn(new)
+        texts = (yield from self._own_texts()) if self.options.rehearse else None
+        losses = yield from self._learn(new, texts)
         with self._using_model():
             states = [] if pool is None or user is None else _slot_states(pool, user, self.changes)
         after = (yield from self._summed_loss(new)) / _tokens(new)
@@ -177,11 +188,11 @@ class _Study:
                 raise FloatingPointError("the study made weights that are not finite; nothing was changed")
             _check(losses[0], after, self.options.lr)
             self._write(states)
-        return StudyOutput(len(new), losses, after)
+        return StudyOutput(len(new), losses, after, self.moved)
 
     @contextlib.contextmanager
-    def _using_model(self) -> Iterator[None]:
-        """Inside, a step may use the model, whose layers compute with the changes.
+    def _using_model(self, changed: bool = True) -> Iterator[None]:
+        """Inside, a step may use the model, whose layers compute with the changes if ``changed``.
 
         Raises:
             RuntimeError: if something else has changed what is studied since the first step.
@@ -197,8 +208,29 @@ class _Study:
                     raise RuntimeError(
                         "something was learnt between two steps of a study, which would be lost; nothing was changed"
                     )
-                stack.enter_context(in_effect(self.changes))
+                if changed:
+                    stack.enter_context(in_effect(self.changes))
             yield
+
+    def _own_texts(self) -> Generator[None, None, Tensor]:
+        """Texts that the model writes; of users, those of the base model, written once in a learner's life."""
+        learner, pool = self.learner, self.learner.pool
+        if learner.own_texts is not None and pool is not None:
+            return learner.own_texts
+        drawing = rehearsal.draw_in_steps(learner.model, context=learner.context, seed=learner.config.seed)
+        while True:
+            with self._using_model(changed=False), self._reading(None, rehearsal.SEQUENCES):
+                try:
+                    next(drawing)
+                except StopIteration as done:
+                    learner.own_texts = done.value
+                    return done.value
+            yield
+
+    def _reading(self, user: str | None, rows: int) -> contextlib.AbstractContextManager[None]:
+        """Inside, ``rows`` rows have the weights of ``user``, or the base model's; nothing for one set of weights."""
+        pool = self.learner.pool
+        return contextlib.nullcontext() if pool is None else pool.reading(user, rows)
 
     def _position(self) -> list[int]:
         """Numbers that change when something is learnt."""
@@ -220,8 +252,11 @@ class _Study:
                     "was filled with a larger one"
                 )
 
-    def _learn(self, episodes: Sequence[Episode]) -> Generator[None, None, list[float]]:
+    def _learn(self, episodes: Sequence[Episode], texts: Tensor | None) -> Generator[None, None, list[float]]:
         """Let the changes make ``episodes`` probable: nats per token in each pass.
+
+        Args:
+            texts: (N, T) int64, of the model's own, for rehearsal; None for none.
 
         Raises:
             FloatingPointError: if a loss or gradient is not finite, or the loss has grown by more than a nat per token.
@@ -230,16 +265,21 @@ class _Study:
         order, draw, losses = list(episodes), random.Random(self.learner.config.seed), list[float]()
         for _ in range(options.passes):
             draw.shuffle(order)
-            total = 0.0
-            for at in range(0, len(order), _BATCH):
+            total, moved, steps = 0.0, 0.0, range(0, len(order), _BATCH)
+            for at in steps:
                 batch = order[at : at + _BATCH]
                 gradients = [torch.zeros_like(change.value) for change in self.changes]
                 nll = yield from self._summed_loss(batch, gradients)
+                torch._foreach_div_(gradients, _tokens(batch))
+                if texts is not None:
+                    moved += yield from self._rehearse(rehearsal.group(texts, self.changes[0].steps), gradients)
                 if not math.isfinite(nll) or not all(bool(torch.isfinite(g).all()) for g in gradients):
                     raise FloatingPointError("the study met a loss or gradient that is not finite; nothing was changed")
                 for change, gradient in zip(self.changes, gradients, strict=True):
-                    change.step(gradient / _tokens(batch), options.lr)
+                    change.step(gradient, options.lr)
                 total += nll
+            if texts is not None:
+                self.moved.append(moved / len(steps))
             losses.append(total / _tokens(order))
             _check(losses[0], losses[-1], options.lr)
             if losses[-1] <= options.until:
@@ -250,14 +290,13 @@ class _Study:
         self, batch: Sequence[Episode], gradients: Sequence[Tensor] | None = None
     ) -> Generator[None, None, float]:
         """The summed loss of ``batch``; its projected gradient at each change is added to the tensor beside it."""
-        layers, pool, total = self.learner.access.layers, self.learner.pool, 0.0
+        layers, total = self.learner.access.layers, 0.0
         device = next(self.learner.model.parameters()).device
         for ids, wanted in _parts(batch):
             ids, wanted = ids.to(device), wanted.to(device)[:, 1:]
             with contextlib.ExitStack() as stack:
                 stack.enter_context(self._using_model())
-                if pool is not None:
-                    stack.enter_context(pool.reading(self.user, len(ids)))
+                stack.enter_context(self._reading(self.user, len(ids)))
                 stack.enter_context(torch.set_grad_enabled(gradients is not None))
                 capturing = None if gradients is None else stack.enter_context(Capturing(layers))
                 head = stack.enter_context(self.learner.head)
@@ -269,6 +308,25 @@ class _Study:
                         gradient += change.gradient(pairs)
             yield
         return total
+
+    def _rehearse(self, ids: Tensor, gradients: Sequence[Tensor]) -> Generator[None, None, float]:
+        """KL in nats per token on ``ids`` (B, T) from the model before the study.
+
+        Its gradient, times ``rehearse``, is added to the tensor beside each change.
+        """
+        model, layers, rows = self.learner.model, self.learner.access.layers, len(ids)
+        with self._using_model(changed=False), self._reading(self.user, rows), torch.no_grad():
+            before = model(input_ids=ids, use_cache=False).logits
+        with (
+            self._using_model(), self._reading(self.user, rows), torch.enable_grad(), Capturing(layers) as capturing,
+        ):  # fmt: skip
+            now = model(input_ids=ids, use_cache=False).logits
+            found, gradient = rehearsal.divergence(before, now.detach())
+            now.backward(gradient.mul_(self.options.rehearse))
+            for change, into, pairs in zip(self.changes, gradients, capturing.renew(), strict=True):
+                into += change.gradient(pairs)
+        yield
+        return found
 
     def _write(self, states: Sequence[dict[str, Tensor]]) -> None:
         """Put the changes into the weights: with a pool, ``states`` into the user's slot."""

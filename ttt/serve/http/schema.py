@@ -182,3 +182,4 @@ class StudyRequest(Strict):
     passes: int = Field(20, ge=1, le=200)
     lr: float = Field(0.005, gt=0, le=0.1)
     until: float = Field(0.2, ge=0)
+    rehearse: float = Field(10.0, ge=0, le=1000)

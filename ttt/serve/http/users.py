@@ -101,7 +101,10 @@ async def study(http: Request, user: str, body: StudyRequest) -> dict[str, Any]:
     output, stored = await _result(server, http, server.service.study(user, **body.model_dump()))
     version = None if stored is None else await _stored(server, http, stored)
     after = None if stored is None else output.after
-    return {"id": user, "episodes": output.episodes, "losses": output.losses, "after": after, "version": version}
+    return {
+        "id": user, "episodes": output.episodes, "losses": output.losses, "after": after, "moved": output.moved,
+        "version": version,
+    }  # fmt: skip
 
 
 @router.get("/users/{user}/taught")
