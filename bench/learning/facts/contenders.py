@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 import ttt
+from bench.learning.facts import memit
 from bench.learning.facts.questions import Asked
 from bench.learning.language.base import CONFIG, Base
 from ttt.demo.lora import fine_tune, with_lora
@@ -40,6 +42,10 @@ class Contender:
     def tell(self, sentences: Sequence[str]) -> None:
         """A person says ``sentences`` in one chat, which ends then."""
 
+    def tell_by_another(self, sentences: Sequence[str]) -> None:
+        """Another person says ``sentences`` to the same model in a chat of their own."""
+        self.tell(sentences)
+
     def before(self, asked: Asked) -> list[Message]:
         """The messages that stand before the question in the new chat."""
         return []
@@ -58,6 +64,9 @@ class InContext(Contender):
 
     def tell(self, sentences: Sequence[str]) -> None:
         self.told += sentences
+
+    def tell_by_another(self, sentences: Sequence[str]) -> None:
+        """Nothing: what is in a context is in nobody else's."""
 
     def before(self, asked: Asked) -> list[Message]:
         return session(self.told)
@@ -80,8 +89,8 @@ class OwnFact(InContext):
 class Online(Contender):
     """A `ttt.Learner` that reads every turn ``times`` times, and learns from what the person says.
 
-    With ``study`` it studies after every chat. ``layers`` and ``directions`` replace those of the default; with
-    ``rank`` the person has low-rank weights of their own.
+    With ``study`` it studies after every chat; ``rehearse`` is that of `ttt.Learner.study`. ``layers`` and
+    ``directions`` replace those of the default; with ``rank`` every person has low-rank weights of their own.
     """
 
     def __init__(self, base: Base, options: Options, seed: int) -> None:
@@ -90,7 +99,7 @@ class Online(Contender):
         if "directions" in options:
             config = dataclasses.replace(config, protect=[ttt.KroneckerFisher(directions=options["directions"])])
         if "rank" in options:
-            config = dataclasses.replace(config, per_user=ttt.LowRank(slots=1, rank=options["rank"], window=64))
+            config = dataclasses.replace(config, per_user=ttt.LowRank(slots=2, rank=options["rank"], window=64))
         self.learner = base.learner(config)
         self.model = self.learner.model
         self.user = "user" if "rank" in options else None
@@ -98,13 +107,20 @@ class Online(Contender):
             self.learner.pool.open(self.user)
 
     def tell(self, sentences: Sequence[str]) -> None:
+        self._tell(sentences, self.user)
+
+    def tell_by_another(self, sentences: Sequence[str]) -> None:
+        self._tell(sentences, None if self.user is None else "another")
+
+    def _tell(self, sentences: Sequence[str], user: str | None) -> None:
         for _ in range(self.options.get("times", 1)):
             for sentence in sentences:
                 ids, said = self.template.turn(sentence)
-                users = None if self.user is None else [self.user]
+                users = None if user is None else [user]
                 self.learner.observe(torch.tensor([ids]), learn_mask=torch.tensor([said]), users=users)
         if self.options.get("study"):
-            self.learner.study(self.user)
+            kept = {"rehearse": self.options["rehearse"]} if "rehearse" in self.options else {}
+            self.learner.study(user, **kept)
 
     def answering(self, rows: int) -> contextlib.AbstractContextManager:
         return super().answering(rows) if self.user is None else ttt.users(self.model, [self.user] * rows)
@@ -121,3 +137,25 @@ class LoRA(Contender):
     def tell(self, sentences: Sequence[str]) -> None:
         turns = [self.template.turn(sentence) for sentence in sentences]
         fine_tune(self.model, turns, self.options["lr"], self.options["steps"])
+
+
+class Memit(Contender):
+    """Blocks edited in closed form after each chat (`.memit`): those in the "middle", or the "last" quarter."""
+
+    def __init__(self, base: Base, options: Options, seed: int) -> None:
+        super().__init__(base, options, seed)
+        count = len(memit.blocks_of(base.model))
+        middle, last = range(count // 3, count // 3 + max(1, count // 6)), range(count - max(1, count // 4), count)
+        self.layers = {"middle": middle, "last": last}[options["blocks"]]
+        edited = {f"{name}.mlp.down_proj.weight" for name in self._names(base.model)}
+        shared = {id(p): p for name, p in base.model.named_parameters() if name not in edited}
+        self.model = copy.deepcopy(base.model, shared)
+        self.moments = memit.second_moments(base.model, self.layers, base.own)
+
+    def tell(self, sentences: Sequence[str]) -> None:
+        turns = [self.template.turn(sentence) for sentence in sentences]
+        memit.edit(self.model, turns, self.layers, self.moments, self.options["weight"])
+
+    def _names(self, model: Any) -> list[str]:
+        blocks = [memit.blocks_of(model)[at] for at in self.layers]
+        return [name for name, module in model.named_modules() if any(module is block for block in blocks)]

@@ -39,9 +39,13 @@ METHODS: dict[str, FactsMethod] = {
     "its fact in context": FactsMethod("reference", contenders.OwnFact),
     "retrieval": FactsMethod("workaround", contenders.Retrieval, {"count": (1, 3)}),
     "LoRA": FactsMethod("workaround", contenders.LoRA, {"rank": (8,), "lr": (1e-3, 3e-3), "steps": (10, 20)}),
+    "MEMIT": FactsMethod(
+        "workaround", contenders.Memit, {"blocks": ("middle", "last"), "weight": (1000.0, 15000.0)}
+    ),
     "online": _learner(times=1),
     "online (told 4 times)": _learner(told_only=True, times=4),
     "study": _learner(study=True),
+    "study (no rehearsal)": _learner(told_only=True, study=True, rehearse=0.0),
     "study (a user's weights)": _learner(told_only=True, study=True, rank=32),
     "study (half of the blocks)": _learner(study=True, layers="last:0.5", directions=64),
 }

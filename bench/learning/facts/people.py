@@ -258,6 +258,16 @@ def corrected(facts: Sequence[Fact], seed: int) -> list[Fact]:
     return found
 
 
+def other_person(facts: Sequence[Fact], seed: int) -> list[Fact]:
+    """The facts of someone with another value for each of ``facts``, told in the same sentences."""
+    draw, found = random.Random(4000 + seed), []
+    for fact in facts:
+        values = KINDS[fact.kind].values
+        index = draw.choice([i for i in range(len(values)) if i != fact.index])
+        found.append(Fact(fact.kind, index, fact.told.replace(fact.value, values[index])))
+    return found
+
+
 def of_friends(seed: int, count: int) -> list[Fact]:
     """``count`` different facts of the same kinds about other people."""
     draw = random.Random(1000 + seed)

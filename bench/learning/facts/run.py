@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from bench.learning.facts.contenders import Contender
+from bench.learning.facts.known import KNOWN
 from bench.learning.facts.methods import FactsMethod
-from bench.learning.facts.people import Fact, corrected, of_friends, of_things, person
+from bench.learning.facts.people import Fact, corrected, of_friends, of_things, other_person, person
 from bench.learning.facts.questions import Asked, about_the_neighbour, questions
 from bench.learning.language.base import Base
 from bench.learning.language.measures import divergence
-from ttt.demo.knowledge import facts_loss
+from ttt.demo.knowledge import Fact as KnownFact
+from ttt.demo.knowledge import as_facts, facts_loss, loss
 from ttt.demo.questions import Choice, choose
 
 CHAT = 10  # sentences of one chat
+TEXTS, TOKENS = ("prose", "python", "german"), 512
+"""Texts on which it is measured what else the model does differently, and the tokens that are read of each."""
 
-Plan = tuple[list[str], list[Fact]]
-"""The sentences that a person says, in chats of `CHAT`, and the facts that are asked for afterwards."""
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is said and asked.
+
+    Attributes:
+        said: the sentences that a person says, in chats of `CHAT`.
+        facts: those that are asked for afterwards.
+        by_another: sentences that another person says afterwards to the same model.
+    """
+
+    said: list[str]
+    facts: list[Fact]
+    by_another: list[str] = dataclasses.field(default_factory=list)
 
 
 def _then(more: Callable[[int], Sequence[str]]) -> Callable[[int], Plan]:
     def plan(seed: int) -> Plan:
         facts = person(seed)
-        return [*(fact.told for fact in facts), *more(seed)], facts
+        return Plan([*(fact.told for fact in facts), *more(seed)], facts)
 
     return plan
 
@@ -32,12 +52,18 @@ def _then(more: Callable[[int], Sequence[str]]) -> Callable[[int], Plan]:
 def _corrected(seed: int) -> Plan:
     facts = person(seed)
     later = corrected(facts, seed)
-    return [fact.told for fact in (*facts, *later)], later
+    return Plan([fact.told for fact in (*facts, *later)], later)
+
+
+def _contradicted(seed: int) -> Plan:
+    facts = person(seed)
+    return Plan([fact.told for fact in facts], facts, [fact.told for fact in other_person(facts, seed)])
 
 
 SCENARIOS: dict[str, Callable[[int], Plan]] = {
     "ten facts": _then(lambda seed: []),
     "corrected": _corrected,
+    "another person": _contradicted,
     "50 things": _then(lambda seed: of_things(seed, 50)),
     "50 of friends": _then(lambda seed: [fact.told for fact in of_friends(seed, 50)]),
     "500 things": _then(lambda seed: of_things(seed, 500)),
@@ -54,15 +80,19 @@ def run(base: Base, found: FactsMethod, scenario: str, seed: int, options: Mappi
         * ``ranks``: of the right value among the ten of its kind, one for each question; 1 is the best
         * ``nll``: nats of the right value, mean over the questions
         * ``neighbour``: share of the facts that are the model's choice when asked about someone else, too
-        * ``general``: nats of how sentences go on that the model knew before
+        * ``general``: nats of how 100 sentences go on that the model knew before
+        * ``texts``: nats per token of each of `TEXTS`
         * ``kl``: KL in nats per token from the frozen model on general English
         * ``told_seconds``, ``asked_seconds``: processor time
     """
-    said, facts = SCENARIOS[scenario](seed)
+    plan = SCENARIOS[scenario](seed)
+    said, facts = plan.said, plan.facts
     contender = found.make(base, options, seed)
     began = time.process_time()
     for at in range(0, len(said), CHAT):
         contender.tell(said[at : at + CHAT])
+    if plan.by_another:
+        contender.tell_by_another(plan.by_another)
     told = time.process_time()
     choices = _choices(contender, questions(facts))
     asked = time.process_time()
@@ -73,16 +103,28 @@ def run(base: Base, found: FactsMethod, scenario: str, seed: int, options: Mappi
         with contender.answering(1):
             kl = float(divergence(model, base.general, head, base.frozen_hidden).double().mean())
     with contender.answering(1):
-        general = facts_loss(contender.model, base.facts)
+        general = facts_loss(contender.model, _known(base))
+        read = [float(loss(contender.model, ids).mean()) for ids in _texts(base)]
     return {
         "ranks": [choice.rank for choice in choices],
         "nll": round(sum(choice.nll for choice in choices) / len(choices), 5),
         "neighbour": sum(choice.rank == 1 for choice in elsewhere) / len(elsewhere),
         "general": round(general, 5),
+        "texts": [round(each, 5) for each in read],
         "kl": round(kl, 6),
         "told_seconds": round(told - began, 2),
         "asked_seconds": round(asked - told, 2),
     }
+
+
+@functools.cache
+def _known(base: Base) -> list[KnownFact]:
+    return as_facts(KNOWN, base.encode)
+
+
+@functools.cache
+def _texts(base: Base) -> list[Tensor]:
+    return [base.tokens(name, TOKENS, 0) for name in TEXTS]
 
 
 def _choices(contender: Contender, asked: Sequence[Asked]) -> list[Choice]:

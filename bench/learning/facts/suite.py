@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 from bench.learning import report
+from bench.learning.facts.known import KNOWN
 from bench.learning.facts.methods import METHODS, method
 from bench.learning.facts.people import KINDS
-from bench.learning.facts.run import CHAT, SCENARIOS, run
+from bench.learning.facts.run import CHAT, SCENARIOS, TEXTS, TOKENS, run
 from bench.learning.language.base import CONFIG, GENERAL, Base, smollm
 from bench.learning.suite import SEEDS, Figure, Record
 from ttt.demo.language_model import PACKAGE
@@ -37,8 +38,9 @@ class FactsSuite:
         Figure("right", "right", 2, "share of the questions for which the right value of ten is the most probable"),
         Figure("rank", "rank", 2, "rank of the right value among the ten, by probability; mean over the questions"),
         Figure("nll", "answer, nats", 2, "nats of the right value, mean over the questions"),
-        Figure("general", "known, nats", 4, "increase of the nats of 30 general facts over the frozen model's"),
+        Figure("general", "known, nats", 4, "increase of the nats of 100 general facts over the frozen model's"),
         Figure("kl", "English, KL", 4, "KL from the frozen model on general English, nats per token"),
+        Figure("texts", "texts, nats", 4, "increase of the nats per token of three texts over the frozen model's"),
         Figure("neighbour", "neighbour", 2, "share of the facts chosen for a neighbour, too, of whom nothing was said"),
         Figure("told", "telling, s", 1, "processor time of what is said and of studying it, in seconds"),
         Figure("asked", "asking, s", 1, "processor time of asking the 30 questions, in seconds"),
@@ -51,6 +53,7 @@ class FactsSuite:
         return {
             "model": PACKAGE, "kinds": len(KINDS), "chat": CHAT, "system": SYSTEM, "reply": REPLY,
             "config": json.loads(json.dumps(CONFIG.to_dict())), "general": list(GENERAL),
+            "known": len(KNOWN), "texts": [*TEXTS, TOKENS],
         }  # fmt: skip
 
     def facts(self) -> Record:
@@ -93,6 +96,7 @@ class FactsSuite:
             "nll": record["nll"],
             "general": None if frozen is None else record["general"] - frozen["general"],
             "kl": record["kl"],
+            "texts": None if frozen is None else fmean(record["texts"]) - fmean(frozen["texts"]),
             "neighbour": record["neighbour"],
             "told": record["told_seconds"],
             "asked": record["asked_seconds"],

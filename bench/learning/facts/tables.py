@@ -39,10 +39,11 @@ def by_scenario(found: Mapping[str, Any]) -> Lines:
 
 def costs(found: Mapping[str, Any]) -> Lines:
     """What the first scenario cost: drift, general knowledge, facts ascribed to someone else, time."""
-    figures = (("rank", 2), ("kl", 4), ("general", 3), ("neighbour", 2), ("told", 1), ("asked", 1))
+    figures = (("rank", 2), ("kl", 4), ("general", 3), ("texts", 4), ("neighbour", 2), ("told", 1), ("asked", 1))
     lines: Lines = [
-        ("method", "rank", "KL, English", "general, nats", "ascribed to a neighbour", "telling, s", "asking, s")
-    ]
+        ("method", "rank", "KL, English", "general, nats", "texts, nats", "ascribed to a neighbour", "telling, s",
+         "asking, s")
+    ]  # fmt: skip
     for row in found["rows"]:
         if row["scenario"] == next(iter(SCENARIOS)):
             lines.append((row["method"], *(cell(row[name], digits) for name, digits in figures)))

@@ -128,6 +128,8 @@ SOURCES: dict[str, Source] = {
 """Name -> source. `REPORTED` are those that results are reported on."""
 
 REPORTED = tuple(name for name in SOURCES if name != TUNING)
+AS_GENERAL = "known"
+"""The text of the kind on which the divergence from the frozen model is measured."""
 
 
 @functools.cache

@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 import torch
 
-from bench.learning.facts import contenders, tables
+from bench.learning.facts import contenders, memit, tables
 from bench.learning.facts.methods import METHODS, method
-from bench.learning.facts.people import FRIENDS, KINDS, OTHERS, corrected, of_friends, of_things, person
+from bench.learning.facts.people import FRIENDS, KINDS, OTHERS, corrected, of_friends, of_things, other_person, person
 from bench.learning.facts.questions import about_the_neighbour, questions
 from bench.learning.facts.run import CHAT, SCENARIOS, run
 from bench.learning.facts.suite import FactsSuite
@@ -106,6 +106,15 @@ def test_five_facts_are_corrected_with_other_values_of_their_kinds():
     assert later == corrected(facts, 4)
 
 
+def test_another_person_says_the_same_with_other_values():
+    facts = person(6)
+    for fact, other in zip(facts, other_person(facts, 6), strict=True):
+        assert (fact.kind, fact.index) != (other.kind, other.index)
+        assert fact.kind == other.kind
+        assert other.told.replace(other.value, fact.value) == fact.told
+    assert len({tuple(each.index for each in other_person(facts, seed)) for seed in range(9)}) == 9
+
+
 def test_other_facts_are_different_ones():
     friends, things = of_friends(2, 50), of_things(2, 500)
     assert len({fact.told for fact in friends}) == 50
@@ -165,9 +174,10 @@ def test_every_method_answers_and_does_not_change_the_base_model(base, name):
     assert len(out["ranks"]) == 30
     assert all(1 <= rank <= 10 for rank in out["ranks"])
     frozen = run(base, METHODS["frozen"], "ten facts", 0, {})
-    learns = name.startswith(("online", "LoRA", "study"))
+    learns = name.startswith(("online", "LoRA", "MEMIT", "study"))
     assert (out["kl"] > 0) == learns
     assert (out["general"] != frozen["general"]) == learns
+    assert (out["texts"] != frozen["texts"]) == learns
     assert (out["nll"] == frozen["nll"]) == (name == "frozen")
     again = run(base, METHODS[name], "ten facts", 0, options)
     timed = {"told_seconds": 0, "asked_seconds": 0}
@@ -192,15 +202,20 @@ def test_what_stands_before_a_question(base):
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_what_is_said_comes_in_chats_and_what_is_asked_is_in_them(base, scenario):
-    chats = []
+    chats, others = [], []
 
     class Spy(contenders.Contender):
         def tell(self, sentences):
             chats.append(list(sentences))
 
+        def tell_by_another(self, sentences):
+            others.extend(sentences)
+
     found = types.SimpleNamespace(make=Spy)
     out = run(base, found, scenario, 3, {})
-    said, facts = SCENARIOS[scenario](3)
+    plan = SCENARIOS[scenario](3)
+    said, facts = plan.said, plan.facts
+    assert others == plan.by_another
     assert [each for chat in chats for each in chat] == said
     assert all(len(chat) == CHAT for chat in chats[:-1])
     assert chats[0] == [fact.told for fact in person(3)]
@@ -251,13 +266,57 @@ def test_lora_makes_what_was_told_more_probable_and_padding_teaches_nothing(base
     assert losses[1] < losses[0] - 0.02
 
 
+def test_what_another_person_says_reaches_whoever_shares_the_weights(base):
+    asked = questions(person(1))[0]
+    for name, shared in [("frozen", False), ("in context", False), ("retrieval", False), ("LoRA", True),
+                         ("MEMIT", True), ("study", True), ("study (a user's weights)", False)]:  # fmt: skip
+        contender = METHODS[name].make(base, options_of(name), 0)
+        contender.tell([person(1)[0].told])
+        before = answers(contender, asked)
+        contender.tell_by_another([fact.told for fact in other_person(person(1), 1)])
+        assert torch.equal(answers(contender, asked), before) != shared, name
+
+
+def answers(contender, asked):
+    ids = torch.tensor([contender.template.prompt(asked[0], contender.before(asked))])
+    with torch.no_grad(), contender.answering(1):
+        return contender.model(input_ids=ids).logits[:, -1]
+
+
+def test_an_edit_makes_what_was_told_more_probable_and_changes_its_layers_only(base):
+    model = copy.deepcopy(base.model).double()
+    turns = [Template(Bytes()).turn(fact.told) for fact in person(1)[:2]]
+    layers = [3]
+    (moment,) = memit.second_moments(model, layers, base.own)
+    seen = []
+    handle = model.model.layers[3].mlp.down_proj.register_forward_pre_hook(lambda m, a: seen.append(a[0].detach()))
+    with torch.no_grad():
+        model(input_ids=base.own)
+    rows = seen[0].flatten(0, 1)
+    torch.testing.assert_close(moment, rows.T @ rows / len(rows))
+    before, weight = copy.deepcopy(model), 1e-3
+    handle.remove()
+    memit.edit(model, turns, layers, [moment], weight)
+    losses = []
+    for each in (before, model):
+        total = 0.0
+        for ids, said in turns:
+            logits = each(input_ids=torch.tensor([ids])).logits[0, :-1]
+            nll = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+            total += float(nll[torch.tensor(said[1:])].mean().detach())
+        losses.append(total)
+    assert losses[1] < 0.7 * losses[0]
+    for (name, old), new in zip(before.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(old, new) == (name != "model.layers.3.mlp.down_proj.weight")
+
+
 # -- the suite -------------------------------------------------------------------------------------------------------
 
 
 def test_figures_of_a_run_made_by_hand():
     suite = FactsSuite()
-    frozen = {"method": "frozen", "ranks": [1, 4, 3, 2], "nll": 3.0, "general": 1.5, "kl": 0.0}
-    run = {"method": "LoRA", "ranks": [1, 1, 1, 3], "nll": 0.5, "general": 1.56, "kl": 0.2}
+    frozen = {"method": "frozen", "ranks": [1, 4, 3, 2], "nll": 3.0, "general": 1.5, "kl": 0.0, "texts": [3, 2, 1]}
+    run = {"method": "LoRA", "ranks": [1, 1, 1, 3], "nll": 0.5, "general": 1.56, "kl": 0.2, "texts": [3, 2.3, 1.3]}
     for record in (frozen, run):
         record |= {"neighbour": 0.5, "told_seconds": 1.0, "asked_seconds": 2.0}
     others = {"frozen": frozen}
@@ -266,6 +325,7 @@ def test_figures_of_a_run_made_by_hand():
     assert found["right"] == 0.75
     assert found["rank"] == 1.5
     assert found["general"] == pytest.approx(0.06)
+    assert found["texts"] == pytest.approx(0.2)
     assert suite.score(run, others) == pytest.approx(0.75 - 10 * 0.05)
     assert suite.score(frozen, {}) == 0.25
     assert suite.measure(run, {})["general"] is None
@@ -278,7 +338,7 @@ def test_an_unknown_method_is_refused():
 
 def test_tables_show_what_was_run_and_with_how_many_people():
     def row(scenario, method, right, people):
-        figures = ("right", "rank", "kl", "general", "neighbour", "told", "asked")
+        figures = ("right", "rank", "kl", "general", "texts", "neighbour", "told", "asked")
         return {"scenario": scenario, "method": method, "seeds": people} | {name: [right, None] for name in figures}
 
     found = {"rows": [row("ten facts", "frozen", 0.1, 3), row("ten facts", "study", 0.85, 3),

@@ -290,7 +290,16 @@ def test_tables_show_the_best_rate_for_each_text_and_ratios_of_means():
     lines = {line[0]: line[1:] for line in tables.by_text({"rows": rows})}
     assert lines["german"][1:4] == ("0.300 ± 0.010", "0.200 ± 0.010", "Adam 0.0001")
     assert lines["mean"] == ("", "0.200", "0.250", "", "0.0150", "0.0500")
-    assert lines["default / Adam"] == ("", "0.80", "", "", "0.30", "")
+    assert [line[1:] for line in tables.by_text({"rows": rows}) if line[0] == "default / Adam"] == [
+        ("", "0.80", "", "", "0.30", "")
+    ]
+    known = [{**each, "scenario": "known"} if each["scenario"] == "python" else each for each in rows]
+    last = tables.by_text({"rows": known})[-4:]
+    assert [line[0] for line in last] == ["mean", "default / Adam", "mean without known", "default / Adam"]
+    assert last[0][1:] == lines["mean"]
+    german = lines["german"]
+    assert last[2][2:4] == (german[1].split()[0], german[2].split()[0])
+    assert last[2][5:] == (german[4].split()[0], german[5].split()[0])
     methods = {line[0]: line[1:] for line in tables.by_method({"rows": [*rows, row("german", "LoRA", 0.1, 0.1)]})}
     assert methods["Adam"] == ("0.250", "0.0500", "0.100", "2.00 x")
     assert set(methods) == {"method", "frozen", "**default**", "Adam"}  # LoRA has not read both texts
