@@ -40,7 +40,7 @@ METHODS: dict[str, FactsMethod] = {
     "retrieval": FactsMethod("workaround", contenders.Retrieval, {"count": (1, 3)}),
     "LoRA": FactsMethod("workaround", contenders.LoRA, {"rank": (8,), "lr": (1e-3, 3e-3), "steps": (10, 20)}),
     "MEMIT": FactsMethod(
-        "workaround", contenders.Memit, {"blocks": ("middle", "last"), "weight": (1000.0, 15000.0)}
+        "workaround", contenders.Memit, {"blocks": ("middle", "last"), "weight": (1000.0, 15000.0, 150000.0)}
     ),
     "online": _learner(times=1),
     "online (told 4 times)": _learner(told_only=True, times=4),
