@@ -90,12 +90,19 @@ class Online(Contender):
     """A `ttt.Learner` that reads every turn ``times`` times, and learns from what the person says.
 
     With ``study`` it studies after every chat; ``rehearse`` is that of `ttt.Learner.study`. ``layers`` and
-    ``directions`` replace those of the default; with ``rank`` every person has low-rank weights of their own.
+    ``directions`` replace those of the default, as does ``blocks``: the "first" or "middle" quarter of them. With
+    ``rank`` every person has low-rank weights of their own.
     """
 
     def __init__(self, base: Base, options: Options, seed: int) -> None:
         super().__init__(base, options, seed)
-        config = dataclasses.replace(CONFIG, layers=options.get("layers", CONFIG.layers))
+        layers = options.get("layers", CONFIG.layers)
+        if "blocks" in options:
+            count = base.model.config.num_hidden_layers
+            quarter = -(-count // 4)  # as many as "last:0.25" has
+            first = {"first": 0, "middle": (count - quarter) // 2}[options["blocks"]]
+            layers = list(range(first, first + quarter))
+        config = dataclasses.replace(CONFIG, layers=layers)
         if "directions" in options:
             config = dataclasses.replace(config, protect=[ttt.KroneckerFisher(directions=options["directions"])])
         if "rank" in options:
