@@ -124,6 +124,11 @@ def serve(
     lease_seconds: Annotated[
         float, typer.Option(min=1, help="Seconds after which another server may take over a user of a killed one.")
     ] = 30.0,
+    collect_hours: Annotated[
+        float, typer.Option(min=0, help="Hours between two removals of old versions, as by 'ttt gc'; 0 for none.")
+    ] = 24.0,
+    keep_last: Annotated[int, typer.Option(min=1, help="Versions of each user that no removal takes.")] = 10,
+    keep_days: Annotated[float, typer.Option(min=0, help="Younger versions are kept, too.")] = 7.0,
     requests_per_minute: Annotated[int, typer.Option(min=0, help="Of one API key; 0 for no bound.")] = 0,
     tokens_per_minute: Annotated[int, typer.Option(min=0, help="Of one API key; 0 for no bound.")] = 0,
     request_seconds: Annotated[float, typer.Option(min=1, help="The longest that a request may take.")] = 300.0,
@@ -156,6 +161,9 @@ def serve(
             learning_share=learning_share,
             study_after=study_after,
             lease_seconds=lease_seconds,
+            collect_hours=collect_hours,
+            keep_last=keep_last,
+            keep_days=keep_days,
             requests_per_minute=requests_per_minute,
             tokens_per_minute=tokens_per_minute,
             request_seconds=request_seconds,

@@ -20,6 +20,7 @@ from torch import nn
 import ttt
 from ttt.demo.language_model import CONVERSATION, load
 from ttt.serve.calibration import calibrate_once, default_file, weights_name
+from ttt.serve.collector import Collector
 from ttt.serve.errors import RequestError
 from ttt.serve.keys import Keys, NoKeys
 from ttt.serve.limits import Limits
@@ -57,6 +58,9 @@ class ServeOptions:
     learning_share: float = 0.5
     study_after: float = 30.0
     lease_seconds: float = 30.0
+    collect_hours: float = 24.0
+    keep_last: int = 10
+    keep_days: float = 7.0
     requests_per_minute: int = 0
     tokens_per_minute: int = 0
     request_seconds: float = 300.0
@@ -136,6 +140,18 @@ def build_service(options: ServeOptions, observer: Any = None, say: Any = lambda
     return service, name
 
 
+def build_collector(options: ServeOptions, server: Server) -> Collector:
+    """What removes old versions from the store of ``server``, and has been started.
+
+    Raises:
+        TypeError, ValueError: if an option is out of range.
+    """
+    return Collector(
+        server.service.sessions.store, hours=options.collect_hours, keep_last=options.keep_last,
+        keep_days=options.keep_days, failed=server.metrics.failed,
+    )  # fmt: skip
+
+
 def build_app(options: ServeOptions, say: Any = lambda text: None) -> tuple[FastAPI, Server]:
     """The web application with ``options``, and what its routes share; its service has been started.
 
@@ -177,6 +193,7 @@ def run(options: ServeOptions) -> None:
     _log_to_stderr()
     try:
         app, server = build_app(options, lambda text: typer.echo(f"{text} ...", err=True))
+        collector = build_collector(options, server)
     except (ImportError, OSError, ValueError, StoreError, RequestError) as error:
         _stop(str(error))
     if options.telemetry:
@@ -202,6 +219,7 @@ def run(options: ServeOptions) -> None:
     try:
         web.run()
     finally:
+        collector.close()
         # The time that open connections were given counts.
         left = options.drain_seconds - (time.monotonic() - web.signalled if web.signalled else 0)
         unsaved = server.service.drain(max(left, 0.0))

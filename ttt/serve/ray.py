@@ -27,7 +27,7 @@ from typing import Any
 
 from ttt.serve.http.forwarding import Claims, Forwarding
 from ttt.serve.http.middleware import Receive, Scope, Send
-from ttt.serve.main import ServeOptions, build_app
+from ttt.serve.main import ServeOptions, build_app, build_collector
 
 try:
     import ray
@@ -176,6 +176,7 @@ class Replica:
     def __init__(self, options: RayOptions) -> None:
         self.options = options
         app, self.server = build_app(options)
+        self._collector = build_collector(options, self.server)
         self._listener = socket.socket()
         self._listener.bind(("127.0.0.1" if options.keys is None else ray.util.get_node_ip_address(), 0))
         self.address = "http://{}:{}".format(*self._listener.getsockname())
@@ -210,6 +211,7 @@ class Replica:
         if not hasattr(self, "asgi") or self._stopping.is_set():
             return
         self._stopping.set()
+        self._collector.close()
         with contextlib.suppress(Exception):
             self.directory.actor.gone.remote(self.address)
         unsaved = await asyncio.to_thread(self.server.service.drain, self.options.drain_seconds)
