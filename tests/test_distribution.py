@@ -137,7 +137,21 @@ def test_licence_and_metadata(wheel):
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert not [value for value in metadata.get_all("Classifier") if value.startswith("License ::")]  # PEP 639
-    extras = {"bench", "demo", "docs", "hf", "lint", "postgres", "ray", "serve", "store", "test", "triton", "vllm"}
+    extras = {
+        "bench",
+        "demo",
+        "docs",
+        "hf",
+        "lint",
+        "postgres",
+        "ray",
+        "serve",
+        "store",
+        "telemetry",
+        "test",
+        "triton",
+        "vllm",
+    }
     assert set(metadata.get_all("Provides-Extra")) == extras
 
 

@@ -1,15 +1,20 @@
 """``ttt serve`` and ``ttt keys`` as commands, on a model in a folder."""
 
+import gzip
+import http.server
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import httpx
 import pytest
 import torch
 import typer
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from tiny_chat_model import byte_tokenizer, learner_of, tiny_chat_model
 from typer.testing import CliRunner
 from web import client_of
@@ -95,6 +100,41 @@ def test_a_request_that_is_under_way_is_finished_when_the_server_is_stopped(star
     *_, last = list(stream)
     assert last.ttt["learning"] == "queued"
     assert process.wait(60) == 0
+
+
+def test_a_span_of_every_request_is_sent_and_holds_nothing_that_was_said(start, monkeypatch):
+    received = queue.Queue()
+
+    class Receiver(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            received.put((self.path, self.rfile.read(int(self.headers["Content-Length"])), self.headers))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as receiver:
+        threading.Thread(target=receiver.serve_forever, daemon=True).start()
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{receiver.server_port}")
+        monkeypatch.delenv("OTEL_SERVICE_NAME", raising=False)
+        process, url = start("--telemetry")
+        client_of(url, user="ada").chat.completions.create(model="tiny-chat", messages=CHAT, max_tokens=2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        receiver.shutdown()
+    spans = []
+    while not received.empty():
+        path, body, headers = received.get()
+        assert path == "/v1/traces"
+        raw = gzip.decompress(body) if headers.get("Content-Encoding") == "gzip" else body
+        assert b"Biscuit" not in raw
+        for resource in ExportTraceServiceRequest.FromString(raw).resource_spans:
+            assert {a.key: a.value.string_value for a in resource.resource.attributes}["service.name"] == "ttt-serve"
+            spans += [span.name for scope in resource.scope_spans for span in scope.spans]
+    assert "POST /v1/chat/completions" in spans
+    assert "GET /health" in spans
+    assert not [name for name in spans if name.endswith((" send", " receive"))]
 
 
 def test_servers_that_others_reach_need_keys(folder, capsys):

@@ -25,6 +25,7 @@ from ttt.serve.errors import RequestError
 from ttt.serve.keys import Keys, NoKeys
 from ttt.serve.limits import Limits
 from ttt.serve.service import Service
+from ttt.serve.telemetry import trace_requests
 from ttt.store import StoreError
 
 if TYPE_CHECKING:
@@ -194,10 +195,9 @@ def run(options: ServeOptions) -> None:
     try:
         app, server = build_app(options, lambda text: typer.echo(f"{text} ...", err=True))
         collector = build_collector(options, server)
+        end_tracing = trace_requests(app) if options.telemetry else None
     except (ImportError, OSError, ValueError, StoreError, RequestError) as error:
         _stop(str(error))
-    if options.telemetry:
-        _add_telemetry(app)
     config = uvicorn.Config(
         app, host=options.host, port=options.port, log_level="warning", access_log=False, lifespan="off",
         timeout_graceful_shutdown=int(options.drain_seconds),
@@ -223,6 +223,8 @@ def run(options: ServeOptions) -> None:
         # The time that open connections were given counts.
         left = options.drain_seconds - (time.monotonic() - web.signalled if web.signalled else 0)
         unsaved = server.service.drain(max(left, 0.0))
+        if end_tracing is not None:
+            end_tracing()
     if unsaved:
         _stop(f"what {len(unsaved)} user(s) said last could not be stored")
     if not web.started:
@@ -255,11 +257,3 @@ def _log_to_stderr() -> None:
     logger = logging.getLogger("ttt.serve")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
-
-
-def _add_telemetry(app: Any) -> None:
-    try:
-        from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
-    except ImportError as error:
-        _stop(f"{error}; install it with: pip install opentelemetry-instrumentation-fastapi")
-    FastAPIInstrumentor.instrument_app(app)
