@@ -21,7 +21,7 @@ from ttt.defences import (
 )
 from ttt.frozen_map import FrozenMap
 
-DEFAULT_PROTECTION: tuple[Defence, ...] = (KroneckerFisher(32),)
+DEFAULT_PROTECTION: tuple[Defence, ...] = (KroneckerFisher(),)
 
 
 class FlatSettings:
@@ -190,7 +190,7 @@ class TTTConfig(FlatSettings):
 
     target_modules: Sequence[str] | str | None = None
     layers: Layers = "all"
-    lr: float = 0.3
+    lr: float = 0.5
     window: int = 64
     chunk: int = 64
     rate: str = "decrease"

@@ -265,7 +265,7 @@ class KroneckerFisher(Defence):
     }
     switch = "kronecker"
 
-    directions: int = 32
+    directions: int = 64
     power: float = 1.0
     damping: float = 0.0
 

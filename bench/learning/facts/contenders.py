@@ -89,9 +89,9 @@ class OwnFact(InContext):
 class Online(Contender):
     """A `ttt.Learner` that reads every turn ``times`` times, and learns from what the person says.
 
-    With ``study`` it studies after every chat; ``rehearse`` is that of `ttt.Learner.study`. ``layers`` and
-    ``directions`` replace those of the default, as does ``blocks``: the "first" or "middle" quarter of them. With
-    ``rank`` every person has low-rank weights of their own.
+    With ``study`` it studies after every chat; ``rehearse`` is that of `ttt.Learner.study`. ``layers``
+    replaces that of the default, as does ``blocks``: the "first" or "middle" quarter of them. With ``rank`` every
+    person has low-rank weights of their own.
     """
 
     def __init__(self, base: Base, options: Options, seed: int) -> None:
@@ -103,8 +103,6 @@ class Online(Contender):
             first = {"first": 0, "middle": (count - quarter) // 2}[options["blocks"]]
             layers = list(range(first, first + quarter))
         config = dataclasses.replace(CONFIG, layers=layers)
-        if "directions" in options:
-            config = dataclasses.replace(config, protect=[ttt.KroneckerFisher(directions=options["directions"])])
         if "rank" in options:
             config = dataclasses.replace(config, per_user=ttt.LowRank(slots=2, rank=options["rank"], window=64))
         self.learner = base.learner(config)

@@ -49,7 +49,7 @@ METHODS: dict[str, FactsMethod] = {
     "study (a user's weights)": _learner(told_only=True, study=True, rank=32),
     "study (first quarter of the blocks)": _learner(told_only=True, study=True, blocks="first"),
     "study (middle quarter of the blocks)": _learner(told_only=True, study=True, blocks="middle"),
-    "study (half of the blocks)": _learner(study=True, layers="last:0.5", directions=64),
+    "study (half of the blocks)": _learner(study=True, layers="last:0.5"),
 }
 """Name -> method, in the order of the tables. The references that others are scored against come first."""
 

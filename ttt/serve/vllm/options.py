@@ -53,7 +53,7 @@ class Options:
     rank: int = 16
     window: int = 48
     layers: str = "last:0.25"
-    lr: float = 0.3
+    lr: float = 0.5
     slice: int = 32
     lesson: int = 1024
     captured: int = 65536
