@@ -19,6 +19,7 @@ from ttt.learn.generate import GenerateOptions, GenerateOutput, generate
 from ttt.learn.guard import Guard
 from ttt.learn.head import HeadSplit
 from ttt.learn.huggingface import frozen
+from ttt.learn.kept_cache import KeptCache
 from ttt.learn.loop import ObserveOutput, finish, read, read_in_steps
 from ttt.learn.own_text import own_text
 from ttt.learn.per_user import PerUserWeights, check_users
@@ -261,6 +262,9 @@ class Learner:
         top_k: int | None = None,
         eos_token_id: int | None = None,
         generator: torch.Generator | None = None,
+        cache: KeptCache | None = None,
+        allow_stale_cache: bool = False,
+        keep_cache: bool = False,
     ) -> GenerateOutput:
         """Read a prompt, then generate, and learn from both; every token is scored before it is learnt.
 
@@ -281,6 +285,11 @@ class Learner:
             top_k: draw from the k most probable tokens only.
             eos_token_id: a sequence that contains it is finished: it is filled up with it and teaches no more.
             generator: of the random draws.
+            cache: the ``cache`` of an earlier output, with whose sequences ``input_ids`` begin: they are not read,
+                scored or learnt again, and the cache is used up. It must be of the present weights.
+            allow_stale_cache: take a ``cache`` of earlier weights, too, whose keys and values the model would not
+                compute any more.
+            keep_cache: return the cache of prompt and output, to go on from.
 
         Raises:
             TypeError, ValueError: for a wrong argument. Nothing has changed then.
@@ -293,7 +302,8 @@ class Learner:
             options = GenerateOptions(
                 max_new_tokens=max_new_tokens, learn_prompt=learn_prompt, learn_output=learn_output,
                 learn_every=learn_every, do_sample=do_sample, temperature=temperature, top_k=top_k,
-                eos_token_id=eos_token_id, generator=generator,
+                eos_token_id=eos_token_id, generator=generator, cache=cache, allow_stale_cache=allow_stale_cache,
+                keep_cache=keep_cache,
             )  # fmt: skip
             return generate(self, text, options)
 
