@@ -19,6 +19,7 @@ from ttt.checks import check_bool, check_model, check_type
 from ttt.config import TTTConfig
 from ttt.layer_lock import exclusive
 from ttt.nn import Linear, LowRankLinear
+from ttt.nn.quantized import QuantizedLowRankLinear, quantized
 from ttt.per_user.pool import attach, detach, has_pool, pool_of
 from ttt.signals import SignalsDeferred
 
@@ -30,7 +31,8 @@ _ORIGINALS, _FROZEN, _LEFT_OUT = "_ttt_originals", "_ttt_requires_grad", "_ttt_l
 def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterFn | None = None) -> nn.Module:
     """Replace linear layers of ``model`` by `ttt.nn.Linear`, in place, and freeze its parameters.
 
-    With ``config.per_user`` they are replaced by `ttt.nn.LowRankLinear`, whose weights never change; see `ttt.users`.
+    With ``config.per_user`` they are replaced by `ttt.nn.LowRankLinear`, whose weights never change and may be those of
+    torchao's weight-only quantization; see `ttt.users`.
 
     `nn.Linear` and transformers' ``Conv1D`` can be replaced. The new layers share the parameters of the old ones, and
     hold a copy of the weight, the anchor. Whatever goes wrong, running out of memory included, the model is left as it
@@ -48,7 +50,7 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
         TypeError: if ``model`` is no module, ``config`` no `TTTConfig`, or ``filter_fn`` no function.
         ValueError: if nothing matches (the error lists the nearest names), the model is adapted already, it is a linear
             layer itself, which cannot be replaced in place, or a match cannot learn: tied weights, 3-D expert
-            parameters, a dtype or module type without support.
+            parameters, a quantized weight without ``config.per_user``, a dtype or module type without support.
         MemoryError: if there is too little memory for the state of the layers (on a GPU torch.OutOfMemoryError).
     """
     check_model(model)
@@ -266,7 +268,8 @@ def _learning_layer(module: Any, config: TTTConfig, name: str) -> Linear:
 
 def _low_rank_layer(module: Any, config: TTTConfig, name: str) -> LowRankLinear:
     if not is_conv1d(module):
-        return LowRankLinear.from_weight(module.weight, module.bias, config, name)
+        kind = QuantizedLowRankLinear if quantized(module) else LowRankLinear
+        return kind.from_weight(module.weight, module.bias, config, name)
     # A view (m, n) of the Conv1D's weight, which is never written.
     layer = LowRankLinear.from_weight(nn.Parameter(module.weight.detach().T), module.bias, config, name)
     layer.transposed = True
@@ -278,7 +281,8 @@ def _follow(original: nn.Module, layer: Linear | LowRankLinear) -> None:
 
     Only a ``Conv1D``, whose weight is not the layer's, needs it.
     """
-    original.to(layer.weight.device, layer.weight.dtype)
+    if layer.transposed:
+        original.to(layer.weight.device, layer.weight.dtype)
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt.nn.base import DTYPES, absent
+from ttt.nn.quantized import is_subclass, quantized, why_not
 
 _PARALLEL = {
     "DistributedDataParallel": "its replicas would learn from different tokens and drift apart",
@@ -50,6 +51,20 @@ def unfit_type(name: str, module: Any) -> str:
     return f"{name} {why}; only torch.nn.Linear and transformers' Conv1D can be adapted"
 
 
+def unfit_quantized(name: str, module: Any, per_user: bool) -> str:
+    """Why ``module``, if it is quantized, cannot be replaced; empty if it can, or is not quantized."""
+    if not (by := quantized(module)):
+        return ""
+    if why := why_not(module):
+        return f"{name} is quantized ({by}), and {why}: it cannot be adapted"
+    if per_user:
+        return ""
+    return (
+        f"{name} is quantized ({by}): its weight cannot be rewritten, so it cannot be adapted itself; users' low-rank "
+        "weights can learn beside it: TTTConfig(per_user=ttt.LowRank(slots=1)) for a single user"
+    )
+
+
 class Weights:
     """The parameters and buffers of a model, to find those that share memory."""
 
@@ -79,13 +94,15 @@ class Weights:
         beside = self._by_storage.get(weight.untyped_storage().data_ptr(), [])
         return [n for n, t in beside if t is not weight and t.numel() and _span(t)[0] <= last and first <= _span(t)[1]]
 
-    def refuse_unfit(self, name: str, module: Any) -> None:
+    def refuse_unfit(self, name: str, module: Any, per_user: bool) -> None:
         """Raise ValueError unless ``module`` can be replaced by a layer that learns."""
-        if why := unfit_type(name, module):
+        if why := unfit_quantized(name, module, per_user) or unfit_type(name, module):
             raise ValueError(why)
         weight = module.weight
         if why := absent(weight):
             raise ValueError(f"{name}.weight {why}; it cannot learn. Load the whole model first, in one process")
+        if is_subclass(weight) and not quantized(module):
+            raise ValueError(f"{name}.weight is a {type(weight).__name__}, not a plain tensor; it cannot learn")
         if tied := self.tied(name, module):
             raise ValueError(f"{name}.weight is tied to {tied}: learning in one would change the other; leave it out")
         if weight.dtype not in DTYPES:

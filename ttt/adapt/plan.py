@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ttt.adapt.fit import Weights, is_linear, offloads, refuse_parallel, unfit_type
+from ttt.adapt.fit import Weights, is_linear, offloads, refuse_parallel, unfit_quantized, unfit_type
 from ttt.adapt.names import canonical
 from ttt.adapt.stacks import in_layers, outside_language
 from ttt.checks import check_layers, check_names
@@ -46,6 +46,7 @@ def make_plan(model: nn.Module, config: TTTConfig, filter_fn: FilterFn | None) -
     check_layers("layers", config.layers)
     candidates = [(name, module) for name, module in model.named_modules() if is_linear(module)]
     left_out: dict[str, str] = {}
+    per_user = config.per_user is not None
     targets = config.target_modules
     if filter_fn is not None:
         chosen = [(name, module) for name, module in candidates if filter_fn(module, name)]
@@ -58,7 +59,7 @@ def make_plan(model: nn.Module, config: TTTConfig, filter_fn: FilterFn | None) -
         )
     else:
         if targets == "all-linear":
-            left_out = _left_out(model, candidates)
+            left_out = _left_out(model, candidates, per_user)
             matched = [(name, module) for name, module in candidates if name not in left_out]
             if not matched:
                 raise ValueError(f"target_modules = 'all-linear' leaves no layer to adapt: {left_out}")
@@ -68,12 +69,15 @@ def make_plan(model: nn.Module, config: TTTConfig, filter_fn: FilterFn | None) -
         chosen = [(name, module) for name, module in matched if name in names]
         if not chosen:
             raise ValueError(f"layers = {config.layers!r} leaves none of the matched modules {[n for n, _ in matched]}")
-    check_fit(model, chosen)
+    check_fit(model, chosen, per_user)
     return Plan(chosen, left_out)
 
 
-def check_fit(model: nn.Module, chosen: Sequence[tuple[str, nn.Module]]) -> None:
-    """Raise ValueError unless all of the ``chosen`` modules of ``model`` can be replaced by learning layers."""
+def check_fit(model: nn.Module, chosen: Sequence[tuple[str, nn.Module]], per_user: bool = False) -> None:
+    """Raise ValueError unless all of the ``chosen`` modules of ``model`` can be replaced by learning layers.
+
+    ``per_user``: by those whose own weight is never written.
+    """
     refuse_bare(model)
     weights, names = Weights(model), dict[str, str]()
     for name, module in chosen:
@@ -82,7 +86,7 @@ def check_fit(model: nn.Module, chosen: Sequence[tuple[str, nn.Module]]) -> None
                 f"{name} has a hook that keeps its weight elsewhere (accelerate's offloading): what it would learn "
                 "would be lost; load the model without device_map, or with devices that hold all of it"
             )
-        weights.refuse_unfit(name, module)
+        weights.refuse_unfit(name, module, per_user)
         if (other := names.setdefault(canonical(name), name)) != name:
             raise ValueError(f"{name} and {other} would have one name, {canonical(name)}, in files; leave one out")
 
@@ -142,7 +146,7 @@ def _refuse_no_match(model: nn.Module, candidates: list[tuple[str, nn.Module]], 
 # -- "all-linear" -------------------------------------------------------------------------------------------------
 
 
-def _left_out(model: nn.Module, candidates: list[tuple[str, nn.Module]]) -> dict[str, str]:
+def _left_out(model: nn.Module, candidates: list[tuple[str, nn.Module]], per_user: bool) -> dict[str, str]:
     """What "all-linear" leaves out -> why: as PEFT the output head, classifiers, and LoRA's own layers; and more."""
     heads, bodies, tuners = _heads(model), _bodies(model), _tuners(model)
     towers = outside_language(model, [name for name, _ in candidates])
@@ -158,7 +162,7 @@ def _left_out(model: nn.Module, candidates: list[tuple[str, nn.Module]]) -> dict
             found[name] = "router of experts"
         elif name in towers:
             found[name] = "outside of the language model; name it in target_modules to adapt it"
-        elif why := unfit_type(name, module):
+        elif why := unfit_quantized(name, module, per_user) or unfit_type(name, module):
             found[name] = why
         elif tied := weights.tied(name, module):
             found[name] = f"tied to {tied}"

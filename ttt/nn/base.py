@@ -195,7 +195,7 @@ class Adapted(torch.nn.Linear):
 
     @torch.inference_mode(False)
     def _apply(self, fn, recurse=True):
-        dtype = fn(self.weight.detach().new_empty(0)).dtype
+        dtype = fn(torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)).dtype
         if dtype not in DTYPES:
             raise TypeError(f"{self.name or 'the layer'} must be one of {[str(d) for d in DTYPES]}, got {dtype}")
         before = dict(self._buffers)

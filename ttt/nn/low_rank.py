@@ -182,7 +182,7 @@ class LowRankLinear(Adapted):
         held = slice(0, int(self.rows[slot]))
         wide = self.eta_sum.dtype
         change = self.b[slot, held].to(wide).T @ self.a[slot, held].to(wide)
-        return (self.weight.to(wide) + change).to(self.weight.dtype)
+        return (self.base_weight.to(wide) + change).to(self.weight.dtype)
 
     # -- learning ---------------------------------------------------------------------------------------------
 
