@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt.nn.base import DTYPES, absent
+from ttt.nn.base import DTYPES, Adapted, absent
 from ttt.nn.quantized import is_subclass, quantized, why_not
 
 _PARALLEL = {
     "DistributedDataParallel": "its replicas would learn from different tokens and drift apart",
     "DataParallel": "its replicas would learn in copies that are thrown away",
     "FullyShardedDataParallel": "it holds a part of each weight only",
+    "FSDPModule": "it holds a part of each weight only (FSDP2), and each process would learn from other tokens",
 }
 
 
@@ -31,13 +32,19 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def refuse_parallel(model: nn.Module) -> None:
-    """Raise ValueError if ``model`` is wrapped for data parallelism, with which learning would not be right."""
+    """Raise ValueError if ``model`` is prepared for several processes, with which learning would not be right."""
     for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, Adapted) and weight is not None and hasattr(weight, "device_mesh"):
+            raise ValueError(
+                f"{name or 'model'}, a layer that learns, {absent(weight)}; adapt the model without that, and learn in "
+                "one process"
+            )
         for kind in type(module).__mro__:
             if kind.__name__ in _PARALLEL and kind.__module__.startswith("torch."):
                 raise ValueError(
                     f"{name or 'model'} is a {kind.__name__}, which is not supported: {_PARALLEL[kind.__name__]}; "
-                    "adapt the model that it wraps, and learn in one process"
+                    "adapt the model without it, and learn in one process"
                 )
 
 
