@@ -204,6 +204,32 @@ CHECKS: dict[str, Callable[[Any], None]] = {
 }  # fmt: skip
 
 
+# What, how it is, what there is to say, and the file of tests/ that tries it.
+OTHERS = (
+    ("`nn.LSTM`, `nn.Embedding`, `nn.MultiheadAttention`", "refused", "as layers that learn; linear layers beside do",
+     "adapt/test_other_modules.py"),
+    ("stacks of experts (3-D parameters)", "left out", "with a warning; attention and shared experts learn",
+     "per_user/test_mixtures.py"),
+    ("experts that are linear layers, with users", "refused", "when they are called: nobody knows whose tokens they get",
+     "per_user/test_mixtures.py"),
+    ("RecurrentGemma", "refused", "by `ttt.Learner`, as it returns no cache; `ttt.learning` learns",
+     "adapt/test_other_modules.py"),
+    ("Gemma3n", "yes", "also for users, and padded on the left", "adapt/test_other_modules.py"),
+    ("encoder-decoders", "refused", "by `ttt.Learner`; `ttt.learning` learns", "learn/test_recurrent_models.py"),
+    ("padding that a model counts as positions (TrOCR)", "refused", "on the left; on the right it is left out",
+     "learn/test_trials.py"),
+    ("torchao, weights only", "yes", "for users; refused without, and where inputs are rounded, too",
+     "per_user/test_quantized.py"),
+    ("transformers' `Trainer`", "yes", "with its steps inside of `ttt.learning`: [guide](guide.md#learn-from-any-loss)",
+     "learn/test_hf_trainer.py"),
+    ("offloading of accelerate, DataParallel, DistributedDataParallel", "refused", "", "adapt/test_choice.py"),
+    ("FSDP2, tensor parallelism of layers that learn", "refused", "on every process", "adapt/test_sharded.py"),
+    ("tensor parallelism of other layers", "yes", "every process learns the same", "adapt/test_sharded.py"),
+    ("gradient checkpointing with users", "yes", "with `backward()` inside of `ttt.users`; refused after it",
+     "per_user/test_late_backward.py"),
+)  # fmt: skip
+
+
 def page(rows: list[Row]) -> str:
     """The text of docs/compatibility.md."""
     tried = [row for row in rows if any(row.found.values())]
@@ -238,6 +264,9 @@ Python {platform.python_version()}; the same checks are `tests/families/test_fam
     for row in tried:
         if row.why:
             text += f"| {row.family} | {_cell(row.why)} |\n"
+    text += "\n## Other modules, wrappers and integrations\n\n| what | | how | tried by |\n|---|---|---|---|\n"
+    for what, how, said, where in OTHERS:
+        text += f"| {what} | {how} | {said} | `tests/{where}` |\n"
     text += "\n## Not tried\n\nNo tiny model of these could be made without settings of their own: "
     return text + ", ".join(row.family for row in rows if row not in tried) + ".\n"
 

@@ -36,7 +36,7 @@ from ttt.checks import check_path
 from ttt.files import write_atomically
 from ttt.layer_lock import exclusive
 from ttt.nn import Linear
-from ttt.nn.quantized import is_subclass
+from ttt.nn.quantized import is_subclass, plain_parts
 from ttt.per_user.pool import has_pool
 
 FORMAT = "ttt"
@@ -302,7 +302,9 @@ def base_hash(model: nn.Module, names: list[str] | None = None) -> str:
                 value = value.T
         digest.update(f"{key}|{value.dtype}|{tuple(value.shape)}|".encode())
         if is_subclass(value):
-            _add_parts(digest, value)
+            for name, part in plain_parts(value):
+                digest.update(f"{name}|{part.dtype}|{tuple(part.shape)}|".encode())
+                digest.update(_bytes_of(_sample(part)))
             continue
         whole = owner in learn and leaf == "weight"
         digest.update(_bytes_of(value.reshape(-1) if whole else _sample(value)))
@@ -312,14 +314,3 @@ def base_hash(model: nn.Module, names: list[str] | None = None) -> str:
 def _sample(t: Tensor) -> Tensor:
     flat = t.reshape(-1)
     return flat if flat.numel() <= _SAMPLE else flat[:: -(-flat.numel() // _SAMPLE)]
-
-
-def _add_parts(digest: Any, t: Tensor) -> None:
-    """Add to ``digest`` the tensors of which ``t``, a quantized one, consists."""
-    if not hasattr(t, "__tensor_flatten__"):
-        t = t.as_subclass(Tensor)
-        digest.update(f"{t.dtype}|{tuple(t.shape)}|".encode() + bytes(_bytes_of(_sample(t))))
-    else:
-        for name in t.__tensor_flatten__()[0]:  # type: ignore[operator]
-            digest.update(f"{name}|".encode())
-            _add_parts(digest, getattr(t, name))

@@ -197,7 +197,8 @@ def require_layers(model: nn.Module) -> list[Linear]:
     if not layers and has_pool(model):
         raise ValueError(
             f"model ({type(model).__name__}) was adapted for users, each with weights of their own, and has no "
-            "learning layer that all share; ttt.pool_of(model) holds its users"
+            "learning layer that all share: ttt.Learner(model).observe(ids, users=[...]) teaches them, and "
+            "pool_of(model).export(user) and .load(user, state) copy what one of them has learnt"
         )
     if not layers:
         raise ValueError(f"model ({type(model).__name__}) has no learning layer; call ttt.adapt_(model, config) first")

@@ -217,4 +217,5 @@ def _is_router(model: nn.Module, name: str) -> bool:
     if "router" in name.lower():
         return True
     holder = model.get_submodule(parent)
-    return leaf in _ROUTERS and (hasattr(holder, "experts") or "router" in type(holder).__name__.lower())
+    kind = type(holder).__name__.lower()
+    return leaf in _ROUTERS and (hasattr(holder, "experts") or "router" in kind or kind.endswith("gate"))

@@ -60,6 +60,15 @@ def dequantized(weight: Tensor, rows: slice = slice(None)) -> Tensor:
         return weight.dequantize().to(weight.dtype)[rows]
 
 
+def plain_parts(t: Tensor, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(name, plain tensor) of which ``t`` consists: itself, or what a tensor class of its own holds."""
+    if hasattr(t, "__tensor_flatten__"):
+        for part in t.__tensor_flatten__()[0]:
+            yield from plain_parts(getattr(t, part), f"{name}.{part}")
+    else:
+        yield name, t.as_subclass(Tensor)
+
+
 def row_blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(rows, these rows dequantized) of a quantized ``weight`` (m, n), one block after another."""
     m, n = weight.shape
