@@ -210,7 +210,7 @@ OTHERS = (
      "adapt/test_other_modules.py"),
     ("stacks of experts (3-D parameters)", "left out", "with a warning; attention and shared experts learn",
      "per_user/test_mixtures.py"),
-    ("experts that are linear layers, with users", "refused", "when they are called: nobody knows whose tokens they get",
+    ("experts that are linear layers, with users", "refused", "when called: nobody knows whose tokens they get",
      "per_user/test_mixtures.py"),
     ("RecurrentGemma", "refused", "by `ttt.Learner`, as it returns no cache; `ttt.learning` learns",
      "adapt/test_other_modules.py"),
