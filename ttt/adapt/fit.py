@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt.nn.base import DTYPES, Adapted, absent
+from ttt.nn.experts import STACKS, is_gated, is_stack
 from ttt.nn.quantized import is_subclass, quantized, why_not
 
 _PARALLEL = {
@@ -55,7 +56,10 @@ def unfit_type(name: str, module: Any) -> str:
         return ""
     held = Counter(p.ndim for p in module.parameters(recurse=False))
     why = "holds 3-D expert parameters" if held[3] else f"is {kind.__module__}.{kind.__name__}"
-    return f"{name} {why}; only torch.nn.Linear and transformers' Conv1D can be adapted"
+    return (
+        f"{name} {why}; only torch.nn.Linear, transformers' Conv1D and stacks of gated experts without biases can be "
+        "adapted"
+    )
 
 
 def unfit_quantized(name: str, module: Any, per_user: bool) -> str:
@@ -90,11 +94,13 @@ class Weights:
 
     def tied(self, name: str, module: Any) -> list[str]:
         """Other names of the weight of ``module``."""
-        return [other for other in self._names.get(id(module.weight), []) if other != f"{name}.weight"]
+        return self._tied(f"{name}.weight", module.weight)
 
-    def overlapping(self, module: Any) -> list[str]:
-        """Names of other parameters and buffers that share memory with the weight of ``module``."""
-        weight = module.weight
+    def _tied(self, name: str, weight: Tensor) -> list[str]:
+        return [other for other in self._names.get(id(weight), []) if other != name]
+
+    def _overlapping(self, weight: Tensor) -> list[str]:
+        """Names of other parameters and buffers that share memory with ``weight``."""
         if not _in_memory(weight) or not weight.numel():
             return []
         first, last = _span(weight)
@@ -102,24 +108,42 @@ class Weights:
         return [n for n, t in beside if t is not weight and t.numel() and _span(t)[0] <= last and first <= _span(t)[1]]
 
     def refuse_unfit(self, name: str, module: Any, per_user: bool) -> None:
-        """Raise ValueError unless ``module`` can be replaced by a layer that learns."""
+        """Raise ValueError unless ``module`` can be replaced by what learns."""
+        if is_stack(module):
+            if per_user:
+                raise ValueError(
+                    f"{name} is a stack of experts: users cannot learn in it, as nobody knows whose tokens are routed "
+                    "to an expert; leave it out"
+                )
+            for stack in STACKS:
+                self._refuse_weight(f"{name}.{stack}", getattr(module, stack))
+            if not is_gated(module):
+                raise ValueError(
+                    f"{name} ({type(module).__name__}) is a stack of experts that computes something else than "
+                    "down(act(gate(x)) * up(x)), so it cannot be adapted; leave it out"
+                )
+            return
         if why := unfit_quantized(name, module, per_user) or unfit_type(name, module):
             raise ValueError(why)
-        weight = module.weight
+        if is_subclass(module.weight) and not quantized(module) and not absent(module.weight):
+            kind = type(module.weight).__name__
+            raise ValueError(f"{name}.weight is a {kind}, not a plain tensor; it cannot learn")
+        self._refuse_weight(f"{name}.weight", module.weight)
+
+    def _refuse_weight(self, name: str, weight: Tensor) -> None:
+        """Raise ValueError unless the parameter ``weight``, of that ``name``, can be the weight of a learning layer."""
         if why := absent(weight):
-            raise ValueError(f"{name}.weight {why}; it cannot learn. Load the whole model first, in one process")
-        if is_subclass(weight) and not quantized(module):
-            raise ValueError(f"{name}.weight is a {type(weight).__name__}, not a plain tensor; it cannot learn")
-        if tied := self.tied(name, module):
-            raise ValueError(f"{name}.weight is tied to {tied}: learning in one would change the other; leave it out")
+            raise ValueError(f"{name} {why}; it cannot learn. Load the whole model first, in one process")
+        if tied := self._tied(name, weight):
+            raise ValueError(f"{name} is tied to {tied}: learning in one would change the other; leave it out")
         if weight.dtype not in DTYPES:
-            raise ValueError(f"{name}.weight is {weight.dtype}; it must be one of {[str(d) for d in DTYPES]}")
+            raise ValueError(f"{name} is {weight.dtype}; it must be one of {[str(d) for d in DTYPES]}")
         if not weight.is_contiguous():
-            raise ValueError(f"{name}.weight must be contiguous, got strides {weight.stride()}")
-        if shared := self.overlapping(module):
+            raise ValueError(f"{name} must be contiguous, got strides {weight.stride()}")
+        if shared := self._overlapping(weight):
             raise ValueError(
-                f"{name}.weight shares its memory with {shared}: learning in one would change the other; leave it out, "
-                "or give it memory of its own"
+                f"{name} shares its memory with {shared}: learning in one would change the other; leave it out, or "
+                "give it memory of its own"
             )
 
 

@@ -14,6 +14,7 @@ from ttt.adapt.convert import kept_originals, learning_layers, require_layers
 from ttt.checks import check_model
 from ttt.layer_lock import exclusive
 from ttt.nn import Linear, LowRankLinear
+from ttt.nn.experts import is_stack
 from ttt.nn.gaussian import PAST, PRESENT
 from ttt.nn.kronecker import MOMENTS
 from ttt.nn.quantized import plain_parts
@@ -73,7 +74,7 @@ def _forked(model: nn.Module, layers: dict[str, Linear]) -> nn.Module:
             for b in module.buffers(recurse=False):
                 share(b)
     for original in kept_originals(model).values():
-        for p in original.parameters():
+        for p in [] if is_stack(original) else original.parameters():  # learning writes into the memory of stacks
             share(p)
     for layer in layers.values():
         memo[id(layer.config)] = layer.config

@@ -15,6 +15,7 @@ from ttt.adapt.names import canonical
 from ttt.adapt.stacks import in_layers, outside_language
 from ttt.checks import check_layers, check_names
 from ttt.config import TTTConfig
+from ttt.nn.experts import is_gated, is_stack
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -45,6 +46,7 @@ def make_plan(model: nn.Module, config: TTTConfig, filter_fn: FilterFn | None) -
     check_names("target_modules", config.target_modules)
     check_layers("layers", config.layers)
     candidates = [(name, module) for name, module in model.named_modules() if is_linear(module)]
+    stacks = [(name, module) for name, module in model.named_modules() if is_stack(module)]
     left_out: dict[str, str] = {}
     per_user = config.per_user is not None
     targets = config.target_modules
@@ -64,13 +66,26 @@ def make_plan(model: nn.Module, config: TTTConfig, filter_fn: FilterFn | None) -
             if not matched:
                 raise ValueError(f"target_modules = 'all-linear' leaves no layer to adapt: {left_out}")
         else:
-            matched = _matched(model, candidates, targets)
+            matched = _matched(model, [*candidates, *stacks], targets)
         names = in_layers([name for name, _ in matched], model, config.layers)
         chosen = [(name, module) for name, module in matched if name in names]
         if not chosen:
             raise ValueError(f"layers = {config.layers!r} leaves none of the matched modules {[n for n, _ in matched]}")
     check_fit(model, chosen, per_user)
     return Plan(chosen, left_out)
+
+
+def active_matrices(model: nn.Module, name: str, module: nn.Module) -> int:
+    """How many matrices of ``module`` a token passes through: of experts, two for each of those it is routed to."""
+    if not is_stack(module):
+        return 1
+    block: Any = model.get_submodule(name.rpartition(".")[0])
+    for holder, key in ((block, "top_k"), (getattr(block, "gate", None), "top_k"), (model, "config")):
+        found = getattr(holder, key, None)
+        found = getattr(found, "num_experts_per_tok", None) if key == "config" else found
+        if isinstance(found, int) and found > 0:
+            return 2 * found
+    return 2
 
 
 def check_fit(model: nn.Module, chosen: Sequence[tuple[str, nn.Module]], per_user: bool = False) -> None:
@@ -133,6 +148,12 @@ def _refuse_no_match(model: nn.Module, candidates: list[tuple[str, nn.Module]], 
     for name, parameter in model.named_parameters():
         if _matches(name, targets) or _matches(name.removesuffix(".weight"), targets):
             shape = tuple(parameter.shape)
+            holder = name.rpartition(".")[0]
+            if parameter.ndim == 3 and is_stack(model.get_submodule(holder)):
+                raise ValueError(
+                    f"{name} is a stack of experts of shape {shape}, not a linear layer; name {holder!r} or its last "
+                    "part in target_modules to adapt all of its matrices"
+                )
             kind = "a stack of experts" if parameter.ndim == 3 else "a bare parameter"
             raise ValueError(f"{name} is {kind} of shape {shape}, not a linear layer: it cannot be adapted")
     names = sorted({suffix for name, _ in candidates for suffix in (name, name.rsplit(".", 1)[-1])})
@@ -168,7 +189,12 @@ def _left_out(model: nn.Module, candidates: list[tuple[str, nn.Module]], per_use
             found[name] = f"tied to {tied}"
     for name, parameter in model.named_parameters():
         if parameter.ndim == 3 and "expert" in name.lower():
-            found[name] = f"a stack of experts of shape {tuple(parameter.shape)}, which cannot be adapted yet"
+            holder, shape = name.rpartition(".")[0], tuple(parameter.shape)
+            stack = model.get_submodule(holder)
+            can = not per_user and is_stack(stack) and is_gated(stack)
+            found[name] = f"a stack of experts of shape {shape}, which " + (
+                f"is adapted if target_modules names {holder.rpartition('.')[2]!r}" if can else "cannot be adapted"
+            )
     return found
 
 

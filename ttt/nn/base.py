@@ -37,6 +37,7 @@ class Sink(list[tuple[Tensor, Tensor]]):
     def __init__(self) -> None:
         super().__init__()
         self.thread = threading.get_ident()
+        self.places: list[Tensor] = []  # of a layer that a router sends some tokens: which they are, for each pair
 
 
 def absent(weight: Tensor) -> str:
