@@ -214,6 +214,18 @@ def test_what_rounds_its_inputs_is_refused_with_users_too():
         ttt.adapt_(net, config(target_modules="all-linear"))
 
 
+def test_no_layer_learns_below_one_that_lets_no_gradient_through():
+    model = tiny()
+    quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda m, n: n == "model.layers.1.mlp.up_proj")
+    modules = dict(model.named_modules())
+    for users in (None, USERS):
+        with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj is quantized .* no gradient passes"):
+            ttt.adapt_(model, config(target_modules=["q_proj"], per_user=users))
+    assert dict(model.named_modules()) == modules
+    learner = ttt.Learner(ttt.adapt_(model, plain_config(target_modules=["q_proj"], layers="last:2", chunk=8)))
+    assert learner.observe(ids_of(1, 9)).learned == 1
+
+
 def test_another_class_of_tensors_is_refused_by_name():
     class Odd(torch.Tensor):
         pass

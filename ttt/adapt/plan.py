@@ -16,6 +16,7 @@ from ttt.adapt.stacks import in_layers, outside_language
 from ttt.checks import check_layers, check_names
 from ttt.config import TTTConfig
 from ttt.nn.experts import is_gated, is_stack
+from ttt.nn.quantized import blocks_gradients, quantized
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -104,6 +105,19 @@ def check_fit(model: nn.Module, chosen: Sequence[tuple[str, nn.Module]], per_use
         weights.refuse_unfit(name, module, per_user)
         if (other := names.setdefault(canonical(name), name)) != name:
             raise ValueError(f"{name} and {other} would have one name, {canonical(name)}, in files; leave one out")
+    _refuse_blocked(model, {name for name, _ in chosen})
+
+
+def _refuse_blocked(model: nn.Module, chosen: set[str]) -> None:
+    """Raise ValueError if no gradient passes through a layer that comes after one of the ``chosen``."""
+    after = False
+    for name, module in model.named_modules():
+        after = after or name in chosen
+        if after and blocks_gradients(module):
+            raise ValueError(
+                f"{name} is quantized ({quantized(module)}) and rounds its inputs, through which no gradient passes: "
+                "layers before it would learn something wrong; quantize its weight only (as Int8WeightOnlyConfig does)"
+            )
 
 
 def refuse_bare(model: nn.Module) -> None:

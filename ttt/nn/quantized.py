@@ -34,12 +34,18 @@ def quantized(module: nn.Module) -> str:
     return ""
 
 
+def blocks_gradients(module: nn.Module) -> bool:
+    """Whether ``module`` is quantized by torchao in a way that rounds its inputs, through which no gradient passes."""
+    weight = getattr(module, "weight", None)
+    return bool(quantized(module)) and any(getattr(weight, name, None) is not None for name in _ACTIVATIONS)
+
+
 def why_not(module: nn.Module) -> str:
     """Why users' weights cannot learn beside the quantized weight of ``module``; empty if they can."""
     if type(module) is not nn.Linear:
         return "its weight is read by its own class only"
     weight = module.weight
-    if any(getattr(weight, name, None) is not None for name in _ACTIVATIONS):
+    if blocks_gradients(module):
         return "it rounds its inputs, too, and lets no gradient through"
     try:
         rows = dequantized(weight, slice(0, 1))
