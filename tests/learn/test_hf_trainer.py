@@ -2,12 +2,20 @@
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from helpers import plain_config
 from tiny_models import ids_of, tiny
 from transformers import Trainer, TrainingArguments
 
 import ttt
 from ttt.adapt.convert import learning_layers
+
+
+@pytest.fixture(autouse=True)
+def own_state():
+    """Accelerate keeps what a `Trainer` has set for the whole process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class LearningTrainer(Trainer):

@@ -82,7 +82,7 @@ def test_layers_that_get_chosen_tokens_are_refused_by_name():
         ttt.users(model, ["a", "b"]),
         pytest.raises(
             ValueError,
-            match=r"0\.experts\.0 must get inputs of shape \(2, \.\.\., n\).*chooses some of them.*leave this",
+            match=r"0\.experts\.0 must get inputs of shape \(2, \.\.\., n\).*chooses some of them.*leave it out",
         ),
     ):
         model(x)

@@ -56,14 +56,10 @@ class Route:
         if flat and len(shape) == 2 and rows % batch == 0:
             return self._each(rows // batch)
         if rows not in (batch, batch * self.repeats):
-            chosen = len(shape) == 2 and batch > 1
             raise ValueError(
-                f"{name or 'x'} must get inputs of shape ({batch}, ..., n) for {batch} users, got {tuple(shape)}"
-                + chosen
-                * (
-                    ": the model flattens its tokens or chooses some of them, as for experts, so that nobody can tell "
-                    "whose they are; leave this layer out of target_modules"
-                )
+                f"{name or 'x'} must get inputs of shape ({batch}, ..., n) for {batch} users, got {tuple(shape)}: name "
+                "a user for each row; or, if the model flattens its tokens or chooses some of them for this layer, as "
+                "for experts, leave it out of target_modules: nobody can tell whose tokens it gets"
             )
         return self._each(shape[1:-1].numel() * (1 if rows == batch else self.repeats))
 
