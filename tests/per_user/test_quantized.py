@@ -214,6 +214,17 @@ def test_what_rounds_its_inputs_is_refused_with_users_too():
         ttt.adapt_(net, config(target_modules="all-linear"))
 
 
+@pytest.mark.parametrize("users", [None, USERS])
+def test_layers_of_bitsandbytes_are_refused_by_name(users):
+    """A stand-in: a class of that name in that package."""
+    kind = type("Linear4bit", (nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
+    net = nn.Sequential(kind(32, 21), nn.Linear(21, 4))
+    with pytest.raises(ValueError, match=r"0 is quantized \(bitsandbytes' Linear4bit\), and .* cannot be adapted"):
+        ttt.adapt_(net, config(target_modules=["0", "1"], per_user=users))
+    assert type(net[1]) is nn.Linear
+    ttt.adapt_(net, config(target_modules=["1"], per_user=users))
+
+
 def test_no_layer_learns_below_one_that_lets_no_gradient_through():
     model = tiny()
     quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda m, n: n == "model.layers.1.mlp.up_proj")
