@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import plain_config
 from tiny_models import TARGETS, adapted, assert_same, ids_of, state_of, tiny
 
 import ttt
@@ -200,9 +201,34 @@ def test_memory_of_conv1d_counts_the_kept_original():
     assert memory_usage(model).bytes["original"] == memory_usage(model).bytes["weight"]
 
 
-def test_models_adapted_for_users_are_refused_by_name():
-    config = ttt.TTTConfig(target_modules=TARGETS["llama"], per_user=ttt.LowRank(slots=2, rank=2, window=4))
-    model = ttt.adapt_(tiny(), config)
-    for call in (ttt.fork, memory_usage):
-        with pytest.raises(ValueError, match=r"was adapted for users.*ttt\.pool_of\(model\) holds its users"):
+def users_model(**options):
+    config = ttt.TTTConfig(target_modules=TARGETS["llama"], per_user=ttt.LowRank(slots=2, rank=2, window=4), **options)
+    return ttt.adapt_(tiny(), config)
+
+
+def test_what_is_for_one_set_of_weights_says_what_to_call_for_users(tmp_path):
+    model = users_model()
+    for call in (ttt.fork, lambda m: ttt.learning(m).__enter__(), lambda m: ttt.capturable_(m, 8)):
+        with pytest.raises(ValueError, match=r"was adapted for users.*observe\(ids, users=.*pool_of\(model\)\.export"):
             call(model)
+    with pytest.raises(ValueError, match=r"cannot be saved: pool_of\(model\)\.export\(user\)"):
+        ttt.save(model, tmp_path / "x")
+    with pytest.raises(ValueError, match=r"export_peft\(pool_of\(model\)\.export\(user\), \.\.\.\)"):
+        ttt.export_peft(model, tmp_path / "peft")
+    assert list(tmp_path.iterdir()) == []
+    for layer in ttt.pool_of(model).layers.values():
+        assert layer.sink is None
+
+
+def test_memory_counts_users_slots_and_what_they_share():
+    model = users_model(protect=[ttt.EWC(0.003), ttt.LayerReplay(rows=2)], replay_capacity=32)
+    layers = list(ttt.pool_of(model).layers.values())
+    (m, n), k = layers[0].weight.shape, len(layers)
+    found = memory_usage(model)
+    assert found.parameters == k * m * n
+    assert found.bytes["weight"] == 4 * k * m * n
+    assert found.bytes["importance"] == 4 * k * (m + n)
+    assert found.bytes["memory"] >= k * 4 * 32 * n
+    rows, counters = 2 * 6 * (m + n) * 4, 2 * (4 + 4 + 4 + 8 + 3 * 8)  # rows, eta_sum, lost, step, moments
+    assert found.bytes["users"] == k * (rows + counters)
+    assert memory_usage(model, ttt.adapt_(tiny(), plain_config(target_modules=["down_proj"]))).bytes["anchor"] > 0

@@ -40,7 +40,7 @@ SIZES: dict[str, Any] = {
     "mamba_d_ssm": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
     "linear_value_head_dim": 8, "expand": 2, "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0,
 }  # fmt: skip
-COLUMNS = ("adapts", "learns", "restores", "saves", "users", "padded", "bfloat16")
+COLUMNS = ("adapts", "learns", "restores", "saves", "users", "padded", "bfloat16", "experts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +97,7 @@ def try_family(family: str) -> Row:
     found, why = dict.fromkeys(COLUMNS, ""), ""
     for name in COLUMNS:
         try:
-            CHECKS[name](model)
-            found[name] = "yes"
+            found[name] = "" if CHECKS[name](model) is False else "yes"  # False: there is nothing to try
         except Exception as error:
             refused = isinstance(error, (ValueError, TypeError)) and not isinstance(error, AssertionError)
             found[name] = "refused" if refused and _ours(error) else "no"
@@ -198,16 +197,66 @@ def _bfloat16(model: Any) -> None:
     assert learner.observe(_ids(2, 30)).rejected == 0, "chunks were rejected"
 
 
-CHECKS: dict[str, Callable[[Any], None]] = {
+def _experts(model: Any) -> bool | None:
+    names = [name for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name]
+    if not names:
+        return False
+    own, ids = copy.deepcopy(model), _ids(2, 30)
+    with torch.no_grad():
+        for p in own.parameters():
+            if p.ndim == 3:
+                p.mul_(4)
+        wanted = own(ids).logits
+    plain = {name: t.clone() for name, t in own.state_dict().items()}
+    ttt.adapt_(own, ttt.TTTConfig(target_modules=[names[0].split(".")[-2]], protect=[], lr=0.05, chunk=8))
+    with torch.no_grad():
+        torch.testing.assert_close(own(ids).logits, wanted, rtol=1e-3, atol=1e-3)
+    learner = ttt.Learner(own, context=64)
+    first = learner.observe(ids)
+    assert first.rejected == 0, "chunks were rejected"
+    assert learner.observe(ids, learn=False).bits < first.bits, "nothing was learnt"
+    ttt.restore_(own)
+    assert all(torch.equal(t, plain[name]) for name, t in own.state_dict().items()), "weights differ"
+    return None
+
+
+CHECKS: dict[str, Callable[[Any], bool | None]] = {
     "adapts": _adapts, "learns": _learns, "restores": _restores, "saves": _saves, "users": _users, "padded": _padded,
-    "bfloat16": _bfloat16,
+    "bfloat16": _bfloat16, "experts": _experts,
 }  # fmt: skip
+
+
+# What, how it is, what there is to say, and the file of tests/ that tries it.
+OTHERS = (
+    ("`nn.LSTM`, `nn.Embedding`, `nn.MultiheadAttention`", "refused", "as layers that learn; linear layers beside do",
+     "adapt/test_other_modules.py"),
+    ("stacks of experts (3-D parameters)", "yes", "if `target_modules` names them; `\"all-linear\"` leaves them out",
+     "adapt/test_experts.py"),
+    ("stacks of experts, for users", "refused", "attention and shared experts learn", "per_user/test_mixtures.py"),
+    ("experts that are linear layers, with users", "refused", "when called: nobody knows whose tokens they get",
+     "per_user/test_mixtures.py"),
+    ("RecurrentGemma", "refused", "by `ttt.Learner`, as it returns no cache; `ttt.learning` learns",
+     "adapt/test_other_modules.py"),
+    ("Gemma3n", "yes", "also for users, and padded on the left", "adapt/test_other_modules.py"),
+    ("encoder-decoders", "refused", "by `ttt.Learner`; `ttt.learning` learns", "learn/test_recurrent_models.py"),
+    ("padding that a model counts as positions (TrOCR)", "refused", "on the left; on the right it is left out",
+     "learn/test_trials.py"),
+    ("torchao, weights only", "yes", "for users; refused without, and where inputs are rounded, too",
+     "per_user/test_quantized.py"),
+    ("transformers' `Trainer`", "yes", "with its steps inside of `ttt.learning`: [guide](guide.md#learn-from-any-loss)",
+     "learn/test_hf_trainer.py"),
+    ("offloading of accelerate, DataParallel, DistributedDataParallel", "refused", "", "adapt/test_choice.py"),
+    ("FSDP2, tensor parallelism of layers that learn", "refused", "on every process", "adapt/test_sharded.py"),
+    ("tensor parallelism of other layers", "yes", "every process learns the same", "adapt/test_sharded.py"),
+    ("gradient checkpointing with users", "yes", "with `backward()` inside of `ttt.users`; refused after it",
+     "per_user/test_late_backward.py"),
+)  # fmt: skip
 
 
 def page(rows: list[Row]) -> str:
     """The text of docs/compatibility.md."""
     tried = [row for row in rows if any(row.found.values())]
-    whole = [row for row in tried if set(row.found.values()) == {"yes"}]
+    whole = [row for row in tried if {each for each in row.found.values() if each} == {"yes"}]
     text = f"""# Compatibility
 
 Every causal language model of transformers that can be made tiny was tried, with random weights, two blocks, and
@@ -224,6 +273,7 @@ Python {platform.python_version()}; the same checks are `tests/families/test_fam
 | users | two users learn side by side as alone |
 | padded | left and right padding change no score |
 | bfloat16 | chunks are learnt in bfloat16 |
+| experts | stacks of experts that `target_modules` names learn; - where there are none |
 
 "refused" means by an error that says what to do; "no" that it fails otherwise, or is not right.
 
@@ -238,6 +288,9 @@ Python {platform.python_version()}; the same checks are `tests/families/test_fam
     for row in tried:
         if row.why:
             text += f"| {row.family} | {_cell(row.why)} |\n"
+    text += "\n## Other modules, wrappers and integrations\n\n| what | | how | tried by |\n|---|---|---|---|\n"
+    for what, how, said, where in OTHERS:
+        text += f"| {what} | {how} | {said} | `tests/{where}` |\n"
     text += "\n## Not tried\n\nNo tiny model of these could be made without settings of their own: "
     return text + ", ".join(row.family for row in rows if row not in tried) + ".\n"
 

@@ -1,12 +1,14 @@
 """Every family works in every column or is refused by a sentence; what fails otherwise is known and named here."""
 
 import re
+from pathlib import Path
 
 import matrix
 import pytest
 
 # Fail inside of transformers, also without this package, or are not right yet: see docs/compatibility.md.
-KNOWN = {"dory", "trocr"}
+KNOWN = {"dory"}
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("family", matrix.families())
@@ -25,3 +27,10 @@ def test_the_page_names_every_family_once():
     table = tried.partition("## Families")[2].partition("## What does not work")[0]
     for family in matrix.families():
         assert (f"| {family} |" in table) != (f" {family}," in rest or f" {family}." in rest), family
+
+
+def test_the_page_says_what_else_was_tried_and_where():
+    text = matrix.PAGE.read_text()
+    for what, how, said, where in matrix.OTHERS:
+        assert f"| {what} | {how} | {said} | `tests/{where}` |" in text
+        assert (TESTS / where).exists(), where

@@ -76,6 +76,20 @@ def test_each_token_meets_its_own_users_weights(isa, shape, dtype):
         assert torch.equal(t.nan_to_num(7.0), old.nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_a_weight_the_low_rank_part_comes_alone(isa, shape, dtype):
+    slots, capacity, n, m, tokens = shape
+    a, b, rows = pool_of(slots, capacity, n, m, dtype)
+    x, users = torch.randn(tokens, n).to(dtype), torch.randint(-1, slots, (tokens,), dtype=torch.int32)
+    y = ttt.ops.low_rank_linear(x, None, None, a, b, rows, users)
+    assert y.shape == (tokens, m)
+    assert torch.equal(y, ttt.ops.low_rank_linear(x, torch.zeros(m, n).to(dtype), None, a, b, rows, users))
+    assert not y[users < 0].any()
+    with pytest.raises(ValueError, match="bias must be None without a weight"):
+        ttt.ops.low_rank_linear(x, None, torch.zeros(m).to(dtype), a, b, rows, users)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_users_tokens_change_no_bit(isa, dtype):
     """Not even where they, or what they learnt, are not finite."""

@@ -46,6 +46,8 @@ def test_each_token_meets_its_own_users_weights(dtype, slots, capacity, n, m, to
         plain[t] += (x[t] @ a[u, held].T) @ b[u, held]
     assert_close(y, exact, plain, "y")
     assert torch.equal(y[users < 0], base[users < 0])
+    alone = low_rank.low_rank_linear(x, None, None, a, b, rows, users)
+    assert torch.equal(alone, low_rank.low_rank_linear(x, torch.zeros_like(weight), None, a, b, rows, users))
     for t, old in zip((a, b, rows, x), before, strict=True):
         assert torch.equal(t.nan_to_num(7.0), old.nan_to_num(7.0))
 

@@ -146,7 +146,7 @@ def test_a_batch_of_another_size_is_refused():
     layer = layer_of(dtype=torch.float32)
     layer.routing.set(torch.tensor([0, -1], dtype=torch.int32))
     for shape in ((3, 9), (4, 2, 9), (9,)):
-        with pytest.raises(ValueError, match=r"x must have shape \(2, ..., n\) for 2 users"):
+        with pytest.raises(ValueError, match=r"layer must get inputs of shape \(2, \.\.\., n\).*a user for each row"):
             layer(torch.randn(shape))
 
 

@@ -36,6 +36,8 @@ from ttt.checks import check_path
 from ttt.files import write_atomically
 from ttt.layer_lock import exclusive
 from ttt.nn import Linear
+from ttt.nn.experts import STACKS, is_stack
+from ttt.nn.quantized import is_subclass, plain_parts
 from ttt.per_user.pool import has_pool
 
 FORMAT = "ttt"
@@ -123,12 +125,17 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
 
 def _load(model: nn.Module, adapted: dict[str, Linear], path: Path) -> nn.Module:
+    stacks = {f"{canonical(n)}.{stack}" for n, m in unwrapped(model).named_modules() if is_stack(m) for stack in STACKS}
     names_here = {canonical(name): name for name, _ in linear_modules(model)}
     possible: dict[str, nn.Module] = {**adapted} or {canonical(name): m for name, m in linear_modules(model)}
     with _opened(path, validate.header_allowance(possible)) as (file, metadata):
         names = validate.layer_names(metadata.get("layers"), f"{path} is damaged: layers in its metadata")
         config = validate.config_of(metadata.get("config"), f"{path} is damaged: config in its metadata")
         wanted = set(names)
+        if not adapted and any(name.rpartition(".")[0] in stacks for name in names):
+            raise ValueError(
+                f"{path} holds what experts learnt; adapt the model with the same target_modules first, by ttt.adapt_"
+            )
         _check_names(path, names, list(adapted) or [name for name in possible if name in wanted])
         if adapted:
             trials = {name: _trial_layer(layer) for name, layer in adapted.items()}
@@ -300,8 +307,16 @@ def base_hash(model: nn.Module, names: list[str] | None = None) -> str:
             if layers[owner].transposed:
                 value = value.T
         digest.update(f"{key}|{value.dtype}|{tuple(value.shape)}|".encode())
-        flat = value.reshape(-1)
-        if not (owner in learn and leaf == "weight") and flat.numel() > _SAMPLE:
-            flat = flat[:: -(-flat.numel() // _SAMPLE)]
-        digest.update(_bytes_of(flat))
+        if is_subclass(value):
+            for name, part in plain_parts(value):
+                digest.update(f"{name}|{part.dtype}|{tuple(part.shape)}|".encode())
+                digest.update(_bytes_of(_sample(part)))
+            continue
+        whole = owner in learn and leaf == "weight"
+        digest.update(_bytes_of(value.reshape(-1) if whole else _sample(value)))
     return digest.hexdigest()
+
+
+def _sample(t: Tensor) -> Tensor:
+    flat = t.reshape(-1)
+    return flat if flat.numel() <= _SAMPLE else flat[:: -(-flat.numel() // _SAMPLE)]

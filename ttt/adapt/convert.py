@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from ttt.adapt.fast_path import switch_off_fast_paths, switch_on_fast_paths
 from ttt.adapt.fit import is_conv1d, is_linear, refuse_parallel
 from ttt.adapt.names import canonical, unwrapped
-from ttt.adapt.plan import FilterFn, make_plan
+from ttt.adapt.plan import FilterFn, active_matrices, make_plan
 from ttt.atomic import whole_write
 from ttt.checks import check_bool, check_model, check_type
 from ttt.config import TTTConfig
 from ttt.layer_lock import exclusive
 from ttt.nn import Linear, LowRankLinear
+from ttt.nn.experts import STACKS, LearningExperts, is_stack
+from ttt.nn.quantized import QuantizedLowRankLinear, quantized
 from ttt.per_user.pool import attach, detach, has_pool, pool_of
 from ttt.signals import SignalsDeferred
 
@@ -30,9 +32,11 @@ _ORIGINALS, _FROZEN, _LEFT_OUT = "_ttt_originals", "_ttt_requires_grad", "_ttt_l
 def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterFn | None = None) -> nn.Module:
     """Replace linear layers of ``model`` by `ttt.nn.Linear`, in place, and freeze its parameters.
 
-    With ``config.per_user`` they are replaced by `ttt.nn.LowRankLinear`, whose weights never change; see `ttt.users`.
+    With ``config.per_user`` they are replaced by `ttt.nn.LowRankLinear`, whose weights never change and may be those of
+    torchao's weight-only quantization; see `ttt.users`.
 
-    `nn.Linear` and transformers' ``Conv1D`` can be replaced. The new layers share the parameters of the old ones, and
+    `nn.Linear`, transformers' ``Conv1D`` and stacks of gated experts can be replaced, these as a whole where
+    ``target_modules`` names them (`ttt.nn.experts`). The new layers share the parameters of the old ones, and
     hold a copy of the weight, the anchor. Whatever goes wrong, running out of memory included, the model is left as it
     was: modules, parameters and their ``requires_grad``.
 
@@ -48,7 +52,7 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
         TypeError: if ``model`` is no module, ``config`` no `TTTConfig`, or ``filter_fn`` no function.
         ValueError: if nothing matches (the error lists the nearest names), the model is adapted already, it is a linear
             layer itself, which cannot be replaced in place, or a match cannot learn: tied weights, 3-D expert
-            parameters, a dtype or module type without support.
+            parameters, a quantized weight without ``config.per_user``, a dtype or module type without support.
         MemoryError: if there is too little memory for the state of the layers (on a GPU torch.OutOfMemoryError).
     """
     check_model(model)
@@ -63,6 +67,7 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
     chosen = plan.chosen
     _warn_of_left_out(plan.left_out)
     make = _learning_layer if config.per_user is None else _low_rank_layer
+    share = 1 / sum(active_matrices(model, name, module) for name, module in chosen)
     frozen = [(p, p.requires_grad) for p in model.parameters()]
     placed: list[tuple[str, nn.Module]] = []
     try:
@@ -70,7 +75,8 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
         layers = {name: _made(make, module, config, canonical(name)) for name, module in chosen}
         for name, module in chosen:
             layers[name].train(module.training)
-            layers[name].share = 1 / len(layers)
+            for layer in getattr(layers[name], "layers", [layers[name]]):  # of experts, each of their matrices
+                layer.share = share
             placed.append((name, module))
             _set_module(model, name, layers[name])
         for p in model.parameters():
@@ -118,19 +124,23 @@ def restore_(model: nn.Module, keep_learned: bool = False) -> nn.Module:
     originals = _originals(model)
     check_bool("keep_learned", keep_learned)
     if not has_pool(model):
-        layers = [(name, layer) for name, layer in learning_layers(model) if name in originals]
-        with exclusive([layer for _, layer in layers], "ttt.restore_", repairs=not keep_learned):
+        placed: dict[str, Any] = {name: model.get_submodule(name) for name in originals}
+        layers = [layer for module in placed.values() for layer in getattr(module, "layers", [module])]
+        with exclusive(layers, "ttt.restore_", repairs=not keep_learned):
             _originals(model)  # another thread may have restored the model meanwhile
-            if any(layer.sink is not None for _, layer in layers):
+            if any(layer.sink is not None for layer in layers):
                 raise RuntimeError("ttt.restore_ was called inside ttt.learning or a rule; leave it first")
             if keep_learned:
-                with whole_write([layer for _, layer in layers], "ttt.restore_"):
-                    for _, layer in layers:
+                with whole_write(layers, "ttt.restore_"):
+                    for layer in layers:
                         layer.flush()
             with SignalsDeferred():
-                for name, layer in layers:
-                    _put_back(layer, originals[name], keep_learned)
-                _take_out(model, dict(layers), originals)
+                for name, module in placed.items():
+                    if isinstance(module, LearningExperts):
+                        _put_back_experts(module, originals[name], keep_learned)
+                    else:
+                        _put_back(module, originals[name], keep_learned)
+                _take_out(model, placed, originals)
         return whole
     if keep_learned:
         raise ValueError("keep_learned must be False for a model of many users; pool_of(model).export(user) keeps one")
@@ -159,12 +169,23 @@ def _put_back(layer: Linear, original: Any, keep_learned: bool) -> None:
             original.weight.copy_(learned.T)
 
 
-def _take_out(model: nn.Module, layers: Mapping[str, Linear | LowRankLinear], originals: dict[str, Any]) -> None:
+def _put_back_experts(experts: LearningExperts, original: Any, keep_learned: bool) -> None:
+    """Give the stacks of ``original`` the weights that ``experts`` learnt, or those from before."""
+    first = experts.layers[0].weight
+    original.to(first.device, first.dtype)  # the model may have been moved or converted since `adapt_`
+    with torch.no_grad():
+        for stack in STACKS:
+            for layer, weight in zip(getattr(experts, stack), getattr(original, stack), strict=True):
+                weight.copy_(layer.weight if keep_learned else layer.base_weight)
+
+
+def _take_out(model: nn.Module, layers: Mapping[str, Any], originals: dict[str, Any]) -> None:
     """Replace ``layers`` in ``model`` by the modules ``originals``, and let parameters require grad as before."""
     for name, layer in layers.items():
         originals[name].train(layer.training)
         _set_module(model, name, originals[name])
-        layer.released = True
+        for each in getattr(layer, "layers", [layer]):
+            each.released = True
     for p, requires_grad in getattr(model, _FROZEN):
         p.requires_grad_(requires_grad)
     object.__delattr__(model, _ORIGINALS)
@@ -195,7 +216,8 @@ def require_layers(model: nn.Module) -> list[Linear]:
     if not layers and has_pool(model):
         raise ValueError(
             f"model ({type(model).__name__}) was adapted for users, each with weights of their own, and has no "
-            "learning layer that all share; ttt.pool_of(model) holds its users"
+            "learning layer that all share: ttt.Learner(model).observe(ids, users=[...]) teaches them, and "
+            "pool_of(model).export(user) and .load(user, state) copy what one of them has learnt"
         )
     if not layers:
         raise ValueError(f"model ({type(model).__name__}) has no learning layer; call ttt.adapt_(model, config) first")
@@ -255,7 +277,9 @@ def _made(make: Callable[[Any, TTTConfig, str], Any], module: Any, config: TTTCo
         raise MemoryError(f"there is too little memory for the state of layer {name} with {given} ({error})") from None
 
 
-def _learning_layer(module: Any, config: TTTConfig, name: str) -> Linear:
+def _learning_layer(module: Any, config: TTTConfig, name: str) -> Linear | LearningExperts:
+    if is_stack(module):
+        return LearningExperts(module, config, name)
     if not is_conv1d(module):
         return Linear.from_weight(module.weight, module.bias, config, name)
     # A Conv1D keeps (n, m). The learning layer gets a transposed copy, and the original stays as it is.
@@ -266,7 +290,8 @@ def _learning_layer(module: Any, config: TTTConfig, name: str) -> Linear:
 
 def _low_rank_layer(module: Any, config: TTTConfig, name: str) -> LowRankLinear:
     if not is_conv1d(module):
-        return LowRankLinear.from_weight(module.weight, module.bias, config, name)
+        kind = QuantizedLowRankLinear if quantized(module) else LowRankLinear
+        return kind.from_weight(module.weight, module.bias, config, name)
     # A view (m, n) of the Conv1D's weight, which is never written.
     layer = LowRankLinear.from_weight(nn.Parameter(module.weight.detach().T), module.bias, config, name)
     layer.transposed = True
@@ -278,7 +303,8 @@ def _follow(original: nn.Module, layer: Linear | LowRankLinear) -> None:
 
     Only a ``Conv1D``, whose weight is not the layer's, needs it.
     """
-    original.to(layer.weight.device, layer.weight.dtype)
+    if layer.transposed:
+        original.to(layer.weight.device, layer.weight.dtype)
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt.nn.base import DTYPES, absent
+from ttt.nn.base import DTYPES, Adapted, absent
+from ttt.nn.experts import STACKS, is_gated, is_stack
+from ttt.nn.quantized import is_subclass, quantized, why_not
 
 _PARALLEL = {
     "DistributedDataParallel": "its replicas would learn from different tokens and drift apart",
     "DataParallel": "its replicas would learn in copies that are thrown away",
     "FullyShardedDataParallel": "it holds a part of each weight only",
+    "FSDPModule": "it holds a part of each weight only (FSDP2), and each process would learn from other tokens",
 }
 
 
@@ -30,13 +33,19 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def refuse_parallel(model: nn.Module) -> None:
-    """Raise ValueError if ``model`` is wrapped for data parallelism, with which learning would not be right."""
+    """Raise ValueError if ``model`` is prepared for several processes, with which learning would not be right."""
     for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, Adapted) and weight is not None and hasattr(weight, "device_mesh"):
+            raise ValueError(
+                f"{name or 'model'}, a layer that learns, {absent(weight)}; adapt the model without that, and learn in "
+                "one process"
+            )
         for kind in type(module).__mro__:
             if kind.__name__ in _PARALLEL and kind.__module__.startswith("torch."):
                 raise ValueError(
                     f"{name or 'model'} is a {kind.__name__}, which is not supported: {_PARALLEL[kind.__name__]}; "
-                    "adapt the model that it wraps, and learn in one process"
+                    "adapt the model without it, and learn in one process"
                 )
 
 
@@ -47,7 +56,24 @@ def unfit_type(name: str, module: Any) -> str:
         return ""
     held = Counter(p.ndim for p in module.parameters(recurse=False))
     why = "holds 3-D expert parameters" if held[3] else f"is {kind.__module__}.{kind.__name__}"
-    return f"{name} {why}; only torch.nn.Linear and transformers' Conv1D can be adapted"
+    return (
+        f"{name} {why}; only torch.nn.Linear, transformers' Conv1D and stacks of gated experts without biases can be "
+        "adapted"
+    )
+
+
+def unfit_quantized(name: str, module: Any, per_user: bool) -> str:
+    """Why ``module``, if it is quantized, cannot be replaced; empty if it can, or is not quantized."""
+    if not (by := quantized(module)):
+        return ""
+    if why := why_not(module):
+        return f"{name} is quantized ({by}), and {why}: it cannot be adapted"
+    if per_user:
+        return ""
+    return (
+        f"{name} is quantized ({by}): its weight cannot be rewritten, so it cannot be adapted itself; users' low-rank "
+        "weights can learn beside it: TTTConfig(per_user=ttt.LowRank(slots=1)) for a single user"
+    )
 
 
 class Weights:
@@ -68,34 +94,56 @@ class Weights:
 
     def tied(self, name: str, module: Any) -> list[str]:
         """Other names of the weight of ``module``."""
-        return [other for other in self._names.get(id(module.weight), []) if other != f"{name}.weight"]
+        return self._tied(f"{name}.weight", module.weight)
 
-    def overlapping(self, module: Any) -> list[str]:
-        """Names of other parameters and buffers that share memory with the weight of ``module``."""
-        weight = module.weight
+    def _tied(self, name: str, weight: Tensor) -> list[str]:
+        return [other for other in self._names.get(id(weight), []) if other != name]
+
+    def _overlapping(self, weight: Tensor) -> list[str]:
+        """Names of other parameters and buffers that share memory with ``weight``."""
         if not _in_memory(weight) or not weight.numel():
             return []
         first, last = _span(weight)
         beside = self._by_storage.get(weight.untyped_storage().data_ptr(), [])
         return [n for n, t in beside if t is not weight and t.numel() and _span(t)[0] <= last and first <= _span(t)[1]]
 
-    def refuse_unfit(self, name: str, module: Any) -> None:
-        """Raise ValueError unless ``module`` can be replaced by a layer that learns."""
-        if why := unfit_type(name, module):
+    def refuse_unfit(self, name: str, module: Any, per_user: bool) -> None:
+        """Raise ValueError unless ``module`` can be replaced by what learns."""
+        if is_stack(module):
+            if per_user:
+                raise ValueError(
+                    f"{name} is a stack of experts: users cannot learn in it, as nobody knows whose tokens are routed "
+                    "to an expert; leave it out"
+                )
+            for stack in STACKS:
+                self._refuse_weight(f"{name}.{stack}", getattr(module, stack))
+            if not is_gated(module):
+                raise ValueError(
+                    f"{name} ({type(module).__name__}) is a stack of experts that computes something else than "
+                    "down(act(gate(x)) * up(x)), so it cannot be adapted; leave it out"
+                )
+            return
+        if why := unfit_quantized(name, module, per_user) or unfit_type(name, module):
             raise ValueError(why)
-        weight = module.weight
+        if is_subclass(module.weight) and not quantized(module) and not absent(module.weight):
+            kind = type(module.weight).__name__
+            raise ValueError(f"{name}.weight is a {kind}, not a plain tensor; it cannot learn")
+        self._refuse_weight(f"{name}.weight", module.weight)
+
+    def _refuse_weight(self, name: str, weight: Tensor) -> None:
+        """Raise ValueError unless the parameter ``weight``, of that ``name``, can be the weight of a learning layer."""
         if why := absent(weight):
-            raise ValueError(f"{name}.weight {why}; it cannot learn. Load the whole model first, in one process")
-        if tied := self.tied(name, module):
-            raise ValueError(f"{name}.weight is tied to {tied}: learning in one would change the other; leave it out")
+            raise ValueError(f"{name} {why}; it cannot learn. Load the whole model first, in one process")
+        if tied := self._tied(name, weight):
+            raise ValueError(f"{name} is tied to {tied}: learning in one would change the other; leave it out")
         if weight.dtype not in DTYPES:
-            raise ValueError(f"{name}.weight is {weight.dtype}; it must be one of {[str(d) for d in DTYPES]}")
+            raise ValueError(f"{name} is {weight.dtype}; it must be one of {[str(d) for d in DTYPES]}")
         if not weight.is_contiguous():
-            raise ValueError(f"{name}.weight must be contiguous, got strides {weight.stride()}")
-        if shared := self.overlapping(module):
+            raise ValueError(f"{name} must be contiguous, got strides {weight.stride()}")
+        if shared := self._overlapping(weight):
             raise ValueError(
-                f"{name}.weight shares its memory with {shared}: learning in one would change the other; leave it out, "
-                "or give it memory of its own"
+                f"{name} shares its memory with {shared}: learning in one would change the other; leave it out, or "
+                "give it memory of its own"
             )
 
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ttt.adapt.convert import kept_originals, learning_layers, require_layers
+from ttt.checks import check_model
 from ttt.layer_lock import exclusive
-from ttt.nn import Linear
+from ttt.nn import Linear, LowRankLinear
+from ttt.nn.experts import is_stack
 from ttt.nn.gaussian import PAST, PRESENT
 from ttt.nn.kronecker import MOMENTS
+from ttt.nn.quantized import plain_parts
 from ttt.nn.state import BASE
+from ttt.per_user.pool import has_pool, pool_of
 
 _KINDS = {"weight": "weight", "anchor": "anchor", "importance": "importance", "trace": "trace", "momentum": "trace"}
 _MEMORY = ("memory", "recent", "recent_delta", "basis", "output_basis", *MOMENTS, *PAST, *PRESENT)
@@ -69,7 +74,7 @@ def _forked(model: nn.Module, layers: dict[str, Linear]) -> nn.Module:
             for b in module.buffers(recurse=False):
                 share(b)
     for original in kept_originals(model).values():
-        for p in original.parameters():
+        for p in [] if is_stack(original) else original.parameters():  # learning writes into the memory of stacks
             share(p)
     for layer in layers.values():
         memo[id(layer.config)] = layer.config
@@ -95,7 +100,7 @@ class MemoryUsage:
         bytes: bytes that the learning layers hold, by kind; shared memory counts once. ``weight``, ``anchor``,
             ``importance``, ``trace`` (and momentum), ``window`` (and counters), ``memory`` (replay memory, recent
             rows, basis, Gaussians), ``base`` (what `Learner.reset` goes back to after a consolidation), ``original``
-            (weights of ``Conv1D`` modules).
+            (weights of ``Conv1D`` modules), ``users`` (the slots of `ttt.LowRank`).
     """
 
     parameters: int
@@ -117,8 +122,10 @@ def memory_usage(*models: nn.Module) -> MemoryUsage:
     if not models:
         raise ValueError("memory_usage needs at least one model, got none")
     for model in models:
-        require_layers(model)
+        if not has_pool(check_model(model)):
+            require_layers(model)
     layers = [layer for model in models for _, layer in learning_layers(model)]
+    pooled = [layer for model in models if has_pool(model) for layer in pool_of(model).layers.values()]
     originals = [
         (layer, kept_originals(model)[name])
         for model in models
@@ -129,7 +136,9 @@ def memory_usage(*models: nn.Module) -> MemoryUsage:
     held = [(_KINDS.get(key, "window"), t) for layer in layers for key, t in layer.state().items() if key != "pending"]
     held += [("base", t) for layer in layers for t in layer.base.values()]
     held += [("original", original.get_parameter("weight")) for layer, original in originals if layer.transposed]
-    found = dict.fromkeys(("weight", "anchor", "importance", "trace", "window", "memory", "base", "original"), 0)
+    held += [part for layer in pooled for part in _of_users(layer)]
+    kinds = ("weight", "anchor", "importance", "trace", "window", "memory", "base", "original", "users")
+    found = dict.fromkeys(kinds, 0)
     counted: set[tuple[torch.device, int]] = set()
     for kind, t in held:
         storage = t.untyped_storage()
@@ -137,4 +146,12 @@ def memory_usage(*models: nn.Module) -> MemoryUsage:
         if storage.nbytes() and key not in counted:
             counted.add(key)
             found[kind] += storage.nbytes()
-    return MemoryUsage(sum(layer.weight.numel() for layer in layers), found)
+    return MemoryUsage(sum(layer.weight.numel() for layer in [*layers, *pooled]), found)
+
+
+def _of_users(layer: LowRankLinear) -> Iterator[tuple[str, Tensor]]:
+    """(kind, tensor) of what a layer of users' weights holds; of a quantized weight, its parts."""
+    yield from (("weight", part) for _, part in plain_parts(layer.weight.detach()))
+    for name, t in layer.named_buffers(recurse=False):
+        shared = "importance" if name.startswith("importance") else "memory"
+        yield "users" if name in layer.slot_buffers else shared, t

@@ -127,6 +127,11 @@ def export_peft(
             )
         layers = require_layers(source)
         base_model = base_model or _name_of(source)
+        if routed := [layer.name for layer in layers if layer.routed]:
+            raise ValueError(
+                f"source has experts that learnt ({routed[0]} and {len(routed) - 1} more), which no LoRA adapter for "
+                "linear layers holds; ttt.save keeps them"
+            )
         fan_in_fan_out = any(layer.transposed for layer in layers)
         with exclusive(layers, "ttt.export_peft"):
             rank, changes = _of_model(source, rank, dtype)

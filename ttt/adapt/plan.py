@@ -10,11 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from ttt.adapt.fit import Weights, is_linear, offloads, refuse_parallel, unfit_type
+from ttt.adapt.fit import Weights, is_linear, offloads, refuse_parallel, unfit_quantized, unfit_type
 from ttt.adapt.names import canonical
 from ttt.adapt.stacks import in_layers, outside_language
 from ttt.checks import check_layers, check_names
 from ttt.config import TTTConfig
+from ttt.nn.experts import is_gated, is_stack
+from ttt.nn.quantized import blocks_gradients, quantized
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -45,7 +47,9 @@ def make_plan(model: nn.Module, config: TTTConfig, filter_fn: FilterFn | None) -
     check_names("target_modules", config.target_modules)
     check_layers("layers", config.layers)
     candidates = [(name, module) for name, module in model.named_modules() if is_linear(module)]
+    stacks = [(name, module) for name, module in model.named_modules() if is_stack(module)]
     left_out: dict[str, str] = {}
+    per_user = config.per_user is not None
     targets = config.target_modules
     if filter_fn is not None:
         chosen = [(name, module) for name, module in candidates if filter_fn(module, name)]
@@ -58,22 +62,38 @@ def make_plan(model: nn.Module, config: TTTConfig, filter_fn: FilterFn | None) -
         )
     else:
         if targets == "all-linear":
-            left_out = _left_out(model, candidates)
+            left_out = _left_out(model, candidates, per_user)
             matched = [(name, module) for name, module in candidates if name not in left_out]
             if not matched:
                 raise ValueError(f"target_modules = 'all-linear' leaves no layer to adapt: {left_out}")
         else:
-            matched = _matched(model, candidates, targets)
+            matched = _matched(model, [*candidates, *stacks], targets)
         names = in_layers([name for name, _ in matched], model, config.layers)
         chosen = [(name, module) for name, module in matched if name in names]
         if not chosen:
             raise ValueError(f"layers = {config.layers!r} leaves none of the matched modules {[n for n, _ in matched]}")
-    check_fit(model, chosen)
+    check_fit(model, chosen, per_user)
     return Plan(chosen, left_out)
 
 
-def check_fit(model: nn.Module, chosen: Sequence[tuple[str, nn.Module]]) -> None:
-    """Raise ValueError unless all of the ``chosen`` modules of ``model`` can be replaced by learning layers."""
+def active_matrices(model: nn.Module, name: str, module: nn.Module) -> int:
+    """How many matrices of ``module`` a token passes through: of experts, two for each of those it is routed to."""
+    if not is_stack(module):
+        return 1
+    block: Any = model.get_submodule(name.rpartition(".")[0])
+    for holder, key in ((block, "top_k"), (getattr(block, "gate", None), "top_k"), (model, "config")):
+        found = getattr(holder, key, None)
+        found = getattr(found, "num_experts_per_tok", None) if key == "config" else found
+        if isinstance(found, int) and found > 0:
+            return 2 * found
+    return 2
+
+
+def check_fit(model: nn.Module, chosen: Sequence[tuple[str, nn.Module]], per_user: bool = False) -> None:
+    """Raise ValueError unless all of the ``chosen`` modules of ``model`` can be replaced by learning layers.
+
+    ``per_user``: by those whose own weight is never written.
+    """
     refuse_bare(model)
     weights, names = Weights(model), dict[str, str]()
     for name, module in chosen:
@@ -82,9 +102,22 @@ def check_fit(model: nn.Module, chosen: Sequence[tuple[str, nn.Module]]) -> None
                 f"{name} has a hook that keeps its weight elsewhere (accelerate's offloading): what it would learn "
                 "would be lost; load the model without device_map, or with devices that hold all of it"
             )
-        weights.refuse_unfit(name, module)
+        weights.refuse_unfit(name, module, per_user)
         if (other := names.setdefault(canonical(name), name)) != name:
             raise ValueError(f"{name} and {other} would have one name, {canonical(name)}, in files; leave one out")
+    _refuse_blocked(model, {name for name, _ in chosen})
+
+
+def _refuse_blocked(model: nn.Module, chosen: set[str]) -> None:
+    """Raise ValueError if no gradient passes through a layer that comes after one of the ``chosen``."""
+    after = False
+    for name, module in model.named_modules():
+        after = after or name in chosen
+        if after and blocks_gradients(module):
+            raise ValueError(
+                f"{name} is quantized ({quantized(module)}) and rounds its inputs, through which no gradient passes: "
+                "layers before it would learn something wrong; quantize its weight only (as Int8WeightOnlyConfig does)"
+            )
 
 
 def refuse_bare(model: nn.Module) -> None:
@@ -129,6 +162,12 @@ def _refuse_no_match(model: nn.Module, candidates: list[tuple[str, nn.Module]], 
     for name, parameter in model.named_parameters():
         if _matches(name, targets) or _matches(name.removesuffix(".weight"), targets):
             shape = tuple(parameter.shape)
+            holder = name.rpartition(".")[0]
+            if parameter.ndim == 3 and is_stack(model.get_submodule(holder)):
+                raise ValueError(
+                    f"{name} is a stack of experts of shape {shape}, not a linear layer; name {holder!r} or its last "
+                    "part in target_modules to adapt all of its matrices"
+                )
             kind = "a stack of experts" if parameter.ndim == 3 else "a bare parameter"
             raise ValueError(f"{name} is {kind} of shape {shape}, not a linear layer: it cannot be adapted")
     names = sorted({suffix for name, _ in candidates for suffix in (name, name.rsplit(".", 1)[-1])})
@@ -142,7 +181,7 @@ def _refuse_no_match(model: nn.Module, candidates: list[tuple[str, nn.Module]], 
 # -- "all-linear" -------------------------------------------------------------------------------------------------
 
 
-def _left_out(model: nn.Module, candidates: list[tuple[str, nn.Module]]) -> dict[str, str]:
+def _left_out(model: nn.Module, candidates: list[tuple[str, nn.Module]], per_user: bool) -> dict[str, str]:
     """What "all-linear" leaves out -> why: as PEFT the output head, classifiers, and LoRA's own layers; and more."""
     heads, bodies, tuners = _heads(model), _bodies(model), _tuners(model)
     towers = outside_language(model, [name for name, _ in candidates])
@@ -158,13 +197,18 @@ def _left_out(model: nn.Module, candidates: list[tuple[str, nn.Module]]) -> dict
             found[name] = "router of experts"
         elif name in towers:
             found[name] = "outside of the language model; name it in target_modules to adapt it"
-        elif why := unfit_type(name, module):
+        elif why := unfit_quantized(name, module, per_user) or unfit_type(name, module):
             found[name] = why
         elif tied := weights.tied(name, module):
             found[name] = f"tied to {tied}"
     for name, parameter in model.named_parameters():
         if parameter.ndim == 3 and "expert" in name.lower():
-            found[name] = f"a stack of experts of shape {tuple(parameter.shape)}, which cannot be adapted yet"
+            holder, shape = name.rpartition(".")[0], tuple(parameter.shape)
+            stack = model.get_submodule(holder)
+            can = not per_user and is_stack(stack) and is_gated(stack)
+            found[name] = f"a stack of experts of shape {shape}, which " + (
+                f"is adapted if target_modules names {holder.rpartition('.')[2]!r}" if can else "cannot be adapted"
+            )
     return found
 
 
@@ -213,4 +257,5 @@ def _is_router(model: nn.Module, name: str) -> bool:
     if "router" in name.lower():
         return True
     holder = model.get_submodule(parent)
-    return leaf in _ROUTERS and (hasattr(holder, "experts") or "router" in type(holder).__name__.lower())
+    kind = type(holder).__name__.lower()
+    return leaf in _ROUTERS and (hasattr(holder, "experts") or "router" in kind or kind.endswith("gate"))

@@ -94,7 +94,7 @@ class GrowingLearner:
 
     Raises:
         ValueError: for a value out of range, or a learner with a guard or a log of episodes, or of a model with
-            weights for each user.
+            weights for each user or with experts of a mixture that learn.
 
     Attributes:
         columns: the stored `Column`s; replaced, never written.
@@ -120,6 +120,8 @@ class GrowingLearner:
             raise ValueError("learner must have no log of episodes: a study would change whatever column is active")
         if learner.guard is not None:
             raise ValueError("learner must have no guard: its last good state would be another column's")
+        if routed := [layer.name for layer in learner.layers if layer.routed]:
+            raise ValueError(f"learner must have no experts of a mixture among its layers, got {routed[0]} and others")
         self.rank, self.budget = check_whole("rank", rank, 1), check_whole("budget", budget, 1)
         self.margin, self.recent = check_number("margin", margin, 0.0), check_whole("recent", recent, 1)
         self.evidence = check_number("evidence", evidence, 0.0, above=True)

@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 
 from ttt.adapt.convert import kept_originals, require_layers
+from ttt.adapt.fit import refuse_parallel
 from ttt.atomic import refuse_torn
+from ttt.checks import check_model
 from ttt.layer_lock import exclusive
 from ttt.nn import Linear, LowRankLinear
 from ttt.per_user.pool import Pool, has_pool, pool_of
@@ -31,6 +33,7 @@ class Access:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        refuse_parallel(check_model(model))
         self.pool: Pool | None = pool_of(model) if has_pool(model) else None
         self.single_layers: list[Linear] = require_layers(model) if self.pool is None else []
         self.layers: Sequence[Linear | LowRankLinear] = self.single_layers

@@ -14,7 +14,7 @@ from ttt.atomic import whole_write
 from ttt.layer_lock import exclusive
 from ttt.learn.step import write
 from ttt.nn import Capturing
-from ttt.nn.graph_steps import check_capturable, forbid_capture
+from ttt.nn.graph_steps import forbid_capture
 
 
 @dataclasses.dataclass
@@ -51,7 +51,7 @@ def capturable_(model: nn.Module, rows: int | None) -> nn.Module:
         forbid_capture("capturable_")
         for layer in layers:
             if rows is not None:
-                check_capturable(rows, layer.weight, layer.config.generated_rows)
+                layer.check_capturable(rows)
         with whole_write(layers, "ttt.capturable_"):  # windows may be committed
             for layer in layers:
                 layer.capturable_(rows)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
+from ttt.nn.quantized import is_subclass
 from ttt.ops.backends import record
 
 _SAMPLE = 2048  # columns of the logits in which thresholds are searched
@@ -158,6 +159,8 @@ class HeadSplit:
         """Why the head's gradient must come from autograd; empty if it need not."""
         if type(self.head) is not nn.Linear:
             return f"the output head is {type(self.head).__name__}, not torch.nn.Linear"
+        if is_subclass(self.head.weight):
+            return f"the output head's weight is a {type(self.head.weight).__name__}, not a plain tensor"
         if self.head.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             return f"the output head is {self.head.weight.dtype}"
         for each in (self.head, self.model):

@@ -13,12 +13,13 @@ from ttt.atomic import whole_write
 from ttt.checks import check_bool, check_type, check_whole
 from ttt.learn import protection
 from ttt.learn.access import Access
-from ttt.learn.continues import refuse_unreadable
+from ttt.learn.continues import refuse_unreadable, trials_for
 from ttt.learn.episodes import EpisodeLog
 from ttt.learn.generate import GenerateOptions, GenerateOutput, generate
 from ttt.learn.guard import Guard
 from ttt.learn.head import HeadSplit
 from ttt.learn.huggingface import frozen
+from ttt.learn.kept_cache import KeptCache
 from ttt.learn.loop import ObserveOutput, finish, read, read_in_steps
 from ttt.learn.own_text import own_text
 from ttt.learn.per_user import PerUserWeights, check_users
@@ -27,7 +28,7 @@ from ttt.learn.snapshot import Snapshot, put_back, take_snapshot
 from ttt.learn.step import differentiates_outputs
 from ttt.learn.stream_rule import StreamRule, check_rules
 from ttt.learn.study import StudyOptions, StudyOutput, study_in_steps
-from ttt.learn.text import check_tokens
+from ttt.learn.text import Text, check_tokens
 from ttt.per_user.guards import UserGuards
 from ttt.per_user.protection import calibrate as calibrate_users
 from ttt.signals import SignalsDeferred
@@ -109,7 +110,8 @@ class Learner:
         self.user_guards: UserGuards | None = None
         self.episodes = episodes
         self.own_texts: Tensor | None = None  # what the base model wrote for rehearsal
-        self._looked_for_protection = self._tried = False
+        self._looked_for_protection = False
+        self._tried: set[str] = set()
         with self.access.enter("Learner", repairs=True), contextlib.ExitStack() as undo:
             for rule in self.rules:
                 undo.callback(setattr, rule, "learner", rule.learner)
@@ -173,7 +175,7 @@ class Learner:
                 )
             if users is not None:
                 check_users(users, len(text.ids))
-            self._try_model()
+            self._try_model(text)
             if learn and not self._looked_for_protection:
                 self._looked_for_protection = True
                 protection.warn_if_none(self.config, self.access.layers[0])
@@ -222,7 +224,7 @@ class Learner:
         with self.access.enter("Learner.observe_in_steps"):
             text = check_tokens(self.model, input_ids, attention_mask, learn_mask)
             check_users(users, len(text.ids))
-            self._try_model()
+            self._try_model(text)
 
         def steps() -> Generator[None, None, ObserveOutput]:
             strategy = chunks = None
@@ -262,6 +264,9 @@ class Learner:
         top_k: int | None = None,
         eos_token_id: int | None = None,
         generator: torch.Generator | None = None,
+        cache: KeptCache | None = None,
+        allow_stale_cache: bool = False,
+        keep_cache: bool = False,
     ) -> GenerateOutput:
         """Read a prompt, then generate, and learn from both; every token is scored before it is learnt.
 
@@ -282,6 +287,11 @@ class Learner:
             top_k: draw from the k most probable tokens only.
             eos_token_id: a sequence that contains it is finished: it is filled up with it and teaches no more.
             generator: of the random draws.
+            cache: the ``cache`` of an earlier output, with whose sequences ``input_ids`` begin: they are not read,
+                scored or learnt again, and the cache is used up. It must be of the present weights.
+            allow_stale_cache: take a ``cache`` of earlier weights, too, whose keys and values the model would not
+                compute any more.
+            keep_cache: return the cache of prompt and output, to go on from.
 
         Raises:
             TypeError, ValueError: for a wrong argument. Nothing has changed then.
@@ -290,11 +300,12 @@ class Learner:
         self.require_single("generate", "with ttt.users(model, [...]): model.generate(...)")
         with self.access.enter("Learner.generate"):
             text = check_tokens(self.model, input_ids, attention_mask)
-            self._try_model()
+            self._try_model(text)
             options = GenerateOptions(
                 max_new_tokens=max_new_tokens, learn_prompt=learn_prompt, learn_output=learn_output,
                 learn_every=learn_every, do_sample=do_sample, temperature=temperature, top_k=top_k,
-                eos_token_id=eos_token_id, generator=generator,
+                eos_token_id=eos_token_id, generator=generator, cache=cache, allow_stale_cache=allow_stale_cache,
+                keep_cache=keep_cache,
             )  # fmt: skip
             return generate(self, text, options)
 
@@ -478,11 +489,12 @@ class Learner:
             for layer in self.layers:
                 layer.flush()
 
-    def _try_model(self) -> None:
-        """Raise ValueError, before the first text is read, if the model cannot be read chunk by chunk."""
-        if not self._tried:
-            refuse_unreadable(self.model, self.config.chunk, self.context)
-            self._tried = True
+    def _try_model(self, text: Text) -> None:
+        """Raise ValueError, before ``text`` is read, if the model cannot read it chunk by chunk."""
+        trials = trials_for(text, self.config.chunk, self.context)
+        if not trials <= self._tried:
+            refuse_unreadable(self.model, trials, self.config.chunk, self.context)
+            self._tried |= trials
 
     def require_single(self, what: str, instead: str) -> None:
         """Raise ValueError if users have weights of their own, where ``what`` needs one set.

@@ -65,6 +65,7 @@ def read_in_steps(
     chunk: int,
     context: int,
     after: Callable[[Tensor, int], None] | None = None,
+    start: int = 0,
 ) -> Generator[None, None, Tensor]:
     """Score ``text`` chunk by chunk with ``strategy``, which learns from each chunk after it was scored.
 
@@ -73,6 +74,7 @@ def read_in_steps(
         context: tokens of a segment, at most.
         after: called after every chunk with the scores (B, T - 1) and how many of their columns are final; it may
             change weights.
+        start: tokens that the strategy has read before, less than ``context``; they are not scored.
 
     Yields:
         After every chunk.
@@ -81,7 +83,7 @@ def read_in_steps(
         (B, T - 1) float32, nats of every token after the first; 0 where ``text.scored`` is False.
     """
     nll = torch.zeros(text.scored.shape, device=text.ids.device)
-    spans = Spans(text, chunk, context)
+    spans = Spans(text, chunk, context, start)
     for span in spans:
         scores, trusted = strategy.read(span)
         columns = span.columns
@@ -100,9 +102,10 @@ def read(
     chunk: int,
     context: int,
     after: Callable[[Tensor, int], None] | None = None,
+    start: int = 0,
 ) -> Tensor:
     """All of `read_in_steps` at once: (B, T - 1) float32."""
-    return finish(read_in_steps(text, strategy, chunk, context, after))
+    return finish(read_in_steps(text, strategy, chunk, context, after, start))
 
 
 def finish(steps: Generator[None, None, R]) -> R:

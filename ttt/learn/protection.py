@@ -87,6 +87,8 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
             captured = zip(layers, capturing.renew(), sums, memories, moments, strict=True)
             for at, (layer, pairs, total, memory, moment) in enumerate(captured):
                 update = layer.update_from(pairs)
+                if update is None and layer.routed:
+                    continue
                 if update is None or not bool(update.finite):
                     raise ValueError(f"calibration gave no finite gradient at {layer.name or layer}")
                 tokens += update.x.shape[0]
@@ -112,7 +114,7 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
             layer.importance_scale.fill_(mean / (tokens / len(layers)))
         for layer, memory, past, moment, soft in zip(layers, memories, pasts, moments, softs, strict=True):
             layer.set_past_inputs(past)
-            if soft is not None:
+            if soft is not None and int(soft.seen):  # an expert may have seen no token
                 moment = soft.write()
             if moment is not None:  # for MAS it is None: its gradients are not those of the loss
                 layer.moments[CALIBRATED].copy_(moment)

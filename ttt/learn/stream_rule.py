@@ -140,6 +140,8 @@ def joined(own: Pairs, trace: Pairs | None, rows: Tensor | None, replayed: Pairs
         replayed: captured in the backward pass of the rules' terms.
     """
     if rows is not None:
+        if places := getattr(own, "places", None):
+            rows = rows[torch.cat(places)]
         rows = torch.cat([rows, *(rows.new_ones(len(x)) for x, _ in replayed)])
     if trace is not None:
         trace = trace + [(x, torch.zeros_like(delta)) for x, delta in replayed]

@@ -88,7 +88,7 @@ class Change:
     """
 
     def __init__(self, layer: Linear | LowRankLinear) -> None:
-        weight = layer.weight.detach()
+        weight = _weight(layer)
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.layer, self.steps = layer, 0
         self.unit = float(torch.linalg.vector_norm(weight, dtype=wide)) / max(1, weight.numel()) ** 0.5
@@ -124,7 +124,7 @@ class Change:
     @torch.no_grad()
     def fits(self) -> bool:
         """Whether the changed weight is finite in the dtype of the weight."""
-        weight = self.layer.weight
+        weight = _weight(self.layer)
         return bool(torch.isfinite((weight.to(self.value.dtype) + self.value).to(weight.dtype)).all())
 
     @torch.no_grad()
@@ -136,6 +136,11 @@ class Change:
     def hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """A forward hook that gives the layer's output the change."""
         return output + nn.functional.linear(args[0], self.value.to(output.dtype))
+
+
+def _weight(layer: Linear | LowRankLinear) -> Tensor:
+    """The weight (m, n) that the layer computes with for all; where it is quantized, a plain copy."""
+    return layer.base_weight if isinstance(layer, LowRankLinear) else layer.weight.detach()
 
 
 @contextlib.contextmanager

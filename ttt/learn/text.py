@@ -149,11 +149,12 @@ class Span:
 class Spans:
     """Iterates over the chunks of ``text``: ``chunk`` tokens each, fewer at the end of a segment of ``context`` tokens.
 
-    The text's last token is a target only.
+    The text's last token is a target only. The first ``start`` tokens, which belong to the first segment, were read
+    before.
     """
 
-    def __init__(self, text: Text, chunk: int, context: int) -> None:
-        self.text, self.chunk, self.context = text, chunk, context
+    def __init__(self, text: Text, chunk: int, context: int, start: int = 0) -> None:
+        self.text, self.chunk, self.context, self.start = text, chunk, context, start
         self._segment: Segment | None = None
 
     def restart(self) -> None:
@@ -161,7 +162,9 @@ class Spans:
         self._segment = None
 
     def __iter__(self) -> Iterator[Span]:
-        position, end = 0, self.text.ids.shape[1] - 1
+        position, end = self.start, self.text.ids.shape[1] - 1
+        if position:
+            self._segment = Segment.of(self.text, 0, self.context)
         while position < end:
             segment = self._segment
             if segment is None or position - segment.start >= self.context:

@@ -37,6 +37,7 @@ class Sink(list[tuple[Tensor, Tensor]]):
     def __init__(self) -> None:
         super().__init__()
         self.thread = threading.get_ident()
+        self.places: list[Tensor] = []  # of a layer that a router sends some tokens: which they are, for each pair
 
 
 def absent(weight: Tensor) -> str:
@@ -195,7 +196,7 @@ class Adapted(torch.nn.Linear):
 
     @torch.inference_mode(False)
     def _apply(self, fn, recurse=True):
-        dtype = fn(self.weight.detach().new_empty(0)).dtype
+        dtype = fn(torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)).dtype
         if dtype not in DTYPES:
             raise TypeError(f"{self.name or 'the layer'} must be one of {[str(d) for d in DTYPES]}, got {dtype}")
         before = dict(self._buffers)

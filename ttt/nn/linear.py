@@ -30,7 +30,7 @@ class _Capture(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, root, layer):
         ctx.save_for_backward(x)
-        ctx.layer, ctx.captures = layer, captures(layer)
+        ctx.layer, ctx.captures, ctx.places = layer, captures(layer), layer.places
         return layer._apply_window(x)
 
     @staticmethod
@@ -41,6 +41,8 @@ class _Capture(torch.autograd.Function):
         delta = grad.reshape(-1, layer.out_features)
         if layer.sink is not None and ctx.captures:
             layer.sink.append((x.detach().reshape(-1, layer.in_features), delta.detach()))
+            if ctx.places is not None:
+                layer.sink.places.append(ctx.places)
         if not ctx.needs_input_grad[0]:
             return None, None, None
         with without_autocast(x.device):

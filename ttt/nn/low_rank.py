@@ -153,7 +153,7 @@ class LowRankLinear(Adapted):
         if (dtype := autocast_dtype(x)) is not None:
             with without_autocast(x.device):
                 return self.forward(x.to(self.weight.dtype)).to(dtype)
-        users = self.routing.tokens(x, self.flat)
+        users = self.routing.tokens(x, self.flat, self.name)
         if torch.is_grad_enabled() and (x.requires_grad or captures(self)):
             return _Capture.apply(x, self._root, self, users)
         return self._product(x, users)
@@ -182,7 +182,7 @@ class LowRankLinear(Adapted):
         held = slice(0, int(self.rows[slot]))
         wide = self.eta_sum.dtype
         change = self.b[slot, held].to(wide).T @ self.a[slot, held].to(wide)
-        return (self.weight.to(wide) + change).to(self.weight.dtype)
+        return (self.base_weight.to(wide) + change).to(self.weight.dtype)
 
     # -- learning ---------------------------------------------------------------------------------------------
 
@@ -309,6 +309,11 @@ class LowRankLinear(Adapted):
     def _per_slot(self) -> tuple[str, ...]:
         return PER_SLOT if self.moments is None else (*PER_SLOT, "moments")
 
+    @property
+    def slot_buffers(self) -> tuple[str, ...]:
+        """Names of the buffers that hold something for each slot, (S, ...)."""
+        return (*PER_ROW, *self._per_slot, "rows")
+
     def slot_state(self, slot: int) -> dict[str, Tensor]:
         """Copies of a slot's tensors: ``a`` (rows, n), ``b`` (rows, m), ``eta_sum``, ``lost`` and ``step`` (1,), and
         unless ``rate`` is "constant" ``moments`` (1, 3)."""
@@ -370,7 +375,7 @@ class LowRankLinear(Adapted):
     @torch.no_grad()
     def clear_slot(self, slot: int) -> None:
         """Fill all of a slot's memory with zeros, so that nothing that a user wrote stays."""
-        for name in (*PER_ROW, *self._per_slot, "rows"):
+        for name in self.slot_buffers:
             getattr(self, name)[slot].zero_()
 
     def extra_repr(self) -> str:

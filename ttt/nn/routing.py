@@ -46,7 +46,7 @@ class Route:
         self.thread = threading.get_ident()
         self._tokens: dict[int, Tensor] = {}
 
-    def tokens(self, shape: torch.Size, flat: bool = False) -> Tensor:
+    def tokens(self, shape: torch.Size, flat: bool = False, name: str = "") -> Tensor:
         """(T,) int32: the slot of each token of inputs of ``shape`` (B, ..., n), or (B T, n) if ``flat``.
 
         Raises:
@@ -56,7 +56,11 @@ class Route:
         if flat and len(shape) == 2 and rows % batch == 0:
             return self._each(rows // batch)
         if rows not in (batch, batch * self.repeats):
-            raise ValueError(f"x must have shape ({batch}, ..., n) for {batch} users, got {tuple(shape)}")
+            raise ValueError(
+                f"{name or 'x'} must get inputs of shape ({batch}, ..., n) for {batch} users, got {tuple(shape)}: name "
+                "a user for each row; or, if the model flattens its tokens or chooses some of them for this layer, as "
+                "for experts, leave it out of target_modules: nobody can tell whose tokens it gets"
+            )
         return self._each(shape[1:-1].numel() * (1 if rows == batch else self.repeats))
 
     def _each(self, each: int) -> Tensor:
@@ -83,6 +87,7 @@ class Routing:
     def __init__(self) -> None:
         self.key = next(_keys)
         self._open: list[Route] = []
+        self._read: set[int] = set()  # threads whose latest forward pass had users
         _routings[self.key] = self
 
     def __deepcopy__(self, memo: dict) -> Routing:
@@ -124,10 +129,12 @@ class Routing:
         """The innermost block that the present code is inside of; None for the base model.
 
         Raises:
-            RuntimeError: if that cannot be told: autograd computes checkpointed layers again in a thread of its own
-                while several blocks are open, or a generator that named users waits for this thread.
+            RuntimeError: if that cannot be told: autograd computes checkpointed layers again after the block has ended,
+                or in a thread of its own while several blocks are open; or a generator that named users waits for this
+                thread.
         """
         if not self._open:
+            self._refuse_late()
             return None
         named = self._named()
         if any(each.pauses for each in self._open):
@@ -136,8 +143,10 @@ class Routing:
             return named[-1]
         return self._only_open() if in_backward() else None
 
-    def tokens(self, x: Tensor, flat: bool = False) -> Tensor | None:
+    def tokens(self, x: Tensor, flat: bool = False, name: str = "") -> Tensor | None:
         """(T,) int32: the slot of each token of ``x`` (B, ..., n), or (B T, n) if ``flat``; None for no users.
+
+        ``name`` is that of the layer, for errors.
 
         Raises:
             ValueError: if ``x`` has another number of rows. RuntimeError: as `route`.
@@ -145,7 +154,24 @@ class Routing:
         if torch.compiler.is_compiling():
             return torch.ops.ttt.routed_slots(x, self.key, flat)
         route = self.route()
-        return None if route is None else route.tokens(x.shape, flat)
+        if not in_backward():
+            (self._read.discard if route is None else self._read.add)(threading.get_ident())
+        return None if route is None else route.tokens(x.shape, flat, name)
+
+    def _refuse_late(self) -> None:
+        """Raise RuntimeError if a backward pass computes layers again whose users are no longer named.
+
+        Nothing tells the forward pass that is repeated. What is known is whether the latest one of this thread, or of
+        any where autograd has a thread of its own, had users.
+        """
+        if not self._read or not in_backward():
+            return
+        me = threading.get_ident()
+        if me in self._read or me not in {thread.ident for thread in threading.enumerate()}:
+            raise RuntimeError(
+                "checkpointed layers are computed again after the block that named their users has ended, and would be "
+                "given the base model's weights; call backward() inside ttt.users(model, [...])"
+            )
 
     def _named(self) -> list[Route]:
         return [each for each in _NAMED.get() if each.open and each.routing is self]

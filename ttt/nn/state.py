@@ -32,6 +32,8 @@ Layer = TypeVar("Layer", bound="StatefulLinear")
 class StatefulLinear(Adapted):
     """The part of `ttt.nn.Linear` that holds its state. The docstring of `ttt.nn.Linear` lists the buffers."""
 
+    routed = False  # whether it is part of an expert, which a router sends some tokens of each batch
+    places: Tensor | None = None  # (T,) int64: which tokens it is being called with, if it is routed and learns
     anchor: Tensor
     win_x: Tensor
     win_delta: Tensor
@@ -357,6 +359,12 @@ class StatefulLinear(Adapted):
         """Rows of every step of a capturable layer; None for one that is not."""
         return None if self._counter is None else self._counter.rows
 
+    def check_capturable(self, rows: int) -> None:
+        """Raise ValueError if the layer cannot be made capturable for steps of ``rows`` rows."""
+        if self.routed:
+            raise ValueError(f"{self.name} is part of an expert, whose steps have as many rows as are routed to it")
+        check_capturable(rows, self.weight, self.config.generated_rows)
+
     def capturable_(self: Layer, rows: int | None) -> Layer:
         """Let steps of ``rows`` rows be captured in a CUDA graph: forward, `learn`, and the commits that fall due.
 
@@ -381,7 +389,7 @@ class StatefulLinear(Adapted):
             RuntimeError: while a CUDA graph is being captured.
         """
         if rows is not None:
-            check_capturable(rows, self.weight, self.config.generated_rows)
+            self.check_capturable(rows)
         forbid_capture("capturable_")
         pending = self.pending
         counter = None if rows is None else WindowCounter.of(rows, self.config.window, self.weight.device)

@@ -34,7 +34,7 @@ _SCHEMAS = {
     "reservoir_insert": "(Tensor(a!) memory, Tensor(b!) seen, Tensor x, int seed, Tensor? gate=None) -> ()",
     "reservoir_draw": "(Tensor seen, Tensor step, int capacity, int rows, int seed) -> Tensor",
     "low_rank_linear": (
-        "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor rows, Tensor users) -> Tensor"
+        "(Tensor x, Tensor? weight, Tensor? bias, Tensor a, Tensor b, Tensor rows, Tensor users) -> Tensor"
     ),
     "low_rank_append": (
         "(Tensor(a!) a, Tensor(b!) b, Tensor(c!) rows, Tensor(d!) eta_sum, Tensor x, Tensor delta, Tensor eta, "
@@ -83,7 +83,7 @@ def _(*args):
 
 @torch.library.register_fake("ttt::low_rank_linear")
 def _(x, weight, bias, a, b, rows, users):
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return x.new_empty((*x.shape[:-1], b.shape[2]))
 
 
 @torch.library.register_fake("ttt::low_rank_append")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,9 @@ from ttt.nn.routing import Routing
 
 _EXPANDS = "_expand_inputs_for_generation"
 _PACKS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
-_FLATTENING = ("OPTDecoderLayer",)  # hand their layers all tokens of the batch as one row after the other, (B T, n)
+# What gets all tokens of the batch as one row after the other, (B T, n): children of these modules, and of these names.
+_FLATTENING = ("OPTDecoderLayer",)
+_SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 
 
 def attach_generation(model: nn.Module, routing: Routing) -> None:
@@ -25,9 +28,16 @@ def attach_generation(model: nn.Module, routing: Routing) -> None:
             if hasattr(type(module), name):
                 object.__setattr__(module, name, partial(_refuse_packing, module, name))
         if type(module).__name__ in _FLATTENING:
-            for child in module.children():
-                if isinstance(child, LowRankLinear):
-                    child.flat = True
+            _flatten(module.children())
+        for name, child in module.named_children():
+            if name in _SHARED:
+                _flatten(child.modules())
+
+
+def _flatten(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        if isinstance(module, LowRankLinear):
+            module.flat = True
 
 
 def detach_generation(model: nn.Module) -> None:

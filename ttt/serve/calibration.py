@@ -24,7 +24,7 @@ def weights_name(pool: Pool) -> str:
     digest = hashlib.sha256()
     for name, layer in pool.layers.items():
         digest.update(f"{name} {tuple(layer.weight.shape)} {layer.weight.dtype}".encode())
-        digest.update(layer.weight.detach()[::97, ::89].float().cpu().numpy().tobytes())
+        digest.update(layer.base_weight[::97, ::89].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

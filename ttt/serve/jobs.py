@@ -215,7 +215,7 @@ def drift(learner: Learner, user: str) -> Steps:
         rows = slice(0, int(layer.rows[slot]))
         a, b = layer.a[slot, rows].double(), layer.b[slot, rows].double()
         change += float(((a @ a.T) * (b @ b.T)).sum())  # |B^T A|^2
-        size += float(layer.weight.detach().double().square().sum())
+        size += float(layer.base_weight.double().square().sum())
     return (max(change, 0.0) / size) ** 0.5
     yield  # a generator without steps
 

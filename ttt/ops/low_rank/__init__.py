@@ -17,7 +17,7 @@ __all__ = ["low_rank_append", "low_rank_compress", "low_rank_linear"]
 
 def low_rank_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     a: torch.Tensor,
     b: torch.Tensor,
@@ -32,9 +32,10 @@ def low_rank_linear(
     other users. They may depend on the shape of the batch, as torch's product does.
 
     Args:
-        x: (..., n), T tokens in all, dtype of ``weight``, contiguous.
-        weight: (m, n), float32, bfloat16, float16 or float64; contiguous, or the transpose of such a matrix.
-        bias: (m,) or None.
+        x: (..., n), T tokens in all, dtype of ``a``, contiguous.
+        weight: (m, n), float32, bfloat16, float16 or float64; contiguous, or the transpose of such a matrix. None for a
+            base of zeros, to which ``x`` does not contribute, finite or not.
+        bias: (m,) or None; None without ``weight``.
         a: (S, R, n), A of each slot; b: (S, R, m); dtype of ``weight``.
         rows: (S,), int32: rows of each slot in use. The others are not read.
         users: (T,), int32: the slot of each token; -1 for none.

@@ -23,10 +23,13 @@ def _pool(a, b, rows) -> tuple[int, int, int, int]:
 
 
 def check_low_rank_linear(x, weight, bias, a, b, rows, users) -> None:
-    if weight.ndim != 2:
+    if weight is not None and weight.ndim != 2:
         raise ValueError(f"weight must have shape (m, n), got {tuple(weight.shape)}")
     _, _, n, m = _pool(a, b, rows)
-    if weight.is_contiguous():
+    if weight is None:
+        if bias is not None:
+            raise ValueError(f"bias must be None without a weight, got shape {tuple(bias.shape)}")
+    elif weight.is_contiguous():
         _need("weight", weight, (m, n), (a.dtype,), a)
     else:
         _need("weight, transposed,", weight.T, (n, m), (a.dtype,), a)

@@ -30,8 +30,8 @@ def low_rank_linear(x, weight, bias, a, b, rows, users):
         checks.check_users(users, rows, *a.shape[:2])
         record("low_rank_linear", "reference", why)
         return reference.low_rank_linear(x, weight, bias, a, b, rows, users)
-    m, n = weight.shape
-    y = isolated_linear(x, weight, bias)
+    m, n = b.shape[2], a.shape[2]
+    y = x.new_zeros((*x.shape[:-1], m)) if weight is None else isolated_linear(x, weight, bias)
     if not _C.low_rank_linear(
         x.data_ptr(), a.data_ptr(), b.data_ptr(), rows.data_ptr(), users.data_ptr(), y.data_ptr(), users.numel(),
         a.shape[0], m, n, a.shape[1], _DTYPE[x.dtype], torch.get_num_threads(),

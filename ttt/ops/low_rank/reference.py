@@ -42,8 +42,10 @@ def isolated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.where(finite, y, torch.nan)
 
 
-def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, rows: Tensor, users: Tensor):
-    y = isolated_linear(x, weight, bias)
+def low_rank_linear(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor, rows: Tensor, users: Tensor
+) -> Tensor:
+    y = x.new_zeros((*x.shape[:-1], b.shape[2])) if weight is None else isolated_linear(x, weight, bias)
     add_delta_(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), a, b, rows, users)
     return y
 

@@ -237,7 +237,7 @@ def isolated_linear(
 
 def low_rank_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     a: torch.Tensor,
     b: torch.Tensor,
@@ -245,7 +245,7 @@ def low_rank_linear(
     users: torch.Tensor,
 ) -> torch.Tensor:
     (slots, capacity, n), m, tokens = a.shape, b.shape[2], users.numel()
-    y = isolated_linear(x, weight, bias, tokens)
+    y = x.new_zeros((*x.shape[:-1], m)) if weight is None else isolated_linear(x, weight, bias, tokens)
     if tokens == 0 or m == 0 or n == 0 or capacity == 0 or slots == 0:
         return y
     inner = torch.empty((tokens, capacity), dtype=torch.float32, device=x.device)
