@@ -23,8 +23,8 @@ from ttt.demo.questions import padded
 STEPS, RATE, DECAY = 25, 0.5, 0.5  # of Adam for the offsets, in units of the residual stream's norm; as MEMIT's code
 
 
-def blocks_of(model: Any) -> nn.ModuleList:
-    """The decoder's blocks."""
+def blocks_of(model: Any) -> Any:
+    """The decoder's blocks, a list of modules."""
     return model.base_model.layers
 
 
