@@ -39,6 +39,7 @@ SLOW = (
     "ops/test_low_rank_compress_triton.py",
     "ops/test_low_rank_triton.py",
     "ops/test_reference.py::test_a_sampled_trace_is_unbiased",
+    "ops/test_program_order.py",
     "ops/test_replay_rows.py::test_given_rows",
     "ops/test_replay_rows.py::test_rows_that_the_memory_would_have_drawn_give_the_same_bits",
     "ops/sequence/test_delta_rule_triton.py",
