@@ -36,6 +36,7 @@ SLOW = (
     "nn/test_linear.py::test_compiled_forward_equals_eager_and_does_not_recompile",
     "ops/test_append.py",
     "ops/test_cpu.py::test_opcheck",
+    "ops/test_launch_variants.py",
     "ops/test_low_rank_compress_triton.py",
     "ops/test_low_rank_triton.py",
     "ops/test_reference.py::test_a_sampled_trace_is_unbiased",

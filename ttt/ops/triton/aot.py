@@ -18,9 +18,9 @@ from unittest.mock import patch
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.backends.compiler import BaseBackend, GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from ttt.ops import log8, schema
 from ttt.ops.arguments import CommitArguments
@@ -28,10 +28,7 @@ from ttt.ops.triton import append, commit, delta_rule, low_rank, project, reserv
 from ttt.ops.triton import low_rank_compress as low_rank_compress
 
 M, N, CAPACITY = 4096, 4096, 1024
-_TYPES = {
-    torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-    torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8",
-}  # fmt: skip
+CUDA = GPUTarget("cuda", 90, 32)
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -44,6 +41,7 @@ def _state(dtype: torch.dtype) -> torch.Tensor:
 
 def _commit(
     dtype, state, kind, rows, lam, tokens=16, every=1, gated=False, given=False, momentum=None, decay=0.0,
+    seed=0,
 ) -> None:  # fmt: skip
     matrix = _meta(M, N, dtype=dtype)
     counter = _meta(1, dtype=torch.int64)
@@ -52,7 +50,7 @@ def _commit(
         x=_meta(tokens, N, dtype=dtype), delta=_meta(tokens, M, dtype=dtype), eta=_meta(tokens, dtype=torch.float32),
         trace_delta=None, memory=_meta(rows if given else CAPACITY, N, dtype=dtype), seen=None if given else counter,
         step=counter, replay_rows=rows, lam=lam, kind=kind or "fisher", trace_every=every,
-        gate=counter if gated else None, momentum=None if momentum is None else _meta(M, N, dtype=momentum),
+        gate=counter if gated else None, seed=seed, momentum=None if momentum is None else _meta(M, N, dtype=momentum),
         mu=0.9 if momentum else 0.0, decay=decay,
     ))  # fmt: skip
 
@@ -77,9 +75,9 @@ def _project(dtype) -> None:
     project.project_out(_meta(8, N, dtype=dtype), _meta(16, N, dtype=dtype))
 
 
-def _insert(dtype) -> None:
+def _insert(dtype, seed=0) -> None:
     memory, counter = _meta(CAPACITY, N, dtype=dtype), _meta(1, dtype=torch.int64)
-    reservoir.reservoir_insert(memory, counter, _meta(16, N, dtype=dtype), 0, counter)
+    reservoir.reservoir_insert(memory, counter, _meta(16, N, dtype=dtype), seed, counter)
 
 
 def _draw() -> None:
@@ -95,14 +93,14 @@ def _low_rank(dtype, tokens) -> None:
     low_rank.low_rank_append(*pool, rows, rates[0], x, y, rates[1], users)
 
 
-def _compress(dtype, slots, rank, window, lam=0.0, replay_rows=0) -> None:
+def _compress(dtype, slots, rank, window, lam=0.0, replay_rows=0, seed=0) -> None:
     pool, rates = [_meta(slots, rank + window, k, dtype=dtype) for k in (N, M)], _meta(slots, dtype=torch.float32)
     counters = _meta(slots, dtype=torch.int64)
     importance = [_meta(k, dtype=torch.float32) if lam else None for k in (M, N)]
     memory, seen = (_meta(CAPACITY, N, dtype=dtype), counters[:1]) if replay_rows else (None, None)
     low_rank_compress.low_rank_compress(
         *pool, _meta(slots, dtype=torch.int32), rates, rates, counters, counters, rank, lam, *importance,
-        memory, seen, 0, replay_rows, 0.3, 1e-3,
+        memory, seen, seed, replay_rows, 0.3, 1e-3,
     )  # fmt: skip
 
 
@@ -206,25 +204,29 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _source(kernel: JITFunction, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
+def _bound(kernel: JITFunction, args: tuple, kwargs: dict, target: GPUTarget) -> tuple[dict, list, dict, BaseBackend]:
+    """Arguments, their specialisation, and options of a launch, bound by Triton as it does at run time; the backend."""
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    return *bind(*args, **kwargs), backend
+
+
+def variant(kernel: JITFunction, args: tuple, kwargs: dict, target: GPUTarget = CUDA) -> tuple:
+    """What tells apart the variants of a kernel: a launch that differs here is compiled and loaded before it runs."""
+    _, specialization, options, _ = _bound(kernel, args, kwargs, target)
+    return kernel.__name__, tuple(specialization), tuple(sorted(options.items()))
+
+
+def _source(kernel: JITFunction, args: tuple, kwargs: dict, target: GPUTarget) -> tuple[ASTSource, dict]:
     """The source that the launch ``kernel[grid](*args, **kwargs)`` would compile, and its options."""
-    values = dict(zip(kernel.arg_names, args, strict=False))
-    options = {k: v for k, v in kwargs.items() if k not in kernel.arg_names}
-    values.update((k, v) for k, v in kwargs.items() if k in kernel.arg_names)
+    values, specialization, options, backend = _bound(kernel, args, kwargs, target)
     signature, constants, attrs = {}, {}, {}
-    for at, param in enumerate(kernel.params):
-        value = values[param.name]
-        special = not param.do_not_specialize
-        if param.is_constexpr or value is None or (special and type(value) is int and value == 1):
-            signature[param.name], constants[at,] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[param.name], attrs[at,] = _TYPES[value.dtype], [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[param.name] = "fp32"
-        else:
-            signature[param.name] = "i64" if param.name == "seed" else "i32"
-            if special and value % 16 == 0:
-                attrs[at,] = [["tt.divisibility", 16]]
+    for at, (name, (kind, special)) in enumerate(zip(values, specialization, strict=True)):
+        signature[name] = kind
+        if kind == "constexpr":
+            constants[at,] = values[name]
+        elif isinstance(special, str):
+            attrs[at,] = backend.parse_attr(special)
     return ASTSource(kernel, signature, constants, attrs), options
 
 
@@ -268,14 +270,14 @@ def compile_all(everything: bool = False, arches: tuple[int, ...] = (80, 90)) ->
     done = set()
     for label, call in calls(everything):
         for kernel, args, kwargs in launches(call):
-            source, options = _source(kernel, args, kwargs)
-            key = source.hash() + repr(sorted(options.items()))
+            key = variant(kernel, args, kwargs)
             if key in done:
                 continue
             done.add(key)
             for arch in arches:
-                compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-                yield kernel.__name__, label, arch, inspect(compiled)
+                target = GPUTarget("cuda", arch, 32)
+                source, options = _source(kernel, args, kwargs, target)
+                yield kernel.__name__, label, arch, inspect(triton.compile(source, target=target, options=options))
 
 
 def main() -> int:
