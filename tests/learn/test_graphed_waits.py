@@ -11,6 +11,7 @@ from tiny_models import TARGETS, adapted, ids_of, tiny
 from user_rates import layer_on
 
 import ttt
+from ttt.learn import cuda_graph
 
 OPTIONS = {
     "plain": {},
@@ -42,6 +43,19 @@ def check_steps(learner, learns=True):
         with no_host_waits():
             graphed.step(ids)
     assert int(graphed.learned) == (7 if learns else 0)
+
+
+def test_nothing_is_read_between_the_first_chunk_of_a_text_and_its_last(monkeypatch):
+    _, learner = adapted()
+    graphed, whole = ttt.GraphedLearner(learner, batch=2, graph=False), cuda_graph.read
+
+    def watched(*args):
+        with no_host_waits():
+            return whole(*args)
+
+    graphed.step(ids_of(2, 9))
+    monkeypatch.setattr(cuda_graph, "read", watched)
+    assert graphed.observe(ids_of(2, 49)).learned == 6
 
 
 def test_a_step_of_users_reads_no_tensor(monkeypatch):
