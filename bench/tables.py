@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from bench.kernels import gpu_tables as gpu
 from bench.learning.facts import tables as facts
 from bench.learning.language import tables as language
 from bench.serving import tables as serving
@@ -36,11 +37,12 @@ COMMITS = ("1024x1024, T = 1, R = 0", "1024x1024, T = 16, R = 0", "4096x4096, T 
            "4096x4096, T = 16, R = 4", "4096x4096, T = 16, R = 0, 8bit state", "4096x4096, T = 64, R = 0",
            "4096x4096, T = 1024, R = 0")  # fmt: skip
 SERVING = ("server.json", "soak.json")
+GPU = ("aot.json", "gpu_predictions.json")
 DECODES = tuple(f"{size}x{size}, window {window}" for size in (512, 4096) for window in (16, 64, 128))
 
 
 def _load(name: str) -> dict[str, Any]:
-    folder = "kernels" if name.startswith("cpu_") else "serving" if name in SERVING else "learning"
+    folder = "kernels" if name.startswith("cpu_") or name in GPU else "serving" if name in SERVING else "learning"
     return json.loads((ROOT / "bench" / folder / "results" / name).read_text())
 
 
@@ -261,6 +263,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "facts costs": _suite("facts", facts.costs), "told": told, "conversation": conversation, "users": users,
     "server": _results("server.json", serving.server), "server prices": _results("server.json", serving.prices),
     "soak": _results("soak.json", serving.soak), "pretrained": pretrained, "sequence ops": sequence_ops,
+    "compiled": _results("aot.json", gpu.compiled),
 }  # fmt: skip
 """Name in the marker -> what makes the table."""
 

@@ -20,43 +20,43 @@ def found():
     """Print variants by seed and by gate, the numbers that choose a variant, and unaligned pointers."""
     import torch
 
-    from ttt.ops.triton import aot, reservoir
+    from ttt.ops.triton import aot, aot_calls, reservoir
     from ttt.ops.triton import commit as fused
 
     def commit(gate, tokens=16):
-        weight, step = aot._meta(64, 128, dtype=torch.bfloat16), aot._meta(1, dtype=torch.int64)
-        x, delta = (aot._meta(tokens, k, dtype=torch.bfloat16) for k in (128, 64))
-        eta, memory = aot._meta(tokens, dtype=torch.float32), aot._meta(32, 128, dtype=torch.bfloat16)
+        weight, step = aot_calls._meta(64, 128, dtype=torch.bfloat16), aot_calls._meta(1, dtype=torch.int64)
+        x, delta = (aot_calls._meta(tokens, k, dtype=torch.bfloat16) for k in (128, 64))
+        eta, memory = aot_calls._meta(tokens, dtype=torch.float32), aot_calls._meta(32, 128, dtype=torch.bfloat16)
         fused.commit(weight, weight, weight, weight, x, delta, eta, None, memory, step, step, 0, 4, 0.3, 1e-3, 1.0, 1.0,
                      "fisher", 1, gate)  # fmt: skip
 
     def launches(seed):
         with torch.no_grad():
             for k in (
-                lambda: aot._commit(torch.bfloat16, torch.bfloat16, "fisher", 16, 1.0, every=4, seed=seed),
-                lambda: aot._commit(torch.bfloat16, torch.bfloat16, "fisher", 16, 1.0, 2048, 4, seed=seed),
-                lambda: aot._compress(torch.bfloat16, 32, 16, 64, 1.0, 4, seed=seed),
-                lambda: aot._insert(torch.bfloat16, seed=seed),
-                lambda: reservoir.reservoir_draw(*[aot._meta(1, dtype=torch.int64)] * 2, 9, 16, seed),
+                lambda: aot_calls._commit(torch.bfloat16, torch.bfloat16, "fisher", 16, 1.0, every=4, seed=seed),
+                lambda: aot_calls._commit(torch.bfloat16, torch.bfloat16, "fisher", 16, 1.0, 2048, 4, seed=seed),
+                lambda: aot_calls._compress(torch.bfloat16, 32, 16, 64, 1.0, 4, seed=seed),
+                lambda: aot_calls._insert(torch.bfloat16, seed=seed),
+                lambda: reservoir.reservoir_draw(*[aot_calls._meta(1, dtype=torch.int64)] * 2, 9, 16, seed),
             ):
                 yield from aot.launches(k)
 
-    seen = [(k.__name__, seed, repr(aot.variant(k, *given))) for seed in SEEDS for k, *given in launches(seed)]
-    counters = aot._meta(3, dtype=torch.int64)
+    seen = [(k.kernel.__name__, seed, repr(aot.variant(k))) for seed in SEEDS for k in launches(seed)]
+    counters = aot_calls._meta(3, dtype=torch.int64)
     gates = [
-        [repr(aot.variant(k, *given)) for k, *given in aot.launches(lambda g=gate: commit(g))]
+        [repr(aot.variant(launch)) for launch in aot.launches(lambda g=gate: commit(g))]
         for gate in (counters[:1], counters[1:2])  # the second is `WindowCounter.full`
     ]
     numbers, unaligned = {}, []
-    for _, call in aot.calls(everything=False):
-        for kernel, args, options in aot.launches(call):
+    for _, call in aot_calls.calls(everything=False):
+        for kernel, args, options, _ in aot.launches(call):
             values = dict(zip(kernel.arg_names, args, strict=False)) | options
             for p in kernel.params:
                 kind = type(values[p.name]).__name__
                 if not p.is_constexpr and kind in ("int", "float") and not p.do_not_specialize:
                     numbers.setdefault(kind, set()).add(p.name)
-    for _, call in aot.calls(everything=True):
-        for kernel, args, options in aot.launches(call):
+    for _, call in aot_calls.calls(everything=True):
+        for kernel, args, options, _ in aot.launches(call):
             for name, t in (dict(zip(kernel.arg_names, args, strict=False)) | options).items():
                 if torch.is_tensor(t) and t.storage_offset() * t.element_size() % 16:
                     unaligned.append((kernel.__name__, name))

@@ -1,0 +1,31 @@
+"""Tables of docs/gpu.md: what the compiler made of the Triton kernels, and how long they should take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ttt.ops.triton.aot_compare import wide_share
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    if "failed" in row:
+        return "not compiled"
+    shared, wide = f"{row['shared'] / 1024:.1f}", f"{100 * wide_share(dict(row)):.0f}"
+    return f"{row['registers']} / {shared} / {row['spills']} / {wide} / {row['tensor']}"
+
+
+def compiled(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The first variant of each kernel that was compiled for bfloat16, or its first one, on every target."""
+    cells: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in results["rows"]:
+        cells.setdefault(row["kernel"], {}).setdefault(row["variant"], {})[row["target"]] = row
+    lines = [("kernel", "variant", *TARGETS)]
+    for kernel, variants in cells.items():
+        chosen = next((name for name in variants if name.startswith("bfloat16")), next(iter(variants)))
+        lines.append((f"`{kernel}`", chosen, *(_cell(variants[chosen].get(target)) for target in TARGETS)))
+    return lines
