@@ -263,7 +263,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "facts costs": _suite("facts", facts.costs), "told": told, "conversation": conversation, "users": users,
     "server": _results("server.json", serving.server), "server prices": _results("server.json", serving.prices),
     "soak": _results("soak.json", serving.soak), "pretrained": pretrained, "sequence ops": sequence_ops,
-    "compiled": _results("aot.json", gpu.compiled),
+    "compiled": _results("aot.json", gpu.compiled), "predicted": _results("gpu_predictions.json", gpu.predicted),
 }  # fmt: skip
 """Name in the marker -> what makes the table."""
 
