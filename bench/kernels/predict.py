@@ -16,7 +16,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -123,8 +123,8 @@ class Case(NamedTuple):
     """One prediction: launches, how often each is made for one unit of the case, and torch's products beside them."""
 
     name: str
-    calls: list[tuple[Callable[[], None], float, dict[str, Work]]]
-    products: list[tuple[float, float]]  # (bytes, flops) of each
+    calls: Sequence[tuple[Callable[[], None], float, dict[str, Work]]]
+    products: Sequence[tuple[float, float]]  # (bytes, flops) of each
     traffic: float  # bytes that the whole must move
     matmul: float = 0  # flops of the products, where these bound the whole
 
