@@ -152,6 +152,16 @@ def all_costs() -> list[str]:
     return _table(head, lines)
 
 
+def decode_bounds() -> list[str]:
+    """A decoded token beside three bounds: its bytes alone, and bytes and products, together or one after the other."""
+    lines = []
+    for row in _load("cpu_decode_bound.json")["rows"]:
+        if row["ours"] and not row["orthogonal"] and row["state"] == row["dtype"]:
+            ratios = (row[f"ratio_to_{bound}"] for bound in ("bound", "part_bound", "part_sum"))
+            lines.append(_line(str(row["window"]), row["dtype"], f"{row['us']:.0f}", *(f"{x:.2f}" for x in ratios)))
+    return _table(("window", "weights", "us", "bytes alone", "the larger of both", "their sum"), lines)
+
+
 def users() -> list[str]:
     """What users' weights cost beside nn.Linear, by the number of users in a batch: a row a way of computing."""
     measured = _load("cpu_low_rank.json")["rows"]
@@ -256,6 +266,7 @@ def sequence_ops() -> list[str]:
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     "quality": quality, "streams": streams, "digits": digits, "demo": demo, "costs": costs, "all costs": all_costs,
+    "decode bounds": decode_bounds,
     "units": units,
     "language run": _suite("streams", language.about), "language": _suite("streams", language.by_text),
     "language methods": _suite("streams", language.by_method), "language hard": _suite("streams", language.hard),

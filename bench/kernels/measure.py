@@ -112,8 +112,8 @@ def row_of(case: Case, name: str, times: dict[str, list[float]], fields: dict[st
     row["percent_of_copy"] = percent("copy", moved)
     row["ratio_to_bound"] = against("copy", moved) if moved else None
     row["ratio_to_read_bound"] = against("read", moved) if moved else None
-    if (parts := case.parts(name)) is not None and "copy" in times and "matmul" in times:
-        row |= _against_parts(parts, seconds, times["copy"], times["matmul"])
+    if (parts := case.parts(name)) is not None and "copy" in times and "square matmul" in times:
+        row |= _against_parts(parts, seconds, times["copy"], times["square matmul"])
     row["percent_of_matmul"] = percent("matmul", case.product_flops(name))
     row["percent_of_square_matmul"] = percent("square matmul", case.product_flops(name))
     row["ceiling"] = case.ceiling
