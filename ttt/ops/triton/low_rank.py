@@ -26,7 +26,7 @@ from ttt.ops.triton.window_linear import _padded
 FEW_TOKENS = 64
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit
 def _take_out(to, is_bad, x, n, BK: tl.constexpr):
     """Copy one row of ``x`` to ``to`` and 0 to ``is_bad``; zeros and 1 if the row is not finite."""
     t = tl.program_id(0).to(tl.int64)
@@ -43,7 +43,7 @@ def _take_out(to, is_bad, x, n, BK: tl.constexpr):
     tl.store(is_bad + t, spoilt)
 
 
-@triton.jit(do_not_specialize=["m"])
+@triton.jit
 def _put_nan(y, is_bad, m, BM: tl.constexpr):
     """NaN into one row of ``y`` where ``is_bad`` is not 0."""
     t = tl.program_id(0).to(tl.int64)
