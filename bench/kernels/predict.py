@@ -6,7 +6,8 @@ where ``fed`` is min(1, bytes in flight / (copy * latency)), by Little's law, wi
 load in one pass over the kernel's instructions; and ``rounds`` is ceil(r) / r for a grid that takes r > 1 rounds of the
 programs that fit the GPU at a time, which follows from registers, shared memory and warps. Bytes are those that must
 come from memory or go there once; what is read again comes from the cache. Registers and loads are those of sm_90, as
-Triton compiles the very launches. `CEILINGS` were measured with torch; what is in `ASSUMED` was not measured.
+Triton compiles the very launches. `CEILINGS` are what such GPUs are known to reach; what is in `ASSUMED` was not
+measured.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ CEILINGS = {
     "H100": {"copy": 3.0e12, "bfloat16": 790e12},
     "H200": {"copy": 4.3e12, "bfloat16": 790e12},
 }
-"""Bytes per second of a copy (bytes read and bytes written both count), and flops per second of torch's product."""
+"""Bytes per second of a copy (bytes read and bytes written both count), and flops per second of a product."""
 ASSUMED = {
     "multiprocessors": 132,
     "latency": 0.8e-6,  # seconds from a load's issue to its data, of a busy memory
