@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from bench.kernels import gpu_tables as gpu
 from bench.learning.facts import tables as facts
 from bench.learning.language import tables as language
 from bench.serving import tables as serving
@@ -36,11 +37,12 @@ COMMITS = ("1024x1024, T = 1, R = 0", "1024x1024, T = 16, R = 0", "4096x4096, T 
            "4096x4096, T = 16, R = 4", "4096x4096, T = 16, R = 0, 8bit state", "4096x4096, T = 64, R = 0",
            "4096x4096, T = 1024, R = 0")  # fmt: skip
 SERVING = ("server.json", "soak.json")
+GPU = ("aot.json", "gpu_predictions.json")
 DECODES = tuple(f"{size}x{size}, window {window}" for size in (512, 4096) for window in (16, 64, 128))
 
 
 def _load(name: str) -> dict[str, Any]:
-    folder = "kernels" if name.startswith("cpu_") else "serving" if name in SERVING else "learning"
+    folder = "kernels" if name.startswith("cpu_") or name in GPU else "serving" if name in SERVING else "learning"
     return json.loads((ROOT / "bench" / folder / "results" / name).read_text())
 
 
@@ -150,6 +152,16 @@ def all_costs() -> list[str]:
     return _table(head, lines)
 
 
+def decode_bounds() -> list[str]:
+    """A decoded token beside three bounds: its bytes alone, and bytes and products, together or one after the other."""
+    lines = []
+    for row in _load("cpu_decode_bound.json")["rows"]:
+        if row["ours"] and not row["orthogonal"] and row["state"] == row["dtype"]:
+            ratios = (row[f"ratio_to_{bound}"] for bound in ("bound", "part_bound", "part_sum"))
+            lines.append(_line(str(row["window"]), row["dtype"], f"{row['us']:.0f}", *(f"{x:.2f}" for x in ratios)))
+    return _table(("window", "weights", "us", "bytes alone", "the larger of both", "their sum"), lines)
+
+
 def users() -> list[str]:
     """What users' weights cost beside nn.Linear, by the number of users in a batch: a row a way of computing."""
     measured = _load("cpu_low_rank.json")["rows"]
@@ -254,6 +266,7 @@ def sequence_ops() -> list[str]:
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     "quality": quality, "streams": streams, "digits": digits, "demo": demo, "costs": costs, "all costs": all_costs,
+    "decode bounds": decode_bounds,
     "units": units,
     "language run": _suite("streams", language.about), "language": _suite("streams", language.by_text),
     "language methods": _suite("streams", language.by_method), "language hard": _suite("streams", language.hard),
@@ -261,6 +274,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "facts costs": _suite("facts", facts.costs), "told": told, "conversation": conversation, "users": users,
     "server": _results("server.json", serving.server), "server prices": _results("server.json", serving.prices),
     "soak": _results("soak.json", serving.soak), "pretrained": pretrained, "sequence ops": sequence_ops,
+    "compiled": _results("aot.json", gpu.compiled), "predicted": _results("gpu_predictions.json", gpu.predicted),
 }  # fmt: skip
 """Name in the marker -> what makes the table."""
 

@@ -39,6 +39,21 @@ ttt.info(file=None)
     assert done.returncode == 0, done.stderr
 
 
+def test_importing_ttt_imports_little_that_torch_does_not():
+    """Beside torch's own import, that of ttt takes little more than 0.1 s; packages of its parts would take longer."""
+
+    def imported(names):
+        code = f"import {names}, json, sys; print(json.dumps(sorted(sys.modules)))"
+        return set(json.loads(python("-c", code).stdout))
+
+    torch_s, all_s = imported("torch"), imported("torch, ttt")
+    more = {name.partition(".")[0] for name in all_s - torch_s} - set(sys.stdlib_module_names)
+    assert more == {"ttt", "safetensors"}
+    parts = {name for name in all_s if name.startswith("ttt.")}
+    for late in ("cli", "serve", "chat", "demo", "rules", "sequence_models", "store", "ops.triton", "nn.sequence"):
+        assert f"ttt.{late}" not in parts, late
+
+
 def test_all_public_names_exist_and_are_documented():
     for name in ttt.__all__:
         assert getattr(ttt, name).__doc__, name

@@ -13,6 +13,8 @@
 `run`            the command that measures; `merge` joins its files
 `plot`           draws the results; `check` compares new results with committed ones; `targets` lists which
                  targets the results reach
+`predict`        a command of its own: how long the GPU kernels should take, before any is measured
+`gpu_tables`     tables of docs/gpu.md
 `store`          a command of its own: what a user costs in `ttt.Store`
 ===============  ==========================================================================================
 

@@ -66,6 +66,14 @@ class Case:
         """The part of `flops` that is compared with the rate of a matrix product."""
         return self.flops(contender)
 
+    def parts(self, contender: str) -> list[tuple[float, float]] | None:
+        """(bytes, flops of products) of the parts of one unit that follow one another; None if not counted.
+
+        Within a part bytes and flops may overlap: it takes at least the larger of their times, and at most their sum
+        if neither is waited for twice.
+        """
+        return None
+
     def contenders(self) -> dict[str, Callable[[], Contender]]:
         """Functions that make the contenders, by name. Each may raise `bench.kernels.contender.Unavailable`."""
         raise NotImplementedError

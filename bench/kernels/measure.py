@@ -112,6 +112,8 @@ def row_of(case: Case, name: str, times: dict[str, list[float]], fields: dict[st
     row["percent_of_copy"] = percent("copy", moved)
     row["ratio_to_bound"] = against("copy", moved) if moved else None
     row["ratio_to_read_bound"] = against("read", moved) if moved else None
+    if (parts := case.parts(name)) is not None and "copy" in times and "square matmul" in times:
+        row |= _against_parts(parts, seconds, times["copy"], times["square matmul"])
     row["percent_of_matmul"] = percent("matmul", case.product_flops(name))
     row["percent_of_square_matmul"] = percent("square matmul", case.product_flops(name))
     row["ceiling"] = case.ceiling
@@ -124,6 +126,22 @@ def row_of(case: Case, name: str, times: dict[str, list[float]], fields: dict[st
             row[f"{ceiling.replace(' ', '_')}_{unit}"] = rate / (1e9 if unit == "gb_per_s" else 1e12)
     row |= fields
     return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()} | case.parameters()
+
+
+def _against_parts(
+    parts: list[tuple[float, float]], seconds: list[float], byte: list[float], flop: list[float]
+) -> dict[str, float]:
+    """Medians of the time divided by two bounds of consecutive ``parts``, given the seconds of a byte and of a flop.
+
+    ``ratio_to_part_bound``: each part takes the larger of the times of its bytes and of its flops.
+    ``ratio_to_part_sum``: it takes both, one after the other.
+    """
+    rounds = list(zip(seconds, byte, flop, strict=True))
+    larger, both = (
+        statistics.median(s / sum(of(moved * b, flops * f) for moved, flops in parts) for s, b, f in rounds)
+        for of in (max, lambda x, y: x + y)
+    )
+    return {"ratio_to_part_bound": larger, "ratio_to_part_sum": both}
 
 
 def _above(seconds: list[float], baseline: list[float] | None) -> float | None:

@@ -62,8 +62,14 @@ def _name(row: Row) -> str:
 
 
 def _beside_decode(row: Row) -> str:
-    """The ratio to the time of a stream that only reads, and the time of the products G and S alone."""
+    """The ratio to the time of a stream that only reads, and what the products G and S add.
+
+    That is the ratio to bounds that count them, where these were measured; else their time alone.
+    """
     ratio, rate = row.get("ratio_to_read_bound"), row.get("matmul_tflop_per_s")
+    if "ratio_to_part_bound" in row:
+        larger, both = row["ratio_to_part_bound"], row["ratio_to_part_sum"]
+        return f" ({larger:.2f} x the bound with G and S beside the bytes, {both:.2f} x with G and S after them)"
     shown = [] if ratio is None else [f"{ratio:.2f} x at the rate of a pure read"]
     if rate:
         # 2 m n flops per token for G, and as many for S.

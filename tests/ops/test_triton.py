@@ -57,17 +57,6 @@ def test_window_linear(dtype, m, n, tokens, window):
     assert all(unchanged(t, old) for t, old in zip(args, before, strict=True))
 
 
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_the_counter_of_published_coefficients_ends_at_zero(tokens, monkeypatch):
-    """One counter serves all launches of a stream, with any shapes."""
-    counter = torch.zeros(8, dtype=torch.int32, device=DEVICE)
-    monkeypatch.setattr("ttt.ops.triton.window_linear._counter", lambda device: counter)
-    for m, n, window in ((9, 33, 3), (40, 7, 130), (1, 2050, 1)):
-        args = (randn(tokens, n), randn(m, n), None, randn(window, n), randn(window, m), torch.rand(window).to(DEVICE))
-        assert_close(window_linear(*args), reference.window_linear(*wide(args)), plain_window_linear(*args), f"{m}x{n}")
-        assert counter.tolist() == [0] * 8
-
-
 def plain_window_linear(x, weight, bias, win_x, win_delta, win_eta):
     """The formula in plain torch at this dtype, without the empty rows."""
     live = win_eta != 0

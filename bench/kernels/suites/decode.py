@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.kernels.case import Case, shared
-from bench.kernels.ceilings import read_ceiling
+from bench.kernels.ceilings import read_ceiling, square_ceiling
 from bench.kernels.contender import Contender
 from bench.kernels.plain_torch import PlainLayer
 from bench.kernels.state import (
@@ -75,8 +75,15 @@ class Decode(Case):
         return None if self.in_cache else "copy"
 
     def ceilings(self) -> dict[str, Callable[[], Contender]]:
-        """The copy, and a stream that only reads: nearly all bytes of a step are read, not written."""
-        return super().ceilings() | {"read": lambda: read_ceiling(self.device)}
+        """The copy; a stream that only reads, as nearly all bytes of a step are read; and a square product.
+
+        torch's product of a commit's own shape would not do: with few tokens its time is that of writing the result,
+        which a commit never stores. The small layers, which are measured from the cache, have no product.
+        """
+        found = super().ceilings() | {"read": lambda: read_ceiling(self.device)}
+        if self.in_cache:
+            return found
+        return found | {"square matmul": lambda: square_ceiling(self.device, self.dtype)}
 
     @property
     def capturable(self) -> bool:
@@ -99,22 +106,28 @@ class Decode(Case):
         * if directions are removed, write B rows of n numbers to the sample of recent inputs, and read the k
           directions; if they are damped, the same of the m numbers of gradients.
         """
-        m, n, size, b, c = self.m, self.n, size_of(self.dtype), self.batch, self.window
-        moved: float = (m * n + b * (m + n)) * size
-        if contender != "nn.Linear":
-            written = m * n * (3 * size + 3 * STORAGE[self.state].bytes)
-            moved += (b + (c - b) / 2 + b) * (m + n) * size + written * b / c
-        if self.orthogonal and contender == "ttt":
-            moved += (self.orthogonal + b) * (n + m * self.soft) * size
-        return round(moved)
+        return round(sum(moved for moved, _ in self.parts(contender)))
 
     def flops(self, contender: str) -> int:
         """The products of the forward pass, of the window at its mean filling, and of G and S."""
-        m, n, b = self.m, self.n, self.batch
+        return round(sum(flops for _, flops in self.parts(contender)))
+
+    def product_flops(self, contender: str) -> None:
+        """None: the rate of a product is that of a commit, which is a small part of a step."""
+
+    def parts(self, contender: str) -> list[tuple[float, float]]:
+        """A forward pass with the append of its rows, and a step's share of a commit, which comes after it."""
+        m, n, size, b, c = self.m, self.n, size_of(self.dtype), self.batch, self.window
+        moved, flops = float((m * n + b * (m + n)) * size), float(2 * m * n * b)
         if contender == "nn.Linear":
-            return 2 * m * n * b
-        taken_out = 4 * b * (n + m * self.soft) * self.orthogonal if contender == "ttt" else 0
-        return 6 * m * n * b + b * (self.window - b) * (m + n) + taken_out
+            return [(moved, flops)]
+        moved += (b + (c - b) / 2) * (m + n) * size
+        flops += b * (c - b) * (m + n)
+        if self.orthogonal and contender == "ttt":
+            moved += (self.orthogonal + b) * (n + m * self.soft) * size
+            flops += 4 * b * (n + m * self.soft) * self.orthogonal
+        written = m * n * (3 * size + 3 * STORAGE[self.state].bytes)
+        return [(moved, flops), (b * (m + n) * size + written * b / c, 4 * m * n * b)]
 
     def parameters(self) -> dict[str, Any]:
         return super().parameters() | {"in_cache": self.in_cache}

@@ -109,6 +109,21 @@ def test_removal_of_directions_is_counted_and_checked(soft, dtype, monkeypatch):
     assert set(reasons(case)) == {"ttt"}
 
 
+def test_a_step_is_a_forward_pass_and_then_its_share_of_a_commit():
+    """Each takes the larger of the times of its bytes and of its products, or both."""
+    case = Decode("cpu", "float32", 10, 20, 4, 1, "float32")
+    (moved, flops), (written, products) = case.parts("ttt")
+    assert moved == 4 * (10 * 20 + (1 + 1 + 1.5) * 30)
+    assert flops == 2 * 10 * 20 + 3 * 30
+    assert written == 4 * (30 + 10 * 20 * 6 / 4)
+    assert products == 4 * 10 * 20
+    assert (case.bytes("ttt"), case.flops("ttt")) == (moved + written, flops + products)
+    # With 1 s a byte and 2 s a flop the products take longer in the second part only.
+    found = measure._against_parts([(100, 10), (10, 40)], [360.0, 90.0], [1.0, 0.5], [2.0, 0.25])
+    assert found["ratio_to_part_bound"] == (360 / (100 + 80) + 90 / (50 + 10)) / 2
+    assert found["ratio_to_part_sum"] == (360 / (120 + 90) + 90 / (52.5 + 15)) / 2
+
+
 def test_a_rotation_commits_to_every_layer():
     case = tiny_commit()
     _, layers = case.layers()

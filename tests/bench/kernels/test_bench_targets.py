@@ -28,6 +28,10 @@ def test_rows_that_miss_an_upper_bound_are_listed_with_further_figures():
     assert line[0][1:4] == ["8bit", "1 of 2", "window 64: 1.11"]
     read = {**decode, "case": "window 64", "ratio_to_bound": 1.3, "ratio_to_read_bound": 1.054}
     assert cells([read])[0][3] == "window 64: 1.30 (1.05 x at the rate of a pure read)"
+    parts = {**read, "ratio_to_part_bound": 1.1, "ratio_to_part_sum": 0.96}
+    assert cells([parts])[0][3] == (
+        "window 64: 1.30 (1.10 x the bound with G and S beside the bytes, 0.96 x with G and S after them)"
+    )
     # 64 Mi flops at 0.4 Tflop/s are 168 us, of a bound of 1000 us.
     products = {**decode, "case": "window 64", "n": 4096, "us": 1300, "ratio_to_bound": 1.3, "matmul_tflop_per_s": 0.4}
     assert cells([products])[0][3] == "window 64: 1.30 (G and S at the rate of torch's matmul: 0.17 x)"

@@ -1,299 +1,161 @@
-"""Compile every Triton kernel for sm_80 and sm_90 without a GPU: ``python -m ttt.ops.triton.aot [--all]``.
+"""Compile every Triton kernel for several GPUs without having one: ``python -m ttt.ops.triton.aot [--all]``.
 
 The launchers run on meta tensors, and their launches are compiled instead of run, so the kernels that are checked are
-those a GPU would run. The exit status is 1 if a kernel needs stack memory or spills registers.
+those a GPU would run. The exit status is 1 if a kernel for an NVIDIA GPU needs stack memory or spills registers, or if
+one is worse than in the file of ``--against``.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import re
-import subprocess
+import json
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
-import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.backends.compiler import BaseBackend, GPUTarget
+from triton.compiler import ASTSource, CompilationError, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from ttt.ops import log8, schema
-from ttt.ops.arguments import CommitArguments
-from ttt.ops.triton import append, commit, delta_rule, low_rank, project, reservoir, window_linear
-from ttt.ops.triton import low_rank_compress as low_rank_compress
+from ttt.ops.triton import commit
+from ttt.ops.triton.aot_calls import calls
+from ttt.ops.triton.aot_compare import compare
+from ttt.ops.triton.aot_inspect import inspect
 
-M, N, CAPACITY = 4096, 4096, 1024
-_TYPES = {
-    torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-    torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8",
-}  # fmt: skip
-
-
-def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)} | {
+    "gfx942": GPUTarget("hip", "gfx942", 64)
+}
+CUDA = TARGETS["sm_90"]
 
 
-def _state(dtype: torch.dtype) -> torch.Tensor:
-    return _meta(M, log8.width(N) if dtype == torch.uint8 else N, dtype=dtype)
+class Launch(NamedTuple):
+    """The launch ``kernel[grid](*args, **kwargs)``."""
+
+    kernel: JITFunction
+    args: tuple
+    kwargs: dict
+    grid: tuple
 
 
-def _commit(
-    dtype, state, kind, rows, lam, tokens=16, every=1, gated=False, given=False, momentum=None, decay=0.0,
-) -> None:  # fmt: skip
-    matrix = _meta(M, N, dtype=dtype)
-    counter = _meta(1, dtype=torch.int64)
-    commit.commit(*CommitArguments(
-        weight=matrix, anchor=matrix, importance=_state(state), trace=_state(state) if kind else None,
-        x=_meta(tokens, N, dtype=dtype), delta=_meta(tokens, M, dtype=dtype), eta=_meta(tokens, dtype=torch.float32),
-        trace_delta=None, memory=_meta(rows if given else CAPACITY, N, dtype=dtype), seen=None if given else counter,
-        step=counter, replay_rows=rows, lam=lam, kind=kind or "fisher", trace_every=every,
-        gate=counter if gated else None, momentum=None if momentum is None else _meta(M, N, dtype=momentum),
-        mu=0.9 if momentum else 0.0, decay=decay,
-    ))  # fmt: skip
-
-
-def _linear(dtype, tokens, bias=True, window=16) -> None:
-    window_linear.window_linear(
-        _meta(tokens, N, dtype=dtype), _meta(M, N, dtype=dtype), _meta(M, dtype=dtype) if bias else None,
-        _meta(window, N, dtype=dtype), _meta(window, M, dtype=dtype), _meta(window, dtype=torch.float32),
-    )  # fmt: skip
-
-
-def _append(dtype, on_device) -> None:
-    window, rows = (_meta(16, N, dtype=dtype), _meta(16, M, dtype=dtype)), _meta(8, N, dtype=dtype)
-    counters = [_meta(k, dtype=torch.int64) for k in (3, 1, 1)] if on_device else [None] * 3
-    append.window_append(
-        *window, _meta(16, dtype=torch.float32), window[1] if on_device else None, rows, rows,
-        _meta(8, dtype=torch.float32), None, 0, *counters,
-    )  # fmt: skip
-
-
-def _project(dtype) -> None:
-    project.project_out(_meta(8, N, dtype=dtype), _meta(16, N, dtype=dtype))
-
-
-def _insert(dtype) -> None:
-    memory, counter = _meta(CAPACITY, N, dtype=dtype), _meta(1, dtype=torch.int64)
-    reservoir.reservoir_insert(memory, counter, _meta(16, N, dtype=dtype), 0, counter)
-
-
-def _draw() -> None:
-    counter = _meta(1, dtype=torch.int64)
-    reservoir.reservoir_draw(counter, counter, CAPACITY, 16, 0)
-
-
-def _low_rank(dtype, tokens) -> None:
-    pool, rows = (_meta(32, 80, N, dtype=dtype), _meta(32, 80, M, dtype=dtype)), _meta(32, dtype=torch.int32)
-    x, y, users = _meta(tokens, N, dtype=dtype), _meta(tokens, M, dtype=dtype), _meta(tokens, dtype=torch.int32)
-    low_rank.low_rank_linear(x, _meta(M, N, dtype=dtype), None, *pool, rows, users)
-    rates = _meta(32, dtype=torch.float32), _meta(tokens, dtype=torch.float32)
-    low_rank.low_rank_append(*pool, rows, rates[0], x, y, rates[1], users)
-
-
-def _compress(dtype, slots, rank, window, lam=0.0, replay_rows=0) -> None:
-    pool, rates = [_meta(slots, rank + window, k, dtype=dtype) for k in (N, M)], _meta(slots, dtype=torch.float32)
-    counters = _meta(slots, dtype=torch.int64)
-    importance = [_meta(k, dtype=torch.float32) if lam else None for k in (M, N)]
-    memory, seen = (_meta(CAPACITY, N, dtype=dtype), counters[:1]) if replay_rows else (None, None)
-    low_rank_compress.low_rank_compress(
-        *pool, _meta(slots, dtype=torch.int32), rates, rates, counters, counters, rank, lam, *importance,
-        memory, seen, 0, replay_rows, 0.3, 1e-3,
-    )  # fmt: skip
-
-
-def _delta_rule(dtype, keys, values, gated=True, packed=False) -> None:
-    q, v = (_meta(2, 256, 8, width, dtype=dtype) for width in (keys, values))
-    rates, state = _meta(2, 256, 8, dtype=torch.float32), _meta(2, 8, keys, values, dtype=torch.float32)
-    gate, begins = rates if gated else None, _meta(3, dtype=torch.int64) if packed else None
-    if keys <= delta_rule.MOST_KEYS:
-        delta_rule.delta_rule(q, q, v, rates, gate, state if packed else None, begins, 0.125)
-    now = [None if t is None else t[:, 0] for t in (q, q, v, rates, gate)]
-    delta_rule.delta_rule_step(*now, state, 0.125)
-
-
-def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Calls of the launchers, each as (label, call), that reach every kernel, or every variant of every kernel."""
-    dtypes = (torch.bfloat16, torch.float32, torch.float16)
-    bf16, fp32, fp16, codes = *dtypes, torch.uint8
-    few, many = {"tokens": 16}, {"tokens": 2048}
-    if everything:
-        kinds = (*schema.KINDS, None)
-        options = [
-            (dtype, state, kind, rows, lam, size)
-            for dtype, state, kind, rows, lam, size in itertools.product(
-                dtypes, (fp32, bf16, codes), kinds, (0, 16), (0.0, 1.0), (few, many)
-            )
-            if (state, kind) != (codes, "si")
-        ]
-        options += itertools.product(dtypes, (fp32,), (None,), (16, 32, 64), (0.0,), (few,))
-        options += [
-            (dtype, bf16, kind, 16, 1.0, {**size, "every": 4, "gated": True})
-            for dtype, kind, size in itertools.product(dtypes, schema.KINDS, (few, many))
-        ]
-        options += [
-            (dtype, state, "fisher", rows, lam, {**size, "momentum": moving, "decay": 0.1, "given": True})
-            for dtype, state, rows, lam, size, moving in itertools.product(
-                dtypes, (bf16, codes), (0, 16), (0.0, 1.0), (few, many), (bf16, fp32)
-            )
-        ]
-    else:
-        options = [
-            (bf16, bf16, "fisher", 16, 1.0, few),
-            (bf16, codes, "fisher", 16, 1.0, {**few, "gated": True}),
-            (bf16, bf16, "si", 64, 1.0, {**few, "every": 4}),
-            (bf16, bf16, "fisher", 16, 1.0, many),
-            (bf16, codes, "fisher", 0, 1.0, many),
-            (fp32, fp32, "fisher", 64, 1.0, few),
-            (fp16, bf16, "mas", 0, 1.0, few),
-            (bf16, bf16, "fisher", 16, 1.0, {**few, "momentum": bf16, "decay": 0.1, "given": True}),
-            (fp32, fp32, "fisher", 16, 1.0, {**few, "momentum": fp32}),
-            (bf16, bf16, "fisher", 16, 0.0, {**many, "momentum": bf16, "decay": 0.1}),
-        ]
-    for *which, size in options:
-        dtype, state, kind, rows, lam = which
-        extra = "".join(f" {k}={_name(v) if isinstance(v, torch.dtype) else f'{v:g}'}" for k, v in size.items())
-        label = f"{_name(dtype)}/{_name(state)} {kind or 'no trace'} R={rows} lam={lam:g}{extra}"
-        yield label, lambda a=which, b=size: _commit(*a, **b)
-    for dtype in dtypes if everything else dtypes[:2]:
-        for tokens in (1, 8, 64) if everything or dtype == torch.bfloat16 else (8,):
-            yield f"{_name(dtype)} T={tokens}", lambda a=(dtype, tokens): _linear(*a)
-    for tokens, window in itertools.product((1, 8), (64, 128)) if everything else [(1, 128)]:
-        label = f"bfloat16 T={tokens} window {window}"
-        yield label, lambda a=(tokens, window): _linear(torch.bfloat16, a[0], window=a[1])
-    for dtype in dtypes if everything else dtypes[:2]:
-        yield _name(dtype), lambda a=dtype: _project(a)
-    for dtype in dtypes if everything else dtypes[:1]:
-        yield _name(dtype), lambda a=dtype: _insert(a)
-        for where in (True, False):
-            label = f"{_name(dtype)}, counted on the {'device' if where else 'host'}"
-            yield label, lambda a=(dtype, where): _append(*a)
-    for dtype, tokens in itertools.product(dtypes if everything else dtypes[:2], (32, 2048)):
-        yield f"{_name(dtype)} low_rank T={tokens}", lambda a=(dtype, tokens): _low_rank(*a)
-    if everything:
-        squeezes = [
-            (dtype, 32, rank, window, lam, *replayed)
-            for dtype, (rank, window), lam, replayed in itertools.product(
-                dtypes,
-                ((4, 8), (8, 24), (16, 48), (16, 64), (64, 192), (128, 384), (64, 960)),
-                (0.0, 1.0),
-                ((0,), (4,), (16,), (64,)),
-            )
-        ]
-    else:
-        squeezes = [
-            (fp32, 32, 16, 64),
-            (bf16, 32, 16, 64, 1.0, 4),
-            (fp32, 32, 8, 24, 0.0, 32),
-        ]
-    widths = ((64, 64), (128, 128), (16, 32), (48, 304)) if everything else ((64, 64), (128, 128))
-    for dtype, (keys, values) in itertools.product(dtypes if everything else dtypes[:2], widths):
-        for gated, packed in itertools.product((True, False), repeat=2) if everything else [(True, True)]:
-            label = f"{_name(dtype)} {keys}x{values} gated={gated:d} packed={packed:d}"
-            yield label, lambda a=(dtype, keys, values, gated, packed): _delta_rule(*a)
-    for a in squeezes:
-        dtype, _, rank, window, *rest = a
-        label = " ".join(map(str, (_name(dtype), f"slots of {rank}+{window}", *rest)))
-        yield label, lambda a=a: _compress(*a)
-    yield "int64", _draw
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _source(kernel: JITFunction, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
-    """The source that the launch ``kernel[grid](*args, **kwargs)`` would compile, and its options."""
-    values = dict(zip(kernel.arg_names, args, strict=False))
-    options = {k: v for k, v in kwargs.items() if k not in kernel.arg_names}
-    values.update((k, v) for k, v in kwargs.items() if k in kernel.arg_names)
-    signature, constants, attrs = {}, {}, {}
-    for at, param in enumerate(kernel.params):
-        value = values[param.name]
-        special = not param.do_not_specialize
-        if param.is_constexpr or value is None or (special and type(value) is int and value == 1):
-            signature[param.name], constants[at,] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[param.name], attrs[at,] = _TYPES[value.dtype], [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[param.name] = "fp32"
-        else:
-            signature[param.name] = "i64" if param.name == "seed" else "i32"
-            if special and value % 16 == 0:
-                attrs[at,] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, attrs), options
-
-
-def launches(call: Callable[[], None]) -> list[tuple[JITFunction, tuple, dict]]:
+def launches(call: Callable[[], None]) -> list[Launch]:
     """Record the launches that ``call`` makes, without running them."""
     made = []
 
     def record(kernel, *args, grid, warmup, **kwargs):
-        made.append((kernel, args, kwargs))
+        made.append(Launch(kernel, args, kwargs, grid))
 
     with patch.object(JITFunction, "run", record):
         call()
     return made
 
 
-def _tool(name: str, *args: str) -> str:
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([path, *args], capture_output=True, text=True, check=True).stdout
+def _bound(launch: Launch, target: GPUTarget) -> tuple[dict, list, dict, BaseBackend]:
+    """Arguments, their specialisation, and options of a launch, bound by Triton as it does at run time; the backend."""
+    backend = make_backend(target)
+    bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+    return *bind(*launch.args, **launch.kwargs), backend
 
 
-def inspect(compiled) -> dict[str, int]:
-    """Registers, bytes of stack and of spills for each thread, tensor instructions and widest loads."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        sass = _tool("cuobjdump", "-sass", file.name)
-    return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "shared": compiled.metadata.shared,
-        "hgmma": len(re.findall(r"\bHGMMA\b", sass)),
-        "hmma": len(re.findall(r"\bHMMA\b", sass)),
-        "ldg128": len(re.findall(r"\b(?:LDG|LDGSTS)\.E(?:\.\w+)*\.128\b", sass)),
-    }
+def variant(launch: Launch, target: GPUTarget = CUDA) -> tuple:
+    """What tells apart the variants of a kernel: a launch that differs here is compiled and loaded before it runs."""
+    _, specialization, options, _ = _bound(launch, target)
+    return name_of(launch.kernel), tuple(specialization), tuple(sorted(options.items()))
 
 
-def compile_all(everything: bool = False, arches: tuple[int, ...] = (80, 90)) -> Iterator[tuple[str, str, int, dict]]:
-    """(kernel, label, arch, result of `inspect`) for each distinct launch."""
+def compiled(launch: Launch, target: GPUTarget) -> Any:
+    """The kernel that the launch would run on ``target``, compiled."""
+    values, specialization, options, backend = _bound(launch, target)
+    signature, constants, attrs = {}, {}, {}
+    for at, (name, (kind, special)) in enumerate(zip(values, specialization, strict=True)):
+        signature[name] = kind
+        if kind == "constexpr":
+            constants[at,] = values[name]
+        elif isinstance(special, str):
+            attrs[at,] = backend.parse_attr(special)
+    return triton.compile(ASTSource(launch.kernel, signature, constants, attrs), target=target, options=options)
+
+
+def name_of(kernel: JITFunction) -> str:
+    """The kernel's module and name: two modules may have kernels of one name."""
+    return f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"
+
+
+def compile_all(
+    everything: bool = False, targets: Sequence[str] = ("sm_80", "sm_90"), kernels: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """A row for each distinct launch and target: its kernel and variant, and the result of `inspect`.
+
+    A kernel that Triton cannot compile for an AMD GPU has a row that says why, in ``failed``.
+
+    Args:
+        everything: every variant of every kernel.
+        targets: names in `TARGETS`.
+        kernels: names as `name_of` gives them; all if there is none.
+    """
     done = set()
     for label, call in calls(everything):
-        for kernel, args, kwargs in launches(call):
-            source, options = _source(kernel, args, kwargs)
-            key = source.hash() + repr(sorted(options.items()))
-            if key in done:
+        for launch in launches(call):
+            key, kernel = variant(launch), name_of(launch.kernel)
+            if key in done or (kernels and kernel not in kernels):
                 continue
             done.add(key)
-            for arch in arches:
-                compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-                yield kernel.__name__, label, arch, inspect(compiled)
+            for target in targets:
+                row = {"kernel": kernel, "target": target, "variant": label}
+                try:
+                    yield {**row, **inspect(compiled(launch, TARGETS[target]))}
+                except CompilationError as error:
+                    if TARGETS[target].backend == "cuda":
+                        raise
+                    yield {**row, "failed": str(error.__cause__ or error).strip().splitlines()[-1]}
+
+
+def _line(row: dict[str, Any]) -> str:
+    head = f"{row['kernel']:28} {row['target']:6}"
+    if "failed" in row:
+        return f"{head} not compiled: {row['failed']}  {row['variant']}"
+    numbers = " ".join(f"{row[name]:9}" for name in _NUMBERS)
+    loads = "/".join(f"{count}x{bits}" for bits, count in row["loads"].items())
+    return f"{head} {numbers}  {loads:28} {row['variant']}"
+
+
+_NUMBERS = ("registers", "stack", "spills", "shared", "tensor")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true", help="every variant of every kernel")
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--target", nargs="+", default=["sm_80", "sm_90"], choices=TARGETS)
+    parser.add_argument("--kernel", nargs="+", default=[], help="of these kernels only, such as commit._commit")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--against", type=Path, help="fail where a kernel is worse than in this file")
     options = parser.parse_args()
     if not isinstance(commit._commit, JITFunction):
         parser.error("TRITON_INTERPRET is set: the kernels cannot be compiled")
-    names = ("registers", "stack", "spills", "shared", "hgmma", "hmma", "ldg128")
-    print(f"{'kernel':16} {'sm':>3} " + " ".join(f"{name:>9}" for name in names) + "  variant")
-    failed = False
-    for kernel, label, arch, found in compile_all(options.all, tuple(options.arch)):
-        bad = found["stack"] > 0 or found["spills"] > 0
-        failed |= bad
-        numbers = " ".join(f"{found[name]:9}" for name in names)
-        print(f"{kernel:16} {arch:3} {numbers}  {label}{'  FAILED' if bad else ''}", flush=True)
-    return int(failed)
+    print(f"{'kernel':28} {'target':6} " + " ".join(f"{name:>9}" for name in _NUMBERS) + "  loads, by bits")
+    rows, faults = [], []
+    for row in compile_all(options.all, options.target, options.kernel):
+        rows.append(row)
+        bad = row["target"].startswith("sm_") and (row["stack"] > 0 or row["spills"] > 0)
+        if bad:
+            faults.append(f"{row['kernel']} {row['variant']} needs stack memory on {row['target']}")
+        print(_line(row) + ("  FAILED" if bad else ""), flush=True)
+    if options.json:
+        command = " ".join(["python", *sys.orig_argv[1:]])
+        head = {"triton": triton.__version__, "date": time.strftime("%Y-%m-%d"), "command": command}
+        options.json.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+    if options.against:
+        before = json.loads(options.against.read_text())
+        if before["triton"] == triton.__version__:
+            faults += compare(rows, before["rows"])
+        else:
+            print(f"not compared: {options.against} is of Triton {before['triton']}, this is {triton.__version__}")
+    for fault in faults:
+        print("FAILED:", fault)
+    return int(bool(faults))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ttt.ops.triton.common import GATED
 
-@triton.jit(do_not_specialize=["at", "rows", "window"])
+
+@triton.jit(do_not_specialize=["at", "rows", "window"], **GATED)
 def _append(
     win_x, win_delta, win_eta, win_trace, x, delta, eta, trace_delta, counters, tokens, gate,
     at, rows, window, m, n, BN: tl.constexpr, BC: tl.constexpr,

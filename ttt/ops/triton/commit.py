@@ -31,14 +31,14 @@ from ttt.ops.arguments import CommitArguments
 from ttt.ops.gate import advance
 from ttt.ops.momentum import coefficients
 from ttt.ops.triton import panels, replay
-from ttt.ops.triton.common import INTERPRETED, choose_token, signed
+from ttt.ops.triton.common import GATED, INTERPRETED, choose_token, signed
 from ttt.ops.triton.update import in_order, load_state, outer, pass_momentum, replayed, squares, update
 
 
-@triton.jit(do_not_specialize=["tokens", "every", "groups", "rows", "capacity", "seed"])
+@triton.jit(do_not_specialize=["tokens", "every", "groups", "rows", "capacity", "seed"], **GATED)
 def _commit(
     weight, anchor, importance, trace, x, delta, trace_delta, eta, response, memory, seen, step, gate,
-    momentum, tokens, every, groups, rows, capacity, m, n, width, seed, lam, decay, keep, log2_gamma,
+    momentum, tokens, every, groups, rows, capacity, m, n, width, seed: tl.int64, lam, decay, keep, log2_gamma,
     carry, gain, remember, share,
     KIND: tl.constexpr, SAMPLED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
     G_AS: tl.constexpr, S_AS: tl.constexpr,

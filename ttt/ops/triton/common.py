@@ -17,6 +17,9 @@ MIX_0, MIX_1 = (tl.constexpr(c) for c in rounding.MIX)
 
 INTERPRETED = triton.knobs.runtime.interpret
 
+GATED = {"do_not_specialize_on_alignment": ["gate"]}
+"""For kernels with a gate, of which they load one number: a gate at any address needs the same variant."""
+
 _OPERAND = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -27,7 +30,11 @@ def operand(dtype: torch.dtype) -> tl.dtype:
 
 
 def signed(seed: int) -> int:
-    """The 64-bit seed as a signed number: kernels sign-extend it from the integer type in which it is passed."""
+    """The 64-bit seed as a signed number, for arguments of kernels that are annotated as ``tl.int64``.
+
+    Without the annotation its type would depend on its value, and a seed of another type would need another variant of
+    the kernel. Loading that while a CUDA graph is captured breaks the capture.
+    """
     return ((seed + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63)
 
 

@@ -77,9 +77,9 @@ def _delta_chunk(
     tl.store(totals + place + c, total)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "chunks", "scale"])
+@triton.jit(do_not_specialize=["tokens", "heads", "chunks"])
 def _delta_states(
-    out, last, inverse, seen, totals, q, k, v, first, begins, tokens, heads, chunks, keys, values, scale,
+    out, last, inverse, seen, totals, q, k, v, first, begins, tokens, heads, chunks, keys, values, scale: tl.float32,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """BV columns of the outputs and of the last state of one head of one sequence."""
@@ -117,9 +117,9 @@ def _delta_states(
     tl.store(last + at_state, state, mask=inside_state)
 
 
-@triton.jit(do_not_specialize=["scale"])
+@triton.jit
 def _delta_token(
-    out, state, q, k, v, beta, gate, keys, values, scale, BK: tl.constexpr, BV: tl.constexpr
+    out, state, q, k, v, beta, gate, keys, values, scale: tl.float32, BK: tl.constexpr, BV: tl.constexpr
 ):  # fmt: skip
     """One token of BV columns of one head: the state is read and written once."""
     row = tl.program_id(1).to(tl.int64)

@@ -5,11 +5,11 @@ Shapes: a (S, R, n), b (S, R, m), x (T, n), y (T, m).
 y holds torch's base product, to which nothing is added where u is -1. Rows of x that are not finite are taken out of
 that product and give NaN, so that isolation does not depend on torch's kernels.
 
-The time for a few tokens (decoding) is that of reading the slots, and they take one launch: its first programs compute
-the products A x and publish them, the others wait for these and add B's rows (see `ttt.ops.triton.window_linear`, whose
-counter is used here). Many tokens take two launches over blocks of tokens, on tensor cores. A block with tokens of
-several users is processed once for each of them. Tokens of a user are mostly adjacent, and a slot that is read again
-comes from the second-level cache.
+One launch computes the products A x, another adds B's rows; neither waits for a program of its own launch
+(`ttt.ops.triton.window_linear` says why). The time for a few tokens (decoding) is that of reading the slots, so each
+token has programs of its own. For many tokens the launches go over blocks of tokens, on tensor cores. A block with
+tokens of several users is processed once for each of them. Tokens of a user are mostly adjacent, and a slot that is
+read again comes from the second-level cache.
 
 A token's sums are made in an order that depends only on the number of tokens, over the rows of its own slot.
 """
@@ -21,12 +21,12 @@ import triton
 import triton.language as tl
 
 from ttt.ops.triton.common import operand
-from ttt.ops.triton.window_linear import _await, _counter, _padded
+from ttt.ops.triton.window_linear import _padded
 
 FEW_TOKENS = 64
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit
 def _take_out(to, is_bad, x, n, BK: tl.constexpr):
     """Copy one row of ``x`` to ``to`` and 0 to ``is_bad``; zeros and 1 if the row is not finite."""
     t = tl.program_id(0).to(tl.int64)
@@ -43,7 +43,7 @@ def _take_out(to, is_bad, x, n, BK: tl.constexpr):
     tl.store(is_bad + t, spoilt)
 
 
-@triton.jit(do_not_specialize=["m"])
+@triton.jit
 def _put_nan(y, is_bad, m, BM: tl.constexpr):
     """NaN into one row of ``y`` where ``is_bad`` is not 0."""
     t = tl.program_id(0).to(tl.int64)
@@ -60,11 +60,13 @@ def _held(rows, u, slots, capacity):
     return tl.where(exists, tl.minimum(tl.load(rows + tl.where(exists, u, 0)), capacity), 0)
 
 
-@triton.jit
-def _publish(
-    inner, ready, x, a, rows, users, t, first, slots, capacity, n, BR: tl.constexpr, BK: tl.constexpr
+@triton.jit(do_not_specialize=["slots", "capacity"])
+def _few_inner(
+    inner, x, a, rows, users, slots, capacity, n, BR: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
-    """Store inner[t, r] = A_r . x_t for BR rows of the token's slot, then count this program in ``ready``."""
+    """Store inner[t, r] = A_r . x_t of one token, for BR rows of its user's slot."""
+    t = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * BR
     u = tl.load(users + t).to(tl.int64)
     held = _held(rows, u, slots, capacity)
     r = first + tl.arange(0, BR).to(tl.int64)
@@ -76,37 +78,27 @@ def _publish(
         at = a + (u * capacity + r)[:, None] * n + k
         acc += tl.load(at, mask=live & (k < n), other=0, eviction_policy="evict_first").to(tl.float32) * xt
     tl.store(inner + t * capacity + r, tl.sum(acc, axis=1), mask=r < held)
-    tl.debug_barrier()  # every thread has stored
-    tl.atomic_add(ready, 1, sem="release")
 
 
-@triton.jit(do_not_specialize=["publishers", "row_blocks", "column_blocks", "slots", "capacity"])
-def _low_rank_few(
-    y, x, a, b, rows, users, inner, ready, publishers, row_blocks, column_blocks, slots, capacity, m, n,
-    BR: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr,
+@triton.jit(do_not_specialize=["slots", "capacity"])
+def _few_add(
+    y, b, rows, users, inner, slots, capacity, m, BC: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
-    """Compute BR products A x of one token, or add to BM of its outputs."""
-    program = tl.program_id(0)
-    if program < publishers:
-        token = (program // row_blocks).to(tl.int64)
-        _publish(inner, ready, x, a, rows, users, token, program % row_blocks * BR, slots, capacity, n, BR, BK)
-    else:
-        t = ((program - publishers) // column_blocks).to(tl.int64)
-        i = ((program - publishers) % column_blocks).to(tl.int64) * BM + tl.arange(0, BM)
-        u = tl.load(users + t).to(tl.int64)
-        held = _held(rows, u, slots, capacity)
-        wanted = i < tl.where(held > 0, m, 0)
-        out = tl.load(y + t * m + i, mask=wanted, other=0).to(tl.float32)
-        _await(ready, publishers)
-        acc = tl.zeros((BC, BM), tl.float32)
-        for r0 in range(0, held, BC):
-            r = r0 + tl.arange(0, BC).to(tl.int64)
-            # Not from the first-level cache: another multiprocessor wrote them.
-            factor = tl.load(inner + t * capacity + r, mask=r < held, other=0, cache_modifier=".cg")
-            at = b + (u * capacity + r)[:, None] * m + i
-            row = tl.load(at, mask=(r < held)[:, None] & wanted, other=0, eviction_policy="evict_first")
-            acc += factor[:, None] * row.to(tl.float32)
-        tl.store(y + t * m + i, (out + tl.sum(acc, axis=0)).to(y.dtype.element_ty), mask=wanted)
+    """Add B^T (A x) to BM outputs of one token."""
+    t = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
+    u = tl.load(users + t).to(tl.int64)
+    held = _held(rows, u, slots, capacity)
+    wanted = i < tl.where(held > 0, m, 0)
+    out = tl.load(y + t * m + i, mask=wanted, other=0).to(tl.float32)
+    acc = tl.zeros((BC, BM), tl.float32)
+    for r0 in range(0, held, BC):
+        r = r0 + tl.arange(0, BC).to(tl.int64)
+        factor = tl.load(inner + t * capacity + r, mask=r < held, other=0)
+        at = b + (u * capacity + r)[:, None] * m + i
+        row = tl.load(at, mask=(r < held)[:, None] & wanted, other=0, eviction_policy="evict_first")
+        acc += factor[:, None] * row.to(tl.float32)
+    tl.store(y + t * m + i, (out + tl.sum(acc, axis=0)).to(y.dtype.element_ty), mask=wanted)
 
 
 @triton.jit(do_not_specialize=["tokens", "slots", "capacity"])
@@ -209,7 +201,6 @@ def _low_rank_count(rows, eta_sum, eta, users, tokens, slots, capacity, BT: tl.c
     tl.store(eta_sum + u, tl.load(eta_sum + u) + total)
 
 
-_FEW = {"BR": 4, "BK": 1024, "BC": 16, "BM": 256, "num_warps": 4}
 # Block sizes, by whether values are float32.
 _INNER = {
     False: {"BT": 16, "BR": 32, "BK": 128, "num_warps": 4},
@@ -250,12 +241,13 @@ def low_rank_linear(
         return y
     inner = torch.empty((tokens, capacity), dtype=torch.float32, device=x.device)
     if tokens <= FEW_TOKENS:
-        row_blocks, column_blocks = triton.cdiv(capacity, _FEW["BR"]), triton.cdiv(m, _FEW["BM"])
-        publishers = tokens * row_blocks
-        _low_rank_few[(publishers + tokens * column_blocks,)](
-            y, x, a, b, rows, users, inner, _counter(x.device), publishers, row_blocks, column_blocks, slots, capacity,
-            m, n, **{**_FEW, "BK": _padded(n, _FEW["BK"])},
-        )  # fmt: skip
+        columns = _padded(n, 1024)
+        _few_inner[(tokens, triton.cdiv(capacity, 4))](
+            inner, x, a, rows, users, slots, capacity, n, BR=4, BK=columns, num_warps=4
+        )
+        _few_add[(tokens, triton.cdiv(m, 256))](
+            y, b, rows, users, inner, slots, capacity, m, BC=16, BM=256, num_warps=4
+        )
         return y
     wide, dot_type = x.dtype == torch.float32, operand(x.dtype)
     blocks = _INNER[wide]

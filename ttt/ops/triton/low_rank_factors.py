@@ -39,7 +39,7 @@ def _renew_block(
 @triton.jit(do_not_specialize=["capacity", "rank", "keep", "replay_rows", "memory_rows", "blocks_a", "seed"])
 def _renew(
     fresh, factors, plan, a, b, rows, shares, memory, seen, step, slots,
-    capacity, rank, keep, m, n, replay_rows, memory_rows, blocks_a, seed,
+    capacity, rank, keep, m, n, replay_rows, memory_rows, blocks_a, seed: tl.int64,
     PULLS: tl.constexpr, BI: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Store BN columns of BI new rows of A or B in ``fresh`` (K x keep (n + m)), which holds those of A first."""
@@ -173,7 +173,7 @@ def _finish_block(
 @triton.jit(do_not_specialize=["capacity", "rank", "keep", "pieces_a", "pieces_b", "blocks_a", "seed"])
 def _finish(
     a, b, fresh, plain, weighted, plan, rows, seen, step, eta_sum, slots, importance_m, importance_n, tops,
-    capacity, rank, keep, m, n, pieces_a, pieces_b, blocks_a, seed, lam,
+    capacity, rank, keep, m, n, pieces_a, pieces_b, blocks_a, seed: tl.int64, lam,
     LARGEST: tl.constexpr, BI: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Write BN columns of a slot's rows of A or B."""

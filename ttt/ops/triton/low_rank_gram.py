@@ -45,7 +45,7 @@ def _cross_rows(a, memory, u, r, j, mine, held, capacity, n):
 
 @triton.jit(do_not_specialize=["capacity", "rank", "replay_rows", "memory_rows", "seed"])
 def _cross(
-    out, a, rows, memory, seen, step, slots, capacity, rank, n, replay_rows, memory_rows, seed,
+    out, a, rows, memory, seen, step, slots, capacity, rank, n, replay_rows, memory_rows, seed: tl.int64,
     PULLS: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Store E and, below it, X_r X_r^T in ``out`` (K x (R + replay rows) x replay rows)."""

@@ -16,16 +16,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ttt.ops.triton.common import INTERPRETED, choose_token
+from ttt.ops.triton.common import GATED, INTERPRETED, choose_token
 from ttt.ops.triton.update import in_order, load_state, pass_momentum, replayed, squares, update
 
 PANEL_BYTES = 32 << 20
 
 
-@triton.jit(do_not_specialize=["tokens", "every", "groups", "seed"])
+@triton.jit(do_not_specialize=["tokens", "every", "groups", "seed"], **GATED)
 def _factors(
     left, left_s, right_s, x, delta, trace_delta, eta, step, gate,
-    tokens, every, groups, m, n, seed, log2_gamma,
+    tokens, every, groups, m, n, seed: tl.int64, log2_gamma,
     KIND: tl.constexpr, SAMPLED: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
     """Write left, and left_s and right_s if there is a trace, for BT tokens and BJ columns of D or of X."""
@@ -57,10 +57,11 @@ def _factors(
             tl.store(right_s + t * n + jx, q.to(right_s.dtype.element_ty), mask=group & (jx < n))
 
 
-@triton.jit(do_not_specialize=["rows", "capacity", "seed"])
+@triton.jit(do_not_specialize=["rows", "capacity", "seed"], **GATED)
 def _finish(
     weight, anchor, importance, trace, g_panel, s_panel, total, response, memory, seen, step, gate, momentum,
-    rows, capacity, m, n, width, first, g_stride, s_stride, seed, lam, decay, keep, carry, gain, remember, share,
+    rows, capacity, m, n, width, first, g_stride, s_stride, seed: tl.int64,
+    lam, decay, keep, carry, gain, remember, share,
     KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, AS: tl.constexpr,
 ):  # fmt: skip
     """Write a BM x BN tile of W and F from panels of S and of G without replay, which begin at column ``first``."""

@@ -21,12 +21,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ttt.ops.triton.common import draw, padded_rows
+from ttt.ops.triton.common import GATED, draw, padded_rows
 
 
-@triton.jit(do_not_specialize=["tokens", "columns", "capacity", "seed"])
+@triton.jit(do_not_specialize=["tokens", "columns", "capacity", "seed"], **GATED)
 def _products(
-    out, memory, seen, step, x, eta, gate, tokens, columns, capacity, n, seed, BC: tl.constexpr, BK: tl.constexpr
+    out, memory, seen, step, x, eta, gate, tokens, columns, capacity, n, seed: tl.int64,
+    BC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """out (R x columns) = [(X_r X^T) * eta, X_r X_r^T]; each program computes BC numbers of one row."""
     if gate is not None:
@@ -65,7 +66,7 @@ def ridged_inverse(a, r, c, rows, eps):
     return -a
 
 
-@triton.jit(do_not_specialize=["tokens", "rows"])
+@triton.jit(do_not_specialize=["tokens", "rows"], **GATED)
 def _invert(inverse, products, gate, tokens, rows, eps, RP: tl.constexpr):
     """inverse = (X_r X_r^T + eps tr/R I)^-1, in one program."""
     if gate is not None:
@@ -77,10 +78,10 @@ def _invert(inverse, products, gate, tokens, rows, eps, RP: tl.constexpr):
     tl.store(inverse + r * rows + c, ridged_inverse(a, r, c, rows, eps), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "rows", "capacity", "columns", "slabs", "seed"])
+@triton.jit(do_not_specialize=["tokens", "rows", "capacity", "columns", "slabs", "seed"], **GATED)
 def _drift(
     drift, weight, anchor, memory, seen, step, products, delta, gate, momentum,
-    tokens, rows, capacity, m, n, columns, slabs, seed, carry, gain,
+    tokens, rows, capacity, m, n, columns, slabs, seed: tl.int64, carry, gain,
     BM: tl.constexpr, BK: tl.constexpr, SLAB: tl.constexpr, RP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """drift (slabs x R x m): the part of E for BM rows of W and W*, over SLAB of their columns or SLAB tokens."""
@@ -120,7 +121,7 @@ def _drift(
     tl.store(at, tl.where(live[:, None], acc, 0.0), mask=(r < rows)[:, None] & (i < m))
 
 
-@triton.jit(do_not_specialize=["rows", "slabs"])
+@triton.jit(do_not_specialize=["rows", "slabs"], **GATED)
 def _project(
     out, inverse, drift, gate, rows, slabs, m, strength, RP: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip

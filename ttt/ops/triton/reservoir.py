@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ttt.ops.gate import advance
-from ttt.ops.triton.common import INSERT, draw, signed
+from ttt.ops.triton.common import GATED, INSERT, draw, signed
 
 
 @triton.jit
@@ -20,8 +20,8 @@ def _slots(s, capacity, seed):
     return tl.where(s < capacity, s, (word.to(tl.int64) * (s + 1)) >> 32)
 
 
-@triton.jit(do_not_specialize=["capacity", "tokens", "seed"])
-def _insert(memory, seen, x, gate, capacity, tokens, n, seed, BT: tl.constexpr, BN: tl.constexpr):
+@triton.jit(do_not_specialize=["capacity", "tokens", "seed"], **GATED)
+def _insert(memory, seen, x, gate, capacity, tokens, n, seed: tl.int64, BT: tl.constexpr, BN: tl.constexpr):
     """memory[slot(seen + t)] = x[t] for t = program id, unless a later row of x takes the same slot."""
     if gate is not None:
         if tl.load(gate) == 0:
@@ -41,7 +41,7 @@ def _insert(memory, seen, x, gate, capacity, tokens, n, seed, BT: tl.constexpr, 
 
 
 @triton.jit(do_not_specialize=["capacity", "rows", "seed"])
-def _draw(index, seen, step, capacity, rows, seed, BR: tl.constexpr):
+def _draw(index, seen, step, capacity, rows, seed: tl.int64, BR: tl.constexpr):
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     tl.store(index + r, draw(r, seen, step, capacity, seed), mask=r < rows)
 

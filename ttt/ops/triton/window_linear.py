@@ -1,10 +1,10 @@
 """y = x W^T + b - ((x X^T) * eta) D                   x: T x n, W: m x n, X: C x n, D: C x m, eta: C
 
-With few tokens (decoding), time is bound by reading W, which one launch does once. Its first programs compute the
-coefficients c = (x X^T) * eta (T x C, float32) and publish them. The other programs read their rows of W meanwhile, and
-wait for c only after they have issued their last loads. Publishing programs never wait, and they have the lowest
-numbers, which a GPU starts first; so every wait ends, however few programs run at a time. (The same argument as in
-decoupled look-back, Merrill and Garland 2016, and stream-K, Osama et al. 2023.)
+With few tokens (decoding), time is bound by reading W, which is read once. A small launch computes the coefficients
+c = (x X^T) * eta (T x C, float32), and a second one reads W and subtracts c D. One launch could do both, if the
+programs that need c waited for those that compute it. But that would rely on the order in which a GPU starts programs,
+which nothing guarantees: if the waiting ones filled the GPU first, they would wait forever. So no kernel here waits for
+another program.
 
 With many tokens torch's matmul makes the product, and kernels compute c and subtract the window's part.
 
@@ -14,115 +14,87 @@ is split into two bfloat16 numbers (relative error 2^-17) for the product with D
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import triton
 import triton.language as tl
 
-from ttt.ops.backends import record
 from ttt.ops.triton.common import operand
 
 FEW_TOKENS = 16
 
 
-@triton.jit
-def _publish(
-    coef, ready, x, win_x, win_eta, program, tokens, window, n, BT: tl.constexpr, BK: tl.constexpr
+@triton.jit(do_not_specialize=["tokens", "window"])
+def _few_coefficients(
+    coef, x, win_x, win_eta, tokens, window, n, BT: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
-    """Compute c[t, c] = eta_c (x_t . X_c) for BT tokens and one row of the window, then increment ``ready``."""
-    c = (program % window).to(tl.int64)
-    t = (program // window).to(tl.int64) * BT + tl.arange(0, BT)
+    """Compute c[t, c] = eta_c (x_t . X_c) for BT tokens and one row of the window."""
+    c = tl.program_id(0).to(tl.int64)
+    t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
     eta = tl.load(win_eta + c)
     live = tl.where(eta != 0, n, 0)  # columns to be read
     acc = tl.zeros((BT, BK), tl.float32)
     for k0 in range(0, n, BK):
         k = k0 + tl.arange(0, BK)
-        xc = tl.load(win_x + c * n + k, mask=k < live, other=0, eviction_policy="evict_last").to(tl.float32)
+        xc = tl.load(win_x + c * n + k, mask=k < live, other=0).to(tl.float32)
         xt = tl.load(x + t[:, None] * n + k, mask=(t < tokens)[:, None] & (k < live), other=0).to(tl.float32)
         acc += xt * xc
     tl.store(coef + t * window + c, eta * tl.sum(acc, axis=1), mask=t < tokens)
-    tl.debug_barrier()  # every thread has stored
-    tl.atomic_add(ready, 1, sem="release")
 
 
-@triton.jit
-def _await(ready, publishers):
-    """Wait until all coefficients are published. The last program to pass resets ``ready`` for the next launch."""
-    while tl.atomic_add(ready, 0, sem="acquire") < publishers:
-        pass
-    if tl.atomic_add(ready, 1, sem="relaxed") == tl.num_programs(0) - 1:
-        tl.store(ready, 0)
-
-
-@triton.jit(do_not_specialize=["publishers", "window"])
+@triton.jit(do_not_specialize=["window"])
 def _decode_one(
-    y, x, weight, bias, coef, ready, win_x, win_delta, win_eta, publishers, window, m, n,
-    BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+    y, x, weight, bias, coef, win_delta, win_eta, window, m, n,
+    BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """y[i] for BM rows of W and one token: a matrix-vector product without tensor cores."""
-    program = tl.program_id(0)
-    if program < publishers:
-        _publish(coef, ready, x, win_x, win_eta, program, 1, window, n, 1, BP)
-    else:
-        i = (program - publishers).to(tl.int64) * BM + tl.arange(0, BM)
-        acc = tl.zeros((BM, BK), tl.float32)
-        last = (n - 1) // BK * BK
-        for k0 in range(0, last, BK):
-            k = k0 + tl.arange(0, BK)
-            w = tl.load(weight + i[:, None] * n + k, mask=(i < m)[:, None], other=0, eviction_policy="evict_first")
-            acc += w.to(tl.float32) * tl.load(x + k).to(tl.float32)
-        k = last + tl.arange(0, BK)
-        inside = (i < m)[:, None] & (k < n)
-        w = tl.load(weight + i[:, None] * n + k, mask=inside, other=0, eviction_policy="evict_first")
-        xt = tl.load(x + k, mask=k < n, other=0)
-        _await(ready, publishers)
-        part = tl.zeros((BM,), tl.float32)
-        for c0 in range(0, window, BC):
-            c = c0 + tl.arange(0, BC).to(tl.int64)
-            live = tl.load(win_eta + c, mask=c < window, other=0) != 0
-            # ".cg" bypasses the first-level cache: another multiprocessor wrote these numbers.
-            factor = tl.load(coef + c, mask=live, other=0, cache_modifier=".cg")
-            d = tl.load(
-                win_delta + c * m + i[:, None], mask=live & (i < m)[:, None], other=0, eviction_policy="evict_last"
-            )
-            part += tl.sum(factor * d.to(tl.float32), axis=1)
-        out = tl.sum(acc + w.to(tl.float32) * xt.to(tl.float32), axis=1) - part
-        if bias is not None:
-            out += tl.load(bias + i, mask=i < m, other=0).to(tl.float32)
-        tl.store(y + i, out.to(y.dtype.element_ty), mask=i < m)
+    i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    acc = tl.zeros((BM, BK), tl.float32)
+    last = (n - 1) // BK * BK
+    for k0 in range(0, last, BK):
+        k = k0 + tl.arange(0, BK)
+        w = tl.load(weight + i[:, None] * n + k, mask=(i < m)[:, None], other=0, eviction_policy="evict_first")
+        acc += w.to(tl.float32) * tl.load(x + k).to(tl.float32)
+    k = last + tl.arange(0, BK)
+    inside = (i < m)[:, None] & (k < n)
+    w = tl.load(weight + i[:, None] * n + k, mask=inside, other=0, eviction_policy="evict_first")
+    xt = tl.load(x + k, mask=k < n, other=0)
+    part = tl.zeros((BM,), tl.float32)
+    for c0 in range(0, window, BC):
+        c = c0 + tl.arange(0, BC).to(tl.int64)
+        live = tl.load(win_eta + c, mask=c < window, other=0) != 0
+        factor = tl.load(coef + c, mask=live, other=0)
+        d = tl.load(win_delta + c * m + i[:, None], mask=live & (i < m)[:, None], other=0, eviction_policy="evict_last")
+        part += tl.sum(factor * d.to(tl.float32), axis=1)
+    out = tl.sum(acc + w.to(tl.float32) * xt.to(tl.float32), axis=1) - part
+    if bias is not None:
+        out += tl.load(bias + i, mask=i < m, other=0).to(tl.float32)
+    tl.store(y + i, out.to(y.dtype.element_ty), mask=i < m)
 
 
-@triton.jit(do_not_specialize=["publishers", "tokens", "window"])
+@triton.jit(do_not_specialize=["tokens", "window"])
 def _decode_few(
-    y, x, weight, bias, coef, ready, win_x, win_delta, win_eta, publishers, tokens, window, m, n,
-    BT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, BTP: tl.constexpr,
-    OPERAND: tl.constexpr,
+    y, x, weight, bias, coef, win_delta, win_eta, tokens, window, m, n,
+    BT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """y[:, i] for BM rows of W and at most BT tokens."""
-    program = tl.program_id(0)
-    if program < publishers:
-        _publish(coef, ready, x, win_x, win_eta, program, tokens, window, n, BTP, BP)
-    else:
-        i = (program - publishers).to(tl.int64) * BM + tl.arange(0, BM)
-        t = tl.arange(0, BT).to(tl.int64)
-        acc = tl.zeros((BT, BM), tl.float32)
-        last = (n - 1) // BK * BK
-        for k0 in range(0, last, BK):
-            k = k0 + tl.arange(0, BK)
-            xt = tl.load(x + t[:, None] * n + k, mask=(t < tokens)[:, None], other=0)
-            w = tl.load(weight + i[:, None] * n + k, mask=(i < m)[:, None], other=0, eviction_policy="evict_first")
-            acc = tl.dot(xt.to(OPERAND), tl.trans(w.to(OPERAND)), acc, input_precision="ieee")
-        k = last + tl.arange(0, BK)
-        inside = (i < m)[:, None] & (k < n)
-        w = tl.load(weight + i[:, None] * n + k, mask=inside, other=0, eviction_policy="evict_first")
-        xt = tl.load(x + t[:, None] * n + k, mask=(t < tokens)[:, None] & (k < n), other=0)
-        _await(ready, publishers)
-        acc -= _window_part(coef, win_delta, win_eta, t, i, tokens, window, m, BC, OPERAND)
+    i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    t = tl.arange(0, BT).to(tl.int64)
+    acc = tl.zeros((BT, BM), tl.float32)
+    last = (n - 1) // BK * BK
+    for k0 in range(0, last, BK):
+        k = k0 + tl.arange(0, BK)
+        xt = tl.load(x + t[:, None] * n + k, mask=(t < tokens)[:, None], other=0)
+        w = tl.load(weight + i[:, None] * n + k, mask=(i < m)[:, None], other=0, eviction_policy="evict_first")
         acc = tl.dot(xt.to(OPERAND), tl.trans(w.to(OPERAND)), acc, input_precision="ieee")
-        if bias is not None:
-            acc += tl.load(bias + i, mask=i < m, other=0).to(tl.float32)
-        tl.store(y + t[:, None] * m + i, acc.to(y.dtype.element_ty), mask=(t < tokens)[:, None] & (i < m))
+    k = last + tl.arange(0, BK)
+    inside = (i < m)[:, None] & (k < n)
+    w = tl.load(weight + i[:, None] * n + k, mask=inside, other=0, eviction_policy="evict_first")
+    xt = tl.load(x + t[:, None] * n + k, mask=(t < tokens)[:, None] & (k < n), other=0)
+    acc -= _window_part(coef, win_delta, win_eta, t, i, tokens, window, m, BC, OPERAND)
+    acc = tl.dot(xt.to(OPERAND), tl.trans(w.to(OPERAND)), acc, input_precision="ieee")
+    if bias is not None:
+        acc += tl.load(bias + i, mask=i < m, other=0).to(tl.float32)
+    tl.store(y + t[:, None] * m + i, acc.to(y.dtype.element_ty), mask=(t < tokens)[:, None] & (i < m))
 
 
 @triton.jit(do_not_specialize=["tokens", "window"])
@@ -150,9 +122,7 @@ def _window_part(c_ptr, win_delta, win_eta, t, i, tokens, window, m, BC: tl.cons
     for c0 in range(0, window, BC):
         c = c0 + tl.arange(0, BC).to(tl.int64)
         live = tl.load(win_eta + c, mask=c < window, other=0) != 0
-        at = c_ptr + t[:, None] * window + c
-        # ".cg" bypasses the first-level cache: another multiprocessor wrote these numbers.
-        factor = tl.load(at, mask=(t < tokens)[:, None] & live, other=0, cache_modifier=".cg")
+        factor = tl.load(c_ptr + t[:, None] * window + c, mask=(t < tokens)[:, None] & live, other=0)
         d = tl.load(win_delta + c[:, None] * m + i, mask=live[:, None] & (i < m), other=0, eviction_policy="evict_last")
         if OPERAND == tl.bfloat16:  # noqa: SIM300
             high = factor.to(tl.bfloat16)
@@ -183,55 +153,15 @@ _BLOCKS = {  # kernel, is the weight float32
     # sm_90.
     ("one", False): {"BM": 8, "BK": 512, "num_warps": 8},
     ("one", True): {"BM": 8, "BK": 256, "num_warps": 8},
-    ("few", False): {"BT": 16, "BM": 32, "BK": 128, "BP": 1024, "BTP": 4, "num_warps": 4, "num_stages": 5},
-    ("few", True): {"BT": 16, "BM": 32, "BK": 64, "BP": 512, "BTP": 4, "num_warps": 4, "num_stages": 3},
+    ("few", False): {"BT": 16, "BM": 32, "BK": 128, "num_warps": 4, "num_stages": 5},
+    ("few", True): {"BT": 16, "BM": 32, "BK": 64, "num_warps": 4, "num_stages": 3},
+    ("few_coefficients", False): {"BT": 4, "BK": 1024, "num_warps": 4},
+    ("few_coefficients", True): {"BT": 4, "BK": 512, "num_warps": 4},
     ("coefficients", False): {"BT": 16, "BC": 16, "BK": 256, "num_warps": 4, "num_stages": 3},
     ("coefficients", True): {"BT": 16, "BC": 16, "BK": 64, "num_warps": 4, "num_stages": 3},
     ("subtract", False): {"BT": 32, "BM": 64, "BC": 16, "num_warps": 4, "num_stages": 2},
     ("subtract", True): {"BT": 32, "BM": 64, "BC": 16, "num_warps": 4, "num_stages": 2},
 }
-
-_COUNTERS = 1 << 15  # the most launches that can be captured on a device with a counter for each
-_STRIDE = 8  # int32 numbers from counter to counter, so that all have the same alignment
-
-
-class _Pool:
-    """Zero counters on one device; ``streams`` maps the handles of streams to their counters."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.counters = torch.zeros((_COUNTERS, _STRIDE), dtype=torch.int32, device=device)
-        torch.cuda.current_stream(device).synchronize()  # another stream may be the first to use one
-        self.free = itertools.count()
-        self.streams: dict[int, torch.Tensor] = {}
-
-
-_pools: dict[torch.device, _Pool] = {}
-
-
-def _counter(device: torch.device) -> torch.Tensor:
-    """A counter (int32) that is 0 and is used by no other launch that may run at the same time.
-
-    Launches on one stream run in order and share a counter. A captured launch runs on any stream on which its graph is
-    replayed, so it gets a counter of its own.
-    """
-    if device.type != "cuda":
-        return torch.zeros(_STRIDE, dtype=torch.int32, device=device)
-    captured, pool = torch.cuda.is_current_stream_capturing(), _pools.get(device)
-    if pool is None and not captured:
-        pool = _pools[device] = _Pool(device)
-    if pool is None:
-        why = "captured before it ran once: every replay zeroes a counter first"
-    else:
-        stream = None if captured else torch.cuda.current_stream(device).cuda_stream
-        if stream in pool.streams:
-            return pool.streams[stream]
-        if (number := next(pool.free)) < _COUNTERS:
-            if stream is not None:
-                pool.streams[stream] = pool.counters[number]
-            return pool.counters[number]
-        why = f"more than {_COUNTERS} captured launches: a counter is zeroed before each"
-    record("window_linear", "triton", why)
-    return torch.zeros(_STRIDE, dtype=torch.int32, device=device)
 
 
 def window_linear(
@@ -250,22 +180,22 @@ def window_linear(
         return y
     wide, dot_type = weight.dtype == torch.float32, operand(weight.dtype)
     coef = torch.empty((tokens, window), dtype=torch.float32, device=x.device)
-    ready = _counter(x.device) if few else None
-    if tokens == 1:
-        blocks = _BLOCKS["one", wide]
-        grid = (window + triton.cdiv(m, blocks["BM"]),)
-        _decode_one[grid](
-            y, x, weight, bias, coef, ready, win_x, win_delta, win_eta, window, window, m, n,
-            BC=_padded(window, 128), BP=_padded(n, 2048), **blocks,
-        )  # fmt: skip
-    elif few:
-        blocks = _BLOCKS["few", wide]
-        publishers = window * triton.cdiv(tokens, blocks["BTP"])
-        grid = (publishers + triton.cdiv(m, blocks["BM"]),)
-        _decode_few[grid](
-            y, x, weight, bias, coef, ready, win_x, win_delta, win_eta, publishers, tokens, window, m, n,
-            BC=_padded(window, 64), OPERAND=dot_type, **blocks,
-        )  # fmt: skip
+    if few:
+        one = tokens == 1
+        blocks = {"BT": 1, "BK": _padded(n, 2048), "num_warps": 8} if one else _BLOCKS["few_coefficients", wide]
+        grid = (window, triton.cdiv(tokens, blocks["BT"]))
+        _few_coefficients[grid](coef, x, win_x, win_eta, tokens, window, n, **blocks)
+        blocks = _BLOCKS["one" if one else "few", wide]
+        grid = (triton.cdiv(m, blocks["BM"]),)
+        if one:
+            _decode_one[grid](
+                y, x, weight, bias, coef, win_delta, win_eta, window, m, n, BC=_padded(window, 128), **blocks
+            )
+        else:
+            _decode_few[grid](
+                y, x, weight, bias, coef, win_delta, win_eta, tokens, window, m, n, BC=_padded(window, 64),
+                OPERAND=dot_type, **blocks,
+            )  # fmt: skip
     else:
         blocks = _BLOCKS["coefficients", wide]
         grid = (triton.cdiv(tokens, blocks["BT"]), triton.cdiv(window, blocks["BC"]))
