@@ -149,11 +149,11 @@ def test_defences_that_do_not_combine_are_refused():
 def test_old_names_still_work_and_warn():
     with pytest.warns(DeprecationWarning, match=r"TTTConfig\(ewc_lambda, replay_rows\) is deprecated"):
         config = ttt.TTTConfig(ewc_lambda=0.5, replay_rows=0)
-    assert set(config.protect) == {ttt.EWC(0.5), ttt.KroneckerFisher(32)}
+    assert set(config.protect) == {ttt.EWC(0.5), ttt.KroneckerFisher(64)}
     with pytest.warns(DeprecationWarning, match="use per_user"):
         assert ttt.TTTConfig(users=ttt.LowRank(slots=3)).per_user == ttt.LowRank(slots=3)
     with pytest.warns(DeprecationWarning, match="ewc_lambda"):
-        assert dataclasses.replace(config, ewc_lambda=0.0).protect == (ttt.KroneckerFisher(32),)
+        assert dataclasses.replace(config, ewc_lambda=0.0).protect == (ttt.KroneckerFisher(64),)
     for module, old, new in [
         (ttt, "Seen", "ObserveOutput"), (ttt, "Generated", "GenerateOutput"), (ttt, "Check", "GuardCheck"),
         (ttt, "Outcome", "LearningResult"), (ttt, "Memory", "MemoryUsage"), (ttt, "memory", "memory_usage"),
