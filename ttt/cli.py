@@ -125,7 +125,8 @@ def serve(
         float, typer.Option(min=1, help="Seconds after which another server may take over a user of a killed one.")
     ] = 30.0,
     collect_hours: Annotated[
-        float, typer.Option(min=0, help="Hours between two removals of old versions, as by 'ttt gc'; 0 for none.")
+        float,
+        typer.Option(min=0, max=8760, help="Hours between two removals of old versions (ttt gc); 0: none."),
     ] = 24.0,
     keep_last: Annotated[int, typer.Option(min=1, help="Versions of each user that no removal takes.")] = 10,
     keep_days: Annotated[float, typer.Option(min=0, help="Younger versions are kept, too.")] = 7.0,

@@ -180,6 +180,46 @@ def test_users_rehearse_what_the_base_model_wrote_once():
     assert torch.equal(other.own_texts, first)
 
 
+@pytest.mark.parametrize("users", [None, 1])
+def test_text_that_was_undone_between_two_steps_does_not_come_back(users):
+    learner = learner_of(users, lr=0.05)
+    named = users and ["ada"]
+    user = None if users is None else "ada"
+    ids = words(1, 30)
+    before = learner.snapshot() if users is None else None
+    learner.observe(ids, users=named)
+    steps = learner.study_in_steps(user, passes=3)
+    for _ in range(50):
+        next(steps)
+    if before is None:
+        learner.pool.forget("ada")
+    else:
+        learner.rollback(before)
+    learner.observe(ids.flip(1), users=named)  # as many tokens
+    state = _flat(copy.deepcopy(learner.snapshot() if users is None else learner.pool.export("ada")))
+    with pytest.raises(RuntimeError, match="between two steps of a study"):
+        for _ in steps:
+            pass
+    assert_same(state, _flat(learner.snapshot() if users is None else learner.pool.export("ada")))
+    assert not any(episode.studied for episode in learner.episodes.of(user))
+
+
+def test_a_model_whose_language_model_has_a_config_of_its_own_is_studied():
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 3}  # fmt: skip
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=VOCAB - 1)
+    model = ttt.adapt_(Gemma3ForConditionalGeneration(config).eval(), ttt.TTTConfig(["down_proj"], layers="last:1"))
+    learner = ttt.Learner(model, episodes=ttt.EpisodeLog())
+    learner.calibrate()
+    learner.observe(words(1, 20))
+    assert len(learner.study(passes=2).moved) == 2
+    assert learner.own_texts[:, 0].unique().tolist() == [3]
+
+
 def test_texts_begin_with_the_token_that_begins_a_text():
     learner = learner_of()
     told(learner, words(1, 9), torch.ones((1, 9), dtype=torch.bool))

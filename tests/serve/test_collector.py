@@ -96,7 +96,8 @@ def test_a_failure_is_counted_and_tried_again(tmp_path, monkeypatch, caplog, err
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("hours", -1.0), ("hours", float("nan")), ("keep_last", 0), ("keep_days", -2.0)]
+    ("option", "value"),
+    [("hours", -1.0), ("hours", 1e9), ("hours", float("nan")), ("keep_last", 0), ("keep_days", -2.0)],
 )
 def test_wrong_options_are_refused_by_name(tmp_path, option, value):
     with pytest.raises(ValueError, match=option):

@@ -1,5 +1,6 @@
 """``ttt serve`` and ``ttt keys`` as commands, on a model in a folder."""
 
+import asyncio
 import gzip
 import http.server
 import os
@@ -15,6 +16,9 @@ import pytest
 import torch
 import typer
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from tiny_chat_model import byte_tokenizer, learner_of, tiny_chat_model
 from typer.testing import CliRunner
 from web import client_of
@@ -24,6 +28,7 @@ from ttt.cli import app
 from ttt.serve.calibration import SHARED, calibrate_once, default_file, weights_name
 from ttt.serve.keys import Keys
 from ttt.serve.main import ServeOptions, is_loopback, run
+from ttt.serve.telemetry import Traced
 
 CHAT = [{"role": "user", "content": "My dog is called Biscuit."}]
 
@@ -120,6 +125,8 @@ def test_a_span_of_every_request_is_sent_and_holds_nothing_that_was_said(start, 
         monkeypatch.delenv("OTEL_SERVICE_NAME", raising=False)
         process, url = start("--telemetry")
         client_of(url, user="ada").chat.completions.create(model="tiny-chat", messages=CHAT, max_tokens=2)
+        named = {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01", "user-agent": "planted-agent"}
+        httpx.get(f"{url}/v1/users/ada?key=planted", headers=named)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
         receiver.shutdown()
@@ -128,13 +135,33 @@ def test_a_span_of_every_request_is_sent_and_holds_nothing_that_was_said(start, 
         path, body, headers = received.get()
         assert path == "/v1/traces"
         raw = gzip.decompress(body) if headers.get("Content-Encoding") == "gzip" else body
-        assert b"Biscuit" not in raw
+        assert not [word for word in (b"Biscuit", b"planted", b"/ada", b"127.0.0.1") if word in raw]
         for resource in ExportTraceServiceRequest.FromString(raw).resource_spans:
             assert {a.key: a.value.string_value for a in resource.resource.attributes}["service.name"] == "ttt-serve"
-            spans += [span.name for scope in resource.scope_spans for span in scope.spans]
-    assert "POST /v1/chat/completions" in spans
-    assert "GET /health" in spans
-    assert not [name for name in spans if name.endswith((" send", " receive"))]
+            spans += [span for scope in resource.scope_spans for span in scope.spans]
+    by_name = {span.name: span for span in spans}
+    assert {"POST /v1/chat/completions", "GET /health"} <= set(by_name)
+    assert by_name["GET /v1/users/{user}"].trace_id.hex() == "ab" * 16
+    for span in spans:
+        keys = {a.key for a in span.attributes}
+        assert keys == {"http.request.method", "http.response.status_code", "http.route"}
+
+
+def test_a_span_of_a_request_that_fails_names_the_class_of_the_error_only():
+    spans = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+
+    async def failing(scope, receive, send):
+        raise RuntimeError("cannot handle 'My dog is Biscuit'")
+
+    traced = Traced(failing, tracer=provider.get_tracer("test"))
+    with pytest.raises(RuntimeError):
+        asyncio.run(traced({"type": "http", "method": "GET", "headers": []}, None, None))
+    (span,) = spans.get_finished_spans()
+    assert span.attributes["error.type"] == "RuntimeError"
+    assert not span.events
+    assert span.status.description is None
 
 
 def test_servers_that_others_reach_need_keys(folder, capsys):

@@ -332,8 +332,8 @@ class Learner:
             lr: size of a step for each weight, relative to the root mean square of the layer's weights.
             until: end when the mean loss of a pass, in nats per token, is no larger.
             rehearse: weight, beside the mean loss, of the KL from the model before the study on text that the model
-                wrote itself; 0 for none. The text is 32 times 48 tokens, written by the base model in the learner's
-                first study, or, with one set of weights, in each.
+                wrote itself, at most 1000; 0 for none. The text is 32 times 48 tokens, written by the base model in the
+                learner's first study, or, with one set of weights, in each.
 
         Returns:
             A `ttt.StudyOutput`.
@@ -414,6 +414,7 @@ class Learner:
             if loss is not None and not callable(loss):
                 raise TypeError(f"loss must be a function of (model, batch) or None, got {type(loss).__name__}")
             kind = "mas" if self.config.importance == "mas" else "fisher"
+            self.own_texts = None
             if loss is None:
                 losses = protection.calibration_losses(self.model, batches, self.config, kind)
             else:

@@ -69,12 +69,20 @@ def _prompts(model: Any, tokenizer: Any) -> Sequence[list[int]]:
 def first_token(model: Any) -> int | None:
     """The token that begins a text, by the config of ``model``; None if it names none."""
     config: Any = getattr(model, "config", None)
+    # In a model with a vision tower the language model has a config of its own.
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for name in ("bos_token_id", "eos_token_id"):
-        token = getattr(config, name, None)
-        token = token[0] if isinstance(token, (list, tuple)) and token else token
-        if isinstance(token, int) and 0 <= token < config.vocab_size:
-            return token
+        for each in (config, text):
+            token = getattr(each, name, None)
+            token = token[0] if isinstance(token, (list, tuple)) and token else token
+            if isinstance(token, int) and 0 <= token < words_of(model):
+                return token
     return None
+
+
+def words_of(model: Any) -> int:
+    """The number of tokens that ``model`` knows."""
+    return model.get_input_embeddings().num_embeddings
 
 
 def written_in_steps(model: Any, ids: Tensor, length: int, generator: torch.Generator) -> Generator[None, None, Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt.learn.own_text import first_token, written_in_steps
+from ttt.learn.own_text import first_token, words_of, written_in_steps
 
 SEQUENCES, LENGTH = 32, 48
 """Number and tokens of the texts that are drawn."""
@@ -34,8 +34,7 @@ def draw_in_steps(model: Any, *, context: int, seed: int) -> Generator[None, Non
     generator = torch.Generator(device=device).manual_seed(seed)
     token = first_token(model)
     if token is None:
-        words = model.config.vocab_size
-        first = torch.randint(words, (SEQUENCES, 1), generator=generator, device=device)
+        first = torch.randint(words_of(model), (SEQUENCES, 1), generator=generator, device=device)
     else:
         first = torch.full((SEQUENCES, 1), token, device=device)
     return (yield from written_in_steps(model, first, min(LENGTH, context), generator))

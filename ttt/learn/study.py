@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ttt.adapt.version import version
 from ttt.atomic import whole_write
 from ttt.checks import check_real, check_token_ids, check_whole
 from ttt.learn import rehearsal
@@ -53,8 +54,8 @@ class StudyOutput:
         losses: nats per token in each pass over them, each measured before the pass's steps.
         after: nats per token with what was written; with weights for each user, after the truncation. NaN if nothing
             was studied.
-        moved: KL in nats per token from the model before the study on text of the model's own, the mean in each pass;
-            empty without rehearsal.
+        moved: KL in nats per token from the model before the study in each pass, as the steps of the pass met it: each
+            before its update, on four of the texts of the model's own. Empty without rehearsal.
     """
 
     episodes: int
@@ -77,7 +78,7 @@ class StudyOptions:
         if check_real("lr", self.lr, low=0.0) == 0:
             raise ValueError("lr must be above 0, got 0: nothing would be learnt, and all would count as studied")
         check_real("until", self.until, low=0.0)
-        check_real("rehearse", self.rehearse, low=0.0)
+        check_real("rehearse", self.rehearse, low=0.0, high=1000.0)
 
 
 class Change:
@@ -170,7 +171,7 @@ class _Study:
         self.learner, self.log, self.user, self.options = learner, log, user, options
         self.changes: list[Change] = []
         self.moved: list[float] = []
-        self._began_at: list[int] = []
+        self._began_at: tuple[int, ...] = ()
 
     def steps(self) -> Generator[None, None, StudyOutput]:
         pool, user = self.learner.pool, self.user
@@ -237,15 +238,13 @@ class _Study:
         pool = self.learner.pool
         return contextlib.nullcontext() if pool is None else pool.reading(user, rows)
 
-    def _position(self) -> list[int]:
-        """Numbers that change when something is learnt."""
-        first: Any = self.learner.access.layers[0]
-        pool = self.learner.pool
+    def _position(self) -> tuple[int, ...]:
+        """Numbers that change when something is learnt, undone or loaded, and the user's slot."""
+        pool, model = self.learner.pool, self.learner.model
         if pool is None:
-            return [int(first.step), int(first.pending)]
+            return (version(model),)
         assert self.user is not None  # `Learner.study_in_steps` checked it
-        slot = pool.slot(self.user)
-        return [int(first.step[slot]), int(first.rows[slot])]
+        return version(model, self.user), int(next(iter(pool.layers.values())).step[pool.slot(self.user)])
 
     def _check_episodes(self, episodes: Sequence[Episode]) -> None:
         context = self.learner.context

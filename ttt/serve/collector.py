@@ -21,7 +21,7 @@ class Collector:
 
     Args:
         store: keeps versions.
-        hours: between two collections; 0 for none.
+        hours: between two collections, at most a year's; 0 for none.
         keep_last, keep_days: as in `ttt.Store.gc`.
         failed: called with a kind, "collect", after a collection that failed.
     """
@@ -30,7 +30,7 @@ class Collector:
         self, store: Store, *, hours: float, keep_last: int, keep_days: float, failed: Callable[[str], None]
     ) -> None:
         self.store, self.failed = store, failed
-        self.seconds = 3600 * check_real("collect_hours", hours, low=0.0)
+        self.seconds = 3600 * check_real("collect_hours", hours, low=0.0, high=8760.0)
         self.keep_last = check_whole("keep_last", keep_last, 1)
         self.keep_days = check_real("keep_days", keep_days, low=0.0)
         self._stop = threading.Event()

@@ -25,7 +25,7 @@ from ttt.serve.errors import RequestError
 from ttt.serve.keys import Keys, NoKeys
 from ttt.serve.limits import Limits
 from ttt.serve.service import Service
-from ttt.serve.telemetry import trace_requests
+from ttt.serve.telemetry import require_packages, trace_requests
 from ttt.store import StoreError
 
 if TYPE_CHECKING:
@@ -187,6 +187,9 @@ def run(options: ServeOptions) -> None:
         import uvicorn
 
         import ttt.serve.http.app  # noqa: F401 (to see whether what it needs is installed, before the model is loaded)
+
+        if options.telemetry:
+            require_packages()
     except ImportError as error:
         _stop(f"{error}; install the server with: pip install 'ttt[serve]'")
     if options.keys is None and not is_loopback(options.host):
