@@ -26,9 +26,9 @@ from web import client_of
 import ttt
 from ttt.cli import app
 from ttt.serve.calibration import SHARED, calibrate_once, default_file, weights_name
+from ttt.serve.http.telemetry import Traced
 from ttt.serve.keys import Keys
 from ttt.serve.main import ServeOptions, is_loopback, run
-from ttt.serve.telemetry import Traced
 
 CHAT = [{"role": "user", "content": "My dog is called Biscuit."}]
 

@@ -414,7 +414,6 @@ class Learner:
             if loss is not None and not callable(loss):
                 raise TypeError(f"loss must be a function of (model, batch) or None, got {type(loss).__name__}")
             kind = "mas" if self.config.importance == "mas" else "fisher"
-            self.own_texts = None
             if loss is None:
                 losses = protection.calibration_losses(self.model, batches, self.config, kind)
             else:
@@ -425,6 +424,7 @@ class Learner:
                 raise ValueError(f"calibrate before learning: users {list(self.pool.users)} have slots already")
             else:
                 calibrate_users(list(self.pool.layers.values()), losses, kind)
+            self.own_texts = None
 
     def consolidate(self) -> None:
         """Protect what was learnt so far, as in online EWC; call it at the end of a task, if there are tasks:

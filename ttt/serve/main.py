@@ -25,7 +25,6 @@ from ttt.serve.errors import RequestError
 from ttt.serve.keys import Keys, NoKeys
 from ttt.serve.limits import Limits
 from ttt.serve.service import Service
-from ttt.serve.telemetry import require_packages, trace_requests
 from ttt.store import StoreError
 
 if TYPE_CHECKING:
@@ -187,11 +186,14 @@ def run(options: ServeOptions) -> None:
         import uvicorn
 
         import ttt.serve.http.app  # noqa: F401 (to see whether what it needs is installed, before the model is loaded)
-
-        if options.telemetry:
-            require_packages()
+        from ttt.serve.http.telemetry import require_packages, trace_requests
     except ImportError as error:
         _stop(f"{error}; install the server with: pip install 'ttt[serve]'")
+    if options.telemetry:
+        try:
+            require_packages()
+        except ImportError as error:  # it says which packages are missing
+            _stop(str(error))
     if options.keys is None and not is_loopback(options.host):
         _stop(f"--host {options.host} is reached from other machines: it needs --keys FILE, made by 'ttt keys add'")
     _log_to_stderr()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -152,15 +151,9 @@ class Memit(Contender):
         count = len(memit.blocks_of(base.model))
         middle, last = range(count // 3, count // 3 + max(1, count // 6)), range(count - max(1, count // 4), count)
         self.layers = {"middle": middle, "last": last}[options["blocks"]]
-        edited = {f"{name}.mlp.down_proj.weight" for name in self._names(base.model)}
-        shared = {id(p): p for name, p in base.model.named_parameters() if name not in edited}
-        self.model = copy.deepcopy(base.model, shared)
+        self.model = base.copy(dataclasses.replace(CONFIG, layers=list(self.layers)))
         self.moments = memit.second_moments(base.model, self.layers, base.own)
 
     def tell(self, sentences: Sequence[str]) -> None:
         turns = [self.template.turn(sentence) for sentence in sentences]
         memit.edit(self.model, turns, self.layers, self.moments, self.options["weight"])
-
-    def _names(self, model: Any) -> list[str]:
-        blocks = [memit.blocks_of(model)[at] for at in self.layers]
-        return [name for name, module in model.named_modules() if any(module is block for block in blocks)]

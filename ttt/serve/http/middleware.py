@@ -18,6 +18,11 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
+def route_of(scope: Scope) -> str:
+    """The route of a request that was passed on, such as "/v1/users/{user}", which holds nothing that a client sent."""
+    return getattr(scope.get("route"), "path", "other")
+
+
 class _BodyTooLarge(Exception):
     """Ends the reading of a body; the application answers it with some error, which is replaced."""
 
@@ -84,7 +89,7 @@ class Guarded:
                 if refused and not status:
                     await _answer(self._too_large(), noted)
         finally:
-            route = getattr(scope.get("route"), "path", "other")
+            route = route_of(scope)
             self.metrics.requests.labels(route, str(status)).inc()
             milliseconds = round(1e3 * (time.perf_counter() - began), 1)
             log.info(json.dumps({"method": scope["method"], "route": route, "status": status, "ms": milliseconds}))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, MutableMapping
+from typing import Any
 
-if TYPE_CHECKING:
-    from fastapi import FastAPI
+from fastapi import FastAPI
 
-App = Callable[[MutableMapping[str, Any], Any, Any], Awaitable[None]]
+from ttt.serve.http.middleware import App, Receive, Scope, Send, route_of
 
 
 def require_packages() -> None:
@@ -54,7 +53,7 @@ class Traced:
     def __init__(self, app: App, *, tracer: Any) -> None:
         self.app, self.tracer = app, tracer
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         from opentelemetry.trace import SpanKind, StatusCode
@@ -79,7 +78,7 @@ class Traced:
             span.set_status(StatusCode.ERROR)
             raise
         finally:
-            route = getattr(scope.get("route"), "path", "other")
+            route = route_of(scope)
             span.set_attribute("http.route", route)
             span.update_name(f"{scope['method']} {route}")
             span.end()
