@@ -161,13 +161,17 @@ def test_gc_shortens_leases_of_a_clock_that_was_set_back(store, monkeypatch):
         store.put(lease, small_state(1))
 
 
+SHORT_LEASE = 0.002  # seconds: less than a write takes, so that most leases are taken over
+
+
 def fight(url, user, rounds, found):
     """Take the lease again and again and add one to the stored count; (token, version, count) of each write."""
     torch.set_num_threads(1)
     store = ttt.Store(url)
     written, stale = [], 0
+    seconds = SHORT_LEASE
     while len(written) < rounds:
-        lease = store.lease(user, seconds=0.002, wait=60)  # shorter than a write takes: most are taken over
+        lease = store.lease(user, seconds=seconds, wait=60)
         try:
             count = int(store.get(user).tensors["count"])
         except UnknownUser:
@@ -176,7 +180,9 @@ def fight(url, user, rounds, found):
             version = store.put(lease, {"count": torch.tensor(count + 1)})
         except StaleLease:
             stale += 1
+            seconds *= 2  # until a lease is longer than a write: on a slow disk the fighters would stop each other for ever
             continue
+        seconds = SHORT_LEASE
         written.append((lease.token, version, count + 1))
     found.put((written, stale))
 
