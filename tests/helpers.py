@@ -8,7 +8,7 @@ from ttt.ops.philox import choose_tokens
 from ttt.ops.rounding import stochastic_round_, trace_rounding_bits
 
 PLAIN = {
-    "rate": "constant", "lr": 5e-3, "clip": None, "burst": None, "ewc_lambda": 0.01,
+    "rate": "constant", "lr": 5e-3, "clip": None, "burst": None, "feedback": 0.0, "ewc_lambda": 0.01,
     "replay_rows": 4, "replay_beta": 0.3, "orthogonal": 0, "kronecker": 0,
 }  # fmt: skip
 

@@ -167,6 +167,9 @@ class TTTConfig(FlatSettings):
         burst: bound on the norm of the summed gradients of T tokens that are learnt at once, in units of sqrt(T) root
             mean squares; ordinary text has about 1 (`ttt.nn.rates`). None for no bound. Ignored unless ``rate`` is
             ``"decrease"`` or ``"rms"``.
+        feedback: kappa, how much smaller a layer's steps become while they undo each other, down to 1/20 of what they
+            would be (`ttt.nn.feedback`). 0 for no such feedback. Ignored unless ``rate`` is ``"decrease"`` or
+            ``"rms"``, and with users.
         momentum: mu, what the update of one token keeps of that before: a velocity that the commit carries (Titans,
             Behrouz et al. 2024; see `ttt.ops.momentum`). In the end a token moves the weights by 1 / (1 - mu) times
             its gradient, so choose ``lr`` smaller accordingly. 0 keeps no velocity.
@@ -197,6 +200,7 @@ class TTTConfig(FlatSettings):
     rate: str = "decrease"
     clip: float | None = 3.0
     burst: float | None = 1.2
+    feedback: float = 30.0
     momentum: float = 0.0
     protect: Sequence[Defence] = DEFAULT_PROTECTION
     per_user: LowRank | None = None
@@ -216,6 +220,7 @@ class TTTConfig(FlatSettings):
         for name in ("clip", "burst"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0.0, above=True, finite=True)
+        check_number("feedback", self.feedback, 0.0, finite=True)
         check_number("momentum", self.momentum, 0.0, 1.0, below=True)
         check_whole("replay_capacity", self.replay_capacity, 1, MOST_ROWS)
         check_number("head_mass", self.head_mass, 0.0, 0.5)
@@ -252,6 +257,11 @@ class TTTConfig(FlatSettings):
             raise ValueError(
                 "importance must be 'fisher' or 'mas' with users (SI needs a trace of each user), got 'si'"
             )
+
+    @property
+    def follows(self) -> bool:
+        """Whether layers with one set of weights have feedback (`ttt.nn.feedback`)."""
+        return self.feedback > 0 and self.lr > 0 and self.rate in ("decrease", "rms")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; each defence is a dictionary with its class's name under ``"defence"``."""

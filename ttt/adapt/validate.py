@@ -258,8 +258,10 @@ def _bounds(key: str, layer: Linear) -> tuple[float, float]:
         return 0.0, LARGEST_SQUARE
     if key == "trace":
         return (-LARGEST_SQUARE if layer.config.importance == "si" else 0.0), LARGEST_SQUARE
-    if key == "win_eta":
+    if key in ("win_eta", "win_weight"):
         return 0.0, torch.finfo(torch.float32).max
+    if key == "agreement":
+        return -1.0, 1.0
     return (0.0 if key == "importance" else -LARGEST), LARGEST
 
 

@@ -11,13 +11,14 @@ from ttt import ops
 from ttt.nn.autocast import autocast_dtype, full_precision, without_autocast
 from ttt.nn.base import captures
 from ttt.nn.cpu_binding import Binding, binding_of
+from ttt.nn.feedback import Latest
 from ttt.nn.graph_steps import WindowCounter
 from ttt.nn.rates import STREAM, count_, rates
 from ttt.nn.replay_rows import gather_replay_rows
 from ttt.nn.state import StatefulLinear
 from ttt.nn.update import Update
 from ttt.ops.arguments import CommitArguments
-from ttt.ops.gate import advance
+from ttt.ops.gate import advance, gated
 
 
 class _Capture(torch.autograd.Function):
@@ -96,6 +97,8 @@ class Linear(StatefulLinear):
                                             calibration and since; unless ``rate`` is "constant"
         ``importance_scale``  (1,)          float64: mean importance at the first calibration, the
                                             unit of Omega
+        ``agreement``,        (1,) float64  feedback (`ttt.nn.feedback`): a, and the weights of the
+        ``win_weight``        (C,)          window's rows; if ``feedback`` > 0
         ====================  ============  =======================================================
 
     Buffers that the configuration does not need are None.
@@ -183,16 +186,17 @@ class Linear(StatefulLinear):
             trace_delta = None if trace_delta is None else trace_delta[rows]
         x, delta = x.to(self.weight.dtype).contiguous(), delta.to(self.weight.dtype).contiguous()
         sum_dtype = self.win_eta.dtype
-        eta, each, moments = rates(
+        found = rates(
             x, delta, self.config, sum_dtype,
             before=None if self.moments is None else self.moments.sum(0),
             applied=self.applied if self.damps else None, share=self.share, limit=self.largest_step(),
+            latest=self.latest,
         )  # fmt: skip
-        finite = each.all()
+        finite = found.finite.all()
         if trace_delta is not None:
             trace_delta = trace_delta.to(self.weight.dtype).contiguous()
             finite = finite & torch.isfinite(torch.linalg.vector_norm(trace_delta, dtype=sum_dtype))
-        return Update(x, delta, eta, trace_delta, finite, moments)
+        return Update(x, delta, found.eta, trace_delta, finite, found.grown, found.weight, found.agreement)
 
     @full_precision
     def learn(self, update: Update, gate: Tensor | None = None) -> None:
@@ -213,6 +217,7 @@ class Linear(StatefulLinear):
             and (binding := binding_of(self)) is not None
             and (pending := binding.learn(update, self._pending)) is not None
         ):
+            self._follow(update, self._pending)
             self._pending = pending
         else:
             self.check_update(update, gate)
@@ -269,11 +274,14 @@ class Linear(StatefulLinear):
             ops.window_append(
                 self.win_x, self.win_delta, self.win_eta, self.win_trace, x, delta, eta, trace_delta=traced, at=p
             )
+            self._follow(update, p)
             self._pending = p + count
             if self._pending == c:
                 self.flush()
             return
+        weight = update.weight
         if p:
+            weight = None if weight is None else torch.cat([self.win_weight[:p], weight])
             x = torch.cat([self.win_x[:p], x])
             delta = torch.cat([self.win_delta[:p], delta])
             eta = torch.cat([self.win_eta[:p], eta])
@@ -281,6 +289,8 @@ class Linear(StatefulLinear):
         self._commit(x, delta, eta, traced)
         self.tokens.add_(len(eta))
         self._empty_window()
+        self._keep_latest(x, delta, weight)
+        self._set_agreement(update.agreement)
 
     @torch.no_grad()
     def _learn_step(self, update: Update, gate: Tensor | None, counter: WindowCounter) -> None:
@@ -290,12 +300,56 @@ class Linear(StatefulLinear):
         if not counter.capacity:
             self._commit(x, delta, update.eta, self._trace_gradients(update), gate)
             advance(self.tokens, counter.rows, gate)
+            self._keep_latest(x, delta, update.weight, gate)
+            self._set_agreement(update.agreement, gate)
             return
+        self._follow(update, counter.next_row, gate)
         self._commit(*self._window_rows(counter.capacity), counter.full if gate is None else counter.full * gate)
         ops.window_append(
             self.win_x, self.win_delta, self.win_eta, self.win_trace, x, delta, update.eta,
             trace_delta=self._trace_gradients(update), counters=counter.counters, tokens=self.tokens, gate=gate,
         )  # fmt: skip
+
+    # -- feedback (`ttt.nn.feedback`) -------------------------------------------------------------------------
+    # The rows of the window hold the latest C tokens: a commit sets their steps to 0, and leaves x and delta.
+
+    @property
+    def latest(self) -> Latest | None:
+        """The latest update (live buffers); None if the configuration has no feedback."""
+        if self.win_weight is None:
+            return None
+        return Latest(self.win_x, self.win_delta, self.win_weight, self.agreement)
+
+    @torch.no_grad()
+    def _follow(self, update: Update, at: int | Tensor, gate: Tensor | None = None) -> None:
+        """Keep the weights of ``update``, whose rows are those of the window from row ``at`` on, and its ``agreement``.
+
+        Args:
+            at: () int64 on the device for a capturable layer.
+        """
+        if self.win_weight is None:
+            return
+        weight = torch.zeros_like(update.eta) if update.weight is None else update.weight
+        if isinstance(at, Tensor):
+            rows = at + torch.arange(len(weight), device=weight.device)
+            self.win_weight.index_copy_(0, rows, gated(gate, weight, self.win_weight[rows]))
+        else:
+            self.win_weight[at : at + len(weight)] = weight
+        self._set_agreement(update.agreement, gate)
+
+    @torch.no_grad()
+    def _keep_latest(self, x: Tensor, delta: Tensor, weight: Tensor | None, gate: Tensor | None = None) -> None:
+        """Keep the last of the rows ``x`` (T, n) and ``delta`` (T, m), which were committed without the window."""
+        if self.win_weight is None:
+            return
+        weight = self.win_weight.new_zeros(len(x)) if weight is None else weight
+        kept = min(len(x), len(self.win_weight))
+        for live, rows in ((self.win_x, x), (self.win_delta, delta), (self.win_weight, weight)):
+            live[:kept] = gated(gate, rows[len(rows) - kept :], live[:kept])
+
+    def _set_agreement(self, agreement: Tensor | None, gate: Tensor | None = None) -> None:
+        if agreement is not None and self.agreement is not None:
+            self.agreement.copy_(gated(gate, agreement, self.agreement))
 
     @torch.no_grad()
     @full_precision
@@ -310,6 +364,9 @@ class Linear(StatefulLinear):
             self._commit(*self._window_rows(count))
             self.tokens.add_(count)
             self._empty_window()
+            if self.win_weight is not None:  # the next rows are to replace the oldest
+                for rows in (self.win_x, self.win_delta, self.win_weight):
+                    rows.copy_(rows.roll(-count, 0))
 
     def _window_rows(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The first ``count`` rows of the window: the arguments of `_commit`."""

@@ -36,6 +36,8 @@ Where the left side is larger, all T steps are multiplied by the ratio of the ri
 Pascanu et al. 2013). In ordinary text the two sides are about equal for burst = 1, so that a ``burst`` a little above 1
 rarely acts on it. The means do not change. With T = 1 the bound is one on a single token's gradient, as ``clip`` is.
 
+**Feedback.** Last, the steps are multiplied by a factor that follows whether earlier ones helped (`ttt.nn.feedback`).
+
 **Users.** In a batch of several users, a token's means are over three kinds of tokens: those of calibration, those that
 its user has learnt before, and its user's tokens in the batch up to and including itself. The bound of ``burst`` holds
 for each user, with the sum over that user's tokens and T their number.
@@ -50,6 +52,7 @@ import torch
 from torch import Tensor
 
 from ttt.config import TTTConfig
+from ttt.nn.feedback import Latest, factor, next_agreement
 
 CALIBRATED, STREAM = 0, 1
 """Rows of a layer's ``moments``: sums over the tokens of calibration, and over those learnt since."""
@@ -66,11 +69,15 @@ class Rates(NamedTuple):
         eta: (T,), the steps.
         finite: (T,) bool, whether a token can be learnt from.
         grown: (3,) float64, (S, 3) with users: what the tokens add to the moments. None if ``rate`` is "constant".
+        weight: (T,), the steps in units of a typical token's, as `ttt.nn.feedback` defines them; None without feedback.
+        agreement: (1,) float64, from which the feedback's factor in ``eta`` was made; likewise.
     """
 
     eta: Tensor
     finite: Tensor
     grown: Tensor | None
+    weight: Tensor | None = None
+    agreement: Tensor | None = None
 
 
 class Sizes(NamedTuple):
@@ -116,6 +123,7 @@ def rates(
     applied: Callable[[Tensor, Tensor], Rows] | None = None,
     share: float = 1.0,
     limit: float | None = None,
+    latest: Latest | None = None,
 ) -> Rates:
     """The steps of T tokens. Nothing is written, and the host waits for the device only if there are ``users``.
 
@@ -132,6 +140,7 @@ def rates(
             norms are then used; None: ``x`` and ``delta`` themselves. These decide whether a token is finite.
         share: of this layer in the decrease, if ``config.rate`` is "decrease".
         limit: the largest norm of one token's update; None for no limit.
+        latest: the layer's latest update, for `ttt.nn.feedback`; None for no feedback. Not with ``users``.
     """
     given = changed = (x, delta)
     sizes = token_sizes(x, delta, given, config.rate, wide)
@@ -159,18 +168,23 @@ def rates(
     eta = torch.where(scale > 0, unit / scale, 0.0).to(norm.dtype)
     bound = config.clip if config.clip is None or config.rate == "energy" else config.clip * scale
     eta = _clipped(eta, norm, bound)
-    if config.burst is not None and config.rate != "energy" and config.lr > 0:
-        # For "rms" both factors of a gradient are those of the update.
-        rows = changed if config.rate == "rms" else given
-        weight = torch.where(root > 0, eta / unit, 0.0).to(norm.dtype)
-        size = _sizes(rows, changed, sizes, weight, users)
-        eta = torch.where(size > config.burst, eta * (config.burst / size), eta)
+    # For "rms" both factors of a gradient are those of the update.
+    rows = changed if config.rate == "rms" else given
+    relative = torch.where(root > 0, eta / unit, 0.0).to(norm.dtype) if config.rate != "energy" and config.lr > 0 else None
+    if config.burst is not None and relative is not None:
+        size = _sizes(rows, changed, sizes, relative, users)
+        shrunk = torch.where(size > config.burst, config.burst / size, 1.0)
+        eta, relative = eta * shrunk, relative * shrunk
+    agreement = None
+    if latest is not None and relative is not None:
+        agreement = next_agreement(latest, *rows, relative)
+        eta = eta * factor(agreement, config.feedback).to(eta.dtype)
     if limit is not None:
         if changed is not given:  # the norms of the update's rows, which are not the sizes of "decrease"
             norm = torch.stack([torch.linalg.vector_norm(rows, dim=1, dtype=wide) for rows in changed]).prod(0)
         eta = _clipped(eta, eta * norm, limit)
     # Steps of inputs close to 0 may overflow.
-    return Rates(eta, finite & torch.isfinite(eta), grown)
+    return Rates(eta, finite & torch.isfinite(eta), grown, None if agreement is None else relative, agreement)
 
 
 def _by_user(squares: Tensor, users: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ from ttt.checks import check_dense, check_type
 from ttt.config import TTTConfig
 from ttt.nn.base import Adapted, Layout
 from ttt.nn.directions import count_directions
+from ttt.nn.feedback import BUFFERS as FEEDBACK
 from ttt.nn.gaussian import FIELDS, PAST, PRESENT, Gaussian, buffer_layout
 from ttt.nn.graph_steps import WindowCounter, check_capturable, forbid_capture
 from ttt.nn.kronecker import MOMENTS, layout
@@ -51,6 +52,8 @@ class StatefulLinear(Adapted):
     output_sums: Tensor
     past_mean: Tensor
     moments: Tensor
+    agreement: Tensor
+    win_weight: Tensor
     # Counters:
     recent_seen: Tensor
     step: Tensor
@@ -102,6 +105,8 @@ class StatefulLinear(Adapted):
             "tokens": counter,
             "moments": None if config.rate == "constant" else ((2, 3), torch.float64),
             "importance_scale": ((1,), torch.float64),
+            "agreement": ((1,), torch.float64) if config.follows else None,
+            "win_weight": ((c,), sum_dtype) if config.follows else None,
         }
 
     def _build(self, config: TTTConfig, name: str) -> None:
@@ -275,7 +280,7 @@ class StatefulLinear(Adapted):
     def _forget(self) -> None:
         """Empty the window, the trace and all counters of what was learnt."""
         # Zeroed, not only marked empty: what a user said must not stay in memory.
-        learnt = ("trace", "momentum", "recent", "recent_delta", "recent_seen", "step", "tokens", *PRESENT)
+        learnt = ("trace", "momentum", "recent", "recent_delta", "recent_seen", "step", "tokens", *PRESENT, *FEEDBACK)
         for name in ("win_x", "win_delta", "win_eta", "win_trace", *learnt):
             if (b := getattr(self, name)) is not None:
                 b.zero_()

@@ -21,6 +21,8 @@ class Update:
         trace_delta: (T, m), the gradients that the trace uses (MAS); None: ``delta``.
         finite: () bool, whether all of it can be learnt from.
         moments: (3,) float64, what the rows add to the layer's ``moments``; None if ``rate`` is "constant".
+        weight: (T,), of the dtype of ``eta``: the rows' ``win_weight``; None without feedback (`ttt.nn.feedback`).
+        agreement: (1,) float64, the layer's ``agreement`` once the rows are learnt; likewise.
     """
 
     x: Tensor
@@ -29,6 +31,8 @@ class Update:
     trace_delta: Tensor | None
     finite: Tensor
     moments: Tensor | None = None
+    weight: Tensor | None = None
+    agreement: Tensor | None = None
 
     def check_fits(self, weight: Tensor, sum_dtype: torch.dtype) -> None:
         """Check shapes, dtypes, devices and strides against a layer's ``weight`` (m, n) and the dtype of its steps.
@@ -44,3 +48,7 @@ class Update:
             _need("trace_delta", self.trace_delta, (rows, m), dtype, weight)
         if self.moments is not None:
             _need("moments", self.moments, (3,), (torch.float64,), weight)
+        if self.weight is not None:
+            _need("weight", self.weight, (rows,), (sum_dtype,), weight)
+        if self.agreement is not None:
+            _need("agreement", self.agreement, (1,), (torch.float64,), weight)

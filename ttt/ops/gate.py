@@ -10,6 +10,11 @@ def closed(gate: torch.Tensor | None) -> bool:
     return gate is not None and int(gate) == 0
 
 
+def gated(gate: torch.Tensor | None, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """``new``; ``old`` if ``gate`` holds 0. The host does not wait for the device."""
+    return new if gate is None else torch.where(gate != 0, new, old)
+
+
 def advance(counter: torch.Tensor, by: int, gate: torch.Tensor | None) -> None:
     """counter <- counter + by, unless ``gate`` holds 0. The host does not wait for the device."""
     if gate is None:

@@ -68,7 +68,7 @@ def _options(config: ttt.TTTConfig) -> Options:
 
 
 # All settings of the step are named: with other defaults of the package these methods stay what they are.
-_plain = functools.partial(dataclasses.replace, CONFIG, rate="rms", clip=3.0, burst=1.2)
+_plain = functools.partial(dataclasses.replace, CONFIG, rate="rms", clip=3.0, burst=1.2, feedback=0.0)
 
 METHODS: dict[str, LanguageMethod] = {
     "frozen": LanguageMethod("frozen", "reference", {}, _frozen, hard=True),
