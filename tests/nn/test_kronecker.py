@@ -205,7 +205,9 @@ def captured_by(learner, batches):
     with Capturing(layers) as capturing, torch.enable_grad():
         for ids in batches:
             logits = model(input_ids=ids).logits.float().flatten(0, 1)
-            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
+            sums = logits.detach().double().softmax(-1).cumsum(-1)
+            drawn = torch.rand((len(sums), 1), dtype=torch.float64, generator=generator)
+            labels = (sums <= drawn * sums[:, -1:]).sum(1)
             torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
             for lists, pairs in zip(found, capturing.renew(), strict=True):
                 for x, delta in pairs:
