@@ -137,7 +137,11 @@ class KnownBlocks:
             record("study", "head" if every else "upper blocks")
         else:
             record("study", "all blocks", f"there are more than {_LIMIT >> 20} MB of hidden states" if full else "")
-        with self._given(ids, lengths, every) if known else self._keeping(ids, lengths, every):
+        with contextlib.ExitStack() as stack:
+            if known:
+                stack.enter_context(self._given(ids, lengths, every))
+            for each in () if known else {every, False}:  # all blocks run: the lower ones, too
+                stack.enter_context(self._keeping(ids, lengths, each))
             yield
 
     def _first(self, every: bool) -> list[nn.Module]:
