@@ -45,6 +45,14 @@ def test_log_probabilities_are_those_of_a_forward_pass_for_each_continuation():
     assert sizes == [1, 2]
 
 
+def test_no_logits_of_the_prompt_are_computed_but_the_last(monkeypatch):
+    model, sizes = tiny(), []
+    head = type(model.lm_head).forward
+    monkeypatch.setattr(model.lm_head, "forward", lambda x: sizes.append(tuple(x.shape[:2])) or head(model.lm_head, x))
+    log_probabilities(model, [5] * 20, [[7, 8], [9]])
+    assert sizes == [(1, 1), (2, 2)]
+
+
 def test_the_right_value_has_the_rank_of_its_probability():
     model, template = tiny(), Template(Letters())
     values = tuple("".join(chr(97 + int(i)) for i in torch.randint(26, (n,))) for n in (1, 4, 2, 6, 3))

@@ -104,7 +104,7 @@ def test_running_the_top_blocks_again_equals_running_all_of_them(padded, monkeyp
     options = {"attention_mask": mask if padded else None}
     made, state = spans(model, learner, ids, 14, 4, **options)
     assert made.learned == 1 + 4  # the prompt, three spans of four and one of two
-    monkeypatch.setattr("ttt.learn.output_learning._blocks_of", lambda learner: (None, 0, "for the test"))
+    monkeypatch.setattr("ttt.learn.output_learning.blocks_of", lambda *args: (None, 0, "for the test"))
     before = ways()
     again, other = spans(twin, ttt.Learner(twin), ids, 14, 4, **options)
     assert ways()["whole model again", "for the test"] == before.get(("whole model again", "for the test"), 0) + 4

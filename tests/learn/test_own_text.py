@@ -36,8 +36,9 @@ def test_text_is_drawn_from_the_models_own_distribution():
     ids = torch.full((SEQUENCES, 1), model.config.bos_token_id)
     with torch.no_grad():
         while ids.shape[1] < 40:
-            chances = model(input_ids=ids).logits[:, -1].double().softmax(-1)
-            ids = torch.cat([ids, torch.multinomial(chances.float(), 1, generator=generator)], 1)
+            sums = model(input_ids=ids).logits[:, -1].double().softmax(-1).cumsum(-1)
+            drawn = torch.rand((SEQUENCES, 1), dtype=torch.float64, generator=generator)
+            ids = torch.cat([ids, (sums <= drawn * sums[:, -1:]).sum(1, keepdim=True)], 1)
     assert torch.equal(torch.cat(batches), ids)
     assert not torch.equal(batches[1], batches[0])
     assert next(own_text(model, context=1000, seed=3)).shape == (4, LENGTH)

@@ -1,46 +1,18 @@
-"""Study and its log: one step against autograd and torch's Adam, isolation, undoing, and what is kept of a text."""
+"""Study: one step against autograd and torch's Adam, isolation, undoing, and studies that end early."""
 
 import contextlib
 import copy
 
 import pytest
 import torch
-from tiny_models import TARGETS, VOCAB, assert_same, tiny
+from studying import flat, learner_of, mean_loss, told, words
+from tiny_models import VOCAB, assert_same
 from torch import nn
 
 import ttt
 from ttt.learn import study as study_module
 from ttt.learn.episodes import Episode
 from ttt.learn.rehearsal import divergence
-
-
-def words(rows, length, seed=None):
-    generator = torch.Generator().manual_seed(torch.seed() % 2**31 if seed is None else seed)
-    return torch.randint(1, VOCAB, (rows, length), generator=generator)
-
-
-def learner_of(users=None, dtype=torch.float32, lr=0.0, log=None, family="llama", context=None, **options):
-    config = ttt.TTTConfig(
-        TARGETS[family], layers="last:0.5", lr=lr, protect=[ttt.KroneckerFisher(directions=3)], window=8, chunk=8,
-        per_user=None if users is None else ttt.LowRank(slots=users, rank=40, window=8), **options,
-    )  # fmt: skip
-    learner = ttt.Learner(ttt.adapt_(tiny(family).to(dtype), config), context=context, episodes=log or ttt.EpisodeLog())
-    learner.calibrate([words(2, 24)])
-    return learner
-
-
-def told(learner, ids, learn, user="ada"):
-    if learner.pool is not None:
-        learner.pool.open(user)
-    learner.episodes.keep(*_text(ids, learn, learner.pool and [user] * len(ids)))
-
-
-def _text(ids, learn, users):
-    from ttt.learn.loop import ObserveOutput
-    from ttt.learn.text import Text
-
-    nothing = torch.zeros((len(ids), ids.shape[1] - 1))
-    return Text.of(ids, None, learn), users, ObserveOutput(nothing, nothing.bool(), 0, 0)
 
 
 def projections(layer):
@@ -88,18 +60,6 @@ def by_autograd(model, layers, episodes, passes, lr, rehearse, texts):
             unit = lr * layer.weight.double().square().mean().sqrt()
             weight.data.copy_(before + unit * (outputs @ (weight.data - before) @ inputs))
     return [w.detach() for w in weights], losses, moved
-
-
-@torch.no_grad()
-def mean_loss(learner, user):
-    """Nats per learnt token of all episodes of ``user``, by plain forward passes."""
-    total, count = 0.0, 0
-    for episode in learner.episodes.of(user):
-        with contextlib.nullcontext() if user is None else ttt.users(learner.model, [user]):
-            logits = learner.model(input_ids=episode.ids[None, :-1], use_cache=False).logits[0].double()
-        each = nn.functional.cross_entropy(logits, episode.ids[1:], reduction="none")
-        total, count = total + float(each[episode.learn[1:]].sum()), count + int(episode.learn[1:].sum())
-    return total / count
 
 
 @pytest.mark.parametrize("rehearse", [0.0, 30.0])
@@ -196,11 +156,11 @@ def test_text_that_was_undone_between_two_steps_does_not_come_back(users):
     else:
         learner.rollback(before)
     learner.observe(ids.flip(1), users=named)  # as many tokens
-    state = _flat(copy.deepcopy(learner.snapshot() if users is None else learner.pool.export("ada")))
+    state = flat(copy.deepcopy(learner.snapshot() if users is None else learner.pool.export("ada")))
     with pytest.raises(RuntimeError, match="between two steps of a study"):
         for _ in steps:
             pass
-    assert_same(state, _flat(learner.snapshot() if users is None else learner.pool.export("ada")))
+    assert_same(state, flat(learner.snapshot() if users is None else learner.pool.export("ada")))
     assert not any(episode.studied for episode in learner.episodes.of(user))
 
 
@@ -280,126 +240,6 @@ def test_one_users_study_changes_no_bit_of_anything_else():
     assert all(torch.equal(redone[key], studied[key]) for key in studied)
 
 
-def test_what_a_user_said_travels_with_their_state_and_goes_with_it():
-    learner = learner_of(2)
-    ids = words(1, 20)
-    told(learner, ids, torch.ones_like(ids, dtype=torch.bool), "ada")
-    state = learner.pool.export("ada")
-    other = learner_of(2)
-    other.pool.load("ada", state)
-    assert [
-        torch.equal(a.ids, b.ids) for a, b in zip(other.episodes.of("ada"), learner.episodes.of("ada"), strict=True)
-    ]
-    kept = {}
-    other.pool.on_evict = kept.__setitem__
-    for user in ("bob", "eve"):
-        other.pool.open(user)
-    assert not other.episodes.of("ada")
-    assert torch.equal(kept["ada"]["episodes.ids"], state["episodes.ids"])
-    learner.pool.forget("ada")
-    assert not learner.episodes.of("ada")
-    assert "ada" not in learner.episodes._held
-    wrong = {**state, "episodes.lengths": state["episodes.lengths"] + 1}
-    with pytest.raises(ValueError, match=r"episodes\.lengths must add up"):
-        learner.pool.load("ada", wrong)
-    assert not learner.episodes.of("ada")
-    assert "ada" not in learner.pool.users
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("ids", lambda t: -t), ("ids", lambda t: t.float()), ("ids", lambda t: t[None]), ("learn", lambda t: ~t),
-        ("learn", lambda t: t[1:]), ("lengths", lambda t: t[:0]), ("lengths", lambda t: t * 0),
-        ("learn", lambda t: t & False),
-        ("studied", lambda t: t.long()), ("studied", lambda t: torch.cat([t, t])), ("ids", lambda t: t.numpy()),
-    ],
-)  # fmt: skip
-def test_forged_episodes_are_refused_by_name(name, value):
-    log = ttt.EpisodeLog()
-    log.add("ada", words(1, 9)[0], torch.ones(9, dtype=torch.bool))
-    state = log.export("ada")
-    log.check_state(state)
-    with pytest.raises((ValueError, TypeError), match="episodes"):
-        log.check_state({**state, name: value(state[name])})
-    with pytest.raises(ValueError, match="episodes needs the tensors"):
-        log.check_state({key: t for key, t in state.items() if key != name})
-
-
-def test_every_learnt_token_is_kept_once_with_the_tokens_before_it():
-    log = ttt.EpisodeLog(tokens=10_000, length=12, before=3)
-    for _ in range(20):
-        length = int(torch.randint(2, 60, ()))
-        ids = torch.arange(length) + 1000  # a token tells its place
-        learn = torch.rand(length) < 0.7
-        log.add("ada", ids, learn)
-        found = log.of("ada")
-        places = torch.cat([e.ids[e.learn] for e in found] or [ids[:0]]) - 1000
-        assert places.tolist() == learn[1:].nonzero()[:, 0].add(1).tolist()
-        for episode in found:
-            assert len(episode.ids) <= 12
-            assert torch.equal(episode.ids, torch.arange(int(episode.ids[0]), int(episode.ids[-1]) + 1))
-            first = int(episode.learn.nonzero()[0])
-            assert first == min(3, int(episode.ids[first]) - 1000)
-            assert not bool(episode.learn[:first].any())
-        log.forget("ada")
-
-
-def test_the_oldest_episodes_are_dropped():
-    log = ttt.EpisodeLog(tokens=30, length=10, before=1)
-    for at in range(9):
-        log.add("ada", torch.full((8,), at), torch.ones(8, dtype=torch.bool))
-    assert [int(e.ids[0]) for e in log.of("ada")] == [6, 7, 8]
-    log.add("bob", torch.zeros(5, dtype=torch.int64), torch.zeros(5, dtype=torch.bool))
-    assert "bob" not in log._held
-
-
-def test_observe_keeps_what_was_learnt_and_nothing_else():
-    learner = learner_of(2, lr=0.05)
-    ids, attend, learn = words(3, 20), torch.ones((3, 20)).long(), torch.zeros((3, 20)).long()
-    attend[0, :4] = 0
-    learn[0, 6:9] = learn[1, 5:] = learn[2, 5:] = 1
-    learner.observe(ids, attention_mask=attend, learn_mask=learn, users=["ada", "bob", None])
-    (ada,), (bob,) = learner.episodes.of("ada"), learner.episodes.of("bob")
-    assert torch.equal(ada.ids[ada.learn], ids[0, 6:9])
-    assert torch.equal(ada.ids, ids[0, 4:9])  # no padding
-    assert torch.equal(bob.ids[bob.learn], ids[1, 5:])
-    assert not learner.episodes.of(None)
-    learner.observe(ids, learn=False, users=["ada", "bob", None])
-    assert len(learner.episodes.of("ada")) == 1
-
-
-@pytest.mark.parametrize("users", [None, 1])
-def test_the_token_after_a_gap_was_not_learnt_and_is_not_studied(users):
-    learner = learner_of(users, lr=0.05)
-    ids = words(1, 12)
-    attend = torch.ones((1, 12), dtype=torch.bool)
-    attend[0, 5:7] = False
-    seen = learner.observe(ids, attention_mask=attend, users=users and ["ada"])
-    kept = learner.episodes.of(users and "ada")
-    assert sum(int(episode.learn.sum()) for episode in kept) == int(seen.mask.sum()) == 8
-    learnt = [int(t) for e in kept for t, is_learnt in zip(e.ids, e.learn, strict=True) if is_learnt]
-    assert learnt == ids[0, 1:5].tolist() + ids[0, 8:].tolist()
-
-
-def test_rejected_text_is_not_kept(monkeypatch):
-    learner = learner_of(lr=0.05)
-    with torch.no_grad():
-        learner.model.get_input_embeddings().weight[3] = float("nan")
-    ids = words(1, 20)
-    ids[0, 10] = 3
-    assert learner.observe(ids).rejected
-    assert not learner.episodes.of()
-
-
-def _flat(held):
-    """The tensors of a snapshot or of a user's state, by name."""
-    if isinstance(held, dict):
-        return held
-    layers = {f"{at}.{key}": t for at, layer in enumerate(held.layers) for key, t in layer.items()}
-    return layers | held.episodes
-
-
 @pytest.mark.parametrize("users", [None, 1])
 @pytest.mark.parametrize("fault", ["interrupt", "nan", "diverged"])
 def test_a_study_that_ends_early_changes_nothing(users, fault, monkeypatch):
@@ -429,7 +269,7 @@ def test_a_study_that_ends_early_changes_nothing(users, fault, monkeypatch):
     with expected:
         learner.study(user, **options)
     after = learner.snapshot() if users is None else learner.pool.export("ada")
-    assert_same(_flat(before), _flat(after))
+    assert_same(flat(before), flat(after))
     assert not any(layer._forward_hooks for layer in learner.access.layers)
 
 
@@ -529,7 +369,7 @@ def test_what_the_last_step_does_is_measured_before_it_is_written(users):
     before = learner.snapshot() if users is None else learner.pool.export("ada")
     with pytest.raises((FloatingPointError, ValueError), match=r"nothing was changed|finite"):
         learner.study(user, passes=1, lr=1e6)
-    assert_same(_flat(before), _flat(learner.snapshot() if users is None else learner.pool.export("ada")))
+    assert_same(flat(before), flat(learner.snapshot() if users is None else learner.pool.export("ada")))
 
 
 def test_the_loss_after_a_study_counts_what_the_truncation_drops():
@@ -564,33 +404,3 @@ def test_tokens_of_another_vocabulary_and_of_a_longer_context_are_refused():
     learner.context = 20
     with pytest.raises(ValueError, match="an episode of 40 tokens, but the learner's context is 20"):
         learner.study("ada")
-
-
-def test_a_log_is_refused_where_it_could_not_be_kept():
-    learner = learner_of()
-    known = [words(2, 20)]
-    with pytest.raises(ValueError, match="guard and episodes exclude each other"):
-        ttt.Learner(learner.model, guard=ttt.Guard(known), episodes=ttt.EpisodeLog())
-    with pytest.raises(ValueError, match="learner must have no log of episodes"):
-        ttt.GrowingLearner(learner)
-    with pytest.raises(ValueError, match="learner must have no log of episodes"):
-        ttt.GraphedLearner(learner, batch=1)
-    users = learner_of(1)
-    with pytest.raises(ValueError, match=r"episodes must be the log that the model's users have already"):
-        ttt.Learner(users.model, episodes=ttt.EpisodeLog())
-    assert ttt.Learner(users.model, episodes=users.episodes).pool.episodes is users.episodes
-    told(users, words(1, 9), torch.ones((1, 9), dtype=torch.bool))
-    plain = ttt.Learner(ttt.adapt_(tiny(), users.config))
-    with pytest.raises(ValueError, match=r"ttt\.EpisodeLog\(\)"):
-        plain.pool.load("ada", users.pool.export("ada"))
-    for ids, learn in [(words(1, 4)[0], torch.ones(6).bool()), (torch.rand(4), torch.ones(4).bool())]:
-        with pytest.raises(ValueError, match="ids and learn must be"):
-            learner.episodes.add(None, ids, learn)
-
-
-def test_a_snapshot_without_a_log_leaves_the_log_alone():
-    learner = learner_of(lr=0.05)
-    snapshot = ttt.Learner(learner.model).snapshot()
-    learner.observe(words(1, 20))
-    learner.rollback(snapshot)
-    assert learner.episodes.of()

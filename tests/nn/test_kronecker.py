@@ -11,7 +11,7 @@ from tiny_models import TARGETS, assert_same, ids_of, state_of, tiny
 import ttt
 from ttt.adapt.convert import learning_layers
 from ttt.nn import Capturing, Linear, LowRankLinear
-from ttt.nn.kronecker import MOMENTS, SIDES, second_moment, soft_directions, with_rows
+from ttt.nn.kronecker import MOMENTS, SIDES, _SecondMoment, second_moment, soft_directions, with_rows
 from ttt.nn.rates import CALIBRATED
 
 SOFT = {"protect": [ttt.KroneckerFisher(4)], "replay_capacity": 64}
@@ -62,6 +62,25 @@ def test_leading_directions_survive_a_sketch_of_twice_their_number():
     found = torch.eye(48, dtype=torch.float64) - u.T @ u
     assert float(torch.linalg.matrix_norm(found - exact, 2)) < 0.05
     assert float(moment.factor.square().sum() + moment.moments[1]) == pytest.approx(float(rows.square().sum()))
+
+
+@pytest.mark.parametrize(("n", "kept", "tolerance"), [(1, 1, 1e-9), (48, 16, 1e-9), (544, 16, 1e-9), (545, 16, 0.2)])
+def test_a_calibration_finds_the_directions_of_all_rows(n, kept, tolerance):
+    """Exactly for sides of up to 2 (16 + 256) numbers; beyond, rows are joined with what was kept of those before."""
+    rows = skewed(1500, n)
+    moment = _SecondMoment(kept, n, rows.device)
+    for part in rows.split((400, 0, 1100)):
+        moment.add(part)
+    held = moment.result()
+    values, vectors = torch.linalg.eigh(rows.T @ rows)
+    top = vectors[:, -kept:].flip(1)
+    assert held.factor.shape == (kept, n)
+    torch.testing.assert_close(held.factor.square().sum(1), values[-kept:].flip(0), rtol=tolerance, atol=0)
+    units = torch.nn.functional.normalize(held.factor)
+    half = max(1, kept // 2)  # those that are used
+    assert float((units[:half] - units[:half] @ top @ top.T).norm(dim=1).max()) < tolerance**0.5
+    assert float(held.moments[0]) == 1500
+    assert float(held.factor.square().sum() + held.moments[1]) == pytest.approx(float(rows.square().sum()))
 
 
 def test_rows_may_stand_for_more_and_no_rows_for_nothing():
@@ -205,7 +224,9 @@ def captured_by(learner, batches):
     with Capturing(layers) as capturing, torch.enable_grad():
         for ids in batches:
             logits = model(input_ids=ids).logits.float().flatten(0, 1)
-            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
+            sums = logits.detach().double().softmax(-1).cumsum(-1)
+            drawn = torch.rand((len(sums), 1), dtype=torch.float64, generator=generator)
+            labels = (sums <= drawn * sums[:, -1:]).sum(1)
             torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
             for lists, pairs in zip(found, capturing.renew(), strict=True):
                 for x, delta in pairs:

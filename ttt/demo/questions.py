@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -132,8 +133,9 @@ def log_probabilities(
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and longest > context:
         raise ValueError(f"prompt and continuation must fit into the context of {context} tokens, got {longest}")
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(model).forward).parameters else {}
     with answering(1):
-        out = model(input_ids=torch.tensor([prompt]), **cached(model, None))
+        out = model(input_ids=torch.tensor([prompt]), **last, **cached(model, None))
     first = out.logits[0, -1].float().log_softmax(-1)
     cache = copy.deepcopy(cache_of(out))
     cache.batch_repeat_interleave(len(continuations))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt.checks import check_bool, check_number, check_type, check_whole
+from ttt.learn.draw import draw_tokens
 from ttt.learn.huggingface import cache_of, cached, frozen, masked_inputs
 from ttt.learn.kept_cache import KeptCache
 from ttt.learn.loop import read
@@ -207,6 +208,6 @@ def _choose(logits: Tensor, options: GenerateOptions) -> Tensor:
     logits = logits.float() / options.temperature
     if options.top_k is not None and options.top_k < logits.shape[-1]:
         values, words = logits.topk(options.top_k, dim=-1)
-        drawn = torch.multinomial(values.softmax(-1), 1, generator=options.generator)
-        return words.gather(1, drawn)[:, 0]
-    return torch.multinomial(logits.softmax(-1), 1, generator=options.generator)[:, 0]
+        drawn = draw_tokens(values.softmax(-1), options.generator)
+        return words.gather(1, drawn.unsqueeze(1))[:, 0]
+    return draw_tokens(logits.softmax(-1), options.generator)

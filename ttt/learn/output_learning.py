@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ttt.learn.blocks import blocks_of
 from ttt.learn.head import FusedScores, Scored
 from ttt.learn.huggingface import cache_of, cached, detached, masked_inputs, swapped
 from ttt.learn.step import ScoredChunk, learn_from
@@ -47,7 +48,7 @@ class OutputLearning:
         self._wanted: list[Tensor] = []
         self._inputs: list[Tensor] = []  # of the lowest block: (B, 1, d) each
         self._extra: tuple | None = None  # what a block returns beside the hidden state
-        self._blocks, self._lowest, self.why = _blocks_of(learner)
+        self._blocks, self._lowest, self.why = blocks_of(learner.model, learner.layers, learner.head.head)
         self._old_cache: Any = None  # without the present span
         if not self.why and cache is not None:
             self.why = _uncroppable(cache)
@@ -148,30 +149,6 @@ class OutputLearning:
             handle = self._blocks[self._lowest].register_forward_pre_hook(before, with_kwargs=True)
             stack.callback(handle.remove)
             yield
-
-
-def _blocks_of(learner: Learner) -> tuple[Any, int, str]:
-    """Find the blocks that learn: (the model's list of blocks, the index of the lowest, why they cannot run alone)."""
-    model, blocks, lowest = learner.model, None, 0
-    for name, module in model.named_modules():
-        if not any(module is layer for layer in learner.layers) or module is learner.head.head:
-            continue
-        parts = name.split(".")
-        for i in range(len(parts) - 1):
-            parent = model.get_submodule(".".join(parts[:i]))
-            if isinstance(parent, nn.ModuleList):
-                break
-        else:
-            return None, 0, f"{name} is in no list of blocks"
-        if blocks is not None and parent is not blocks:
-            return None, 0, f"{name} is in another list of blocks than other layers that learn"
-        lowest = int(parts[i]) if blocks is None else min(lowest, int(parts[i]))
-        blocks = parent
-    if blocks is None:
-        return None, 0, "only the output head learns"
-    if any("forward" in vars(block) or block._forward_hooks or block._forward_pre_hooks for block in blocks):
-        return None, 0, "the model's blocks have hooks"
-    return blocks, lowest, ""
 
 
 def _uncroppable(cache: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttt.learn.draw import draw_tokens
 from ttt.learn.huggingface import cache_of, cached
 from ttt.learn.loop import finish
 
@@ -98,7 +99,7 @@ def written_in_steps(model: Any, ids: Tensor, length: int, generator: torch.Gene
         cache, p = cache_of(out), out.logits[:, -1].float().softmax(-1)
         if not bool(torch.isfinite(p).all()):
             raise FloatingPointError("the model's logits are not finite, so that no text can be drawn from them")
-        step = torch.multinomial(p, 1, generator=generator)
+        step = draw_tokens(p, generator).unsqueeze(1)
         ids = torch.cat([ids, step], 1)
         yield
     return ids

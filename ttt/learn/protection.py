@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ttt import ops
+from ttt.learn.draw import draw_tokens
 from ttt.learn.huggingface import swapped
 from ttt.learn.text import check_tokens
 from ttt.nn import Capturing, Linear, LowRankLinear, Update
@@ -52,7 +53,7 @@ def calibration_losses(model: Any, batches: Iterable[Tensor], config: TTTConfig,
             continue
         if config.fisher == "true":
             logits = logits.flatten(0, 1)
-            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
+            labels = draw_tokens(logits.detach().softmax(-1), generator)
         else:
             logits, labels = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
         yield torch.nn.functional.cross_entropy(logits, labels, reduction="sum")

@@ -10,6 +10,9 @@ of Adam (Kingma & Ba, ICLR 2015) on the mean loss, within the soft projection of
 Beside what was said, each step reads some text that the model wrote itself, and is held to what the model predicted
 there before (`ttt.learn.rehearsal`): the change that a study makes is the one that disturbs the rest least.
 
+The blocks below the lowest learning layer compute the same in every pass, and for what the model predicted before all
+blocks do: they run once for each text (`ttt.learn.blocks`).
+
 The weights themselves are not touched before the end: the change is added to the outputs of the layers by hooks, in
 float32. So a study that is interrupted, or that diverges, leaves the model as it was, to the bit.
 """
@@ -30,6 +33,7 @@ from ttt.adapt.version import version
 from ttt.atomic import whole_write
 from ttt.checks import check_real, check_token_ids, check_whole
 from ttt.learn import rehearsal
+from ttt.learn.blocks import KnownBlocks
 from ttt.learn.episodes import Episode, EpisodeLog
 from ttt.learn.huggingface import frozen
 from ttt.nn import Capturing, Linear, LowRankLinear
@@ -171,6 +175,7 @@ class _Study:
         self.learner, self.log, self.user, self.options = learner, log, user, options
         self.changes: list[Change] = []
         self.moved: list[float] = []
+        self.blocks: KnownBlocks
         self._began_at: tuple[int, ...] = ()
 
     def steps(self) -> Generator[None, None, StudyOutput]:
@@ -182,7 +187,11 @@ class _Study:
             self._check_episodes(new)
             if not new:
                 return StudyOutput(0, [])
-            self.changes = [Change(layer) for layer in self.learner.access.layers]
+            layers = self.learner.access.layers
+            self.blocks = KnownBlocks(self.learner.model, layers, self.learner.head.head)
+            with self._reading(user, 1):
+                self.blocks.check(new[0].ids.to(next(self.learner.model.parameters()).device))
+            self.changes = [Change(layer) for layer in layers]
             self._began_at = self._position()
         texts = (yield from self._own_texts()) if self.options.rehearse else None
         losses = yield from self._learn(new, texts)
@@ -296,7 +305,7 @@ class _Study:
         """The summed loss of ``batch``; its projected gradient at each change is added to the tensor beside it."""
         layers, total = self.learner.access.layers, 0.0
         device = next(self.learner.model.parameters()).device
-        for ids, wanted in _parts(batch):
+        for ids, wanted, lengths in _parts(batch):
             ids, wanted = ids.to(device), wanted.to(device)[:, 1:]
             with contextlib.ExitStack() as stack:
                 stack.enter_context(self._using_model())
@@ -304,6 +313,7 @@ class _Study:
                 stack.enter_context(torch.set_grad_enabled(gradients is not None))
                 capturing = None if gradients is None else stack.enter_context(Capturing(layers))
                 head = stack.enter_context(self.learner.head)
+                stack.enter_context(self.blocks.reading(ids[:, :-1], [length - 1 for length in lengths]))
                 _, scores = head.run({"input_ids": ids[:, :-1], "use_cache": False}, ids[:, 1:])
                 total += float(scores.nll.detach()[wanted].sum(dtype=torch.float64))
                 if capturing is not None and gradients is not None:
@@ -318,17 +328,17 @@ class _Study:
 
         Its gradient, times ``rehearse``, is added to the tensor beside each change.
         """
-        model, layers, rows = self.learner.model, self.learner.access.layers, len(ids)
-        with self._using_model(changed=False), self._reading(self.user, rows), torch.no_grad():
-            before = model(input_ids=ids, use_cache=False).logits
-        with (
-            self._using_model(), self._reading(self.user, rows), torch.enable_grad(), Capturing(layers) as capturing,
-        ):  # fmt: skip
-            now = model(input_ids=ids, use_cache=False).logits
-            found, gradient = rehearsal.divergence(before, now.detach())
-            now.backward(gradient.mul_(self.options.rehearse))
-            for change, into, pairs in zip(self.changes, gradients, capturing.renew(), strict=True):
-                into += change.gradient(pairs)
+        model, layers, lengths = self.learner.model, self.learner.access.layers, [ids.shape[1]] * len(ids)
+        with self._using_model(changed=False), self._reading(self.user, len(ids)):
+            with torch.no_grad(), self.blocks.reading(ids, lengths, every=True):
+                before = model(input_ids=ids, use_cache=False).logits
+            with in_effect(self.changes), torch.enable_grad(), Capturing(layers) as capturing:
+                with self.blocks.reading(ids, lengths):
+                    now = model(input_ids=ids, use_cache=False).logits
+                found, gradient = rehearsal.divergence(before, now.detach())
+                now.backward(gradient.mul_(self.options.rehearse))
+                for change, into, pairs in zip(self.changes, gradients, capturing.renew(), strict=True):
+                    into += change.gradient(pairs)
         yield
         return found
 
@@ -348,8 +358,12 @@ class _Study:
                 self.log.mark_studied(self.user)
 
 
-def _parts(batch: Sequence[Episode]) -> Iterator[tuple[Tensor, Tensor]]:
-    """``batch`` in parts of at most `_TOKENS` tokens: (B, T) int64 tokens, and (B, T) bool, those that are learnt."""
+def _parts(batch: Sequence[Episode]) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+    """``batch`` in parts of at most `_TOKENS` tokens.
+
+    Yields:
+        (B, T) int64 tokens; (B, T) bool, those that are learnt; and the lengths of the rows, without padding.
+    """
     batch = sorted(batch, key=lambda episode: len(episode.ids))
     while batch:
         # Longest last, so that the width of a part is that of its last episode.
@@ -360,7 +374,7 @@ def _parts(batch: Sequence[Episode]) -> Iterator[tuple[Tensor, Tensor]]:
         wanted = torch.zeros((size, width), dtype=torch.bool)
         for row, episode in enumerate(part):  # padding comes after all tokens that count, which do not see it
             ids[row, : len(episode.ids)], wanted[row, : len(episode.ids)] = episode.ids, episode.learn
-        yield ids, wanted
+        yield ids, wanted, [len(episode.ids) for episode in part]
 
 
 def _tokens(episodes: Sequence[Episode]) -> int:

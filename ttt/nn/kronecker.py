@@ -36,6 +36,7 @@ SIDES = ("input", "output")
 MOMENTS = tuple(f"{side}_{what}" for side in SIDES for what in ("factor", "sums"))
 """Buffers of `ttt.nn.Linear` that hold A and B; see `layout`."""
 
+_ROWS = 256  # Rows that are joined with a second moment at a time.
 _SAMPLE = 1024  # Tokens of a calibration from which the scale of the step is measured.
 
 
@@ -54,10 +55,46 @@ def with_rows(moment: Gaussian, rows: Tensor, count: float | None = None) -> Gau
     if not len(rows):
         return moment
     each = (len(rows) if count is None else count) / len(rows)
-    for part in rows.double().split(256):
+    for part in rows.double().split(_ROWS):
         sums = torch.tensor([len(part) * each, 0], dtype=torch.float64, device=rows.device)
         moment = moment.joined(second_moment(part * each**0.5, sums))
     return moment
+
+
+class _SecondMoment:
+    """The second moment of the rows that a calibration sees at one side of a layer.
+
+    Args:
+        kept: number of directions that are kept.
+        size: n, of a row.
+    """
+
+    def __init__(self, kept: int, size: int, device: torch.device) -> None:
+        self.kept, self._count = kept, 0
+        zeros = torch.zeros(2, dtype=torch.float64, device=device)
+        self._joined = second_moment(torch.zeros((kept, size), dtype=torch.float64, device=device), zeros)
+        # To join rows takes the eigenvectors of a matrix of kept + _ROWS each time. Up to about twice that size, adding
+        # up the whole matrix, whose eigenvectors are needed once, is less work; and nothing is lost on the way.
+        self._whole = zeros.new_zeros((size, size)) if size <= 2 * (kept + _ROWS) else None
+
+    def add(self, rows: Tensor) -> None:
+        """Add ``rows`` (N, n)."""
+        if self._whole is None:
+            self._joined = with_rows(self._joined, rows)
+            return
+        rows = rows.double()
+        self._whole.addmm_(rows.T, rows)
+        self._count += len(rows)
+
+    def result(self) -> Gaussian:
+        """As `second_moment`."""
+        if self._whole is None:
+            return self._joined
+        values, vectors = torch.linalg.eigh(self._whole)
+        values.clamp_min_(0)
+        factor = vectors[:, -self.kept :].flip(1).T * values[-self.kept :].flip(0).sqrt().unsqueeze(1)
+        rest = values[: -self.kept].sum()
+        return second_moment(factor, torch.stack([rest.new_tensor(float(self._count)), rest]))
 
 
 def soft_directions(moment: Gaussian, count: int, power: float, damping: float) -> Tensor:
@@ -112,12 +149,8 @@ class Calibration:
     def __init__(self, layer: Adapted) -> None:
         self.layer = layer
         device, config = layer.weight.device, layer.config
-        self.moments = [
-            second_moment(
-                torch.zeros((_sketch_rows(config, size), size), dtype=torch.float64, device=device),
-                torch.zeros(2, dtype=torch.float64, device=device),
-            )
-            for size in (layer.in_features, layer.out_features)
+        self._moments = [
+            _SecondMoment(_sketch_rows(config, size), size, device) for size in (layer.in_features, layer.out_features)
         ]
         self.sample = [
             torch.zeros((_SAMPLE, size), dtype=layer.weight.dtype, device=device)
@@ -130,7 +163,7 @@ class Calibration:
         """Add tokens: inputs ``x`` (T, n) and gradients ``delta`` (T, m) of the weight's dtype."""
         before = self.seen.clone()
         for at, rows in enumerate((x, delta)):
-            self.moments[at] = with_rows(self.moments[at], rows)
+            self._moments[at].add(rows)
             self.seen.copy_(before)  # the same tokens are kept on both sides
             ops.reservoir_insert(self.sample[at], self.seen, rows.contiguous(), seed=self.layer.seed)
 
@@ -142,9 +175,9 @@ class Calibration:
             (3,) float64: the moments of `ttt.nn.rates` of all tokens, in which the soft projection is in effect,
             estimated from the sample; None if the configuration's rate is "constant".
         """
-        layer = self.layer
-        set_directions(layer, *self.moments)
-        for side, moment in zip(SIDES, self.moments, strict=True):
+        layer, moments = self.layer, [moment.result() for moment in self._moments]
+        set_directions(layer, *moments)
+        for side, moment in zip(SIDES, moments, strict=True):
             if getattr(layer, f"{side}_factor", None) is not None:
                 layer.unshare(f"{side}_factor", f"{side}_sums", copy=False)
                 getattr(layer, f"{side}_factor").copy_(moment.factor)

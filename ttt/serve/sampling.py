@@ -8,6 +8,8 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+from ttt.learn.draw import draw_tokens
+
 # A temperature below which only the most probable token is drawn: float32 may not hold the quotients.
 _COLDEST = 1e-5
 
@@ -80,7 +82,7 @@ def draw(logits: Tensor, sampling: Sampling, counts: Counter[int], generator: to
         kept = ordered.cumsum(-1) - ordered < sampling.top_p
         kept[0] = True  # float32 may round top_p to 0
         p = torch.zeros_like(p).scatter_(0, order, ordered * kept)
-    return int(torch.multinomial(p, 1, generator=generator))
+    return int(draw_tokens(p.unsqueeze(0), generator))
 
 
 def scored(logprobs: Tensor, token: int, alternatives: int) -> TokenScore:

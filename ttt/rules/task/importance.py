@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ttt.adapt.convert import require_layers
 from ttt.checks import check_choice, check_number
+from ttt.learn.draw import draw_tokens
 from ttt.learn.protection import accumulate, mean_of, new_importance
 from ttt.nn import Capturing, Linear
 from ttt.nn.state_access import read_matrix, write_matrix
@@ -171,8 +172,7 @@ class EWC(_Penalty):
                 yield task_loss(self.forward(self.model, batch), batch)
             elif self.fisher == "true":
                 logits = masked(self.forward(self.model, batch), batch.allowed)
-                p = logits.detach().softmax(-1).cpu()
-                labels = torch.multinomial(p, 1, generator=self.generator).flatten().to(logits.device)
+                labels = draw_tokens(logits.detach().softmax(-1), self.generator)
                 yield nn.functional.cross_entropy(logits, labels, reduction="sum")
             else:
                 for output in range(self._outputs(batch)):
