@@ -230,8 +230,8 @@ def units() -> list[str]:
     forms = list(dict.fromkeys(row["form"] for row in rows))
     found: dict[str, dict[str, str]] = {}
     for row in rows:
-        power = "" if "power" not in row else f", power {row['power']:g}"
-        setting = f'`rate="{row["rate"]}", lr={row["lr"]:g}`{power}'
+        feedback = "" if "feedback" not in row else f", feedback={row['feedback']:g}"
+        setting = f'`rate="{row["rate"]}", lr={row["lr"]:g}{feedback}`'
         found.setdefault(setting, {})[row["form"]] = f"{row['gain']:+.3f} / {row['kl']:.4f}"
     return _table(("setting", *forms), [_line(s, *(by_form[form] for form in forms)) for s, by_form in found.items()])
 

@@ -180,7 +180,9 @@ def fight(url, user, rounds, found):
             version = store.put(lease, {"count": torch.tensor(count + 1)})
         except StaleLease:
             stale += 1
-            seconds *= 2  # until a lease is longer than a write: on a slow disk the fighters would stop each other for ever
+            seconds *= (
+                2  # until a lease is longer than a write: on a slow disk the fighters would stop each other for ever
+            )
             continue
         seconds = SHORT_LEASE
         written.append((lease.token, version, count + 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt.atomic import whole_write
-from ttt.checks import check_bool, check_type, check_whole
+from ttt.checks import check_bool, check_number, check_type, check_whole
 from ttt.learn import protection
 from ttt.learn.access import Access
 from ttt.learn.continues import refuse_unreadable, trials_for
@@ -18,12 +19,11 @@ from ttt.learn.episodes import EpisodeLog
 from ttt.learn.generate import GenerateOptions, GenerateOutput, generate
 from ttt.learn.guard import Guard
 from ttt.learn.head import HeadSplit
-from ttt.learn.huggingface import frozen
 from ttt.learn.kept_cache import KeptCache
-from ttt.learn.loop import ObserveOutput, finish, read, read_in_steps
+from ttt.learn.loop import ObserveOutput, finish
+from ttt.learn.observing import observe, observe_in_steps
 from ttt.learn.own_text import own_text
-from ttt.learn.per_user import PerUserWeights, check_users
-from ttt.learn.single import SingleWeights
+from ttt.learn.per_user import check_users
 from ttt.learn.snapshot import Snapshot, put_back, take_snapshot
 from ttt.learn.step import differentiates_outputs
 from ttt.learn.stream_rule import StreamRule, check_rules
@@ -140,6 +140,8 @@ class Learner:
         learn_mask: Tensor | None = None,
         learn: bool = True,
         users: Sequence[str | None] | None = None,
+        passes: int = 1,
+        emphasis: float = 1.0,
     ) -> ObserveOutput:
         """Score the tokens, chunk by chunk, and learn from each chunk after it was scored.
 
@@ -154,6 +156,9 @@ class Learner:
             users: for a model adapted with ``TTTConfig(per_user=...)``: the user of each of the B sequences; None for
                 sequences that the base model scores and nobody learns from. One user's tokens change no bit of what
                 another user gets or learns; the shape of the batch and its padding may.
+            passes: how often the text is read and learnt. The scores are those of the first pass. A sentence that
+                is to be remembered after one telling takes several: see `study` for more.
+            emphasis: multiplies the steps on this text, in (0, 100].
 
         Returns:
             An `ObserveOutput`. A chunk with a loss or gradient that is not finite is counted in ``rejected`` and
@@ -168,7 +173,9 @@ class Learner:
         """
         with self.access.enter("Learner.observe"):
             check_bool("learn", learn)
-            text = check_tokens(self.model, input_ids, attention_mask, learn_mask)
+            text = _emphasised(check_tokens(self.model, input_ids, attention_mask, learn_mask), passes, emphasis)
+            if passes > 1 and not learn:
+                raise ValueError(f"passes must be 1 where nothing is learnt, got {passes}")
             if (self.pool is None) != (users is None):
                 raise ValueError(
                     f"users must be given if, and only if, every user has weights of their own; got {users!r}"
@@ -179,17 +186,7 @@ class Learner:
             if learn and not self._looked_for_protection:
                 self._looked_for_protection = True
                 protection.warn_if_none(self.config, self.access.layers[0])
-            with frozen(self.model), contextlib.ExitStack() as stack:
-                strategy: SingleWeights | PerUserWeights
-                if self.pool is not None and users is not None:
-                    slots = stack.enter_context(self.pool.using(users, learns=learn))
-                    strategy = PerUserWeights(self, self.pool, text, users, slots, learn)
-                else:
-                    strategy = SingleWeights(self, text, learn)
-                output = strategy.output(read(text, strategy, self.config.chunk, self.context))
-                if learn and self.episodes is not None:
-                    self.episodes.keep(text, users, output, self.context)
-                return output
+            return observe(self, text, users, learn, passes)
 
     def observe_in_steps(
         self,
@@ -198,6 +195,8 @@ class Learner:
         users: Sequence[str | None],
         attention_mask: Tensor | None = None,
         learn_mask: Tensor | None = None,
+        passes: int = 1,
+        emphasis: float = 1.0,
     ) -> Generator[None, None, ObserveOutput]:
         """`observe`, which learns, in steps of one chunk: between them the model may be used for something else.
 
@@ -205,7 +204,7 @@ class Learner:
         evicted. Steps that are not taken are not learnt, and then nothing is kept in the log of episodes.
 
         Args:
-            input_ids, attention_mask, learn_mask: as for `observe`.
+            input_ids, attention_mask, learn_mask, passes, emphasis: as for `observe`.
             users: the user of each sequence, of a model that was adapted with ``TTTConfig(per_user=...)``.
 
         Yields:
@@ -222,33 +221,10 @@ class Learner:
         if pool is None:
             raise ValueError("observe_in_steps is for users with weights of their own, but the model has one set")
         with self.access.enter("Learner.observe_in_steps"):
-            text = check_tokens(self.model, input_ids, attention_mask, learn_mask)
+            text = _emphasised(check_tokens(self.model, input_ids, attention_mask, learn_mask), passes, emphasis)
             check_users(users, len(text.ids))
             self._try_model(text)
-
-        def steps() -> Generator[None, None, ObserveOutput]:
-            strategy = chunks = None
-            while True:
-                with (
-                    self.access.enter("Learner.observe_in_steps"),
-                    frozen(self.model),
-                    pool.using(users, learns=True) as slots,
-                ):
-                    if strategy is None or chunks is None:
-                        strategy = PerUserWeights(self, pool, text, users, slots, True)
-                        chunks = read_in_steps(text, strategy, self.config.chunk, self.context)
-                    if not torch.equal(slots, strategy.slots):
-                        raise RuntimeError("a user was given another slot between two steps of observe_in_steps")
-                    try:
-                        next(chunks)
-                    except StopIteration as done:
-                        output = strategy.output(done.value)
-                        if self.episodes is not None:
-                            self.episodes.keep(text, users, output, self.context)
-                        return output
-                yield
-
-        return steps()
+        return observe_in_steps(self, pool, text, users, passes)
 
     def generate(
         self,
@@ -504,3 +480,9 @@ class Learner:
         """
         if self.pool is not None:
             raise ValueError(f"{what} is for one set of weights, but every user has their own: {instead}")
+
+
+def _emphasised(text: Text, passes: int, emphasis: float) -> Text:
+    """``text`` with the ``emphasis`` of `Learner.observe`, whose ``passes`` are checked, too."""
+    check_whole("passes", passes, 1)
+    return dataclasses.replace(text, emphasis=check_number("emphasis", emphasis, 0.0, 100.0, above=True))

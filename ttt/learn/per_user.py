@@ -131,6 +131,7 @@ class PerUserWeights:
                 factors = None if guards is None else guards.pace(self.slots, nll, wanted, bad)
                 for layer, x, delta, steps in updates:
                     eta = steps.eta if factors is None else steps.eta * factors[users.clamp_min(0).long()]
+                    eta = eta if self.text.emphasis == 1.0 else eta * self.text.emphasis
                     layer.learn(x, delta, eta, users)
                     layer.count(steps.grown, ~bad)
         return bad

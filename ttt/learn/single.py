@@ -54,7 +54,7 @@ class SingleWeights:
             if teaches:
                 rows = None if self.text.rows is None else self.text.rows[:, columns].flatten()
                 shown = Chunk.of(span, scores.logits, wanted) if ruled else None
-                finite = learn_from(learner, capturing, ScoredChunk(scores, wanted, rows, shown))
+                finite = learn_from(learner, capturing, ScoredChunk(scores, wanted, rows, shown, self.text.emphasis))
                 self.learned, self.rejected = self.learned + finite, self.rejected + (not finite)
         if learner.guard is not None:
             learner.guard.check_if_due()

@@ -28,12 +28,14 @@ class ScoredChunk:
         wanted: (B, T) bool, the targets whose losses are summed; None for all.
         rows: (B T,) bool, the tokens whose rows (x, delta) may be written; None for all.
         shown: what the learner's rules are given of the chunk; None if it has no rules.
+        emphasis: what multiplies the steps.
     """
 
     scores: Scored
     wanted: Tensor | None = None
     rows: Tensor | None = None
     shown: Chunk | None = None
+    emphasis: float = 1.0
 
 
 class Step(NamedTuple):
@@ -65,6 +67,9 @@ def learn_from(learner: Learner, capturing: Capturing, chunk: ScoredChunk) -> bo
     if learner.guard is not None:
         nll = chunk.scores.nll
         learner.guard.pace(step.updates, nll if chunk.wanted is None else nll[chunk.wanted])
+    if chunk.emphasis != 1.0:
+        for _, update in step.updates:
+            update.eta.mul_(chunk.emphasis)
     write(step.updates)
     if chunk.shown is not None:
         with torch.no_grad():

@@ -23,6 +23,7 @@ class Text:
         scored: (B, T - 1) bool, the targets that are scored: neither they nor the token before them is padding.
         wanted: (B, T - 1) bool, the targets whose loss is taken; None for all of them.
         rows: (B, T) bool, the tokens whose rows may be written; None for all of them.
+        emphasis: what multiplies the steps that are taken on this text.
     """
 
     ids: Tensor
@@ -30,6 +31,7 @@ class Text:
     scored: Tensor
     wanted: Tensor | None
     rows: Tensor | None
+    emphasis: float = 1.0
 
     @classmethod
     def of(cls, ids: Tensor, attend: Tensor | None = None, teach: Tensor | None = None) -> Text:

@@ -9,12 +9,12 @@ update. With the T tokens i of a step and the last C tokens j that the layer has
     eta <- eta max(1/20, exp(kappa min(0, a + 1/50)))
 
 where w_j is the step of token j over that of a typical token, divided by the root mean square s of the sizes of the
-tokens' gradients (`ttt.nn.rates`), so that a typical row has length 1. h is the derivative of the loss of the new tokens
-by the size of the latest update, with the sign of a gain: it is negative where the latest update would have harmed them
-less if it had been smaller (hypergradient descent: Almeida et al., 1998; Baydin et al., "Online Learning Rate
-Adaptation with Hypergradient Descent", ICLR 2018). Of a text from which something can be learnt, h is about 0 in the
-mean, with both signs; so a mean over about four windows counts, and only if it is clearly below 0. h is a sum over
-tokens: tokens that come one by one change a about as much as in one step.
+tokens' gradients (`ttt.nn.rates`), so that a typical row has length 1. h is the derivative of the loss of the new
+tokens by the size of the latest update, with the sign of a gain: it is negative where the latest update would have
+harmed them less if it had been smaller (hypergradient descent: Almeida et al., 1998; Baydin et al., "Online Learning
+Rate Adaptation with Hypergradient Descent", ICLR 2018). Of a text from which something can be learnt, h is about 0 in
+the mean, with both signs; so a mean over about four windows counts, and only if it is clearly below 0. h is a sum
+over tokens: tokens that come one by one change a about as much as in one step.
 
 The tokens j are those whose rows the window's buffers hold. Of a capturable layer whose steps do not divide C these may
 be fewer than C.

@@ -39,7 +39,8 @@ from ttt.demo.knowledge import loss
 RESULTS = Path("bench/learning/results/language_units.json")
 FORMS = ("plain", "scaled inputs", "normalised outputs")
 SETTINGS: tuple[dict[str, Any], ...] = (
-    {"rate": "decrease", "lr": 0.3}, {"rate": "decrease", "lr": 0.3, "power": 0.5}, {"rate": "rms", "lr": 0.02},
+    {"rate": "decrease", "lr": 0.5}, {"rate": "decrease", "lr": 0.5, "feedback": 0.0},
+    {"rate": "decrease", "lr": 0.3}, {"rate": "rms", "lr": 0.02, "feedback": 0.0},
 )  # fmt: skip
 
 
@@ -84,9 +85,7 @@ def measure(base: Base, form: str, setting: dict[str, Any], ids: Tensor) -> dict
     """What one form of the model gains, and how far it drifts, in nats per token."""
     model = rewritten(base.model, form)
     frozen = torch.cat([loss(model, segment) for segment in segments(ids)])
-    options = dict(setting)
-    protect = [ttt.KroneckerFisher(power=options.pop("power", CONFIG.kronecker_power))]
-    learner = ttt.Learner(ttt.adapt_(model, dataclasses.replace(CONFIG, **options, protect=protect)), context=CONTEXT)
+    learner = ttt.Learner(ttt.adapt_(model, dataclasses.replace(CONFIG, **setting)), context=CONTEXT)
     learner.calibrate(base.own.split(1))
     reader = Learning(learner)
     learnt = torch.cat([reader.read(segment) for segment in segments(ids)])

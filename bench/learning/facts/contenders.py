@@ -86,7 +86,9 @@ class OwnFact(InContext):
 
 
 class Online(Contender):
-    """A `ttt.Learner` that reads every turn ``times`` times, and learns from what the person says.
+    """A `ttt.Learner` that is told every turn ``times`` times, and learns from what the person says.
+
+    ``passes`` and ``emphasis`` are those of `ttt.Learner.observe`.
 
     With ``study`` it studies after every chat; ``rehearse`` is that of `ttt.Learner.study`. ``layers``
     replaces that of the default, as does ``blocks``: the "first" or "middle" quarter of them. With ``rank`` every
@@ -121,7 +123,10 @@ class Online(Contender):
             for sentence in sentences:
                 ids, said = self.template.turn(sentence)
                 users = None if user is None else [user]
-                self.learner.observe(torch.tensor([ids]), learn_mask=torch.tensor([said]), users=users)
+                self.learner.observe(
+                    torch.tensor([ids]), learn_mask=torch.tensor([said]), users=users,
+                    passes=self.options.get("passes", 1), emphasis=self.options.get("emphasis", 1.0),
+                )  # fmt: skip
         if self.options.get("study"):
             kept = {"rehearse": self.options["rehearse"]} if "rehearse" in self.options else {}
             self.learner.study(user, **kept)
