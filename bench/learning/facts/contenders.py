@@ -86,7 +86,7 @@ class OwnFact(InContext):
 
 
 class Online(Contender):
-    """A `ttt.Learner` that is told every turn ``times`` times, and learns from what the person says.
+    """A `ttt.Learner` that learns from what the person says.
 
     ``passes`` and ``emphasis`` are those of `ttt.Learner.observe`.
 
@@ -119,14 +119,12 @@ class Online(Contender):
         self._tell(sentences, None if self.user is None else "another")
 
     def _tell(self, sentences: Sequence[str], user: str | None) -> None:
-        for _ in range(self.options.get("times", 1)):
-            for sentence in sentences:
-                ids, said = self.template.turn(sentence)
-                users = None if user is None else [user]
-                self.learner.observe(
-                    torch.tensor([ids]), learn_mask=torch.tensor([said]), users=users,
-                    passes=self.options.get("passes", 1), emphasis=self.options.get("emphasis", 1.0),
-                )  # fmt: skip
+        for sentence in sentences:
+            ids, said = self.template.turn(sentence)
+            self.learner.observe(
+                torch.tensor([ids]), learn_mask=torch.tensor([said]), users=None if user is None else [user],
+                passes=self.options.get("passes", 1), emphasis=self.options.get("emphasis", 1.0),
+            )  # fmt: skip
         if self.options.get("study"):
             kept = {"rehearse": self.options["rehearse"]} if "rehearse" in self.options else {}
             self.learner.study(user, **kept)

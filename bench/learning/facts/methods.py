@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bench.learning.facts import contenders
-from bench.learning.language.base import Base
+from bench.learning.language.base import CONFIG, Base, as_json
 from bench.learning.suite import named
 
 
@@ -29,7 +29,8 @@ class FactsMethod:
 
 
 def _learner(told_only: bool = False, **options: Any) -> FactsMethod:
-    grid = {name: (value,) for name, value in options.items()}
+    # All settings are among the options, so that a run with other defaults of the package is another run.
+    grid = {name: (value,) for name, value in {"config": as_json(CONFIG), **options}.items()}
     return FactsMethod("combination", contenders.Online, grid, told_only)
 
 
@@ -42,8 +43,8 @@ METHODS: dict[str, FactsMethod] = {
     "MEMIT": FactsMethod(
         "workaround", contenders.Memit, {"blocks": ("middle", "last"), "weight": (1000.0, 15000.0, 150000.0)}
     ),
-    "online": _learner(times=1),
-    "online (told 4 times)": _learner(told_only=True, times=4),
+    "online": _learner(),
+    "online (4 passes of emphasis 10)": _learner(passes=4, emphasis=10.0),
     "study": _learner(study=True),
     "study (no rehearsal)": _learner(told_only=True, study=True, rehearse=0.0),
     "study (a user's weights)": _learner(told_only=True, study=True, rank=32),

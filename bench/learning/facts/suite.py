@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
@@ -52,7 +51,7 @@ class FactsSuite:
     def protocol(self) -> Record:
         return {
             "model": PACKAGE, "kinds": len(KINDS), "chat": CHAT, "system": SYSTEM, "reply": REPLY,
-            "config": json.loads(json.dumps(CONFIG.to_dict())), "general": list(GENERAL),
+            "layers": [*CONFIG.target_modules, CONFIG.layers], "general": list(GENERAL),
             "known": len(KNOWN), "texts": [*TEXTS, TOKENS],
         }  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,12 @@ from ttt.learn.own_text import own_text
 CONTEXT = 1024
 CONFIG = ttt.TTTConfig(target_modules=["down_proj"], layers="last:0.25")
 """The default configuration of the package. Its layers are those that every method changes."""
+
+
+def as_json(config: ttt.TTTConfig) -> dict[str, Any]:
+    """All settings, as JSON holds them: lists for tuples."""
+    return json.loads(json.dumps(config.to_dict()))
+
 
 GENERAL = (4, 512)  # rows and tokens of the text on which what was kept is measured
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import ttt
 from bench.learning.language import readers
-from bench.learning.language.base import CONFIG, Base
+from bench.learning.language.base import CONFIG, Base, as_json
 from bench.learning.language.readers import Reader
 from bench.learning.suite import named
 
@@ -63,8 +62,8 @@ def _lora(base: Base, o: Options, seed: int) -> Reader:
 
 
 def _options(config: ttt.TTTConfig) -> Options:
-    """All settings, so that a run with other defaults is another run. As JSON holds them: lists for tuples."""
-    return {"config": json.loads(json.dumps(config.to_dict()))}
+    """All settings, so that a run with other defaults is another run."""
+    return {"config": as_json(config)}
 
 
 # All settings of the step are named: with other defaults of the package these methods stay what they are.
