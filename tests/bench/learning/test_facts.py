@@ -223,15 +223,17 @@ def test_what_is_said_comes_in_chats_and_what_is_asked_is_in_them(base, scenario
     assert len(out["ranks"]) == 3 * len(facts)
 
 
-def test_telling_more_often_is_reading_more_often(base):
+def test_passes_and_emphasis_are_those_of_observe(base):
     told = [fact.told for fact in person(2)]
-    four = contenders.Online(base, {"times": 4}, 0)
-    four.tell(told)
-    found = [layer.effective_weight().clone() for layer in four.learner.layers]
-    once = contenders.Online(base, {}, 0)
-    for _ in range(4):
-        once.tell(told)
-    for ours, layer in zip(found, once.learner.layers, strict=True):
+    contender = contenders.Online(base, {"passes": 3, "emphasis": 2.0}, 0)
+    contender.tell(told)
+    found = [layer.effective_weight().clone() for layer in contender.learner.layers]
+    learner = base.learner(contenders.CONFIG)
+    for sentence in told:
+        ids, said = contender.template.turn(sentence)
+        for _ in range(3):
+            learner.observe(torch.tensor([ids]), learn_mask=torch.tensor([said]), emphasis=2.0)
+    for ours, layer in zip(found, learner.layers, strict=True):
         torch.testing.assert_close(ours, layer.effective_weight(), rtol=1e-5, atol=1e-6)
 
 
