@@ -101,19 +101,21 @@ def test_a_study_takes_the_steps_of_adam_within_the_projections(users, rehearse)
 
 @pytest.mark.parametrize("users", [None, 1])
 def test_rehearsal_moves_the_models_own_text_less_and_teaches_as_much(users):
-    kept = learner_of(users)
-    user = None if users is None else "ada"
-    told(kept, words(1, 20), torch.ones((1, 20), dtype=torch.bool))
-    free = copy.deepcopy(kept)
-    frozen = copy.deepcopy(kept.model)
-    outputs = [kept.study(user, lr=0.02, until=0.5), free.study(user, lr=0.02, until=0.5, rehearse=0)]
-    moved, texts = [], kept.own_texts
-    for learner in (kept, free):
-        with torch.no_grad(), contextlib.nullcontext() if users is None else ttt.users(learner.model, [user] * 32):
-            now = learner.model(input_ids=texts).logits.double()
-        moved.append(divergence(frozen(input_ids=texts).logits.double(), now)[0])
+    """In the mean over some texts and models; of a single one it can be otherwise."""
+    user, moved, after = None if users is None else "ada", [0.0, 0.0], [0.0, 0.0]
+    for _ in range(4):
+        kept = learner_of(users)
+        told(kept, words(1, 20), torch.ones((1, 20), dtype=torch.bool))
+        free, frozen = copy.deepcopy(kept), copy.deepcopy(kept.model)
+        outputs = [kept.study(user, lr=0.02, until=0.5), free.study(user, lr=0.02, until=0.5, rehearse=0)]
+        texts = kept.own_texts
+        for at, learner in enumerate((kept, free)):
+            with torch.no_grad(), contextlib.nullcontext() if users is None else ttt.users(learner.model, [user] * 32):
+                now = learner.model(input_ids=texts).logits.double()
+            moved[at] += divergence(frozen(input_ids=texts).logits.double(), now)[0]
+            after[at] += outputs[at].after
     assert moved[0] < 0.8 * moved[1]
-    assert outputs[0].after < outputs[1].after + 0.5
+    assert after[0] < after[1] + 2.0
 
 
 def test_the_divergence_is_torchs_and_so_is_its_gradient():
