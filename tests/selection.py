@@ -59,6 +59,7 @@ SLOW = (
     "serve/test_replicas.py",
     "serve/test_service.py::test_a_study_gives_way_to_a_request_and_is_done_later",
     "serve/test_service.py::test_what_was_acknowledged_survives_a_kill",
+    "serve/test_state_users.py::test_what_was_acknowledged_survives_a_kill",
     "serve/test_service.py::test_what_was_said_is_studied_when_nothing_else_is_to_be_done",
     "store/test_store_crashes.py",
     "store/test_store_faults.py::test_writes_that_a_file_size_limit_stops_change_nothing",

@@ -28,6 +28,7 @@ LAYERS: dict[str, Any] = {
     "ttt-mlp": "ttt-mlp",
     "gated-delta": "gated-delta",
     "hybrid": ["gated-delta", "window", "gated-delta", "window", "gated-delta"],
+    "hybrid-linear": ["ttt-linear", "window", "ttt-linear", "window", "ttt-linear"],
     "llama": None,
 }
 RANGES = ((0, 512), (512, 2048), (2048, 8192))
@@ -52,7 +53,7 @@ def model_of(layer: str) -> torch.nn.Module:
     from ttt.sequence_models import TTTSequenceConfig, TTTSequenceForCausalLM
 
     # A sequence layer has five projections where attention has four; TTT-MLP's first weights count too.
-    inner = {"ttt-mlp": 512, "hybrid": 720}.get(layer, 672)
+    inner = {"ttt-mlp": 512, "hybrid": 720, "hybrid-linear": 720}.get(layer, 672)
     config = TTTSequenceConfig(
         vocab_size=256, hidden_size=256, intermediate_size=inner, num_hidden_layers=5, num_attention_heads=4,
         mixers=LAYERS[layer], window=256,

@@ -28,10 +28,8 @@ def alone(learner, user, prompt, count):
 
 def batch_of(learner, rows=4, prefill=16, capacity=128):
     ended = []
-    batch = Batch(
-        learner.model, learner.pool, byte_tokenizer(), rows=rows, capacity=capacity, prefill=prefill, ended=ended.append
-    )
-    return batch, ended
+    cache = RowCache(learner.model, learner.pool, rows, capacity)
+    return Batch(cache, byte_tokenizer(), prefill=prefill, ended=ended.append), ended
 
 
 def request_of(user, prompt, pieces, **sampling):
@@ -176,7 +174,7 @@ def test_attention_that_cannot_be_kept_is_refused(model):
     changed = tiny_chat_model()
     changed.config.layer_types = ["linear_attention"] * 4
     with pytest.raises(ValueError, match="linear_attention"):
-        RowCache(changed, 2, 64)
+        RowCache(changed, None, 2, 64)
 
 
 def test_a_stop_text_ends_a_sequence_and_is_no_part_of_it(model, tmp_path):

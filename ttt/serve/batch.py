@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt.per_user.pool import Pool
 from ttt.serve.errors import RequestError, ServerFailure, as_request_error
 from ttt.serve.row_cache import RowCache
 from ttt.serve.sampling import Sampling, TokenScore, draw, scored
+from ttt.serve.state_rows import StateRows
 from ttt.serve.teaching import Lesson
 from ttt.serve.text_stream import TextStream
 
@@ -112,34 +112,26 @@ class Batch:
     prompt, in the row after them, a part at each step.
 
     Args:
-        model: a transformers causal language model in eval mode, adapted for users.
-        pool: its users.
-        tokenizer: of the model.
-        rows: largest number of sequences.
-        capacity: largest number of tokens of a sequence.
+        cache: keeps what the sequences have read, a row for each, and computes with their users' weights or states.
+        tokenizer: of the cache's model.
         prefill: tokens of a prompt that are read in one step, at most.
         ended: called with a request whose last sequence has ended, or which failed or was cancelled.
     """
 
     def __init__(
         self,
-        model: Any,
-        pool: Pool,
+        cache: RowCache | StateRows,
         tokenizer: Any,
         *,
-        rows: int,
-        capacity: int,
         prefill: int,
         ended: Callable[[Request], None],
     ) -> None:
-        self.model, self.pool, self.tokenizer = model, pool, tokenizer
-        self.rows, self.prefill, self.ended = rows, prefill, ended
-        self.cache = RowCache(model, rows, capacity)
+        self.cache, self.tokenizer, self.prefill, self.ended = cache, tokenizer, prefill, ended
         self.decoding: list[_Sequence] = []
         self.reading: _Sequence | None = None
         self._scores: list[TokenScore] = []  # of the prompt that is read
-        self._ends = _end_tokens(model, tokenizer)
-        self._last_only = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        self._ends = _end_tokens(cache.model, tokenizer)
+        self._last_only = "logits_to_keep" in inspect.signature(type(cache.model).forward).parameters
 
     @property
     def idle(self) -> bool:
@@ -154,13 +146,15 @@ class Batch:
 
     def fits(self, request: Request) -> bool:
         """Whether ``request`` can begin now."""
-        return self.reading is None and len(self.decoding) + request.n <= self.rows
+        return self.reading is None and len(self.decoding) + request.n <= self.cache.rows
 
     def begin(self, request: Request) -> None:
         """Let the next steps read the prompt of ``request``; the batch must have room for it (`fits`)."""
         assert self.fits(request)
         request.running = request.n
-        self.reading = self._sequence(request, 0, list(request.prompt), len(self.decoding))
+        row = len(self.decoding)
+        self.cache.begin(row, request.user)
+        self.reading = self._sequence(request, 0, list(request.prompt), row)
         self._scores = []
 
     def _sequence(self, request: Request, index: int, ids: list[int], row: int) -> _Sequence:
@@ -260,11 +254,8 @@ class Batch:
     ) -> Tensor:
         """(B, T, V) float32 on the CPU, T = 1 with ``last_only``: of the next ``ids`` of the rows from ``first``."""
         tokens = torch.tensor(ids, device=self.cache.device)
-        inputs = self.cache.inputs(tokens, first, torch.tensor(held))
-        if last_only and self._last_only:
-            inputs["logits_to_keep"] = 1
-        with self.pool.using(users):
-            logits = self.model(**inputs).logits
+        options = {"logits_to_keep": 1} if last_only and self._last_only else {}
+        logits = self.cache.run(users, tokens, first, torch.tensor(held), **options)
         return (logits[:, -1:] if last_only else logits).float().cpu()
 
     def _take(self, sequence: _Sequence, logits: Tensor) -> None:

@@ -20,6 +20,7 @@ from ttt.learn.study import StudyOutput
 from ttt.serve.errors import Conflict, ServerFailure, Unavailable
 from ttt.serve.session import State, settle
 from ttt.serve.sessions import Sessions
+from ttt.serve.state_reader import StateReader
 from ttt.serve.teaching import Lesson
 
 LONGEST_WAIT = 10.0
@@ -109,13 +110,13 @@ class Learnt:
 
     Attributes:
         tokens: number of tokens that were learnt.
-        nll: their mean loss in nats, before they were learnt.
+        nll: their mean loss in nats, before they were learnt; None if nothing stands before the only one that is read.
         updates: of the user's `Session` afterwards.
         stored: the number of the version that has it, once the store has acknowledged it.
     """
 
     tokens: int
-    nll: float
+    nll: float | None
     updates: int
     stored: concurrent.futures.Future[int]
 
@@ -146,6 +147,23 @@ def learn(learner: Learner, sessions: Sessions, user: str, lesson: Lesson) -> St
             raise ServerFailure("nothing was learnt: a loss or gradient was not finite")
         stored = sessions.learnt(user, lesson.tokens)
     nll = float(output.nll[mask[:, 1:]].double().mean())
+    return Learnt(lesson.tokens, nll, sessions.use(user).updates, stored)
+
+
+def read(reader: StateReader, sessions: Sessions, user: str, lesson: Lesson) -> Steps:
+    """Let the user's state read what teaches in ``lesson``; returns `Learnt`. All of it, or nothing.
+
+    Raises:
+        Conflict: if this server cannot write for the user.
+    """
+    yield from _room(sessions, user)
+    sessions.require_writable(user)
+    with _all_or_nothing(sessions, user):
+        try:
+            nll = yield from reader.read_in_steps(user, lesson.taught)
+        except FloatingPointError as error:
+            raise ServerFailure(f"nothing was learnt: {error}") from error
+        stored = sessions.learnt(user, lesson.tokens)
     return Learnt(lesson.tokens, nll, sessions.use(user).updates, stored)
 
 

@@ -19,12 +19,14 @@ from torch import nn
 
 import ttt
 from ttt.demo.language_model import CONVERSATION, load
+from ttt.sequence_models import TTTSequenceForCausalLM
 from ttt.serve.calibration import calibrate_once, default_file, weights_name
 from ttt.serve.collector import Collector
 from ttt.serve.errors import RequestError
 from ttt.serve.keys import Keys, NoKeys
 from ttt.serve.limits import Limits
 from ttt.serve.service import Service
+from ttt.serve.state_reader import StateReader
 from ttt.store import StoreError
 
 if TYPE_CHECKING:
@@ -95,8 +97,11 @@ def adapted(model: nn.Module, *, slots: int, lr: float | None = None) -> ttt.Lea
     return ttt.Learner(ttt.adapt_(model, config), episodes=ttt.EpisodeLog())
 
 
-def build_learner(options: ServeOptions, say: Any = lambda text: None) -> tuple[ttt.Learner, Any]:
-    """Load, adapt and calibrate the model: (its learner, its tokenizer). Servers with the same options learn alike.
+def build_users(options: ServeOptions, say: Any = lambda text: None) -> tuple[ttt.Learner | StateReader, Any]:
+    """Load the model and make it one that has users: (what learns from them, the model's tokenizer).
+
+    A model of sequence layers gets a `StateReader`. Any other is adapted and calibrated; servers with the same options
+    learn alike.
 
     Args:
         say: called with what is being done.
@@ -108,11 +113,31 @@ def build_learner(options: ServeOptions, say: Any = lambda text: None) -> tuple[
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
     say("loading the model")
     model, tokenizer = load(options.model)
-    learner = adapted(model.to(DTYPES[options.dtype]), slots=options.slots, lr=options.lr)
+    model = model.to(DTYPES[options.dtype])
+    if isinstance(model, TTTSequenceForCausalLM):
+        for name in ("lr", "calibration"):
+            if (value := getattr(options, name)) is not None:
+                raise ValueError(
+                    f"{name} is for users with weights of their own; those of this model have states, got {value}"
+                )
+        return StateReader(model, slots=options.slots), tokenizer
+    learner = adapted(model, slots=options.slots, lr=options.lr)
     assert learner.pool is not None
     file = options.calibration or default_file(learner.pool)
     say("measuring what the model must not forget, on text that it writes, if that was not done before")
     calibrate_once(learner.pool, file, lambda: learner.calibrate(tokenizer=tokenizer))
+    return learner, tokenizer
+
+
+def build_learner(options: ServeOptions, say: Any = lambda text: None) -> tuple[ttt.Learner, Any]:
+    """`build_users` for a model whose users have weights.
+
+    Raises:
+        ValueError, OSError, ImportError: as `build_users`, and for a model of sequence layers.
+    """
+    learner, tokenizer = build_users(options, say)
+    if isinstance(learner, StateReader):
+        raise ValueError("model must be one whose users have weights of their own, got one of sequence layers")
     return learner, tokenizer
 
 
@@ -126,14 +151,18 @@ def build_service(options: ServeOptions, observer: Any = None, say: Any = lambda
     Raises:
         ValueError, OSError, ImportError: if the model, the store or an option is not usable.
     """
-    learner, tokenizer = build_learner(options, say)
-    assert learner.pool is not None
+    learner, tokenizer = build_users(options, say)
+    if isinstance(learner, StateReader):
+        weights = learner.name
+    else:
+        assert learner.pool is not None
+        weights = weights_name(learner.pool)
     limits = Limits(
         rows=options.rows, waiting=options.waiting, learning_tokens=options.learning_tokens, context=options.context,
         learning_share=options.learning_share, study_after=options.study_after,
     )  # fmt: skip
     service = Service(
-        learner, tokenizer, ttt.Store(options.store), weights_name(learner.pool), limits=limits,
+        learner, tokenizer, ttt.Store(options.store), weights, limits=limits,
         lease_seconds=options.lease_seconds, observer=observer,
     )  # fmt: skip
     name = options.name or ("SmolLM2-135M-Instruct" if options.model is None else options.model.resolve().name)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ttt.learn.huggingface import cached
+from ttt.per_user.pool import Pool
 
 _FIRST = 256  # tokens that the rows hold at first; doubled when one needs more
 
@@ -25,7 +26,9 @@ class RowCache:
     Memory grows with the longest sequence: two numbers for each row, position, block and feature of the key heads.
 
     Args:
-        model: a transformers causal language model, all of whose blocks have full or sliding attention.
+        model: a transformers causal language model, adapted for users, all of whose blocks have full or sliding
+            attention.
+        pool: its users.
         rows: number of sequences.
         capacity: largest number of tokens of a sequence.
 
@@ -33,7 +36,7 @@ class RowCache:
         ValueError: if a block has something else, or its attention is computed by other code than "sdpa" or "eager".
     """
 
-    def __init__(self, model: Any, rows: int, capacity: int) -> None:
+    def __init__(self, model: Any, pool: Pool, rows: int, capacity: int) -> None:
         from transformers.cache_utils import Cache, CacheLayerMixin
 
         config = model.config.get_text_config(decoder=True)
@@ -45,7 +48,7 @@ class RowCache:
         window = getattr(config, "sliding_window", None)
         if window and not getattr(config, "layer_types", None) and getattr(config, "use_sliding_window", True):
             kinds = [SLIDING] * config.num_hidden_layers  # as Mistral's first releases
-        self.model, self.rows, self.capacity = model, rows, capacity
+        self.model, self.pool, self.rows, self.capacity = model, pool, rows, capacity
         self.kinds, self.window = set(kinds), window
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
@@ -82,6 +85,19 @@ class RowCache:
         self._width = 0
 
     # -- one forward pass -------------------------------------------------------------------------------------------
+
+    def begin(self, row: int, user: str | None) -> None:
+        """A new sequence begins in ``row``, which is empty: there is nothing to do."""
+
+    def run(self, users: list[str | None], ids: Tensor, first: int, positions: Tensor, **options: Any) -> Tensor:
+        """The logits of the next tokens of the rows from ``first`` on, with the weights of their ``users``.
+
+        Args:
+            ids, first, positions: see `inputs`.
+            options: further arguments of the model.
+        """
+        with self.pool.using(users):
+            return self.model(**self.inputs(ids, first, positions), **options).logits
 
     def inputs(self, ids: Tensor, first: int, positions: Tensor) -> dict[str, Any]:
         """The model's arguments for a forward pass; its result must be used before the next call.

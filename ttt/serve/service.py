@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ttt.learn.learner import Learner
+from ttt.per_user.pool import Pool
 from ttt.serve import jobs
 from ttt.serve.batch import Batch, Outcome, Request
 from ttt.serve.errors import BadRequest, Conflict, HungUp, RequestError, Unavailable, as_request_error
@@ -23,7 +24,10 @@ from ttt.serve.limits import Limits
 from ttt.serve.observer import Observer, Silent
 from ttt.serve.openings import Openings
 from ttt.serve.places import Places
+from ttt.serve.row_cache import RowCache
 from ttt.serve.sessions import Sessions
+from ttt.serve.state_reader import StatePool, StateReader
+from ttt.serve.state_rows import StateRows
 from ttt.serve.teaching import Lesson
 from ttt.serve.user_queue import UserQueue, is_lesson
 from ttt.store import Store
@@ -32,14 +36,15 @@ log = logging.getLogger("ttt.serve")
 
 
 class Service:
-    """Serves a language model whose users have weights of their own, and learns from them.
+    """Serves a language model whose users have weights, or a state, of their own, and learns from them.
 
     Requests of one user and work on that user's weights take turns: a request is answered with one state of the
     weights from its first token to its last, and the next request waits until what was to be learnt from the one before
     is learnt. Nobody waits for another user's learning for longer than one step of it.
 
     Args:
-        learner: of a model that was adapted with ``TTTConfig(per_user=...)``, with an `ttt.EpisodeLog`, calibrated.
+        learner: of a model that was adapted with ``TTTConfig(per_user=...)``, with an `ttt.EpisodeLog`, calibrated; or
+            a `StateReader`, whose users have states that read what they say.
         tokenizer: of the model.
         store: keeps users' versions.
         model_id: a short name of the weights, see `Sessions`.
@@ -53,7 +58,7 @@ class Service:
 
     def __init__(
         self,
-        learner: Learner,
+        learner: Learner | StateReader,
         tokenizer: Any,
         store: Store,
         model_id: str,
@@ -62,19 +67,24 @@ class Service:
         lease_seconds: float = 30.0,
         observer: Observer | None = None,
     ) -> None:
-        if learner.pool is None or learner.episodes is None:
-            raise ValueError("learner must be one of a model adapted with per_user, with an ttt.EpisodeLog")
-        self.learner, self.pool, self.tokenizer, self.store = learner, learner.pool, tokenizer, store
         self.limits = limits or Limits()
+        self.reads = isinstance(learner, StateReader)  # whether users have states, not weights
+        cache: RowCache | StateRows
+        if isinstance(learner, StateReader):
+            cache = StateRows(learner.pool, self.limits.rows)
+        elif learner.pool is None or learner.episodes is None:
+            raise ValueError("learner must be one of a model adapted with per_user, with an ttt.EpisodeLog")
+        else:
+            capacity = min(self.limits.context, learner.context)
+            cache = RowCache(learner.model, learner.pool, self.limits.rows, capacity)
+        self.learner, self.tokenizer, self.store = learner, tokenizer, store
+        self.pool: Pool | StatePool = cache.pool
         self.observer: Any = observer or Silent()
         self.context = min(self.limits.context, learner.context)
         self.sessions = Sessions(
             self.pool, store, model_id, lease_seconds=lease_seconds, on_stored=self.observer.stored
         )  # fmt: skip
-        self.batch = Batch(
-            learner.model, self.pool, tokenizer, rows=self.limits.rows, capacity=self.context,
-            prefill=self.limits.prefill, ended=self._ended,
-        )  # fmt: skip
+        self.batch = Batch(cache, tokenizer, prefill=self.limits.prefill, ended=self._ended)
         self._io = concurrent.futures.ThreadPoolExecutor(4, "ttt-io")
         self._inbox: queue.SimpleQueue[Request | Job | None] = queue.SimpleQueue()
         self._queues: OrderedDict[str | None, UserQueue] = OrderedDict()
@@ -116,7 +126,12 @@ class Service:
         return self._enter(self._lesson_job(user, lesson))
 
     def study(self, user: str, **options: Any) -> concurrent.futures.Future[Any]:
-        """See `ttt.serve.jobs.study`; ``options`` are those of `ttt.Learner.study`."""
+        """See `ttt.serve.jobs.study`; ``options`` are those of `ttt.Learner.study`.
+
+        Raises:
+            BadRequest: if users have states, as for `export`, `drift` and `taught`.
+        """
+        self._weights("study")
         return self._enter(self._study_job(user, **options))
 
     def rollback(self, user: str, version: int) -> concurrent.futures.Future[Any]:
@@ -129,16 +144,19 @@ class Service:
         return self._enter(job)
 
     def export(self, user: str) -> concurrent.futures.Future[Any]:
-        """A copy of the user's state, see `ttt.Pool.export`."""
+        """A copy of the user's weights, see `ttt.Pool.export`."""
+        self._weights("export")
         return self._enter(Job(user, "export", lambda: jobs.export(self.sessions, user)))
 
     def drift(self, user: str) -> concurrent.futures.Future[float]:
         """See `ttt.serve.jobs.drift`."""
-        return self._enter(Job(user, "drift", lambda: jobs.drift(self.learner, user)))
+        learner = self._weights("drift")
+        return self._enter(Job(user, "drift", lambda: jobs.drift(learner, user)))
 
     def taught(self, user: str, most: int) -> concurrent.futures.Future[Any]:
         """See `ttt.serve.jobs.taught`."""
-        return self._enter(Job(user, "taught", lambda: jobs.taught(self.learner, user, most)))
+        learner = self._weights("taught")
+        return self._enter(Job(user, "taught", lambda: jobs.taught(learner, user, most)))
 
     def io(self, work: Callable[..., Any], *args: Any) -> concurrent.futures.Future[Any]:
         """Do ``work``, which waits for the store, in a thread of its own."""
@@ -189,13 +207,29 @@ class Service:
             self._inbox.put(job)
         return job.result
 
+    def _weights(self, what: str) -> Learner:
+        """The learner. Raises BadRequest if users have no weights, which ``what`` is for."""
+        if isinstance(self.learner, StateReader):
+            raise BadRequest(
+                f"{what} is for users with weights of their own; a user of this model has a state, which has read what "
+                "the user said and keeps no log of it",
+                code="unsupported",
+            )
+        return self.learner
+
     def _lesson_job(self, user: str, lesson: Lesson) -> Job:
-        return Job(
-            user, "learn", lambda: jobs.learn(self.learner, self.sessions, user, lesson), tokens=lesson.tokens
-        )  # fmt: skip
+        learner = self.learner
+
+        def steps() -> jobs.Steps:
+            if isinstance(learner, StateReader):
+                return jobs.read(learner, self.sessions, user, lesson)
+            return jobs.learn(learner, self.sessions, user, lesson)
+
+        return Job(user, "learn", steps, tokens=lesson.tokens)
 
     def _study_job(self, user: str, **options: Any) -> Job:
-        return Job(user, "study", lambda: jobs.study(self.learner, self.sessions, user, **options))
+        learner = self._weights("study")
+        return Job(user, "study", lambda: jobs.study(learner, self.sessions, user, **options))
 
     # -- the service's thread -----------------------------------------------------------------------------------------
 
@@ -442,7 +476,7 @@ class Service:
         if failed:
             self.observer.failed(job.kind)
         if job.kind == "learn" and not failed:
-            waits.to_study = True
+            waits.to_study = self._has_unstudied(job.user)
             self.observer.learnt(job.tokens, job.seconds)
         elif job.kind == "study":
             waits.to_study = False
@@ -455,6 +489,8 @@ class Service:
 
     def _has_unstudied(self, user: str | None) -> bool:
         """Whether something that ``user`` said was not studied yet."""
+        if isinstance(self.learner, StateReader):
+            return False
         assert self.learner.episodes is not None
         return any(not episode.studied for episode in self.learner.episodes.of(user))
 

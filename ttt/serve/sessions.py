@@ -16,6 +16,7 @@ from collections.abc import Callable
 from ttt.per_user.pool import Pool
 from ttt.serve.errors import Conflict, NotFound, Unavailable, kinds
 from ttt.serve.session import Session, State
+from ttt.serve.state_reader import StatePool
 from ttt.serve.writer import Writer
 from ttt.store import DamagedState, LeaseHeld, StaleLease, Store, StoreError, UnknownUser, UnknownVersion
 from ttt.store import State as StoredState
@@ -51,7 +52,7 @@ class Sessions:
 
     def __init__(
         self,
-        pool: Pool,
+        pool: Pool | StatePool,
         store: Store,
         model: str,
         *,

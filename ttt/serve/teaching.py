@@ -31,31 +31,40 @@ class Lesson:
 
     Attributes:
         ids: tokens, to the last one that teaches.
-        learn: for each, whether it teaches; the others are context. Never the first.
+        learn: for each, whether it teaches; the others are context. The first only in a lesson that is read.
     """
 
     ids: list[int]
     learn: list[bool]
 
     @classmethod
-    def of(cls, ids: Sequence[int], learn: Sequence[bool], longest: int) -> Lesson | None:
+    def of(cls, ids: Sequence[int], learn: Sequence[bool], longest: int, *, read: bool = False) -> Lesson | None:
         """The lesson of ``ids`` where ``learn``; None if nothing in it teaches.
 
         The newest ``longest`` tokens of it are kept.
+
+        Args:
+            read: whether it is to be read by a state, not learnt by weights, which learn a token from those before it:
+                then the first token teaches too.
         """
-        taught = [at for at, teaches in enumerate(learn) if teaches and at > 0]
+        taught = [at for at, teaches in enumerate(learn) if teaches and (read or at > 0)]
         if not taught:
             return None
         end = taught[-1] + 1
         start = max(0, end - longest)
         ids, learn = list(ids[start:end]), list(learn[start:end])
-        learn[0] = False
+        learn[0] = learn[0] and read
         return cls(ids, learn) if any(learn) else None
 
     @property
     def tokens(self) -> int:
         """How many tokens teach."""
         return sum(self.learn)
+
+    @property
+    def taught(self) -> list[int]:
+        """The tokens that teach, without their context."""
+        return [token for token, teaches in zip(self.ids, self.learn, strict=True) if teaches]
 
     def tensors(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """The tokens, (1, T) int64, and which of them teach, (1, T) bool, as `ttt.Learner.observe` takes them."""
@@ -69,10 +78,12 @@ class Teaching:
     Attributes:
         roles: whose messages teach.
         all_turns: teach from every message of ``roles``, not only from the last message of the chat.
+        read: see `Lesson.of`.
     """
 
     roles: tuple[str, ...] = ("user",)
     all_turns: bool = False
+    read: bool = False
 
     def lesson(self, tokenizer: Any, messages: Sequence[Message], longest: int) -> Lesson | None:
         """What ``messages`` teach; None for nothing, as where the last one is a tool's.
@@ -92,6 +103,6 @@ class Teaching:
             return None
         try:
             whole, spans = spans_in_template(tokenizer, messages[: chosen[-1] + 1], chosen)
-            return Lesson.of(*tokens_at(tokenizer, whole[: spans[-1][1]], spans), longest)
+            return Lesson.of(*tokens_at(tokenizer, whole[: spans[-1][1]], spans), longest, read=self.read)
         except ValueError as error:
             raise BadRequest(str(error), param="messages") from None

@@ -6,12 +6,19 @@ import pytest
 from typer.testing import CliRunner
 
 from bench.learning import pretrain
+from ttt.nn.sequence import GatedDeltaNet, TTTLinear, WindowAttention
 
 
 def test_models_are_of_one_size():
     """Within 3 % of the demo model's parameters."""
     sizes = {layer: sum(p.numel() for p in pretrain.model_of(layer).parameters()) for layer in pretrain.LAYERS}
     assert all(size == pytest.approx(sizes["llama"], rel=0.03) for size in sizes.values()), sizes
+
+
+def test_hybrids_attend_to_a_window_in_every_second_block():
+    for layer, kind in (("hybrid", GatedDeltaNet), ("hybrid-linear", TTTLinear)):
+        mixers = [type(block.mixer) for block in pretrain.model_of(layer).model.layers]
+        assert mixers == [kind, WindowAttention, kind, WindowAttention, kind]
 
 
 def test_a_run_replaces_the_results_of_its_layer(tmp_path, monkeypatch):

@@ -67,7 +67,8 @@ async def chat(http: Request, body: ChatRequest) -> dict[str, Any] | StreamingRe
     learn = check_learn_header(http.headers.get("x-ttt-learn", "on"))
     lesson = None
     if learn != "off" and identity.user is not None:
-        lesson = await server.apart(Teaching().lesson, server.tokenizer, messages, server.service.context)
+        teaching = Teaching(read=server.service.reads)
+        lesson = await server.apart(teaching.lesson, server.tokenizer, messages, server.service.context)
     running = _begun(server, identity, prompt, sampling, n=body.n, lesson=lesson, wait=learn == "wait")
     shape = _Shape("chatcmpl", "chat.completion", server.name)
     if body.stream:
@@ -101,7 +102,8 @@ async def completions(http: Request, body: CompletionRequest) -> dict[str, Any] 
     learn = check_learn_header(http.headers.get("x-ttt-learn", "off"))
     lessons: list[Lesson | None] = [None] * len(prompts)
     if learn != "off" and identity.user is not None:
-        lessons = [Lesson.of(prompt, [True] * len(prompt), server.service.context) for prompt in prompts]
+        context, read = server.service.context, server.service.reads
+        lessons = [Lesson.of(prompt, [True] * len(prompt), context, read=read) for prompt in prompts]
     runnings: list[Running] = []
     try:
         for prompt, sampling, lesson in zip(prompts, samplings, lessons, strict=True):

@@ -51,9 +51,10 @@ async def show(http: Request, user: str) -> dict[str, Any]:
     session = server.service.sessions.get(user)
     if session is None and not versions:
         raise NotFound(f"there is no user {user!r}", param="user")
-    drift = await _result(server, http, server.service.drift(user)) if session is not None else None
+    reads = server.service.reads
+    drift = None if session is None or reads else await _result(server, http, server.service.drift(user))
     return {
-        "id": user, "online": session is not None,
+        "id": user, "keeps": "state" if reads else "weights", "online": session is not None,
         "updates": None if session is None else session.updates, "tokens": None if session is None else session.tokens,
         "read_only": session.read_only if session is not None else "", "drift": drift, "versions": versions,
     }  # fmt: skip
@@ -188,12 +189,12 @@ def _versions(server: Server, user: str) -> list[dict[str, Any]]:
 def _lesson(server: Server, body: LearnRequest) -> Lesson | None:
     if (body.text is None) == (body.messages is None):
         raise BadRequest("one of text and messages must be given, and not both", param="text")
-    context = server.service.context
+    context, read = server.service.context, server.service.reads
     if body.messages is not None:
         if body.spans is not None:
             raise BadRequest("spans go with text only", param="spans")
         messages = [message.plain(at) for at, message in enumerate(body.messages)]
-        return Teaching(tuple(body.roles), all_turns=True).lesson(server.tokenizer, messages, context)
+        return Teaching(tuple(body.roles), all_turns=True, read=read).lesson(server.tokenizer, messages, context)
     assert body.text is not None
     spans = [(0, len(body.text))] if body.spans is None else [(span[0], span[1]) for span in body.spans]
     for start, stop in spans:
@@ -205,7 +206,7 @@ def _lesson(server: Server, body: LearnRequest) -> Lesson | None:
             f"text must have at most {context} tokens, got {len(ids)}; send it in parts",
             param="text", code="context_length_exceeded",
         )  # fmt: skip
-    return Lesson.of(ids, inside, context)
+    return Lesson.of(ids, inside, context, read=read)
 
 
 def _zipped(state: dict[str, Any], base_model: str) -> bytes:

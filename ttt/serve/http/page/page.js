@@ -234,7 +234,7 @@ async function refreshPanel() {
   const user = await fetchUser();
   if (session !== state.session) return;
   showUser(user);
-  const taught = user ? (await json(userPath("/taught"))).data : [];
+  const taught = user?.keeps === "weights" ? (await json(userPath("/taught"))).data : []; // a state keeps no texts
   if (session !== state.session) return;
   showTaught(taught);
   if (user && !user.online) { // asking for the texts has brought the user's weights in: now their numbers are known
@@ -246,11 +246,12 @@ async function refreshPanel() {
 function showUser(user) {
   state.known = user;
   at("numbers").hidden = !user?.online;
-  for (const id of ["study", "export", "forget"]) at(id).disabled = !user;
+  for (const id of ["study", "export"]) at(id).disabled = user?.keeps !== "weights";
+  at("forget").disabled = !user;
   if (user?.online) {
     at("updates").textContent = user.updates;
     at("tokens").textContent = user.tokens;
-    at("drift").textContent = percent(user.drift);
+    at("drift").textContent = user.drift === null ? "–" : percent(user.drift);
   }
   if (user?.read_only) at("learning").textContent = `Nothing more is learnt now: ${user.read_only}`;
   showVersions(user?.versions ?? []);
@@ -281,7 +282,7 @@ function versionItem(version, current) {
 }
 
 function showTaught(taught) {
-  at("taught-empty").hidden = taught.length > 0;
+  at("taught-empty").hidden = taught.length > 0 || state.known?.keeps === "state";
   at("taught-note").hidden = taught.length === 0;
   at("taught").replaceChildren(...[...taught].reverse().map(taughtItem)); // the newest first
 }
