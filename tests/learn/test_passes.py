@@ -75,16 +75,20 @@ def test_in_steps_it_is_the_same_to_the_bit():
     one, two = learners(True)
     ids = torch.randint(50, (1, 21))
     seen = one.observe(ids, users=["ada"], passes=2, emphasis=3.0)
-    steps, count = two.observe_in_steps(ids, users=["ada"], passes=2, emphasis=3.0), 0
-    while True:
-        try:
-            next(steps)
-            count += 1
-        except StopIteration as done:
-            assert torch.equal(done.value.nll, seen.nll)
-            assert done.value.learned == seen.learned
-            break
-    assert count >= 6  # three chunks in each pass
+    taken = []
+
+    def all_steps():
+        steps = two.observe_in_steps(ids, users=["ada"], passes=2, emphasis=3.0)
+        while True:
+            try:
+                taken.append(next(steps))
+            except StopIteration as done:
+                return done.value
+
+    output = all_steps()
+    assert torch.equal(output.nll, seen.nll)
+    assert output.learned == seen.learned
+    assert len(taken) >= 6  # three chunks in each pass
     assert equal(state_of(one, ["ada"]), state_of(two, ["ada"]))
     assert len(two.episodes.of("ada")) == 1
 

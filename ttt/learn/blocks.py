@@ -112,8 +112,8 @@ class KnownBlocks:
                 except Exception as error:  # whatever a block misses that the ones below left to it
                     self.why = f"the upper blocks need more of those below than a hidden state ({type(error).__name__})"
                     break
-            error = float((found - whole).abs().max()) / max(float(whole.abs().max()), 1e-30)
-            if not error <= 8 * torch.finfo(whole.dtype).eps:
+            differ = float((found - whole).abs().max()) / max(float(whole.abs().max()), 1e-30)
+            if not differ <= 8 * torch.finfo(whole.dtype).eps:
                 self.why = "the upper blocks compute something else without those below"
                 break
 

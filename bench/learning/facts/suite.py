@@ -51,7 +51,7 @@ class FactsSuite:
     def protocol(self) -> Record:
         return {
             "model": PACKAGE, "kinds": len(KINDS), "chat": CHAT, "system": SYSTEM, "reply": REPLY,
-            "layers": [*CONFIG.target_modules, CONFIG.layers], "general": list(GENERAL),
+            "layers": [*(CONFIG.target_modules or ()), CONFIG.layers], "general": list(GENERAL),
             "known": len(KNOWN), "texts": [*TEXTS, TOKENS],
         }  # fmt: skip
 
