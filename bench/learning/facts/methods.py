@@ -44,7 +44,7 @@ METHODS: dict[str, FactsMethod] = {
         "workaround", contenders.Memit, {"blocks": ("middle", "last"), "weight": (1000.0, 15000.0, 150000.0)}
     ),
     "online": _learner(),
-    "online (4 passes of emphasis 10)": _learner(passes=4, emphasis=10.0),
+    "online (2 passes of emphasis 20)": _learner(passes=2, emphasis=20.0),
     "study": _learner(study=True),
     "study (no rehearsal)": _learner(told_only=True, study=True, rehearse=0.0),
     "study (a user's weights)": _learner(told_only=True, study=True, rank=32),
