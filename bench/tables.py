@@ -230,8 +230,8 @@ def units() -> list[str]:
     forms = list(dict.fromkeys(row["form"] for row in rows))
     found: dict[str, dict[str, str]] = {}
     for row in rows:
-        feedback = "" if "feedback" not in row else f", feedback={row['feedback']:g}"
-        setting = f'`rate="{row["rate"]}", lr={row["lr"]:g}{feedback}`'
+        more = "".join(f", {name}={row[name]:g}" for name in ("power", "feedback") if name in row)
+        setting = f'`rate="{row["rate"]}", lr={row["lr"]:g}{more}`'
         found.setdefault(setting, {})[row["form"]] = f"{row['gain']:+.3f} / {row['kl']:.4f}"
     return _table(("setting", *forms), [_line(s, *(by_form[form] for form in forms)) for s, by_form in found.items()])
 

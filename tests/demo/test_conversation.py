@@ -12,7 +12,7 @@ import ttt
 from ttt.cli import app
 from ttt.demo import ask, conversation
 from ttt.demo.facts import QUESTIONS, SENTENCES
-from ttt.demo.language_model import CONVERSATION, load
+from ttt.demo.language_model import CONVERSATION, TELLING, load
 from ttt.demo.questions import Template
 
 TEMPLATE = (
@@ -65,7 +65,7 @@ def test_the_demo_asks_in_a_new_process_and_reports(folder, tmp_path, monkeypatc
     assert list(found["ways"]) == ["frozen", "in context", "retrieval", "LoRA", "ttt"]
     assert all(len(way["chosen"]) == len(QUESTIONS) == len(way["nll"]) for way in found["ways"].values())
     assert found["other_user_same"] is found["rolled_back"] is found["forgotten"] is True
-    assert found["studied"]["last"] < found["studied"]["first"]
+    assert found["telling"] == TELLING
     assert found["document"]["learning"] < found["document"]["frozen"]
     assert found["document"]["unread"] < found["document"]["unread_frozen"]
     mean = {name: sum(way["nll"]) / len(way["nll"]) for name, way in found["ways"].items()}
@@ -84,7 +84,6 @@ def test_what_a_new_process_finds_is_what_this_one_finds(folder, tmp_path, monke
     learner = ttt.Learner(ttt.adapt_(model, CONVERSATION), episodes=ttt.EpisodeLog())
     learner.calibrate(tokenizer=tokenizer)
     conversation._tell(learner, Template(tokenizer))
-    learner.study(conversation.USER, passes=3)
     store = ttt.Store(tmp_path / "store")
     with store.lease(conversation.USER) as lease:
         store.put(lease, learner.pool.export(conversation.USER))

@@ -1,4 +1,4 @@
-"""The demo: a user tells a language model a page of facts, and asks about them in a new process.
+"""The demo: a user tells a language model a page of facts once, and asks about them in a new process.
 
 Nothing of the conversation is in the context of the questions: what is known then is in the user's weights.
 """
@@ -23,7 +23,7 @@ from ttt.demo import text as texts
 from ttt.demo.ask import general_loss
 from ttt.demo.conversation_report import rights, write
 from ttt.demo.facts import QUESTIONS, SENTENCES
-from ttt.demo.language_model import CONVERSATION, load
+from ttt.demo.language_model import CONVERSATION, TELLING, load
 from ttt.demo.lora import fine_tune, with_lora
 from ttt.demo.process import in_new_process
 from ttt.demo.questions import Message, Question, Template, choose, session
@@ -92,7 +92,7 @@ def _conversation(
     place: Path,
     console: Console,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tell, study, store, ask in a new process, read a document, go back, and forget.
+    """Tell, store, ask in a new process, read a document, go back, and forget.
 
     Returns:
         The answers, as `_asked` returns them, and everything else that was measured.
@@ -105,16 +105,12 @@ def _conversation(
         seconds["calibrate"] = _timed(lambda: learner.calibrate(tokenizer=tokenizer))
     with console.status(f"{USER} tells the model {len(SENTENCES)} sentences ..."):
         seconds["tell"] = _timed(lambda: _tell(learner, template))
-    with console.status("The model studies what it was told ..."):
-        began = time.perf_counter()
-        studied = learner.study(USER)
-        seconds["study"] = time.perf_counter() - began
     with store.lease(USER) as lease:
         told = store.put(lease, pool.export(USER))
     with console.status("Asking in a new process ..."):
-        after = _ask(folder, place / "store", USER)
+        after = _ask(folder or _saved(plain, tokenizer, place / "model"), place / "store", USER)
     way = {name: after[name] for name in ("chosen", "nll", "seconds")}
-    way["before"] = seconds["tell"] + seconds["study"]
+    way["before"] = seconds["tell"]
     name, ids = document
     with console.status(f"The model reads {DOCUMENT} tokens of {name} ..."):
         read = _read(learner, plain, ids)
@@ -127,8 +123,7 @@ def _conversation(
     with ttt.users(model, [USER]), torch.no_grad():
         forgotten = torch.equal(model(input_ids=ids[:, :64]).logits, plain(input_ids=ids[:, :64]).logits)
     return way, {
-        "general": after["general"], "calibrate": seconds["calibrate"],
-        "studied": {"passes": len(studied.losses), "first": studied.losses[0], "last": studied.losses[-1]},
+        "general": after["general"], "calibrate": seconds["calibrate"], "telling": TELLING,
         "document": {"name": name, **read}, "other_user_same": after["same"], "rolled_back": same,
         "forgotten": forgotten,
     }  # fmt: skip
@@ -137,12 +132,19 @@ def _conversation(
 def _tell(learner: ttt.Learner, template: Template) -> None:
     for sentence in SENTENCES:
         ids, said = template.turn(sentence)
-        learner.observe(torch.tensor([ids]), learn_mask=torch.tensor([said]), users=[USER])
+        learner.observe(torch.tensor([ids]), learn_mask=torch.tensor([said]), users=[USER], **TELLING)
 
 
-def _ask(folder: Path | None, store: Path, user: str) -> dict[str, Any]:
+def _saved(model: Any, tokenizer: Any, folder: Path) -> Path:
+    """The ``folder`` with the model as transformers saves it: it is read in a fraction of the time of a GGUF file."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _ask(folder: Path, store: Path, user: str) -> dict[str, Any]:
     """What `ttt.demo.ask` finds in a new process."""
-    return in_new_process("ttt.demo.ask", str(folder or "-"), str(store), user)
+    return in_new_process("ttt.demo.ask", str(folder), str(store), user)
 
 
 def _read(learner: ttt.Learner, plain: Any, ids: Tensor) -> dict[str, float]:
@@ -222,7 +224,7 @@ def _show(found: dict[str, Any], console: Console) -> None:
     console.print(table)
     general, document = found["general"], found["document"]
     console.print(
-        f"General knowledge, nats of the ends of 30 sentences: frozen {general['frozen']:.3f}, with what was studied "
+        f"General knowledge, nats of the ends of 30 sentences: frozen {general['frozen']:.3f}, with what was learnt "
         f"{general['ttt']:.3f}, after LoRA {general['LoRA']:.3f}.\n"
         f"{document['name']}, nats per token: frozen {document['frozen']:.3f}, learning while reading "
         f"{document['learning']:.3f}; the {UNREAD} tokens after it {document['unread_frozen']:.3f} and "

@@ -18,7 +18,7 @@ def write(found: dict[str, Any], folder: Path) -> None:
     (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     _plot(found, folder / "conversation.png")
     questions, ways, general = found["questions"], found["ways"], found["general"]
-    count, document, studied = len(questions), found["document"], found["studied"]
+    count, document, telling = len(questions), found["document"], found["telling"]
     told = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in found["told"])
     page = f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>ttt: what was said once stays</title><style>{STYLE}
@@ -35,8 +35,8 @@ before it was told anything, {rights(ways["frozen"], questions)}. Each answer is
 <table><tr><th>way<th>right of {count}<th>before asking, s<th>{count} questions, s<th>general knowledge, nats
 </tr>{_costs(questions, ways, general)}</table>
 <p>General knowledge: nats of the ends of 30 sentences such as "The capital of Japan is Tokyo"; less is better.
-Measuring what must not be forgotten took {found["calibrate"]:.1f} s more, once for a model. The study took
-{studied["passes"]} passes ({studied["first"]:.2f} to {studied["last"]:.2f} nats per token).</p>
+Measuring what must not be forgotten took {found["calibrate"]:.1f} s more, once for a model. Each sentence was read
+{telling["passes"]} times, with steps {telling["emphasis"]:g} times as large as in a stream of text.</p>
 <p>Then it read {html.escape(document["name"])}: {document["frozen"]:.3f} nats per token frozen,
 {document["learning"]:.3f} when learning while reading ({document["seconds"]:.1f} s), each token scored before it was
 learnt; on the unread text after it {document["unread_frozen"]:.3f} and {document["unread"]:.3f}.</p>
