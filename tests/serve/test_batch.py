@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_chat_model import Answer, byte_tokenizer, learner_of, service_of, tiny_chat_model
+from tiny_chat_model import Answer, byte_tokenizer, learner_of, served_in_random_order, service_of, tiny_chat_model
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM
 
 import ttt
@@ -63,15 +63,7 @@ def test_sequences_that_come_and_go_are_each_as_if_alone(taught):
     for at, (prompt, count) in enumerate(lengths):
         pieces = []
         waiting.append((request_of([None, "ada", "bob"][at % 3], words(prompt), pieces, max_tokens=count), pieces))
-    begun, todo = [], list(waiting)
-    for _ in range(500):
-        if todo and batch.fits(todo[0][0]) and torch.rand(1) < 0.5:
-            batch.begin(todo[0][0])
-            begun.append(todo.pop(0))
-        batch.read_step()
-        batch.decode_step()
-        if batch.idle and not todo:
-            break
+    begun = served_in_random_order(batch, waiting)
     assert len(ended) == len(lengths)
     for request, pieces in begun:
         check(taught, request, pieces)

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from tiny_chat_model import Answer, byte_tokenizer, tiny_chat_model
+from tiny_chat_model import Answer, byte_tokenizer, served_in_random_order, tiny_chat_model
 from tiny_models import assert_same
 from tiny_sequence_model import MIXERS, reader_of, states_service, tiny_sequence_model
 from web import NAME, client_of, served
@@ -106,20 +106,13 @@ def test_sequences_that_come_and_go_are_each_as_if_alone(mixers):
         pool.load(user, caches[user].tensors())
     batch = Batch(StateRows(pool, 4), byte_tokenizer(), prefill=16, ended=ended.append)
     lengths = [(5, 5), (37, 3), (17, 9), (1, 1), (11, 6), (16, 2), (8, 12)]
-    todo, begun = [], []
+    waiting = []
     for at, (prompt, count) in enumerate(lengths):
         pieces = []
         sampling = Sampling(max_tokens=count, temperature=0.0, logprobs=0, ignore_eos=True)
         n = 3 if at == 4 else 1
-        todo.append((Request([None, "ada", "bob"][at % 3], words(prompt), sampling, pieces.append, n=n), pieces))
-    for _ in range(500):
-        if todo and batch.fits(todo[0][0]) and torch.rand(1) < 0.5:
-            batch.begin(todo[0][0])
-            begun.append(todo.pop(0))
-        batch.read_step()
-        batch.decode_step()
-        if batch.idle and not todo:
-            break
+        waiting.append((Request([None, "ada", "bob"][at % 3], words(prompt), sampling, pieces.append, n=n), pieces))
+    begun = served_in_random_order(batch, waiting)
     assert len(ended) == len(lengths)
     for request, pieces in begun:
         for index in range(request.n):

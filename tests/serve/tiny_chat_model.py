@@ -118,3 +118,17 @@ class Answer:
 
     def tokens(self, index=0):
         return [score.token for piece in self.pieces if piece.index == index for score in piece.tokens]
+
+
+def served_in_random_order(batch, waiting):
+    """Let the batch serve ``waiting``, (request, pieces) each, which begin at random steps: those that began."""
+    todo, begun = list(waiting), []
+    for _ in range(500):
+        if todo and batch.fits(todo[0][0]) and torch.rand(1) < 0.5:
+            batch.begin(todo[0][0])
+            begun.append(todo.pop(0))
+        batch.read_step()
+        batch.decode_step()
+        if batch.idle and not todo:
+            break
+    return begun

@@ -229,6 +229,8 @@ class Linear(StatefulLinear):
                 self._learn_step(update, gate, counter)
         if update.moments is not None and self.moments is not None:
             count_(self.moments[STREAM], update.moments, None if gate is None else gate != 0)
+        if update.agreement is not None and self.agreement is not None:
+            self.agreement.copy_(gated(gate, update.agreement, self.agreement))
 
     def check_update(self, update: Update, gate: Tensor | None = None) -> None:
         """Check that `learn` can take ``update`` and ``gate``. Nothing is written.
@@ -290,7 +292,6 @@ class Linear(StatefulLinear):
         self.tokens.add_(len(eta))
         self._empty_window()
         self._keep_latest(x, delta, weight)
-        self._set_agreement(update.agreement)
 
     @torch.no_grad()
     def _learn_step(self, update: Update, gate: Tensor | None, counter: WindowCounter) -> None:
@@ -301,7 +302,6 @@ class Linear(StatefulLinear):
             self._commit(x, delta, update.eta, self._trace_gradients(update), gate)
             advance(self.tokens, counter.rows, gate)
             self._keep_latest(x, delta, update.weight, gate)
-            self._set_agreement(update.agreement, gate)
             return
         self._follow(update, counter.next_row, gate)
         self._commit(*self._window_rows(counter.capacity), counter.full if gate is None else counter.full * gate)
@@ -322,7 +322,7 @@ class Linear(StatefulLinear):
 
     @torch.no_grad()
     def _follow(self, update: Update, at: int | Tensor, gate: Tensor | None = None) -> None:
-        """Keep the weights of ``update``, whose rows are those of the window from row ``at`` on, and its ``agreement``.
+        """Keep the weights of ``update``, whose rows are those of the window from row ``at`` on.
 
         Args:
             at: () int64 on the device for a capturable layer.
@@ -335,7 +335,6 @@ class Linear(StatefulLinear):
             self.win_weight.index_copy_(0, rows, gated(gate, weight, self.win_weight[rows]))
         else:
             self.win_weight[at : at + len(weight)] = weight
-        self._set_agreement(update.agreement, gate)
 
     @torch.no_grad()
     def _keep_latest(self, x: Tensor, delta: Tensor, weight: Tensor | None, gate: Tensor | None = None) -> None:
@@ -346,10 +345,6 @@ class Linear(StatefulLinear):
         kept = min(len(x), len(self.win_weight))
         for live, rows in ((self.win_x, x), (self.win_delta, delta), (self.win_weight, weight)):
             live[:kept] = gated(gate, rows[len(rows) - kept :], live[:kept])
-
-    def _set_agreement(self, agreement: Tensor | None, gate: Tensor | None = None) -> None:
-        if agreement is not None and self.agreement is not None:
-            self.agreement.copy_(gated(gate, agreement, self.agreement))
 
     @torch.no_grad()
     @full_precision

@@ -170,9 +170,9 @@ def rates(
     eta = _clipped(eta, norm, bound)
     # For "rms" both factors of a gradient are those of the update.
     rows = changed if config.rate == "rms" else given
-    relative = (
-        torch.where(root > 0, eta / unit, 0.0).to(norm.dtype) if config.rate != "energy" and config.lr > 0 else None
-    )
+    relative = None
+    if (config.burst is not None or latest is not None) and config.rate != "energy" and config.lr > 0:
+        relative = torch.where(root > 0, eta / unit, 0.0).to(norm.dtype)
     if config.burst is not None and relative is not None:
         size = _sizes(rows, changed, sizes, relative, users)
         shrunk = torch.where(size > config.burst, config.burst / size, 1.0)
