@@ -15,10 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import torch
 
 from ttt.serve.keys import add_key
 
 MODEL = "smol"
+DTYPE = "bfloat16" if "AVX512" in torch.backends.cpu.get_cpu_capability() else "float32"
+"""Processors without AVX-512 multiply matrices in bfloat16 thirty times more slowly than in float32."""
+SLACK = 0.0 if DTYPE == "bfloat16" else 1e-4
+"""Nats that equal scores may differ by. In bfloat16 vLLM's products of a row have the same bits whatever other rows
+there are; in float32 a few last bits differ."""
 START = 600  # seconds; the first start of a model measures what must not be forgotten
 USERS = ("ada", "bob", "cid")
 RESERVED = {
@@ -26,6 +32,15 @@ RESERVED = {
     "bob": "The password of the old library is a song about seven herons.",
 }
 """Sentences that nobody else says."""
+
+
+class Score(float):
+    """A log probability, equal to those that are within `SLACK` of it."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, float) and abs(float(self) - float(other)) <= SLACK
 
 
 class Server:
@@ -54,7 +69,7 @@ class Server:
             self.environment |= {f"TTT_VLLM_{name.upper()}": str(value) for name, value in given.items()}
         self.command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model, "--served-model-name",
-            MODEL, "--dtype", "bfloat16", "--max-model-len", "1024", "--enforce-eager", "--host", "127.0.0.1",
+            MODEL, "--dtype", DTYPE, "--max-model-len", "1024", "--enforce-eager", "--host", "127.0.0.1",
             "--port", str(self.port), "--enable-prompt-tokens-details", "--max-num-batched-tokens", "256", *arguments,
         ]  # fmt: skip
         self.process: subprocess.Popen[bytes] | None = None
@@ -116,13 +131,13 @@ class Server:
             default_headers={name.replace("_", "-"): value for name, value in headers.items()}, timeout=120,
         )  # fmt: skip
 
-    def logprobs(self, who: str | None, text: str) -> list[float]:
+    def logprobs(self, who: str | None, text: str) -> list[Score]:
         """Of the tokens of ``text`` after the first, for a user or the base model; computed anew every time."""
         answer = self.client(who).completions.create(
             model=MODEL, prompt=text, max_tokens=1, temperature=0, extra_body={"prompt_logprobs": 0}
         )
         found = answer.choices[0].model_dump()["prompt_logprobs"]
-        return [next(iter(each.values()))["logprob"] for each in found[1:]]
+        return [Score(next(iter(each.values()))["logprob"]) for each in found[1:]]
 
     def say(self, who: str, text: str, *, learn: str = "wait", tokens: int = 4, **body: Any) -> Any:
         """A turn of a user."""
@@ -130,7 +145,7 @@ class Server:
             model=MODEL, messages=[{"role": "user", "content": text}], max_tokens=tokens, **{"temperature": 0, **body}
         )
 
-    def first(self, who: str | None, text: str, salt: str | None = None) -> tuple[list[tuple[str, float]], int]:
+    def first(self, who: str | None, text: str, salt: str | None = None) -> tuple[list[tuple[str, Score]], int]:
         """The most probable first tokens after ``text``, and how many of its tokens came out of the prefix cache."""
         extra = {} if salt is None else {"cache_salt": salt}
         answer = self.client(who).completions.create(
@@ -138,7 +153,8 @@ class Server:
         )
         top = answer.choices[0].logprobs.top_logprobs[0]
         details = answer.usage.prompt_tokens_details
-        return sorted(top.items()), (details.cached_tokens or 0) if details is not None else 0
+        scores = [(token, Score(score)) for token, score in sorted(top.items())]
+        return scores, (details.cached_tokens or 0) if details is not None else 0
 
     def http(
         self, method: str, path: str, who: str | None, body: bytes | None = None, **headers: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 
 import openai
@@ -297,7 +298,7 @@ def test_a_long_prompt_is_captured_in_parts_while_others_are_answered(server):
 def test_names_of_users_reach_neither_logs_nor_metrics(server):
     server.say("ada", RESERVED["ada"])
     metrics = server.http("GET", "/metrics", None)[1]
-    assert "ada" not in metrics.replace("adapter", "").replace("metadata", "")
+    assert not re.search(r"(?<![0-9a-z])ada(?![0-9a-z])", metrics)  # hexadecimal digits may spell it
     log = server.log.read_text(errors="replace")
     assert "Quillfeather" not in log
     assert not [line for line in log.splitlines() if "ttt://ada" in line or "'ada'" in line]

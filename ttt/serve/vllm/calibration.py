@@ -45,7 +45,8 @@ def calibrate(pool: Pool, config: TTTConfig, model: Any, path: str) -> str:
 def _measure(pool: Pool, config: TTTConfig, model: Any) -> None:
     """Calibrate the whole model, loaded once more, and copy what its layers hold into those of ``pool``.
 
-    It is loaded in float32: processors without instructions for bfloat16 multiply such matrices thirty times more slowly.
+    It is loaded in float32: processors without instructions for bfloat16 multiply such matrices thirty times more
+    slowly.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
