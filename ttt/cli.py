@@ -115,6 +115,12 @@ def serve(
         int, typer.Option(min=1, help="Tokens that may wait to be learnt; requests that would add more are refused.")
     ] = 16_384,
     context: Annotated[int, typer.Option(min=16, help="Tokens of a text, prompt and answer, at most.")] = 2048,
+    passes: Annotated[
+        int | None, typer.Option(min=1, max=16, help="How often what a user says is read; by default twice.")
+    ] = None,
+    emphasis: Annotated[
+        float | None, typer.Option(max=100, help="What multiplies the steps on what a user says; by default 20.")
+    ] = None,
     learning_share: Annotated[
         float, typer.Option(max=1, help="Part of the time that learning may take while answers are generated.")
     ] = 0.5,
@@ -159,6 +165,8 @@ def serve(
             waiting=waiting,
             learning_tokens=learning_tokens,
             context=context,
+            passes=passes,
+            emphasis=emphasis,
             learning_share=learning_share,
             study_after=study_after,
             lease_seconds=lease_seconds,

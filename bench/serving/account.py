@@ -10,6 +10,7 @@ import torch
 
 import ttt
 from bench.serving.talk import REFUSED, STORED, UNKNOWN, Attempt
+from ttt.conversation import Telling
 from ttt.serve.teaching import Teaching
 
 
@@ -116,7 +117,7 @@ def replay_difference(
         lesson = Teaching().lesson(tokenizer, [{"role": "user", "content": text}], context)
         assert lesson is not None
         ids, mask = lesson.tensors()
-        learner.observe(ids, learn_mask=mask, users=[user])
+        learner.observe(ids, learn_mask=mask, users=[user], **Telling().of(lesson.tokens).options)
     found = learner.pool.export(user)
     learner.pool.forget(user)
     if set(found) != set(stored):

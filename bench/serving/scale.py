@@ -22,6 +22,7 @@ import ttt
 from bench import postgres
 from bench.kernels.timing import quartiles
 from bench.machine import provenance
+from ttt.conversation import Telling
 from ttt.serve.main import ServeOptions, build_learner
 from ttt.serve.teaching import Teaching
 from ttt.store.serialization import encode
@@ -44,7 +45,7 @@ def users_bytes(learner: ttt.Learner, tokenizer: Any, rounds: int) -> tuple[dict
         lesson = Teaching().lesson(tokenizer, [{"role": "user", "content": text}], 2048)
         assert lesson is not None
         ids, mask = lesson.tensors()
-        learner.observe(ids, learn_mask=mask, users=["ada"])
+        learner.observe(ids, learn_mask=mask, users=["ada"], **Telling().of(lesson.tokens).options)
         tokens += lesson.tokens
         talk.append({"turns": number + 1, "tokens": tokens, "bytes": len(encode(pool.export("ada"), {}))})
     learner.study("ada", passes=2)  # the bytes do not depend on how often

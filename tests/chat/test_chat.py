@@ -49,10 +49,11 @@ def test_only_the_users_words_of_the_last_turn_teach(base, tmp_path, monkeypatch
     observe = chat.learner.observe
     chat.learner.context = 400
 
-    def spy(ids, learn_mask, users):
+    def spy(ids, learn_mask, users, **telling):
         seen.append("".join(chr(97 + int(i) % 26) for i in ids[learn_mask]))
         assert users == ["ada"]
-        return observe(ids, learn_mask=learn_mask, users=users)
+        assert telling == {"passes": 2, "emphasis": 20.0}
+        return observe(ids, learn_mask=learn_mask, users=users, **telling)
 
     monkeypatch.setattr(chat.learner, "observe", spy)
     for words in ("my dog is called Biscuit", "my dog is called Biscuit", "and I live in York"):

@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 import ttt
 from ttt.cli import app
+from ttt.conversation import CONVERSATION, Telling
 from ttt.demo import ask, conversation
 from ttt.demo.facts import QUESTIONS, SENTENCES
-from ttt.demo.language_model import CONVERSATION, TELLING, load
+from ttt.demo.language_model import load
 from ttt.demo.questions import Template
 
 TEMPLATE = (
@@ -65,7 +66,7 @@ def test_the_demo_asks_in_a_new_process_and_reports(folder, tmp_path, monkeypatc
     assert list(found["ways"]) == ["frozen", "in context", "retrieval", "LoRA", "ttt"]
     assert all(len(way["chosen"]) == len(QUESTIONS) == len(way["nll"]) for way in found["ways"].values())
     assert found["other_user_same"] is found["rolled_back"] is found["forgotten"] is True
-    assert found["telling"] == TELLING
+    assert found["telling"] == Telling().options
     assert found["document"]["learning"] < found["document"]["frozen"]
     assert found["document"]["unread"] < found["document"]["unread_frozen"]
     mean = {name: sum(way["nll"]) / len(way["nll"]) for name, way in found["ways"].items()}

@@ -1,6 +1,7 @@
 """The HTTP server through OpenAI's own client, and what wrong or hostile clients get."""
 
 import copy
+import dataclasses
 import io
 import json
 import logging
@@ -20,6 +21,7 @@ from tiny_models import assert_same
 from web import NAME, client_of, served
 
 import ttt
+from ttt.conversation import Telling
 from ttt.serve.http.limits import RateLimits
 from ttt.serve.http.metrics import Metrics
 from ttt.serve.keys import Keys, add_key, remove_keys
@@ -118,7 +120,8 @@ def test_what_is_learnt_is_what_the_header_says(url, tmp_path, model):
     lesson = Teaching().lesson(byte_tokenizer(), CHAT, 512)
     reference = learner_of(model)
     for _ in range(2):
-        reference.observe(torch.tensor([lesson.ids]), learn_mask=torch.tensor([lesson.learn]), users=["ada"])
+        ids, mask = lesson.tensors()
+        reference.observe(ids, learn_mask=mask, users=["ada"], **Telling().of(lesson.tokens).options)
     assert_same(reference.pool.export("ada"), ttt.Store(tmp_path / "store").get("ada").tensors)
     with pytest.raises(openai.BadRequestError, match="x-ttt-learn"):
         client_of(url, user="ada", learn="maybe").chat.completions.create(**ask)
@@ -130,7 +133,18 @@ def test_the_user_field_of_a_request_names_nobody(url):
     assert httpx.get(f"{url}/v1/users/ada").json()["updates"] == 1
 
 
-def test_a_user_is_shown_goes_back_and_is_forgotten(url):
+def relative_change(model, state):
+    """The norm of what the user's ``state`` adds to the weights that learn, relative to that of these."""
+    change = size = 0.0
+    for name, module in model.named_modules():
+        if f"{name}.a" in state:
+            a, b = (state[f"{name}.{part}"].double() for part in "ab")
+            change += float((b.T @ a).square().sum())
+            size += float(module.weight.detach().double().square().sum())
+    return (change / size) ** 0.5
+
+
+def test_a_user_is_shown_goes_back_and_is_forgotten(url, model, tmp_path):
     client = client_of(url, user="ada", learn="wait")
     for _ in range(2):
         client.chat.completions.create(messages=CHAT, max_tokens=2, **FIXED)
@@ -138,7 +152,9 @@ def test_a_user_is_shown_goes_back_and_is_forgotten(url):
     assert [each["number"] for each in found["versions"]] == [2, 1]
     assert (found["updates"], found["online"], found["read_only"]) == (2, True, "")
     assert found["tokens"] == 2 * len("My dog is called Biscuit.?")
-    assert 0 < found["drift"] < 0.1
+    state = ttt.Store(tmp_path / "store").get("ada").tensors
+    assert found["drift"] > 0
+    assert found["drift"] == pytest.approx(relative_change(model, state), rel=1e-3)
     back = httpx.post(f"{url}/v1/users/ada/rollback", json={"version": 1})
     assert back.json() == {"id": "ada", "version": 3, "updates": 3}
     assert httpx.get(f"{url}/v1/users/ada").json()["versions"][0]["restores"] == 1
@@ -172,8 +188,27 @@ def test_texts_and_chats_are_learnt_by_request(url, tmp_path, model, tokenizer):
     assert roles["tokens"] == lesson.tokens
     for tokens, mask in [*lessons[:1], (ids[:18], lessons[1][1][:18]), (lesson.ids, lesson.learn)]:
         mask = [False, *mask[1:]]
-        reference.observe(torch.tensor([tokens]), learn_mask=torch.tensor([mask]), users=["ada"])
+        reference.observe(
+            torch.tensor([tokens]), learn_mask=torch.tensor([mask]), users=["ada"], **Telling().of(sum(mask)).options
+        )
     assert_same(reference.pool.export("ada"), ttt.Store(tmp_path / "store").get("ada").tensors)
+
+
+def test_a_lesson_may_say_how_it_is_read(url, tmp_path, model, tokenizer):
+    text = "Ada lives in York. " * 5
+    for user, given in (("ada", {"passes": 1, "emphasis": 1}), ("bob", {"emphasis": 3.5}), ("cid", {})):
+        assert httpx.post(f"{url}/v1/users/{user}/learn", json={"text": text, **given}).status_code == 200
+        ids = torch.tensor([tokenizer(text).input_ids])
+        reference, telling = learner_of(model), dataclasses.replace(Telling().of(ids.shape[1] - 1), **given)
+        after_the_first = torch.arange(ids.shape[1])[None] > 0
+        reference.observe(ids, learn_mask=after_the_first, users=[user], **telling.options)
+        assert_same(reference.pool.export(user), ttt.Store(tmp_path / "store").get(user).tensors)
+    before = ttt.Store(tmp_path / "store").get("ada").tensors
+    for given in ({"passes": 0}, {"passes": 1.5}, {"emphasis": 0}, {"emphasis": 101}, {"emphasis": "much"}):
+        answer = httpx.post(f"{url}/v1/users/ada/learn", json={"text": text, **given})
+        assert answer.status_code == 400
+        assert next(iter(given)) in answer.json()["error"]["message"]
+    assert_same(before, ttt.Store(tmp_path / "store").get("ada").tensors)
 
 
 def test_an_export_is_what_the_user_gets(url, model, tokenizer, tmp_path):

@@ -13,6 +13,7 @@ from tiny_chat_model import Answer, learner_of, service_of, slowed
 from tiny_models import assert_same
 
 import ttt
+from ttt.conversation import Telling
 from ttt.serve import writer as writer_module
 from ttt.serve.errors import Conflict, NotFound, TooBusy, Unavailable
 from ttt.serve.limits import Limits
@@ -29,10 +30,11 @@ def lesson_of(length=30, teach=0.5):
     return Lesson.of(words(length), [*learn[:-1], True], 500)
 
 
-def learned(learner, lessons, user="ada"):
+def learned(learner, lessons, user="ada", telling=None):
     """The state of ``user`` after ``lessons``, by a learner that does nothing else."""
     for lesson in lessons:
-        learner.observe(torch.tensor([lesson.ids]), learn_mask=torch.tensor([lesson.learn]), users=[user])
+        ids, mask = lesson.tensors()
+        learner.observe(ids, learn_mask=mask, users=[user], **(telling or Telling().of(lesson.tokens)).options)
     return learner.pool.export(user)
 
 
@@ -66,6 +68,19 @@ def test_a_turn_is_learnt_after_the_answer_and_the_next_request_has_it(model, tm
     base = service_of(model, tmp_path / "other")
     assert Answer(base, None, prompt, logprobs=0).wait().tokens() == before.tokens()
     base.drain()
+
+
+def test_how_a_lesson_is_read_is_the_services_choice_or_that_of_the_lesson(model, tmp_path):
+    lessons, once = [lesson_of(), lesson_of()], Telling(1, 1.0)
+    service = service_of(model, tmp_path, telling=once)
+    service.learn("ada", lessons[0]).result(60)
+    service.learn("bob", lessons[0], Telling(3, 5.0)).result(60)
+    assert service.drain() == []
+    plain = learned(learner_of(model), lessons[:1], telling=once)
+    assert_same(plain, stored(tmp_path, "ada"))
+    assert_same(learned(learner_of(model), lessons[:1], "bob", Telling(3, 5.0)), stored(tmp_path, "bob"))
+    told = learned(learner_of(model), lessons[:1])
+    assert any(not torch.equal(told[name], plain[name]) for name in told)
 
 
 def test_many_users_at_once_each_end_as_if_alone(model, tmp_path):
@@ -382,17 +397,18 @@ def test_a_study_gives_way_to_a_request_and_is_done_later(model, tmp_path, monke
 @pytest.mark.parametrize("share", [0.25, 0.75])
 def test_learning_takes_its_share_of_the_time_while_others_are_answered(model, tmp_path, monkeypatch, share):
     service = service_of(model, tmp_path, learning_share=share)
-    steps, slept = service.learner.observe_in_steps, []
+    steps, taken = service.learner.observe_in_steps, []
 
     def slowly(*args, **options):
         inner = steps(*args, **options)
         while True:
+            began = time.monotonic()
             time.sleep(0.1)
-            slept.append(0.1)
             try:
                 next(inner)
             except StopIteration as done:
                 return done.value
+            taken.append(time.monotonic() - began)
             yield
 
     monkeypatch.setattr(service.learner, "observe_in_steps", slowly)
@@ -404,8 +420,7 @@ def test_learning_takes_its_share_of_the_time_while_others_are_answered(model, t
     began = time.monotonic()
     service.learn("ada", lesson_of(450, teach=1.0))
     answer.wait()
-    taken = sum(slept) / (time.monotonic() - began)
-    assert 0.6 * share < taken < 1.2 * share
+    assert 0.6 * share < sum(taken) / (time.monotonic() - began) < 1.2 * share
     service.drain()
 
 

@@ -58,12 +58,13 @@ def learner_of(model, slots=3, **options):
     return learner
 
 
-def service_of(model, store, slots=3, observer=None, lease_seconds=30.0, learner=None, **limits):
+def service_of(model, store, slots=3, observer=None, lease_seconds=30.0, learner=None, telling=None, **limits):
     learner = learner or learner_of(model, slots)
     limits = Limits(**{"study_after": 0.0, "prefill": 16, **limits})
     store = store if isinstance(store, ttt.Store) else ttt.Store(store)
     return Service(
-        learner, byte_tokenizer(), store, "tiny", limits=limits, observer=observer, lease_seconds=lease_seconds
+        learner, byte_tokenizer(), store, "tiny", limits=limits, observer=observer, lease_seconds=lease_seconds,
+        telling=telling,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import ttt
 from ttt.checks import check_type, check_whole
-from ttt.demo.language_model import CONVERSATION
+from ttt.conversation import CONVERSATION, Telling
 from ttt.learn.chat_template import tokens_at, words_in_template
 from ttt.learn.learner import Learner
 from ttt.store import Store, UnknownUser, Version
@@ -44,13 +44,14 @@ class Chat:
 
     Args:
         model: a causal language model of Hugging Face transformers; it is adapted in place, as
-            `ttt.demo.language_model.CONVERSATION` says, and calibrated on
+            `ttt.conversation.CONVERSATION` says, and calibrated on
             text that it writes itself, which takes half a minute for a model of 135 M parameters on two cores.
         tokenizer: its fast tokenizer, with a chat template.
         store: where the user's versions are kept.
         user: their id.
         max_new_tokens: bound on the length of an answer.
         learn: False: nothing is learnt from this chat.
+        telling: how what the user says is read.
 
     Raises:
         TypeError, ValueError: for a wrong argument, a tokenizer without a chat template, or a user in the store whose
@@ -66,6 +67,7 @@ class Chat:
         *,
         max_new_tokens: int = 128,
         learn: bool = True,
+        telling: Telling | None = None,
     ) -> None:
         check_type("store", store, Store, "a ttt.Store")
         check_whole("max_new_tokens", max_new_tokens, 1)
@@ -77,7 +79,7 @@ class Chat:
         assert self.learner.pool is not None
         self.pool = self.learner.pool
         self.tokenizer, self.store, self.user = tokenizer, store, user
-        self.max_new_tokens, self.learn = max_new_tokens, learn
+        self.max_new_tokens, self.learn, self.telling = max_new_tokens, learn, telling or Telling()
         self.messages: list[dict[str, str]] = []
         if self.versions():
             self.pool.load(user, store.get(user).tensors)
@@ -158,7 +160,7 @@ class Chat:
 
     def _learn(self, asked: list[dict[str, str]], answer: str) -> Turn:
         ids, mask = self._tokens(asked, prompt=False)
-        seen = self.learner.observe(ids, learn_mask=mask, users=[self.user])
+        seen = self.learner.observe(ids, learn_mask=mask, users=[self.user], **self.telling.of(int(mask.sum())).options)
         nll = float(seen.nll[mask[:, 1:]].double().mean())
         return Turn(answer, self._put(), int(mask.sum()), nll)
 

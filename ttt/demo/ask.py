@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 import ttt
+from ttt.conversation import CONVERSATION
 from ttt.demo.facts import QUESTIONS
 from ttt.demo.knowledge import GENERAL_KNOWLEDGE, as_facts, facts_loss
-from ttt.demo.language_model import CONVERSATION, load
+from ttt.demo.language_model import load
 from ttt.demo.questions import Template, choose
 from ttt.store import Store, UnknownUser
 

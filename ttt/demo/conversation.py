@@ -19,11 +19,12 @@ from rich.table import Table
 from torch import Tensor
 
 import ttt
+from ttt.conversation import CONVERSATION, Telling
 from ttt.demo import text as texts
 from ttt.demo.ask import general_loss
 from ttt.demo.conversation_report import rights, write
 from ttt.demo.facts import QUESTIONS, SENTENCES
-from ttt.demo.language_model import CONVERSATION, TELLING, load
+from ttt.demo.language_model import load
 from ttt.demo.lora import fine_tune, with_lora
 from ttt.demo.process import in_new_process
 from ttt.demo.questions import Message, Question, Template, choose, session
@@ -123,7 +124,7 @@ def _conversation(
     with ttt.users(model, [USER]), torch.no_grad():
         forgotten = torch.equal(model(input_ids=ids[:, :64]).logits, plain(input_ids=ids[:, :64]).logits)
     return way, {
-        "general": after["general"], "calibrate": seconds["calibrate"], "telling": TELLING,
+        "general": after["general"], "calibrate": seconds["calibrate"], "telling": Telling().options,
         "document": {"name": name, **read}, "other_user_same": after["same"], "rolled_back": same,
         "forgotten": forgotten,
     }  # fmt: skip
@@ -132,7 +133,7 @@ def _conversation(
 def _tell(learner: ttt.Learner, template: Template) -> None:
     for sentence in SENTENCES:
         ids, said = template.turn(sentence)
-        learner.observe(torch.tensor([ids]), learn_mask=torch.tensor([said]), users=[USER], **TELLING)
+        learner.observe(torch.tensor([ids]), learn_mask=torch.tensor([said]), users=[USER], **Telling().options)
 
 
 def _saved(model: Any, tokenizer: Any, folder: Path) -> Path:

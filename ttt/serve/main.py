@@ -18,7 +18,8 @@ import typer
 from torch import nn
 
 import ttt
-from ttt.demo.language_model import CONVERSATION, load
+from ttt.conversation import CONVERSATION, Telling
+from ttt.demo.language_model import load
 from ttt.sequence_models import TTTSequenceForCausalLM
 from ttt.serve.calibration import calibrate_once, default_file, weights_name
 from ttt.serve.collector import Collector
@@ -53,6 +54,8 @@ class ServeOptions:
     slots: int = 32
     dtype: str = "float32"
     lr: float | None = None
+    passes: int | None = None
+    emphasis: float | None = None
     rows: int = 8
     waiting: int = 128
     learning_tokens: int = 16_384
@@ -115,7 +118,7 @@ def build_users(options: ServeOptions, say: Any = lambda text: None) -> tuple[tt
     model, tokenizer = load(options.model)
     model = model.to(DTYPES[options.dtype])
     if isinstance(model, TTTSequenceForCausalLM):
-        for name in ("lr", "calibration"):
+        for name in ("lr", "passes", "emphasis", "calibration"):
             if (value := getattr(options, name)) is not None:
                 raise ValueError(
                     f"{name} is for users with weights of their own; those of this model have states, got {value}"
@@ -161,8 +164,10 @@ def build_service(options: ServeOptions, observer: Any = None, say: Any = lambda
         rows=options.rows, waiting=options.waiting, learning_tokens=options.learning_tokens, context=options.context,
         learning_share=options.learning_share, study_after=options.study_after,
     )  # fmt: skip
+    given = {name: value for name in ("passes", "emphasis") if (value := getattr(options, name)) is not None}
+    telling = dataclasses.replace(Telling(), **given)
     service = Service(
-        learner, tokenizer, ttt.Store(options.store), weights, limits=limits,
+        learner, tokenizer, ttt.Store(options.store), weights, limits=limits, telling=telling,
         lease_seconds=options.lease_seconds, observer=observer,
     )  # fmt: skip
     name = options.name or ("SmolLM2-135M-Instruct" if options.model is None else options.model.resolve().name)

@@ -14,6 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
+from ttt.conversation import Telling
 from ttt.learn.learner import Learner
 from ttt.per_user.pool import Pool
 from ttt.serve import jobs
@@ -49,6 +50,7 @@ class Service:
         store: keeps users' versions.
         model_id: a short name of the weights, see `Sessions`.
         limits: bounds on what is taken.
+        telling: how what users say is read, where they have weights.
         lease_seconds: see `Sessions`.
         observer: is told what happens.
 
@@ -64,10 +66,11 @@ class Service:
         model_id: str,
         *,
         limits: Limits | None = None,
+        telling: Telling | None = None,
         lease_seconds: float = 30.0,
         observer: Observer | None = None,
     ) -> None:
-        self.limits = limits or Limits()
+        self.limits, self.telling = limits or Limits(), telling or Telling()
         self.reads = isinstance(learner, StateReader)  # whether users have states, not weights
         cache: RowCache | StateRows
         if isinstance(learner, StateReader):
@@ -121,9 +124,9 @@ class Service:
             self._places.take(request.user, 0 if request.lesson is None else request.lesson.tokens)
             self._inbox.put(request)
 
-    def learn(self, user: str, lesson: Lesson) -> concurrent.futures.Future[Learnt]:
-        """Learn ``lesson`` when the user's turn comes; see `ttt.serve.jobs.learn`."""
-        return self._enter(self._lesson_job(user, lesson))
+    def learn(self, user: str, lesson: Lesson, telling: Telling | None = None) -> concurrent.futures.Future[Learnt]:
+        """Learn ``lesson`` when the user's turn comes, read as ``telling`` says; see `ttt.serve.jobs.learn`."""
+        return self._enter(self._lesson_job(user, lesson, telling))
 
     def study(self, user: str, **options: Any) -> concurrent.futures.Future[Any]:
         """See `ttt.serve.jobs.study`; ``options`` are those of `ttt.Learner.study`.
@@ -217,13 +220,13 @@ class Service:
             )
         return self.learner
 
-    def _lesson_job(self, user: str, lesson: Lesson) -> Job:
+    def _lesson_job(self, user: str, lesson: Lesson, telling: Telling | None = None) -> Job:
         learner = self.learner
 
         def steps() -> jobs.Steps:
             if isinstance(learner, StateReader):
                 return jobs.read(learner, self.sessions, user, lesson)
-            return jobs.learn(learner, self.sessions, user, lesson)
+            return jobs.learn(learner, self.sessions, user, lesson, telling or self.telling.of(lesson.tokens))
 
         return Job(user, "learn", steps, tokens=lesson.tokens)
 

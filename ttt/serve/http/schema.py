@@ -161,13 +161,16 @@ class LearnRequest(Strict):
     """The body of ``/v1/users/{id}/learn``: a text, or a chat.
 
     ``spans`` are the parts [start, stop) of the text, in characters, that teach; by default all of it. Of a chat the
-    messages of ``roles`` teach.
+    messages of ``roles`` teach. ``passes`` and ``emphasis`` are those of `ttt.conversation.Telling`; by default
+    the server's for a text of this length.
     """
 
     text: Text | None = None
     spans: list[Annotated[list[int], Field(min_length=2, max_length=2)]] | None = Field(None, max_length=4096)
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=2048)
     roles: list[Literal["user", "assistant", "system", "tool"]] = Field(["user"], min_length=1)
+    passes: int | None = Field(None, ge=1, le=16)
+    emphasis: float | None = Field(None, gt=0, le=100)
 
 
 class RollbackRequest(Strict):

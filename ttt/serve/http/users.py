@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import io
 import tempfile
 import zipfile
@@ -13,6 +14,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from ttt.adapt.peft_export import export_peft
+from ttt.conversation import Telling
 from ttt.learn.chat_template import tokens_at
 from ttt.serve.errors import BadRequest, Forbidden, NotFound
 from ttt.serve.http.running import result_of
@@ -88,7 +90,7 @@ async def learn(http: Request, user: str, body: LearnRequest) -> dict[str, Any]:
     if lesson is None:
         raise BadRequest("there is nothing to learn: no token of the text teaches", param="text")
     server.limits.take(identity.key, tokens=len(lesson.ids))
-    learnt: Learnt = await _result(server, http, server.service.learn(user, lesson))
+    learnt: Learnt = await _result(server, http, server.service.learn(user, lesson, _telling(server, body, lesson)))
     version = await _stored(server, http, learnt.stored)
     return {"id": user, "tokens": learnt.tokens, "nll": learnt.nll, "updates": learnt.updates, "version": version}
 
@@ -207,6 +209,17 @@ def _lesson(server: Server, body: LearnRequest) -> Lesson | None:
             param="text", code="context_length_exceeded",
         )  # fmt: skip
     return Lesson.of(ids, inside, context, read=read)
+
+
+def _telling(server: Server, body: LearnRequest, lesson: Lesson) -> Telling:
+    """How the ``lesson`` in ``body`` is read."""
+    given = {name: value for name in ("passes", "emphasis") if (value := getattr(body, name)) is not None}
+    if given and server.service.reads:
+        raise BadRequest(
+            f"{next(iter(given))} is for users with weights of their own; those of this model have states",
+            param=next(iter(given)),
+        )
+    return dataclasses.replace(server.service.telling.of(lesson.tokens), **given)
 
 
 def _zipped(state: dict[str, Any], base_model: str) -> bytes:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttt.conversation import Telling
 from ttt.learn.huggingface import cache_of, cached, detached, frozen
 from ttt.learn.learner import Learner
 from ttt.learn.per_user import PerUserWeights
@@ -51,7 +52,7 @@ class OneUser(PerUserWeights):
 
 
 def learn_in_slices(
-    learner: Learner, user: str, hidden: Tensor, ids: list[int], learn: list[bool], size: int
+    learner: Learner, user: str, hidden: Tensor, ids: list[int], learn: list[bool], size: int, telling: Telling
 ) -> Generator[None, None, Learnt]:
     """Let ``user``, who has a slot and keeps it, learn from a prompt.
 
@@ -61,6 +62,7 @@ def learn_in_slices(
         ids: the T tokens.
         learn: which of them teach. Never the first.
         size: tokens of a slice.
+        telling: how the tokens are read.
 
     Yields:
         After every slice but the last; until the next one, the model may serve others.
@@ -70,35 +72,38 @@ def learn_in_slices(
     """
     found = Learnt(tokens=sum(learn))
     text = Text.of(torch.tensor([ids]), teach=torch.tensor([learn]))
+    text = dataclasses.replace(text, emphasis=telling.emphasis)
     segment = Segment.of(text, 0, len(ids))
     # The token before the first one that teaches would only score it: what is learnt are rows of tokens that teach.
     position, end = learn.index(True), len(ids) - 1
-    cache: Any = None
-    strategy: OneUser | None = None
     nll, scored = 0.0, 0
-    for begin, stop, teaches in _slices(position, end, size):
-        began = time.perf_counter()
-        with _using(learner, user, hidden[:, begin:stop]) as slots:
-            if not teaches:
-                cache = _read(learner.model, segment.ids[:, begin:stop], cache)
-            else:
-                if strategy is None:
-                    assert learner.pool is not None
-                    strategy = OneUser(learner, learner.pool, text, [user], slots, True)
-                    strategy.cache = cache
-                if not torch.equal(slots, strategy.slots):
-                    raise RuntimeError("the user was given another slot between two slices of a lesson")
-                scores, _ = strategy.read(Span(segment, begin, stop))
-                if strategy.rejected[user]:
-                    raise FloatingPointError("a loss or gradient is not finite; the lesson was not learnt")
-                wanted = text.wanted[:, begin:stop]  # type: ignore[index]
-                nll, scored = nll + float(scores[wanted].sum()), scored + int(wanted.sum())
-        spent = 1e3 * (time.perf_counter() - began)
-        found.slices += 1
-        found.milliseconds += spent
-        found.longest = max(found.longest, spent)
-        if stop < end:
-            yield
+    for number in range(telling.passes):
+        cache: Any = None
+        strategy: OneUser | None = None
+        for begin, stop, teaches in _slices(position, end, size):
+            began = time.perf_counter()
+            with _using(learner, user, hidden[:, begin:stop]) as slots:
+                if not teaches:
+                    cache = _read(learner.model, segment.ids[:, begin:stop], cache)
+                else:
+                    if strategy is None:
+                        assert learner.pool is not None
+                        strategy = OneUser(learner, learner.pool, text, [user], slots, True)
+                        strategy.cache = cache
+                    if not torch.equal(slots, strategy.slots):
+                        raise RuntimeError("the user was given another slot between two slices of a lesson")
+                    scores, _ = strategy.read(Span(segment, begin, stop))
+                    if strategy.rejected[user]:
+                        raise FloatingPointError("a loss or gradient is not finite; the lesson was not learnt")
+                    if number == 0:
+                        wanted = text.wanted[:, begin:stop]  # type: ignore[index]
+                        nll, scored = nll + float(scores[wanted].sum()), scored + int(wanted.sum())
+            spent = 1e3 * (time.perf_counter() - began)
+            found.slices += 1
+            found.milliseconds += spent
+            found.longest = max(found.longest, spent)
+            if stop < end or number + 1 < telling.passes:
+                yield
     found.nll = nll / scored if scored else None
     return found
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ttt.checks import check_choice, check_number, check_whole, last_blocks
+from ttt.conversation import Telling
 
 PREFIX = "TTT_VLLM_"
 SWITCH = f"{PREFIX}STORE"
@@ -35,6 +36,7 @@ class Options:
         rank, window: as in `ttt.LowRank`. vLLM's adapters have the next of `RANKS`, of rank + window or more.
         layers: the last blocks that learn: "last:0.25" is a quarter of them, "last:4" is four.
         lr: nats by which a token's update lowers its own loss (`ttt.TTTConfig`).
+        passes, emphasis: how what users say is read, as in `ttt.conversation.Telling`.
         slice: tokens that are learnt at a time, between two steps of other requests.
         lesson: largest number of tokens, with context, that are learnt of a request.
         captured: largest number of tokens whose hidden states wait for their request to end.
@@ -54,6 +56,8 @@ class Options:
     window: int = 48
     layers: str = "last:0.25"
     lr: float = 0.5
+    passes: int = Telling.passes
+    emphasis: float = Telling.emphasis
     slice: int = 32
     lesson: int = 1024
     captured: int = 65536
@@ -84,6 +88,8 @@ class Options:
         if not isinstance(self.layers, str) or last_blocks(self.layers) is None:
             raise ValueError(f"TTT_VLLM_LAYERS must be as 'last:0.25' or 'last:4', got {self.layers!r}")
         check_number("TTT_VLLM_LR", self.lr, 0.0, finite=True)
+        check_whole("TTT_VLLM_PASSES", self.passes, 1)
+        check_number("TTT_VLLM_EMPHASIS", self.emphasis, 0.0, 100.0, above=True)
         check_whole("TTT_VLLM_SLICE", self.slice, 1, 4096)
         check_whole("TTT_VLLM_LESSON", self.lesson, 2)
         check_whole("TTT_VLLM_CAPTURED", self.captured, self.lesson)
@@ -106,6 +112,11 @@ class Options:
             if text:
                 values[field.name] = _parsed(name, text, type(field.default))
         return cls(**values)
+
+    @property
+    def telling(self) -> Telling:
+        """How what users say is read."""
+        return Telling(self.passes, self.emphasis)
 
     @property
     def adapter_rank(self) -> int:

@@ -159,7 +159,15 @@ class Users:
             yield 10 * _IO_WAIT
         before = self.pool.export(user)
         try:
-            slices = learn_in_slices(self.learner, user, hidden[:, start:], ids, taught, self.options.slice)
+            slices = learn_in_slices(
+                self.learner,
+                user,
+                hidden[:, start:],
+                ids,
+                taught,
+                self.options.slice,
+                self.options.telling.of(sum(taught)),
+            )
             while True:
                 try:
                     next(slices)

@@ -1,0 +1,57 @@
+"""How users' weights learn from conversations: what ``ttt chat``, the servers and the demo have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ttt.checks import check_number, check_whole
+from ttt.config import TTTConfig
+from ttt.defences import LowRank
+
+CONVERSATION = TTTConfig(
+    target_modules=["down_proj"],
+    layers="last:0.5",
+    per_user=LowRank(slots=1, rank=32, window=64),
+)
+"""What learns. More layers than by default: the change is then spread more thinly."""
+
+
+SHORT = 64
+"""Tokens of a text that is read with the whole emphasis."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Telling:
+    """How `ttt.Learner.observe` reads what a user says, so that it is remembered after one telling.
+
+    The defaults were chosen on people of the benchmark's suite "facts" that it does not report (docs/language.md).
+
+    Attributes:
+        passes: how often it is read and learnt.
+        emphasis: multiplies the steps on a short text, in (0, 100].
+
+    Raises:
+        TypeError, ValueError: for a value out of range.
+    """
+
+    passes: int = 2
+    emphasis: float = 20.0
+
+    def __post_init__(self) -> None:
+        check_whole("passes", self.passes, 1)
+        check_number("emphasis", self.emphasis, 0.0, 100.0, above=True)
+
+    def of(self, tokens: int) -> Telling:
+        """How a text is read of which so many ``tokens`` teach.
+
+        Beyond `SHORT` tokens the emphasis falls in proportion, so that a long text moves the weights about as far as a
+        short one; a text whose steps are those of a stream, of emphasis 1, is read once.
+        """
+        emphasis = max(self.emphasis * min(1.0, SHORT / max(tokens, 1)), min(self.emphasis, 1.0))
+        return Telling(1 if emphasis == 1.0 else self.passes, emphasis)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of `ttt.Learner.observe`."""
+        return dataclasses.asdict(self)
