@@ -40,8 +40,9 @@ demo-byte: $(VENV)/.demo
 serve: $(VENV)/.serve
 	$(BIN)/python -m ttt serve
 
+# In two processes of one thread each: most tests are too small for a second thread.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # About 4 minutes to install and 6 to run. TTT_TEST_MODEL names a folder with the model that is served.
 test-vllm: $(VLLM_VENV)/.ready $(VLLM_VENV)/smollm2/model.safetensors
