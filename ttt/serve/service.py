@@ -31,6 +31,7 @@ from ttt.serve.state_reader import StatePool, StateReader
 from ttt.serve.state_rows import StateRows
 from ttt.serve.teaching import Lesson
 from ttt.serve.user_queue import UserQueue, is_lesson
+from ttt.serve.work import StatesWork, WeightsWork, Work
 from ttt.store import Store
 
 log = logging.getLogger("ttt.serve")
@@ -87,6 +88,11 @@ class Service:
         self.sessions = Sessions(
             self.pool, store, model_id, lease_seconds=lease_seconds, on_stored=self.observer.stored
         )  # fmt: skip
+        self._work: Work = (
+            StatesWork(learner, self.sessions)
+            if isinstance(learner, StateReader)
+            else WeightsWork(learner, self.sessions, self.telling)
+        )
         self.batch = Batch(cache, tokenizer, prefill=self.limits.prefill, ended=self._ended)
         self._io = concurrent.futures.ThreadPoolExecutor(4, "ttt-io")
         self._inbox: queue.SimpleQueue[Request | Job | None] = queue.SimpleQueue()
@@ -126,7 +132,7 @@ class Service:
 
     def learn(self, user: str, lesson: Lesson, telling: Telling | None = None) -> concurrent.futures.Future[Learnt]:
         """Learn ``lesson`` when the user's turn comes, read as ``telling`` says; see `ttt.serve.jobs.learn`."""
-        return self._enter(self._lesson_job(user, lesson, telling))
+        return self._enter(self._work.lesson(user, lesson, telling))
 
     def study(self, user: str, **options: Any) -> concurrent.futures.Future[Any]:
         """See `ttt.serve.jobs.study`; ``options`` are those of `ttt.Learner.study`.
@@ -134,8 +140,7 @@ class Service:
         Raises:
             BadRequest: if users have states, as for `export`, `drift` and `taught`.
         """
-        self._weights("study")
-        return self._enter(self._study_job(user, **options))
+        return self._enter(self._work.study(user, **options))
 
     def rollback(self, user: str, version: int) -> concurrent.futures.Future[Any]:
         """See `ttt.serve.jobs.rollback`."""
@@ -148,18 +153,15 @@ class Service:
 
     def export(self, user: str) -> concurrent.futures.Future[Any]:
         """A copy of the user's weights, see `ttt.Pool.export`."""
-        self._weights("export")
-        return self._enter(Job(user, "export", lambda: jobs.export(self.sessions, user)))
+        return self._enter(self._work.export(user))
 
     def drift(self, user: str) -> concurrent.futures.Future[float]:
         """See `ttt.serve.jobs.drift`."""
-        learner = self._weights("drift")
-        return self._enter(Job(user, "drift", lambda: jobs.drift(learner, user)))
+        return self._enter(self._work.drift(user))
 
     def taught(self, user: str, most: int) -> concurrent.futures.Future[Any]:
         """See `ttt.serve.jobs.taught`."""
-        learner = self._weights("taught")
-        return self._enter(Job(user, "taught", lambda: jobs.taught(learner, user, most)))
+        return self._enter(self._work.taught(user, most))
 
     def io(self, work: Callable[..., Any], *args: Any) -> concurrent.futures.Future[Any]:
         """Do ``work``, which waits for the store, in a thread of its own."""
@@ -209,30 +211,6 @@ class Service:
             self._places.take(job.user, job.tokens)
             self._inbox.put(job)
         return job.result
-
-    def _weights(self, what: str) -> Learner:
-        """The learner. Raises BadRequest if users have no weights, which ``what`` is for."""
-        if isinstance(self.learner, StateReader):
-            raise BadRequest(
-                f"{what} is for users with weights of their own; a user of this model has a state, which has read what "
-                "the user said and keeps no log of it",
-                code="unsupported",
-            )
-        return self.learner
-
-    def _lesson_job(self, user: str, lesson: Lesson, telling: Telling | None = None) -> Job:
-        learner = self.learner
-
-        def steps() -> jobs.Steps:
-            if isinstance(learner, StateReader):
-                return jobs.read(learner, self.sessions, user, lesson)
-            return jobs.learn(learner, self.sessions, user, lesson, telling or self.telling.of(lesson.tokens))
-
-        return Job(user, "learn", steps, tokens=lesson.tokens)
-
-    def _study_job(self, user: str, **options: Any) -> Job:
-        learner = self._weights("study")
-        return Job(user, "study", lambda: jobs.study(learner, self.sessions, user, **options))
 
     # -- the service's thread -----------------------------------------------------------------------------------------
 
@@ -304,7 +282,7 @@ class Service:
             self._sweep(waits)
             try:
                 if self._openings.install(waits):
-                    waits.to_study = self._has_unstudied(user)
+                    waits.to_study = self._work.unstudied(user)
             except Exception as error:
                 self._end_waiting(waits, lambda item: True, as_request_error(error))
             while waits.waiting:
@@ -411,7 +389,7 @@ class Service:
             why = session.read_only or "the user is being forgotten"
             self._unlearnt(request)
             return request.deliver(self._outcome(request, f"refused: {why}"))
-        job = self._lesson_job(request.user, request.lesson)
+        job = self._work.lesson(request.user, request.lesson)
         job.arrival, job.counted = request.arrival, False
         # Before the requests that wait, and after lessons that do.
         at = sum(1 for item in itertools.takewhile(is_lesson, waits.waiting))
@@ -479,7 +457,7 @@ class Service:
         if failed:
             self.observer.failed(job.kind)
         if job.kind == "learn" and not failed:
-            waits.to_study = self._has_unstudied(job.user)
+            waits.to_study = self._work.unstudied(job.user)
             self.observer.learnt(job.tokens, job.seconds)
         elif job.kind == "study":
             waits.to_study = False
@@ -488,14 +466,7 @@ class Service:
         elif job.kind == "forget":
             waits.forgetting = waits.to_study = False
         elif job.kind == "rollback" and not failed:
-            waits.to_study = self._has_unstudied(job.user)
-
-    def _has_unstudied(self, user: str | None) -> bool:
-        """Whether something that ``user`` said was not studied yet."""
-        if isinstance(self.learner, StateReader):
-            return False
-        assert self.learner.episodes is not None
-        return any(not episode.studied for episode in self.learner.episodes.of(user))
+            waits.to_study = self._work.unstudied(job.user)
 
     def _look_for_study(self) -> None:
         """If there is nothing else to do, let a user's words be studied who has said nothing for a while."""
@@ -509,7 +480,7 @@ class Service:
             if session is None or session.read_only:
                 waits.to_study = False
                 continue
-            job = self._study_job(user)
+            job = self._work.study(user)
             job.yields_to_requests, job.counted = True, False
             waits.job = job
             self._jobs.append(job)
