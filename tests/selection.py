@@ -13,6 +13,7 @@ SLOW = (
     "adapt/test_random_damage.py::test_metadata",
     "adapt/test_random_damage.py::test_values_of_tensors",
     "adapt/test_sharded.py",
+    "adapt/test_tensor_parallel.py",
     "bench",
     "demo/test_conversation.py::test_a_process_that_fails_is_shown",
     "demo/test_conversation.py::test_the_demo_asks_in_a_new_process_and_reports",

@@ -8,6 +8,7 @@ before it changes anything; the checks are in `ttt.adapt.validate`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -31,12 +32,14 @@ from ttt.adapt.convert import (
 )
 from ttt.adapt.names import canonical, unwrapped
 from ttt.adapt.plan import check_fit
+from ttt.adapt.sharding import whole
 from ttt.atomic import whole_write
 from ttt.checks import check_path
 from ttt.files import write_atomically
 from ttt.layer_lock import exclusive
 from ttt.nn import Linear
 from ttt.nn.experts import STACKS, is_stack
+from ttt.nn.parallel import SharedSide
 from ttt.nn.quantized import is_subclass, plain_parts
 from ttt.per_user.pool import has_pool
 
@@ -57,6 +60,9 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     The bytes go to a temporary file in the same folder, are flushed to the disk, and take the name ``path`` in one
     step: a crash leaves the old file or the new one, never a part. What a killed save left in the folder is removed.
 
+    If the model is sharded over processes (tensor parallelism), all of them must call it, and the first writes the
+    state of the whole model. It can be loaded into a model that is sharded otherwise, or not at all.
+
     Raises:
         TypeError: if ``model`` is no module or ``path`` no path. Nothing is written then.
         ValueError: if ``model`` has no learning layer or was adapted for users, or if its state is one that `load`
@@ -67,9 +73,32 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     """
     path = check_path("path", path)
     _refuse_users(model, "saved")
-    with exclusive(require_layers(model), "ttt.save"):
+    layers = require_layers(model, sharded=True)
+    with exclusive(layers, "ttt.save"):
         content = _bytes_of_model(model)
-    write_atomically(path, content, sweep=True)
+        sides = [side for layer in layers if (side := layer.sharding.side) is not None]
+        with _by_the_first(sides[0] if sides else None, path) as writes:
+            if writes:
+                write_atomically(path, content, sweep=True)
+
+
+@contextlib.contextmanager
+def _by_the_first(side: SharedSide | None, path: Path) -> Iterator[bool]:
+    """Whether this process is to write ``path`` for all of those over which layers are sharded (None: it is alone).
+
+    At the end they wait for it; if it fails, all of them do.
+    """
+    failed = torch.zeros((), dtype=torch.int64, device=None if side is None else side.device)
+    try:
+        yield side is None or side.rank == 0
+    except BaseException:
+        failed += 1
+        raise
+    finally:
+        if side is not None:
+            failed = side.sum(failed)
+    if int(failed):
+        raise OSError(errno.EIO, "the first process of the group could not write the file", str(path))
 
 
 def _bytes_of_model(model: nn.Module) -> bytes:
@@ -80,8 +109,9 @@ def _bytes_of_model(model: nn.Module) -> bytes:
     tensors: State = {}
     for full, layer in layers:
         name = canonical(full)
-        state = {key: t.detach().cpu().contiguous() for key, t in layer.state().items()}
-        base = {key: t.detach().cpu().contiguous() for key, t in layer.base.items() if key != _FROM_BASE}
+        state = {key: t.detach().cpu().contiguous() for key, t in layer.gathered(layer.state()).items()}
+        earlier = {key: t for key, t in layer.base.items() if key != _FROM_BASE}
+        base = {key: t.detach().cpu().contiguous() for key, t in layer.gathered(earlier).items()}
         validate.check_state(f"model cannot be saved: layer {name}", _trial_layer(layer), state, base)
         if not layer.base:
             state.pop(_FROM_BASE)
@@ -103,7 +133,8 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """Give ``model`` the state that `save` wrote to ``path``.
 
     A model that is not adapted yet is adapted with the configuration in the file. One that is adapted keeps its own
-    configuration, which must give tensors of the same shapes.
+    configuration, which must give tensors of the same shapes. If the model is sharded over processes, all of them must
+    call it, and see the same file.
 
     Returns:
         ``model``.
@@ -142,7 +173,7 @@ def _load(model: nn.Module, adapted: dict[str, Linear], path: Path) -> nn.Module
         else:
             check_fit(unwrapped(model), [(names_here[name], possible[name]) for name in names])
             trials = {name: validate.blank_layer(weight_of(possible[name]), config, name) for name in names}
-        _check_layout(path, file, adapted or trials)
+        _check_layout(path, file, trials)
         if metadata.get("base_sha256") != base_hash(model, None if adapted else names):
             raise ValueError(f"{path} belongs to another base model: the hash of the base weights differs")
         tensors = _tensors_of(path, file, metadata)
@@ -151,9 +182,9 @@ def _load(model: nn.Module, adapted: dict[str, Linear], path: Path) -> nn.Module
         where = f"{path}: layer {name}"
         if adapted and adapted[name].capturable is not None:
             adapted[name].check_pending(int(state["pending"]))
-        base_weight = adapted[name].base_weight if adapted else weight_of(possible[name])
-        whole = {_FROM_BASE: base_weight.detach().cpu().contiguous(), **state}
-        validate.check_state(where, trials[name], whole, base)
+        base_weight = _whole_base(adapted[name]) if adapted else whole(weight_of(possible[name]))
+        complete = {_FROM_BASE: base_weight.detach().cpu().contiguous(), **state}
+        validate.check_state(where, trials[name], complete, base)
     if adapted:
         _write(adapted, states)
         return model
@@ -241,7 +272,8 @@ def _by_layer(tensors: State) -> dict[str, tuple[State, State]]:
 
 def _trial_layer(layer: Linear) -> Linear:
     """A layer without memory, as `validate.check_state` takes it, that learns as ``layer`` does."""
-    trial = validate.blank_layer(layer.weight, layer.config, layer.name)
+    weight = torch.empty(layer.sharding.shape(layer.weight), dtype=layer.weight.dtype, device="meta")
+    trial = validate.blank_layer(weight, layer.config, layer.name)
     trial.strength = layer.strength
     return trial
 
@@ -253,6 +285,7 @@ def _write(layers: Mapping[str, Linear], states: Mapping[str, tuple[State, State
     handled after the last one.
     """
     before: dict[str, State] = {}
+    states = {name: (layers[name].parts(state), layers[name].parts(base)) for name, (state, base) in states.items()}
     for name, (state, base) in states.items():
         layer, base_weight = layers[name], layers[name].base_weight
         if _FROM_BASE not in state:
@@ -301,20 +334,27 @@ def base_hash(model: nn.Module, names: list[str] | None = None) -> str:
     parameters = {canonical(name): parameter for name, parameter in unwrapped(model).named_parameters()}
     for key, parameter in sorted(parameters.items()):
         owner, _, leaf = key.rpartition(".")
-        value = parameter.detach()
+        value = whole(parameter.detach())
         if owner in layers and leaf == "weight":
-            value = layers[owner].base_weight
+            value = _whole_base(layers[owner])
             if layers[owner].transposed:
                 value = value.T
+        elif owner in layers and leaf == "bias":
+            value = layers[owner].sharding.output.gather(value)
         digest.update(f"{key}|{value.dtype}|{tuple(value.shape)}|".encode())
         if is_subclass(value):
             for name, part in plain_parts(value):
                 digest.update(f"{name}|{part.dtype}|{tuple(part.shape)}|".encode())
                 digest.update(_bytes_of(_sample(part)))
             continue
-        whole = owner in learn and leaf == "weight"
-        digest.update(_bytes_of(value.reshape(-1) if whole else _sample(value)))
+        learns = owner in learn and leaf == "weight"
+        digest.update(_bytes_of(value.reshape(-1) if learns else _sample(value)))
     return digest.hexdigest()
+
+
+def _whole_base(layer: Linear) -> Tensor:
+    """(m, n): the base weight of ``layer``; of one that is sharded over processes, of the whole layer."""
+    return layer.sharding.gather(layer.base_weight)
 
 
 def _sample(t: Tensor) -> Tensor:

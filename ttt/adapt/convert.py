@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ttt.adapt.fast_path import switch_off_fast_paths, switch_on_fast_paths
 from ttt.adapt.fit import is_conv1d, is_linear, refuse_parallel
 from ttt.adapt.names import canonical, unwrapped
 from ttt.adapt.plan import FilterFn, active_matrices, make_plan
+from ttt.adapt.sharding import local, sharding_of, take_hooks
 from ttt.atomic import whole_write
 from ttt.checks import check_bool, check_model, check_type
 from ttt.config import TTTConfig
@@ -21,6 +22,7 @@ from ttt.layer_lock import exclusive
 from ttt.nn import Linear, LowRankLinear
 from ttt.nn.experts import STACKS, LearningExperts, is_stack
 from ttt.nn.quantized import QuantizedLowRankLinear, quantized
+from ttt.nn.sharded import ShardedLinear
 from ttt.per_user.pool import attach, detach, has_pool, pool_of
 from ttt.signals import SignalsDeferred
 
@@ -204,15 +206,20 @@ def learning_layers(model: nn.Module) -> list[tuple[str, Linear]]:
     return [(name, module) for name, module in modules if isinstance(module, Linear)]
 
 
-def require_layers(model: nn.Module) -> list[Linear]:
+def require_layers(model: nn.Module, *, sharded: bool = False) -> list[Linear]:
     """The learning layers of ``model``.
 
+    Args:
+        sharded: whether layers that are sharded over processes (`ttt.nn.parallel`) will do.
+
     Raises:
-        TypeError: if ``model`` is no module. ValueError: if there is none, or the model is wrapped for
-            data parallelism.
+        TypeError: if ``model`` is no module. ValueError: if there is none, the model is wrapped for data parallelism,
+            or a layer is sharded and that will not do.
     """
     refuse_parallel(check_model(model))
     layers = [layer for _, layer in learning_layers(model)]
+    if not sharded:
+        refuse_sharded(layers, "this call")
     if not layers and has_pool(model):
         raise ValueError(
             f"model ({type(model).__name__}) was adapted for users, each with weights of their own, and has no "
@@ -222,6 +229,16 @@ def require_layers(model: nn.Module) -> list[Linear]:
     if not layers:
         raise ValueError(f"model ({type(model).__name__}) has no learning layer; call ttt.adapt_(model, config) first")
     return layers
+
+
+def refuse_sharded(layers: Iterable[Linear], what: str) -> None:
+    """Raise ValueError if one of ``layers`` is sharded over processes, with which ``what`` cannot work."""
+    for layer in layers:
+        if layer.sharding:
+            raise ValueError(
+                f"{layer.name or 'a layer'} is sharded over processes (tensor parallelism), with which {what} does not "
+                "work; ttt.save(model, path) writes what was learnt so that a model in one process can load it"
+            )
 
 
 def kept_originals(model: nn.Module) -> dict[str, nn.Module]:
@@ -280,6 +297,10 @@ def _made(make: Callable[[Any, TTTConfig, str], Any], module: Any, config: TTTCo
 def _learning_layer(module: Any, config: TTTConfig, name: str) -> Linear | LearningExperts:
     if is_stack(module):
         return LearningExperts(module, config, name)
+    if sharding := sharding_of(name, module):
+        layer = ShardedLinear.from_weight(local(module.weight), local(module.bias), config, name, sharding)
+        take_hooks(layer, module)
+        return layer
     if not is_conv1d(module):
         return Linear.from_weight(module.weight, module.bias, config, name)
     # A Conv1D keeps (n, m). The learning layer gets a transposed copy, and the original stays as it is.
@@ -301,10 +322,16 @@ def _low_rank_layer(module: Any, config: TTTConfig, name: str) -> LowRankLinear:
 def _follow(original: nn.Module, layer: Linear | LowRankLinear) -> None:
     """Give ``original`` the device and dtype of ``layer``, which may have changed since `adapt_`.
 
-    Only a ``Conv1D``, whose weight is not the layer's, needs it.
+    Only modules whose parameters are not the layer's need it: a ``Conv1D``, and one that holds DTensors.
     """
     if layer.transposed:
         original.to(layer.weight.device, layer.weight.dtype)
+    if layer.sharding:
+        for name, own in layer.named_parameters(recurse=False):
+            before = original.get_parameter(name)
+            if local(before).data_ptr() != own.data_ptr():
+                spread = layer.sharding.dtensor(own.detach())
+                setattr(original, name, nn.Parameter(spread, requires_grad=before.requires_grad))
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttt.adapt.sharding import is_sharded, local, sharding_of
 from ttt.nn.base import DTYPES, Adapted, absent
 from ttt.nn.experts import STACKS, is_gated, is_stack
 from ttt.nn.quantized import is_subclass, quantized, why_not
@@ -36,10 +37,10 @@ def refuse_parallel(model: nn.Module) -> None:
     """Raise ValueError if ``model`` is prepared for several processes, with which learning would not be right."""
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
-        if isinstance(module, Adapted) and weight is not None and hasattr(weight, "device_mesh"):
+        if isinstance(module, Adapted) and is_sharded(weight):
             raise ValueError(
-                f"{name or 'model'}, a layer that learns, {absent(weight)}; adapt the model without that, and learn in "
-                "one process"
+                f"{name or 'model'}, a layer that learns, is a DTensor since it was adapted: shard a model before "
+                "ttt.adapt_, or learn in one process (with users always)"
             )
         for kind in type(module).__mro__:
             if kind.__name__ in _PARALLEL and kind.__module__.startswith("torch."):
@@ -125,16 +126,22 @@ class Weights:
             return
         if why := unfit_quantized(name, module, per_user) or unfit_type(name, module):
             raise ValueError(why)
+        if not per_user and not is_conv1d(module) and sharding_of(name, module):
+            self._refuse_weight(f"{name}.weight", local(module.weight), module.weight)
+            return
         if is_subclass(module.weight) and not quantized(module) and not absent(module.weight):
             kind = type(module.weight).__name__
             raise ValueError(f"{name}.weight is a {kind}, not a plain tensor; it cannot learn")
         self._refuse_weight(f"{name}.weight", module.weight)
 
-    def _refuse_weight(self, name: str, weight: Tensor) -> None:
-        """Raise ValueError unless the parameter ``weight``, of that ``name``, can be the weight of a learning layer."""
+    def _refuse_weight(self, name: str, weight: Tensor, whole: Tensor | None = None) -> None:
+        """Raise ValueError unless the parameter ``weight``, of that ``name``, can be the weight of a learning layer.
+
+        ``whole`` is the DTensor of which ``weight`` is a part.
+        """
         if why := absent(weight):
             raise ValueError(f"{name} {why}; it cannot learn. Load the whole model first, in one process")
-        if tied := self._tied(name, weight):
+        if tied := self._tied(name, weight if whole is None else whole):
             raise ValueError(f"{name} is tied to {tied}: learning in one would change the other; leave it out")
         if weight.dtype not in DTYPES:
             raise ValueError(f"{name} is {weight.dtype}; it must be one of {[str(d) for d in DTYPES]}")

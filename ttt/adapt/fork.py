@@ -96,7 +96,7 @@ class MemoryUsage:
     """What `memory_usage` returns.
 
     Attributes:
-        parameters: number of adapted parameters, summed over the models.
+        parameters: number of adapted parameters, summed over the models; of sharded layers, those of this process.
         bytes: bytes that the learning layers hold, by kind; shared memory counts once. ``weight``, ``anchor``,
             ``importance``, ``trace`` (and momentum), ``window`` (and counters), ``memory`` (replay memory, recent
             rows, basis, Gaussians), ``base`` (what `Learner.reset` goes back to after a consolidation), ``original``
@@ -123,7 +123,7 @@ def memory_usage(*models: nn.Module) -> MemoryUsage:
         raise ValueError("memory_usage needs at least one model, got none")
     for model in models:
         if not has_pool(check_model(model)):
-            require_layers(model)
+            require_layers(model, sharded=True)
     layers = [layer for model in models for _, layer in learning_layers(model)]
     pooled = [layer for model in models if has_pool(model) for layer in pool_of(model).layers.values()]
     originals = [

@@ -12,6 +12,7 @@ from torch import nn
 
 from ttt.adapt.fit import Weights, is_linear, offloads, refuse_parallel, unfit_quantized, unfit_type
 from ttt.adapt.names import canonical
+from ttt.adapt.sharding import is_sharded, refuse_config
 from ttt.adapt.stacks import in_layers, outside_language
 from ttt.checks import check_layers, check_names
 from ttt.config import TTTConfig
@@ -73,6 +74,9 @@ def make_plan(model: nn.Module, config: TTTConfig, filter_fn: FilterFn | None) -
         if not chosen:
             raise ValueError(f"layers = {config.layers!r} leaves none of the matched modules {[n for n, _ in matched]}")
     check_fit(model, chosen, per_user)
+    for name, module in chosen:
+        if is_sharded(getattr(module, "weight", None)):
+            refuse_config(name, config)
     return Plan(chosen, left_out)
 
 

@@ -38,7 +38,7 @@ def version(model: nn.Module, user: str | None = None) -> int:
                 for t in [] if slot is None else [layer.a[slot], layer.b[slot]]:
                     digest.update(_bytes(t[: int(layer.rows[slot])]))
     else:
-        layers: list[Any] = require_layers(model)
+        layers: list[Any] = require_layers(model, sharded=True)
         if user is not None:
             raise ValueError(f"user must be None for a model with one set of weights, got {user!r:.80}")
         for layer in layers:

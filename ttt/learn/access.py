@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ttt.adapt.convert import kept_originals, require_layers
 from ttt.adapt.fit import refuse_parallel
@@ -35,11 +37,14 @@ class Access:
         self.model = model
         refuse_parallel(check_model(model))
         self.pool: Pool | None = pool_of(model) if has_pool(model) else None
-        self.single_layers: list[Linear] = require_layers(model) if self.pool is None else []
+        self.single_layers: list[Linear] = require_layers(model, sharded=True) if self.pool is None else []
         self.layers: Sequence[Linear | LowRankLinear] = self.single_layers
         if self.pool is not None:
             self.layers = list(self.pool.layers.values())
         self.config = self.layers[0].config
+        # The processes over which layers are sharded; empty for one process.
+        sides = [side for layer in self.single_layers if (side := layer.sharding.side) is not None]
+        self._processes = list({id(side.group): side for side in sides}.values())
         self._originals = kept_originals(model)
         self._modules = list(model.modules())  # listing them takes longer than looking at them
         named: list[tuple[str, Any]] = [*model.named_parameters(), *model.named_buffers()]
@@ -63,6 +68,27 @@ class Access:
             if not repairs:
                 refuse_torn(self.layers, what)
             yield
+
+    def agreed(self, finite: Tensor) -> Tensor:
+        """Whether ``finite`` () bool is True in all processes over which the layers are sharded."""
+        for side in self._processes:
+            finite = side.sum((~finite).long()) == 0
+        return finite
+
+    def require_same(self, what: str, *values: Any) -> None:
+        """Raise ValueError, in all processes over which the layers are sharded, unless all were given the same.
+
+        ``what`` names the ``values``: tensors, numbers or None.
+        """
+        if not self._processes:
+            return
+        plain = [(tuple(v.shape), v.tolist()) if isinstance(v, Tensor) else v for v in values]
+        for side in self._processes:
+            own = torch.tensor(zlib.crc32(repr(plain).encode()), device=side.device)
+            if not self.agreed(side.same(own) == own):
+                raise ValueError(
+                    f"{what} must be the same in all processes of a sharded model, got others in one of them"
+                )
 
     def _require_usable(self, what: str) -> None:
         """Raise RuntimeError if the model has other layers than it had, or is in training mode."""

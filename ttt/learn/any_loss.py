@@ -74,7 +74,7 @@ def learning(model: nn.Module) -> Iterator[LearningResult]:
         FloatingPointError: if a gradient is not finite; nothing has changed then.
         RuntimeError: if another thread is learning with these layers, or a write to them ended half-way.
     """
-    layers, result = require_layers(model), LearningResult()
+    layers, result = require_layers(model, sharded=True), LearningResult()
     with exclusive(layers, "ttt.learning"):
         with Capturing(layers) as capturing, torch.enable_grad():
             yield result

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ttt.adapt.convert import refuse_sharded
 from ttt.atomic import whole_write
 from ttt.checks import check_bool, check_number, check_type, check_whole
 from ttt.learn import protection
@@ -94,6 +95,9 @@ class Learner:
                 "ttt.Learner reads causal language models. ttt.learning(model) learns from a loss with labels"
             )
         self.access = Access(model)
+        for name, given in (("rules", rules), ("episodes", episodes)):
+            if given:
+                refuse_sharded(self.access.single_layers, f"ttt.Learner({name}=...)")
         self.pool, self.layers, self.config = self.access.pool, self.access.single_layers, self.access.config
         if context is None:
             context = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 2048
@@ -174,6 +178,8 @@ class Learner:
         with self.access.enter("Learner.observe"):
             check_bool("learn", learn)
             text = _emphasised(check_tokens(self.model, input_ids, attention_mask, learn_mask), passes, emphasis)
+            given = (text.ids, text.attend, text.wanted, text.rows, text.emphasis, passes, learn)
+            self.access.require_same("input_ids, masks and options", *given)
             if passes > 1 and not learn:
                 raise ValueError(f"passes must be 1 where nothing is learnt, got {passes}")
             if (self.pool is None) != (users is None):
@@ -276,6 +282,7 @@ class Learner:
         self.require_single("generate", "with ttt.users(model, [...]): model.generate(...)")
         with self.access.enter("Learner.generate"):
             text = check_tokens(self.model, input_ids, attention_mask)
+            self.access.require_same("input_ids and attention_mask", text.ids, text.attend)
             self._try_model(text)
             options = GenerateOptions(
                 max_new_tokens=max_new_tokens, learn_prompt=learn_prompt, learn_output=learn_output,
@@ -391,7 +398,7 @@ class Learner:
                 raise TypeError(f"loss must be a function of (model, batch) or None, got {type(loss).__name__}")
             kind = "mas" if self.config.importance == "mas" else "fisher"
             if loss is None:
-                losses = protection.calibration_losses(self.model, batches, self.config, kind)
+                losses = protection.calibration_losses(self.model, self._same(batches), self.config, kind)
             else:
                 losses = (loss(self.model, batch) for batch in batches)
             if self.pool is None:
@@ -465,6 +472,12 @@ class Learner:
         with self.access.enter("Learner.flush"), whole_write(self.layers, "Learner.flush"):
             for layer in self.layers:
                 layer.flush()
+
+    def _same(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """``batches``, each of which must be the same in all processes of a sharded model."""
+        for batch in batches:
+            self.access.require_same("each of batches", batch)
+            yield batch
 
     def _try_model(self, text: Text) -> None:
         """Raise ValueError, before ``text`` is read, if the model cannot read it chunk by chunk."""

@@ -108,7 +108,7 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
         raise ValueError("batches must hold at least one batch of tokens, got none")
     with _unchanged_on_error(layers):
         protected = [(layer, total) for layer, total in zip(layers, sums, strict=True) if total is not None]
-        mean = mean_of(total for _, total in protected)
+        mean = mean_of(protected)
         for layer, total in protected:
             write_matrix(layer, "importance", total.div_(mean or 1.0))
             layer.unshare("importance_scale")
@@ -167,7 +167,7 @@ def consolidate(layers: list[Linear]) -> None:
         layer.flush()
     protected = [layer for layer in layers if layer.importance is not None]
     # The new importance is computed twice, for its mean and for the sum, so that it is not held for all layers at once.
-    mean = mean_of(new_importance(layer) for layer in protected)
+    mean = mean_of((layer, new_importance(layer)) for layer in protected)
     for layer in protected:
         si, scale = layer.config.importance == "si", float(layer.importance_scale)
         if not scale:
@@ -222,11 +222,13 @@ def new_importance(layer: Linear) -> Tensor:
     return trace.div(moved.square_().add_(layer.config.si_xi)).relu_()
 
 
-def mean_of(parts: Iterable[Tensor]) -> float:
-    """Mean over all elements of all tensors; 0 for none."""
+def mean_of(parts: Iterable[tuple[Linear, Tensor]]) -> float:
+    """Mean over all elements of tensors (m, n), each given with the layer that it belongs to; 0 for none."""
     total, count = 0.0, 0
-    for part in parts:
-        total, count = total + float(part.sum(dtype=torch.float64)), count + part.numel()
+    for layer, part in parts:
+        sides, (m, n) = layer.sharding, part.shape
+        total += float(sides.sum(part.sum(dtype=torch.float64)))
+        count += sides.output.size(m) * sides.input.size(n)
     return total / count if count else 0.0
 
 
@@ -256,7 +258,8 @@ def _merge_moments(layer: Linear) -> None:
     seen, found = int(layer.recent_seen), []
     for side, sample in zip(SIDES, (layer.recent, layer.recent_delta), strict=True):
         factor, sums = getattr(layer, f"{side}_factor"), getattr(layer, f"{side}_sums")
-        moment = with_rows(second_moment(factor, sums), sample[: min(seen, len(sample))], seen)
+        moment = second_moment(factor, sums, getattr(layer.sharding, side))
+        moment = with_rows(moment, sample[: min(seen, len(sample))], seen)
         factor.copy_(moment.factor)
         sums.copy_(moment.moments)
         found.append(moment)

@@ -103,7 +103,7 @@ def step_from(learner: Learner, capturing: Capturing, chunk: ScoredChunk) -> Ste
     loss = (scores.nll if chunk.wanted is None else scores.nll[chunk.wanted]).sum()
     loss = loss if term is None else loss + term
     finite = torch.stack([torch.isfinite(loss)] + [update.finite.to(loss.device) for _, update in found])
-    return Step(found, finite.all())
+    return Step(found, learner.access.agreed(finite.all()))
 
 
 def write(updates: Sequence[tuple[Linear, Update]], gate: Tensor | None = None) -> None:

@@ -13,6 +13,7 @@ from ttt.checks import check_type
 from ttt.config import TTTConfig
 from ttt.layer_lock import LayerLock
 from ttt.nn.directions import principal_directions, project_rows
+from ttt.nn.parallel import UNSHARDED, Sharding
 from ttt.ops import log8
 from ttt.ops.reference import _wide
 from ttt.ops.schema import _FLOATS
@@ -43,7 +44,7 @@ class Sink(list[tuple[Tensor, Tensor]]):
 def absent(weight: Tensor) -> str:
     """Why ``weight``, which is not all in memory, cannot learn; empty if it is."""
     if hasattr(weight, "device_mesh"):
-        return "is a DTensor, a part of a weight (FSDP2 or tensor parallelism)"
+        return "is a DTensor, of which this process holds a part (FSDP2 or tensor parallelism)"
     if weight.is_meta:
         return (
             "is on the meta device: it was not loaded yet, or hooks offload it (accelerate's device_map with 'cpu' or "
@@ -89,6 +90,7 @@ class Adapted(torch.nn.Linear):
     basis: Tensor
     output_basis: Tensor
     _largest_step: float | None = None
+    sharding = UNSHARDED  # of a layer whose weight is spread over processes: how; its sizes are those of its part
     share = 1.0  # 1 / the number of learning layers of the model (`ttt.adapt_`), for ``rate="decrease"``
     _binding: Any = None  # addresses of the tensors, for the C++ kernels; made by `ttt.nn.cpu_binding.binding_of`
     torn = ""  # names the write to several layers that ended half-way at this layer or beside it; usually empty
@@ -111,10 +113,19 @@ class Adapted(torch.nn.Linear):
         self._build(config or self._default_config(), name)
 
     @classmethod
-    def from_weight(cls, weight: torch.nn.Parameter, bias: torch.nn.Parameter | None, config: TTTConfig, name: str):
-        """A layer around existing parameters, which are shared, not copied."""
+    def from_weight(
+        cls,
+        weight: torch.nn.Parameter,
+        bias: torch.nn.Parameter | None,
+        config: TTTConfig,
+        name: str,
+        sharding: Sharding = UNSHARDED,
+    ):
+        """A layer around existing parameters, which are shared, not copied; of a sharded one this process's part."""
         layer = cls.__new__(cls)
         torch.nn.Module.__init__(layer)
+        if sharding:
+            layer.sharding = sharding
         layer.out_features, layer.in_features = weight.shape
         layer.weight = weight
         layer.bias = bias  # type: ignore[assignment]
@@ -174,7 +185,7 @@ class Adapted(torch.nn.Linear):
         if self.config.rate != "decrease":
             return None
         if self._largest_step is None:
-            norm = torch.linalg.vector_norm(self.base_weight.detach(), dtype=_wide(self.weight.dtype))
+            norm = self.sharding.norm(self.base_weight.detach(), _wide(self.weight.dtype))
             self._largest_step = _LARGEST_STEP * float(norm)
         return self._largest_step or None
 
@@ -185,14 +196,17 @@ class Adapted(torch.nn.Linear):
 
     def applied(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """The rows that updates are made with for inputs ``x`` (T, n) and gradients ``delta`` (T, m)."""
-        return project_rows(x, self.basis), project_rows(delta, self.output_basis)
+        sides = self.sharding
+        return project_rows(x, self.basis, sides.input), project_rows(delta, self.output_basis, sides.output)
 
     @torch.no_grad()
     def refresh_basis(self) -> None:
         """Set ``basis``, if updates are orthogonal, to the principal directions of the rows of the replay memory."""
         if self.config.orthogonal and self.basis is not None:
             self.unshare("basis", copy=False)
-            self.basis.copy_(principal_directions(self.memory[: int(self.seen)], len(self.basis)))
+            side = self.sharding.input
+            rows = side.gather(self.memory[: int(self.seen)])
+            self.basis.copy_(side.part(side.same(principal_directions(rows, len(self.basis)))))
 
     @torch.inference_mode(False)
     def _apply(self, fn, recurse=True):

@@ -44,7 +44,8 @@ class Binding(_Direct):
             self.bound_bias, self.bias_address = layer.bias, layer.bias.data_ptr()
         self.dtype = weight.dtype
         self.m, self.n = weight.shape
-        self.kernels: Any = cpu.bind_layer(layer) if self.m and self.n else None
+        # Of a sharded layer sums over processes come between what the kernels do at once.
+        self.kernels: Any = cpu.bind_layer(layer) if self.m and self.n and not layer.sharding else None
         self.few = cpu.few_tokens(weight.dtype) if self.kernels is not None else 0
         self.window, self.most = layer.config.window, self._most_rows(layer)
         self.tokens = layer.tokens.data_ptr()

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from ttt import ops
+from ttt.nn.parallel import WHOLE, Side
+from ttt.ops.backends import record
+from ttt.ops.reference import _wide
 
 _EXACT = 1024  # Eigenvectors of a larger Gram matrix would take seconds.
 _OVERSAMPLE, _ROUNDS = 32, 8
@@ -20,12 +23,17 @@ def count_directions(wanted: int, n: int) -> int:
     return min(wanted, n // 2)
 
 
-def project_rows(x: Tensor, basis: Tensor | None) -> Tensor:
+def project_rows(x: Tensor, basis: Tensor | None, side: Side = WHOLE) -> Tensor:
     """The rows that updates are made with: x - U^T U x for ``x`` (T, n) and U = ``basis`` (k, n); x without a basis.
 
-    The rows of ``basis`` are orthogonal, of length 1 or less; rows of zeros have no effect.
+    The rows of ``basis`` are orthogonal, of length 1 or less; rows of zeros have no effect. ``side`` is the one of the
+    layer that both belong to.
     """
-    return x if basis is None else ops.project_out(x, basis)
+    if basis is None or not side.shared:
+        return x if basis is None else ops.project_out(x, basis)
+    record("project_out", "reference", "a sharded layer, with sums over processes")
+    rows, u = x.to(_wide(x.dtype)), basis.to(_wide(x.dtype))
+    return (rows - side.sum(rows @ u.T) @ u).to(x.dtype)
 
 
 def principal_directions(rows: Tensor, count: int) -> Tensor:

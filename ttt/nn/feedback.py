@@ -27,6 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ttt.nn.parallel import UNSHARDED, Sharding
+
 BUFFERS = ("agreement", "win_weight")
 """Buffers of `ttt.nn.Linear` that hold the feedback."""
 
@@ -48,13 +50,15 @@ class Latest(NamedTuple):
     agreement: Tensor
 
 
-def next_agreement(latest: Latest, x: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+def next_agreement(latest: Latest, x: Tensor, delta: Tensor, weight: Tensor, sharding: Sharding = UNSHARDED) -> Tensor:
     """a after tokens with the inputs ``x`` (T, n), gradients ``delta`` (T, m) and ``weight`` (T,): (1,) float64.
 
-    Nothing is written, and the host does not wait. Rows whose products overflow count as 0.
+    Nothing is written, and the host does not wait. Rows whose products overflow count as 0. ``sharding`` is that of the
+    layer.
     """
     wide, window = weight.dtype, len(latest.weight)
-    pairs = (x @ latest.x.T).to(wide) * (delta @ latest.delta.T).to(wide)
+    inputs = sharding.input.sum((x @ latest.x.T).to(wide))
+    pairs = inputs * sharding.output.sum((delta @ latest.delta.T).to(wide))
     found = (weight @ (pairs @ latest.weight.to(wide))).double() / window
     found = torch.nan_to_num(found, nan=0.0, posinf=0.0, neginf=0.0).clamp(-1.0, 1.0)
     return latest.agreement * KEPT ** (len(x) / window) + (1 - KEPT) * found

@@ -13,6 +13,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from ttt.nn.parallel import WHOLE, Side
 from ttt.ops.philox import normals
 
 FIELDS = ("mean", "factor", "moments")
@@ -29,6 +30,7 @@ class Gaussian:
         mean: (n,).
         factor: (k, n). Its rows are orthogonal, the longest first; factor^T factor is S in the span of its rows.
         moments: (2,) float64: N, and the trace of S outside that span.
+        side: of the layer that the rows belong to; n is this process's part of it.
 
     While N <= k + 1 the factor holds all of S, so the span of the rows can be told from it.
     """
@@ -36,6 +38,7 @@ class Gaussian:
     mean: Tensor
     factor: Tensor
     moments: Tensor
+    side: Side = WHOLE
 
     def joined(self, other: Gaussian) -> Gaussian:
         """The Gaussian of the rows of both, with as many directions as this one. Nothing is written.
@@ -49,12 +52,14 @@ class Gaussian:
         shift = other.mean.double() - self.mean.double()
         between = shift * (own * count / total).sqrt()
         rows = torch.cat([self.factor.double(), other.factor.double(), between.unsqueeze(0)])
-        values, vectors = torch.linalg.eigh(rows @ rows.T)  # ascending; the matrix is small, not n x n
+        found = torch.linalg.eigh(self.side.sum(rows @ rows.T))  # ascending; the matrix is small, not n x n
+        values, vectors = (self.side.same(t) for t in found)
         k = len(self.factor)
         return Gaussian(
             (self.mean.double() + shift * (count / total)).to(self.mean.dtype),
             (vectors[:, -k:].flip(1).T @ rows).to(self.factor.dtype),
             torch.stack([own + count, rest + more + values[:-k].clamp_min(0).sum()]),
+            self.side,
         )
 
     def with_rows(self, x: Tensor) -> Gaussian:
@@ -64,7 +69,7 @@ class Gaussian:
             if len(part):
                 mean = part.mean(0)
                 moments = torch.tensor([len(part), 0], dtype=torch.float64, device=x.device)
-                joined = joined.joined(Gaussian(mean, part - mean, moments))
+                joined = joined.joined(Gaussian(mean, part - mean, moments, self.side))
         return joined
 
     def draw(self, rows: int, step: Tensor, seed: int) -> Tensor:
@@ -73,14 +78,14 @@ class Gaussian:
         The rows of U are the principal directions and L is the diagonal matrix of the variances in them; s is the mean
         variance in the other directions. ``step`` (1,) int64 and ``seed`` determine the draws.
         """
-        (k, n), (count, rest) = self.factor.shape, self.moments
-        count = count.clamp_min(1)
+        (k, part), (count, rest) = self.factor.shape, self.moments
+        n, count = self.side.size(part), count.clamp_min(1)
         noise = rest / (count * max(1, n - k))
         factor = self.factor.double()
-        scatter = factor.square().sum(1)
+        scatter = self.side.sum(factor.square().sum(1))
         spread = ((scatter / count - noise).clamp_min(0) / scatter.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
         z = normals(rows, k + n, step, seed)
-        return self.mean.double() + (z[:, :k] * spread) @ factor + noise.sqrt() * z[:, k:]
+        return self.mean.double() + (z[:, :k] * spread) @ factor + noise.sqrt() * self.side.part(z[:, k:])
 
 
 def buffer_layout(n: int, dtype: torch.dtype, rank: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ttt import ops
 from ttt.nn.gaussian import Gaussian
+from ttt.nn.parallel import UNSHARDED, WHOLE, Sharding, Side
 from ttt.nn.rates import token_sizes
 
 if TYPE_CHECKING:
@@ -40,14 +41,15 @@ _ROWS = 256  # Rows that are joined with a second moment at a time.
 _SAMPLE = 1024  # Tokens of a calibration from which the scale of the step is measured.
 
 
-def second_moment(factor: Tensor, sums: Tensor) -> Gaussian:
+def second_moment(factor: Tensor, sums: Tensor, side: Side = WHOLE) -> Gaussian:
     """A second moment about 0 as a `Gaussian` of mean 0, which can be joined with others.
 
     Args:
         factor: (r, n), rows that are orthogonal; factor^T factor is the sum of x x^T in their span.
         sums: (2,) float64: the number of rows x, and their summed squared length outside that span.
+        side: of the layer that the rows belong to.
     """
-    return Gaussian(factor.new_zeros(factor.shape[1]), factor, sums)
+    return Gaussian(factor.new_zeros(factor.shape[1]), factor, sums, side)
 
 
 def with_rows(moment: Gaussian, rows: Tensor, count: float | None = None) -> Gaussian:
@@ -57,7 +59,7 @@ def with_rows(moment: Gaussian, rows: Tensor, count: float | None = None) -> Gau
     each = (len(rows) if count is None else count) / len(rows)
     for part in rows.double().split(_ROWS):
         sums = torch.tensor([len(part) * each, 0], dtype=torch.float64, device=rows.device)
-        moment = moment.joined(second_moment(part * each**0.5, sums))
+        moment = moment.joined(second_moment(part * each**0.5, sums, moment.side))
     return moment
 
 
@@ -66,13 +68,15 @@ class _SecondMoment:
 
     Args:
         kept: number of directions that are kept.
-        size: n, of a row.
+        part: n, of a row, or of this process's part of it.
+        side: which side it is.
     """
 
-    def __init__(self, kept: int, size: int, device: torch.device) -> None:
-        self.kept, self._count = kept, 0
+    def __init__(self, kept: int, part: int, device: torch.device, side: Side = WHOLE) -> None:
+        self.kept, self._count, self._side = kept, 0, side
         zeros = torch.zeros(2, dtype=torch.float64, device=device)
-        self._joined = second_moment(torch.zeros((kept, size), dtype=torch.float64, device=device), zeros)
+        self._joined = second_moment(torch.zeros((kept, part), dtype=torch.float64, device=device), zeros, side)
+        size = side.size(part)
         # To join rows takes the eigenvectors of a matrix of kept + _ROWS each time. Up to about twice that size, adding
         # up the whole matrix, whose eigenvectors are needed once, is less work; and nothing is lost on the way.
         self._whole = zeros.new_zeros((size, size)) if size <= 2 * (kept + _ROWS) else None
@@ -82,7 +86,7 @@ class _SecondMoment:
         if self._whole is None:
             self._joined = with_rows(self._joined, rows)
             return
-        rows = rows.double()
+        rows = self._side.gather(rows).double()
         self._whole.addmm_(rows.T, rows)
         self._count += len(rows)
 
@@ -90,11 +94,12 @@ class _SecondMoment:
         """As `second_moment`."""
         if self._whole is None:
             return self._joined
-        values, vectors = torch.linalg.eigh(self._whole)
+        values, vectors = (self._side.same(t) for t in torch.linalg.eigh(self._whole))
         values.clamp_min_(0)
         factor = vectors[:, -self.kept :].flip(1).T * values[-self.kept :].flip(0).sqrt().unsqueeze(1)
         rest = values[: -self.kept].sum()
-        return second_moment(factor, torch.stack([rest.new_tensor(float(self._count)), rest]))
+        sums = torch.stack([rest.new_tensor(float(self._count)), rest])
+        return second_moment(self._side.part(factor), sums, self._side)
 
 
 def soft_directions(moment: Gaussian, count: int, power: float, damping: float) -> Tensor:
@@ -106,10 +111,9 @@ def soft_directions(moment: Gaussian, count: int, power: float, damping: float) 
         damping: eps, in units of the mean eigenvalue.
     """
     factor, (rows, rest) = moment.factor.double(), moment.moments
-    n = factor.shape[1]
-    found = factor.new_zeros((count, n))
-    count = min(count, len(factor))
-    energy = factor.square().sum(1)
+    found = factor.new_zeros((count, factor.shape[1]))
+    n, count = moment.side.size(factor.shape[1]), min(count, len(factor))
+    energy = moment.side.sum(factor.square().sum(1))
     if not count or not float(rows) or not float(energy[0]):
         return found
     rows = rows.clamp_min(1)
@@ -123,15 +127,17 @@ def soft_directions(moment: Gaussian, count: int, power: float, damping: float) 
     return found
 
 
-def layout(config: TTTConfig, m: int, n: int, wide: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def layout(
+    config: TTTConfig, m: int, n: int, wide: torch.dtype, sharding: Sharding = UNSHARDED
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of the buffers `MOMENTS`: ``factor`` (2 k, size) and ``sums`` (2,) float64 of either side.
 
     Twice the directions that are used are kept, so that the leading ones stay exact as rows are added.
     """
     found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for side, size in zip(SIDES, (n, m), strict=True):
-        found[f"{side}_factor"] = ((_sketch_rows(config, size), size), wide)
-        found[f"{side}_sums"] = ((2,), torch.float64)
+    for name, side, part in zip(SIDES, (sharding.input, sharding.output), (n, m), strict=True):
+        found[f"{name}_factor"] = ((_sketch_rows(config, side.size(part)), part), wide)
+        found[f"{name}_sums"] = ((2,), torch.float64)
     return found
 
 
@@ -149,8 +155,9 @@ class Calibration:
     def __init__(self, layer: Adapted) -> None:
         self.layer = layer
         device, config = layer.weight.device, layer.config
+        sides = (layer.sharding.input, layer.in_features), (layer.sharding.output, layer.out_features)
         self._moments = [
-            _SecondMoment(_sketch_rows(config, size), size, device) for size in (layer.in_features, layer.out_features)
+            _SecondMoment(_sketch_rows(config, side.size(part)), part, device, side) for side, part in sides
         ]
         self.sample = [
             torch.zeros((_SAMPLE, size), dtype=layer.weight.dtype, device=device)
@@ -186,7 +193,8 @@ class Calibration:
             return None
         tokens = int(self.seen)
         x, delta = (rows[: min(tokens, _SAMPLE)] for rows in self.sample)
-        squares = token_sizes(x, delta, layer.applied(x, delta), layer.config.rate).squares
+        applied, rate = layer.applied(x, delta), layer.config.rate
+        squares = token_sizes(x, delta, applied, rate, sharding=layer.sharding).squares
         return torch.cat([squares.mean(1) * tokens, squares.new_tensor([tokens])])
 
 

@@ -190,12 +190,13 @@ class Linear(StatefulLinear):
             x, delta, self.config, sum_dtype,
             before=None if self.moments is None else self.moments.sum(0),
             applied=self.applied if self.damps else None, share=self.share, limit=self.largest_step(),
-            latest=self.latest,
+            latest=self.latest, sharding=self.sharding,
         )  # fmt: skip
         finite = found.finite.all()
         if trace_delta is not None:
             trace_delta = trace_delta.to(self.weight.dtype).contiguous()
-            finite = finite & torch.isfinite(torch.linalg.vector_norm(trace_delta, dtype=sum_dtype))
+            length = self.sharding.output.sum(torch.linalg.vector_norm(trace_delta, dtype=sum_dtype))
+            finite = finite & torch.isfinite(length)
         return Update(x, delta, found.eta, trace_delta, finite, found.grown, found.weight, found.agreement)
 
     @full_precision

@@ -53,6 +53,7 @@ from torch import Tensor
 
 from ttt.config import TTTConfig
 from ttt.nn.feedback import Latest, factor, next_agreement
+from ttt.nn.parallel import UNSHARDED, Sharding
 
 CALIBRATED, STREAM = 0, 1
 """Rows of a layer's ``moments``: sums over the tokens of calibration, and over those learnt since."""
@@ -95,19 +96,27 @@ class Sizes(NamedTuple):
     squares: Tensor
 
 
-def token_sizes(x: Tensor, delta: Tensor, applied: Rows, rate: str, wide: torch.dtype = torch.float64) -> Sizes:
+def token_sizes(
+    x: Tensor,
+    delta: Tensor,
+    applied: Rows,
+    rate: str,
+    wide: torch.dtype = torch.float64,
+    sharding: Sharding = UNSHARDED,
+) -> Sizes:
     """The sizes of tokens with inputs ``x`` (T, n) and gradients ``delta`` (T, m), computed in ``wide``.
 
     Args:
         applied: the rows x' (T, n) and delta' (T, m) that updates are made with.
         rate: as in a `ttt.TTTConfig`.
+        sharding: of the layer.
     """
     sizes = []
-    for rows, others in zip((x, delta), applied, strict=True):
+    for rows, others, side in zip((x, delta), applied, (sharding.input, sharding.output), strict=True):
         if rate == "decrease" and others is not rows:
-            sizes.append((rows.to(wide) * others.to(wide)).sum(1).clamp_min(0.0).sqrt())
+            sizes.append(side.sum((rows.to(wide) * others.to(wide)).sum(1)).clamp_min(0.0).sqrt())
         else:
-            sizes.append(torch.linalg.vector_norm(others, dim=1, dtype=wide))
+            sizes.append(side.norms(others, wide))
     norm = sizes[0] * sizes[1]
     return Sizes(sizes[0], sizes[1], norm, torch.stack([sizes[0], norm]).double().square_())
 
@@ -124,6 +133,7 @@ def rates(
     share: float = 1.0,
     limit: float | None = None,
     latest: Latest | None = None,
+    sharding: Sharding = UNSHARDED,
 ) -> Rates:
     """The steps of T tokens. Nothing is written, and the host waits for the device only if there are ``users``.
 
@@ -141,14 +151,15 @@ def rates(
         share: of this layer in the decrease, if ``config.rate`` is "decrease".
         limit: the largest norm of one token's update; None for no limit.
         latest: the layer's latest update, for `ttt.nn.feedback`; None for no feedback. Not with ``users``.
+        sharding: of the layer. Not with ``users``.
     """
     given = changed = (x, delta)
-    sizes = token_sizes(x, delta, given, config.rate, wide)
+    sizes = token_sizes(x, delta, given, config.rate, wide, sharding)
     # The squared norm bounds every entry of the token's squared gradient: a trace cannot overflow either.
     finite = torch.isfinite(sizes.norm * sizes.norm)
     if applied is not None and (before is not None or config.clip is not None):
         changed = applied(x, delta)
-        sizes = token_sizes(x, delta, changed, config.rate, wide)
+        sizes = token_sizes(x, delta, changed, config.rate, wide, sharding)
     norm, squares = sizes.norm, sizes.squares
     if before is None:
         return Rates(_clipped(torch.full_like(norm, config.lr), norm, config.clip), finite, None)
@@ -174,16 +185,16 @@ def rates(
     if (config.burst is not None or latest is not None) and config.rate != "energy" and config.lr > 0:
         relative = torch.where(root > 0, eta / unit, 0.0).to(norm.dtype)
     if config.burst is not None and relative is not None:
-        size = _sizes(rows, changed, sizes, relative, users)
+        size = _sizes(rows, changed, sizes, relative, users, sharding)
         shrunk = torch.where(size > config.burst, config.burst / size, 1.0)
         eta, relative = eta * shrunk, relative * shrunk
     agreement = None
     if latest is not None and relative is not None:
-        agreement = next_agreement(latest, *rows, relative)
+        agreement = next_agreement(latest, *rows, relative, sharding)
         eta = eta * factor(agreement, config.feedback).to(eta.dtype)
     if limit is not None:
         if changed is not given:  # the norms of the update's rows, which are not the sizes of "decrease"
-            norm = torch.stack([torch.linalg.vector_norm(rows, dim=1, dtype=wide) for rows in changed]).prod(0)
+            norm = sharding.input.norms(changed[0], wide) * sharding.output.norms(changed[1], wide)
         eta = _clipped(eta, eta * norm, limit)
     # Steps of inputs close to 0 may overflow.
     return Rates(eta, finite & torch.isfinite(eta), grown, None if agreement is None else relative, agreement)
@@ -220,14 +231,14 @@ def _clipped(eta: Tensor, norm: Tensor, bound: float | Tensor | None) -> Tensor:
     return eta if bound is None else torch.where(norm > bound, eta * (bound / norm), eta).to(norm.dtype)
 
 
-def _sizes(rows: Rows, applied: Rows, sizes: Sizes, weight: Tensor, users: Tensor | None) -> Tensor:
+def _sizes(rows: Rows, applied: Rows, sizes: Sizes, weight: Tensor, users: Tensor | None, sharding: Sharding) -> Tensor:
     """The length of the sum of T weighted gradients, divided by sqrt(T); see `_sum_norm`.
 
     Returns:
         (), or with users (T,), of each token's user; 0 for tokens of nobody.
     """
     if users is None:
-        return _sum_norm(rows, applied, sizes.x, sizes.delta, weight) / len(weight) ** 0.5
+        return _sum_norm(rows, applied, sizes.x, sizes.delta, weight, sharding) / len(weight) ** 0.5
     # Each user's sum is made of its own rows alone, in products whose shapes and bits do not depend on other users.
     lengths = torch.where(users < 0, 0.0, weight * sizes.norm)
     owners, counts = users.unique(return_counts=True)
@@ -240,7 +251,14 @@ def _sizes(rows: Rows, applied: Rows, sizes: Sizes, weight: Tensor, users: Tenso
     return lengths
 
 
-def _sum_norm(rows: Rows, applied: Rows, x_size: Tensor, delta_size: Tensor, weight: Tensor) -> Tensor:
+def _sum_norm(
+    rows: Rows,
+    applied: Rows,
+    x_size: Tensor,
+    delta_size: Tensor,
+    weight: Tensor,
+    sharding: Sharding = UNSHARDED,
+) -> Tensor:
     """The root of sum_ij w_i w_j (delta_i . delta'_j) (x_i . x'_j), (), with w = ``weight``.
 
     With x' = x and delta' = delta it is |sum_t w_t delta_t x_t^T|. The rows are divided by their sizes first, so that
@@ -255,13 +273,14 @@ def _sum_norm(rows: Rows, applied: Rows, x_size: Tensor, delta_size: Tensor, wei
     x, delta = scaled(rows)
     x2, delta2 = (x, delta) if applied is rows else scaled(applied)
     weight = weight * (x_size * delta_size)
-    count, n, m = len(weight), x.shape[1], delta.shape[1]
+    # Processes that hold parts of different sizes must go the same way.
+    count, n, m = len(weight), sharding.input.size(x.shape[1]), sharding.output.size(delta.shape[1])
     if count * (m + n) > m * n:  # the matrix of the sum is less work than the products of all pairs of rows
         total = (delta * weight.unsqueeze(1)).T @ x
         if applied is rows:
-            return torch.linalg.vector_norm(total)
-        return (total * ((delta2 * weight.unsqueeze(1)).T @ x2)).sum().clamp_min(0.0).sqrt()
-    pairs = (x @ x2.T) * (delta @ delta2.T)
+            return sharding.norm(total, total.dtype)
+        return sharding.sum((total * ((delta2 * weight.unsqueeze(1)).T @ x2)).sum()).clamp_min(0.0).sqrt()
+    pairs = sharding.input.sum(x @ x2.T) * sharding.output.sum(delta @ delta2.T)
     return (weight @ pairs @ weight).clamp_min(0.0).sqrt()
 
 

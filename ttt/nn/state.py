@@ -16,12 +16,17 @@ from ttt.nn.feedback import BUFFERS as FEEDBACK
 from ttt.nn.gaussian import FIELDS, PAST, PRESENT, Gaussian, buffer_layout
 from ttt.nn.graph_steps import WindowCounter, check_capturable, forbid_capture
 from ttt.nn.kronecker import MOMENTS, layout
+from ttt.nn.parallel import WHOLE, Sharding, Side
 from ttt.nn.rates import STREAM
 from ttt.ops import log8
 from ttt.ops.reference import _wide
 
 BASE = ("anchor", "importance", "importance_scale", "memory", "seen", "basis", "output_basis", *MOMENTS, *PAST)
 """Buffers that calibrating and consolidating write, and learning does not."""
+
+_MATRICES = ("weight", "anchor", "importance", "trace", "momentum")
+_INPUTS = ("win_x", "memory", "recent", "basis", "input_factor", *PAST[:2], *PRESENT[:2])
+_OUTPUTS = ("win_delta", "win_trace", "recent_delta", "output_basis", "output_factor")
 
 _COUNTERS = ("seen", "recent_seen", "step", "tokens")
 _RECENT = 1024  # the most rows of the sample of recent inputs
@@ -77,9 +82,11 @@ class StatefulLinear(Adapted):
         else:
             state = default
         signed = state if state.is_floating_point else default  # 8 bits hold no signs
-        k, protects = count_directions(config.orthogonal or config.kronecker, n), config.ewc_lambda > 0
+        sides, protects = self.sharding, config.ewc_lambda > 0
+        k = count_directions(config.orthogonal or config.kronecker, sides.input.size(n))
         remembers, soft = config.replay_rows > 0 or (config.orthogonal > 0 and k > 0), config.kronecker > 0
-        outputs, recent = count_directions(config.kronecker, m), min(capacity := config.replay_capacity, _RECENT)
+        outputs = count_directions(config.kronecker, sides.output.size(m))
+        recent = min(capacity := config.replay_capacity, _RECENT)
         columns = log8.width(n) if state == torch.uint8 else n
         gaussians = buffer_layout(n, sum_dtype, config.generated_rank)
         counter = ((1,), torch.int64)
@@ -97,7 +104,7 @@ class StatefulLinear(Adapted):
             "recent_delta": ((recent, m), dtype) if soft else None,
             "basis": ((k, n), dtype) if k else None,
             "output_basis": ((outputs, m), dtype) if outputs else None,
-            **{name: kind if soft else None for name, kind in layout(config, m, n, sum_dtype).items()},
+            **{name: kind if soft else None for name, kind in layout(config, m, n, sum_dtype, sides).items()},
             **{name: kind if config.generated_rows else None for name, kind in gaussians.items()},
             "seen": counter,
             "recent_seen": counter,
@@ -140,6 +147,20 @@ class StatefulLinear(Adapted):
         out |= dict(self.named_buffers(recurse=False))
         out["pending"] = torch.tensor([self.pending])
         return out
+
+    def gathered(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of `state` or ``base``; of a layer that is sharded over processes, those of the whole layer."""
+        return {name: self._spread_as(name).gather(t) for name, t in state.items()}
+
+    def parts(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `gathered`: of tensors of the whole layer, the parts that this process holds."""
+        return {name: self._spread_as(name).part(t) for name, t in state.items()}
+
+    def _spread_as(self, name: str) -> Sharding | Side:
+        """What gathers and cuts the tensor ``name`` of the state."""
+        if name in _MATRICES:
+            return self.sharding
+        return self.sharding.input if name in _INPUTS else self.sharding.output if name in _OUTPUTS else WHOLE
 
     def check_state(self, state: dict[str, Tensor]) -> None:
         """Check that `load_state` can take ``state``: names, shapes, and the range of all counters.
@@ -321,7 +342,10 @@ class StatefulLinear(Adapted):
                 getattr(self, name).zero_()
 
     def _gaussian(self, names: tuple[str, ...]) -> Gaussian | None:
-        return None if self.past_mean is None else Gaussian(*(getattr(self, name) for name in names))
+        if self.past_mean is None:
+            return None
+        mean, factor, moments = (getattr(self, name) for name in names)
+        return Gaussian(mean, factor, moments, self.sharding.input)
 
     def _write_gaussian(self, names: tuple[str, ...], values: Gaussian) -> None:
         for name, field in zip(names, FIELDS, strict=True):

@@ -6,6 +6,8 @@ it allocates m x n temporaries.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ttt.ops import log8
@@ -31,6 +33,10 @@ def count_of(name: str, counter: torch.Tensor, more: int = 0) -> int:
     if value > MOST_ROWS_SEEN - more:
         raise ValueError(f"{name} must be at most 2^31 after {more} further rows, got {value}")
     return value
+
+
+def _as_it_is(t: torch.Tensor) -> torch.Tensor:
+    return t
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -113,17 +119,18 @@ def replay_rows(
     beta: float,
     eps: float,
     wide: torch.dtype,
+    total: Callable[[torch.Tensor], torch.Tensor] = _as_it_is,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The replay rows X_r (R x n) and V = beta (X_r X_r^T + eps tr/R I)^-1 X_r (R x n), both of dtype ``wide``.
 
     tr is the trace of X_r X_r^T, so that eps has no unit. X_r is drawn from the memory; without ``seen`` it is the
-    memory.
+    memory. ``total`` is as for `commit`.
     """
     if seen is not None:
         memory = memory[reservoir_draw(seen, step, memory.shape[0], rows, seed).clamp_min(0)]
     xr = memory.to(wide)
     rows64 = xr.to(torch.float64)
-    gram = rows64 @ rows64.T
+    gram = total(rows64 @ rows64.T)
     # If all rows are zeros, V is zero with any ridge.
     ridge = eps * gram.diagonal().mean()
     ridge = torch.where(ridge > 0, ridge, torch.ones_like(ridge))
@@ -131,8 +138,11 @@ def replay_rows(
     return xr, (beta * torch.linalg.solve(gram, rows64)).to(wide)
 
 
-def commit(*args) -> None:
-    """Write T tokens and R replay rows into W and F; see `ttt.ops.commit` for the formula."""
+def commit(*args, total: Callable[[torch.Tensor], torch.Tensor] = _as_it_is) -> None:
+    """Write T tokens and R replay rows into W and F; see `ttt.ops.commit` for the formula.
+
+    ``total`` completes a sum over the n inputs, where these are spread over several processes.
+    """
     c = CommitArguments(*args)
     if closed(c.gate):
         return
@@ -155,8 +165,8 @@ def commit(*args) -> None:
         g = carry * old + gain * g
         at = drift if drift is None else drift - carry * old
     if filled > 0:
-        xr, v = replay_rows(c.memory, c.seen, step, c.replay_rows, seed, c.beta, c.eps, wide)
-        e = xr @ at.T - gain * (((xr @ xw.T) * ew) @ dw)
+        xr, v = replay_rows(c.memory, c.seen, step, c.replay_rows, seed, c.beta, c.eps, wide, total)
+        e = total(xr @ at.T - gain * (((xr @ xw.T) * ew) @ dw))
         g = g + e.T @ v
     pull = 0.0
     if c.lam > 0:

@@ -239,7 +239,7 @@ class MAS(_Penalty):
 
 def _scale_to_mean(layers: list[Linear]) -> None:
     """Make the mean of what the traces hold the unit of the next consolidation."""
-    mean = mean_of(new_importance(layer) for layer in layers)
+    mean = mean_of((layer, new_importance(layer)) for layer in layers)
     for layer in layers:
         layer.unshare("importance_scale")
         layer.importance_scale.fill_(mean)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ttt.adapt.convert import learning_layers, require_layers
+from ttt.adapt.convert import learning_layers, refuse_sharded, require_layers
 from ttt.defences import Defence
 from ttt.learn import protection
 from ttt.learn.any_loss import learning
@@ -37,6 +37,7 @@ class Trainer:
     def __init__(
         self, model: nn.Module, rules: Sequence[Rule | Defence] = (), *, forward: Forward = forward_inputs
     ) -> None:
+        refuse_sharded([layer for _, layer in learning_layers(model)], "a Trainer of tasks")
         self.model, self.rules, self.forward = model, as_rules(rules), forward
         self.task = -1
         for rule in self.rules:

@@ -1,0 +1,108 @@
+"""Layers whose weight is spread over processes before they are adapted: how it is, and what of it is supported."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from ttt.config import TTTConfig
+from ttt.nn.parallel import UNSHARDED, Sharding, SharedSide
+
+_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
+          "_forward_hooks_always_called")  # fmt: skip
+
+
+def is_sharded(parameter: Tensor | None) -> bool:
+    """Whether ``parameter`` is a DTensor."""
+    return hasattr(parameter, "device_mesh")
+
+
+def local(parameter: Any) -> Any:
+    """This process's part of ``parameter``, a parameter on the same memory; one that is no DTensor is returned."""
+    if not is_sharded(parameter):
+        return parameter
+    return nn.Parameter(parameter.detach().to_local(), requires_grad=parameter.requires_grad)
+
+
+def whole(t: Any) -> Tensor:
+    """``t``, or of a DTensor all of it, which the processes gather."""
+    return t.full_tensor() if is_sharded(t) else t
+
+
+def sharding_of(name: str, module: Any) -> Sharding:
+    """How the weight of ``module``, a linear layer, is spread over processes.
+
+    Raises:
+        ValueError: if it is in a way in which it cannot learn.
+    """
+    weight: Any = module.weight
+    bias: Any = getattr(module, "bias", None)
+    if not is_sharded(weight):
+        return UNSHARDED
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh, placements = weight.device_mesh, tuple(weight.placements)
+    if mesh.ndim != 1 or type(placements[0]) is not Shard:
+        raise ValueError(
+            f"{name}.weight is a DTensor with placements {placements} on a mesh of {mesh.ndim} dimensions; only "
+            "tensor parallelism over one dimension can learn, with a weight that is Shard(0) (ColwiseParallel) or "
+            "Shard(1) (RowwiseParallel)"
+        )
+    dim, group = placements[0].dim % 2, mesh.get_group()
+    sizes = _sizes(weight.shape[dim], mesh.size())
+    part = weight.detach().to_local()
+    if 0 in sizes or part.shape[dim] != sizes[mesh.get_local_rank()]:
+        raise ValueError(
+            f"{name}.weight of shape {tuple(weight.shape)} is sharded unevenly over {mesh.size()} processes, and this "
+            f"one holds {tuple(part.shape)}; each must hold a part of equal size, but the last, and none may be empty"
+        )
+    wanted: Any = Shard(0) if dim == 0 else Replicate()
+    held = tuple(bias.placements) if is_sharded(bias) else (Replicate(),)
+    if bias is not None and held != (wanted,):
+        raise ValueError(f"{name}.bias has placements {held} beside a weight of {placements}; it must have {wanted}")
+    _refuse_layouts(name, module, dim)
+    side = SharedSide(group, sizes, part.device)
+    return Sharding(output=side, mesh=mesh) if dim == 0 else Sharding(input=side, mesh=mesh)
+
+
+def _sizes(size: int, processes: int) -> tuple[int, ...]:
+    """How many of ``size`` rows or columns each process holds; as `torch.chunk` cuts them."""
+    each = -(-size // processes)
+    return tuple(max(0, min(each, size - rank * each)) for rank in range(processes))
+
+
+def _refuse_layouts(name: str, module: Any, dim: int) -> None:
+    """Raise ValueError if transformers has wrapped the forward pass of ``module`` in an unsupported way.
+
+    What torch's ``parallelize_module`` does to inputs and outputs is in hooks, which the learning layer takes over.
+    """
+    wrapper = vars(module).get("forward")
+    if wrapper is None:
+        return
+    from torch.distributed.tensor import Replicate, Shard
+
+    style = inspect.getclosurevars(wrapper).nonlocals.get("self") if inspect.isfunction(wrapper) else None
+    wanted = (Replicate(), Shard(-1), True) if dim == 0 else (Shard(-1), Replicate(), True)
+    found = tuple(getattr(style, key, None) for key in ("input_layouts", "output_layouts", "use_local_output"))
+    kind = "ColwiseParallel" if dim == 0 else "RowwiseParallel"
+    if type(style).__name__ != kind or found != wanted:
+        raise ValueError(
+            f"{name} has a forward pass wrapped by {type(style).__name__} with layouts {found}, which is not "
+            "supported; of transformers' tp_plan, layers that are 'colwise' or 'rowwise' can learn"
+        )
+
+
+def refuse_config(name: str, config: TTTConfig) -> None:
+    """Raise ValueError if a sharded layer cannot learn with ``config``."""
+    if config.state_dtype == "8bit":
+        raise ValueError(
+            f"state_dtype must be 'float32' or 'bfloat16' for {name}, which is sharded over processes, got '8bit'"
+        )
+
+
+def take_hooks(layer: nn.Module, module: nn.Module) -> None:
+    """Give ``layer`` the hooks of the ``module`` that it replaces: they turn inputs into DTensors, and outputs back."""
+    for hooks in _HOOKS:
+        getattr(layer, hooks).update(getattr(module, hooks))
