@@ -11,6 +11,8 @@ import openai
 import pytest
 from server import MODEL, RESERVED, Server
 
+from ttt.conversation import Telling
+
 LONG = " ".join(
     f"On day {day} the keeper of the lighthouse wrote down the wind, the tide and the ships." for day in range(22)
 )
@@ -207,7 +209,8 @@ def test_words_of_others_in_a_chat_do_not_teach(server):
     client.chat.completions.create(model=MODEL, messages=messages, max_tokens=2)
     known = status(server, "ada")
     assert 4 <= known["tokens"] <= 12
-    assert known["rows"] == known["tokens"] - 1  # nothing follows the last one, so its row would be of zeros
+    # Nothing follows the last one, so its row would be of zeros; each pass adds a row for every other.
+    assert known["rows"] == Telling().passes * (known["tokens"] - 1)
     with pytest.raises(openai.BadRequestError, match="nothing of this request can teach"):
         client.chat.completions.create(model=MODEL, messages=messages[:-1], max_tokens=2)
 
