@@ -229,3 +229,16 @@ def test_compiled_calls_equal_eager_ones(widths):
         compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
         for a, b in zip(*map(tensors_of, (compiled(*tensors, state), run(*tensors, state))), strict=True):
             assert torch.equal(a, b)
+
+
+def test_a_step_with_shorter_mini_batches_than_before_ends_the_present_one(isa):
+    tensors, weights, norm = memory_case(1, 12, 2, torch.float32, 8, 12)
+    _, state = ops.memory(
+        *(t[:, :11] for t in tensors), weights, norm=norm, mini_batch=16, output_final_state=True
+    )  # fmt: skip
+    token = [t[:, 11] for t in tensors]
+    plain, wide = own(state), ops.MemoryState(*(tuple(doubled(part)) for part in state[:3]), state.position.clone())
+    found = ops.memory_step(*token, norm=norm, mini_batch=8, state=state)
+    assert state.position.tolist() == [0]
+    exact = ops.memory_step(*doubled(token), norm=wide_norm(norm), mini_batch=8, state=wide)
+    compare((found, state), (exact, wide), (dual_form.step_(*token, None, None, plain, norm, 8), plain))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ttt.ops.backends import record
 from ttt.ops.cpu import _C, _DTYPE, _address
+from ttt.ops.sequence.checks import check_positions
 from ttt.ops.sequence.states import own
 
 
@@ -47,6 +48,7 @@ def delta_rule_step(q, k, v, beta, g, state, scale):
 
 
 def memory(q, k, v, rate, norm_weight, norm_bias, eps, weights, start, position, begins, mini_batch, scale):
+    check_positions("mini_batch", position, mini_batch)
     record(memory_op(weights), "cpu")
     state = own(([w.contiguous() for w in weights], [w.contiguous() for w in start]))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -62,7 +64,8 @@ def memory_step(q, k, v, rate, norm_weight, norm_bias, eps, weights, start, posi
     norm = norm_weight, norm_bias, eps
     _call_memory(q, k, v, rate, norm, (weights, start), position, None, out, 1, mini_batch, scale, True)
     torch.autograd.graph.increment_version([*weights, *start])
-    position.copy_((position + 1) % mini_batch)
+    position.add_(1)
+    position.masked_fill_(position >= mini_batch, 0)
     return out
 
 
@@ -73,15 +76,16 @@ def memory_op(weights) -> str:
 
 def _call_memory(q, k, v, rate, norm, state, position, begins, out, tokens, mini_batch, scale, one_token):
     heads, width = q.shape[-2:]
+    norm_weight, norm_bias, eps = norm
     weights, start = state
     layers = range(0, len(weights), 2)
     addresses = [[t.data_ptr() for t in (*weights[i : i + 2], *start[i : i + 2])] for i in layers]
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    rate, norm_weight, norm_bias = as_float(rate), as_float(norm[0]), as_float(norm[1])
+    rate, norm_weight, norm_bias = as_float(rate), as_float(norm_weight), as_float(norm_bias)
     position = position.contiguous()
     _C.memory(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), rate.data_ptr(), norm_weight.data_ptr(), norm_bias.data_ptr(),
         _address(begins), addresses, [width, *(weights[i].shape[-1] for i in layers)], position.data_ptr(),
-        out.data_ptr(), len(position), tokens, heads, mini_batch, scale, norm[2], one_token, _DTYPE[q.dtype],
+        out.data_ptr(), len(position), tokens, heads, mini_batch, scale, eps, one_token, _DTYPE[q.dtype],
         torch.get_num_threads(),
     )  # fmt: skip

@@ -15,6 +15,7 @@ from ttt.ops.sequence.checks import (
     bounds_of,
     check_count,
     check_form,
+    check_positions,
     check_shape,
     check_state,
     check_tokens,
@@ -96,6 +97,8 @@ def memory(
             begins = None if bounds is None else torch.tensor(bounds)
             out, final = kernel(q, k, v, rate, norm, state, begins, mini_batch, scale)
             return out, final if output_final_state else None
+    if initial_state is not None:
+        check_positions("mini_batch", state.position, mini_batch)
     wide: Any = tuple(None if t is None else t.to(dtype) for t in (q * scale, k, v, rate, gate, momentum))
     wide_norm = None if norm is None else Norm(norm.weight.to(dtype), norm.bias.to(dtype), norm.eps)
 
