@@ -89,16 +89,21 @@ struct DeltaRule {
   int dtype, threads;
 };
 
-struct TTTLinear {
+struct MemoryLayer {
+  float *weight, *bias;              // sequences x heads x inputs x outputs, sequences x heads x outputs; updated
+  float *start_weight, *start_bias;  // the same before the present mini-batch
+  int64_t inputs, outputs;
+};
+
+struct Memory {
   const void *q, *k, *v;                 // tokens x heads x width, dtype
   const float* rate;                     // tokens x heads
   const float *norm_weight, *norm_bias;  // heads x width
   const int64_t* begins;                 // as above
-  float *weight, *bias;                  // sequences x heads x width x width, sequences x heads x width; updated
-  float *start_weight, *start_bias;      // the same before the present mini-batch
+  const MemoryLayer* layers;             // depth; the first has `width` inputs, the last as many outputs
   const int64_t* position;               // sequences: tokens of the present mini-batch
   void* out;                             // like v
-  int64_t sequences, tokens, heads, width, mini_batch;
+  int64_t sequences, tokens, heads, width, depth, mini_batch;
   float scale, eps;
   bool one_token;  // of each sequence
   int dtype, threads;
@@ -113,7 +118,7 @@ struct Kernels {
   int64_t (*low_rank_compress)(const LowRankCompress&);
   bool (*all_finite)(const void* x, int64_t count, int dtype);
   void (*delta_rule)(const DeltaRule&);
-  void (*ttt_linear)(const TTTLinear&);
+  void (*memory)(const Memory&);
 };
 
 // One table per instruction set, each from its own compilation of kernels.cpp.

@@ -1,5 +1,5 @@
 // Chooses the namespace and vector length by instruction set; the bodies are in commit.h, window_linear.h, low_rank.h,
-// delta_rule.h and ttt_linear.h. Compiled once for each instruction set with that set's flags (setup.py), never for the
+// delta_rule.h, memory.h and memory_step.h. Compiled once for each instruction set with that set's flags (setup.py), never for the
 // whole library.
 #include "api.h"
 
@@ -25,7 +25,8 @@
 #include "delta_rule.h"
 #include "low_rank.h"
 #include "low_rank_compress.h"
-#include "ttt_linear.h"
+#include "memory.h"
+#include "memory_step.h"
 #include "window_linear.h"
 
 namespace ttt {
@@ -33,7 +34,7 @@ namespace ttt {
 const Kernels& TTT_TABLE() {
   static const Kernels table = {
       TTT_NAME,       run_window_linear, run_commit,    run_low_rank_linear, run_low_rank_append, run_low_rank_compress,
-      run_all_finite, run_delta_rule,    run_ttt_linear};
+      run_all_finite, run_delta_rule,    run_memory};
   return table;
 }
 

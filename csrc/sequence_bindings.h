@@ -1,5 +1,7 @@
 // The bindings of the kernels of sequence layers; included by bindings.cpp only.
 #pragma once
+#include <array>
+
 #include "isa_bindings.h"
 
 namespace {
@@ -29,11 +31,19 @@ void delta_rule(address q, address k, address v, address beta, address gate, add
   active->delta_rule(a);
 }
 
-void ttt_linear(address q, address k, address v, address rate, address norm_weight, address norm_bias, address begins,
-                address weight, address bias, address start_weight, address start_bias, address position, address y,
-                int64_t sequences, int64_t tokens, int64_t heads, int64_t width, int64_t mini_batch, float scale,
-                float eps, bool one_token, int dtype, int threads) {
-  ttt::TTTLinear a = {};
+// weights: of each layer the addresses of the weight, the bias, and both before the present mini-batch. widths: of the
+// first layer's inputs, then of each layer's outputs.
+void memory(address q, address k, address v, address rate, address norm_weight, address norm_bias, address begins,
+            const std::vector<std::array<address, 4>>& weights, const std::vector<int64_t>& widths, address position,
+            address y, int64_t sequences, int64_t tokens, int64_t heads, int64_t mini_batch, float scale, float eps,
+            bool one_token, int dtype, int threads) {
+  std::vector<ttt::MemoryLayer> layers;
+  for (size_t l = 0; l < weights.size(); l++) {
+    const auto& [weight, bias, start_weight, start_bias] = weights[l];
+    layers.push_back({out<float>(weight), out<float>(bias), out<float>(start_weight), out<float>(start_bias),
+                      widths.at(l), widths.at(l + 1)});
+  }
+  ttt::Memory a = {};
   a.q = in<void>(q);
   a.k = in<void>(k);
   a.v = in<void>(v);
@@ -41,16 +51,14 @@ void ttt_linear(address q, address k, address v, address rate, address norm_weig
   a.norm_weight = in<float>(norm_weight);
   a.norm_bias = in<float>(norm_bias);
   a.begins = in<int64_t>(begins);
-  a.weight = out<float>(weight);
-  a.bias = out<float>(bias);
-  a.start_weight = out<float>(start_weight);
-  a.start_bias = out<float>(start_bias);
+  a.layers = layers.data();
   a.position = in<int64_t>(position);
   a.out = out<void>(y);
   a.sequences = sequences;
   a.tokens = tokens;
   a.heads = heads;
-  a.width = width;
+  a.width = widths.at(0);
+  a.depth = static_cast<int64_t>(layers.size());
   a.mini_batch = mini_batch;
   a.scale = scale;
   a.eps = eps;
@@ -58,12 +66,12 @@ void ttt_linear(address q, address k, address v, address rate, address norm_weig
   a.dtype = dtype;
   a.threads = threads;
   py::gil_scoped_release release;
-  active->ttt_linear(a);
+  active->memory(a);
 }
 
 inline void bind_sequence(py::module_& m) {
   m.def("delta_rule", &delta_rule);
-  m.def("ttt_linear", &ttt_linear);
+  m.def("memory", &memory);
 }
 
 }  // namespace

@@ -20,13 +20,17 @@ from ttt.ops import sequence as ops
 MINI_BATCH = 16
 CHUNK = 32
 """Tokens of a chunk of the delta rule's C++ kernel, by which its products are counted."""
-OPS = ("gated delta rule", "TTT-Linear")
+EXPANSION = 4
+"""Width of the middle of TTT-MLP's memory, relative to that of a head."""
+OPS = ("gated delta rule", "TTT-Linear", "TTT-MLP")
+HIGHEST_RATE = {"TTT-Linear": 0.2, "TTT-MLP": 0.01}
+"""Those of their layers by default."""
 TOLERANCE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Random tokens (B, T, H, D), and the first weights and the norm of TTT-Linear."""
+    """Random tokens (B, T, H, D), and the first weights and the norm of a memory, if the op has one."""
 
     q: Tensor
     k: Tensor
@@ -37,8 +41,8 @@ class Inputs:
     norm: ops.Norm
 
 
-def inputs_of(device: str, dtype: str, batch: int, tokens: int, heads: int, width: int) -> Inputs:
-    """Queries and keys of length 1, rates below 0.2 for TTT-Linear and below 1 for the delta rule."""
+def inputs_of(op: str, device: str, dtype: str, batch: int, tokens: int, heads: int, width: int) -> Inputs:
+    """Queries and keys of length 1, rates below 1 for the delta rule and below `HIGHEST_RATE` for a memory."""
     kind = getattr(torch, dtype)
     generator = torch.Generator(device=device).manual_seed(0)
 
@@ -47,9 +51,20 @@ def inputs_of(device: str, dtype: str, batch: int, tokens: int, heads: int, widt
 
     q, k = (torch.nn.functional.normalize(draw(batch, tokens, heads, width), dim=-1).to(kind) for _ in range(2))
     v, rate, gate = draw(batch, tokens, heads, width).to(kind), *(draw(batch, tokens, heads) for _ in range(2))
-    weights = [draw(heads, width, width) * 0.02, torch.zeros(heads, width, device=device)]
+    weights = []
+    for given, found in layer_sizes(op, width):
+        # TTT-MLP's as its layer draws them; with large ones of TTT-Linear rounding grows from token to token.
+        scale = 0.02 if op == "TTT-Linear" else 1 if given == width else given**-0.5
+        weights += [draw(heads, given, found) * scale, torch.zeros(heads, found, device=device)]
     norm = ops.Norm(torch.ones(heads, width, device=device), torch.zeros(heads, width, device=device))
-    return Inputs(q, k, v, rate.sigmoid(), -torch.nn.functional.softplus(gate - 3), weights, norm)
+    rate = HIGHEST_RATE.get(op, 1) * rate.sigmoid()
+    return Inputs(q, k, v, rate, -torch.nn.functional.softplus(gate - 3), weights, norm)
+
+
+def layer_sizes(op: str, width: int) -> list[tuple[int, int]]:
+    """Inputs and outputs of each layer of the op's memory; none for the delta rule."""
+    middle = EXPANSION * width
+    return {"TTT-Linear": [(width, width)], "TTT-MLP": [(width, middle), (middle, width)]}.get(op, [])
 
 
 def run_op(op: str, x: Inputs, form: str) -> tuple[Tensor, Any]:
@@ -57,7 +72,7 @@ def run_op(op: str, x: Inputs, form: str) -> tuple[Tensor, Any]:
     if op == "gated delta rule":
         return ops.gated_delta_rule(x.q, x.k, x.v, x.rate, x.gate, output_final_state=True, form=form)
     return ops.memory(
-        x.q, x.k, x.v, 0.2 * x.rate, x.weights, norm=x.norm, mini_batch=MINI_BATCH, output_final_state=True, form=form
+        x.q, x.k, x.v, x.rate, x.weights, norm=x.norm, mini_batch=MINI_BATCH, output_final_state=True, form=form
     )
 
 
@@ -89,8 +104,9 @@ def check_close(found: Tensor, exact: Tensor, dtype: str) -> None:
 class Text(Case):
     """One op on a text of ``tokens``, without gradients, in each of its forms.
 
-    flops are those of the kernel's products: in chunks of C tokens, 6 D^2 with the state and 4 C D within the chunk for
-    each token and head of the delta rule, 6 D^2 and 2 b D of TTT-Linear.
+    flops are those of the kernel's products, for each token and head. The delta rule has 6 D^2 with the state and, in
+    chunks of C tokens, 4 C D within the chunk. A layer of I x O of a memory has 6 I O (its outputs for keys and for
+    queries, and the update) and b (I + O) within the mini-batch, and 2 I O more where a gradient passes through it.
     """
 
     suite = "sequence"
@@ -114,14 +130,18 @@ class Text(Case):
         return None
 
     def flops(self, contender: str) -> int | None:
-        inner = 4 * CHUNK if self.op == "gated delta rule" else 2 * MINI_BATCH
-        return self.tokens * self.heads * (6 * self.width**2 + inner * self.width)
+        if self.op == "gated delta rule":
+            each = 6 * self.width**2 + 4 * CHUNK * self.width
+        else:
+            sizes = layer_sizes(self.op, self.width)
+            each = sum(6 * i * o + MINI_BATCH * (i + o) for i, o in sizes) + sum(2 * i * o for i, o in sizes[1:])
+        return self.tokens * self.heads * each
 
     def ceilings(self) -> dict[str, Callable[[], Contender]]:
         return {"matmul": lambda: square_ceiling(self.device, self.dtype)}
 
     def contenders(self) -> dict[str, Callable[[], Contender]]:
-        x = inputs_of(self.device, self.dtype, 1, self.tokens, self.heads, self.width)
+        x = inputs_of(self.op, self.device, self.dtype, 1, self.tokens, self.heads, self.width)
 
         @functools.cache
         def exact() -> Tensor:
@@ -169,17 +189,17 @@ class Token(Case):
         )
 
     def bytes(self, contender: str) -> int | None:
-        """TTT-Linear reads the weights at the beginning of the mini-batch too, and writes them at its end."""
-        state = 4 * self.batch * self.heads * self.width**2
+        """A memory reads the weights at the beginning of the mini-batch too, and writes them at its end."""
         if self.op == "gated delta rule":
-            return 2 * state
+            return 2 * 4 * self.batch * self.heads * self.width**2
+        state = 4 * self.batch * self.heads * sum(i * o for i, o in layer_sizes(self.op, self.width))
         return round(state * (2 + (MINI_BATCH - 1) / MINI_BATCH + 1 / MINI_BATCH))
 
     def flops(self, contender: str) -> int | None:
         return None
 
     def contenders(self) -> dict[str, Callable[[], Contender]]:
-        x = inputs_of(self.device, self.dtype, self.batch, 1, self.heads, self.width)
+        x = inputs_of(self.op, self.device, self.dtype, self.batch, 1, self.heads, self.width)
         q, k, v, rate, gate = (t[:, 0] for t in (x.q, x.k, x.v, x.rate, x.gate))
 
         def make(form: str) -> Contender:
@@ -198,8 +218,8 @@ class Token(Case):
                         return ops.delta_rule.step_(*given).to(q.dtype)
                     options: Any = {"norm": x.norm, "mini_batch": MINI_BATCH}
                     if form == "ttt":
-                        return ops.memory_step(q, k, v, 0.2 * rate, state=state, **options)
-                    wide = [t.float() for t in (q, k, v, 0.2 * rate)]
+                        return ops.memory_step(q, k, v, rate, state=state, **options)
+                    wide = [t.float() for t in (q, k, v, rate)]
                     given = [*wide, None, None, state, x.norm, MINI_BATCH]
                     return ops.dual_form.step_(*given).to(q.dtype)
 
@@ -230,7 +250,10 @@ class Prefill(TimedCase):
         return {}
 
     def contenders(self) -> dict[str, Callable[[], Contender]]:
-        x = inputs_of(self.device, self.dtype, 1, self.tokens, self.heads, self.width)
+        memory, delta = (
+            inputs_of(op, self.device, self.dtype, 1, self.tokens, self.heads, self.width)
+            for op in ("TTT-Linear", "gated delta rule")
+        )
 
         def contender(run: Callable[[], Tensor]) -> Contender:
             def guarded() -> Tensor:
@@ -240,12 +263,12 @@ class Prefill(TimedCase):
             return Contender(guarded, lambda: None, graph=False)
 
         def attend() -> Tensor:
-            q, k, v = (t.transpose(1, 2) for t in (x.q, x.k, x.v))
+            q, k, v = (t.transpose(1, 2) for t in (delta.q, delta.k, delta.v))
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
         return {
-            "ttt": lambda: contender(lambda: run_op("TTT-Linear", x, "auto")[0]),
-            "gated delta rule": lambda: contender(lambda: run_op("gated delta rule", x, "auto")[0]),
+            "ttt": lambda: contender(lambda: run_op("TTT-Linear", memory, "auto")[0]),
+            "gated delta rule": lambda: contender(lambda: run_op("gated delta rule", delta, "auto")[0]),
             "attention": lambda: contender(attend),
         }
 

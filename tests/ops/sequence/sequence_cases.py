@@ -5,10 +5,13 @@ import itertools
 from collections.abc import Callable
 
 import torch
+from helpers import ISAS
 
 from ttt.ops import sequence as ops
 
 H, D, F = 2, 5, 7
+KERNEL_ISAS = [isa for isa in ISAS if "amx" not in isa]
+"""The instruction sets with C++ kernels of their own for these ops."""
 
 
 def draw(*shape, dtype=torch.float64):
@@ -140,3 +143,27 @@ OPS = {
     "LaCT, plain": lambda: lact(False, False),
     "In-Place TTT": in_place,
 }
+
+
+def doubled(tensors):
+    """The same tensors in float64; None stays None."""
+    return [None if t is None else t.double() for t in tensors]
+
+
+def memory_case(batch, tokens, heads, dtype, width, *middles):
+    """Tokens, first weights and the norm of a memory of heads of ``width``, with layers of ``middles`` in between.
+
+    Rates and weights are such that rounding errors do not grow from token to token.
+    """
+    q, k = (unit(batch, tokens, heads, width, dtype=torch.float32).to(dtype) for _ in range(2))
+    v = draw(batch, tokens, heads, width, dtype=torch.float32).to(dtype)
+    weights = []
+    for a, b in itertools.pairwise((width, *middles, width)):
+        weights += [draw(heads, a, b, dtype=torch.float32), 0.1 * draw(heads, b, dtype=torch.float32)]
+        weights[-2] *= 0.3 if not middles else 1 if a == width else a**-0.5
+    # A norm of 3 numbers divides by deviations that are near 0 now and then: rounding errors would grow by each step.
+    eps, most = (1e-6, 0.3) if width > 16 else (1.0, 0.1)
+    most /= 1 + 4 * len(middles)
+    rate = between(0, most, batch, tokens, heads, dtype=torch.float32)
+    norm = ops.Norm(*(c + 0.1 * draw(heads, width, dtype=torch.float32) for c in (1, 0)), eps)
+    return (q, k, v, rate), weights, norm

@@ -61,6 +61,22 @@ def test_a_long_stream_of_ttt_linear():
         assert relative_error(c, a) < 1e-5
 
 
+def test_a_long_stream_of_ttt_mlp():
+    """20,000 tokens by the kernel and by the torch form; the last 2,000 by steps too."""
+    q, k, v, rate = stream(20_000)
+    weights = [torch.randn(1, 8, 24), torch.zeros(1, 24), torch.randn(1, 24, 8) / 5, torch.zeros(1, 8)]
+    options = {"norm": ops.Norm(torch.ones(1, 8), torch.zeros(1, 8)), "mini_batch": 16}
+    tensors = [q, k, v, 0.02 * rate]
+    by_kernel = ops.memory(*tensors, weights, output_final_state=True, **options)[1]
+    by_torch = ops.memory(*tensors, weights, output_final_state=True, form="chunk", **options)[1]
+    stepped = ops.memory(*(t[:, :18_000] for t in tensors), weights, output_final_state=True, **options)[1]
+    for t in range(18_000, 20_000):
+        ops.memory_step(*(x[:, t] for x in tensors), state=stepped, **options)
+    for a, b, c in zip(*map(tensors_of, (by_kernel, by_torch, stepped)), strict=True):
+        assert relative_error(b, a) < 1e-4
+        assert relative_error(c, a) < 1e-4
+
+
 @pytest.mark.parametrize("which", ["Titans", "TTT-MLP", "LaCT", "LaCT, plain"])
 def test_other_states_stay_finite(which):
     """And equal, read in other pieces. Where Newton-Schulz steps replace most of the weights, rounding grows from chunk

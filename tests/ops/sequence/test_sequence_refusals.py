@@ -97,3 +97,27 @@ def test_a_step_needs_a_contiguous_state():
     state = op.begin(2).transpose(-1, -2).contiguous().transpose(-1, -2)
     with pytest.raises(ValueError, match="state must be contiguous, because it is changed in place"):
         op.step(*(t[:, 0] for t in tensors), size=4, state=state)
+
+
+@pytest.mark.parametrize("form", ["auto", "chunk", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["TTT-Linear", "TTT-MLP", "Titans", "LaCT", "In-Place TTT"])
+def test_a_state_within_a_chunk_that_is_longer_than_the_present_ones(name, dtype, form):
+    op = OPS[name]()
+    tensors = op.inputs(2, 11, dtype)
+    run = {"output_final_state": True}
+    weights = [w.to(dtype) for w in op.begin(1, dtype).weights]
+    if name == "In-Place TTT":
+        run["weight"] = weights[0][0]
+    else:
+        run["weights"] = [w[0] for w in weights]
+    _, state = op.run(*tensors, size=16, **run)
+    assert state.position.tolist() == [11, 11]
+    kept = own(state)
+    with pytest.raises(ValueError, match=r"initial_state.position must be at least 0 and below .*, 8, got 11"):
+        op.run(*tensors, size=8, initial_state=state, form=form, **run)
+    state.position[1] = -1
+    with pytest.raises(ValueError, match=r"initial_state.position must be at least 0 and below .*, 16, got -1"):
+        op.run(*tensors, size=16, initial_state=state, form=form, **run)
+    for a, b in zip(tensors_of(state)[:-1], tensors_of(kept)[:-1], strict=True):
+        assert torch.equal(a, b)

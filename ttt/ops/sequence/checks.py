@@ -109,6 +109,17 @@ def sequences(bounds: list[int] | None, batch: int) -> int:
     return batch if bounds is None else len(bounds) - 1
 
 
+def check_positions(name: str, position: Tensor, size: int) -> None:
+    """Check that the positions of a state lie in chunks or mini-batches of ``size`` tokens; ``name`` is that argument.
+
+    Raises:
+        ValueError: otherwise: the state was made with larger ones.
+    """
+    wrong = [p for p in position.tolist() if not 0 <= p < size]
+    if wrong:
+        raise ValueError(f"initial_state.position must be at least 0 and below {name}, {size}, got {wrong[0]}")
+
+
 def check_state(state: Any, kind: type, form: Form, rows: int, device: torch.device) -> None:
     """Check that ``state`` is a ``kind`` of ``rows`` sequences, whose tensors have the ``form``, on ``device``.
 

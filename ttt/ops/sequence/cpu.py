@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ttt.ops.backends import record
 from ttt.ops.cpu import _C, _DTYPE, _address
+from ttt.ops.sequence.checks import check_positions
 from ttt.ops.sequence.states import own
 
 
@@ -46,46 +47,45 @@ def delta_rule_step(q, k, v, beta, g, state, scale):
     return out
 
 
-def ttt_linear(
-    q, k, v, rate, norm_weight, norm_bias, eps, weight, bias, start_weight, start_bias, position, begins, mini_batch,
-    scale,
-):  # fmt: skip
-    record("ttt_linear", "cpu")
-    tokens, heads, width = q.shape[1:]
-    state = own((weight.contiguous(), bias.contiguous(), start_weight.contiguous(), start_bias.contiguous()))
+def memory(q, k, v, rate, norm_weight, norm_bias, eps, weights, start, position, begins, mini_batch, scale):
+    check_positions("mini_batch", position, mini_batch)
+    record(memory_op(weights), "cpu")
+    state = own(([w.contiguous() for w in weights], [w.contiguous() for w in start]))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    _call_ttt_linear(
-        q, k, v, rate, norm_weight, norm_bias, eps, state, position, begins, out, tokens, heads, width, mini_batch,
-        scale, False,
-    )  # fmt: skip
-    lengths = tokens if begins is None else begins.diff()
+    norm = norm_weight, norm_bias, eps
+    _call_memory(q, k, v, rate, norm, state, position, begins, out, q.shape[1], mini_batch, scale, False)
+    lengths = q.shape[1] if begins is None else begins.diff()
     return out, *state, (position + lengths) % mini_batch
 
 
-def ttt_linear_step(
-    q, k, v, rate, norm_weight, norm_bias, eps, weight, bias, start_weight, start_bias, position, mini_batch, scale
-):
-    record("ttt_linear_step", "cpu")
-    heads, width = q.shape[1:]
-    state = (weight, bias, start_weight, start_bias)
+def memory_step(q, k, v, rate, norm_weight, norm_bias, eps, weights, start, position, mini_batch, scale):
+    record(f"{memory_op(weights)}_step", "cpu")
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    _call_ttt_linear(
-        q, k, v, rate, norm_weight, norm_bias, eps, state, position, None, out, 1, heads, width, mini_batch, scale, True
-    )
-    torch.autograd.graph.increment_version(list(state))
-    position.copy_((position + 1) % mini_batch)
+    norm = norm_weight, norm_bias, eps
+    _call_memory(q, k, v, rate, norm, (weights, start), position, None, out, 1, mini_batch, scale, True)
+    torch.autograd.graph.increment_version([*weights, *start])
+    position.add_(1)
+    position.masked_fill_(position >= mini_batch, 0)
     return out
 
 
-def _call_ttt_linear(
-    q, k, v, rate, norm_weight, norm_bias, eps, state, position, begins, out, tokens, heads, width, mini_batch, scale,
-    one_token,
-):  # fmt: skip
+def memory_op(weights) -> str:
+    """The name under which calls of `memory` with these weights and biases are counted."""
+    return {2: "ttt_linear", 4: "ttt_mlp"}.get(len(weights), "memory")
+
+
+def _call_memory(q, k, v, rate, norm, state, position, begins, out, tokens, mini_batch, scale, one_token):
+    heads, width = q.shape[-2:]
+    norm_weight, norm_bias, eps = norm
+    weights, start = state
+    layers = range(0, len(weights), 2)
+    addresses = [[t.data_ptr() for t in (*weights[i : i + 2], *start[i : i + 2])] for i in layers]
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     rate, norm_weight, norm_bias = as_float(rate), as_float(norm_weight), as_float(norm_bias)
     position = position.contiguous()
-    _C.ttt_linear(
+    _C.memory(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), rate.data_ptr(), norm_weight.data_ptr(), norm_bias.data_ptr(),
-        _address(begins), *(t.data_ptr() for t in state), position.data_ptr(), out.data_ptr(), len(position), tokens,
-        heads, width, mini_batch, scale, eps, one_token, _DTYPE[q.dtype], torch.get_num_threads(),
+        _address(begins), addresses, [width, *(weights[i].shape[-1] for i in layers)], position.data_ptr(),
+        out.data_ptr(), len(position), tokens, heads, mini_batch, scale, eps, one_token, _DTYPE[q.dtype],
+        torch.get_num_threads(),
     )  # fmt: skip

@@ -27,15 +27,14 @@ _SCHEMAS = {
     "sequence_delta_rule_step": (
         "(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor(a!) state, float scale) -> Tensor"
     ),
-    "sequence_ttt_linear": (
-        "(Tensor q, Tensor k, Tensor v, Tensor rate, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight, "
-        "Tensor bias, Tensor start_weight, Tensor start_bias, Tensor position, Tensor? begins, int mini_batch, "
-        "float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
-    "sequence_ttt_linear_step": (
+    "sequence_memory": (
         "(Tensor q, Tensor k, Tensor v, Tensor rate, Tensor norm_weight, Tensor norm_bias, float eps, "
-        "Tensor(a!) weight, Tensor(b!) bias, Tensor(c!) start_weight, Tensor(d!) start_bias, Tensor(e!) position, "
-        "int mini_batch, float scale) -> Tensor"
+        "Tensor[] weights, Tensor[] start, Tensor position, Tensor? begins, int mini_batch, float scale) "
+        "-> (Tensor, Tensor[], Tensor[], Tensor)"
+    ),
+    "sequence_memory_step": (
+        "(Tensor q, Tensor k, Tensor v, Tensor rate, Tensor norm_weight, Tensor norm_bias, float eps, "
+        "Tensor(a!)[] weights, Tensor(b!)[] start, Tensor(c!) position, int mini_batch, float scale) -> Tensor"
     ),
 }
 for _name, _schema in _SCHEMAS.items():
@@ -53,37 +52,40 @@ def gated_delta_rule_step(q, k, v, beta, g, state) -> Callable | None:
     return torch.ops.ttt.sequence_delta_rule_step if served else None
 
 
-def ttt_linear(q, k, v, rate, gate, momentum, norm: Any, state: MemoryState, mini_batch: int) -> Callable | None:
-    """The kernel of `ttt.ops.sequence.memory`, for TTT-Linear."""
-    if not _is_ttt_linear(q, gate, momentum, norm, state) or mini_batch > MOST_MINI_BATCH:
+def memory(q, k, v, rate, gate, momentum, norm: Any, state: MemoryState, mini_batch: int) -> Callable | None:
+    """The kernel of `ttt.ops.sequence.memory`, for a memory like TTT-Linear and TTT-MLP."""
+    if not _is_plain(q, gate, momentum, norm) or mini_batch > MOST_MINI_BATCH:
         return None
-    if not _serves("ttt_linear", q, k, v, rate, *norm[:2], *tensors_of(state)):
+    if not _serves(cpu.memory_op(state.weights), q, k, v, rate, *norm[:2], *tensors_of(state)):
         return None
 
     def run(q, k, v, rate, norm, state, begins, mini_batch, scale):
-        given = (*state.weights, *state.start, state.position)
-        out, *new = torch.ops.ttt.sequence_ttt_linear(q, k, v, rate, *norm, *given, begins, mini_batch, scale)
-        return out, MemoryState(tuple(new[:2]), tuple(new[2:4]), (), new[4])
+        given = (state.weights, state.start, state.position)
+        out, weights, start, position = torch.ops.ttt.sequence_memory(
+            q, k, v, rate, *norm, *given, begins, mini_batch, scale
+        )
+        return out, MemoryState(tuple(weights), tuple(start), (), position)
 
     return run
 
 
-def ttt_linear_step(q, k, v, rate, gate, momentum, norm: Any, state: MemoryState) -> Callable | None:
-    """The kernel of `ttt.ops.sequence.memory_step`, for TTT-Linear."""
-    if not _is_ttt_linear(q, gate, momentum, norm, state):
+def memory_step(q, k, v, rate, gate, momentum, norm: Any, state: MemoryState) -> Callable | None:
+    """The kernel of `ttt.ops.sequence.memory_step`, for the same."""
+    if not _is_plain(q, gate, momentum, norm):
         return None
-    if not _serves("ttt_linear_step", q, k, v, rate, *norm[:2], *tensors_of(state)):
+    if not _serves(f"{cpu.memory_op(state.weights)}_step", q, k, v, rate, *norm[:2], *tensors_of(state)):
         return None
 
     def run(q, k, v, rate, norm, state, mini_batch, scale):
-        given = (*state.weights, *state.start, state.position)
-        return torch.ops.ttt.sequence_ttt_linear_step(q, k, v, rate, *norm, *given, mini_batch, scale)
+        given = (state.weights, state.start, state.position)
+        return torch.ops.ttt.sequence_memory_step(q, k, v, rate, *norm, *given, mini_batch, scale)
 
     return run
 
 
-def _is_ttt_linear(q, gate, momentum, norm, state) -> bool:
-    return q.device.type == "cpu" and gate is None and momentum is None and norm is not None and len(state.weights) == 2
+def _is_plain(q, gate, momentum, norm) -> bool:
+    """Whether a memory is one that the C++ kernels know: it has an inner norm, no gate and no momentum."""
+    return q.device.type == "cpu" and gate is None and momentum is None and norm is not None
 
 
 def _serves(op: str, q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> bool:
@@ -111,19 +113,20 @@ def _fake_delta_rule_step(q, k, v, beta, g, state, scale):
     return v.new_empty(v.shape)
 
 
-def _fake_ttt_linear(q, k, v, rate, norm_weight, norm_bias, eps, weight, bias, start_weight, start_bias, position, *_):
-    return q.new_empty(q.shape), *(torch.empty_like(t) for t in (weight, bias, start_weight, start_bias, position))
+def _fake_memory(q, k, v, rate, norm_weight, norm_bias, eps, weights, start, position, *_):
+    new = ([torch.empty_like(t) for t in tensors] for tensors in (weights, start))
+    return q.new_empty(q.shape), *new, torch.empty_like(position)
 
 
-def _fake_ttt_linear_step(q, *_):
+def _fake_memory_step(q, *_):
     return q.new_empty(q.shape)
 
 
 for _op, _run, _fake in (
     ("delta_rule", cpu.delta_rule, _fake_delta_rule),
     ("delta_rule_step", cpu.delta_rule_step, _fake_delta_rule_step),
-    ("ttt_linear", cpu.ttt_linear, _fake_ttt_linear),
-    ("ttt_linear_step", cpu.ttt_linear_step, _fake_ttt_linear_step),
+    ("memory", cpu.memory, _fake_memory),
+    ("memory_step", cpu.memory_step, _fake_memory_step),
 ):
     torch.library.impl(f"ttt::sequence_{_op}", "CPU", _run)
     torch.library.register_fake(f"ttt::sequence_{_op}", _fake)

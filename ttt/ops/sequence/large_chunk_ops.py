@@ -15,6 +15,7 @@ from ttt.ops.sequence.checks import (
     bounds_of,
     check_count,
     check_form,
+    check_positions,
     check_shape,
     check_state,
     check_tokens,
@@ -202,6 +203,7 @@ def _run(q, k, v, rates, weights, options, forward, updates, orthogonal, norms):
         check_state(
             initial_state, LargeChunkState, _form(shapes, dtype, momentum is not None, norms), rows, q.device
         )  # fmt: skip
+        check_positions("chunk_size", initial_state.position, chunk_size)
         state = initial_state
     wide: Any = tuple(None if t is None else t.to(dtype) for t in (q, k, v, rates, momentum))
     wide = (wide[0] * (1.0 if scale is None else float(scale)), *wide[1:])

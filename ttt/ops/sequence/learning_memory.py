@@ -15,6 +15,7 @@ from ttt.ops.sequence.checks import (
     bounds_of,
     check_count,
     check_form,
+    check_positions,
     check_shape,
     check_state,
     check_tokens,
@@ -91,11 +92,13 @@ def memory(
         state = initial_state
     scale = 1.0 if scale is None else float(scale)
     if form == "auto":
-        kernel = kernels.ttt_linear(q, k, v, rate, gate, momentum, norm, state, mini_batch)
+        kernel = kernels.memory(q, k, v, rate, gate, momentum, norm, state, mini_batch)
         if kernel:
             begins = None if bounds is None else torch.tensor(bounds)
             out, final = kernel(q, k, v, rate, norm, state, begins, mini_batch, scale)
             return out, final if output_final_state else None
+    if initial_state is not None:
+        check_positions("mini_batch", state.position, mini_batch)
     wide: Any = tuple(None if t is None else t.to(dtype) for t in (q * scale, k, v, rate, gate, momentum))
     wide_norm = None if norm is None else Norm(norm.weight.to(dtype), norm.bias.to(dtype), norm.eps)
 
@@ -159,7 +162,7 @@ def memory_step(
             raise ValueError(f"state.{name} must be contiguous, because they are changed in place")
     refuse_gradients("memory_step", q, k, v, rate, gate, momentum, *state.weights)
     scale = 1.0 if scale is None else float(scale)
-    if kernel := kernels.ttt_linear_step(q, k, v, rate, gate, momentum, norm, state):
+    if kernel := kernels.memory_step(q, k, v, rate, gate, momentum, norm, state):
         return kernel(q, k, v, rate, norm, state, mini_batch, scale)
     wide: Any = [None if t is None else t.to(dtype) for t in (q * scale, k, v, rate, gate, momentum)]
     wide_norm = None if norm is None else Norm(norm.weight.to(dtype), norm.bias.to(dtype), norm.eps)

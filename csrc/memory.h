@@ -1,0 +1,213 @@
+// Memories that learn, on texts: TTT-Linear and TTT-MLP. ttt/ops/sequence/dual_form.py has the formulas of the dual form
+// and the names of their parts.
+#pragma once
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "api.h"
+#include "gelu.h"
+#include "inner_norm.h"
+#include "scratch.h"
+#include "sequence_product.h"
+
+namespace {
+
+// Parts of a piece of memory, one after the other. With null they are only counted.
+struct Parts {
+  float* memory;
+  int64_t used;
+
+  float* take(int64_t count) {
+    used += count;
+    return memory == nullptr ? nullptr : memory + used - count;
+  }
+};
+
+// Floats between the rows of matrices, a cache line: with a stride of a power of two, the lines of a column of blocks
+// would compete for few places of the first-level cache.
+constexpr int64_t BETWEEN_ROWS = 16;
+
+// One layer of a head's memory. Matrices have the bias as their last row.
+struct HeadLayer {
+  int64_t inputs, outputs, deep, wide;  // deep and wide: the lengths of rows of inputs and of outputs
+  int64_t row;                          // from one row of a matrix to the next
+  float *weight, *start;                // (inputs + 1) x row
+  float *x, *d;                         // bp x deep, bp x wide
+
+  float* bias(float* matrix) const { return matrix + inputs * row; }
+  int64_t size() const { return (inputs + 1) * row; }
+};
+
+// What one thread works with. b and bp: the tokens of a mini-batch, and the same in whole vectors.
+struct HeadMemory {
+  int64_t b, bp;
+  std::vector<HeadLayer> layers;
+  float *q, *k, *v, *h, *z, *turned, *seen, *norm;
+
+  HeadMemory(const ttt::Memory& a, Parts* parts) : b(a.mini_batch), bp(whole_vectors(b)) {
+    const int64_t width = whole_vectors(a.width);
+    int64_t widest = width;
+    for (int64_t l = 0; l < a.depth; l++) {
+      const ttt::MemoryLayer& given = a.layers[l];
+      HeadLayer layer = {};
+      layer.inputs = given.inputs;
+      layer.outputs = given.outputs;
+      layer.deep = whole_vectors(given.inputs);
+      layer.wide = whole_vectors(given.outputs);
+      layer.row = layer.wide + BETWEEN_ROWS;
+      layer.weight = parts->take(layer.size());
+      layer.start = parts->take(layer.size());
+      layer.x = parts->take(bp * layer.deep);
+      layer.d = parts->take(bp * layer.wide);
+      widest = std::max(widest, layer.wide);
+      layers.push_back(layer);
+    }
+    q = parts->take(bp * width);
+    k = layers[0].x;
+    v = parts->take(bp * width);
+    h = parts->take(bp * widest);
+    z = parts->take(bp * widest);
+    turned = parts->take(bp * widest);
+    seen = parts->take(bp * bp);
+    norm = parts->take(2 * width);
+  }
+};
+
+inline InnerNorm norm_of(const ttt::Memory& a, int64_t head, float* memory) {
+  const int64_t wide = whole_vectors(a.width);
+  read_rows(a.norm_weight + head * a.width, 0, 1, a.width, memory, wide);
+  read_rows(a.norm_bias + head * a.width, 0, 1, a.width, memory + wide, wide);
+  return {memory, memory + wide, a.eps, a.width};
+}
+
+// z = x W + b for `rows` rows; zeros stay behind the last column of z, because both W and b hold them there.
+inline void linear(const HeadLayer& layer, const float* x, float* matrix, float* z, int64_t rows) {
+  const int64_t wide = layer.wide;
+  product_of<kSet>({x, layer.deep, 1}, matrix, layer.row, z, wide, rows, wide, layer.inputs);
+  const float* bias = layer.bias(matrix);
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t j = 0; j < wide; j += VL) store(z + r * wide + j, load(z + r * wide + j) + load(bias + j));
+}
+
+// Reads the weights of a row of the state, or writes them.
+inline void read_matrix(const HeadLayer& layer, const float* weight, const float* bias, float* matrix) {
+  read_rows(weight, layer.outputs, layer.inputs, layer.outputs, matrix, layer.row);
+  read_rows(bias, 0, 1, layer.outputs, layer.bias(matrix), layer.row);
+}
+inline void write_matrix(const HeadLayer& layer, const float* matrix, float* weight, float* bias) {
+  write_rows(matrix, layer.row, layer.inputs, layer.outputs, weight, layer.outputs);
+  write_rows(matrix + layer.inputs * layer.row, layer.row, 1, layer.outputs, bias, 0);
+}
+
+// The rows x and d of each layer for `some` tokens, at the weights that the mini-batch begins with; those of d times
+// their rates.
+inline void find_rows(const HeadMemory& m, const InnerNorm& norm, const float* rate, int64_t heads, int64_t some,
+                      bool begins) {
+  const int64_t last = static_cast<int64_t>(m.layers.size()) - 1;
+  for (int64_t l = 0; l <= last; l++) {
+    const HeadLayer& layer = m.layers[l];
+    linear(layer, layer.x, begins ? layer.weight : layer.start, layer.d, some);
+    if (l == last) break;
+    // d holds the slopes until the next layer's rows are known.
+    float* x = m.layers[l + 1].x;
+    for (int64_t i = 0; i < some * layer.wide; i += VL) {
+      vf slope;
+      store(x + i, gelu(load(layer.d + i), &slope));
+      store(layer.d + i, slope);
+    }
+  }
+  norm.gradient(m.layers[last].d, m.k, m.v, rate, heads, some);
+  for (int64_t l = last; l > 0; l--) {
+    const HeadLayer &layer = m.layers[l], &below = m.layers[l - 1];
+    transpose(layer.d, layer.wide, some, layer.wide, m.turned, m.bp);
+    product_of<kSet>({begins ? layer.weight : layer.start, layer.row, 1}, m.turned, m.bp, m.z, m.bp, layer.inputs,
+                     m.bp, layer.outputs);
+    transpose(m.z, m.bp, layer.inputs, m.bp, m.h, below.wide);
+    for (int64_t i = 0; i < some * below.wide; i += VL) store(below.d + i, load(below.d + i) * load(m.h + i));
+  }
+}
+
+// z = the outputs of a layer for inputs h, of which row i is changed by the rows x and d of tokens up to i. Then those
+// of all tokens change the weights.
+inline void read_and_write(const HeadMemory& m, const HeadLayer& layer, const float* h, float* z, int64_t some) {
+  const int64_t bp = m.bp, wide = layer.wide;
+  float *seen = m.seen, *bias = layer.bias(layer.weight);
+  transpose(layer.x, layer.deep, some, layer.deep, m.turned, bp);
+  product_of<kSet>({h, layer.deep, 1}, m.turned, bp, seen, bp, some, whole_vectors(some), layer.inputs, kLowerResult);
+  for (int64_t i = 0; i < some; i++) {
+    for (int64_t j = 0; j <= i; j++) seen[i * bp + j] += 1.0f;  // the bias
+    // Rows of a register tile read further columns than their own.
+    for (int64_t j = i + 1; j < i + TILE_ROWS && j < bp; j++) seen[i * bp + j] = 0.0f;
+  }
+  linear(layer, h, layer.weight, z, some);
+  product_of<kSubtract>({seen, bp, 1}, layer.d, wide, z, wide, some, wide, some, kLowerLeft);
+  product_of<kSubtract>({m.turned, bp, 1}, layer.d, wide, layer.weight, layer.row, layer.inputs, wide, some);
+  for (int64_t i = 0; i < some; i++)
+    for (int64_t j = 0; j < wide; j += VL) store(bias + j, load(bias + j) - load(layer.d + i * wide + j));
+}
+
+template <class T>
+void memory_text(const ttt::Memory& a, int64_t sequence, int64_t head, const HeadMemory& m) {
+  const int64_t width = a.width, wide = whole_vectors(width), depth = a.depth, row = sequence * a.heads + head;
+  const InnerNorm norm = norm_of(a, head, m.norm);
+  int64_t position = a.position[sequence];
+  for (int64_t l = 0; l < depth; l++) {
+    const ttt::MemoryLayer& given = a.layers[l];
+    const HeadLayer& layer = m.layers[l];
+    const int64_t matrix = row * layer.inputs * layer.outputs, bias = row * layer.outputs;
+    read_matrix(layer, given.weight + matrix, given.bias + bias, layer.weight);
+    if (position > 0) read_matrix(layer, given.start_weight + matrix, given.start_bias + bias, layer.start);
+  }
+  const int64_t begin = a.begins ? a.begins[sequence] : sequence * a.tokens;
+  const int64_t end = a.begins ? a.begins[sequence + 1] : begin + a.tokens;
+  for (int64_t at = begin; at < end;) {
+    const int64_t room = m.b - position, some = std::min(end - at, room), first = at * a.heads + head;
+    const int64_t stride = a.heads * width;
+    read_rows(static_cast<const T*>(a.q) + first * width, stride, some, width, m.q, wide);
+    read_rows(static_cast<const T*>(a.k) + first * width, stride, some, width, m.k, wide);
+    read_rows(static_cast<const T*>(a.v) + first * width, stride, some, width, m.v, wide);
+    for (int64_t i = 0; a.scale != 1.0f && i < some * wide; i += VL) store(m.q + i, splat(a.scale) * load(m.q + i));
+    // Where a mini-batch begins, the present weights are its first ones.
+    find_rows(m, norm, a.rate + first, a.heads, some, position == 0);
+    const bool full = some == room;
+    const float* h = m.q;
+    for (int64_t l = 0; l < depth; l++) {
+      const HeadLayer& layer = m.layers[l];
+      if (position == 0 && !full) std::memcpy(layer.start, layer.weight, layer.size() * sizeof(float));
+      read_and_write(m, layer, h, m.z, some);
+      if (l == depth - 1) break;
+      for (int64_t i = 0; i < some * layer.wide; i += VL) store(m.h + i, gelu(load(m.z + i)));
+      h = m.h;
+    }
+    norm.apply(m.z, m.q, some);
+    write_rows(m.z, wide, some, width, static_cast<T*>(a.out) + first * width, stride);
+    position = full ? 0 : position + some;
+    at += some;
+  }
+  for (int64_t l = 0; l < depth; l++) {
+    const ttt::MemoryLayer& given = a.layers[l];
+    const HeadLayer& layer = m.layers[l];
+    const int64_t matrix = row * layer.inputs * layer.outputs, bias = row * layer.outputs;
+    write_matrix(layer, layer.weight, given.weight + matrix, given.bias + bias);
+    write_matrix(layer, position == 0 ? layer.weight : layer.start, given.start_weight + matrix,
+                 given.start_bias + bias);
+  }
+}
+
+template <class T>
+void memory_texts(const ttt::Memory& a) {
+  const int64_t tasks = a.sequences * a.heads;
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1 && tasks > 1)
+  {
+    Parts counted = {nullptr, 0};
+    HeadMemory(a, &counted);
+    Scratch scratch(counted.used);
+    Parts parts = {scratch.get(), 0};
+    const HeadMemory memory(a, &parts);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < tasks; task++) memory_text<T>(a, task / a.heads, task % a.heads, memory);
+  }
+}
+
+}  // namespace

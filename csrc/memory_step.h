@@ -1,0 +1,203 @@
+// Memories that learn, for one token of each sequence: TTT-Linear and TTT-MLP. Rows of the state's matrices are read in
+// the order of memory, side by side, so that a head's matrices stream through the processor; where a mini-batch goes
+// on, those that it began with are read and the present ones are changed.
+#pragma once
+#include "memory.h"
+
+namespace {
+
+// One layer for a token: addresses in the state, and rows that end with zeros, as far as a whole vector.
+struct TokenLayer {
+  int64_t inputs, outputs;
+  float *weight, *bias, *start, *start_bias;
+  float *x, *d;
+};
+
+// sums += x W, for `rows` rows of W.
+template <int rows>
+inline void add_rows(const float* x, const float* w, int64_t outputs, float* sums) {
+  vf factor[rows];
+  for (int r = 0; r < rows; r++) factor[r] = splat(x[r]);
+  int64_t j = 0;
+  for (; j + VL <= outputs; j += VL) {
+    vf total = load(sums + j);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) total += factor[r] * load(w + r * outputs + j);
+    store(sums + j, total);
+  }
+  if (j == outputs) return;
+  vf total = load(sums + j);
+  for (int r = 0; r < rows; r++) total += factor[r] * load_upto(w + r * outputs + j, outputs - j);
+  store(sums + j, total);
+}
+
+// sums = x W + b.
+inline void token_linear(const TokenLayer& layer, const float* x, const float* w, const float* bias, float* sums) {
+  constexpr int rows = 8;
+  const int64_t inputs = layer.inputs, outputs = layer.outputs;
+  read_rows(bias, 0, 1, outputs, sums, whole_vectors(outputs));
+  int64_t i = 0;
+  for (; i + rows <= inputs; i += rows) add_rows<rows>(x + i, w + i * outputs, outputs, sums);
+  for (; i < inputs; i++) add_rows<1>(x + i, w + i * outputs, outputs, sums);
+}
+
+// One vector: d times `rows` <= VL rows of W, zeros behind them.
+inline vf products_with_rows(const float* d, const float* w, int64_t outputs, int64_t rows) {
+  float sums[VL * VL];
+  for (int64_t r = 0; r < rows; r++) {
+    vf total = {};
+    int64_t j = 0;
+    for (; j + VL <= outputs; j += VL) total += load(w + r * outputs + j) * load(d + j);
+    if (j < outputs) total += load_upto(w + r * outputs + j, outputs - j) * load(d + j);
+    store(sums + r * VL, total);
+  }
+  return sums_of_rows(sums, rows);
+}
+
+// W -= the outer product of x and d, and sums += h W, for `rows` rows. `start`, if not null, becomes W.
+template <int rows, bool ends>
+inline void change_rows(const float* x, const float* h, const float* d, float* w, float* start, int64_t outputs,
+                        float* sums) {
+  vf by_x[rows], by_h[rows];
+  for (int r = 0; r < rows; r++) by_x[r] = splat(x[r]);
+  for (int r = 0; r < rows; r++) by_h[r] = splat(h[r]);
+  int64_t j = 0;
+  for (; j + VL <= outputs; j += VL) {
+    const vf change = load(d + j);
+    vf total = load(sums + j);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+      const vf value = load(w + r * outputs + j) - by_x[r] * change;
+      store(w + r * outputs + j, value);
+      if constexpr (ends) store(start + r * outputs + j, value);
+      total += by_h[r] * value;
+    }
+    store(sums + j, total);
+  }
+  for (; j < outputs; j++)
+    for (int r = 0; r < rows; r++) {
+      const float value = w[r * outputs + j] - x[r] * d[j];
+      w[r * outputs + j] = value;
+      if constexpr (ends) start[r * outputs + j] = value;
+      sums[j] += h[r] * value;
+    }
+}
+
+// Changes a layer's weights, and sums = h W + b with them.
+template <bool ends>
+inline void change_layer(const TokenLayer& layer, const float* h, float* sums) {
+  constexpr int rows = 4;
+  const int64_t inputs = layer.inputs, outputs = layer.outputs, wide = whole_vectors(outputs);
+  read_rows(layer.bias, 0, 1, outputs, sums, wide);
+  for (int64_t j = 0; j < wide; j += VL) store(sums + j, load(sums + j) - load(layer.d + j));
+  write_rows(sums, wide, 1, outputs, layer.bias, 0);
+  if constexpr (ends) write_rows(sums, wide, 1, outputs, layer.start_bias, 0);
+  int64_t i = 0;
+  for (; i + rows <= inputs; i += rows)
+    change_rows<rows, ends>(layer.x + i, h + i, layer.d, layer.weight + i * outputs, layer.start + i * outputs, outputs,
+                            sums);
+  for (; i < inputs; i++)
+    change_rows<1, ends>(layer.x + i, h + i, layer.d, layer.weight + i * outputs, layer.start + i * outputs, outputs,
+                         sums);
+}
+
+// What one thread works with.
+struct TokenMemory {
+  std::vector<TokenLayer> layers;
+  float *q, *k, *v, *h, *z, *norm;
+
+  TokenMemory(const ttt::Memory& a, Parts* parts) {
+    const int64_t width = whole_vectors(a.width);
+    int64_t widest = width;
+    for (int64_t l = 0; l < a.depth; l++) {
+      TokenLayer layer = {};
+      layer.inputs = a.layers[l].inputs;
+      layer.outputs = a.layers[l].outputs;
+      layer.x = parts->take(whole_vectors(layer.inputs));
+      layer.d = parts->take(whole_vectors(layer.outputs));
+      widest = std::max(widest, whole_vectors(layer.outputs));
+      layers.push_back(layer);
+    }
+    q = parts->take(width);
+    k = layers[0].x;
+    v = parts->take(width);
+    h = parts->take(widest);
+    z = parts->take(widest);
+    norm = parts->take(2 * width);
+  }
+};
+
+template <class T>
+void memory_token(const ttt::Memory& a, int64_t row, TokenMemory* m) {
+  const int64_t width = a.width, wide = whole_vectors(width), sequence = row / a.heads, last = a.depth - 1;
+  const InnerNorm norm = norm_of(a, row % a.heads, m->norm);
+  read_rows(static_cast<const T*>(a.q) + row * width, 0, 1, width, m->q, wide);
+  read_rows(static_cast<const T*>(a.k) + row * width, 0, 1, width, m->k, wide);
+  read_rows(static_cast<const T*>(a.v) + row * width, 0, 1, width, m->v, wide);
+  for (int64_t j = 0; j < wide; j += VL) store(m->q + j, splat(a.scale) * load(m->q + j));
+  // Where a mini-batch begins, the present weights are its first ones. Those of a mini-batch that goes on were stored
+  // when the last one ended.
+  const bool begins = a.position[sequence] == 0, ends = a.position[sequence] + 1 >= a.mini_batch;
+  for (int64_t l = 0; l <= last; l++) {
+    const ttt::MemoryLayer& given = a.layers[l];
+    TokenLayer& layer = m->layers[l];
+    const int64_t matrix = row * layer.inputs * layer.outputs, bias = row * layer.outputs;
+    layer.weight = given.weight + matrix;
+    layer.bias = given.bias + bias;
+    layer.start = given.start_weight + matrix;
+    layer.start_bias = given.start_bias + bias;
+    token_linear(layer, layer.x, begins ? layer.weight : layer.start, begins ? layer.bias : layer.start_bias, layer.d);
+    if (l == last) break;
+    for (int64_t j = 0; j < whole_vectors(layer.outputs); j += VL) {
+      vf slope;
+      store(m->layers[l + 1].x + j, gelu(load(layer.d + j), &slope));
+      store(layer.d + j, slope);
+    }
+  }
+  norm.gradient(m->layers[last].d, m->k, m->v, a.rate + row, 0, 1);
+  for (int64_t l = last; l > 0; l--) {
+    const TokenLayer& layer = m->layers[l];
+    const float* w = begins ? layer.weight : layer.start;
+    float* below = m->layers[l - 1].d;
+    for (int64_t i = 0; i < layer.inputs; i += VL)
+      store(below + i, load(below + i) * products_with_rows(layer.d, w + i * layer.outputs, layer.outputs,
+                                                            std::min<int64_t>(VL, layer.inputs - i)));
+  }
+  const float* h = m->q;
+  for (int64_t l = 0; l <= last; l++) {
+    const TokenLayer& layer = m->layers[l];
+    ends ? change_layer<true>(layer, h, m->z) : change_layer<false>(layer, h, m->z);
+    if (l == last) break;
+    for (int64_t j = 0; j < whole_vectors(layer.outputs); j += VL) store(m->h + j, gelu(load(m->z + j)));
+    h = m->h;
+  }
+  norm.apply(m->z, m->q, 1);
+  write_rows(m->z, wide, 1, width, static_cast<T*>(a.out) + row * width, 0);
+}
+
+template <class T>
+void memory_tokens(const ttt::Memory& a) {
+  const int64_t tasks = a.sequences * a.heads;
+  int64_t weights = 0;
+  for (int64_t l = 0; l < a.depth; l++) weights += a.layers[l].inputs * a.layers[l].outputs;
+  const int threads = tasks * weights < 65536 ? 1 : a.threads;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Parts counted = {nullptr, 0};
+    TokenMemory(a, &counted);
+    Scratch scratch(counted.used);
+    Parts parts = {scratch.get(), 0};
+    TokenMemory memory(a, &parts);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < tasks; row++) memory_token<T>(a, row, &memory);
+  }
+}
+
+void run_memory(const ttt::Memory& a) {
+  if (a.one_token)
+    a.dtype == ttt::kF32 ? memory_tokens<float>(a) : memory_tokens<bf16>(a);
+  else
+    a.dtype == ttt::kF32 ? memory_texts<float>(a) : memory_texts<bf16>(a);
+}
+
+}  // namespace
