@@ -28,7 +28,7 @@ class Telling:
     The defaults were chosen on people of the benchmark's suite "facts" that it does not report (docs/language.md).
 
     Attributes:
-        passes: how often it is read and learnt.
+        passes: how often it is read and learnt, at most 16.
         emphasis: multiplies the steps on a short text, in (0, 100].
 
     Raises:
@@ -39,17 +39,17 @@ class Telling:
     emphasis: float = 20.0
 
     def __post_init__(self) -> None:
-        check_whole("passes", self.passes, 1)
+        check_whole("passes", self.passes, 1, 16)
         check_number("emphasis", self.emphasis, 0.0, 100.0, above=True)
 
     def of(self, tokens: int) -> Telling:
         """How a text is read of which so many ``tokens`` teach.
 
         Beyond `SHORT` tokens the emphasis falls in proportion, so that a long text moves the weights about as far as a
-        short one; a text whose steps are those of a stream, of emphasis 1, is read once.
+        short one; a text for which it falls to 1, the steps of a stream, is read once.
         """
         emphasis = max(self.emphasis * min(1.0, SHORT / max(tokens, 1)), min(self.emphasis, 1.0))
-        return Telling(1 if emphasis == 1.0 else self.passes, emphasis)
+        return Telling(1 if emphasis == 1.0 < self.emphasis else self.passes, emphasis)
 
     @property
     def options(self) -> dict[str, Any]:

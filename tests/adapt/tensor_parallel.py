@@ -206,7 +206,12 @@ def language_model(mesh, folder):
         learner.consolidate()
     found += reads(one, two, ids_of(1, 12))
     outputs = [learner.generate(ids_of(2, 9) * 0 + 5, max_new_tokens=12, learn_output=True) for learner in (one, two)]
+    before = two.snapshot()
     found += [] if torch.equal(outputs[0].sequences, outputs[1].sequences) else ["generated text"]
+    torch.manual_seed(100 + torch.distributed.get_rank())  # the processes draw otherwise, but write one text
+    drawn = two.generate(ids_of(2, 9) * 0 + 5, max_new_tokens=12, do_sample=True, learn_output=True, learn_prompt=False)
+    two.access.require_same("the drawn text", drawn.sequences)
+    two.rollback(before)
     found += differences(layers_of(one), layers_of(two))
     held = [layer.state() for layer in layers_of(two)]
     held = [{name: t.clone() for name, t in state.items()} for state in held]

@@ -15,7 +15,7 @@ def test_a_long_text_moves_the_weights_no_further_than_a_short_one(passes, empha
     assert found.emphasis <= emphasis
     assert found.emphasis * tokens <= max(emphasis * SHORT, tokens) * (1 + 1e-12)
     assert found.emphasis >= min(emphasis, 1.0)
-    assert found.passes == (1 if found.emphasis == 1.0 else passes)
+    assert found.passes == (1 if found.emphasis == 1.0 < emphasis else passes)
 
 
 def test_the_default_at_some_lengths():
@@ -25,7 +25,7 @@ def test_the_default_at_some_lengths():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("wrong", [{"passes": 0}, {"passes": 1.5}, {"emphasis": 0}, {"emphasis": 101}])
+@pytest.mark.parametrize("wrong", [{"passes": 0}, {"passes": 17}, {"passes": 1.5}, {"emphasis": 0}, {"emphasis": 101}])
 def test_what_is_out_of_range_is_refused_by_name(wrong):
     with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
         Telling(**wrong)

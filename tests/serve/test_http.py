@@ -204,7 +204,14 @@ def test_a_lesson_may_say_how_it_is_read(url, tmp_path, model, tokenizer):
         reference.observe(ids, learn_mask=after_the_first, users=[user], **telling.options)
         assert_same(reference.pool.export(user), ttt.Store(tmp_path / "store").get(user).tensors)
     before = ttt.Store(tmp_path / "store").get("ada").tensors
-    for given in ({"passes": 0}, {"passes": 1.5}, {"emphasis": 0}, {"emphasis": 101}, {"emphasis": "much"}):
+    for given in (
+        {"passes": 0},
+        {"passes": 5},
+        {"passes": 1.5},
+        {"emphasis": 0},
+        {"emphasis": 101},
+        {"emphasis": "much"},
+    ):
         answer = httpx.post(f"{url}/v1/users/ada/learn", json={"text": text, **given})
         assert answer.status_code == 400
         assert next(iter(given)) in answer.json()["error"]["message"]
@@ -470,6 +477,12 @@ def test_too_much_is_refused_with_the_time_to_come_back(model, tmp_path):
         client_of(url).completions.create(prompt="abc", max_tokens=90, **FIXED)
         with pytest.raises(openai.RateLimitError, match="tokens"):
             client_of(url).completions.create(prompt="abc", max_tokens=90, **FIXED)
+    with served(service_of(model, tmp_path), limits=RateLimits(tokens=200)) as url:
+        codes = [
+            httpx.post(f"{url}/v1/users/ada/learn", json={"text": "y" * 60, "passes": passes}).status_code
+            for passes in (4, 3, 1)  # 240 tokens, 180, 60: 20 are left for the last
+        ]
+        assert codes == [429, 200, 429]
     service = service_of(model, tmp_path, rows=1, waiting=1)
     with served(service) as url:
         busy = [Answer(service, None, [5, 6], max_tokens=400)]

@@ -75,6 +75,12 @@ class Access:
             finite = side.sum((~finite).long()) == 0
         return finite
 
+    def same(self, t: Tensor) -> Tensor:
+        """``t`` of the first of the processes over which the layers are sharded, for what each of them drew."""
+        for side in self._processes:
+            t = side.same(t)
+        return t
+
     def require_same(self, what: str, *values: Any) -> None:
         """Raise ValueError, in all processes over which the layers are sharded, unless all were given the same.
 

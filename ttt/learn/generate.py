@@ -169,7 +169,7 @@ class _Writer:
         with torch.no_grad(), span.recording() if span is not None else contextlib.nullcontext():
             out = learner.model(**inputs) if self.nlls else self._first_pass(inputs)
             logits = out.logits[:, -1]
-            token = _choose(logits, options)
+            token = learner.access.same(_choose(logits, options))
             if options.eos_token_id is not None:
                 token = torch.where(self._done, options.eos_token_id, token)
             nll = nn.functional.cross_entropy(logits.float(), token, reduction="none")

@@ -282,7 +282,8 @@ class Learner:
         self.require_single("generate", "with ttt.users(model, [...]): model.generate(...)")
         with self.access.enter("Learner.generate"):
             text = check_tokens(self.model, input_ids, attention_mask)
-            self.access.require_same("input_ids and attention_mask", text.ids, text.attend)
+            given = (max_new_tokens, learn_prompt, learn_output, learn_every, do_sample, eos_token_id, cache is None)
+            self.access.require_same("input_ids, attention_mask and options", text.ids, text.attend, *given)
             self._try_model(text)
             options = GenerateOptions(
                 max_new_tokens=max_new_tokens, learn_prompt=learn_prompt, learn_output=learn_output,

@@ -154,6 +154,8 @@ def build_service(options: ServeOptions, observer: Any = None, say: Any = lambda
     Raises:
         ValueError, OSError, ImportError: if the model, the store or an option is not usable.
     """
+    given = {name: value for name in ("passes", "emphasis") if (value := getattr(options, name)) is not None}
+    telling = dataclasses.replace(Telling(), **given)  # refused before the model is loaded
     learner, tokenizer = build_users(options, say)
     if isinstance(learner, StateReader):
         weights = learner.name
@@ -164,8 +166,6 @@ def build_service(options: ServeOptions, observer: Any = None, say: Any = lambda
         rows=options.rows, waiting=options.waiting, learning_tokens=options.learning_tokens, context=options.context,
         learning_share=options.learning_share, study_after=options.study_after,
     )  # fmt: skip
-    given = {name: value for name in ("passes", "emphasis") if (value := getattr(options, name)) is not None}
-    telling = dataclasses.replace(Telling(), **given)
     service = Service(
         learner, tokenizer, ttt.Store(options.store), weights, limits=limits, telling=telling,
         lease_seconds=options.lease_seconds, observer=observer,

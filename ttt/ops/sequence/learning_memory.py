@@ -137,7 +137,8 @@ def memory_step(
 
     Args:
         q, k, v: (B, H, D); rate, gate, momentum: (B, H); as in `memory`.
-        state: as `memory` returns it, or `new_memory_state`; contiguous. Its rows may be at different positions.
+        state: as `memory` returns it, or `new_memory_state`; contiguous. Its rows may be at different positions. A
+            mini-batch that is longer already than ``mini_batch`` ends with this token.
 
     Returns:
         (B, H, D) in the dtype of q.

@@ -169,7 +169,7 @@ class LearnRequest(Strict):
     spans: list[Annotated[list[int], Field(min_length=2, max_length=2)]] | None = Field(None, max_length=4096)
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=2048)
     roles: list[Literal["user", "assistant", "system", "tool"]] = Field(["user"], min_length=1)
-    passes: int | None = Field(None, ge=1, le=16)
+    passes: int | None = Field(None, ge=1, le=4)
     emphasis: float | None = Field(None, gt=0, le=100)
 
 

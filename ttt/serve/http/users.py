@@ -89,8 +89,9 @@ async def learn(http: Request, user: str, body: LearnRequest) -> dict[str, Any]:
     lesson = await server.apart(_lesson, server, body)
     if lesson is None:
         raise BadRequest("there is nothing to learn: no token of the text teaches", param="text")
-    server.limits.take(identity.key, tokens=len(lesson.ids))
-    learnt: Learnt = await _result(server, http, server.service.learn(user, lesson, _telling(server, body, lesson)))
+    telling = _telling(server, body, lesson)
+    server.limits.take(identity.key, tokens=len(lesson.ids) * telling.passes)
+    learnt: Learnt = await _result(server, http, server.service.learn(user, lesson, telling))
     version = await _stored(server, http, learnt.stored)
     return {"id": user, "tokens": learnt.tokens, "nll": learnt.nll, "updates": learnt.updates, "version": version}
 
