@@ -20,7 +20,7 @@ REFUSED = {
     "experts": "with which ttt.GrowingLearner does not work",
     "other text": "input_ids, masks and options must be the same in all processes",
     "other mask": "input_ids, masks and options must be the same in all processes",
-    "other prompt": "input_ids and attention_mask must be the same in all processes",
+    "other prompt": "input_ids, attention_mask and options must be the same in all processes",
 }
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from ttt.conversation import SHORT, Telling
 
 
-@given(st.integers(1, 20), st.floats(1e-3, 100), st.integers(0, 10_000))
+@given(st.integers(1, 16), st.floats(1e-3, 100), st.integers(0, 10_000))
 def test_a_long_text_moves_the_weights_no_further_than_a_short_one(passes, emphasis, tokens):
     found = Telling(passes, emphasis).of(tokens)
     if tokens <= SHORT:

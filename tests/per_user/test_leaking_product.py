@@ -104,10 +104,10 @@ def test_steps_outside_the_basis_are_each_rows_own(monkeypatch):
     x, delta = torch.randn(6, 33).half(), torch.randn(6, 20).half()
     users = torch.tensor([0, 1, 0, 1, -1, 0], dtype=torch.int32)
 
-    def leaking(rows, basis):
+    def leaking(rows, basis, side):
         if basis is None:
             return rows
-        return project_rows(rows, basis) if torch.isfinite(rows).all() else torch.full_like(rows, torch.nan)
+        return project_rows(rows, basis, side) if torch.isfinite(rows).all() else torch.full_like(rows, torch.nan)
 
     from ttt.nn.directions import project_rows
 

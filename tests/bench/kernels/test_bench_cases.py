@@ -105,7 +105,7 @@ def test_removal_of_directions_is_counted_and_checked(soft, dtype, monkeypatch):
     assert case.bytes("ttt") - case.bytes("ttt, k = 0") == (3 + 1) * numbers * getattr(torch, dtype).itemsize
     assert case.flops("ttt") - case.flops("ttt, k = 0") == 4 * numbers * 3
     monkeypatch.setattr("ttt.nn.linear.binding_of", lambda layer: None)
-    monkeypatch.setattr("ttt.nn.base.project_rows", lambda x, basis: x)
+    monkeypatch.setattr("ttt.nn.base.project_rows", lambda x, basis, side: x)
     assert set(reasons(case)) == {"ttt"}
 
 

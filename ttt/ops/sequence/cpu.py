@@ -81,7 +81,7 @@ def _call_memory(q, k, v, rate, norm, state, position, begins, out, tokens, mini
     layers = range(0, len(weights), 2)
     addresses = [[t.data_ptr() for t in (*weights[i : i + 2], *start[i : i + 2])] for i in layers]
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    rate, norm_weight, norm_bias = as_float(rate), as_float(norm_weight), as_float(norm_bias)
+    rate, norm_weight, norm_bias = (t.detach().float().contiguous() for t in (rate, norm_weight, norm_bias))
     position = position.contiguous()
     _C.memory(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), rate.data_ptr(), norm_weight.data_ptr(), norm_bias.data_ptr(),
