@@ -1,7 +1,7 @@
 // GELU by the tanh formula, and its derivative: `gelu` and `gelu_slope` of ttt/ops/sequence/dual_form.py.
 //
-// With u = c (z + a z^3), e = exp(-2 u) and s = 1 / (1 + e), (1 + tanh u) / 2 is s. So gelu(z) = z s, and its derivative
-// is s + 2 z s (1 - s) c (1 + 3 a z^2).
+// With u = c (z + a z^3), e = exp(-2 u) and s = 1 / (1 + e), (1 + tanh u) / 2 is s. So gelu(z) = z s, and its
+// derivative is s + 2 z s (1 - s) c (1 + 3 a z^2).
 #pragma once
 #include "vec.h"
 

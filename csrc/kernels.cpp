@@ -1,6 +1,6 @@
 // Chooses the namespace and vector length by instruction set; the bodies are in commit.h, window_linear.h, low_rank.h,
-// delta_rule.h, memory.h and memory_step.h. Compiled once for each instruction set with that set's flags (setup.py), never for the
-// whole library.
+// delta_rule.h, memory.h and memory_step.h. Compiled once for each instruction set with that set's flags (setup.py),
+// never for the whole library.
 #include "api.h"
 
 #if defined(TTT_ISA_AVX512BF16)
@@ -33,7 +33,7 @@ namespace ttt {
 
 const Kernels& TTT_TABLE() {
   static const Kernels table = {
-      TTT_NAME,       run_window_linear, run_commit,    run_low_rank_linear, run_low_rank_append, run_low_rank_compress,
+      TTT_NAME,       run_window_linear, run_commit, run_low_rank_linear, run_low_rank_append, run_low_rank_compress,
       run_all_finite, run_delta_rule,    run_memory};
   return table;
 }

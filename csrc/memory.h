@@ -1,5 +1,5 @@
-// Memories that learn, on texts: TTT-Linear and TTT-MLP. ttt/ops/sequence/dual_form.py has the formulas of the dual form
-// and the names of their parts.
+// Memories that learn, on texts: TTT-Linear and TTT-MLP. ttt/ops/sequence/dual_form.py has the formulas of the dual
+// form and the names of their parts.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -121,8 +121,8 @@ inline void find_rows(const HeadMemory& m, const InnerNorm& norm, const float* r
   for (int64_t l = last; l > 0; l--) {
     const HeadLayer &layer = m.layers[l], &below = m.layers[l - 1];
     transpose(layer.d, layer.wide, some, layer.wide, m.turned, m.bp);
-    product_of<kSet>({begins ? layer.weight : layer.start, layer.row, 1}, m.turned, m.bp, m.z, m.bp, layer.inputs,
-                     m.bp, layer.outputs);
+    product_of<kSet>({begins ? layer.weight : layer.start, layer.row, 1}, m.turned, m.bp, m.z, m.bp, layer.inputs, m.bp,
+                     layer.outputs);
     transpose(m.z, m.bp, layer.inputs, m.bp, m.h, below.wide);
     for (int64_t i = 0; i < some * below.wide; i += VL) store(below.d + i, load(below.d + i) * load(m.h + i));
   }
