@@ -16,9 +16,9 @@ CONVERSATION = TTTConfig(
 )
 """What learns. More layers than by default: the change is then spread more thinly."""
 
-
 SHORT = 64
 """Tokens of a text that is read with the whole emphasis."""
+MOST_PASSES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Telling:
     The defaults were chosen on people of the benchmark's suite "facts" that it does not report (docs/language.md).
 
     Attributes:
-        passes: how often it is read and learnt, at most 16.
+        passes: how often it is read and learnt, at most `MOST_PASSES`.
         emphasis: multiplies the steps on a short text, in (0, 100].
 
     Raises:
@@ -39,7 +39,7 @@ class Telling:
     emphasis: float = 20.0
 
     def __post_init__(self) -> None:
-        check_whole("passes", self.passes, 1, 16)
+        check_whole("passes", self.passes, 1, MOST_PASSES)
         check_number("emphasis", self.emphasis, 0.0, 100.0, above=True)
 
     def of(self, tokens: int) -> Telling:
@@ -50,6 +50,10 @@ class Telling:
         """
         emphasis = max(self.emphasis * min(1.0, SHORT / max(tokens, 1)), min(self.emphasis, 1.0))
         return Telling(1 if emphasis == 1.0 < self.emphasis else self.passes, emphasis)
+
+    def changed(self, *, passes: int | None = None, emphasis: float | None = None) -> Telling:
+        """The same but for what is given, not None."""
+        return Telling(self.passes if passes is None else passes, self.emphasis if emphasis is None else emphasis)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 import copy
 import json
+import threading
 
 import pytest
 import safetensors.torch
@@ -188,3 +189,18 @@ def test_errors_of_an_export_name_the_folder_that_was_given(tmp_path):
         ttt.export_peft(model, tmp_path / "file" / "x", base_model="base")
     assert refused.value.filename == str(tmp_path / "file" / "x")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_while_the_file_is_written_the_model_may_be_used(saved, tmp_path, monkeypatch):
+    model, learner = adapted(window=7)
+    found = []
+
+    def slow_write(*arguments, **options):
+        other = threading.Thread(target=lambda: found.append(learner.observe(ids_of(1, 9)).learned))
+        other.start()
+        other.join()
+
+    monkeypatch.setattr("ttt.adapt.checkpoint.write_atomically", slow_write)
+    ttt.save(model, tmp_path / "a.safetensors")
+    assert found
+    assert found[0] > 0

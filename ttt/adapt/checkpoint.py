@@ -32,14 +32,13 @@ from ttt.adapt.convert import (
 )
 from ttt.adapt.names import canonical, unwrapped
 from ttt.adapt.plan import check_fit
-from ttt.adapt.sharding import whole
 from ttt.atomic import whole_write
 from ttt.checks import check_path
 from ttt.files import write_atomically
 from ttt.layer_lock import exclusive
 from ttt.nn import Linear
 from ttt.nn.experts import STACKS, is_stack
-from ttt.nn.parallel import SharedSide
+from ttt.nn.parallel import SharedSide, groups_of, whole
 from ttt.nn.quantized import is_subclass, plain_parts
 from ttt.per_user.pool import has_pool
 
@@ -76,10 +75,9 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     layers = require_layers(model, sharded=True)
     with exclusive(layers, "ttt.save"):
         content = _bytes_of_model(model)
-        sides = [side for layer in layers if (side := layer.sharding.side) is not None]
-        with _by_the_first(sides[0] if sides else None, path) as writes:
-            if writes:
-                write_atomically(path, content, sweep=True)
+    with _by_the_first(next(iter(groups_of(layer.sharding for layer in layers)), None), path) as writes:
+        if writes:
+            write_atomically(path, content, sweep=True)
 
 
 @contextlib.contextmanager

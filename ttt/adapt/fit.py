@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt.adapt.sharding import is_sharded, local, sharding_of
+from ttt.adapt.sharding import local, sharding_of
 from ttt.nn.base import DTYPES, Adapted, absent
 from ttt.nn.experts import STACKS, is_gated, is_stack
+from ttt.nn.parallel import is_sharded
 from ttt.nn.quantized import is_subclass, quantized, why_not
 
 _PARALLEL = {

@@ -12,11 +12,12 @@ from torch import nn
 
 from ttt.adapt.fit import Weights, is_linear, offloads, refuse_parallel, unfit_quantized, unfit_type
 from ttt.adapt.names import canonical
-from ttt.adapt.sharding import is_sharded, refuse_config
+from ttt.adapt.sharding import refuse_config
 from ttt.adapt.stacks import in_layers, outside_language
 from ttt.checks import check_layers, check_names
 from ttt.config import TTTConfig
 from ttt.nn.experts import is_gated, is_stack
+from ttt.nn.parallel import is_sharded
 from ttt.nn.quantized import blocks_gradients, quantized
 
 FilterFn = Callable[[nn.Module, str], bool]

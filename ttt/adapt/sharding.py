@@ -5,18 +5,13 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ttt.config import TTTConfig
-from ttt.nn.parallel import UNSHARDED, Sharding, SharedSide
+from ttt.nn.parallel import UNSHARDED, Sharding, SharedSide, is_sharded
 
 _HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
           "_forward_hooks_always_called")  # fmt: skip
-
-
-def is_sharded(parameter: Tensor | None) -> bool:
-    """Whether ``parameter`` is a DTensor."""
-    return hasattr(parameter, "device_mesh")
 
 
 def local(parameter: Any) -> Any:
@@ -24,11 +19,6 @@ def local(parameter: Any) -> Any:
     if not is_sharded(parameter):
         return parameter
     return nn.Parameter(parameter.detach().to_local(), requires_grad=parameter.requires_grad)
-
-
-def whole(t: Any) -> Tensor:
-    """``t``, or of a DTensor all of it, which the processes gather."""
-    return t.full_tensor() if is_sharded(t) else t
 
 
 def sharding_of(name: str, module: Any) -> Sharding:

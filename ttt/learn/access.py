@@ -16,6 +16,7 @@ from ttt.atomic import refuse_torn
 from ttt.checks import check_model
 from ttt.layer_lock import exclusive
 from ttt.nn import Linear, LowRankLinear
+from ttt.nn.parallel import groups_of
 from ttt.per_user.pool import Pool, has_pool, pool_of
 
 
@@ -42,9 +43,7 @@ class Access:
         if self.pool is not None:
             self.layers = list(self.pool.layers.values())
         self.config = self.layers[0].config
-        # The processes over which layers are sharded; empty for one process.
-        sides = [side for layer in self.single_layers if (side := layer.sharding.side) is not None]
-        self._processes = list({id(side.group): side for side in sides}.values())
+        self._processes = groups_of(layer.sharding for layer in self.single_layers)
         self._originals = kept_originals(model)
         self._modules = list(model.modules())  # listing them takes longer than looking at them
         named: list[tuple[str, Any]] = [*model.named_parameters(), *model.named_buffers()]

@@ -13,7 +13,7 @@ from ttt.checks import check_type
 from ttt.config import TTTConfig
 from ttt.layer_lock import LayerLock
 from ttt.nn.directions import principal_directions, project_rows
-from ttt.nn.parallel import UNSHARDED, Sharding
+from ttt.nn.parallel import UNSHARDED, Sharding, is_sharded
 from ttt.ops import log8
 from ttt.ops.reference import _wide
 from ttt.ops.schema import _FLOATS
@@ -43,7 +43,7 @@ class Sink(list[tuple[Tensor, Tensor]]):
 
 def absent(weight: Tensor) -> str:
     """Why ``weight``, which is not all in memory, cannot learn; empty if it is."""
-    if hasattr(weight, "device_mesh"):
+    if is_sharded(weight):
         return "is a DTensor, of which this process holds a part (FSDP2 or tensor parallelism)"
     if weight.is_meta:
         return (

@@ -3,19 +3,28 @@
 Of a row-parallel layer every process holds some of the inputs and the columns of the weight that belong to them, of a
 column-parallel layer some of the outputs and their rows. Inputs, gradients and all state with that dimension are spread
 in the same way; everything else is computed by every process, and is the same in all of them, to the bit where they run
-on processors of one kind. A sum over the inputs or the outputs of a
-layer is the sum of the processes' parts. So whatever computes one goes through the `Side` that it sums over, which for
-a layer that is whole does nothing.
+on processors of one kind. A sum over the inputs or the outputs of a layer is the sum of the processes' parts. So
+whatever computes one goes through the `Side` that it sums over, which for a layer that is whole does nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def is_sharded(t: Any) -> bool:
+    """Whether ``t`` is a DTensor, of which this process holds a part."""
+    return hasattr(t, "device_mesh")
+
+
+def whole(t: Any) -> Tensor:
+    """``t``, or of a DTensor all of it, which the processes gather."""
+    return t.full_tensor() if is_sharded(t) else t
 
 
 class Side:
@@ -170,6 +179,12 @@ class Sharding:
 
 
 UNSHARDED = Sharding()
+
+
+def groups_of(shardings: Iterable[Sharding]) -> list[SharedSide]:
+    """A side for each group of processes over which there is something shared; empty for one process."""
+    sides = [sharding.side for sharding in shardings if sharding.side is not None]
+    return list({id(side.group): side for side in sides}.values())
 
 
 def _strides(shape: Any) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ttt import ops
 from ttt.nn.linear import Linear
+from ttt.nn.parallel import is_sharded, whole
 from ttt.ops import reference, schema
 from ttt.ops.backends import record
 
@@ -25,7 +26,7 @@ class ShardedLinear(Linear):
 
     def forward(self, x: Any) -> Any:
         """As `ttt.nn.Linear.forward`; of a DTensor it gives a DTensor."""
-        return self.sharding.called(super().forward, x) if hasattr(x, "device_mesh") else super().forward(x)
+        return self.sharding.called(super().forward, x) if is_sharded(x) else super().forward(x)
 
     def _apply_window(self, x: Tensor) -> Tensor:
         inputs = self.sharding.input
@@ -82,7 +83,7 @@ class ShardedLinear(Linear):
         for name, part in (("weight", self.sharding.part), ("bias", self.sharding.output.part)):
             if (given := state_dict.get(prefix + name)) is None:
                 continue
-            given = given.full_tensor() if hasattr(given, "device_mesh") else given
+            given = whole(given)
             own = getattr(self, name)
             if own is not None and given.shape == self.sharding.dtensor(own).shape:
                 given = part(given)

@@ -154,8 +154,7 @@ def build_service(options: ServeOptions, observer: Any = None, say: Any = lambda
     Raises:
         ValueError, OSError, ImportError: if the model, the store or an option is not usable.
     """
-    given = {name: value for name in ("passes", "emphasis") if (value := getattr(options, name)) is not None}
-    telling = dataclasses.replace(Telling(), **given)  # refused before the model is loaded
+    telling = Telling().changed(passes=options.passes, emphasis=options.emphasis)  # refused before the model is loaded
     learner, tokenizer = build_users(options, say)
     if isinstance(learner, StateReader):
         weights = learner.name

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers import assert_close
-from sequence_cases import KERNEL_ISAS, doubled, memory_case
+from sequence_cases import doubled, memory_case
 
 from ttt.ops import cpu
 from ttt.ops import sequence as ops
@@ -17,14 +17,6 @@ from ttt.ops.sequence.states import own, tensors_of
 pytestmark = pytest.mark.skipif(cpu._C is None, reason="the C++ kernels are not built")
 MEMORIES = [(3,), (20,), (64,), (3, 5), (20, 33), (16, 64), (48, 100), (9, 6, 17)]
 """The width of a head, and those between its layers."""
-
-
-@pytest.fixture(params=KERNEL_ISAS)
-def isa(request):
-    before = cpu._C.active_isa()
-    cpu._C.set_isa(request.param)
-    yield request.param
-    cpu._C.set_isa(before)
 
 
 def wide_norm(norm):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import assert_close
-from sequence_cases import KERNEL_ISAS, doubled
+from sequence_cases import doubled
 
 from ttt.ops import cpu
 from ttt.ops import sequence as ops
@@ -12,14 +12,6 @@ from ttt.ops.sequence import delta_rule
 
 pytestmark = pytest.mark.skipif(cpu._C is None, reason="the C++ kernels are not built")
 SHAPES = [(1, 1, 4, 3, 5), (2, 33, 3, 5, 7), (1, 70, 2, 64, 64), (2, 32, 1, 19, 130), (1, 100, 1, 40, 24)]
-
-
-@pytest.fixture(params=KERNEL_ISAS)
-def isa(request):
-    before = cpu._C.active_isa()
-    cpu._C.set_isa(request.param)
-    yield request.param
-    cpu._C.set_isa(before)
 
 
 def inputs(batch, tokens, heads, keys, values, dtype):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 import io
 import tempfile
 import zipfile
@@ -214,13 +213,12 @@ def _lesson(server: Server, body: LearnRequest) -> Lesson | None:
 
 def _telling(server: Server, body: LearnRequest, lesson: Lesson) -> Telling:
     """How the ``lesson`` in ``body`` is read."""
-    given = {name: value for name in ("passes", "emphasis") if (value := getattr(body, name)) is not None}
-    if given and server.service.reads:
-        raise BadRequest(
-            f"{next(iter(given))} is for users with weights of their own; those of this model have states",
-            param=next(iter(given)),
-        )
-    return dataclasses.replace(server.service.telling.of(lesson.tokens), **given)
+    for name in ("passes", "emphasis"):
+        if server.service.reads and getattr(body, name) is not None:
+            raise BadRequest(
+                f"{name} is for users with weights of their own; those of this model have states", param=name
+            )
+    return server.service.telling.of(lesson.tokens).changed(passes=body.passes, emphasis=body.emphasis)
 
 
 def _zipped(state: dict[str, Any], base_model: str) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -76,34 +77,36 @@ def learn_in_slices(
     segment = Segment.of(text, 0, len(ids))
     # The token before the first one that teaches would only score it: what is learnt are rows of tokens that teach.
     position, end = learn.index(True), len(ids) - 1
+    cache: Any = None
+    strategy: OneUser | None = None
     nll, scored = 0.0, 0
-    for number in range(telling.passes):
-        cache: Any = None
-        strategy: OneUser | None = None
-        for begin, stop, teaches in _slices(position, end, size):
-            began = time.perf_counter()
-            with _using(learner, user, hidden[:, begin:stop]) as slots:
-                if not teaches:
-                    cache = _read(learner.model, segment.ids[:, begin:stop], cache)
-                else:
-                    if strategy is None:
-                        assert learner.pool is not None
-                        strategy = OneUser(learner, learner.pool, text, [user], slots, True)
-                        strategy.cache = cache
-                    if not torch.equal(slots, strategy.slots):
-                        raise RuntimeError("the user was given another slot between two slices of a lesson")
-                    scores, _ = strategy.read(Span(segment, begin, stop))
-                    if strategy.rejected[user]:
-                        raise FloatingPointError("a loss or gradient is not finite; the lesson was not learnt")
-                    if number == 0:
-                        wanted = text.wanted[:, begin:stop]  # type: ignore[index]
-                        nll, scored = nll + float(scores[wanted].sum()), scored + int(wanted.sum())
-            spent = 1e3 * (time.perf_counter() - began)
-            found.slices += 1
-            found.milliseconds += spent
-            found.longest = max(found.longest, spent)
-            if stop < end or number + 1 < telling.passes:
-                yield
+    plan = list(itertools.product(range(telling.passes), _slices(position, end, size)))
+    for number, (begin, stop, teaches) in plan:
+        began = time.perf_counter()
+        if begin == 0:  # of each pass, which begins with context: the first token never teaches
+            cache = strategy = None
+        with _using(learner, user, hidden[:, begin:stop]) as slots:
+            if not teaches:
+                cache = _read(learner.model, segment.ids[:, begin:stop], cache)
+            else:
+                if strategy is None:
+                    assert learner.pool is not None
+                    strategy = OneUser(learner, learner.pool, text, [user], slots, True)
+                    strategy.cache = cache
+                if not torch.equal(slots, strategy.slots):
+                    raise RuntimeError("the user was given another slot between two slices of a lesson")
+                scores, _ = strategy.read(Span(segment, begin, stop))
+                if strategy.rejected[user]:
+                    raise FloatingPointError("a loss or gradient is not finite; the lesson was not learnt")
+                if number == 0:
+                    wanted = text.wanted[:, begin:stop]  # type: ignore[index]
+                    nll, scored = nll + float(scores[wanted].sum()), scored + int(wanted.sum())
+        spent = 1e3 * (time.perf_counter() - began)
+        found.slices += 1
+        found.milliseconds += spent
+        found.longest = max(found.longest, spent)
+        if found.slices < len(plan):
+            yield
     found.nll = nll / scored if scored else None
     return found
 

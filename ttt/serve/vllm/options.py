@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ttt.checks import check_choice, check_number, check_whole, last_blocks
-from ttt.conversation import Telling
+from ttt.conversation import MOST_PASSES, Telling
 
 PREFIX = "TTT_VLLM_"
 SWITCH = f"{PREFIX}STORE"
@@ -88,7 +88,7 @@ class Options:
         if not isinstance(self.layers, str) or last_blocks(self.layers) is None:
             raise ValueError(f"TTT_VLLM_LAYERS must be as 'last:0.25' or 'last:4', got {self.layers!r}")
         check_number("TTT_VLLM_LR", self.lr, 0.0, finite=True)
-        check_whole("TTT_VLLM_PASSES", self.passes, 1, 16)
+        check_whole("TTT_VLLM_PASSES", self.passes, 1, MOST_PASSES)
         check_number("TTT_VLLM_EMPHASIS", self.emphasis, 0.0, 100.0, above=True)
         check_whole("TTT_VLLM_SLICE", self.slice, 1, 4096)
         check_whole("TTT_VLLM_LESSON", self.lesson, 2)
