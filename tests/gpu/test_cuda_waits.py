@@ -79,10 +79,10 @@ def test_a_seed_beyond_32_bits_is_captured_after_a_small_one():
     """No variant of a kernel is loaded within the capture."""
     memory = torch.randn(16, 64, device="cuda", dtype=torch.bfloat16)
     seen, x = torch.full((1,), 16, device="cuda"), torch.randn(8, 64, device="cuda", dtype=torch.bfloat16)
-    ttt.ops.reservoir_insert(memory, seen, x, 3)
+    ttt.ops.reservoir_insert(memory, seen, x, seed=3)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        ttt.ops.reservoir_insert(memory, seen, x, 2**63 - 1)
+        ttt.ops.reservoir_insert(memory, seen, x, seed=2**63 - 1)
     before = int(seen)
     graph.replay()
     assert int(seen) == before + 8

@@ -304,11 +304,21 @@ class Linear(StatefulLinear):
             advance(self.tokens, counter.rows, gate)
             self._keep_latest(x, delta, update.weight, gate)
             return
-        self._follow(update, counter.next_row, gate)
-        self._commit(*self._window_rows(counter.capacity), counter.full if gate is None else counter.full * gate)
-        ops.window_append(
+        if self.win_weight is not None:
+            self._follow(update, counter.next_row, gate)
+        if self.mixes_replay_sources or self.present_inputs is not None:
+            self._commit(*self._window_rows(counter.capacity), counter.full if gate is None else counter.full * gate)
+            ops.window_append(
+                self.win_x, self.win_delta, self.win_eta, self.win_trace, x, delta, update.eta,
+                trace_delta=self._trace_gradients(update), counters=counter.counters, tokens=self.tokens, gate=gate,
+            )  # fmt: skip
+            return
+        options = self.commit_options()
+        torch.ops.ttt.window_step(
             self.win_x, self.win_delta, self.win_eta, self.win_trace, x, delta, update.eta,
-            trace_delta=self._trace_gradients(update), counters=counter.counters, tokens=self.tokens, gate=gate,
+            self._trace_gradients(update), counter.counters, self.tokens, gate, counter.capacity,
+            self.weight, self.anchor, self.importance, self.trace, self.replayed, self.seen, self.step, **options,
+            momentum=self.momentum,
         )  # fmt: skip
 
     # -- feedback (`ttt.nn.feedback`) -------------------------------------------------------------------------

@@ -46,3 +46,59 @@ class CommitArguments(NamedTuple):
     def written(self) -> list[Tensor]:
         """The tensors that a commit writes."""
         return [t for t in (self.weight, self.trace, self.step, self.momentum) if t is not None]
+
+
+class WindowStepArguments(NamedTuple):
+    """The arguments of ``torch.ops.ttt.window_step``, in the order of its schema.
+
+    It is `ttt.ops.commit` of the first ``held`` rows of the window if ``counters`` say that it is full, and then
+    `ttt.ops.window_append`, which documents ``counters`` and ``tokens``. If ``gate`` holds 0, nothing changes.
+    """
+
+    win_x: Tensor
+    win_delta: Tensor
+    win_eta: Tensor
+    win_trace: Tensor | None
+    x: Tensor
+    delta: Tensor
+    eta: Tensor
+    trace_delta: Tensor | None
+    counters: Tensor
+    tokens: Tensor | None
+    gate: Tensor | None
+    held: int
+    weight: Tensor
+    anchor: Tensor | None
+    importance: Tensor | None
+    trace: Tensor | None
+    memory: Tensor | None
+    seen: Tensor | None
+    step: Tensor
+    seed: int
+    replay_rows: int
+    beta: float
+    eps: float
+    lam: float
+    gamma: float
+    kind: str
+    trace_every: int
+    momentum: Tensor | None
+    mu: float
+    decay: float
+
+    @property
+    def commit(self) -> CommitArguments:
+        """The commit of the window; its gate is open whatever the counters say."""
+        held, traced = self.held, self.win_trace
+        return CommitArguments(
+            self.weight, self.anchor, self.importance, self.trace, self.win_x[:held], self.win_delta[:held],
+            self.win_eta[:held], None if traced is None else traced[:held], self.memory, self.seen, self.step,
+            self.seed, self.replay_rows, self.beta, self.eps, self.lam, self.gamma, self.kind, self.trace_every,
+            None, self.momentum, self.mu, self.decay,
+        )  # fmt: skip
+
+    @property
+    def append(self) -> tuple:
+        """The arguments of `ttt.ops.window_append`."""
+        rows = (self.x, self.delta, self.eta, self.trace_delta)
+        return *self[:4], *rows, 0, self.counters, self.tokens, self.gate

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import torch
 
 from ttt.ops import reference, schema
-from ttt.ops.arguments import CommitArguments
+from ttt.ops.arguments import CommitArguments, WindowStepArguments
 from ttt.ops.backends import record, unavailable
+from ttt.ops.window_step import by_two_ops
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -26,7 +27,7 @@ def _kernels() -> SimpleNamespace | None:
     if "triton" in unavailable:
         return None
     try:
-        from ttt.ops.triton import append, commit, delta_rule, low_rank, project, reservoir, window_linear
+        from ttt.ops.triton import append, commit, delta_rule, low_rank, project, reservoir, window_linear, window_step
         from ttt.ops.triton import low_rank_compress as low_rank_compress
     except ImportError as error:
         unavailable["triton"] = f"the Triton kernels cannot be imported ({error})"
@@ -36,6 +37,8 @@ def _kernels() -> SimpleNamespace | None:
         project_out=project.project_out,
         window_append=append.window_append,
         commit=commit.commit,
+        window_step=window_step.window_step,
+        why_not_step=window_step.why_not,
         reservoir_insert=reservoir.reservoir_insert,
         reservoir_draw=reservoir.reservoir_draw,
         low_rank_linear=low_rank.low_rank_linear,
@@ -91,6 +94,20 @@ def commit(*args) -> None:
     torch.autograd.graph.increment_version([t for t in c.written if t is not c.step])
 
 
+def window_step(*args) -> None:
+    a = WindowStepArguments(*args)
+    kernels = _kernels()
+    if kernels is None or a.weight.dtype not in _DTYPES or kernels.why_not_step(a):
+        by_two_ops(*args)
+        return
+    schema.check_window_append(*a.append)
+    schema.check_commit(a.commit)
+    _run("window_step", a.weight, a.weight.dtype, a)
+    torch.autograd.graph.increment_version(
+        [t for t in (*a[:4], a.counters, a.tokens, *a.commit.written) if t is not None]
+    )
+
+
 def reservoir_insert(memory, seen, x, seed, gate=None) -> None:
     schema.check_reservoir_insert(memory, seen, x, seed, gate)
     _run("reservoir_insert", memory, memory.dtype, memory, seen, x, seed, gate)
@@ -102,5 +119,5 @@ def reservoir_draw(seen, step, capacity, rows, seed):
     return _run("reservoir_draw", seen, torch.float32, seen, step, capacity, rows, seed)
 
 
-for _function in (window_linear, project_out, window_append, commit, reservoir_insert, reservoir_draw):
+for _function in (window_linear, project_out, window_append, window_step, commit, reservoir_insert, reservoir_draw):
     schema.implement(_function.__name__, "CUDA", _function)

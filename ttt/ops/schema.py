@@ -31,6 +31,13 @@ _SCHEMAS = {
         "Tensor eta, Tensor? trace_delta, int at=0, Tensor(e!)? counters=None, Tensor(f!)? tokens=None, "
         "Tensor? gate=None) -> ()"
     ),
+    "window_step": (
+        "(Tensor(a!) win_x, Tensor(b!) win_delta, Tensor(c!) win_eta, Tensor(d!)? win_trace, Tensor x, Tensor delta, "
+        "Tensor eta, Tensor? trace_delta, Tensor(e!) counters, Tensor(f!)? tokens, Tensor? gate, int held, "
+        "Tensor(g!) weight, Tensor? anchor, Tensor? importance, Tensor(h!)? trace, Tensor? memory, Tensor? seen, "
+        "Tensor(i!) step, int seed, int replay_rows, float beta, float eps, float lam, float gamma, str kind, "
+        "int trace_every, Tensor(j!)? momentum, float mu, float decay) -> ()"
+    ),
     "reservoir_insert": "(Tensor(a!) memory, Tensor(b!) seen, Tensor x, int seed, Tensor? gate=None) -> ()",
     "reservoir_draw": "(Tensor seen, Tensor step, int capacity, int rows, int seed) -> Tensor",
     "low_rank_linear": (
@@ -72,6 +79,11 @@ def _(*args):
 
 
 @torch.library.register_fake("ttt::window_append")
+def _(*args):
+    return None
+
+
+@torch.library.register_fake("ttt::window_step")
 def _(*args):
     return None
 

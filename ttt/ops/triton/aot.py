@@ -56,6 +56,9 @@ def launches(call: Callable[[], None]) -> list[Launch]:
 def _bound(launch: Launch, target: GPUTarget) -> tuple[dict, list, dict, BaseBackend]:
     """Arguments, their specialisation, and options of a launch, bound by Triton as it does at run time; the backend."""
     backend = make_backend(target)
+    if "PDL" in launch.kwargs:  # what the GPU decides at run time
+        overlapping = target.backend == "cuda" and target.arch >= 90
+        launch = launch._replace(kwargs={**launch.kwargs, "PDL": overlapping})
     bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
     return *bind(*launch.args, **launch.kwargs), backend
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ttt.ops import log8, schema
-from ttt.ops.arguments import CommitArguments
-from ttt.ops.triton import append, commit, delta_rule, low_rank, project, reservoir, window_linear
+from ttt.ops.arguments import CommitArguments, WindowStepArguments
+from ttt.ops.triton import append, commit, delta_rule, low_rank, project, reservoir, window_linear, window_step
 from ttt.ops.triton import low_rank_compress as low_rank_compress
 
 M, N, CAPACITY = 4096, 4096, 1024
@@ -53,6 +53,18 @@ def _append(dtype, on_device) -> None:
         *window, _meta(16, dtype=torch.float32), window[1] if on_device else None, rows, rows,
         _meta(8, dtype=torch.float32), None, 0, *counters,
     )  # fmt: skip
+
+
+def _step(dtype, state, held=16, kind="fisher", every=1, gated=False, momentum=None, decay=0.0) -> None:
+    matrix, counters = _meta(M, N, dtype=dtype), _meta(3, dtype=torch.int64)
+    window, rows = [[_meta(count, k, dtype=dtype) for k in (N, M)] for count in (held, 8)]
+    eta, new_eta = (_meta(count, dtype=torch.float32) for count in (held, 8))
+    window_step.window_step(WindowStepArguments(
+        *window, eta, window[1] if gated else None, *rows, new_eta, None, counters, counters[:1],
+        counters[:1] if gated else None, held, matrix, matrix, _state(state), _state(state) if kind else None, None,
+        None, counters[:1], 0, 0, 0.0, 0.0, 1.0, 1.0, kind or "fisher", every,
+        None if momentum is None else _meta(M, N, dtype=momentum), 0.9 if momentum else 0.0, decay,
+    ))  # fmt: skip
 
 
 def _project(dtype) -> None:
@@ -147,6 +159,14 @@ def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     for tokens, window in itertools.product((1, 8), (64, 128)) if everything else [(1, 128)]:
         label = f"bfloat16 T={tokens} window {window}"
         yield label, lambda a=(tokens, window): _linear(torch.bfloat16, a[0], window=a[1])
+    steps = [(bf16, bf16, {}), (bf16, codes, {}), (bf16, bf16, {"held": 64})]
+    if everything:
+        steps += [(dtype, state, {"held": 64}) for dtype in dtypes for state in (fp32, bf16, codes)]
+        steps += [(dtype, bf16, {"kind": kind, "gated": True}) for dtype in dtypes for kind in (*schema.KINDS, None)]
+        steps += [(dtype, bf16, {"every": 4, "momentum": bf16, "decay": 0.1}) for dtype in dtypes]
+    for dtype, state, extra in steps:
+        label = f"{_name(dtype)}/{_name(state)} {extra}"
+        yield label, lambda a=(dtype, state), b=extra: _step(*a, **b)
     for dtype in dtypes if everything else dtypes[:2]:
         yield _name(dtype), lambda a=dtype: _project(a)
     for dtype in dtypes if everything else dtypes[:1]:

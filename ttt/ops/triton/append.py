@@ -11,17 +11,49 @@ import torch
 import triton
 import triton.language as tl
 
-from ttt.ops.triton.common import GATED
+from ttt.ops.triton.common import GATED, begin, overlapping
+
+
+@triton.jit
+def write_row(win_x, win_delta, win_trace, x, delta, trace_delta, first, b, block, window, m, n, BN: tl.constexpr):
+    """Write BN columns, from ``block`` BN on, of new row ``b``, if it fits the window."""
+    j = tl.cast(block, tl.int64) * BN + tl.arange(0, BN)
+    b = tl.cast(b, tl.int64)
+    slot = first + b
+    fits = (slot >= 0) & (slot < window)
+    in_x, in_delta = j < tl.where(fits, n, 0), j < tl.where(fits, m, 0)
+    tl.store(win_x + slot * n + j, tl.load(x + b * n + j, mask=in_x, other=0), mask=in_x)
+    tl.store(win_delta + slot * m + j, tl.load(delta + b * m + j, mask=in_delta, other=0), mask=in_delta)
+    if win_trace is not None:
+        p = tl.load(trace_delta + b * m + j, mask=in_delta, other=0)
+        tl.store(win_trace + slot * m + j, p, mask=in_delta)
+
+
+@triton.jit
+def count_rows(win_eta, eta, counters, tokens, held, full, first, rows, window, BC: tl.constexpr):
+    """Write the window's eta and the counters, after all programs have read them."""
+    for c0 in range(0, window, BC):
+        c = c0 + tl.arange(0, BC).to(tl.int64)
+        new = (c >= first) & (c < first + rows)
+        value = tl.load(eta + (c - first), mask=new, other=0)
+        # Rows before the new ones keep their eta, and all do if the count is negative. Rows after the new ones get 0,
+        # which means empty.
+        tl.store(win_eta + c, value, mask=(c < window) & (c >= tl.where(first < 0, window, first)))
+    if tokens is not None:
+        tl.store(tokens, tl.load(tokens) + tl.where(full, held, 0))
+    tl.store(counters, tl.minimum(first + rows, window))
+    tl.store(counters + 1, (first + 2 * rows > window).to(tl.int64))
+    tl.store(counters + 2, 0)
 
 
 @triton.jit(do_not_specialize=["at", "rows", "window"], **GATED)
 def _append(
     win_x, win_delta, win_eta, win_trace, x, delta, eta, trace_delta, counters, tokens, gate,
-    at, rows, window, m, n, BN: tl.constexpr, BC: tl.constexpr,
+    at, rows, window, m, n, BN: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Write one row, BN columns of it in each program."""
+    begin(PDL)
     b = tl.program_id(0).to(tl.int64)  # along the first axis, the only one that may have more than 65,535 programs
-    j = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
     opened = True
     if gate is not None:
         opened = tl.load(gate) != 0
@@ -31,32 +63,14 @@ def _append(
             held = tl.load(counters)
             full = tl.load(counters + 1) != 0
             first = tl.where(full, 0, held)
-        slot = first + b
-        fits = (slot >= 0) & (slot < window)
-        in_x, in_delta = j < tl.where(fits, n, 0), j < tl.where(fits, m, 0)
-        tl.store(win_x + slot * n + j, tl.load(x + b * n + j, mask=in_x, other=0), mask=in_x)
-        tl.store(win_delta + slot * m + j, tl.load(delta + b * m + j, mask=in_delta, other=0), mask=in_delta)
-        if win_trace is not None:
-            p = tl.load(trace_delta + b * m + j, mask=in_delta, other=0)
-            tl.store(win_trace + slot * m + j, p, mask=in_delta)
+        write_row(win_x, win_delta, win_trace, x, delta, trace_delta, first, b, tl.program_id(1), window, m, n, BN)
         if counters is None:
             if tl.program_id(1) == 0:
-                tl.store(win_eta + slot, tl.load(eta + b))
+                tl.store(win_eta + first + b, tl.load(eta + b))
         else:
             tl.debug_barrier()  # every thread has read the counters
             if tl.atomic_add(counters + 2, 1) == tl.num_programs(0) * tl.num_programs(1) - 1:
-                for c0 in range(0, window, BC):
-                    c = c0 + tl.arange(0, BC).to(tl.int64)
-                    new = (c >= first) & (c < first + rows)
-                    value = tl.load(eta + (c - first), mask=new, other=0)
-                    # Rows before the new ones keep their eta, and all do if the count is negative. Rows after the new
-                    # ones get 0, which means empty.
-                    tl.store(win_eta + c, value, mask=(c < window) & (c >= tl.where(first < 0, window, first)))
-                if tokens is not None:
-                    tl.store(tokens, tl.load(tokens) + tl.where(full, held, 0))
-                tl.store(counters, tl.minimum(first + rows, window))
-                tl.store(counters + 1, (first + 2 * rows > window).to(tl.int64))
-                tl.store(counters + 2, 0)
+                count_rows(win_eta, eta, counters, tokens, held, full, first, rows, window, BC)
 
 
 def window_append(
@@ -79,5 +93,5 @@ def window_append(
         _append[grid](
             win_x, win_delta, win_eta, win_trace, x, delta, eta,
             delta if trace_delta is None and win_trace is not None else trace_delta, counters, tokens, gate,
-            at, rows, window, m, n, BN=1024, BC=128, num_warps=4,
+            at, rows, window, m, n, BN=1024, BC=128, num_warps=4, **overlapping(),
         )  # fmt: skip

@@ -31,23 +31,32 @@ from ttt.ops.arguments import CommitArguments
 from ttt.ops.gate import advance
 from ttt.ops.momentum import coefficients
 from ttt.ops.triton import panels, replay
-from ttt.ops.triton.common import GATED, INTERPRETED, choose_token, signed
+from ttt.ops.triton.common import GATED, INTERPRETED, begin, choose_token, overlapping, signed
 from ttt.ops.triton.update import in_order, load_state, outer, pass_momentum, replayed, squares, update
 
 
-@triton.jit(do_not_specialize=["tokens", "every", "groups", "rows", "capacity", "seed"], **GATED)
-def _commit(
-    weight, anchor, importance, trace, x, delta, trace_delta, eta, response, memory, seen, step, gate,
-    momentum, tokens, every, groups, rows, capacity, m, n, width, seed: tl.int64, lam, decay, keep, log2_gamma,
+@triton.jit
+def _load_tokens(x, delta, trace_delta, eta, t0, i0, j0, i, j, b, tokens, m, n, row, column, TRACED: tl.constexpr):
+    """x, delta, the gradient of the trace (or delta) and eta of the tokens from t0 on, for the rows and columns of a tile."""
+    token = b < tokens - t0
+    d_at, x_at = tl.cast(t0, tl.int64) * m + i0 + (b * m + i), tl.cast(t0, tl.int64) * n + j0 + (b * n + j)
+    xt = tl.load(x + x_at, mask=token & column, other=0)
+    d = tl.load(delta + d_at, mask=token & row, other=0)
+    p = d
+    if TRACED and trace_delta is not None:
+        p = tl.load(trace_delta + d_at, mask=token & row, other=0)
+    return xt, d, p, tl.load(eta + t0 + b, mask=token, other=0)
+
+
+@triton.jit
+def commit_tile(
+    weight, anchor, importance, trace, x, delta, trace_delta, eta, response, memory, seen, step, momentum,
+    i0, j0, tokens, every, groups, rows, capacity, m, n, width, seed, lam, decay, keep, log2_gamma,
     carry, gain, remember, share,
     KIND: tl.constexpr, SAMPLED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
-    G_AS: tl.constexpr, S_AS: tl.constexpr,
+    G_AS: tl.constexpr, S_AS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Write a BM x BN tile of W and F. Arguments that are not needed are None."""
-    if gate is not None:
-        if tl.load(gate) == 0:
-            return
-    i0, j0 = tl.program_id(1).to(tl.int64) * BM, tl.program_id(0).to(tl.int64) * BN
+    """Write the BM x BN tile of W and F that begins at (i0, j0). Arguments that are not needed are None."""
     # 64-bit offsets for the tile, 32-bit ones within it: half the registers.
     i, j, b = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BT)[:, None]
     row, column = i < m - i0, j < n - j0
@@ -64,34 +73,37 @@ def _commit(
     if momentum is not None:
         velocity = tl.load(momentum + at, mask=inside, other=0)
 
+    TRACED: tl.constexpr = trace is not None and not SAMPLED
     g = tl.zeros((BM, BN), tl.float32)
     s = tl.zeros((BM, BN), tl.float32)
     total = 0.0
+    xt, d, p, e = _load_tokens(x, delta, trace_delta, eta, 0, i0, j0, i, j, b, tokens, m, n, row, column, TRACED)
     for t0 in range(0, tokens, BT):
-        token = b < tokens - t0
-        d_at, x_at = tl.cast(t0, tl.int64) * m + i0 + (b * m + i), tl.cast(t0, tl.int64) * n + j0 + (b * n + j)
-        xt = tl.load(x + x_at, mask=token & column, other=0)
-        d = tl.load(delta + d_at, mask=token & row, other=0)
-        e = tl.load(eta + t0 + b, mask=token, other=0)
+        if AHEAD:  # the next tokens arrive during the products of these
+            following = _load_tokens(
+                x, delta, trace_delta, eta, t0 + BT, i0, j0, i, j, b, tokens, m, n, row, column, TRACED
+            )
         total += tl.sum(e)
         g = outer(d.to(tl.float32) * e, xt, g, G_AS)
-        if trace is not None and not SAMPLED:
-            p = d
-            if trace_delta is not None:
-                p = tl.load(trace_delta + d_at, mask=token & row, other=0)
+        if TRACED:
             # The exponent of a row past the end is positive, and 0 times infinity is not 0.
-            p, q = squares(p, xt, tl.maximum(tokens - 1 - t0 - b, 0), None, log2_gamma, KIND, SAMPLED)
-            s = outer(p, q, s, S_AS)
+            left, right = squares(p, xt, tl.maximum(tokens - 1 - t0 - b, 0), None, log2_gamma, KIND, SAMPLED)
+            s = outer(left, right, s, S_AS)
+        if not AHEAD:
+            following = _load_tokens(
+                x, delta, trace_delta, eta, t0 + BT, i0, j0, i, j, b, tokens, m, n, row, column, TRACED
+            )
+        xt, d, p, e = following
     if trace is not None and SAMPLED:
         for k0 in range(0, groups, BT):
             chosen, size = choose_token(k0 + b, tokens, every, step, seed)
             group = b < groups - k0
-            xt = tl.load(x + (chosen * n + j0) + j, mask=group & column, other=0)
+            q = tl.load(x + (chosen * n + j0) + j, mask=group & column, other=0)
             p_at = (chosen * m + i0) + i
             p = tl.load((delta if trace_delta is None else trace_delta) + p_at, mask=group & row, other=0)
             age = tl.where(group, tokens - 1 - chosen, 0)
-            p, q = squares(p, xt, age, size.to(tl.float32), log2_gamma, KIND, SAMPLED)
-            s = outer(p, q, s, S_AS)
+            left, right = squares(p, q, age, size.to(tl.float32), log2_gamma, KIND, SAMPLED)
+            s = outer(left, right, s, S_AS)
     if momentum is not None:
         g = pass_momentum(
             in_order(g), velocity, momentum, step, seed, carry, gain, remember, share, i0, j0, i, j, m, n, BM, BN
@@ -113,59 +125,89 @@ def _commit(
     )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["tokens", "every", "groups", "rows", "capacity", "seed"], **GATED)
+def _commit(
+    weight, anchor, importance, trace, x, delta, trace_delta, eta, response, memory, seen, step, gate,
+    momentum, tokens, every, groups, rows, capacity, m, n, width, seed: tl.int64, lam, decay, keep, log2_gamma,
+    carry, gain, remember, share,
+    KIND: tl.constexpr, SAMPLED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
+    G_AS: tl.constexpr, S_AS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Write one tile in each program."""
+    begin(PDL)
+    if gate is not None:
+        if tl.load(gate) == 0:
+            return
+    i0, j0 = tl.program_id(1).to(tl.int64) * BM, tl.program_id(0).to(tl.int64) * BN
+    commit_tile(
+        weight, anchor, importance, trace, x, delta, trace_delta, eta, response, memory, seen, step, momentum,
+        i0, j0, tokens, every, groups, rows, capacity, m, n, width, seed, lam, decay, keep, log2_gamma,
+        carry, gain, remember, share, KIND, SAMPLED, BM, BN, BT, G_AS, S_AS, AHEAD,
+    )  # fmt: skip
+
+
 _BLOCKS = {  # by the weight's dtype
     # 64 x 32 with 4 warps fits into 128 registers on sm_90, so that four programs share a multiprocessor and one waits
     # for memory while another computes. On sm_80 8-bit state takes 205 registers, and spills if limited to 128. On
     # sm_90 a warp issues some 850 instructions for its part of the tile and 145 for every 16 tokens. 32 tokens at a
     # time would take 218 instructions, but 165 registers for 8-bit state; 64 x 64 with 8 warps takes 174 registers.
-    torch.bfloat16: {"BM": 64, "BN": 32, "BT": 16, "G_AS": "bf16x2", "S_AS": "bf16", "num_warps": 4, "num_stages": 1},
+    torch.bfloat16: {"BM": 64, "BN": 32, "BT": 16, "AHEAD": True, "G_AS": "bf16x2", "S_AS": "bf16", "num_warps": 4, "num_stages": 1},
     # Without a limit, the assembler aims at 168 and 128 registers in one variant of each, and spills a little.
     torch.float16: {
-        "BM": 64, "BN": 32, "BT": 16, "G_AS": "tf32x3", "S_AS": "tf32x3", "num_warps": 4, "num_stages": 1,
+        "BM": 64, "BN": 32, "BT": 16, "AHEAD": True, "G_AS": "tf32x3", "S_AS": "tf32x3", "num_warps": 4, "num_stages": 1,
         "maxnreg": 255,
     },
     torch.float32: {
-        "BM": 64, "BN": 32, "BT": 16, "G_AS": "ieee", "S_AS": "ieee", "num_warps": 4, "num_stages": 1, "maxnreg": 255,
+        "BM": 64, "BN": 32, "BT": 16, "AHEAD": True, "G_AS": "ieee", "S_AS": "ieee", "num_warps": 4, "num_stages": 1, "maxnreg": 255,
     },
 }  # fmt: skip
 
 FEW_TOKENS = 256
 
 
+def launch_arguments(c: CommitArguments, response: torch.Tensor | None) -> tuple[tuple, tuple, dict]:
+    """What a launch that commits ``c`` takes: the tensors of `_commit`, in two parts, and its other arguments by name."""
+    (m, n), tokens = c.weight.shape, c.eta.numel()
+    momentum = c.momentum if tokens else None
+    remember, share, carry, gain = coefficients(c.mu, tokens) if momentum is not None else [None] * 4
+    every = min(c.trace_every, max(tokens, 1))
+    tensors = (
+        c.weight,
+        c.anchor if c.lam > 0 or c.decay > 0 else None,
+        c.importance if c.lam > 0 else None,
+        c.trace if tokens else None,
+        *(c.x, c.delta, c.trace_delta, c.eta),
+    )
+    memory, seen = (c.memory, c.seen) if c.replay_rows else (None, None)
+    shared = {
+        "tokens": tokens, "every": every, "groups": triton.cdiv(tokens, every), "rows": c.replay_rows,
+        "capacity": c.memory.shape[0] if c.replay_rows else 0, "m": m, "n": n, "width": log8.width(n),
+        "seed": signed(c.seed), "lam": c.lam, "decay": c.decay if c.decay > 0 else None, "keep": c.gamma**tokens,
+        "log2_gamma": None if c.gamma == 1 else math.log2(c.gamma), "carry": carry, "gain": gain,
+        "remember": remember, "share": share, "KIND": c.kind, "SAMPLED": every > 1,
+    }  # fmt: skip
+    return tensors, (response, memory, seen, c.step, c.gate, momentum), shared
+
+
+def blocks_of(dtype: torch.dtype, tokens: int) -> dict:
+    """The block sizes and options of a launch that commits ``tokens`` tokens tile by tile."""
+    blocks = _BLOCKS[dtype]
+    if INTERPRETED and dtype == torch.bfloat16:
+        blocks = {**blocks, "G_AS": "ieee", "S_AS": "ieee"}
+    return blocks
+
+
 def commit(*args) -> None:
     """Launch the kernels of `ttt.ops.commit`."""
     c = CommitArguments(*args)
-    weight, step = c.weight, c.step
-    (m, n), tokens, seed = weight.shape, c.eta.numel(), signed(c.seed)
+    (m, n), tokens = c.weight.shape, c.eta.numel()
     if m and n:
-        response = None
-        momentum = c.momentum if tokens else None
-        remember, share, carry, gain = coefficients(c.mu, tokens) if momentum is not None else [None] * 4
-        if c.replay_rows:
-            response = replay.respond(
-                weight, c.anchor, c.x, c.delta, c.eta, c.memory, c.seen, step, seed, c.replay_rows, c.beta, c.eps,
-                c.gate, momentum, carry, gain,
-            )  # fmt: skip
-        importance = c.importance if c.lam > 0 else None
-        anchor = c.anchor if c.lam > 0 or c.decay > 0 else None
-        trace = c.trace if tokens else None
-        every = min(c.trace_every, max(tokens, 1))
-        shared = {
-            "tokens": tokens, "every": every, "groups": triton.cdiv(tokens, every), "rows": c.replay_rows,
-            "capacity": c.memory.shape[0] if c.replay_rows else 0, "m": m, "n": n, "width": log8.width(n), "seed": seed,
-            "lam": c.lam, "decay": c.decay if c.decay > 0 else None, "keep": c.gamma**tokens,
-            "log2_gamma": None if c.gamma == 1 else math.log2(c.gamma), "carry": carry, "gain": gain,
-            "remember": remember, "share": share, "KIND": c.kind, "SAMPLED": every > 1,
-        }  # fmt: skip
-        inputs = (weight, anchor, importance, trace, c.x, c.delta, c.trace_delta, c.eta)
-        memory, seen = (c.memory, c.seen) if c.replay_rows else (None, None)
-        rows = (response, memory, seen, step, c.gate, momentum)
+        response = replay.respond(c) if c.replay_rows else None
+        tensors, rows, shared = launch_arguments(c, response)
         if tokens > FEW_TOKENS:
-            panels.commit(*inputs, *rows, **shared)
+            panels.commit(*tensors, *rows, **shared)
         else:
-            blocks = _BLOCKS[weight.dtype]
-            if INTERPRETED and weight.dtype == torch.bfloat16:
-                blocks = {**blocks, "G_AS": "ieee", "S_AS": "ieee"}
+            blocks = blocks_of(c.weight.dtype, tokens)
             grid = (triton.cdiv(n, blocks["BN"]), triton.cdiv(m, blocks["BM"]))
-            _commit[grid](*inputs, *rows, **shared, **blocks)
-    advance(step, 1, c.gate)
+            _commit[grid](*tensors, *rows, **shared, **blocks, **overlapping())
+    advance(c.step, 1, c.gate)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ttt.ops import philox, rounding
 
@@ -41,6 +44,41 @@ def signed(seed: int) -> int:
 def padded_rows(rows: int) -> int:
     """The rows of a tl.dot operand that can hold ``rows`` rows."""
     return max(16, triton.next_power_of_2(rows))
+
+
+@functools.cache
+def _overlaps(device: int) -> bool:
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def overlapping() -> dict[str, bool]:
+    """The options of a launch whose kernel begins with `begin`: on GPUs of compute capability 9.0 or later its start
+    overlaps with the end of the launch before it (CUDA's programmatic dependent launch)."""
+    if INTERPRETED or not torch.cuda.is_available() or not _overlaps(torch.cuda.current_device()):
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def multiprocessors() -> int:
+    """Multiprocessors of the current GPU; where there is none, those of an H100 or H200."""
+    return _multiprocessors(torch.cuda.current_device()) if torch.cuda.is_available() else 132
+
+
+@triton.jit
+def begin(PDL: tl.constexpr):
+    """Wait until the launches before this one have ended and their results can be read, and let the next one start.
+
+    A kernel calls this before it reads what an earlier launch wrote. What it reads before, all launches but the one
+    before it must have written, and that one must have called this itself.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit

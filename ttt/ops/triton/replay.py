@@ -21,7 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ttt.ops.triton.common import GATED, draw, padded_rows
+from ttt.ops.arguments import CommitArguments
+from ttt.ops.momentum import coefficients
+from ttt.ops.triton.common import GATED, draw, padded_rows, signed
 
 
 @triton.jit(do_not_specialize=["tokens", "columns", "capacity", "seed"], **GATED)
@@ -150,12 +152,12 @@ _BLOCKS = {  # _drift, by the weight's dtype
 }
 
 
-def respond(
-    weight, anchor, x, delta, eta, memory, seen, step, seed, rows, beta, eps, gate,
-    momentum=None, carry=None, gain=None,
-) -> torch.Tensor:  # fmt: skip
-    """U (R x m), float32. Where ``gate`` holds 0 its content is undefined."""
-    (m, n), tokens, capacity = weight.shape, eta.numel(), memory.shape[0]
+def respond(c: CommitArguments) -> torch.Tensor:
+    """U (R x m), float32, for the commit ``c``. Where its gate holds 0 the content of U is undefined."""
+    weight, memory, seen, step, gate, rows = c.weight, c.memory, c.seen, c.step, c.gate, c.replay_rows
+    (m, n), tokens, capacity, seed = weight.shape, c.eta.numel(), c.memory.shape[0], signed(c.seed)
+    momentum = c.momentum if tokens else None
+    _, _, carry, gain = coefficients(c.mu, tokens) if momentum is not None else [None] * 4
     padded, blocks = padded_rows(rows), _BLOCKS[weight.dtype]
     if momentum is not None:
         blocks = {**blocks, "maxnreg": 255}  # left alone, the assembler aims at 80 in one variant, and spills a little
@@ -169,14 +171,14 @@ def respond(
     products, inverse = scratch(rows, columns, dtype=torch.float64), scratch(rows, rows, dtype=torch.float64)
     drift, response = scratch(all_slabs, rows, m), scratch(rows, m)
     _products[(triton.cdiv(columns, 4), rows)](
-        products, memory, seen, step, x, eta, gate, tokens, columns, capacity, n, seed, BC=4, BK=512, num_warps=8
+        products, memory, seen, step, c.x, c.eta, gate, tokens, columns, capacity, n, seed, BC=4, BK=512, num_warps=8
     )
-    _invert[(1,)](inverse, products, gate, tokens, rows, eps, RP=padded, num_warps={16: 2, 32: 4, 64: 8}[padded])
+    _invert[(1,)](inverse, products, gate, tokens, rows, c.eps, RP=padded, num_warps={16: 2, 32: 4, 64: 8}[padded])
     _drift[(triton.cdiv(m, blocks["BM"]), all_slabs)](
-        drift, weight, anchor, memory, seen, step, products, delta, gate, momentum, tokens, rows, capacity, m, n,
+        drift, weight, c.anchor, memory, seen, step, products, c.delta, gate, momentum, tokens, rows, capacity, m, n,
         columns, slabs, seed, carry, gain, RP=padded, **blocks,
     )  # fmt: skip
     _project[(triton.cdiv(m, 32),)](
-        response, inverse, drift, gate, rows, all_slabs, m, beta, RP=padded, BM=32, num_warps=1 if padded == 16 else 4
+        response, inverse, drift, gate, rows, all_slabs, m, c.beta, RP=padded, BM=32, num_warps=1 if padded == 16 else 4
     )
     return response

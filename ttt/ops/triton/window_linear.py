@@ -18,16 +18,17 @@ import torch
 import triton
 import triton.language as tl
 
-from ttt.ops.triton.common import operand
+from ttt.ops.triton.common import begin, operand, overlapping
 
 FEW_TOKENS = 16
 
 
 @triton.jit(do_not_specialize=["tokens", "window"])
 def _few_coefficients(
-    coef, x, win_x, win_eta, tokens, window, n, BT: tl.constexpr, BK: tl.constexpr
+    coef, x, win_x, win_eta, tokens, window, n, BT: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """Compute c[t, c] = eta_c (x_t . X_c) for BT tokens and one row of the window."""
+    begin(PDL)
     c = tl.program_id(0).to(tl.int64)
     t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
     eta = tl.load(win_eta + c)
@@ -44,7 +45,7 @@ def _few_coefficients(
 @triton.jit(do_not_specialize=["window"])
 def _decode_one(
     y, x, weight, bias, coef, win_delta, win_eta, window, m, n,
-    BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[i] for BM rows of W and one token: a matrix-vector product without tensor cores."""
     i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -58,6 +59,7 @@ def _decode_one(
     inside = (i < m)[:, None] & (k < n)
     w = tl.load(weight + i[:, None] * n + k, mask=inside, other=0, eviction_policy="evict_first")
     xt = tl.load(x + k, mask=k < n, other=0)
+    begin(PDL)  # only the coefficients are of the launch before this one
     part = tl.zeros((BM,), tl.float32)
     for c0 in range(0, window, BC):
         c = c0 + tl.arange(0, BC).to(tl.int64)
@@ -74,7 +76,7 @@ def _decode_one(
 @triton.jit(do_not_specialize=["tokens", "window"])
 def _decode_few(
     y, x, weight, bias, coef, win_delta, win_eta, tokens, window, m, n,
-    BT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, OPERAND: tl.constexpr,
+    BT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, OPERAND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[:, i] for BM rows of W and at most BT tokens."""
     i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -90,6 +92,7 @@ def _decode_few(
     inside = (i < m)[:, None] & (k < n)
     w = tl.load(weight + i[:, None] * n + k, mask=inside, other=0, eviction_policy="evict_first")
     xt = tl.load(x + t[:, None] * n + k, mask=(t < tokens)[:, None] & (k < n), other=0)
+    begin(PDL)  # only the coefficients are of the launch before this one
     acc -= _window_part(coef, win_delta, win_eta, t, i, tokens, window, m, BC, OPERAND)
     acc = tl.dot(xt.to(OPERAND), tl.trans(w.to(OPERAND)), acc, input_precision="ieee")
     if bias is not None:
@@ -181,20 +184,20 @@ def window_linear(
     wide, dot_type = weight.dtype == torch.float32, operand(weight.dtype)
     coef = torch.empty((tokens, window), dtype=torch.float32, device=x.device)
     if few:
-        one = tokens == 1
+        one, overlap = tokens == 1, overlapping()
         blocks = {"BT": 1, "BK": _padded(n, 2048), "num_warps": 8} if one else _BLOCKS["few_coefficients", wide]
         grid = (window, triton.cdiv(tokens, blocks["BT"]))
-        _few_coefficients[grid](coef, x, win_x, win_eta, tokens, window, n, **blocks)
+        _few_coefficients[grid](coef, x, win_x, win_eta, tokens, window, n, **blocks, **overlap)
         blocks = _BLOCKS["one" if one else "few", wide]
         grid = (triton.cdiv(m, blocks["BM"]),)
         if one:
             _decode_one[grid](
-                y, x, weight, bias, coef, win_delta, win_eta, window, m, n, BC=_padded(window, 128), **blocks
+                y, x, weight, bias, coef, win_delta, win_eta, window, m, n, BC=_padded(window, 128), **blocks, **overlap
             )
         else:
             _decode_few[grid](
                 y, x, weight, bias, coef, win_delta, win_eta, tokens, window, m, n, BC=_padded(window, 64),
-                OPERAND=dot_type, **blocks,
+                OPERAND=dot_type, **blocks, **overlap,
             )  # fmt: skip
     else:
         blocks = _BLOCKS["coefficients", wide]

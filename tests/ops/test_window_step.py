@@ -1,0 +1,153 @@
+"""The learning step of a layer that counts on the device: the Triton kernel and the op, beside commit and append."""
+
+import itertools
+
+import pytest
+import torch
+
+from ttt.ops import backends, log8
+from ttt.ops.arguments import WindowStepArguments
+from ttt.ops.triton import append, commit
+from ttt.ops.triton import window_step as fused
+from ttt.ops.triton.common import INTERPRETED
+from ttt.ops.window_step import by_two_ops
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+HALF = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter rounds to bfloat16 wrongly
+
+
+def by_kernel(*args):
+    a = WindowStepArguments(*args)
+    assert fused.why_not(a) == ""
+    fused.window_step(a)
+
+
+def by_two_kernels(*args):
+    a = WindowStepArguments(*args)
+    full = a.counters[1:2].clone()
+    commit.commit(*a.commit._replace(gate=full if a.gate is None else full * a.gate))
+    append.window_append(*a.append)
+
+
+def by_op(*args):
+    torch.ops.ttt.window_step(*args)
+
+
+def count(*values):
+    return torch.tensor(values, dtype=torch.int64, device=DEVICE)
+
+
+def layer_of(m, n, window, rows, dtype, state, traced=False, momentum=None, **options):
+    """The arguments of a step, by name, for a layer whose window is empty."""
+
+    def stored(t):
+        return log8.encode(t) if state == torch.uint8 else t.to(state)
+
+    w = torch.randn(m, n, device=DEVICE)
+    full = {
+        "win_x": torch.zeros(window, n, device=DEVICE, dtype=dtype),
+        "win_delta": torch.zeros(window, m, device=DEVICE, dtype=dtype),
+        "win_eta": torch.zeros(window, device=DEVICE),
+        "win_trace": torch.zeros(window, m, device=DEVICE, dtype=dtype) if traced else None,
+        "x": None, "delta": None, "eta": None, "trace_delta": None,
+        "counters": count(0, 0, 0), "tokens": count(5), "gate": None, "held": window // rows * rows,
+        "weight": w.to(dtype), "anchor": (w + 0.1 * torch.randn_like(w)).to(dtype), "importance": stored(torch.rand_like(w)),
+        "trace": stored(torch.rand_like(w)), "memory": None, "seen": None, "step": count(3), "seed": 11, "replay_rows": 0,
+        "beta": 0.3, "eps": 1e-3, "lam": 0.5, "gamma": 0.97, "kind": "fisher", "trace_every": 1,
+        "momentum": None if momentum is None else (0.05 * torch.randn_like(w)).to(momentum), "mu": 0.0 if momentum is None else 0.8,
+        "decay": 0.0,
+    }  # fmt: skip
+    return {**full, **options}
+
+
+def copied(case):
+    return {k: t.clone() if torch.is_tensor(t) else t for k, t in case.items()}
+
+
+def with_rows(case, rows, n, m, gate=None):
+    """``case`` with new rows to be learnt; sums of their products have few digits, so that any order gives the same bits."""
+    dtype = case["weight"].dtype
+    x, delta, p = (torch.randint(-3, 4, (rows, k), device=DEVICE).to(dtype) for k in (n, m, m))
+    eta = torch.full((rows,), 2.0**-9, device=DEVICE)
+    return {**case, "x": x, "delta": delta, "eta": eta, "trace_delta": None if case["win_trace"] is None else p, "gate": gate}
+
+
+def check(step, twin, case, rows, n, m, steps, gates=(None,)):
+    """Make ``steps`` steps by ``step`` and by ``twin``; all state agrees to the bit after each of them."""
+    ours, theirs, commits = copied(case), copied(case), 0
+    for _, gate in zip(range(steps), itertools.cycle(gates), strict=False):
+        new = with_rows(ours, rows, n, m, None if gate is None else count(gate))
+        commits += bool(ours["counters"][1]) and gate != 0
+        step(*new.values())
+        twin(*{**theirs, **{k: new[k] for k in ("x", "delta", "eta", "trace_delta", "gate")}}.values())
+        for name, t in ours.items():
+            if torch.is_tensor(t):
+                assert torch.equal(t, theirs[name]), name
+    assert commits == int(ours["step"]) - int(case["step"]) > 0
+    return ours
+
+
+@pytest.mark.parametrize("step", [by_kernel, by_op])
+@pytest.mark.parametrize(("m", "n", "window", "rows"), [(7, 33, 4, 1), (65, 130, 5, 2), (33, 1100, 6, 3), (1, 1, 2, 1)])
+@pytest.mark.parametrize("state", [torch.float32, torch.uint8])
+def test_a_step_is_a_commit_of_a_full_window_and_an_append(step, m, n, window, rows, state):
+    case = layer_of(m, n, window, rows, torch.float32, state, lam=0.0, gamma=1.0)
+    case["weight"] = torch.randint(-512, 513, (m, n), device=DEVICE).float() / 64
+    trace = torch.randint(0, 100, (m, n), device=DEVICE).float()
+    case["trace"] = log8.encode(trace) if state == torch.uint8 else trace
+    check(step, by_two_ops, case, rows, n, m, 2 * (window // rows) + 2)
+
+
+@pytest.mark.parametrize("options", [
+    {"lam": 0.0}, {"importance": None, "lam": 0.0, "decay": 0.5}, {"kind": "si"}, {"kind": "mas", "trace": None},
+    {"trace_every": 2}, {"momentum": torch.float32}, {"momentum": HALF, "decay": 0.1}, {"traced": True},
+])  # fmt: skip
+def test_options(options):
+    if options.get("momentum") == torch.float16:
+        options = {**options, "momentum": torch.float32}
+    check(by_kernel, by_two_kernels, layer_of(34, 70, 4, 1, HALF, torch.float32, **options), 1, 70, 34, 10, gates=(1, 1, 0))
+
+
+@pytest.mark.parametrize("step", [by_kernel, by_op])
+def test_a_closed_gate_changes_nothing(step):
+    case = with_rows(layer_of(9, 20, 4, 2, torch.float32, torch.float32), 2, 20, 9, count(0))
+    for full in (0, 1):
+        case["counters"] = count(4 * full, full, 0)
+        before = copied(case)
+        step(*case.values())
+        assert all(torch.equal(t, before[k]) for k, t in case.items() if torch.is_tensor(t))
+
+
+def test_a_small_grid_writes_every_tile(monkeypatch):
+    """Each program writes several tiles and several parts of rows."""
+    monkeypatch.setattr(fused, "multiprocessors", lambda: 1)
+    monkeypatch.setattr(fused, "PROGRAMS", 2)
+    check(by_kernel, by_two_kernels, layer_of(130, 3000, 6, 3, torch.float32, torch.float32), 3, 3000, 130, 6)
+
+
+def test_what_one_launch_cannot_do_is_done_by_two_ops():
+    memory = {"memory": torch.randn(8, 20, device=DEVICE), "seen": count(8), "replay_rows": 2}
+    case = layer_of(9, 20, 4, 1, torch.float32, torch.float32, **memory)
+    assert "replay rows" in fused.why_not(WindowStepArguments(**case))
+    backends.calls.clear()
+    check(by_op, by_two_ops, case, 1, 20, 9, 6)
+    assert {op for op, *_ in backends.calls} >= {"commit", "window_append"}
+    case = layer_of(9, 20, 600, 1, torch.float32, torch.float32)
+    assert "holds 600 rows" in fused.why_not(WindowStepArguments(**case))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"counters": torch.zeros(2, dtype=torch.int64)}, ValueError, r"counters must have shape \(3,\), got \(2,\)"),
+        ({"lam": -1.0}, ValueError, "lam must be >= 0, got -1.0"),
+        ({"delta": torch.zeros(1, 8)}, ValueError, r"delta must have shape \(1, 9\), got \(1, 8\)"),
+    ],
+)
+def test_refusals_change_nothing(change, error, message):
+    case = with_rows(layer_of(9, 20, 4, 1, torch.float32, torch.float32), 1, 20, 9)
+    case |= {k: t.to(DEVICE) if torch.is_tensor(t) else t for k, t in change.items()}
+    before = copied(case)
+    with pytest.raises(error, match=message):
+        by_op(*case.values())
+    assert all(torch.equal(t, before[k]) for k, t in case.items() if torch.is_tensor(t))

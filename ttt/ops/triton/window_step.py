@@ -1,0 +1,98 @@
+"""Commit a window if it is full, and append new rows to it: the learning step of a layer that counts on the device.
+
+    if full:  W, F <- commit of the window's first ``held`` rows;  tokens += held;  held = 0;  eta = 0
+    rows held ... held + B - 1 of the window <- x, delta, eta, trace_delta;  held += B;  full = no room for B more
+
+This is `commit` followed by `append`, with the same bits, in one launch: in a CUDA graph every step launches both,
+although only one step in C / B has a full window, and a launch that finds nothing to do takes longer than the append.
+
+There are as many programs as fit the GPU at once, and each writes its share of the tiles of W and F. No program waits
+for another one. Each takes a ticket when it has read what it needs, and the program with the last ticket writes what
+all of them read: the counters, the steps, and the new rows where the window was full.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ttt.ops.arguments import WindowStepArguments
+from ttt.ops.triton.append import count_rows, write_row
+from ttt.ops.triton.commit import FEW_TOKENS, blocks_of, commit_tile, launch_arguments
+from ttt.ops.triton.common import GATED, begin, multiprocessors, overlapping
+
+PROGRAMS = 4
+"""Programs for each multiprocessor: as many as their registers allow on GPUs of compute capability 9.0."""
+
+LIMIT = {"maxnreg": 128}
+"""Left alone, the assembler takes 164 registers in the loop over tiles, and fewer programs fit."""
+
+
+@triton.jit(do_not_specialize=["held_rows", "every", "groups", "added", "window", "seed"], **GATED)
+def _window_step(
+    weight, anchor, importance, trace, win_x, win_delta, win_trace, win_eta, momentum, step,
+    x, delta, trace_delta, eta, counters, tokens, gate,
+    held_rows, every, groups, added, window, m, n, width, seed: tl.int64, lam, decay, keep, log2_gamma,
+    carry, gain, remember, share,
+    KIND: tl.constexpr, SAMPLED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
+    G_AS: tl.constexpr, S_AS: tl.constexpr, AHEAD: tl.constexpr, BJ: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    begin(PDL)
+    if gate is not None:
+        if tl.load(gate) == 0:
+            return
+    held, full = tl.load(counters), tl.load(counters + 1) != 0
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    first = tl.where(full, 0, held)
+    across = tl.cdiv(tl.maximum(m, n), BJ)
+    if full:
+        columns = tl.cdiv(n, BN)
+        for tile in range(program, tl.cdiv(m, BM) * columns, programs):
+            i0, j0 = (tile // columns).to(tl.int64) * BM, (tile % columns).to(tl.int64) * BN
+            commit_tile(
+                weight, anchor, importance, trace, win_x, win_delta, win_trace, win_eta, None, None, None, step,
+                momentum, i0, j0, held_rows, every, groups, 0, 0, m, n, width, seed, lam, decay, keep, log2_gamma,
+                carry, gain, remember, share, KIND, SAMPLED, BM, BN, BT, G_AS, S_AS, AHEAD,
+            )  # fmt: skip
+    else:
+        for block in range(program, added * across, programs):
+            write_row(
+                win_x, win_delta, win_trace, x, delta, trace_delta, first, block // across, block % across, window,
+                m, n, BJ,
+            )  # fmt: skip
+    tl.debug_barrier()  # every thread has read the counters and the window
+    if tl.atomic_add(counters + 2, 1) == programs - 1:
+        if full:
+            for block in range(0, added * across):
+                write_row(
+                    win_x, win_delta, win_trace, x, delta, trace_delta, first, block // across, block % across, window,
+                    m, n, BJ,
+                )  # fmt: skip
+            tl.store(step, tl.load(step) + 1)
+        count_rows(win_eta, eta, counters, tokens, held, full, first, added, window, BC)
+
+
+def window_step(a: WindowStepArguments) -> None:
+    """Launch the kernel of ``torch.ops.ttt.window_step``, if there is no reason against it; see `why_not`."""
+    c = a.commit
+    (m, n), blocks = c.weight.shape, blocks_of(c.weight.dtype, a.held)
+    (weight, anchor, importance, trace, *_), (*_, momentum), shared = launch_arguments(c, None)
+    del shared["rows"], shared["capacity"], shared["tokens"]
+    limit = LIMIT if a.weight.dtype == torch.bfloat16 and momentum is None else {}
+    tiles = triton.cdiv(m, blocks["BM"]) * triton.cdiv(n, blocks["BN"])
+    _window_step[(min(tiles, PROGRAMS * multiprocessors()),)](
+        weight, anchor, importance, trace, a.win_x, a.win_delta, a.win_trace, a.win_eta, momentum, a.step,
+        a.x, a.delta, a.delta if a.trace_delta is None and a.win_trace is not None else a.trace_delta, a.eta,
+        a.counters, a.tokens, a.gate, a.held, added=a.x.shape[0], window=a.win_eta.numel(), BJ=1024, BC=128,
+        **shared, **blocks, **limit, **overlapping(),
+    )  # fmt: skip
+
+
+def why_not(a: WindowStepArguments) -> str:
+    """Why one launch cannot do the step; empty if it can."""
+    if a.replay_rows:
+        return "replay rows are drawn before the commit"
+    if not 0 < a.held <= FEW_TOKENS:
+        return f"the window holds {a.held} rows, and one launch commits 1 to {FEW_TOKENS}"
+    return "" if a.weight.numel() and a.x.shape[0] else "the layer or the step is empty"
