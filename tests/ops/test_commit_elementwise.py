@@ -51,7 +51,7 @@ def true_bfloat16(monkeypatch):
     monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
     for module in (fused, panels):
         monkeypatch.setattr(module, "INTERPRETED", False)
-    monkeypatch.setattr(panels, "_product", lambda left, right: left.T.float() @ right.float())
+    monkeypatch.setattr(panels, "product", lambda left, right: left.float() @ right.float())
 
 
 BACKENDS = ["reference", *ISAS, "fused", "panels"]

@@ -69,7 +69,14 @@ def with_rows(case, rows, n, m, gate=None):
     dtype = case["weight"].dtype
     x, delta, p = (torch.randint(-3, 4, (rows, k), device=DEVICE).to(dtype) for k in (n, m, m))
     eta = torch.full((rows,), 2.0**-9, device=DEVICE)
-    return {**case, "x": x, "delta": delta, "eta": eta, "trace_delta": None if case["win_trace"] is None else p, "gate": gate}
+    return {
+        **case,
+        "x": x,
+        "delta": delta,
+        "eta": eta,
+        "trace_delta": None if case["win_trace"] is None else p,
+        "gate": gate,
+    }
 
 
 def check(step, twin, case, rows, n, m, steps, gates=(None,)):
@@ -105,7 +112,16 @@ def test_a_step_is_a_commit_of_a_full_window_and_an_append(step, m, n, window, r
 def test_options(options):
     if options.get("momentum") == torch.float16:
         options = {**options, "momentum": torch.float32}
-    check(by_kernel, by_two_kernels, layer_of(34, 70, 4, 1, HALF, torch.float32, **options), 1, 70, 34, 10, gates=(1, 1, 0))
+    check(
+        by_kernel,
+        by_two_kernels,
+        layer_of(34, 70, 4, 1, HALF, torch.float32, **options),
+        1,
+        70,
+        34,
+        10,
+        gates=(1, 1, 0),
+    )
 
 
 @pytest.mark.parametrize("step", [by_kernel, by_op])
@@ -121,7 +137,6 @@ def test_a_closed_gate_changes_nothing(step):
 def test_a_small_grid_writes_every_tile(monkeypatch):
     """Each program writes several tiles and several parts of rows."""
     monkeypatch.setattr(fused, "multiprocessors", lambda: 1)
-    monkeypatch.setattr(fused, "PROGRAMS", 2)
     check(by_kernel, by_two_kernels, layer_of(130, 3000, 6, 3, torch.float32, torch.float32), 3, 3000, 130, 6)
 
 

@@ -65,17 +65,18 @@ def input_gradient(scores: Scores, weight: Tensor, wanted: Tensor | None = None,
         wanted: (N,) bool: the tokens whose loss counts; None for all.
         mass: bound on the total probability of the words that are left out, for each token; 0 leaves out none.
             Row t of the result differs from the exact one by at most ``mass`` times the largest norm of a row of
-            ``weight``. Where many rows are needed the exact product is faster, and is computed instead.
+            ``weight``. Where many rows are needed, and on a GPU, the exact product is faster, and is computed instead.
 
     Returns:
         (N, d), of the dtype of ``weight``.
     """
-    small = weight.shape[0] < _SMALL
-    found = None if small or mass == 0 else _matter(scores, mass)
+    few = weight.shape[0] < _SMALL
+    why = "few words" if few else "on a GPU the exact product takes less time" if weight.is_cuda else ""
+    found = None if why or mass == 0 else _matter(scores, mass)
     scale = 1 / scores.total if wanted is None else torch.where(wanted, 1 / scores.total, 0.0)
     # The target is subtracted in float32: 1 - p would be lost in a product with 16-bit p.
     if found is None:
-        why = "" if mass == 0 else "few words" if small else "more rows matter than are worth picking"
+        why = "" if mass == 0 else why or "more rows matter than are worth picking"
         record("head_gradient", "dense", why)
         scores.exp.scatter_add_(1, scores.targets.unsqueeze(1), -scores.total.unsqueeze(1))
         return _product(scores.exp.mul_(scale.unsqueeze(1)).to(weight.dtype), weight)
@@ -102,8 +103,6 @@ def _matter(scores: Scores, mass: float) -> tuple[Tensor, Tensor, Tensor] | None
     exp, total = scores.exp, scores.total
     count, vocabulary = exp.shape
     limit = vocabulary * (0.3 + count / 100)  # that many rows take as long as the product, measured for N = 1, 16, 64
-    if exp.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None  # the number of rows depends on the data, which a CUDA graph cannot capture
     # Thresholds are found by bisection of their logarithm, on every step-th word.
     step = -(-vocabulary // _SAMPLE)
     sample = exp[:, ::step].contiguous()

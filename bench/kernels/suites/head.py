@@ -90,7 +90,7 @@ class Head(Case):
 
         def over_weights(run: Callable[[Tensor], object], check: Callable[[], None], **fields: object) -> Contender:
             turn = itertools.cycle(weights)
-            found = Contender(lambda: run(next(turn)), check, cycle=len(weights), graph=False)
+            found = Contender(lambda: run(next(turn)), check, cycle=len(weights))
             found.fields |= fields
             return found
 

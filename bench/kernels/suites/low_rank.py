@@ -107,7 +107,7 @@ class Mixed(Case):
             for _ in range(steps):
                 one(next(turn), x)
 
-        return Contender(run, check, units=steps, cycle=count, graph=False)
+        return Contender(run, check, units=steps, cycle=count)
 
     def check(self, forward: Callable[[Tensor], Tensor]) -> None:
         """Compare 256 outputs of the first layer with float64."""

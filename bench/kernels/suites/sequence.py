@@ -147,15 +147,16 @@ class Text(Case):
         def exact() -> Tensor:
             return run_op(self.op, x, "reference")[0]
 
-        def contender(run: Callable[[], Tensor]) -> Contender:
+        def contender(run: Callable[[], Tensor], graph: bool = True) -> Contender:
             def guarded() -> Tensor:
                 with torch.no_grad():
                     return run()
 
-            return Contender(guarded, lambda: check_close(guarded(), exact(), self.dtype), graph=False)
+            return Contender(guarded, lambda: check_close(guarded(), exact(), self.dtype), graph=graph)
 
         def of(form: str) -> Callable[[], Contender]:
-            return lambda: contender(lambda: run_op(self.op, x, form)[0])
+            # A graph of every token's launches would take longer to make than to run.
+            return lambda: contender(lambda: run_op(self.op, x, form)[0], graph=form != "reference")
 
         found = {"ttt": of("auto"), "torch, in chunks": of("chunk"), "token by token": of("reference")}
         if self.op == "gated delta rule":
@@ -225,7 +226,7 @@ class Token(Case):
 
             first = run_op(self.op, x, "reference")[0][:, 0]
             found = run()
-            return Contender(run, lambda: check_close(found, first, self.dtype), graph=False)
+            return Contender(run, lambda: check_close(found, first, self.dtype))
 
         return {"ttt": lambda: make("ttt"), "torch": lambda: make("torch")}
 
@@ -260,7 +261,7 @@ class Prefill(TimedCase):
                 with torch.no_grad():
                     return run()
 
-            return Contender(guarded, lambda: None, graph=False)
+            return Contender(guarded, lambda: None)
 
         def attend() -> Tensor:
             q, k, v = (t.transpose(1, 2) for t in (delta.q, delta.k, delta.v))

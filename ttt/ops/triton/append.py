@@ -15,18 +15,40 @@ from ttt.ops.triton.common import GATED, begin, overlapping
 
 
 @triton.jit
-def write_row(win_x, win_delta, win_trace, x, delta, trace_delta, first, b, block, window, m, n, BN: tl.constexpr):
-    """Write BN columns, from ``block`` BN on, of new row ``b``, if it fits the window."""
+def load_row(x, delta, trace_delta, b, block, rows, m, n, BN: tl.constexpr):
+    """BN columns of x, delta and trace_delta, from ``block`` BN on, of new row ``b``."""
     j = tl.cast(block, tl.int64) * BN + tl.arange(0, BN)
     b = tl.cast(b, tl.int64)
-    slot = first + b
-    fits = (slot >= 0) & (slot < window)
-    in_x, in_delta = j < tl.where(fits, n, 0), j < tl.where(fits, m, 0)
-    tl.store(win_x + slot * n + j, tl.load(x + b * n + j, mask=in_x, other=0), mask=in_x)
-    tl.store(win_delta + slot * m + j, tl.load(delta + b * m + j, mask=in_delta, other=0), mask=in_delta)
-    if win_trace is not None:
+    in_x, in_delta = j < tl.where(b < rows, n, 0), j < tl.where(b < rows, m, 0)
+    of_delta = tl.load(delta + b * m + j, mask=in_delta, other=0)
+    p = of_delta
+    if trace_delta is not None:
         p = tl.load(trace_delta + b * m + j, mask=in_delta, other=0)
+    return tl.load(x + b * n + j, mask=in_x, other=0), of_delta, p
+
+
+@triton.jit
+def store_row(win_x, win_delta, win_trace, row, first, b, block, rows, window, m, n, BN: tl.constexpr):
+    """Write what `load_row` loaded to the window, whose row ``first`` is that of the first new row, if it fits."""
+    j = tl.cast(block, tl.int64) * BN + tl.arange(0, BN)
+    of_x, of_delta, p = row
+    slot = first + b
+    fits = (slot >= 0) & (slot < window) & (b < rows)
+    in_x, in_delta = j < tl.where(fits, n, 0), j < tl.where(fits, m, 0)
+    tl.store(win_x + slot * n + j, of_x, mask=in_x)
+    tl.store(win_delta + slot * m + j, of_delta, mask=in_delta)
+    if win_trace is not None:
         tl.store(win_trace + slot * m + j, p, mask=in_delta)
+
+
+@triton.jit
+def take_ticket(counters):
+    """The number of programs that have taken a ticket before this one.
+
+    All threads must have used what they loaded, not only have asked for it: the tickets order no loads and stores.
+    """
+    tl.debug_barrier()
+    return tl.atomic_add(counters + 2, 1, sem="relaxed")
 
 
 @triton.jit
@@ -40,7 +62,8 @@ def count_rows(win_eta, eta, counters, tokens, held, full, first, rows, window, 
         # which means empty.
         tl.store(win_eta + c, value, mask=(c < window) & (c >= tl.where(first < 0, window, first)))
     if tokens is not None:
-        tl.store(tokens, tl.load(tokens) + tl.where(full, held, 0))
+        if full:
+            tl.store(tokens, tl.load(tokens) + held)
     tl.store(counters, tl.minimum(first + rows, window))
     tl.store(counters + 1, (first + 2 * rows > window).to(tl.int64))
     tl.store(counters + 2, 0)
@@ -63,13 +86,14 @@ def _append(
             held = tl.load(counters)
             full = tl.load(counters + 1) != 0
             first = tl.where(full, 0, held)
-        write_row(win_x, win_delta, win_trace, x, delta, trace_delta, first, b, tl.program_id(1), window, m, n, BN)
+        block = tl.program_id(1)
+        row = load_row(x, delta, trace_delta, b, block, rows, m, n, BN)
+        store_row(win_x, win_delta, win_trace, row, first, b, block, rows, window, m, n, BN)
         if counters is None:
             if tl.program_id(1) == 0:
                 tl.store(win_eta + first + b, tl.load(eta + b))
         else:
-            tl.debug_barrier()  # every thread has read the counters
-            if tl.atomic_add(counters + 2, 1) == tl.num_programs(0) * tl.num_programs(1) - 1:
+            if take_ticket(counters) == tl.num_programs(0) * tl.num_programs(1) - 1:
                 count_rows(win_eta, eta, counters, tokens, held, full, first, rows, window, BC)
 
 

@@ -77,11 +77,16 @@ def commit_tile(
     g = tl.zeros((BM, BN), tl.float32)
     s = tl.zeros((BM, BN), tl.float32)
     total = 0.0
-    xt, d, p, e = _load_tokens(x, delta, trace_delta, eta, 0, i0, j0, i, j, b, tokens, m, n, row, column, TRACED)
+    if AHEAD:
+        xt, d, p, e = _load_tokens(x, delta, trace_delta, eta, 0, i0, j0, i, j, b, tokens, m, n, row, column, TRACED)
     for t0 in range(0, tokens, BT):
         if AHEAD:  # the next tokens arrive during the products of these
             following = _load_tokens(
                 x, delta, trace_delta, eta, t0 + BT, i0, j0, i, j, b, tokens, m, n, row, column, TRACED
+            )
+        else:
+            xt, d, p, e = _load_tokens(
+                x, delta, trace_delta, eta, t0, i0, j0, i, j, b, tokens, m, n, row, column, TRACED
             )
         total += tl.sum(e)
         g = outer(d.to(tl.float32) * e, xt, g, G_AS)
@@ -89,11 +94,8 @@ def commit_tile(
             # The exponent of a row past the end is positive, and 0 times infinity is not 0.
             left, right = squares(p, xt, tl.maximum(tokens - 1 - t0 - b, 0), None, log2_gamma, KIND, SAMPLED)
             s = outer(left, right, s, S_AS)
-        if not AHEAD:
-            following = _load_tokens(
-                x, delta, trace_delta, eta, t0 + BT, i0, j0, i, j, b, tokens, m, n, row, column, TRACED
-            )
-        xt, d, p, e = following
+        if AHEAD:
+            xt, d, p, e = following
     if trace is not None and SAMPLED:
         for k0 in range(0, groups, BT):
             chosen, size = choose_token(k0 + b, tokens, every, step, seed)
@@ -148,21 +150,23 @@ def _commit(
 
 _BLOCKS = {  # by the weight's dtype
     # 64 x 32 with 4 warps fits into 128 registers on sm_90, so that four programs share a multiprocessor and one waits
-    # for memory while another computes. On sm_80 8-bit state takes 205 registers, and spills if limited to 128. On
-    # sm_90 a warp issues some 850 instructions for its part of the tile and 145 for every 16 tokens. 32 tokens at a
-    # time would take 218 instructions, but 165 registers for 8-bit state; 64 x 64 with 8 warps takes 174 registers.
+    # for memory while another computes; every other tile that was measured on an H200 takes longer. On sm_80 8-bit
+    # state takes 205 registers, and spills if limited to 128.
     torch.bfloat16: {"BM": 64, "BN": 32, "BT": 16, "AHEAD": True, "G_AS": "bf16x2", "S_AS": "bf16", "num_warps": 4, "num_stages": 1},
     # Without a limit, the assembler aims at 168 and 128 registers in one variant of each, and spills a little.
     torch.float16: {
-        "BM": 64, "BN": 32, "BT": 16, "AHEAD": True, "G_AS": "tf32x3", "S_AS": "tf32x3", "num_warps": 4, "num_stages": 1,
+        "BM": 64, "BN": 32, "BT": 16, "AHEAD": False, "G_AS": "tf32x3", "S_AS": "tf32x3", "num_warps": 4, "num_stages": 1,
         "maxnreg": 255,
     },
     torch.float32: {
-        "BM": 64, "BN": 32, "BT": 16, "AHEAD": True, "G_AS": "ieee", "S_AS": "ieee", "num_warps": 4, "num_stages": 1, "maxnreg": 255,
+        "BM": 64, "BN": 32, "BT": 16, "AHEAD": False, "G_AS": "ieee", "S_AS": "ieee", "num_warps": 4, "num_stages": 1, "maxnreg": 255,
     },
 }  # fmt: skip
 
-FEW_TOKENS = 256
+_PACKED: dict = {"BM": 32, "BN": 64}
+"""For 8-bit state, of which a row of a wider tile has longer stretches (measured on an H200: 100 us instead of 157)."""
+
+FEW_TOKENS = 128
 
 
 def launch_arguments(c: CommitArguments, response: torch.Tensor | None) -> tuple[tuple, tuple, dict]:
@@ -189,9 +193,13 @@ def launch_arguments(c: CommitArguments, response: torch.Tensor | None) -> tuple
     return tensors, (response, memory, seen, c.step, c.gate, momentum), shared
 
 
-def blocks_of(dtype: torch.dtype, tokens: int) -> dict:
-    """The block sizes and options of a launch that commits ``tokens`` tokens tile by tile."""
-    blocks = _BLOCKS[dtype]
+def blocks_of(c: CommitArguments) -> dict:
+    """The block sizes and options of a launch that commits ``c`` tile by tile."""
+    dtype, blocks = c.weight.dtype, _BLOCKS[c.weight.dtype]
+    if dtype == torch.bfloat16 and any(log8.is_packed(t) for t in (c.importance, c.trace)):
+        blocks = {**blocks, **_PACKED}
+    elif dtype == torch.bfloat16 and c.eta.numel() > blocks["BT"]:
+        blocks = {**blocks, "BT": 32}
     if INTERPRETED and dtype == torch.bfloat16:
         blocks = {**blocks, "G_AS": "ieee", "S_AS": "ieee"}
     return blocks
@@ -207,7 +215,7 @@ def commit(*args) -> None:
         if tokens > FEW_TOKENS:
             panels.commit(*tensors, *rows, **shared)
         else:
-            blocks = blocks_of(c.weight.dtype, tokens)
+            blocks = blocks_of(c)
             grid = (triton.cdiv(n, blocks["BN"]), triton.cdiv(m, blocks["BM"]))
             _commit[grid](*tensors, *rows, **shared, **blocks, **overlapping())
     advance(c.step, 1, c.gate)

@@ -41,6 +41,15 @@ def signed(seed: int) -> int:
     return ((seed + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63)
 
 
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left right in float32, by torch's matmul."""
+    if left.dtype == torch.float32:
+        return left @ right
+    if INTERPRETED:
+        return left.float() @ right.float()
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
 def padded_rows(rows: int) -> int:
     """The rows of a tl.dot operand that can hold ``rows`` rows."""
     return max(16, triton.next_power_of_2(rows))
@@ -71,13 +80,25 @@ def multiprocessors() -> int:
 
 @triton.jit
 def begin(PDL: tl.constexpr):
-    """Wait until the launches before this one have ended and their results can be read, and let the next one start.
+    """Wait until the launches before this one have ended and their results can be read, and let the next one start."""
+    wait_for_previous(PDL)
+    let_next_start(PDL)
 
-    A kernel calls this before it reads what an earlier launch wrote. What it reads before, all launches but the one
-    before it must have written, and that one must have called this itself.
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Wait until the launches before this one have ended and their results can be read.
+
+    A kernel may read before this what launches before the previous one wrote, if the previous one calls `begin` first.
     """
     if PDL:
         gdc_wait()
+
+
+@triton.jit
+def let_next_start(PDL: tl.constexpr):
+    """Let programs of the next launch start as soon as there is room beside those of this one."""
+    if PDL:
         gdc_launch_dependents()
 
 

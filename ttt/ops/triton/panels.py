@@ -16,10 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ttt.ops.triton.common import GATED, INTERPRETED, choose_token
+from ttt.ops.triton.common import GATED, INTERPRETED, choose_token, product
 from ttt.ops.triton.update import in_order, load_state, pass_momentum, replayed, squares, update
 
-PANEL_BYTES = 32 << 20
+PANEL_BYTES = 64 << 20
 
 
 @triton.jit(do_not_specialize=["tokens", "every", "groups", "seed"], **GATED)
@@ -130,15 +130,6 @@ def _factors_of(x, delta, trace_delta, eta, step, gate, dtype, traces, shared):
     return left, left_s, right_s
 
 
-def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left^T right in float32."""
-    if left.dtype == torch.float32:
-        return left.T @ right
-    if INTERPRETED:
-        return left.T.float() @ right.float()
-    return torch.mm(left.T, right, out_dtype=torch.float32)
-
-
 def commit(
     weight, anchor, importance, trace, x, delta, trace_delta, eta, response, memory, seen, step, gate, momentum,
     *, rows, capacity, m, n, width, seed, lam, decay, keep, carry, gain, remember, share, **shared,
@@ -153,12 +144,14 @@ def commit(
     if INTERPRETED and weight.dtype == torch.bfloat16:
         blocks = {**blocks, "AS": "ieee"}
     if response is None:
-        blocks = {**blocks, "maxnreg": 128}  # without a limit, the assembler aims at 96 and spills a little
+        # Without a limit, the assembler aims at 96 registers and spills a little. With replay rows, whose products are
+        # made in the order of `in_order`, other tiles gain nothing.
+        blocks = {**blocks, "BM": 32, "BN": 64, "num_warps": 8, "maxnreg": 128}
     span = max(1, PANEL_BYTES // (8 * m * 128)) * 128
     for first in range(0, n, span):
         last = min(first + span, n)
-        g = _product(left, right[:, first:last])
-        s = None if left_s is None else _product(left_s, right_s[:, first:last])
+        g = product(left.T, right[:, first:last])
+        s = None if left_s is None else product(left_s.T, right_s[:, first:last])
         grid = (triton.cdiv(last - first, blocks["BN"]), triton.cdiv(m, blocks["BM"]))
         _finish[grid](
             weight, anchor, importance, trace, g, s, total, response, memory, seen, step, gate, momentum, rows,

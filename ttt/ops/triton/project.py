@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ttt.ops.triton.common import operand
+from ttt.ops.triton.common import begin, operand, overlapping
 
 STRETCH = 512
 
@@ -20,9 +20,10 @@ STRETCH = 512
 @triton.jit(do_not_specialize=["tokens", "directions"])
 def _components(
     parts, x, basis, tokens, directions, n,
-    BT: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STRETCH: tl.constexpr, OPERAND: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STRETCH: tl.constexpr, OPERAND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """parts[s, t, k] = sum over j in stretch s of x[t, j] U[k, j], for BT tokens and BK directions."""
+    begin(PDL)
     s = tl.program_id(0).to(tl.int64)
     t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
     k = tl.program_id(2).to(tl.int64) * BK + tl.arange(0, BK)
@@ -38,9 +39,11 @@ def _components(
 
 @triton.jit(do_not_specialize=["stretches", "tokens", "directions"])
 def _take_out(
-    y, x, parts, basis, stretches, tokens, directions, n, BT: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr
+    y, x, parts, basis, stretches, tokens, directions, n,
+    BT: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[t, j] = x[t, j] - H[t] U[:, j] for BT tokens and BN columns."""
+    begin(PDL)
     j = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
     inside = (t < tokens)[:, None] & (j < n)
@@ -66,9 +69,9 @@ def project_out(x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
         if k:
             _components[(stretches, blocks, triton.cdiv(k, 16))](
                 parts, x, basis, tokens, k, n, BT=16, BK=16, BN=128, STRETCH=STRETCH, OPERAND=operand(x.dtype),
-                num_warps=4,
+                num_warps=4, **overlapping(),
             )  # fmt: skip
         _take_out[(triton.cdiv(n, 64), blocks)](
-            y, x, parts, basis, stretches, tokens, k, n, BT=16, BK=16, BN=64, num_warps=4
+            y, x, parts, basis, stretches, tokens, k, n, BT=16, BK=16, BN=64, num_warps=4, **overlapping()
         )
     return y

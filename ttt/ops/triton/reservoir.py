@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ttt.ops.gate import advance
-from ttt.ops.triton.common import GATED, INSERT, draw, signed
+from ttt.ops.triton.common import GATED, INSERT, begin, draw, overlapping, signed
 
 
 @triton.jit
@@ -21,8 +21,11 @@ def _slots(s, capacity, seed):
 
 
 @triton.jit(do_not_specialize=["capacity", "tokens", "seed"], **GATED)
-def _insert(memory, seen, x, gate, capacity, tokens, n, seed: tl.int64, BT: tl.constexpr, BN: tl.constexpr):
+def _insert(
+    memory, seen, x, gate, capacity, tokens, n, seed: tl.int64, BT: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr
+):
     """memory[slot(seen + t)] = x[t] for t = program id, unless a later row of x takes the same slot."""
+    begin(PDL)
     if gate is not None:
         if tl.load(gate) == 0:
             return
@@ -51,7 +54,9 @@ def reservoir_insert(
 ) -> None:
     (capacity, n), tokens = memory.shape, x.shape[0]
     if tokens:
-        _insert[(tokens,)](memory, seen, x, gate, capacity, tokens, n, signed(seed), BT=128, BN=1024, num_warps=4)
+        _insert[(tokens,)](
+            memory, seen, x, gate, capacity, tokens, n, signed(seed), BT=128, BN=1024, num_warps=4, **overlapping()
+        )
     advance(seen, tokens, gate)
 
 

@@ -6,7 +6,7 @@ programs that need c waited for those that compute it. But that would rely on th
 which nothing guarantees: if the waiting ones filled the GPU first, they would wait forever. So no kernel here waits for
 another program.
 
-With many tokens torch's matmul makes the product, and kernels compute c and subtract the window's part.
+With many tokens torch's matmul makes the products x W^T and x X^T, and a kernel subtracts the window's part.
 
 Sums are in float32. A row of the window with eta = 0 is masked out of every load, so it may hold NaN. For bfloat16, c
 is split into two bfloat16 numbers (relative error 2^-17) for the product with D on tensor cores.
@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ttt.ops.triton.common import begin, operand, overlapping
+from ttt.ops.triton.common import begin, let_next_start, operand, overlapping, product, wait_for_previous
 
 FEW_TOKENS = 16
 
@@ -48,6 +48,7 @@ def _decode_one(
     BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[i] for BM rows of W and one token: a matrix-vector product without tensor cores."""
+    let_next_start(PDL)
     i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     acc = tl.zeros((BM, BK), tl.float32)
     last = (n - 1) // BK * BK
@@ -59,7 +60,7 @@ def _decode_one(
     inside = (i < m)[:, None] & (k < n)
     w = tl.load(weight + i[:, None] * n + k, mask=inside, other=0, eviction_policy="evict_first")
     xt = tl.load(x + k, mask=k < n, other=0)
-    begin(PDL)  # only the coefficients are of the launch before this one
+    wait_for_previous(PDL)  # for the coefficients; W and x were written earlier
     part = tl.zeros((BM,), tl.float32)
     for c0 in range(0, window, BC):
         c = c0 + tl.arange(0, BC).to(tl.int64)
@@ -79,6 +80,7 @@ def _decode_few(
     BT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, OPERAND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[:, i] for BM rows of W and at most BT tokens."""
+    let_next_start(PDL)
     i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     t = tl.arange(0, BT).to(tl.int64)
     acc = tl.zeros((BT, BM), tl.float32)
@@ -92,40 +94,27 @@ def _decode_few(
     inside = (i < m)[:, None] & (k < n)
     w = tl.load(weight + i[:, None] * n + k, mask=inside, other=0, eviction_policy="evict_first")
     xt = tl.load(x + t[:, None] * n + k, mask=(t < tokens)[:, None] & (k < n), other=0)
-    begin(PDL)  # only the coefficients are of the launch before this one
-    acc -= _window_part(coef, win_delta, win_eta, t, i, tokens, window, m, BC, OPERAND)
+    wait_for_previous(PDL)  # for the coefficients; W and x were written earlier
+    acc -= _window_part(coef, win_delta, win_eta, t, i, tokens, window, m, BC, True, OPERAND)
     acc = tl.dot(xt.to(OPERAND), tl.trans(w.to(OPERAND)), acc, input_precision="ieee")
     if bias is not None:
         acc += tl.load(bias + i, mask=i < m, other=0).to(tl.float32)
     tl.store(y + t[:, None] * m + i, acc.to(y.dtype.element_ty), mask=(t < tokens)[:, None] & (i < m))
 
 
-@triton.jit(do_not_specialize=["tokens", "window"])
-def _coefficients(
-    c_ptr, x, win_x, win_eta, tokens, window, n,
-    BT: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, OPERAND: tl.constexpr,
-):  # fmt: skip
-    """Compute c for many tokens as a matrix product: a BT x BC block in each program."""
-    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    c = tl.program_id(1).to(tl.int64) * BC + tl.arange(0, BC)
-    eta = tl.load(win_eta + c, mask=c < window, other=0)
-    acc = tl.zeros((BT, BC), tl.float32)
-    for k0 in range(0, n, BK):
-        k = k0 + tl.arange(0, BK)
-        xt = tl.load(x + t[:, None] * n + k, mask=(t < tokens)[:, None] & (k < n), other=0)
-        xc = tl.load(win_x + c[:, None] * n + k, mask=(eta != 0)[:, None] & (k < n), other=0)
-        acc = tl.dot(xt.to(OPERAND), tl.trans(xc.to(OPERAND)), acc, input_precision="ieee")
-    tl.store(c_ptr + t[:, None] * window + c, acc * eta, mask=(t < tokens)[:, None] & (c < window))
-
-
 @triton.jit
-def _window_part(c_ptr, win_delta, win_eta, t, i, tokens, window, m, BC: tl.constexpr, OPERAND: tl.constexpr):
-    """(c D)[t, i] for a BT x BM block."""
+def _window_part(
+    c_ptr, win_delta, win_eta, t, i, tokens, window, m, BC: tl.constexpr, SCALED: tl.constexpr, OPERAND: tl.constexpr
+):
+    """(c D)[t, i] for a BT x BM block. If not ``SCALED``, c is x X^T, and what it holds for empty rows is not used."""
     part = tl.zeros((t.shape[0], i.shape[0]), tl.float32)
     for c0 in range(0, window, BC):
         c = c0 + tl.arange(0, BC).to(tl.int64)
-        live = tl.load(win_eta + c, mask=c < window, other=0) != 0
+        eta = tl.load(win_eta + c, mask=c < window, other=0)
+        live = eta != 0
         factor = tl.load(c_ptr + t[:, None] * window + c, mask=(t < tokens)[:, None] & live, other=0)
+        if not SCALED:
+            factor *= eta
         d = tl.load(win_delta + c[:, None] * m + i, mask=live[:, None] & (i < m), other=0, eviction_policy="evict_last")
         if OPERAND == tl.bfloat16:  # noqa: SIM300
             high = factor.to(tl.bfloat16)
@@ -141,29 +130,28 @@ def _subtract(
     y, c_ptr, win_delta, win_eta, tokens, window, m, BT: tl.constexpr, BM: tl.constexpr,
     BC: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """y <- y - c D on a BT x BM block."""
+    """y <- y - c D on a BT x BM block, with c = (x X^T) * eta, of which ``c_ptr`` holds x X^T."""
     i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
     mask = (t < tokens)[:, None] & (i < m)
     at = y + t[:, None] * m + i
-    part = _window_part(c_ptr, win_delta, win_eta, t, i, tokens, window, m, BC, OPERAND)
+    part = _window_part(c_ptr, win_delta, win_eta, t, i, tokens, window, m, BC, False, OPERAND)
     tl.store(at, (tl.load(at, mask=mask, other=0).to(tl.float32) - part).to(y.dtype.element_ty), mask=mask)
 
 
 _BLOCKS = {  # kernel, is the weight float32
-    # "one" has loads of 4 MB of a 4096 x 4096 matrix in flight, with 60 registers and one wave; "few" has 32 KB on
-    # every multiprocessor. A GPU of 5 TB/s needs about 4 MB in all. A row of 1024 in each of four warps spills on
-    # sm_90.
+    # "one" has loads of 4 MB of a 4096 x 4096 matrix in flight, with 60 registers and one wave. A GPU of 5 TB/s needs
+    # about 4 MB in all. A row of 1024 in each of four warps spills on sm_90.
     ("one", False): {"BM": 8, "BK": 512, "num_warps": 8},
     ("one", True): {"BM": 8, "BK": 256, "num_warps": 8},
-    ("few", False): {"BT": 16, "BM": 32, "BK": 128, "num_warps": 4, "num_stages": 5},
+    # Many small programs: those of the coefficients take some multiprocessors' room while these start, and few large
+    # programs would be spread unevenly.
+    ("few", False): {"BT": 16, "BM": 16, "BK": 256, "num_warps": 2, "num_stages": 6},
     ("few", True): {"BT": 16, "BM": 32, "BK": 64, "num_warps": 4, "num_stages": 3},
     ("few_coefficients", False): {"BT": 4, "BK": 1024, "num_warps": 4},
     ("few_coefficients", True): {"BT": 4, "BK": 512, "num_warps": 4},
-    ("coefficients", False): {"BT": 16, "BC": 16, "BK": 256, "num_warps": 4, "num_stages": 3},
-    ("coefficients", True): {"BT": 16, "BC": 16, "BK": 64, "num_warps": 4, "num_stages": 3},
-    ("subtract", False): {"BT": 32, "BM": 64, "BC": 16, "num_warps": 4, "num_stages": 2},
-    ("subtract", True): {"BT": 32, "BM": 64, "BC": 16, "num_warps": 4, "num_stages": 2},
+    ("subtract", False): {"BT": 32, "BM": 64, "num_warps": 4, "num_stages": 1},
+    ("subtract", True): {"BT": 32, "BM": 64, "num_warps": 4, "num_stages": 1},
 }
 
 
@@ -182,8 +170,8 @@ def window_linear(
     if tokens == 0 or m == 0 or n == 0 or window == 0:
         return y
     wide, dot_type = weight.dtype == torch.float32, operand(weight.dtype)
-    coef = torch.empty((tokens, window), dtype=torch.float32, device=x.device)
     if few:
+        coef = torch.empty((tokens, window), dtype=torch.float32, device=x.device)
         one, overlap = tokens == 1, overlapping()
         blocks = {"BT": 1, "BK": _padded(n, 2048), "num_warps": 8} if one else _BLOCKS["few_coefficients", wide]
         grid = (window, triton.cdiv(tokens, blocks["BT"]))
@@ -200,12 +188,12 @@ def window_linear(
                 OPERAND=dot_type, **blocks, **overlap,
             )  # fmt: skip
     else:
-        blocks = _BLOCKS["coefficients", wide]
-        grid = (triton.cdiv(tokens, blocks["BT"]), triton.cdiv(window, blocks["BC"]))
-        _coefficients[grid](coef, x, win_x, win_eta, tokens, window, n, OPERAND=dot_type, **blocks)
+        coef = product(x.view(tokens, n), win_x.T)
         blocks = _BLOCKS["subtract", wide]
         grid = (triton.cdiv(m, blocks["BM"]), triton.cdiv(tokens, blocks["BT"]))
-        _subtract[grid](y, coef, win_delta, win_eta, tokens, window, m, OPERAND=dot_type, **blocks)
+        _subtract[grid](
+            y, coef, win_delta, win_eta, tokens, window, m, BC=_padded(window, 64), OPERAND=dot_type, **blocks
+        )
     return y
 
 

@@ -18,15 +18,12 @@ import triton
 import triton.language as tl
 
 from ttt.ops.arguments import WindowStepArguments
-from ttt.ops.triton.append import count_rows, write_row
+from ttt.ops.triton.append import count_rows, load_row, store_row, take_ticket
 from ttt.ops.triton.commit import FEW_TOKENS, blocks_of, commit_tile, launch_arguments
 from ttt.ops.triton.common import GATED, begin, multiprocessors, overlapping
 
-PROGRAMS = 4
-"""Programs for each multiprocessor: as many as their registers allow on GPUs of compute capability 9.0."""
-
-LIMIT = {"maxnreg": 128}
-"""Left alone, the assembler takes 164 registers in the loop over tiles, and fewer programs fit."""
+FITTING = {128: 4, 168: 3}
+"""Programs of 4 warps that fit a multiprocessor at once, by the registers of a thread."""
 
 
 @triton.jit(do_not_specialize=["held_rows", "every", "groups", "added", "window", "seed"], **GATED)
@@ -39,13 +36,15 @@ def _window_step(
     G_AS: tl.constexpr, S_AS: tl.constexpr, AHEAD: tl.constexpr, BJ: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    across = tl.cdiv(tl.maximum(m, n), BJ)
+    # What an append needs is asked for together with the counters, which decide whether it is one.
+    row = load_row(x, delta, trace_delta, program // across, program % across, added, m, n, BJ)
+    held, full = tl.load(counters), tl.load(counters + 1) != 0
     if gate is not None:
         if tl.load(gate) == 0:
             return
-    held, full = tl.load(counters), tl.load(counters + 1) != 0
-    program, programs = tl.program_id(0), tl.num_programs(0)
     first = tl.where(full, 0, held)
-    across = tl.cdiv(tl.maximum(m, n), BJ)
     if full:
         columns = tl.cdiv(n, BN)
         for tile in range(program, tl.cdiv(m, BM) * columns, programs):
@@ -56,19 +55,17 @@ def _window_step(
                 carry, gain, remember, share, KIND, SAMPLED, BM, BN, BT, G_AS, S_AS, AHEAD,
             )  # fmt: skip
     else:
-        for block in range(program, added * across, programs):
-            write_row(
-                win_x, win_delta, win_trace, x, delta, trace_delta, first, block // across, block % across, window,
-                m, n, BJ,
-            )  # fmt: skip
-    tl.debug_barrier()  # every thread has read the counters and the window
-    if tl.atomic_add(counters + 2, 1) == programs - 1:
+        store_row(win_x, win_delta, win_trace, row, first, program // across, program % across, added, window, m, n, BJ)
+        for block in range(program + programs, added * across, programs):
+            b, at = block // across, block % across
+            row = load_row(x, delta, trace_delta, b, at, added, m, n, BJ)
+            store_row(win_x, win_delta, win_trace, row, first, b, at, added, window, m, n, BJ)
+    if take_ticket(counters) == programs - 1:
         if full:
             for block in range(0, added * across):
-                write_row(
-                    win_x, win_delta, win_trace, x, delta, trace_delta, first, block // across, block % across, window,
-                    m, n, BJ,
-                )  # fmt: skip
+                b, at = block // across, block % across
+                row = load_row(x, delta, trace_delta, b, at, added, m, n, BJ)
+                store_row(win_x, win_delta, win_trace, row, first, b, at, added, window, m, n, BJ)
             tl.store(step, tl.load(step) + 1)
         count_rows(win_eta, eta, counters, tokens, held, full, first, added, window, BC)
 
@@ -76,16 +73,19 @@ def _window_step(
 def window_step(a: WindowStepArguments) -> None:
     """Launch the kernel of ``torch.ops.ttt.window_step``, if there is no reason against it; see `why_not`."""
     c = a.commit
-    (m, n), blocks = c.weight.shape, blocks_of(c.weight.dtype, a.held)
+    (m, n), blocks = c.weight.shape, blocks_of(c)
     (weight, anchor, importance, trace, *_), (*_, momentum), shared = launch_arguments(c, None)
     del shared["rows"], shared["capacity"], shared["tokens"]
-    limit = LIMIT if a.weight.dtype == torch.bfloat16 and momentum is None else {}
+    # Left alone, the assembler takes 164 to 203 registers for the loop over tiles, and fewer programs fit.
+    plain = a.weight.dtype == torch.bfloat16 and momentum is None
+    plain = plain and torch.float32 not in (t.dtype for t in (importance, trace) if t is not None)
+    limit = 128 if plain and blocks["BT"] == 16 and blocks["BN"] == 32 else 168 if plain else None
     tiles = triton.cdiv(m, blocks["BM"]) * triton.cdiv(n, blocks["BN"])
-    _window_step[(min(tiles, PROGRAMS * multiprocessors()),)](
+    _window_step[(min(tiles, FITTING.get(limit, 2) * multiprocessors()),)](
         weight, anchor, importance, trace, a.win_x, a.win_delta, a.win_trace, a.win_eta, momentum, a.step,
         a.x, a.delta, a.delta if a.trace_delta is None and a.win_trace is not None else a.trace_delta, a.eta,
         a.counters, a.tokens, a.gate, a.held, added=a.x.shape[0], window=a.win_eta.numel(), BJ=1024, BC=128,
-        **shared, **blocks, **limit, **overlapping(),
+        **shared, **{**blocks, "maxnreg": limit or blocks.get("maxnreg")}, **overlapping(),
     )  # fmt: skip
 
 
