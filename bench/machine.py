@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,29 @@ import torch
 
 import ttt
 
+DEVICES = ("cpu", "cuda")
+"""Where a model can be measured."""
 
-def machine() -> dict[str, Any]:
-    """Processor, cores, threads, instruction set of the kernels, and the versions of Python and torch."""
-    found = ttt.info(file=None)
+
+def check_device(device: str) -> None:
+    """Raise ValueError unless ``device`` is one of `DEVICES`, and is there."""
+    if device not in DEVICES:
+        raise ValueError(f"device must be one of {list(DEVICES)}, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be 'cpu' where torch.cuda.is_available() is False, got 'cuda'")
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Processor, cores, threads, instruction set of the kernels, and the versions of Python and torch.
+
+    Args:
+        device: one of `DEVICES`; for "cuda" also the GPU and the versions of CUDA and triton.
+    """
+    found, gpu = ttt.info(file=None), {}
+    if device == "cuda":
+        gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": found["triton"]}
     return {
+        **gpu,
         "processor": found["processor"],
         "cores": os.cpu_count(),
         "threads": found["threads"],
@@ -26,6 +45,11 @@ def machine() -> dict[str, Any]:
         "python": found["python"],
         "torch": found["torch"],
     }
+
+
+def name_of(found: Mapping[str, Any]) -> str:
+    """What computed, by the dict that `machine` returned: the GPU, or the processor."""
+    return found.get("gpu") or found["processor"]
 
 
 def provenance(device: str) -> dict[str, Any]:

@@ -26,6 +26,10 @@ def main(
     plots: Annotated[bool, typer.Option(help="Draw plots.")] = True,
     curves: Annotated[bool, typer.Option("--curves", help="Also make the runs of trade-off curves.")] = False,
     tokens: Annotated[int | None, typer.Option(help="Tokens of each text (streams only).")] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, or cuda (streams and facts only).")] = "cpu",
+    merge: Annotated[
+        Path | None, typer.Option(help="Run nothing; add the runs in this folder, made elsewhere, to the results.")
+    ] = None,
     report: Annotated[bool, typer.Option("--report", help="Run nothing; write all results as one HTML page.")] = False,
     page: Annotated[Path, typer.Option(help="The file of the page.")] = Path("report/benchmark.html"),
 ) -> None:
@@ -35,7 +39,7 @@ def main(
             write(results, page)
             print(f"{page} written")
             return
-        run(suite, scenarios, methods, seeds, tune, jobs, results, tuned, plots, curves, tokens)
+        run(suite, scenarios, methods, seeds, tune, jobs, results, tuned, plots, curves, tokens, device, merge)
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
 

@@ -14,9 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench.learning import report, tuning
 from bench.learning.runs import Journal, key_of, run_all, wanted
-from bench.learning.suite import Record, Suite, swept
+from bench.learning.suite import Record, Suite, device_of, protocol_of, stem_of, swept
 from bench.learning.suites import SUITES
-from bench.machine import machine
+from bench.machine import check_device, machine, name_of
 
 
 def pick(name: str, given: str | None, allowed: Sequence[str]) -> list[str]:
@@ -37,14 +37,15 @@ def pick(name: str, given: str | None, allowed: Sequence[str]) -> list[str]:
     return [item for item in allowed if item in items]
 
 
-def suite_of(name: str, tokens: int | None = None) -> Suite:
+def suite_of(name: str, tokens: int | None = None, device: str = "cpu") -> Suite:
     """The suite ``name``.
 
     Args:
         tokens: to read of each text, for a suite that has this setting; None for what the suite reads by default.
+        device: where it runs, for a suite that has this setting.
 
     Raises:
-        ValueError: if there is none, or for ``tokens`` that it cannot read.
+        ValueError: if there is none, or for ``tokens`` that it cannot read, or a device on which it cannot run.
     """
     if name not in SUITES:
         raise ValueError(f"suite must be one of {list(SUITES)}, got {name!r}")
@@ -53,6 +54,10 @@ def suite_of(name: str, tokens: int | None = None) -> Suite:
         if not hasattr(suite, "tokens"):
             raise ValueError(f"tokens must not be given for the suite {name!r}, got {tokens}")
         suite.tokens = tokens
+    if device != "cpu":
+        if not hasattr(suite, "device"):
+            raise ValueError(f"device must be 'cpu' for the suite {name!r}, got {device!r}")
+        suite.device = device
     return suite
 
 
@@ -74,7 +79,7 @@ def tune(
     console: Console,
 ) -> None:  # fmt: skip
     """Search the grids of ``methods``, on seeds and samples that are not reported, and write the best to ``tuned``."""
-    journal = Journal(results / f"benchmark_{suite.name}_tuning.jsonl")
+    journal = Journal(results / f"{stem_of(suite)}_tuning.jsonl")
     todo = tuning.todo(suite, scenarios, methods)
     _run(suite, todo, journal, jobs, console, "tuning")
     chosen = tuning.choose(suite, journal, todo)
@@ -123,18 +128,48 @@ def measure(
         The rows of `bench.learning.report.summarise`.
     """
     todo = runs_of(suite, scenarios, methods, seeds, tuned, curves)
-    journal = Journal(results / f"benchmark_{suite.name}.jsonl")
+    journal = Journal(results / f"{stem_of(suite)}.jsonl")
     nothing_new = all(key_of(r) in journal.records for r in todo)
     _run(suite, todo, journal, jobs, console, suite.name)
-    # Keep the runs of this call, and earlier ones with options that are still the tuned ones.
     asked = {key_of(r) for r in todo}
+    return _write(suite, scenarios, methods, journal, asked, nothing_new, results, tuned, console, plots)
+
+
+def merge(
+    suite: Suite, scenarios: Sequence[str], methods: Sequence[str], folder: Path, results: Path, tuned: Path,
+    console: Console, plots: bool,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Add the runs in the journal of ``folder``, made on another machine, to ``results``; write and print as `measure`.
+
+    Returns:
+        The rows of `bench.learning.report.summarise`.
+
+    Raises:
+        FileNotFoundError: if ``folder`` has no runs of this suite on this device.
+    """
+    path = folder / f"{stem_of(suite)}.jsonl"
+    found, journal = Journal(path).records, Journal(results / path.name)
+    if not found:
+        raise FileNotFoundError(f"{path} holds no finished runs")
+    new = [record for key, record in found.items() if key not in journal.records]
+    for record in new:
+        journal.add(record)
+    console.print(f"{len(new)} of {len(found)} runs are new")
+    return _write(suite, scenarios, methods, journal, set(found), not new, results, tuned, console, plots)
+
+
+def _write(
+    suite: Suite, scenarios: Sequence[str], methods: Sequence[str], journal: Journal, asked: set[str],
+    nothing_new: bool, results: Path, tuned: Path, console: Console, plots: bool,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Write figures and plots of the runs in ``journal``; print tables."""
+    # Keep the runs of this call, and earlier ones with options that are still the tuned ones.
     options = tuning.options_of(suite, tuned)
 
     def current(r: Record) -> bool:
         chosen = options.get(suite.tuned_on(r["scenario"]), {}).get(r["method"])
-        protocol = {**suite.protocol(), "tuning": False}
+        protocol = protocol_of(suite, tuning=False, sweep=swept(r))
         if swept(r):
-            protocol["sweep"] = True
             option, values = suite.sweep(r["method"], r["scenario"]) or ("", ())
             if chosen is not None and r["options"].get(option) in values:
                 chosen = {**chosen, option: r["options"][option]}
@@ -143,8 +178,8 @@ def measure(
     journal.rewrite(current)
     records = list(journal.records.values())
     rows = report.summarise(suite, records)
-    path = results / f"benchmark_{suite.name}.json"
-    found: dict[str, Any] = {"suite": suite.name, "machine": machine(), "date": time.strftime("%Y-%m-%d")}
+    path = results / f"{stem_of(suite)}.json"
+    found: dict[str, Any] = {"suite": suite.name, **_made_on(suite, [r for r in records if key_of(r) in asked])}
     if nothing_new and path.exists():  # the machine is the one on which the runs were made
         before = json.loads(path.read_text())
         found |= {key: before[key] for key in ("machine", "date")}
@@ -156,28 +191,43 @@ def measure(
         console.print(report.table_of(suite, scenario, [r for r in rows if r["method"] in methods]))
     written = [str(path)]
     if plots:
-        prefix = str(results / f"benchmark_{suite.name}")
+        prefix = str(results / stem_of(suite))
         made_on = found["machine"]
-        title = f"{suite.name}; {made_on['processor']}, torch {made_on['torch']}, {found['date']}"
+        title = f"{suite.name}; {name_of(made_on)}, torch {made_on['torch']}, {found['date']}"
         written += suite.plot(records, rows, title, prefix)
     console.print(", ".join(written) + " written")
     return rows
 
 
+def _made_on(suite: Suite, records: Sequence[Record]) -> Record:
+    """The ``machine`` and ``date`` of the latest of ``records``; ``processes`` is how many ran there at once."""
+    told = [r for r in records if "machine" in r]
+    if not told:
+        return {"machine": machine(device_of(suite)), "date": time.strftime("%Y-%m-%d")}
+    latest = max(told, key=lambda r: r["date"])
+    return {"machine": {**latest["machine"], "processes": max(r["jobs"] for r in told)}, "date": latest["date"]}
+
+
 def main(
     suite: str, scenarios: str | None, methods: str | None, seeds: int, tune_first: bool, jobs: int, results: Path,
-    tuned: Path | None, plots: bool, curves: bool, tokens: int | None = None,
+    tuned: Path | None, plots: bool, curves: bool, tokens: int | None = None, device: str = "cpu",
+    merged: Path | None = None,
 ) -> None:  # fmt: skip
-    """Tune or compare, with the arguments of the command (see `bench.learning.__main__`).
+    """Tune, compare or merge, with the arguments of the command (see `bench.learning.__main__`).
 
     Raises:
-        ValueError: for an unknown suite, scenario or method.
+        ValueError: for an unknown suite, scenario or method, or a device that is not there.
+        FileNotFoundError: as `merge`.
     """
-    found = suite_of(suite, tokens)
+    found = suite_of(suite, tokens, device)
+    if merged is None:
+        check_device(device)
     chosen = pick("scenarios", scenarios, found.scenarios), pick("methods", methods, found.methods)
     path = tuned or tuning.tuned_path(found)
     console = Console()
-    if tune_first:
+    if merged is not None:
+        merge(found, *chosen, merged, results, path, console, plots)
+    elif tune_first:
         tune(found, *chosen, results, path, jobs, console)
     else:
         measure(found, *chosen, seeds, results, path, jobs, console, plots, curves)

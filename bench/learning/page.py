@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from bench.learning.report import cell, shown_figures
-from bench.learning.suite import Suite, candidates
+from bench.learning.suite import Suite, candidates, device_of, stem_of
 from bench.learning.suites import SUITES
+from bench.machine import DEVICES
 from ttt.demo.report import STYLE
 
 _STYLE = (
@@ -31,10 +32,10 @@ def write(results: Path, path: Path) -> None:
     Raises:
         FileNotFoundError: if ``results`` has no figures of any suite.
     """
-    found = {name: file for name in SUITES if (file := results / f"benchmark_{name}.json").exists()}
+    found = [(suite, file) for suite in _suites() if (file := results / f"{stem_of(suite)}.json").exists()]
     if not found:
         raise FileNotFoundError(f"{results} holds no benchmark_*.json; `python -m bench.learning` writes it")
-    body = [_section(SUITES[name](), json.loads(file.read_text()), results) for name, file in found.items()]
+    body = [_section(suite, json.loads(file.read_text()), results) for suite, file in found]
     page = f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>ttt: methods of continual learning compared</title><style>{_STYLE}</style>
 <h1>Methods of continual learning compared</h1>
@@ -47,22 +48,42 @@ benchmark</code> repeats all runs that are missing and writes this page.</p>
     path.write_text(page)
 
 
+def _suites() -> Iterator[Suite]:
+    """Every suite on every device on which it can run."""
+    for make in SUITES.values():
+        for device in DEVICES:
+            suite = make()
+            if device == "cpu":
+                yield suite
+            elif hasattr(suite, "device"):
+                suite.device = device
+                yield suite
+
+
+def _pictures(suite: Suite, results: Path) -> list[Path]:
+    stem = stem_of(suite)
+    longer = [f"{stem}_{device}_" for device in DEVICES]
+    return [path for path in sorted(results.glob(f"{stem}_*.png")) if not path.name.startswith(tuple(longer))]
+
+
 def _section(suite: Suite, found: Mapping[str, Any], results: Path) -> str:
     machine = ", ".join(f"{name} {value}" for name, value in found["machine"].items())
     tables = "".join(_table(suite, scenario, found["rows"]) for scenario in suite.scenarios)
     figures = shown_figures(suite, found["rows"])
     meanings = "".join(f"<dt>{html.escape(f.title)}<dd>{html.escape(f.meaning)}" for f in figures if f.meaning)
-    pictures = "".join(_picture(path) for path in sorted(results.glob(f"benchmark_{suite.name}_*.png")))
+    pictures = "".join(_picture(path) for path in _pictures(suite, results))
     domains = found.get("domains", {})
     read = ", ".join(f"{name} {size:,} bytes" for name, size in domains.items())
     lacking = "".join(f"<p>Left out: {html.escape(why)}.</p>" for why in found.get("missing", {}).values())
     searched = any(len(candidates(suite.grid(name))) > 1 for name in suite.methods)
     search = f"""The options of every method were chosen by the same search, on data and seeds that are not reported:
 <code>python -m bench.learning --suite {suite.name} --tune</code>."""
+    device = device_of(suite)
+    where = "" if device == "cpu" else f" --device {device}"
     return f"""
-<h2>{html.escape(suite.name)}</h2>
+<h2>{html.escape(suite.name + where.replace(" --device", " on"))}</h2>
 <p class="small">{html.escape(machine)}; {html.escape(found["date"])}. Runs were made with
-<code>python -m bench.learning --suite {suite.name}</code>. {search if searched else ""}</p>
+<code>python -m bench.learning --suite {suite.name}{where}</code>. {search if searched else ""}</p>
 {f"<p>Text on that machine: {read}.</p>" if read else ""}{lacking}
 <dl>{meanings}</dl>
 {pictures}

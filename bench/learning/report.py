@@ -76,6 +76,19 @@ def cell(value: Sequence[float | None] | None, digits: int) -> str:
     return f"{mean:.{digits}f}" + ("" if width is None else f" ± {width:.{digits}f}")
 
 
+def about_gpu(found: Mapping[str, Any], command: str) -> list[tuple[str, ...]]:
+    """The head of tables of runs that were made on a GPU: a head and a line of cells.
+
+    Args:
+        found: the results.
+        command: that made them.
+    """
+    machine = found["machine"]
+    columns = ("gpu", "processor", "processes", "torch", "triton")
+    cells = (f"`{command}`", *(str(machine[name]) for name in columns), found["date"])
+    return [("command", "GPU", "processor", "processes at once", "torch", "Triton", "date"), cells]
+
+
 def bars(suite: Suite, rows: Sequence[Mapping[str, Any]], figure: str, label: str, title: str, path: str) -> None:
     """Draw a share of every method as bars with intervals, in one panel for each scenario."""
     import matplotlib

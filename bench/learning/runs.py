@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bench.learning.suite import Record, Suite
+from bench.learning.suite import Record, Suite, device_of, protocol_of
 from bench.machine import machine
 
 KEY = ("scenario", "method", "seed", "options", "protocol")
@@ -72,7 +72,7 @@ def wanted(
     suite: Suite, scenario: str, method: str, seed: int, options: Record, *, tuning: bool, sweep: bool = False
 ) -> Record:
     """The record of a run to be made. A run with ``sweep`` belongs to a trade-off curve only."""
-    protocol = {**suite.protocol(), "tuning": tuning, **({"sweep": True} if sweep else {})}
+    protocol = protocol_of(suite, tuning=tuning, sweep=sweep)
     return {"scenario": scenario, "method": method, "seed": seed, "options": options, "protocol": protocol}
 
 
@@ -102,13 +102,13 @@ def _results(suite: Suite, todo: list[Record], jobs: int) -> Iterator[Record]:
         torch.set_num_threads(1)
         try:
             for record in todo:
-                yield _one(suite, record)
+                yield one(suite, record, jobs)
         finally:
             torch.set_num_threads(threads)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting = {pool.submit(_one, suite, record) for record in todo}
+        waiting = {pool.submit(one, suite, record, jobs) for record in todo}
         try:
             while waiting:
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
@@ -119,7 +119,19 @@ def _results(suite: Suite, todo: list[Record], jobs: int) -> Iterator[Record]:
                 future.cancel()
 
 
-def _one(suite: Suite, record: Record) -> Record:
+def one(suite: Suite, record: Record, jobs: int) -> Record:
+    """Make the run ``record``.
+
+    Returns:
+        ``record``, what the suite measured, the ``machine``, the ``date``, and ``jobs``, the number of processes that
+        ran on the machine at once.
+    """
     p = record["protocol"]
     out = suite.run(record["scenario"], record["method"], record["seed"], record["options"], tuning=p["tuning"])
-    return {**record, **out, "processor": machine()["processor"], "date": time.strftime("%Y-%m-%d")}
+    made = {"machine": machine(device_of(suite)), "date": time.strftime("%Y-%m-%d"), "jobs": jobs}
+    return {**record, **out, **made}
+
+
+def shares_gpu(record: Record) -> bool:
+    """Whether other runs were computed on the same GPU at the same time, so that times say nothing about the method."""
+    return "device" in record.get("protocol", {}) and record.get("jobs", 1) > 1

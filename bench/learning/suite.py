@@ -33,7 +33,10 @@ class Figure:
 
 
 class Suite(Protocol):
-    """Scenarios and methods, and how a method runs in a scenario. Records hold plain values only, for JSON."""
+    """Scenarios and methods, and how a method runs in a scenario. Records hold plain values only, for JSON.
+
+    A suite that can run on a GPU has an attribute ``device``, "cpu" or "cuda" (see `device_of`).
+    """
 
     name: str
     scenarios: Sequence[str]
@@ -122,6 +125,29 @@ def named(methods: Mapping[str, M], name: str) -> M:
 def best_of(method: str) -> str:
     """The name under which `Suite.score` finds the run of the reference ``method`` that scored best with that seed."""
     return f"{method}, best"
+
+
+def device_of(suite: Suite) -> str:
+    """The device on which ``suite`` runs: its attribute ``device``, for a suite that has this setting."""
+    return getattr(suite, "device", "cpu")
+
+
+def protocol_of(suite: Suite, *, tuning: bool, sweep: bool = False) -> Record:
+    """The ``protocol`` of a run: that of the suite, and the device unless it is "cpu".
+
+    Args:
+        tuning: whether the run is made to choose options.
+        sweep: whether the run belongs to a trade-off curve only.
+    """
+    device = device_of(suite)
+    where = {} if device == "cpu" else {"device": device}
+    return {**suite.protocol(), **where, "tuning": tuning, **({"sweep": True} if sweep else {})}
+
+
+def stem_of(suite: Suite) -> str:
+    """The beginning of the names of all files of results; runs on another device than "cpu" have files of their own."""
+    device = device_of(suite)
+    return f"benchmark_{suite.name}" if device == "cpu" else f"benchmark_{suite.name}_{device}"
 
 
 def swept(record: Record) -> bool:

@@ -25,10 +25,10 @@ def with_lora(model: nn.Module, modules: Sequence[str], rank: int, seed: int) ->
 
 def fine_tune(model: Any, turns: Sequence[tuple[list[int], list[bool]]], lr: float, steps: int) -> None:
     """Take ``steps`` steps of AdamW on all ``turns`` at once, each tokens and which of them a loss is taken on."""
-    rows = padded([ids for ids, _ in turns])
-    targets = torch.full_like(rows, -100)  # ignored by the loss
-    for at, (ids, said) in enumerate(turns):
-        targets[at, : len(ids)] = torch.where(torch.tensor(said), rows[at, : len(ids)], -100)
+    device = next(model.parameters()).device
+    rows = padded([ids for ids, _ in turns], device)
+    wanted = padded([said for _, said in turns], device) != 0
+    targets = torch.where(wanted, rows, -100)  # which the loss ignores
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
     for _ in range(steps):
         logits = model(input_ids=rows).logits[:, :-1].float()

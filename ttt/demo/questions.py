@@ -134,12 +134,13 @@ def log_probabilities(
     if context is not None and longest > context:
         raise ValueError(f"prompt and continuation must fit into the context of {context} tokens, got {longest}")
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(model).forward).parameters else {}
+    device = next(model.parameters()).device
     with answering(1):
-        out = model(input_ids=torch.tensor([prompt]), **last, **cached(model, None))
+        out = model(input_ids=torch.tensor([prompt], device=device), **last, **cached(model, None))
     first = out.logits[0, -1].float().log_softmax(-1)
     cache = copy.deepcopy(cache_of(out))
     cache.batch_repeat_interleave(len(continuations))
-    rows = padded(continuations)
+    rows = padded(continuations, device)
     with answering(len(continuations)):
         after = model(input_ids=rows, **cached(model, cache)).logits.float().log_softmax(-1)
     found = []
@@ -149,7 +150,7 @@ def log_probabilities(
     return found
 
 
-def padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    """``rows`` as one (B, T) int64 tensor, with `PAD` after the shorter ones."""
+def padded(rows: Sequence[Sequence[int]], device: torch.device | None = None) -> Tensor:
+    """``rows`` as one (B, T) int64 tensor on ``device``, with `PAD`, which is 0, after the shorter ones."""
     width = max(map(len, rows))
-    return torch.tensor([[*row, *[PAD] * (width - len(row))] for row in rows])
+    return torch.tensor([[*row, *[PAD] * (width - len(row))] for row in rows], dtype=torch.int64, device=device)

@@ -121,8 +121,9 @@ class Online(Contender):
     def _tell(self, sentences: Sequence[str], user: str | None) -> None:
         for sentence in sentences:
             ids, said = self.template.turn(sentence)
+            tokens, learnt = (torch.tensor([each], device=self.base.device) for each in (ids, said))
             self.learner.observe(
-                torch.tensor([ids]), learn_mask=torch.tensor([said]), users=None if user is None else [user],
+                tokens, learn_mask=learnt, users=None if user is None else [user],
                 passes=self.options.get("passes", 1), emphasis=self.options.get("emphasis", 1.0),
             )  # fmt: skip
         if self.options.get("study"):

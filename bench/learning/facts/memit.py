@@ -54,11 +54,9 @@ def edit(
         moments: from `second_moments`.
         weight: of what the layers do on other inputs.
     """
-    ids = padded([tokens for tokens, _ in turns])
-    counts = torch.zeros(ids.shape, dtype=torch.bool)
-    for row, (_, said) in enumerate(turns):
-        counts[row, : len(said)] = torch.tensor(said)
-    counts = counts[:, 1:]  # of the token before each one that counts
+    device = next(model.parameters()).device
+    ids = padded([tokens for tokens, _ in turns], device)
+    counts = padded([said for _, said in turns], device)[:, 1:] != 0  # of the token before each one that counts
     ids, wanted = ids[:, :-1], ids[:, 1:]
     targets = _targets(model, ids, wanted, counts, layers[-1])
     with torch.no_grad():

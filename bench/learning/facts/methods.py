@@ -34,6 +34,9 @@ def _learner(told_only: bool = False, **options: Any) -> FactsMethod:
     return FactsMethod("combination", contenders.Online, grid, told_only)
 
 
+PASSES: dict[str, Any] = {"passes": 2, "emphasis": 20.0}
+"""Two readings of what is told, with large steps: the default of `ttt chat` and `ttt serve`."""
+
 METHODS: dict[str, FactsMethod] = {
     "frozen": FactsMethod("reference", contenders.Contender),
     "in context": FactsMethod("reference", contenders.InContext),
@@ -44,7 +47,14 @@ METHODS: dict[str, FactsMethod] = {
         "workaround", contenders.Memit, {"blocks": ("middle", "last"), "weight": (1000.0, 15000.0, 150000.0)}
     ),
     "online": _learner(),
-    "online (2 passes of emphasis 20)": _learner(passes=2, emphasis=20.0),
+    "online (2 passes of emphasis 20)": _learner(**PASSES),
+    "online (2 passes of emphasis 20, a user's weights)": _learner(**PASSES, rank=32),
+    "online (2 passes of emphasis 20, first quarter of the blocks)": _learner(True, **PASSES, blocks="first"),
+    "online (2 passes of emphasis 20, middle quarter of the blocks)": _learner(True, **PASSES, blocks="middle"),
+    "online (2 passes of emphasis 20, half of the blocks)": _learner(**PASSES, layers="last:0.5"),
+    "online (2 passes of emphasis 20, a user's weights in half of the blocks)": _learner(
+        **PASSES, rank=32, layers="last:0.5"
+    ),
     "study": _learner(study=True),
     "study (no rehearsal)": _learner(told_only=True, study=True, rehearse=0.0),
     "study (a user's weights)": _learner(told_only=True, study=True, rank=32),

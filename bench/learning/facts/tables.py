@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.learning.facts.methods import METHODS
 from bench.learning.facts.run import SCENARIOS
-from bench.learning.report import cell
+from bench.learning.report import about_gpu, cell
 
 Lines = list[tuple[str, ...]]
 
@@ -15,6 +15,8 @@ Lines = list[tuple[str, ...]]
 def about(found: Mapping[str, Any]) -> Lines:
     """The command, the machine and the date of the results; ``found`` is all of them."""
     machine = found["machine"]
+    if "gpu" in machine:
+        return about_gpu(found, "python -m bench.learning --suite facts --device cuda")
     return [
         ("command", "processor", "cores", "threads", "torch", "date"),
         (
@@ -25,26 +27,35 @@ def about(found: Mapping[str, Any]) -> Lines:
 
 
 def by_scenario(found: Mapping[str, Any]) -> Lines:
-    """The share of right answers of every method in every scenario, with the number of people."""
+    """The share of right answers of every method in every scenario, with the number of people.
+
+    Where a method was told by fewer people than the head says, their number stands in the cell.
+    """
     rows = {(row["scenario"], row["method"]): row for row in found["rows"]}
     shown = [scenario for scenario in SCENARIOS if any(s == scenario for s, _ in rows)]
     people = {s: max(row["seeds"] for (each, _), row in rows.items() if each == s) for s in shown}
     lines: Lines = [("method", *(f"{s} ({people[s]})" for s in shown))]
     for method in METHODS:
         if any((scenario, method) in rows for scenario in shown):
-            cells = [cell(rows[s, method]["right"], 2) if (s, method) in rows else "" for s in shown]
-            lines.append((method, *cells))
+            lines.append((method, *(_right(rows.get((s, method)), people[s]) for s in shown)))
     return lines
 
 
+def _right(row: Mapping[str, Any] | None, people: int) -> str:
+    if row is None:
+        return ""
+    return cell(row["right"], 2) + ("" if row["seeds"] == people else f" ({row['seeds']})")
+
+
 def costs(found: Mapping[str, Any]) -> Lines:
-    """What the first scenario cost: drift, general knowledge, facts ascribed to someone else, time."""
-    figures = (("rank", 2), ("kl", 4), ("general", 3), ("texts", 4), ("neighbour", 2), ("told", 1), ("asked", 1))
-    lines: Lines = [
-        ("method", "rank", "KL, English", "general, nats", "texts, nats", "ascribed to a neighbour", "telling, s",
-         "asking, s")
-    ]  # fmt: skip
-    for row in found["rows"]:
-        if row["scenario"] == next(iter(SCENARIOS)):
-            lines.append((row["method"], *(cell(row[name], digits) for name, digits in figures)))
+    """What the first scenario cost: drift, general knowledge, facts ascribed to someone else, and time if measured."""
+    figures = (
+        ("rank", 2, "rank"), ("kl", 4, "KL, English"), ("general", 3, "general, nats"), ("texts", 4, "texts, nats"),
+        ("neighbour", 2, "ascribed to a neighbour"), ("told", 1, "telling, s"), ("asked", 1, "asking, s"),
+    )  # fmt: skip
+    rows = [row for row in found["rows"] if row["scenario"] == next(iter(SCENARIOS))]
+    shown = [each for each in figures if any(row[each[0]] is not None for row in rows)]
+    lines: Lines = [("method", *(title for _, _, title in shown))]
+    for row in rows:
+        lines.append((row["method"], *(cell(row[name], digits) for name, digits, _ in shown)))
     return lines

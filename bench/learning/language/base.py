@@ -42,6 +42,8 @@ class Base:
         sample: makes texts (N, T) of the model's own, for calibration. Called once, when they are first needed.
         facts: short sentences and how they go on.
         tokenizer: the model's, where chats are written.
+
+    Tokens, and all that is made of the model, are on the model's device.
     """
 
     def __init__(
@@ -53,13 +55,18 @@ class Base:
         tokenizer: Any = None,
     ) -> None:
         self.model = model.requires_grad_(False)
-        self.encode = encode
+        self.device = next(model.parameters()).device
+        self._encode = encode
         self._sample, self.tokenizer = sample, tokenizer
         self.names = adapted_weights(model, CONFIG)
-        self.facts: list[Fact] = as_facts(facts, encode)
+        self.facts: list[Fact] = as_facts(facts, self.encode)
         rows, length = GENERAL
-        self.general = encode(texts.english()[: texts.KNOWN // 2])[: rows * length].view(rows, length)
+        self.general = self.encode(texts.english()[: texts.KNOWN // 2])[: rows * length].view(rows, length)
         self._learners: dict[ttt.TTTConfig, ttt.Learner] = {}
+
+    def encode(self, text: str) -> Tensor:
+        """The tokens (T,) int64 of ``text``."""
+        return self._encode(text).to(self.device)
 
     @functools.cached_property
     def own(self) -> Tensor:
@@ -103,12 +110,12 @@ class Base:
         """
         if name in HARD:
             generator = torch.Generator().manual_seed(part)
-            ids = HARD[name](self.encode, self.model.config.vocab_size, count + 1, generator)
+            ids = HARD[name](self._encode, self.model.config.vocab_size, count + 1, generator)
         else:
             ids = self.encode(texts.read(name))[part * count : (part + 1) * count + 1]
         if len(ids) <= count:
             raise ValueError(f"the text {name!r} is too short for part {part} of {count} tokens")
-        return ids[None]
+        return ids[None].to(self.device)
 
 
 def segments(ids: Tensor) -> Iterator[Tensor]:
@@ -124,13 +131,14 @@ def check_text(name: str) -> None:
 
 
 @functools.cache
-def smollm() -> Base:
-    """SmolLM2-135M-Instruct.
+def smollm(device: str = "cpu") -> Base:
+    """SmolLM2-135M-Instruct on ``device``.
 
     Raises:
         FileNotFoundError: if its package is not installed; it says how to install it.
     """
     model, tokenizer = load_language_model()
+    model.to(device)
 
     def encode(text: str) -> Tensor:
         return tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]

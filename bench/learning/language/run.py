@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.learning.clock import Clock
+from bench.learning.clock import Clock, seconds
 from bench.learning.language.base import Base, segments
 from bench.learning.language.measures import blocks, divergence
 from bench.learning.language.methods import LanguageMethod, Options
@@ -29,13 +28,14 @@ def run(base: Base, found: LanguageMethod, ids: Tensor, seed: int, options: Opti
         * ``kl``: means of as many parts of the divergence from the frozen model on general text, afterwards
         * ``facts``: mean loss on how the facts go on, afterwards
         * ``time_ratio``: time per token divided by that of a forward pass in the same run
-        * ``seconds``: processor time
+        * ``seconds``: processor time; of the wall clock on a GPU
         * ``tokens``: how many were scored
         * ``sha256``: of the tokens, and of those of the general text
     """
-    began = time.process_time()
+    device = base.device.type
+    began = seconds(device)
     reader = found.make(base, options, seed)
-    clock = Clock(TIMED)
+    clock = Clock(TIMED, device)
     parts = []
     for segment in segments(ids):
         with clock.turn():
@@ -52,7 +52,7 @@ def run(base: Base, found: LanguageMethod, ids: Tensor, seed: int, options: Opti
         "kl": blocks(kl),
         "facts": round(facts_loss(reader.model, base.facts), 6),
         "time_ratio": clock.ratio(),
-        "seconds": round(time.process_time() - began, 2),
+        "seconds": round(seconds(device) - began, 2),
         "tokens": len(nll),
         "sha256": [_digest(ids), _digest(base.general)],
     }

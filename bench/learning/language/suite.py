@@ -14,6 +14,7 @@ from bench.learning.language.hard import CHUNK, HARD
 from bench.learning.language.measures import BLOCKS
 from bench.learning.language.methods import METHODS, method
 from bench.learning.language.run import run
+from bench.learning.runs import shares_gpu
 from bench.learning.suite import SEEDS, Figure, Record
 from ttt.demo.language_model import PACKAGE
 from ttt.learn.own_text import LENGTH, SEQUENCES
@@ -28,7 +29,8 @@ class StreamsSuite:
 
     Args:
         tokens: to read of each text; a `SHARE`-th of them of each hard text.
-        base: makes what all runs of a process share.
+        base: makes what all runs of a process share, on the device that it is called with.
+        device: where all is computed.
     """
 
     name = "streams"
@@ -46,9 +48,9 @@ class StreamsSuite:
         Figure("time", "time", 2, "time per token, divided by that of a forward pass in the same run"),
     )  # fmt: skip
 
-    def __init__(self, tokens: int = 4096, base: Callable[[], Base] = smollm) -> None:
+    def __init__(self, tokens: int = 4096, base: Callable[[str], Base] = smollm, device: str = "cpu") -> None:
         self.tokens = tokens
-        self.base = base
+        self.base, self.device = base, device
 
     @property
     def tokens(self) -> int:
@@ -102,7 +104,7 @@ class StreamsSuite:
     def run(self, scenario: str, method: str, seed: int, options: Record, *, tuning: bool) -> Record:
         if (scenario == texts.TUNING) != tuning:
             raise ValueError(f"scenario must be {texts.TUNING!r} if, and only if, options are tuned, got {scenario!r}")
-        base = self.base()
+        base = self.base(self.device)
         count = self.tokens // SHARE if scenario in HARD else self.tokens
         ids = base.tokens(scenario, count, seed - SEEDS[0] if tuning else seed)
         return run(base, METHODS[method], ids, seed, options)
@@ -114,7 +116,8 @@ class StreamsSuite:
     def measure(self, record: Record, others: Mapping[str, Record]) -> dict[str, float | None]:
         frozen = others.get("frozen")
         kl, kl_width = metrics.interval(record["kl"])
-        found = {"nll": record["nll"], "kl": kl, "kl_width": kl_width, "time": record["time_ratio"]}
+        time = None if shares_gpu(record) else record["time_ratio"]
+        found = {"nll": record["nll"], "kl": kl, "kl_width": kl_width, "time": time}
         if frozen is None:
             return {**found, "gain": None, "gain_width": None, "facts": None}
         # Of the differences within each part: the parts differ far more in how hard they are than in the gain.

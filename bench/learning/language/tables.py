@@ -9,7 +9,7 @@ from bench.learning.language import texts
 from bench.learning.language.best import Row, best, mean
 from bench.learning.language.hard import HARD
 from bench.learning.language.methods import DEFAULT, METHODS
-from bench.learning.report import cell
+from bench.learning.report import about_gpu, cell
 
 Lines = list[tuple[str, ...]]
 
@@ -20,6 +20,8 @@ HARD_SHOWN = tuple(name for name, method in METHODS.items() if method.hard and n
 def about(found: Mapping[str, Any]) -> Lines:
     """The command, the machine and the date of the results; ``found`` is all of them."""
     machine, protocol = found["machine"], found["protocol"]
+    if "gpu" in machine:
+        return about_gpu(found, "python -m bench.learning --suite streams --device cuda --seeds 1")
     return [
         ("command", "tokens of each text", "of each hard text", "processor", "cores", "threads", "torch", "date"),
         (
@@ -70,16 +72,17 @@ def _means(name: str, pairs: Sequence[tuple[Row, Row]]) -> Lines:
 
 
 def by_method(found: Mapping[str, Any]) -> Lines:
-    """Means over the texts of every group of methods, each at its best rate for each text."""
+    """Means over the texts of every group of methods, each at its best rate for each text; time if measured."""
     shown = best(found["rows"])
-    lines: Lines = [("method", "gain", "KL", "facts", "time")]
+    timed = all(row["time"] is not None for row in shown.values())
+    lines: Lines = [("method", "gain", "KL", "facts", *(("time",) if timed else ()))]
     read = [text for text in texts.REPORTED if (text, "frozen") in shown]
     for group in dict.fromkeys(method.group for method in METHODS.values()):
         mine = [shown[text, group] for text in read if (text, group) in shown]
         if mine and len(mine) == len(read):  # a mean over other texts could not be compared
             figures = [f"{mean(mine, name):.{digits}f}" for name, digits in (("gain", 3), ("kl", 4), ("facts", 3))]
             name = f"**{group}**" if group == DEFAULT else group
-            lines.append((name, *figures, f"{mean(mine, 'time'):.2f} x"))
+            lines.append((name, *figures, *((f"{mean(mine, 'time'):.2f} x",) if timed else ())))
     return lines
 
 

@@ -1,5 +1,8 @@
 """The texts of the suite "streams", each from an installed package, so that other machines read the same.
 
+``python -m bench.learning.language.texts FOLDER`` writes them to files. Where the environment variable `SAVED` names
+such a folder, they are read from there: on a machine without the packages, or with other versions of them.
+
 Options and the package's defaults are chosen on `TUNING`, which is never reported.
 """
 
@@ -9,8 +12,10 @@ import dataclasses
 import functools
 import gzip
 import importlib.util
+import os
 import pydoc_data.topics
 import re
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +23,7 @@ from pathlib import Path
 TUNING = "french"
 PAGES = 60  # manual pages of a language, in the order of their names
 SHORTEST = 2000  # characters; a shorter page says where another one is
+SAVED = "TTT_BENCH_TEXTS"
 _LISTS = Path("/var/lib/dpkg/info")  # of Debian: the files of each package
 
 
@@ -94,9 +100,24 @@ def _headers() -> str:
     return (Path(spec.origin).parent / "include/ATen/core/ivalue.h").read_text(encoding="utf-8")
 
 
+def _held(name: str, make: Callable[[], str]) -> str:
+    """The text in the file ``name`` of the folder that `SAVED` names, or what ``make`` makes where it names none."""
+    folder = os.environ.get(SAVED)
+    if not folder:
+        return make()
+    path = Path(folder) / f"{name}.txt"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, and {SAVED} is {folder!r}")
+    return path.read_bytes().decode()
+
+
 @functools.cache
 def english() -> str:
     """The reference of Python's language, from ``pydoc_data``: prose of a kind that a language model knows."""
+    return _held("english", _english)
+
+
+def _english() -> str:
     topics = pydoc_data.topics.topics
     return "\n\n".join(topics[name] for name in sorted(topics))
 
@@ -143,6 +164,18 @@ def read(name: str) -> str:
     if name not in SOURCES:
         raise ValueError(f"text must be one of {list(SOURCES)}, got {name!r}")
     try:
-        return SOURCES[name].read()
+        return SOURCES[name].read() if name == AS_GENERAL else _held(name, SOURCES[name].read)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the text {name!r} ({SOURCES[name].what}) cannot be read: {error}") from None
+
+
+def save(folder: Path) -> None:
+    """Write all texts to files in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {"english": english(), **{name: read(name) for name in SOURCES if name != AS_GENERAL}}
+    for name, text in found.items():
+        (folder / f"{name}.txt").write_bytes(text.encode())
+
+
+if __name__ == "__main__":
+    save(Path(sys.argv[1]))

@@ -12,9 +12,10 @@ from bench.learning.facts import contenders, memit, tables
 from bench.learning.facts.methods import METHODS, method
 from bench.learning.facts.people import FRIENDS, KINDS, OTHERS, corrected, of_friends, of_things, other_person, person
 from bench.learning.facts.questions import about_the_neighbour, questions
-from bench.learning.facts.run import CHAT, SCENARIOS, run
+from bench.learning.facts.run import CHAT, SCENARIOS, _general, run
 from bench.learning.facts.suite import FactsSuite
 from bench.learning.language.base import Base
+from ttt.demo import knowledge
 from ttt.demo.knowledge import GENERAL_KNOWLEDGE
 from ttt.demo.questions import Template, session, telling
 from ttt.demo.retrieval import nearest
@@ -182,6 +183,16 @@ def test_every_method_answers_and_does_not_change_the_base_model(base, name):
     again = run(base, METHODS[name], "ten facts", 0, options)
     timed = {"told_seconds": 0, "asked_seconds": 0}
     assert {**out, **timed} == {**again, **timed}
+
+
+@pytest.mark.parametrize("name", ["frozen", "study (a user's weights)"])
+def test_sentences_that_are_read_together_have_the_loss_of_each_alone(base, name):
+    contender = METHODS[name].make(base, options_of(name), 0)
+    contender.tell([person(1)[0].told])
+    facts = knowledge.as_facts([*GENERAL_KNOWLEDGE[:9], ("a", "bc"), ("b", "cd")], base.encode)
+    with contender.answering(1):
+        alone = knowledge.facts_loss(contender.model, facts)
+    assert _general(contender, facts) == pytest.approx(alone, rel=1e-5)
 
 
 def test_what_stands_before_a_question(base):

@@ -172,12 +172,13 @@ def test_every_method_names_all_that_it_depends_on():
 
 
 def test_texts_of_missing_packages_are_refused_by_name(tmp_path, monkeypatch, fresh_texts):
+    monkeypatch.delenv(texts.SAVED, raising=False)
     monkeypatch.setattr(texts, "_LISTS", tmp_path)
     for name, source in texts.SOURCES.items():
         if source.package:
             with pytest.raises(FileNotFoundError, match=f"'{name}' .*apt install {source.package}$"):
                 texts.read(name)
-    monkeypatch.setitem(SUITES, "streams", lambda: StreamsSuite(256, lambda: pytest.fail("something was run")))
+    monkeypatch.setitem(SUITES, "streams", lambda: StreamsSuite(256, lambda device: pytest.fail("something was run")))
     for scenario in ("known,german", "two languages in turns"):
         args = ["--suite", "streams", "--seeds", "1", "--results", str(tmp_path), "--scenarios", scenario]
         done = CliRunner().invoke(app, args, env={"COLUMNS": "400"})
@@ -235,7 +236,7 @@ def test_hard_texts_have_the_length_asked_and_the_same_tokens_again(base, name, 
 
 
 def test_finished_runs_are_not_run_again(base, tmp_path, monkeypatch):
-    monkeypatch.setitem(SUITES, "streams", lambda: StreamsSuite(512, lambda: base))
+    monkeypatch.setitem(SUITES, "streams", lambda: StreamsSuite(512, lambda device: base))
     ran = []
     monkeypatch.setattr(
         StreamsSuite, "run", lambda self, s, m, *args, plain=StreamsSuite.run, **kw: ran.append((s, m))
