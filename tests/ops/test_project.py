@@ -9,6 +9,7 @@ from ttt import _C
 from ttt.ops import backends, reference
 from ttt.ops.triton.common import INTERPRETED
 from ttt.ops.triton.project import project_out as by_triton
+from ttt.ops.triton.project import project_out_pair as by_triton_pair
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 SHAPES = [(1, 1, 1), (1, 7, 3), (5, 33, 7), (17, 127, 16), (1, 1000, 17), (35, 1, 1), (9, 600, 33), (3, 1025, 5)]
@@ -127,3 +128,26 @@ def test_refusals_name_the_argument(change, error, message):
 def test_opcheck():
     for dtype in (torch.float32, torch.float64):
         torch.library.opcheck(torch.ops.ttt.project_out.default, case_of(5, 33, 7, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("tokens", "n", "k", "m", "l"),
+    [(1, 7, 3, 600, 17), (5, 33, 7, 1, 1), (17, 1025, 16, 127, 33), (3, 40, 0, 50, 2), (0, 4, 2, 5, 3), (3, 0, 1, 5, 2)],
+)
+def test_a_pair_has_the_bits_of_each(dtype, tokens, n, k, m, l):  # noqa: E741
+    (x, u), (d, v) = (case_of(tokens, *size, dtype, DEVICE) for size in ((n, max(k, 1)), (m, l)))
+    u = u[:k]
+    y, z = by_triton_pair(x, u, d, v)
+    assert torch.equal(y, by_triton(x, u))
+    assert torch.equal(z, by_triton(d, v))
+    expected = [ttt.ops.project_out(*each) for each in ((x, u), (d, v))]
+    assert all(torch.equal(*each) for each in zip(torch.ops.ttt.project_out_pair(x, u, d, v), expected, strict=True))
+
+
+def test_a_pair_that_does_not_fit_is_refused():
+    (x, u), (d, v) = case_of(3, 8, 2, torch.float32, DEVICE), case_of(4, 5, 2, torch.float32, DEVICE)
+    with pytest.raises(ValueError, match=r"d must have as many rows as x, \(3,\), got \(4,\)"):
+        torch.ops.ttt.project_out_pair(x, u, d, v)
+    with pytest.raises(TypeError, match="basis must be torch.float32"):
+        torch.ops.ttt.project_out_pair(x, u, d[:3], v.double())

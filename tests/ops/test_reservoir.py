@@ -4,6 +4,10 @@ from scipy.stats import chisquare
 
 from ttt import ops
 from ttt.ops import reference
+from ttt.ops.triton import reservoir as kernel
+from ttt.ops.triton.common import INTERPRETED
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -60,3 +64,31 @@ def test_refused_insert_changes_nothing(change, error):
         ops.reservoir_insert(**case)
     for k, t in before.items():
         assert torch.equal(case[k], t)
+
+
+@pytest.mark.parametrize("by", ["kernel", "op"])
+def test_of_a_pair_the_same_rows_are_kept(by):
+    insert = kernel.reservoir_insert if by == "kernel" else torch.ops.ttt.reservoir_insert_pair
+    memory, other = torch.zeros(7, 5, device=DEVICE), torch.zeros(7, 1030, device=DEVICE)
+    seen, alone, alone_seen = torch.tensor([0], device=DEVICE), memory.clone(), torch.tensor([0], device=DEVICE)
+    for rows in (1, 9, 30):
+        x = torch.randn(rows, 5, device=DEVICE)
+        d = torch.cat([x, torch.randn(rows, 1025, device=DEVICE)], 1)
+        for gate in (0, 1):
+            insert(memory, seen, x, 11, torch.tensor([gate], device=DEVICE), other, d)
+        ops.reservoir_insert(alone, alone_seen, x, seed=11)
+        assert torch.equal(memory, alone)
+        assert torch.equal(other[:, :5], alone)
+        assert int(seen) == int(alone_seen)
+
+
+def test_a_pair_that_does_not_fit_is_refused():
+    memory, seen, x = torch.zeros(7, 5), torch.tensor([0]), torch.randn(2, 5)
+    for other, d, message in (
+        (torch.zeros(6, 3), torch.randn(2, 3), r"memory_d must have shape \(7, m\), got \(6, 3\)"),
+        (torch.zeros(7, 3), torch.randn(3, 3), r"d must have shape \(2, 3\), got \(3, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            torch.ops.ttt.reservoir_insert_pair(memory, seen, x, 1, None, other, d)
+    assert int(seen) == 0
+    assert not memory.any()

@@ -10,7 +10,7 @@ from ttt.ops.arguments import WindowStepArguments
 from ttt.ops.triton import append, commit
 from ttt.ops.triton import window_step as fused
 from ttt.ops.triton.common import INTERPRETED
-from ttt.ops.window_step import by_two_ops
+from ttt.ops.composite import window_step as by_two_ops
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 HALF = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter rounds to bfloat16 wrongly
@@ -24,7 +24,9 @@ def by_kernel(*args):
 
 def by_two_kernels(*args):
     a = WindowStepArguments(*args)
-    full = a.counters[1:2].clone()
+    full, at = a.counters[1:2].clone(), 0 if int(a.counters[1]) else int(a.counters[0])
+    if a.win_weight is not None and (a.gate is None or int(a.gate)):
+        a.win_weight[at : at + len(a.row_weight)] = a.row_weight
     commit.commit(*a.commit._replace(gate=full if a.gate is None else full * a.gate))
     append.window_append(*a.append)
 
@@ -50,7 +52,7 @@ def layer_of(m, n, window, rows, dtype, state, traced=False, momentum=None, **op
         "win_eta": torch.zeros(window, device=DEVICE),
         "win_trace": torch.zeros(window, m, device=DEVICE, dtype=dtype) if traced else None,
         "x": None, "delta": None, "eta": None, "trace_delta": None,
-        "counters": count(0, 0, 0), "tokens": count(5), "gate": None, "held": window // rows * rows,
+        "counters": count(0, 0, 0), "tokens": count(5), "gate": None, "win_weight": torch.randn(window, device=DEVICE), "row_weight": None, "held": window // rows * rows,
         "weight": w.to(dtype), "anchor": (w + 0.1 * torch.randn_like(w)).to(dtype), "importance": stored(torch.rand_like(w)),
         "trace": stored(torch.rand_like(w)), "memory": None, "seen": None, "step": count(3), "seed": 11, "replay_rows": 0,
         "beta": 0.3, "eps": 1e-3, "lam": 0.5, "gamma": 0.97, "kind": "fisher", "trace_every": 1,
@@ -76,6 +78,7 @@ def with_rows(case, rows, n, m, gate=None):
         "eta": eta,
         "trace_delta": None if case["win_trace"] is None else p,
         "gate": gate,
+        "row_weight": torch.randn(rows, device=DEVICE),
     }
 
 
@@ -86,7 +89,7 @@ def check(step, twin, case, rows, n, m, steps, gates=(None,)):
         new = with_rows(ours, rows, n, m, None if gate is None else count(gate))
         commits += bool(ours["counters"][1]) and gate != 0
         step(*new.values())
-        twin(*{**theirs, **{k: new[k] for k in ("x", "delta", "eta", "trace_delta", "gate")}}.values())
+        twin(*{**theirs, **{k: new[k] for k in ("x", "delta", "eta", "trace_delta", "gate", "row_weight")}}.values())
         for name, t in ours.items():
             if torch.is_tensor(t):
                 assert torch.equal(t, theirs[name]), name
@@ -106,7 +109,7 @@ def test_a_step_is_a_commit_of_a_full_window_and_an_append(step, m, n, window, r
 
 
 @pytest.mark.parametrize("options", [
-    {"lam": 0.0}, {"importance": None, "lam": 0.0, "decay": 0.5}, {"kind": "si"}, {"kind": "mas", "trace": None},
+    {"lam": 0.0}, {"importance": None, "lam": 0.0, "decay": 0.5, "win_weight": None}, {"kind": "si"}, {"kind": "mas", "trace": None},
     {"trace_every": 2}, {"momentum": torch.float32}, {"momentum": HALF, "decay": 0.1}, {"traced": True},
 ])  # fmt: skip
 def test_options(options):

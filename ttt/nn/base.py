@@ -197,6 +197,8 @@ class Adapted(torch.nn.Linear):
     def applied(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """The rows that updates are made with for inputs ``x`` (T, n) and gradients ``delta`` (T, m)."""
         sides = self.sharding
+        if x.is_cuda and self.basis is not None and self.output_basis is not None and sides.side is None:
+            return torch.ops.ttt.project_out_pair(x, self.basis, delta, self.output_basis)
         return project_rows(x, self.basis, sides.input), project_rows(delta, self.output_basis, sides.output)
 
     @torch.no_grad()

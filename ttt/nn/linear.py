@@ -261,9 +261,11 @@ class Linear(StatefulLinear):
 
     def _sample(self, update: Update, gate: Tensor | None = None) -> None:
         """Offer the rows of ``update`` to the samples of recent inputs and gradients, if there are any."""
-        if self.recent_delta is not None:  # with the counter as it is: the same tokens are kept of both
-            ops.reservoir_insert(self.recent_delta, self.recent_seen.clone(), update.delta, seed=self.seed, gate=gate)
-        if self.recent is not None:
+        if self.recent is not None and self.recent_delta is not None:  # the same tokens are kept of both
+            torch.ops.ttt.reservoir_insert_pair(
+                self.recent, self.recent_seen, update.x, self.seed, gate, self.recent_delta, update.delta
+            )
+        elif self.recent is not None:
             ops.reservoir_insert(self.recent, self.recent_seen, update.x, seed=self.seed, gate=gate)
 
     @torch.no_grad()
@@ -304,19 +306,21 @@ class Linear(StatefulLinear):
             advance(self.tokens, counter.rows, gate)
             self._keep_latest(x, delta, update.weight, gate)
             return
-        if self.win_weight is not None:
-            self._follow(update, counter.next_row, gate)
         if self.mixes_replay_sources or self.present_inputs is not None:
+            if self.win_weight is not None:
+                self._follow(update, counter.next_row, gate)
             self._commit(*self._window_rows(counter.capacity), counter.full if gate is None else counter.full * gate)
             ops.window_append(
                 self.win_x, self.win_delta, self.win_eta, self.win_trace, x, delta, update.eta,
                 trace_delta=self._trace_gradients(update), counters=counter.counters, tokens=self.tokens, gate=gate,
             )  # fmt: skip
             return
-        options = self.commit_options()
+        options, weight = self.commit_options(), None
+        if self.win_weight is not None:
+            weight = torch.zeros_like(update.eta) if update.weight is None else update.weight
         torch.ops.ttt.window_step(
             self.win_x, self.win_delta, self.win_eta, self.win_trace, x, delta, update.eta,
-            self._trace_gradients(update), counter.counters, self.tokens, gate, counter.capacity,
+            self._trace_gradients(update), counter.counters, self.tokens, gate, self.win_weight, weight, counter.capacity,
             self.weight, self.anchor, self.importance, self.trace, self.replayed, self.seen, self.step, **options,
             momentum=self.momentum,
         )  # fmt: skip

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-OPS = ("window_linear", "project_out", "window_append", "window_step", "commit", "reservoir_insert", "reservoir_draw",
+OPS = ("window_linear", "project_out", "project_out_pair", "window_append", "window_step", "commit", "reservoir_insert", "reservoir_insert_pair",
+       "reservoir_draw",
        "low_rank_linear", "low_rank_append", "low_rank_compress")  # fmt: skip
 
 calls: Counter[tuple[str, str, str]] = Counter()

@@ -11,10 +11,9 @@ from types import SimpleNamespace
 
 import torch
 
-from ttt.ops import reference, schema
+from ttt.ops import composite, reference, schema
 from ttt.ops.arguments import CommitArguments, WindowStepArguments
 from ttt.ops.backends import record, unavailable
-from ttt.ops.window_step import by_two_ops
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,11 +34,13 @@ def _kernels() -> SimpleNamespace | None:
     return SimpleNamespace(
         window_linear=window_linear.window_linear,
         project_out=project.project_out,
+        project_out_pair=project.project_out_pair,
         window_append=append.window_append,
         commit=commit.commit,
         window_step=window_step.window_step,
         why_not_step=window_step.why_not,
         reservoir_insert=reservoir.reservoir_insert,
+        reservoir_insert_pair=reservoir.reservoir_insert,
         reservoir_draw=reservoir.reservoir_draw,
         low_rank_linear=low_rank.low_rank_linear,
         low_rank_append=low_rank.low_rank_append,
@@ -75,6 +76,11 @@ def project_out(x, basis):
     return _run("project_out", x, x.dtype, x, basis)
 
 
+def project_out_pair(x, basis_x, d, basis_d):
+    schema.check_project_out_pair(x, basis_x, d, basis_d)
+    return _run("project_out_pair", x, x.dtype, x, basis_x, d, basis_d, fallback=composite.project_out_pair)
+
+
 def window_append(
     win_x, win_delta, win_eta, win_trace, x, delta, eta, trace_delta, at=0, counters=None, tokens=None, gate=None
 ) -> None:
@@ -98,13 +104,12 @@ def window_step(*args) -> None:
     a = WindowStepArguments(*args)
     kernels = _kernels()
     if kernels is None or a.weight.dtype not in _DTYPES or kernels.why_not_step(a):
-        by_two_ops(*args)
+        composite.window_step(*args)
         return
-    schema.check_window_append(*a.append)
-    schema.check_commit(a.commit)
+    schema.check_window_step(a)
     _run("window_step", a.weight, a.weight.dtype, a)
     torch.autograd.graph.increment_version(
-        [t for t in (*a[:4], a.counters, a.tokens, *a.commit.written) if t is not None]
+        [t for t in (*a[:4], a.counters, a.tokens, a.win_weight, *a.commit.written) if t is not None]
     )
 
 
@@ -114,10 +119,20 @@ def reservoir_insert(memory, seen, x, seed, gate=None) -> None:
     torch.autograd.graph.increment_version([memory])
 
 
+def reservoir_insert_pair(memory, seen, x, seed, gate, memory_d, d) -> None:
+    schema.check_reservoir_insert_pair(memory, seen, x, seed, gate, memory_d, d)
+    given = memory, seen, x, seed, gate, memory_d, d
+    _run("reservoir_insert_pair", memory, memory.dtype, *given, fallback=composite.reservoir_insert_pair)
+    torch.autograd.graph.increment_version([memory, memory_d])
+
+
 def reservoir_draw(seen, step, capacity, rows, seed):
     schema.check_reservoir_draw(seen, step, capacity, rows, seed)
     return _run("reservoir_draw", seen, torch.float32, seen, step, capacity, rows, seed)
 
 
-for _function in (window_linear, project_out, window_append, window_step, commit, reservoir_insert, reservoir_draw):
+for _function in (
+    window_linear, project_out, project_out_pair, window_append, window_step, commit, reservoir_insert,
+    reservoir_insert_pair, reservoir_draw,
+):  # fmt: skip
     schema.implement(_function.__name__, "CUDA", _function)

@@ -10,7 +10,7 @@ import torch
 
 from ttt.checks import check_choice
 from ttt.ops import log8
-from ttt.ops.arguments import CommitArguments
+from ttt.ops.arguments import CommitArguments, WindowStepArguments
 
 KINDS = ("fisher", "mas", "si")
 MAX_REPLAY_ROWS = 64
@@ -20,6 +20,7 @@ _SCHEMAS = {
         "(Tensor x, Tensor weight, Tensor? bias, Tensor win_x, Tensor win_delta, Tensor win_eta) -> Tensor"
     ),
     "project_out": "(Tensor x, Tensor basis) -> Tensor",
+    "project_out_pair": "(Tensor x, Tensor basis_x, Tensor d, Tensor basis_d) -> (Tensor, Tensor)",
     "commit": (
         "(Tensor(a!) weight, Tensor? anchor, Tensor? importance, Tensor(b!)? trace, Tensor x, Tensor delta, "
         "Tensor eta, Tensor? trace_delta, Tensor? memory, Tensor? seen, Tensor(c!) step, int seed, int replay_rows, "
@@ -33,12 +34,15 @@ _SCHEMAS = {
     ),
     "window_step": (
         "(Tensor(a!) win_x, Tensor(b!) win_delta, Tensor(c!) win_eta, Tensor(d!)? win_trace, Tensor x, Tensor delta, "
-        "Tensor eta, Tensor? trace_delta, Tensor(e!) counters, Tensor(f!)? tokens, Tensor? gate, int held, "
-        "Tensor(g!) weight, Tensor? anchor, Tensor? importance, Tensor(h!)? trace, Tensor? memory, Tensor? seen, "
+        "Tensor eta, Tensor? trace_delta, Tensor(e!) counters, Tensor(f!)? tokens, Tensor? gate, "
+        "Tensor(k!)? win_weight, Tensor? row_weight, int held, Tensor(g!) weight, Tensor? anchor, Tensor? importance, Tensor(h!)? trace, Tensor? memory, Tensor? seen, "
         "Tensor(i!) step, int seed, int replay_rows, float beta, float eps, float lam, float gamma, str kind, "
         "int trace_every, Tensor(j!)? momentum, float mu, float decay) -> ()"
     ),
     "reservoir_insert": "(Tensor(a!) memory, Tensor(b!) seen, Tensor x, int seed, Tensor? gate=None) -> ()",
+    "reservoir_insert_pair": (
+        "(Tensor(a!) memory, Tensor(b!) seen, Tensor x, int seed, Tensor? gate, Tensor(c!) memory_d, Tensor d) -> ()"
+    ),
     "reservoir_draw": "(Tensor seen, Tensor step, int capacity, int rows, int seed) -> Tensor",
     "low_rank_linear": (
         "(Tensor x, Tensor? weight, Tensor? bias, Tensor a, Tensor b, Tensor rows, Tensor users) -> Tensor"
@@ -71,6 +75,16 @@ def _(x, weight, bias, win_x, win_delta, win_eta):
 @torch.library.register_fake("ttt::project_out")
 def _(x, basis):
     return torch.empty_like(x)
+
+
+@torch.library.register_fake("ttt::project_out_pair")
+def _(x, basis_x, d, basis_d):
+    return torch.empty_like(x), torch.empty_like(d)
+
+
+@torch.library.register_fake("ttt::reservoir_insert_pair")
+def _(*args):
+    return None
 
 
 @torch.library.register_fake("ttt::commit")
@@ -210,6 +224,16 @@ def check_window_append(
         _need("gate", gate, (1,), count, win_x)
 
 
+def check_window_step(a: WindowStepArguments) -> None:
+    check_window_append(*a.append)
+    check_commit(a.commit)
+    if a.win_weight is not None:
+        _need("win_weight", a.win_weight, (a.win_eta.numel(),), (a.win_eta.dtype,), a.win_x)
+        if a.row_weight is None:
+            raise ValueError("win_weight needs row_weight, which is None")
+        _need("row_weight", a.row_weight, (a.eta.numel(),), (a.win_eta.dtype,), a.win_x)
+
+
 def check_commit(c: CommitArguments) -> None:
     weight, anchor, importance, trace, momentum, memory = (
         c.weight, c.anchor, c.importance, c.trace, c.momentum, c.memory
@@ -281,6 +305,22 @@ def check_reservoir_insert(memory, seen, x, seed, gate=None) -> None:
     _need("x", x, (x.shape[0], n), (memory.dtype,), memory)
     if gate is not None:
         _need("gate", gate, (1,), (torch.int64,), memory)
+
+
+def check_reservoir_insert_pair(memory, seen, x, seed, gate, memory_d, d) -> None:
+    check_reservoir_insert(memory, seen, x, seed, gate)
+    if memory_d.ndim != 2 or memory_d.shape[0] != memory.shape[0]:
+        raise ValueError(f"memory_d must have shape ({memory.shape[0]}, m), got {tuple(memory_d.shape)}")
+    _need("memory_d", memory_d, tuple(memory_d.shape), (memory.dtype,), memory)
+    _need("d", d, (x.shape[0], memory_d.shape[1]), (memory.dtype,), memory)
+
+
+def check_project_out_pair(x, basis_x, d, basis_d) -> None:
+    check_project_out(x, basis_x)
+    check_project_out(d, basis_d)
+    if d.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"d must have as many rows as x, {tuple(x.shape[:-1])}, got {tuple(d.shape[:-1])}")
+    _need("d", d, tuple(d.shape), (x.dtype,), x)
 
 
 def check_reservoir_draw(seen, step, capacity, rows, seed) -> None:

@@ -343,6 +343,9 @@ def cases(device: str) -> list[Case]:
                 found += [
                     Decode(device, "bfloat16", m, n, c, batch, "bfloat16", quick=n == 4096 and c == 64) for c in windows
                 ]
+        found += [
+            Decode(device, "bfloat16", 4096, 4096, 64, batch, "bfloat16", orthogonal=32, soft=True) for batch in (1, 8)
+        ]
     else:
         for dtype in ("float32", "bfloat16"):
             for d in (256, 512, 1024, 2048, 4096):

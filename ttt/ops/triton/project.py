@@ -17,14 +17,12 @@ from ttt.ops.triton.common import begin, operand, overlapping
 STRETCH = 512
 
 
-@triton.jit(do_not_specialize=["tokens", "directions"])
-def _components(
-    parts, x, basis, tokens, directions, n,
-    BT: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STRETCH: tl.constexpr, OPERAND: tl.constexpr, PDL: tl.constexpr,
+@triton.jit
+def _components_of(
+    parts, x, basis, s, tokens, directions, n,
+    BT: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STRETCH: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """parts[s, t, k] = sum over j in stretch s of x[t, j] U[k, j], for BT tokens and BK directions."""
-    begin(PDL)
-    s = tl.program_id(0).to(tl.int64)
     t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
     k = tl.program_id(2).to(tl.int64) * BK + tl.arange(0, BK)
     acc = tl.zeros((BT, BK), tl.float32)
@@ -37,14 +35,31 @@ def _components(
     tl.store(parts + (s * tokens + t)[:, None] * directions + k, acc, mask=inside)
 
 
-@triton.jit(do_not_specialize=["stretches", "tokens", "directions"])
-def _take_out(
-    y, x, parts, basis, stretches, tokens, directions, n,
-    BT: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
+@triton.jit(do_not_specialize=["tokens", "of_x", "of_d"])
+def _components(
+    parts_x, x, basis_x, parts_d, d, basis_d, tokens, of_x, of_d, n, m,
+    BT: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STRETCH: tl.constexpr, OPERAND: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """The components of x (T x n), and of d (T x m) unless it is None, in their directions."""
+    begin(PDL)
+    s = tl.program_id(0).to(tl.int64)
+    stretches = tl.cdiv(n, STRETCH)
+    if d is None:
+        _components_of(parts_x, x, basis_x, s, tokens, of_x, n, BT, BK, BN, STRETCH, OPERAND)
+    elif s < stretches:
+        _components_of(parts_x, x, basis_x, s, tokens, of_x, n, BT, BK, BN, STRETCH, OPERAND)
+    else:
+        _components_of(parts_d, d, basis_d, s - stretches, tokens, of_d, m, BT, BK, BN, STRETCH, OPERAND)
+
+
+@triton.jit
+def _take_out_of(
+    y, x, parts, basis, block, tokens, directions, n,
+    BT: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STRETCH: tl.constexpr,
 ):  # fmt: skip
     """y[t, j] = x[t, j] - H[t] U[:, j] for BT tokens and BN columns."""
-    begin(PDL)
-    j = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    j = block * BN + tl.arange(0, BN)
     t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
     inside = (t < tokens)[:, None] & (j < n)
     out = tl.load(x + t[:, None] * n + j, mask=inside, other=0).to(tl.float32)
@@ -52,7 +67,7 @@ def _take_out(
         k = k0 + tl.arange(0, BK).to(tl.int64)
         present = (t < tokens)[:, None] & (k < directions)
         h = tl.zeros((BT, BK), tl.float32)
-        for s in range(stretches):
+        for s in range(0, tl.cdiv(n, STRETCH)):
             at = (tl.cast(s, tl.int64) * tokens + t)[:, None] * directions + k
             h += tl.load(parts + at, mask=present, other=0)
         u = tl.load(basis + k[:, None] * n + j, mask=(k < directions)[:, None] & (j < n), other=0)
@@ -60,18 +75,55 @@ def _take_out(
     tl.store(y + t[:, None] * n + j, out.to(y.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["tokens", "of_x", "of_d"])
+def _take_out(
+    y, x, parts_x, basis_x, z, d, parts_d, basis_d, tokens, of_x, of_d, n, m,
+    BT: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STRETCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y = x without its components, and z = d without its own unless d is None."""
+    begin(PDL)
+    block = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(n, BN)
+    if d is None:
+        _take_out_of(y, x, parts_x, basis_x, block, tokens, of_x, n, BT, BK, BN, STRETCH)
+    elif block < blocks:
+        _take_out_of(y, x, parts_x, basis_x, block, tokens, of_x, n, BT, BK, BN, STRETCH)
+    else:
+        _take_out_of(z, d, parts_d, basis_d, block - blocks, tokens, of_d, m, BT, BK, BN, STRETCH)
+
+
+def _launch(x, basis_x, d, basis_d) -> tuple[torch.Tensor, torch.Tensor | None]:
+    (of_x, n), (of_d, m) = basis_x.shape, (0, 0) if d is None else basis_d.shape
+    y, z = torch.empty_like(x), None if d is None else torch.empty_like(d)
+    tokens = x.numel() // n if n else d.numel() // m if m else 0
+    if not tokens:
+        return y, z
+    blocks = triton.cdiv(tokens, 16)
+
+    def parts(width, directions):
+        return torch.empty((triton.cdiv(width, STRETCH), tokens, directions), dtype=torch.float32, device=x.device)
+
+    parts_x, parts_d = parts(n, of_x), None if d is None else parts(m, of_d)
+    if most := max(of_x, of_d):
+        _components[(triton.cdiv(n, STRETCH) + triton.cdiv(m, STRETCH), blocks, triton.cdiv(most, 16))](
+            parts_x, x, basis_x, parts_d, d, basis_d, tokens, of_x, of_d, n, m,
+            BT=16, BK=16, BN=128, STRETCH=STRETCH, OPERAND=operand(x.dtype), num_warps=4, **overlapping(),
+        )  # fmt: skip
+    _take_out[(triton.cdiv(n, 64) + triton.cdiv(m, 64), blocks)](
+        y, x, parts_x, basis_x, z, d, parts_d, basis_d, tokens, of_x, of_d, n, m,
+        BT=16, BK=16, BN=64, STRETCH=STRETCH, num_warps=4, **overlapping(),
+    )  # fmt: skip
+    return y, z
+
+
 def project_out(x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    (k, n), y = basis.shape, torch.empty_like(x)
-    tokens = x.numel() // n if n else 0
-    if tokens:
-        stretches, blocks = triton.cdiv(n, STRETCH), triton.cdiv(tokens, 16)
-        parts = torch.empty((stretches, tokens, k), dtype=torch.float32, device=x.device)
-        if k:
-            _components[(stretches, blocks, triton.cdiv(k, 16))](
-                parts, x, basis, tokens, k, n, BT=16, BK=16, BN=128, STRETCH=STRETCH, OPERAND=operand(x.dtype),
-                num_warps=4, **overlapping(),
-            )  # fmt: skip
-        _take_out[(triton.cdiv(n, 64), blocks)](
-            y, x, parts, basis, stretches, tokens, k, n, BT=16, BK=16, BN=64, num_warps=4, **overlapping()
-        )
-    return y
+    return _launch(x, basis, None, None)[0]
+
+
+def project_out_pair(
+    x: torch.Tensor, basis_x: torch.Tensor, d: torch.Tensor, basis_d: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`project_out` of x and of d, which have as many rows, in the same two launches."""
+    y, z = _launch(x, basis_x, d, basis_d)
+    assert z is not None
+    return y, z

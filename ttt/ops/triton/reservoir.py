@@ -20,11 +20,22 @@ def _slots(s, capacity, seed):
     return tl.where(s < capacity, s, (word.to(tl.int64) * (s + 1)) >> 32)
 
 
+@triton.jit
+def _copy_row(memory, x, slot, t, n, BN: tl.constexpr):
+    for j0 in range(0, n, BN):
+        j = j0 + tl.arange(0, BN)
+        tl.store(memory + slot * n + j, tl.load(x + t * n + j, mask=j < n, other=0), mask=j < n)
+
+
 @triton.jit(do_not_specialize=["capacity", "tokens", "seed"], **GATED)
 def _insert(
-    memory, seen, x, gate, capacity, tokens, n, seed: tl.int64, BT: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr
-):
-    """memory[slot(seen + t)] = x[t] for t = program id, unless a later row of x takes the same slot."""
+    memory, seen, x, gate, memory_d, d, capacity, tokens, n, m, seed: tl.int64,
+    BT: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """memory[slot(seen + t)] = x[t] for t = program id, unless a later row of x takes the same slot.
+
+    The same for memory_d (K x m) and d, unless they are None.
+    """
     begin(PDL)
     if gate is not None:
         if tl.load(gate) == 0:
@@ -38,9 +49,9 @@ def _insert(
             u = u0 + tl.arange(0, BT)
             later += tl.sum(((_slots(first + u, capacity, seed) == slot) & (u < tokens)).to(tl.int32))
         if later == 0:
-            for j0 in range(0, n, BN):
-                j = j0 + tl.arange(0, BN)
-                tl.store(memory + slot * n + j, tl.load(x + t * n + j, mask=j < n, other=0), mask=j < n)
+            _copy_row(memory, x, slot, t, n, BN)
+            if d is not None:
+                _copy_row(memory_d, d, slot, t, m, BN)
 
 
 @triton.jit(do_not_specialize=["capacity", "rows", "seed"])
@@ -50,13 +61,20 @@ def _draw(index, seen, step, capacity, rows, seed: tl.int64, BR: tl.constexpr):
 
 
 def reservoir_insert(
-    memory: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, seed: int, gate: torch.Tensor | None = None
+    memory: torch.Tensor,
+    seen: torch.Tensor,
+    x: torch.Tensor,
+    seed: int,
+    gate: torch.Tensor | None = None,
+    memory_d: torch.Tensor | None = None,
+    d: torch.Tensor | None = None,
 ) -> None:
     (capacity, n), tokens = memory.shape, x.shape[0]
     if tokens:
         _insert[(tokens,)](
-            memory, seen, x, gate, capacity, tokens, n, signed(seed), BT=128, BN=1024, num_warps=4, **overlapping()
-        )
+            memory, seen, x, gate, memory_d, d, capacity, tokens, n, 0 if d is None else d.shape[1], signed(seed),
+            BT=128, BN=1024, num_warps=4, **overlapping(),
+        )  # fmt: skip
     advance(seen, tokens, gate)
 
 

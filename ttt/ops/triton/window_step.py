@@ -29,7 +29,7 @@ FITTING = {128: 4, 168: 3}
 @triton.jit(do_not_specialize=["held_rows", "every", "groups", "added", "window", "seed"], **GATED)
 def _window_step(
     weight, anchor, importance, trace, win_x, win_delta, win_trace, win_eta, momentum, step,
-    x, delta, trace_delta, eta, counters, tokens, gate,
+    x, delta, trace_delta, eta, counters, tokens, gate, win_weight, row_weight,
     held_rows, every, groups, added, window, m, n, width, seed: tl.int64, lam, decay, keep, log2_gamma,
     carry, gain, remember, share,
     KIND: tl.constexpr, SAMPLED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
@@ -67,6 +67,11 @@ def _window_step(
                 row = load_row(x, delta, trace_delta, b, at, added, m, n, BJ)
                 store_row(win_x, win_delta, win_trace, row, first, b, at, added, window, m, n, BJ)
             tl.store(step, tl.load(step) + 1)
+        if win_weight is not None:
+            for b0 in range(0, added, BC):
+                b = b0 + tl.arange(0, BC).to(tl.int64)
+                fits = (b < added) & (first + b >= 0) & (first + b < window)
+                tl.store(win_weight + first + b, tl.load(row_weight + b, mask=fits, other=0), mask=fits)
         count_rows(win_eta, eta, counters, tokens, held, full, first, added, window, BC)
 
 
@@ -84,7 +89,7 @@ def window_step(a: WindowStepArguments) -> None:
     _window_step[(min(tiles, FITTING.get(limit, 2) * multiprocessors()),)](
         weight, anchor, importance, trace, a.win_x, a.win_delta, a.win_trace, a.win_eta, momentum, a.step,
         a.x, a.delta, a.delta if a.trace_delta is None and a.win_trace is not None else a.trace_delta, a.eta,
-        a.counters, a.tokens, a.gate, a.held, added=a.x.shape[0], window=a.win_eta.numel(), BJ=1024, BC=128,
+        a.counters, a.tokens, a.gate, a.win_weight, a.row_weight, a.held, added=a.x.shape[0], window=a.win_eta.numel(), BJ=1024, BC=128,
         **shared, **{**blocks, "maxnreg": limit or blocks.get("maxnreg")}, **overlapping(),
     )  # fmt: skip
 
