@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -36,8 +37,9 @@ BRIEF_COSTS = {
 COMMITS = ("1024x1024, T = 1, R = 0", "1024x1024, T = 16, R = 0", "4096x4096, T = 1, R = 0", "4096x4096, T = 16, R = 0",
            "4096x4096, T = 16, R = 4", "4096x4096, T = 16, R = 0, 8bit state", "4096x4096, T = 64, R = 0",
            "4096x4096, T = 1024, R = 0")  # fmt: skip
+GPU_SUITES = ("decode", "window_linear", "commit", "low_rank")
 SERVING = ("server.json", "soak.json")
-GPU = ("aot.json", "gpu_predictions.json")
+GPU = ("aot.json", "gpu.json", "gpu_predictions.json")
 DECODES = tuple(f"{size}x{size}, window {window}" for size in (512, 4096) for window in (16, 64, 128))
 
 
@@ -278,7 +280,9 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "told": told, "conversation": conversation, "users": users,
     "server": _results("server.json", serving.server), "server prices": _results("server.json", serving.prices),
     "soak": _results("soak.json", serving.soak), "pretrained": pretrained, "sequence ops": sequence_ops,
-    "compiled": _results("aot.json", gpu.compiled), "predicted": _results("gpu_predictions.json", gpu.predicted),
+    "compiled": _results("aot.json", gpu.compiled),
+    "predicted": _results("gpu_predictions.json", lambda found: gpu.predicted(found, _load("gpu.json"))),
+    **{f"gpu-{suite}": _results("gpu.json", partial(gpu.measured, suite=suite)) for suite in GPU_SUITES},
 }  # fmt: skip
 """Name in the marker -> what makes the table."""
 

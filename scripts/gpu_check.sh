@@ -14,6 +14,7 @@ parts=build/gpu_check
 rm -rf "$parts"
 mkdir -p "$parts"
 export PYTHONUNBUFFERED=1
+export TORCHINDUCTOR_COMPILE_THREADS=1 # its pool of processes would keep a bench from ending
 end=${2:-570}
 failed=()
 

@@ -75,7 +75,7 @@ def doubled(case):
 
 
 def momentum_of_rounded_factors(case, mu, parts):
-    """The momentum after a commit of bfloat16 weights if eta delta is rounded to a sum of ``parts`` bfloat16 numbers."""
+    """The momentum after a commit of bfloat16 weights if eta delta is rounded to ``parts`` bfloat16 numbers."""
     rest, left = case["eta"].unsqueeze(1) * case["delta"].float(), 0
     for _ in range(parts):
         left = left + rest.bfloat16().double()

@@ -7,10 +7,10 @@ import torch
 
 from ttt.ops import backends, log8
 from ttt.ops.arguments import WindowStepArguments
+from ttt.ops.composite import window_step as by_two_ops
 from ttt.ops.triton import append, commit
 from ttt.ops.triton import window_step as fused
 from ttt.ops.triton.common import INTERPRETED
-from ttt.ops.composite import window_step as by_two_ops
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 HALF = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter rounds to bfloat16 wrongly
@@ -52,12 +52,14 @@ def layer_of(m, n, window, rows, dtype, state, traced=False, momentum=None, **op
         "win_eta": torch.zeros(window, device=DEVICE),
         "win_trace": torch.zeros(window, m, device=DEVICE, dtype=dtype) if traced else None,
         "x": None, "delta": None, "eta": None, "trace_delta": None,
-        "counters": count(0, 0, 0), "tokens": count(5), "gate": None, "win_weight": torch.randn(window, device=DEVICE), "row_weight": None, "held": window // rows * rows,
-        "weight": w.to(dtype), "anchor": (w + 0.1 * torch.randn_like(w)).to(dtype), "importance": stored(torch.rand_like(w)),
-        "trace": stored(torch.rand_like(w)), "memory": None, "seen": None, "step": count(3), "seed": 11, "replay_rows": 0,
+        "counters": count(0, 0, 0), "tokens": count(5), "gate": None,
+        "win_weight": torch.randn(window, device=DEVICE), "row_weight": None, "held": window // rows * rows,
+        "weight": w.to(dtype), "anchor": (w + 0.1 * torch.randn_like(w)).to(dtype),
+        "importance": stored(torch.rand_like(w)), "trace": stored(torch.rand_like(w)),
+        "memory": None, "seen": None, "step": count(3), "seed": 11, "replay_rows": 0,
         "beta": 0.3, "eps": 1e-3, "lam": 0.5, "gamma": 0.97, "kind": "fisher", "trace_every": 1,
-        "momentum": None if momentum is None else (0.05 * torch.randn_like(w)).to(momentum), "mu": 0.0 if momentum is None else 0.8,
-        "decay": 0.0,
+        "momentum": None if momentum is None else (0.05 * torch.randn_like(w)).to(momentum),
+        "mu": 0.0 if momentum is None else 0.8, "decay": 0.0,
     }  # fmt: skip
     return {**full, **options}
 
@@ -67,7 +69,7 @@ def copied(case):
 
 
 def with_rows(case, rows, n, m, gate=None):
-    """``case`` with new rows to be learnt; sums of their products have few digits, so that any order gives the same bits."""
+    """``case`` with new rows, whose products have sums of few digits: any order of addition gives the same bits."""
     dtype = case["weight"].dtype
     x, delta, p = (torch.randint(-3, 4, (rows, k), device=DEVICE).to(dtype) for k in (n, m, m))
     eta = torch.full((rows,), 2.0**-9, device=DEVICE)
@@ -109,7 +111,8 @@ def test_a_step_is_a_commit_of_a_full_window_and_an_append(step, m, n, window, r
 
 
 @pytest.mark.parametrize("options", [
-    {"lam": 0.0}, {"importance": None, "lam": 0.0, "decay": 0.5, "win_weight": None}, {"kind": "si"}, {"kind": "mas", "trace": None},
+    {"lam": 0.0}, {"importance": None, "lam": 0.0, "decay": 0.5, "win_weight": None}, {"kind": "si"},
+    {"kind": "mas", "trace": None},
     {"trace_every": 2}, {"momentum": torch.float32}, {"momentum": HALF, "decay": 0.1}, {"traced": True},
 ])  # fmt: skip
 def test_options(options):

@@ -320,7 +320,8 @@ class Linear(StatefulLinear):
             weight = torch.zeros_like(update.eta) if update.weight is None else update.weight
         torch.ops.ttt.window_step(
             self.win_x, self.win_delta, self.win_eta, self.win_trace, x, delta, update.eta,
-            self._trace_gradients(update), counter.counters, self.tokens, gate, self.win_weight, weight, counter.capacity,
+            self._trace_gradients(update), counter.counters, self.tokens, gate, self.win_weight, weight,
+            counter.capacity,
             self.weight, self.anchor, self.importance, self.trace, self.replayed, self.seen, self.step, **options,
             momentum=self.momentum,
         )  # fmt: skip

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from ttt._renamed import old_names
-from ttt.ops import cpu as cpu
 from ttt.ops import composite as composite
+from ttt.ops import cpu as cpu
 from ttt.ops import cuda as cuda
 from ttt.ops.arguments import CommitArguments
 from ttt.ops.low_rank import low_rank_append, low_rank_compress, low_rank_linear

@@ -52,8 +52,8 @@ class WindowStepArguments(NamedTuple):
     """The arguments of ``torch.ops.ttt.window_step``, in the order of its schema.
 
     It is `ttt.ops.commit` of the first ``held`` rows of the window if ``counters`` say that it is full, and then
-    `ttt.ops.window_append`, which documents ``counters`` and ``tokens``; ``row_weight`` (B,) is written to the same rows
-    of ``win_weight`` (C,) as ``eta`` to those of ``win_eta``, but no other row of it. If ``gate`` holds 0, nothing changes.
+    `ttt.ops.window_append`, which documents ``counters`` and ``tokens``. ``row_weight`` (B,) is written to the rows of
+    ``win_weight`` (C,) that belong to the new tokens. If ``gate`` holds 0, nothing changes.
     """
 
     win_x: Tensor

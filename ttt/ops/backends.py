@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
-OPS = ("window_linear", "project_out", "project_out_pair", "window_append", "window_step", "commit", "reservoir_insert", "reservoir_insert_pair",
-       "reservoir_draw",
-       "low_rank_linear", "low_rank_append", "low_rank_compress")  # fmt: skip
+JOINED = ("window_step", "project_out_pair", "reservoir_insert_pair")
+"""Ops that layers use, each of which does the work of two calls of others."""
+
+OPS = ("window_linear", "project_out", "window_append", "commit", "reservoir_insert", "reservoir_draw",
+       "low_rank_linear", "low_rank_append", "low_rank_compress", *JOINED)  # fmt: skip
 
 calls: Counter[tuple[str, str, str]] = Counter()
 """(op, backend, why) -> calls; ``why`` is empty unless a slower backend was used."""

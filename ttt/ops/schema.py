@@ -35,7 +35,8 @@ _SCHEMAS = {
     "window_step": (
         "(Tensor(a!) win_x, Tensor(b!) win_delta, Tensor(c!) win_eta, Tensor(d!)? win_trace, Tensor x, Tensor delta, "
         "Tensor eta, Tensor? trace_delta, Tensor(e!) counters, Tensor(f!)? tokens, Tensor? gate, "
-        "Tensor(k!)? win_weight, Tensor? row_weight, int held, Tensor(g!) weight, Tensor? anchor, Tensor? importance, Tensor(h!)? trace, Tensor? memory, Tensor? seen, "
+        "Tensor(k!)? win_weight, Tensor? row_weight, int held, Tensor(g!) weight, Tensor? anchor, Tensor? importance, "
+        "Tensor(h!)? trace, Tensor? memory, Tensor? seen, "
         "Tensor(i!) step, int seed, int replay_rows, float beta, float eps, float lam, float gamma, str kind, "
         "int trace_every, Tensor(j!)? momentum, float mu, float decay) -> ()"
     ),

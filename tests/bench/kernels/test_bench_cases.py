@@ -163,8 +163,9 @@ def test_decoding_with_capturable_layers_is_checked(window, monkeypatch):
     for _ in range(window + 1):  # each layer has committed at least once
         contender.run()
     assert not any(torch.equal(w, old) for w, old in zip(weights, before, strict=True))
+    options = ttt.nn.Linear.commit_options
     with monkeypatch.context() as patch:
-        patch.setattr(ttt.nn.Linear, "_commit", lambda self, *args: None)
+        patch.setattr(ttt.nn.Linear, "commit_options", lambda self: {**options(self), "lam": 50.0})
         with pytest.raises(AssertionError, match="is off by"):
             case.learning().check()
 

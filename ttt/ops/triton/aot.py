@@ -21,7 +21,7 @@ from triton.backends.compiler import BaseBackend, GPUTarget
 from triton.compiler import ASTSource, CompilationError, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from ttt.ops.triton import commit
+from ttt.ops.triton import commit, common
 from ttt.ops.triton.aot_calls import calls
 from ttt.ops.triton.aot_compare import compare
 from ttt.ops.triton.aot_inspect import inspect
@@ -41,14 +41,15 @@ class Launch(NamedTuple):
     grid: tuple
 
 
-def launches(call: Callable[[], None]) -> list[Launch]:
-    """Record the launches that ``call`` makes, without running them."""
+def launches(call: Callable[[], None], target: GPUTarget = CUDA) -> list[Launch]:
+    """Record the launches that ``call`` makes on ``target``, without running them."""
     made = []
 
     def record(kernel, *args, grid, warmup, **kwargs):
         made.append(Launch(kernel, args, kwargs, grid))
 
-    with patch.object(JITFunction, "run", record):
+    capability = divmod(target.arch, 10) if target.backend == "cuda" else (0, 0)
+    with patch.object(JITFunction, "run", record), patch.object(common, "capability", lambda: capability):
         call()
     return made
 
@@ -56,9 +57,6 @@ def launches(call: Callable[[], None]) -> list[Launch]:
 def _bound(launch: Launch, target: GPUTarget) -> tuple[dict, list, dict, BaseBackend]:
     """Arguments, their specialisation, and options of a launch, bound by Triton as it does at run time; the backend."""
     backend = make_backend(target)
-    if "PDL" in launch.kwargs:  # what the GPU decides at run time
-        overlapping = target.backend == "cuda" and target.arch >= 90
-        launch = launch._replace(kwargs={**launch.kwargs, "PDL": overlapping})
     bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
     return *bind(*launch.args, **launch.kwargs), backend
 
@@ -101,19 +99,18 @@ def compile_all(
     """
     done = set()
     for label, call in calls(everything):
-        for launch in launches(call):
-            key, kernel = variant(launch), name_of(launch.kernel)
+        for target, launch in ((t, launch) for t in targets for launch in launches(call, TARGETS[t])):
+            key, kernel = (target, *variant(launch)), name_of(launch.kernel)
             if key in done or (kernels and kernel not in kernels):
                 continue
             done.add(key)
-            for target in targets:
-                row = {"kernel": kernel, "target": target, "variant": label}
-                try:
-                    yield {**row, **inspect(compiled(launch, TARGETS[target]))}
-                except CompilationError as error:
-                    if TARGETS[target].backend == "cuda":
-                        raise
-                    yield {**row, "failed": str(error.__cause__ or error).strip().splitlines()[-1]}
+            row = {"kernel": kernel, "target": target, "variant": label}
+            try:
+                yield {**row, **inspect(compiled(launch, TARGETS[target]))}
+            except CompilationError as error:
+                if TARGETS[target].backend == "cuda":
+                    raise
+                yield {**row, "failed": str(error.__cause__ or error).strip().splitlines()[-1]}
 
 
 def _line(row: dict[str, Any]) -> str:

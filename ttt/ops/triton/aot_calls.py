@@ -61,7 +61,8 @@ def _step(dtype, state, held=16, kind="fisher", every=1, gated=False, momentum=N
     eta, new_eta = (_meta(count, dtype=torch.float32) for count in (held, 8))
     window_step.window_step(WindowStepArguments(
         *window, eta, window[1] if gated else None, *rows, new_eta, None, counters, counters[:1],
-        counters[:1] if gated else None, eta if gated else None, new_eta if gated else None, held, matrix, matrix, _state(state), _state(state) if kind else None, None,
+        counters[:1] if gated else None, eta if gated else None, new_eta if gated else None, held, matrix, matrix,
+        _state(state), _state(state) if kind else None, None,
         None, counters[:1], 0, 0, 0.0, 0.0, 1.0, 1.0, kind or "fisher", every,
         None if momentum is None else _meta(M, N, dtype=momentum), 0.9 if momentum else 0.0, decay,
     ))  # fmt: skip

@@ -37,7 +37,7 @@ from ttt.ops.triton.update import in_order, load_state, outer, pass_momentum, re
 
 @triton.jit
 def _load_tokens(x, delta, trace_delta, eta, t0, i0, j0, i, j, b, tokens, m, n, row, column, TRACED: tl.constexpr):
-    """x, delta, the gradient of the trace (or delta) and eta of the tokens from t0 on, for the rows and columns of a tile."""
+    """x, delta, the gradient of the trace (or delta) and eta of the tokens from t0 on, for the rows of a tile."""
     token = b < tokens - t0
     d_at, x_at = tl.cast(t0, tl.int64) * m + i0 + (b * m + i), tl.cast(t0, tl.int64) * n + j0 + (b * n + j)
     xt = tl.load(x + x_at, mask=token & column, other=0)
@@ -152,14 +152,18 @@ _BLOCKS = {  # by the weight's dtype
     # 64 x 32 with 4 warps fits into 128 registers on sm_90, so that four programs share a multiprocessor and one waits
     # for memory while another computes; every other tile that was measured on an H200 takes longer. On sm_80 8-bit
     # state takes 205 registers, and spills if limited to 128.
-    torch.bfloat16: {"BM": 64, "BN": 32, "BT": 16, "AHEAD": True, "G_AS": "bf16x2", "S_AS": "bf16", "num_warps": 4, "num_stages": 1},
+    torch.bfloat16: {
+        "BM": 64, "BN": 32, "BT": 16, "AHEAD": True, "G_AS": "bf16x2", "S_AS": "bf16", "num_warps": 4, "num_stages": 1,
+    },
     # Without a limit, the assembler aims at 168 and 128 registers in one variant of each, and spills a little.
     torch.float16: {
-        "BM": 64, "BN": 32, "BT": 16, "AHEAD": False, "G_AS": "tf32x3", "S_AS": "tf32x3", "num_warps": 4, "num_stages": 1,
+        "BM": 64, "BN": 32, "BT": 16, "AHEAD": False, "G_AS": "tf32x3", "S_AS": "tf32x3", "num_warps": 4,
+        "num_stages": 1,
         "maxnreg": 255,
     },
     torch.float32: {
-        "BM": 64, "BN": 32, "BT": 16, "AHEAD": False, "G_AS": "ieee", "S_AS": "ieee", "num_warps": 4, "num_stages": 1, "maxnreg": 255,
+        "BM": 64, "BN": 32, "BT": 16, "AHEAD": False, "G_AS": "ieee", "S_AS": "ieee", "num_warps": 4, "num_stages": 1,
+        "maxnreg": 255,
     },
 }  # fmt: skip
 
@@ -170,7 +174,7 @@ FEW_TOKENS = 128
 
 
 def launch_arguments(c: CommitArguments, response: torch.Tensor | None) -> tuple[tuple, tuple, dict]:
-    """What a launch that commits ``c`` takes: the tensors of `_commit`, in two parts, and its other arguments by name."""
+    """What a launch that commits ``c`` takes: the tensors of `_commit`, in two parts, and other arguments by name."""
     (m, n), tokens = c.weight.shape, c.eta.numel()
     momentum = c.momentum if tokens else None
     remember, share, carry, gain = coefficients(c.mu, tokens) if momentum is not None else [None] * 4

@@ -56,16 +56,22 @@ def padded_rows(rows: int) -> int:
 
 
 @functools.cache
-def _overlaps(device: int) -> bool:
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if torch.version.cuda is not None else (0, 0)
+
+
+def capability() -> tuple[int, int]:
+    """The compute capability of the current NVIDIA GPU; (0, 0) for other GPUs, and (9, 0) where there is no GPU."""
+    return _capability(torch.cuda.current_device()) if torch.cuda.is_available() else (9, 0)
 
 
 def overlapping() -> dict[str, bool]:
-    """The options of a launch whose kernel begins with `begin`: on GPUs of compute capability 9.0 or later its start
-    overlaps with the end of the launch before it (CUDA's programmatic dependent launch)."""
-    if INTERPRETED or not torch.cuda.is_available() or not _overlaps(torch.cuda.current_device()):
-        return {"PDL": False}
-    return {"PDL": True, "launch_pdl": True}
+    """The options of a launch whose kernel calls `begin`.
+
+    On GPUs of compute capability 9.0 or later its start overlaps with the end of the launch before it (CUDA's
+    programmatic dependent launch).
+    """
+    return {"PDL": True, "launch_pdl": True} if capability() >= (9, 0) and not INTERPRETED else {"PDL": False}
 
 
 @functools.cache

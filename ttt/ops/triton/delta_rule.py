@@ -167,7 +167,7 @@ def delta_rule(
         )  # fmt: skip
     _delta_states[triton.cdiv(values, 16), rows * heads](
         out, last, square[0], square[1], totals, q, k, v, state, begins, tokens, heads, chunks, keys, values, scale,
-        C=CHUNK, BK=block, BV=16, num_warps=8, num_stages=1,
+        C=CHUNK, BK=block, BV=16, num_warps=4, num_stages=2, maxnreg=255,
     )  # fmt: skip
     return out, last
 

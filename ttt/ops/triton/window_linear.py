@@ -147,7 +147,7 @@ _BLOCKS = {  # kernel, is the weight float32
     # Many small programs: those of the coefficients take some multiprocessors' room while these start, and few large
     # programs would be spread unevenly.
     ("few", False): {"BT": 16, "BM": 16, "BK": 256, "num_warps": 2, "num_stages": 6},
-    ("few", True): {"BT": 16, "BM": 32, "BK": 64, "num_warps": 4, "num_stages": 3},
+    ("few", True): {"BT": 16, "BM": 16, "BK": 64, "num_warps": 2, "num_stages": 6},
     ("few_coefficients", False): {"BT": 4, "BK": 1024, "num_warps": 4},
     ("few_coefficients", True): {"BT": 4, "BK": 512, "num_warps": 4},
     ("subtract", False): {"BT": 32, "BM": 64, "num_warps": 4, "num_stages": 1},

@@ -18,12 +18,24 @@ import triton
 import triton.language as tl
 
 from ttt.ops.arguments import WindowStepArguments
+from ttt.ops.triton import common
 from ttt.ops.triton.append import count_rows, load_row, store_row, take_ticket
 from ttt.ops.triton.commit import FEW_TOKENS, blocks_of, commit_tile, launch_arguments
 from ttt.ops.triton.common import GATED, begin, multiprocessors, overlapping
 
 FITTING = {128: 4, 168: 3}
-"""Programs of 4 warps that fit a multiprocessor at once, by the registers of a thread."""
+"""Programs of 4 warps that fit a multiprocessor at once, by the largest number of registers for a thread."""
+
+
+def _most_registers(dtype: torch.dtype, state: set[torch.dtype], momentum: bool, blocks: dict) -> int | None:
+    """The limit for the registers of a thread; None where the assembler may take what it wants.
+
+    Left alone, it takes 164 to 203 for the loop over tiles, and fewer programs fit. GPUs before compute capability 9.0
+    need more: their tensor cores take the operands from registers.
+    """
+    if dtype != torch.bfloat16 or momentum or torch.float32 in state or common.capability() < (9, 0):
+        return blocks.get("maxnreg")
+    return 128 if blocks["BT"] == 16 and torch.uint8 not in state else 168
 
 
 @triton.jit(do_not_specialize=["held_rows", "every", "groups", "added", "window", "seed"], **GATED)
@@ -81,16 +93,15 @@ def window_step(a: WindowStepArguments) -> None:
     (m, n), blocks = c.weight.shape, blocks_of(c)
     (weight, anchor, importance, trace, *_), (*_, momentum), shared = launch_arguments(c, None)
     del shared["rows"], shared["capacity"], shared["tokens"]
-    # Left alone, the assembler takes 164 to 203 registers for the loop over tiles, and fewer programs fit.
-    plain = a.weight.dtype == torch.bfloat16 and momentum is None
-    plain = plain and torch.float32 not in (t.dtype for t in (importance, trace) if t is not None)
-    limit = 128 if plain and blocks["BT"] == 16 and blocks["BN"] == 32 else 168 if plain else None
+    state = {t.dtype for t in (importance, trace) if t is not None}
+    registers = _most_registers(a.weight.dtype, state, momentum is not None, blocks)
     tiles = triton.cdiv(m, blocks["BM"]) * triton.cdiv(n, blocks["BN"])
-    _window_step[(min(tiles, FITTING.get(limit, 2) * multiprocessors()),)](
+    _window_step[(min(tiles, FITTING.get(registers, 2) * multiprocessors()),)](
         weight, anchor, importance, trace, a.win_x, a.win_delta, a.win_trace, a.win_eta, momentum, a.step,
         a.x, a.delta, a.delta if a.trace_delta is None and a.win_trace is not None else a.trace_delta, a.eta,
-        a.counters, a.tokens, a.gate, a.win_weight, a.row_weight, a.held, added=a.x.shape[0], window=a.win_eta.numel(), BJ=1024, BC=128,
-        **shared, **{**blocks, "maxnreg": limit or blocks.get("maxnreg")}, **overlapping(),
+        a.counters, a.tokens, a.gate, a.win_weight, a.row_weight, a.held, added=a.x.shape[0],
+        window=a.win_eta.numel(), BJ=1024, BC=128,
+        **shared, **{**blocks, "maxnreg": registers}, **overlapping(),
     )  # fmt: skip
 
 
