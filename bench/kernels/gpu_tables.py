@@ -42,7 +42,7 @@ def measured(results: Mapping[str, Any], suite: str) -> list[tuple[str, ...]]:
     def us(row: Mapping[str, Any] | None) -> str:
         return "" if row is None else f"{row['us']:.0f}" if row["us"] >= 100 else f"{row['us']:.1f}"
 
-    lines = [
+    lines: list[tuple[str, ...]] = [
         ("case", "ttt, us", "nn.Linear, us", "ratio", "% of the copy", "% of the product", "torch, us", "compiled, us")
     ]
     for case, rows in cases.items():

@@ -160,14 +160,16 @@ def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     for tokens, window in itertools.product((1, 8), (64, 128)) if everything else [(1, 128)]:
         label = f"bfloat16 T={tokens} window {window}"
         yield label, lambda a=(tokens, window): _linear(torch.bfloat16, a[0], window=a[1])
-    steps = [(bf16, bf16, {}), (bf16, codes, {}), (bf16, bf16, {"held": 64})]
+    steps = [(bf16, bf16, 16, {}), (bf16, codes, 16, {}), (bf16, bf16, 64, {})]
     if everything:
-        steps += [(dtype, state, {"held": 64}) for dtype in dtypes for state in (fp32, bf16, codes)]
-        steps += [(dtype, bf16, {"kind": kind, "gated": True}) for dtype in dtypes for kind in (*schema.KINDS, None)]
-        steps += [(dtype, bf16, {"every": 4, "momentum": bf16, "decay": 0.1}) for dtype in dtypes]
-    for dtype, state, extra in steps:
-        label = f"{_name(dtype)}/{_name(state)} {extra}"
-        yield label, lambda a=(dtype, state), b=extra: _step(*a, **b)
+        kinds = (*schema.KINDS, None)
+        steps += [(dtype, state, 64, {}) for dtype in dtypes for state in (fp32, bf16, codes)]
+        steps += [(dtype, bf16, 16, {"kind": kind, "gated": True}) for dtype in dtypes for kind in kinds]
+        steps += [(dtype, bf16, 16, {"every": 4, "momentum": bf16, "decay": 0.1}) for dtype in dtypes]
+    for dtype, state, window, extra in steps:
+        given = "".join(f" {k}={_name(v) if isinstance(v, torch.dtype) else v}" for k, v in extra.items())
+        label = f"{_name(dtype)}/{_name(state)} window {window}{given}"
+        yield label, lambda a=(dtype, state, window), b=extra: _step(*a, **b)
     for dtype in dtypes if everything else dtypes[:2]:
         yield _name(dtype), lambda a=dtype: _project(a)
     for dtype in dtypes if everything else dtypes[:1]:
