@@ -146,11 +146,20 @@ def merge(
 
     Raises:
         FileNotFoundError: if ``folder`` has no runs of this suite on this device.
+        ValueError: if a run there has another protocol than this suite has now, or was made on another kind of machine
+            than those in ``results``. Nothing is added then.
     """
     path = folder / f"{stem_of(suite)}.jsonl"
     found, journal = Journal(path).records, Journal(results / path.name)
     if not found:
         raise FileNotFoundError(f"{path} holds no finished runs")
+    machines = {name_of(r["machine"]) for r in journal.records.values() if "machine" in r}
+    for record in found.values():
+        if record["protocol"] != protocol_of(suite, tuning=False, sweep=swept(record)):
+            raise ValueError(f"{path} has runs of another protocol than {suite.name} has now: {record['protocol']}")
+        if machines and name_of(record["machine"]) not in machines:
+            made, there = name_of(record["machine"]), " and ".join(sorted(machines))
+            raise ValueError(f"{path} has runs of {made}, but the runs in {results} are of {there}")
     new = [record for key, record in found.items() if key not in journal.records]
     for record in new:
         journal.add(record)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from ttt.ops import backends, log8
+from ttt.ops import backends, log8, reference
 from ttt.ops.arguments import WindowStepArguments
 from ttt.ops.composite import window_step as by_two_ops
 from ttt.ops.triton import append, commit
@@ -29,6 +29,18 @@ def by_two_kernels(*args):
         a.win_weight[at : at + len(a.row_weight)] = a.row_weight
     commit.commit(*a.commit._replace(gate=full if a.gate is None else full * a.gate))
     append.window_append(*a.append)
+
+
+def by_reference(*args):
+    """The definition: what the gate and the counters say is read by the host."""
+    a = WindowStepArguments(*args)
+    if a.gate is not None and not int(a.gate):
+        return
+    full, at = int(a.counters[1]), 0 if int(a.counters[1]) else int(a.counters[0])
+    a.win_weight[at : at + len(a.row_weight)] = a.row_weight
+    if full:
+        reference.commit(*a.commit)
+    reference.window_append(*a.append)
 
 
 def by_op(*args):
@@ -107,7 +119,7 @@ def test_a_step_is_a_commit_of_a_full_window_and_an_append(step, m, n, window, r
     case["weight"] = torch.randint(-512, 513, (m, n), device=DEVICE).float() / 64
     trace = torch.randint(0, 100, (m, n), device=DEVICE).float()
     case["trace"] = log8.encode(trace) if state == torch.uint8 else trace
-    check(step, by_two_ops, case, rows, n, m, 2 * (window // rows) + 2)
+    check(step, by_reference, case, rows, n, m, 2 * (window // rows) + 2)
 
 
 @pytest.mark.parametrize("options", [
@@ -146,6 +158,14 @@ def test_a_small_grid_writes_every_tile(monkeypatch):
     check(by_kernel, by_two_kernels, layer_of(130, 3000, 6, 3, torch.float32, torch.float32), 3, 3000, 130, 6)
 
 
+@pytest.mark.parametrize("parts", [0, 10**9])
+def test_rows_of_a_launch_of_their_own_have_the_same_bits(parts, monkeypatch):
+    """However many rows the launch of the commit may write, state is that of the two kernels."""
+    monkeypatch.setattr(fused, "MOST_PARTS", parts)
+    check(by_kernel, by_two_kernels, layer_of(33, 2100, 8, 3, torch.float32, torch.float32), 3, 2100, 33, 8, (1, 1, 0))
+    check(by_kernel, by_two_kernels, layer_of(70, 40, 9, 4, torch.float32, torch.float32, traced=True), 4, 40, 70, 7)
+
+
 def test_what_one_launch_cannot_do_is_done_by_two_ops():
     memory = {"memory": torch.randn(8, 20, device=DEVICE), "seen": count(8), "replay_rows": 2}
     case = layer_of(9, 20, 4, 1, torch.float32, torch.float32, **memory)
@@ -161,6 +181,10 @@ def test_what_one_launch_cannot_do_is_done_by_two_ops():
     ("change", "error", "message"),
     [
         ({"counters": torch.zeros(2, dtype=torch.int64)}, ValueError, r"counters must have shape \(3,\), got \(2,\)"),
+        ({"held": 5}, ValueError, r"held must be in \[0, 4\], got 5"),
+        ({"held": -1}, ValueError, r"held must be in \[0, 4\], got -1"),
+        ({"row_weight": None}, ValueError, "win_weight needs row_weight"),
+        ({"win_weight": torch.zeros(3)}, ValueError, r"win_weight must have shape \(4,\), got \(3,\)"),
         ({"lam": -1.0}, ValueError, "lam must be >= 0, got -1.0"),
         ({"delta": torch.zeros(1, 8)}, ValueError, r"delta must have shape \(1, 9\), got \(1, 8\)"),
     ],

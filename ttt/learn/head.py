@@ -70,13 +70,14 @@ def input_gradient(scores: Scores, weight: Tensor, wanted: Tensor | None = None,
     Returns:
         (N, d), of the dtype of ``weight``.
     """
-    few = weight.shape[0] < _SMALL
-    why = "few words" if few else "on a GPU the exact product takes less time" if weight.is_cuda else ""
-    found = None if why or mass == 0 else _matter(scores, mass)
+    small = weight.shape[0] < _SMALL
+    # On a GPU the exact product takes a quarter of the time that picking the rows does.
+    found = None if small or mass == 0 or weight.is_cuda else _matter(scores, mass)
     scale = 1 / scores.total if wanted is None else torch.where(wanted, 1 / scores.total, 0.0)
     # The target is subtracted in float32: 1 - p would be lost in a product with 16-bit p.
     if found is None:
-        why = "" if mass == 0 else why or "more rows matter than are worth picking"
+        why = "few words" if small else "more rows matter than are worth picking"
+        why = "" if mass == 0 or weight.is_cuda else why
         record("head_gradient", "dense", why)
         scores.exp.scatter_add_(1, scores.targets.unsqueeze(1), -scores.total.unsqueeze(1))
         return _product(scores.exp.mul_(scale.unsqueeze(1)).to(weight.dtype), weight)

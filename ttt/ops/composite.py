@@ -13,8 +13,8 @@ from ttt.ops.gate import gated
 def window_step(*args) -> None:
     """Commit the window if it is full, and append the new rows."""
     a = WindowStepArguments(*args)
-    full = a.counters[1:2]
     schema.check_window_step(a)
+    full = a.counters[1:2]
     if a.win_weight is not None and a.row_weight is not None:
         first = torch.where(a.counters[1] != 0, 0, a.counters[0])
         rows = first + torch.arange(len(a.row_weight), device=a.row_weight.device)

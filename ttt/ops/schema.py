@@ -226,6 +226,9 @@ def check_window_append(
 
 
 def check_window_step(a: WindowStepArguments) -> None:
+    if not 0 <= a.held <= a.win_eta.numel():
+        raise ValueError(f"held must be in [0, {a.win_eta.numel()}], got {a.held}")
+    _need("counters", a.counters, (3,), (torch.int64,), a.win_x)
     check_window_append(*a.append)
     check_commit(a.commit)
     if a.win_weight is not None:

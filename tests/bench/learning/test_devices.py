@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import types
 
 import pytest
@@ -235,6 +236,29 @@ def test_runs_that_were_made_elsewhere_are_added_without_the_device(call, tmp_pa
     done = CliRunner().invoke(app, ["--suite", "facts", "--merge", str(there)], env={"COLUMNS": "400"})
     assert done.exit_code == 2
     assert "benchmark_facts.jsonl holds no finished runs" in done.output
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r["protocol"].update(known=7), "has runs of another protocol than facts has now: .*'known': 7"),
+        (lambda r: r["machine"].update(gpu="A100"), "has runs of A100.*, but the runs in .* are of"),
+    ],
+)
+def test_runs_of_another_protocol_or_gpu_are_not_added(call, tmp_path, change, message):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder, seeds in ((here, "1"), (there, "2")):
+        call("--seeds", seeds, "--device", "cuda", results=folder)
+    journal = there / "benchmark_facts_cuda.jsonl"
+    records = read(journal)
+    change(records[-1])
+    journal.write_text("".join(json.dumps(record) + "\n" for record in records))
+    before = {path.name: path.read_bytes() for path in here.iterdir()}
+    options = ["--suite", "facts", "--device", "cuda", "--results", str(here), "--merge", str(there)]
+    done = CliRunner().invoke(app, options, env={"COLUMNS": "2000"})
+    assert done.exit_code == 2
+    assert re.search(message, done.output)
+    assert {path.name: path.read_bytes() for path in here.iterdir()} == before
 
 
 def test_times_of_runs_that_shared_a_gpu_are_in_no_table():

@@ -55,10 +55,10 @@ def _append(dtype, on_device) -> None:
     )  # fmt: skip
 
 
-def _step(dtype, state, held=16, kind="fisher", every=1, gated=False, momentum=None, decay=0.0) -> None:
+def _step(dtype, state, held=16, kind="fisher", every=1, gated=False, momentum=None, decay=0.0, added=1) -> None:
     matrix, counters = _meta(M, N, dtype=dtype), _meta(3, dtype=torch.int64)
-    window, rows = [[_meta(count, k, dtype=dtype) for k in (N, M)] for count in (held, 8)]
-    eta, new_eta = (_meta(count, dtype=torch.float32) for count in (held, 8))
+    window, rows = [[_meta(count, k, dtype=dtype) for k in (N, M)] for count in (held, added)]
+    eta, new_eta = (_meta(count, dtype=torch.float32) for count in (held, added))
     window_step.window_step(WindowStepArguments(
         *window, eta, window[1] if gated else None, *rows, new_eta, None, counters, counters[:1],
         counters[:1] if gated else None, eta if gated else None, new_eta if gated else None, held, matrix, matrix,
@@ -160,7 +160,7 @@ def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     for tokens, window in itertools.product((1, 8), (64, 128)) if everything else [(1, 128)]:
         label = f"bfloat16 T={tokens} window {window}"
         yield label, lambda a=(tokens, window): _linear(torch.bfloat16, a[0], window=a[1])
-    steps = [(bf16, bf16, 16, {}), (bf16, codes, 16, {}), (bf16, bf16, 64, {})]
+    steps = [(bf16, bf16, 16, {}), (bf16, codes, 16, {}), (bf16, bf16, 64, {"added": 8})]
     if everything:
         kinds = (*schema.KINDS, None)
         steps += [(dtype, state, 64, {}) for dtype in dtypes for state in (fp32, bf16, codes)]
