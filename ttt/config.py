@@ -123,6 +123,16 @@ class FlatSettings:
         return self._flat["decay"]
 
     @property
+    def budget(self) -> float:
+        """Estimated KL in nats within which the change of the weights is kept; 0 for no budget."""
+        return self._flat["budget"]
+
+    @property
+    def budget_slowest(self) -> float:
+        """The smallest factor by which a budget multiplies steps."""
+        return self._flat["budget_slowest"]
+
+    @property
     def commit_rows(self) -> int:
         """R of every commit, wherever its rows come from."""
         return self.replay_rows + self.distill_rows + self.generated_rows
@@ -130,7 +140,7 @@ class FlatSettings:
     @property
     def calibrates(self) -> bool:
         """Whether a defence is on that `ttt.Learner.calibrate` measures something for."""
-        return any(self._flat[name] for name in SWITCHES if name not in ("distill_rows", "decay"))
+        return any(self._flat[name] for name in SWITCHES if name not in ("distill_rows", "decay", "budget"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,8 +184,8 @@ class TTTConfig(FlatSettings):
             Behrouz et al. 2024; see `ttt.ops.momentum`). In the end a token moves the weights by 1 / (1 - mu) times
             its gradient, so choose ``lr`` smaller accordingly. 0 keeps no velocity.
         protect: the defences against forgetting, any of `ttt.EWC`, `ttt.SI`, `ttt.MAS` (one of these three),
-            `ttt.LayerReplay`, `ttt.LayerDistillation`, `ttt.LayerGenerativeReplay`, `ttt.Decay`, and
-            `ttt.KroneckerFisher` or `ttt.OrthogonalUpdates`. An empty list is plain gradient descent.
+            `ttt.LayerReplay`, `ttt.LayerDistillation`, `ttt.LayerGenerativeReplay`, `ttt.Decay`, `ttt.DriftBudget`,
+            and `ttt.KroneckerFisher` or `ttt.OrthogonalUpdates`. An empty list is plain gradient descent.
         per_user: `ttt.LowRank`: every user has low-rank weights of their own beside the model's, which never change
             (`ttt.nn.LowRankLinear`); ``window`` and what is said of the trace do not apply then. None: one set of
             weights for all.
@@ -242,6 +252,8 @@ class TTTConfig(FlatSettings):
         put("_flat", flatten(self.protect))
         if self.state_dtype == "8bit" and self.importance == "si":
             raise ValueError(f"state_dtype must be a float type for importance='si', got {self.state_dtype!r}")
+        if self.budget and self.rate != "decrease":
+            raise ValueError(f"rate must be 'decrease' with a DriftBudget, got {self.rate!r}")
         if self.per_user is not None:
             self._check_per_user()
 

@@ -7,14 +7,15 @@ from typing import Any
 
 from ttt.checks import check_number, check_whole
 from ttt.config import TTTConfig
-from ttt.defences import LowRank
+from ttt.defences import DriftBudget, KroneckerFisher, LowRank
 
 CONVERSATION = TTTConfig(
     target_modules=["down_proj"],
     layers="last:0.5",
+    protect=[KroneckerFisher(), DriftBudget()],
     per_user=LowRank(slots=1, rank=32, window=64),
 )
-"""What learns. More layers than by default: the change is then spread more thinly."""
+"""What learns. More layers than by default: the change is then spread more thinly. Its size has a budget."""
 
 SHORT = 64
 """Tokens of a text that is read with the whole emphasis."""

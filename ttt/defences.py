@@ -295,10 +295,38 @@ class Decay(Defence):
         self._number("strength", 0.0)
 
 
+@dataclasses.dataclass(frozen=True)
+class DriftBudget(Defence):
+    """The change of the weights is kept within a budget, however much is learnt.
+
+    The KL of the model from the one before learning is estimated from the norms of the changes of the layers' weights
+    and the size of gradients at calibration (`ttt.nn.budget`), which takes no forward pass. Up to half of the budget
+    nothing is done. Beyond that steps become smaller, and a change that would leave the budget is scaled back to it. So
+    what was learnt last never displaces all that was learnt before, and fades itself as more is learnt. Needs
+    ``rate="decrease"``.
+
+    Args:
+        nats: >= 0, the budget, or 0 for none: estimated KL in nats per token, summed over the layers. The estimate is for text like
+            that of calibration. It is low: SmolLM2 had a KL about ten times as large on English text (docs/language.md).
+        slowest: in [0, 1], the smallest factor of the steps. With 0 nothing more is learnt once the budget is full; with
+            1 steps keep their size, and new text soon displaces what was learnt before.
+    """
+
+    flat: ClassVar[Mapping[str, str]] = {"nats": "budget", "slowest": "budget_slowest"}
+    switch = "budget"
+
+    nats: float = 0.0006
+    slowest: float = 0.25
+
+    def __post_init__(self) -> None:
+        self._number("nats", 0.0)
+        self._number("slowest", 0.0, 1.0)
+
+
 KINDS: dict[str, type[Defence]] = {
     kind.__name__: kind
     for kind in (EWC, SI, MAS, LayerReplay, LayerDistillation, LayerGenerativeReplay, OrthogonalUpdates,
-                 KroneckerFisher, Decay)
+                 KroneckerFisher, Decay, DriftBudget)
 }  # fmt: skip
 """Every defence by name."""
 
@@ -309,7 +337,7 @@ OFF: dict[str, Any] = {
     "importance": "fisher", "fisher": "true", "ewc_lambda": 0.0, "consolidate_decay": 1.0, "trace_decay": 1.0,
     "trace_every": 1, "si_xi": 1e-3, "replay_rows": 0, "distill_rows": 0, "generated_rows": 0, "generated_rank": 16,
     "replay_beta": 0.1, "replay_eps": 1e-3, "orthogonal": 0, "kronecker": 0, "kronecker_power": 1.0,
-    "kronecker_damping": 0.0, "decay": 0.0,
+    "kronecker_damping": 0.0, "decay": 0.0, "budget": 0.0, "budget_slowest": 0.25,
 }  # fmt: skip
 """The flat settings where no defence is on."""
 

@@ -10,7 +10,7 @@ import ttt.nn
 
 FOLDER = Path(ttt.nn.__file__).parent
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
-HELPERS = ["directions", "feedback", "gaussian", "graph_steps", "parallel", "rates", "replay_rows", "update"]
+HELPERS = ["budget", "directions", "feedback", "gaussian", "graph_steps", "parallel", "rates", "replay_rows", "update"]
 
 
 def imported(module):

@@ -254,7 +254,7 @@ def _bounds(key: str, layer: Linear) -> tuple[float, float]:
         return 0, LARGEST_COUNT
     if key in _SUMS:
         return 0.0, LARGEST_SUM
-    if key == "importance_scale":
+    if key in ("importance_scale", "drift"):
         return 0.0, LARGEST_SQUARE
     if key == "trace":
         return (-LARGEST_SQUARE if layer.config.importance == "si" else 0.0), LARGEST_SQUARE

@@ -187,6 +187,8 @@ def consolidate(layers: list[Linear]) -> None:
         if layer.trace is not None:
             layer.trace.zero_()
         layer.tokens.zero_()
+        if layer.drift is not None:
+            layer.drift.zero_()
         layer.merge_present_inputs()
         if layer.config.kronecker:
             _merge_moments(layer)

@@ -10,10 +10,11 @@ from torch import Tensor
 from ttt import ops
 from ttt.nn.autocast import autocast_dtype, full_precision, without_autocast
 from ttt.nn.base import captures
+from ttt.nn.budget import largest_square, pace, scale
 from ttt.nn.cpu_binding import Binding, binding_of
 from ttt.nn.feedback import Latest
 from ttt.nn.graph_steps import WindowCounter
-from ttt.nn.rates import STREAM, count_, rates
+from ttt.nn.rates import CALIBRATED, STREAM, count_, rates
 from ttt.nn.replay_rows import gather_replay_rows
 from ttt.nn.state import StatefulLinear
 from ttt.nn.update import Update
@@ -99,6 +100,8 @@ class Linear(StatefulLinear):
                                             unit of Omega
         ``agreement``,        (1,) float64  feedback (`ttt.nn.feedback`): a, and the weights of the
         ``win_weight``        (C,)          window's rows; if ``feedback`` > 0
+        ``drift``             (1,) float64  |W - W*|^2 after the last commit; if there is a budget
+                                            (`ttt.nn.budget`)
         ====================  ============  =======================================================
 
     Buffers that the configuration does not need are None.
@@ -192,12 +195,14 @@ class Linear(StatefulLinear):
             applied=self.applied if self.damps else None, share=self.share, limit=self.largest_step(),
             latest=self.latest, sharding=self.sharding,
         )  # fmt: skip
-        finite = found.finite.all()
+        eta, finite = found.eta, found.finite.all()
+        if self.drift is not None:
+            eta = eta * pace(self.config, self.drift, self._largest_drift()).to(eta.dtype)
         if trace_delta is not None:
             trace_delta = trace_delta.to(self.weight.dtype).contiguous()
             length = self.sharding.output.sum(torch.linalg.vector_norm(trace_delta, dtype=sum_dtype))
             finite = finite & torch.isfinite(length)
-        return Update(x, delta, found.eta, trace_delta, finite, found.grown, found.weight, found.agreement)
+        return Update(x, delta, eta, trace_delta, finite, found.grown, found.weight, found.agreement)
 
     @full_precision
     def learn(self, update: Update, gate: Tensor | None = None) -> None:
@@ -220,6 +225,8 @@ class Linear(StatefulLinear):
         ):
             self._follow(update, self._pending)
             self._pending = pending
+            if not pending:
+                self._bound_drift()
         else:
             self.check_update(update, gate)
             if not learns:
@@ -228,6 +235,7 @@ class Linear(StatefulLinear):
                 self._learn(update, count)
             else:
                 self._learn_step(update, gate, counter)
+                self._bound_drift()
         if update.moments is not None and self.moments is not None:
             count_(self.moments[STREAM], update.moments, None if gate is None else gate != 0)
         if update.agreement is not None and self.agreement is not None:
@@ -292,6 +300,7 @@ class Linear(StatefulLinear):
             eta = torch.cat([self.win_eta[:p], eta])
             traced = None if traced is None else torch.cat([self.win_trace[:p], traced])
         self._commit(x, delta, eta, traced)
+        self._bound_drift()
         self.tokens.add_(len(eta))
         self._empty_window()
         self._keep_latest(x, delta, weight)
@@ -362,6 +371,28 @@ class Linear(StatefulLinear):
         for live, rows in ((self.win_x, x), (self.win_delta, delta), (self.win_weight, weight)):
             live[:kept] = gated(gate, rows[len(rows) - kept :], live[:kept])
 
+    # -- the budget of the change (`ttt.nn.budget`) -----------------------------------------------------------
+
+    def _largest_drift(self) -> Tensor:
+        """(): |W - W*|^2 at which the layer's part of the budget is full."""
+        sides = self.sharding
+        size = sides.output.size(self.out_features) * sides.input.size(self.in_features)
+        return largest_square(self.config, self.share, size, self.moments[CALIBRATED], self.moments[STREAM])
+
+    @torch.no_grad()
+    def _bound_drift(self) -> None:
+        """Bring the weight back into the budget after a commit, if there is a budget. On a GPU the host does not wait."""
+        if self.drift is None:
+            return
+        wide, largest = self.win_eta.dtype, self._largest_drift()
+        change = self.weight.to(wide) - self.anchor.to(wide)
+        square = torch.as_tensor(self.sharding.norm(change, wide)).double().square()
+        factor = scale(square, largest)
+        if not factor.is_cpu or float(factor) < 1.0:
+            smaller = change.mul_(factor.to(wide)).add_(self.anchor)
+            self.weight.copy_(torch.where(factor < 1.0, smaller.to(self.weight.dtype), self.weight))
+        self.drift.copy_(square * factor.square())
+
     @torch.no_grad()
     @full_precision
     def flush(self) -> None:
@@ -373,6 +404,7 @@ class Linear(StatefulLinear):
         if count := self.pending:
             self.require_writable()
             self._commit(*self._window_rows(count))
+            self._bound_drift()
             self.tokens.add_(count)
             self._empty_window()
             if self.win_weight is not None:  # the next rows are to replace the oldest

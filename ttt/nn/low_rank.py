@@ -13,6 +13,7 @@ from ttt.config import TTTConfig
 from ttt.defences import LowRank
 from ttt.nn.autocast import autocast_dtype, full_precision, without_autocast
 from ttt.nn.base import Adapted, Layout, captures
+from ttt.nn.budget import largest_square, low_rank_square, pace, scale
 from ttt.nn.cpu_binding import LowRankBinding, binding_of
 from ttt.nn.directions import count_directions
 from ttt.nn.rates import Rates, count_, places, rates
@@ -218,6 +219,8 @@ class LowRankLinear(Adapted):
             before=before, users=users, applied=(lambda *_: applied) if self.damps else None, share=self.share,
             limit=self.largest_step(),
         )  # fmt: skip
+        if self.config.budget and users is not None:
+            found = found._replace(eta=found.eta * self._pace(users).to(found.eta.dtype))
         return *applied, found
 
     @torch.no_grad()
@@ -241,10 +244,13 @@ class LowRankLinear(Adapted):
             ValueError, TypeError: as `ttt.ops.low_rank_append`.
             RuntimeError: as `ttt.ops.low_rank_compress`. Tokens before the failing compression have been learnt.
         """
+        before = self.step.clone() if self.config.budget else None
         # The bound kernels compress all slots with one strength.
         binding = binding_of(self) if not self.strengths else None
         if binding is None or not binding.learn(x, delta, eta, users):
             self._learn(x, delta, eta, users)
+        if before is not None:
+            self._bound_drift((self.step != before).nonzero().flatten().tolist())
 
     def _learn(self, x: Tensor, delta: Tensor, eta: Tensor, users: Tensor) -> None:
         """`learn` through the ops.
@@ -302,6 +308,36 @@ class LowRankLinear(Adapted):
             "beta": max(c.replay_beta, min(c.replay_beta * strength, 1.0)),  # 1: the full projection
             "eps": c.replay_eps,
         }  # fmt: skip
+
+    # -- the budget of the change (`ttt.nn.budget`) -----------------------------------------------------------
+
+    def _compressed(self, slot: int) -> slice:
+        """The rows of a slot that a compression made; before the first one, as many rows of tokens at most."""
+        return slice(0, min(self.low_rank.rank, int(self.rows[slot])))
+
+    def _fillings(self, slots: list[int]) -> tuple[Tensor, Tensor]:
+        """Of each of ``slots``, |D|^2 of its compressed rows, and the one at which its budget is full."""
+        held = [(slot, self._compressed(slot)) for slot in slots]
+        square = [low_rank_square(self.a[slot, rows], self.b[slot, rows]) for slot, rows in held]
+        size = self.out_features * self.in_features
+        largest = largest_square(self.config, self.share, size, self.calibrated, self.moments[slots])
+        return torch.stack(square), largest
+
+    def _pace(self, users: Tensor) -> Tensor:
+        """What multiplies the steps of tokens of ``users`` (T,): (T,) float64. It depends on each user's rows alone."""
+        factors = torch.ones(self.low_rank.slots + 1, dtype=torch.float64, device=users.device)
+        if slots := [slot for slot in users.unique().tolist() if slot >= 0]:
+            factors[slots] = pace(self.config, *self._fillings(slots))
+        return factors[users.long()]
+
+    def _bound_drift(self, slots: list[int]) -> None:
+        """Bring what the users in ``slots`` learnt back into the budget, after a compression."""
+        if not slots:
+            return
+        factors = scale(*self._fillings(slots)).tolist()
+        for slot, factor in zip(slots, factors, strict=True):
+            if factor < 1.0:
+                self.b[slot, self._compressed(slot)] *= factor
 
     # -- a user's state -----------------------------------------------------------------------------------------
 

@@ -59,6 +59,7 @@ class StatefulLinear(Adapted):
     moments: Tensor
     agreement: Tensor
     win_weight: Tensor
+    drift: Tensor
     # Counters:
     recent_seen: Tensor
     step: Tensor
@@ -114,6 +115,7 @@ class StatefulLinear(Adapted):
             "importance_scale": ((1,), torch.float64),
             "agreement": ((1,), torch.float64) if config.follows else None,
             "win_weight": ((c,), sum_dtype) if config.follows else None,
+            "drift": ((1,), torch.float64) if config.budget else None,
         }
 
     def _build(self, config: TTTConfig, name: str) -> None:
@@ -301,7 +303,7 @@ class StatefulLinear(Adapted):
     def _forget(self) -> None:
         """Empty the window, the trace and all counters of what was learnt."""
         # Zeroed, not only marked empty: what a user said must not stay in memory.
-        learnt = ("trace", "momentum", "recent", "recent_delta", "recent_seen", "step", "tokens", *PRESENT, *FEEDBACK)
+        learnt = ("trace", "momentum", "recent", "recent_delta", "recent_seen", "step", "tokens", "drift", *PRESENT, *FEEDBACK)
         for name in ("win_x", "win_delta", "win_eta", "win_trace", *learnt):
             if (b := getattr(self, name)) is not None:
                 b.zero_()

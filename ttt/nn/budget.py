@@ -1,0 +1,60 @@
+"""A budget for the change of a layer's weights, above which steps shrink and the change is scaled back.
+
+How far a model's predictions move with its weights is estimated from the size of the change. The Kullback-Leibler
+divergence (KL) of the changed model from the one before is to second order 1/2 vec(D)^T F vec(D), where D = W - W* is
+the change and F the Fisher information. Outside of the few directions that updates leave alone (`ttt.nn.kronecker`),
+F is about f I, and f is known: with s^2 of `ttt.nn.rates`, whose mean over the tokens of calibration the layer holds::
+
+    f = mean s^2 / (m n)          KL  ~  sum over layers of  1/2 f |D|^2
+
+Each layer has the same part of the budget, the ``share`` 1 / (number of layers) of its ``nats``. With the filling
+q = 1/2 f |D|^2 / (share nats), measured when rows were last written into the weights:
+
+- Steps are multiplied by min(1, max(slowest, 2 (1 - q))): up to half of the budget nothing changes.
+- After each commit, and for users after each compression, D is multiplied by 1 / sqrt(q) if q is above 1.
+
+So a layer's weights never stay outside of their part of the budget; rows that are in effect but not yet written come on
+top of that, at most one window. Steps that went on at their full size at the bound would soon replace all of what was
+learnt before; steps that fell to 0 would leave no room for anything new.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ttt.config import TTTConfig
+
+HALF = 0.5  # the filling up to which steps keep their size
+
+
+def largest_square(config: TTTConfig, share: float, size: int, calibrated: Tensor, learnt: Tensor) -> Tensor:
+    """|D|^2 at which a layer's part of the budget is full: (...,) float64; infinity while s^2 is not known.
+
+    Args:
+        config: with a `ttt.DriftBudget`.
+        share: of the layer in the budget.
+        size: m n.
+        calibrated: (3,) float64, the moments of `ttt.nn.rates` at calibration.
+        learnt: (..., 3), those of the tokens learnt since, which count only for a layer that was never calibrated.
+    """
+    sums = torch.where(calibrated[2] > 0, calibrated, learnt)
+    square = sums[..., 1] / sums[..., 2].clamp_min(1.0)
+    return torch.where(square > 0, 2 * config.budget * share * size / square, torch.inf)
+
+
+def pace(config: TTTConfig, square: Tensor, largest: Tensor) -> Tensor:
+    """What multiplies the steps at |D|^2 = ``square``; both (...,) float64."""
+    return ((1 - square / largest) / (1 - HALF)).clamp(config.budget_slowest, 1.0)
+
+
+def scale(square: Tensor, largest: Tensor) -> Tensor:
+    """What multiplies D, at most 1; arguments as for `pace`."""
+    return torch.where(square > largest, (largest / square).sqrt(), 1.0)
+
+
+def low_rank_square(a: Tensor, b: Tensor) -> Tensor:
+    """|b^T a|^2 for ``a`` (R, n) and ``b`` (R, m): () float64."""
+    wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+    a, b = a.to(wide), b.to(wide)
+    return ((a @ a.T) * (b @ b.T)).sum(dtype=torch.float64).clamp_min(0.0)
