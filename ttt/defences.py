@@ -301,15 +301,14 @@ class DriftBudget(Defence):
 
     The KL of the model from the one before learning is estimated from the norms of the changes of the layers' weights
     and the size of gradients at calibration (`ttt.nn.budget`), which takes no forward pass. Up to half of the budget
-    nothing is done. Beyond that steps become smaller, and a change that would leave the budget is scaled back to it. So
-    what was learnt last never displaces all that was learnt before, and fades itself as more is learnt. Needs
-    ``rate="decrease"``.
+    nothing is done. Beyond that steps become smaller, and a change that would leave the budget is scaled back to it:
+    what was learnt long ago fades slowly, and something new can still be learnt. Needs ``rate="decrease"``.
 
     Args:
-        nats: >= 0, the budget, or 0 for none: estimated KL in nats per token, summed over the layers. The estimate is for text like
-            that of calibration. It is low: SmolLM2 had a KL about ten times as large on English text (docs/language.md).
-        slowest: in [0, 1], the smallest factor of the steps. With 0 nothing more is learnt once the budget is full; with
-            1 steps keep their size, and new text soon displaces what was learnt before.
+        nats: >= 0, the budget, or 0 for none: estimated KL in nats per token, summed over the layers. The estimate is
+            too low by a factor that depends on the text; on English it was about 10 to 15 for SmolLM2.
+        slowest: in [0, 1], the smallest factor of the steps. With 0 nothing more is learnt once the budget is full;
+            with 1 steps keep their size, and new text soon displaces what was learnt before.
     """
 
     flat: ClassVar[Mapping[str, str]] = {"nats": "budget", "slowest": "budget_slowest"}

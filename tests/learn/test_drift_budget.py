@@ -35,7 +35,7 @@ def tell(learner, turns, seed=1):
 
 
 def fillings(learner, nats):
-    """Of each layer, the estimated KL of what is in its weights, without the window, in units of its part of the budget."""
+    """The estimated KL of what each layer has in its weights, in units of its part of the budget."""
     found = []
     layers = learner.layers if learner.pool is None else learner.pool.layers.values()
     for layer in layers:

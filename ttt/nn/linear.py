@@ -377,11 +377,12 @@ class Linear(StatefulLinear):
         """(): |W - W*|^2 at which the layer's part of the budget is full."""
         sides = self.sharding
         size = sides.output.size(self.out_features) * sides.input.size(self.in_features)
-        return largest_square(self.config, self.share, size, self.moments[CALIBRATED], self.moments[STREAM])
+        calibrated, learnt = self.moments[CALIBRATED], self.moments[STREAM]
+        return largest_square(self.config, self.share, size, calibrated, learnt)
 
     @torch.no_grad()
     def _bound_drift(self) -> None:
-        """Bring the weight back into the budget after a commit, if there is a budget. On a GPU the host does not wait."""
+        """Bring the weight back into the budget after a commit, if there is one. On a GPU the host does not wait."""
         if self.drift is None:
             return
         wide, largest = self.win_eta.dtype, self._largest_drift()

@@ -303,7 +303,8 @@ class StatefulLinear(Adapted):
     def _forget(self) -> None:
         """Empty the window, the trace and all counters of what was learnt."""
         # Zeroed, not only marked empty: what a user said must not stay in memory.
-        learnt = ("trace", "momentum", "recent", "recent_delta", "recent_seen", "step", "tokens", "drift", *PRESENT, *FEEDBACK)
+        counted = ("recent_seen", "step", "tokens", "drift")
+        learnt = ("trace", "momentum", "recent", "recent_delta", *counted, *PRESENT, *FEEDBACK)
         for name in ("win_x", "win_delta", "win_eta", "win_trace", *learnt):
             if (b := getattr(self, name)) is not None:
                 b.zero_()

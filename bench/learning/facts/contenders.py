@@ -92,7 +92,7 @@ class Online(Contender):
 
     With ``study`` it studies after every chat; ``rehearse`` is that of `ttt.Learner.study`. ``layers``
     replaces that of the default, as does ``blocks``: the "first" or "middle" quarter of them. With ``rank`` every
-    person has low-rank weights of their own.
+    person has low-rank weights of their own. ``budget`` and ``slowest`` are those of a `ttt.DriftBudget`.
     """
 
     def __init__(self, base: Base, options: Options, seed: int) -> None:
@@ -104,6 +104,9 @@ class Online(Contender):
             first = {"first": 0, "middle": (count - quarter) // 2}[options["blocks"]]
             layers = list(range(first, first + quarter))
         config = dataclasses.replace(CONFIG, layers=layers)
+        if "budget" in options:
+            budget = ttt.DriftBudget(options["budget"], options["slowest"])
+            config = dataclasses.replace(config, protect=(*config.protect, budget))
         if "rank" in options:
             config = dataclasses.replace(config, per_user=ttt.LowRank(slots=2, rank=options["rank"], window=64))
         self.learner = base.learner(config)

@@ -9,6 +9,7 @@ from typing import Any
 from bench.learning.facts import contenders
 from bench.learning.language.base import CONFIG, Base, as_json
 from bench.learning.suite import named
+from ttt import DriftBudget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,9 @@ def _learner(told_only: bool = False, **options: Any) -> FactsMethod:
 PASSES: dict[str, Any] = {"passes": 2, "emphasis": 20.0}
 """Two readings of what is told, with large steps: the default of `ttt chat` and `ttt serve`."""
 
+BUDGET: dict[str, Any] = {"budget": DriftBudget.nats, "slowest": DriftBudget.slowest}
+"""The budget for the change of the weights that conversations have."""
+
 METHODS: dict[str, FactsMethod] = {
     "frozen": FactsMethod("reference", contenders.Contender),
     "in context": FactsMethod("reference", contenders.InContext),
@@ -54,6 +58,10 @@ METHODS: dict[str, FactsMethod] = {
     "online (2 passes of emphasis 20, half of the blocks)": _learner(**PASSES, layers="last:0.5"),
     "online (2 passes of emphasis 20, a user's weights in half of the blocks)": _learner(
         **PASSES, rank=32, layers="last:0.5"
+    ),
+    "online (2 passes of emphasis 20, a budget)": _learner(**PASSES, **BUDGET),
+    "online (2 passes of emphasis 20, a budget, a user's weights in half of the blocks)": _learner(
+        **PASSES, **BUDGET, rank=32, layers="last:0.5"
     ),
     "study": _learner(study=True),
     "study (no rehearsal)": _learner(told_only=True, study=True, rehearse=0.0),
