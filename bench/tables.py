@@ -238,6 +238,21 @@ def units() -> list[str]:
     return _table(("setting", *forms), [_line(s, *(by_form[form] for form in forms)) for s, by_form in found.items()])
 
 
+def turns() -> list[str]:
+    """What a conversation of hundreds of turns does to a real model."""
+    if not (ROOT / "bench/learning/results/telling.json").exists():
+        return _table(("not yet run",), [])
+    lines = []
+    for run in _load("telling.json")["runs"]:
+        for row in run["rows"]:
+            texts = ", ".join(f"{name} {nats:+.3f}" for name, nats in row["texts"].items())
+            cells = f"{row['right']:.2f}", f"{row['general']:+.3f}", f"{row['kl']:.4f}", texts
+            lines.append(_line(run["method"], str(run["seed"]), str(row["other sentences"]), *cells))
+    return _table(
+        ("method", "person", "other sentences", "right", "general, nats", "KL, English", "texts, nats"), lines
+    )
+
+
 def pretrained() -> list[str]:
     """Byte-level models of several kinds of layer: bits per byte by position, decoding and state."""
     lines = []
@@ -269,7 +284,7 @@ def sequence_ops() -> list[str]:
 TABLES: dict[str, Callable[[], list[str]]] = {
     "quality": quality, "streams": streams, "digits": digits, "demo": demo, "costs": costs, "all costs": all_costs,
     "decode bounds": decode_bounds,
-    "units": units,
+    "units": units, "turns": turns,
     "language run": _suite("streams", language.about), "language": _suite("streams", language.by_text),
     "language methods": _suite("streams", language.by_method), "language hard": _suite("streams", language.hard),
     "facts run": _suite("facts", facts.about), "facts": _suite("facts", facts.by_scenario),
