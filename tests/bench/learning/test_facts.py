@@ -8,6 +8,8 @@ from collections import Counter
 import pytest
 import torch
 
+import ttt
+from bench.learning.experiments import telling as hundreds
 from bench.learning.facts import contenders, memit, tables
 from bench.learning.facts.methods import METHODS, method
 from bench.learning.facts.people import FRIENDS, KINDS, OTHERS, corrected, of_friends, of_things, other_person, person
@@ -183,6 +185,14 @@ def test_every_method_answers_and_does_not_change_the_base_model(base, name):
     again = run(base, METHODS[name], "ten facts", 0, options)
     timed = {"told_seconds": 0, "asked_seconds": 0}
     assert {**out, **timed} == {**again, **timed}
+
+
+def test_a_conversation_is_measured_on_the_way(base):
+    found = hundreds.run(base, "online (2 passes of emphasis 20, a budget)", 7, (0, 3))
+    assert [row["other sentences"] for row in found["rows"]] == [0, 3]
+    assert all(0 <= row["right"] <= 1 and row["kl"] > 0 for row in found["rows"])
+    assert found["new_values"] > 0
+    assert found["options"]["budget"] == ttt.DriftBudget().nats
 
 
 @pytest.mark.parametrize("name", ["frozen", "study (a user's weights)"])
