@@ -55,11 +55,6 @@ class WindowCounter:
         """(1,) int64: 1 if the window is to be committed before the next step."""
         return self.counters[1:2]
 
-    @property
-    def next_row(self) -> Tensor:
-        """() int64: the row of the window at which the next step's rows will be."""
-        return torch.where(self.counters[1] != 0, 0, self.counters[0])
-
     def can_hold(self, pending: int) -> bool:
         """Whether steps can leave exactly ``pending`` rows in the window."""
         return pending % self.rows == 0 and 0 <= pending <= self.capacity

@@ -315,24 +315,15 @@ class Linear(StatefulLinear):
             advance(self.tokens, counter.rows, gate)
             self._keep_latest(x, delta, update.weight, gate)
             return
-        if self.mixes_replay_sources or self.present_inputs is not None:
-            if self.win_weight is not None:
-                self._follow(update, counter.next_row, gate)
-            self._commit(*self._window_rows(counter.capacity), counter.full if gate is None else counter.full * gate)
-            ops.window_append(
-                self.win_x, self.win_delta, self.win_eta, self.win_trace, x, delta, update.eta,
-                trace_delta=self._trace_gradients(update), counters=counter.counters, tokens=self.tokens, gate=gate,
-            )  # fmt: skip
-            return
-        options, weight = self.commit_options(), None
+        weight = None
         if self.win_weight is not None:
             weight = torch.zeros_like(update.eta) if update.weight is None else update.weight
+        memory, seen = self._replay_source(self.win_x[: counter.capacity])
         torch.ops.ttt.window_step(
             self.win_x, self.win_delta, self.win_eta, self.win_trace, x, delta, update.eta,
             self._trace_gradients(update), counter.counters, self.tokens, gate, self.win_weight, weight,
-            counter.capacity,
-            self.weight, self.anchor, self.importance, self.trace, self.replayed, self.seen, self.step, **options,
-            momentum=self.momentum,
+            counter.capacity, self.weight, self.anchor, self.importance, self.trace, memory, seen, self.step,
+            **self.commit_options(), momentum=self.momentum,
         )  # fmt: skip
 
     # -- feedback (`ttt.nn.feedback`) -------------------------------------------------------------------------
@@ -346,19 +337,10 @@ class Linear(StatefulLinear):
         return Latest(self.win_x, self.win_delta, self.win_weight, self.agreement)
 
     @torch.no_grad()
-    def _follow(self, update: Update, at: int | Tensor, gate: Tensor | None = None) -> None:
-        """Keep the weights of ``update``, whose rows are those of the window from row ``at`` on.
-
-        Args:
-            at: () int64 on the device for a capturable layer.
-        """
-        if self.win_weight is None:
-            return
-        weight = torch.zeros_like(update.eta) if update.weight is None else update.weight
-        if isinstance(at, Tensor):
-            rows = at + torch.arange(len(weight), device=weight.device)
-            self.win_weight.index_copy_(0, rows, gated(gate, weight, self.win_weight[rows]))
-        else:
+    def _follow(self, update: Update, at: int) -> None:
+        """Keep the weights of ``update``, whose rows are those of the window from row ``at`` on."""
+        if self.win_weight is not None:
+            weight = torch.zeros_like(update.eta) if update.weight is None else update.weight
             self.win_weight[at : at + len(weight)] = weight
 
     @torch.no_grad()
@@ -426,7 +408,7 @@ class Linear(StatefulLinear):
         self, x: Tensor, delta: Tensor, eta: Tensor, trace_delta: Tensor | None, gate: Tensor | None = None
     ) -> None:
         """Commit rows to the weight, the trace and the momentum, and count the commit; the window stays as it is."""
-        memory, seen = (self._replay_rows(x), None) if self.mixes_replay_sources else (self.replayed, self.seen)
+        memory, seen = self._replay_source(x)
         torch.ops.ttt.commit(
             *self.commit_arguments(x, delta, eta, trace_delta)._replace(memory=memory, seen=seen, gate=gate)
         )
@@ -441,6 +423,10 @@ class Linear(StatefulLinear):
             eta=eta, trace_delta=trace_delta, memory=self.replayed, seen=self.seen, step=self.step,
             momentum=self.momentum, **self.commit_options(),
         )  # fmt: skip
+
+    def _replay_source(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The rows that a commit of inputs ``x`` replays, or the memory from which it draws them, and its counter."""
+        return (self._replay_rows(x), None) if self.mixes_replay_sources else (self.replayed, self.seen)
 
     def _replay_rows(self, x: Tensor) -> Tensor:
         """The rows (R, n) that the commit of inputs ``x`` replays, if they come from several sources."""
