@@ -65,7 +65,8 @@ def info(file: TextIO | None = sys.stdout, *, model: nn.Module | None = None) ->
         found["missing"]["triton"] = "the package triton is not installed (pip install 'ttt[triton]')"
     on_cpu = f"C++ ({found['isa']}; float32, bfloat16), reference (others)" if found["isa"] else "reference"
     on_cuda = "reference" if "triton" in found["missing"] else "Triton (float32, bfloat16, float16), reference (others)"
-    found["ops"] = {op: {"cpu": on_cpu, "cuda": on_cuda} for op in backends.OPS}
+    joined = dict.fromkeys(backends.JOINED, "as two ops")
+    found["ops"] = {op: {"cpu": joined.get(op, on_cpu), "cuda": on_cuda} for op in backends.OPS}
     found["isolation"] = {str(dtype).removeprefix("torch."): _isolation(dtype) for dtype in _PROBED}
     found["calls"] = {f"{op} on {b}": n for (op, b, why), n in sorted(backends.calls.items()) if not why}
     found["slow_calls"] = {f"{op} on {b}: {why}": n for (op, b, why), n in sorted(backends.calls.items()) if why}

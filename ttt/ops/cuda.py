@@ -103,7 +103,11 @@ def commit(*args) -> None:
 def window_step(*args) -> None:
     a = WindowStepArguments(*args)
     kernels = _kernels()
-    if kernels is None or a.weight.dtype not in _DTYPES or kernels.why_not_step(a):
+    if kernels is None or a.weight.dtype not in _DTYPES:
+        composite.window_step(*args)  # whose two ops say why
+        return
+    if why := kernels.why_not_step(a):
+        record("window_step", "two ops", why)
         composite.window_step(*args)
         return
     schema.check_window_step(a)
