@@ -196,3 +196,9 @@ def test_refusals_change_nothing(change, error, message):
     with pytest.raises(error, match=message):
         by_op(*case.values())
     assert all(torch.equal(t, before[k]) for k, t in case.items() if torch.is_tensor(t))
+
+
+@pytest.mark.parametrize(("m", "n", "rows"), [(7, 33, 4), (2, 5, 3), (3, 1030, 2)])
+def test_more_rows_than_the_layer_has_tiles(m, n, rows):
+    """A small layer has fewer tiles than the new rows have parts."""
+    check(by_kernel, by_two_kernels, layer_of(m, n, 3 * rows, rows, torch.float32, torch.float32), rows, n, m, 9)

@@ -28,7 +28,7 @@ PART = 1024
 """Columns of a new row that a program writes at a time."""
 
 MOST_PARTS = 4
-"""The most parts of new rows that are left to the program with the last ticket: each takes it about 2 us."""
+"""The most parts of new rows that this launch writes: the program with the last ticket takes about 2 us for each."""
 
 FITTING = {128: 4, 168: 3}
 """Programs of 4 warps that fit a multiprocessor at once, by the largest number of registers for a thread."""
@@ -82,7 +82,7 @@ def _window_step(
                 momentum, i0, j0, committed, every, groups, 0, 0, m, n, width, seed, lam, decay, keep, log2_gamma,
                 carry, gain, remember, share, KIND, SAMPLED, BM, BN, BT, G_AS, S_AS, AHEAD,
             )  # fmt: skip
-    elif APPENDS:
+    elif APPENDS:  # there are at least as many programs as parts
         store_row(win_x, win_delta, win_trace, row, first, program // across, program % across, added, window, m, n, BJ)
     if APPENDS or full:
         if take_ticket(counters) == programs - 1:
@@ -111,9 +111,13 @@ def window_step(a: WindowStepArguments) -> None:
     if registers is not None:  # which ROCm has no option for
         blocks = {**blocks, "maxnreg": registers}
     added = a.x.shape[0]
-    appends = added * triton.cdiv(max(m, n), PART) <= MOST_PARTS
+    parts = added * triton.cdiv(max(m, n), PART)
+    appends = parts <= MOST_PARTS
     tiles = triton.cdiv(m, blocks["BM"]) * triton.cdiv(n, blocks["BN"])
-    _window_step[(min(tiles, FITTING.get(registers, 2) * multiprocessors()),)](
+    programs = min(tiles, FITTING.get(registers, 2) * multiprocessors())
+    if appends:
+        programs = max(programs, parts)  # each writes one part
+    _window_step[(programs,)](
         weight, anchor, importance, trace, a.win_x, a.win_delta, a.win_trace, a.win_eta, momentum, a.step,
         a.x, a.delta, a.delta if a.trace_delta is None and a.win_trace is not None else a.trace_delta, a.eta,
         a.counters, a.tokens, a.gate, a.win_weight, a.row_weight, committed, added=added,
