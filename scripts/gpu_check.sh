@@ -15,7 +15,7 @@ rm -rf "$parts"
 mkdir -p "$parts"
 export PYTHONUNBUFFERED=1
 export TORCHINDUCTOR_COMPILE_THREADS=1 # its pool of processes would keep a bench from ending
-end=${2:-570}
+end=$((${2:-570} - 15)) # the rest is for joining the results
 failed=()
 
 # step LOG SECONDS COMMAND...: append the output to LOG, show its last lines, and remember a failure.
@@ -58,7 +58,8 @@ for at in "${!suites[@]}"; do
   results+=("$parts/$suite.json")
   step bench.log "${limits[at]}" python3 -m bench.kernels.run --device cuda --suite "$suite" --rounds 5 --seconds 1 --json "$parts/$suite.json"
 done
-step bench.log 10 python3 -m bench.kernels.merge "$out/cuda.json" "${results[@]}"
+end=$((end + 15))
+step bench.log 15 python3 -m bench.kernels.merge "$out/cuda.json" "${results[@]}"
 
 if ((${#failed[@]})); then
   printf 'failed: %s\n' "${failed[@]}"

@@ -315,9 +315,7 @@ class Linear(StatefulLinear):
             advance(self.tokens, counter.rows, gate)
             self._keep_latest(x, delta, update.weight, gate)
             return
-        weight = None
-        if self.win_weight is not None:
-            weight = torch.zeros_like(update.eta) if update.weight is None else update.weight
+        weight = None if self.win_weight is None else self._row_weights(update)
         memory, seen = self._replay_source(self.win_x[: counter.capacity])
         torch.ops.ttt.window_step(
             self.win_x, self.win_delta, self.win_eta, self.win_trace, x, delta, update.eta,
@@ -340,8 +338,13 @@ class Linear(StatefulLinear):
     def _follow(self, update: Update, at: int) -> None:
         """Keep the weights of ``update``, whose rows are those of the window from row ``at`` on."""
         if self.win_weight is not None:
-            weight = torch.zeros_like(update.eta) if update.weight is None else update.weight
+            weight = self._row_weights(update)
             self.win_weight[at : at + len(weight)] = weight
+
+    @staticmethod
+    def _row_weights(update: Update) -> Tensor:
+        """The weights of the rows of ``update``; 0 where it has none."""
+        return torch.zeros_like(update.eta) if update.weight is None else update.weight
 
     @torch.no_grad()
     def _keep_latest(self, x: Tensor, delta: Tensor, weight: Tensor | None, gate: Tensor | None = None) -> None:

@@ -18,6 +18,7 @@ import torch
 from ttt.conversation import Telling
 from ttt.learn.learner import Learner
 from ttt.learn.study import StudyOutput
+from ttt.nn.budget import low_rank_square
 from ttt.serve.errors import Conflict, ServerFailure, Unavailable
 from ttt.serve.session import State, settle
 from ttt.serve.sessions import Sessions
@@ -232,10 +233,9 @@ def drift(learner: Learner, user: str) -> Steps:
     slot = learner.pool.slot(user)
     for layer in learner.pool.layers.values():
         rows = slice(0, int(layer.rows[slot]))
-        a, b = layer.a[slot, rows].double(), layer.b[slot, rows].double()
-        change += float(((a @ a.T) * (b @ b.T)).sum())  # |B^T A|^2
+        change += float(low_rank_square(layer.a[slot, rows].double(), layer.b[slot, rows].double()))
         size += float(layer.base_weight.double().square().sum())
-    return (max(change, 0.0) / size) ** 0.5
+    return (change / size) ** 0.5
     yield  # a generator without steps
 
 

@@ -4,10 +4,10 @@
     G, S = left^T X[:, j], left_s^T right_s[:, j]              torch.mm, float32, for the columns j of one panel
     W, F <- `update` of G + U^T X_r and S                      `_finish`, the same code as the fused kernel's
 
-Both panels together take at most PANEL_BYTES, which fits into the second-level cache, so nothing of size m x n is
-allocated. With bfloat16 weights the factors are rounded to bfloat16 once, and products and sums are float32; with other
-dtypes the factors are float32 and torch.mm follows torch.backends.cuda.matmul. With a closed gate the products are
-computed from uninitialised factors, and `_finish` writes nothing.
+Both panels together take at most PANEL_BYTES, about the size of the second-level cache of an H200, so that nothing of
+size m x n is allocated for large layers. With bfloat16 weights the factors are rounded to bfloat16 once, and products
+and sums are float32; with other dtypes the factors are float32 and torch.mm follows torch.backends.cuda.matmul. With a
+closed gate the products are computed from uninitialised factors, and `_finish` writes nothing.
 """
 
 from __future__ import annotations

@@ -45,11 +45,9 @@ def _components(
     begin(PDL)
     s = tl.program_id(0).to(tl.int64)
     stretches = tl.cdiv(n, STRETCH)
-    if d is None:  # noqa: SIM114 (decided when the kernel is compiled)
+    if s < stretches:
         _components_of(parts_x, x, basis_x, s, tokens, of_x, n, BT, BK, BN, STRETCH, OPERAND)
-    elif s < stretches:
-        _components_of(parts_x, x, basis_x, s, tokens, of_x, n, BT, BK, BN, STRETCH, OPERAND)
-    else:
+    elif d is not None:
         _components_of(parts_d, d, basis_d, s - stretches, tokens, of_d, m, BT, BK, BN, STRETCH, OPERAND)
 
 
@@ -84,11 +82,9 @@ def _take_out(
     begin(PDL)
     block = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(n, BN)
-    if d is None:  # noqa: SIM114 (decided when the kernel is compiled)
+    if block < blocks:
         _take_out_of(y, x, parts_x, basis_x, block, tokens, of_x, n, BT, BK, BN, STRETCH)
-    elif block < blocks:
-        _take_out_of(y, x, parts_x, basis_x, block, tokens, of_x, n, BT, BK, BN, STRETCH)
-    else:
+    elif d is not None:
         _take_out_of(z, d, parts_d, basis_d, block - blocks, tokens, of_d, m, BT, BK, BN, STRETCH)
 
 
