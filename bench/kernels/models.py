@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from bench.kernels.case import shared
+from bench.kernels.contender import Unavailable
+from ttt.demo.language_model import load_language_model
 from ttt.demo.model import as_ids, load_model
 from ttt.demo.text import stream_of
 
 CONTEXT = 512
+SMOLLM = "SmolLM2-135M"
 
 
 def load(name: str, device: str, dtype: str) -> nn.Module:
@@ -18,12 +23,18 @@ def load(name: str, device: str, dtype: str) -> nn.Module:
     Args:
         name: "demo": the trained byte-level Llama of `ttt.demo`. "llama LxD": a `LlamaForCausalLM` with random weights,
             L blocks of width D, 64 features per head, an MLP of width 8/3 D and a vocabulary of 32000 tokens.
+            `SMOLLM`: SmolLM2-135M-Instruct, with its pretrained weights.
+
+    Raises:
+        Unavailable: for `SMOLLM`, if its package is not installed.
     """
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     if name == "demo":
         model: nn.Module = load_model()[0]
+    elif name == SMOLLM:
+        model = smollm()[0]
     else:
         from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -44,15 +55,34 @@ def load(name: str, device: str, dtype: str) -> nn.Module:
 
 
 def tokens(name: str, count: int, device: str, skip: int = 0) -> Tensor:
-    """(1, count) int64: English text for the demo model, random tokens for the others; the same at each call.
+    """(1, count) int64: English text for trained models, random tokens for the others; the same at each call.
 
     Args:
         skip: number of tokens at the beginning of the stream to leave out.
     """
     if name == "demo":
         return as_ids(stream_of("english")[skip : skip + count]).to(device)
+    if name == SMOLLM:
+        return shared((name, "text"), english)[:, skip : skip + count].to(device)
     generator = torch.Generator().manual_seed(7)
     return torch.randint(32000, (1, skip + count), generator=generator)[:, skip:].to(device)
+
+
+def smollm() -> tuple[nn.Module, Any]:
+    """SmolLM2 and its tokenizer.
+
+    Raises:
+        Unavailable: if its package is not installed.
+    """
+    try:
+        return load_language_model()
+    except FileNotFoundError as error:
+        raise Unavailable(str(error)) from None
+
+
+def english() -> Tensor:
+    """(1, T) int64: English text as SmolLM2's tokens."""
+    return smollm()[1](stream_of("english").decode(), return_tensors="pt", verbose=False).input_ids
 
 
 def frozen(name: str, device: str, dtype: str) -> nn.Module:

@@ -71,13 +71,14 @@ class Observe(Case):
         layers = "last:0.25" if self.adapted == QUARTER else self.adapted.replace(" ", ":")
         return dataclasses.replace(LEARNS, target_modules=["down_proj"], layers=layers, chunk=self.chunk)
 
-    def contenders(self) -> dict[str, Callable[[], Contender]]:
+    def reader(self) -> Callable[[], Tensor]:
+        """A function that returns (text,) losses in nats, as `ttt.Learner.observe` does where nothing is learnt."""
         ids = models.tokens(self.model, self.text + 1, self.device)
+        base = models.frozen(self.model, self.device, self.dtype)
 
         @torch.no_grad()
         def read() -> Tensor:
-            """(text,) losses in nats, as `ttt.Learner.observe` gives them for a model that does not learn."""
-            base, out = models.frozen(self.model, self.device, self.dtype), []
+            out = []
             for start in range(0, self.text, models.CONTEXT):
                 cache = None
                 for at in range(start, min(start + models.CONTEXT, self.text), self.chunk):
@@ -87,7 +88,11 @@ class Observe(Case):
                     out.append(cross_entropy(step.logits[0].float(), ids[0, at + 1 : end + 1], reduction="none"))
             return torch.cat(out)
 
+        return read
+
+    def contenders(self) -> dict[str, Callable[[], Contender]]:
         def observe(captured: bool = False) -> Contender:
+            ids = models.tokens(self.model, self.text + 1, self.device)
             model = models.load(self.model, self.device, self.dtype)
             ttt.adapt_(model, self.config())
             learner = ttt.Learner(model, context=models.CONTEXT)
@@ -95,27 +100,39 @@ class Observe(Case):
             learner.calibrate(list(known.view(4, 128).split(2)))
 
             reader: Any = ttt.GraphedLearner(learner, chunk=self.chunk) if captured else learner
+            users = {} if learner.pool is None else {"users": ["user"]}
 
             def check() -> None:
                 """The first chunk must score as in the frozen model, and the text better at the second reading."""
-                first, chunk = reader.observe(ids), slice(0, min(self.chunk, self.text))
-                error = float((first.nll[0, chunk] - read()[chunk]).abs().mean())
+                first, chunk = reader.observe(ids, **users), slice(0, min(self.chunk, self.text))
+                error = float((first.nll[0, chunk] - self.reader()()[chunk]).abs().mean())
                 if not error <= (1e-3 if self.dtype == "float32" else 0.05):
                     raise AssertionError(f"the first chunk's losses differ from the frozen model's by {error:.2e} nats")
-                second = reader.observe(ids)
+                second = reader.observe(ids, **users)
                 rejected = first.rejected + second.rejected
                 if rejected or not second.bits < first.bits:
                     raise AssertionError(f"{first.bits} bits, then {second.bits}; {rejected} chunks rejected")
                 learner.reset()
 
-            state = sum(t.nbytes for layer in learner.layers for name, t in layer.state().items() if name != "weight")
-            fields = {"adapted_layers": len(learner.layers), "state_bytes": state}
-            return Contender(lambda: reader.observe(ids), check, units=self.text, fields=fields, graph=False)
+            layers = learner.access.layers
+            state = sum(t.nbytes for layer in layers for name, t in layer.state_dict().items() if name != "weight")
+            fields = {"adapted_layers": len(layers), "state_bytes": state}
+            return contender_of(lambda: reader.observe(ids, **users), self.text, check, fields)
 
         found: dict[str, Callable[[], Contender]] = {"observe": observe}
         if self.device == "cuda":
             found["observe, captured"] = lambda: observe(captured=True)
-        return found | {"forward": lambda: Contender(read, lambda: None, units=self.text, graph=False)}
+        return found | {"forward": lambda: contender_of(self.reader(), self.text)}
+
+
+def contender_of(
+    run: Callable[[], object],
+    tokens: int,
+    check: Callable[[], None] = lambda: None,
+    fields: dict[str, Any] | None = None,
+) -> Contender:
+    """What reads ``tokens`` tokens in each ``run``; the host waits within it, so that no CUDA graph can hold it."""
+    return Contender(run, check, units=tokens, fields=fields or {}, graph=False)
 
 
 def cases(device: str) -> list[Case]:

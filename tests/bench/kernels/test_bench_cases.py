@@ -1,6 +1,8 @@
 """The cases of the bench: bytes and flops against hand counts, and checks that accept right and catch wrong results."""
 
+import dataclasses
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import ttt
 from bench.kernels import measure, models, state, suites
 from bench.kernels.contender import Unavailable
 from bench.kernels.plain_torch import PlainLayer, compiled, plain_commit, plain_window_linear
+from bench.kernels.suites import language
 from bench.kernels.suites.commit import Commit
 from bench.kernels.suites.decode import Decode
 from bench.kernels.suites.fisher import Fisher
@@ -295,6 +298,28 @@ def test_the_check_of_observe_catches_errors(tiny_model, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(ttt.Learner, "observe", lambda self, ids: observe(self, ids, learn=False))
         assert "bits, then" in reasons(case)["observe"]
+
+
+@pytest.mark.parametrize("adapted", language.CONFIGS)
+def test_the_check_of_language_models_catches_errors(tiny_model, monkeypatch, adapted):
+    case = language.Language("cpu", "float32", tiny_model, 4, 12, adapted)
+    assert not reasons(case)
+    assert set(case.contenders()) == {"observe", "forward", "forward, whole text"}
+    observe = ttt.Learner.observe
+    monkeypatch.setattr(ttt.Learner, "observe", lambda self, ids, **kw: observe(self, ids, learn=False, **kw))
+    assert "bits, then" in reasons(case)["observe"]
+
+
+def test_language_models_read_the_same_text_in_chunks_and_at_once(tiny_model):
+    case = language.Language("cpu", "float32", tiny_model, 5, 12)
+    each = [dataclasses.replace(case, chunk=chunk).reader()() for chunk in (5, 12)]
+    torch.testing.assert_close(*each, rtol=1e-4, atol=1e-4)
+
+
+def test_a_language_model_that_is_not_installed_is_unavailable(monkeypatch):
+    monkeypatch.setattr(models, "load_language_model", mock.Mock(side_effect=FileNotFoundError("install it")))
+    case = language.Language("cpu", "float32", models.SMOLLM, 4, 12)
+    assert set(reasons(case).values()) == {"install it"}
 
 
 def test_a_function_that_torch_did_not_compile_is_unavailable(monkeypatch):
