@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from bench.machine import check_device, machine, name_of
 def pick(name: str, given: str | None, allowed: Sequence[str]) -> list[str]:
     """The items of the comma-separated list ``given``, in the order of ``allowed``; all of them for None.
 
+    A comma within parentheses is a part of an item, as in the names of some methods.
+
     Args:
         name: of the option, for the error.
 
@@ -30,7 +33,7 @@ def pick(name: str, given: str | None, allowed: Sequence[str]) -> list[str]:
     """
     if given is None:
         return list(allowed)
-    items = [item.strip() for item in given.split(",")]
+    items = [item.strip() for item in re.split(r",(?![^(]*\))", given)]
     for item in items:
         if item not in allowed:
             raise ValueError(f"{name} must be among {list(allowed)}, got {item!r}")

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from bench.learning import report, runs, tuning
 from bench.learning.__main__ import app
+from bench.learning.command import pick
 from bench.learning.digits import run as digits_run
 from bench.learning.digits.suite import DigitsSuite
 from bench.learning.suite import Figure, candidates, swept
@@ -288,3 +289,11 @@ def test_committed_figures_are_made_from_the_committed_runs():
     for row in found["rows"]:
         assert row["options"] == options[row["scenario"]][row["method"]]
         assert row["seeds"] >= 5
+
+
+def test_methods_whose_names_hold_commas_can_be_picked():
+    allowed = ["a", "a (x, y)", "a (x, y, z)", "b"]
+    assert pick("methods", "b, a (x, y, z),a", allowed) == ["a", "a (x, y, z)", "b"]
+    assert pick("methods", None, allowed) == allowed
+    with pytest.raises(ValueError, match=r"methods must be among .* got 'a \(x\)'"):
+        pick("methods", "a (x), b", allowed)
