@@ -187,3 +187,19 @@ def test_the_gated_delta_rule_is_a_step_of_titans_memory():
         weight = gate[:, t, :, None, None] * weight - (beta * gate)[:, t, :, None, None] * change
         outs.append(torch.einsum("bhi,bhio->bho", q[:, t], weight))
     near((out, state), (torch.stack(outs, 1), weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("form", ["auto", "chunk", "reference"])
+@pytest.mark.parametrize("name", OPS)
+def test_a_batch_of_no_sequences(name, form, dtype):
+    """As where all of a server's users have gone: outputs and states are empty, with and without a state."""
+    op = OPS[name]()
+    for tokens in (0, 1, 9):
+        tensors = op.inputs(0, tokens, dtype)
+        for state in (None, op.begin(0, dtype)):
+            out, final = both(op, tensors, 7, form=form, initial_state=state)
+            assert out.shape == tensors[2].shape
+            assert [t.shape for t in tensors_of(final)] == [t.shape for t in tensors_of(op.begin(0, dtype))]
+    state = op.begin(0, dtype)
+    assert op.step(*(t[:, 0] for t in op.inputs(0, 1, dtype)), size=7, state=state).shape == (0, *tensors[2].shape[2:])

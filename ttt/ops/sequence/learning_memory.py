@@ -154,7 +154,8 @@ def memory_step(
         check_shape(name, t, (batch, heads), q.device)
     if not isinstance(state, MemoryState):
         raise TypeError(f"state must be a MemoryState, got {type(state).__name__}")
-    norm = _checked_model([w[0] for w in state.weights], norm, heads, width, q.device, v)
+    first = [w[0] if len(w) else w.new_empty(w.shape[1:]) for w in state.weights]
+    norm = _checked_model(first, norm, heads, width, q.device, v)
     dtype = accumulation(q.dtype)
     shapes = [tuple(w.shape[1:]) for w in state.weights]
     check_state(state, MemoryState, _form(shapes, dtype, momentum is not None), batch, q.device)

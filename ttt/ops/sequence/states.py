@@ -120,8 +120,8 @@ def by_position(
     if state is None:
         return run(tensors, None, 0)
     found = state.position.unique().tolist()
-    if len(found) == 1:
-        return run(tensors, state, found[0])
+    if len(found) <= 1:
+        return run(tensors, state, found[0] if found else 0)
     order, outs, states = [], [], []
     for position in found:
         rows = (state.position == position).nonzero().flatten()
