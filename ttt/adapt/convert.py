@@ -15,6 +15,7 @@ from ttt.adapt.fit import is_conv1d, is_linear, refuse_parallel
 from ttt.adapt.names import canonical, unwrapped
 from ttt.adapt.plan import FilterFn, active_matrices, make_plan
 from ttt.adapt.sharding import local, sharding_of, take_hooks
+from ttt.adapt.training import refuse_no_more, refuse_when_frozen
 from ttt.atomic import whole_write
 from ttt.checks import check_bool, check_model, check_type
 from ttt.config import TTTConfig
@@ -90,6 +91,7 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
         object.__setattr__(model, _ORIGINALS, dict(chosen))
         object.__setattr__(model, _LEFT_OUT, plan.left_out)
         object.__setattr__(model, _FROZEN, frozen)
+        refuse_when_frozen(model)
     except BaseException:
         for name, module in placed:
             _set_module(model, name, module)
@@ -97,6 +99,7 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
             p.requires_grad_(requires_grad)
         for attribute in (_ORIGINALS, _FROZEN, _LEFT_OUT):
             model.__dict__.pop(attribute, None)
+        refuse_no_more(model)
         switch_on_fast_paths(model)
         if has_pool(model):
             detach(model)
@@ -193,6 +196,7 @@ def _take_out(model: nn.Module, layers: Mapping[str, Any], originals: dict[str, 
     object.__delattr__(model, _ORIGINALS)
     object.__delattr__(model, _FROZEN)
     object.__delattr__(model, _LEFT_OUT)
+    refuse_no_more(model)
     switch_on_fast_paths(model)
 
 
