@@ -32,13 +32,14 @@ from ttt.adapt.convert import (
 )
 from ttt.adapt.names import canonical, unwrapped
 from ttt.adapt.plan import check_fit
+from ttt.adapt.sharding import processes_of
 from ttt.atomic import whole_write
 from ttt.checks import check_path
 from ttt.files import write_atomically
 from ttt.layer_lock import exclusive
 from ttt.nn import Linear
 from ttt.nn.experts import STACKS, is_stack
-from ttt.nn.parallel import SharedSide, groups_of, whole
+from ttt.nn.parallel import SharedSide, whole
 from ttt.nn.quantized import is_subclass, plain_parts
 from ttt.per_user.pool import has_pool
 
@@ -75,27 +76,27 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     layers = require_layers(model, sharded=True)
     with exclusive(layers, "ttt.save"):
         content = _bytes_of_model(model)
-    with _by_the_first(next(iter(groups_of(layer.sharding for layer in layers)), None), path) as writes:
+    with _by_the_first(processes_of(model, (layer.sharding for layer in layers)), path) as writes:
         if writes:
             write_atomically(path, content, sweep=True)
 
 
 @contextlib.contextmanager
-def _by_the_first(side: SharedSide | None, path: Path) -> Iterator[bool]:
-    """Whether this process is to write ``path`` for all of those over which layers are sharded (None: it is alone).
+def _by_the_first(processes: list[SharedSide], path: Path) -> Iterator[bool]:
+    """Whether this process is to write ``path`` for all ``processes`` (none: it is alone).
 
     At the end they wait for it; if it fails, all of them do.
     """
-    failed = torch.zeros((), dtype=torch.int64, device=None if side is None else side.device)
+    failed = 0
     try:
-        yield side is None or side.rank == 0
+        yield all(side.rank == 0 for side in processes)
     except BaseException:
-        failed += 1
+        failed = 1
         raise
     finally:
-        if side is not None:
-            failed = side.sum(failed)
-    if int(failed):
+        for side in processes:
+            failed = int(side.sum(torch.tensor(failed, device=side.device)))
+    if failed:
         raise OSError(errno.EIO, "the first process of the group could not write the file", str(path))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ttt.adapt.fast_path import switch_off_fast_paths, switch_on_fast_paths
 from ttt.adapt.fit import is_conv1d, is_linear, refuse_parallel
 from ttt.adapt.names import canonical, unwrapped
 from ttt.adapt.plan import FilterFn, active_matrices, make_plan
-from ttt.adapt.sharding import local, sharding_of, take_hooks
+from ttt.adapt.sharding import local, sharding_of, shards_fully, take_hooks
 from ttt.adapt.training import refuse_no_more, refuse_when_frozen
 from ttt.atomic import whole_write
 from ttt.checks import check_bool, check_model, check_type
@@ -214,16 +214,17 @@ def require_layers(model: nn.Module, *, sharded: bool = False) -> list[Linear]:
     """The learning layers of ``model``.
 
     Args:
-        sharded: whether layers that are sharded over processes (`ttt.nn.parallel`) will do.
+        sharded: whether layers that are sharded over processes (`ttt.nn.parallel`) will do, or whole ones in a model
+            that FSDP2 shards.
 
     Raises:
         TypeError: if ``model`` is no module. ValueError: if there is none, the model is wrapped for data parallelism,
             or a layer is sharded and that will not do.
     """
-    refuse_parallel(check_model(model))
+    refuse_parallel(check_model(model), fsdp=sharded)
     layers = [layer for _, layer in learning_layers(model)]
     if not sharded:
-        refuse_sharded(layers, "this call")
+        refuse_sharded(model, "this call")
     if not layers and has_pool(model):
         raise ValueError(
             f"model ({type(model).__name__}) was adapted for users, each with weights of their own, and has no "
@@ -235,14 +236,17 @@ def require_layers(model: nn.Module, *, sharded: bool = False) -> list[Linear]:
     return layers
 
 
-def refuse_sharded(layers: Iterable[Linear], what: str) -> None:
-    """Raise ValueError if one of ``layers`` is sharded over processes, with which ``what`` cannot work."""
-    for layer in layers:
-        if layer.sharding:
-            raise ValueError(
-                f"{layer.name or 'a layer'} is sharded over processes (tensor parallelism), with which {what} does not "
-                "work; ttt.save(model, path) writes what was learnt so that a model in one process can load it"
-            )
+def refuse_sharded(model: nn.Module, what: str) -> None:
+    """Raise ValueError if ``model`` or one of its layers is sharded over processes, with which ``what`` cannot work."""
+    sharded = [layer.name or "a layer" for _, layer in learning_layers(model) if layer.sharding]
+    if sharded or shards_fully(model):
+        which = (
+            f"{sharded[0]} is sharded over processes (tensor parallelism)" if sharded else "model is sharded by FSDP2"
+        )
+        raise ValueError(
+            f"{which}, with which {what} does not work; ttt.save(model, path) writes what was learnt so that a model "
+            "in one process can load it"
+        )
 
 
 def kept_originals(model: nn.Module) -> dict[str, nn.Module]:

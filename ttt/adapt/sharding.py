@@ -3,15 +3,46 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from ttt.config import TTTConfig
-from ttt.nn.parallel import UNSHARDED, Sharding, SharedSide, is_sharded
+from ttt.nn.parallel import UNSHARDED, Sharding, SharedSide, groups_of, is_sharded
 
 _HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
           "_forward_hooks_always_called")  # fmt: skip
+
+
+IGNORED = "fully_shard(module, ignored_params={parameters of the layers that learn})"
+
+
+def shards_fully(model: nn.Module) -> bool:
+    """Whether FSDP2 (``fully_shard``) shards a part of ``model``."""
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    return any(kind.__name__ == "FSDPModule" and kind.__module__.startswith("torch.") for kind in kinds)
+
+
+def processes_of(model: nn.Module, shardings: Iterable[Sharding]) -> list[SharedSide]:
+    """A side for each group of processes over which ``model`` is sharded, in which all must do the same.
+
+    They are those of its learning layers (``shardings``), and of FSDP2. Empty for one process.
+    """
+    found = {id(side.group): side for side in groups_of(shardings)}
+    if shards_fully(model):
+        each: Any
+        for each in model.modules():
+            if hasattr(each, "reshard"):  # parameters may be whole, and no DTensors, after a forward pass
+                each.reshard()
+        for parameter in model.parameters():
+            if is_sharded(parameter):
+                held: Any = parameter
+                mesh, device = held.device_mesh, held.to_local().device
+                for dim in range(mesh.ndim):
+                    group = mesh.get_group(dim)
+                    found.setdefault(id(group), SharedSide(group, (1,) * mesh.size(dim), device))
+    return list(found.values())
 
 
 def local(parameter: Any) -> Any:

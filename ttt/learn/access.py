@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ttt.adapt.convert import kept_originals, require_layers
 from ttt.adapt.fit import refuse_parallel
+from ttt.adapt.sharding import processes_of, shards_fully
 from ttt.atomic import refuse_torn
 from ttt.checks import check_model
 from ttt.layer_lock import exclusive
 from ttt.nn import Linear, LowRankLinear
-from ttt.nn.parallel import groups_of
 from ttt.per_user.pool import Pool, has_pool, pool_of
 
 
@@ -32,18 +32,20 @@ class Access:
         layers: the learning layers, in the model's order; of a model for many users, those of its pool.
         single_layers: the same for one set of weights; empty for a model with users.
         config: of the layers.
+        replicas: for each group of processes of a model that FSDP2 shards, a side: each holds the whole of each layer.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        refuse_parallel(check_model(model))
-        self.pool: Pool | None = pool_of(model) if has_pool(model) else None
+        self.pool: Pool | None = pool_of(model) if has_pool(check_model(model)) else None
+        refuse_parallel(model, fsdp=self.pool is None)
         self.single_layers: list[Linear] = require_layers(model, sharded=True) if self.pool is None else []
         self.layers: Sequence[Linear | LowRankLinear] = self.single_layers
         if self.pool is not None:
             self.layers = list(self.pool.layers.values())
         self.config = self.layers[0].config
-        self._processes = groups_of(layer.sharding for layer in self.single_layers)
+        self._processes = processes_of(model, (layer.sharding for layer in self.single_layers))
+        self.replicas = self._processes if shards_fully(model) else []
         self._originals = kept_originals(model)
         self._modules = list(model.modules())  # listing them takes longer than looking at them
         named: list[tuple[str, Any]] = [*model.named_parameters(), *model.named_buffers()]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ttt.adapt.convert import require_layers
+from ttt.adapt.sharding import processes_of, shards_fully
 from ttt.atomic import whole_write
 from ttt.layer_lock import exclusive
-from ttt.learn.step import write
+from ttt.learn.step import refuse_other_updates, write
 from ttt.nn import Capturing
 from ttt.nn.graph_steps import forbid_capture
 
@@ -75,12 +76,14 @@ def learning(model: nn.Module) -> Iterator[LearningResult]:
         RuntimeError: if another thread is learning with these layers, or a write to them ended half-way.
     """
     layers, result = require_layers(model, sharded=True), LearningResult()
+    processes = processes_of(model, ()) if shards_fully(model) else []
     with exclusive(layers, "ttt.learning"):
         with Capturing(layers) as capturing, torch.enable_grad():
             yield result
             captured = capturing.renew()
         pairs = zip(layers, captured, strict=True)
         updates = [(layer, update) for layer, rows in pairs if (update := layer.update_from(rows)) is not None]
+        refuse_other_updates(processes, updates)
         if any(layer.capturable is not None for layer in layers):
             finite = [update.finite.view(1) for _, update in updates]
             result.learned = torch.cat(finite).all().long().view(1) if finite else None

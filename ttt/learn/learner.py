@@ -97,7 +97,7 @@ class Learner:
         self.access = Access(model)
         for name, given in (("rules", rules), ("episodes", episodes)):
             if given:
-                refuse_sharded(self.access.single_layers, f"ttt.Learner({name}=...)")
+                refuse_sharded(model, f"ttt.Learner({name}=...)")
         self.pool, self.layers, self.config = self.access.pool, self.access.single_layers, self.access.config
         if context is None:
             context = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 2048
