@@ -16,6 +16,7 @@ from ttt.layer_lock import exclusive
 from ttt.learn.step import refuse_other_updates, write
 from ttt.nn import Capturing
 from ttt.nn.graph_steps import forbid_capture
+from ttt.nn.parallel import together
 
 
 @dataclasses.dataclass
@@ -76,20 +77,22 @@ def learning(model: nn.Module) -> Iterator[LearningResult]:
         RuntimeError: if another thread is learning with these layers, or a write to them ended half-way.
     """
     layers, result = require_layers(model, sharded=True), LearningResult()
-    processes = processes_of(model, ()) if shards_fully(model) else []
+    processes = processes_of(model)
     with exclusive(layers, "ttt.learning"):
         with Capturing(layers) as capturing, torch.enable_grad():
             yield result
             captured = capturing.renew()
         pairs = zip(layers, captured, strict=True)
         updates = [(layer, update) for layer, rows in pairs if (update := layer.update_from(rows)) is not None]
-        refuse_other_updates(processes, updates)
+        if shards_fully(model):
+            refuse_other_updates(processes, updates)
         if any(layer.capturable is not None for layer in layers):
             finite = [update.finite.view(1) for _, update in updates]
             result.learned = torch.cat(finite).all().long().view(1) if finite else None
             write(updates, result.learned)
             return
-        for layer, update in updates:
-            if not bool(update.finite):
-                raise FloatingPointError(f"the gradient at {layer.name or layer} is not finite; nothing was learnt")
+        with together(processes, "ttt.learning"):
+            for layer, update in updates:
+                if not bool(update.finite):
+                    raise FloatingPointError(f"the gradient at {layer.name or layer} is not finite; nothing was learnt")
         write(updates)

@@ -13,7 +13,7 @@ from ttt.atomic import whole_write
 from ttt.learn.head import AutogradScores, Scored
 from ttt.learn.stream_rule import Chunk, backward_terms, joined
 from ttt.nn import Capturing, Linear, Update
-from ttt.nn.parallel import SharedSide
+from ttt.nn.parallel import SharedSide, agreed
 
 if TYPE_CHECKING:
     from ttt.config import TTTConfig
@@ -118,7 +118,7 @@ def refuse_other_updates(processes: Sequence[SharedSide], updates: Sequence[tupl
     own = torch.stack([torch.zeros((), dtype=torch.int64), *(_digest(t) for _, u in updates for t in (u.x, u.delta))])
     for side in processes:
         digest = own.sum().to(side.device)
-        if int(side.sum((side.same(digest) != digest).long())):
+        if not agreed(processes, side.same(digest) == digest):
             raise ValueError(
                 "all processes of a model that FSDP2 shards must learn from the same tokens, to the bit, as each holds "
                 "the layers that learn; one of them had others. Give all of them the same batches"
