@@ -257,6 +257,9 @@ OTHERS = (
      "sharded before `ttt.adapt_`: [guide](guide.md#tensor-parallelism); refused for users",
      "adapt/test_tensor_parallel.py"),
     ("tensor parallelism of other layers", "yes", "every process learns the same", "adapt/test_sharded.py"),
+    ("`torch.distributed.checkpoint`", "yes",
+     "by `ttt.LearntState`, between numbers of processes: [guide](guide.md#take-it-back-keep-it-move-on)",
+     "adapt/test_distributed_checkpoint.py"),
     ("gradient checkpointing with users", "yes", "with `backward()` inside of `ttt.users`; refused after it",
      "per_user/test_late_backward.py"),
 )  # fmt: skip
