@@ -232,6 +232,8 @@ OTHERS = (
      "adapt/test_other_modules.py"),
     ("stacks of experts (3-D parameters)", "yes", "if `target_modules` names them; `\"all-linear\"` leaves them out",
      "adapt/test_experts.py"),
+    ("export of experts to PEFT", "yes", "as `target_parameters`; not tried with vLLM or SGLang",
+     "adapt/test_experts.py"),
     ("stacks of experts, for users", "refused", "attention and shared experts learn", "per_user/test_mixtures.py"),
     ("experts that are linear layers, with users", "refused", "when called: nobody knows whose tokens they get",
      "per_user/test_mixtures.py"),
