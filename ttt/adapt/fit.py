@@ -75,7 +75,10 @@ def unfit_quantized(name: str, module: Any, per_user: bool) -> str:
     if not (by := quantized(module)):
         return ""
     if why := why_not(module):
-        return f"{name} is quantized ({by}), and {why}: it cannot be adapted"
+        return (
+            f"{name} is quantized ({by}), and {why}: it cannot be adapted. Users' low-rank weights can learn "
+            "beside layers of which torchao quantizes the weight only, as Int8WeightOnlyConfig and IntxWeightOnlyConfig do"
+        )
     if per_user:
         return ""
     return (
@@ -121,8 +124,8 @@ class Weights:
         if is_stack(module):
             if per_user:
                 raise ValueError(
-                    f"{name} is a stack of experts: users cannot learn in it, as nobody knows whose tokens are routed "
-                    "to an expert; leave it out"
+                    f"{name} is a stack of experts: users cannot learn in it, as the number of tokens that an expert "
+                    "gets, and so the rounding of a user's outputs, would depend on other users' text; leave it out"
                 )
             for stack in STACKS:
                 self._refuse_weight(f"{name}.{stack}", getattr(module, stack))
