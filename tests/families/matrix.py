@@ -276,10 +276,11 @@ def page(rows: list[Row]) -> str:
     whole = [row for row in tried if {each for each in row.found.values() if each} == {"yes"}]
     text = f"""# Compatibility
 
-Every causal language model of transformers that can be made tiny was tried, with random weights, two blocks, and
-`target_modules="all-linear"`: {len(whole)} of {len(tried)} families work in every column
-(`python tests/families/matrix.py`, transformers {transformers.__version__}, torch {torch.__version__},
-Python {platform.python_version()}; the same checks are `tests/families/test_families.py`).
+Every causal language model of transformers of which a tiny one can be made was tried, with random weights and two
+blocks: {len(whole)} of {len(tried)} families work in every column. The page is written by
+`python tests/families/matrix.py`
+(transformers {transformers.__version__}, torch {torch.__version__}, Python {platform.python_version()});
+`tests/families/test_families.py` checks the same.
 
 | column | what was checked |
 |---|---|
@@ -292,7 +293,8 @@ Python {platform.python_version()}; the same checks are `tests/families/test_fam
 | bfloat16 | chunks are learnt in bfloat16 |
 | experts | stacks of experts that `target_modules` names learn; - where there are none |
 
-"refused" means by an error that says what to do; "no" that it fails otherwise, or is not right.
+"refused" stands for an error that says what to do, before anything is changed; "no" for any other failure. All but the
+last column adapt `"all-linear"`.
 
 ## Families
 
@@ -301,14 +303,16 @@ Python {platform.python_version()}; the same checks are `tests/families/test_fam
 """
     for row in tried:
         text += f"| {row.family} | {' | '.join(row.found[name] or '-' for name in COLUMNS)} |\n"
-    text += "\n## What does not work, and why\n\n| family | first of it |\n|---|---|\n"
+    text += (
+        "\n## What does not work, and why\n\nThe first error of each family.\n\n| family | column: error |\n|---|---|\n"
+    )
     for row in tried:
         if row.why:
             text += f"| {row.family} | {_cell(row.why)} |\n"
     text += "\n## Other modules, wrappers and integrations\n\n| what | | how | tried by |\n|---|---|---|---|\n"
     for what, how, said, where in OTHERS:
         text += f"| {what} | {how} | {said} | `tests/{where}` |\n"
-    text += "\n## Not tried\n\nNo tiny model of these could be made without settings of their own: "
+    text += "\n## Not tried\n\nThese need settings of their own for a tiny model: "
     return text + ", ".join(row.family for row in rows if row not in tried) + ".\n"
 
 

@@ -76,8 +76,8 @@ def unfit_quantized(name: str, module: Any, per_user: bool) -> str:
         return ""
     if why := why_not(module):
         return (
-            f"{name} is quantized ({by}), and {why}: it cannot be adapted. Users' low-rank weights can learn "
-            "beside layers of which torchao quantizes the weight only, as Int8WeightOnlyConfig and IntxWeightOnlyConfig do"
+            f"{name} is quantized ({by}), and {why}: it cannot be adapted. Users' low-rank weights can learn beside "
+            "layers of which torchao quantizes the weight only, as Int8WeightOnlyConfig and IntxWeightOnlyConfig do"
         )
     if per_user:
         return ""
