@@ -93,6 +93,15 @@ def reading(mesh, folder):
     return found
 
 
+def own_text(mesh, folder):
+    """Calibration on text that the model writes itself, which is the same in all processes."""
+    config = ttt.TTTConfig(**LEARN)
+    one, two = (learner_of(ttt.adapt_(model, config)) for model in (model_of(), sharded(model_of(), mesh)))
+    for learner in (one, two):
+        learner.calibrate()
+    return differences(layers_of(one), layers_of(two)) + reads(one, two, ids_of(2, 30))
+
+
 def guarded(mesh, folder):
     """A guard, which rolls back; its decisions are the same in all processes."""
     one, two = model_of(), sharded(model_of(), mesh)
@@ -213,7 +222,7 @@ def unsupported(mesh, folder):
     return {"errors": errors, "changed": changed(learner, kept)}
 
 
-CHECKS = {check.__name__: check for check in (reading, guarded, any_loss, saving, unsupported)}
+CHECKS = {check.__name__: check for check in (reading, own_text, guarded, any_loss, saving, unsupported)}
 
 
 def main(rank, folder, names):

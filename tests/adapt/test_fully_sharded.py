@@ -3,7 +3,7 @@
 import pytest
 from two_processes import run_in_two
 
-RIGHT = ["reading", "guarded", "any_loss", "saving"]
+RIGHT = ["reading", "own_text", "guarded", "any_loss", "saving"]
 DOES_NOT_WORK = "model is sharded by FSDP2, with which"
 
 REFUSED = {

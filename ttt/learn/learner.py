@@ -190,7 +190,7 @@ class Learner:
                     )
                 if users is not None:
                     check_users(users, len(text.ids))
-            given = (text.ids, text.attend, text.wanted, text.rows, text.emphasis, passes, learn)
+            given = (text.ids, text.attend, text.wanted, text.rows, text.emphasis, passes, learn, *(users or ()))
             self.access.require_same("input_ids, masks and options", *given)
             self._try_model(text)
             if learn and not self._looked_for_protection:
