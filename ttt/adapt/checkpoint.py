@@ -61,16 +61,18 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     The bytes go to a temporary file in the same folder, are flushed to the disk, and take the name ``path`` in one
     step: a crash leaves the old file or the new one, never a part. What a killed save left in the folder is removed.
 
-    If the model is sharded over processes (tensor parallelism), all of them must call it, and the first writes the
-    state of the whole model. It can be loaded into a model that is sharded otherwise, or not at all.
+    If the model is sharded over processes (tensor parallelism, FSDP2), all of them must call it, and the first writes
+    the state of the whole model. It can be loaded into a model that is sharded otherwise, or not at all. What fails in
+    one process is an error in all.
 
     Raises:
         TypeError: if ``model`` is no module or ``path`` no path. Nothing is written then.
         ValueError: if ``model`` has no learning layer or was adapted for users, or if its state is one that `load`
             would refuse: values that are not finite, for instance. Nothing is written then.
-        RuntimeError: if another thread is in a method of the model's learners or in `ttt.learning`, or a write to the
-            layers ended half-way. Nothing is written then.
-        OSError: if the file cannot be written; a file that was there is unharmed.
+        RuntimeError: if another thread is in a method of the model's learners or in `ttt.learning`, a write to the
+            layers ended half-way, or another process refused. Nothing is written then.
+        OSError: if the file cannot be written, here or by the process that writes for all; one that was there is
+            unharmed.
     """
     processes = processes_of(check_model(model))
     with together(processes, "ttt.save"):
@@ -135,7 +137,7 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
     A model that is not adapted yet is adapted with the configuration in the file. One that is adapted keeps its own
     configuration, which must give tensors of the same shapes. If the model is sharded over processes, all of them must
-    call it, and see the same file.
+    call it, and see the same file. What fails in one process is an error in all.
 
     Returns:
         ``model``.
@@ -145,9 +147,9 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         ValueError: if the file is truncated, damaged, forged or of another version, if it belongs to another model, or
             if ``model`` was adapted for users. ``model`` is unchanged, to the bit.
         OSError: if the file cannot be read; ``model`` is unchanged.
-        RuntimeError: if another thread is in a method of the model's learners or in `ttt.learning`; or if a layer is
-            capturable and must replace what it shares with a fork, see `ttt.nn.Linear.capturable_`. ``model`` is
-            unchanged.
+        RuntimeError: if another thread is in a method of the model's learners or in `ttt.learning`; if a layer is
+            capturable and must replace what it shares with a fork, see `ttt.nn.Linear.capturable_`; or if another
+            process refused. ``model`` is unchanged.
     """
     processes = processes_of(check_model(model))
     with contextlib.ExitStack() as held:

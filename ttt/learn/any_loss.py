@@ -71,8 +71,12 @@ def learning(model: nn.Module) -> Iterator[LearningResult]:
     After `ttt.capturable_` the block may stand in a CUDA graph. Then a gradient that is not finite raises nothing: the
     device finds it and changes nothing, and the block's `LearningResult` says so.
 
+    If the model is sharded over processes, all of them must differentiate the same loss of the same inputs. With FSDP2,
+    whose learning layers are whole in each process, that is checked.
+
     Raises:
-        TypeError, ValueError: if ``model`` is no module, or has no learning layer.
+        TypeError, ValueError: if ``model`` is no module, or has no learning layer; or if processes of FSDP2 would learn
+            from other tokens. Nothing has changed then.
         FloatingPointError: if a gradient is not finite; nothing has changed then.
         RuntimeError: if another thread is learning with these layers, or a write to them ended half-way.
     """

@@ -50,6 +50,9 @@ class Learner:
     and every method but `rollback` and `reset` raises RuntimeError until one of them, or `ttt.load`, has put a complete
     state in place.
 
+    **If the model is sharded over processes**, all of them make the same calls with the same text. A check that fails
+    in one of them is an error in all: a RuntimeError where it did not fail itself.
+
     Args:
         model: adapted by `ttt.adapt_`. `observe` needs a transformers causal language model. It is put in eval mode and
             must stay in it.
