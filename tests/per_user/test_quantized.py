@@ -281,6 +281,13 @@ def test_no_layer_learns_below_a_packed_one_whose_gradient_is_wrong(users, packs
     assert torch.equal(random, torch.get_rng_state())
 
 
+def test_a_module_that_is_no_linear_layer_is_not_tried():
+    kind = type("Embedding4bit", (nn.Embedding,), {"__module__": "bitsandbytes.nn.modules"})
+    net = nn.ModuleDict({"first": nn.Linear(4, 3), "second": kind(5, 3)})
+    ttt.adapt_(net, plain_config(target_modules=["first"]))
+    assert type(net["first"]) is ttt.nn.Linear
+
+
 def test_no_layer_learns_below_one_that_lets_no_gradient_through():
     model = tiny()
     quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda m, n: n == "model.layers.1.mlp.up_proj")

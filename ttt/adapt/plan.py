@@ -119,7 +119,7 @@ def _refuse_blocked(model: nn.Module, chosen: set[str]) -> None:
     module: Any
     for name, module in model.named_modules():
         after = after or name in chosen
-        if not after or name in chosen or not (by := quantized(module)):
+        if not after or name in chosen or not isinstance(module, nn.Linear) or not (by := quantized(module)):
             continue
         kind = type(module), type(module.weight), tuple(module.weight.shape), module.weight.device
         if kind not in known:
