@@ -17,6 +17,9 @@ OWN = {
     "calibrate: a batch": "ValueError: each of batches must be in [0, 61)",
     "calibrate: no more data": "OSError: no more data",
     "calibrate: no more data, with a loss": "OSError: no more data",
+    "consolidate: torn": "RuntimeError: Learner.consolidate needs layers that belong together",
+    "flush: torn": "RuntimeError: Learner.flush needs layers that belong together",
+    "restore_: torn": "RuntimeError: ttt.restore_ needs layers that belong together",
     "learning: not finite": "FloatingPointError: the gradient at model.layers.0.mlp.up_proj is not finite",
     "save: no path": "TypeError: path must be a path",
     "save: torn": "RuntimeError: ttt.save needs layers that belong together",
@@ -49,7 +52,7 @@ def test_nothing_else_was_tried(found, kind):
 @pytest.mark.parametrize("name", [*OWN, *BOTH])
 def test_an_error_of_one_process_is_one_of_both(found, kind, name):
     method = name.partition(":")[0]
-    prefix = "ttt." if method in ("learning", "save", "load") else "Learner."
+    prefix = "ttt." if method in ("learning", "restore_", "save", "load") else "Learner."
     first, second = (each[kind]["errors"][name] for each in found)
     if (kind, name) == ("fsdp", "learning: not finite"):  # the rows are compared first
         assert first == second

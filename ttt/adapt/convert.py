@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ from ttt.adapt.fast_path import switch_off_fast_paths, switch_on_fast_paths
 from ttt.adapt.fit import is_conv1d, is_linear, refuse_parallel
 from ttt.adapt.names import canonical, unwrapped
 from ttt.adapt.plan import FilterFn, active_matrices, make_plan
-from ttt.adapt.sharding import local, sharding_of, shards_fully, take_hooks
+from ttt.adapt.sharding import local, processes_of, sharding_of, shards_fully, take_hooks
 from ttt.adapt.training import refuse_no_more, refuse_when_frozen
 from ttt.atomic import whole_write
 from ttt.checks import check_bool, check_model, check_type
@@ -22,6 +23,7 @@ from ttt.config import TTTConfig
 from ttt.layer_lock import exclusive
 from ttt.nn import Linear, LowRankLinear
 from ttt.nn.experts import STACKS, LearningExperts, is_stack
+from ttt.nn.parallel import together
 from ttt.nn.quantized import QuantizedLowRankLinear, quantized
 from ttt.nn.sharded import ShardedLinear
 from ttt.per_user.pool import attach, detach, has_pool, pool_of
@@ -131,10 +133,12 @@ def restore_(model: nn.Module, keep_learned: bool = False) -> nn.Module:
     if not has_pool(model):
         placed: dict[str, Any] = {name: model.get_submodule(name) for name in originals}
         layers = [layer for module in placed.values() for layer in getattr(module, "layers", [module])]
-        with exclusive(layers, "ttt.restore_", repairs=not keep_learned):
-            _originals(model)  # another thread may have restored the model meanwhile
-            if any(layer.sink is not None for layer in layers):
-                raise RuntimeError("ttt.restore_ was called inside ttt.learning or a rule; leave it first")
+        with contextlib.ExitStack() as held:
+            with together(processes_of(model), "ttt.restore_"):
+                held.enter_context(exclusive(layers, "ttt.restore_", repairs=not keep_learned))
+                _originals(model)  # another thread may have restored the model meanwhile
+                if any(layer.sink is not None for layer in layers):
+                    raise RuntimeError("ttt.restore_ was called inside ttt.learning or a rule; leave it first")
             if keep_learned:
                 with whole_write(layers, "ttt.restore_"):
                     for layer in layers:

@@ -429,7 +429,9 @@ class Learner:
         in units of the first calibration's mean importance. The sample of recent inputs joins the replay memory.
         """
         self.require_single("consolidate", "the anchor is shared by all users")
-        with self.access.enter("Learner.consolidate"):
+        with contextlib.ExitStack() as held:
+            with self.access.enter_together("Learner.consolidate", held):
+                pass
             if self.guard is not None:
                 self.guard.check()
             with whole_write(self.layers, "Learner.consolidate"):
@@ -480,9 +482,12 @@ class Learner:
 
     def flush(self) -> None:
         """Write every layer's window into its weights, as before ``save_pretrained``."""
-        with self.access.enter("Learner.flush"), whole_write(self.layers, "Learner.flush"):
-            for layer in self.layers:
-                layer.flush()
+        with contextlib.ExitStack() as held:
+            with self.access.enter_together("Learner.flush", held):
+                pass
+            with whole_write(self.layers, "Learner.flush"):
+                for layer in self.layers:
+                    layer.flush()
 
     def _drawn_together(self, batches: Iterable[Any], tokens: str = "") -> Iterator[Any]:
         """``batches``, of which all processes of a sharded model must have as many; an error of one is one of all.
