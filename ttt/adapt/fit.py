@@ -39,10 +39,11 @@ def refuse_parallel(model: nn.Module, *, fsdp: bool = False) -> None:
 
     ``fsdp``: whether FSDP2 is right, as long as it leaves the layers that learn whole.
     """
-    fully_sharded = shards_fully(model)
     for name, module in model.named_modules():
         if isinstance(module, Adapted) and any(map(is_sharded, module._parameters.values())):
-            way = f"leave it out of sharding, by {IGNORED}" if fully_sharded else "shard a model before ttt.adapt_"
+            way = (
+                f"leave it out of sharding, by {IGNORED}" if shards_fully(model) else "shard a model before ttt.adapt_"
+            )
             raise ValueError(
                 f"{name or 'model'}, a layer that learns, is a DTensor since it was adapted: {way}, or learn in one "
                 "process (with users always)"

@@ -88,7 +88,7 @@ def learning(model: nn.Module) -> Iterator[LearningResult]:
             captured = capturing.renew()
         pairs = zip(layers, captured, strict=True)
         updates = [(layer, update) for layer, rows in pairs if (update := layer.update_from(rows)) is not None]
-        if shards_fully(model):
+        if processes and shards_fully(model):
             refuse_other_updates(processes, updates)
         if any(layer.capturable is not None for layer in layers):
             finite = [update.finite.view(1) for _, update in updates]
