@@ -42,7 +42,7 @@ from ttt.learn.study import StudyOutput
 from ttt.per_user.pool import Pool, pool_of, users
 
 if TYPE_CHECKING:
-    from ttt.adapt import export_peft, import_peft
+    from ttt.adapt import LearntState, export_peft, import_peft
     from ttt.store import Store
 
 __all__ = [
@@ -63,6 +63,7 @@ __all__ = [
     "LayerReplay",
     "Learner",
     "LearningResult",
+    "LearntState",
     "LowRank",
     "MemoryUsage",
     "ObserveOutput",
@@ -92,7 +93,7 @@ __all__ = [
 ]
 
 # Imported when first used.
-_LAZY = {"Store": "ttt.store", "export_peft": "ttt.adapt", "import_peft": "ttt.adapt"}
+_LAZY = {"LearntState": "ttt.adapt", "Store": "ttt.store", "export_peft": "ttt.adapt", "import_peft": "ttt.adapt"}
 
 _OLD = {
     "Check": "GuardCheck",

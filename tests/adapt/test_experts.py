@@ -1,8 +1,11 @@
 """Stacks of experts that learn, against autograd's gradients of the original stacks and per-token steps in float64."""
 
 import copy
+import warnings
 
+import peft
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from helpers import plain_config
@@ -12,6 +15,7 @@ from torch import nn
 import ttt
 from ttt.adapt.convert import learning_layers, left_out
 from ttt.nn.experts import LearningExperts, is_stack
+from ttt.ops import backends
 
 COMMON = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
           "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
@@ -86,6 +90,25 @@ def test_a_step_is_the_gradient_step_on_each_expert(family, window):
         for e in range(4):
             wanted = parameter.detach()[e] - 0.01 * parameter.grad[e]
             torch.testing.assert_close(layer_of(model, name, e).effective_weight(), wanted, rtol=1e-8, atol=1e-10)
+
+
+def test_each_expert_is_read_and_learnt_by_the_kernels_in_the_memory_of_the_stack():
+    model = mixture("Qwen3Moe")
+    stack = model.model.layers[1].mlp.experts.down_proj
+    before = stack.detach().clone()
+    options = ttt.TTTConfig(["experts"], protect=[ttt.KroneckerFisher(), ttt.EWC(0.01)], chunk=8, window=4)
+    learner = ttt.Learner(ttt.adapt_(model, options))
+    learner.calibrate([ids_of(4, 40)])
+    backends.calls.clear()
+    learner.observe(ids_of(2, 60))
+    ran = {(op, backend) for op, backend, _ in backends.calls if op in backends.OPS}
+    found = {backend for _, backend in ran}
+    assert found == ({"reference"} if "cpu" in backends.unavailable else {"cpu"})
+    assert {"window_linear", "project_out", "commit"} <= {op for op, _ in ran}
+    for e, layer in enumerate(model.model.layers[1].mlp.experts.down_proj):
+        assert layer.weight.data_ptr() == stack[e].data_ptr()
+        assert torch.equal(layer.weight, stack[e])
+    assert not torch.equal(stack, before)
 
 
 def test_tokens_enter_the_windows_of_the_experts_that_they_are_routed_to():
@@ -189,6 +212,61 @@ def test_what_was_learnt_can_be_kept_in_the_stacks_and_written_as_the_model_is()
         "model.layers.0.mlp.experts.down_proj"][2])  # fmt: skip
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("targets", [["experts"], ["experts", "q_proj"]])
+def test_peft_computes_what_was_learnt(family, targets, tmp_path):
+    model = mixture(family)
+    plain, ids = copy.deepcopy(model), ids_of(2, 30)
+    learner = ttt.Learner(ttt.adapt_(model, config(target_modules=targets, lr=0.05)))
+    learner.observe(ids)  # some rows are in the window
+    with torch.no_grad():
+        wanted, before = model(ids).logits, plain(ids).logits
+    found = ttt.export_peft(model, tmp_path / "adapter", base_model="x", rank=32)
+    assert found.error < 1e-6
+    assert set(found.errors) == {name for name, _ in learning_layers(model)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT warns of keys that are missing or that it does not know
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(tmp_path / "adapter")).eval()
+    with torch.no_grad():
+        outputs = loaded(ids).logits
+    torch.testing.assert_close(outputs, wanted, rtol=1e-3, atol=1e-3)
+    assert float((outputs - before).abs().max()) > 0.1
+    merged = loaded.merge_and_unload().state_dict()
+    for name, layer in learning_layers(model):
+        stack, _, expert = name.rpartition(".")
+        weight = merged[stack][int(expert)] if layer.routed else merged[f"{name}.weight"]
+        torch.testing.assert_close(weight, layer.effective_weight(), rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_of_smaller_rank_is_the_nearest_for_each_expert(tmp_path):
+    model = mixture("Mixtral")
+    ttt.Learner(ttt.adapt_(model, config(lr=0.05))).observe(ids_of(4, 40))
+    with pytest.warns(UserWarning, match="lost"):
+        found = ttt.export_peft(model, tmp_path / "adapter", base_model="x", rank=8, dtype=torch.float32)
+    tensors = safetensors.torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name, layer in learning_layers(model):
+        module, stack, expert = name.rsplit(".", 2)
+        key = f"base_model.model.{module}{'.base_layer' if stack == 'gate_up_proj' else ''}.lora_"
+        a = tensors[f"{key}A.weight"].view(4, 8, -1)[int(expert)].double()
+        b = tensors[f"{key}B.weight"].view(-1, 8, 4)[..., int(expert)].double()
+        delta = layer.effective_weight().double() - layer.base_weight.double()
+        values = torch.linalg.svdvals(delta)
+        lost = float((delta - b @ a).norm())
+        assert lost == pytest.approx(float(values[8:].norm()), rel=1e-4, abs=1e-7)
+        assert found.errors[name] == pytest.approx(lost / float(delta.norm()), rel=1e-6)
+
+
+def test_experts_beside_a_conv1d_are_not_exported(tmp_path):
+    model = mixture()
+    model.extra = transformers.pytorch_utils.Conv1D(32, 32)
+    ttt.adapt_(model, config(target_modules=["experts", "extra"]))
+    with pytest.raises(
+        ValueError, match=r"experts and transformers' Conv1D layers that learnt, which no one adapter holds"
+    ):
+        ttt.export_peft(model, tmp_path / "adapter", base_model="x")
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_a_converted_model_is_restored_in_its_new_dtype():
     model = mixture()
     plain = copy.deepcopy(model)
@@ -203,7 +281,7 @@ def test_the_share_of_a_step_counts_the_matrices_that_a_token_passes_through():
     assert {layer.share for _, layer in learning_layers(model)} == {1 / (2 * (2 * 2) + 2)}
 
 
-def test_what_cannot_be_is_refused_by_name_and_nothing_changes(tmp_path):
+def test_what_cannot_be_is_refused_by_name_and_nothing_changes():
     model = mixture()
     before, modules = copy.deepcopy(model.state_dict()), dict(model.named_modules())
     with pytest.raises(ValueError, match=r"experts is a stack of experts: users cannot learn in it"):
@@ -218,8 +296,6 @@ def test_what_cannot_be_is_refused_by_name_and_nothing_changes(tmp_path):
     assert "model.layers.0.mlp.experts.down_proj" in left_out(model)
     ttt.restore_(model)
     learner = ttt.Learner(ttt.adapt_(model, config()))
-    with pytest.raises(ValueError, match=r"experts that learnt .* which no LoRA adapter"):
-        ttt.export_peft(model, tmp_path / "adapter", base_model="x")
     with pytest.raises(ValueError, match=r"gate_up_proj\.0 is part of an expert"):
         ttt.capturable_(model, 8)
     with pytest.raises(ValueError, match=r"learner must have no experts of a mixture"):

@@ -1,4 +1,4 @@
-"""Sharded models that cannot learn (FSDP2, users, sharded too late) are refused by name, in each of two processes."""
+"""Sharded models that cannot learn (FSDP2 of layers, users, sharded too late) are refused by name, in two processes."""
 
 import pytest
 from two_processes import run_in_two
@@ -11,18 +11,11 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.parametrize("users", ["one", "users"])
-@pytest.mark.parametrize(
-    ("shard", "adapting", "learning"),
-    [
-        (
-            "tensor_parallel",
-            "down_proj.weight is a DTensor",
-            "down_proj, a layer that learns, is a DTensor since it was",
-        ),
-        ("fsdp2", "model is a FSDPModule", "model is a FSDPModule"),
-    ],
-)
-def test_a_sharded_model_is_refused_before_and_after_adapting(found, shard, adapting, learning, users):
+@pytest.mark.parametrize("shard", ["tensor_parallel", "fsdp2"])
+def test_a_sharded_model_is_refused_before_and_after_adapting(found, shard, users):
+    adapting, learning = "down_proj.weight is a DTensor", "down_proj, a layer that learns, is a DTensor since it was"
+    if (shard, users) == ("fsdp2", "users"):
+        adapting = learning = "model is a FSDPModule"
     for each in found:
         (error, unchanged), (errors, idle) = each[f"{shard} {users}"]
         if (shard, users) != ("tensor_parallel", "one"):  # these learn: test_tensor_parallel.py
@@ -33,7 +26,7 @@ def test_a_sharded_model_is_refused_before_and_after_adapting(found, shard, adap
         assert len(errors) == (4 if users == "one" else 1)
         for error in errors:
             assert error.startswith("ValueError: ")
-            assert learning in error
+            assert learning in error or (shard == "fsdp2" and "model is a FSDPModule" in error)  # in `fork`
             assert "in one process" in error
         assert idle
 

@@ -232,6 +232,8 @@ OTHERS = (
      "adapt/test_other_modules.py"),
     ("stacks of experts (3-D parameters)", "yes", "if `target_modules` names them; `\"all-linear\"` leaves them out",
      "adapt/test_experts.py"),
+    ("export of experts to PEFT", "yes", "as `target_parameters`; not tried with vLLM or SGLang",
+     "adapt/test_experts.py"),
     ("stacks of experts, for users", "refused", "attention and shared experts learn", "per_user/test_mixtures.py"),
     ("experts that are linear layers, with users", "refused", "when called: nobody knows whose tokens they get",
      "per_user/test_mixtures.py"),
@@ -243,14 +245,26 @@ OTHERS = (
      "learn/test_trials.py"),
     ("torchao, weights only", "yes", "for users; refused without, and where inputs are rounded, too",
      "per_user/test_quantized.py"),
-    ("transformers' `Trainer`", "yes", "with its steps inside of `ttt.learning`: [guide](guide.md#learn-from-any-loss)",
+    ("quantized layers after layers that learn", "yes",
+     "where they have gradients; refused where not: torchao's packed int4 and bitsandbytes' 4 bits, both on CPUs",
+     "per_user/test_quantized.py"),
+    ("transformers' `Trainer`, loops of accelerate", "yes",
+     "with their steps inside of `ttt.learning`: [guide](guide.md#learn-from-any-loss); refused without",
+     "learn/test_hf_trainer.py"),
+    ("an optimizer beside layers that learn", "yes", "of other parameters; those of adapted layers are refused",
      "learn/test_hf_trainer.py"),
     ("offloading of accelerate, DataParallel, DistributedDataParallel", "refused", "", "adapt/test_choice.py"),
-    ("FSDP2", "refused", "on every process", "adapt/test_sharded.py"),
+    ("FSDP2 beside layers that learn", "yes",
+     "these left out by `ignored_params`, the same tokens in all processes: [guide](guide.md#fsdp2)",
+     "adapt/test_fully_sharded.py"),
+    ("FSDP2 of layers that learn, or with users", "refused", "on every process", "adapt/test_sharded.py"),
     ("tensor parallelism of layers that learn", "yes",
      "sharded before `ttt.adapt_`: [guide](guide.md#tensor-parallelism); refused for users",
      "adapt/test_tensor_parallel.py"),
     ("tensor parallelism of other layers", "yes", "every process learns the same", "adapt/test_sharded.py"),
+    ("`torch.distributed.checkpoint`", "yes",
+     "by `ttt.LearntState`, between numbers of processes: [guide](guide.md#take-it-back-keep-it-move-on)",
+     "adapt/test_distributed_checkpoint.py"),
     ("gradient checkpointing with users", "yes", "with `backward()` inside of `ttt.users`; refused after it",
      "per_user/test_late_backward.py"),
 )  # fmt: skip
@@ -262,10 +276,11 @@ def page(rows: list[Row]) -> str:
     whole = [row for row in tried if {each for each in row.found.values() if each} == {"yes"}]
     text = f"""# Compatibility
 
-Every causal language model of transformers that can be made tiny was tried, with random weights, two blocks, and
-`target_modules="all-linear"`: {len(whole)} of {len(tried)} families work in every column
-(`python tests/families/matrix.py`, transformers {transformers.__version__}, torch {torch.__version__},
-Python {platform.python_version()}; the same checks are `tests/families/test_families.py`).
+Every causal language model of transformers of which a tiny one can be made was tried, with random weights and two
+blocks: {len(whole)} of {len(tried)} families work in every column. The page is written by
+`python tests/families/matrix.py`
+(transformers {transformers.__version__}, torch {torch.__version__}, Python {platform.python_version()});
+`tests/families/test_families.py` checks the same.
 
 | column | what was checked |
 |---|---|
@@ -278,7 +293,8 @@ Python {platform.python_version()}; the same checks are `tests/families/test_fam
 | bfloat16 | chunks are learnt in bfloat16 |
 | experts | stacks of experts that `target_modules` names learn; - where there are none |
 
-"refused" means by an error that says what to do; "no" that it fails otherwise, or is not right.
+"refused" stands for an error that says what to do, before anything is changed; "no" for any other failure. All but the
+last column adapt `"all-linear"`.
 
 ## Families
 
@@ -287,14 +303,16 @@ Python {platform.python_version()}; the same checks are `tests/families/test_fam
 """
     for row in tried:
         text += f"| {row.family} | {' | '.join(row.found[name] or '-' for name in COLUMNS)} |\n"
-    text += "\n## What does not work, and why\n\n| family | first of it |\n|---|---|\n"
+    text += (
+        "\n## What does not work, and why\n\nThe first error of each family.\n\n| family | column: error |\n|---|---|\n"
+    )
     for row in tried:
         if row.why:
             text += f"| {row.family} | {_cell(row.why)} |\n"
     text += "\n## Other modules, wrappers and integrations\n\n| what | | how | tried by |\n|---|---|---|---|\n"
     for what, how, said, where in OTHERS:
         text += f"| {what} | {how} | {said} | `tests/{where}` |\n"
-    text += "\n## Not tried\n\nNo tiny model of these could be made without settings of their own: "
+    text += "\n## Not tried\n\nThese need settings of their own for a tiny model: "
     return text + ", ".join(row.family for row in rows if row not in tried) + ".\n"
 
 

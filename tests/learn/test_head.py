@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import ttt
 from ttt.adapt.convert import learning_layers
+from ttt.adapt.training import other_hooks
 from ttt.learn.head import input_gradient, score
 from ttt.ops import backends
 
@@ -267,6 +268,5 @@ def test_nothing_is_left_on_the_model():
     learner.observe(ids_of(1, 20))
     learner.generate(ids_of(1, 5), max_new_tokens=5, learn_output=True, learn_every=2)
     for module in model.modules():
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
+        assert not other_hooks(module)
         assert "forward" not in vars(module)

@@ -11,6 +11,7 @@ from studying import flat, learner_of, told, words
 from tiny_models import VOCAB, tiny
 
 import ttt
+from ttt.adapt.training import other_hooks
 from ttt.learn import blocks as blocks_module
 from ttt.learn.blocks import KnownBlocks
 from ttt.ops import backends
@@ -161,8 +162,7 @@ def test_a_study_that_is_interrupted_leaves_no_block_out(users, monkeypatch):
 def assert_as_it_was(model):
     for module in model.modules():
         assert "forward" not in vars(module)
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
+        assert not other_hooks(module)
 
 
 def known(model, ids, layers=None):

@@ -225,6 +225,69 @@ def test_layers_of_bitsandbytes_are_refused_by_name(users):
     ttt.adapt_(net, config(target_modules=["1"], per_user=users))
 
 
+class Linear4bit(nn.Linear):
+    """A stand-in for a layer of bitsandbytes; ``packs`` is what becomes of its gradient once it ran without one."""
+
+    packs = "right"
+
+    def __init__(self, dense):
+        super().__init__(dense.in_features, dense.out_features, bias=dense.bias is not None, dtype=dense.weight.dtype)
+        self.load_state_dict(dense.state_dict())
+        self.packed = False
+
+    def forward(self, x):
+        self.packed = self.packed or not torch.is_grad_enabled()
+        y = super().forward(x.detach() if self.packed and self.packs == "none" else x)
+        if self.packed and self.packs == "other":
+            return y.detach() + x.sum(-1, keepdim=True) - x.sum(-1, keepdim=True).detach()
+        if self.packed and self.packs == "raises" and y.requires_grad:
+            y.register_hook(self.fail)
+        return y
+
+    @staticmethod
+    def fail(gradient):
+        raise NotImplementedError("no derivative")
+
+
+Linear4bit.__module__ = "bitsandbytes.nn.modules"
+BLOCKED = {
+    "none": "lets no gradient through to its inputs",
+    "other": "gives its inputs a gradient that is not its own",
+    "raises": r"lets no gradient through to its inputs \(NotImplementedError: no derivative\)",
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packs", ["right", *BLOCKED])
+@pytest.mark.parametrize("users", [None, USERS])
+def test_no_layer_learns_below_a_packed_one_whose_gradient_is_wrong(users, packs, dtype, monkeypatch, tmp_path):
+    monkeypatch.setattr(Linear4bit, "packs", packs)
+    model = tiny().to(dtype)
+    mlp = model.model.layers[1].mlp
+    mlp.up_proj = packed = Linear4bit(mlp.up_proj)
+    modules, state = dict(model.named_modules()), {k: t.clone() for k, t in model.state_dict().items()}
+    random = torch.get_rng_state()
+    if packs == "right":
+        assert ttt.Learner(ttt.adapt_(model, config(target_modules=["q_proj"], per_user=users))).layers or users
+    else:
+        refusal = rf"up_proj is quantized \(bitsandbytes' Linear4bit\) and {BLOCKED[packs]}: layers before it"
+        with pytest.raises(ValueError, match=refusal):
+            ttt.adapt_(model, config(target_modules=["q_proj"], per_user=users))
+        assert dict(model.named_modules()) == modules
+        assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
+        later = r"model\.layers\.2\..*q_proj|model\.layers\.1\.mlp\.down_proj"  # after it
+        ttt.adapt_(model, config(target_modules=later, per_user=users))
+    assert not packed.packed, "a copy is tried"
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def test_a_module_that_is_no_linear_layer_is_not_tried():
+    kind = type("Embedding4bit", (nn.Embedding,), {"__module__": "bitsandbytes.nn.modules"})
+    net = nn.ModuleDict({"first": nn.Linear(4, 3), "second": kind(5, 3)})
+    ttt.adapt_(net, plain_config(target_modules=["first"]))
+    assert type(net["first"]) is ttt.nn.Linear
+
+
 def test_no_layer_learns_below_one_that_lets_no_gradient_through():
     model = tiny()
     quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda m, n: n == "model.layers.1.mlp.up_proj")

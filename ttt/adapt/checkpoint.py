@@ -32,13 +32,15 @@ from ttt.adapt.convert import (
 )
 from ttt.adapt.names import canonical, unwrapped
 from ttt.adapt.plan import check_fit
+from ttt.adapt.sharding import processes_of
 from ttt.atomic import whole_write
-from ttt.checks import check_path
+from ttt.checks import check_model, check_path
+from ttt.config import TTTConfig
 from ttt.files import write_atomically
 from ttt.layer_lock import exclusive
 from ttt.nn import Linear
 from ttt.nn.experts import STACKS, is_stack
-from ttt.nn.parallel import SharedSide, groups_of, whole
+from ttt.nn.parallel import SharedSide, require_same, together, whole
 from ttt.nn.quantized import is_subclass, plain_parts
 from ttt.per_user.pool import has_pool
 
@@ -59,69 +61,72 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     The bytes go to a temporary file in the same folder, are flushed to the disk, and take the name ``path`` in one
     step: a crash leaves the old file or the new one, never a part. What a killed save left in the folder is removed.
 
-    If the model is sharded over processes (tensor parallelism), all of them must call it, and the first writes the
-    state of the whole model. It can be loaded into a model that is sharded otherwise, or not at all.
+    If the model is sharded over processes (tensor parallelism, FSDP2), all of them must call it, and the first writes
+    the state of the whole model. It can be loaded into a model that is sharded otherwise, or not at all. What fails in
+    one process is an error in all.
 
     Raises:
         TypeError: if ``model`` is no module or ``path`` no path. Nothing is written then.
         ValueError: if ``model`` has no learning layer or was adapted for users, or if its state is one that `load`
             would refuse: values that are not finite, for instance. Nothing is written then.
-        RuntimeError: if another thread is in a method of the model's learners or in `ttt.learning`, or a write to the
-            layers ended half-way. Nothing is written then.
-        OSError: if the file cannot be written; a file that was there is unharmed.
+        RuntimeError: if another thread is in a method of the model's learners or in `ttt.learning`, a write to the
+            layers ended half-way, or another process refused. Nothing is written then.
+        OSError: if the file cannot be written, here or by the process that writes for all; one that was there is
+            unharmed.
     """
-    path = check_path("path", path)
-    _refuse_users(model, "saved")
-    layers = require_layers(model, sharded=True)
-    with exclusive(layers, "ttt.save"):
-        content = _bytes_of_model(model)
-    with _by_the_first(next(iter(groups_of(layer.sharding for layer in layers)), None), path) as writes:
-        if writes:
+    processes = processes_of(check_model(model))
+    with together(processes, "ttt.save"):
+        path = check_path("path", path)
+    content = content_of(model)
+    with _named_failure(path), together(processes, "ttt.save"):
+        if all(side.rank == 0 for side in processes):
             write_atomically(path, content, sweep=True)
 
 
 @contextlib.contextmanager
-def _by_the_first(side: SharedSide | None, path: Path) -> Iterator[bool]:
-    """Whether this process is to write ``path`` for all of those over which layers are sharded (None: it is alone).
-
-    At the end they wait for it; if it fails, all of them do.
-    """
-    failed = torch.zeros((), dtype=torch.int64, device=None if side is None else side.device)
+def _named_failure(path: Path) -> Iterator[None]:
+    """Raise OSError where the first process, which writes ``path`` for all, has failed."""
     try:
-        yield side is None or side.rank == 0
-    except BaseException:
-        failed += 1
-        raise
-    finally:
-        if side is not None:
-            failed = side.sum(failed)
-    if int(failed):
-        raise OSError(errno.EIO, "the first process of the group could not write the file", str(path))
+        yield
+    except RuntimeError as error:
+        raise OSError(errno.EIO, "the first process of the group could not write the file", str(path)) from error
 
 
-def _bytes_of_model(model: nn.Module) -> bytes:
-    """The file that `save` writes."""
-    layers = learning_layers(model)
-    config = json.dumps(layers[0][1].config.to_dict())
-    validate.config_of(config, "model cannot be saved: its configuration")
-    tensors: State = {}
+def content_of(model: nn.Module) -> bytes:
+    """The content of the file that `save` writes, which all processes gather; it raises what `save` does."""
+    processes = processes_of(check_model(model))
+    with contextlib.ExitStack() as held:
+        with together(processes, "ttt.save"):
+            refuse_users(model, "saved")
+            held.enter_context(exclusive(require_layers(model, sharded=True), "ttt.save"))
+        return _bytes_of_model(model, processes)
+
+
+def _bytes_of_model(model: nn.Module, processes: list[SharedSide]) -> bytes:
+    layers, found = learning_layers(model), dict[str, tuple[Linear, State, State]]()
     for full, layer in layers:
-        name = canonical(full)
         state = {key: t.detach().cpu().contiguous() for key, t in layer.gathered(layer.state()).items()}
         earlier = {key: t for key, t in layer.base.items() if key != _FROM_BASE}
         base = {key: t.detach().cpu().contiguous() for key, t in layer.gathered(earlier).items()}
-        validate.check_state(f"model cannot be saved: layer {name}", _trial_layer(layer), state, base)
-        if not layer.base:
-            state.pop(_FROM_BASE)
-        tensors |= {f"{name}:{key}": t for key, t in state.items()}
-        # Base and live state of a fork's layer may be one tensor, which safetensors does not take twice.
-        tensors |= {f"{name}:base.{key}": t.clone() for key, t in base.items()}
+        found[canonical(full)] = layer, state, base
+    base_sha256 = base_hash(model)
+    config = json.dumps(layers[0][1].config.to_dict())
+    tensors: State = {}
+    with together(processes, "ttt.save"):
+        validate.config_of(config, "model cannot be saved: its configuration")
+        for name, (layer, state, base) in found.items():
+            validate.check_state(f"model cannot be saved: layer {name}", _trial_layer(layer), state, base)
+            if not layer.base:
+                state.pop(_FROM_BASE)
+            tensors |= {f"{name}:{key}": t for key, t in state.items()}
+            # Base and live state of a fork's layer may be one tensor, which safetensors does not take twice.
+            tensors |= {f"{name}:base.{key}": t.clone() for key, t in base.items()}
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "config": config,
-        "layers": json.dumps([canonical(name) for name, _ in layers]),
-        "base_sha256": base_hash(model),
+        "layers": json.dumps(list(found)),
+        "base_sha256": base_sha256,
         "tensors_sha256": tensor_hash(tensors),
     }
     return safetensors.torch.save(tensors, metadata)
@@ -132,7 +137,7 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
     A model that is not adapted yet is adapted with the configuration in the file. One that is adapted keeps its own
     configuration, which must give tensors of the same shapes. If the model is sharded over processes, all of them must
-    call it, and see the same file.
+    call it, and see the same file. What fails in one process is an error in all.
 
     Returns:
         ``model``.
@@ -142,47 +147,39 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         ValueError: if the file is truncated, damaged, forged or of another version, if it belongs to another model, or
             if ``model`` was adapted for users. ``model`` is unchanged, to the bit.
         OSError: if the file cannot be read; ``model`` is unchanged.
-        RuntimeError: if another thread is in a method of the model's learners or in `ttt.learning`; or if a layer is
-            capturable and must replace what it shares with a fork, see `ttt.nn.Linear.capturable_`. ``model`` is
-            unchanged.
+        RuntimeError: if another thread is in a method of the model's learners or in `ttt.learning`; if a layer is
+            capturable and must replace what it shares with a fork, see `ttt.nn.Linear.capturable_`; or if another
+            process refused. ``model`` is unchanged.
     """
-    path = check_path("path", path)
-    _refuse_users(model, "given the state of a file")
-    adapted = {canonical(name): layer for name, layer in learning_layers(model)}
-    with exclusive(list(adapted.values()), "ttt.load", repairs=True):
-        return _load(model, adapted, path)
+    processes = processes_of(check_model(model))
+    with contextlib.ExitStack() as held:
+        with together(processes, "ttt.load"):
+            path = check_path("path", path)
+            refuse_users(model, "given the state of a file")
+            adapted = {canonical(name): layer for name, layer in learning_layers(model)}
+            held.enter_context(exclusive(list(adapted.values()), "ttt.load", repairs=True))
+        return _load(model, adapted, path, processes)
 
 
-def _load(model: nn.Module, adapted: dict[str, Linear], path: Path) -> nn.Module:
-    stacks = {f"{canonical(n)}.{stack}" for n, m in unwrapped(model).named_modules() if is_stack(m) for stack in STACKS}
-    names_here = {canonical(name): name for name, _ in linear_modules(model)}
+def _load(model: nn.Module, adapted: dict[str, Linear], path: Path, processes: list[SharedSide]) -> nn.Module:
     possible: dict[str, nn.Module] = {**adapted} or {canonical(name): m for name, m in linear_modules(model)}
-    with _opened(path, validate.header_allowance(possible)) as (file, metadata):
-        names = validate.layer_names(metadata.get("layers"), f"{path} is damaged: layers in its metadata")
-        config = validate.config_of(metadata.get("config"), f"{path} is damaged: config in its metadata")
-        wanted = set(names)
-        if not adapted and any(name.rpartition(".")[0] in stacks for name in names):
-            raise ValueError(
-                f"{path} holds what experts learnt; adapt the model with the same target_modules first, by ttt.adapt_"
-            )
-        _check_names(path, names, list(adapted) or [name for name in possible if name in wanted])
-        if adapted:
-            trials = {name: _trial_layer(layer) for name, layer in adapted.items()}
-        else:
-            check_fit(unwrapped(model), [(names_here[name], possible[name]) for name in names])
-            trials = {name: validate.blank_layer(weight_of(possible[name]), config, name) for name in names}
-        _check_layout(path, file, trials)
-        if metadata.get("base_sha256") != base_hash(model, None if adapted else names):
-            raise ValueError(f"{path} belongs to another base model: the hash of the base weights differs")
-        tensors = _tensors_of(path, file, metadata)
-    states = _by_layer(tensors)
-    for name, (state, base) in states.items():
-        where = f"{path}: layer {name}"
-        if adapted and adapted[name].capturable is not None:
-            adapted[name].check_pending(int(state["pending"]))
-        base_weight = _whole_base(adapted[name]) if adapted else whole(weight_of(possible[name]))
-        complete = {_FROM_BASE: base_weight.detach().cpu().contiguous(), **state}
-        validate.check_state(where, trials[name], complete, base)
+    with contextlib.ExitStack() as held:
+        with together(processes, "ttt.load"):
+            file, metadata = held.enter_context(_opened(path, validate.header_allowance(possible)))
+            names, config, trials = _checked_header(model, adapted, possible, path, file, metadata)
+        require_same(processes, f"the file {path}", sorted(metadata.items()))
+        own_hash = base_hash(model, None if adapted else names)
+        with together(processes, "ttt.load"):
+            if metadata.get("base_sha256") != own_hash:
+                raise ValueError(f"{path} belongs to another base model: the hash of the base weights differs")
+            states = _by_layer(_tensors_of(path, file, metadata))
+    weights = {name: _whole_base(adapted[name]) if adapted else whole(weight_of(possible[name])) for name in states}
+    with together(processes, "ttt.load"):
+        for name, (state, base) in states.items():
+            if adapted and adapted[name].capturable is not None:
+                adapted[name].check_pending(int(state["pending"]))
+            complete = {_FROM_BASE: weights[name].detach().cpu().contiguous(), **state}
+            validate.check_state(f"{path}: layer {name}", trials[name], complete, base)
     if adapted:
         _write(adapted, states)
         return model
@@ -195,7 +192,36 @@ def _load(model: nn.Module, adapted: dict[str, Linear], path: Path) -> nn.Module
     return model
 
 
-def _refuse_users(model: nn.Module, what: str) -> None:
+def _checked_header(
+    model: nn.Module,
+    adapted: Mapping[str, Linear],
+    possible: Mapping[str, nn.Module],
+    path: Path,
+    file: Any,
+    metadata: Mapping[str, str],
+) -> tuple[list[str], TTTConfig, dict[str, Linear]]:
+    """(names of the layers, configuration, layers without memory) of an open ``file``, which must suit ``model``."""
+    stacks = {f"{canonical(n)}.{stack}" for n, m in unwrapped(model).named_modules() if is_stack(m) for stack in STACKS}
+    names_here = {canonical(name): name for name, _ in linear_modules(model)}
+    names = validate.layer_names(metadata.get("layers"), f"{path} is damaged: layers in its metadata")
+    config = validate.config_of(metadata.get("config"), f"{path} is damaged: config in its metadata")
+    wanted = set(names)
+    if not adapted and any(name.rpartition(".")[0] in stacks for name in names):
+        raise ValueError(
+            f"{path} holds what experts learnt; adapt the model with the same target_modules first, by ttt.adapt_"
+        )
+    _check_names(path, names, list(adapted) or [name for name in possible if name in wanted])
+    if adapted:
+        trials = {name: _trial_layer(layer) for name, layer in adapted.items()}
+    else:
+        check_fit(unwrapped(model), [(names_here[name], possible[name]) for name in names])
+        trials = {name: validate.blank_layer(weight_of(possible[name]), config, name) for name in names}
+    _check_layout(path, file, trials)
+    return names, config, trials
+
+
+def refuse_users(model: nn.Module, what: str) -> None:
+    """Raise ValueError if ``model`` was adapted for users; ``what`` is what cannot be done with it."""
     if has_pool(model):
         raise ValueError(
             f"model ({type(model).__name__}) was adapted for users, each with weights of their own, and cannot be "

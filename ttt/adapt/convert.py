@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,13 +15,15 @@ from ttt.adapt.fast_path import switch_off_fast_paths, switch_on_fast_paths
 from ttt.adapt.fit import is_conv1d, is_linear, refuse_parallel
 from ttt.adapt.names import canonical, unwrapped
 from ttt.adapt.plan import FilterFn, active_matrices, make_plan
-from ttt.adapt.sharding import local, sharding_of, take_hooks
+from ttt.adapt.sharding import local, processes_of, sharding_of, shards_fully, take_hooks
+from ttt.adapt.training import refuse_no_more, refuse_when_frozen
 from ttt.atomic import whole_write
 from ttt.checks import check_bool, check_model, check_type
 from ttt.config import TTTConfig
 from ttt.layer_lock import exclusive
 from ttt.nn import Linear, LowRankLinear
 from ttt.nn.experts import STACKS, LearningExperts, is_stack
+from ttt.nn.parallel import together
 from ttt.nn.quantized import QuantizedLowRankLinear, quantized
 from ttt.nn.sharded import ShardedLinear
 from ttt.per_user.pool import attach, detach, has_pool, pool_of
@@ -90,6 +93,7 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
         object.__setattr__(model, _ORIGINALS, dict(chosen))
         object.__setattr__(model, _LEFT_OUT, plan.left_out)
         object.__setattr__(model, _FROZEN, frozen)
+        refuse_when_frozen(model)
     except BaseException:
         for name, module in placed:
             _set_module(model, name, module)
@@ -97,6 +101,7 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
             p.requires_grad_(requires_grad)
         for attribute in (_ORIGINALS, _FROZEN, _LEFT_OUT):
             model.__dict__.pop(attribute, None)
+        refuse_no_more(model)
         switch_on_fast_paths(model)
         if has_pool(model):
             detach(model)
@@ -128,10 +133,12 @@ def restore_(model: nn.Module, keep_learned: bool = False) -> nn.Module:
     if not has_pool(model):
         placed: dict[str, Any] = {name: model.get_submodule(name) for name in originals}
         layers = [layer for module in placed.values() for layer in getattr(module, "layers", [module])]
-        with exclusive(layers, "ttt.restore_", repairs=not keep_learned):
-            _originals(model)  # another thread may have restored the model meanwhile
-            if any(layer.sink is not None for layer in layers):
-                raise RuntimeError("ttt.restore_ was called inside ttt.learning or a rule; leave it first")
+        with contextlib.ExitStack() as held:
+            with together(processes_of(model), "ttt.restore_"):
+                held.enter_context(exclusive(layers, "ttt.restore_", repairs=not keep_learned))
+                _originals(model)  # another thread may have restored the model meanwhile
+                if any(layer.sink is not None for layer in layers):
+                    raise RuntimeError("ttt.restore_ was called inside ttt.learning or a rule; leave it first")
             if keep_learned:
                 with whole_write(layers, "ttt.restore_"):
                     for layer in layers:
@@ -193,6 +200,7 @@ def _take_out(model: nn.Module, layers: Mapping[str, Any], originals: dict[str, 
     object.__delattr__(model, _ORIGINALS)
     object.__delattr__(model, _FROZEN)
     object.__delattr__(model, _LEFT_OUT)
+    refuse_no_more(model)
     switch_on_fast_paths(model)
 
 
@@ -210,16 +218,17 @@ def require_layers(model: nn.Module, *, sharded: bool = False) -> list[Linear]:
     """The learning layers of ``model``.
 
     Args:
-        sharded: whether layers that are sharded over processes (`ttt.nn.parallel`) will do.
+        sharded: whether layers that are sharded over processes (`ttt.nn.parallel`) will do, or whole ones in a model
+            that FSDP2 shards.
 
     Raises:
         TypeError: if ``model`` is no module. ValueError: if there is none, the model is wrapped for data parallelism,
             or a layer is sharded and that will not do.
     """
-    refuse_parallel(check_model(model))
+    refuse_parallel(check_model(model), fsdp=sharded)
     layers = [layer for _, layer in learning_layers(model)]
     if not sharded:
-        refuse_sharded(layers, "this call")
+        refuse_sharded(model, "this call")
     if not layers and has_pool(model):
         raise ValueError(
             f"model ({type(model).__name__}) was adapted for users, each with weights of their own, and has no "
@@ -231,14 +240,17 @@ def require_layers(model: nn.Module, *, sharded: bool = False) -> list[Linear]:
     return layers
 
 
-def refuse_sharded(layers: Iterable[Linear], what: str) -> None:
-    """Raise ValueError if one of ``layers`` is sharded over processes, with which ``what`` cannot work."""
-    for layer in layers:
-        if layer.sharding:
-            raise ValueError(
-                f"{layer.name or 'a layer'} is sharded over processes (tensor parallelism), with which {what} does not "
-                "work; ttt.save(model, path) writes what was learnt so that a model in one process can load it"
-            )
+def refuse_sharded(model: nn.Module, what: str) -> None:
+    """Raise ValueError if ``model`` or one of its layers is sharded over processes, with which ``what`` cannot work."""
+    sharded = [layer.name or "a layer" for _, layer in learning_layers(model) if layer.sharding]
+    if sharded or shards_fully(model):
+        which = (
+            f"{sharded[0]} is sharded over processes (tensor parallelism)" if sharded else "model is sharded by FSDP2"
+        )
+        raise ValueError(
+            f"{which}, with which {what} does not work; ttt.save(model, path) writes what was learnt so that a model "
+            "in one process can load it"
+        )
 
 
 def kept_originals(model: nn.Module) -> dict[str, nn.Module]:

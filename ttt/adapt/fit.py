@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt.adapt.sharding import local, sharding_of
+from ttt.adapt.sharding import IGNORED, local, sharding_of, shards_fully
 from ttt.nn.base import DTYPES, Adapted, absent
 from ttt.nn.experts import STACKS, is_gated, is_stack
 from ttt.nn.parallel import is_sharded
@@ -19,7 +19,7 @@ _PARALLEL = {
     "DistributedDataParallel": "its replicas would learn from different tokens and drift apart",
     "DataParallel": "its replicas would learn in copies that are thrown away",
     "FullyShardedDataParallel": "it holds a part of each weight only",
-    "FSDPModule": "it holds a part of each weight only (FSDP2), and each process would learn from other tokens",
+    "FSDPModule": "this needs all weights, of which it holds a part (FSDP2)",
 }
 
 
@@ -34,16 +34,23 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def refuse_parallel(model: nn.Module) -> None:
-    """Raise ValueError if ``model`` is prepared for several processes, with which learning would not be right."""
+def refuse_parallel(model: nn.Module, *, fsdp: bool = False) -> None:
+    """Raise ValueError if ``model`` is prepared for several processes, with which learning would not be right.
+
+    ``fsdp``: whether FSDP2 is right, as long as it leaves the layers that learn whole.
+    """
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if isinstance(module, Adapted) and is_sharded(weight):
+        if isinstance(module, Adapted) and any(map(is_sharded, module._parameters.values())):
+            way = (
+                f"leave it out of sharding, by {IGNORED}" if shards_fully(model) else "shard a model before ttt.adapt_"
+            )
             raise ValueError(
-                f"{name or 'model'}, a layer that learns, is a DTensor since it was adapted: shard a model before "
-                "ttt.adapt_, or learn in one process (with users always)"
+                f"{name or 'model'}, a layer that learns, is a DTensor since it was adapted: {way}, or learn in one "
+                "process (with users always)"
             )
         for kind in type(module).__mro__:
+            if kind.__name__ == "FSDPModule" and fsdp:
+                continue
             if kind.__name__ in _PARALLEL and kind.__module__.startswith("torch."):
                 raise ValueError(
                     f"{name or 'model'} is a {kind.__name__}, which is not supported: {_PARALLEL[kind.__name__]}; "
@@ -69,7 +76,10 @@ def unfit_quantized(name: str, module: Any, per_user: bool) -> str:
     if not (by := quantized(module)):
         return ""
     if why := why_not(module):
-        return f"{name} is quantized ({by}), and {why}: it cannot be adapted"
+        return (
+            f"{name} is quantized ({by}), and {why}: it cannot be adapted. Users' low-rank weights can learn beside "
+            "layers of which torchao quantizes the weight only, as Int8WeightOnlyConfig and IntxWeightOnlyConfig do"
+        )
     if per_user:
         return ""
     return (
@@ -82,6 +92,7 @@ class Weights:
     """The parameters and buffers of a model, to find those that share memory."""
 
     def __init__(self, model: nn.Module) -> None:
+        self._fully_sharded = shards_fully(model)
         self._names: dict[int, list[str]] = {}
         held: dict[int, tuple[str, Tensor]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -114,8 +125,8 @@ class Weights:
         if is_stack(module):
             if per_user:
                 raise ValueError(
-                    f"{name} is a stack of experts: users cannot learn in it, as nobody knows whose tokens are routed "
-                    "to an expert; leave it out"
+                    f"{name} is a stack of experts: users cannot learn in it, as the number of tokens that an expert "
+                    "gets, and so the rounding of a user's outputs, would depend on other users' text; leave it out"
                 )
             for stack in STACKS:
                 self._refuse_weight(f"{name}.{stack}", getattr(module, stack))
@@ -127,7 +138,7 @@ class Weights:
             return
         if why := unfit_quantized(name, module, per_user) or unfit_type(name, module):
             raise ValueError(why)
-        if not per_user and not is_conv1d(module) and sharding_of(name, module):
+        if not per_user and not is_conv1d(module) and not self._fully_sharded and sharding_of(name, module):
             self._refuse_weight(f"{name}.weight", local(module.weight), module.weight)
             return
         if is_subclass(module.weight) and not quantized(module) and not absent(module.weight):
@@ -141,7 +152,8 @@ class Weights:
         ``whole`` is the DTensor of which ``weight`` is a part.
         """
         if why := absent(weight):
-            raise ValueError(f"{name} {why}; it cannot learn. Load the whole model first, in one process")
+            way = f"Leave it out of sharding, by {IGNORED}, or load" if self._fully_sharded else "Load"
+            raise ValueError(f"{name} {why}; it cannot learn. {way} the whole model first, in one process")
         if tied := self._tied(name, weight if whole is None else whole):
             raise ValueError(f"{name} is tied to {tied}: learning in one would change the other; leave it out")
         if weight.dtype not in DTYPES:

@@ -22,6 +22,7 @@ from ttt.adapt.names import canonical
 from ttt.checks import check_bool, check_choice, check_dense, check_path, check_type
 from ttt.files import errors_naming, sync_folder
 from ttt.layer_lock import exclusive
+from ttt.nn.experts import STACKS
 from ttt.per_user.pool import has_pool
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -79,7 +80,8 @@ def export_peft(
     The delta of a layer is ``lora_B @ lora_A``: ``lora_alpha`` equals ``r``. Servers cache adapters by path, so each
     version needs a new folder, which gets its name once the adapter is complete. Loading was tested with PEFT and vLLM.
     SGLang was not available; a test checks the rules that both servers document: ranks, keys, no bias, no modules to
-    save, a list of targets.
+    save, a list of targets. Experts that learnt are written as PEFT's ``target_parameters``, with the adapter's rank
+    for each expert; loading those was tested with PEFT only.
 
     Args:
         source: either a model of `ttt.adapt_`, whose deltas (effective weight less the weight before any learning)
@@ -119,6 +121,7 @@ def export_peft(
     if rank is not None and (not isinstance(rank, int) or rank not in RANKS):
         raise ValueError(f"rank must be one of {RANKS}, which vLLM serves, got {rank!r}")
     check_choice("dtype", str(dtype), [str(allowed) for allowed in _DTYPES])
+    routed: set[str] = set()
     if isinstance(source, nn.Module):
         if has_pool(source):
             raise ValueError(
@@ -127,12 +130,12 @@ def export_peft(
             )
         layers = require_layers(source)
         base_model = base_model or _name_of(source)
-        if routed := [layer.name for layer in layers if layer.routed]:
-            raise ValueError(
-                f"source has experts that learnt ({routed[0]} and {len(routed) - 1} more), which no LoRA adapter for "
-                "linear layers holds; ttt.save keeps them"
-            )
+        routed = {canonical(name) for name, layer in learning_layers(source) if layer.routed}
         fan_in_fan_out = any(layer.transposed for layer in layers)
+        if routed and fan_in_fan_out:
+            raise ValueError(
+                "source has experts and transformers' Conv1D layers that learnt, which no one adapter holds"
+            )
         with exclusive(layers, "ttt.export_peft"):
             rank, changes = _of_model(source, rank, dtype)
     else:
@@ -152,7 +155,7 @@ def export_peft(
         "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": rank,
-        "target_modules": sorted(changes),
+        "target_modules": sorted(set(changes) - routed),
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
@@ -161,11 +164,9 @@ def export_peft(
         "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
     }
-    tensors = {}
-    for name, change in changes.items():
-        a, b = change.factors
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = a.cpu().contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = b.T.cpu().contiguous()
+    if routed:
+        config["target_parameters"] = sorted({name.rpartition(".")[0] for name in routed})
+    tensors = dict(_tensors({name: change.factors for name, change in changes.items()}, routed))
     _write(folder, config, tensors)
     lost, size = (math.hypot(*(getattr(c, what) for c in changes.values())) for what in ("lost", "size"))
     errors = {name: _ratio(change.lost, change.size) for name, change in changes.items()}
@@ -176,6 +177,27 @@ def export_peft(
             f"the adapter of rank {rank} in {folder} lost {error:.0%} of what was learnt; {way}", stacklevel=2
         )
     return Exported(folder, rank, errors, error)
+
+
+def _tensors(factors: Mapping[str, lowrank.Factors], routed: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """(key, tensor) of the adapter's file. ``routed`` are the names of the matrices of experts.
+
+    Of a stack of E experts PEFT keeps lora_A (E r, n), expert after expert, and lora_B (m, r E), row after row of all
+    experts. It wraps the module of the stacks once for each of them, the first one innermost.
+    """
+    stacks: dict[str, list[lowrank.Factors]] = {}
+    for name, (a, b) in factors.items():
+        if name in routed:
+            stacks.setdefault(name.rpartition(".")[0], []).append((a, b))
+            continue
+        yield f"{PREFIX}{name}.lora_A.weight", a.cpu().contiguous()
+        yield f"{PREFIX}{name}.lora_B.weight", b.T.cpu().contiguous()
+    for name, experts in stacks.items():
+        module, _, stack = name.rpartition(".")
+        inner = ".base_layer" * (len(STACKS) - 1 - STACKS.index(stack))
+        yield f"{PREFIX}{module}{inner}.lora_A.weight", torch.cat([a for a, _ in experts]).cpu()
+        rows = torch.stack([b for _, b in experts], -1)  # (r, m, E)
+        yield f"{PREFIX}{module}{inner}.lora_B.weight", rows.permute(1, 0, 2).flatten(1).cpu().contiguous()
 
 
 def _of_model(model: nn.Module, rank: int | None, dtype: torch.dtype) -> tuple[int, dict[str, _Change]]:

@@ -18,7 +18,7 @@ from ttt.checks import check_layers, check_names
 from ttt.config import TTTConfig
 from ttt.nn.experts import is_gated, is_stack
 from ttt.nn.parallel import is_sharded
-from ttt.nn.quantized import blocks_gradients, quantized
+from ttt.nn.quantized import quantized, why_blocked
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -44,7 +44,7 @@ def make_plan(model: nn.Module, config: TTTConfig, filter_fn: FilterFn | None) -
     Raises:
         ValueError: as `adapt_`.
     """
-    refuse_parallel(model)
+    refuse_parallel(model, fsdp=config.per_user is None)
     refuse_bare(model)
     check_names("target_modules", config.target_modules)
     check_layers("layers", config.layers)
@@ -114,14 +114,20 @@ def check_fit(model: nn.Module, chosen: Sequence[tuple[str, nn.Module]], per_use
 
 
 def _refuse_blocked(model: nn.Module, chosen: set[str]) -> None:
-    """Raise ValueError if no gradient passes through a layer that comes after one of the ``chosen``."""
-    after = False
+    """Raise ValueError if no gradient, or a wrong one, passes through a layer after one of the ``chosen``."""
+    after, known = False, dict[Any, str]()
+    module: Any
     for name, module in model.named_modules():
         after = after or name in chosen
-        if after and blocks_gradients(module):
+        if not after or name in chosen or not isinstance(module, nn.Linear) or not (by := quantized(module)):
+            continue
+        kind = type(module), type(module.weight), tuple(module.weight.shape), module.weight.device
+        if kind not in known:
+            known[kind] = why_blocked(module)
+        if known[kind]:
             raise ValueError(
-                f"{name} is quantized ({quantized(module)}) and rounds its inputs, through which no gradient passes: "
-                "layers before it would learn something wrong; quantize its weight only (as Int8WeightOnlyConfig does)"
+                f"{name} is quantized ({by}) and {known[kind]}: layers before it would learn something wrong; quantize "
+                "its weight only, in a way that has gradients (as torchao's Int8WeightOnlyConfig does)"
             )
 
 

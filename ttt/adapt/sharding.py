@@ -5,13 +5,46 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import nn
 
 from ttt.config import TTTConfig
-from ttt.nn.parallel import UNSHARDED, Sharding, SharedSide, is_sharded
+from ttt.nn.base import Adapted
+from ttt.nn.parallel import UNSHARDED, Sharding, SharedSide, groups_of, is_sharded
 
 _HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
           "_forward_hooks_always_called")  # fmt: skip
+
+
+IGNORED = "fully_shard(module, ignored_params={parameters of the layers that learn})"
+
+
+def shards_fully(model: nn.Module) -> bool:
+    """Whether FSDP2 (``fully_shard``) shards a part of ``model``."""
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    return any(kind.__name__ == "FSDPModule" and kind.__module__.startswith("torch.") for kind in kinds)
+
+
+def processes_of(model: nn.Module) -> list[SharedSide]:
+    """A side for each group of processes over which ``model`` is sharded, in which all must do the same.
+
+    They are those of its learning layers, and of all other parameters that are sharded. Empty for one process.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return []
+    each: Any
+    for each in model.modules():
+        if hasattr(each, "reshard"):  # after a forward pass, FSDP2 may have parameters that are whole, and no DTensors
+            each.reshard()
+    sides = groups_of(module.sharding for module in model.modules() if isinstance(module, Adapted))
+    found = {id(side.group): side for side in sides}
+    for each in model.parameters():
+        if is_sharded(each):
+            mesh = each.device_mesh
+            for dim in range(mesh.ndim):
+                group = mesh.get_group(dim)
+                found.setdefault(id(group), SharedSide(group, (1,) * mesh.size(dim), each.to_local().device))
+    return list(found.values())
 
 
 def local(parameter: Any) -> Any:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ttt.adapt.convert import kept_originals, require_layers
 from ttt.adapt.fit import refuse_parallel
+from ttt.adapt.sharding import processes_of, shards_fully
 from ttt.atomic import refuse_torn
 from ttt.checks import check_model
 from ttt.layer_lock import exclusive
 from ttt.nn import Linear, LowRankLinear
-from ttt.nn.parallel import groups_of
+from ttt.nn.parallel import agreed, require_same, together
 from ttt.per_user.pool import Pool, has_pool, pool_of
 
 
@@ -32,18 +31,21 @@ class Access:
         layers: the learning layers, in the model's order; of a model for many users, those of its pool.
         single_layers: the same for one set of weights; empty for a model with users.
         config: of the layers.
+        processes: a side for each group of processes over which the model is sharded; empty for one process.
+        replicas: for each group of processes of a model that FSDP2 shards, a side: each holds the whole of each layer.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        refuse_parallel(check_model(model))
-        self.pool: Pool | None = pool_of(model) if has_pool(model) else None
+        self.pool: Pool | None = pool_of(model) if has_pool(check_model(model)) else None
+        refuse_parallel(model, fsdp=self.pool is None)
         self.single_layers: list[Linear] = require_layers(model, sharded=True) if self.pool is None else []
         self.layers: Sequence[Linear | LowRankLinear] = self.single_layers
         if self.pool is not None:
             self.layers = list(self.pool.layers.values())
         self.config = self.layers[0].config
-        self._processes = groups_of(layer.sharding for layer in self.single_layers)
+        self.processes = processes_of(model)
+        self.replicas = self.processes if shards_fully(model) else []
         self._originals = kept_originals(model)
         self._modules = list(model.modules())  # listing them takes longer than looking at them
         named: list[tuple[str, Any]] = [*model.named_parameters(), *model.named_buffers()]
@@ -68,32 +70,29 @@ class Access:
                 refuse_torn(self.layers, what)
             yield
 
+    @contextlib.contextmanager
+    def enter_together(self, what: str, held: contextlib.ExitStack) -> Iterator[None]:
+        """As `enter`, but until ``held`` is closed; what stands inside are the checks of ``what``.
+
+        An error in one of the processes over which the model is sharded is one in all (`ttt.nn.parallel.together`).
+        """
+        with together(self.processes, what):
+            held.enter_context(self.enter(what))
+            yield
+
     def agreed(self, finite: Tensor) -> Tensor:
-        """Whether ``finite`` () bool is True in all processes over which the layers are sharded."""
-        for side in self._processes:
-            finite = side.sum((~finite).long()) == 0
-        return finite
+        """Whether ``finite`` () bool is True in all processes over which the model is sharded."""
+        return agreed(self.processes, finite)
 
     def same(self, t: Tensor) -> Tensor:
-        """``t`` of the first of the processes over which the layers are sharded, for what each of them drew."""
-        for side in self._processes:
+        """``t`` of the first of the processes over which the model is sharded, for what each of them drew."""
+        for side in self.processes:
             t = side.same(t)
         return t
 
     def require_same(self, what: str, *values: Any) -> None:
-        """Raise ValueError, in all processes over which the layers are sharded, unless all were given the same.
-
-        ``what`` names the ``values``: tensors, numbers or None.
-        """
-        if not self._processes:
-            return
-        plain = [(tuple(v.shape), v.tolist()) if isinstance(v, Tensor) else v for v in values]
-        for side in self._processes:
-            own = torch.tensor(zlib.crc32(repr(plain).encode()), device=side.device)
-            if not self.agreed(side.same(own) == own):
-                raise ValueError(
-                    f"{what} must be the same in all processes of a sharded model, got others in one of them"
-                )
+        """Raise ValueError, in all processes over which the model is sharded, unless all were given the same."""
+        require_same(self.processes, what, *values)
 
     def _require_usable(self, what: str) -> None:
         """Raise RuntimeError if the model has other layers than it had, or is in training mode."""

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ttt.adapt.convert import require_layers
+from ttt.adapt.sharding import processes_of, shards_fully
 from ttt.atomic import whole_write
 from ttt.layer_lock import exclusive
-from ttt.learn.step import write
+from ttt.learn.step import refuse_other_updates, write
 from ttt.nn import Capturing
 from ttt.nn.graph_steps import forbid_capture
+from ttt.nn.parallel import together
 
 
 @dataclasses.dataclass
@@ -69,24 +71,32 @@ def learning(model: nn.Module) -> Iterator[LearningResult]:
     After `ttt.capturable_` the block may stand in a CUDA graph. Then a gradient that is not finite raises nothing: the
     device finds it and changes nothing, and the block's `LearningResult` says so.
 
+    If the model is sharded over processes, all of them must differentiate the same loss of the same inputs. With FSDP2,
+    whose learning layers are whole in each process, that is checked.
+
     Raises:
-        TypeError, ValueError: if ``model`` is no module, or has no learning layer.
+        TypeError, ValueError: if ``model`` is no module, or has no learning layer; or if processes of FSDP2 would learn
+            from other tokens. Nothing has changed then.
         FloatingPointError: if a gradient is not finite; nothing has changed then.
         RuntimeError: if another thread is learning with these layers, or a write to them ended half-way.
     """
     layers, result = require_layers(model, sharded=True), LearningResult()
+    processes = processes_of(model)
     with exclusive(layers, "ttt.learning"):
         with Capturing(layers) as capturing, torch.enable_grad():
             yield result
             captured = capturing.renew()
         pairs = zip(layers, captured, strict=True)
         updates = [(layer, update) for layer, rows in pairs if (update := layer.update_from(rows)) is not None]
+        if processes and shards_fully(model):
+            refuse_other_updates(processes, updates)
         if any(layer.capturable is not None for layer in layers):
             finite = [update.finite.view(1) for _, update in updates]
             result.learned = torch.cat(finite).all().long().view(1) if finite else None
             write(updates, result.learned)
             return
-        for layer, update in updates:
-            if not bool(update.finite):
-                raise FloatingPointError(f"the gradient at {layer.name or layer} is not finite; nothing was learnt")
+        with together(processes, "ttt.learning"):
+            for layer, update in updates:
+                if not bool(update.finite):
+                    raise FloatingPointError(f"the gradient at {layer.name or layer} is not finite; nothing was learnt")
         write(updates)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
+from ttt.adapt.training import other_hooks
 from ttt.learn.huggingface import swapped
 from ttt.ops.backends import record
 
@@ -42,7 +43,7 @@ def blocks_of(model: nn.Module, layers: Sequence[nn.Module], head: nn.Module | N
         blocks = parent
     if blocks is None:
         return None, 0, "only the output head learns"
-    if any("forward" in vars(block) or block._forward_hooks or block._forward_pre_hooks for block in blocks):
+    if any("forward" in vars(block) or other_hooks(block) for block in blocks):
         return None, 0, "the model's blocks have hooks"
     return blocks, lowest, ""
 
@@ -78,7 +79,7 @@ class KnownBlocks:
 
     def _unfit(self) -> str:
         every = list(self.model.modules())
-        if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in every):
+        if any(other_hooks(m) or "forward" in vars(m) for m in every):
             return "the model has hooks"
         if _module._global_forward_hooks or _module._global_forward_pre_hooks:
             return "there are global module hooks"

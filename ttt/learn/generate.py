@@ -82,13 +82,7 @@ class GenerateOutput:
 
 
 def generate(learner: Learner, prompt: Text, options: GenerateOptions) -> GenerateOutput:
-    """`ttt.Learner.generate`, for a ``prompt`` whose tokens were checked.
-
-    Raises:
-        ValueError: if prompt and output do not fit the context, padding is not on the left only, the output is to be
-            learnt by a learner with rules, or the cache does not fit prompt or weights. Nothing has changed then.
-    """
-    _check_prompt(learner, prompt, options)
+    """`ttt.Learner.generate`, for a ``prompt`` that `check_prompt` has checked."""
     with frozen(learner.model):
         nll, learned, rejected, cache = _read_prompt(learner, prompt, options)
         written = _Writer(learner, prompt, options, cache)
@@ -102,7 +96,13 @@ def generate(learner: Learner, prompt: Text, options: GenerateOptions) -> Genera
     return GenerateOutput(written.ids, nll, mask, learned + written.learned, rejected + written.rejected, kept)
 
 
-def _check_prompt(learner: Learner, prompt: Text, options: GenerateOptions) -> None:
+def check_prompt(learner: Learner, prompt: Text, options: GenerateOptions) -> None:
+    """Check a ``prompt`` whose tokens were checked. Nothing is changed.
+
+    Raises:
+        ValueError: if prompt and output do not fit the context, padding is not on the left only, the output is to be
+            learnt by a learner with rules, or the cache does not fit prompt or weights.
+    """
     length, attend = prompt.ids.shape[1], prompt.attend
     if length + options.max_new_tokens > learner.context:
         raise ValueError(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
+from ttt.adapt.training import other_hooks
 from ttt.nn.quantized import is_subclass
 from ttt.ops.backends import record
 
@@ -164,7 +165,7 @@ class HeadSplit:
         if self.head.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             return f"the output head is {self.head.weight.dtype}"
         for each in (self.head, self.model):
-            if each._forward_hooks or each._forward_pre_hooks or "forward" in vars(each):
+            if other_hooks(each) or "forward" in vars(each):
                 return "the output head or the model has hooks"
         if _module._global_forward_hooks or _module._global_forward_pre_hooks:
             return "there are global module hooks"

@@ -17,7 +17,7 @@ from ttt.learn import protection
 from ttt.learn.access import Access
 from ttt.learn.continues import refuse_unreadable, trials_for
 from ttt.learn.episodes import EpisodeLog
-from ttt.learn.generate import GenerateOptions, GenerateOutput, generate
+from ttt.learn.generate import GenerateOptions, GenerateOutput, check_prompt, generate
 from ttt.learn.guard import Guard
 from ttt.learn.head import HeadSplit
 from ttt.learn.kept_cache import KeptCache
@@ -30,9 +30,12 @@ from ttt.learn.step import differentiates_outputs
 from ttt.learn.stream_rule import StreamRule, check_rules
 from ttt.learn.study import StudyOptions, StudyOutput, study_in_steps
 from ttt.learn.text import Text, check_tokens
+from ttt.nn.parallel import require_same, together
 from ttt.per_user.guards import UserGuards
 from ttt.per_user.protection import calibrate as calibrate_users
 from ttt.signals import SignalsDeferred
+
+_END: Any = object()
 
 
 class Learner:
@@ -46,6 +49,9 @@ class Learner:
     what they had; one set of weights is too large to be copied before every step, so its layers are marked instead,
     and every method but `rollback` and `reset` raises RuntimeError until one of them, or `ttt.load`, has put a complete
     state in place.
+
+    **If the model is sharded over processes**, all of them make the same calls with the same text. A check that fails
+    in one of them is an error in all: a RuntimeError where it did not fail itself.
 
     Args:
         model: adapted by `ttt.adapt_`. `observe` needs a transformers causal language model. It is put in eval mode and
@@ -97,7 +103,7 @@ class Learner:
         self.access = Access(model)
         for name, given in (("rules", rules), ("episodes", episodes)):
             if given:
-                refuse_sharded(self.access.single_layers, f"ttt.Learner({name}=...)")
+                refuse_sharded(model, f"ttt.Learner({name}=...)")
         self.pool, self.layers, self.config = self.access.pool, self.access.single_layers, self.access.config
         if context is None:
             context = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 2048
@@ -175,19 +181,20 @@ class Learner:
             RuntimeError: if the learner cannot be used now: another thread is inside, the model is in training mode or
                 was restored or adapted again, or a write ended half-way.
         """
-        with self.access.enter("Learner.observe"):
-            check_bool("learn", learn)
-            text = _emphasised(check_tokens(self.model, input_ids, attention_mask, learn_mask), passes, emphasis)
-            given = (text.ids, text.attend, text.wanted, text.rows, text.emphasis, passes, learn)
+        with contextlib.ExitStack() as held:
+            with self.access.enter_together("Learner.observe", held):
+                check_bool("learn", learn)
+                text = _emphasised(check_tokens(self.model, input_ids, attention_mask, learn_mask), passes, emphasis)
+                if passes > 1 and not learn:
+                    raise ValueError(f"passes must be 1 where nothing is learnt, got {passes}")
+                if (self.pool is None) != (users is None):
+                    raise ValueError(
+                        f"users must be given if, and only if, every user has weights of their own; got {users!r}"
+                    )
+                if users is not None:
+                    check_users(users, len(text.ids))
+            given = (text.ids, text.attend, text.wanted, text.rows, text.emphasis, passes, learn, *(users or ()))
             self.access.require_same("input_ids, masks and options", *given)
-            if passes > 1 and not learn:
-                raise ValueError(f"passes must be 1 where nothing is learnt, got {passes}")
-            if (self.pool is None) != (users is None):
-                raise ValueError(
-                    f"users must be given if, and only if, every user has weights of their own; got {users!r}"
-                )
-            if users is not None:
-                check_users(users, len(text.ids))
             self._try_model(text)
             if learn and not self._looked_for_protection:
                 self._looked_for_protection = True
@@ -280,17 +287,19 @@ class Learner:
             RuntimeError: as `observe`.
         """
         self.require_single("generate", "with ttt.users(model, [...]): model.generate(...)")
-        with self.access.enter("Learner.generate"):
-            text = check_tokens(self.model, input_ids, attention_mask)
+        with contextlib.ExitStack() as held:
+            with self.access.enter_together("Learner.generate", held):
+                text = check_tokens(self.model, input_ids, attention_mask)
+                options = GenerateOptions(
+                    max_new_tokens=max_new_tokens, learn_prompt=learn_prompt, learn_output=learn_output,
+                    learn_every=learn_every, do_sample=do_sample, temperature=temperature, top_k=top_k,
+                    eos_token_id=eos_token_id, generator=generator, cache=cache, allow_stale_cache=allow_stale_cache,
+                    keep_cache=keep_cache,
+                )  # fmt: skip
+                check_prompt(self, text, options)
             given = (max_new_tokens, learn_prompt, learn_output, learn_every, do_sample, eos_token_id, cache is None)
             self.access.require_same("input_ids, attention_mask and options", text.ids, text.attend, *given)
             self._try_model(text)
-            options = GenerateOptions(
-                max_new_tokens=max_new_tokens, learn_prompt=learn_prompt, learn_output=learn_output,
-                learn_every=learn_every, do_sample=do_sample, temperature=temperature, top_k=top_k,
-                eos_token_id=eos_token_id, generator=generator, cache=cache, allow_stale_cache=allow_stale_cache,
-                keep_cache=keep_cache,
-            )  # fmt: skip
             return generate(self, text, options)
 
     def study(
@@ -399,9 +408,10 @@ class Learner:
                 raise TypeError(f"loss must be a function of (model, batch) or None, got {type(loss).__name__}")
             kind = "mas" if self.config.importance == "mas" else "fisher"
             if loss is None:
-                losses = protection.calibration_losses(self.model, self._same(batches), self.config, kind)
+                batches = self._drawn_together(batches, "each of batches")
+                losses = protection.calibration_losses(self.model, batches, self.config, kind)
             else:
-                losses = (loss(self.model, batch) for batch in batches)
+                losses = (loss(self.model, batch) for batch in self._drawn_together(batches))
             if self.pool is None:
                 protection.calibrate(self.layers, losses, kind)
             elif self.pool.users:
@@ -419,7 +429,9 @@ class Learner:
         in units of the first calibration's mean importance. The sample of recent inputs joins the replay memory.
         """
         self.require_single("consolidate", "the anchor is shared by all users")
-        with self.access.enter("Learner.consolidate"):
+        with contextlib.ExitStack() as held:
+            with self.access.enter_together("Learner.consolidate", held):
+                pass
             if self.guard is not None:
                 self.guard.check()
             with whole_write(self.layers, "Learner.consolidate"):
@@ -470,14 +482,29 @@ class Learner:
 
     def flush(self) -> None:
         """Write every layer's window into its weights, as before ``save_pretrained``."""
-        with self.access.enter("Learner.flush"), whole_write(self.layers, "Learner.flush"):
-            for layer in self.layers:
-                layer.flush()
+        with contextlib.ExitStack() as held:
+            with self.access.enter_together("Learner.flush", held):
+                pass
+            with whole_write(self.layers, "Learner.flush"):
+                for layer in self.layers:
+                    layer.flush()
 
-    def _same(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-        """``batches``, each of which must be the same in all processes of a sharded model."""
-        for batch in batches:
-            self.access.require_same("each of batches", batch)
+    def _drawn_together(self, batches: Iterable[Any], tokens: str = "") -> Iterator[Any]:
+        """``batches``, of which all processes of a sharded model must have as many; an error of one is one of all.
+
+        If they are ``tokens``, which names them, they are checked and must be the same in all.
+        """
+        drawn, processes = iter(batches), self.access.processes
+        while True:
+            with together(processes, "Learner.calibrate"):
+                batch = next(drawn, _END)
+                if tokens and batch is not _END:
+                    check_tokens(self.model, batch, name=tokens)
+            require_same(processes, "the number of batches", batch is _END)
+            if batch is _END:
+                return
+            if tokens:
+                require_same(processes, tokens, batch)
             yield batch
 
     def _try_model(self, text: Text) -> None:

@@ -13,6 +13,7 @@ from ttt.atomic import whole_write
 from ttt.learn.head import AutogradScores, Scored
 from ttt.learn.stream_rule import Chunk, backward_terms, joined
 from ttt.nn import Capturing, Linear, Update
+from ttt.nn.parallel import SharedSide, agreed
 
 if TYPE_CHECKING:
     from ttt.config import TTTConfig
@@ -103,7 +104,32 @@ def step_from(learner: Learner, capturing: Capturing, chunk: ScoredChunk) -> Ste
     loss = (scores.nll if chunk.wanted is None else scores.nll[chunk.wanted]).sum()
     loss = loss if term is None else loss + term
     finite = torch.stack([torch.isfinite(loss)] + [update.finite.to(loss.device) for _, update in found])
+    refuse_other_updates(learner.access.replicas, found)
     return Step(found, learner.access.agreed(finite.all()))
+
+
+def refuse_other_updates(processes: Sequence[SharedSide], updates: Sequence[tuple[Linear, Update]]) -> None:
+    """Raise ValueError, in all ``processes``, unless whole layers that each of them holds get the same rows in all.
+
+    FSDP2 is made for processes that read other texts, from which these layers would learn something else in each.
+    """
+    if not processes:
+        return
+    own = torch.stack([torch.zeros((), dtype=torch.int64), *(_digest(t) for _, u in updates for t in (u.x, u.delta))])
+    for side in processes:
+        digest = own.sum().to(side.device)
+        if not agreed(processes, side.same(digest) == digest):
+            raise ValueError(
+                "all processes of a model that FSDP2 shards must learn from the same tokens, to the bit, as each holds "
+                "the layers that learn; one of them had others. Give all of them the same batches"
+            )
+
+
+def _digest(t: Tensor) -> Tensor:
+    """(), int64: a sum that depends on every bit of ``t`` and on their places."""
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
+    bits = t.contiguous().view(kind).flatten().long()
+    return ((bits ^ (bits >> 17)) * (2 * torch.arange(len(bits), device=t.device) + len(bits))).sum().cpu()
 
 
 def write(updates: Sequence[tuple[Linear, Update]], gate: Tensor | None = None) -> None:

@@ -172,6 +172,16 @@ class Adapted(torch.nn.Linear):
     def unshare(self, *names: str, copy: bool = True) -> None:
         """Make buffers ready to be written, which other models may hold, too. Here no buffer is ever shared."""
 
+    def _require_frozen(self) -> None:
+        """Raise RuntimeError if a parameter requires grad, which it would not get: an optimizer must not write it."""
+        for key, parameter in self._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                raise RuntimeError(
+                    f"{self.name or 'the layer'}.{key} requires grad, but adapted layers give their parameters none; "
+                    "what an optimizer writes would be neither learnt nor protected. Call requires_grad_(False) on it, "
+                    "and train other parameters only; or call ttt.restore_(model, keep_learned=True) before training it"
+                )
+
     @property
     def base_weight(self) -> Tensor:
         """(m, n): the weight from before any learning."""

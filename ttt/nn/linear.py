@@ -122,8 +122,10 @@ class Linear(StatefulLinear):
         if (dtype := autocast_dtype(x)) is not None:
             with without_autocast(x.device):
                 return self.forward(x.to(self.weight.dtype)).to(dtype)
-        if torch.is_grad_enabled() and (x.requires_grad or captures(self)):
-            return _Capture.apply(x, self._root, self)
+        if torch.is_grad_enabled():
+            self._require_frozen()
+            if x.requires_grad or captures(self):
+                return _Capture.apply(x, self._root, self)
         return self._apply_window(x)
 
     def _apply_window(self, x: Tensor) -> Tensor:

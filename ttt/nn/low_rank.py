@@ -155,8 +155,10 @@ class LowRankLinear(Adapted):
             with without_autocast(x.device):
                 return self.forward(x.to(self.weight.dtype)).to(dtype)
         users = self.routing.tokens(x, self.flat, self.name)
-        if torch.is_grad_enabled() and (x.requires_grad or captures(self)):
-            return _Capture.apply(x, self._root, self, users)
+        if torch.is_grad_enabled():
+            self._require_frozen()
+            if x.requires_grad or captures(self):
+                return _Capture.apply(x, self._root, self, users)
         return self._product(x, users)
 
     def _product(self, x: Tensor, users: Tensor | None) -> Tensor:

@@ -9,7 +9,9 @@ whatever computes one goes through the `Side` that it sums over, which for a lay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -185,6 +187,53 @@ def groups_of(shardings: Iterable[Sharding]) -> list[SharedSide]:
     """A side for each group of processes over which there is something shared; empty for one process."""
     sides = [sharding.side for sharding in shardings if sharding.side is not None]
     return list({id(side.group): side for side in sides}.values())
+
+
+# -- what the processes decide together -----------------------------------------------------------------------------
+
+
+def agreed(processes: Sequence[SharedSide], good: Tensor) -> Tensor:
+    """Whether ``good`` () bool is True in all ``processes``."""
+    for side in processes:
+        good = side.sum((~good).long()) == 0
+    return good
+
+
+@contextlib.contextmanager
+def together(processes: Sequence[SharedSide], what: str) -> Iterator[None]:
+    """Inside, an error in one of the ``processes`` is an error in all, so that none waits for one that gave up.
+
+    For checks, in which the processes exchange nothing, before ``what`` writes anything.
+
+    Raises:
+        RuntimeError: at the end, if another process raised.
+    """
+    good = False
+    try:
+        yield
+        good = True
+    finally:
+        all_good = good
+        for side in processes:
+            all_good = bool(side.sum(torch.tensor(not all_good, dtype=torch.int64, device=side.device)) == 0)
+    if not all_good:
+        raise RuntimeError(
+            f"{what} was refused in another process that shares the model, whose error says why; nothing has changed"
+        )
+
+
+def require_same(processes: Sequence[SharedSide], what: str, *values: Any) -> None:
+    """Raise ValueError, in all ``processes``, unless all were given the same.
+
+    ``what`` names the ``values``: tensors, numbers, texts or None.
+    """
+    if not processes:
+        return
+    plain = [(tuple(v.shape), v.tolist()) if isinstance(v, Tensor) else v for v in values]
+    for side in processes:
+        own = torch.tensor(zlib.crc32(repr(plain).encode()), device=side.device)
+        if not agreed(processes, side.same(own) == own):
+            raise ValueError(f"{what} must be the same in all processes of a sharded model, got others in one of them")
 
 
 def _strides(shape: Any) -> tuple[int, ...]:

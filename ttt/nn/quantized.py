@@ -6,7 +6,10 @@ A weight of torchao is a tensor of a class of its own. It has the dtype and the 
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +19,7 @@ from ttt.nn.low_rank import LowRankLinear
 from ttt.ops.low_rank.reference import isolated_linear
 
 _BLOCK = 1 << 20  # elements that are dequantized at a time, at most, unless a row has more
+_ROUNDING = 0.03  # of the output of a layer that computes in 8 bits, relative to its size
 _ACTIVATIONS = ("act_quant_kwargs", "activation_quantization")  # where torchao's tensors say that inputs are rounded
 
 
@@ -38,6 +42,43 @@ def blocks_gradients(module: nn.Module) -> bool:
     """Whether ``module`` is quantized by torchao in a way that rounds its inputs, through which no gradient passes."""
     weight = getattr(module, "weight", None)
     return bool(quantized(module)) and any(getattr(weight, name, None) is not None for name in _ACTIVATIONS)
+
+
+def why_blocked(module: nn.Module) -> str:
+    """Why layers before ``module``, if it is quantized, would learn something wrong; empty if they would not.
+
+    Some kernels for packed weights have no derivative, or silently give none; those of bitsandbytes for CPUs with
+    AVX512-BF16 do so once they have run without gradients. So a copy is run as a learner would.
+    """
+    if blocks_gradients(module):
+        return "rounds its inputs, through which no gradient passes"
+    if not quantized(module):
+        return ""
+    trial: Any = copy.deepcopy(module).eval().requires_grad_(False)
+    weight, generator = trial.weight, torch.Generator().manual_seed(0)
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    x, other = (torch.randn(1, 1, trial.in_features, generator=generator).to(weight.device, dtype) for _ in range(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with torch.no_grad():
+                change = trial(other) - trial(torch.zeros_like(other))
+        except (NotImplementedError, RuntimeError, TypeError, AssertionError):
+            return ""  # the model's own forward pass will say why
+        try:
+            with torch.enable_grad():
+                y = trial(x.requires_grad_(True))
+                if not y.requires_grad:
+                    return "lets no gradient through to its inputs"
+                direction = torch.randn(y.shape, generator=generator).to(y)
+                (y * direction).sum().backward()
+        except (NotImplementedError, RuntimeError) as error:
+            return f"lets no gradient through to its inputs ({type(error).__name__}: {str(error)[:120]})"
+    # The layer is linear: along any change of x, its output changes as the gradient says.
+    wanted = float((change.double() * direction.double()).sum())
+    found = 0.0 if x.grad is None else float((other.double() * x.grad.double()).sum())
+    scale = float(change.double().norm() * direction.double().norm())
+    return "" if abs(found - wanted) <= _ROUNDING * scale else "gives its inputs a gradient that is not its own"
 
 
 def why_not(module: nn.Module) -> str:

@@ -37,7 +37,7 @@ class Trainer:
     def __init__(
         self, model: nn.Module, rules: Sequence[Rule | Defence] = (), *, forward: Forward = forward_inputs
     ) -> None:
-        refuse_sharded([layer for _, layer in learning_layers(model)], "a Trainer of tasks")
+        refuse_sharded(model, "a Trainer of tasks")
         self.model, self.rules, self.forward = model, as_rules(rules), forward
         self.task = -1
         for rule in self.rules:

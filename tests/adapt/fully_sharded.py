@@ -1,0 +1,239 @@
+"""What two processes find that share a model by FSDP2, except its learning layers; `test_fully_sharded.py` starts them.
+
+Both hold the whole model, too, and let it learn the same in one process.
+"""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tensor_parallel import DEFAULT, LEARN, differences, error_of, layers_of, model_of, reads, whole
+from tiny_models import ids_of
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import ttt
+from ttt.adapt.convert import learning_layers
+from ttt.rules import SequenceReplay
+
+
+def sharded(model, mesh, **options):
+    """``model``, of which FSDP2 shards all but the parameters of layers that learn, or are going to."""
+    targets = LEARN["target_modules"]
+    ignored = {p for name, m in model.named_modules() if name.endswith(tuple(targets)) for p in m.parameters()}
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, ignored_params=ignored, **options)
+    return fully_shard(model, mesh=mesh, ignored_params=ignored, **options)
+
+
+def learner_of(model, **options):
+    """A learner that leaves the output head, sharded or not, to autograd."""
+    learner = ttt.Learner(model, **options)
+    learner.head.changed = "a sharded head is left to autograd"
+    return learner
+
+
+def two_learners(mesh, first="adapt", reshard=True, **options):
+    """Learners of the same model: of the whole of it, and of a sharded copy, adapted before or after it is sharded."""
+    one, config = model_of(), ttt.TTTConfig(**LEARN | options)
+    two = copy.deepcopy(one)
+    if first == "adapt":
+        sharded(ttt.adapt_(two, config), mesh, reshard_after_forward=reshard)
+    else:
+        ttt.adapt_(sharded(two, mesh, reshard_after_forward=reshard), config)
+    assert isinstance(two.lm_head.weight, DTensor)
+    both = [learner_of(ttt.adapt_(one, config)), learner_of(two)]
+    torch.manual_seed(1)
+    known = [ids_of(4, 40), ids_of(2, 17)]
+    for learner in both:
+        learner.calibrate(known)
+    return both
+
+
+def kept_of(learner):
+    return [{name: t.clone() for name, t in layer.state().items()} for layer in layers_of(learner)]
+
+
+def changed(learner, kept):
+    """Names of what differs from ``kept``."""
+    return [f"{layer.name}: {name} changed" for layer, state in zip(layers_of(learner), kept, strict=True)
+            for name, t in layer.state().items() if not torch.equal(t, state[name])]  # fmt: skip
+
+
+def reading(mesh, folder):
+    """Learning, consolidating, going back, and generating."""
+    found = []
+    for first in ("adapt", "shard"):
+        for reshard in (True, False):
+            one, two = two_learners(mesh, first, reshard)
+            found += differences(layers_of(one), layers_of(two))
+            for _ in range(3):
+                found += reads(one, two, ids_of(2, 30))
+            kept = [learner.snapshot() for learner in (one, two)]
+            mask = torch.ones(2, 30, dtype=torch.bool)
+            mask[0, :7] = mask[1, 5:9] = False
+            found += reads(one, two, ids_of(2, 30), learn_mask=mask, passes=2, emphasis=3.0)
+            for learner in (one, two):
+                learner.consolidate()
+            found += reads(one, two, ids_of(1, 12))
+            outputs = [x.generate(ids_of(2, 9) * 0 + 5, max_new_tokens=12, learn_output=True) for x in (one, two)]
+            found += [] if torch.equal(outputs[0].sequences, outputs[1].sequences) else ["generated text"]
+            found += differences(layers_of(one), layers_of(two))
+            for learner, snapshot in zip((one, two), kept, strict=True):
+                learner.rollback(snapshot)
+            found += reads(one, two, ids_of(2, 30))
+            for learner in (one, two):
+                learner.reset()
+            found += differences(layers_of(one), layers_of(two))
+    return found
+
+
+def own_text(mesh, folder):
+    """Calibration on text that the model writes itself, which is the same in all processes."""
+    config = ttt.TTTConfig(**LEARN)
+    one, two = (learner_of(ttt.adapt_(model, config)) for model in (model_of(), sharded(model_of(), mesh)))
+    for learner in (one, two):
+        learner.calibrate()
+    return differences(layers_of(one), layers_of(two)) + reads(one, two, ids_of(2, 30))
+
+
+def guarded(mesh, folder):
+    """A guard, which rolls back; its decisions are the same in all processes."""
+    one, two = model_of(), sharded(model_of(), mesh)
+    torch.manual_seed(2)
+    held_back, text = ids_of(2, 20), ids_of(2, 60)
+    both = []
+    for model in (one, two):
+        guard = ttt.Guard([held_back], every=32, threshold=1e-4)
+        both.append(learner_of(ttt.adapt_(model, ttt.TTTConfig(**LEARN | {"lr": 5.0})), guard=guard))
+    found = reads(*both, text)
+    assert both[0].guard.rollbacks
+    histories = [[(c.tokens, c.rolled_back) for c in learner.guard.history] for learner in both]
+    return found + ([] if histories[0] == histories[1] else ["history of the guard"])
+
+
+def loss_of(model, ids):
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+
+
+def any_loss(mesh, folder):
+    """`ttt.learning` beside an optimizer of a sharded parameter; batches that differ are refused and change nothing."""
+    one, two = two_learners(mesh)
+    found = []
+    parameters = [learner.model.model.embed_tokens.weight for learner in (one, two)]
+    for p in parameters:
+        p.requires_grad_(True)
+    optimizers = [torch.optim.SGD([p], lr=0.1) for p in parameters]
+    for _ in range(3):
+        ids = ids_of(2, 12)
+        for learner, optimizer in zip((one, two), optimizers, strict=True):
+            optimizer.zero_grad()
+            with ttt.learning(learner.model):
+                loss_of(learner.model, ids).backward()
+            optimizer.step()
+        found += differences(layers_of(one), layers_of(two))
+    if not torch.allclose(parameters[0], parameters[1].full_tensor(), rtol=1e-9, atol=1e-12):
+        found.append("embeddings")
+    kept = kept_of(two)
+
+    def learn(ids):
+        with ttt.learning(two.model):
+            loss_of(two.model, ids).backward()
+
+    own = ids_of(2, 12)
+    own[0, 3] = 7 + dist.get_rank()
+    error = error_of(lambda: learn(own))
+    found += [] if "must learn from the same tokens, to the bit" in error else [f"own batches: {error}"]
+    norm = two.model.model.norm
+    handle = norm.register_forward_hook(lambda _, args, y: y * torch.inf if dist.get_rank() else y)
+    error = error_of(lambda: learn(ids_of(2, 12)))
+    handle.remove()
+    found += [] if "must learn from the same tokens, to the bit" in error else [f"not finite in one: {error}"]
+    return found + changed(two, kept)
+
+
+def saving(mesh, folder):
+    """Files of one process are read in two, and the other way round; ``restore_`` puts the weights back."""
+    one, two = two_learners(mesh, protect=[*DEFAULT, ttt.EWC(), ttt.LayerReplay()])
+    base = whole(two.model)
+    found = reads(one, two, ids_of(2, 30))
+    for learner in (one, two):
+        learner.consolidate()
+    found += reads(one, two, ids_of(2, 13))
+    error = error_of(lambda: ttt.save(two.model, f"{folder}/none/file"))
+    wanted = ("FileNotFoundError: ", "OSError: ")[dist.get_rank()]
+    found += [] if error.startswith(wanted) else [f"save where there is no folder: {error}"]
+    ttt.save(two.model, f"{folder}/two")
+    dist.barrier()
+    saved = kept_of(two)
+    alone = ttt.load(model_of(), f"{folder}/two")
+    again = ttt.load(sharded(model_of(), mesh), f"{folder}/two")
+    adapted = ttt.load(sharded(ttt.adapt_(model_of(), two.config), mesh), f"{folder}/two")
+    for model in (alone, again, adapted):
+        for (_, layer), state in zip(learning_layers(model), saved, strict=True):
+            found += [f"{n} of {layer.name}" for n, t in layer.state().items() if not torch.equal(t, state[n])]
+    ids = ids_of(2, 21)
+    found += reads(learner_of(alone), learner_of(again), ids)
+    if dist.get_rank() == 0:
+        ttt.save(one.model, f"{folder}/one")
+    dist.barrier()
+    ttt.load(two.model, f"{folder}/one")
+    found += differences(layers_of(one), layers_of(two), bound=1e-15)
+    two.model(ids)  # sharded parameters are whole for a while
+    back = whole(ttt.restore_(two.model))
+    return found + [k for k, t in base.items() if not torch.equal(t, back[k])]
+
+
+def unsupported(mesh, folder):
+    """The errors of what is not supported, and whether nothing was changed."""
+    errors = {}
+    for name, model in (("sharded", model_of()), ("ignored", sharded(model_of(), mesh))):
+        if name == "sharded":
+            for block in model.model.layers:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        before, modules = whole(model), dict(model.named_modules())
+        users = {"per_user": ttt.LowRank(slots=2)} if name == "ignored" else {}
+        errors[f"adapt {name}"] = error_of(lambda m=model, u=users: ttt.adapt_(m, ttt.TTTConfig(**LEARN, **u)))
+        errors[f"load {name}"] = error_of(lambda m=model: ttt.load(m, f"{folder}/two")) if name == "sharded" else ""
+        after = whole(model)
+        assert dict(model.named_modules()) == modules
+        assert all(torch.equal(t, after[k]) for k, t in before.items())
+    _, learner = two_learners(mesh)
+    learner.observe(ids_of(1, 20) * 0 + 3)
+    kept, model, mine = kept_of(learner), learner.model, torch.full((1, 9), 4 + dist.get_rank())
+    errors |= {
+        "fork": error_of(lambda: ttt.fork(model)),
+        "peft": error_of(lambda: ttt.adapt.export_peft(model, f"{folder}/peft{dist.get_rank()}", base_model="m")),
+        "capturable": error_of(lambda: ttt.capturable_(model, 4)),
+        "rules": error_of(lambda: ttt.Learner(model, rules=[SequenceReplay(8)])),
+        "episodes": error_of(lambda: ttt.Learner(model, episodes=ttt.EpisodeLog())),
+        "growing": error_of(lambda: ttt.GrowingLearner(learner)),
+        "tasks": error_of(lambda: ttt.rules.Trainer(model)),
+        "other text": error_of(lambda: learner.observe(mine)),
+        "other prompt": error_of(lambda: learner.generate(mine, max_new_tokens=2)),
+    }
+    return {"errors": errors, "changed": changed(learner, kept)}
+
+
+CHECKS = {check.__name__: check for check in (reading, own_text, guarded, any_loss, saving, unsupported)}
+
+
+def main(rank, folder, names):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    found = {name: CHECKS[name](mesh, folder) for name in names}
+    dist.barrier()
+    (Path(folder) / f"found{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:] or [*CHECKS])

@@ -1,0 +1,70 @@
+"""What fails in one of two processes that share a model fails in both, at once and by name, and changes nothing."""
+
+import pytest
+from two_processes import run_in_two
+
+# What each process raises: the one that does not fail by itself, and the one that does.
+ANOTHER = "RuntimeError: {} was refused in another process that shares the model, whose error says why"
+OWN = {
+    "observe: a token outside of the vocabulary": "ValueError: input_ids must be in [0, 61)",
+    "observe: no tensor": "TypeError: input_ids must be a dense tensor",
+    "observe: passes": "ValueError: passes must be a whole number of at least 1, got 0",
+    "observe: torn": "RuntimeError: Learner.observe needs layers that belong together",
+    "observe: training": "RuntimeError: Learner.observe needs the model in eval mode",
+    "generate: no tokens": "ValueError: max_new_tokens must be a whole number of at least 1, got 0",
+    "generate: too many tokens": "ValueError: the prompt's 12 tokens and max_new_tokens = 1000000 must fit",
+    "generate: a mask": "ValueError: attention_mask must mark padding on the left only",
+    "calibrate: a batch": "ValueError: each of batches must be in [0, 61)",
+    "calibrate: no more data": "OSError: no more data",
+    "calibrate: no more data, with a loss": "OSError: no more data",
+    "consolidate: torn": "RuntimeError: Learner.consolidate needs layers that belong together",
+    "flush: torn": "RuntimeError: Learner.flush needs layers that belong together",
+    "restore_: torn": "RuntimeError: ttt.restore_ needs layers that belong together",
+    "learning: not finite": "FloatingPointError: the gradient at model.layers.0.mlp.up_proj is not finite",
+    "save: no path": "TypeError: path must be a path",
+    "save: torn": "RuntimeError: ttt.save needs layers that belong together",
+    "save: not finite": "ValueError: model cannot be saved: layer model.layers.0.mlp.down_proj: moments must hold",
+    "load: no file": "FileNotFoundError: ",
+    "load: damaged": "own1 is damaged: its checksum does not fit its content",
+    "load: not adapted": "FileNotFoundError: ",
+    "load: not adapted, damaged": "own1 is damaged: its checksum does not fit its content",
+}
+BOTH = {
+    "calibrate: fewer batches": "ValueError: the number of batches must be the same in all processes",
+    "load: another file": "must be the same in all processes of a sharded model",
+}
+KINDS = ["tensor parallel", "fsdp"]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each of two processes found."""
+    return run_in_two("one_fails.py", tmp_path_factory.mktemp("one_fails"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_else_was_tried(found, kind):
+    for each in found:
+        assert sorted(each[kind]["errors"]) == sorted([*OWN, *BOTH])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [*OWN, *BOTH])
+def test_an_error_of_one_process_is_one_of_both(found, kind, name):
+    method = name.partition(":")[0]
+    prefix = "ttt." if method in ("learning", "restore_", "save", "load") else "Learner."
+    first, second = (each[kind]["errors"][name] for each in found)
+    if (kind, name) == ("fsdp", "learning: not finite"):  # the rows are compared first
+        assert first == second
+        assert "must learn from the same tokens, to the bit" in first
+    elif name in BOTH:
+        assert BOTH[name] in first
+        assert BOTH[name] in second
+    else:
+        assert first.startswith(ANOTHER.format(prefix + method))
+        assert OWN[name] in second
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_changes_in_either(found, kind):
+    assert [each[kind]["changed"] for each in found] == [[], []]
