@@ -145,6 +145,12 @@ def serve(
     calibration: Annotated[
         Path | None, typer.Option(dir_okay=False, help="File that keeps the calibration; by default in ~/.cache/ttt.")
     ] = None,
+    guard: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Part by which a user's loss on text of the model's own may grow; by default unbounded."
+        ),
+    ] = None,
     telemetry: Annotated[bool, typer.Option(help="Trace requests with OpenTelemetry.")] = False,
 ) -> None:
     """Serve a language model that learns from each of its users, with OpenAI's API and a page at /."""
@@ -178,6 +184,7 @@ def serve(
             request_seconds=request_seconds,
             drain_seconds=drain_seconds,
             calibration=calibration,
+            guard=guard,
             telemetry=telemetry,
         )
     )

@@ -19,7 +19,7 @@ from ttt.learn.learner import Learner
 from ttt.per_user.pool import Pool
 from ttt.serve import jobs
 from ttt.serve.batch import Batch, Outcome, Request
-from ttt.serve.errors import BadRequest, Conflict, HungUp, RequestError, Unavailable, as_request_error
+from ttt.serve.errors import BadRequest, Conflict, HungUp, RequestError, Tripped, Unavailable, as_request_error
 from ttt.serve.jobs import Job, Learnt
 from ttt.serve.limits import Limits
 from ttt.serve.observer import Observer, Silent
@@ -454,7 +454,11 @@ class Service:
     def _job_ended(self, job: Job) -> None:
         self._end_job(job)
         waits, failed = self._queues[job.user], job.error is not None
-        if failed:
+        if isinstance(job.error, Tripped):
+            self.observer.tripped()
+            if (session := self.sessions.get(job.user)) is not None:
+                session.trips += 1
+        elif failed:
             self.observer.failed(job.kind)
         if job.kind == "learn" and not failed:
             waits.to_study = self._work.unstudied(job.user)
