@@ -202,7 +202,7 @@ class _Study:
             if not all(change.fits() for change in self.changes):
                 raise FloatingPointError("the study made weights that are not finite; nothing was changed")
             _check(losses[0], after, self.options.lr)
-            guard = learner.guard if pool is None else pool.companion
+            guard: Any = learner.guard if pool is None else pool.companion
             drift = None if guard is None else guard.require_within(user)
             self._write(states)
             if guard is not None:

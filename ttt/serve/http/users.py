@@ -23,6 +23,7 @@ from ttt.serve.jobs import Learnt
 from ttt.serve.keys import Identity
 from ttt.serve.session import Session, settle
 from ttt.serve.sessions import unavailable
+from ttt.serve.state_reader import StateReader
 from ttt.serve.teaching import Lesson, Teaching
 from ttt.store import StoreError, UnknownUser
 
@@ -141,7 +142,8 @@ async def export(http: Request, user: str) -> Response:
 
 def _guard(server: Server, session: Session | None) -> dict[str, Any] | None:
     """The bound of the user's guard, the drift that it measured last, and how often it has undone something."""
-    guards = None if server.service.reads else server.service.learner.user_guards
+    learner = server.service.learner
+    guards = None if isinstance(learner, StateReader) else learner.user_guards
     if guards is None or session is None:
         return None
     return {"bound": guards.bound, "drift": session.drift, "trips": session.trips}
