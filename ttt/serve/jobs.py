@@ -44,6 +44,7 @@ class Job:
         counted: whether it takes one of the places for what waits.
         yields_to_requests: give up when a request of the user comes in.
         tokens: number of tokens that are to be learnt.
+        cost: number of tokens that are to be read for that, with context, in all passes.
         seconds: how long its steps have taken so far.
         value, error: as ``result``, whether or not that was cancelled.
         running, waits_for, until: the generator, the future that it waits for, and until when.
@@ -57,6 +58,7 @@ class Job:
     counted: bool = True
     yields_to_requests: bool = False
     tokens: int = 0
+    cost: int = 0
     arrival: int = 0
     seconds: float = 0.0
     value: Any = None
