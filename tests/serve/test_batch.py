@@ -6,7 +6,8 @@ from tiny_chat_model import Answer, byte_tokenizer, learner_of, served_in_random
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM
 
 import ttt
-from ttt.serve.batch import Batch, Request
+from ttt.serve.batch import Batch
+from ttt.serve.request import Request
 from ttt.serve.row_cache import RowCache
 from ttt.serve.sampling import Sampling
 

@@ -18,9 +18,10 @@ import ttt
 from ttt.learn.huggingface import cache_of
 from ttt.ops.sequence.states import tensors_of
 from ttt.sequence_models import SequenceCache
-from ttt.serve.batch import Batch, Request
+from ttt.serve.batch import Batch
 from ttt.serve.errors import BadRequest, Conflict, ServerFailure
 from ttt.serve.main import ServeOptions, build_learner, build_users
+from ttt.serve.request import Request
 from ttt.serve.sampling import Sampling
 from ttt.serve.state_reader import StatePool, StateReader
 from ttt.serve.state_rows import StateRows

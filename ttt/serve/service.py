@@ -18,7 +18,7 @@ from ttt.conversation import Telling
 from ttt.learn.learner import Learner
 from ttt.per_user.pool import Pool
 from ttt.serve import jobs
-from ttt.serve.batch import Batch, Outcome, Request
+from ttt.serve.batch import Batch
 from ttt.serve.daemon_threads import DaemonThreads
 from ttt.serve.errors import BadRequest, Conflict, HungUp, RequestError, Tripped, Unavailable, as_request_error
 from ttt.serve.jobs import Job, Learnt
@@ -26,6 +26,7 @@ from ttt.serve.limits import Limits
 from ttt.serve.observer import Observer, Silent
 from ttt.serve.openings import Openings
 from ttt.serve.places import Places
+from ttt.serve.request import Outcome, Request
 from ttt.serve.row_cache import RowCache
 from ttt.serve.sessions import Sessions
 from ttt.serve.state_reader import StatePool, StateReader
