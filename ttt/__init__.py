@@ -39,6 +39,7 @@ from ttt.learn.guard import Guard, GuardCheck
 from ttt.learn.learner import Learner, Snapshot
 from ttt.learn.loop import ObserveOutput
 from ttt.learn.study import StudyOutput
+from ttt.per_user.pacing import GuardTripped
 from ttt.per_user.pool import Pool, pool_of, users
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ __all__ = [
     "GrowingLearner",
     "Guard",
     "GuardCheck",
+    "GuardTripped",
     "KroneckerFisher",
     "LayerDistillation",
     "LayerGenerativeReplay",

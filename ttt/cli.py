@@ -112,8 +112,9 @@ def serve(
         int, typer.Option(min=1, help="Requests that may wait, half of them of one user; more are refused.")
     ] = 128,
     learning_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens that may wait to be learnt; requests that would add more are refused.")
-    ] = 16_384,
+        int,
+        typer.Option(min=1, help="Tokens of lessons, in all passes, that may wait; what would add more is refused."),
+    ] = 32_768,
     context: Annotated[int, typer.Option(min=16, help="Tokens of a text, prompt and answer, at most.")] = 2048,
     passes: Annotated[
         int | None, typer.Option(min=1, max=16, help="How often what a user says is read; by default twice.")
@@ -144,6 +145,12 @@ def serve(
     ] = 30.0,
     calibration: Annotated[
         Path | None, typer.Option(dir_okay=False, help="File that keeps the calibration; by default in ~/.cache/ttt.")
+    ] = None,
+    guard: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Part by which a user's loss on text of the model's own may grow; by default unbounded."
+        ),
     ] = None,
     telemetry: Annotated[bool, typer.Option(help="Trace requests with OpenTelemetry.")] = False,
 ) -> None:
@@ -178,6 +185,7 @@ def serve(
             request_seconds=request_seconds,
             drain_seconds=drain_seconds,
             calibration=calibration,
+            guard=guard,
             telemetry=telemetry,
         )
     )

@@ -3,13 +3,59 @@
 Neither is installed where these tests run, nor can be: their own loaders are not called. Rules of vLLM: rank one of
 those of ``--max-lora-rank``, no DoRA, no bias, ``modules_to_save`` null, ``r``, ``lora_alpha`` and ``target_modules``
 given, every tensor named ``base_model.model.<module>.lora_A.weight`` or ``lora_B``, each module one of the model's
-linear layers, the scaling ``lora_alpha / r``. Of SGLang: ``target_modules`` a list, whose last parts name all modules.
+linear layers, the scaling ``lora_alpha / r``. Those of SGLang, read in its documentation and repository on 2026-11-30,
+are in `sglang_problems`.
 """
 
 import json
+import re
 import struct
 
 RANKS = {8, 16, 32, 64, 128, 256, 320, 512}
+
+
+SGLANG_MODULES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+"""Linear layers of a Llama for which SGLang has room."""
+
+
+def sglang_problems(folder, max_lora_rank):
+    """What keeps SGLang, started with ``--max-lora-rank``, from computing what PEFT does with an adapter of a Llama.
+
+    Its ``--lora-target-modules`` are those of the adapter. It stacks q, k and v, and gate and up, in each block: k and
+    up may be missing, q, v and gate not where another one of their stack is there. It takes the scaling to be
+    ``lora_alpha / r`` whatever ``use_rslora`` says.
+    """
+    config = json.loads((folder / "adapter_config.json").read_text())
+    problems = []
+    if config["peft_type"].lower() != "lora" or config.get("use_dora"):
+        problems.append("another method")
+    if config["r"] > max_lora_rank:
+        problems.append("rank")
+    if config.get("use_rslora") or config.get("alpha_pattern") or config.get("rank_pattern"):
+        problems.append("scaling")
+    if (folder / "added_tokens.json").exists():
+        problems.append("added tokens")
+    if config.get("bias", "none") != "none" or config.get("modules_to_save"):
+        problems.append("more than factors")
+    targets = config["target_modules"]
+    if isinstance(targets, str):
+        return [*problems, *([] if targets in ("all", "all-linear") else ["a pattern as target"])]
+    last = {name.split(".")[-1] for name in targets}
+    problems += [f"no room for {name}" for name in sorted(last - SGLANG_MODULES)]
+    layers = {}
+    for name in header_of(folder / "adapter_model.safetensors"):
+        module = name.split(".")[-3]
+        if module not in last:
+            problems.append(f"{module} is no target")
+        found = re.search(r"layers\.(\d+)\.", name)
+        layers.setdefault(found and found[1], set()).add(module)
+    for layer, modules in layers.items():
+        if layer is None:
+            problems.append("outside of the blocks")
+        for others, needed in (({"k_proj", "v_proj"}, "q_proj"), ({"q_proj"}, "v_proj"), ({"up_proj"}, "gate_proj")):
+            if modules & others and needed not in modules:
+                problems.append(f"{needed} is missing in block {layer}")
+    return problems
 
 
 def header_of(path):

@@ -122,9 +122,6 @@ def test_rejected_text_is_not_kept(monkeypatch):
 
 def test_a_log_is_refused_where_it_could_not_be_kept():
     learner = learner_of()
-    known = [words(2, 20)]
-    with pytest.raises(ValueError, match="guard and episodes exclude each other"):
-        ttt.Learner(learner.model, guard=ttt.Guard(known), episodes=ttt.EpisodeLog())
     with pytest.raises(ValueError, match="learner must have no log of episodes"):
         ttt.GrowingLearner(learner)
     with pytest.raises(ValueError, match="learner must have no log of episodes"):

@@ -6,7 +6,8 @@ from tiny_chat_model import Answer, byte_tokenizer, learner_of, served_in_random
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM
 
 import ttt
-from ttt.serve.batch import Batch, Request
+from ttt.serve.batch import Batch
+from ttt.serve.request import Request
 from ttt.serve.row_cache import RowCache
 from ttt.serve.sampling import Sampling
 
@@ -131,6 +132,128 @@ def test_a_cancelled_request_leaves_and_the_others_go_on(taught):
     assert ended == [first, second]
     check(taught, second, kept)
     assert len(dropped) < 9
+
+
+def counted(batch):
+    """The shapes of the tokens that the model reads from now on."""
+    shapes, run = [], batch.cache.run
+
+    def counting(users, ids, *args, **options):
+        shapes.append(tuple(ids.shape))
+        return run(users, ids, *args, **options)
+
+    batch.cache.run = counting
+    return shapes
+
+
+def test_short_prompts_are_read_together_each_as_if_alone(taught):
+    batch, ended = batch_of(taught, rows=5, prefill=40)
+    shapes, found = counted(batch), []
+    # The third ends with its first token, so that rows move while the others are taken; the last one finds no room.
+    for user, length, count in (("ada", 9, 6), ("bob", 5, 4), (None, 10, 1), ("ada", 1, 7), ("bob", 8, 3)):
+        pieces = []
+        request = request_of(user, words(length), pieces, max_tokens=count)
+        found.append((request, pieces))
+        if len(found) == 5:
+            assert not batch.fits(request)  # 5 times 10 tokens are more than 40
+            break
+        assert batch.fits(request)
+        batch.begin(request)
+    assert len(batch.requests) == 4
+    assert batch.read_step() == 9 + 5 + 10 + 1
+    assert shapes == [(4, 10)]
+    assert not batch.reading
+    assert ended == [found[2][0]]
+    batch.begin(found[4][0])
+    while not batch.idle:
+        batch.read_step()
+        batch.decode_step()
+    for request, pieces in found:
+        check(taught, request, pieces)
+    assert len(ended) == 5
+
+
+def test_what_cannot_be_read_together_is_read_alone(taught):
+    batch, _ = batch_of(taught, rows=4, prefill=40)
+    short = request_of("ada", words(5), [])
+    several, scored, long = (request_of("bob", words(length), []) for length in (5, 5, 21))
+    several.n, scored.score_prompt = 2, True
+    for first in (several, scored, long):
+        assert batch.fits(first)
+        batch.begin(first)
+        assert not batch.fits(short)
+        batch.fail_all(RuntimeError())
+        batch.begin(short)
+        assert not batch.fits(first)
+        batch.fail_all(RuntimeError())
+    begun = request_of("bob", words(60), [])  # in parts
+    batch.begin(begun)
+    batch.read_step()
+    assert not batch.fits(short)
+    batch.fail_all(RuntimeError())
+    assert batch.idle
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("how", ["cancelled", "not finite", "drawing fails"])
+def test_one_of_those_that_are_read_together_leaves_and_the_others_go_on(taught, monkeypatch, which, how):
+    batch, ended = batch_of(taught, rows=4, prefill=64)
+    other = []
+    batch.begin(request_of("ada", words(7), other, max_tokens=20))
+    while batch.reading:
+        batch.read_step()
+    found = []
+    taught.pool.open("eve")
+    if how == "not finite":
+        for layer in taught.pool.layers.values():
+            layer.rows[taught.pool.slot("eve")] = 1
+            layer.b[taught.pool.slot("eve")].fill_(float("nan"))
+    for at in range(3):
+        pieces = []
+        user = "eve" if at == which else ("ada", "bob", None)[at]
+        found.append((request_of(user, words(6 + 3 * at), pieces, max_tokens=5), pieces))
+        batch.begin(found[-1][0])
+    gone, heard = found.pop(which)
+    if how == "cancelled":
+        gone.cancelled = True
+    elif how == "drawing fails":
+        gone.sampling = None
+    batch.read_step()
+    while not batch.idle:
+        batch.decode_step()
+    assert gone in ended
+    assert len(ended) == 4
+    if how == "not finite":
+        assert "not finite" in heard[-1].message
+    check(taught, ended[-1], other)
+    for request, pieces in found:
+        check(taught, request, pieces)
+    for layer in batch.cache.layers:
+        assert not any(bool(held.any()) for held in layer.held)  # nothing of a sequence is kept
+
+
+def test_when_reading_together_fails_all_of_them_hear_of_it(taught):
+    batch, ended = batch_of(taught, rows=4, prefill=64)
+    found = [[] for _ in range(3)]
+    for pieces in found:
+        batch.begin(request_of("ada", words(5), pieces))
+    run = batch.cache.run
+
+    def failing(*args, **options):
+        raise MemoryError
+
+    batch.cache.run = failing
+    assert batch.read_step() == 0
+    assert batch.idle
+    assert len(ended) == 3
+    assert ["MemoryError" in pieces[-1].message for pieces in found] == [True] * 3
+    batch.cache.run = run
+    again = []
+    batch.begin(request_of("bob", words(5), again))
+    while not batch.idle:
+        batch.read_step()
+        batch.decode_step()
+    check(taught, ended[-1], again)
 
 
 @pytest.mark.parametrize("family", ["sliding", "gemma"])

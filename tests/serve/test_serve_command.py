@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import http.server
+import math
 import os
 import queue
 import signal
@@ -107,6 +108,33 @@ def test_a_request_that_is_under_way_is_finished_when_the_server_is_stopped(star
     assert process.wait(60) == 0
 
 
+def test_a_server_with_guards_undoes_what_goes_too_far_and_one_without_goes_on(start, tmp_path):
+    process, url = start("--guard", "1e-9", "--emphasis", "100", "--passes", "4")
+    client = client_of(url, user="ada", learn="wait")
+    answer = client.chat.completions.create(model="tiny-chat", messages=CHAT, max_tokens=2)
+    again = client.chat.completions.create(model="tiny-chat", messages=CHAT, max_tokens=2)
+    found = [each.model_extra["ttt"] for each in (answer, again)]
+    shown = httpx.get(f"{url}/v1/users/ada").json()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    refused = [each for each in found if each["learning"] != "stored"]
+    assert refused  # steps of this size raise the loss on other text
+    for each in refused:
+        assert each["learning"].startswith(
+            "refused: nothing was learnt: with it the loss on the guard's held-back text"
+        )
+    assert shown["guard"]["trips"] == len(refused)
+    assert shown["guard"]["bound"] == 1e-9
+    assert len(shown["versions"]) == shown["updates"] == 2 - len(refused)
+    assert (tmp_path / "calibration-guard").exists()
+    process, url = start()
+    answer = client_of(url, user="ada", learn="wait").chat.completions.create(
+        model="tiny-chat", messages=CHAT, max_tokens=2
+    )
+    assert answer.model_extra["ttt"]["learning"] == "stored"
+    assert httpx.get(f"{url}/v1/users/ada").json()["guard"] is None
+
+
 def test_a_span_of_every_request_is_sent_and_holds_nothing_that_was_said(start, monkeypatch):
     received = queue.Queue()
 
@@ -177,7 +205,7 @@ def test_servers_that_others_reach_need_keys(folder, capsys):
 @pytest.mark.parametrize(
     ("options", "why"),
     [({"dtype": "int8"}, "dtype"), ({"user": "a b"}, "user"), ({"keys": "missing"}, "missing"),
-     ({"store": "x://"}, "url")],
+     ({"store": "x://"}, "url"), ({"guard": 0.0}, "guard must be"), ({"guard": math.nan}, "guard must be")],
 )  # fmt: skip
 def test_wrong_options_end_the_server_with_a_line(folder, tmp_path, capsys, options, why):
     usual = {"model": folder, "store": str(tmp_path / "store"), "calibration": tmp_path / "c"}

@@ -18,9 +18,10 @@ import ttt
 from ttt.learn.huggingface import cache_of
 from ttt.ops.sequence.states import tensors_of
 from ttt.sequence_models import SequenceCache
-from ttt.serve.batch import Batch, Request
+from ttt.serve.batch import Batch
 from ttt.serve.errors import BadRequest, Conflict, ServerFailure
 from ttt.serve.main import ServeOptions, build_learner, build_users
+from ttt.serve.request import Request
 from ttt.serve.sampling import Sampling
 from ttt.serve.state_reader import StatePool, StateReader
 from ttt.serve.state_rows import StateRows
@@ -337,7 +338,7 @@ def test_a_folder_with_such_a_model_is_served(model, tokenizer, tmp_path):
     reader, _ = build_users(options)
     assert isinstance(reader, StateReader)
     assert reader.name == reader_of(model).name
-    for changed in ({"lr": 0.1}, {"calibration": tmp_path / "calibration"}):
+    for changed in ({"lr": 0.1}, {"calibration": tmp_path / "calibration"}, {"guard": 0.1}):
         with pytest.raises(ValueError, match=f"{next(iter(changed))} is for users with weights"):
             build_users(ServeOptions(tmp_path / "model", **changed))
     with pytest.raises(ValueError, match="sequence layers"):

@@ -8,9 +8,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import ttt
-from ttt.serve.batch import Outcome, Piece, Request
 from ttt.serve.errors import RequestError
 from ttt.serve.limits import Limits
+from ttt.serve.request import Outcome, Piece, Request
 from ttt.serve.sampling import Sampling
 from ttt.serve.service import Service
 

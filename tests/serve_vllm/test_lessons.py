@@ -79,6 +79,7 @@ def test_a_lesson_is_learnt_as_by_a_learner_of_the_whole_model(whole, telling):
             break
     slices = telling.passes * (1 + 4)  # one of context, and four that teach
     assert (learnt.tokens, learnt.slices, steps) == (sum(teaches), slices, slices - 1)
+    assert learnt.passes == telling.passes
     scored = [at - 1 for at in range(start + 1, len(teaches)) if teaches[at]]
     assert learnt.nll == pytest.approx(float(output.nll[0, scored].double().mean()), rel=1e-5)
     found, wanted = top.pool.export("ada"), learner.pool.export("ada")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import ttt
 from ttt.serve.calibration import default_file
+from ttt.serve.daemon_threads import DaemonThreads
 from ttt.serve.errors import ServerFailure
 from ttt.serve.sessions import Sessions
 from ttt.serve.vllm import users
@@ -18,6 +20,7 @@ from ttt.serve.vllm.capture import KEY, Capture
 from ttt.serve.vllm.cpu_lora import add_lora_linear
 from ttt.serve.vllm.lessons import Learnt
 from ttt.serve.vllm.options import Options
+from ttt.serve.vllm.worker import _pass_base_by
 
 
 def test_tokens_of_no_user_do_not_read_the_last_slot():
@@ -58,7 +61,7 @@ def users_of(tmp_path, pool):
     made.adapters = SimpleNamespace(publish=lambda user: None, remove=lambda user: None, introduce=lambda *_: None)
     made.capture = SimpleNamespace(take=lambda key, count: torch.zeros(1, count, 8), drop=lambda key: None, tokens=0)
     made._lesson, made._stamp, made._stamps, made._running, made._tickets = {}, {}, iter(range(99)), {}, iter(range(99))
-    made._threads = users.concurrent.futures.ThreadPoolExecutor(1)
+    made._threads = DaemonThreads(1, "test")
     return made
 
 
@@ -178,7 +181,12 @@ def batch(done, length, start, end, extra):
     """A model runner with one request."""
     parameters = SimpleNamespace(extra_args=extra)
     return SimpleNamespace(
-        input_batch=SimpleNamespace(req_ids=["r"], num_computed_tokens_cpu=[done]),
+        input_batch=SimpleNamespace(
+            req_ids=["r"],
+            num_reqs=1,
+            num_computed_tokens_cpu=np.array([done, 0]),
+            num_prompt_tokens=np.array([length, 9]),  # of rows that are not in use, anything
+        ),
         requests={"r": SimpleNamespace(sampling_params=parameters, num_prompt_tokens=length)},
         query_start_loc=SimpleNamespace(np=torch.tensor([start, end]).numpy()),
     )
@@ -193,6 +201,33 @@ def test_capture_joins_parts_and_takes_those_anew_that_were_preempted():
     assert torch.equal(capture.take("k", 5), states[:5].unsqueeze(0))  # not the sixth, which was generated
     assert capture.tokens == 0
     assert capture.take("k", 5) is None
+
+
+def test_a_step_without_a_prompt_looks_at_no_request():
+    class Untouched(dict):
+        def get(self, *args):
+            raise AssertionError("looked at")
+
+    capture = Capture(batch(5, 5, 0, 1, {KEY: "k"}), 100)
+    capture.runner.requests = Untouched(capture.runner.requests)
+    capture.before_block(None, (None, torch.zeros(1, 2), None))
+    assert capture.tokens == 0
+
+
+def test_wrapped_layers_are_passed_by_where_no_token_has_an_adapter():
+    class Wrapper:
+        def __init__(self, no_lora):
+            self.punica_wrapper = SimpleNamespace(no_lora=no_lora)
+
+        def base_layer(self, x):
+            return x + 1, None
+
+        def forward(self, x):
+            return x + 2, None
+
+    _pass_base_by(Wrapper)
+    assert Wrapper(True).forward(1) == (2, None)
+    assert Wrapper(False).forward(1) == (3, None)
 
 
 def test_capture_notices_missing_parts_and_keeps_only_what_was_asked_for():

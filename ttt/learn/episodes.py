@@ -98,14 +98,16 @@ class EpisodeLog:
 
         Episodes are no longer than ``context``, the learner's.
 
-        A text of which a chunk was rejected is not kept, nor that of a user one of whose chunks was.
+        A text of which a chunk was rejected is not kept, nor that of a user one of whose chunks was; nor is one during
+        which a guard has rolled the layers, or the user, back.
         """
-        if users is None and output.rejected:
+        if users is None and (output.rejected or output.rollbacks):
             return
+        untaught = {None, *output.rejected_users, *output.rolled_back_users}
         teach = torch.ones_like(text.ids, dtype=torch.bool) if text.rows is None else text.rows.clone()
         teach[:, 1:] &= text.scored  # the token after a gap was not scored, and so not learnt
         for row, user in enumerate([None] * len(text.ids) if users is None else users):
-            if users is None or (user is not None and user not in output.rejected_users):
+            if users is None or user not in untaught:
                 attend = slice(None) if text.attend is None else text.attend[row]
                 self.add(user, text.ids[row][attend], teach[row][attend], context)
 

@@ -50,7 +50,8 @@ class Guard(GuardSettings):
 
     So s rises while the drift is above ``threshold``, and falls slowly while it is below. If the drift is above
     ``bound``, e is 1/2, and the layers are rolled back: their state becomes that of the last check within the
-    threshold, bit for bit.
+    threshold, bit for bit, and so does the learner's log (`ttt.EpisodeLog`), which keeps what the layers have learnt.
+    A study that would take the drift above ``bound`` is refused with `ttt.GuardTripped`.
 
     At strength s the penalty is s times the configured one, and so is the strength of replay, up to 1 (at 1 the drift
     on the replayed inputs is taken back in full; above 2 the step would diverge). If neither is configured, ``lr`` is
@@ -66,14 +67,14 @@ class Guard(GuardSettings):
     attached. This reference never changes, as otherwise the drift could grow by up to ``bound`` with every
     consolidation. `Learner.consolidate` begins with a check, so that no state beyond the bound is consolidated.
 
-    The guard holds one copy of the tensors that learning writes (weight, trace, window, recent inputs).
+    The guard holds one copy of the tensors that learning writes (weight, trace, window, recent inputs), and of the log.
 
     Args:
         batches: held-back inputs, each (B, T) int64 tokens that the model knows, T >= 2. About 2,000 tokens in all are
             enough. A check costs a forward pass on them.
         threshold: drift at which the strength stays the same.
         bound: drift above which the layers are rolled back. Default: 1.5 ``threshold``.
-        every: number of learnt tokens between two checks.
+        every: number of learnt tokens between two checks; None to check where `check` is called only.
         strengthen: base of the power by which a check multiplies the strength.
         cap: largest strength.
         surprise: the gate acts on losses above ``surprise`` times the running level. Infinity for no gate.
@@ -95,7 +96,7 @@ class Guard(GuardSettings):
         *,
         threshold: float = 0.01,
         bound: float | None = None,
-        every: int = 2048,
+        every: int | None = 2048,
         strengthen: float = 4.0,
         cap: float = 256.0,
         surprise: float = 2.5,
@@ -113,6 +114,8 @@ class Guard(GuardSettings):
         self._since = 0  # tokens learnt since the last check
         self._learner: Any = None
         self._good: list[dict[str, Tensor]] = []
+        self._good_log: dict[str, Tensor] = {}
+        self._good_at = 0  # value of tokens then
         self._slows = False  # whether the strength divides the rate, as there is no protection to strengthen
 
     def settings(self) -> dict[str, Any]:
@@ -136,7 +139,7 @@ class Guard(GuardSettings):
         try:
             with stand_in(learner.layers, [None] * len(learner.layers)):
                 self.reference = self.loss()
-                self._good = self._copy()  # in case the model is above the bound already
+                self._keep()  # in case the model is above the bound already
         except BaseException:
             self._learner = None
             raise
@@ -168,9 +171,14 @@ class Guard(GuardSettings):
         self.tokens += tokens
         self._since += tokens
 
+    def logged(self) -> None:
+        """Take the log into the last good state, if that has all that was learnt: a check may come before the log."""
+        if self._good_at == self.tokens:
+            self._good_log = self._learner.episodes.export(None)
+
     def check_if_due(self) -> None:
         """Call `check` if at least ``every`` tokens were learnt since the last check."""
-        if self._since >= self.every:
+        if self._is_due(self._since):
             self.check()
 
     def check(self) -> None:
@@ -180,16 +188,27 @@ class Guard(GuardSettings):
             RuntimeError: as `ttt.Learner.observe`.
         """
         with self._learner.access.enter("Guard.check"):
-            drift = self.loss() / self.reference - 1
-            strength, beyond = self._next_strength(self.strength, drift)
-            self._set(strength)
-            if beyond:
-                self._restore(self._good)
-                self.rollbacks += 1
-            elif drift <= self.threshold:
-                self._good = self._copy()
-            self._since = 0
-            self.history.append(GuardCheck(self.tokens, drift, self.strength, beyond))
+            self.settle(None, self.loss() / self.reference - 1)
+
+    def require_within(self, user: None = None) -> float:
+        """The drift with the weights that are in effect now, which a study has not written yet.
+
+        Raises:
+            GuardTripped: if it is above ``bound``. Nothing has changed then.
+        """
+        return self._within(self.loss() / self.reference - 1)
+
+    def settle(self, user: None, drift: float) -> None:
+        """`check`, with a ``drift`` that was measured before; the caller has entered the learner."""
+        strength, beyond = self._next_strength(self.strength, drift)
+        self._set(strength)
+        if beyond:
+            self._restore()
+            self.rollbacks += 1
+        elif drift <= self.threshold:
+            self._keep()
+        self._since = 0
+        self.history.append(GuardCheck(self.tokens, drift, self.strength, beyond))
 
     def restart(self) -> None:
         """Set strength and running level to their initial values. Called after the layers were reset."""
@@ -200,7 +219,7 @@ class Guard(GuardSettings):
     def resume(self) -> None:
         """Keep the present state as the last good one if its drift is within ``bound``. Called after it was loaded."""
         if self.loss() / self.reference - 1 <= self.bound:
-            self._good = self._copy()
+            self._keep()
         self._since = 0
 
     def _set(self, strength: float) -> None:
@@ -211,13 +230,18 @@ class Guard(GuardSettings):
 
     # -- state ------------------------------------------------------------------------------------------------
 
-    def _copy(self) -> list[dict[str, Tensor]]:
-        """Copy the tensors that learning writes, for every layer."""
-        kept = [{k: t for k, t in layer.state().items() if k not in BASE} for layer in self._learner.layers]
-        return [{name: t.clone() for name, t in state.items()} for state in kept]
+    def _keep(self) -> None:
+        """Copy the tensors that learning writes, for every layer, and the log: the good state from now on."""
+        learner = self._learner
+        kept = [{k: t for k, t in layer.state().items() if k not in BASE} for layer in learner.layers]
+        self._good = [{name: t.clone() for name, t in state.items()} for state in kept]
+        self._good_log = {} if learner.episodes is None else learner.episodes.export(None)
+        self._good_at = self.tokens
 
-    def _restore(self, states: list[dict[str, Tensor]]) -> None:
-        layers = self._learner.layers
-        with whole_write(layers, "Guard's rollback"):
-            for layer, state in zip(layers, states, strict=True):
+    def _restore(self) -> None:
+        learner = self._learner
+        with whole_write(learner.layers, "Guard's rollback"):
+            for layer, state in zip(learner.layers, self._good, strict=True):
                 layer.load_state(state)
+            if learner.episodes is not None:
+                learner.episodes.load(None, self._good_log)

@@ -21,7 +21,7 @@ from ttt.learn.generate import GenerateOptions, GenerateOutput, check_prompt, ge
 from ttt.learn.guard import Guard
 from ttt.learn.head import HeadSplit
 from ttt.learn.kept_cache import KeptCache
-from ttt.learn.loop import ObserveOutput, finish
+from ttt.learn.loop import ObserveOutput
 from ttt.learn.observing import observe, observe_in_steps
 from ttt.learn.own_text import own_text
 from ttt.learn.per_user import check_users
@@ -34,6 +34,7 @@ from ttt.nn.parallel import require_same, together
 from ttt.per_user.guards import UserGuards
 from ttt.per_user.protection import calibrate as calibrate_users
 from ttt.signals import SignalsDeferred
+from ttt.steps import finish
 
 _END: Any = object()
 
@@ -63,8 +64,8 @@ class Learner:
             do: in the window, in the sample of recent inputs, and in the trace (with zeros for "mas").
         guard: keeps what is forgotten within a bound; None for no guard. If every user has weights of their own, its
             inputs and settings are those of one guard for each user (`ttt.per_user.guards.UserGuards`).
-        episodes: keeps the text that `observe` learns from, for `study`; None to keep nothing. It serves one model, and
-            not together with a ``guard``.
+        episodes: keeps the text that `observe` learns from, for `study`; None to keep nothing. It serves one model.
+            What a ``guard`` takes back is taken out of it.
 
     Raises:
         TypeError: if ``model`` is no module, ``guard`` no `ttt.Guard`, ``episodes`` no `ttt.EpisodeLog`, or one of
@@ -93,8 +94,6 @@ class Learner:
             check_type("guard", guard, Guard, "a ttt.Guard or None")
         if episodes is not None:
             check_type("episodes", episodes, EpisodeLog, "a ttt.EpisodeLog or None")
-            if guard is not None:
-                raise ValueError("guard and episodes exclude each other: a guard does not know of studies")
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise ValueError(
                 f"model ({type(model).__name__}) has an encoder, which sees the tokens that the decoder is to predict; "
@@ -126,17 +125,17 @@ class Learner:
             for rule in self.rules:
                 undo.callback(setattr, rule, "learner", rule.learner)
                 rule.attach(self)
+            if episodes is not None and self.pool is not None and self.pool.episodes not in (None, episodes):
+                raise ValueError(
+                    "episodes must be the log that the model's users have already, pool.episodes: what they said is in "
+                    "it"
+                )
             if guard is not None and self.pool is not None:
                 self.user_guards = UserGuards(model, guard.batches, **guard.settings())
             elif guard is not None:
                 guard.attach(self)
                 self.guard = guard
             if episodes is not None and self.pool is not None:
-                if self.pool.episodes not in (None, episodes):
-                    raise ValueError(
-                        "episodes must be the log that the model's users have already, pool.episodes: what they said "
-                        "is in it"
-                    )
                 self.pool.episodes = episodes
             undo.pop_all()
 
@@ -334,6 +333,7 @@ class Learner:
         Raises:
             TypeError, ValueError: for a wrong argument, or without a log.
             FloatingPointError: if a loss or gradient is not finite, or the loss grows by a nat per token.
+            GuardTripped: if the learner's guard measures a drift above its bound with what the study has found.
             RuntimeError: as `observe`. Nothing has changed in any of these cases.
         """
         with self.access.enter("Learner.study"):
@@ -361,7 +361,7 @@ class Learner:
 
         Raises:
             TypeError, ValueError: as `study`, at once and not with the first step.
-            FloatingPointError: as `study`.
+            FloatingPointError, GuardTripped: as `study`.
             RuntimeError: as `observe`, at each step; and if ``user`` has learnt something since the first one.
         """
         options = StudyOptions(passes=passes, lr=lr, until=until, rehearse=rehearse)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Generator
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ttt.learn.text import Span, Spans, Text
-
-R = TypeVar("R")
+from ttt.steps import finish
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +25,10 @@ class ObserveOutput:
         learned: number of chunks that were learnt. With users, a chunk counts once for each user who learnt from it.
         rejected: number of chunks that were not learnt, because a loss or gradient was not finite. They changed
             nothing. With users, counted as ``learned`` is.
-        rollbacks: number of times that a `ttt.Guard` rolled the layers back during this text.
+        rollbacks: number of times that a `ttt.Guard` rolled the layers, or a user, back during this text.
         strength: the factor by which a `ttt.Guard` multiplies the protection after this text; 1 without a guard.
         rejected_users: the number of rejected chunks of each user who had any.
+        rolled_back_users: how often each user's guard rolled them back, of those who were.
     """
 
     nll: Tensor
@@ -38,6 +38,7 @@ class ObserveOutput:
     rollbacks: int = 0
     strength: float = 1.0
     rejected_users: dict[str, int] = dataclasses.field(default_factory=dict)
+    rolled_back_users: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def bits(self) -> float:
@@ -106,12 +107,3 @@ def read(
 ) -> Tensor:
     """All of `read_in_steps` at once: (B, T - 1) float32."""
     return finish(read_in_steps(text, strategy, chunk, context, after, start))
-
-
-def finish(steps: Generator[None, None, R]) -> R:
-    """Take all ``steps``, and return what the generator returns."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as done:
-            return done.value

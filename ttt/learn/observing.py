@@ -35,8 +35,8 @@ def observe(
         for _ in range(passes - 1):
             read(text, strategy, config.chunk, learner.context)
         output = strategy.output(nll)
-        if learn and learner.episodes is not None:
-            learner.episodes.keep(text, users, output, learner.context)
+        if learn:
+            _log(learner, text, users, output)
         return output
 
 
@@ -63,7 +63,18 @@ def observe_in_steps(
                 nll, chunks, passes = done.value if nll is None else nll, None, passes - 1
                 if not passes:
                     output = strategy.output(nll)
-                    if learner.episodes is not None:
-                        learner.episodes.keep(text, users, output, learner.context)
+                    _log(learner, text, users, output)
                     return output
         yield
+
+
+def _log(learner: Learner, text: Text, users: Sequence[str | None] | None, output: ObserveOutput) -> None:
+    """Put what was learnt into the learner's log, if it has one, and let its guards know."""
+    if learner.episodes is None:
+        return
+    learner.episodes.keep(text, users, output, learner.context)
+    if learner.guard is not None:
+        learner.guard.logged()
+    elif learner.pool is not None and learner.pool.companion is not None:
+        for user in {user for user in users or () if user is not None}:
+            learner.pool.companion.logged(user)

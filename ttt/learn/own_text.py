@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ttt.learn.draw import draw_tokens
 from ttt.learn.huggingface import cache_of, cached
-from ttt.learn.loop import finish
+from ttt.steps import finish
 
 TOPICS = (
     "the history of Rome", "how plants grow", "cooking pasta", "the solar system", "computer programming", "music",
@@ -22,8 +22,8 @@ TOPICS = (
 SEQUENCES, LENGTH, _BATCH = 16, 256, 4
 
 
-def own_text(model: Any, tokenizer: Any = None, *, context: int, seed: int) -> Iterator[Tensor]:
-    """Batches of text drawn from ``model``: 16 sequences of 256 tokens, in batches of 4.
+def own_text(model: Any, tokenizer: Any = None, *, context: int, seed: int, length: int = LENGTH) -> Iterator[Tensor]:
+    """Batches of text drawn from ``model``: 16 sequences of ``length`` tokens, in batches of 4.
 
     Tokens are drawn from the model's whole distribution (temperature 1), so that the text has the variety of what the
     model was trained on. It is written without regard to tokens that end a text.
@@ -34,6 +34,7 @@ def own_text(model: Any, tokenizer: Any = None, *, context: int, seed: int) -> I
             tokenizer without a template: each begins with the model's token for the beginning of a text.
         context: bound on the length.
         seed: of the draws.
+        length: tokens of a sequence, with what it begins with.
 
     Raises:
         ValueError: if there is neither a chat template nor a token to begin with.
@@ -46,7 +47,7 @@ def own_text(model: Any, tokenizer: Any = None, *, context: int, seed: int) -> I
     rows = [prompts[row % len(prompts)] for row in range(SEQUENCES)]
     shortest = min(map(len, rows))
     ids = torch.tensor([row[-shortest:] for row in rows], device=device)
-    written = finish(written_in_steps(model, ids[:, : context - 1], min(LENGTH, context), generator))
+    written = finish(written_in_steps(model, ids[:, : context - 1], min(length, context), generator))
     yield from written.split(_BATCH)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -76,6 +77,7 @@ class PerUserWeights:
         self.cache: Any = None
         self.learned = dict.fromkeys(self.users, 0)
         self.rejected = dict.fromkeys(self.users, 0)
+        self.rolled_back: Counter[str] = Counter()
 
     @property
     def head_mass(self) -> float:
@@ -99,14 +101,17 @@ class PerUserWeights:
             for user in self._count(self._learn(captured, columns, scores.nll.detach()), columns):
                 _blank(self.cache, self.slots == self.pool.slot(user))
             if self.pool.companion is not None:
-                self.pool.companion.check_due()
+                self.rolled_back.update(self.pool.companion.check_due())
         return scores.nll, True
 
     def output(self, nll: Tensor) -> ObserveOutput:
         """What was found, with the scores ``nll`` (B, T - 1)."""
         rejected = {user: count for user, count in self.rejected.items() if count}
         learned = sum(self.learned.values())
-        return ObserveOutput(nll, self.text.scored, learned, sum(rejected.values()), rejected_users=rejected)
+        return ObserveOutput(
+            nll, self.text.scored, learned, sum(rejected.values()), self.rolled_back.total(), rejected_users=rejected,
+            rolled_back_users=dict(self.rolled_back),
+        )  # fmt: skip
 
     def _learn(self, captured: list, columns: slice, nll: Tensor) -> Tensor:
         """Let users learn what the chunk in ``columns`` of the text left at the layers, with its scores ``nll`` (B, L).

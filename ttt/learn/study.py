@@ -179,7 +179,7 @@ class _Study:
         self._began_at: tuple[int, ...] = ()
 
     def steps(self) -> Generator[None, None, StudyOutput]:
-        pool, user = self.learner.pool, self.user
+        learner, pool, user = self.learner, self.learner.pool, self.user
         if pool is not None and user not in pool.users and pool.on_miss is None:
             return StudyOutput(0, [])  # who said nothing takes nobody's slot
         with self._using_model():
@@ -187,10 +187,10 @@ class _Study:
             self._check_episodes(new)
             if not new:
                 return StudyOutput(0, [])
-            layers = self.learner.access.layers
-            self.blocks = KnownBlocks(self.learner.model, layers, self.learner.head.head)
+            layers = learner.access.layers
+            self.blocks = KnownBlocks(learner.model, layers, learner.head.head)
             with self._reading(user, 1):
-                self.blocks.check(new[0].ids.to(next(self.learner.model.parameters()).device))
+                self.blocks.check(new[0].ids.to(next(learner.model.parameters()).device))
             self.changes = [Change(layer) for layer in layers]
             self._began_at = self._position()
         texts = (yield from self._own_texts()) if self.options.rehearse else None
@@ -202,7 +202,11 @@ class _Study:
             if not all(change.fits() for change in self.changes):
                 raise FloatingPointError("the study made weights that are not finite; nothing was changed")
             _check(losses[0], after, self.options.lr)
+            guard: Any = learner.guard if pool is None else pool.companion
+            drift = None if guard is None else guard.require_within(user)
             self._write(states)
+            if guard is not None:
+                guard.settle(user, drift)
         return StudyOutput(len(new), losses, after, self.moved)
 
     @contextlib.contextmanager

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from ttt.checks import check_token_ids, check_type
+from ttt.nn.low_rank import PER_ROW
 from ttt.per_user.pacing import GuardSettings, clipped, pace
-from ttt.per_user.pool import State, pool_of
+from ttt.per_user.pool import pool_of
+from ttt.per_user.user_state import GUARDS, State
+from ttt.steps import finish
 
+_MOST_CHECKS = 10_000  # that are kept in the history
 _PROGRESS = ("strength", "level", "tokens", "since")
 
 
@@ -43,7 +47,8 @@ class _Guarded:
     level: float  # running level of the loss on the user's own tokens, nats per token
     tokens: int
     since: int  # tokens learnt since the last check
-    good: State  # the layers' state at the last check within the threshold
+    good: State  # weights, and log of what they learnt, at the last check within the threshold
+    good_at: int = 0  # value of tokens then
 
 
 class UserGuards(GuardSettings):
@@ -59,10 +64,11 @@ class UserGuards(GuardSettings):
         s <- min(cap, max(1, s strengthen^e))        e = min(1/2, max(-1/16, drift / threshold - 1))
 
     If the drift is above ``bound``, e is 1/2, and the user's weights are rolled back to those of the last check within
-    ``threshold``, bit for bit. When the user's slot is compressed, the penalty is s times the configured one, and so is
-    the strength of replay, up to 1. If neither is configured, ``lr`` is divided by s instead. s begins at
-    strengthen^(3/2). The steps of a user's chunk with the mean loss l are multiplied by min(1, (surprise L / l)^4),
-    where L is the running level of that user's loss.
+    ``threshold``, bit for bit, and so is the log of what the user said, if there is one (`ttt.EpisodeLog`). A study
+    that would take the drift above ``bound`` is refused. When the user's slot is compressed, the penalty is s times the
+    configured one, and so is the strength of replay, up to 1. If neither is configured, ``lr`` is divided by s instead.
+    s begins at strengthen^(3/2). The steps of a user's chunk with the mean loss l are multiplied by
+    min(1, (surprise L / l)^4), where L is the running level of that user's loss.
 
     What a guard does to a user depends on that user's own tokens only. A user is checked before being evicted. Strength
     and level are part of the state that `ttt.Pool.export` returns, as ``"ttt.guard.progress"``.
@@ -76,7 +82,7 @@ class UserGuards(GuardSettings):
             on them.
         threshold: drift at which the strength stays the same.
         bound: drift above which the weights are rolled back. Default: 1.5 ``threshold``.
-        every: number of tokens that a user learns between two checks.
+        every: number of tokens that a user learns between two checks; None to check where `check` is called only.
         strengthen: base of the power by which a check multiplies the strength.
         cap: largest strength.
         surprise: steps are made smaller at losses above ``surprise`` times the running level. Infinity: never.
@@ -85,11 +91,11 @@ class UserGuards(GuardSettings):
         ValueError: for a value out of range, or if the model has guards or users in slots already.
 
     Attributes:
-        history: list of `UserGuardCheck`, of the users who have a slot.
+        history: list of the newest `UserGuardCheck`, of the users who have a slot.
         reference: nats per token of the base model on the held-back inputs.
     """
 
-    prefix = "ttt.guard"
+    prefix = GUARDS
 
     def __init__(
         self,
@@ -98,7 +104,7 @@ class UserGuards(GuardSettings):
         *,
         threshold: float = 0.01,
         bound: float | None = None,
-        every: int = 2048,
+        every: int | None = 2048,
         strengthen: float = 4.0,
         cap: float = 256.0,
         surprise: float = 2.5,
@@ -178,7 +184,7 @@ class UserGuards(GuardSettings):
 
     def check_due(self) -> list[str]:
         """Check each user who has learnt ``every`` tokens since the last check; return those who were rolled back."""
-        due = [user for user, guarded in self._users.items() if guarded.since >= self.every]
+        due = [user for user, guarded in self._users.items() if self._is_due(guarded.since)]
         return [user for user in due if self.check(user).rolled_back]
 
     def check(self, user: str) -> UserGuardCheck:
@@ -187,16 +193,44 @@ class UserGuards(GuardSettings):
         Raises:
             KeyError: if ``user`` has no slot.
         """
-        drift, guarded = self.drift(user), self._users[user]
+        return finish(self.check_in_steps(user))
+
+    def check_in_steps(self, user: str) -> Generator[None, None, UserGuardCheck]:
+        """`check`, in steps of one batch: between them the model may be used for something else.
+
+        The user's weights must not be changed in between.
+        """
+        loss = yield from self._loss_in_steps(user)
+        return self.settle(user, loss / self.reference - 1)
+
+    def require_within(self, user: str) -> float:
+        """The drift with the weights that are in effect now, which a study has not written yet.
+
+        Raises:
+            GuardTripped: if it is above ``bound``. Nothing has changed then.
+            KeyError: if ``user`` has no slot.
+        """
+        return self._within(self.drift(user))
+
+    def settle(self, user: str, drift: float) -> UserGuardCheck:
+        """`check`, with a ``drift`` that was measured before."""
+        guarded = self._users[user]
         strength, past = self._next_strength(guarded.strength, drift)
         self._set(guarded, strength)
         if past:
-            self.pool.restore_layers(user, guarded.good)
+            self.pool.restore_learnt(user, guarded.good)
         elif drift <= self.threshold:
-            guarded.good = self.pool.copy_layers(user)
+            self._keep(user)
         guarded.since = 0
         self.history.append(UserGuardCheck(user, guarded.tokens, drift, guarded.strength, past))
+        del self.history[:-_MOST_CHECKS]
         return self.history[-1]
+
+    def logged(self, user: str) -> None:
+        """Take the log into the last good state, if that has all that ``user`` has learnt: a check may come before."""
+        guarded = self._users[user]
+        if guarded.good_at == guarded.tokens:
+            guarded.good |= self.pool.copy_log(user)
 
     # -- called by the pool -----------------------------------------------------------------------------------
 
@@ -241,11 +275,14 @@ class UserGuards(GuardSettings):
         guarded = _Guarded(slot, 1.0, level, int(tokens), int(since), {})
         self._users[user] = guarded
         self._set(guarded, strength)
-        guarded.good = self.pool.copy_layers(user)
+        self._keep(user)
         learnt = any(int(layer.rows[slot]) for layer in self.pool.layers.values())
         if learnt and (numbers is None or since) and not self.drift(user) <= self.bound:
+            guarded.good_at = -1
             guarded.good = {
-                name: t[:0] if name.endswith((".a", ".b")) else torch.zeros_like(t) for name, t in guarded.good.items()
+                f"{name}.{key}": t[:0] if key in PER_ROW else torch.zeros_like(t)
+                for name, layer in self.pool.layers.items()
+                for key, t in layer.slot_state(slot).items()
             }
 
     def forget(self, user: str) -> None:
@@ -258,17 +295,29 @@ class UserGuards(GuardSettings):
 
     # -- inner ------------------------------------------------------------------------------------------------
 
+    def _keep(self, user: str) -> None:
+        """Make the present state of ``user`` the good one."""
+        guarded = self._users[user]
+        guarded.good, guarded.good_at = self.pool.copy_learnt(user), guarded.tokens
+
     def _set(self, guarded: _Guarded, strength: float) -> None:
         guarded.strength = clipped(strength, self.cap)
         for layer in self.pool.layers.values():
-            layer.strengths[guarded.slot] = guarded.strength
+            if guarded.strength == 1.0:
+                layer.strengths.pop(guarded.slot, None)
+            else:
+                layer.strengths[guarded.slot] = guarded.strength
 
-    @torch.no_grad()
     def _loss(self, user: str | None) -> float:
         """Mean nats per token on the held-back inputs, with the weights of ``user``; None: of the base model."""
+        return finish(self._loss_in_steps(user))
+
+    def _loss_in_steps(self, user: str | None) -> Generator[None, None, float]:
         total, count = 0.0, 0
-        for ids in self.batches:
-            with self.pool.reading(user, len(ids)):
+        for at, ids in enumerate(self.batches):
+            if at:
+                yield
+            with torch.no_grad(), self.pool.reading(user, len(ids)):
                 logits = self.model(input_ids=ids).logits[:, :-1].float()
             total += float(nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
             count += ids[:, 1:].numel()

@@ -11,6 +11,18 @@ _LEVEL_TOKENS = 65536  # time constant of the running level of the loss
 _RISE, _FALL = 1 / 2, 1 / 16  # largest steps of the exponent: protection is raised soon and lowered late
 
 
+class GuardTripped(RuntimeError):
+    """A guard did not let a change of weights be written, as the drift would be above its ``bound``.
+
+    Attributes:
+        drift: loss on the held-back inputs divided by the frozen model's loss on them, minus 1.
+    """
+
+    def __init__(self, message: str, drift: float) -> None:
+        super().__init__(message)
+        self.drift = drift
+
+
 class GuardSettings:
     """The settings that guards share, with their checks; `ttt.Guard` says what each one does.
 
@@ -19,14 +31,28 @@ class GuardSettings:
     """
 
     def __init__(
-        self, threshold: float, bound: float | None, every: int, strengthen: float, cap: float, surprise: float
+        self, threshold: float, bound: float | None, every: int | None, strengthen: float, cap: float, surprise: float
     ) -> None:
         self.threshold = check_number("threshold", threshold, 0.0, above=True)
         self.bound = check_number("bound", 1.5 * threshold if bound is None else bound, threshold)
-        self.every = check_whole("every", every, 1)
+        self.every = None if every is None else check_whole("every", every, 1)
         self.strengthen = check_number("strengthen", strengthen, 1.0, above=True)
         self.cap = check_number("cap", cap, 1.0)
         self.surprise = check_number("surprise", surprise, 1.0, above=True)
+
+    def _is_due(self, tokens: int) -> bool:
+        """Whether so many ``tokens``, learnt since the last check, ask for one."""
+        return self.every is not None and tokens >= self.every
+
+    def _within(self, drift: float) -> float:
+        """``drift``; raises GuardTripped if it is above ``bound``, as NaN is."""
+        if not drift <= self.bound:
+            raise GuardTripped(
+                f"the guard's held-back text would have a loss {drift:.2%} above the frozen model's, and "
+                f"{self.bound:.2%} is allowed; nothing was changed",
+                drift,
+            )
+        return drift
 
     def _next_strength(self, strength: float, drift: float) -> tuple[float, bool]:
         """The strength after a check that found ``drift``, and whether the drift is above ``bound`` (NaN counts):

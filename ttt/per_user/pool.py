@@ -16,7 +16,7 @@ from ttt.nn.routing import Routing
 from ttt.per_user.generation import attach_generation, detach_generation
 from ttt.per_user.names import check_user, check_user_list
 from ttt.per_user.turn import Turn
-from ttt.per_user.user_state import Companion, State, UserState
+from ttt.per_user.user_state import GUARDS, Companion, State, UserState
 from ttt.signals import SignalsDeferred
 
 _POOL = "_ttt_pool"  # attribute of the model, beside its modules and parameters
@@ -157,11 +157,13 @@ class Pool:
         with self.one_thread():
             state = self._export_layers(user)
             for kept in self._kept:
-                state |= {f"{kept.prefix}.{key}": t for key, t in kept.export(user).items()}
+                state |= self._export_kept(user, kept)
             return state
 
     def load(self, user: str, state: State) -> int:
         """Give ``user`` a slot with a ``state`` that `export` returned, bit for bit; ``on_miss`` is not called.
+
+        What guards have counted of the user is dropped where the model has none.
 
         Returns:
             The slot.
@@ -180,16 +182,23 @@ class Pool:
             self._slot.move_to_end(user)
             return self._slot[user]
 
-    def restore_layers(self, user: str, state: State) -> None:
-        """Write a state that `copy_layers` returned into the slot of ``user``; nothing else changes."""
+    def restore_learnt(self, user: str, state: State) -> None:
+        """Put back a state that `copy_learnt` returned; nothing else of ``user`` changes."""
         with self.one_thread(), SignalsDeferred():
             for name, layer in self.layers.items():
                 layer.load_slot(self.slot(user), _part(state, name))
+            if self.episodes is not None:
+                self.episodes.load(user, _part(state, self.episodes.prefix))
 
-    def copy_layers(self, user: str) -> State:
-        """A copy of what the layers hold for ``user``: `export` without what is kept beside them."""
+    def copy_learnt(self, user: str) -> State:
+        """A copy of what the layers hold for ``user``, and of the log of what they learnt it from."""
         with self.one_thread():
-            return self._export_layers(user)
+            return self._export_layers(user) | self._export_kept(user, self.episodes)
+
+    def copy_log(self, user: str) -> State:
+        """Of `copy_learnt`, the part that is the log's."""
+        with self.one_thread():
+            return self._export_kept(user, self.episodes)
 
     def lost(self, user: str) -> dict[str, float]:
         """By layer: a bound on the Frobenius norm of what compression dropped of the user's weights so far."""
@@ -279,8 +288,8 @@ class Pool:
 
     @property
     def _kept(self) -> list[UserState]:
-        """What keeps state of users beside the layers."""
-        return [kept for kept in (self.companion, self.episodes) if kept is not None]
+        """What keeps state of users beside the layers: first the log, which guards copy when a user is loaded."""
+        return [kept for kept in (self.episodes, self.companion) if kept is not None]
 
     @contextlib.contextmanager
     def _routed(self, slots: list[int]) -> Iterator[Tensor]:
@@ -317,18 +326,21 @@ class Pool:
             raise TypeError(f"the state of user {user!r} must be a dict of tensors by name, got {type(state).__name__}")
         prefixes = [*self.layers, *(kept.prefix for kept in self._kept)]
         names = {f"{prefix}.{key}" for prefix in prefixes for key in _part(state, prefix)}
-        if names != set(state):
-            other = sorted(set(state) - names)
+        other = {name for name in set(state) - names if self.companion is not None or not name.startswith(f"{GUARDS}.")}
+        if other:
             hint = (
                 ""
                 if not any(name.startswith("episodes.") for name in other)
                 else ("; what the user said is loaded by a ttt.Learner(model, episodes=ttt.EpisodeLog())")
             )
-            raise ValueError(f"the state of user {user!r} has tensors of other layers: {other}{hint}")
+            raise ValueError(f"the state of user {user!r} has tensors of other layers: {sorted(other)}{hint}")
         for name, layer in self.layers.items():
             layer.check_slot_state(_part(state, name))
         for kept in self._kept:
             kept.check_state(_part(state, kept.prefix))
+
+    def _export_kept(self, user: str, kept: UserState | None) -> State:
+        return {} if kept is None else {f"{kept.prefix}.{key}": t for key, t in kept.export(user).items()}
 
     def _export_layers(self, user: str) -> State:
         slot = self.slot(user)

@@ -8,6 +8,8 @@ from typing import Protocol
 from torch import Tensor
 
 State = dict[str, Tensor]
+GUARDS = "ttt.guard"
+"""``prefix`` of `ttt.per_user.guards.UserGuards`."""
 
 
 class UserState(Protocol):
@@ -42,4 +44,13 @@ class Companion(UserState, Protocol):
         """A function that undoes later calls of `pace`, for a chunk that could not be learnt."""
 
     def check_due(self) -> list[str]:
-        """Called after each chunk that users have learnt from; may change their weights."""
+        """Called after each chunk that users have learnt from; may roll users back, and returns them."""
+
+    def logged(self, user: str) -> None:
+        """Called when a text that ``user`` has just learnt was put into the log."""
+
+    def require_within(self, user: str) -> float:
+        """Called with changed weights that are in effect and not yet written. See `UserGuards.require_within`."""
+
+    def settle(self, user: str, drift: float) -> object:
+        """Called when they are written, with what `require_within` returned."""

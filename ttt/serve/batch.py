@@ -12,83 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt.serve.errors import RequestError, ServerFailure, as_request_error
+from ttt.serve.errors import ServerFailure, as_request_error
+from ttt.serve.request import Piece, Request
 from ttt.serve.row_cache import RowCache
-from ttt.serve.sampling import Sampling, TokenScore, draw, scored
+from ttt.serve.sampling import TokenScore, draw, scored
 from ttt.serve.state_rows import StateRows
-from ttt.serve.teaching import Lesson
 from ttt.serve.text_stream import TextStream
 
 log = logging.getLogger("ttt.serve")
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """Text that a sequence has grown by, with its tokens; text may come later than its tokens.
-
-    Attributes:
-        index: of the sequence among the request's.
-        text: to be added.
-        tokens: with their log probabilities, if the request asks for them; empty otherwise.
-        finish: why the sequence has ended, "stop" or "length"; None if it goes on.
-        count: number of tokens so far.
-    """
-
-    index: int
-    text: str
-    tokens: tuple[TokenScore, ...]
-    finish: str | None
-    count: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """The end of a request that was served.
-
-    Attributes:
-        prompt_tokens, completion_tokens: numbers of tokens read and generated.
-        updates, version: of the user's `Session` at the end; None without a user.
-        learning: "off", "queued", "stored", or "refused: WHY".
-    """
-
-    prompt_tokens: int
-    completion_tokens: int
-    updates: int | None = None
-    version: int | None = None
-    learning: str = "off"
-
-
-@dataclasses.dataclass(eq=False)
-class Request:
-    """Text to be continued, with the weights of a user.
-
-    Attributes:
-        user: whose weights are used; None for the base model's.
-        prompt: tokens, at least one.
-        sampling: how to go on; ``max_tokens`` 0 only reads.
-        deliver: called in the engine's thread with each `Piece`, and at the end with an `Outcome` or a `RequestError`.
-        n: number of continuations.
-        lesson: what to learn after the last one has ended; None for nothing.
-        wait: whether the outcome is to come when the lesson is stored, instead of at the end of the text.
-        score_prompt: whether to give the log probabilities of the prompt's tokens to ``on_prompt``.
-        on_prompt: called in the engine's thread with them; the first token has none.
-        cancelled: set by anyone, from any thread: the request ends without an outcome, and teaches nothing.
-    """
-
-    user: str | None
-    prompt: list[int]
-    sampling: Sampling
-    deliver: Callable[[Piece | Outcome | RequestError], None]
-    n: int = 1
-    lesson: Lesson | None = None
-    wait: bool = False
-    score_prompt: bool = False
-    on_prompt: Callable[[list[TokenScore]], None] | None = None
-    cancelled: bool = False
-    arrival: int = 0
-    generated: int = 0
-    running: int = 0
-    failed: bool = False
 
 
 @dataclasses.dataclass(eq=False)
@@ -108,13 +39,14 @@ class _Sequence:
 class Batch:
     """The sequences that are being generated.
 
-    The first rows of the cache hold those that are decoded, in the order of ``decoding``; one more may be reading its
-    prompt, in the row after them, a part at each step.
+    The first rows of the cache hold those that are decoded, in the order of ``decoding``; those of ``reading`` stand in
+    the rows after them. One of them reads its prompt, a part at each step, or several read short prompts together, in
+    one step.
 
     Args:
         cache: keeps what the sequences have read, a row for each, and computes with their users' weights or states.
         tokenizer: of the cache's model.
-        prefill: tokens of a prompt that are read in one step, at most.
+        prefill: tokens that are read in one step, at most, padding included.
         ended: called with a request whose last sequence has ended, or which failed or was cancelled.
     """
 
@@ -128,7 +60,7 @@ class Batch:
     ) -> None:
         self.cache, self.tokenizer, self.prefill, self.ended = cache, tokenizer, prefill, ended
         self.decoding: list[_Sequence] = []
-        self.reading: _Sequence | None = None
+        self.reading: list[_Sequence] = []
         self._scores: list[TokenScore] = []  # of the prompt that is read
         self._ends = _end_tokens(cache.model, tokenizer)
         self._last_only = "logits_to_keep" in inspect.signature(type(cache.model).forward).parameters
@@ -136,25 +68,34 @@ class Batch:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not self.decoding and self.reading is None
+        return not self.decoding and not self.reading
 
     @property
     def requests(self) -> list[Request]:
         """The requests that have sequences here."""
-        sequences = [*self.decoding, *([] if self.reading is None else [self.reading])]
-        return list(dict.fromkeys(sequence.request for sequence in sequences))
+        return list(dict.fromkeys(sequence.request for sequence in [*self.decoding, *self.reading]))
 
     def fits(self, request: Request) -> bool:
         """Whether ``request`` can begin now."""
-        return self.reading is None and len(self.decoding) + request.n <= self.cache.rows
+        if not self.reading:
+            return len(self.decoding) + request.n <= self.cache.rows
+        together = [*(sequence.request for sequence in self.reading), request]
+        longest = max(len(each.prompt) for each in together)
+        return (
+            self.cache.pads
+            and len(self.decoding) + len(together) <= self.cache.rows
+            and len(together) * longest <= self.prefill
+            and all(each.n == 1 and not each.score_prompt for each in together)
+            and not any(sequence.held for sequence in self.reading)
+        )
 
     def begin(self, request: Request) -> None:
         """Let the next steps read the prompt of ``request``; the batch must have room for it (`fits`)."""
         assert self.fits(request)
         request.running = request.n
-        row = len(self.decoding)
+        row = len(self.decoding) + len(self.reading)
         self.cache.begin(row, request.user)
-        self.reading = self._sequence(request, 0, list(request.prompt), row)
+        self.reading.append(self._sequence(request, 0, list(request.prompt), row))
         self._scores = []
 
     def _sequence(self, request: Request, index: int, ids: list[int], row: int) -> _Sequence:
@@ -167,14 +108,15 @@ class Batch:
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def read_step(self) -> int:
-        """Read a part of the prompt of the sequence that has just begun; how many tokens were read."""
-        sequence = self.reading
-        if sequence is None:
+        """Read a part of the prompt that has just begun, or all of several prompts: how many tokens were read."""
+        for sequence in [each for each in self.reading if each.request.cancelled]:
+            self._leave_reading(sequence)
+        if not self.reading:
             return 0
+        return self._read_part(self.reading[0]) if len(self.reading) == 1 else self._read_together()
+
+    def _read_part(self, sequence: _Sequence) -> int:
         request, start = sequence.request, sequence.held
-        if request.cancelled:
-            self._leave_reading()
-            return 0
         part = request.prompt[start : start + self.prefill]
         last = start + len(part) == len(request.prompt)
         try:
@@ -190,10 +132,39 @@ class Batch:
             self._fail_reading(sequence, error)
         return len(part)
 
+    def _read_together(self) -> int:
+        """Read the whole prompts of ``reading``, padded to the same length."""
+        sequences = list(self.reading)
+        prompts = [sequence.request.prompt for sequence in sequences]
+        longest, last = max(map(len, prompts)), torch.tensor([len(prompt) - 1 for prompt in prompts])
+        padded = [[*prompt, *prompt[-1:] * (longest - len(prompt))] for prompt in prompts]
+        ids = torch.tensor(padded, device=self.cache.device)
+        try:
+            ends, at = last.unique(return_inverse=True)  # the head computes these columns of each row
+            options = {"logits_to_keep": ends.to(ids.device)} if self._last_only else {}
+            with torch.no_grad():
+                users = [sequence.request.user for sequence in sequences]
+                logits = self.cache.run(users, ids, sequences[0].row, torch.zeros_like(last), **options)
+            logits = logits[torch.arange(len(last)), at if self._last_only else last].float().cpu()
+        except Exception as error:
+            for sequence in sequences:
+                self._fail_reading(sequence, error)
+            return 0
+        for sequence in sequences:  # all of them before one leaves, which moves the rows of others
+            sequence.held = len(sequence.request.prompt)
+        for sequence, row in zip(sequences, logits, strict=True):
+            try:
+                if not bool(torch.isfinite(row).all()):
+                    raise ServerFailure("the model computed something that is not finite for this request")
+                self._begin_decoding(sequence, row)
+            except Exception as error:
+                self._fail_reading(sequence, error)
+        return sum(map(len, prompts))
+
     def _fail_reading(self, sequence: _Sequence, error: Exception) -> None:
-        if self.reading is sequence:
+        if sequence in self.reading:
             _fail(sequence.request, error)
-            self._leave_reading()
+            self._leave_reading(sequence)
         else:  # it had begun to be decoded
             _fail(sequence.request, error)
             for each in [each for each in self.decoding if each.request is sequence.request]:
@@ -204,7 +175,7 @@ class Batch:
         request = sequence.request
         if request.score_prompt and request.on_prompt is not None:
             request.on_prompt(self._scores)
-        self.reading = None
+        self.reading.remove(sequence)
         self.decoding.append(sequence)
         for index in range(1, request.n):
             other = self._sequence(request, index, list(request.prompt), len(self.decoding))
@@ -298,19 +269,23 @@ class Batch:
             last.row = sequence.row
         else:
             self.cache.clear(last.row)
-        if self.reading is not None:
-            row = len(self.decoding)
-            self.cache.copy(self.reading.row, row, self.reading.held)
-            self.cache.clear(self.reading.row)
-            self.reading.row = row
+        self._close_up(self.reading)
         self._count_down(sequence.request)
 
-    def _leave_reading(self) -> None:
-        assert self.reading is not None
-        request, self.reading = self.reading.request, None
-        self.cache.clear(len(self.decoding))
-        request.running = 1
-        self._count_down(request)
+    def _leave_reading(self, sequence: _Sequence) -> None:
+        at = self.reading.index(sequence)
+        self.reading.remove(sequence)
+        self.cache.clear(sequence.row)
+        self._close_up(self.reading[at:])
+        sequence.request.running = 1
+        self._count_down(sequence.request)
+
+    def _close_up(self, sequences: list[_Sequence]) -> None:
+        """Move each of ``sequences``, whose rows follow a free one, to the row before its own."""
+        for sequence in sequences:
+            self.cache.copy(sequence.row, sequence.row - 1, sequence.held)
+            self.cache.clear(sequence.row)
+            sequence.row -= 1
 
     def _count_down(self, request: Request) -> None:
         request.running -= 1
@@ -319,8 +294,8 @@ class Batch:
 
     def fail_all(self, error: Exception) -> None:
         """End all requests with ``error``."""
-        if self.reading is not None:
-            self._fail_reading(self.reading, error)
+        while self.reading:
+            self._fail_reading(self.reading[-1], error)
         while self.decoding:
             _fail(self.decoding[-1].request, error)
             self._leave(self.decoding[-1])

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from ttt.files import write_atomically
 from ttt.per_user.pool import Pool
 
+HELD_BACK = (8, 32)
+"""Texts, and tokens of each, on which a guard measures: 256 tokens to be read after each lesson."""
 SHARED = ("importance_m", "importance_n", "memory", "seen", "basis", "output_basis", "calibrated")
 """Buffers of `ttt.nn.LowRankLinear` that `ttt.Learner.calibrate` fills."""
 
@@ -72,6 +75,37 @@ def calibrate_once(pool: Pool, file: Path, measure: Callable[[], None]) -> bool:
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} must be a calibration, but cannot be read ({error}); remove it") from None
     return False
+
+
+def held_back_once(pool: Pool, calibration: Path, write: Callable[[], Iterable[Tensor]]) -> list[Tensor]:
+    """Text that the users' guards measure on, from a file beside that of the ``calibration``.
+
+    Args:
+        pool: of the model's users.
+        calibration: the file of `calibrate_once`.
+        write: texts of the base model, (B, T) int64 each; the last `HELD_BACK` tokens of a few are kept. Called where
+            there is no file.
+
+    Returns:
+        (B, T) int64 each.
+
+    Raises:
+        ValueError: as `calibrate_once`.
+    """
+    file, digest = calibration.with_name(f"{calibration.stem}-guard{calibration.suffix}"), _digest(pool)
+    if not file.exists():
+        rows, length = HELD_BACK
+        ids = torch.cat(list(write()))[:rows, -length:].cpu().contiguous()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, safetensors.torch.save({"ids": ids}, {"digest": digest}))
+    try:
+        with safetensors.safe_open(file, "pt") as held:
+            if (held.metadata() or {}).get("digest") != digest:
+                raise ValueError(f"{file} must be the guard's text of this model and configuration, not of another")
+            device = next(iter(pool.layers.values())).rows.device
+            return list(held.get_tensor("ids").to(device).split(4))
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} must be a guard's text, but cannot be read ({error}); remove it") from None
 
 
 def _digest(pool: Pool) -> str:

@@ -65,6 +65,12 @@ class Conflict(RequestError):
     status, type, code = 409, "conflict_error", "conflict"
 
 
+class Tripped(Conflict):
+    """The user's guard did not let a change of the weights stand."""
+
+    code = "guard"
+
+
 class TooLarge(RequestError):
     """The body is larger than allowed."""
 

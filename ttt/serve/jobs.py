@@ -19,7 +19,8 @@ from ttt.conversation import Telling
 from ttt.learn.learner import Learner
 from ttt.learn.study import StudyOutput
 from ttt.nn.budget import low_rank_square
-from ttt.serve.errors import Conflict, ServerFailure, Unavailable
+from ttt.per_user.pacing import GuardTripped
+from ttt.serve.errors import Conflict, ServerFailure, Tripped, Unavailable
 from ttt.serve.session import State, settle
 from ttt.serve.sessions import Sessions
 from ttt.serve.state_reader import StateReader
@@ -43,6 +44,7 @@ class Job:
         counted: whether it takes one of the places for what waits.
         yields_to_requests: give up when a request of the user comes in.
         tokens: number of tokens that are to be learnt.
+        cost: number of tokens that are to be read for that, with context, in all passes.
         seconds: how long its steps have taken so far.
         value, error: as ``result``, whether or not that was cancelled.
         running, waits_for, until: the generator, the future that it waits for, and until when.
@@ -56,6 +58,7 @@ class Job:
     counted: bool = True
     yields_to_requests: bool = False
     tokens: int = 0
+    cost: int = 0
     arrival: int = 0
     seconds: float = 0.0
     value: Any = None
@@ -138,7 +141,7 @@ def learn(learner: Learner, sessions: Sessions, user: str, lesson: Lesson, telli
     """Learn ``lesson``, read as ``telling`` says; returns `Learnt`. All of it, or nothing.
 
     Raises:
-        Conflict: if this server cannot write for the user.
+        Conflict: if this server cannot write for the user. Tripped: if the user's guard does not let it stand.
     """
     yield from _room(sessions, user)
     sessions.require_writable(user)
@@ -147,9 +150,26 @@ def learn(learner: Learner, sessions: Sessions, user: str, lesson: Lesson, telli
         output = yield from learner.observe_in_steps(ids, learn_mask=mask, users=[user], **telling.options)
         if output.rejected:
             raise ServerFailure("nothing was learnt: a loss or gradient was not finite")
+        yield from _guarded(learner, sessions, user)
         stored = sessions.learnt(user, lesson.tokens)
     nll = float(output.nll[mask[:, 1:]].double().mean())
     return Learnt(lesson.tokens, nll, sessions.use(user).updates, stored)
+
+
+def _guarded(learner: Learner, sessions: Sessions, user: str) -> Steps:
+    """Let the user's guard, if there are guards, look at what was just learnt. Raises Tripped if it is too much."""
+    guards = learner.user_guards
+    if guards is None:
+        return
+    yield None
+    check = yield from guards.check_in_steps(user)
+    if check.rolled_back:
+        raise Tripped(
+            f"nothing was learnt: with it the loss on the guard's held-back text would be {check.drift:.2%} above the "
+            f"base model's, and {guards.bound:.2%} is allowed; go back to an earlier version, or forget the user, if "
+            "every lesson is refused"
+        )
+    sessions.use(user).drift = check.drift
 
 
 def read(reader: StateReader, sessions: Sessions, user: str, lesson: Lesson) -> Steps:
@@ -178,6 +198,10 @@ def study(learner: Learner, sessions: Sessions, user: str, **options: Any) -> St
             output: StudyOutput = yield from learner.study_in_steps(user, **options)
         except FloatingPointError as error:
             raise Conflict(str(error), code="study_failed") from error
+        except GuardTripped as error:
+            raise Tripped(f"the study was undone: {error}") from error
+        if output.episodes and learner.user_guards is not None:
+            sessions.use(user).drift = learner.user_guards.history[-1].drift
         return output, sessions.learnt(user, 0) if output.episodes else None
 
 

@@ -15,7 +15,8 @@ class Limits:
         rows: largest number of sequences that are generated at a time.
         waiting: largest number of requests, and of jobs on users' weights, that wait.
         waiting_per_user: largest number of them of one user; 0 for half of ``waiting``, but at least 1.
-        learning_tokens: largest number of tokens that wait to be learnt. A single lesson may have more.
+        learning_tokens: largest number of tokens that are to be read, to learn from them, with context, in all passes.
+            A single lesson may have more.
         context: largest number of tokens of a sequence, prompt and continuation.
         prefill: tokens of a prompt that are read between two steps of the others.
         learning_share: the part of the time, above 0 and at most 1, that work on users' weights may take while answers
@@ -26,7 +27,7 @@ class Limits:
     rows: int = 8
     waiting: int = 128
     waiting_per_user: int = 0
-    learning_tokens: int = 16_384
+    learning_tokens: int = 32_768
     context: int = 2048
     prefill: int = 128
     learning_share: float = 0.5

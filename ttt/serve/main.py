@@ -6,22 +6,27 @@ import dataclasses
 import ipaddress
 import json
 import logging
+import math
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import typer
-from torch import nn
+from torch import Tensor, nn
 
 import ttt
+from ttt.checks import check_number
 from ttt.conversation import CONVERSATION, Telling
 from ttt.demo.language_model import load
+from ttt.learn.own_text import own_text
+from ttt.per_user.guards import UserGuards
 from ttt.sequence_models import TTTSequenceForCausalLM
-from ttt.serve.calibration import calibrate_once, default_file, weights_name
+from ttt.serve.calibration import HELD_BACK, calibrate_once, default_file, held_back_once, weights_name
 from ttt.serve.collector import Collector
 from ttt.serve.errors import RequestError
 from ttt.serve.keys import Keys, NoKeys
@@ -58,7 +63,7 @@ class ServeOptions:
     emphasis: float | None = None
     rows: int = 8
     waiting: int = 128
-    learning_tokens: int = 16_384
+    learning_tokens: int = 32_768
     context: int = 2048
     learning_share: float = 0.5
     study_after: float = 30.0
@@ -72,6 +77,7 @@ class ServeOptions:
     largest_body: int = 1 << 20
     drain_seconds: float = 30.0
     calibration: Path | None = None
+    guard: float | None = None
     telemetry: bool = False
 
 
@@ -118,7 +124,7 @@ def build_users(options: ServeOptions, say: Any = lambda text: None) -> tuple[tt
     model, tokenizer = load(options.model)
     model = model.to(DTYPES[options.dtype])
     if isinstance(model, TTTSequenceForCausalLM):
-        for name in ("lr", "passes", "emphasis", "calibration"):
+        for name in ("lr", "passes", "emphasis", "calibration", "guard"):
             if (value := getattr(options, name)) is not None:
                 raise ValueError(
                     f"{name} is for users with weights of their own; those of this model have states, got {value}"
@@ -129,7 +135,37 @@ def build_users(options: ServeOptions, say: Any = lambda text: None) -> tuple[tt
     file = options.calibration or default_file(learner.pool)
     say("measuring what the model must not forget, on text that it writes, if that was not done before")
     calibrate_once(learner.pool, file, lambda: learner.calibrate(tokenizer=tokenizer))
+    if options.guard is not None:
+        say("writing the text on which guards measure what users' weights forget, if that was not done before")
+        guard_users(learner, file, tokenizer, options.guard)
     return learner, tokenizer
+
+
+def guard_users(learner: ttt.Learner, calibration: Path, tokenizer: Any, bound: float) -> None:
+    """Give each user of ``learner`` a guard that only checks, after each lesson and study: it changes no step.
+
+    Args:
+        learner: calibrated, of a model none of whose users has a slot.
+        calibration: its file.
+        tokenizer: the model's.
+        bound: of the drift (`ttt.Guard`).
+
+    Raises:
+        ValueError: for a bound that is not above 0, and as `held_back_once`.
+    """
+    assert learner.pool is not None
+    check_number("guard", bound, 0.0, above=True)
+
+    def write() -> Iterable[Tensor]:
+        # Not the text of the calibration, on which protection makes the least to be forgotten.
+        seed, length = learner.config.seed + 1, 64 + HELD_BACK[1]
+        return own_text(learner.model, tokenizer, context=learner.context, seed=seed, length=length)
+
+    texts = held_back_once(learner.pool, calibration, write)
+    # Nothing but the bound: slower steps would cost what a user is told once, which has a large loss, the most.
+    learner.user_guards = UserGuards(
+        learner.model, texts, threshold=bound, bound=bound, every=None, cap=1.0, surprise=math.inf
+    )
 
 
 def build_learner(options: ServeOptions, say: Any = lambda text: None) -> tuple[ttt.Learner, Any]:

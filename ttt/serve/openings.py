@@ -83,6 +83,16 @@ class Openings:
         self.sessions.install(fetched)
         return True
 
+    def abandon(self, waits: UserQueue) -> None:
+        """Wait no longer for the state of the user of ``waits``; a lease that comes with it later is released."""
+        assert waits.opening is not None
+        waits.opening.add_done_callback(self._discard)
+        waits.opening = None
+
+    def _discard(self, opening: concurrent.futures.Future[Fetched]) -> None:
+        if not opening.cancelled() and opening.exception() is None:
+            self.sessions.discard(opening.result())
+
     def _free_slot(self) -> bool:
         """Whether a slot is free, after the eviction of an idle user if necessary."""
         sessions = self.sessions

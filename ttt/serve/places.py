@@ -10,7 +10,7 @@ from ttt.serve.limits import Limits
 
 
 class Places:
-    """Counts what waits in a `ttt.serve.service.Service`, from any thread.
+    """Counts what waits in a `ttt.serve.service.Service`, from any thread. A token counts once in each pass over it.
 
     Args:
         limits: how much may.
@@ -53,7 +53,8 @@ class Places:
                 )
             if tokens and self._tokens and self._tokens + tokens > limits.learning_tokens:
                 raise TooBusy(
-                    f"{self._tokens} tokens wait to be learnt, and {limits.learning_tokens} may; try again later, or "
+                    f"{self._tokens} tokens wait to be read and learnt, {tokens} would be added, and "
+                    f"{limits.learning_tokens} are allowed; try again later, or "
                     "with x-ttt-learn: off",
                     retry_after=10,
                 )

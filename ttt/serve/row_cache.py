@@ -24,6 +24,8 @@ class RowCache:
     """Keys and values of up to ``rows`` sequences.
 
     Memory grows with the longest sequence: two numbers for each row, position, block and feature of the key heads.
+    Tokens that follow a row's last one change nothing of the row: no token looks ahead, and its next tokens are written
+    over them. So rows of different lengths can be read together, padded on the right.
 
     Args:
         model: a transformers causal language model, adapted for users, all of whose blocks have full or sliding
@@ -35,6 +37,9 @@ class RowCache:
     Raises:
         ValueError: if a block has something else, or its attention is computed by other code than "sdpa" or "eager".
     """
+
+    pads = True
+    """Whether tokens after the last one of a row leave the row as it is."""
 
     def __init__(self, model: Any, pool: Pool, rows: int, capacity: int) -> None:
         from transformers.cache_utils import Cache, CacheLayerMixin

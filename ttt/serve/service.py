@@ -18,13 +18,15 @@ from ttt.conversation import Telling
 from ttt.learn.learner import Learner
 from ttt.per_user.pool import Pool
 from ttt.serve import jobs
-from ttt.serve.batch import Batch, Outcome, Request
-from ttt.serve.errors import BadRequest, Conflict, HungUp, RequestError, Unavailable, as_request_error
+from ttt.serve.batch import Batch
+from ttt.serve.daemon_threads import DaemonThreads
+from ttt.serve.errors import BadRequest, Conflict, HungUp, RequestError, Tripped, Unavailable, as_request_error
 from ttt.serve.jobs import Job, Learnt
 from ttt.serve.limits import Limits
 from ttt.serve.observer import Observer, Silent
 from ttt.serve.openings import Openings
 from ttt.serve.places import Places
+from ttt.serve.request import Outcome, Request
 from ttt.serve.row_cache import RowCache
 from ttt.serve.sessions import Sessions
 from ttt.serve.state_reader import StatePool, StateReader
@@ -94,7 +96,7 @@ class Service:
             else WeightsWork(learner, self.sessions, self.telling)
         )
         self.batch = Batch(cache, tokenizer, prefill=self.limits.prefill, ended=self._ended)
-        self._io = concurrent.futures.ThreadPoolExecutor(4, "ttt-io")
+        self._io = DaemonThreads(4, "ttt-io")
         self._inbox: queue.SimpleQueue[Request | Job | None] = queue.SimpleQueue()
         self._queues: OrderedDict[str | None, UserQueue] = OrderedDict()
         self._openings = Openings(
@@ -127,7 +129,7 @@ class Service:
             )
         with self._lock:
             self._require_open()
-            self._places.take(request.user, 0 if request.lesson is None else request.lesson.tokens)
+            self._places.take(request.user, self._cost(request))
             self._inbox.put(request)
 
     def learn(self, user: str, lesson: Lesson, telling: Telling | None = None) -> concurrent.futures.Future[Learnt]:
@@ -174,7 +176,7 @@ class Service:
 
     @property
     def learning_tokens(self) -> int:
-        """Number of tokens that wait to be learnt."""
+        """Number of tokens that are to be read, to learn from them, with context, in all passes."""
         return self._places.tokens
 
     @property
@@ -187,7 +189,8 @@ class Service:
 
         Args:
             timeout: seconds after which requests and jobs that are not done yet are refused. What was served is learnt
-                however long that takes, and then the store has as many seconds to take it.
+                however long that takes, and then the store has as many seconds to take it. What waits for an answer of
+                the store is given up `ttt.serve.jobs.LONGEST_WAIT` seconds later.
 
         Returns:
             The users of whom something could not be stored.
@@ -208,7 +211,7 @@ class Service:
     def _enter(self, job: Job) -> concurrent.futures.Future[Any]:
         with self._lock:
             self._require_open()
-            self._places.take(job.user, job.tokens)
+            self._places.take(job.user, job.cost)
             self._inbox.put(job)
         return job.result
 
@@ -231,7 +234,9 @@ class Service:
         nothing_to_do = self.batch.idle and not any(job.ready for job in self._jobs)
         self._receive(block=nothing_to_do)
         if self._draining and self._drain_until is not None and time.monotonic() > self._drain_until:
-            self._refuse_all(Unavailable("the server is stopping", retry_after=10))
+            error = Unavailable("the server is stopping", retry_after=10)
+            self._refuse_all(error)
+            self._give_up_waiting(error, late=time.monotonic() > self._drain_until + jobs.LONGEST_WAIT)
         self._start()
         began = time.perf_counter()
         self.batch.read_step()
@@ -352,8 +357,7 @@ class Service:
                 self._leave(item)
             else:
                 self._places.leave(item.user)
-                if item.lesson is not None:
-                    self._places.learnt(item.lesson.tokens)
+                self._places.learnt(self._cost(item))
                 if not item.cancelled:
                     item.deliver(error)
 
@@ -368,6 +372,17 @@ class Service:
             if not request.cancelled:
                 request.cancelled = True
                 request.deliver(error)
+
+    def _give_up_waiting(self, error: RequestError, late: bool) -> None:
+        """End waiting for reads of the store that nothing needs any more; ``late``: for all answers of the store."""
+        for waits in self._queues.values():
+            if waits.opening is not None and not waits.opening.done() and (late or not waits.waiting):
+                self._end_waiting(waits, lambda item: True, error)
+                self._openings.abandon(waits)
+            job = waits.job
+            if late and job is not None and job.waits_for is not None and not job.waits_for.done():
+                job.give_up(error)
+                self._end_job(job)
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
@@ -401,8 +416,11 @@ class Service:
 
     def _unlearnt(self, request: Request) -> None:
         """The lesson of ``request`` will not be learnt."""
-        if request.lesson is not None:
-            self._places.learnt(request.lesson.tokens)
+        self._places.learnt(self._cost(request))
+
+    def _cost(self, request: Request) -> int:
+        """How many tokens are to be read to learn from ``request``."""
+        return 0 if request.lesson is None else self._work.cost(request.lesson)
 
     def _tell_when_stored(self, request: Request, done: concurrent.futures.Future[Learnt]) -> None:
         if (error := done.exception()) is not None:
@@ -447,14 +465,18 @@ class Service:
         self._leave(job)
 
     def _leave(self, job: Job) -> None:
-        self._places.learnt(job.tokens)
+        self._places.learnt(job.cost)
         if job.counted:
             self._places.leave(job.user)
 
     def _job_ended(self, job: Job) -> None:
         self._end_job(job)
         waits, failed = self._queues[job.user], job.error is not None
-        if failed:
+        if isinstance(job.error, Tripped):
+            self.observer.tripped()
+            if (session := self.sessions.get(job.user)) is not None:
+                session.trips += 1
+        elif failed:
             self.observer.failed(job.kind)
         if job.kind == "learn" and not failed:
             waits.to_study = self._work.unstudied(job.user)

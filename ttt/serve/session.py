@@ -35,6 +35,8 @@ class Session:
         writes: one for each update that is to be stored.
         dropped: whether nothing more of it is to be stored.
         left: set once the lease was given up.
+        trips: how often the user's guard has undone a change, since the user was opened.
+        drift: what the guard measured after the last change that it let stand; None before the first one.
     """
 
     user: str
@@ -48,6 +50,8 @@ class Session:
     writes: list[concurrent.futures.Future[int]] = dataclasses.field(default_factory=list)
     dropped: bool = False
     left: threading.Event = dataclasses.field(default_factory=threading.Event)
+    trips: int = 0
+    drift: float | None = None
 
     def lose(self) -> None:
         """Note that another server holds the lease now."""

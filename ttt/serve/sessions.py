@@ -125,6 +125,7 @@ class Sessions:
         if before is not None:
             session.updates = max(session.updates, before.updates + 1)  # never falls while the user has a slot
             session.stored = session.updates
+            session.trips = before.trips
         self._sessions[session.user] = session
         self._sessions.move_to_end(session.user)
         return session

@@ -22,6 +22,9 @@ class StateRows:
         rows: number of sequences.
     """
 
+    pads = False
+    """Whether tokens after the last one of a row leave the row as it is: a state takes in whatever it reads."""
+
     def __init__(self, pool: StatePool, rows: int) -> None:
         self.pool, self.model, self.rows = pool, pool.model, rows
         self.states = [own(layer.state) for layer in self.model.new_cache(rows).layers]

@@ -6,8 +6,8 @@ import concurrent.futures
 import time
 from collections import deque
 
-from ttt.serve.batch import Request
 from ttt.serve.jobs import Job
+from ttt.serve.request import Request
 from ttt.serve.sessions import Fetched
 
 

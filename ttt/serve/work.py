@@ -20,6 +20,9 @@ class Work(Protocol):
     What a model's users do not have is refused with BadRequest, when the job is made.
     """
 
+    def cost(self, lesson: Lesson, telling: Telling | None = None) -> int:
+        """How many tokens `lesson` is going to read."""
+
     def lesson(self, user: str, lesson: Lesson, telling: Telling | None = None) -> Job:
         """Learn ``lesson``, read as ``telling`` says; None for the service's way, by the length of the lesson."""
 
@@ -54,8 +57,12 @@ class WeightsWork(Work):
     def lesson(self, user: str, lesson: Lesson, telling: Telling | None = None) -> Job:
         how = telling or self.telling.of(lesson.tokens)
         return Job(
-            user, "learn", lambda: jobs.learn(self.learner, self.sessions, user, lesson, how), tokens=lesson.tokens
-        )
+            user, "learn", lambda: jobs.learn(self.learner, self.sessions, user, lesson, how), tokens=lesson.tokens,
+            cost=self.cost(lesson, how),
+        )  # fmt: skip
+
+    def cost(self, lesson: Lesson, telling: Telling | None = None) -> int:
+        return len(lesson.ids) * (telling or self.telling.of(lesson.tokens)).passes
 
     def study(self, user: str, **options: Any) -> Job:
         return Job(user, "study", lambda: jobs.study(self.learner, self.sessions, user, **options))
@@ -86,7 +93,13 @@ class StatesWork(Work):
         self.reader, self.sessions = reader, sessions
 
     def lesson(self, user: str, lesson: Lesson, telling: Telling | None = None) -> Job:
-        return Job(user, "learn", lambda: jobs.read(self.reader, self.sessions, user, lesson), tokens=lesson.tokens)
+        return Job(
+            user, "learn", lambda: jobs.read(self.reader, self.sessions, user, lesson), tokens=lesson.tokens,
+            cost=self.cost(lesson),
+        )  # fmt: skip
+
+    def cost(self, lesson: Lesson, telling: Telling | None = None) -> int:
+        return lesson.tokens
 
     def study(self, user: str, **options: Any) -> Job:
         raise _without_weights("study")

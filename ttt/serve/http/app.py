@@ -41,7 +41,11 @@ def create_app(server: Server, *, largest_body: int = 1 << 20, hosts: Sequence[s
     app.include_router(users.router)
     for name, about, read in (
         ("ttt_waiting_requests", "Requests that wait for their turn.", lambda: server.service.waiting),
-        ("ttt_learning_queue_tokens", "Tokens that wait to be learnt.", lambda: server.service.learning_tokens),
+        (
+            "ttt_learning_queue_tokens",
+            "Tokens to be read to learn, in all passes.",
+            lambda: server.service.learning_tokens,
+        ),
         ("ttt_users_online", "Users with a slot.", lambda: len(server.service.sessions.users)),
     ):
         server.metrics.watch(name, about, read)

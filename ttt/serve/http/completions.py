@@ -14,12 +14,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
-from ttt.serve.batch import Outcome, Piece
 from ttt.serve.errors import BadRequest, NotFound, as_request_error
 from ttt.serve.http.running import Running
 from ttt.serve.http.schema import ChatRequest, CompletionRequest, StreamOptions
 from ttt.serve.http.state import Server, server_of
 from ttt.serve.keys import Identity
+from ttt.serve.request import Outcome, Piece
 from ttt.serve.sampling import Sampling, TokenScore
 from ttt.serve.teaching import Lesson, Teaching, check_learn_header
 

@@ -23,6 +23,7 @@ class Metrics:
         self.studies = Counter("ttt_studied_episodes", "Pieces of text that were studied.", **made)
         self.study_seconds = Counter("ttt_study_seconds", "Time that studies took.", **made)
         self.failures = Counter("ttt_failures", "What failed, by kind.", ["kind"], **made)
+        self.trips = Counter("ttt_guard_trips", "Lessons and studies that a user's guard has undone.", **made)
         self.evictions = Counter("ttt_evictions", "Users whose slot was given to another one.", **made)
         self.opening = Histogram("ttt_user_open_seconds", "Reading a user from the store.", buckets=_SECONDS, **made)
         self.writing = Histogram("ttt_store_write_seconds", "Writing a version.", buckets=_SECONDS, **made)
@@ -55,6 +56,9 @@ class Metrics:
 
     def failed(self, kind: str) -> None:
         self.failures.labels(kind).inc()
+
+    def tripped(self) -> None:
+        self.trips.inc()
 
     def evicted(self) -> None:
         self.evictions.inc()

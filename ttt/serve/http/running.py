@@ -11,9 +11,9 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
-from ttt.serve.batch import Outcome, Piece, Request
 from ttt.serve.errors import HungUp, RequestError, TimedOut, as_request_error
 from ttt.serve.http.metrics import Metrics
+from ttt.serve.request import Outcome, Piece, Request
 from ttt.serve.sampling import Sampling, TokenScore
 from ttt.serve.service import Service
 from ttt.serve.teaching import Lesson
@@ -27,7 +27,7 @@ class Running:
     Args:
         service: that gets it.
         metrics: is told the time to the first token.
-        user, prompt, sampling, n, lesson, wait, score_prompt: as for `ttt.serve.batch.Request`.
+        user, prompt, sampling, n, lesson, wait, score_prompt: as for `ttt.serve.request.Request`.
         seconds: the longest that it may take.
         unused: called at the end with the number of tokens that were counted for the request and not generated.
 

@@ -21,8 +21,9 @@ from ttt.serve.http.schema import LearnRequest, RollbackRequest, StudyRequest
 from ttt.serve.http.state import Server, server_of
 from ttt.serve.jobs import Learnt
 from ttt.serve.keys import Identity
-from ttt.serve.session import settle
+from ttt.serve.session import Session, settle
 from ttt.serve.sessions import unavailable
+from ttt.serve.state_reader import StateReader
 from ttt.serve.teaching import Lesson, Teaching
 from ttt.store import StoreError, UnknownUser
 
@@ -57,7 +58,8 @@ async def show(http: Request, user: str) -> dict[str, Any]:
     return {
         "id": user, "keeps": "state" if reads else "weights", "online": session is not None,
         "updates": None if session is None else session.updates, "tokens": None if session is None else session.tokens,
-        "read_only": session.read_only if session is not None else "", "drift": drift, "versions": versions,
+        "read_only": session.read_only if session is not None else "", "drift": drift,
+        "guard": _guard(server, session), "versions": versions,
     }  # fmt: skip
 
 
@@ -136,6 +138,15 @@ async def export(http: Request, user: str) -> Response:
     return Response(
         data, media_type="application/zip", headers={"content-disposition": 'attachment; filename="adapter.zip"'}
     )
+
+
+def _guard(server: Server, session: Session | None) -> dict[str, Any] | None:
+    """The bound of the user's guard, the drift that it measured last, and how often it has undone something."""
+    learner = server.service.learner
+    guards = None if isinstance(learner, StateReader) else learner.user_guards
+    if guards is None or session is None:
+        return None
+    return {"bound": guards.bound, "drift": session.drift, "trips": session.trips}
 
 
 def _allowed(server: Server, http: Request, user: str) -> str:

@@ -38,6 +38,9 @@ class Capture:
         _, hidden, residual = args
         runner = self.runner
         batch = runner.input_batch
+        count = batch.num_reqs
+        if (batch.num_computed_tokens_cpu[:count] >= batch.num_prompt_tokens[:count]).all():
+            return  # answers are generated, and no prompt is computed
         for place, request in enumerate(batch.req_ids):
             state = runner.requests.get(request)
             extra = state.sampling_params.extra_args if state is not None and state.sampling_params else None

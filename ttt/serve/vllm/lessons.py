@@ -29,13 +29,15 @@ class Learnt:
         tokens: that were learnt.
         nll: their mean loss in nats, before they were learnt; without the first one, which nothing here predicts;
             None if there is no other.
-        slices: how many there were.
+        passes: how often they were read.
+        slices: how many there were, in all passes.
         milliseconds: of computing, without what other requests computed in between.
         longest: milliseconds of the longest slice.
     """
 
     tokens: int = 0
     nll: float | None = None
+    passes: int = 1
     slices: int = 0
     milliseconds: float = 0.0
     longest: float = 0.0
@@ -71,7 +73,7 @@ def learn_in_slices(
     Raises:
         FloatingPointError: if a loss or gradient is not finite. What earlier slices taught has been learnt.
     """
-    found = Learnt(tokens=sum(learn))
+    found = Learnt(tokens=sum(learn), passes=telling.passes)
     text = Text.of(torch.tensor([ids]), teach=torch.tensor([learn]))
     text = dataclasses.replace(text, emphasis=telling.emphasis)
     segment = Segment.of(text, 0, len(ids))

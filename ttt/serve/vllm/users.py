@@ -7,7 +7,6 @@ store.
 from __future__ import annotations
 
 import atexit
-import concurrent.futures
 import dataclasses
 import itertools
 import logging
@@ -20,6 +19,7 @@ import ttt
 from ttt.config import TTTConfig
 from ttt.defences import LowRank
 from ttt.learn.learner import Learner
+from ttt.serve.daemon_threads import DaemonThreads
 from ttt.serve.errors import Conflict, RequestError, ServerFailure, TooBusy
 from ttt.serve.session import Session
 from ttt.serve.sessions import Sessions
@@ -73,7 +73,7 @@ class Users:
         self._stamp: dict[str, int] = {}  # by user, another one for each state of their weights
         self._lesson: dict[str, dict[str, float]] = {}  # by user, what the last one took
         self._running: dict[int, Generator[float, None, Any]] = {}
-        self._threads = concurrent.futures.ThreadPoolExecutor(2, "ttt-io")
+        self._threads = DaemonThreads(2, "ttt-io")
         atexit.register(self.close)
 
     # -- what the API server calls ------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ _ATTRIBUTE = "ttt_users"
 
 def install(options: Options) -> None:
     """Change vLLM's classes in this process, whichever of its processes it is."""
+    from vllm.lora.layers.row_parallel_linear import RowParallelLinearWithLoRA
     from vllm.lora.punica_wrapper import punica_cpu
     from vllm.lora.worker_manager import WorkerLoRAManager
     from vllm.model_executor.layers import utils
@@ -23,6 +24,7 @@ def install(options: Options) -> None:
 
     utils.dispatch_cpu_unquantized_gemm = _keeping_top_weights(utils.dispatch_cpu_unquantized_gemm, options)
     punica_cpu.PunicaWrapperCPU.add_lora_linear = cpu_lora.add_lora_linear
+    _pass_base_by(RowParallelLinearWithLoRA)
     _load_users(LoRAModelRunnerMixin, options)
     _load_adapters_from_memory(WorkerLoRAManager)
     for name in RPC_METHODS:
@@ -59,6 +61,17 @@ def _learns(prefix: str, options: Options) -> bool:
         return False
     blocks = get_current_vllm_config().model_config.hf_config.num_hidden_layers
     return int(index) in options.blocks(blocks)
+
+
+def _pass_base_by(wrapper: Any) -> None:
+    """Let the layers that vLLM has wrapped for adapters, ``down_proj``, be called directly where no token has one."""
+    forward = wrapper.forward
+
+    @functools.wraps(forward)
+    def passing(self: Any, input_: Any) -> Any:
+        return self.base_layer(input_) if self.punica_wrapper.no_lora else forward(self, input_)
+
+    wrapper.forward = passing
 
 
 def _load_users(mixin: Any, options: Options) -> None:

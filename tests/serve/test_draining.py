@@ -1,0 +1,94 @@
+"""Draining: after its deadline a server waits neither for requests nor for a store that does not answer."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from test_service import lesson_of, words
+from test_service_faults import until
+from tiny_chat_model import Answer, service_of
+
+import ttt
+from ttt.serve import jobs as jobs_module
+from ttt.serve.errors import HungUp, Unavailable
+
+
+def test_a_drain_with_a_deadline_refuses_jobs_that_have_not_begun(model, tmp_path):
+    service = service_of(model, tmp_path, rows=1)
+    service.learn("ada", lesson_of(teach=1.0)).result(60).stored.result(60)
+    long = Answer(service, "ada", words(10), max_tokens=490)
+    until(lambda: long.pieces)
+    jobs = [service.study("ada", passes=200), service.learn("ada", lesson_of()), service.export("ada")]
+    began = time.monotonic()
+    assert service.drain(timeout=0.1) == []
+    assert time.monotonic() - began < 10
+    for job in jobs:
+        with pytest.raises((Unavailable, HungUp)):
+            job.result(1)
+    assert isinstance(long.wait(1).end, Unavailable)
+    assert ttt.Store(tmp_path).get("ada").version == 1
+
+
+def hung(monkeypatch, target, name):
+    """Let ``target.name`` hang: an event that is set when it is called, and one that ends it."""
+    came, end, method = threading.Event(), threading.Event(), getattr(target, name)
+
+    def hang(*args, **options):
+        came.set()
+        end.wait(60)
+        return method(*args, **options)
+
+    monkeypatch.setattr(target, name, hang)
+    return came, end
+
+
+@pytest.mark.parametrize("kind", ["request", "rollback", "forget"])
+def test_a_drain_with_a_deadline_does_not_wait_for_a_read_of_the_store_that_hangs(model, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(jobs_module, "LONGEST_WAIT", 0.5)
+    service = service_of(model, tmp_path)
+    service.learn("ada", lesson_of()).result(60).stored.result(60)
+    if kind == "request":
+        came, end = hung(monkeypatch, service.store, "get")
+        waiting = Answer(service, "bob", words(5), max_tokens=1)
+    elif kind == "rollback":
+        came, end = hung(monkeypatch, service.store, "get")
+        waiting = service.rollback("ada", 1)
+    else:
+        came, end = hung(monkeypatch, service.store, "forget")
+        waiting = service.forget("ada")
+    assert came.wait(30)
+    began = time.monotonic()
+    assert service.drain(timeout=0.2) == []
+    assert time.monotonic() - began < 10
+    error = waiting.wait(1).end if kind == "request" else waiting.exception(1)
+    assert isinstance(error, Unavailable)
+    if kind == "request":
+        end.set()
+        # What was read too late is of no use: its lease is released, or ends by itself.
+        until(lambda: not service.sessions.users or service.sessions.users == ("ada",))
+    end.set()
+
+
+def test_a_process_ends_although_a_thread_of_it_waits_for_the_store(tmp_path):
+    program = """
+import threading
+from ttt.serve.daemon_threads import DaemonThreads
+threads, begun = DaemonThreads(2, "io"), threading.Event()
+def hang():
+    begun.set()
+    threading.Event().wait()
+never = threads.submit(hang)
+begun.wait(10)
+assert threads.submit(pow, 2, 5).result(10) == 32
+failed = threads.submit(pow, 0, -1)
+assert isinstance(failed.exception(10), ZeroDivisionError)
+threads.shutdown(wait=False)
+try:
+    threads.submit(pow, 2, 5)
+except RuntimeError:
+    print("done", never.done())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "done False\n"), done.stderr
