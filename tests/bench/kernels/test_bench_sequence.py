@@ -5,7 +5,7 @@ from tiny_cases import reasons
 
 from bench.kernels import measure
 from bench.kernels.suites import sequence
-from bench.kernels.suites.sequence import OPS, Prefill, Text, Token
+from bench.kernels.suites.sequence import OPS, TITANS, Prefill, Text, Token
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -15,6 +15,11 @@ def test_contenders_pass_their_checks(op, dtype):
     good, not_timed = measure.checked(text)
     assert {"ttt", "torch, in chunks", "token by token"} <= set(good)
     assert all(not row["failed"] for row in not_timed)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("op", [*OPS, TITANS])
+def test_contenders_of_a_token_pass_their_checks(op, dtype):
     good, not_timed = measure.checked(Token("cpu", dtype, op, 3, 2, 16))
     assert set(good) == {"ttt", "torch"}
     assert not not_timed
@@ -52,3 +57,5 @@ def test_bytes_and_flops():
     # Read and written; read at the beginning of the mini-batch by 15 of 16 tokens, and written there by one of 16.
     assert Token("cpu", "float32", "TTT-Linear", 2, 3, 8).bytes("ttt") == 3 * 4 * 2 * 3 * 8 * 8
     assert Token("cpu", "float32", "TTT-MLP", 2, 3, 8).bytes("ttt") == 3 * 4 * 2 * 3 * 2 * 8 * 32
+    # The momentum, too, is read and written.
+    assert Token("cpu", "float32", TITANS, 2, 3, 8).bytes("ttt") == 5 * 4 * 2 * 3 * 8 * 8

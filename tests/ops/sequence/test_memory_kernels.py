@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers import assert_close
-from sequence_cases import doubled, memory_case
+from sequence_cases import between, doubled, memory_case
 
 from ttt.ops import cpu
 from ttt.ops import sequence as ops
@@ -69,6 +69,61 @@ def test_a_text_in_two_pieces_and_then_steps(isa, dtype, size, widths):
     )
     for t, copy in zip((*tensors, *weights), copies, strict=True):
         assert torch.equal(t, copy)
+
+
+@pytest.mark.parametrize(("gated", "moving", "normed"), list(itertools.product([False, True], repeat=3)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.parametrize("widths", [(3,), (20,), (64,), (20, 33), (9, 6, 17)])
+def test_steps_with_gates_and_momenta(isa, gated, moving, normed, dtype, size, widths):
+    """As of Titans, which has both and no norm: outputs, weights, those of before the mini-batch, and velocities."""
+    tensors, weights, norm = memory_case(3, 12, 2, dtype, *widths)
+    shape = tensors[3].shape
+    gate = between(0.7, 1, *shape, dtype=torch.float32) if gated else None
+    momentum = between(0, 0.6, *shape, dtype=torch.float32) if moving else None
+    norm = norm if normed else None
+    exact_norm = wide_norm(norm) if normed else None
+    text = {"gate": gate, "momentum": momentum, "norm": norm, "mini_batch": size, "output_final_state": True}
+    cut = {name: t[:, :4] for name, t in (("gate", gate), ("momentum", momentum)) if t is not None}
+    _, state = ops.memory(*(t[:, :4] for t in tensors), weights, form="chunk", **{**text, **cut})
+    plain_state = own(state)
+    exact_state = ops.MemoryState(*(tuple(doubled(part)) for part in state[:3]), state.position.clone())
+    op = f"{memory_op(weights) if normed and not gated and not moving else 'memory'}_step"
+    before = calls[op, "cpu", ""]
+    outs, plains, exacts = [], [], []
+    for t in range(4, 12):
+        token = [x[:, t] for x in tensors]
+        extra = [None if x is None else x[:, t] for x in (gate, momentum)]
+        options = {"gate": extra[0], "momentum": extra[1], "mini_batch": size, "scale": 0.8}
+        copies = [x.clone() for x in token]
+        outs.append(ops.memory_step(*token, norm=norm, state=state, **options))
+        scaled = [token[0].float() * 0.8, *(x.float() for x in token[1:])]
+        plains.append(dual_form.step_(*scaled, *extra, plain_state, norm, size).to(dtype))
+        wide = {**options, **{k: x.double() for k, x in options.items() if isinstance(x, torch.Tensor)}}
+        exacts.append(ops.memory_step(*doubled(token), norm=exact_norm, state=exact_state, **wide))
+        assert all(map(torch.equal, token, copies))
+    assert calls[op, "cpu", ""] == before + 8
+    compare(*((torch.stack(o), held) for o, held in ((outs, state), (exacts, exact_state), (plains, plain_state))))
+    assert len(state.velocity) == (len(weights) if moving else 0)
+
+
+def test_a_step_of_titans_is_its_text(isa):
+    """Steps of the kernel after a text in the form for chunks: the layer's own way to decode."""
+    tensors, weights, _ = memory_case(2, 24, 2, torch.float32, 16, 24)
+    gate, momentum = between(0.7, 1, 2, 24, 2, dtype=torch.float32), between(0, 0.6, 2, 24, 2, dtype=torch.float32)
+    named = {"gate": gate, "momentum": momentum}
+    whole, final = ops.memory(*tensors, weights, mini_batch=4, output_final_state=True, **named)
+    part = {name: t[:, :9] for name, t in named.items()}
+    _, state = ops.memory(*(t[:, :9] for t in tensors), weights, mini_batch=4, output_final_state=True, **part)
+    outs = [
+        ops.memory_step(
+            *(x[:, t] for x in tensors), **{name: x[:, t] for name, x in named.items()}, mini_batch=4, state=state
+        )
+        for t in range(9, 24)
+    ]
+    torch.testing.assert_close(torch.stack(outs, 1), whole[:, 9:], rtol=1e-4, atol=1e-4)
+    for found, wanted in zip(tensors_of(state), tensors_of(final), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_calls_are_counted_by_the_name_of_the_layer():

@@ -33,8 +33,9 @@ _SCHEMAS = {
         "-> (Tensor, Tensor[], Tensor[], Tensor)"
     ),
     "sequence_memory_step": (
-        "(Tensor q, Tensor k, Tensor v, Tensor rate, Tensor norm_weight, Tensor norm_bias, float eps, "
-        "Tensor(a!)[] weights, Tensor(b!)[] start, Tensor(c!) position, int mini_batch, float scale) -> Tensor"
+        "(Tensor q, Tensor k, Tensor v, Tensor rate, Tensor? gate, Tensor? momentum, Tensor? norm_weight, "
+        "Tensor? norm_bias, float eps, Tensor(a!)[] weights, Tensor(b!)[] start, Tensor(c!)[] velocity, "
+        "Tensor(d!) position, int mini_batch, float scale) -> Tensor"
     ),
 }
 for _name, _schema in _SCHEMAS.items():
@@ -70,21 +71,23 @@ def memory(q, k, v, rate, gate, momentum, norm: Any, state: MemoryState, mini_ba
 
 
 def memory_step(q, k, v, rate, gate, momentum, norm: Any, state: MemoryState) -> Callable | None:
-    """The kernel of `ttt.ops.sequence.memory_step`, for the same."""
-    if not _is_plain(q, gate, momentum, norm):
+    """The kernel of `ttt.ops.sequence.memory_step`, for every memory."""
+    if q.device.type != "cpu":
         return None
-    if not _serves(f"{cpu.memory_op(state.weights)}_step", q, k, v, rate, *norm[:2], *tensors_of(state)):
+    plain = _is_plain(q, gate, momentum, norm)
+    op, norm = cpu.memory_op(state.weights) if plain else "memory", norm or (None, None, 0.0)
+    if not _serves(f"{op}_step", q, k, v, rate, gate, momentum, *norm[:2], *tensors_of(state)):
         return None
 
-    def run(q, k, v, rate, norm, state, mini_batch, scale):
-        given = (state.weights, state.start, state.position)
-        return torch.ops.ttt.sequence_memory_step(q, k, v, rate, *norm, *given, mini_batch, scale)
+    def run(q, k, v, rate, gate, momentum, state, mini_batch, scale):
+        held = (state.weights, state.start, state.velocity, state.position)
+        return torch.ops.ttt.sequence_memory_step(q, k, v, rate, gate, momentum, *norm, *held, mini_batch, scale)
 
     return run
 
 
 def _is_plain(q, gate, momentum, norm) -> bool:
-    """Whether a memory is one that the C++ kernels know: it has an inner norm, no gate and no momentum."""
+    """Whether a memory is one that the C++ kernel for texts knows: it has an inner norm, no gate and no momentum."""
     return q.device.type == "cpu" and gate is None and momentum is None and norm is not None
 
 
