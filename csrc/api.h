@@ -98,8 +98,8 @@ struct MemoryLayer {
 
 struct Memory {
   const void *q, *k, *v;                 // tokens x heads x width, dtype
-  const float *rate, *gate, *momentum;   // tokens x heads; the last two may be null where there is one token
-  const float *norm_weight, *norm_bias;  // heads x width; null for no norm, where there is one token
+  const float *rate, *gate, *momentum;   // tokens x heads; the last two may be null
+  const float *norm_weight, *norm_bias;  // heads x width; null for no norm
   const int64_t* begins;                 // as above
   const MemoryLayer* layers;             // depth; the first has `width` inputs, the last as many outputs
   const int64_t* position;               // sequences: tokens of the present mini-batch

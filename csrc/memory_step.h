@@ -162,16 +162,6 @@ struct TokenMemory {
   }
 };
 
-// z, the outputs of the last layer for k, becomes the gradient of the loss times the rate.
-inline void loss_gradient(const ttt::Memory& a, int64_t row, const TokenMemory& m, float* z) {
-  if (a.norm_weight != nullptr) {
-    norm_of(a, row % a.heads, m.norm).gradient(z, m.k, m.v, a.rate + row, 0, 1);
-    return;
-  }
-  const vf rate = splat(a.rate[row]);
-  for (int64_t j = 0; j < whole_vectors(a.width); j += VL) store(z + j, rate * (load(z + j) - load(m.v + j)));
-}
-
 // Changes all layers, and z = the output for q with the weights that they have then.
 template <bool ends, bool gated, bool moving>
 void change_memory(const ttt::Memory& a, int64_t row, const TokenMemory& m) {
@@ -228,7 +218,7 @@ void memory_token(const ttt::Memory& a, int64_t row, TokenMemory* m) {
       store(layer.d + j, slope);
     }
   }
-  loss_gradient(a, row, *m, m->layers[last].d);
+  loss_gradient(a, row % a.heads, a.rate + row, 0, m->norm, m->layers[last].d, m->k, m->v, 1);
   for (int64_t l = last; l > 0; l--) {
     const TokenLayer& layer = m->layers[l];
     const float* w = begins ? layer.weight : layer.start;

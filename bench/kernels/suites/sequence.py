@@ -23,8 +23,7 @@ CHUNK = 32
 EXPANSION = 4
 """Width of the middle of TTT-MLP's memory, relative to that of a head."""
 TITANS = "Titans"
-OPS = ("gated delta rule", "TTT-Linear", "TTT-MLP")
-"""Those with kernels for texts; for tokens `TITANS` has one, too."""
+OPS = ("gated delta rule", "TTT-Linear", "TTT-MLP", TITANS)
 HIGHEST_RATE = {"TTT-Linear": 0.2, "TTT-MLP": 0.01, TITANS: 0.1}
 """Those of their layers by default; for Titans a typical one."""
 TOLERANCE = 1e-3
@@ -297,6 +296,4 @@ def cases(device: str) -> list[Case]:
                 quick = (op, width, dtype) == (OPS[0], 64, "float32")
                 found.append(Text(device, dtype, op, 2048, heads, width, quick=quick))
             found += [Token(device, "float32", op, batch, heads, width) for batch in (1, 64)]
-    for heads, width in ((16, 64), (8, 128)):
-        found += [Token(device, "float32", TITANS, batch, heads, width) for batch in (1, 64)]
     return found + [Prefill(device, "float32", tokens, 16, 64) for tokens in (64, 128, 512, 2048, 8192)]

@@ -15,11 +15,6 @@ def test_contenders_pass_their_checks(op, dtype):
     good, not_timed = measure.checked(text)
     assert {"ttt", "torch, in chunks", "token by token"} <= set(good)
     assert all(not row["failed"] for row in not_timed)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("op", [*OPS, TITANS])
-def test_contenders_of_a_token_pass_their_checks(op, dtype):
     good, not_timed = measure.checked(Token("cpu", dtype, op, 3, 2, 16))
     assert set(good) == {"ttt", "torch"}
     assert not not_timed

@@ -47,15 +47,16 @@ def delta_rule_step(q, k, v, beta, g, state, scale):
     return out
 
 
-def memory(q, k, v, rate, norm_weight, norm_bias, eps, weights, start, position, begins, mini_batch, scale):
+def memory(
+    q, k, v, rate, gate, momentum, norm_weight, norm_bias, eps, weights, start, velocity, position, begins, mini_batch,
+    scale,
+):  # fmt: skip
     check_positions("mini_batch", position, mini_batch)
-    record(memory_op(weights), "cpu")
-    state = own(([w.contiguous() for w in weights], [w.contiguous() for w in start]))
+    record(memory_op(weights, gate, momentum, norm_weight), "cpu")
+    state = own([[t.contiguous() for t in tensors] for tensors in (weights, start, velocity)])
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    norm, state_of = (norm_weight, norm_bias, eps), (*state, ())
-    _call_memory(
-        q, k, v, (rate, None, None), norm, state_of, position, begins, out, q.shape[1], mini_batch, scale, False
-    )
+    factors, norm = (rate, gate, momentum), (norm_weight, norm_bias, eps)
+    _call_memory(q, k, v, factors, norm, state, position, begins, out, q.shape[1], mini_batch, scale, False)
     lengths = q.shape[1] if begins is None else begins.diff()
     return out, *state, (position + lengths) % mini_batch
 
@@ -63,20 +64,21 @@ def memory(q, k, v, rate, norm_weight, norm_bias, eps, weights, start, position,
 def memory_step(
     q, k, v, rate, gate, momentum, norm_weight, norm_bias, eps, weights, start, velocity, position, mini_batch, scale
 ):
-    plain = gate is None and momentum is None and norm_weight is not None
-    record(f"{memory_op(weights) if plain else 'memory'}_step", "cpu")
+    record(f"{memory_op(weights, gate, momentum, norm_weight)}_step", "cpu")
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    norm, state = (norm_weight, norm_bias, eps), (weights, start, velocity)
-    _call_memory(q, k, v, (rate, gate, momentum), norm, state, position, None, out, 1, mini_batch, scale, True)
+    factors, norm, state = (rate, gate, momentum), (norm_weight, norm_bias, eps), (weights, start, velocity)
+    _call_memory(q, k, v, factors, norm, state, position, None, out, 1, mini_batch, scale, True)
     torch.autograd.graph.increment_version([*weights, *start, *velocity])
     position.add_(1)
     position.masked_fill_(position >= mini_batch, 0)
     return out
 
 
-def memory_op(weights) -> str:
-    """The name under which calls of `memory` with these weights and biases are counted."""
-    return {2: "ttt_linear", 4: "ttt_mlp"}.get(len(weights), "memory")
+def memory_op(weights, gate, momentum, norm_weight) -> str:
+    """The name under which calls of `memory` with these arguments are counted."""
+    if gate is None and momentum is None and norm_weight is not None:
+        return {2: "ttt_linear", 4: "ttt_mlp"}.get(len(weights), "memory")
+    return "memory" if gate is None or momentum is None or norm_weight is not None else "titans"
 
 
 def _call_memory(q, k, v, factors, norm, state, position, begins, out, tokens, mini_batch, scale, one_token):
