@@ -60,10 +60,10 @@ def memory(q, k, v, rate, gate, momentum, norm: Any, state: MemoryState, mini_ba
 
     def run(state, begins, mini_batch, scale):
         held = (state.weights, state.start, state.velocity, state.position)
-        out, *parts, position = torch.ops.ttt.sequence_memory(
+        out, weights, start, velocity, position = torch.ops.ttt.sequence_memory(
             q, k, v, rate, gate, momentum, *(norm or NO_NORM), *held, begins, mini_batch, scale
         )
-        return out, MemoryState(*map(tuple, parts), position)
+        return out, MemoryState(tuple(weights), tuple(start), tuple(velocity), position)
 
     return run
 
