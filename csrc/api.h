@@ -92,13 +92,14 @@ struct DeltaRule {
 struct MemoryLayer {
   float *weight, *bias;              // sequences x heads x inputs x outputs, sequences x heads x outputs; updated
   float *start_weight, *start_bias;  // the same before the present mini-batch
+  float *velocity, *velocity_bias;   // the same of the momentum, updated; null without
   int64_t inputs, outputs;
 };
 
 struct Memory {
   const void *q, *k, *v;                 // tokens x heads x width, dtype
-  const float* rate;                     // tokens x heads
-  const float *norm_weight, *norm_bias;  // heads x width
+  const float *rate, *gate, *momentum;   // tokens x heads; the last two may be null
+  const float *norm_weight, *norm_bias;  // heads x width; null for no norm
   const int64_t* begins;                 // as above
   const MemoryLayer* layers;             // depth; the first has `width` inputs, the last as many outputs
   const int64_t* position;               // sequences: tokens of the present mini-batch

@@ -1,5 +1,5 @@
-// Memories that learn, on texts: TTT-Linear and TTT-MLP. ttt/ops/sequence/dual_form.py has the formulas of the dual
-// form and the names of their parts.
+// Memories that learn, on texts: TTT-Linear, TTT-MLP and Titans. ttt/ops/sequence/dual_form.py has the formulas of the
+// dual form and the names of their parts.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -32,18 +32,48 @@ constexpr int64_t BETWEEN_ROWS = 16;
 struct HeadLayer {
   int64_t inputs, outputs, deep, wide;  // deep and wide: the lengths of rows of inputs and of outputs
   int64_t row;                          // from one row of a matrix to the next
-  float *weight, *start;                // (inputs + 1) x row
+  float *weight, *start, *velocity;     // (inputs + 1) x row; the last is of a memory with momentum only
   float *x, *d;                         // bp x deep, bp x wide
 
   float* bias(float* matrix) const { return matrix + inputs * row; }
   int64_t size() const { return (inputs + 1) * row; }
 };
 
+// What the gates and momenta of some tokens of a mini-batch amount to: P / r, a', m' and the factors of the gradients
+// in the last momentum, of ttt/ops/sequence/dual_form.py. Without gates and momenta nothing is held.
+struct Factors {
+  bool plain, moving;
+  float *seen, *kept, *moved, *newest;  // bp x bp, bp, bp, bp
+  float left;                           // of the first momentum in the last one
+
+  // gate and momentum: of the first token, `heads` from one token to the next; null if there are none.
+  void find(const float* gate, const float* momentum, int64_t heads, int64_t some, int64_t bp) {
+    float keep = 1.0f, move = 0.0f;
+    left = 1.0f;
+    for (int64_t i = 0; i < some; i++) {
+      const float a = gate == nullptr ? 1.0f : gate[i * heads], b = moving ? momentum[i * heads] : 0.0f;
+      left *= b;
+      keep *= a;
+      move = a * move + left;
+      kept[i] = keep;
+      moved[i] = move;
+      for (int64_t j = 0; j < i; j++) {
+        newest[j] *= b;
+        seen[i * bp + j] = a * seen[(i - 1) * bp + j] + newest[j];
+      }
+      newest[i] = seen[i * bp + i] = 1.0f;
+    }
+    for (int64_t i = some; i < bp; i++) newest[i] = 0.0f;
+    for (int64_t j = some; j < bp; j++) seen[(some - 1) * bp + j] = 0.0f;
+  }
+};
+
 // What one thread works with. b and bp: the tokens of a mini-batch, and the same in whole vectors.
 struct HeadMemory {
   int64_t b, bp;
   std::vector<HeadLayer> layers;
-  float *q, *k, *v, *h, *z, *turned, *seen, *norm;
+  float *q, *k, *v, *h, *z, *turned, *seen, *norm, *by_velocity;
+  Factors factors;
 
   HeadMemory(const ttt::Memory& a, Parts* parts) : b(a.mini_batch), bp(whole_vectors(b)) {
     const int64_t width = whole_vectors(a.width);
@@ -58,6 +88,7 @@ struct HeadMemory {
       layer.row = layer.wide + BETWEEN_ROWS;
       layer.weight = parts->take(layer.size());
       layer.start = parts->take(layer.size());
+      if (a.momentum != nullptr) layer.velocity = parts->take(layer.size());
       layer.x = parts->take(bp * layer.deep);
       layer.d = parts->take(bp * layer.wide);
       widest = std::max(widest, layer.wide);
@@ -71,6 +102,14 @@ struct HeadMemory {
     turned = parts->take(bp * widest);
     seen = parts->take(bp * bp);
     norm = parts->take(2 * width);
+    factors = {
+        a.gate == nullptr && a.momentum == nullptr, a.momentum != nullptr, nullptr, nullptr, nullptr, nullptr, 0};
+    if (factors.plain) return;
+    by_velocity = parts->take(bp * widest);
+    factors.seen = parts->take(bp * bp);
+    factors.kept = parts->take(bp);
+    factors.moved = parts->take(bp);
+    factors.newest = parts->take(bp);
   }
 };
 
@@ -100,9 +139,25 @@ inline void write_matrix(const HeadLayer& layer, const float* matrix, float* wei
   write_rows(matrix + layer.inputs * layer.row, layer.row, 1, layer.outputs, bias, 0);
 }
 
+// z, the outputs of the last layer for the rows of k, becomes the gradient of the loss times the rates, which are
+// `heads` apart.
+inline void loss_gradient(const ttt::Memory& a, int64_t head, const float* rate, int64_t heads, float* norm, float* z,
+                          const float* k, const float* v, int64_t rows) {
+  if (a.norm_weight != nullptr) {
+    norm_of(a, head, norm).gradient(z, k, v, rate, heads, rows);
+    return;
+  }
+  const int64_t wide = whole_vectors(a.width);
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t j = 0; j < wide; j += VL) {
+      const int64_t i = r * wide + j;
+      store(z + i, splat(rate[r * heads]) * (load(z + i) - load(v + i)));
+    }
+}
+
 // The rows x and d of each layer for `some` tokens, at the weights that the mini-batch begins with; those of d times
 // their rates.
-inline void find_rows(const HeadMemory& m, const InnerNorm& norm, const float* rate, int64_t heads, int64_t some,
+inline void find_rows(const ttt::Memory& a, const HeadMemory& m, int64_t head, const float* rate, int64_t some,
                       bool begins) {
   const int64_t last = static_cast<int64_t>(m.layers.size()) - 1;
   for (int64_t l = 0; l <= last; l++) {
@@ -117,7 +172,7 @@ inline void find_rows(const HeadMemory& m, const InnerNorm& norm, const float* r
       store(layer.d + i, slope);
     }
   }
-  norm.gradient(m.layers[last].d, m.k, m.v, rate, heads, some);
+  loss_gradient(a, head, rate, a.heads, m.norm, m.layers[last].d, m.k, m.v, some);
   for (int64_t l = last; l > 0; l--) {
     const HeadLayer &layer = m.layers[l], &below = m.layers[l - 1];
     transpose(layer.d, layer.wide, some, layer.wide, m.turned, m.bp);
@@ -128,29 +183,72 @@ inline void find_rows(const HeadMemory& m, const InnerNorm& norm, const float* r
   }
 }
 
+// matrix = by * matrix + moved * other, for all rows of a layer's matrix; without `other` the first term alone.
+inline void scale_matrix(const HeadLayer& layer, float* matrix, float by, const float* other, float moved) {
+  for (int64_t i = 0; i < layer.size(); i += VL) {
+    const vf scaled = splat(by) * load(matrix + i);
+    store(matrix + i, other == nullptr ? scaled : scaled + splat(moved) * load(other + i));
+  }
+}
+
+// Subtracts from a layer's matrix the outer products of the rows x and d of `some` tokens, each times its `factor`;
+// null stands for ones. `turned` holds the rows x as columns, and is multiplied in `scratch`.
+inline void subtract_rows(const HeadMemory& m, const HeadLayer& layer, const float* factor, float* scratch,
+                          float* matrix, int64_t some) {
+  const int64_t bp = m.bp, wide = layer.wide;
+  const float* columns = m.turned;
+  if (factor != nullptr) {
+    for (int64_t i = 0; i < layer.inputs; i++)
+      for (int64_t j = 0; j < bp; j += VL) store(scratch + i * bp + j, load(m.turned + i * bp + j) * load(factor + j));
+    columns = scratch;
+  }
+  product_of<kSubtract>({columns, bp, 1}, layer.d, wide, matrix, layer.row, layer.inputs, wide, some);
+  float* bias = layer.bias(matrix);
+  for (int64_t i = 0; i < some; i++) {
+    const vf by = splat(factor == nullptr ? 1.0f : factor[i]);
+    for (int64_t j = 0; j < wide; j += VL) store(bias + j, load(bias + j) - by * load(layer.d + i * wide + j));
+  }
+}
+
 // z = the outputs of a layer for inputs h, of which row i is changed by the rows x and d of tokens up to i. Then those
-// of all tokens change the weights.
+// of all tokens change the weights, and the momentum. h is not needed then, and may be m.h, which is written over.
 inline void read_and_write(const HeadMemory& m, const HeadLayer& layer, const float* h, float* z, int64_t some) {
   const int64_t bp = m.bp, wide = layer.wide;
-  float *seen = m.seen, *bias = layer.bias(layer.weight);
+  const Factors& f = m.factors;
+  float* seen = m.seen;
   transpose(layer.x, layer.deep, some, layer.deep, m.turned, bp);
   product_of<kSet>({h, layer.deep, 1}, m.turned, bp, seen, bp, some, whole_vectors(some), layer.inputs, kLowerResult);
   for (int64_t i = 0; i < some; i++) {
     for (int64_t j = 0; j <= i; j++) seen[i * bp + j] += 1.0f;  // the bias
+    for (int64_t j = 0; !f.plain && j <= i; j++) seen[i * bp + j] *= f.seen[i * bp + j];
     // Rows of a register tile read further columns than their own.
     for (int64_t j = i + 1; j < i + TILE_ROWS && j < bp; j++) seen[i * bp + j] = 0.0f;
   }
   linear(layer, h, layer.weight, z, some);
+  if (!f.plain) {
+    if (f.moving) linear(layer, h, layer.velocity, m.by_velocity, some);
+    for (int64_t i = 0; i < some; i++)
+      for (int64_t j = i * wide; j < (i + 1) * wide; j += VL) {
+        const vf kept = splat(f.kept[i]) * load(z + j);
+        store(z + j, f.moving ? kept + splat(f.moved[i]) * load(m.by_velocity + j) : kept);
+      }
+  }
   product_of<kSubtract>({seen, bp, 1}, layer.d, wide, z, wide, some, wide, some, kLowerLeft);
-  product_of<kSubtract>({m.turned, bp, 1}, layer.d, wide, layer.weight, layer.row, layer.inputs, wide, some);
-  for (int64_t i = 0; i < some; i++)
-    for (int64_t j = 0; j < wide; j += VL) store(bias + j, load(bias + j) - load(layer.d + i * wide + j));
+  if (f.plain) {
+    subtract_rows(m, layer, nullptr, nullptr, layer.weight, some);
+    return;
+  }
+  const int64_t last = some - 1;
+  scale_matrix(layer, layer.weight, f.kept[last], f.moving ? layer.velocity : nullptr, f.moved[last]);
+  subtract_rows(m, layer, f.seen + last * bp, m.h, layer.weight, some);
+  if (!f.moving) return;
+  scale_matrix(layer, layer.velocity, f.left, nullptr, 0.0f);
+  subtract_rows(m, layer, f.newest, m.h, layer.velocity, some);
 }
 
 template <class T>
-void memory_text(const ttt::Memory& a, int64_t sequence, int64_t head, const HeadMemory& m) {
+void memory_text(const ttt::Memory& a, int64_t sequence, int64_t head, HeadMemory& m) {
   const int64_t width = a.width, wide = whole_vectors(width), depth = a.depth, row = sequence * a.heads + head;
-  const InnerNorm norm = norm_of(a, head, m.norm);
   int64_t position = a.position[sequence];
   for (int64_t l = 0; l < depth; l++) {
     const ttt::MemoryLayer& given = a.layers[l];
@@ -158,6 +256,7 @@ void memory_text(const ttt::Memory& a, int64_t sequence, int64_t head, const Hea
     const int64_t matrix = row * layer.inputs * layer.outputs, bias = row * layer.outputs;
     read_matrix(layer, given.weight + matrix, given.bias + bias, layer.weight);
     if (position > 0) read_matrix(layer, given.start_weight + matrix, given.start_bias + bias, layer.start);
+    if (m.factors.moving) read_matrix(layer, given.velocity + matrix, given.velocity_bias + bias, layer.velocity);
   }
   const int64_t begin = a.begins ? a.begins[sequence] : sequence * a.tokens;
   const int64_t end = a.begins ? a.begins[sequence + 1] : begin + a.tokens;
@@ -169,7 +268,10 @@ void memory_text(const ttt::Memory& a, int64_t sequence, int64_t head, const Hea
     read_rows(static_cast<const T*>(a.v) + first * width, stride, some, width, m.v, wide);
     for (int64_t i = 0; a.scale != 1.0f && i < some * wide; i += VL) store(m.q + i, splat(a.scale) * load(m.q + i));
     // Where a mini-batch begins, the present weights are its first ones.
-    find_rows(m, norm, a.rate + first, a.heads, some, position == 0);
+    find_rows(a, m, head, a.rate + first, some, position == 0);
+    if (!m.factors.plain)
+      m.factors.find(a.gate == nullptr ? nullptr : a.gate + first, a.momentum == nullptr ? nullptr : a.momentum + first,
+                     a.heads, some, m.bp);
     const bool full = some == room;
     const float* h = m.q;
     for (int64_t l = 0; l < depth; l++) {
@@ -180,7 +282,7 @@ void memory_text(const ttt::Memory& a, int64_t sequence, int64_t head, const Hea
       for (int64_t i = 0; i < some * layer.wide; i += VL) store(m.h + i, gelu(load(m.z + i)));
       h = m.h;
     }
-    norm.apply(m.z, m.q, some);
+    if (a.norm_weight != nullptr) norm_of(a, head, m.norm).apply(m.z, m.q, some);
     write_rows(m.z, wide, some, width, static_cast<T*>(a.out) + first * width, stride);
     position = full ? 0 : position + some;
     at += some;
@@ -192,6 +294,7 @@ void memory_text(const ttt::Memory& a, int64_t sequence, int64_t head, const Hea
     write_matrix(layer, layer.weight, given.weight + matrix, given.bias + bias);
     write_matrix(layer, position == 0 ? layer.weight : layer.start, given.start_weight + matrix,
                  given.start_bias + bias);
+    if (m.factors.moving) write_matrix(layer, layer.velocity, given.velocity + matrix, given.velocity_bias + bias);
   }
 }
 
@@ -204,7 +307,7 @@ void memory_texts(const ttt::Memory& a) {
     HeadMemory(a, &counted);
     Scratch scratch(counted.used);
     Parts parts = {scratch.get(), 0};
-    const HeadMemory memory(a, &parts);
+    HeadMemory memory(a, &parts);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks; task++) memory_text<T>(a, task / a.heads, task % a.heads, memory);
   }

@@ -1,7 +1,9 @@
-// Memories that learn, for one token of each sequence: TTT-Linear and TTT-MLP. Rows of the state's matrices are read in
-// the order of memory, side by side, so that a head's matrices stream through the processor; where a mini-batch goes
-// on, those that it began with are read and the present ones are changed.
+// Memories that learn, for one token of each sequence: TTT-Linear, TTT-MLP and Titans. Rows of the state's matrices are
+// read in the order of memory, side by side, so that a head's matrices stream through the processor; where a mini-batch
+// goes on, those that it began with are read and the present ones are changed.
 #pragma once
+#include <type_traits>
+
 #include "memory.h"
 
 namespace {
@@ -9,7 +11,7 @@ namespace {
 // One layer for a token: addresses in the state, and rows that end with zeros, as far as a whole vector.
 struct TokenLayer {
   int64_t inputs, outputs;
-  float *weight, *bias, *start, *start_bias;
+  float *weight, *bias, *start, *start_bias, *velocity, *velocity_bias;
   float *x, *d;
 };
 
@@ -54,10 +56,25 @@ inline vf products_with_rows(const float* d, const float* w, int64_t outputs, in
   return sums_of_rows(sums, rows);
 }
 
-// W -= the outer product of x and d, and sums += h W, for `rows` rows. `start`, if not null, becomes W.
-template <int rows, bool ends>
-inline void change_rows(const float* x, const float* h, const float* d, float* w, float* start, int64_t outputs,
-                        float* sums) {
+// How a token changes weights W by a gradient G times its rate, as in ttt/ops/sequence/dual_form.py. With a gate and a
+// momentum, and the velocity V: V = momentum V - G, W = gate W + V.
+template <bool gated, bool moving>
+struct Rule {
+  float gate, momentum;
+
+  template <class V>  // a vector, or a number
+  V weight(V w, V gradient_factor, V gradient_row, V* velocity) const {
+    if constexpr (gated) w = w * (V{} + gate);
+    if constexpr (!moving) return w - gradient_factor * gradient_row;
+    *velocity = *velocity * (V{} + momentum) - gradient_factor * gradient_row;
+    return w + *velocity;
+  }
+};
+
+// Changes `rows` rows of W by the outer product of x and d, and adds h W to sums. `start`, if `ends`, becomes W.
+template <int rows, bool ends, bool gated, bool moving>
+inline void change_rows(const Rule<gated, moving>& rule, const float* x, const float* h, const float* d, float* w,
+                        float* start, float* velocity, int64_t outputs, float* sums) {
   vf by_x[rows], by_h[rows];
   for (int r = 0; r < rows; r++) by_x[r] = splat(x[r]);
   for (int r = 0; r < rows; r++) by_h[r] = splat(h[r]);
@@ -67,7 +84,10 @@ inline void change_rows(const float* x, const float* h, const float* d, float* w
     vf total = load(sums + j);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
-      const vf value = load(w + r * outputs + j) - by_x[r] * change;
+      vf moved = {};
+      if constexpr (moving) moved = load(velocity + r * outputs + j);
+      const vf value = rule.weight(load(w + r * outputs + j), by_x[r], change, &moved);
+      if constexpr (moving) store(velocity + r * outputs + j, moved);
       store(w + r * outputs + j, value);
       if constexpr (ends) store(start + r * outputs + j, value);
       total += by_h[r] * value;
@@ -76,35 +96,49 @@ inline void change_rows(const float* x, const float* h, const float* d, float* w
   }
   for (; j < outputs; j++)
     for (int r = 0; r < rows; r++) {
-      const float value = w[r * outputs + j] - x[r] * d[j];
+      float moved = 0.0f;
+      if constexpr (moving) moved = velocity[r * outputs + j];
+      const float value = rule.weight(w[r * outputs + j], x[r], d[j], &moved);
+      if constexpr (moving) velocity[r * outputs + j] = moved;
       w[r * outputs + j] = value;
       if constexpr (ends) start[r * outputs + j] = value;
       sums[j] += h[r] * value;
     }
 }
 
-// Changes a layer's weights, and sums = h W + b with them.
-template <bool ends>
-inline void change_layer(const TokenLayer& layer, const float* h, float* sums) {
+// Changes a layer's weights, and sums = h W + b with them. `moved` holds a row of outputs.
+template <bool ends, bool gated, bool moving>
+inline void change_layer(const Rule<gated, moving>& rule, const TokenLayer& layer, const float* h, float* moved,
+                         float* sums) {
   constexpr int rows = 4;
   const int64_t inputs = layer.inputs, outputs = layer.outputs, wide = whole_vectors(outputs);
   read_rows(layer.bias, 0, 1, outputs, sums, wide);
-  for (int64_t j = 0; j < wide; j += VL) store(sums + j, load(sums + j) - load(layer.d + j));
+  if constexpr (moving) read_rows(layer.velocity_bias, 0, 1, outputs, moved, wide);
+  for (int64_t j = 0; j < wide; j += VL) {
+    vf velocity = {};
+    if constexpr (moving) velocity = load(moved + j);
+    store(sums + j, rule.weight(load(sums + j), splat(1.0f), load(layer.d + j), &velocity));
+    if constexpr (moving) store(moved + j, velocity);
+  }
   write_rows(sums, wide, 1, outputs, layer.bias, 0);
+  if constexpr (moving) write_rows(moved, wide, 1, outputs, layer.velocity_bias, 0);
   if constexpr (ends) write_rows(sums, wide, 1, outputs, layer.start_bias, 0);
   int64_t i = 0;
-  for (; i + rows <= inputs; i += rows)
-    change_rows<rows, ends>(layer.x + i, h + i, layer.d, layer.weight + i * outputs, layer.start + i * outputs, outputs,
-                            sums);
-  for (; i < inputs; i++)
-    change_rows<1, ends>(layer.x + i, h + i, layer.d, layer.weight + i * outputs, layer.start + i * outputs, outputs,
-                         sums);
+  const auto change = [&](auto count) {
+    constexpr int some = decltype(count)::value;
+    const int64_t at = i * outputs;
+    change_rows<some, ends>(rule, layer.x + i, h + i, layer.d, layer.weight + at, layer.start + at,
+                            moving ? layer.velocity + at : nullptr, outputs, sums);
+    i += some;
+  };
+  while (i + rows <= inputs) change(std::integral_constant<int, rows>());
+  while (i < inputs) change(std::integral_constant<int, 1>());
 }
 
 // What one thread works with.
 struct TokenMemory {
   std::vector<TokenLayer> layers;
-  float *q, *k, *v, *h, *z, *norm;
+  float *q, *k, *v, *h, *z, *moved, *norm;
 
   TokenMemory(const ttt::Memory& a, Parts* parts) {
     const int64_t width = whole_vectors(a.width);
@@ -123,14 +157,40 @@ struct TokenMemory {
     v = parts->take(width);
     h = parts->take(widest);
     z = parts->take(widest);
+    moved = parts->take(widest);
     norm = parts->take(2 * width);
   }
 };
 
+// Changes all layers, and z = the output for q with the weights that they have then.
+template <bool ends, bool gated, bool moving>
+void change_memory(const ttt::Memory& a, int64_t row, const TokenMemory& m) {
+  const Rule<gated, moving> rule = {gated ? a.gate[row] : 1.0f, moving ? a.momentum[row] : 0.0f};
+  const float* h = m.q;
+  for (const TokenLayer& layer : m.layers) {
+    change_layer<ends>(rule, layer, h, m.moved, m.z);
+    if (&layer == &m.layers.back()) break;
+    for (int64_t j = 0; j < whole_vectors(layer.outputs); j += VL) store(m.h + j, gelu(load(m.z + j)));
+    h = m.h;
+  }
+}
+
+template <bool ends>
+void change_memory(const ttt::Memory& a, int64_t row, const TokenMemory& m) {
+  const bool gated = a.gate != nullptr, moving = a.momentum != nullptr;
+  if (gated && moving)
+    change_memory<ends, true, true>(a, row, m);
+  else if (gated)
+    change_memory<ends, true, false>(a, row, m);
+  else if (moving)
+    change_memory<ends, false, true>(a, row, m);
+  else
+    change_memory<ends, false, false>(a, row, m);
+}
+
 template <class T>
 void memory_token(const ttt::Memory& a, int64_t row, TokenMemory* m) {
   const int64_t width = a.width, wide = whole_vectors(width), sequence = row / a.heads, last = a.depth - 1;
-  const InnerNorm norm = norm_of(a, row % a.heads, m->norm);
   read_rows(static_cast<const T*>(a.q) + row * width, 0, 1, width, m->q, wide);
   read_rows(static_cast<const T*>(a.k) + row * width, 0, 1, width, m->k, wide);
   read_rows(static_cast<const T*>(a.v) + row * width, 0, 1, width, m->v, wide);
@@ -146,6 +206,10 @@ void memory_token(const ttt::Memory& a, int64_t row, TokenMemory* m) {
     layer.bias = given.bias + bias;
     layer.start = given.start_weight + matrix;
     layer.start_bias = given.start_bias + bias;
+    if (a.momentum != nullptr) {
+      layer.velocity = given.velocity + matrix;
+      layer.velocity_bias = given.velocity_bias + bias;
+    }
     token_linear(layer, layer.x, begins ? layer.weight : layer.start, begins ? layer.bias : layer.start_bias, layer.d);
     if (l == last) break;
     for (int64_t j = 0; j < whole_vectors(layer.outputs); j += VL) {
@@ -154,7 +218,7 @@ void memory_token(const ttt::Memory& a, int64_t row, TokenMemory* m) {
       store(layer.d + j, slope);
     }
   }
-  norm.gradient(m->layers[last].d, m->k, m->v, a.rate + row, 0, 1);
+  loss_gradient(a, row % a.heads, a.rate + row, 0, m->norm, m->layers[last].d, m->k, m->v, 1);
   for (int64_t l = last; l > 0; l--) {
     const TokenLayer& layer = m->layers[l];
     const float* w = begins ? layer.weight : layer.start;
@@ -163,15 +227,8 @@ void memory_token(const ttt::Memory& a, int64_t row, TokenMemory* m) {
       store(below + i, load(below + i) * products_with_rows(layer.d, w + i * layer.outputs, layer.outputs,
                                                             std::min<int64_t>(VL, layer.inputs - i)));
   }
-  const float* h = m->q;
-  for (int64_t l = 0; l <= last; l++) {
-    const TokenLayer& layer = m->layers[l];
-    ends ? change_layer<true>(layer, h, m->z) : change_layer<false>(layer, h, m->z);
-    if (l == last) break;
-    for (int64_t j = 0; j < whole_vectors(layer.outputs); j += VL) store(m->h + j, gelu(load(m->z + j)));
-    h = m->h;
-  }
-  norm.apply(m->z, m->q, 1);
+  ends ? change_memory<true>(a, row, *m) : change_memory<false>(a, row, *m);
+  if (a.norm_weight != nullptr) norm_of(a, row % a.heads, m->norm).apply(m->z, m->q, 1);
   write_rows(m->z, wide, 1, width, static_cast<T*>(a.out) + row * width, 0);
 }
 

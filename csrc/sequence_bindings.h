@@ -31,23 +31,25 @@ void delta_rule(address q, address k, address v, address beta, address gate, add
   active->delta_rule(a);
 }
 
-// weights: of each layer the addresses of the weight, the bias, and both before the present mini-batch. widths: of the
-// first layer's inputs, then of each layer's outputs.
-void memory(address q, address k, address v, address rate, address norm_weight, address norm_bias, address begins,
-            const std::vector<std::array<address, 4>>& weights, const std::vector<int64_t>& widths, address position,
-            address y, int64_t sequences, int64_t tokens, int64_t heads, int64_t mini_batch, float scale, float eps,
-            bool one_token, int dtype, int threads) {
+// weights: of each layer the addresses of the weight, the bias, both before the present mini-batch, and both of the
+// momentum. widths: of the first layer's inputs, then of each layer's outputs.
+void memory(address q, address k, address v, address rate, address gate, address momentum, address norm_weight,
+            address norm_bias, address begins, const std::vector<std::array<address, 6>>& weights,
+            const std::vector<int64_t>& widths, address position, address y, int64_t sequences, int64_t tokens,
+            int64_t heads, int64_t mini_batch, float scale, float eps, bool one_token, int dtype, int threads) {
   std::vector<ttt::MemoryLayer> layers;
   for (size_t l = 0; l < weights.size(); l++) {
-    const auto& [weight, bias, start_weight, start_bias] = weights[l];
+    const auto& [weight, bias, start_weight, start_bias, velocity, velocity_bias] = weights[l];
     layers.push_back({out<float>(weight), out<float>(bias), out<float>(start_weight), out<float>(start_bias),
-                      widths.at(l), widths.at(l + 1)});
+                      out<float>(velocity), out<float>(velocity_bias), widths.at(l), widths.at(l + 1)});
   }
   ttt::Memory a = {};
   a.q = in<void>(q);
   a.k = in<void>(k);
   a.v = in<void>(v);
   a.rate = in<float>(rate);
+  a.gate = in<float>(gate);
+  a.momentum = in<float>(momentum);
   a.norm_weight = in<float>(norm_weight);
   a.norm_bias = in<float>(norm_bias);
   a.begins = in<int64_t>(begins);

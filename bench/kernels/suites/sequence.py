@@ -22,9 +22,10 @@ CHUNK = 32
 """Tokens of a chunk of the delta rule's C++ kernel, by which its products are counted."""
 EXPANSION = 4
 """Width of the middle of TTT-MLP's memory, relative to that of a head."""
-OPS = ("gated delta rule", "TTT-Linear", "TTT-MLP")
-HIGHEST_RATE = {"TTT-Linear": 0.2, "TTT-MLP": 0.01}
-"""Those of their layers by default."""
+TITANS = "Titans"
+OPS = ("gated delta rule", "TTT-Linear", "TTT-MLP", TITANS)
+HIGHEST_RATE = {"TTT-Linear": 0.2, "TTT-MLP": 0.01, TITANS: 0.1}
+"""Those of their layers by default; for Titans a typical one."""
 TOLERANCE = 1e-3
 
 
@@ -54,7 +55,7 @@ def inputs_of(op: str, device: str, dtype: str, batch: int, tokens: int, heads: 
     weights = []
     for given, found in layer_sizes(op, width):
         # TTT-MLP's as its layer draws them; with large ones of TTT-Linear rounding grows from token to token.
-        scale = 0.02 if op == "TTT-Linear" else 1 if given == width else given**-0.5
+        scale = 0.02 if op in ("TTT-Linear", TITANS) else 1 if given == width else given**-0.5
         weights += [draw(heads, given, found) * scale, torch.zeros(heads, found, device=device)]
     norm = ops.Norm(torch.ones(heads, width, device=device), torch.zeros(heads, width, device=device))
     rate = HIGHEST_RATE.get(op, 1) * rate.sigmoid()
@@ -64,7 +65,13 @@ def inputs_of(op: str, device: str, dtype: str, batch: int, tokens: int, heads: 
 def layer_sizes(op: str, width: int) -> list[tuple[int, int]]:
     """Inputs and outputs of each layer of the op's memory; none for the delta rule."""
     middle = EXPANSION * width
-    return {"TTT-Linear": [(width, width)], "TTT-MLP": [(width, middle), (middle, width)]}.get(op, [])
+    one = [(width, width)]
+    return {"TTT-Linear": one, TITANS: one, "TTT-MLP": [(width, middle), (middle, width)]}.get(op, [])
+
+
+def options_of(op: str, x: Inputs) -> dict[str, Any]:
+    """Of `memory`: the inner norm, or for Titans a gate and a momentum for each token, (B, T, H), and no norm."""
+    return {"gate": x.gate.exp(), "momentum": 1 - x.gate.exp()} if op == TITANS else {"norm": x.norm}
 
 
 def run_op(op: str, x: Inputs, form: str) -> tuple[Tensor, Any]:
@@ -72,7 +79,7 @@ def run_op(op: str, x: Inputs, form: str) -> tuple[Tensor, Any]:
     if op == "gated delta rule":
         return ops.gated_delta_rule(x.q, x.k, x.v, x.rate, x.gate, output_final_state=True, form=form)
     return ops.memory(
-        x.q, x.k, x.v, x.rate, x.weights, norm=x.norm, mini_batch=MINI_BATCH, output_final_state=True, form=form
+        x.q, x.k, x.v, x.rate, x.weights, mini_batch=MINI_BATCH, output_final_state=True, form=form, **options_of(op, x)
     )
 
 
@@ -190,11 +197,15 @@ class Token(Case):
         )
 
     def bytes(self, contender: str) -> int | None:
-        """A memory reads the weights at the beginning of the mini-batch too, and writes them at its end."""
+        """A memory reads the weights at the beginning of the mini-batch too, and writes them at its end.
+
+        That of Titans also reads and writes the momentum.
+        """
         if self.op == "gated delta rule":
             return 2 * 4 * self.batch * self.heads * self.width**2
         state = 4 * self.batch * self.heads * sum(i * o for i, o in layer_sizes(self.op, self.width))
-        return round(state * (2 + (MINI_BATCH - 1) / MINI_BATCH + 1 / MINI_BATCH))
+        moved = 2 * (self.op == TITANS)
+        return round(state * (2 + moved + (MINI_BATCH - 1) / MINI_BATCH + 1 / MINI_BATCH))
 
     def flops(self, contender: str) -> int | None:
         return None
@@ -205,10 +216,12 @@ class Token(Case):
 
         def make(form: str) -> Contender:
             state: Any
+            options: Any = {}
             if self.op == "gated delta rule":
                 state = torch.zeros(self.batch, self.heads, self.width, self.width, device=self.device)
             else:
-                state = ops.new_memory_state(x.weights, self.batch)
+                state = ops.new_memory_state(x.weights, self.batch, self.op == TITANS)
+                options = {name: t[:, 0] if isinstance(t, Tensor) else t for name, t in options_of(self.op, x).items()}
 
             def run() -> Tensor:
                 with torch.no_grad():
@@ -217,11 +230,11 @@ class Token(Case):
                             return ops.gated_delta_rule_step(q, k, v, rate, gate, state=state)
                         given: Any = [t.float() for t in (q, k, v, rate, gate)] + [state, self.width**-0.5]
                         return ops.delta_rule.step_(*given).to(q.dtype)
-                    options: Any = {"norm": x.norm, "mini_batch": MINI_BATCH}
                     if form == "ttt":
-                        return ops.memory_step(q, k, v, rate, state=state, **options)
+                        return ops.memory_step(q, k, v, rate, state=state, mini_batch=MINI_BATCH, **options)
                     wide = [t.float() for t in (q, k, v, rate)]
-                    given = [*wide, None, None, state, x.norm, MINI_BATCH]
+                    factors = [options.get(name) for name in ("gate", "momentum")]
+                    given = [*wide, *factors, state, options.get("norm"), MINI_BATCH]
                     return ops.dual_form.step_(*given).to(q.dtype)
 
             first = run_op(self.op, x, "reference")[0][:, 0]

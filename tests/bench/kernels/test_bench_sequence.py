@@ -5,7 +5,7 @@ from tiny_cases import reasons
 
 from bench.kernels import measure
 from bench.kernels.suites import sequence
-from bench.kernels.suites.sequence import OPS, Prefill, Text, Token
+from bench.kernels.suites.sequence import OPS, TITANS, Prefill, Text, Token
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -52,3 +52,5 @@ def test_bytes_and_flops():
     # Read and written; read at the beginning of the mini-batch by 15 of 16 tokens, and written there by one of 16.
     assert Token("cpu", "float32", "TTT-Linear", 2, 3, 8).bytes("ttt") == 3 * 4 * 2 * 3 * 8 * 8
     assert Token("cpu", "float32", "TTT-MLP", 2, 3, 8).bytes("ttt") == 3 * 4 * 2 * 3 * 2 * 8 * 32
+    # The momentum, too, is read and written.
+    assert Token("cpu", "float32", TITANS, 2, 3, 8).bytes("ttt") == 5 * 4 * 2 * 3 * 8 * 8

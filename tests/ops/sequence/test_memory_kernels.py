@@ -1,11 +1,11 @@
-"""The C++ kernels of memories that learn, TTT-Linear and TTT-MLP, for each instruction set, against float64."""
+"""The C++ kernels of memories that learn, TTT-Linear, TTT-MLP and Titans, for each instruction set, against float64."""
 
 import itertools
 
 import pytest
 import torch
 from helpers import assert_close
-from sequence_cases import doubled, memory_case
+from sequence_cases import between, doubled, memory_case
 
 from ttt.ops import cpu
 from ttt.ops import sequence as ops
@@ -59,7 +59,7 @@ def test_a_text_in_two_pieces_and_then_steps(isa, dtype, size, widths):
             outs.append(out.unsqueeze(1))
         return torch.cat(outs, 1), state
 
-    op = memory_op(weights)
+    op = memory_op(weights, None, None, norm.weight)
     before = calls[op, "cpu", ""], calls[f"{op}_step", "cpu", ""]
     copies = [t.clone() for t in (*tensors, *weights)]
     found = read(tensors, weights, options, "auto")
@@ -71,8 +71,118 @@ def test_a_text_in_two_pieces_and_then_steps(isa, dtype, size, widths):
         assert torch.equal(t, copy)
 
 
+@pytest.mark.parametrize(("gated", "moving", "normed"), list(itertools.product([False, True], repeat=3)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.parametrize("widths", [(3,), (20,), (64,), (20, 33), (9, 6, 17)])
+def test_steps_with_gates_and_momenta(isa, gated, moving, normed, dtype, size, widths):
+    """As of Titans, which has both and no norm: outputs, weights, those of before the mini-batch, and velocities."""
+    tensors, weights, norm = memory_case(3, 12, 2, dtype, *widths)
+    shape = tensors[3].shape
+    tensors[3].mul_(0.2 if moving else 1)  # momentum makes steps longer: rounding errors would grow from token to token
+    gate = between(0.7, 1, *shape, dtype=torch.float32) if gated else None
+    momentum = between(0, 0.6, *shape, dtype=torch.float32) if moving else None
+    norm = norm if normed else None
+    exact_norm = wide_norm(norm) if normed else None
+    text = {"gate": gate, "momentum": momentum, "norm": norm, "mini_batch": size, "output_final_state": True}
+    cut = {name: t[:, :4] for name, t in (("gate", gate), ("momentum", momentum)) if t is not None}
+    _, state = ops.memory(*(t[:, :4] for t in tensors), weights, form="chunk", **{**text, **cut})
+    plain_state = own(state)
+    exact_state = ops.MemoryState(*(tuple(doubled(part)) for part in state[:3]), state.position.clone())
+    op = f"{memory_op(weights, gate, momentum, norm and norm.weight)}_step"
+    before = calls[op, "cpu", ""]
+    outs, plains, exacts = [], [], []
+    for t in range(4, 12):
+        token = [x[:, t] for x in tensors]
+        extra = [None if x is None else x[:, t] for x in (gate, momentum)]
+        options = {"gate": extra[0], "momentum": extra[1], "mini_batch": size, "scale": 0.8}
+        copies = [x.clone() for x in token]
+        outs.append(ops.memory_step(*token, norm=norm, state=state, **options))
+        scaled = [token[0].float() * 0.8, *(x.float() for x in token[1:])]
+        plains.append(dual_form.step_(*scaled, *extra, plain_state, norm, size).to(dtype))
+        wide = {**options, **{k: x.double() for k, x in options.items() if isinstance(x, torch.Tensor)}}
+        exacts.append(ops.memory_step(*doubled(token), norm=exact_norm, state=exact_state, **wide))
+        assert all(map(torch.equal, token, copies))
+    assert calls[op, "cpu", ""] == before + 8
+    compare(*((torch.stack(o), held) for o, held in ((outs, state), (exacts, exact_state), (plains, plain_state))))
+    assert len(state.velocity) == (len(weights) if moving else 0)
+
+
+@pytest.mark.parametrize(("gated", "moving", "normed"), list(itertools.product([False, True], repeat=3)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 5, 16, 40])
+@pytest.mark.parametrize("widths", [(3,), (20,), (64,), (20, 33), (9, 6, 17)])
+def test_texts_with_gates_and_momenta(isa, gated, moving, normed, dtype, size, widths):
+    """In three pieces, of which one is empty and the first ends within a mini-batch."""
+    tensors, weights, norm = memory_case(2, 37, 2, dtype, *widths)
+    shape = tensors[3].shape
+    tensors[3].mul_(0.2 if moving else 1)  # momentum makes steps longer: rounding errors would grow from token to token
+    extra = {"gate": between(0.7, 1, *shape, dtype=torch.float32)} if gated else {}
+    extra |= {"momentum": between(0, 0.6, *shape, dtype=torch.float32)} if moving else {}
+    norm = norm if normed else None
+
+    def read(tensors, weights, extra, norm, form):
+        outs, state = [], None
+        for begin, end in ((0, 18), (18, 18), (18, 37)):
+            part = [t[:, begin:end] for t in tensors]
+            cut = {name: t[:, begin:end] for name, t in extra.items()}
+            options = {"norm": norm, "mini_batch": size, "scale": 0.8, "output_final_state": True, "form": form}
+            out, state = ops.memory(*part, weights, initial_state=state, **options, **cut)
+            outs.append(out)
+        return torch.cat(outs, 1), state
+
+    op = memory_op(weights, extra.get("gate"), extra.get("momentum"), norm and norm.weight)
+    before = calls[op, "cpu", ""]
+    copies = [t.clone() for t in (*tensors, *weights, *extra.values())]
+    found = read(tensors, weights, extra, norm, "auto")
+    assert calls[op, "cpu", ""] == before + 3
+    wide = {name: t.double() for name, t in extra.items()}
+    exact = read(doubled(tensors), doubled(weights), wide, wide_norm(norm) if normed else None, "reference")
+    compare(found, exact, read(tensors, weights, extra, norm, "chunk"))
+    assert all(map(torch.equal, (*tensors, *weights, *extra.values()), copies))
+
+
+def test_packed_texts_of_titans_are_single_ones(isa):
+    bounds = torch.tensor([0, 5, 5, 6, 13, 40])
+    tensors, weights, _ = memory_case(1, 40, 2, torch.float32, 9, 21)
+    named = {"gate": between(0.7, 1, 1, 40, 2, dtype=torch.float32)}
+    named |= {"momentum": between(0, 0.6, 1, 40, 2, dtype=torch.float32)}
+    options = {"mini_batch": 7, "output_final_state": True}
+    out, state = ops.memory(*tensors, weights, cu_seqlens=bounds, **options, **named)
+    for row, (begin, end) in enumerate(itertools.pairwise(bounds.tolist())):
+        cut = {name: t[:, begin:end] for name, t in named.items()}
+        alone, final = ops.memory(*(t[:, begin:end] for t in tensors), weights, **options, **cut)
+        assert torch.equal(out[:, begin:end], alone)
+        for packed, single in zip(tensors_of(state), tensors_of(final), strict=True):
+            assert torch.equal(packed[row], single[0])
+
+
+def test_a_step_of_titans_is_its_text(isa):
+    """Steps of the kernel after a text in the form for chunks: the layer's own way to decode."""
+    tensors, weights, _ = memory_case(2, 24, 2, torch.float32, 16, 24)
+    gate, momentum = between(0.7, 1, 2, 24, 2, dtype=torch.float32), between(0, 0.6, 2, 24, 2, dtype=torch.float32)
+    named = {"gate": gate, "momentum": momentum}
+    whole, final = ops.memory(*tensors, weights, mini_batch=4, output_final_state=True, **named)
+    part = {name: t[:, :9] for name, t in named.items()}
+    _, state = ops.memory(*(t[:, :9] for t in tensors), weights, mini_batch=4, output_final_state=True, **part)
+    outs = [
+        ops.memory_step(
+            *(x[:, t] for x in tensors), **{name: x[:, t] for name, x in named.items()}, mini_batch=4, state=state
+        )
+        for t in range(9, 24)
+    ]
+    torch.testing.assert_close(torch.stack(outs, 1), whole[:, 9:], rtol=1e-4, atol=1e-4)
+    for found, wanted in zip(tensors_of(state), tensors_of(final), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_calls_are_counted_by_the_name_of_the_layer():
-    assert [memory_op([None] * 2 * depth) for depth in (1, 2, 3)] == ["ttt_linear", "ttt_mlp", "memory"]
+    one = torch.ones(1)
+    names = [memory_op([one] * 2 * depth, None, None, one) for depth in (1, 2, 3)]
+    assert names == ["ttt_linear", "ttt_mlp", "memory"]
+    assert [memory_op([one] * 2 * depth, one, one, None) for depth in (1, 2)] == ["titans", "titans"]
+    for gate, momentum, norm in ((None, None, None), (one, None, None), (None, one, None), (one, one, one)):
+        assert memory_op([one] * 2, gate, momentum, norm) == "memory"
 
 
 @pytest.mark.parametrize("widths", [(12,), (12, 30)])
@@ -185,25 +295,26 @@ def test_strides_and_threads_change_no_bit(widths):
 
 
 def test_who_is_served():
-    """No memory that needs gradients, has a gate, a momentum or no norm, or is float64; nor a long mini-batch."""
+    """No memory that needs gradients, or is float64; nor a long mini-batch."""
     tensors, weights, norm = memory_case(1, 4, 1, torch.float32, 8, 12)
-    before = calls["ttt_mlp", "cpu", ""]
-    gate = torch.ones(1, 4, 1)
-    ops.memory(*tensors, weights, norm=norm, gate=gate)
-    ops.memory(*tensors, weights, norm=norm, momentum=0.5 * gate)
-    ops.memory(*tensors, weights)
+    before = calls["ttt_mlp", "cpu", ""], calls["titans", "cpu", ""]
+    gate = torch.full((1, 4, 1), 0.5)
     ops.memory(*tensors, weights, norm=norm, mini_batch=257)
     ops.memory(tensors[0].clone().requires_grad_(), *tensors[1:], weights, norm=norm)[0].sum().backward()
     learned = [w.clone().requires_grad_() for w in weights]
     ops.memory(*tensors, learned, norm=norm)[0].sum().backward()
     assert all(w.grad.isfinite().all() for w in learned)
-    assert calls["ttt_mlp", "cpu", ""] == before
+    wanted = gate.clone().requires_grad_()
+    ops.memory(*tensors, weights, gate=gate, momentum=wanted)[0].sum().backward()
+    assert wanted.grad.isfinite().all()
+    assert (calls["ttt_mlp", "cpu", ""], calls["titans", "cpu", ""]) == before
     why = "no C++ kernel for torch.float64"
     counted = calls["ttt_mlp", "torch", why]
     ops.memory(*doubled(tensors), doubled(weights), norm=wide_norm(norm))
     assert calls["ttt_mlp", "torch", why] == counted + 1
     ops.memory(*tensors, weights, norm=norm)
-    assert calls["ttt_mlp", "cpu", ""] == before + 1
+    ops.memory(*tensors, weights, gate=gate, momentum=gate)
+    assert (calls["ttt_mlp", "cpu", ""], calls["titans", "cpu", ""]) == (before[0] + 1, before[1] + 1)
 
 
 @pytest.mark.parametrize("widths", [(8,), (8, 12)])

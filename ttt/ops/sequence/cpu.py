@@ -47,45 +47,52 @@ def delta_rule_step(q, k, v, beta, g, state, scale):
     return out
 
 
-def memory(q, k, v, rate, norm_weight, norm_bias, eps, weights, start, position, begins, mini_batch, scale):
+def memory(
+    q, k, v, rate, gate, momentum, norm_weight, norm_bias, eps, weights, start, velocity, position, begins, mini_batch,
+    scale,
+):  # fmt: skip
     check_positions("mini_batch", position, mini_batch)
-    record(memory_op(weights), "cpu")
-    state = own(([w.contiguous() for w in weights], [w.contiguous() for w in start]))
+    record(memory_op(weights, gate, momentum, norm_weight), "cpu")
+    state = own([[t.contiguous() for t in tensors] for tensors in (weights, start, velocity)])
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    norm = norm_weight, norm_bias, eps
-    _call_memory(q, k, v, rate, norm, state, position, begins, out, q.shape[1], mini_batch, scale, False)
+    factors, norm = (rate, gate, momentum), (norm_weight, norm_bias, eps)
+    _call_memory(q, k, v, factors, norm, state, position, begins, out, q.shape[1], mini_batch, scale, False)
     lengths = q.shape[1] if begins is None else begins.diff()
     return out, *state, (position + lengths) % mini_batch
 
 
-def memory_step(q, k, v, rate, norm_weight, norm_bias, eps, weights, start, position, mini_batch, scale):
-    record(f"{memory_op(weights)}_step", "cpu")
+def memory_step(
+    q, k, v, rate, gate, momentum, norm_weight, norm_bias, eps, weights, start, velocity, position, mini_batch, scale
+):
+    record(f"{memory_op(weights, gate, momentum, norm_weight)}_step", "cpu")
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    norm = norm_weight, norm_bias, eps
-    _call_memory(q, k, v, rate, norm, (weights, start), position, None, out, 1, mini_batch, scale, True)
-    torch.autograd.graph.increment_version([*weights, *start])
+    factors, norm, state = (rate, gate, momentum), (norm_weight, norm_bias, eps), (weights, start, velocity)
+    _call_memory(q, k, v, factors, norm, state, position, None, out, 1, mini_batch, scale, True)
+    torch.autograd.graph.increment_version([*weights, *start, *velocity])
     position.add_(1)
     position.masked_fill_(position >= mini_batch, 0)
     return out
 
 
-def memory_op(weights) -> str:
-    """The name under which calls of `memory` with these weights and biases are counted."""
-    return {2: "ttt_linear", 4: "ttt_mlp"}.get(len(weights), "memory")
+def memory_op(weights, gate, momentum, norm_weight) -> str:
+    """The name under which calls of `memory` with these arguments are counted."""
+    if gate is None and momentum is None and norm_weight is not None:
+        return {2: "ttt_linear", 4: "ttt_mlp"}.get(len(weights), "memory")
+    return "memory" if gate is None or momentum is None or norm_weight is not None else "titans"
 
 
-def _call_memory(q, k, v, rate, norm, state, position, begins, out, tokens, mini_batch, scale, one_token):
+def _call_memory(q, k, v, factors, norm, state, position, begins, out, tokens, mini_batch, scale, one_token):
     heads, width = q.shape[-2:]
-    norm_weight, norm_bias, eps = norm
-    weights, start = state
+    weights, start, velocity = state
     layers = range(0, len(weights), 2)
-    addresses = [[t.data_ptr() for t in (*weights[i : i + 2], *start[i : i + 2])] for i in layers]
+    parts = [weights, start, velocity or [None] * len(weights)]
+    addresses = [[_address(t) for part in parts for t in part[i : i + 2]] for i in layers]
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    rate, norm_weight, norm_bias = (t.detach().float().contiguous() for t in (rate, norm_weight, norm_bias))
+    # Held until the call returns: the addresses are those of copies, where there had to be one.
+    numbers = [as_float(t) for t in (*factors, *norm[:2])]
     position = position.contiguous()
     _C.memory(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), rate.data_ptr(), norm_weight.data_ptr(), norm_bias.data_ptr(),
-        _address(begins), addresses, [width, *(weights[i].shape[-1] for i in layers)], position.data_ptr(),
-        out.data_ptr(), len(position), tokens, heads, mini_batch, scale, eps, one_token, _DTYPE[q.dtype],
-        torch.get_num_threads(),
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), *map(_address, numbers), _address(begins), addresses,
+        [width, *(weights[i].shape[-1] for i in layers)], position.data_ptr(), out.data_ptr(), len(position), tokens,
+        heads, mini_batch, scale, norm[2], one_token, _DTYPE[q.dtype], torch.get_num_threads(),
     )  # fmt: skip

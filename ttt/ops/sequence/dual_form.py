@@ -94,19 +94,25 @@ def gelu_slope(z: Tensor) -> Tensor:
     return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * c * (1 + 3 * 0.044715 * z * z)
 
 
+def standardised(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """z (B, H, L, D) less the mean of each row, divided by its deviation; and the inverse of that, (B, H, L, 1)."""
+    if not z.numel():  # torch warns of the variance of no numbers
+        return z, z.sum(-1, keepdim=True)
+    var, mean = torch.var_mean(z, -1, correction=0, keepdim=True)
+    inverse = (var + eps).rsqrt()
+    return (z - mean) * inverse, inverse
+
+
 def normed(z: Tensor, norm: Norm) -> Tensor:
     """LN(z) for z (B, H, L, D)."""
-    var, mean = torch.var_mean(z, -1, correction=0, keepdim=True)
-    return (z - mean) * (var + norm.eps).rsqrt() * norm.weight.unsqueeze(1) + norm.bias.unsqueeze(1)
+    return standardised(z, norm.eps)[0] * norm.weight.unsqueeze(1) + norm.bias.unsqueeze(1)
 
 
 def loss_gradient(z: Tensor, k: Tensor, v: Tensor, norm: Norm | None) -> Tensor:
     """The gradient of |f - v|^2 / 2 with respect to z, (B, H, L, D)."""
     if norm is None:
         return z - v
-    var, mean = torch.var_mean(z, -1, correction=0, keepdim=True)
-    inverse = (var + norm.eps).rsqrt()
-    plain, weight = (z - mean) * inverse, norm.weight.unsqueeze(1)
+    (plain, inverse), weight = standardised(z, norm.eps), norm.weight.unsqueeze(1)
     d = (plain * weight + norm.bias.unsqueeze(1) + k - v) * weight
     return (d - d.mean(-1, keepdim=True) - plain * (d * plain).mean(-1, keepdim=True)) * inverse
 

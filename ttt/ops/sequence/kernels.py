@@ -28,13 +28,14 @@ _SCHEMAS = {
         "(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor(a!) state, float scale) -> Tensor"
     ),
     "sequence_memory": (
-        "(Tensor q, Tensor k, Tensor v, Tensor rate, Tensor norm_weight, Tensor norm_bias, float eps, "
-        "Tensor[] weights, Tensor[] start, Tensor position, Tensor? begins, int mini_batch, float scale) "
-        "-> (Tensor, Tensor[], Tensor[], Tensor)"
+        "(Tensor q, Tensor k, Tensor v, Tensor rate, Tensor? gate, Tensor? momentum, Tensor? norm_weight, "
+        "Tensor? norm_bias, float eps, Tensor[] weights, Tensor[] start, Tensor[] velocity, Tensor position, "
+        "Tensor? begins, int mini_batch, float scale) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor)"
     ),
     "sequence_memory_step": (
-        "(Tensor q, Tensor k, Tensor v, Tensor rate, Tensor norm_weight, Tensor norm_bias, float eps, "
-        "Tensor(a!)[] weights, Tensor(b!)[] start, Tensor(c!) position, int mini_batch, float scale) -> Tensor"
+        "(Tensor q, Tensor k, Tensor v, Tensor rate, Tensor? gate, Tensor? momentum, Tensor? norm_weight, "
+        "Tensor? norm_bias, float eps, Tensor(a!)[] weights, Tensor(b!)[] start, Tensor(c!)[] velocity, "
+        "Tensor(d!) position, int mini_batch, float scale) -> Tensor"
     ),
 }
 for _name, _schema in _SCHEMAS.items():
@@ -53,39 +54,43 @@ def gated_delta_rule_step(q, k, v, beta, g, state) -> Callable | None:
 
 
 def memory(q, k, v, rate, gate, momentum, norm: Any, state: MemoryState, mini_batch: int) -> Callable | None:
-    """The kernel of `ttt.ops.sequence.memory`, for a memory like TTT-Linear and TTT-MLP."""
-    if not _is_plain(q, gate, momentum, norm) or mini_batch > MOST_MINI_BATCH:
-        return None
-    if not _serves(cpu.memory_op(state.weights), q, k, v, rate, *norm[:2], *tensors_of(state)):
+    """The kernel of `ttt.ops.sequence.memory`, called with the state, where packed texts begin, and the options."""
+    if mini_batch > MOST_MINI_BATCH or not _serves_memory("", q, k, v, rate, gate, momentum, norm, state):
         return None
 
-    def run(q, k, v, rate, norm, state, begins, mini_batch, scale):
-        given = (state.weights, state.start, state.position)
-        out, weights, start, position = torch.ops.ttt.sequence_memory(
-            q, k, v, rate, *norm, *given, begins, mini_batch, scale
+    def run(state, begins, mini_batch, scale):
+        held = (state.weights, state.start, state.velocity, state.position)
+        out, weights, start, velocity, position = torch.ops.ttt.sequence_memory(
+            q, k, v, rate, gate, momentum, *(norm or NO_NORM), *held, begins, mini_batch, scale
         )
-        return out, MemoryState(tuple(weights), tuple(start), (), position)
+        return out, MemoryState(tuple(weights), tuple(start), tuple(velocity), position)
 
     return run
 
 
 def memory_step(q, k, v, rate, gate, momentum, norm: Any, state: MemoryState) -> Callable | None:
-    """The kernel of `ttt.ops.sequence.memory_step`, for the same."""
-    if not _is_plain(q, gate, momentum, norm):
-        return None
-    if not _serves(f"{cpu.memory_op(state.weights)}_step", q, k, v, rate, *norm[:2], *tensors_of(state)):
+    """The kernel of `ttt.ops.sequence.memory_step`, called with the state and the options."""
+    if not _serves_memory("_step", q, k, v, rate, gate, momentum, norm, state):
         return None
 
-    def run(q, k, v, rate, norm, state, mini_batch, scale):
-        given = (state.weights, state.start, state.position)
-        return torch.ops.ttt.sequence_memory_step(q, k, v, rate, *norm, *given, mini_batch, scale)
+    def run(state, mini_batch, scale):
+        held = (state.weights, state.start, state.velocity, state.position)
+        return torch.ops.ttt.sequence_memory_step(
+            q, k, v, rate, gate, momentum, *(norm or NO_NORM), *held, mini_batch, scale
+        )
 
     return run
 
 
-def _is_plain(q, gate, momentum, norm) -> bool:
-    """Whether a memory is one that the C++ kernels know: it has an inner norm, no gate and no momentum."""
-    return q.device.type == "cpu" and gate is None and momentum is None and norm is not None
+NO_NORM = (None, None, 0.0)
+"""Weight, bias and eps of a memory without an inner norm."""
+
+
+def _serves_memory(end: str, q, k, v, rate, gate, momentum, norm: Any, state: MemoryState) -> bool:
+    if q.device.type != "cpu":
+        return False
+    op = cpu.memory_op(state.weights, gate, momentum, norm and norm.weight) + end
+    return _serves(op, q, k, v, rate, gate, momentum, *(norm or NO_NORM)[:2], *tensors_of(state))
 
 
 def _serves(op: str, q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> bool:
@@ -113,8 +118,8 @@ def _fake_delta_rule_step(q, k, v, beta, g, state, scale):
     return v.new_empty(v.shape)
 
 
-def _fake_memory(q, k, v, rate, norm_weight, norm_bias, eps, weights, start, position, *_):
-    new = ([torch.empty_like(t) for t in tensors] for tensors in (weights, start))
+def _fake_memory(q, k, v, rate, gate, momentum, norm_weight, norm_bias, eps, weights, start, velocity, position, *_):
+    new = ([torch.empty_like(t) for t in tensors] for tensors in (weights, start, velocity))
     return q.new_empty(q.shape), *new, torch.empty_like(position)
 
 

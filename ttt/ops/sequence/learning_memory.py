@@ -95,7 +95,7 @@ def memory(
         kernel = kernels.memory(q, k, v, rate, gate, momentum, norm, state, mini_batch)
         if kernel:
             begins = None if bounds is None else torch.tensor(bounds)
-            out, final = kernel(q, k, v, rate, norm, state, begins, mini_batch, scale)
+            out, final = kernel(state, begins, mini_batch, scale)
             return out, final if output_final_state else None
     if initial_state is not None:
         check_positions("mini_batch", state.position, mini_batch)
@@ -165,7 +165,7 @@ def memory_step(
     refuse_gradients("memory_step", q, k, v, rate, gate, momentum, *state.weights)
     scale = 1.0 if scale is None else float(scale)
     if kernel := kernels.memory_step(q, k, v, rate, gate, momentum, norm, state):
-        return kernel(q, k, v, rate, norm, state, mini_batch, scale)
+        return kernel(state, mini_batch, scale)
     wide: Any = [None if t is None else t.to(dtype) for t in (q * scale, k, v, rate, gate, momentum)]
     wide_norm = None if norm is None else Norm(norm.weight.to(dtype), norm.bias.to(dtype), norm.eps)
     given: Any = (*wide, state, wide_norm, mini_batch)
