@@ -80,8 +80,8 @@ def export_peft(
     The delta of a layer is ``lora_B @ lora_A``: ``lora_alpha`` equals ``r``. Servers cache adapters by path, so each
     version needs a new folder, which gets its name once the adapter is complete. Loading was tested with PEFT and vLLM.
     SGLang was not available; tests check the rules of both servers: ranks, keys, no bias, no modules to save, a list of
-    targets. SGLang loads no k or v without q, no q without v, and no up without gate. Experts that learnt are written as
-    PEFT's ``target_parameters``, with the adapter's rank for each expert; loading those was tested with PEFT only.
+    targets. SGLang loads no k or v without q, no q without v, and no up without gate. Experts that learnt are written
+    as PEFT's ``target_parameters``, with the adapter's rank for each expert; loading those was tested with PEFT only.
 
     Args:
         source: either a model of `ttt.adapt_`, whose deltas (effective weight less the weight before any learning)
