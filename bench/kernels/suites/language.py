@@ -47,7 +47,7 @@ class Language(Observe):
 def cases(device: str) -> list[Case]:
     """SmolLM2 in two dtypes and chunks of 16, 64 and 256; weights for a user; a Llama of 1.1 B parameters."""
     found: list[Case] = [
-        Language(device, dtype, SMOLLM, chunk, 512) for dtype in ("float32", "bfloat16") for chunk in (16, 64, 256)
+        Language(device, dtype, SMOLLM, chunk, 256) for dtype in ("float32", "bfloat16") for chunk in (16, 64, 256)
     ]
-    found += [Language(device, "float32", SMOLLM, 64, 512, adapted) for adapted in (USER, TOLD)]
+    found += [Language(device, "float32", SMOLLM, 64, 256, adapted) for adapted in (USER, TOLD)]
     return [*found, *(Language(device, dtype, LARGE, 64, 128) for dtype in ("float32", "bfloat16"))]
