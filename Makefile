@@ -75,7 +75,7 @@ bench-language: $(VENV)/.bench
 	$(BIN)/python -m bench.learning --suite facts --seeds 3 --scenarios 'ten facts,corrected'
 	$(BIN)/python -m bench.tables
 
-# About 10 minutes on two cores.
+# About 25 minutes on two cores.
 bench: $(VENV)/.test
 	$(BIN)/python -m bench.kernels.run --suite commit --rounds 5 --seconds 2 --json bench/kernels/results/cpu_commit.json
 	$(BIN)/python -m bench.kernels.run --suite $(LAYER_SUITES) --rounds 5 --seconds 3 --json bench/kernels/results/cpu_layers.json
@@ -83,6 +83,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m bench.kernels.run --suite head --rounds 5 --seconds 3 --json bench/kernels/results/cpu_head.json
 	$(BIN)/python -m bench.kernels.run --suite low_rank --rounds 5 --seconds 3 --json bench/kernels/results/cpu_low_rank.json
 	$(BIN)/python -m bench.kernels.run --suite sequence --rounds 5 --seconds 3 --threads 1 --json bench/kernels/results/cpu_sequence.json
+	$(BIN)/python -m bench.kernels.run --suite language --rounds 5 --seconds 3 --threads 1 --json bench/kernels/results/cpu_language.json
 	$(BIN)/python -m bench.kernels.plot
 	$(BIN)/python -m bench.kernels.targets
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -97,14 +98,17 @@ def bars(suite: Suite, rows: Sequence[Mapping[str, Any]], figure: str, label: st
     import matplotlib.pyplot as plt
 
     scenarios = [s for s in suite.scenarios if any(r["scenario"] == s for r in rows)]
-    tallest = max(sum(r["scenario"] == s for r in rows) for s in scenarios)
+    # All panels have the same rows, so that only the first one needs their names.
+    methods = [m for m in suite.methods if any(r["method"] == m for r in rows)]
+    names = ["\n".join(textwrap.wrap(method, 36)) for method in methods]
+    height = 0.27 * len(methods) + 0.1 * sum(name.count("\n") for name in names) + 1.3
     drawing, axes = plt.subplots(
-        1, len(scenarios), figsize=(3.6 * len(scenarios) + 1, 0.27 * tallest + 1.3), squeeze=False, layout="constrained"
+        1, len(scenarios), figsize=(2.2 * len(scenarios) + 3, height), squeeze=False, sharey=True, layout="constrained"
     )
     for ax, scenario in zip(axes[0], scenarios, strict=True):
-        mine = [r for r in rows if r["scenario"] == scenario and r[figure] is not None][::-1]
+        mine = [r for r in rows if r["scenario"] == scenario and r[figure] is not None]
         ax.barh(
-            [r["method"] for r in mine],
+            [methods.index(r["method"]) for r in mine],
             [r[figure][0] for r in mine],
             xerr=[math.nan if r[figure][1] is None else r[figure][1] for r in mine],
             color=[COLOURS[r["family"]] for r in mine],
@@ -115,6 +119,8 @@ def bars(suite: Suite, rows: Sequence[Mapping[str, Any]], figure: str, label: st
         ax.tick_params(labelsize=8)
         ax.set_xlabel(label, fontsize=8)
         ax.grid(axis="x", alpha=0.3)
+    axes[0][0].set_yticks(range(len(methods)), names)
+    axes[0][0].set_ylim(len(methods) - 0.5, -0.5)
     drawing.suptitle(title, fontsize=9)
     drawing.savefig(path, dpi=110)
     plt.close(drawing)
