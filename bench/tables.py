@@ -164,6 +164,18 @@ def decode_bounds() -> list[str]:
     return _table(("window", "weights", "us", "bytes alone", "the larger of both", "their sum"), lines)
 
 
+def language_models() -> list[str]:
+    """Reading and learning with whole language models, beside reading in the same chunks and reading all at once."""
+    rows = _load("cpu_language.json")["rows"]
+    us = {(r["case"], r["dtype"], r["contender"]): r["us"] for r in rows}
+    lines = []
+    for row in (r for r in rows if r["ours"]):
+        case, dtype = row["case"], row["dtype"]
+        whole = row["us"] / us[case, dtype, "forward, whole text"]
+        lines.append(_line(case, dtype, f"{row['us'] / 1e3:.2f}", f"{row['ratio']:.2f}", f"{whole:.2f}"))
+    return _table(("model, what learns, chunks", "weights", "ms a token", "/ reading", "/ reading at once"), lines)
+
+
 def users() -> list[str]:
     """What users' weights cost beside nn.Linear, by the number of users in a batch: a row a way of computing."""
     measured = _load("cpu_low_rank.json")["rows"]
@@ -284,6 +296,7 @@ def sequence_ops() -> list[str]:
 TABLES: dict[str, Callable[[], list[str]]] = {
     "quality": quality, "streams": streams, "digits": digits, "demo": demo, "costs": costs, "all costs": all_costs,
     "decode bounds": decode_bounds,
+    "language models": language_models,
     "units": units, "turns": turns,
     "language run": _suite("streams", language.about), "language": _suite("streams", language.by_text),
     "language methods": _suite("streams", language.by_method), "language hard": _suite("streams", language.hard),
