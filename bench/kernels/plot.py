@@ -220,8 +220,9 @@ def main(
     folder = out or results
     folder.mkdir(parents=True, exist_ok=True)
     files = sorted(results.glob("*.json"))
-    # Sequence layers are measured on one thread, the others on all: they are not results of one kind of machine.
-    apart = [file for file in files if file.stem.endswith("_sequence")]
+    # These are measured on one thread, the others on all: they are not results of one kind of machine.
+    sequence = [file for file in files if file.stem.endswith("_sequence")]
+    apart = [file for file in files if file.stem.endswith(("_sequence", "_language", "_decode_bound"))]
     for kind in ("cpu", "cuda"):
         found = gather([file for file in files if file not in apart], kind)
         if found is None:
@@ -232,7 +233,7 @@ def main(
             f"roofline_{kind}.png": roofline(machine, ceilings, rows, folder / f"roofline_{kind}.png"),
             f"growth_{kind}.png": growth(machine, rows, folder / f"growth_{kind}.png"),
         }
-        if (found := gather(apart, kind)) is not None:
+        if (found := gather(sequence, kind)) is not None:
             machine, _, rows = found
             path = folder / f"sequence_{kind}.png"
             drawn[path.name] = lengths(title_of(machine, "What a text costs by its length"), rows, path)
