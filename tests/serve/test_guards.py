@@ -5,12 +5,13 @@ import math
 import httpx
 import pytest
 import torch
-from tiny_chat_model import Answer, learner_of, service_of, tiny_chat_model
+from tiny_chat_model import Answer, byte_tokenizer, learner_of, service_of, tiny_chat_model
 from tiny_models import assert_same
 from web import NAME, client_of, served
 
 import ttt
 from ttt.conversation import Telling
+from ttt.learn.own_text import TOPICS
 from ttt.per_user.guards import UserGuards
 from ttt.serve.errors import Tripped
 from ttt.serve.http.metrics import Metrics
@@ -149,6 +150,28 @@ def test_a_user_can_move_between_servers_with_and_without_guards(model, tmp_path
         names = {name for name in ttt.Store(tmp_path).get("ada").tensors if name.startswith("ttt.guard.")}
         assert names == ({"ttt.guard.progress"} if guard else set())
     ttt.export_peft(ttt.Store(tmp_path).get("ada").tensors, tmp_path / "adapter", base_model="tiny")
+
+
+def test_a_guard_measures_on_what_the_model_wrote_however_long_its_template_is(tmp_path):
+    model, tokenizer = tiny_chat_model(), byte_tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)  # each next token is certain, so that drawing is choosing the likeliest
+    system = "<|im_start|>system\n" + "You are a careful assistant. " * 5 + "<|im_end|>\n"
+    tokenizer.chat_template = system + tokenizer.chat_template
+    learner = learner_of(model)
+    guard_users(learner, tmp_path / "calibration", tokenizer, 0.05)
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": f"Write about {topic}."}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        for topic in TOPICS[:8]
+    ]
+    shortest = min(map(len, prompts))
+    assert shortest > 100
+    ids = torch.tensor([prompt[-shortest:] for prompt in prompts])
+    model.generation_config.eos_token_id = None
+    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=96, do_sample=False)
+    assert torch.equal(torch.cat(learner.user_guards.batches), wanted[:, -32:])
 
 
 def test_the_text_of_a_guard_is_written_once_and_is_that_of_its_model(model, tmp_path):

@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ import ttt
 from ttt.checks import check_number
 from ttt.conversation import CONVERSATION, Telling
 from ttt.demo.language_model import load
-from ttt.learn.own_text import own_text
+from ttt.learn.own_text import written_text
 from ttt.per_user.guards import UserGuards
 from ttt.sequence_models import TTTSequenceForCausalLM
 from ttt.serve.calibration import HELD_BACK, calibrate_once, default_file, held_back_once, weights_name
@@ -156,10 +155,10 @@ def guard_users(learner: ttt.Learner, calibration: Path, tokenizer: Any, bound: 
     assert learner.pool is not None
     check_number("guard", bound, 0.0, above=True)
 
-    def write() -> Iterable[Tensor]:
+    def write() -> Tensor:
         # Not the text of the calibration, on which protection makes the least to be forgotten.
-        seed, length = learner.config.seed + 1, 64 + HELD_BACK[1]
-        return own_text(learner.model, tokenizer, context=learner.context, seed=seed, length=length)
+        seed, length = learner.config.seed + 1, min(64 + HELD_BACK[1], learner.context - 1)
+        return written_text(learner.model, tokenizer, context=learner.context, seed=seed, length=length)
 
     texts = held_back_once(learner.pool, calibration, write)
     # Nothing but the bound: slower steps would cost what a user is told once, which has a large loss, the most.
