@@ -149,7 +149,7 @@ def serve(
     guard: Annotated[
         float | None,
         typer.Option(
-            min=0, help="Part by which a user's loss on text of the model's own may grow; by default unbounded."
+            help="Part, above 0, by which a user's loss on text of the model's own may grow; by default unbounded."
         ),
     ] = None,
     telemetry: Annotated[bool, typer.Option(help="Trace requests with OpenTelemetry.")] = False,

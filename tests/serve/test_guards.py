@@ -190,6 +190,7 @@ def test_the_text_of_a_guard_is_written_once_and_is_that_of_its_model(model, tmp
     (tmp_path / "calibration-guard.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="must be a guard's text, but cannot be read"):
         guard_users(other, file, None, 0.05)
-    with pytest.raises(ValueError, match="guard must be"):
-        guard_users(other, file, None, 0.0)
+    for bound in (0.0, math.inf):
+        with pytest.raises(ValueError, match="guard must be"):
+            guard_users(other, file, None, bound)
     assert other.pool.companion is None

@@ -119,6 +119,8 @@ def build_users(options: ServeOptions, say: Any = lambda text: None) -> tuple[tt
     """
     if options.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
+    if options.guard is not None:
+        _check_bound(options.guard)
     say("loading the model")
     model, tokenizer = load(options.model)
     model = model.to(DTYPES[options.dtype])
@@ -150,10 +152,10 @@ def guard_users(learner: ttt.Learner, calibration: Path, tokenizer: Any, bound: 
         bound: of the drift (`ttt.Guard`).
 
     Raises:
-        ValueError: for a bound that is not above 0, and as `held_back_once`.
+        ValueError: for a bound that is not above 0 and finite, and as `held_back_once`.
     """
     assert learner.pool is not None
-    check_number("guard", bound, 0.0, above=True)
+    _check_bound(bound)
 
     def write() -> Tensor:
         # Not the text of the calibration, on which protection makes the least to be forgotten.
@@ -165,6 +167,11 @@ def guard_users(learner: ttt.Learner, calibration: Path, tokenizer: Any, bound: 
     learner.user_guards = UserGuards(
         learner.model, texts, threshold=bound, bound=bound, every=None, cap=1.0, surprise=math.inf
     )
+
+
+def _check_bound(bound: float) -> None:
+    # Clients are told the bound in JSON, which has no infinity.
+    check_number("guard", bound, 0.0, above=True, finite=True)
 
 
 def build_learner(options: ServeOptions, say: Any = lambda text: None) -> tuple[ttt.Learner, Any]:
@@ -189,17 +196,18 @@ def build_service(options: ServeOptions, observer: Any = None, say: Any = lambda
     Raises:
         ValueError, OSError, ImportError: if the model, the store or an option is not usable.
     """
-    telling = Telling().changed(passes=options.passes, emphasis=options.emphasis)  # refused before the model is loaded
+    # What is out of range is refused before the model is loaded.
+    telling = Telling().changed(passes=options.passes, emphasis=options.emphasis)
+    limits = Limits(
+        rows=options.rows, waiting=options.waiting, learning_tokens=options.learning_tokens, context=options.context,
+        learning_share=options.learning_share, study_after=options.study_after,
+    )  # fmt: skip
     learner, tokenizer = build_users(options, say)
     if isinstance(learner, StateReader):
         weights = learner.name
     else:
         assert learner.pool is not None
         weights = weights_name(learner.pool)
-    limits = Limits(
-        rows=options.rows, waiting=options.waiting, learning_tokens=options.learning_tokens, context=options.context,
-        learning_share=options.learning_share, study_after=options.study_after,
-    )  # fmt: skip
     service = Service(
         learner, tokenizer, ttt.Store(options.store), weights, limits=limits, telling=telling,
         lease_seconds=options.lease_seconds, observer=observer,
