@@ -1,10 +1,12 @@
 """Guards of users in a server: a lesson or a study beyond the bound is undone as a whole, and what is kept agrees."""
 
 import math
+import time
 
 import httpx
 import pytest
 import torch
+from test_service_faults import until
 from tiny_chat_model import Answer, byte_tokenizer, learner_of, service_of, tiny_chat_model
 from tiny_models import assert_same
 from web import NAME, client_of, served
@@ -108,6 +110,49 @@ def test_a_lesson_beyond_the_bound_is_undone_as_a_whole(model, tmp_path):
     assert [version.number for version in store.history("ada")] == [3, 2, 1]
     with pytest.raises(UnknownUser):
         store.get("bob")
+
+
+@pytest.mark.parametrize("back", ["study", "rollback"])
+def test_a_study_that_is_refused_is_not_tried_again_after_each_lesson(model, tmp_path, monkeypatch, back):
+    learner = guarded(model)
+    service = service_of(model, tmp_path, learner=learner, study_after=0.05)
+    require, steps, tried, refuses = learner.user_guards.require_within, learner.study_in_steps, [], [True]
+
+    def within(user):
+        if refuses[0]:
+            raise ttt.GuardTripped("too far", 1.0)
+        return require(user)
+
+    def counted(user, **options):
+        tried.append(user)
+        return steps(user, **options)
+
+    monkeypatch.setattr(learner.user_guards, "require_within", within)
+    monkeypatch.setattr(learner, "study_in_steps", counted)
+
+    def learn(user):
+        service.learn(user, lesson_of()).result(60).stored.result(60)
+
+    learn("ada")
+    until(lambda: service.sessions.get("ada").trips == 1)
+    for _ in range(2):
+        learn("ada")
+        time.sleep(0.3)
+    assert tried == ["ada"]
+    assert [episode.studied for episode in learner.episodes.of("ada")] == [False] * 3
+    with pytest.raises(Tripped):
+        service.study("ada", passes=1).result(60)
+    learn("ada")
+    learn("bob")  # others are studied as before
+    until(lambda: tried == ["ada", "ada", "bob"])
+    refuses[0], count = False, len(tried) + (back == "study")
+    if back == "study":
+        service.study("ada", passes=1).result(60)
+        learn("ada")
+    else:
+        service.rollback("ada", 2).result(60)
+    until(lambda: "ada" in tried[count:] and all(episode.studied for episode in learner.episodes.of("ada")))
+    assert service.drain() == []
 
 
 def test_clients_and_prometheus_see_the_guard(model, tmp_path):
