@@ -90,8 +90,9 @@ class Openings:
         waits.opening = None
 
     def _discard(self, opening: concurrent.futures.Future[Fetched]) -> None:
+        # In the thread that has read the state: the writer's may have ended by then.
         if not opening.cancelled() and opening.exception() is None:
-            self.sessions.discard(opening.result())
+            self.sessions.give_back(opening.result())
 
     def _free_slot(self) -> bool:
         """Whether a slot is free, after the eviction of an idle user if necessary."""
