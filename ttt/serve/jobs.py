@@ -20,6 +20,7 @@ from ttt.learn.learner import Learner
 from ttt.learn.study import StudyOutput
 from ttt.nn.budget import low_rank_square
 from ttt.per_user.pacing import GuardTripped
+from ttt.serve.daemon_threads import DaemonThreads
 from ttt.serve.errors import Conflict, ServerFailure, Tripped, Unavailable
 from ttt.serve.session import State, settle
 from ttt.serve.sessions import Sessions
@@ -205,7 +206,7 @@ def study(learner: Learner, sessions: Sessions, user: str, **options: Any) -> St
         return output, sessions.learnt(user, 0) if output.episodes else None
 
 
-def rollback(sessions: Sessions, io: concurrent.futures.Executor, user: str, version: int) -> Steps:
+def rollback(sessions: Sessions, io: DaemonThreads, user: str, version: int) -> Steps:
     """Go back to ``version``, which becomes the newest one; returns the `Session`."""
     yield from _stored(sessions, user)
     session = sessions.require_writable(user)
@@ -218,7 +219,7 @@ def rollback(sessions: Sessions, io: concurrent.futures.Executor, user: str, ver
         raise
 
 
-def forget(sessions: Sessions, io: concurrent.futures.Executor, user: str) -> Steps:
+def forget(sessions: Sessions, io: DaemonThreads, user: str) -> Steps:
     """Remove everything that is kept of the user, here and in the store."""
     sessions.drop(user)
     yield from _done(io.submit(sessions.erase, user))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ttt.serve.daemon_threads import DaemonThreads
 from ttt.serve.sessions import Fetched, Sessions
 from ttt.serve.user_queue import UserQueue
 
@@ -28,7 +29,7 @@ class Openings:
         self,
         sessions: Sessions,
         queues: Mapping[str | None, UserQueue],
-        io: concurrent.futures.Executor,
+        io: DaemonThreads,
         observer: Any,
         wake: Callable[[], None],
     ) -> None:

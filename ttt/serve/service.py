@@ -201,7 +201,7 @@ class Service:
         self._inbox.put(None)
         self._thread.join()
         unsaved = self.sessions.close(timeout)
-        self._io.shutdown(wait=False)
+        self._io.shutdown()
         return unsaved
 
     def _require_open(self) -> None:

@@ -99,7 +99,8 @@ class Writer:
             self._leave(session)
 
     def release_now(self, session: Session) -> None:
-        """Release the lease of a session of which nothing waits to be written; also after `close`. Waits for the store."""
+        """Release the lease of a session of which nothing waits to be written, also after `close`; waits for the
+        store."""
         self._release([session])
 
     def _leave(self, session: Session) -> None:
