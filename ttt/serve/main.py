@@ -62,7 +62,7 @@ class ServeOptions:
     emphasis: float | None = None
     rows: int = 8
     waiting: int = 128
-    learning_tokens: int = 32_768
+    learning_tokens: int = 262_144
     context: int = 2048
     learning_share: float = 0.5
     study_after: float = 30.0
