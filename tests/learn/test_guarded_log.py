@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from guards_by_hand import loss_of, without_guard
 from tiny_models import assert_same, ids_of, tiny
 
 import ttt
@@ -24,22 +25,8 @@ def users_learner(lr=0.3, **guard):
     return ttt.Learner(ttt.adapt_(model, config), guard=guarded, episodes=ttt.EpisodeLog(before=1)), known
 
 
-def loss_of(learner, ids, user=None):
-    with torch.no_grad():
-        if learner.pool is None:
-            logits = learner.model(ids).logits
-        else:
-            with ttt.users(learner.model, [user] * len(ids)):
-                logits = learner.model(ids).logits
-    return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
-
-
 def texts_of(log, user=None):
     return [episode.ids.tolist() for episode in log.of(user)]
-
-
-def without_guard(state):
-    return {name: t for name, t in state.items() if not name.startswith("ttt.guard.")}
 
 
 def test_what_a_users_guard_takes_back_is_taken_out_of_the_log():
@@ -148,6 +135,23 @@ def test_a_study_beyond_the_bound_changes_nothing(users):
         guard.check()
         assert guard.rollbacks == 1
         assert_same(good, state())
+
+
+@pytest.mark.parametrize("users", [True, False])
+def test_a_history_has_the_newest_checks_only(users, monkeypatch):
+    monkeypatch.setattr("ttt.per_user.guards.MOST_CHECKS" if users else "ttt.learn.guard.MOST_CHECKS", 3)
+    if users:
+        learner, _ = users_learner(threshold=10.0, every=None)
+        guard = learner.user_guards
+    else:
+        model = tiny()
+        guard = ttt.Guard([held_back(model)], threshold=10.0, every=None)
+        learner = ttt.Learner(ttt.adapt_(model, ttt.TTTConfig(["down_proj"], layers="last:2", chunk=4)), guard=guard)
+    for _ in range(5):
+        learner.observe(ids_of(1, 9), users=["a"] if users else None)
+        guard.check(*(["a"] if users else []))
+    counts = [check.tokens for check in guard.history]
+    assert counts == [24, 32, 40]
 
 
 @pytest.mark.parametrize("learns_after", [False, True])

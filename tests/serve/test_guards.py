@@ -6,6 +6,7 @@ import time
 import httpx
 import pytest
 import torch
+from guards_by_hand import loss_of, without_guard
 from test_service_faults import until
 from tiny_chat_model import Answer, byte_tokenizer, learner_of, service_of, tiny_chat_model
 from tiny_models import assert_same
@@ -15,7 +16,7 @@ import ttt
 from ttt.conversation import Telling
 from ttt.learn.own_text import TOPICS
 from ttt.per_user.guards import UserGuards
-from ttt.serve.errors import Tripped
+from ttt.serve.errors import Conflict, Tripped
 from ttt.serve.http.metrics import Metrics
 from ttt.serve.main import guard_users
 from ttt.serve.teaching import Lesson
@@ -40,27 +41,15 @@ def guarded(model, bound=1e6):
     return learner
 
 
-def without_guard(state):
-    return {name: t for name, t in state.items() if not name.startswith("ttt.guard.")}
-
-
-def loss_of(learner, user):
-    """By hand."""
-    total = []
-    for ids in learner.user_guards.batches:
-        with torch.no_grad(), ttt.users(learner.model, [user] * len(ids)):
-            logits = learner.model(input_ids=ids).logits[:, :-1]
-        total.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"))
-    return float(torch.cat(total).double().mean())
-
-
 def test_a_guard_that_does_not_trip_changes_no_bit(model, tmp_path):
     lessons = [lesson_of() for _ in range(3)]
     service = service_of(model, tmp_path, learner=guarded(model))
     for lesson in lessons:
         assert Answer(service, "ada", words(5), lesson, wait=True).wait().end.learning == "stored"
-    drift = service.sessions.get("ada").drift
-    assert drift == pytest.approx(loss_of(service.learner, "ada") / loss_of(service.learner, None) - 1, abs=1e-5)
+    drift, known = service.sessions.get("ada").drift, torch.cat(service.learner.user_guards.batches)
+    assert drift == pytest.approx(
+        loss_of(service.learner, known, "ada") / loss_of(service.learner, known) - 1, abs=1e-5
+    )
     service.study("ada", passes=2).result(60)
     assert service.sessions.get("ada").drift != drift
     assert service.drain() == []
@@ -89,7 +78,7 @@ def test_a_lesson_beyond_the_bound_is_undone_as_a_whole(model, tmp_path):
     assert (again.tokens(), again.end.updates) == (answered.tokens(), 1)
     with pytest.raises(Tripped, match=r"nothing was learnt: .*; go back to an earlier version, or forget the user"):
         service.learn("ada", bad).result(60)
-    with pytest.raises(Tripped, match=r"the study was undone: .*; nothing was changed"):
+    with pytest.raises(Tripped, match=r"the study was refused: .*; nothing was changed"):
         service.study("ada", passes=1).result(60)
     assert_same(before, learner.pool.export("ada"))
     assert [episode.studied for episode in learner.episodes.of("ada")] == [False]
@@ -153,6 +142,45 @@ def test_a_study_that_is_refused_is_not_tried_again_after_each_lesson(model, tmp
         service.rollback("ada", 2).result(60)
     until(lambda: "ada" in tried[count:] and all(episode.studied for episode in learner.episodes.of("ada")))
     assert service.drain() == []
+
+
+def test_what_a_job_has_done_is_counted_when_its_result_is_there(model, tmp_path, monkeypatch):
+    service = service_of(model, tmp_path, learner=guarded(model))
+    guards, ended, trips = service.learner.user_guards, service._job_ended, []
+
+    def slowly(job):
+        time.sleep(0.1)
+        ended(job)
+
+    monkeypatch.setattr(service, "_job_ended", slowly)
+    guards.bound = guards.threshold = -1.0
+    for count in range(1, 4):
+        with pytest.raises(Tripped):
+            service.learn("ada", lesson_of()).result(60)
+        trips.append(service.sessions.get("ada").trips)
+        assert service.waiting == 0
+        assert trips[-1] == count
+    monkeypatch.setattr(service, "_job_ended", lambda job: (ended(job), 1 / 0))  # who waits hears of it all the same
+    with pytest.raises(Tripped):
+        service.learn("ada", lesson_of()).result(60)
+    assert service.drain() == []
+
+
+@pytest.mark.parametrize("kind", ["lesson", "study"])
+def test_what_is_undone_as_the_lease_was_lost_leaves_no_drift(model, tmp_path, monkeypatch, kind):
+    service = service_of(model, tmp_path, learner=guarded(model))
+    service.learn("ada", lesson_of()).result(60).stored.result(60)
+    before, drift = service.export("ada").result(60), service.sessions.get("ada").drift
+
+    def lost(user, tokens):
+        raise Conflict("the lease was lost", code="read_only")
+
+    monkeypatch.setattr(service.sessions, "learnt", lost)
+    with pytest.raises(Conflict, match="the lease was lost"):
+        (service.learn("ada", lesson_of()) if kind == "lesson" else service.study("ada", passes=2)).result(60)
+    assert service.sessions.get("ada").drift == drift
+    assert_same(without_guard(before), without_guard(service.export("ada").result(60)))
+    service.drain()
 
 
 def test_clients_and_prometheus_see_the_guard(model, tmp_path):

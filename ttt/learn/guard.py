@@ -15,7 +15,7 @@ from ttt.checks import check_token_ids, check_type
 from ttt.learn.stand_in import stand_in
 from ttt.nn import Linear, Update
 from ttt.nn.state import BASE
-from ttt.per_user.pacing import GuardSettings, clipped, pace
+from ttt.per_user.pacing import MOST_CHECKS, GuardSettings, clipped, pace
 from ttt.signals import SignalsDeferred
 
 
@@ -83,7 +83,7 @@ class Guard(GuardSettings):
         TypeError, ValueError: if ``batches`` is no iterable or empty, or for a value out of range.
 
     Attributes:
-        history: list of `GuardCheck`.
+        history: list of the newest `GuardCheck`, at most 10,000.
         strength: s, at present.
         rollbacks: number of times that the layers were rolled back.
         tokens: number of tokens learnt since the guard was attached.
@@ -210,6 +210,7 @@ class Guard(GuardSettings):
             self._keep()
         self._since = 0
         self.history.append(GuardCheck(self.tokens, drift, self.strength, beyond))
+        del self.history[:-MOST_CHECKS]
 
     def restart(self) -> None:
         """Set strength and running level to their initial values. Called after the layers were reset."""

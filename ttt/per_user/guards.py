@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from ttt.checks import check_token_ids, check_type
 from ttt.nn.low_rank import PER_ROW
-from ttt.per_user.pacing import GuardSettings, clipped, pace
+from ttt.per_user.pacing import MOST_CHECKS, GuardSettings, clipped, pace
 from ttt.per_user.pool import pool_of
 from ttt.per_user.user_state import GUARDS, State
 from ttt.steps import finish
 
-_MOST_CHECKS = 10_000  # that are kept in the history
 _PROGRESS = ("strength", "level", "tokens", "since")
 
 
@@ -92,7 +91,7 @@ class UserGuards(GuardSettings):
         ValueError: for a value out of range, or if the model has guards or users in slots already.
 
     Attributes:
-        history: list of the newest `UserGuardCheck`, of the users who have a slot.
+        history: list of the newest `UserGuardCheck`, at most 10,000, of the users who have a slot.
         reference: nats per token of the base model on the held-back inputs.
     """
 
@@ -224,7 +223,7 @@ class UserGuards(GuardSettings):
             self._keep(user)
         guarded.since = 0
         self.history.append(UserGuardCheck(user, guarded.tokens, drift, guarded.strength, past))
-        del self.history[:-_MOST_CHECKS]
+        del self.history[:-MOST_CHECKS]
         return self.history[-1]
 
     def logged(self, user: str) -> None:

@@ -449,7 +449,10 @@ class Service:
             if not job.ready:
                 continue
             if job.step():
-                self._job_ended(job)
+                try:
+                    self._job_ended(job)
+                finally:
+                    job.settle()  # who waits finds everything counted
             elif job.waits_for is not None:
                 job.waits_for.add_done_callback(lambda _: self._inbox.put(None))
             return
