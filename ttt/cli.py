@@ -114,7 +114,7 @@ def serve(
     learning_tokens: Annotated[
         int,
         typer.Option(min=1, help="Tokens of lessons, in all passes, that may wait; what would add more is refused."),
-    ] = 32_768,
+    ] = 262_144,
     context: Annotated[int, typer.Option(min=16, help="Tokens of a text, prompt and answer, at most.")] = 2048,
     passes: Annotated[
         int | None, typer.Option(min=1, max=16, help="How often what a user says is read; by default twice.")
@@ -149,7 +149,7 @@ def serve(
     guard: Annotated[
         float | None,
         typer.Option(
-            min=0, help="Part by which a user's loss on text of the model's own may grow; by default unbounded."
+            help="Part, above 0, by which a user's loss on text of the model's own may grow; by default unbounded."
         ),
     ] = None,
     telemetry: Annotated[bool, typer.Option(help="Trace requests with OpenTelemetry.")] = False,

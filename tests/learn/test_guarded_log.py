@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from guards_by_hand import loss_of, without_guard
 from tiny_models import assert_same, ids_of, tiny
 
 import ttt
@@ -24,22 +25,8 @@ def users_learner(lr=0.3, **guard):
     return ttt.Learner(ttt.adapt_(model, config), guard=guarded, episodes=ttt.EpisodeLog(before=1)), known
 
 
-def loss_of(learner, ids, user=None):
-    with torch.no_grad():
-        if learner.pool is None:
-            logits = learner.model(ids).logits
-        else:
-            with ttt.users(learner.model, [user] * len(ids)):
-                logits = learner.model(ids).logits
-    return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
-
-
 def texts_of(log, user=None):
     return [episode.ids.tolist() for episode in log.of(user)]
-
-
-def without_guard(state):
-    return {name: t for name, t in state.items() if not name.startswith("ttt.guard.")}
 
 
 def test_what_a_users_guard_takes_back_is_taken_out_of_the_log():
@@ -148,6 +135,76 @@ def test_a_study_beyond_the_bound_changes_nothing(users):
         guard.check()
         assert guard.rollbacks == 1
         assert_same(good, state())
+
+
+@pytest.mark.parametrize("users", [True, False])
+def test_a_history_has_the_newest_checks_only(users, monkeypatch):
+    monkeypatch.setattr("ttt.per_user.guards.MOST_CHECKS" if users else "ttt.learn.guard.MOST_CHECKS", 3)
+    if users:
+        learner, _ = users_learner(threshold=10.0, every=None)
+        guard = learner.user_guards
+    else:
+        model = tiny()
+        guard = ttt.Guard([held_back(model)], threshold=10.0, every=None)
+        learner = ttt.Learner(ttt.adapt_(model, ttt.TTTConfig(["down_proj"], layers="last:2", chunk=4)), guard=guard)
+    for _ in range(5):
+        learner.observe(ids_of(1, 9), users=["a"] if users else None)
+        guard.check(*(["a"] if users else []))
+    counts = [check.tokens for check in guard.history]
+    assert counts == [24, 32, 40]
+
+
+@pytest.mark.parametrize("learns_after", [False, True])
+@pytest.mark.parametrize("users", [True, False])
+def test_a_rollback_does_not_bring_back_what_the_log_forgot(users, learns_after):
+    if users:
+        learner, _ = users_learner(threshold=10.0, every=None)
+        guard, user = learner.user_guards, "a"
+    else:
+        model = tiny()
+        guard, user = ttt.Guard([held_back(model)], threshold=10.0, every=None), None
+        config = ttt.TTTConfig(["down_proj"], layers="last:2", chunk=4, lr=0.05)
+        learner = ttt.Learner(ttt.adapt_(model, config), guard=guard, episodes=ttt.EpisodeLog(before=1))
+
+    def learn():
+        ids = ids_of(1, 17)
+        learner.observe(ids, users=["a"] if users else None)
+        return ids[0].tolist()
+
+    def weights():
+        if users:
+            return {name: t for name, t in learner.pool.copy_learnt("a").items() if not name.startswith("episodes.")}
+        return {
+            f"{at}.{name}": t.clone() for at, layer in enumerate(learner.layers) for name, t in layer.state().items()
+        }
+
+    def check():
+        return guard.check("a") if users else guard.check()
+
+    learn()
+    check()
+    good = weights()
+    learner.episodes.forget(user)
+    if learns_after:
+        learn()
+    threshold, guard.threshold, guard.bound = guard.threshold, -1.0, -1.0
+    check()
+    assert guard.history[-1].rolled_back
+    assert learner.episodes.of(user) == []
+    assert_same(good, weights())
+    guard.threshold = guard.bound = threshold
+    kept = [learn()]
+    check()
+    twin = copy.deepcopy(learner)
+    guard.threshold = guard.bound = -1.0
+    learn()
+    check()
+    assert texts_of(learner.episodes, user) == kept  # what was learnt since then comes back as ever
+    mine = twin.user_guards if users else twin.guard
+    mine.threshold = mine.bound = -1.0
+    twin.observe(ids_of(1, 17), users=["a"] if users else None)
+    mine.check(*([user] if users else []))
+    assert texts_of(twin.episodes, user) == kept
 
 
 def test_a_guarded_users_state_can_be_loaded_without_a_guard_and_back():

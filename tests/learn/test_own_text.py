@@ -8,7 +8,7 @@ import torch
 from tiny_models import VOCAB, adapted, assert_same, state_of, tiny
 
 import ttt
-from ttt.learn.own_text import LENGTH, SEQUENCES, TOPICS, own_text
+from ttt.learn.own_text import LENGTH, SEQUENCES, TOPICS, own_text, written_text
 
 
 class Words:
@@ -26,19 +26,24 @@ class Words:
         return types.SimpleNamespace(input_ids=[1 + ord(letter) % (VOCAB - 1) for letter in text])
 
 
+def continued(model, ids, length, seed):
+    """``ids`` continued to ``length`` tokens, by hand: a forward pass over everything for each token."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        while ids.shape[1] < length:
+            sums = model(input_ids=ids).logits[:, -1].double().softmax(-1).cumsum(-1)
+            drawn = torch.rand((len(ids), 1), dtype=torch.float64, generator=generator)
+            ids = torch.cat([ids, (sums <= drawn * sums[:, -1:]).sum(1, keepdim=True)], 1)
+    return ids
+
+
 def test_text_is_drawn_from_the_models_own_distribution():
     """Given a seed, the tokens are those of a loop without a cache that draws from softmax of the logits."""
     model = tiny().eval()
     batches = list(own_text(model, context=40, seed=3))
     assert sum(len(ids) for ids in batches) == SEQUENCES
     assert {tuple(ids.shape) for ids in batches} == {(4, 40)}
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.full((SEQUENCES, 1), model.config.bos_token_id)
-    with torch.no_grad():
-        while ids.shape[1] < 40:
-            sums = model(input_ids=ids).logits[:, -1].double().softmax(-1).cumsum(-1)
-            drawn = torch.rand((SEQUENCES, 1), dtype=torch.float64, generator=generator)
-            ids = torch.cat([ids, (sums <= drawn * sums[:, -1:]).sum(1, keepdim=True)], 1)
+    ids = continued(model, torch.full((SEQUENCES, 1), model.config.bos_token_id), 40, seed=3)
     assert torch.equal(torch.cat(batches), ids)
     assert not torch.equal(batches[1], batches[0])
     assert next(own_text(model, context=1000, seed=3)).shape == (4, LENGTH)
@@ -53,6 +58,21 @@ def test_a_chat_template_asks_for_every_topic():
         assert torch.equal(ids[:, :shortest], torch.tensor([p[-shortest:] for p in prompts]))
         asked += prompts
     assert len(asked) == len(TOPICS) == SEQUENCES
+
+
+@pytest.mark.parametrize("context", [12, 30, 200])
+def test_what_is_written_is_counted_and_given_without_the_prompts(context):
+    model, tokenizer = tiny().eval(), Words()
+    prompts = [tokenizer(f"user: Write about {topic}.", False).input_ids for topic in TOPICS]
+    kept = min(min(map(len, prompts)), context - 9)
+    wanted = continued(model, torch.tensor([prompt[-kept:] for prompt in prompts]), kept + 9, seed=5)[:, kept:]
+    assert wanted.shape == (SEQUENCES, 9)
+    assert torch.equal(written_text(model, tokenizer, context=context, seed=5, length=9), wanted)
+    bare = continued(model, torch.full((SEQUENCES, 1), model.config.bos_token_id), 10, seed=6)[:, 1:]
+    assert torch.equal(written_text(model, context=context, seed=6, length=9), bare)
+    for length in (0, context):
+        with pytest.raises(ValueError, match=rf"length must be .*{context - 1}.*got {length}"):
+            written_text(model, tokenizer, context=context, seed=5, length=length)
 
 
 @pytest.mark.parametrize("per_user", [None, ttt.LowRank(slots=2, rank=2, window=8)])

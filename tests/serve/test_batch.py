@@ -117,6 +117,31 @@ def test_one_users_values_that_are_not_finite_end_only_that_users_request(taught
         assert all(bool(torch.isfinite(held).all()) for held in layer.held)
 
 
+def test_a_sequence_that_takes_a_row_inherits_no_values_that_are_not_finite(taught):
+    batch, ended = batch_of(taught)
+    found = []
+    # The last one, the shortest, takes the row of the first, and the second keeps the steps wide.
+    for user, length in (("bob", 30), (None, 60), ("ada", 5)):
+        pieces = []
+        found.append((request_of(user, words(length), pieces, max_tokens=20), pieces))
+        batch.begin(found[-1][0])
+        while batch.reading:
+            batch.read_step()
+    batch.decode_step()
+    for layer in taught.pool.layers.values():
+        layer.b[taught.pool.slot("bob")].fill_(float("inf"))
+    while not batch.idle:
+        batch.decode_step()
+    (sick, heard), *well = found
+    assert ended[0] is sick
+    assert len(ended) == 3
+    assert "not finite" in heard[-1].message
+    for request, pieces in well:
+        check(taught, request, pieces)
+    for layer in batch.cache.layers:
+        assert not any(bool(held.any()) for held in layer.held)
+
+
 def test_a_cancelled_request_leaves_and_the_others_go_on(taught):
     batch, ended = batch_of(taught)
     kept, dropped = [], []

@@ -1,5 +1,6 @@
 """Draining: after its deadline a server waits neither for requests nor for a store that does not answer."""
 
+import queue
 import subprocess
 import sys
 import threading
@@ -12,7 +13,9 @@ from tiny_chat_model import Answer, service_of
 
 import ttt
 from ttt.serve import jobs as jobs_module
+from ttt.serve.daemon_threads import DaemonThreads
 from ttt.serve.errors import HungUp, Unavailable
+from ttt.store import LeaseHeld
 
 
 def test_a_drain_with_a_deadline_refuses_jobs_that_have_not_begun(model, tmp_path):
@@ -64,11 +67,21 @@ def test_a_drain_with_a_deadline_does_not_wait_for_a_read_of_the_store_that_hang
     assert time.monotonic() - began < 10
     error = waiting.wait(1).end if kind == "request" else waiting.exception(1)
     assert isinstance(error, Unavailable)
-    if kind == "request":
-        end.set()
-        # What was read too late is of no use: its lease is released, or ends by itself.
-        until(lambda: not service.sessions.users or service.sessions.users == ("ada",))
-    end.set()
+    if kind != "request":
+        return end.set()
+    other = ttt.Store(tmp_path)
+    assert not leased(other, "bob")
+    end.set()  # what is read too late is of no use
+    until(lambda: leased(other, "bob"), seconds=10)  # before it ends by itself
+
+
+def leased(store, user):
+    """Whether ``store`` can lease ``user`` now."""
+    try:
+        store.lease(user, 5.0).release()
+    except LeaseHeld:
+        return False
+    return True
 
 
 def test_a_process_ends_although_a_thread_of_it_waits_for_the_store(tmp_path):
@@ -84,7 +97,7 @@ begun.wait(10)
 assert threads.submit(pow, 2, 5).result(10) == 32
 failed = threads.submit(pow, 0, -1)
 assert isinstance(failed.exception(10), ZeroDivisionError)
-threads.shutdown(wait=False)
+threads.shutdown()
 try:
     threads.submit(pow, 2, 5)
 except RuntimeError:
@@ -92,3 +105,40 @@ except RuntimeError:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "done False\n"), done.stderr
+
+
+class SlowQueue(queue.Queue):
+    """Lets other threads come between looking and putting."""
+
+    def put(self, item):
+        time.sleep(0.001)
+        super().put(item)
+
+
+def test_work_that_is_taken_while_threads_shut_down_is_done(monkeypatch):
+    monkeypatch.setattr("ttt.serve.daemon_threads.queue.SimpleQueue", SlowQueue)
+    for _ in range(10):
+        threads, done, begin = DaemonThreads(2, "io"), [], threading.Barrier(5)
+
+        def submit(threads=threads, done=done, begin=begin):
+            begin.wait(10)
+            while True:
+                try:
+                    done.append(threads.submit(pow, 2, 5))
+                except RuntimeError:
+                    return
+
+        senders = [threading.Thread(target=submit) for _ in range(4)]
+        for sender in senders:
+            sender.start()
+        begin.wait(10)
+        time.sleep(0.005)
+        threads.shutdown()
+        threads.shutdown()
+        for sender in senders:
+            sender.join(10)
+        assert done
+        assert [future.result(10) for future in done] == [32] * len(done)
+        for thread in threads._threads:
+            thread.join(10)
+            assert not thread.is_alive()

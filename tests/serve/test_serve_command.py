@@ -3,7 +3,6 @@
 import asyncio
 import gzip
 import http.server
-import math
 import os
 import queue
 import signal
@@ -205,7 +204,7 @@ def test_servers_that_others_reach_need_keys(folder, capsys):
 @pytest.mark.parametrize(
     ("options", "why"),
     [({"dtype": "int8"}, "dtype"), ({"user": "a b"}, "user"), ({"keys": "missing"}, "missing"),
-     ({"store": "x://"}, "url"), ({"guard": 0.0}, "guard must be"), ({"guard": math.nan}, "guard must be")],
+     ({"store": "x://"}, "url")],
 )  # fmt: skip
 def test_wrong_options_end_the_server_with_a_line(folder, tmp_path, capsys, options, why):
     usual = {"model": folder, "store": str(tmp_path / "store"), "calibration": tmp_path / "c"}
@@ -214,6 +213,18 @@ def test_wrong_options_end_the_server_with_a_line(folder, tmp_path, capsys, opti
     assert ended.value.exit_code == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert why in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [(["--guard", value], "guard must be a number in (0.0, inf), got") for value in ("0", "-1", "nan", "inf")]
+    + [(["--learning-share", "0"], "learning_share must be")],
+)
+def test_wrong_numbers_are_refused_before_the_model_is_loaded(monkeypatch, options, why):
+    monkeypatch.setattr("ttt.serve.main.load", lambda folder: pytest.fail("the model was loaded"))
+    done = CliRunner().invoke(app, ["serve", *options])
+    assert done.exit_code == 1
+    assert why in done.stderr.strip().splitlines()[-1]
 
 
 def test_keys_are_made_listed_and_revoked(tmp_path):

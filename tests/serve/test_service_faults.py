@@ -15,7 +15,9 @@ from ttt.serve import sessions as sessions_module
 from ttt.serve import writer as writer_module
 from ttt.serve.errors import BadRequest, Conflict, NotFound, ServerFailure, TooBusy, Unavailable
 from ttt.serve.limits import Limits
+from ttt.serve.main import ServeOptions
 from ttt.serve.places import Places
+from ttt.serve.teaching import Lesson
 from ttt.store import CommitUncertain, StorageFailure, UnknownUser
 
 
@@ -311,6 +313,18 @@ def test_places_count_what_is_taken_and_left():
     places.learnt(6)
     places.take("ada", 5)
     assert (places.waiting, places.tokens) == (3, 9)
+
+
+def test_by_default_as_many_long_chats_may_wait_as_requests(model, tmp_path):
+    service = service_of(model, tmp_path)
+    turn = Lesson.of(words(1024), [at >= 984 for at in range(1024)], 2048)
+    cost = service._work.cost(turn)
+    assert cost == 2 * 1024
+    assert service.drain() == []
+    places = Places(Limits())
+    for at in range(Limits().waiting):
+        places.take(f"user {at}", cost)
+    assert ServeOptions().learning_tokens == Limits().learning_tokens
 
 
 def test_a_job_that_nobody_waits_for_is_not_done(model, tmp_path):

@@ -58,6 +58,7 @@ class EpisodeLog:
         self.length = check_whole("length", length, before + 1)
         self.tokens = check_whole("tokens", tokens, length)
         self._held: dict[str | None, list[Episode]] = {}
+        self._eras: dict[str | None, object] = {}
 
     def add(self, user: str | None, ids: Tensor, learn: Tensor, context: int | None = None) -> None:
         """Keep a text of ``user``: ``ids`` (T,) int64, of which the tokens ``learn`` (T,) bool were learnt.
@@ -164,7 +165,7 @@ class EpisodeLog:
 
     def load(self, user: str | None, state: dict[str, Tensor]) -> None:
         """Keep exactly what `export` returned. The caller checks it first."""
-        self.forget(user)
+        self._held.pop(user, None)
         if state:
             lengths = state["lengths"].tolist()
             parts = (state[name].cpu().clone().split(lengths) for name in ("ids", "learn"))
@@ -172,5 +173,11 @@ class EpisodeLog:
             self._held[user] = [Episode(ids, learn, bool(studied)) for ids, learn, studied in rows]
 
     def forget(self, user: str | None) -> None:
-        """Drop everything that is kept of ``user``."""
+        """Drop everything that is kept of ``user``; guards do not bring it back."""
         self._held.pop(user, None)
+        self._eras.pop(user, None)
+
+    def era(self, user: str | None) -> object:
+        """Something that stays the same until ``user`` is forgotten: what was exported in another era is not to be
+        loaded again by what undoes learning."""
+        return self._eras.setdefault(user, object())

@@ -15,7 +15,7 @@ from ttt.checks import check_token_ids, check_type
 from ttt.learn.stand_in import stand_in
 from ttt.nn import Linear, Update
 from ttt.nn.state import BASE
-from ttt.per_user.pacing import GuardSettings, clipped, pace
+from ttt.per_user.pacing import MOST_CHECKS, GuardSettings, clipped, pace
 from ttt.signals import SignalsDeferred
 
 
@@ -83,7 +83,7 @@ class Guard(GuardSettings):
         TypeError, ValueError: if ``batches`` is no iterable or empty, or for a value out of range.
 
     Attributes:
-        history: list of `GuardCheck`.
+        history: list of the newest `GuardCheck`, at most 10,000.
         strength: s, at present.
         rollbacks: number of times that the layers were rolled back.
         tokens: number of tokens learnt since the guard was attached.
@@ -115,6 +115,7 @@ class Guard(GuardSettings):
         self._learner: Any = None
         self._good: list[dict[str, Tensor]] = []
         self._good_log: dict[str, Tensor] = {}
+        self._good_era: object = None  # of the log
         self._good_at = 0  # value of tokens then
         self._slows = False  # whether the strength divides the rate, as there is no protection to strengthen
 
@@ -174,7 +175,7 @@ class Guard(GuardSettings):
     def logged(self) -> None:
         """Take the log into the last good state, if that has all that was learnt: a check may come before the log."""
         if self._good_at == self.tokens:
-            self._good_log = self._learner.episodes.export(None)
+            self._keep_log()
 
     def check_if_due(self) -> None:
         """Call `check` if at least ``every`` tokens were learnt since the last check."""
@@ -209,6 +210,7 @@ class Guard(GuardSettings):
             self._keep()
         self._since = 0
         self.history.append(GuardCheck(self.tokens, drift, self.strength, beyond))
+        del self.history[:-MOST_CHECKS]
 
     def restart(self) -> None:
         """Set strength and running level to their initial values. Called after the layers were reset."""
@@ -235,13 +237,18 @@ class Guard(GuardSettings):
         learner = self._learner
         kept = [{k: t for k, t in layer.state().items() if k not in BASE} for layer in learner.layers]
         self._good = [{name: t.clone() for name, t in state.items()} for state in kept]
-        self._good_log = {} if learner.episodes is None else learner.episodes.export(None)
+        self._keep_log()
         self._good_at = self.tokens
+
+    def _keep_log(self) -> None:
+        log = self._learner.episodes
+        if log is not None:
+            self._good_log, self._good_era = log.export(None), log.era(None)
 
     def _restore(self) -> None:
         learner = self._learner
         with whole_write(learner.layers, "Guard's rollback"):
             for layer, state in zip(learner.layers, self._good, strict=True):
                 layer.load_state(state)
-            if learner.episodes is not None:
-                learner.episodes.load(None, self._good_log)
+            if (log := learner.episodes) is not None:
+                log.load(None, self._good_log if log.era(None) is self._good_era else {})

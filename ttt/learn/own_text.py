@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttt.checks import check_whole
 from ttt.learn.draw import draw_tokens
 from ttt.learn.huggingface import cache_of, cached
 from ttt.steps import finish
@@ -22,8 +23,8 @@ TOPICS = (
 SEQUENCES, LENGTH, _BATCH = 16, 256, 4
 
 
-def own_text(model: Any, tokenizer: Any = None, *, context: int, seed: int, length: int = LENGTH) -> Iterator[Tensor]:
-    """Batches of text drawn from ``model``: 16 sequences of ``length`` tokens, in batches of 4.
+def own_text(model: Any, tokenizer: Any = None, *, context: int, seed: int) -> Iterator[Tensor]:
+    """Batches of text drawn from ``model``: 16 sequences of `LENGTH` tokens, in batches of 4.
 
     Tokens are drawn from the model's whole distribution (temperature 1), so that the text has the variety of what the
     model was trained on. It is written without regard to tokens that end a text.
@@ -32,23 +33,47 @@ def own_text(model: Any, tokenizer: Any = None, *, context: int, seed: int, leng
         model: a transformers causal language model in eval mode.
         tokenizer: with a chat template: each sequence answers a request to write about one of `TOPICS`. None, or a
             tokenizer without a template: each begins with the model's token for the beginning of a text.
-        context: bound on the length.
+        context: bound on the length. The sequences have their beginnings, the prompts.
         seed: of the draws.
-        length: tokens of a sequence, with what it begins with.
 
     Raises:
         ValueError: if there is neither a chat template nor a token to begin with.
     """
-    device = next(model.parameters()).device
-    generator = torch.Generator(device=device).manual_seed(seed)
+    ids = _beginnings(model, tokenizer)[:, : context - 1]
+    written = finish(written_in_steps(model, ids, min(LENGTH, context), _generator(model, seed)))
+    yield from written.split(_BATCH)
+
+
+def written_text(model: Any, tokenizer: Any = None, *, context: int, seed: int, length: int) -> Tensor:
+    """(16, ``length``) int64: text drawn from ``model`` as `own_text` does, without the prompts that it answers.
+
+    Args:
+        model, tokenizer, seed: see `own_text`.
+        context: bound on prompt and text together. Of a prompt that is too long for it the end is used.
+        length: tokens that are written, at most ``context`` - 1.
+
+    Raises:
+        ValueError: as `own_text`, and if ``length`` is out of range.
+    """
+    check_whole("length", length, 1, context - 1)
+    ids = _beginnings(model, tokenizer)
+    ids = ids[:, -min(ids.shape[1], context - length) :]
+    written = finish(written_in_steps(model, ids, ids.shape[1] + length, _generator(model, seed)))
+    return written[:, ids.shape[1] :]
+
+
+def _generator(model: Any, seed: int) -> torch.Generator:
+    return torch.Generator(device=next(model.parameters()).device).manual_seed(seed)
+
+
+def _beginnings(model: Any, tokenizer: Any) -> Tensor:
+    """(16, P) int64: what the sequences begin with."""
     prompts = _prompts(model, tokenizer)
     # All are written together: a step of decoding takes about as long for 16 sequences as for 4. Prompts are cut to the
     # shortest: what is lost is the beginning of the template.
     rows = [prompts[row % len(prompts)] for row in range(SEQUENCES)]
     shortest = min(map(len, rows))
-    ids = torch.tensor([row[-shortest:] for row in rows], device=device)
-    written = finish(written_in_steps(model, ids[:, : context - 1], min(length, context), generator))
-    yield from written.split(_BATCH)
+    return torch.tensor([row[-shortest:] for row in rows], device=next(model.parameters()).device)
 
 
 def _prompts(model: Any, tokenizer: Any) -> Sequence[list[int]]:

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from ttt.checks import check_token_ids, check_type
 from ttt.nn.low_rank import PER_ROW
-from ttt.per_user.pacing import GuardSettings, clipped, pace
+from ttt.per_user.pacing import MOST_CHECKS, GuardSettings, clipped, pace
 from ttt.per_user.pool import pool_of
 from ttt.per_user.user_state import GUARDS, State
 from ttt.steps import finish
 
-_MOST_CHECKS = 10_000  # that are kept in the history
 _PROGRESS = ("strength", "level", "tokens", "since")
 
 
@@ -49,6 +48,7 @@ class _Guarded:
     since: int  # tokens learnt since the last check
     good: State  # weights, and log of what they learnt, at the last check within the threshold
     good_at: int = 0  # value of tokens then
+    era: object = None  # of the log in it
 
 
 class UserGuards(GuardSettings):
@@ -91,7 +91,7 @@ class UserGuards(GuardSettings):
         ValueError: for a value out of range, or if the model has guards or users in slots already.
 
     Attributes:
-        history: list of the newest `UserGuardCheck`, of the users who have a slot.
+        history: list of the newest `UserGuardCheck`, at most 10,000, of the users who have a slot.
         reference: nats per token of the base model on the held-back inputs.
     """
 
@@ -218,12 +218,12 @@ class UserGuards(GuardSettings):
         strength, past = self._next_strength(guarded.strength, drift)
         self._set(guarded, strength)
         if past:
-            self.pool.restore_learnt(user, guarded.good)
+            self.pool.restore_learnt(user, self._good(user))
         elif drift <= self.threshold:
             self._keep(user)
         guarded.since = 0
         self.history.append(UserGuardCheck(user, guarded.tokens, drift, guarded.strength, past))
-        del self.history[:-_MOST_CHECKS]
+        del self.history[:-MOST_CHECKS]
         return self.history[-1]
 
     def logged(self, user: str) -> None:
@@ -231,6 +231,7 @@ class UserGuards(GuardSettings):
         guarded = self._users[user]
         if guarded.good_at == guarded.tokens:
             guarded.good |= self.pool.copy_log(user)
+            guarded.era = self._era(user)
 
     # -- called by the pool -----------------------------------------------------------------------------------
 
@@ -299,6 +300,17 @@ class UserGuards(GuardSettings):
         """Make the present state of ``user`` the good one."""
         guarded = self._users[user]
         guarded.good, guarded.good_at = self.pool.copy_learnt(user), guarded.tokens
+        guarded.era = self._era(user)
+
+    def _era(self, user: str) -> object:
+        return None if self.pool.episodes is None else self.pool.episodes.era(user)
+
+    def _good(self, user: str) -> State:
+        """The good state of ``user``, without a log that was forgotten since."""
+        guarded, log = self._users[user], self.pool.episodes
+        if log is None or self._era(user) is guarded.era:
+            return guarded.good
+        return {name: t for name, t in guarded.good.items() if not name.startswith(f"{log.prefix}.")}
 
     def _set(self, guarded: _Guarded, strength: float) -> None:
         guarded.strength = clipped(strength, self.cap)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from ttt.checks import check_number, check_whole
 
+MOST_CHECKS = 10_000
+"""Checks that are kept in a guard's history, the newest ones."""
 _LEVEL_TOKENS = 65536  # time constant of the running level of the loss
 _RISE, _FALL = 1 / 2, 1 / 16  # largest steps of the exponent: protection is raised soon and lowered late
 

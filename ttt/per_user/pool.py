@@ -16,7 +16,7 @@ from ttt.nn.routing import Routing
 from ttt.per_user.generation import attach_generation, detach_generation
 from ttt.per_user.names import check_user, check_user_list
 from ttt.per_user.turn import Turn
-from ttt.per_user.user_state import GUARDS, Companion, State, UserState
+from ttt.per_user.user_state import GUARDS, Companion, Log, State, UserState
 from ttt.signals import SignalsDeferred
 
 _POOL = "_ttt_pool"  # attribute of the model, beside its modules and parameters
@@ -54,7 +54,7 @@ class Pool:
         self.on_evict: Callable[[str, State], None] | None = None
         self.on_miss: Callable[[str], State | None] | None = None
         self.companion: Companion | None = None
-        self.episodes: UserState | None = None
+        self.episodes: Log | None = None
         self.routing = Routing()
         for layer in self.layers.values():
             layer.routing = self.routing

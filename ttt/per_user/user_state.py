@@ -31,6 +31,13 @@ class UserState(Protocol):
         """Drop everything kept for ``user``."""
 
 
+class Log(UserState, Protocol):
+    """What users learnt from, as `ttt.EpisodeLog` keeps it."""
+
+    def era(self, user: str | None) -> object:
+        """Something that stays the same until ``user`` is forgotten."""
+
+
 class Companion(UserState, Protocol):
     """State of users that takes part in their learning, as `ttt.per_user.guards.UserGuards`."""
 

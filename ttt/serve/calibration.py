@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors
@@ -77,14 +77,14 @@ def calibrate_once(pool: Pool, file: Path, measure: Callable[[], None]) -> bool:
     return False
 
 
-def held_back_once(pool: Pool, calibration: Path, write: Callable[[], Iterable[Tensor]]) -> list[Tensor]:
+def held_back_once(pool: Pool, calibration: Path, write: Callable[[], Tensor]) -> list[Tensor]:
     """Text that the users' guards measure on, from a file beside that of the ``calibration``.
 
     Args:
         pool: of the model's users.
         calibration: the file of `calibrate_once`.
-        write: texts of the base model, (B, T) int64 each; the last `HELD_BACK` tokens of a few are kept. Called where
-            there is no file.
+        write: (B, T) int64, what the base model has written; the last `HELD_BACK` tokens of a few rows are kept. Called
+            where there is no file.
 
     Returns:
         (B, T) int64 each.
@@ -95,7 +95,7 @@ def held_back_once(pool: Pool, calibration: Path, write: Callable[[], Iterable[T
     file, digest = calibration.with_name(f"{calibration.stem}-guard{calibration.suffix}"), _digest(pool)
     if not file.exists():
         rows, length = HELD_BACK
-        ids = torch.cat(list(write()))[:rows, -length:].cpu().contiguous()
+        ids = write()[:rows, -length:].cpu().contiguous()
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, safetensors.torch.save({"ids": ids}, {"digest": digest}))
     try:

@@ -1,4 +1,4 @@
-"""`DaemonThreads`: an executor whose threads do not keep the process from ending."""
+"""`DaemonThreads`: does work in threads that do not keep the process from ending."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ttt.serve.session import settle
 R = TypeVar("R")
 
 
-class DaemonThreads(concurrent.futures.Executor):
+class DaemonThreads:
     """Does work in a few threads, which end with the process even if a store never answers.
 
     Python waits for those of `concurrent.futures.ThreadPoolExecutor` when it ends.
@@ -27,33 +27,28 @@ class DaemonThreads(concurrent.futures.Executor):
         self._work: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[[], Any]] | None]
         self._work = queue.SimpleQueue()
         self._closed = False
+        self._lock = threading.Lock()  # no work is put after what ends the threads
         self._threads = [threading.Thread(target=self._run, name=f"{name}-{at}", daemon=True) for at in range(count)]
         for thread in self._threads:
             thread.start()
 
     def submit(self, fn: Callable[..., R], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[R]:
         """A future of ``fn(*args, **kwargs)``. Raises RuntimeError after `shutdown`."""
-        if self._closed:
-            raise RuntimeError("no work is taken after shutdown")
         future: concurrent.futures.Future[R] = concurrent.futures.Future()
-        self._work.put((future, lambda: fn(*args, **kwargs)))
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("no work is taken after shutdown")
+            self._work.put((future, lambda: fn(*args, **kwargs)))
         return future
 
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more work, and end when what was taken is done, or where ``cancel_futures``, cancelled."""
-        self._closed = True
-        while cancel_futures:
-            try:
-                work = self._work.get_nowait()
-            except queue.Empty:
-                break
-            if work is not None:
-                work[0].cancel()
-        for _ in self._threads:
-            self._work.put(None)
-        if wait:
-            for thread in self._threads:
-                thread.join()
+    def shutdown(self) -> None:
+        """Take no more work, and let the threads end when what was taken is done. Does not wait for that."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            for _ in self._threads:
+                self._work.put(None)
 
     def _run(self) -> None:
         while (work := self._work.get()) is not None:

@@ -20,6 +20,7 @@ from ttt.learn.learner import Learner
 from ttt.learn.study import StudyOutput
 from ttt.nn.budget import low_rank_square
 from ttt.per_user.pacing import GuardTripped
+from ttt.serve.daemon_threads import DaemonThreads
 from ttt.serve.errors import Conflict, ServerFailure, Tripped, Unavailable
 from ttt.serve.session import State, settle
 from ttt.serve.sessions import Sessions
@@ -83,7 +84,7 @@ class Job:
         return self.waits_for is None or self.waits_for.done() or time.monotonic() > self.until
 
     def step(self) -> bool:
-        """Take a step; True when there are no more."""
+        """Take a step; True when there are no more: then `settle` is to be called."""
         began = time.perf_counter()
         if self.running is None:
             self.running = self.steps()
@@ -93,10 +94,8 @@ class Job:
             return False
         except StopIteration as done:
             self.value = done.value
-            settle(self.result, done.value)
         except Exception as error:
             self.error = error
-            settle(self.result, error)
         finally:
             self.seconds += time.perf_counter() - began
         return True
@@ -106,7 +105,11 @@ class Job:
         self.error = error
         if self.running is not None:
             self.running.close()
-        settle(self.result, error)
+        self.settle()
+
+    def settle(self) -> None:
+        """Tell who waits how it ended."""
+        settle(self.result, self.value if self.error is None else self.error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,17 +153,22 @@ def learn(learner: Learner, sessions: Sessions, user: str, lesson: Lesson, telli
         output = yield from learner.observe_in_steps(ids, learn_mask=mask, users=[user], **telling.options)
         if output.rejected:
             raise ServerFailure("nothing was learnt: a loss or gradient was not finite")
-        yield from _guarded(learner, sessions, user)
+        drift = yield from _guarded(learner, user)
         stored = sessions.learnt(user, lesson.tokens)
+        sessions.use(user).drift = drift
     nll = float(output.nll[mask[:, 1:]].double().mean())
     return Learnt(lesson.tokens, nll, sessions.use(user).updates, stored)
 
 
-def _guarded(learner: Learner, sessions: Sessions, user: str) -> Steps:
-    """Let the user's guard, if there are guards, look at what was just learnt. Raises Tripped if it is too much."""
+def _guarded(learner: Learner, user: str) -> Steps:
+    """Let the user's guard look at what was just learnt; returns the drift, or None without guards.
+
+    Raises:
+        Tripped: if it is too much.
+    """
     guards = learner.user_guards
     if guards is None:
-        return
+        return None
     yield None
     check = yield from guards.check_in_steps(user)
     if check.rolled_back:
@@ -169,7 +177,7 @@ def _guarded(learner: Learner, sessions: Sessions, user: str) -> Steps:
             f"base model's, and {guards.bound:.2%} is allowed; go back to an earlier version, or forget the user, if "
             "every lesson is refused"
         )
-    sessions.use(user).drift = check.drift
+    return check.drift
 
 
 def read(reader: StateReader, sessions: Sessions, user: str, lesson: Lesson) -> Steps:
@@ -199,13 +207,14 @@ def study(learner: Learner, sessions: Sessions, user: str, **options: Any) -> St
         except FloatingPointError as error:
             raise Conflict(str(error), code="study_failed") from error
         except GuardTripped as error:
-            raise Tripped(f"the study was undone: {error}") from error
+            raise Tripped(f"the study was refused: {error}") from error
+        stored = sessions.learnt(user, 0) if output.episodes else None
         if output.episodes and learner.user_guards is not None:
             sessions.use(user).drift = learner.user_guards.history[-1].drift
-        return output, sessions.learnt(user, 0) if output.episodes else None
+        return output, stored
 
 
-def rollback(sessions: Sessions, io: concurrent.futures.Executor, user: str, version: int) -> Steps:
+def rollback(sessions: Sessions, io: DaemonThreads, user: str, version: int) -> Steps:
     """Go back to ``version``, which becomes the newest one; returns the `Session`."""
     yield from _stored(sessions, user)
     session = sessions.require_writable(user)
@@ -218,7 +227,7 @@ def rollback(sessions: Sessions, io: concurrent.futures.Executor, user: str, ver
         raise
 
 
-def forget(sessions: Sessions, io: concurrent.futures.Executor, user: str) -> Steps:
+def forget(sessions: Sessions, io: DaemonThreads, user: str) -> Steps:
     """Remove everything that is kept of the user, here and in the store."""
     sessions.drop(user)
     yield from _done(io.submit(sessions.erase, user))

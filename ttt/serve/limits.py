@@ -27,7 +27,7 @@ class Limits:
     rows: int = 8
     waiting: int = 128
     waiting_per_user: int = 0
-    learning_tokens: int = 32_768
+    learning_tokens: int = 262_144
     context: int = 2048
     prefill: int = 128
     learning_share: float = 0.5

@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ import ttt
 from ttt.checks import check_number
 from ttt.conversation import CONVERSATION, Telling
 from ttt.demo.language_model import load
-from ttt.learn.own_text import own_text
+from ttt.learn.own_text import written_text
 from ttt.per_user.guards import UserGuards
 from ttt.sequence_models import TTTSequenceForCausalLM
 from ttt.serve.calibration import HELD_BACK, calibrate_once, default_file, held_back_once, weights_name
@@ -63,7 +62,7 @@ class ServeOptions:
     emphasis: float | None = None
     rows: int = 8
     waiting: int = 128
-    learning_tokens: int = 32_768
+    learning_tokens: int = 262_144
     context: int = 2048
     learning_share: float = 0.5
     study_after: float = 30.0
@@ -120,6 +119,8 @@ def build_users(options: ServeOptions, say: Any = lambda text: None) -> tuple[tt
     """
     if options.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
+    if options.guard is not None:
+        _check_bound(options.guard)
     say("loading the model")
     model, tokenizer = load(options.model)
     model = model.to(DTYPES[options.dtype])
@@ -151,21 +152,26 @@ def guard_users(learner: ttt.Learner, calibration: Path, tokenizer: Any, bound: 
         bound: of the drift (`ttt.Guard`).
 
     Raises:
-        ValueError: for a bound that is not above 0, and as `held_back_once`.
+        ValueError: for a bound that is not above 0 and finite, and as `held_back_once`.
     """
     assert learner.pool is not None
-    check_number("guard", bound, 0.0, above=True)
+    _check_bound(bound)
 
-    def write() -> Iterable[Tensor]:
+    def write() -> Tensor:
         # Not the text of the calibration, on which protection makes the least to be forgotten.
-        seed, length = learner.config.seed + 1, 64 + HELD_BACK[1]
-        return own_text(learner.model, tokenizer, context=learner.context, seed=seed, length=length)
+        seed, length = learner.config.seed + 1, min(64 + HELD_BACK[1], learner.context - 1)
+        return written_text(learner.model, tokenizer, context=learner.context, seed=seed, length=length)
 
     texts = held_back_once(learner.pool, calibration, write)
     # Nothing but the bound: slower steps would cost what a user is told once, which has a large loss, the most.
     learner.user_guards = UserGuards(
         learner.model, texts, threshold=bound, bound=bound, every=None, cap=1.0, surprise=math.inf
     )
+
+
+def _check_bound(bound: float) -> None:
+    # Clients are told the bound in JSON, which has no infinity.
+    check_number("guard", bound, 0.0, above=True, finite=True)
 
 
 def build_learner(options: ServeOptions, say: Any = lambda text: None) -> tuple[ttt.Learner, Any]:
@@ -190,17 +196,18 @@ def build_service(options: ServeOptions, observer: Any = None, say: Any = lambda
     Raises:
         ValueError, OSError, ImportError: if the model, the store or an option is not usable.
     """
-    telling = Telling().changed(passes=options.passes, emphasis=options.emphasis)  # refused before the model is loaded
+    # What is out of range is refused before the model is loaded.
+    telling = Telling().changed(passes=options.passes, emphasis=options.emphasis)
+    limits = Limits(
+        rows=options.rows, waiting=options.waiting, learning_tokens=options.learning_tokens, context=options.context,
+        learning_share=options.learning_share, study_after=options.study_after,
+    )  # fmt: skip
     learner, tokenizer = build_users(options, say)
     if isinstance(learner, StateReader):
         weights = learner.name
     else:
         assert learner.pool is not None
         weights = weights_name(learner.pool)
-    limits = Limits(
-        rows=options.rows, waiting=options.waiting, learning_tokens=options.learning_tokens, context=options.context,
-        learning_share=options.learning_share, study_after=options.study_after,
-    )  # fmt: skip
     service = Service(
         learner, tokenizer, ttt.Store(options.store), weights, limits=limits, telling=telling,
         lease_seconds=options.lease_seconds, observer=observer,

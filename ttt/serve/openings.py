@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ttt.serve.daemon_threads import DaemonThreads
 from ttt.serve.sessions import Fetched, Sessions
 from ttt.serve.user_queue import UserQueue
 
@@ -28,7 +29,7 @@ class Openings:
         self,
         sessions: Sessions,
         queues: Mapping[str | None, UserQueue],
-        io: concurrent.futures.Executor,
+        io: DaemonThreads,
         observer: Any,
         wake: Callable[[], None],
     ) -> None:
@@ -90,8 +91,9 @@ class Openings:
         waits.opening = None
 
     def _discard(self, opening: concurrent.futures.Future[Fetched]) -> None:
+        # In the thread that has read the state: the writer's may have ended by then.
         if not opening.cancelled() and opening.exception() is None:
-            self.sessions.discard(opening.result())
+            self.sessions.give_back(opening.result())
 
     def _free_slot(self) -> bool:
         """Whether a slot is free, after the eviction of an idle user if necessary."""

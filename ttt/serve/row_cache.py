@@ -160,10 +160,14 @@ class RowCache:
     # -- rows -------------------------------------------------------------------------------------------------------
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first ``length`` tokens of row ``source`` to row ``target``."""
+        """Copy the first ``length`` tokens of row ``source`` to row ``target``, and zero the rest of ``target``.
+
+        Values of an earlier sequence that are not finite would reach the one that is copied, masked or not.
+        """
         for layer in self.layers:
             for held in layer.held:
                 held[target, :, :length] = held[source, :, :length]
+                held[target, :, length:].zero_()
 
     def clear(self, row: int) -> None:
         """Zero a row: values that are not finite would reach its next sequence, masked or not."""

@@ -201,7 +201,7 @@ class Service:
         self._inbox.put(None)
         self._thread.join()
         unsaved = self.sessions.close(timeout)
-        self._io.shutdown(wait=False)
+        self._io.shutdown()
         return unsaved
 
     def _require_open(self) -> None:
@@ -287,7 +287,7 @@ class Service:
             self._sweep(waits)
             try:
                 if self._openings.install(waits):
-                    waits.to_study = self._work.unstudied(user)
+                    waits.to_study = self._is_to_study(user)
             except Exception as error:
                 self._end_waiting(waits, lambda item: True, as_request_error(error))
             while waits.waiting:
@@ -449,7 +449,10 @@ class Service:
             if not job.ready:
                 continue
             if job.step():
-                self._job_ended(job)
+                try:
+                    self._job_ended(job)
+                finally:
+                    job.settle()  # who waits finds everything counted
             elif job.waits_for is not None:
                 job.waits_for.add_done_callback(lambda _: self._inbox.put(None))
             return
@@ -479,16 +482,30 @@ class Service:
         elif failed:
             self.observer.failed(job.kind)
         if job.kind == "learn" and not failed:
-            waits.to_study = self._work.unstudied(job.user)
+            waits.to_study = self._is_to_study(job.user)
             self.observer.learnt(job.tokens, job.seconds)
         elif job.kind == "study":
             waits.to_study = False
+            session = self.sessions.get(job.user)
+            if session is not None and (
+                not failed or (job.yields_to_requests and not isinstance(job.error, Unavailable))
+            ):
+                session.study_failed = failed
             if not failed:
                 self.observer.studied(job.value[0].episodes, job.seconds)
         elif job.kind == "forget":
             waits.forgetting = waits.to_study = False
         elif job.kind == "rollback" and not failed:
-            waits.to_study = self._work.unstudied(job.user)
+            waits.to_study = self._is_to_study(job.user)
+
+    def _is_to_study(self, user: str | None) -> bool:
+        """Whether ``user`` said something that is to be studied when there is nothing else to do.
+
+        Nothing is after such a study has failed, as one does that the guard refuses: each further lesson would cost a
+        whole study.
+        """
+        session = None if user is None else self.sessions.get(user)
+        return session is not None and not session.study_failed and self._work.unstudied(user)
 
     def _look_for_study(self) -> None:
         """If there is nothing else to do, let a user's words be studied who has said nothing for a while."""

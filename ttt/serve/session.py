@@ -37,6 +37,7 @@ class Session:
         left: set once the lease was given up.
         trips: how often the user's guard has undone a change, since the user was opened.
         drift: what the guard measured after the last change that it let stand; None before the first one.
+        study_failed: whether a study that nobody asked for has failed, and none has stood since then.
     """
 
     user: str
@@ -52,6 +53,7 @@ class Session:
     left: threading.Event = dataclasses.field(default_factory=threading.Event)
     trips: int = 0
     drift: float | None = None
+    study_failed: bool = False
 
     def lose(self) -> None:
         """Note that another server holds the lease now."""

@@ -37,8 +37,8 @@ class Fetched:
 class Sessions:
     """Keeps the users of one ``pool`` in step with a ``store``.
 
-    `fetch`, `read_version`, `rolled_back` and `erase` wait for the store, and may be called from any thread. All other
-    methods are for the thread that uses the pool.
+    `fetch`, `give_back`, `read_version`, `rolled_back` and `erase` wait for the store, and may be called from any
+    thread. All other methods are for the thread that uses the pool.
 
     Args:
         pool: of the model's users. Its hooks are not used: the caller makes room with `evict`.
@@ -133,6 +133,10 @@ class Sessions:
     def discard(self, fetched: Fetched) -> None:
         """Release the lease of a user who was fetched and is not to be installed."""
         self._writer.release(fetched.session)
+
+    def give_back(self, fetched: Fetched) -> None:
+        """`discard`, in the thread that calls it, which waits for the store; also after `close`."""
+        self._writer.release_now(fetched.session)
 
     def get(self, user: str) -> Session | None:
         """The session of a user who has a slot, or None."""

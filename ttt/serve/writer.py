@@ -41,7 +41,7 @@ class _Waiting:
 class Writer:
     """Writes users' states to ``store``, and renews and releases their leases, each in a thread of its own.
 
-    No method but `close` waits for the store.
+    No method but `close` and `release_now` waits for the store.
 
     Args:
         store: keeps versions.
@@ -97,6 +97,11 @@ class Writer:
         """Release the lease of a session, once all that waits to be written of it is."""
         with self._changed:
             self._leave(session)
+
+    def release_now(self, session: Session) -> None:
+        """Release the lease of a session of which nothing waits to be written, also after `close`; waits for the
+        store."""
+        self._release([session])
 
     def _leave(self, session: Session) -> None:
         self.leaving[session.user] = session
