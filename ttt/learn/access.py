@@ -71,13 +71,21 @@ class Access:
             yield
 
     @contextlib.contextmanager
-    def enter_together(self, what: str, held: contextlib.ExitStack) -> Iterator[None]:
-        """As `enter`, but until ``held`` is closed; what stands inside are the checks of ``what``.
+    def enter_together(self, what: str, *, repairs: bool = False) -> Iterator[None]:
+        """As `enter`, which in all processes over which the model is sharded raises if it does in one of them."""
+        with contextlib.ExitStack() as held:
+            with self.checks(what, held, repairs=repairs):
+                pass  # there are no more than those of `enter`
+            yield
+
+    @contextlib.contextmanager
+    def checks(self, what: str, held: contextlib.ExitStack, *, repairs: bool = False) -> Iterator[None]:
+        """`enter`, until ``held`` is closed, for a method ``what`` whose own checks stand inside of the block.
 
         An error in one of the processes over which the model is sharded is one in all (`ttt.nn.parallel.together`).
         """
         with together(self.processes, what):
-            held.enter_context(self.enter(what))
+            held.enter_context(self.enter(what, repairs=repairs))
             yield
 
     def agreed(self, finite: Tensor) -> Tensor:
