@@ -20,6 +20,21 @@ from ttt.nn.parallel import together
 _KEY = "safetensors"
 
 
+class _Unsavable:
+    """In place of the content of a state that cannot be saved: raises ``error`` where a checkpoint would take it up."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __create_write_items__(self, name: str, content: Any) -> list[Any]:
+        """What torch.distributed.checkpoint calls when it plans what to save, before it writes anything."""
+        raise self.error
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """What copies and other ways of saving call."""
+        raise self.error
+
+
 class LearntState:
     """What an adapted model has learnt, for ``torch.distributed.checkpoint.save`` and ``load``:
 
@@ -48,10 +63,14 @@ class LearntState:
     def state_dict(self) -> dict[str, Any]:
         """The content of the file, which all processes gather.
 
-        Raises:
-            ValueError, RuntimeError: as `ttt.save`.
+        Where `ttt.save` would raise ValueError or RuntimeError, ``torch.distributed.checkpoint.save`` raises it, as the
+        cause of a CheckpointException, before it writes anything. Here it is not raised: ``load`` calls this method,
+        too, and a state that is torn or not finite is where loading another one helps.
         """
-        return {_KEY: content_of(self.model)}
+        try:
+            return {_KEY: content_of(self.model)}
+        except (ValueError, RuntimeError) as error:
+            return {_KEY: _Unsavable(error)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Give the model what ``state_dict`` of a saved `LearntState` holds.
