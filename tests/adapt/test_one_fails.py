@@ -41,7 +41,7 @@ OWN = {
 }
 BOTH = {
     "calibrate: fewer batches": "ValueError: the number of batches must be the same in all processes",
-    "calibrate: some without a loss": "ValueError: whether batches and loss are given must be the same in all processes",
+    "calibrate: some without a loss": "ValueError: whether batches and loss are given must be the same in all",
     "calibrate: some without batches": "ValueError: whether batches and loss are given must be the same in all",
     "load: another file": "must be the same in all processes of a sharded model",
 }

@@ -123,9 +123,10 @@ class Returns(torch.nn.Module):
         return self.shape(self.first(x).square().mean())
 
 
-@pytest.mark.parametrize(
-    "shape", [lambda n: n, lambda n: (n, n + 1), lambda n: [n], lambda n: {"other": n}], ids=["n", "tuple", "list", "dict"]
-)
+SHAPES = {"n": lambda n: n, "tuple": lambda n: (n, n + 1), "list": lambda n: [n], "dict": lambda n: {"other": n}}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_numbers_that_need_not_be_losses_are_left_as_they_are(shape):
     def numbers(output):
         return list(output.values() if isinstance(output, dict) else [output] if torch.is_tensor(output) else output)

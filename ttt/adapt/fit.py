@@ -41,9 +41,9 @@ def refuse_parallel(model: nn.Module, *, fsdp: bool = False) -> None:
     """
     for name, module in model.named_modules():
         if isinstance(module, Adapted) and any(map(is_sharded, module._parameters.values())):
-            way = (
-                f"leave it out of sharding, by {HOW_TO_IGNORE}" if shards_fully(model) else "shard a model before ttt.adapt_"
-            )
+            way = "shard a model before ttt.adapt_"
+            if shards_fully(model):
+                way = f"leave it out of sharding, by {HOW_TO_IGNORE}"
             raise ValueError(
                 f"{name or 'model'}, a layer that learns, is a DTensor since it was adapted: {way}, or learn in one "
                 "process (with users always)"

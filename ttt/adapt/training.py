@@ -32,8 +32,8 @@ class _Frozen(torch.autograd.Function):
 def refuse_when_frozen(model: nn.Module) -> None:
     """Let backward passes from the loss that ``model`` returns in training mode raise while it has no gradient.
 
-    A loss is the entry ``loss`` of a model output, and what a call with ``labels`` returns, or returns first. It requires
-    grad then, so that it must be detached for numpy or a deep copy. Inside of ``torch.compile`` nothing is changed.
+    A loss is the entry ``loss`` of a model output, and what a call with ``labels`` returns, or returns first. It then
+    requires grad, so that it must be detached for numpy or a deep copy. Inside of ``torch.compile`` nothing is changed.
     """
     model.register_forward_hook(_watch, with_kwargs=True)
 

@@ -33,8 +33,8 @@ class Access:
         config: of the layers.
         processes: for each group of processes over which the model is sharded, what its members exchange tensors by
             (`ttt.nn.parallel.SharedSide`); empty for one process.
-        replicas: the same as ``processes`` if FSDP2 shards the model, and otherwise empty. With FSDP2 each process holds
-            the whole of every learning layer, so that all must learn from the same tokens.
+        replicas: the same as ``processes`` if FSDP2 shards the model, and otherwise empty. With FSDP2 each process
+            holds the whole of every learning layer, so that all must learn from the same tokens.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -51,8 +51,9 @@ class Learner:
     and every method but `rollback` and `reset` raises RuntimeError until one of them, or `ttt.load`, has put a complete
     state in place.
 
-    **If the model is sharded over processes**, all of them make the same calls with the same text. A check that fails
-    in one of them is an error in all: a RuntimeError where it did not fail itself.
+    **If the model is sharded over processes**, all of them make the same calls with the same text, after it was
+    sharded. A check of a method that fails in one of them is an error in all: a RuntimeError where it did not fail
+    itself. That does not hold for the arguments of ``ttt.Learner(...)`` and for `ttt.Guard.check`.
 
     Args:
         model: adapted by `ttt.adapt_`. `observe` needs a transformers causal language model. It is put in eval mode and
@@ -485,15 +486,15 @@ class Learner:
 
     def flush(self) -> None:
         """Write every layer's window into its weights, as before ``save_pretrained``."""
-        with self.access.enter_together("Learner.flush"):
-            with whole_write(self.layers, "Learner.flush"):
-                for layer in self.layers:
-                    layer.flush()
+        with self.access.enter_together("Learner.flush"), whole_write(self.layers, "Learner.flush"):
+            for layer in self.layers:
+                layer.flush()
 
     def _drawn_together(self, drawn: Iterator[Any], tokens: str = "") -> Iterator[Any]:
-        """The batches that are ``drawn``, of which all processes of a sharded model must have as many; an error of one is one of all.
+        """The batches that are ``drawn``, of which all processes of a sharded model must have as many.
 
-        If they are ``tokens``, which names them, they are checked and must be the same in all.
+        An error in one of them is an error in all. If the batches are ``tokens``, which names them, they are checked
+        and must be the same in all.
         """
         while True:
             with together(self.access.processes, "Learner.calibrate"):

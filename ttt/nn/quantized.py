@@ -45,7 +45,7 @@ def blocks_gradients(module: nn.Module) -> bool:
     return bool(quantized(module)) and any(getattr(weight, name, None) is not None for name in _ACTIVATIONS)
 
 
-def why_blocked(module: nn.Module) -> str:
+def why_blocked(module: Any) -> str:
     """Why layers before ``module``, if it is quantized, would learn something wrong; empty if they would not.
 
     Some kernels for packed weights have no derivative, or silently give none; those of bitsandbytes for CPUs with
@@ -56,7 +56,7 @@ def why_blocked(module: nn.Module) -> str:
         return "rounds its inputs, through which no gradient passes"
     if not quantized(module) or absent(module.weight):
         return ""
-    trial: Any = copy.deepcopy(module).eval().requires_grad_(False)
+    trial = copy.deepcopy(module).eval().requires_grad_(False)
     weight, generator = trial.weight, torch.Generator().manual_seed(0)
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     x, other = (torch.randn(1, 1, trial.in_features, generator=generator).to(weight.device, dtype) for _ in range(2))
