@@ -3,6 +3,8 @@
 Checkpoints of one process are written by the first of them, without the group.
 """
 
+import copy
+import io
 import json
 import sys
 from pathlib import Path
@@ -152,7 +154,48 @@ def refused(mesh, folder):
     return {"errors": errors, "unlike": unlike(model, before) + unlike(other, kept)}
 
 
-CHECKS = {check.__name__: check for check in (state, weights, refused)}
+def nothing_to_save(mesh, folder):
+    """A state that cannot be saved, torn or not finite in one process: it never is, and another can be loaded."""
+    found = []
+    for kind, make in KINDS.items():
+        good = learnt(make(mesh), seed=5).model
+        wanted, at = state_of(good), f"{folder}/{kind} to keep"
+        options = {"no_dist": True} if kind == "whole" else {}
+        at += f"{dist.get_rank()}" * bool(options)  # each process its own
+        dcp.save({"learnt": ttt.LearntState(good)}, checkpoint_id=at, **options)
+        for ill in ("torn", "not finite"):
+            model = make(mesh)
+            learner = learnt(model, seed=6)
+            layer = layers_of(learner)[1]
+            if options or dist.get_rank() == 1:
+                if ill == "torn":
+                    layer.torn = "a write ended half-way"
+                else:
+                    layer.weight.fill_(torch.nan)
+            entry = {"learnt": ttt.LearntState(model)}
+            for path in (at, f"{folder}/{kind} {ill} {dist.get_rank()}" if options else f"{folder}/{kind} {ill}"):
+                held = {f: f.read_bytes() for f in Path(path).glob("*")}
+                try:
+                    dcp.save(entry, checkpoint_id=path, **options)
+                    found.append(f"{kind}, {ill}: saved")
+                except dcp.api.CheckpointException as error:
+                    reason = "belong together" if ill == "torn" else "weight must hold"
+                    texts = " ".join(map(str, error.failures.values()))
+                    found += [] if reason in texts or "refused in another" in texts else [f"{kind}, {ill}: {texts}"]
+                if {f: f.read_bytes() for f in Path(path).glob("*")} != held:
+                    found.append(f"{kind}, {ill}: files changed")
+                if dist.is_initialized() and not options:
+                    dist.barrier()
+            copied = error_of(lambda e=entry: copy.deepcopy(e["learnt"].state_dict()))
+            pickled = error_of(lambda e=entry: torch.save(e["learnt"].state_dict(), io.BytesIO()))
+            found += [] if copied and pickled else [f"{kind}, {ill}: copied"]
+            dcp.load(entry, checkpoint_id=at, **options)
+            found += [f"{kind}, {ill}: {name}" for name in unlike(model, wanted)]
+            found += [f"{kind}, {ill}: still torn"] if layer.torn else []
+    return found
+
+
+CHECKS = {check.__name__: check for check in (state, weights, refused, nothing_to_save)}
 
 
 def main(rank, folder, names):

@@ -3,6 +3,7 @@
 import datetime
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -75,6 +76,28 @@ def cases(learner, fresh, folder):
         finally:
             moments.copy_(kept)
 
+    def training_at(action):
+        fresh.model.train(second)
+        try:
+            action()
+        finally:
+            fresh.model.eval()
+
+    def learning():
+        with ttt.learning(model):
+            loss_of(model, ids()).backward()
+
+    def no_temporary_folder():
+        kept = tempfile.tempdir
+        tempfile.tempdir = f"{folder}/none" if second else kept
+        try:
+            state.load_state_dict(content)
+        finally:
+            tempfile.tempdir = kept
+
+    state, snapshot, other_snapshot = ttt.LearntState(model), learner.snapshot(), fresh.snapshot()
+    content = state.state_dict()
+    other_snapshot.layers.pop()
     good, own = f"{folder}/good", f"{folder}/own{dist.get_rank()}"
     return {
         "observe: a token outside of the vocabulary": lambda: learner.observe(ids() + VOCAB * second),
@@ -91,6 +114,18 @@ def cases(learner, fresh, folder):
         "calibrate: no more data": lambda: fresh.calibrate(failing()),
         "calibrate: fewer batches": lambda: fresh.calibrate([ids()] * (2 - second)),
         "calibrate: no more data, with a loss": lambda: fresh.calibrate(failing(), loss=loss_of),
+        "calibrate: training": lambda: training_at(lambda: fresh.calibrate([ids()])),
+        "calibrate: a loss": lambda: fresh.calibrate([ids()], loss=3 if second else loss_of),
+        "calibrate: batches": lambda: fresh.calibrate(3 if second else [ids()]),
+        "calibrate: some without a loss": lambda: fresh.calibrate([ids()], loss=None if second else loss_of),
+        "calibrate: some without batches": lambda: fresh.calibrate(None if second else [ids()]),
+        "rollback: no snapshot": lambda: learner.rollback(3 if second else snapshot),
+        "rollback: another model's": lambda: learner.rollback(other_snapshot if second else snapshot),
+        "reset: training": lambda: training_at(fresh.reset),
+        "snapshot: torn": lambda: torn(learner.snapshot),
+        "learning: torn": lambda: torn(learning),
+        "load_state_dict: other content": lambda: state.load_state_dict({"a": 1} if second else content),
+        "load_state_dict: no temporary folder": no_temporary_folder,
         "consolidate: torn": lambda: torn(learner.consolidate),
         "flush: torn": lambda: torn(learner.flush),
         "restore_: torn": lambda: torn(lambda: ttt.restore_(model, keep_learned=True)),

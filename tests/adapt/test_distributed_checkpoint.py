@@ -19,7 +19,7 @@ def found(tmp_path_factory):
     return run_in_two("distributed_checkpoint.py", tmp_path_factory.mktemp("distributed_checkpoint"))
 
 
-@pytest.mark.parametrize("name", ["state", "weights"])
+@pytest.mark.parametrize("name", ["state", "weights", "nothing_to_save"])
 def test_what_is_loaded_is_what_was_saved(found, name):
     assert [each[name] for each in found] == [[], []]
 

@@ -17,9 +17,11 @@ REFUSED = {
     "episodes": f"{DOES_NOT_WORK} ttt.Learner(episodes=...) does not work",
     "growing": f"{DOES_NOT_WORK} ttt.GrowingLearner does not work",
     "tasks": f"{DOES_NOT_WORK} a Trainer of tasks does not work",
+    "FSDP2, users": "model is a FSDPModule, which is not supported",
     "other text": "input_ids, masks and options must be the same in all processes",
     "other prompt": "input_ids, attention_mask and options must be the same in all processes",
 }
+TOO_LATE = ["FSDP2 too late", "FSDP2 too late, reset", "tensor parallel too late", "FSDP2 too late, users"]
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,14 @@ def test_what_is_not_supported_is_refused_by_name_in_every_process(found, name):
         error = each["unsupported"]["errors"][name]
         assert error.startswith("ValueError: ")
         assert REFUSED[name] in error
+
+
+@pytest.mark.parametrize("name", TOO_LATE)
+def test_a_learner_of_a_model_that_was_sharded_later_is_refused(found, name):
+    for each in found:
+        error = each["unsupported"]["errors"][name]
+        assert error.startswith("RuntimeError: Learner.")
+        assert "it was sharded over processes since then; shard it first, then make a new one with ttt.Learner" in error
 
 
 def test_refusals_change_nothing(found):

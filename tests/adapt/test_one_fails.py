@@ -17,6 +17,16 @@ OWN = {
     "calibrate: a batch": "ValueError: each of batches must be in [0, 61)",
     "calibrate: no more data": "OSError: no more data",
     "calibrate: no more data, with a loss": "OSError: no more data",
+    "calibrate: training": "RuntimeError: Learner.calibrate needs the model in eval mode",
+    "calibrate: a loss": "TypeError: loss must be a function of (model, batch) or None, got int",
+    "calibrate: batches": "TypeError: batches must be an iterable of batches, got int",
+    "rollback: no snapshot": "TypeError: snapshot must be what Learner.snapshot returns, got int",
+    "rollback: another model's": "ValueError: snapshot does not fit this model's learning layers",
+    "reset: training": "RuntimeError: Learner.reset needs the model in eval mode",
+    "snapshot: torn": "RuntimeError: Learner.snapshot needs layers that belong together",
+    "learning: torn": "RuntimeError: ttt.learning needs layers that belong together",
+    "load_state_dict: other content": "ValueError: state_dict must hold bytes named 'safetensors'",
+    "load_state_dict: no temporary folder": "FileNotFoundError: ",
     "consolidate: torn": "RuntimeError: Learner.consolidate needs layers that belong together",
     "flush: torn": "RuntimeError: Learner.flush needs layers that belong together",
     "restore_: torn": "RuntimeError: ttt.restore_ needs layers that belong together",
@@ -31,8 +41,11 @@ OWN = {
 }
 BOTH = {
     "calibrate: fewer batches": "ValueError: the number of batches must be the same in all processes",
+    "calibrate: some without a loss": "ValueError: whether batches and loss are given must be the same in all",
+    "calibrate: some without batches": "ValueError: whether batches and loss are given must be the same in all",
     "load: another file": "must be the same in all processes of a sharded model",
 }
+PREFIXES = {**dict.fromkeys(("learning", "restore_", "save", "load"), "ttt."), "load_state_dict": "LearntState."}
 KINDS = ["tensor parallel", "fsdp"]
 
 
@@ -52,7 +65,7 @@ def test_nothing_else_was_tried(found, kind):
 @pytest.mark.parametrize("name", [*OWN, *BOTH])
 def test_an_error_of_one_process_is_one_of_both(found, kind, name):
     method = name.partition(":")[0]
-    prefix = "ttt." if method in ("learning", "restore_", "save", "load") else "Learner."
+    prefix = PREFIXES.get(method, "Learner.")
     first, second = (each[kind]["errors"][name] for each in found)
     if (kind, name) == ("fsdp", "learning: not finite"):  # the rows are compared first
         assert first == second

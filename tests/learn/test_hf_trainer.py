@@ -103,9 +103,47 @@ def test_without_it_there_is_nothing_to_train_and_nothing_changes(users, tmp_pat
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in before.items())
     assert all(layer.pending == 0 for _, layer in learning_layers(model))
     ids = ids_of(2, 9)
+    with torch.no_grad():
+        model.train()(input_ids=ids, labels=ids).loss.numpy()
     assert not model.eval()(input_ids=ids, labels=ids).loss.requires_grad
-    assert not ttt.restore_(model)._forward_hooks
+    restored = ttt.restore_(model)
+    assert not restored._forward_hooks
+    assert not restored._forward_hooks_with_kwargs
     model.train()(input_ids=ids, labels=ids).loss.backward()
+
+
+class Returns(torch.nn.Module):
+    """Returns what ``shape`` makes of a number."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.first, self.shape = torch.nn.Linear(4, 4), shape
+
+    def forward(self, x, labels=None):
+        return self.shape(self.first(x).square().mean())
+
+
+SHAPES = {"n": lambda n: n, "tuple": lambda n: (n, n + 1), "list": lambda n: [n], "dict": lambda n: {"other": n}}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_numbers_that_need_not_be_losses_are_left_as_they_are(shape):
+    def numbers(output):
+        return list(output.values() if isinstance(output, dict) else [output] if torch.is_tensor(output) else output)
+
+    model, x = Returns(shape), torch.randn(3, 4)
+    wanted = [n.detach() for n in numbers(model(x))]
+    ttt.adapt_(model, plain_config(target_modules=["first"])).train()
+    found = numbers(model(x))
+    assert all(torch.equal(n, w) and not n.requires_grad for n, w in zip(found, wanted, strict=True))
+    assert [float(n.numpy()) for n in found] == [float(w) for w in wanted]
+    labelled = model(x, labels=x)
+    first = labelled[0] if isinstance(labelled, tuple) else labelled
+    if torch.is_tensor(first):
+        assert torch.equal(first.detach(), wanted[0])
+        with pytest.raises(RuntimeError, match="nothing to train"):
+            first.backward()
+    assert not any(n.requires_grad for n in numbers(labelled) if n is not first)
 
 
 @pytest.mark.parametrize("users", [None, ttt.LowRank(slots=2)])

@@ -18,7 +18,7 @@ from torchao.quantization import (
 import ttt
 from ttt.adapt.checkpoint import base_hash
 from ttt.nn import quantized as quantized_module
-from ttt.nn.quantized import QuantizedLowRankLinear, dequantized, row_blocks
+from ttt.nn.quantized import QuantizedLowRankLinear, dequantized, row_blocks, why_blocked
 
 KINDS = {
     "int8": Int8WeightOnlyConfig(),
@@ -268,7 +268,10 @@ def test_no_layer_learns_below_a_packed_one_whose_gradient_is_wrong(users, packs
     modules, state = dict(model.named_modules()), {k: t.clone() for k, t in model.state_dict().items()}
     random = torch.get_rng_state()
     if packs == "right":
-        assert ttt.Learner(ttt.adapt_(model, config(target_modules=["q_proj"], per_user=users))).layers or users
+        ttt.adapt_(model, config(target_modules=["q_proj"], per_user=users))
+        learns = ttt.nn.Linear if users is None else ttt.nn.LowRankLinear
+        replaced = {n for n, m in model.named_modules() if type(m) is learns}
+        assert replaced == {n for n in modules if n.endswith("q_proj")}
     else:
         refusal = rf"up_proj is quantized \(bitsandbytes' Linear4bit\) and {BLOCKED[packs]}: layers before it"
         with pytest.raises(ValueError, match=refusal):
@@ -279,6 +282,69 @@ def test_no_layer_learns_below_a_packed_one_whose_gradient_is_wrong(users, packs
         ttt.adapt_(model, config(target_modules=later, per_user=users))
     assert not packed.packed, "a copy is tried"
     assert torch.equal(random, torch.get_rng_state())
+
+
+class _Given(torch.autograd.Function):
+    """The product x W^T, with the product of the gradient and another matrix as the gradient at x."""
+
+    @staticmethod
+    def forward(ctx, x, weight, other):
+        ctx.save_for_backward(other)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient @ ctx.saved_tensors[0], None, None
+
+
+def given_gradient(outputs, inputs, dtype, other_of):
+    """A stand-in of bitsandbytes whose gradient is that of the weight ``other_of(weight)``."""
+
+    class Given4bit(nn.Linear):
+        def forward(self, x):
+            return _Given.apply(x, self.weight, other_of(self.weight))
+
+    Given4bit.__module__ = "bitsandbytes.nn.modules"
+    return Given4bit(inputs, outputs, bias=False, dtype=dtype)
+
+
+def noisy(weight, part):
+    """``weight`` with noise of ``part`` of its size, the same in each call."""
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(5))
+    return weight + (noise * part * weight.detach().float().std()).to(weight.dtype)
+
+
+WRONG = {
+    "zeros": torch.zeros_like,
+    "twice": lambda weight: 2 * weight,
+    "negative": lambda weight: -weight,
+    "9 tenths": lambda weight: 0.9 * weight,
+    "another": lambda weight: noisy(weight, 1.0) - weight,
+    "with noise": lambda weight: noisy(weight, 1.0),
+    "rows exchanged": lambda weight: weight.roll(1, 0),
+    "columns exchanged": lambda weight: weight.roll(1, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4096, 64), (4096, 300), (33, 700), (1, 90), (70, 1)])
+def test_a_wrong_gradient_is_found_in_layers_of_any_size(shape, dtype):
+    assert why_blocked(given_gradient(*shape, dtype, lambda weight: weight)) == ""
+    assert why_blocked(given_gradient(*shape, dtype, lambda weight: noisy(weight, 0.01))) == ""
+    for name, other_of in WRONG.items():
+        if name.startswith("rows" if shape[0] == 1 else "columns" if shape[1] == 1 else "never"):
+            continue  # one row or column exchanged with itself
+        found = why_blocked(given_gradient(*shape, dtype, other_of))
+        assert found == "gives its inputs a gradient that is not its own", name
+
+
+@pytest.mark.parametrize("users", [None, USERS])
+def test_a_quantized_layer_that_is_not_loaded_is_not_tried(users):
+    model = tiny()
+    model.model.layers[1].mlp.up_proj = Linear4bit(model.model.layers[1].mlp.up_proj).to("meta")
+    ttt.adapt_(model, config(target_modules=["q_proj"], per_user=users))
+    learns = ttt.nn.Linear if users is None else ttt.nn.LowRankLinear
+    assert type(model.model.layers[0].self_attn.q_proj) is learns
 
 
 def test_a_module_that_is_no_linear_layer_is_not_tried():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt.adapt.sharding import IGNORED, local, sharding_of, shards_fully
+from ttt.adapt.sharding import HOW_TO_IGNORE, local, sharding_of, shards_fully
 from ttt.nn.base import DTYPES, Adapted, absent
 from ttt.nn.experts import STACKS, is_gated, is_stack
 from ttt.nn.parallel import is_sharded
@@ -41,9 +41,9 @@ def refuse_parallel(model: nn.Module, *, fsdp: bool = False) -> None:
     """
     for name, module in model.named_modules():
         if isinstance(module, Adapted) and any(map(is_sharded, module._parameters.values())):
-            way = (
-                f"leave it out of sharding, by {IGNORED}" if shards_fully(model) else "shard a model before ttt.adapt_"
-            )
+            way = "shard a model before ttt.adapt_"
+            if shards_fully(model):
+                way = f"leave it out of sharding, by {HOW_TO_IGNORE}"
             raise ValueError(
                 f"{name or 'model'}, a layer that learns, is a DTensor since it was adapted: {way}, or learn in one "
                 "process (with users always)"
@@ -152,7 +152,7 @@ class Weights:
         ``whole`` is the DTensor of which ``weight`` is a part.
         """
         if why := absent(weight):
-            way = f"Leave it out of sharding, by {IGNORED}, or load" if self._fully_sharded else "Load"
+            way = f"Leave it out of sharding, by {HOW_TO_IGNORE}, or load" if self._fully_sharded else "Load"
             raise ValueError(f"{name} {why}; it cannot learn. {way} the whole model first, in one process")
         if tied := self._tied(name, weight if whole is None else whole):
             raise ValueError(f"{name} is tied to {tied}: learning in one would change the other; leave it out")

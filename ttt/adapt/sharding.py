@@ -16,13 +16,23 @@ _HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hook
           "_forward_hooks_always_called")  # fmt: skip
 
 
-IGNORED = "fully_shard(module, ignored_params={parameters of the layers that learn})"
+HOW_TO_IGNORE = "fully_shard(module, ignored_params={parameters of the layers that learn})"
+"""The call, for error messages, that leaves the layers that learn out of sharding by FSDP2."""
+
+
+def is_fully_sharded(kind: type) -> bool:
+    """Whether ``kind`` is a class that FSDP2 (``fully_shard``) gives to a module."""
+    return any(base.__name__ == "FSDPModule" and base.__module__.startswith("torch.") for base in kind.__mro__)
 
 
 def shards_fully(model: nn.Module) -> bool:
-    """Whether FSDP2 (``fully_shard``) shards a part of ``model``."""
-    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
-    return any(kind.__name__ == "FSDPModule" and kind.__module__.startswith("torch.") for kind in kinds)
+    """Whether FSDP2 shards a part of ``model``."""
+    return any(map(is_fully_sharded, set(map(type, model.modules()))))
+
+
+def is_distributed() -> bool:
+    """Whether this process belongs to a group, so that a model may be sharded."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def processes_of(model: nn.Module) -> list[SharedSide]:
@@ -30,7 +40,7 @@ def processes_of(model: nn.Module) -> list[SharedSide]:
 
     They are those of its learning layers, and of all other parameters that are sharded. Empty for one process.
     """
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    if not is_distributed():
         return []
     each: Any
     for each in model.modules():

@@ -30,14 +30,19 @@ class _Frozen(torch.autograd.Function):
 
 
 def refuse_when_frozen(model: nn.Module) -> None:
-    """Let backward passes from the loss that ``model`` returns in training mode raise while it has no gradient."""
-    model.register_forward_hook(_watch)
+    """Let backward passes from the loss that ``model`` returns in training mode raise while it has no gradient.
+
+    A loss is the entry ``loss`` of a model output, and what a call with ``labels`` returns, or returns first. It then
+    requires grad, so that it must be detached for numpy or a deep copy. Inside of ``torch.compile`` nothing is changed.
+    """
+    model.register_forward_hook(_watch, with_kwargs=True)
 
 
 def refuse_no_more(model: nn.Module) -> None:
     """Undo `refuse_when_frozen`, also in a copy of the model."""
     for key in [key for key, hook in model._forward_hooks.items() if hook is _watch]:
         del model._forward_hooks[key]
+        model._forward_hooks_with_kwargs.pop(key, None)
 
 
 def other_hooks(module: nn.Module) -> bool:
@@ -45,16 +50,18 @@ def other_hooks(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks) or any(hook is not _watch for hook in module._forward_hooks.values())
 
 
-def _watch(module: nn.Module, args: Any, output: Any) -> Any:
+def _watch(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """The forward hook: ``output`` with a loss whose backward pass raises, if it holds one without a gradient."""
     if not module.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    if isinstance(output, Tensor) and _is_frozen(output):
-        return _watched(output)
-    if isinstance(output, dict) and _is_frozen(output.get("loss")):
-        output["loss"] = _watched(output["loss"])
-    elif isinstance(output, tuple) and output and _is_frozen(output[0]) and type(output) is tuple:
-        return (_watched(output[0]), *output[1:])
+    if isinstance(output, dict):
+        if _is_frozen(output.get("loss")):
+            output["loss"] = _watched(output["loss"])
+    elif kwargs.get("labels") is not None:  # without them a number may be anything
+        if _is_frozen(output):
+            return _watched(output)
+        if type(output) is tuple and output and _is_frozen(output[0]):
+            return (_watched(output[0]), *output[1:])
     return None
 
 

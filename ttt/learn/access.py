@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from ttt.adapt.convert import kept_originals, require_layers
 from ttt.adapt.fit import refuse_parallel
-from ttt.adapt.sharding import processes_of, shards_fully
+from ttt.adapt.sharding import is_distributed, is_fully_sharded, processes_of, shards_fully
 from ttt.atomic import refuse_torn
 from ttt.checks import check_model
 from ttt.layer_lock import exclusive
 from ttt.nn import Linear, LowRankLinear
-from ttt.nn.parallel import agreed, require_same, together
+from ttt.nn.parallel import agreed, is_sharded, require_same, together
 from ttt.per_user.pool import Pool, has_pool, pool_of
 
 
@@ -31,8 +31,10 @@ class Access:
         layers: the learning layers, in the model's order; of a model for many users, those of its pool.
         single_layers: the same for one set of weights; empty for a model with users.
         config: of the layers.
-        processes: a side for each group of processes over which the model is sharded; empty for one process.
-        replicas: for each group of processes of a model that FSDP2 shards, a side: each holds the whole of each layer.
+        processes: for each group of processes over which the model is sharded, what its members exchange tensors by
+            (`ttt.nn.parallel.SharedSide`); empty for one process.
+        replicas: the same as ``processes`` if FSDP2 shards the model, and otherwise empty. With FSDP2 each process
+            holds the whole of every learning layer, so that all must learn from the same tokens.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -48,6 +50,7 @@ class Access:
         self.replicas = self.processes if shards_fully(model) else []
         self._originals = kept_originals(model)
         self._modules = list(model.modules())  # listing them takes longer than looking at them
+        self._kinds = list(map(type, self._modules))
         named: list[tuple[str, Any]] = [*model.named_parameters(), *model.named_buffers()]
         for name, t in named:
             if t.is_inference():
@@ -61,7 +64,8 @@ class Access:
         """As `exclusive`, with the same arguments, for all of the model's layers.
 
         Raises:
-            RuntimeError: as `exclusive`; or if the model was restored, adapted again or put in training mode since.
+            RuntimeError: as `exclusive`; or if the model was restored, adapted again, sharded or put in training mode
+                since.
         """
         # The locks are taken first: another thread may be restoring the model.
         with exclusive(self.layers, what, repairs=True):
@@ -71,13 +75,21 @@ class Access:
             yield
 
     @contextlib.contextmanager
-    def enter_together(self, what: str, held: contextlib.ExitStack) -> Iterator[None]:
-        """As `enter`, but until ``held`` is closed; what stands inside are the checks of ``what``.
+    def enter_together(self, what: str, *, repairs: bool = False) -> Iterator[None]:
+        """As `enter`, which in all processes over which the model is sharded raises if it does in one of them."""
+        with contextlib.ExitStack() as held:
+            with self.checks(what, held, repairs=repairs):
+                pass  # there are no more than those of `enter`
+            yield
+
+    @contextlib.contextmanager
+    def checks(self, what: str, held: contextlib.ExitStack, *, repairs: bool = False) -> Iterator[None]:
+        """`enter`, until ``held`` is closed, for a method ``what`` whose own checks stand inside of the block.
 
         An error in one of the processes over which the model is sharded is one in all (`ttt.nn.parallel.together`).
         """
         with together(self.processes, what):
-            held.enter_context(self.enter(what))
+            held.enter_context(self.enter(what, repairs=repairs))
             yield
 
     def agreed(self, finite: Tensor) -> Tensor:
@@ -95,7 +107,7 @@ class Access:
         require_same(self.processes, what, *values)
 
     def _require_usable(self, what: str) -> None:
-        """Raise RuntimeError if the model has other layers than it had, or is in training mode."""
+        """Raise RuntimeError if the model has other layers than it had, was sharded, or is in training mode."""
         originals = kept_originals(self.model)
         moved = originals is not self._originals and bool(originals or self._originals)
         if moved or has_pool(self.model) != (self.pool is not None):
@@ -103,8 +115,22 @@ class Access:
                 f"{what} needs the layers that this Learner was made for, but the model was restored or adapted again "
                 "since then; make a new one with ttt.Learner(model)"
             )
+        if self._sharded_since():
+            raise RuntimeError(
+                f"{what} needs the model as it was when this Learner was made, but it was sharded over processes since "
+                "then; shard it first, then make a new one with ttt.Learner(model)"
+            )
         if any(module.training for module in self._modules):
             raise RuntimeError(
                 f"{what} needs the model in eval mode, but some of it was put in training mode after the Learner was "
                 "made; call model.eval()"
             )
+
+    def _sharded_since(self) -> bool:
+        """Whether a part of the model was sharded after the processes were found that share it."""
+        kinds = zip(self._kinds, map(type, self._modules), strict=True)
+        if any(new is not old and is_fully_sharded(new) for old, new in kinds):
+            return True
+        if self.processes or not is_distributed():
+            return False
+        return any(is_sharded(p) for module in self._modules for p in module._parameters.values())

@@ -82,7 +82,9 @@ def learning(model: nn.Module) -> Iterator[LearningResult]:
     """
     layers, result = require_layers(model, sharded=True), LearningResult()
     processes = processes_of(model)
-    with exclusive(layers, "ttt.learning"):
+    with contextlib.ExitStack() as held:
+        with together(processes, "ttt.learning"):
+            held.enter_context(exclusive(layers, "ttt.learning"))
         with Capturing(layers) as capturing, torch.enable_grad():
             yield result
             captured = capturing.renew()

@@ -25,12 +25,12 @@ from ttt.learn.loop import ObserveOutput
 from ttt.learn.observing import observe, observe_in_steps
 from ttt.learn.own_text import own_text
 from ttt.learn.per_user import check_users
-from ttt.learn.snapshot import Snapshot, put_back, take_snapshot
+from ttt.learn.snapshot import Snapshot, check_snapshot, put_back, take_snapshot
 from ttt.learn.step import differentiates_outputs
 from ttt.learn.stream_rule import StreamRule, check_rules
 from ttt.learn.study import StudyOptions, StudyOutput, study_in_steps
 from ttt.learn.text import Text, check_tokens
-from ttt.nn.parallel import require_same, together
+from ttt.nn.parallel import together
 from ttt.per_user.guards import UserGuards
 from ttt.per_user.protection import calibrate as calibrate_users
 from ttt.signals import SignalsDeferred
@@ -51,8 +51,9 @@ class Learner:
     and every method but `rollback` and `reset` raises RuntimeError until one of them, or `ttt.load`, has put a complete
     state in place.
 
-    **If the model is sharded over processes**, all of them make the same calls with the same text. A check that fails
-    in one of them is an error in all: a RuntimeError where it did not fail itself.
+    **If the model is sharded over processes**, all of them make the same calls with the same text, after it was
+    sharded. A check of a method that fails in one of them is an error in all: a RuntimeError where it did not fail
+    itself. That does not hold for the arguments of ``ttt.Learner(...)`` and for `ttt.Guard.check`.
 
     Args:
         model: adapted by `ttt.adapt_`. `observe` needs a transformers causal language model. It is put in eval mode and
@@ -181,7 +182,7 @@ class Learner:
                 was restored or adapted again, or a write ended half-way.
         """
         with contextlib.ExitStack() as held:
-            with self.access.enter_together("Learner.observe", held):
+            with self.access.checks("Learner.observe", held):
                 check_bool("learn", learn)
                 text = _emphasised(check_tokens(self.model, input_ids, attention_mask, learn_mask), passes, emphasis)
                 if passes > 1 and not learn:
@@ -287,7 +288,7 @@ class Learner:
         """
         self.require_single("generate", "with ttt.users(model, [...]): model.generate(...)")
         with contextlib.ExitStack() as held:
-            with self.access.enter_together("Learner.generate", held):
+            with self.access.checks("Learner.generate", held):
                 text = check_tokens(self.model, input_ids, attention_mask)
                 options = GenerateOptions(
                     max_new_tokens=max_new_tokens, learn_prompt=learn_prompt, learn_output=learn_output,
@@ -399,19 +400,22 @@ class Learner:
                 ``loss`` returns is of a wrong type. Nothing has changed then.
             RuntimeError: as `observe`.
         """
-        with self.access.enter("Learner.calibrate"):
-            if batches is None and loss is None:
-                batches = own_text(self.model, tokenizer, context=self.context, seed=self.config.seed)
-            check_type("batches", batches, Iterable, "an iterable of batches")
-            assert batches is not None
-            if loss is not None and not callable(loss):
-                raise TypeError(f"loss must be a function of (model, batch) or None, got {type(loss).__name__}")
+        with contextlib.ExitStack() as held:
+            with self.access.checks("Learner.calibrate", held):
+                if batches is not None or loss is not None:
+                    check_type("batches", batches, Iterable, "an iterable of batches")
+                if loss is not None and not callable(loss):
+                    raise TypeError(f"loss must be a function of (model, batch) or None, got {type(loss).__name__}")
+                drawn = None if batches is None else iter(batches)
+            self.access.require_same("whether batches and loss are given", drawn is None, loss is None)
+            if drawn is None:
+                drawn = iter(own_text(self.model, tokenizer, context=self.context, seed=self.config.seed))
             kind = "mas" if self.config.importance == "mas" else "fisher"
             if loss is None:
-                batches = self._drawn_together(batches, "each of batches")
-                losses = protection.calibration_losses(self.model, batches, self.config, kind)
+                texts = self._drawn_together(drawn, "each of batches")
+                losses = protection.calibration_losses(self.model, texts, self.config, kind)
             else:
-                losses = (loss(self.model, batch) for batch in self._drawn_together(batches))
+                losses = (loss(self.model, batch) for batch in self._drawn_together(drawn))
             if self.pool is None:
                 protection.calibrate(self.layers, losses, kind)
             elif self.pool.users:
@@ -429,9 +433,7 @@ class Learner:
         in units of the first calibration's mean importance. The sample of recent inputs joins the replay memory.
         """
         self.require_single("consolidate", "the anchor is shared by all users")
-        with contextlib.ExitStack() as held:
-            with self.access.enter_together("Learner.consolidate", held):
-                pass
+        with self.access.enter_together("Learner.consolidate"):
             if self.guard is not None:
                 self.guard.check()
             with whole_write(self.layers, "Learner.consolidate"):
@@ -446,7 +448,7 @@ class Learner:
     def snapshot(self) -> Snapshot:
         """A copy of all learning state, that of the rules and the log of episodes included, for `rollback`."""
         self.require_single("snapshot", "pool.export(user)")
-        with self.access.enter("Learner.snapshot"):
+        with self.access.enter_together("Learner.snapshot"):
             return take_snapshot(self.layers, self.rules, self.episodes)
 
     def rollback(self, snapshot: Snapshot) -> None:
@@ -457,14 +459,16 @@ class Learner:
             ValueError: if it comes from a model with other layers, or a learner with other rules.
         """
         self.require_single("rollback", "pool.load(user, state)")
-        with self.access.enter("Learner.rollback", repairs=True):
+        with contextlib.ExitStack() as held:
+            with self.access.checks("Learner.rollback", held, repairs=True):
+                check_snapshot(snapshot, self.layers, self.rules)
             put_back(snapshot, self.layers, self.rules, self.episodes)
             if self.guard is not None:
                 self.guard.resume()
 
     def reset(self) -> None:
         """Forget everything learnt since calibration; the weights are exactly the base model's. Rules forget, too."""
-        with self.access.enter("Learner.reset", repairs=True):
+        with self.access.enter_together("Learner.reset", repairs=True):
             if self.pool is not None:
                 with SignalsDeferred():
                     self.pool.forget_all()
@@ -482,29 +486,26 @@ class Learner:
 
     def flush(self) -> None:
         """Write every layer's window into its weights, as before ``save_pretrained``."""
-        with contextlib.ExitStack() as held:
-            with self.access.enter_together("Learner.flush", held):
-                pass
-            with whole_write(self.layers, "Learner.flush"):
-                for layer in self.layers:
-                    layer.flush()
+        with self.access.enter_together("Learner.flush"), whole_write(self.layers, "Learner.flush"):
+            for layer in self.layers:
+                layer.flush()
 
-    def _drawn_together(self, batches: Iterable[Any], tokens: str = "") -> Iterator[Any]:
-        """``batches``, of which all processes of a sharded model must have as many; an error of one is one of all.
+    def _drawn_together(self, drawn: Iterator[Any], tokens: str = "") -> Iterator[Any]:
+        """The batches that are ``drawn``, of which all processes of a sharded model must have as many.
 
-        If they are ``tokens``, which names them, they are checked and must be the same in all.
+        An error in one of them is an error in all. If the batches are ``tokens``, which names them, they are checked
+        and must be the same in all.
         """
-        drawn, processes = iter(batches), self.access.processes
         while True:
-            with together(processes, "Learner.calibrate"):
+            with together(self.access.processes, "Learner.calibrate"):
                 batch = next(drawn, _END)
                 if tokens and batch is not _END:
                     check_tokens(self.model, batch, name=tokens)
-            require_same(processes, "the number of batches", batch is _END)
+            self.access.require_same("the number of batches", batch is _END)
             if batch is _END:
                 return
             if tokens:
-                require_same(processes, tokens, batch)
+                self.access.require_same(tokens, batch)
             yield batch
 
     def _try_model(self, text: Text) -> None:

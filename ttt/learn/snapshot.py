@@ -42,13 +42,13 @@ def take_snapshot(layers: Sequence[Linear], rules: Sequence[StreamRule], log: Ep
     )
 
 
-def put_back(snapshot: Snapshot, layers: Sequence[Linear], rules: Sequence[StreamRule], log: EpisodeLog | None) -> None:
-    """Give ``layers``, ``rules`` and ``log`` the state in ``snapshot``.
+def check_snapshot(snapshot: Snapshot, layers: Sequence[Linear], rules: Sequence[StreamRule]) -> None:
+    """Raise an error unless ``layers`` and ``rules`` can be given the state in ``snapshot``.
 
     Raises:
         TypeError: if ``snapshot`` is none.
         ValueError: if it is of layers of other shapes, or of other rules, or a capturable layer cannot take its window
-            (`ttt.nn.Linear.capturable_`). Nothing has changed then.
+            (`ttt.nn.Linear.capturable_`).
     """
     check_type("snapshot", snapshot, Snapshot, "what Learner.snapshot returns")
     shapes = [{name: t.shape for name, t in layer.state().items()} for layer in layers]
@@ -61,6 +61,10 @@ def put_back(snapshot: Snapshot, layers: Sequence[Linear], rules: Sequence[Strea
         )
     for layer, state in zip(layers, snapshot.layers, strict=True):
         layer.check_state(state)
+
+
+def put_back(snapshot: Snapshot, layers: Sequence[Linear], rules: Sequence[StreamRule], log: EpisodeLog | None) -> None:
+    """Give ``layers``, ``rules`` and ``log`` the state in ``snapshot``, which `check_snapshot` has found to fit."""
     with whole_write(layers, "Learner.rollback"):
         for layer, state, base in zip(layers, snapshot.layers, snapshot.bases, strict=True):
             layer.load_state(state)

@@ -121,7 +121,9 @@ def refuse_other_updates(processes: Sequence[SharedSide], updates: Sequence[tupl
         if not agreed(processes, side.same(digest) == digest):
             raise ValueError(
                 "all processes of a model that FSDP2 shards must learn from the same tokens, to the bit, as each holds "
-                "the layers that learn; one of them had others. Give all of them the same batches"
+                "the layers that learn; inputs or gradients of these layers differ between them. Give all of them the "
+                "same batches; if they had the same, one of them computed something that is not finite, or rounded "
+                "otherwise, as processors of another kind do"
             )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt import ops
+from ttt.nn.base import absent
 from ttt.nn.low_rank import LowRankLinear
 from ttt.ops.low_rank.reference import isolated_linear
 
@@ -44,41 +45,62 @@ def blocks_gradients(module: nn.Module) -> bool:
     return bool(quantized(module)) and any(getattr(weight, name, None) is not None for name in _ACTIVATIONS)
 
 
-def why_blocked(module: nn.Module) -> str:
+def why_blocked(module: Any) -> str:
     """Why layers before ``module``, if it is quantized, would learn something wrong; empty if they would not.
 
     Some kernels for packed weights have no derivative, or silently give none; those of bitsandbytes for CPUs with
-    AVX512-BF16 do so once they have run without gradients. So a copy is run as a learner would.
+    AVX512-BF16 do so once they have run without gradients. So a copy is run as a learner would. A layer that is not in
+    memory cannot be tried.
     """
     if blocks_gradients(module):
         return "rounds its inputs, through which no gradient passes"
-    if not quantized(module):
+    if not quantized(module) or absent(module.weight):
         return ""
-    trial: Any = copy.deepcopy(module).eval().requires_grad_(False)
+    trial = copy.deepcopy(module).eval().requires_grad_(False)
     weight, generator = trial.weight, torch.Generator().manual_seed(0)
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     x, other = (torch.randn(1, 1, trial.in_features, generator=generator).to(weight.device, dtype) for _ in range(2))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with torch.no_grad():
-                change = trial(other) - trial(torch.zeros_like(other))
+            change = _change(trial, other)
         except (NotImplementedError, RuntimeError, TypeError, AssertionError):
             return ""  # the model's own forward pass will say why
+        directions, gradients = (change, torch.randn(change.shape, generator=generator).to(change)), list[Tensor]()
         try:
-            with torch.enable_grad():
-                y = trial(x.requires_grad_(True))
-                if not y.requires_grad:
-                    return "lets no gradient through to its inputs"
-                direction = torch.randn(y.shape, generator=generator).to(y)
-                (y * direction).sum().backward()
+            for direction in directions:
+                with torch.enable_grad():
+                    y = trial(x.requires_grad_(True))
+                    if not y.requires_grad:
+                        return "lets no gradient through to its inputs"
+                    found = torch.autograd.grad((y * direction).sum(), x, allow_unused=True)[0]
+                gradients.append(torch.zeros_like(x) if found is None else found)
         except (NotImplementedError, RuntimeError) as error:
             return f"lets no gradient through to its inputs ({type(error).__name__}: {str(error)[:120]})"
-    # The layer is linear: along any change of x, its output changes as the gradient says.
+        steps = other, gradients[1]
+        changes = change, _change(trial, gradients[1])
+    right = all(map(_fits, changes, directions, steps, gradients))
+    return "" if right else "gives its inputs a gradient that is not its own"
+
+
+@torch.no_grad()
+def _change(linear: nn.Module, step: Tensor) -> Tensor:
+    """How the output of ``linear`` changes along ``step`` (1, 1, n) from zeros."""
+    return linear(step) - linear(torch.zeros_like(step))
+
+
+def _fits(change: Tensor, direction: Tensor, step: Tensor, gradient: Tensor) -> bool:
+    """Whether the output of a linear layer changes along ``step`` as its ``gradient`` in ``direction`` says.
+
+    With a random step and a random direction both sides are small where there are many outputs, and nearly any gradient
+    seems to fit. They are large where the ``direction`` is the ``change`` itself, which shows a gradient that is zero
+    or of another scale, and where the ``step`` is the ``gradient`` in a random direction, which shows that of another
+    matrix.
+    """
     wanted = float((change.double() * direction.double()).sum())
-    found = 0.0 if x.grad is None else float((other.double() * x.grad.double()).sum())
-    scale = float(change.double().norm() * direction.double().norm())
-    return "" if abs(found - wanted) <= _ROUNDING * scale else "gives its inputs a gradient that is not its own"
+    found = float((step.double() * gradient.double()).sum())
+    sizes = float(change.double().norm() * direction.double().norm() + step.double().norm() * gradient.double().norm())
+    return abs(found - wanted) <= _ROUNDING * sizes
 
 
 def why_not(module: nn.Module) -> str:
