@@ -60,6 +60,17 @@ def test_a_chat_template_asks_for_every_topic():
     assert len(asked) == len(TOPICS) == SEQUENCES
 
 
+@pytest.mark.parametrize("prompt", [100, 128, 129, 300])
+def test_behind_a_long_template_there_is_text_of_the_models_own(monkeypatch, prompt):
+    """As behind a system prompt of 300 tokens: what is measured must not be that prompt."""
+    long = torch.arange(SEQUENCES * prompt).view(SEQUENCES, prompt) % VOCAB
+    monkeypatch.setattr("ttt.learn.own_text._beginnings", lambda model, tokenizer: long)
+    found = torch.cat(list(own_text(tiny().eval(), context=1000, seed=1)))
+    assert torch.equal(found[:, :prompt], long)
+    assert found.shape[1] == (LENGTH if prompt <= 128 else prompt + LENGTH // 2)
+    assert len(found[:, prompt:].unique(dim=0)) == SEQUENCES
+
+
 @pytest.mark.parametrize("context", [12, 30, 200])
 def test_what_is_written_is_counted_and_given_without_the_prompts(context):
     model, tokenizer = tiny().eval(), Words()

@@ -24,7 +24,9 @@ SEQUENCES, LENGTH, _BATCH = 16, 256, 4
 
 
 def own_text(model: Any, tokenizer: Any = None, *, context: int, seed: int) -> Iterator[Tensor]:
-    """Batches of text drawn from ``model``: 16 sequences of `LENGTH` tokens, in batches of 4.
+    """Batches of text drawn from ``model``: 16 sequences of `LENGTH` tokens, prompts included, in batches of 4.
+
+    Behind prompts that leave less than half of that, half as many tokens are written all the same.
 
     Tokens are drawn from the model's whole distribution (temperature 1), so that the text has the variety of what the
     model was trained on. It is written without regard to tokens that end a text.
@@ -40,7 +42,8 @@ def own_text(model: Any, tokenizer: Any = None, *, context: int, seed: int) -> I
         ValueError: if there is neither a chat template nor a token to begin with.
     """
     ids = _beginnings(model, tokenizer)[:, : context - 1]
-    written = finish(written_in_steps(model, ids, min(LENGTH, context), _generator(model, seed)))
+    length = min(max(LENGTH, ids.shape[1] + LENGTH // 2), context)
+    written = finish(written_in_steps(model, ids, length, _generator(model, seed)))
     yield from written.split(_BATCH)
 
 
