@@ -5,8 +5,6 @@ Checkpoints of one process are written by the first of them, without the group.
 
 import copy
 import io
-import json
-import sys
 from pathlib import Path
 
 import fully_sharded
@@ -16,8 +14,8 @@ import torch.distributed.checkpoint as dcp
 from tensor_parallel import DEFAULT, LEARN, error_of, layers_of, model_of, sharded, whole
 from tiny_models import ids_of
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from two_processes import meet
 
 import ttt
 from ttt.adapt.convert import learning_layers
@@ -198,15 +196,5 @@ def nothing_to_save(mesh, folder):
 CHECKS = {check.__name__: check for check in (state, weights, refused, nothing_to_save)}
 
 
-def main(rank, folder, names):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
-    found = {name: CHECKS[name](mesh, folder) for name in names}
-    dist.barrier()
-    (Path(folder) / f"found{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:] or [*CHECKS])
+    meet(lambda mesh, folder, names: {name: CHECKS[name](mesh, folder) for name in names or CHECKS})

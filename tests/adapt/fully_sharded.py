@@ -4,19 +4,16 @@ Both hold the whole model, too, and let it learn the same in one process.
 """
 
 import copy
-import json
-import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tensor_parallel import DEFAULT, LEARN, differences, error_of, layers_of, model_of, reads, whole
 from tiny_models import ids_of
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from two_processes import meet
 
 import ttt
 from ttt.adapt.convert import learning_layers
@@ -249,15 +246,5 @@ def unsupported(mesh, folder):
 CHECKS = {check.__name__: check for check in (reading, own_text, guarded, any_loss, saving, unsupported)}
 
 
-def main(rank, folder, names):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
-    found = {name: CHECKS[name](mesh, folder) for name in names}
-    dist.barrier()
-    (Path(folder) / f"found{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:] or [*CHECKS])
+    meet(lambda mesh, folder, names: {name: CHECKS[name](mesh, folder) for name in names or CHECKS})

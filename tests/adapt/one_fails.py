@@ -1,7 +1,5 @@
 """What two processes find that share a model when one of them alone fails; `test_one_fails.py` starts them."""
 
-import datetime
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -12,7 +10,7 @@ from fully_sharded import changed, kept_of, loss_of
 from fully_sharded import sharded as fully_sharded
 from tensor_parallel import DEFAULT, LEARN, error_of, layers_of, model_of, sharded, whole
 from tiny_models import VOCAB, ids_of
-from torch.distributed.device_mesh import init_device_mesh
+from two_processes import meet
 
 import ttt
 
@@ -180,16 +178,5 @@ def try_all(kind, mesh, folder):
     return {"errors": errors, "changed": found}
 
 
-def main(rank, folder):
-    torch.set_num_threads(1)
-    group = {"init_method": f"file://{folder}/init", "rank": rank, "world_size": 2}
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120), **group)
-    mesh = init_device_mesh("cpu", (2,))
-    found = {kind: try_all(kind, mesh, folder) for kind in KINDS}
-    dist.barrier()
-    (Path(folder) / f"found{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    meet(lambda mesh, folder, names: {kind: try_all(kind, mesh, folder) for kind in KINDS}, seconds=120)

@@ -1,16 +1,13 @@
 """What two processes find when they adapt models whose weights are sharded; `test_sharded.py` starts them."""
 
-import json
-import sys
-
 import torch
 import torch.distributed as dist
 from helpers import plain_config
 from tiny_models import ids_of, tiny
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from two_processes import meet
 
 import ttt
 from ttt.adapt.convert import learning_layers
@@ -90,20 +87,14 @@ def tiny_copy(model):
     return other
 
 
-def main(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    mesh, found = init_device_mesh("cpu", (2,)), {}
+def find(mesh, folder, names):
+    found = {}
     for shard in (tensor_parallel, fsdp2):
         for users in (None, ttt.LowRank(slots=2)):
             name = f"{shard.__name__} {'one' if users is None else 'users'}"
             found[name] = [adapting(shard, mesh, users), learning(shard, mesh, users)]
-    found["beside"] = beside(mesh)
-    dist.barrier()
-    with open(f"{folder}/found{rank}.json", "w") as file:
-        json.dump(found, file)
-    dist.destroy_process_group()
+    return {**found, "beside": beside(mesh)}
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    meet(find)

@@ -4,19 +4,17 @@ Both hold the whole model, too, and let it learn the same in one process: in flo
 """
 
 import copy
-import json
 import os
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tiny_models import ids_of, tiny
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import AutoModelForCausalLM
+from two_processes import meet
 
 import ttt
 from ttt.adapt.convert import learning_layers
@@ -444,17 +442,13 @@ CHECKS = {
 }
 
 
-def main(rank, folder, names):
-    torch.set_num_threads(1)
-    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}  # transformers reads them
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    mesh, found = init_device_mesh("cpu", (2,)), {}
-    for name in names:
-        found[name] = CHECKS[name](mesh, folder) if name in CHECKS else bare(mesh, name)
-    dist.barrier()
-    (Path(folder) / f"found{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+def find(mesh, folder, names):
+    return {
+        name: CHECKS[name](mesh, folder) if name in CHECKS else bare(mesh, name)
+        for name in names or [*CONFIGS, *CHECKS]
+    }
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:] or [*CONFIGS, *CHECKS])
+    os.environ |= {"WORLD_SIZE": "2", "RANK": sys.argv[1], "LOCAL_RANK": sys.argv[1]}  # transformers reads them
+    meet(find)
