@@ -189,6 +189,8 @@ def test_every_entry_must_match():
     refused(tiny(), r"'upproj' matches no linear layer; the nearest names are .*up_proj",
             target_modules=["down_proj", "upproj"])  # fmt: skip
     refused(tiny(), "target_modules.* matches no linear layer", target_modules=[])
+    refused(tiny(), r"a regular expression for a layer's whole name: \['down_proj'\] means all that end so",
+            target_modules="down_proj")  # fmt: skip
 
 
 def test_one_unfit_layer_refuses_all_and_changes_nothing():

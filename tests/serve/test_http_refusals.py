@@ -185,3 +185,11 @@ def test_too_much_is_refused_with_the_time_to_come_back(model, tmp_path):
         with pytest.raises(openai.RateLimitError) as found:
             client_of(url).completions.create(prompt="abc", max_tokens=1, **FIXED)
         assert int(found.value.response.headers["retry-after"]) > 0
+
+
+def test_a_body_without_its_content_type_is_named(model, tmp_path):
+    with served(service_of(model, tmp_path / "store")) as url:
+        for route in ("/v1/chat/completions", "/v1/users/ada/learn"):
+            found = httpx.post(f"{url}{route}", content=b'{"text": "a"}')
+            assert found.status_code == 400
+            assert "content-type: application/json" in found.json()["error"]["message"]

@@ -58,6 +58,7 @@ def test_a_user_is_shown_goes_back_and_is_forgotten(url, model, tmp_path):
     studied = httpx.post(f"{url}/v1/users/ada/study", json={"passes": 3}, timeout=60).json()
     assert (studied["episodes"], studied["version"], len(studied["losses"])) == (1, 4, 3)
     assert httpx.post(f"{url}/v1/users/ada/study", json={}).json()["version"] is None
+    assert httpx.post(f"{url}/v1/users/ada/study").json()["version"] is None  # a body is optional
     assert httpx.get(f"{url}/v1/users/ada/taught").json()["data"][0]["studied"]
     assert httpx.delete(f"{url}/v1/users/ada").json() == {"id": "ada", "deleted": True}
     assert httpx.get(f"{url}/v1/users/ada").status_code == 404

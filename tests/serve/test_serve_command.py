@@ -6,6 +6,7 @@ import http.server
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -225,6 +226,16 @@ def test_wrong_numbers_are_refused_before_the_model_is_loaded(monkeypatch, optio
     done = CliRunner().invoke(app, ["serve", *options])
     assert done.exit_code == 1
     assert why in done.stderr.strip().splitlines()[-1]
+
+
+def test_a_port_that_is_taken_is_refused_before_the_model_is_loaded(monkeypatch):
+    monkeypatch.setattr("ttt.serve.main.load", lambda folder: pytest.fail("the model was loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = CliRunner().invoke(app, ["serve", "--port", str(port)])
+    assert done.exit_code == 1
+    assert f"cannot listen at 127.0.0.1:{port}: " in done.stderr
+    assert "another --port" in done.stderr
 
 
 def test_keys_are_made_listed_and_revoked(tmp_path):

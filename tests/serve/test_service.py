@@ -447,6 +447,7 @@ def test_only_the_users_own_words_of_the_last_turn_teach(tokenizer):
     assert lesson.learn[-1]
     assert Teaching().lesson(tokenizer, [*chat, {"role": "tool", "content": "x"}], 500) is None
     assert Teaching().lesson(tokenizer, [*chat, {"role": "assistant", "content": "x"}], 500) is None
+    assert Teaching().lesson(tokenizer, [*chat, {"role": "user", "content": ""}], 500) is None
     every = Teaching(("user", "assistant"), all_turns=True).lesson(tokenizer, chat, 500)
     assert taught(every) == "My dog is called Biscuit.<|im_end|>Nice.<|im_end|>user: é 🐕 <|im_start|><|im_end|>"
     short = Teaching().lesson(tokenizer, chat, 20)

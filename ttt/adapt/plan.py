@@ -186,7 +186,10 @@ def _refuse_no_match(model: nn.Module, candidates: list[tuple[str, nn.Module]], 
     near = [n for want in wanted for n in difflib.get_close_matches(want, names, n=5, cutoff=0.3)]
     near = list(dict.fromkeys(near)) or names[:10]
     shown = targets if isinstance(targets, str) or len(targets) != 1 else targets[0]
-    raise ValueError(f"target_modules: {shown!r} matches no linear layer; the nearest names are {near}")
+    way = ""
+    if isinstance(targets, str) and targets in names:
+        way = f"; a string is a regular expression for a layer's whole name: [{targets!r}] means all that end so"
+    raise ValueError(f"target_modules: {shown!r} matches no linear layer; the nearest names are {near}{way}")
 
 
 # -- "all-linear" -------------------------------------------------------------------------------------------------

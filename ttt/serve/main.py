@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -272,6 +273,7 @@ def run(options: ServeOptions) -> None:
             _stop(str(error))
     if options.keys is None and not is_loopback(options.host):
         _stop(f"--host {options.host} is reached from other machines: it needs --keys FILE, made by 'ttt keys add'")
+    _require_free(options.host, options.port)
     _log_to_stderr()
     try:
         app, server = build_app(options, lambda text: typer.echo(f"{text} ...", err=True))
@@ -310,6 +312,15 @@ def run(options: ServeOptions) -> None:
         _stop(f"what {len(unsaved)} user(s) said last could not be stored")
     if not web.started:
         raise typer.Exit(1)
+
+
+def _require_free(host: str, port: int) -> None:
+    """End the command, before a model is loaded, if nothing can listen at this address."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except (OSError, OverflowError) as error:
+        _stop(f"cannot listen at {host}:{port}: {error}; another --port, or --host, may be free")
 
 
 def _stop(message: str) -> Any:

@@ -86,7 +86,7 @@ class Teaching:
     read: bool = False
 
     def lesson(self, tokenizer: Any, messages: Sequence[Message], longest: int) -> Lesson | None:
-        """What ``messages`` teach; None for nothing, as where the last one is a tool's.
+        """What ``messages`` teach; None for nothing, as where the last one is a tool's, or is empty.
 
         The template's text, and messages of other roles, are context.
 
@@ -96,7 +96,7 @@ class Teaching:
         Raises:
             BadRequest: if the chat template changes the words of a message that teaches.
         """
-        chosen = [at for at, message in enumerate(messages) if message["role"] in self.roles]
+        chosen = [at for at, each in enumerate(messages) if each["role"] in self.roles and each["content"] != ""]
         if not self.all_turns:
             chosen = [at for at in chosen if at == len(messages) - 1]
         if not chosen:

@@ -117,6 +117,8 @@ def _bad_request(errors: Sequence[Any]) -> BadRequest:
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path if _is_name(part)).lstrip(".")
     got = first.get("input")
     shown = f", got {got!r:.100}" if first["type"] != "missing" and not isinstance(got, (dict, list)) else ""
+    if isinstance(got, bytes) and not name:
+        return BadRequest("the body must be JSON, named by the header content-type: application/json")
     if isinstance(got, (dict, list)) and not name:
         return BadRequest("the body must be a JSON object of the parameters")
     return BadRequest(f"{name or 'the body'}: {first['msg']}{shown}", param=name or None)

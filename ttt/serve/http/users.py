@@ -98,12 +98,14 @@ async def learn(http: Request, user: str, body: LearnRequest) -> dict[str, Any]:
 
 
 @router.post("/users/{user}/study")
-async def study(http: Request, user: str, body: StudyRequest) -> dict[str, Any]:
-    """Read what the user said again until the weights hold it, and answer when that is stored."""
+async def study(http: Request, user: str, body: StudyRequest | None = None) -> dict[str, Any]:
+    """Read what the user said again until the weights hold it, and answer when that is stored; a body is optional."""
     server = server_of(http)
     user = _allowed(server, http, user)
     await _require_known(server, http, user)
-    output, stored = await _result(server, http, server.service.study(user, **body.model_dump()))
+    output, stored = await _result(
+        server, http, server.service.study(user, **(body or StudyRequest.model_validate({})).model_dump())
+    )
     version = None if stored is None else await _stored(server, http, stored)
     after = None if stored is None else output.after
     return {
