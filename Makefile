@@ -13,6 +13,8 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_PIP := $(VLLM_BIN)/python -m pip --disable-pip-version-check install --quiet
 RAY_VENV ?= .venv-ray
+# Threads that wait for others sleep. By default they spin, which takes the time of whatever else runs on these cores.
+SHARED := OMP_WAIT_POLICY=PASSIVE
 LAYER_SUITES := decode,window_linear,fisher,observe,generate,loops
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
@@ -31,14 +33,14 @@ LINT_REQUIRES := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 build: $(VENV)/.build
 
 demo: $(VENV)/.demo
-	$(BIN)/python -m ttt demo
+	$(SHARED) $(BIN)/python -m ttt demo
 
 # With a byte-level model that is in the repository.
 demo-byte: $(VENV)/.demo
-	$(BIN)/python -m ttt demo --byte
+	$(SHARED) $(BIN)/python -m ttt demo --byte
 
 serve: $(VENV)/.serve
-	$(BIN)/python -m ttt serve
+	$(SHARED) $(BIN)/python -m ttt serve
 
 # In two processes of one thread each: most tests are too small for a second thread.
 test: $(VENV)/.test
