@@ -12,6 +12,7 @@ from rich.console import Console
 from ttt.chat.session import Chat
 from ttt.demo.language_model import load
 from ttt.store import Store, StoreError
+from ttt.terminal import doing
 
 HELP = "/study  /versions  /rollback NUMBER  /forget  /quit; anything else is said to the model"
 
@@ -21,7 +22,7 @@ def run(model: Path | None, store: str, user: str, max_new_tokens: int, learn: b
     console = Console(highlight=False)
     try:
         loaded, tokenizer = load(model)
-        with console.status("The model writes some text, to measure what it must not forget ..."):
+        with doing(console, "The model writes some text, to measure what it must not forget ..."):
             chat = Chat(loaded, tokenizer, Store(store), user, max_new_tokens=max_new_tokens, learn=learn)
     except (ImportError, OSError, ValueError) as error:
         typer.echo(error, err=True)
@@ -70,7 +71,7 @@ def command(chat: Chat, line: str, console: Console) -> None:
             raise ValueError(f"/rollback needs the number of a version, got {argument!r}")
         console.print(f"version {chat.rollback(int(argument))} is as {argument.strip()} was")
     elif name == "/study":
-        with console.status("The model reads again what you said ..."):
+        with doing(console, "The model reads again what you said ..."):
             output, version = chat.study()
         if version is None:
             console.print("nothing new was said")

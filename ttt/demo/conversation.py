@@ -31,6 +31,7 @@ from ttt.demo.questions import Message, Question, Template, choose, session
 from ttt.demo.report import machine
 from ttt.demo.retrieval import nearest
 from ttt.store import Store
+from ttt.terminal import doing
 
 USER = "ada"
 DOCUMENT, UNREAD = 1024, 512  # tokens of the document that are read, and of what follows them
@@ -51,7 +52,7 @@ def main(text: Path | None, report: Path, folder: Path | None) -> None:
         ValueError: if the document is too short, or the model's tokenizer has no chat template.
     """
     began, console = time.perf_counter(), Console()
-    with console.status("Loading the model ..."):
+    with doing(console, "Loading the model ..."):
         model, tokenizer = load(folder)
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"--model must hold a tokenizer with a chat template, got {folder} without one")
@@ -63,12 +64,12 @@ def main(text: Path | None, report: Path, folder: Path | None) -> None:
     }  # fmt: skip
     plain = copy.deepcopy(model)
     ttt.adapt_(model, CONVERSATION)
-    with console.status("Asking the frozen model, without and with what it will be told in the context ..."):
+    with doing(console, "Asking the frozen model, without and with what it will be told in the context ..."):
         found["general"] = {"frozen": general_loss(plain, template)}
         found["ways"]["frozen"] = _asked(lambda q: [], plain, template)
         found["ways"]["in context"] = _asked(lambda q: session(SENTENCES), plain, template)
         found["ways"]["retrieval"] = _asked(_retrieved, plain, template)
-    with console.status("Fine-tuning with LoRA ..."):
+    with doing(console, "Fine-tuning with LoRA ..."):
         tuned, seconds = _fine_tuned(copy.deepcopy(plain), list(ttt.pool_of(model).layers), template)
         found["ways"]["LoRA"] = _asked(lambda q: [], tuned, template) | {"before": seconds}
         found["general"]["LoRA"] = general_loss(tuned, template)
@@ -102,18 +103,18 @@ def _conversation(
     learner = ttt.Learner(model, episodes=ttt.EpisodeLog())
     pool = learner.pool
     assert pool is not None
-    with console.status("The model writes some text, to measure what it must not forget ..."):
+    with doing(console, "The model writes some text, to measure what it must not forget ..."):
         seconds["calibrate"] = _timed(lambda: learner.calibrate(tokenizer=tokenizer))
-    with console.status(f"{USER} tells the model {len(SENTENCES)} sentences ..."):
+    with doing(console, f"{USER} tells the model {len(SENTENCES)} sentences ..."):
         seconds["tell"] = _timed(lambda: _tell(learner, template))
     with store.lease(USER) as lease:
         told = store.put(lease, pool.export(USER))
-    with console.status("Asking in a new process ..."):
+    with doing(console, "Asking in a new process ..."):
         after = _ask(folder or _saved(plain, tokenizer, place / "model"), place / "store", USER)
     way = {name: after[name] for name in ("chosen", "nll", "seconds")}
     way["before"] = seconds["tell"]
     name, ids = document
-    with console.status(f"The model reads {DOCUMENT} tokens of {name} ..."):
+    with doing(console, f"The model reads {DOCUMENT} tokens of {name} ..."):
         read = _read(learner, plain, ids)
     with store.lease(USER) as lease:
         store.put(lease, pool.export(USER))
