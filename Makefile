@@ -1,6 +1,6 @@
 # Every target installs what it needs into .venv first, once.
 #   build  an editable install with the C++ kernels      test   all tests
-#   demo   writes report/index.html; also demo-byte      quick  some tests, in about 55 s
+#   demo   writes report/index.html; also demo-byte      quick  some tests, in under 2 min
 #   serve  a server of SmolLM2 at http://127.0.0.1:8000
 #   test-vllm  the vLLM plugin, with a real server, in .venv-vllm
 #   test-ray   tests of replicas in a Ray cluster
