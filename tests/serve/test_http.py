@@ -8,20 +8,11 @@ import pytest
 import torch
 from tiny_chat_model import byte_tokenizer, learner_of, service_of
 from tiny_models import assert_same
-from web import NAME, client_of, served
+from web import CHAT, FIXED, NAME, client_of, served
 
 import ttt
 from ttt.conversation import Telling
 from ttt.serve.teaching import Teaching
-
-CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "My dog is called Biscuit."}]
-FIXED = {"model": NAME, "temperature": 0, "extra_body": {"ignore_eos": True}}
-
-
-@pytest.fixture
-def url(model, tmp_path):
-    with served(service_of(model, tmp_path / "store")) as found:
-        yield found
 
 
 def greedy(model, ids, count):

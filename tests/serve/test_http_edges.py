@@ -8,19 +8,12 @@ import time
 import httpx
 import pytest
 from tiny_chat_model import service_of
-from web import NAME, client_of, served
+from web import CHAT, NAME, client_of, served
 
 from ttt.serve.http.limits import RateLimits
 from ttt.serve.keys import Keys, add_key
 
-CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "My dog is called Biscuit."}]
 JSON = {"content-type": "application/json"}
-
-
-@pytest.fixture
-def url(model, tmp_path):
-    with served(service_of(model, tmp_path / "store")) as found:
-        yield found
 
 
 def chunks_of(url, route, body, **headers):

@@ -8,13 +8,10 @@ import httpx
 import openai
 import pytest
 from tiny_chat_model import service_of
-from web import NAME, client_of, served
+from web import CHAT, FIXED, NAME, client_of, served
 
 from ttt.serve.http.metrics import Metrics
 from ttt.serve.keys import Keys, add_key, remove_keys
-
-CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "My dog is called Biscuit."}]
-FIXED = {"model": NAME, "temperature": 0, "extra_body": {"ignore_eos": True}}
 
 
 def test_keys_say_who_asks(model, tmp_path):

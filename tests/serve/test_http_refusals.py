@@ -9,13 +9,11 @@ import openai
 import pytest
 from tiny_chat_model import Answer, service_of
 from tiny_models import assert_same
-from web import NAME, client_of, served
+from web import CHAT, FIXED, NAME, client_of, served
 
 from ttt.serve.http.limits import RateLimits
 
-CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "My dog is called Biscuit."}]
 JSON = {"content-type": "application/json"}
-FIXED = {"model": NAME, "temperature": 0, "extra_body": {"ignore_eos": True}}
 
 WRONG = [
     ({"model": "other"}, 404, "model"),

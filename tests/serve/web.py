@@ -15,6 +15,8 @@ from ttt.serve.http.state import Server
 from ttt.serve.keys import NoKeys
 
 NAME = "tiny"
+CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "My dog is called Biscuit."}]
+FIXED = {"model": NAME, "temperature": 0, "extra_body": {"ignore_eos": True}}
 
 
 @contextlib.contextmanager
