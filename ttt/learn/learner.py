@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ttt.adapt.convert import refuse_sharded
+from ttt.adapt.sharding import processes_of
 from ttt.atomic import whole_write
-from ttt.checks import check_bool, check_number, check_type, check_whole
+from ttt.checks import check_bool, check_model, check_number, check_type, check_whole
 from ttt.learn import protection
 from ttt.learn.access import Access
 from ttt.learn.continues import refuse_unreadable, trials_for
@@ -52,8 +53,7 @@ class Learner:
     state in place.
 
     **If the model is sharded over processes**, all of them make the same calls with the same text, after it was
-    sharded. A check of a method that fails in one of them is an error in all: a RuntimeError where it did not fail
-    itself. That does not hold for the arguments of ``ttt.Learner(...)`` and for `ttt.Guard.check`.
+    sharded. A check that fails in one of them is an error in all: a RuntimeError where it did not fail itself.
 
     Args:
         model: adapted by `ttt.adapt_`. `observe` needs a transformers causal language model. It is put in eval mode and
@@ -91,54 +91,62 @@ class Learner:
         guard: Guard | None = None,
         episodes: EpisodeLog | None = None,
     ) -> None:
-        if guard is not None:
-            check_type("guard", guard, Guard, "a ttt.Guard or None")
-        if episodes is not None:
-            check_type("episodes", episodes, EpisodeLog, "a ttt.EpisodeLog or None")
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            raise ValueError(
-                f"model ({type(model).__name__}) has an encoder, which sees the tokens that the decoder is to predict; "
-                "ttt.Learner reads causal language models. ttt.learning(model) learns from a loss with labels"
-            )
-        self.access = Access(model)
-        for name, given in (("rules", rules), ("episodes", episodes)):
-            if given:
-                refuse_sharded(model, f"ttt.Learner({name}=...)")
-        self.pool, self.layers, self.config = self.access.pool, self.access.single_layers, self.access.config
-        if context is None:
-            context = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 2048
-        self.context = check_whole("context", context, 2)
-        self.rules = check_rules(rules)
-        if self.pool is not None and self.rules:
-            raise ValueError(
-                "rules must not be given for a model whose users have weights of their own: they serve one set of "
-                f"weights; got {[type(rule).__name__ for rule in self.rules]}"
-            )
-        self.model: Any = model.eval()
-        self.head = HeadSplit(model, "importance 'mas' differentiates the logits" * differentiates_outputs(self.config))
-        self.guard: Guard | None = None
-        self.user_guards: UserGuards | None = None
-        self.episodes = episodes
-        self.own_texts: Tensor | None = None  # what the base model wrote for rehearsal
-        self._looked_for_protection = False
-        self._tried: set[str] = set()
-        with self.access.enter("Learner", repairs=True), contextlib.ExitStack() as undo:
-            for rule in self.rules:
-                undo.callback(setattr, rule, "learner", rule.learner)
-                rule.attach(self)
-            if episodes is not None and self.pool is not None and self.pool.episodes not in (None, episodes):
-                raise ValueError(
-                    "episodes must be the log that the model's users have already, pool.episodes: what they said is in "
-                    "it"
-                )
-            if guard is not None and self.pool is not None:
-                self.user_guards = UserGuards(model, guard.batches, **guard.settings())
-            elif guard is not None:
-                guard.attach(self)
-                self.guard = guard
-            if episodes is not None and self.pool is not None:
-                self.pool.episodes = episodes
-            undo.pop_all()
+        with contextlib.ExitStack() as held:
+            with together(processes_of(check_model(model)), "ttt.Learner"):
+                if guard is not None:
+                    check_type("guard", guard, Guard, "a ttt.Guard or None")
+                if episodes is not None:
+                    check_type("episodes", episodes, EpisodeLog, "a ttt.EpisodeLog or None")
+                if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+                    raise ValueError(
+                        f"model ({type(model).__name__}) has an encoder, which sees the tokens that the decoder is to "
+                        "predict; ttt.Learner reads causal language models. ttt.learning(model) learns from a loss "
+                        "with labels"
+                    )
+                self.access = Access(model)
+                for name, given in (("rules", rules), ("episodes", episodes)):
+                    if given:
+                        refuse_sharded(model, f"ttt.Learner({name}=...)")
+                self.pool, self.layers, self.config = self.access.pool, self.access.single_layers, self.access.config
+                if context is None:
+                    context = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 2048
+                self.context = check_whole("context", context, 2)
+                self.rules = check_rules(rules)
+                if self.pool is not None and self.rules:
+                    raise ValueError(
+                        "rules must not be given for a model whose users have weights of their own: they serve one "
+                        f"set of weights; got {[type(rule).__name__ for rule in self.rules]}"
+                    )
+                if episodes is not None and self.pool is not None and self.pool.episodes not in (None, episodes):
+                    raise ValueError(
+                        "episodes must be the log that the model's users have already, pool.episodes: what they said "
+                        "is in it"
+                    )
+                if guard is not None and self.pool is None:
+                    guard.check_fits(model, self.context)
+                self.model: Any = held.enter_context(_put_in_eval_mode(model))
+                mas = "importance 'mas' differentiates the logits" * differentiates_outputs(self.config)
+                self.head = HeadSplit(model, mas)
+                held.enter_context(self.access.enter("Learner", repairs=True))
+            self.access.require_same("context and guard", self.context, *([] if guard is None else guard.given()))
+            self.guard: Guard | None = None
+            self.user_guards: UserGuards | None = None
+            self.episodes = episodes
+            self.own_texts: Tensor | None = None  # what the base model wrote for rehearsal
+            self._looked_for_protection = False
+            self._tried: set[str] = set()
+            with contextlib.ExitStack() as undo:
+                for rule in self.rules:
+                    undo.callback(setattr, rule, "learner", rule.learner)
+                    rule.attach(self)
+                if guard is not None and self.pool is not None:
+                    self.user_guards = UserGuards(model, guard.batches, **guard.settings())
+                elif guard is not None:
+                    guard.attach(self)
+                    self.guard = guard
+                if episodes is not None and self.pool is not None:
+                    self.pool.episodes = episodes
+                undo.pop_all()
 
     # -- read and write text --------------------------------------------------------------------------------------
 
@@ -522,6 +530,19 @@ class Learner:
         """
         if self.pool is not None:
             raise ValueError(f"{what} is for one set of weights, but every user has their own: {instead}")
+
+
+@contextlib.contextmanager
+def _put_in_eval_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """``model`` in eval mode, in which it stays; after an error its modules are in the modes that they were in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    except BaseException:
+        for module, training in modes:
+            module.training = training
+        raise
 
 
 def _emphasised(text: Text, passes: int, emphasis: float) -> Text:
