@@ -56,7 +56,11 @@ BOTH = {
     "Learner: another guard": "ValueError: context and guard must be the same in all processes",
     "load: another file": "must be the same in all processes of a sharded model",
 }
-PREFIXES = {**dict.fromkeys(("learning", "restore_", "save", "load", "Learner"), "ttt."), "check": "Guard.", "load_state_dict": "LearntState."}
+PREFIXES = {
+    **dict.fromkeys(("learning", "restore_", "save", "load", "Learner"), "ttt."),
+    "check": "Guard.",
+    "load_state_dict": "LearntState.",
+}
 KINDS = ["tensor parallel", "fsdp"]
 
 
