@@ -11,11 +11,11 @@ import fully_sharded
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from tensor_parallel import DEFAULT, LEARN, error_of, layers_of, model_of, sharded, whole
+from tensor_parallel import sharded
 from tiny_models import ids_of
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
-from two_processes import meet
+from two_processes import DEFAULT, LEARN, error_of, layers_of, meet, model_of, whole
 
 import ttt
 from ttt.adapt.convert import learning_layers

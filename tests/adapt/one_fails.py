@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from fully_sharded import changed, kept_of, loss_of
+from fully_sharded import loss_of
 from fully_sharded import sharded as fully_sharded
-from tensor_parallel import DEFAULT, LEARN, error_of, layers_of, model_of, sharded, whole
+from tensor_parallel import sharded
 from tiny_models import VOCAB, ids_of
-from two_processes import meet
+from two_processes import DEFAULT, LEARN, changed, error_of, kept_of, layers_of, meet, model_of, whole
 
 import ttt
 from ttt.rules import SequenceReplay

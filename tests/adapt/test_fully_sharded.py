@@ -3,7 +3,8 @@
 import pytest
 from two_processes import run_in_two
 
-RIGHT = ["reading", "own_text", "guarded", "any_loss", "saving"]
+RIGHT = ["reading", "own_text", "guarded", "any_loss", "own_texts", "own_texts_guarded", "own_losses",
+         "own_texts_refused", "saving"]  # fmt: skip
 DOES_NOT_WORK = "model is sharded by FSDP2, with which"
 
 REFUSED = {

@@ -51,9 +51,9 @@ BOTH = {
     "calibrate: fewer batches": "ValueError: the number of batches must be the same in all processes",
     "calibrate: some without a loss": "ValueError: whether batches and loss are given must be the same in all",
     "calibrate: some without batches": "ValueError: whether batches and loss are given must be the same in all",
-    "Learner: another context": "ValueError: context and guard must be the same in all processes",
-    "Learner: some without a guard": "ValueError: context and guard must be the same in all processes",
-    "Learner: another guard": "ValueError: context and guard must be the same in all processes",
+    "Learner: another context": "ValueError: context, guard and data_parallel must be the same in all processes",
+    "Learner: some without a guard": "ValueError: context, guard and data_parallel must be the same in all processes",
+    "Learner: another guard": "ValueError: context, guard and data_parallel must be the same in all processes",
     "load: another file": "must be the same in all processes of a sharded model",
 }
 PREFIXES = {

@@ -35,6 +35,19 @@ def is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def refuse_unjoined(model: nn.Module) -> None:
+    """Raise ValueError unless ``model`` can learn with ``data_parallel=True``: each process from a text of its own."""
+    if not shards_fully(model):
+        raise ValueError(
+            "data_parallel must be False for a model that FSDP2 does not shard: nothing says which processes share it"
+        )
+    if sharded := [module.name for module in model.modules() if isinstance(module, Adapted) and module.sharding]:
+        raise ValueError(
+            f"data_parallel must be False where a layer that learns is sharded (tensor parallelism), as {sharded[0]}: "
+            "all processes that share it must read the same text"
+        )
+
+
 def processes_of(model: nn.Module) -> list[SharedSide]:
     """A side for each group of processes over which ``model`` is sharded, in which all must do the same.
 

@@ -52,8 +52,9 @@ class Learner:
     and every method but `rollback` and `reset` raises RuntimeError until one of them, or `ttt.load`, has put a complete
     state in place.
 
-    **If the model is sharded over processes**, all of them make the same calls with the same text, after it was
-    sharded. A check that fails in one of them is an error in all: a RuntimeError where it did not fail itself.
+    **If the model is sharded over processes**, all of them make the same calls with the same text (but see
+    ``data_parallel``), after it was sharded. A check that fails in one of them is an error in all: a RuntimeError where
+    it did not fail itself.
 
     Args:
         model: adapted by `ttt.adapt_`. `observe` needs a transformers causal language model. It is put in eval mode and
@@ -67,12 +68,15 @@ class Learner:
             inputs and settings are those of one guard for each user (`ttt.per_user.guards.UserGuards`).
         episodes: keeps the text that `observe` learns from, for `study`; None to keep nothing. It serves one model.
             What a ``guard`` takes back is taken out of it.
+        data_parallel: whether each process of a model that FSDP2 shards reads texts of its own, all of one shape. All
+            learn from all texts, what a single process would learn from them in one batch. Calibration and the guard
+            take the same inputs in all processes, and `generate` does not learn.
 
     Raises:
         TypeError: if ``model`` is no module, ``guard`` no `ttt.Guard`, ``episodes`` no `ttt.EpisodeLog`, or one of
             ``rules`` no `ttt.rules.StreamRule`.
-        ValueError: if the model has no learning layer or is an encoder-decoder, ``context`` < 2, or a rule or ``guard``
-            cannot serve it; no rule can serve a model with weights for each user.
+        ValueError: if the model has no learning layer or is an encoder-decoder, ``context`` < 2, or ``data_parallel``,
+            ``guard`` or a rule cannot serve it; no rule can serve a model with weights for each user.
         RuntimeError: if a tensor of the model was made under `torch.inference_mode`.
 
     Attributes:
@@ -90,6 +94,7 @@ class Learner:
         rules: Sequence[StreamRule] = (),
         guard: Guard | None = None,
         episodes: EpisodeLog | None = None,
+        data_parallel: bool = False,
     ) -> None:
         with contextlib.ExitStack() as held:
             with together(processes_of(check_model(model)), "ttt.Learner"):
@@ -103,7 +108,7 @@ class Learner:
                         "predict; ttt.Learner reads causal language models. ttt.learning(model) learns from a loss "
                         "with labels"
                     )
-                self.access = Access(model)
+                self.access = Access(model, data_parallel)
                 for name, given in (("rules", rules), ("episodes", episodes)):
                     if given:
                         refuse_sharded(model, f"ttt.Learner({name}=...)")
@@ -128,7 +133,8 @@ class Learner:
                 mas = "importance 'mas' differentiates the logits" * differentiates_outputs(self.config)
                 self.head = HeadSplit(model, mas)
                 held.enter_context(self.access.enter("Learner", repairs=True))
-            self.access.require_same("context and guard", self.context, *([] if guard is None else guard.given()))
+            given = [] if guard is None else guard.given()
+            self.access.require_same("context, guard and data_parallel", self.context, data_parallel, *given)
             self.guard: Guard | None = None
             self.user_guards: UserGuards | None = None
             self.episodes = episodes
@@ -201,8 +207,11 @@ class Learner:
                     )
                 if users is not None:
                     check_users(users, len(text.ids))
-            given = (text.ids, text.attend, text.wanted, text.rows, text.emphasis, passes, learn, *(users or ()))
-            self.access.require_same("input_ids, masks and options", *given)
+            if self.access.joins:
+                self.access.require_same("the shape of input_ids and options", text.ids.shape, passes, emphasis, learn)
+            else:
+                given = (text.ids, text.attend, text.wanted, text.rows, text.emphasis, passes, learn, *(users or ()))
+                self.access.require_same("input_ids, masks and options", *given)
             self._try_model(text)
             if learn and not self._looked_for_protection:
                 self._looked_for_protection = True
@@ -305,6 +314,11 @@ class Learner:
                     keep_cache=keep_cache,
                 )  # fmt: skip
                 check_prompt(self, text, options)
+                if self.access.joins and (learn_prompt or learn_output):
+                    raise ValueError(
+                        "learn_prompt and learn_output must be False where data_parallel is True: all processes "
+                        "generate the same text, and would learn it once each"
+                    )
             given = (max_new_tokens, learn_prompt, learn_output, learn_every, do_sample, eos_token_id, cache is None)
             self.access.require_same("input_ids, attention_mask and options", text.ids, text.attend, *given)
             self._try_model(text)
@@ -519,6 +533,8 @@ class Learner:
     def _try_model(self, text: Text) -> None:
         """Raise ValueError, before ``text`` is read, if the model cannot read it chunk by chunk."""
         trials = trials_for(text, self.config.chunk, self.context)
+        if self.access.joins and self.access.anywhere("padding" in trials):
+            trials.add("padding")
         if not trials <= self._tried:
             refuse_unreadable(self.model, trials, self.config.chunk, self.context)
             self._tried |= trials
