@@ -218,3 +218,22 @@ def test_files_fit_a_model_whose_layers_were_packed_meanwhile(kind, tmp_path):
     before = base_hash(other)
     layer.weight.data.view(torch.uint8)[0] += 1
     assert base_hash(other) != before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_may_have_any_dtype_and_the_model_may_be_converted(kind):
+    net = nn.Sequential(quantized(nn.Linear(64, 32), kind))
+    ttt.adapt_(net, config(target_modules="all-linear"))
+    layer, x = net[0], torch.randn(3, 64)
+    dense = layer.weight.dequantize()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert net(x.to(dtype)).dtype == dtype
+        with torch.autocast("cpu", torch.bfloat16):
+            assert net(x.to(dtype)).dtype == torch.bfloat16
+    net.to(torch.bfloat16)
+    assert {t.dtype for t in (layer.weight, layer.a, layer.b, layer.weight.dequantize())} == {torch.bfloat16}
+    net.to(torch.float32)
+    assert torch.equal(layer.weight.dequantize(), dense), "the quantized weight stayed as it is"
+    assert layer.a.dtype == torch.float32
+    held = sum(t.numel() * t.element_size() for t in parts(layer).values())
+    assert ttt.memory_usage(net).bytes["weight"] == held

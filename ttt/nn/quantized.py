@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ttt import ops
 from ttt.config import TTTConfig
+from ttt.nn.autocast import autocast_dtype
 from ttt.nn.base import absent
 from ttt.nn.bnb import mixes_rows
 from ttt.nn.frozen_weight import FrozenWeight
@@ -187,7 +188,8 @@ class QuantizedLowRankLinear(LowRankLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """As `ttt.nn.LowRankLinear.forward`; layers of bitsandbytes take inputs of any dtype."""
-        if isinstance(self.weight, ModuleWeight) and x.is_floating_point() and x.dtype != self.weight.dtype:
+        own = isinstance(self.weight, ModuleWeight) and autocast_dtype(x) is None
+        if own and x.is_floating_point() and x.dtype != self.weight.dtype:
             return super().forward(x.to(self.weight.dtype)).to(x.dtype)
         return super().forward(x)
 
