@@ -12,6 +12,7 @@ from torch import nn
 import ttt
 from ttt.adapt.checkpoint import base_hash
 from ttt.nn import row_blocks as row_blocks_module
+from ttt.nn.bnb import stored_values
 from ttt.nn.frozen_weight import FrozenWeight
 from ttt.nn.module_weight import ModuleWeight
 from ttt.nn.quantized import QuantizedLowRankLinear, why_blocked
@@ -82,14 +83,19 @@ def test_what_is_read_is_the_weight_that_the_layer_computes_with(kind, dtype, sh
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
-def test_a_weight_that_was_packed_for_reading_is_read_as_it_is_then(kind):
+@pytest.mark.parametrize("block", [1 << 20, 200])
+def test_a_weight_that_was_packed_for_reading_is_read_as_it_is_then(kind, block, monkeypatch):
     """On processors without AVX512-BF16 nothing is packed, and the weight stays."""
-    layer = quantized(nn.Linear(128, 64, bias=False), kind)
+    monkeypatch.setattr(row_blocks_module, "_BLOCK", block)
+    layer = quantized(nn.Linear(128, 96, bias=False), kind)
+    fresh, stored = FrozenWeight(layer).dense(), stored_values(layer.weight).clone()
     with torch.no_grad():
         seen = layer(torch.eye(128))
     weight = FrozenWeight(layer)
     assert weight.dtype == torch.float32
     assert relative_error(weight.dense(), seen.T) < 1e-2
+    assert relative_error(weight.dense(), fresh) < 1e-2
+    assert torch.equal(stored_values(layer.weight), stored), "the values themselves are not changed by packing"
     before = parts(layer)
     weight.dense()
     assert all(torch.equal(t, before[name]) for name, t in parts(layer).items()), "reading changes nothing"

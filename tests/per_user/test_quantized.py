@@ -483,3 +483,13 @@ def test_files_know_another_quantized_head():
     assert base_hash(other, []) == base_hash(model, [])
     other.lm_head.weight.qdata[3, 3] += 1
     assert base_hash(other, []) != base_hash(model, [])
+
+
+def test_a_weight_that_was_found_is_found_again_after_another_was_loaded(monkeypatch):
+    monkeypatch.setattr(Linear4bit, "packs", "none")
+    net = nn.Sequential(Linear4bit(nn.Linear(32, 21)))
+    ttt.adapt_(net, config(target_modules="all-linear"))
+    assert torch.equal(net[0].weight.dequantize(), net.state_dict()["0.weight"])
+    other = {name: torch.randn_like(t) for name, t in net.state_dict().items()}
+    net.load_state_dict(other)
+    torch.testing.assert_close(net[0].weight.dequantize(), other["0.weight"])

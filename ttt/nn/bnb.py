@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ttt.nn.row_blocks import Blocks, row_slices
+
+_GROUP = 32  # rows that are packed together for processors with AVX512-BF16
 
 
 def mixes_rows(module: Any) -> bool:
@@ -22,13 +23,16 @@ def is_packed(state: Any) -> bool:
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
-def unpacked(data: Tensor, state: Any) -> Tensor:
-    """The packed ``data`` of a 4-bit weight in the order in which they were quantized."""
-    from bitsandbytes import functional
+def unpacked(data: Tensor) -> Tensor:
+    """Rows of a packed 4-bit weight, whole groups of 32 (R, n / 2) uint8, in the order in which they were quantized.
 
-    state = copy.copy(state)
-    state.original_nested = False  # its scales are wanted neither changed nor rounded again
-    return functional._convert_weight_packed_for_cpu_inverse(data, state)[0]
+    Of each group, byte p of every 32 holds for one pair of columns: in its low half the value of row p // 2, and in its
+    high half that of row 16 + p // 2, in the first of the columns if p is even, otherwise in the second.
+    """
+    groups = data.reshape(-1, data.shape[1], 16, 2)  # (group, pair of columns, row, column of the pair)
+    halves = torch.stack([groups & 15, groups >> 4], 1)
+    values = halves.movedim(2, 3)  # (group, half, row, pair of columns, column of the pair)
+    return ((values[..., 0] << 4) | values[..., 1]).reshape(data.shape)
 
 
 @torch.no_grad()
@@ -37,7 +41,8 @@ def stored_values(parameter: Tensor) -> Tensor:
     state = getattr(parameter, "quant_state", None)
     if state is None or not is_packed(state):
         return parameter.detach()
-    return unpacked(parameter.data, state)
+    data = unpacked(parameter.data.as_subclass(Tensor)).reshape(state.original_qshape)
+    return data.view(getattr(state, "original_storage_type", None) or data.dtype)
 
 
 def scaled(module: Any) -> tuple[Tensor, Tensor] | None:
@@ -57,16 +62,18 @@ def blocks_of_4_bits(data: Tensor, state: Any) -> Blocks:
     """
     from bitsandbytes import functional
 
-    (m, n), each = state.shape, state.shape[1] // state.blocksize  # scales of a row
-    dtype, scales = state.dtype, state.absmax
-    if is_packed(state):
-        dtype, scales, data = state.original_dtype, scales.T.reshape(-1).float(), unpacked(data, state)
+    m, n = state.shape
+    packed, dtype, scales = is_packed(state), state.dtype, state.absmax
+    if packed:
+        dtype, scales = state.original_dtype, scales.T.float()
     elif state.nested:
         scales = functional.dequantize_blockwise(scales, state.state2) + state.offset
-    data, scales = data.as_subclass(Tensor).reshape(-1).view(torch.uint8).view(m, n // 2), scales.view(m, each)
-    for rows in row_slices(m, n):
+    scales = scales.reshape(m, n // state.blocksize)
+    data = data.as_subclass(Tensor).reshape(-1).view(torch.uint8).view(m, n // 2)
+    for rows in row_slices(m, n, _GROUP if packed else 1):
         own = functional.QuantState(
             absmax=scales[rows].reshape(-1), shape=torch.Size((rows.stop - rows.start, n)), code=state.code,
             blocksize=state.blocksize, quant_type=state.quant_type, dtype=dtype,
         )  # fmt: skip
-        yield rows, functional.dequantize_4bit(data[rows].reshape(-1, 1), own)
+        block = unpacked(data[rows]) if packed else data[rows]
+        yield rows, functional.dequantize_4bit(block.reshape(-1, 1), own)

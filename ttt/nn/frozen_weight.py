@@ -46,6 +46,7 @@ class FrozenWeight:
             dtype = weight.dtype
         self.dtype: torch.dtype = dtype
         self.found: Tensor | None = None
+        self._found_in: Any = None
 
     @torch.no_grad()
     def product(self, x: Tensor) -> Tensor:
@@ -68,8 +69,9 @@ class FrozenWeight:
             for rows in row_slices(*self.shape):
                 yield rows, values[rows].to(self.dtype) * (scales[rows].unsqueeze(1) / 127).to(self.dtype)
         else:
-            if self.found is None or self.found.device != weight.device:
-                self.found = self._find()
+            held = weight.device, weight._version  # it may be moved, and loaded anew
+            if self.found is None or self._found_in != held:
+                self.found, self._found_in = self._find(), held
             for rows in row_slices(*self.shape):
                 yield rows, self.found[rows]
 

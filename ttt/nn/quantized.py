@@ -89,7 +89,7 @@ def why_blocked(module: Any, *, own: bool = False) -> str:
                         return "lets no gradient through to its inputs"
                     found = torch.autograd.grad((y * direction).sum(), x, allow_unused=True)[0]
                 gradients.append(torch.zeros_like(x) if found is None else found)
-        except (NotImplementedError, RuntimeError) as error:
+        except (NotImplementedError, RuntimeError, AttributeError, TypeError) as error:
             return f"lets no gradient through to its inputs ({type(error).__name__}: {str(error)[:120]})"
         steps = other, gradients[1]
         changes = change, _change(forward, gradients[1])

@@ -15,9 +15,9 @@ Blocks = Iterable[tuple[slice, Tensor]]
 """(rows, these rows as a plain tensor) of a weight (m, n), one block after another."""
 
 
-def row_slices(m: int, n: int) -> Iterator[slice]:
-    """Slices that cover the m rows of a weight (m, n), of a bounded number of elements."""
-    step = max(1, _BLOCK // max(1, n))
+def row_slices(m: int, n: int, multiple: int = 1) -> Iterator[slice]:
+    """Slices that cover the m rows of a weight (m, n), of a bounded number of elements and a ``multiple`` of rows."""
+    step = max(1, _BLOCK // max(1, n) // multiple) * multiple
     for start in range(0, m, step):
         yield slice(start, min(start + step, m))
 
