@@ -46,7 +46,7 @@ class Access:
     def __init__(self, model: nn.Module, data_parallel: bool = False) -> None:
         self.model, self.joins = model, check_bool("data_parallel", data_parallel)
         self.pool: Pool | None = pool_of(model) if has_pool(check_model(model)) else None
-        refuse_parallel(model, fsdp=self.pool is None)
+        refuse_parallel(model, fsdp=self.pool is None, users=self.pool is not None)
         self.single_layers: list[Linear] = require_layers(model, sharded=True) if self.pool is None else []
         self.layers: Sequence[Linear | LowRankLinear] = self.single_layers
         if self.pool is not None:
