@@ -260,7 +260,9 @@ OTHERS = (
      "these left out by `ignored_params`; the same or, with `data_parallel=True`, other text in each process: "
      "[guide](guide.md#fsdp2)",
      "adapt/test_fully_sharded.py"),
-    ("FSDP2 of layers that learn, or with users", "refused", "on every process", "adapt/test_sharded.py"),
+    ("FSDP2 beside layers in which users learn", "yes", "with the same text and users in all processes",
+     "adapt/test_fully_sharded.py"),
+    ("FSDP2 of layers that learn", "refused", "on every process", "adapt/test_sharded.py"),
     ("tensor parallelism of layers that learn", "yes",
      "sharded before `ttt.adapt_`: [guide](guide.md#tensor-parallelism); refused for users",
      "adapt/test_tensor_parallel.py"),

@@ -34,12 +34,10 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def refuse_parallel(model: nn.Module, *, fsdp: bool = False, users: bool = False) -> None:
+def refuse_parallel(model: nn.Module, *, fsdp: bool = False) -> None:
     """Raise ValueError if ``model`` is prepared for several processes, with which learning would not be right.
 
-    Args:
-        fsdp: whether FSDP2 is right, as long as it leaves the layers that learn whole.
-        users: whether it is users who learn, which says why FSDP2 is not.
+    ``fsdp``: whether FSDP2 is right, as long as it leaves the layers that learn whole.
     """
     for name, module in model.named_modules():
         if isinstance(module, Adapted) and any(map(is_sharded, module._parameters.values())):
@@ -54,12 +52,9 @@ def refuse_parallel(model: nn.Module, *, fsdp: bool = False, users: bool = False
             if kind.__name__ == "FSDPModule" and fsdp:
                 continue
             if kind.__name__ in _PARALLEL and kind.__module__.startswith("torch."):
-                why = _PARALLEL[kind.__name__]
-                if users and kind.__name__ == "FSDPModule":
-                    why = "nothing keeps users' slots the same in all processes, which compute together (FSDP2)"
                 raise ValueError(
-                    f"{name or 'model'} is a {kind.__name__}, which is not supported: {why}; adapt the model without "
-                    "it, and learn in one process"
+                    f"{name or 'model'} is a {kind.__name__}, which is not supported: {_PARALLEL[kind.__name__]}; "
+                    "adapt the model without it, and learn in one process"
                 )
 
 

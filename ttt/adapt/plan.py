@@ -48,7 +48,7 @@ def make_plan(model: nn.Module, config: TTTConfig, filter_fn: FilterFn | None) -
     Raises:
         ValueError: as `adapt_`.
     """
-    refuse_parallel(model, fsdp=config.per_user is None, users=config.per_user is not None)
+    refuse_parallel(model, fsdp=True)
     refuse_bare(model)
     check_names("target_modules", config.target_modules)
     check_layers("layers", config.layers)

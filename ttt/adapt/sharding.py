@@ -10,6 +10,7 @@ from torch import nn
 
 from ttt.config import TTTConfig
 from ttt.nn.base import Adapted
+from ttt.nn.low_rank import LowRankLinear
 from ttt.nn.parallel import UNSHARDED, Sharding, SharedSide, groups_of, is_sharded
 
 _HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
@@ -40,6 +41,11 @@ def refuse_unjoined(model: nn.Module) -> None:
     if not shards_fully(model):
         raise ValueError(
             "data_parallel must be False for a model that FSDP2 does not shard: nothing says which processes share it"
+        )
+    if any(isinstance(module, LowRankLinear) for module in model.modules()):
+        raise ValueError(
+            "data_parallel must be False for a model whose users have weights of their own, whose slots all processes "
+            "keep the same"
         )
     if sharded := [module.name for module in model.modules() if isinstance(module, Adapted) and module.sharding]:
         raise ValueError(

@@ -39,14 +39,14 @@ class Access:
         processes: for each group of processes over which the model is sharded, what its members exchange tensors by
             (`ttt.nn.parallel.SharedSide`); empty for one process.
         replicas: the same as ``processes`` if FSDP2 shards the model, and otherwise empty. With FSDP2 each process
-            holds the whole of every learning layer, so that all must learn from the same rows.
+            holds the whole of every learning layer, so that all must learn from the same rows, and all users' slots.
         joins: whether these rows are those of all processes, each of which reads a text of its own.
     """
 
     def __init__(self, model: nn.Module, data_parallel: bool = False) -> None:
         self.model, self.joins = model, check_bool("data_parallel", data_parallel)
         self.pool: Pool | None = pool_of(model) if has_pool(check_model(model)) else None
-        refuse_parallel(model, fsdp=self.pool is None, users=self.pool is not None)
+        refuse_parallel(model, fsdp=True)
         self.single_layers: list[Linear] = require_layers(model, sharded=True) if self.pool is None else []
         self.layers: Sequence[Linear | LowRankLinear] = self.single_layers
         if self.pool is not None:
@@ -101,7 +101,7 @@ class Access:
             yield
 
     def agreed(self, finite: Tensor) -> Tensor:
-        """Whether ``finite`` () bool is True in all processes over which the model is sharded."""
+        """Where ``finite``, bool of any shape, is True in all processes over which the model is sharded."""
         return agreed(self.processes, finite)
 
     def same(self, t: Tensor) -> Tensor:

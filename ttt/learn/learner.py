@@ -9,6 +9,7 @@ from collections.abc import Generator, Sequence
 import torch
 from torch import Tensor
 
+from ttt.adapt.convert import refuse_sharded
 from ttt.checks import check_bool, check_number, check_whole
 from ttt.learn import protection
 from ttt.learn.generate import GenerateOptions, GenerateOutput, check_prompt, generate
@@ -162,6 +163,7 @@ class Learner(Keeping):
         pool = self.pool
         if pool is None:
             raise ValueError("observe_in_steps is for users with weights of their own, but the model has one set")
+        refuse_sharded(self.model, "Learner.observe_in_steps")
         with self.access.enter("Learner.observe_in_steps"):
             text = _emphasised(check_tokens(self.model, input_ids, attention_mask, learn_mask), passes, emphasis)
             check_users(users, len(text.ids))

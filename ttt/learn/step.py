@@ -112,10 +112,11 @@ def step_from(learner: Learner, capturing: Capturing, chunk: ScoredChunk) -> Ste
     return Step(found, learner.access.agreed(finite.all()))
 
 
-def refuse_other_updates(processes: Sequence[SharedSide], updates: Sequence[tuple[Linear, Update]]) -> None:
+def refuse_other_updates(processes: Sequence[SharedSide], updates: Sequence[tuple[Any, Any]]) -> None:
     """Raise ValueError, in all ``processes``, unless whole layers that each of them holds get the same rows in all.
 
     FSDP2 is made for processes that read other texts, from which these layers would learn something else in each.
+    Each of ``updates`` is a layer with something whose ``x`` and ``delta`` are the rows.
     """
     if not processes:
         return

@@ -205,7 +205,7 @@ def groups_of(shardings: Iterable[Sharding]) -> list[SharedSide]:
 
 
 def agreed(processes: Sequence[SharedSide], good: Tensor) -> Tensor:
-    """Whether ``good`` () bool is True in all ``processes``."""
+    """Where ``good``, bool of any shape, is True in all ``processes``."""
     for side in processes:
         good = side.sum((~good).long()) == 0
     return good
