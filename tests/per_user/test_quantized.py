@@ -22,7 +22,8 @@ from ttt.nn import frozen_weight
 from ttt.nn import row_blocks as row_blocks_module
 from ttt.nn.frozen_weight import FrozenWeight
 from ttt.nn.module_weight import ModuleWeight
-from ttt.nn.quantized import QuantizedLowRankLinear, can_be_cut, dequantized, row_blocks, why_blocked
+from ttt.nn.quantized import QuantizedLowRankLinear, dequantized, row_blocks, why_blocked
+from ttt.nn.row_blocks import can_be_cut
 
 KINDS = {
     "int8": Int8WeightOnlyConfig(),
@@ -138,6 +139,9 @@ def test_rows_are_dequantized_in_blocks_that_cover_the_weight(kind, monkeypatch)
     assert {len(block) for block in blocks} == {3}
     assert torch.equal(torch.cat(blocks), weight.dequantize())
     assert type(dequantized(weight)) is torch.Tensor
+    frozen = FrozenWeight(net[0])
+    assert torch.equal(frozen.dense(), weight.dequantize())
+    assert frozen.found is None, "nothing is kept a second time"
 
 
 @pytest.mark.parametrize("kind", KINDS)

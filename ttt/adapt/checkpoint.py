@@ -42,7 +42,8 @@ from ttt.nn import Linear
 from ttt.nn.bnb import stored_values
 from ttt.nn.experts import STACKS, is_stack
 from ttt.nn.parallel import SharedSide, require_same, together, whole
-from ttt.nn.quantized import is_subclass, plain_parts
+from ttt.nn.quantized import plain_parts
+from ttt.nn.row_blocks import is_subclass
 from ttt.per_user.pool import has_pool
 
 FORMAT = "ttt"

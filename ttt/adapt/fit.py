@@ -13,7 +13,8 @@ from ttt.adapt.sharding import HOW_TO_IGNORE, local, sharding_of, shards_fully
 from ttt.nn.base import DTYPES, Adapted, absent
 from ttt.nn.experts import STACKS, is_gated, is_stack
 from ttt.nn.parallel import is_sharded
-from ttt.nn.quantized import can_be_cut, is_subclass, quantized, why_not
+from ttt.nn.quantized import quantized, why_not
+from ttt.nn.row_blocks import can_be_cut, is_subclass
 
 _PARALLEL = {
     "DistributedDataParallel": "its replicas would learn from different tokens and drift apart",

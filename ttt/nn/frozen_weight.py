@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt.nn.bnb import blocks_of_4_bits, is_packed, scaled
-from ttt.nn.row_blocks import row_slices, transposed_product
+from ttt.nn.row_blocks import can_be_cut, dequantized_blocks, row_slices, transposed_product
 
 _IDENTITY = 256  # rows of the identity that are passed through a layer at a time
 
@@ -23,9 +23,9 @@ _IDENTITY = 256  # rows of the identity that are passed through a layer at a tim
 class FrozenWeight:
     """The weight (m, n) that a frozen quantized linear layer computes with.
 
-    That of bitsandbytes' 4-bit and 8-bit layers is dequantized a block of rows at a time. That of any other layer, and
-    of 4 bits where the runs of elements with one scale do not end with the rows, is found by passing the identity
-    through the layer, at the first gradient, and then kept as a plain tensor.
+    That of bitsandbytes' 4-bit and 8-bit layers, and of torchao's that can be dequantized, is dequantized a block of
+    rows at a time. That of any other layer, and of 4 bits where the runs of elements with one scale do not end with the
+    rows, is found by passing the identity through the layer, at the first gradient, and then kept as a plain tensor.
 
     Args:
         module: the layer.
@@ -68,6 +68,8 @@ class FrozenWeight:
             values, scales = in_8_bits
             for rows in row_slices(*self.shape):
                 yield rows, values[rows].to(self.dtype) * (scales[rows].unsqueeze(1) / 127).to(self.dtype)
+        elif can_be_cut(self.module):
+            yield from dequantized_blocks(weight)
         else:
             held = weight.device, weight._version  # it may be moved, and loaded anew
             if self.found is None or self._found_in != held:

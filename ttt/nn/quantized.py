@@ -24,15 +24,10 @@ from ttt.nn.frozen_weight import FrozenWeight
 from ttt.nn.low_rank import LowRankLinear
 from ttt.nn.module_weight import ModuleWeight
 from ttt.nn.own_gradient import give_own_gradient
-from ttt.nn.row_blocks import Blocks, row_slices, transposed_product
+from ttt.nn.row_blocks import Blocks, can_be_cut, dequantized_blocks, dequantized_rows, transposed_product
 
 _ROUNDING = 0.03  # of the output of a layer that computes in 8 bits, relative to its size
 _ACTIVATIONS = ("act_quant_kwargs", "activation_quantization")  # where torchao's tensors say that inputs are rounded
-
-
-def is_subclass(weight: Tensor) -> bool:
-    """Whether ``weight`` is of a tensor class that is not torch's own, as quantized weights are."""
-    return type(weight) not in (Tensor, nn.Parameter)
 
 
 def quantized(module: nn.Module) -> str:
@@ -128,28 +123,9 @@ def why_not(module: nn.Module) -> str:
     return ""
 
 
-def can_be_cut(module: nn.Module) -> bool:
-    """Whether the weight of ``module`` is a tensor that computes by itself and can be dequantized by rows."""
-    weight: Any = module.weight
-    if type(module) is not nn.Linear:
-        return False
-    try:
-        rows = dequantized(weight, slice(0, 1))
-    except (NotImplementedError, RuntimeError, TypeError, AttributeError):
-        return False
-    return not is_subclass(rows) and rows.shape == (min(1, weight.shape[0]), weight.shape[1])
-
-
-@torch.no_grad()
-def dequantized(weight: Tensor, rows: slice = slice(None)) -> Tensor:
-    """The ``rows`` of a quantized ``weight`` (m, n), as a plain tensor of its dtype."""
-    weight = weight.detach()
-    if isinstance(weight, ModuleWeight):
-        return weight.dequantize()[rows]
-    try:
-        return weight[rows].dequantize().to(weight.dtype)
-    except NotImplementedError:  # a layout that cannot be cut
-        return weight.dequantize().to(weight.dtype)[rows]
+def dequantized(weight: Tensor) -> Tensor:
+    """(m, n): all of a quantized ``weight``, as a plain tensor of its dtype."""
+    return weight.dequantize() if isinstance(weight, ModuleWeight) else dequantized_rows(weight)
 
 
 def plain_parts(t: Tensor, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -166,8 +142,7 @@ def row_blocks(weight: Tensor) -> Blocks:
     if isinstance(weight, ModuleWeight):
         yield from weight.frozen.blocks()
         return
-    for rows in row_slices(*weight.shape):
-        yield rows, dequantized(weight, rows)
+    yield from dequantized_blocks(weight)
 
 
 class QuantizedLowRankLinear(LowRankLinear):
