@@ -197,4 +197,4 @@ CHECKS = {check.__name__: check for check in (state, weights, refused, nothing_t
 
 
 if __name__ == "__main__":
-    meet(lambda mesh, folder, names: {name: CHECKS[name](mesh, folder) for name in names or CHECKS})
+    meet(CHECKS)

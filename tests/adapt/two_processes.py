@@ -47,7 +47,8 @@ def meet(find, seconds=1800):
     """The script's part: meets the other process, and writes what ``find(mesh, folder, names)`` returns.
 
     Args:
-        find: ``names`` is what the script was called with beside rank and folder.
+        find: ``names`` is what the script was called with beside rank and folder. Or a dict of functions of (mesh,
+            folder), of which those with the ``names`` are called, or all.
         seconds: that a process waits for the other one.
     """
     rank, folder, names = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
@@ -55,7 +56,11 @@ def meet(find, seconds=1800):
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2, timeout=datetime.timedelta(0, seconds)
     )
-    found = find(init_device_mesh("cpu", (2,)), folder, names)
+    mesh = init_device_mesh("cpu", (2,))
+    if isinstance(find, dict):
+        found = {name: find[name](mesh, folder) for name in names or find}
+    else:
+        found = find(mesh, folder, names)
     dist.barrier()
     (Path(folder) / f"found{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

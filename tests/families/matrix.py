@@ -261,7 +261,7 @@ OTHERS = (
      "[guide](guide.md#fsdp2)",
      "adapt/test_fully_sharded.py"),
     ("FSDP2 beside layers in which users learn", "yes", "with the same text and users in all processes",
-     "adapt/test_fully_sharded.py"),
+     "adapt/test_fully_sharded_users.py"),
     ("FSDP2 of layers that learn", "refused", "on every process", "adapt/test_sharded.py"),
     ("tensor parallelism of layers that learn", "yes",
      "sharded before `ttt.adapt_`: [guide](guide.md#tensor-parallelism); refused for users",
