@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from ttt.adapt.training import other_hooks
-from ttt.nn.quantized import is_subclass
+from ttt.nn.row_blocks import is_subclass
 from ttt.ops.backends import record
 
 _SAMPLE = 2048  # columns of the logits in which thresholds are searched

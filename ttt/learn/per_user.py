@@ -13,6 +13,7 @@ from torch import Tensor
 from ttt.learn.huggingface import cache_of, cached, changed, detached
 from ttt.learn.loop import ObserveOutput
 from ttt.learn.slot_undo import whole_user_write
+from ttt.learn.step import refuse_other_updates
 from ttt.learn.text import Span, Text
 from ttt.nn import Capturing, LowRankLinear
 from ttt.nn.rates import Rates
@@ -128,7 +129,9 @@ class PerUserWeights:
         updates = [_update(layer, pairs, users) for layer, pairs in zip(self.layers, captured, strict=True) if pairs]
         for update in updates:
             finite = finite & (update.steps.finite.to(finite.device) | ~rows)
-        bad = self._by_slot(owners, ~finite)
+        access = self.learner.access
+        refuse_other_updates(access.replicas, [(update.layer, update) for update in updates])
+        bad = ~access.agreed(~self._by_slot(owners, ~finite))
         users = torch.where(bad[users.clamp_min(0).long()], -1, users)
         if updates:
             guards = self.pool.companion
