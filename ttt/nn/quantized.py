@@ -161,7 +161,7 @@ class QuantizedLowRankLinear(LowRankLinear):
         base = isolated_linear(x, self.weight, self.bias)
         return base + ops.low_rank_linear(x, None, None, self.a, self.b, self.rows, users)
 
-    def _transposed_product(self, delta: Tensor, users: Tensor | None) -> Tensor:
+    def transposed_product(self, delta: Tensor, users: Tensor | None) -> Tensor:
         base = self._by_blocks(delta)
         if users is None:
             return base
