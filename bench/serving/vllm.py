@@ -173,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="folder of the model")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--slices", type=int, nargs="*", default=[16, 64], help="also measured beside the default")
+    parser.add_argument("--slices", type=float, nargs="*", default=[], help="also measured beside the default")
     parser.add_argument("--json", default="bench/serving/results/vllm_cpu.json")
     given = parser.parse_args()
     os.environ["TTT_TEST_MODEL"] = given.model
@@ -198,12 +198,13 @@ def main() -> None:
         start("lora", *adapters(given.model, stock), plugin=False)
         start("plugin", slots=STREAMS)
         for size in given.slices:
-            start(f"plugin, slice {size}", slots=STREAMS, slice=size)
+            start(f"plugin, slice {size:g}", slots=STREAMS, slice=size)
         found = asyncio.run(in_turns(running, given.rounds))
-    command = f"python -m bench.serving.vllm MODEL --rounds {given.rounds} --slices {' '.join(map(str, given.slices))}"
+    command = f"python -m bench.serving.vllm MODEL --rounds {given.rounds}"
+    if given.slices:
+        command += f" --slices {' '.join(f'{size:g}' for size in given.slices)}"
     written = {
-        "machine": provenance("cpu")
-        | {"command": command.strip(), "vllm": installed_version(), "load": os.getloadavg()[0]},
+        "machine": provenance("cpu") | {"command": command, "vllm": installed_version(), "load": os.getloadavg()[0]},
         "goals": goals(found),
         "medians": {kind: {name: _medians(each) for name, each in of.items()} for kind, of in found.items()},
         "rounds": found,
