@@ -73,6 +73,13 @@ class Measured:
             "median_gap_ms": 1e3 * gaps[len(gaps) // 2],
         }
 
+    async def settled(self) -> None:
+        """Wait until all that was said is learnt: a user's next request waits for that."""
+        for at in range(STREAMS):
+            await self.client(f"user{at}").chat.completions.create(
+                model=self.model(f"user{at}"), messages=[{"role": "user", "content": "Hi"}], max_tokens=1
+            )
+
     async def beside(self, learn: str) -> dict[str, float]:
         """Seven streams of the base model beside a user who says something again and again."""
         over = False
@@ -134,7 +141,20 @@ def runs(kind: str, server: Any) -> dict[str, Run]:
         found["base beside a user"] = lambda: measured.beside("off")
         found["base beside a user who learns"] = lambda: measured.beside("on")
         found["lesson"] = lambda: lesson(measured, 3)
+        for name in ("users learning", "base beside a user who learns"):  # or what comes next is measured beside it
+            found[name] = _then(found[name], measured.settled)
     return found
+
+
+def _then(run: Run, after: Callable[[], Coroutine[Any, Any, None]]) -> Run:
+    """What ``run`` finds; ``after`` it comes something that is not measured."""
+
+    async def both() -> dict[str, float]:
+        result = await run()
+        await after()
+        return result
+
+    return both
 
 
 async def in_turns(servers: dict[str, Any], count: int) -> dict[str, dict[str, list[dict[str, float]]]]:
