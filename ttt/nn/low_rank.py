@@ -212,7 +212,9 @@ class LowRankLinear(Adapted):
         """
         before, applied = self.moments, (x, delta)
         if self.damps and x.is_cpu and _all_finite(x) and _all_finite(delta):
-            applied = self.applied(x, delta)
+            # Given as other tensors than the rows, as below, so that `rates` computes with them in the same way: no bit
+            # of a user's steps depends on whether another user's rows are finite.
+            applied = self.applied(x.view_as(x), delta.view_as(delta))
         elif self.damps:
             # Rows that are not finite must not reach others through a product, see `forward`.
             finite = (torch.isfinite(x).all(1) & torch.isfinite(delta).all(1)).unsqueeze(1)
