@@ -121,10 +121,10 @@ def test_a_row_that_is_not_finite_reaches_no_other():
     assert torch.equal(layer(bad)[::2], wanted[::2])
     assert layer(bad)[1].isnan().all()
     g = torch.randn(3, 21)
-    found = layer._transposed_product(g, torch.tensor([0, -1, 2], dtype=torch.int32))
+    found = layer.transposed_product(g, torch.tensor([0, -1, 2], dtype=torch.int32))
     worse = g.clone()
     worse[1, 5] = torch.nan
-    again = layer._transposed_product(worse, torch.tensor([0, -1, 2], dtype=torch.int32))
+    again = layer.transposed_product(worse, torch.tensor([0, -1, 2], dtype=torch.int32))
     assert torch.equal(again[::2], found[::2])
     assert again[1].isnan().all()
 

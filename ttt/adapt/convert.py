@@ -59,7 +59,8 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
         TypeError: if ``model`` is no module, ``config`` no `TTTConfig`, or ``filter_fn`` no function.
         ValueError: if nothing matches (the error lists the nearest names), the model is adapted already, it is a linear
             layer itself, which cannot be replaced in place, or a match cannot learn: tied weights, 3-D expert
-            parameters, a quantized weight without ``config.per_user``, a dtype or module type without support.
+            parameters, a quantized weight without ``config.per_user``, a dtype or module type without support, a weight
+            with NaN or infinity.
         MemoryError: if there is too little memory for the state of the layers (on a GPU torch.OutOfMemoryError).
     """
     check_model(model)

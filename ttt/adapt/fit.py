@@ -15,6 +15,7 @@ from ttt.nn.experts import STACKS, is_gated, is_stack
 from ttt.nn.parallel import is_sharded
 from ttt.nn.quantized import quantized, why_not
 from ttt.nn.row_blocks import can_be_cut, is_subclass
+from ttt.ops.reference import _wide
 
 _PARALLEL = {
     "DistributedDataParallel": "its replicas would learn from different tokens and drift apart",
@@ -170,6 +171,11 @@ class Weights:
                 f"{name} shares its memory with {shared}: learning in one would change the other; leave it out, or "
                 "give it memory of its own"
             )
+        if whole is None and (wrong := _count_not_finite(weight)):  # of a part, other processes would not hear
+            raise ValueError(
+                f"{name} must be finite to learn, but {wrong} of its {weight.numel()} numbers are NaN or infinite: "
+                "repair the model, or leave it out"
+            )
 
 
 def offloads(module: Any) -> bool:
@@ -177,6 +183,16 @@ def offloads(module: Any) -> bool:
     hook = getattr(module, "_hf_hook", None)
     hooks: Sequence[Any] = getattr(hook, "hooks", [hook])
     return any(getattr(each, "offload", False) for each in hooks)
+
+
+def _count_not_finite(weight: Tensor) -> int:
+    """How many numbers of ``weight`` are NaN or infinite; 0 also for a quantized one."""
+    if is_subclass(weight):
+        return 0
+    weight = weight.detach()
+    if bool(weight.sum(dtype=_wide(weight.dtype)).isfinite()):  # a sum is read once, and holds what is not finite
+        return 0
+    return int(weight.isfinite().logical_not_().sum())
 
 
 def _in_memory(t: Tensor) -> bool:

@@ -114,9 +114,15 @@ class Learner(Keeping):
                 text = _emphasised(check_tokens(self.model, input_ids, attention_mask, learn_mask), passes, emphasis)
                 if passes > 1 and not learn:
                     raise ValueError(f"passes must be 1 where nothing is learnt, got {passes}")
-                if (self.pool is None) != (users is None):
+                if self.pool is None and users is not None:
                     raise ValueError(
-                        f"users must be given if, and only if, every user has weights of their own; got {users!r}"
+                        "users must be None: this model has one set of weights, and "
+                        f"TTTConfig(per_user=ttt.LowRank()) gives each user their own; got {users!r:.80}"
+                    )
+                if self.pool is not None and users is None:
+                    raise ValueError(
+                        "users must name whose each row of input_ids is, as users=['ada'], or [None] for the base "
+                        "model: this model was adapted with per_user; got None"
                     )
                 if users is not None:
                     check_users(users, len(text.ids))

@@ -182,7 +182,7 @@ class QuantizedLowRankLinear(LowRankLinear):
         base = torch.where(finite, self._base(torch.where(finite, x, 0.0)), torch.nan)
         return base + ops.low_rank_linear(x, None, None, self.a, self.b, self.rows, users)
 
-    def _transposed_product(self, delta: Tensor, users: Tensor | None) -> Tensor:
+    def transposed_product(self, delta: Tensor, users: Tensor | None) -> Tensor:
         base = transposed_product(delta, row_blocks(self.weight), self.in_features)
         if users is None:
             return base
