@@ -10,8 +10,10 @@ import pytest
 TESTS = Path(__file__).parent
 
 SLOW = (
+    "adapt/test_data_parallel.py",
     "adapt/test_distributed_checkpoint.py",
     "adapt/test_fully_sharded.py",
+    "adapt/test_fully_sharded_users.py",
     "adapt/test_one_fails.py",
     "adapt/test_random_damage.py::test_metadata",
     "adapt/test_random_damage.py::test_values_of_tensors",

@@ -17,6 +17,8 @@ def test_round_trip_and_freezing():
     assert pickle.loads(pickle.dumps(config)) == config
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.lr = 1.0
+    with pytest.raises(ValueError, match=r"protect must be a list of defences, as \[ttt.EWC\(0.003\)\], got 'ewc'"):
+        ttt.TTTConfig(protect="ewc")
     with pytest.raises(ValueError, match="unknown configuration fields"):
         ttt.TTTConfig.from_dict({"lrr": 1})
 

@@ -17,14 +17,15 @@ from ttt.adapt.convert import learning_layers
 VOCAB = 61
 
 
-def tiny(family="llama", layers=4):
+def tiny(family="llama", layers=4, **sizes):
     common = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
     if family == "gpt2":
         model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=layers, n_head=2, n_positions=64, **common))
     else:
         config, cls = (LlamaConfig, LlamaForCausalLM) if family == "llama" else (Qwen2Config, Qwen2ForCausalLM)
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers, "num_attention_heads": 4}
-        model = cls(config(**sizes, num_key_value_heads=2, max_position_embeddings=64, **common))
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, **sizes}
+        sizes |= {"num_hidden_layers": layers, "num_key_value_heads": 2, "max_position_embeddings": 64}
+        model = cls(config(**sizes, **common))
     with torch.no_grad():  # the usual initialisation is so small that the logits hardly depend on the input
         for p in model.parameters():
             if p.ndim == 2:

@@ -36,8 +36,9 @@ from ttt.learn.cuda_graph import GraphedLearner
 from ttt.learn.episodes import EpisodeLog
 from ttt.learn.generate import GenerateOutput
 from ttt.learn.guard import Guard, GuardCheck
-from ttt.learn.learner import Learner, Snapshot
+from ttt.learn.learner import Learner
 from ttt.learn.loop import ObserveOutput
+from ttt.learn.snapshot import Snapshot
 from ttt.learn.study import StudyOutput
 from ttt.per_user.pacing import GuardTripped
 from ttt.per_user.pool import Pool, pool_of, users

@@ -246,8 +246,8 @@ class TTTConfig(FlatSettings):
                 put(name, FrozenMap({k: v if isinstance(v, str) else tuple(v) for k, v in value.items()}))
             elif value is not None and not isinstance(value, str):
                 put(name, tuple(value))
-        if isinstance(self.protect, Defence) or not isinstance(self.protect, Sequence):
-            raise ValueError(f"protect must be a list of defences, got {self.protect!r}")
+        if isinstance(self.protect, (Defence, str)) or not isinstance(self.protect, Sequence):
+            raise ValueError(f"protect must be a list of defences, as [ttt.EWC(0.003)], got {self.protect!r:.80}")
         put("protect", build(flatten(self.protect)))  # without those that are switched off
         put("_flat", flatten(self.protect))
         if self.state_dtype == "8bit" and self.importance == "si":

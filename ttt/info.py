@@ -15,6 +15,7 @@ from torch import nn
 
 from ttt.adapt.convert import left_out
 from ttt.checks import check_model
+from ttt.installing import how_to_install
 from ttt.nn.base import Adapted
 from ttt.ops import backends, cpu
 
@@ -62,7 +63,7 @@ def info(file: TextIO | None = sys.stdout, *, model: nn.Module | None = None) ->
     else:
         found["missing"]["cuda"] = "torch.cuda.is_available() is False: no CUDA device, or a torch built without CUDA"
     if importlib.util.find_spec("triton") is None:
-        found["missing"]["triton"] = "the package triton is not installed (pip install 'ttt[triton]')"
+        found["missing"]["triton"] = f"the package triton is not installed ({how_to_install('triton')})"
     on_cpu = f"C++ ({found['isa']}; float32, bfloat16), reference (others)" if found["isa"] else "reference"
     on_cuda = "reference" if "triton" in found["missing"] else "Triton (float32, bfloat16, float16), reference (others)"
     joined = dict.fromkeys(backends.JOINED, "as two ops")

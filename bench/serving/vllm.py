@@ -73,6 +73,13 @@ class Measured:
             "median_gap_ms": 1e3 * gaps[len(gaps) // 2],
         }
 
+    async def settled(self) -> None:
+        """Wait until all that was said is learnt: a user's next request waits for that."""
+        for at in range(STREAMS):
+            await self.client(f"user{at}").chat.completions.create(
+                model=self.model(f"user{at}"), messages=[{"role": "user", "content": "Hi"}], max_tokens=1
+            )
+
     async def beside(self, learn: str) -> dict[str, float]:
         """Seven streams of the base model beside a user who says something again and again."""
         over = False
@@ -134,7 +141,20 @@ def runs(kind: str, server: Any) -> dict[str, Run]:
         found["base beside a user"] = lambda: measured.beside("off")
         found["base beside a user who learns"] = lambda: measured.beside("on")
         found["lesson"] = lambda: lesson(measured, 3)
+        for name in ("users learning", "base beside a user who learns"):  # or what comes next is measured beside it
+            found[name] = _then(found[name], measured.settled)
     return found
+
+
+def _then(run: Run, after: Callable[[], Coroutine[Any, Any, None]]) -> Run:
+    """What ``run`` finds; ``after`` it comes something that is not measured."""
+
+    async def both() -> dict[str, float]:
+        result = await run()
+        await after()
+        return result
+
+    return both
 
 
 async def in_turns(servers: dict[str, Any], count: int) -> dict[str, dict[str, list[dict[str, float]]]]:
@@ -173,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="folder of the model")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--slices", type=int, nargs="*", default=[16, 64], help="also measured beside the default")
+    parser.add_argument("--slices", type=float, nargs="*", default=[], help="also measured beside the default")
     parser.add_argument("--json", default="bench/serving/results/vllm_cpu.json")
     given = parser.parse_args()
     os.environ["TTT_TEST_MODEL"] = given.model
@@ -198,12 +218,13 @@ def main() -> None:
         start("lora", *adapters(given.model, stock), plugin=False)
         start("plugin", slots=STREAMS)
         for size in given.slices:
-            start(f"plugin, slice {size}", slots=STREAMS, slice=size)
+            start(f"plugin, slice {size:g}", slots=STREAMS, slice=size)
         found = asyncio.run(in_turns(running, given.rounds))
-    command = f"python -m bench.serving.vllm MODEL --rounds {given.rounds} --slices {' '.join(map(str, given.slices))}"
+    command = f"python -m bench.serving.vllm MODEL --rounds {given.rounds}"
+    if given.slices:
+        command += f" --slices {' '.join(f'{size:g}' for size in given.slices)}"
     written = {
-        "machine": provenance("cpu")
-        | {"command": command.strip(), "vllm": installed_version(), "load": os.getloadavg()[0]},
+        "machine": provenance("cpu") | {"command": command, "vllm": installed_version(), "load": os.getloadavg()[0]},
         "goals": goals(found),
         "medians": {kind: {name: _medians(each) for name, each in of.items()} for kind, of in found.items()},
         "rounds": found,

@@ -11,11 +11,11 @@ import fully_sharded
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from tensor_parallel import DEFAULT, LEARN, error_of, layers_of, model_of, sharded, whole
+from tensor_parallel import sharded
 from tiny_models import ids_of
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
-from two_processes import meet
+from two_processes import DEFAULT, LEARN, error_of, layers_of, meet, model_of, whole
 
 import ttt
 from ttt.adapt.convert import learning_layers
@@ -197,4 +197,4 @@ CHECKS = {check.__name__: check for check in (state, weights, refused, nothing_t
 
 
 if __name__ == "__main__":
-    meet(lambda mesh, folder, names: {name: CHECKS[name](mesh, folder) for name in names or CHECKS})
+    meet(CHECKS)

@@ -7,13 +7,25 @@ import copy
 
 import torch
 import torch.distributed as dist
-from tensor_parallel import DEFAULT, LEARN, differences, error_of, layers_of, model_of, reads, whole
 from tiny_models import ids_of
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-from two_processes import meet
+from two_processes import (
+    DEFAULT,
+    LEARN,
+    changed,
+    differences,
+    error_of,
+    goes_back_and_forth,
+    kept_of,
+    layers_of,
+    meet,
+    model_of,
+    reads,
+    whole,
+)
 
 import ttt
 from ttt.adapt.convert import learning_layers
@@ -36,7 +48,7 @@ def learner_of(model, **options):
     return learner
 
 
-def two_learners(mesh, first="adapt", reshard=True, **options):
+def two_learners(mesh, first="adapt", reshard=True, data_parallel=False, **options):
     """Learners of the same model: of the whole of it, and of a sharded copy, adapted before or after it is sharded."""
     one, config = model_of(), ttt.TTTConfig(**LEARN | options)
     two = copy.deepcopy(one)
@@ -45,22 +57,12 @@ def two_learners(mesh, first="adapt", reshard=True, **options):
     else:
         ttt.adapt_(sharded(two, mesh, reshard_after_forward=reshard), config)
     assert isinstance(two.lm_head.weight, DTensor)
-    both = [learner_of(ttt.adapt_(one, config)), learner_of(two)]
+    both = [learner_of(ttt.adapt_(one, config)), learner_of(two, data_parallel=data_parallel)]
     torch.manual_seed(1)
     known = [ids_of(4, 40), ids_of(2, 17)]
     for learner in both:
         learner.calibrate(known)
     return both
-
-
-def kept_of(learner):
-    return [{name: t.clone() for name, t in layer.state().items()} for layer in layers_of(learner)]
-
-
-def changed(learner, kept):
-    """Names of what differs from ``kept``."""
-    return [f"{layer.name}: {name} changed" for layer, state in zip(layers_of(learner), kept, strict=True)
-            for name, t in layer.state().items() if not torch.equal(t, state[name])]  # fmt: skip
 
 
 def reading(mesh, folder):
@@ -69,22 +71,7 @@ def reading(mesh, folder):
     for first in ("adapt", "shard"):
         for reshard in (True, False):
             one, two = two_learners(mesh, first, reshard)
-            found += differences(layers_of(one), layers_of(two))
-            for _ in range(3):
-                found += reads(one, two, ids_of(2, 30))
-            kept = [learner.snapshot() for learner in (one, two)]
-            mask = torch.ones(2, 30, dtype=torch.bool)
-            mask[0, :7] = mask[1, 5:9] = False
-            found += reads(one, two, ids_of(2, 30), learn_mask=mask, passes=2, emphasis=3.0)
-            for learner in (one, two):
-                learner.consolidate()
-            found += reads(one, two, ids_of(1, 12))
-            outputs = [x.generate(ids_of(2, 9) * 0 + 5, max_new_tokens=12, learn_output=True) for x in (one, two)]
-            found += [] if torch.equal(outputs[0].sequences, outputs[1].sequences) else ["generated text"]
-            found += differences(layers_of(one), layers_of(two))
-            for learner, snapshot in zip((one, two), kept, strict=True):
-                learner.rollback(snapshot)
-            found += reads(one, two, ids_of(2, 30))
+            found += goes_back_and_forth(one, two)
             for learner in (one, two):
                 learner.reset()
             found += differences(layers_of(one), layers_of(two))
@@ -202,7 +189,6 @@ def sharded_too_late(mesh):
         "FSDP2 too late, reset": error_of(by_fsdp.reset),
         "tensor parallel too late": error_of(lambda: by_head.observe(ids)),
         "FSDP2 too late, users": error_of(lambda: with_users.observe(ids, users=["a"])),
-        "FSDP2, users": error_of(lambda: ttt.Learner(with_users.model)),
     }
     assert not changed(by_fsdp, kept[0]) + changed(by_head, kept[1])
     assert not with_users.pool.users
@@ -212,19 +198,17 @@ def sharded_too_late(mesh):
 
 def unsupported(mesh, folder):
     """The errors of what is not supported, and whether nothing was changed."""
-    errors = {}
-    for name, model in (("sharded", model_of()), ("ignored", sharded(model_of(), mesh))):
-        if name == "sharded":
-            for block in model.model.layers:
-                fully_shard(block, mesh=mesh)
-            fully_shard(model, mesh=mesh)
-        before, modules = whole(model), dict(model.named_modules())
-        users = {"per_user": ttt.LowRank(slots=2)} if name == "ignored" else {}
-        errors[f"adapt {name}"] = error_of(lambda m=model, u=users: ttt.adapt_(m, ttt.TTTConfig(**LEARN, **u)))
-        errors[f"load {name}"] = error_of(lambda m=model: ttt.load(m, f"{folder}/two")) if name == "sharded" else ""
-        after = whole(model)
-        assert dict(model.named_modules()) == modules
-        assert all(torch.equal(t, after[k]) for k, t in before.items())
+    model, errors = model_of(), {}
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    before, modules = whole(model), dict(model.named_modules())
+    for name, options in (("adapt sharded", {}), ("adapt sharded, users", {"per_user": ttt.LowRank(slots=2)})):
+        errors[name] = error_of(lambda options=options: ttt.adapt_(model, ttt.TTTConfig(**LEARN, **options)))
+    errors["load sharded"] = error_of(lambda: ttt.load(model, f"{folder}/two"))
+    after = whole(model)
+    assert dict(model.named_modules()) == modules
+    assert all(torch.equal(t, after[k]) for k, t in before.items())
     _, learner = two_learners(mesh)
     learner.observe(ids_of(1, 20) * 0 + 3)
     kept, model, mine = kept_of(learner), learner.model, torch.full((1, 9), 4 + dist.get_rank())
@@ -247,4 +231,4 @@ CHECKS = {check.__name__: check for check in (reading, own_text, guarded, any_lo
 
 
 if __name__ == "__main__":
-    meet(lambda mesh, folder, names: {name: CHECKS[name](mesh, folder) for name in names or CHECKS})
+    meet(CHECKS)

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from fully_sharded import changed, kept_of, loss_of
+from fully_sharded import loss_of
 from fully_sharded import sharded as fully_sharded
-from tensor_parallel import DEFAULT, LEARN, error_of, layers_of, model_of, sharded, whole
+from tensor_parallel import sharded
 from tiny_models import VOCAB, ids_of
-from two_processes import meet
+from two_processes import DEFAULT, LEARN, changed, error_of, kept_of, layers_of, meet, model_of, whole
 
 import ttt
+from ttt.rules import SequenceReplay
 
 CONFIG = ttt.TTTConfig(**LEARN | {"protect": [*DEFAULT, ttt.LayerReplay()]})
 KINDS = {"tensor parallel": sharded, "fsdp": fully_sharded}
@@ -93,6 +94,24 @@ def cases(learner, fresh, folder):
         finally:
             tempfile.tempdir = kept
 
+    def made(**options):
+        """Makes a learner of a model in training mode, in which an error leaves it."""
+        model = fresh.unlearnt.train()
+        try:
+            ttt.Learner(model, **options)
+        finally:
+            assert all(module.training for module in model.modules())
+
+    def guard(**options):
+        return ttt.Guard([ids()], **options)
+
+    def check():
+        count = len(learner.guard.history)
+        try:
+            torn(learner.guard.check)
+        finally:
+            assert len(learner.guard.history) == count
+
     state, snapshot, other_snapshot = ttt.LearntState(model), learner.snapshot(), fresh.snapshot()
     content = state.state_dict()
     other_snapshot.layers.pop()
@@ -131,6 +150,17 @@ def cases(learner, fresh, folder):
         "save: no path": lambda: ttt.save(model, 3 if second else f"{folder}/never"),
         "save: torn": lambda: torn(lambda: ttt.save(model, f"{folder}/never")),
         "save: not finite": state_not_finite,
+        "check: torn": check,
+        "Learner: context": lambda: made(context=1 if second else 64),
+        "Learner: guard": lambda: made(guard=3 if second else guard()),
+        "Learner: episodes": lambda: made(episodes=3 if second else None),
+        "Learner: rules": lambda: made(rules=[SequenceReplay(8)] * second),
+        "Learner: held-back text": lambda: made(guard=ttt.Guard([ids() + VOCAB * second])),
+        "Learner: a guard of another": lambda: made(guard=learner.guard if second else guard()),
+        "Learner: not adapted": lambda: ttt.Learner(fresh.not_adapted if second else fresh.unlearnt),
+        "Learner: another context": lambda: made(context=64 + second),
+        "Learner: some without a guard": lambda: made(guard=None if second else guard()),
+        "Learner: another guard": lambda: made(guard=guard(threshold=0.02 if second else 0.01)),
         "load: no file": lambda: ttt.load(model, f"{folder}/none" if second else good),
         "load: damaged": lambda: ttt.load(model, own),
         "load: another file": lambda: ttt.load(model, f"{folder}/other" if second else good),
@@ -145,7 +175,8 @@ def try_all(kind, mesh, folder):
 
     def learner_of(seed):
         model = shard(model_of(), mesh)
-        learner = ttt.Learner(ttt.adapt_(model, CONFIG))
+        guard = ttt.Guard([ids()], every=None) if seed == 1 else None
+        learner = ttt.Learner(ttt.adapt_(model, CONFIG), guard=guard)
         if seed:
             torch.manual_seed(seed)
             learner.calibrate([ids_of(3, 20)])
@@ -157,7 +188,8 @@ def try_all(kind, mesh, folder):
         Path(folder).mkdir()
     dist.barrier()
     learner, fresh = learner_of(1), learner_of(0)
-    fresh.not_adapted = shard(model_of(), mesh)
+    fresh.not_adapted, fresh.unlearnt = (shard(model_of(), mesh) for _ in range(2))
+    ttt.adapt_(fresh.unlearnt, CONFIG)
     ttt.save(learner.model, f"{folder}/good")
     ttt.save(learner_of(2).model, f"{folder}/other")
     content = bytearray(Path(f"{folder}/good").read_bytes())

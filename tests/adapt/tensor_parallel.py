@@ -11,10 +11,21 @@ import torch
 import torch.distributed as dist
 from tiny_models import ids_of, tiny
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import AutoModelForCausalLM
-from two_processes import meet
+from two_processes import (
+    DEFAULT,
+    LEARN,
+    differences,
+    error_of,
+    goes_back_and_forth,
+    layers_of,
+    meet,
+    model_of,
+    reads,
+    whole,
+)
 
 import ttt
 from ttt.adapt.convert import learning_layers
@@ -23,8 +34,6 @@ from ttt.nn import Capturing
 from ttt.rules import SequenceReplay
 
 PLAN = {"mlp.up_proj": ColwiseParallel(), "mlp.gate_proj": ColwiseParallel(), "mlp.down_proj": RowwiseParallel()}
-LEARN = {"target_modules": ["down_proj", "up_proj"], "lr": 0.1, "window": 16, "chunk": 8, "replay_capacity": 32}
-DEFAULT = ttt.TTTConfig().protect
 
 
 def sharded(model, mesh):
@@ -33,50 +42,6 @@ def sharded(model, mesh):
     for block in model.model.layers:
         parallelize_module(block, mesh, PLAN)
     return model
-
-
-def whole(model):
-    """All parameters, gathered, in clones."""
-    return {k: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for k, t in model.state_dict().items()}
-
-
-def error_of(action):
-    """The error of ``action``, as text."""
-    try:
-        action()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def same_everywhere(tensors):
-    """Whether all processes hold the same bits."""
-    held = [None] * dist.get_world_size()
-    dist.all_gather_object(held, tensors)
-    return all(torch.equal(t, other[name]) for other in held for name, t in tensors.items())
-
-
-def differences(one, two, bound=1e-9):
-    """Names of what layers ``two`` hold otherwise than ``one``, relative to the largest element; "" is bits."""
-    found = []
-    for alone, layer in zip(one, two, strict=True):
-        state = layer.state()
-        spread = {name for name, t in layer.gathered(state).items() if t is not state[name]}
-        if not same_everywhere({name: t for name, t in state.items() if name not in spread}):
-            found.append(f"{layer.name}: bits differ between processes")
-        for name, wanted in alone.state().items():
-            got = layer.gathered(state)[name]
-            assert got.shape == wanted.shape, (layer.name, name, got.shape, wanted.shape)
-            if name.endswith(("basis", "factor")):  # directions have no sign
-                got, wanted = got.T @ got, wanted.T @ wanted
-            error = (got.double() - wanted.double()).abs().max() if got.numel() else torch.zeros(())
-            if not error <= bound * wanted.double().abs().max():
-                found.append(f"{layer.name}: {name} by {error:.2g} of {wanted.double().abs().max():.2g}")
-    return found
-
-
-def layers_of(learner):
-    return [layer for _, layer in learning_layers(learner.model)]
 
 
 # -- bare layers --------------------------------------------------------------------------------------------------
@@ -165,11 +130,6 @@ def bare(mesh, name):
 # -- language models ----------------------------------------------------------------------------------------------
 
 
-def model_of(layers=2):
-    torch.manual_seed(0)
-    return tiny(layers=layers).double()
-
-
 def two_learners(mesh, **options):
     """Learners of the same model: of the whole of it, and of a sharded copy."""
     model = model_of()
@@ -182,41 +142,16 @@ def two_learners(mesh, **options):
     return both
 
 
-def reads(one, two, ids, bound=1e-9, **options):
-    """Let both read ``ids``: what differs."""
-    wanted, got = (learner.observe(ids, **options) for learner in (one, two))
-    error = float((wanted.nll - got.nll).abs().max())
-    assert got.learned == wanted.learned > 0
-    return ([] if error <= 1e-6 else [f"nll by {error:.2g}"]) + differences(layers_of(one), layers_of(two), bound)
-
-
 def language_model(mesh, folder):
     """The default configuration: learning, consolidating, going back, and generating."""
     one, two = two_learners(mesh)
-    found = differences(layers_of(one), layers_of(two))
-    for _ in range(3):
-        found += reads(one, two, ids_of(2, 30))
-    kept = [learner.snapshot() for learner in (one, two)]
-    mask = torch.ones(2, 30, dtype=torch.bool)
-    mask[0, :7] = mask[1, 5:9] = False
-    found += reads(one, two, ids_of(2, 30), learn_mask=mask, passes=2, emphasis=3.0)
-    for learner in (one, two):
-        learner.consolidate()
-    found += reads(one, two, ids_of(1, 12))
-    outputs = [learner.generate(ids_of(2, 9) * 0 + 5, max_new_tokens=12, learn_output=True) for learner in (one, two)]
+    found = goes_back_and_forth(one, two)
     before = two.snapshot()
-    found += [] if torch.equal(outputs[0].sequences, outputs[1].sequences) else ["generated text"]
     torch.manual_seed(100 + torch.distributed.get_rank())  # the processes draw otherwise, but write one text
     drawn = two.generate(ids_of(2, 9) * 0 + 5, max_new_tokens=12, do_sample=True, learn_output=True, learn_prompt=False)
     two.access.require_same("the drawn text", drawn.sequences)
     two.rollback(before)
     torch.manual_seed(7)
-    found += differences(layers_of(one), layers_of(two))
-    held = [layer.state() for layer in layers_of(two)]
-    held = [{name: t.clone() for name, t in state.items()} for state in held]
-    two.rollback(kept[1])
-    one.rollback(kept[0])
-    found += reads(one, two, ids_of(2, 30))
     for learner in (one, two):
         with ttt.learning(learner.model):
             logits = learner.model(input_ids=torch.arange(1, 25).view(2, 12)).logits

@@ -325,3 +325,21 @@ def test_layers_taken_out_are_marked_as_released():
         ttt.restore_(model)
         assert all(layer.released for layer in layers)
         assert not any(getattr(m, "released", False) for m in other.modules())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("per_user", [None, ttt.LowRank(slots=1)])
+def test_a_weight_that_is_not_finite_is_refused_by_name(value, per_user):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    with torch.no_grad():
+        model[1].weight[1, 2] = value
+        model[2].weight.fill_(3e38)  # finite, and its sum is not
+    config = ttt.TTTConfig(target_modules=["0", "2"], per_user=per_user)
+    before, kinds = [p.clone() for p in model.parameters()], [type(each) for each in model]
+    with pytest.raises(ValueError, match=r"1.weight must be finite to learn, but 1 of its 6 numbers are NaN or inf"):
+        ttt.adapt_(model, ttt.TTTConfig(target_modules=["0", "1"], per_user=per_user))
+    assert [type(each) for each in model] == kinds
+    for p, kept in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, kept) or not kept.isfinite().all()
+        assert p.requires_grad
+    ttt.adapt_(model, config)  # what does not learn may hold anything

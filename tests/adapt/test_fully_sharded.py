@@ -9,7 +9,7 @@ DOES_NOT_WORK = "model is sharded by FSDP2, with which"
 REFUSED = {
     "adapt sharded": "model.layers.0.mlp.up_proj.weight is a DTensor",
     "load sharded": "Leave it out of sharding, by fully_shard(module, ignored_params=",
-    "adapt ignored": "model is a FSDPModule, which is not supported",
+    "adapt sharded, users": "model.layers.0.mlp.up_proj.weight is a DTensor",
     "fork": "model is a FSDPModule, which is not supported",
     "peft": "model is a FSDPModule, which is not supported",
     "capturable": "model is a FSDPModule, which is not supported",
@@ -17,7 +17,6 @@ REFUSED = {
     "episodes": f"{DOES_NOT_WORK} ttt.Learner(episodes=...) does not work",
     "growing": f"{DOES_NOT_WORK} ttt.GrowingLearner does not work",
     "tasks": f"{DOES_NOT_WORK} a Trainer of tasks does not work",
-    "FSDP2, users": "model is a FSDPModule, which is not supported",
     "other text": "input_ids, masks and options must be the same in all processes",
     "other prompt": "input_ids, attention_mask and options must be the same in all processes",
 }

@@ -34,6 +34,14 @@ OWN = {
     "save: no path": "TypeError: path must be a path",
     "save: torn": "RuntimeError: ttt.save needs layers that belong together",
     "save: not finite": "ValueError: model cannot be saved: layer model.layers.0.mlp.down_proj: moments must hold",
+    "check: torn": "RuntimeError: Guard.check needs layers that belong together",
+    "Learner: context": "ValueError: context must be a whole number of at least 2, got 1",
+    "Learner: guard": "TypeError: guard must be a ttt.Guard or None, got int",
+    "Learner: episodes": "TypeError: episodes must be a ttt.EpisodeLog or None, got int",
+    "Learner: rules": "with which ttt.Learner(rules=...) does not work",
+    "Learner: held-back text": "ValueError: each of batches must be in [0, 61)",
+    "Learner: a guard of another": "ValueError: guard watches another learner already",
+    "Learner: not adapted": "has no learning layer; call ttt.adapt_(model, config) first",
     "load: no file": "FileNotFoundError: ",
     "load: damaged": "own1 is damaged: its checksum does not fit its content",
     "load: not adapted": "FileNotFoundError: ",
@@ -43,9 +51,16 @@ BOTH = {
     "calibrate: fewer batches": "ValueError: the number of batches must be the same in all processes",
     "calibrate: some without a loss": "ValueError: whether batches and loss are given must be the same in all",
     "calibrate: some without batches": "ValueError: whether batches and loss are given must be the same in all",
+    "Learner: another context": "ValueError: context, guard and data_parallel must be the same in all processes",
+    "Learner: some without a guard": "ValueError: context, guard and data_parallel must be the same in all processes",
+    "Learner: another guard": "ValueError: context, guard and data_parallel must be the same in all processes",
     "load: another file": "must be the same in all processes of a sharded model",
 }
-PREFIXES = {**dict.fromkeys(("learning", "restore_", "save", "load"), "ttt."), "load_state_dict": "LearntState."}
+PREFIXES = {
+    **dict.fromkeys(("learning", "restore_", "save", "load", "Learner"), "ttt."),
+    "check": "Guard.",
+    "load_state_dict": "LearntState.",
+}
 KINDS = ["tensor parallel", "fsdp"]
 
 

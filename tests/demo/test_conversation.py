@@ -109,6 +109,8 @@ def test_wrong_arguments_and_missing_parts_are_named(folder, tmp_path, monkeypat
     assert "--text must hold more than 1536 tokens, got 9" in output("--model", folder, "--text", short)
     (binary := tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 10)
     assert "--text must be UTF-8 text" in output("--model", folder, "--text", binary)
+    (empty := tmp_path / "empty").mkdir()
+    assert f"{empty} must hold a model, as save_pretrained of transformers writes it" in output("--model", empty)
     tiny().save_pretrained(tmp_path / "no-tokenizer")
     assert output("--model", tmp_path / "no-tokenizer")
     monkeypatch.setattr("ttt.demo.language_model.PACKAGE", "no-such-package")

@@ -245,8 +245,10 @@ OTHERS = (
      "learn/test_trials.py"),
     ("torchao, weights only", "yes", "for users; refused without, and where inputs are rounded, too",
      "per_user/test_quantized.py"),
+    ("bitsandbytes, 4 and 8 bits", "yes", "for users; refused without, and with 8 bits and a threshold of outliers",
+     "per_user/test_bitsandbytes.py"),
     ("quantized layers after layers that learn", "yes",
-     "where they have gradients; refused where not: torchao's packed int4 and bitsandbytes' 4 bits, both on CPUs",
+     "with a gradient from the dequantized weight where the library gives none or a wrong one",
      "per_user/test_quantized.py"),
     ("transformers' `Trainer`, loops of accelerate", "yes",
      "with their steps inside of `ttt.learning`: [guide](guide.md#learn-from-any-loss); refused without",
@@ -255,9 +257,12 @@ OTHERS = (
      "learn/test_hf_trainer.py"),
     ("offloading of accelerate, DataParallel, DistributedDataParallel", "refused", "", "adapt/test_choice.py"),
     ("FSDP2 beside layers that learn", "yes",
-     "these left out by `ignored_params`, the same tokens in all processes: [guide](guide.md#fsdp2)",
+     "these left out by `ignored_params`; the same or, with `data_parallel=True`, other text in each process: "
+     "[guide](guide.md#fsdp2)",
      "adapt/test_fully_sharded.py"),
-    ("FSDP2 of layers that learn, or with users", "refused", "on every process", "adapt/test_sharded.py"),
+    ("FSDP2 beside layers in which users learn", "yes", "with the same text and users in all processes",
+     "adapt/test_fully_sharded_users.py"),
+    ("FSDP2 of layers that learn", "refused", "on every process", "adapt/test_sharded.py"),
     ("tensor parallelism of layers that learn", "yes",
      "sharded before `ttt.adapt_`: [guide](guide.md#tensor-parallelism); refused for users",
      "adapt/test_tensor_parallel.py"),
@@ -323,6 +328,8 @@ def _cell(text: str) -> str:
 def main() -> None:
     """Try all families and write the page."""
     torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        sys.modules.setdefault("fla", None)  # type: ignore[arg-type]  # as tests/conftest.py: its kernels need a GPU
     rows = []
     for family in families():
         rows.append(try_family(family))

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import ttt
 from ttt.adapt.convert import learning_layers
 from ttt.adapt.training import other_hooks
-from ttt.learn.head import input_gradient, score
+from ttt.learn.head import _places, input_gradient, score
 from ttt.ops import backends
 
 
@@ -72,6 +72,13 @@ def test_scoring_leaves_16_bit_logits_alone_and_the_target_is_not_lost_in_roundi
     p[torch.arange(3), targets] -= 1
     plain = p.bfloat16() @ weight
     assert_close(ours, exact_gradient(logits, targets, weight), plain, "gradient")
+
+
+@pytest.mark.parametrize(("count", "vocabulary"), [(1, 8), (3, 5), (5, 24), (2, 4100), (64, 4096)])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 1.0])
+def test_places_are_those_of_nonzero_in_the_same_order(count, vocabulary, share):
+    keep = torch.rand(count, vocabulary) < share
+    assert all(torch.equal(*pair) for pair in zip(_places(keep), keep.nonzero(as_tuple=True), strict=True))
 
 
 @pytest.mark.parametrize("count", [1, 5, 40])

@@ -363,7 +363,7 @@ def test_16_bit_models_learn():
         (ONES, {"learn": "no"}, TypeError, "learn must be True or False, got str 'no'"),
         (ONES, {"learn": None}, TypeError, "learn must be True or False, got None"),
         (ONES, {"learn": 1}, TypeError, "learn must be True or False, got int 1"),
-        (ONES, {"users": ["a"]}, ValueError, "users must be given if, and only if"),
+        (ONES, {"users": ["a"]}, ValueError, r"users must be None: this model has one set of weights, .* got \['a'\]"),
     ],
 )
 def test_bad_input_is_refused_and_changes_nothing(ids, options, error, message):

@@ -175,3 +175,24 @@ def test_slots_that_are_chosen_on_the_device_are_those_that_the_host_chooses(dty
 @pytest.mark.parametrize("rate", ["energy", "rms"])
 def test_rates_are_a_users_own(rate):
     check_rates_are_a_users_own("cpu", torch.float32, rate)
+
+
+def test_steps_of_large_finite_rows_and_of_a_users_row_beside_one_that_is_not_finite():
+    layer = layer_of(9, 7, torch.float16, kronecker=2)
+    with torch.no_grad():
+        layer.basis.copy_(torch.linalg.qr(torch.randn(9, 2))[0].T / 2)
+        layer.output_basis.copy_(torch.linalg.qr(torch.randn(7, 2))[0].T / 2)
+    x, delta = torch.randn(4, 9).half(), torch.randn(4, 7).half()
+    x[1] = 3e4  # finite, and the sum of the row is not
+    assert torch.isfinite(x).all()
+    assert not torch.isfinite(x.sum(1)).all()
+    users = torch.tensor([0, 1, 1, 2], dtype=torch.int32)
+    applied = layer.applied(x, delta)
+    found = layer.steps(x, delta, users)
+    assert all(torch.equal(mine, wanted) for mine, wanted in zip(found, applied, strict=False))
+    assert found[2].finite[[0, 2, 3]].all()
+    x[1] = torch.nan
+    other = layer.steps(x, delta, users)
+    assert other[2].finite.tolist() == [True, False, True, True]
+    for mine, wanted in zip((*found[:2], found[2].eta), (*other[:2], other[2].eta), strict=True):
+        assert torch.equal(mine[[0, 3]], wanted[[0, 3]])

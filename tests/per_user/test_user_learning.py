@@ -234,9 +234,12 @@ def test_refusals_change_nothing():
     learner.observe(ids, users=["a", "b"])
     before = exports(learner.pool, "a", "b")
     for users, message in (
-        (None, "users must be given"), (["a"], "an entry for each of the 2 rows, got 1"), ([], "a list with a user"),
+        (None, "users must name whose each row of input_ids is, .*got None"),
+        (["a"], "an entry for each of the 2 rows, got 1"), ([], "a list with a user"),
         ("ab", "a list with a user"), (3, "a list with a user"), ({"a", "b"}, "a list with a user"),
         ([["a"], "b"], "user must be a string, got list"),
+        (["a", "b\0"], "without NUL, got 'b.x00'"), (["a", "b" * 513], r"1 to 512 bytes .*\(513 bytes\)"),
+        (["a", "\ud800"], "text that UTF-8 can hold"), (["a", ""], r"1 to 512 bytes without NUL, got '' \(0 bytes\)"),
     ):  # fmt: skip
         with pytest.raises((TypeError, ValueError), match=message):
             learner.observe(ids, users=users)
@@ -259,7 +262,7 @@ def test_refusals_change_nothing():
         learner.calibrate([ids])
     assert_same(before, exports(learner.pool, "a", "b"))
     plain = ttt.Learner(ttt.adapt_(tiny(), plain_config(target_modules=["down_proj"])))
-    with pytest.raises(ValueError, match="users must be given if, and only if"):
+    with pytest.raises(ValueError, match="users must be None: this model has one set of weights"):
         plain.observe(ids, users=["a", "b"])
 
 

@@ -75,6 +75,8 @@ def test_what_is_wrong_is_named_and_changes_no_bit(model, tmp_path):
         ):  # fmt: skip
             found = httpx.post(f"{url}/v1/users/ada/{route}", json=body)
             assert (found.status_code, found.json()["error"]["type"]) == (400, "invalid_request_error"), (route, body)
+        empty = httpx.post(f"{url}/v1/users/ada/learn", json={"text": ""}).json()["error"]
+        assert (empty["message"], empty["param"]) == ("text must have at least one character, got ''", "text")
         assert httpx.post(f"{url}/v1/users/ada/rollback", json={"version": 99}).status_code == 404
         for bad in ("a b", "-x", "%00", "a%2Fb", "x" * 129, "%F0%9F%90%95"):
             assert httpx.get(f"{url}/v1/users/{bad}").status_code in (400, 404)

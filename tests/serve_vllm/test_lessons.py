@@ -10,10 +10,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import ttt
 from ttt.conversation import Telling
+from ttt.serve.vllm.blocks import Block, TopBlocks
 from ttt.serve.vllm.lessons import learn_in_slices
 from ttt.serve.vllm.top_blocks import HiddenStates
 
 FIRST, BLOCKS = 2, 4
+NORMS = {"rtol": 1e-5, "atol": 1e-6}
+"""transformers computes the norms of double precision in single precision."""
 
 
 @pytest.fixture
@@ -30,14 +33,14 @@ def whole():
     return model
 
 
-def settings(layers, chunk):
+def settings(layers, chunk, slots=1):
     return ttt.TTTConfig(
         ["down_proj"], layers=layers, lr=0.02, chunk=chunk, head_mass=0.0, protect=[ttt.KroneckerFisher(directions=3)],
-        per_user=ttt.LowRank(slots=1, rank=8, window=16),
+        per_user=ttt.LowRank(slots=slots, rank=8, window=16),
     )  # fmt: skip
 
 
-def top_of(whole, chunk):
+def top_of(whole, chunk, slots=1):
     """A learner of the blocks from `FIRST` on."""
     top = copy.deepcopy(whole)
     top.model.layers = top.model.layers[FIRST:]
@@ -45,7 +48,7 @@ def top_of(whole, chunk):
         layer.self_attn.layer_idx = index
     top.config.num_hidden_layers = BLOCKS - FIRST
     top.model.embed_tokens = HiddenStates(97)
-    return ttt.Learner(ttt.adapt_(top, settings("all", chunk)))
+    return ttt.Learner(ttt.adapt_(top, settings("all", chunk, slots)))
 
 
 def captured(whole, ids):
@@ -58,28 +61,41 @@ def captured(whole, ids):
     return seen[0]
 
 
+class Lesson:
+    """A lesson of ``user`` with a learner of the top blocks, which takes a number of slices."""
+
+    def __init__(self, top, user, hidden, ids, teaches, telling, *, chunk=8, budget=1e9):
+        top.pool.open(user)
+        blocks = TopBlocks(top.model)
+        self.steps = learn_in_slices(top, blocks, user, hidden, ids, teaches, chunk, telling, lambda: budget)
+        self.learnt = None
+
+    def take(self):
+        """One slice; whether there are more."""
+        try:
+            next(self.steps)
+        except StopIteration as done:
+            self.learnt = done.value
+        return self.learnt is None
+
+    def finish(self):
+        while self.take():
+            pass
+        return self.learnt
+
+
 @pytest.mark.parametrize("telling", [Telling(1, 1.0), Telling(3, 5.0)])
-def test_a_lesson_is_learnt_as_by_a_learner_of_the_whole_model(whole, telling):
-    size, start = 8, 16  # a learner's chunks begin at multiples of their size, a lesson's slices where it teaches
+@pytest.mark.parametrize("start", [16, 40])
+def test_a_lesson_is_learnt_as_by_a_learner_of_the_whole_model(whole, telling, start):
+    size = 8  # a learner's chunks begin at multiples of their size, a lesson's where it teaches
     ids = torch.randint(97, (1, 29 + start))
     teaches = [at >= start and at != start + 12 for at in range(ids.shape[1])]
     learner = ttt.Learner(ttt.adapt_(copy.deepcopy(whole), settings(f"last:{BLOCKS - FIRST}", size)))
     output = learner.observe(ids, learn_mask=torch.tensor([teaches]), users=["ada"], **telling.options)
 
     top = top_of(whole, size)
-    top.pool.open("ada")
-    lesson = learn_in_slices(top, "ada", captured(whole, ids), ids[0].tolist(), teaches, size, telling)
-    steps = 0
-    while True:
-        try:
-            next(lesson)
-            steps += 1
-        except StopIteration as done:
-            learnt = done.value
-            break
-    slices = telling.passes * (1 + 4)  # one of context, and four that teach
-    assert (learnt.tokens, learnt.slices, steps) == (sum(teaches), slices, slices - 1)
-    assert learnt.passes == telling.passes
+    learnt = Lesson(top, "ada", captured(whole, ids), ids[0].tolist(), teaches, telling).finish()
+    assert (learnt.tokens, learnt.passes, learnt.slices) == (sum(teaches), telling.passes, 1)
     scored = [at - 1 for at in range(start + 1, len(teaches)) if teaches[at]]
     assert learnt.nll == pytest.approx(float(output.nll[0, scored].double().mean()), rel=1e-5)
     found, wanted = top.pool.export("ada"), learner.pool.export("ada")
@@ -90,6 +106,96 @@ def test_a_lesson_is_learnt_as_by_a_learner_of_the_whole_model(whole, telling):
         moved += int(t.is_floating_point() and bool(t.count_nonzero()))
     assert moved
     assert len(found) == len(wanted)
+
+
+def test_what_is_learnt_does_not_depend_on_pauses_or_on_lessons_of_others_in_them(whole):
+    texts = {user: torch.randint(97, (1, 40)) for user in ("ada", "bob")}
+    teaches, telling = [at >= 10 for at in range(40)], Telling(2, 5.0)
+
+    def lesson(top, user, **options):
+        return Lesson(top, user, captured(whole, texts[user]), texts[user][0].tolist(), teaches, telling, **options)
+
+    alone = {}
+    for user in texts:
+        top = top_of(whole, 8)
+        lesson(top, user).finish()
+        alone[user] = top.pool.export(user)
+    top = top_of(whole, 8, slots=2)
+    both = [lesson(top, user, budget=0.0) for user in texts]
+    while running := [each for each in both if each.learnt is None]:
+        for each in running:
+            each.take()
+    pieces = 2 * (BLOCKS - FIRST) + 2  # of a chunk that teaches: forward, backward, the head, and writing
+    assert [each.learnt.slices for each in both] == 2 * [2 * (BLOCKS - FIRST + 4 * pieces) + 1]
+    for user, state in alone.items():
+        found = top.pool.export(user)
+        assert all(torch.equal(found[name], t) for name, t in state.items())
+        assert any(bool(t.count_nonzero()) for t in found.values())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_block_computes_what_transformers_does_and_its_gradient(bias):
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=6, attention_bias=bias, mlp_bias=bias, vocab_size=7,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) / p.shape[-1] ** 0.5)
+    ttt.adapt_(model, settings("all", 8))
+    pool = ttt.pool_of(model)
+    module, past, count = model.model.layers[0], 5, 9
+    x = torch.randn(1, past + count, 32, dtype=torch.float64)
+    own = x[:, past:].clone().requires_grad_()
+    rotary = model.model.rotary_emb(x, torch.arange(past + count).unsqueeze(0))
+    mask = torch.ones(past + count, past + count, dtype=torch.bool).tril()[None, None]
+    blocks = TopBlocks(model)
+    block, memory = blocks.blocks[0], blocks.blocks[0].memory(past + count)
+    with pool.using(["ada"]) as slots:
+        block.down.learn(
+            torch.randn(4, 48).double(),
+            torch.randn(4, 32).double(),
+            torch.ones(4).double(),
+            slots.expand(4).contiguous(),
+        )
+        # What earlier tokens' keys and values would get is left out: they are constants.
+        with torch.no_grad():
+            block.inner(x[0, :past], 0, blocks.rotation(0, past), memory, keep=False)
+            inner = block.inner(x[0, past:], past, blocks.rotation(past, past + count), memory, keep=True)
+            found = block.outer(inner)
+        wanted = module(torch.cat([x[:, :past], own], 1), attention_mask=mask, position_embeddings=rotary)
+        wanted = wanted[0, past:]
+        torch.testing.assert_close(found, wanted, **NORMS)
+        gradient = torch.randn_like(found)
+        (exact,) = torch.autograd.grad(wanted, own, gradient)
+        with torch.no_grad():
+            mine = block.backward(inner, gradient, slots.repeat_interleave(count))
+    torch.testing.assert_close(mine, exact[0], **NORMS)
+
+
+def test_weights_that_lie_one_after_the_other_are_not_copied():
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=7,
+    )  # fmt: skip
+    module = LlamaForCausalLM(config).model.layers[0]
+    apart = Block(module)
+    fused = torch.cat([module.mlp.gate_proj.weight, module.mlp.up_proj.weight]).detach()
+    module.mlp.gate_proj.weight, module.mlp.up_proj.weight = (
+        torch.nn.Parameter(each, requires_grad=False) for each in fused.split(24)
+    )
+    together = Block(module)
+    assert together.gate_up.data_ptr() == fused.data_ptr()
+    assert torch.equal(together.gate_up, fused)
+    assert torch.equal(apart.gate_up, fused)
+    assert apart.gate_up.data_ptr() != module.mlp.gate_proj.weight.data_ptr()
+
+
+def test_another_activation_is_refused(whole):
+    whole.config.hidden_act = "gelu"
+    with pytest.raises(ValueError, match="must have the activation 'silu', got 'gelu'"):
+        TopBlocks(whole)
 
 
 def shifted(name):

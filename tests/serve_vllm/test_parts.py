@@ -28,8 +28,8 @@ def test_options_come_from_the_environment_and_name_what_is_wrong(tmp_path):
     assert found.blocks(30) == range(22, 30)
     for name, value in {
         "SLOTS": "0", "RANK": "none", "WINDOW": "512", "LAYERS": "all", "IDENTITY": "field", "KEYS": "keys.json",
-        "LEARN": "wait", "LEASE": "0", "SLICE": "0", "LESSON": "1", "LR": "-1", "PATIENCE": "nan", "SLOT": "3",
-        "PASSES": "0", "EMPHASIS": "101",
+        "LEARN": "wait", "LEASE": "0", "SLICE": "-1", "CHUNK": "0", "LESSON": "1", "LR": "-1", "PATIENCE": "nan",
+        "SLOT": "3", "PASSES": "0", "EMPHASIS": "101",
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=f"TTT_VLLM_{name}"):
             Options.from_environment(given | {f"TTT_VLLM_{name}": value})

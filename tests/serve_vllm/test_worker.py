@@ -57,6 +57,7 @@ def users_of(tmp_path, pool):
     """`Users` without vLLM."""
     made = object.__new__(users.Users)
     made.options, made.pool, made.learner = Options("here", identity="header"), pool, None
+    made.blocks, made.runner = None, SimpleNamespace(requests={})
     made.sessions = Sessions(pool, ttt.Store(tmp_path / "store"), "model")
     made.adapters = SimpleNamespace(publish=lambda user: None, remove=lambda user: None, introduce=lambda *_: None)
     made.capture = SimpleNamespace(take=lambda key, count: torch.zeros(1, count, 8), drop=lambda key: None, tokens=0)
@@ -95,6 +96,26 @@ def test_a_lesson_that_ends_early_leaves_the_user_as_before(why, tmp_path, monke
     after = pool.export("ada")
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert made.sessions.get("ada").updates == 0
+    made.sessions.close()
+
+
+def test_a_lesson_has_more_time_while_the_engine_answers_nobody(tmp_path, monkeypatch):
+    pool = adapted()
+    made = users_of(tmp_path, pool)
+    finish(made, made.begin("open", "ada", "key", []))
+    given = []
+
+    def slices(*arguments):
+        *_, budget = arguments
+        for requests in ({}, {"another user's": object()}):
+            made.runner.requests = requests
+            given.append(budget())
+            yield
+        return Learnt(tokens=1)
+
+    monkeypatch.setattr(users, "learn_in_slices", slices)
+    assert finish(made, made.begin("learn", "ada", "captured", [1, 2], [False, True], 0))[0] == "done"
+    assert given == [users.ALONE, made.options.slice]
     made.sessions.close()
 
 

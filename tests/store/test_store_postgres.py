@@ -1,5 +1,6 @@
 """What only happens with a server: it ends connections, and many threads make its tables at once."""
 
+import re
 import sys
 import threading
 
@@ -7,6 +8,7 @@ import pytest
 from states import assert_same_state, put, small_state
 
 import ttt
+from ttt.installing import how_to_install
 from ttt.store import CommitUncertain, StorageFailure
 
 
@@ -118,5 +120,5 @@ def test_a_server_that_is_missing_is_a_storage_failure(tmp_path):
 def test_missing_packages_are_named(package, url, extra, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"pip install 'ttt\[{extra}\]'"):
+    with pytest.raises(ImportError, match=re.escape(how_to_install(extra))):
         ttt.Store(url)

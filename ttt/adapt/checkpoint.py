@@ -39,9 +39,11 @@ from ttt.config import TTTConfig
 from ttt.files import write_atomically
 from ttt.layer_lock import exclusive
 from ttt.nn import Linear
+from ttt.nn.bnb import stored_values
 from ttt.nn.experts import STACKS, is_stack
 from ttt.nn.parallel import SharedSide, require_same, together, whole
-from ttt.nn.quantized import is_subclass, plain_parts
+from ttt.nn.quantized import plain_parts
+from ttt.nn.row_blocks import is_subclass
 from ttt.per_user.pool import has_pool
 
 FORMAT = "ttt"
@@ -358,7 +360,7 @@ def base_hash(model: nn.Module, names: list[str] | None = None) -> str:
     parameters = {canonical(name): parameter for name, parameter in unwrapped(model).named_parameters()}
     for key, parameter in sorted(parameters.items()):
         owner, _, leaf = key.rpartition(".")
-        value = whole(parameter.detach())
+        value = stored_values(whole(parameter))
         if owner in layers and leaf == "weight":
             value = _whole_base(layers[owner])
             if layers[owner].transposed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -23,6 +24,7 @@ from ttt.config import TTTConfig
 from ttt.layer_lock import exclusive
 from ttt.nn import Linear, LowRankLinear
 from ttt.nn.experts import STACKS, LearningExperts, is_stack
+from ttt.nn.own_gradient import give_own_gradient, take_own_gradients
 from ttt.nn.parallel import together
 from ttt.nn.quantized import QuantizedLowRankLinear, quantized
 from ttt.nn.sharded import ShardedLinear
@@ -57,7 +59,8 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
         TypeError: if ``model`` is no module, ``config`` no `TTTConfig`, or ``filter_fn`` no function.
         ValueError: if nothing matches (the error lists the nearest names), the model is adapted already, it is a linear
             layer itself, which cannot be replaced in place, or a match cannot learn: tied weights, 3-D expert
-            parameters, a quantized weight without ``config.per_user``, a dtype or module type without support.
+            parameters, a quantized weight without ``config.per_user``, a dtype or module type without support, a weight
+            with NaN or infinity.
         MemoryError: if there is too little memory for the state of the layers (on a GPU torch.OutOfMemoryError).
     """
     check_model(model)
@@ -71,7 +74,9 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
     plan = make_plan(model, config, filter_fn)
     chosen = plan.chosen
     _warn_of_left_out(plan.left_out)
-    make = _learning_layer if config.per_user is None else _low_rank_layer
+    make: Callable[[Any, TTTConfig, str], Any] = _learning_layer
+    if config.per_user is not None:
+        make = functools.partial(_low_rank_layer, dtype=_floating_dtype(model))
     share = 1 / sum(active_matrices(model, name, module) for name, module in chosen)
     frozen = [(p, p.requires_grad) for p in model.parameters()]
     placed: list[tuple[str, nn.Module]] = []
@@ -90,6 +95,8 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
             pooled = {canonical(n): layer for n, layer in layers.items() if isinstance(layer, LowRankLinear)}
             attach(model, pooled)
         switch_off_fast_paths(model, layers)
+        for module in plan.mended:
+            give_own_gradient(module)
         object.__setattr__(model, _ORIGINALS, dict(chosen))
         object.__setattr__(model, _LEFT_OUT, plan.left_out)
         object.__setattr__(model, _FROZEN, frozen)
@@ -103,6 +110,7 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
             model.__dict__.pop(attribute, None)
         refuse_no_more(model)
         switch_on_fast_paths(model)
+        take_own_gradients(model)
         if has_pool(model):
             detach(model)
         raise
@@ -202,6 +210,7 @@ def _take_out(model: nn.Module, layers: Mapping[str, Any], originals: dict[str, 
     object.__delattr__(model, _LEFT_OUT)
     refuse_no_more(model)
     switch_on_fast_paths(model)
+    take_own_gradients(model)
 
 
 def learning_layers(model: nn.Module) -> list[tuple[str, Linear]]:
@@ -321,10 +330,11 @@ def _learning_layer(module: Any, config: TTTConfig, name: str) -> Linear | Learn
     return layer
 
 
-def _low_rank_layer(module: Any, config: TTTConfig, name: str) -> LowRankLinear:
+def _low_rank_layer(module: Any, config: TTTConfig, name: str, dtype: torch.dtype) -> LowRankLinear:
     if not is_conv1d(module):
-        kind = QuantizedLowRankLinear if quantized(module) else LowRankLinear
-        return kind.from_weight(module.weight, module.bias, config, name)
+        if quantized(module):
+            return QuantizedLowRankLinear.beside(module, config, name, dtype)
+        return LowRankLinear.from_weight(module.weight, module.bias, config, name)
     # A view (m, n) of the Conv1D's weight, which is never written.
     layer = LowRankLinear.from_weight(nn.Parameter(module.weight.detach().T), module.bias, config, name)
     layer.transposed = True
@@ -344,6 +354,11 @@ def _follow(original: nn.Module, layer: Linear | LowRankLinear) -> None:
             if local(before).data_ptr() != own.data_ptr():
                 spread = layer.sharding.dtensor(own.detach())
                 setattr(original, name, nn.Parameter(spread, requires_grad=before.requires_grad))
+
+
+def _floating_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the first parameter of ``model`` that holds floating-point numbers."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -13,7 +13,9 @@ from ttt.adapt.sharding import HOW_TO_IGNORE, local, sharding_of, shards_fully
 from ttt.nn.base import DTYPES, Adapted, absent
 from ttt.nn.experts import STACKS, is_gated, is_stack
 from ttt.nn.parallel import is_sharded
-from ttt.nn.quantized import is_subclass, quantized, why_not
+from ttt.nn.quantized import quantized, why_not
+from ttt.nn.row_blocks import can_be_cut, is_subclass
+from ttt.ops.reference import _wide
 
 _PARALLEL = {
     "DistributedDataParallel": "its replicas would learn from different tokens and drift apart",
@@ -71,14 +73,15 @@ def unfit_type(name: str, module: Any) -> str:
     )
 
 
-def unfit_quantized(name: str, module: Any, per_user: bool) -> str:
-    """Why ``module``, if it is quantized, cannot be replaced; empty if it can, or is not quantized."""
+def unfit(name: str, module: Any, per_user: bool) -> str:
+    """Why ``module`` cannot be replaced, by its type or because it is quantized; empty if it can."""
     if not (by := quantized(module)):
-        return ""
+        return unfit_type(name, module)
     if why := why_not(module):
         return (
             f"{name} is quantized ({by}), and {why}: it cannot be adapted. Users' low-rank weights can learn beside "
-            "layers of which torchao quantizes the weight only, as Int8WeightOnlyConfig and IntxWeightOnlyConfig do"
+            "layers of which torchao quantizes the weight only, as Int8WeightOnlyConfig does, and beside those of "
+            "bitsandbytes with 4 bits, or with 8 bits and llm_int8_threshold=0.0"
         )
     if per_user:
         return ""
@@ -136,7 +139,7 @@ class Weights:
                     "down(act(gate(x)) * up(x)), so it cannot be adapted; leave it out"
                 )
             return
-        if why := unfit_quantized(name, module, per_user) or unfit_type(name, module):
+        if why := unfit(name, module, per_user):
             raise ValueError(why)
         if not per_user and not is_conv1d(module) and not self._fully_sharded and sharding_of(name, module):
             self._refuse_weight(f"{name}.weight", local(module.weight), module.weight)
@@ -144,18 +147,21 @@ class Weights:
         if is_subclass(module.weight) and not quantized(module) and not absent(module.weight):
             kind = type(module.weight).__name__
             raise ValueError(f"{name}.weight is a {kind}, not a plain tensor; it cannot learn")
-        self._refuse_weight(f"{name}.weight", module.weight)
+        packed = bool(quantized(module)) and not can_be_cut(module)
+        self._refuse_weight(f"{name}.weight", module.weight, packed=packed)
 
-    def _refuse_weight(self, name: str, weight: Tensor, whole: Tensor | None = None) -> None:
+    def _refuse_weight(self, name: str, weight: Tensor, whole: Tensor | None = None, *, packed: bool = False) -> None:
         """Raise ValueError unless the parameter ``weight``, of that ``name``, can be the weight of a learning layer.
 
-        ``whole`` is the DTensor of which ``weight`` is a part.
+        ``whole`` is the DTensor of which ``weight`` is a part; ``packed``: it is read by its own layer only.
         """
         if why := absent(weight):
             way = f"Leave it out of sharding, by {HOW_TO_IGNORE}, or load" if self._fully_sharded else "Load"
             raise ValueError(f"{name} {why}; it cannot learn. {way} the whole model first, in one process")
         if tied := self._tied(name, weight if whole is None else whole):
             raise ValueError(f"{name} is tied to {tied}: learning in one would change the other; leave it out")
+        if packed:
+            return
         if weight.dtype not in DTYPES:
             raise ValueError(f"{name} is {weight.dtype}; it must be one of {[str(d) for d in DTYPES]}")
         if not weight.is_contiguous():
@@ -165,6 +171,11 @@ class Weights:
                 f"{name} shares its memory with {shared}: learning in one would change the other; leave it out, or "
                 "give it memory of its own"
             )
+        if whole is None and (wrong := _count_not_finite(weight)):  # of a part, other processes would not hear
+            raise ValueError(
+                f"{name} must be finite to learn, but {wrong} of its {weight.numel()} numbers are NaN or infinite: "
+                "repair the model, or leave it out"
+            )
 
 
 def offloads(module: Any) -> bool:
@@ -172,6 +183,16 @@ def offloads(module: Any) -> bool:
     hook = getattr(module, "_hf_hook", None)
     hooks: Sequence[Any] = getattr(hook, "hooks", [hook])
     return any(getattr(each, "offload", False) for each in hooks)
+
+
+def _count_not_finite(weight: Tensor) -> int:
+    """How many numbers of ``weight`` are NaN or infinite; 0 also for a quantized one."""
+    if is_subclass(weight):
+        return 0
+    weight = weight.detach()
+    if bool(weight.sum(dtype=_wide(weight.dtype)).isfinite()):  # a sum is read once, and holds what is not finite
+        return 0
+    return int(weight.isfinite().logical_not_().sum())
 
 
 def _in_memory(t: Tensor) -> bool:

@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from ttt.adapt.fit import Weights, is_linear, offloads, refuse_parallel, unfit_quantized, unfit_type
+from ttt.adapt.fit import Weights, is_linear, offloads, refuse_parallel, unfit, unfit_type
 from ttt.adapt.names import canonical
 from ttt.adapt.sharding import refuse_config
 from ttt.adapt.stacks import in_layers, outside_language
 from ttt.checks import check_layers, check_names
 from ttt.config import TTTConfig
+from ttt.nn.bnb import mixes_rows
 from ttt.nn.experts import is_gated, is_stack
 from ttt.nn.parallel import is_sharded
 from ttt.nn.quantized import quantized, why_blocked
@@ -32,10 +33,13 @@ class Plan:
     Attributes:
         chosen: (name, module) of the layers that will learn.
         left_out: what "all-linear" does not take -> why.
+        mended: quantized layers that do not learn, through which the library that quantized them passes no gradient, or
+            a wrong one: the right one is computed here.
     """
 
     chosen: list[tuple[str, nn.Module]]
     left_out: dict[str, str]
+    mended: list[nn.Module]
 
 
 def make_plan(model: nn.Module, config: TTTConfig, filter_fn: FilterFn | None) -> Plan:
@@ -44,7 +48,7 @@ def make_plan(model: nn.Module, config: TTTConfig, filter_fn: FilterFn | None) -
     Raises:
         ValueError: as `adapt_`.
     """
-    refuse_parallel(model, fsdp=config.per_user is None)
+    refuse_parallel(model, fsdp=True)
     refuse_bare(model)
     check_names("target_modules", config.target_modules)
     check_layers("layers", config.layers)
@@ -74,11 +78,11 @@ def make_plan(model: nn.Module, config: TTTConfig, filter_fn: FilterFn | None) -
         chosen = [(name, module) for name, module in matched if name in names]
         if not chosen:
             raise ValueError(f"layers = {config.layers!r} leaves none of the matched modules {[n for n, _ in matched]}")
-    check_fit(model, chosen, per_user)
+    mended = check_fit(model, chosen, per_user)
     for name, module in chosen:
         if is_sharded(getattr(module, "weight", None)):
             refuse_config(name, config)
-    return Plan(chosen, left_out)
+    return Plan(chosen, left_out, mended)
 
 
 def active_matrices(model: nn.Module, name: str, module: nn.Module) -> int:
@@ -94,10 +98,13 @@ def active_matrices(model: nn.Module, name: str, module: nn.Module) -> int:
     return 2
 
 
-def check_fit(model: nn.Module, chosen: Sequence[tuple[str, nn.Module]], per_user: bool = False) -> None:
+def check_fit(model: nn.Module, chosen: Sequence[tuple[str, nn.Module]], per_user: bool = False) -> list[nn.Module]:
     """Raise ValueError unless all of the ``chosen`` modules of ``model`` can be replaced by learning layers.
 
     ``per_user``: by those whose own weight is never written.
+
+    Returns:
+        See `Plan.mended`.
     """
     refuse_bare(model)
     weights, names = Weights(model), dict[str, str]()
@@ -110,25 +117,46 @@ def check_fit(model: nn.Module, chosen: Sequence[tuple[str, nn.Module]], per_use
         weights.refuse_unfit(name, module, per_user)
         if (other := names.setdefault(canonical(name), name)) != name:
             raise ValueError(f"{name} and {other} would have one name, {canonical(name)}, in files; leave one out")
-    _refuse_blocked(model, {name for name, _ in chosen})
+    return _mended(model, {name for name, _ in chosen}, per_user)
 
 
-def _refuse_blocked(model: nn.Module, chosen: set[str]) -> None:
-    """Raise ValueError if no gradient, or a wrong one, passes through a layer after one of the ``chosen``."""
-    after, known = False, dict[Any, str]()
+def _mended(model: nn.Module, chosen: set[str], per_user: bool) -> list[nn.Module]:
+    """The quantized layers, beside the ``chosen``, whose gradient must be computed here.
+
+    Raises:
+        ValueError: if that cannot be done for one of them, or for one of the ``chosen``; or if ``per_user`` and the
+            outputs for one user depend on the inputs of another.
+    """
+    after, known, mended = False, dict[Any, tuple[str, str]](), list[nn.Module]()
     module: Any
     for name, module in model.named_modules():
         after = after or name in chosen
-        if not after or name in chosen or not isinstance(module, nn.Linear) or not (by := quantized(module)):
+        if not isinstance(module, nn.Linear) or not (by := quantized(module)):
             continue
-        kind = type(module), type(module.weight), tuple(module.weight.shape), module.weight.device
-        if kind not in known:
-            known[kind] = why_blocked(module)
-        if known[kind]:
+        if per_user and mixes_rows(module):
             raise ValueError(
-                f"{name} is quantized ({by}) and {known[kind]}: layers before it would learn something wrong; quantize "
-                "its weight only, in a way that has gradients (as torchao's Int8WeightOnlyConfig does)"
+                f"{name} ({by}) computes columns with outliers in another way for all rows, so that one user's text "
+                "would change another's outputs; quantize with llm_int8_threshold=0.0"
             )
+        if not after:
+            continue
+        weight = module.weight
+        packing = getattr(weight, "quant_type", None), getattr(weight, "quant_storage", None)
+        size = module.out_features, module.in_features
+        learns = name in chosen
+        kind = learns, type(module), type(weight), size, weight.device, packing
+        if kind not in known:
+            why = "" if learns else why_blocked(module)
+            known[kind] = why, why_blocked(module, own=True) if why or learns else ""
+        why, why_own = known[kind]
+        if why_own:
+            raise ValueError(
+                f"{name} is quantized ({by}) and {why or why_own}: layers before it would learn something wrong; "
+                "quantize its weight only, in a way that has gradients (as torchao's Int8WeightOnlyConfig does)"
+            )
+        if why:
+            mended.append(module)
+    return mended
 
 
 def refuse_bare(model: nn.Module) -> None:
@@ -211,7 +239,7 @@ def _left_out(model: nn.Module, candidates: list[tuple[str, nn.Module]], per_use
             found[name] = "router of experts"
         elif name in towers:
             found[name] = "outside of the language model; name it in target_modules to adapt it"
-        elif why := unfit_quantized(name, module, per_user) or unfit_type(name, module):
+        elif why := unfit(name, module, per_user):
             found[name] = why
         elif tied := weights.tied(name, module):
             found[name] = f"tied to {tied}"

@@ -10,6 +10,7 @@ from torch import nn
 
 from ttt.config import TTTConfig
 from ttt.nn.base import Adapted
+from ttt.nn.low_rank import LowRankLinear
 from ttt.nn.parallel import UNSHARDED, Sharding, SharedSide, groups_of, is_sharded
 
 _HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
@@ -33,6 +34,24 @@ def shards_fully(model: nn.Module) -> bool:
 def is_distributed() -> bool:
     """Whether this process belongs to a group, so that a model may be sharded."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def refuse_unjoined(model: nn.Module) -> None:
+    """Raise ValueError unless ``model`` can learn with ``data_parallel=True``: each process from a text of its own."""
+    if not shards_fully(model):
+        raise ValueError(
+            "data_parallel must be False for a model that FSDP2 does not shard: nothing says which processes share it"
+        )
+    if any(isinstance(module, LowRankLinear) for module in model.modules()):
+        raise ValueError(
+            "data_parallel must be False for a model whose users have weights of their own, whose slots all processes "
+            "keep the same"
+        )
+    if sharded := [module.name for module in model.modules() if isinstance(module, Adapted) and module.sharding]:
+        raise ValueError(
+            f"data_parallel must be False where a layer that learns is sharded (tensor parallelism), as {sharded[0]}: "
+            "all processes that share it must read the same text"
+        )
 
 
 def processes_of(model: nn.Module) -> list[SharedSide]:

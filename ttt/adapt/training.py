@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttt.nn.own_gradient import is_own_gradient
+
 
 class _Frozen(torch.autograd.Function):
     """The loss itself; its backward pass is an error."""
@@ -46,8 +48,9 @@ def refuse_no_more(model: nn.Module) -> None:
 
 
 def other_hooks(module: nn.Module) -> bool:
-    """Whether ``module`` has hooks on its forward pass that are not those of `refuse_when_frozen`."""
-    return bool(module._forward_pre_hooks) or any(hook is not _watch for hook in module._forward_hooks.values())
+    """Whether ``module`` has hooks on its forward pass that are not of this package."""
+    hooks = module._forward_hooks.values()
+    return bool(module._forward_pre_hooks) or any(hook is not _watch and not is_own_gradient(hook) for hook in hooks)
 
 
 def _watch(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:

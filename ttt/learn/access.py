@@ -6,13 +6,14 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ttt.adapt.convert import kept_originals, require_layers
 from ttt.adapt.fit import refuse_parallel
-from ttt.adapt.sharding import is_distributed, is_fully_sharded, processes_of, shards_fully
+from ttt.adapt.sharding import is_distributed, is_fully_sharded, processes_of, refuse_unjoined, shards_fully
 from ttt.atomic import refuse_torn
-from ttt.checks import check_model
+from ttt.checks import check_bool, check_model
 from ttt.layer_lock import exclusive
 from ttt.nn import Linear, LowRankLinear
 from ttt.nn.parallel import agreed, is_sharded, require_same, together
@@ -22,8 +23,12 @@ from ttt.per_user.pool import Pool, has_pool, pool_of
 class Access:
     """Finds the learning layers of ``model`` and lets the methods of a `ttt.Learner` use them.
 
+    Args:
+        data_parallel: as of a `ttt.Learner`.
+
     Raises:
-        ValueError: if there is no learning layer.
+        TypeError: if ``data_parallel`` is no bool.
+        ValueError: if there is no learning layer, or the model cannot learn with ``data_parallel``.
         RuntimeError: if a parameter or buffer was made in inference mode, so that autograd cannot use it.
 
     Attributes:
@@ -34,13 +39,14 @@ class Access:
         processes: for each group of processes over which the model is sharded, what its members exchange tensors by
             (`ttt.nn.parallel.SharedSide`); empty for one process.
         replicas: the same as ``processes`` if FSDP2 shards the model, and otherwise empty. With FSDP2 each process
-            holds the whole of every learning layer, so that all must learn from the same tokens.
+            holds the whole of every learning layer, so that all must learn from the same rows, and all users' slots.
+        joins: whether these rows are those of all processes, each of which reads a text of its own.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, data_parallel: bool = False) -> None:
+        self.model, self.joins = model, check_bool("data_parallel", data_parallel)
         self.pool: Pool | None = pool_of(model) if has_pool(check_model(model)) else None
-        refuse_parallel(model, fsdp=self.pool is None)
+        refuse_parallel(model, fsdp=True)
         self.single_layers: list[Linear] = require_layers(model, sharded=True) if self.pool is None else []
         self.layers: Sequence[Linear | LowRankLinear] = self.single_layers
         if self.pool is not None:
@@ -48,6 +54,8 @@ class Access:
         self.config = self.layers[0].config
         self.processes = processes_of(model)
         self.replicas = self.processes if shards_fully(model) else []
+        if data_parallel:
+            refuse_unjoined(model)
         self._originals = kept_originals(model)
         self._modules = list(model.modules())  # listing them takes longer than looking at them
         self._kinds = list(map(type, self._modules))
@@ -93,7 +101,7 @@ class Access:
             yield
 
     def agreed(self, finite: Tensor) -> Tensor:
-        """Whether ``finite`` () bool is True in all processes over which the model is sharded."""
+        """Where ``finite``, bool of any shape, is True in all processes over which the model is sharded."""
         return agreed(self.processes, finite)
 
     def same(self, t: Tensor) -> Tensor:
@@ -101,6 +109,10 @@ class Access:
         for side in self.processes:
             t = side.same(t)
         return t
+
+    def anywhere(self, found: bool) -> bool:
+        """Whether ``found`` is True in one of the processes over which the model is sharded."""
+        return not bool(agreed(self.processes, torch.tensor(not found, device=self.layers[0].weight.device)))
 
     def require_same(self, what: str, *values: Any) -> None:
         """Raise ValueError, in all processes over which the model is sharded, unless all were given the same."""

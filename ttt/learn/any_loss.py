@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ttt.adapt.convert import require_layers
-from ttt.adapt.sharding import processes_of, shards_fully
+from ttt.adapt.sharding import processes_of, refuse_unjoined, shards_fully
 from ttt.atomic import whole_write
+from ttt.checks import check_bool
 from ttt.layer_lock import exclusive
+from ttt.learn.data_parallel import joined_rows
 from ttt.learn.step import refuse_other_updates, write
 from ttt.nn import Capturing
 from ttt.nn.graph_steps import forbid_capture
-from ttt.nn.parallel import together
+from ttt.nn.parallel import require_same, together
 
 
 @dataclasses.dataclass
@@ -61,7 +63,7 @@ def capturable_(model: nn.Module, rows: int | None) -> nn.Module:
 
 
 @contextlib.contextmanager
-def learning(model: nn.Module) -> Iterator[LearningResult]:
+def learning(model: nn.Module, *, data_parallel: bool = False) -> Iterator[LearningResult]:
     """Learn from every ``backward()`` inside: ``with ttt.learning(model): loss.backward()``.
 
     The loss must be SUMMED over tokens (or samples), as ``lr`` is a step per token. The forward pass must run
@@ -74,9 +76,13 @@ def learning(model: nn.Module) -> Iterator[LearningResult]:
     If the model is sharded over processes, all of them must differentiate the same loss of the same inputs. With FSDP2,
     whose learning layers are whole in each process, that is checked.
 
+    Args:
+        data_parallel: whether each process of a model that FSDP2 shards differentiates the loss of inputs of its own.
+            All then learn from all inputs, as from one batch.
+
     Raises:
-        TypeError, ValueError: if ``model`` is no module, or has no learning layer; or if processes of FSDP2 would learn
-            from other tokens. Nothing has changed then.
+        TypeError, ValueError: if ``model`` is no module, or has no learning layer; if processes of FSDP2 would learn
+            from other tokens; or if ``data_parallel`` is no bool, or True without FSDP2. Nothing has changed then.
         FloatingPointError: if a gradient is not finite; nothing has changed then.
         RuntimeError: if another thread is learning with these layers, or a write to them ended half-way.
     """
@@ -84,13 +90,19 @@ def learning(model: nn.Module) -> Iterator[LearningResult]:
     processes = processes_of(model)
     with contextlib.ExitStack() as held:
         with together(processes, "ttt.learning"):
+            if check_bool("data_parallel", data_parallel):
+                refuse_unjoined(model)
             held.enter_context(exclusive(layers, "ttt.learning"))
         with Capturing(layers) as capturing, torch.enable_grad():
             yield result
             captured = capturing.renew()
-        pairs = zip(layers, captured, strict=True)
-        updates = [(layer, update) for layer, rows in pairs if (update := layer.update_from(rows)) is not None]
-        if processes and shards_fully(model):
+        require_same(processes, "data_parallel", data_parallel)
+        updates = []
+        for layer, rows in zip(layers, captured, strict=True):
+            given = joined_rows(processes, layer, (rows, None, None)) if data_parallel else (rows,)
+            if (update := layer.update_from(*given)) is not None:
+                updates.append((layer, update))
+        if processes and shards_fully(model) and not data_parallel:
             refuse_other_updates(processes, updates)
         if any(layer.capturable is not None for layer in layers):
             finite = [update.finite.view(1) for _, update in updates]

@@ -124,18 +124,29 @@ class Guard(GuardSettings):
         names = ("threshold", "bound", "every", "strengthen", "cap", "surprise")
         return {name: getattr(self, name) for name in names}
 
-    def attach(self, learner: Any) -> None:
-        """Guard ``learner`` from now on, and measure the reference with its anchor's weights. `ttt.Learner` calls this.
+    def given(self) -> list[Any]:
+        """All that this guard was made with."""
+        return [*self.batches, *self.settings().values()]
 
-        Raises:
-            TypeError, ValueError: if a batch does not suit the learner's model, or the guard watches another learner.
+    def check_fits(self, model: nn.Module, context: int) -> None:
+        """Raise TypeError or ValueError unless this guard can be attached to a learner of ``model`` with ``context``.
+
+        It cannot if a batch does not suit the model, or if the guard watches another learner.
         """
         if self._learner is not None:
             raise ValueError("guard watches another learner already; make one Guard for each")
         for ids in self.batches:
-            check_token_ids("each of batches", ids, learner.model)
-            if not 2 <= ids.shape[1] <= learner.context:
-                raise ValueError(f"batches must have 2 to {learner.context} tokens a row, got {tuple(ids.shape)}")
+            check_token_ids("each of batches", ids, model)
+            if not 2 <= ids.shape[1] <= context:
+                raise ValueError(f"batches must have 2 to {context} tokens a row, got {tuple(ids.shape)}")
+
+    def attach(self, learner: Any) -> None:
+        """Guard ``learner`` from now on, and measure the reference with its anchor's weights. `ttt.Learner` calls this.
+
+        Raises:
+            TypeError, ValueError: as `check_fits`.
+        """
+        self.check_fits(learner.model, learner.context)
         self._learner = learner
         try:
             with stand_in(learner.layers, [None] * len(learner.layers)):
@@ -188,7 +199,7 @@ class Guard(GuardSettings):
         Raises:
             RuntimeError: as `ttt.Learner.observe`.
         """
-        with self._learner.access.enter("Guard.check"):
+        with self._learner.access.enter_together("Guard.check"):
             self.settle(None, self.loss() / self.reference - 1)
 
     def require_within(self, user: None = None) -> float:

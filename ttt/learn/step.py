@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ttt.atomic import whole_write
+from ttt.learn.data_parallel import join, joined_rows
 from ttt.learn.head import AutogradScores, Scored
 from ttt.learn.stream_rule import Chunk, backward_terms, joined
 from ttt.nn import Capturing, Linear, Update
@@ -66,8 +67,8 @@ def learn_from(learner: Learner, capturing: Capturing, chunk: ScoredChunk) -> bo
     if not bool(step.finite):
         return False
     if learner.guard is not None:
-        nll = chunk.scores.nll
-        learner.guard.pace(step.updates, nll if chunk.wanted is None else nll[chunk.wanted])
+        nll = chunk.scores.nll.flatten() if chunk.wanted is None else chunk.scores.nll[chunk.wanted]
+        learner.guard.pace(step.updates, join(learner.access.replicas, nll) if learner.access.joins else nll)
     if chunk.emphasis != 1.0:
         for _, update in step.updates:
             update.eta.mul_(chunk.emphasis)
@@ -96,22 +97,26 @@ def step_from(learner: Learner, capturing: Capturing, chunk: ScoredChunk) -> Ste
         valid = scores.logits if chunk.rows is None else scores.logits.flatten(0, 1)[chunk.rows]
         valid.square().sum().backward()
         traced = capturing.renew()
-    updates = [
-        layer.update_from(*joined(pairs, trace, chunk.rows, more))
-        for layer, pairs, trace, more in zip(layers, captured, traced, replayed, strict=True)
-    ]
+    updates = []
+    for layer, pairs, trace, more in zip(layers, captured, traced, replayed, strict=True):
+        given = joined(pairs, trace, chunk.rows, more)
+        if learner.access.joins:
+            given = joined_rows(learner.access.replicas, layer, given)
+        updates.append(layer.update_from(*given))
     found = [(layer, update) for layer, update in zip(layers, updates, strict=True) if update is not None]
     loss = (scores.nll if chunk.wanted is None else scores.nll[chunk.wanted]).sum()
     loss = loss if term is None else loss + term
     finite = torch.stack([torch.isfinite(loss)] + [update.finite.to(loss.device) for _, update in found])
-    refuse_other_updates(learner.access.replicas, found)
+    if not learner.access.joins:
+        refuse_other_updates(learner.access.replicas, found)
     return Step(found, learner.access.agreed(finite.all()))
 
 
-def refuse_other_updates(processes: Sequence[SharedSide], updates: Sequence[tuple[Linear, Update]]) -> None:
+def refuse_other_updates(processes: Sequence[SharedSide], updates: Sequence[tuple[Any, Any]]) -> None:
     """Raise ValueError, in all ``processes``, unless whole layers that each of them holds get the same rows in all.
 
     FSDP2 is made for processes that read other texts, from which these layers would learn something else in each.
+    Each of ``updates`` is a layer with something whose ``x`` and ``delta`` are the rows.
     """
     if not processes:
         return

@@ -177,18 +177,7 @@ class Linear(StatefulLinear):
         """
         if not captured:
             return None
-        x, delta = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*captured, strict=True))
-        trace_delta = None
-        if trace_captured:
-            trace_delta = torch.cat([d for _, d in trace_captured])
-        if rows is not None:
-            if rows.numel() != x.shape[0]:
-                raise ValueError(
-                    f"{self.name} saw {x.shape[0]} rows where the mask has {rows.numel()} tokens: "
-                    "masks need layers that see every token"
-                )
-            x, delta = x[rows], delta[rows]
-            trace_delta = None if trace_delta is None else trace_delta[rows]
+        x, delta, trace_delta = self.rows_of(captured, trace_captured, rows)
         x, delta = x.to(self.weight.dtype).contiguous(), delta.to(self.weight.dtype).contiguous()
         sum_dtype = self.win_eta.dtype
         found = rates(
@@ -205,6 +194,31 @@ class Linear(StatefulLinear):
             length = self.sharding.output.sum(torch.linalg.vector_norm(trace_delta, dtype=sum_dtype))
             finite = finite & torch.isfinite(length)
         return Update(x, delta, eta, trace_delta, finite, found.grown, found.weight, found.agreement)
+
+    def rows_of(
+        self,
+        captured: list[tuple[Tensor, Tensor]],
+        trace_captured: list[tuple[Tensor, Tensor]] | None = None,
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The rows x (T, n), delta (T, m) and trace_delta (T, m) or None, of the arguments of `update_from`, not empty.
+
+        Raises:
+            ValueError: as `update_from`.
+        """
+        x, delta = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*captured, strict=True))
+        trace_delta = None
+        if trace_captured:
+            trace_delta = torch.cat([d for _, d in trace_captured])
+        if rows is not None:
+            if rows.numel() != x.shape[0]:
+                raise ValueError(
+                    f"{self.name} saw {x.shape[0]} rows where the mask has {rows.numel()} tokens: "
+                    "masks need layers that see every token"
+                )
+            x, delta = x[rows], delta[rows]
+            trace_delta = None if trace_delta is None else trace_delta[rows]
+        return x, delta, trace_delta
 
     @full_precision
     def learn(self, update: Update, gate: Tensor | None = None) -> None:

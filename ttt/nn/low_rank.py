@@ -48,7 +48,7 @@ class _Capture(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
         with without_autocast(x.device):
-            return layer._transposed_product(grad, users), None, None, None
+            return layer.transposed_product(grad, users), None, None, None
 
 
 class LowRankLinear(Adapted):
@@ -169,7 +169,11 @@ class LowRankLinear(Adapted):
             return y
         return ops.low_rank_linear(x.contiguous(), self.weight, self.bias, self.a, self.b, self.rows, users)
 
-    def _transposed_product(self, delta: Tensor, users: Tensor | None) -> Tensor:
+    def transposed_product(self, delta: Tensor, users: Tensor | None) -> Tensor:
+        """The gradient at the input, delta_t W + (delta_t B_u^T) A_u, from ``delta`` (..., m) at the output.
+
+        ``users``: (T,) int32, the slot of each row, -1 for the base model; None if all are the base model's.
+        """
         if users is None:
             return delta @ self.weight
         return ops.low_rank_linear(delta.contiguous(), self.weight.T, None, self.b, self.a, self.rows, users)
@@ -207,7 +211,11 @@ class LowRankLinear(Adapted):
             The rows of the update, (T, n) and (T, m), and the `Rates`.
         """
         before, applied = self.moments, (x, delta)
-        if self.damps:
+        if self.damps and x.is_cpu and _all_finite(x) and _all_finite(delta):
+            # Given as other tensors than the rows, as below, so that `rates` computes with them in the same way: no bit
+            # of a user's steps depends on whether another user's rows are finite.
+            applied = self.applied(x.view_as(x), delta.view_as(delta))
+        elif self.damps:
             # Rows that are not finite must not reach others through a product, see `forward`.
             finite = (torch.isfinite(x).all(1) & torch.isfinite(delta).all(1)).unsqueeze(1)
             x, delta = (torch.where(finite, rows, 0.0) for rows in (x, delta))
@@ -418,3 +426,11 @@ class LowRankLinear(Adapted):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, lr={self.config.lr}, {self.low_rank}"
+
+
+def _all_finite(rows: Tensor) -> bool:
+    """Whether sums show that ``rows`` (T, n) are finite; False also where a sum is too large for the dtype.
+
+    It takes a small part of the time of looking at each number.
+    """
+    return bool(torch.isfinite(rows.sum(1)).all())

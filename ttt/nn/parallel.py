@@ -97,6 +97,18 @@ class SharedSide(Side):
         dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part[..., :size] for part, size in zip(parts, self.sizes, strict=True)], -1)
 
+    def join(self, t: Tensor) -> Tensor:
+        """The rows of all processes' ``t`` (T, ...), of which each may have another number T, in the order of ranks."""
+        own = torch.tensor([len(t)], device=t.device)
+        counts = [torch.empty_like(own) for _ in self.sizes]
+        dist.all_gather(counts, own, group=self.group)
+        rows = [int(count) for count in counts]
+        padded = t.new_zeros(max(rows), *t.shape[1:])
+        padded[: len(t)] = t
+        parts = [torch.empty_like(padded) for _ in self.sizes]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)])
+
     def part(self, t: Tensor) -> Tensor:
         start = sum(self.sizes[: self.rank])
         return t[..., start : start + self.sizes[self.rank]]
@@ -193,7 +205,7 @@ def groups_of(shardings: Iterable[Sharding]) -> list[SharedSide]:
 
 
 def agreed(processes: Sequence[SharedSide], good: Tensor) -> Tensor:
-    """Whether ``good`` () bool is True in all ``processes``."""
+    """Where ``good``, bool of any shape, is True in all ``processes``."""
     for side in processes:
         good = side.sum((~good).long()) == 0
     return good

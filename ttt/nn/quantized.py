@@ -1,32 +1,33 @@
 """Layers whose weight is quantized: users' low-rank weights learn beside it, and it is never written.
 
 A weight of torchao is a tensor of a class of its own. It has the dtype and the shape that it stands for, and computes
-`torch.nn.functional.linear`. For the gradient at the layer's input it is dequantized, a block of rows at a time.
+`torch.nn.functional.linear`. For the gradient at the layer's input it is dequantized, a block of rows at a time. What
+only its own layer can compute with, as weights of bitsandbytes, is a `ttt.nn.module_weight.ModuleWeight`.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ttt import ops
+from ttt.config import TTTConfig
+from ttt.nn.autocast import autocast_dtype
 from ttt.nn.base import absent
+from ttt.nn.bnb import mixes_rows
+from ttt.nn.frozen_weight import FrozenWeight
 from ttt.nn.low_rank import LowRankLinear
-from ttt.ops.low_rank.reference import isolated_linear
+from ttt.nn.module_weight import ModuleWeight
+from ttt.nn.own_gradient import give_own_gradient
+from ttt.nn.row_blocks import Blocks, can_be_cut, dequantized_blocks, dequantized_rows, transposed_product
 
-_BLOCK = 1 << 20  # elements that are dequantized at a time, at most, unless a row has more
 _ROUNDING = 0.03  # of the output of a layer that computes in 8 bits, relative to its size
 _ACTIVATIONS = ("act_quant_kwargs", "activation_quantization")  # where torchao's tensors say that inputs are rounded
-
-
-def is_subclass(weight: Tensor) -> bool:
-    """Whether ``weight`` is of a tensor class that is not torch's own, as quantized weights are."""
-    return type(weight) not in (Tensor, nn.Parameter)
 
 
 def quantized(module: nn.Module) -> str:
@@ -45,25 +46,33 @@ def blocks_gradients(module: nn.Module) -> bool:
     return bool(quantized(module)) and any(getattr(weight, name, None) is not None for name in _ACTIVATIONS)
 
 
-def why_blocked(module: Any) -> str:
+def why_blocked(module: Any, *, own: bool = False) -> str:
     """Why layers before ``module``, if it is quantized, would learn something wrong; empty if they would not.
 
     Some kernels for packed weights have no derivative, or silently give none; those of bitsandbytes for CPUs with
     AVX512-BF16 do so once they have run without gradients. So a copy is run as a learner would. A layer that is not in
     memory cannot be tried.
+
+    Args:
+        own: whether the gradient is that of `ttt.nn.frozen_weight`, and not the library's.
     """
     if blocks_gradients(module):
         return "rounds its inputs, through which no gradient passes"
     if not quantized(module) or absent(module.weight):
         return ""
     trial = copy.deepcopy(module).eval().requires_grad_(False)
+    frozen = FrozenWeight(trial)
+    if own:
+        give_own_gradient(trial)
+    forward = frozen.product if own else trial
     weight, generator = trial.weight, torch.Generator().manual_seed(0)
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    x, other = (torch.randn(1, 1, trial.in_features, generator=generator).to(weight.device, dtype) for _ in range(2))
+    x, other = (
+        torch.randn(1, 1, trial.in_features, generator=generator).to(weight.device, frozen.dtype) for _ in range(2)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            change = _change(trial, other)
+            change = _change(forward, other)
         except (NotImplementedError, RuntimeError, TypeError, AssertionError):
             return ""  # the model's own forward pass will say why
         directions, gradients = (change, torch.randn(change.shape, generator=generator).to(change)), list[Tensor]()
@@ -75,16 +84,16 @@ def why_blocked(module: Any) -> str:
                         return "lets no gradient through to its inputs"
                     found = torch.autograd.grad((y * direction).sum(), x, allow_unused=True)[0]
                 gradients.append(torch.zeros_like(x) if found is None else found)
-        except (NotImplementedError, RuntimeError) as error:
+        except (NotImplementedError, RuntimeError, AttributeError, TypeError) as error:
             return f"lets no gradient through to its inputs ({type(error).__name__}: {str(error)[:120]})"
         steps = other, gradients[1]
-        changes = change, _change(trial, gradients[1])
+        changes = change, _change(forward, gradients[1])
     right = all(map(_fits, changes, directions, steps, gradients))
     return "" if right else "gives its inputs a gradient that is not its own"
 
 
 @torch.no_grad()
-def _change(linear: nn.Module, step: Tensor) -> Tensor:
+def _change(linear: Callable[[Tensor], Tensor], step: Tensor) -> Tensor:
     """How the output of ``linear`` changes along ``step`` (1, 1, n) from zeros."""
     return linear(step) - linear(torch.zeros_like(step))
 
@@ -105,28 +114,18 @@ def _fits(change: Tensor, direction: Tensor, step: Tensor, gradient: Tensor) -> 
 
 def why_not(module: nn.Module) -> str:
     """Why users' weights cannot learn beside the quantized weight of ``module``; empty if they can."""
-    if type(module) is not nn.Linear:
-        return "its weight is read by its own class only"
-    weight = module.weight
+    if not isinstance(module, nn.Linear):
+        return "it is no torch.nn.Linear"
     if blocks_gradients(module):
         return "it rounds its inputs, too, and lets no gradient through"
-    try:
-        rows = dequantized(weight, slice(0, 1))
-    except (NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
-        return f"it cannot be dequantized ({type(error).__name__})"
-    if is_subclass(rows) or rows.shape != (min(1, weight.shape[0]), weight.shape[1]):
-        return "it cannot be dequantized"
+    if mixes_rows(module):
+        return "its outliers (threshold > 0) change the rounding of other users' rows"
     return ""
 
 
-@torch.no_grad()
-def dequantized(weight: Tensor, rows: slice = slice(None)) -> Tensor:
-    """The ``rows`` of a quantized ``weight`` (m, n), as a plain tensor of its dtype."""
-    weight = weight.detach()
-    try:
-        return weight[rows].dequantize().to(weight.dtype)
-    except NotImplementedError:  # a layout that cannot be cut
-        return weight.dequantize().to(weight.dtype)[rows]
+def dequantized(weight: Tensor) -> Tensor:
+    """(m, n): all of a quantized ``weight``, as a plain tensor of its dtype."""
+    return weight.dequantize() if isinstance(weight, ModuleWeight) else dequantized_rows(weight)
 
 
 def plain_parts(t: Tensor, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -138,13 +137,12 @@ def plain_parts(t: Tensor, name: str = "") -> Iterator[tuple[str, Tensor]]:
         yield name, t.as_subclass(Tensor)
 
 
-def row_blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def row_blocks(weight: Tensor) -> Blocks:
     """(rows, these rows dequantized) of a quantized ``weight`` (m, n), one block after another."""
-    m, n = weight.shape
-    step = max(1, _BLOCK // max(1, n))
-    for start in range(0, m, step):
-        rows = slice(start, min(start + step, m))
-        yield rows, dequantized(weight, rows)
+    if isinstance(weight, ModuleWeight):
+        yield from weight.frozen.blocks()
+        return
+    yield from dequantized_blocks(weight)
 
 
 class QuantizedLowRankLinear(LowRankLinear):
@@ -154,29 +152,58 @@ class QuantizedLowRankLinear(LowRankLinear):
     weight; only one block of its rows is in memory at a time.
     """
 
+    @classmethod
+    def beside(cls, module: Any, config: TTTConfig, name: str, dtype: torch.dtype) -> QuantizedLowRankLinear:
+        """A layer that learns beside the quantized ``module``.
+
+        ``dtype`` is that of its inputs, where the module does not say.
+        """
+        weight = module.weight if can_be_cut(module) else nn.Parameter(ModuleWeight(FrozenWeight(module, dtype)), False)
+        return cls.from_weight(weight, module.bias, config, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `ttt.nn.LowRankLinear.forward`; layers of bitsandbytes take inputs of any dtype."""
+        own = isinstance(self.weight, ModuleWeight) and autocast_dtype(x) is None
+        if own and x.is_floating_point() and x.dtype != self.weight.dtype:
+            return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        return super().forward(x)
+
+    def _base(self, x: Tensor) -> Tensor:
+        """W x + bias for each row of ``x``."""
+        if isinstance(self.weight, ModuleWeight):
+            return self.weight.frozen.product(x)
+        return nn.functional.linear(x, self.weight, self.bias)
+
     def _product(self, x: Tensor, users: Tensor | None) -> Tensor:
         if users is None:
-            return nn.functional.linear(x, self.weight, self.bias)
+            return self._base(x)
         x = x.contiguous()
-        base = isolated_linear(x, self.weight, self.bias)
+        finite = torch.isfinite(x).all(-1, keepdim=True)  # see `isolated_linear`
+        base = torch.where(finite, self._base(torch.where(finite, x, 0.0)), torch.nan)
         return base + ops.low_rank_linear(x, None, None, self.a, self.b, self.rows, users)
 
-    def _transposed_product(self, delta: Tensor, users: Tensor | None) -> Tensor:
-        base = self._by_blocks(delta)
+    def transposed_product(self, delta: Tensor, users: Tensor | None) -> Tensor:
+        base = transposed_product(delta, row_blocks(self.weight), self.in_features)
         if users is None:
             return base
         return base + ops.low_rank_linear(delta.contiguous(), None, None, self.b, self.a, self.rows, users)
-
-    def _by_blocks(self, delta: Tensor) -> Tensor:
-        """delta W (..., n) for ``delta`` (..., m); NaN for rows that are not finite, which reach no other row."""
-        finite = torch.isfinite(delta).all(-1, keepdim=True)
-        delta = torch.where(finite, delta, 0.0)
-        found = torch.zeros((*delta.shape[:-1], self.in_features), dtype=self.eta_sum.dtype, device=delta.device)
-        for rows, block in row_blocks(self.weight):
-            found += delta[..., rows] @ block
-        return torch.where(finite, found, torch.nan).to(delta.dtype)
 
     @property
     def base_weight(self) -> Tensor:
         """(m, n): the weight, dequantized. A new tensor."""
         return dequantized(self.weight)
+
+    # -- the tensors of another library's layer are saved and loaded by itself ----------------------------------------
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if isinstance(self.weight, ModuleWeight):
+            self.weight.frozen.module._save_to_state_dict(destination, prefix, keep_vars)
+        else:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if isinstance(self.weight, ModuleWeight):
+            self.weight.frozen.module._load_from_state_dict(state_dict, prefix, *args)
+            self._largest_step = None
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *args)

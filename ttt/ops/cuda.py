@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import torch
 
+from ttt.installing import how_to_install
 from ttt.ops import composite, reference, schema
 from ttt.ops.arguments import CommitArguments, WindowStepArguments
 from ttt.ops.backends import record, unavailable
@@ -18,7 +19,7 @@ from ttt.ops.backends import record, unavailable
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 if importlib.util.find_spec("triton") is None:
-    unavailable["triton"] = "the package triton is not installed (pip install 'ttt[triton]')"
+    unavailable["triton"] = f"the package triton is not installed ({how_to_install('triton')})"
 
 
 @functools.cache

@@ -1,25 +1,11 @@
-"""Checks of users' names."""
+"""Checks of lists of users' names."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from ttt.checks import check_type
-
-
-def check_user(user: str) -> str:
-    """``user``, if it can be the name of a user.
-
-    Names are strings only, as in `ttt.Store`: 1, True and 1.0 would be one key, and NaN a new one each time.
-
-    Raises:
-        TypeError: if it is no string. ValueError: if it is empty, or None, which stands for the base model.
-    """
-    if user is None:
-        raise ValueError("user must be the name of a user, got None, which stands for the base model")
-    if not check_type("user", user, str, "a string"):
-        raise ValueError("user must be a string of at least one character, got ''")
-    return user
+from ttt.user_name import check_user_name
 
 
 def check_user_list(users: Sequence[str | None]) -> None:
@@ -29,4 +15,4 @@ def check_user_list(users: Sequence[str | None]) -> None:
         raise ValueError(f"users must be {allowed}, got {users!r:.80}")
     for user in users:
         if user is not None:
-            check_user(user)
+            check_user_name(user)

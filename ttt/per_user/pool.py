@@ -14,10 +14,11 @@ from ttt.checks import check_model, check_type
 from ttt.nn.low_rank import LowRankLinear
 from ttt.nn.routing import Routing
 from ttt.per_user.generation import attach_generation, detach_generation
-from ttt.per_user.names import check_user, check_user_list
+from ttt.per_user.names import check_user_list
 from ttt.per_user.turn import Turn
 from ttt.per_user.user_state import GUARDS, Companion, Log, State, UserState
 from ttt.signals import SignalsDeferred
+from ttt.user_name import check_user_name
 
 _POOL = "_ttt_pool"  # attribute of the model, beside its modules and parameters
 _COUNTING = threading.Lock()  # held while users in use are counted; not in the pool, which can be copied
@@ -75,7 +76,7 @@ class Pool:
         Raises:
             KeyError: if ``user`` has none.
         """
-        check_user(user)
+        check_user_name(user)
         if user not in self._slot:
             raise KeyError(f"user {user!r} has no slot; pool.open(user) gives one")
         return self._slot[user]
@@ -87,7 +88,7 @@ class Pool:
             ValueError, TypeError: if ``user`` is None, or what ``on_miss`` returned does not fit the layers.
             RuntimeError: if all slots belong to users of the current batch, or another thread learns.
         """
-        check_user(user)
+        check_user_name(user)
         with self.one_thread():
             if user not in self._slot:
                 state = self.on_miss(user) if self.on_miss is not None else None
@@ -130,7 +131,7 @@ class Pool:
         Raises:
             RuntimeError: while the user's rows are being computed, or if another thread learns.
         """
-        check_user(user)
+        check_user_name(user)
         with self.one_thread():
             if user in self._slot:
                 self._idle(user)
@@ -173,7 +174,7 @@ class Pool:
             RuntimeError: while the user's rows are being computed, if no slot is free, or if another thread uses the
                 pool. Nothing has changed in any of these cases.
         """
-        check_user(user)
+        check_user_name(user)
         with self.one_thread():
             self._check(user, state)
             if user in self._slot:

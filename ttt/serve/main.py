@@ -23,6 +23,7 @@ import ttt
 from ttt.checks import check_number
 from ttt.conversation import CONVERSATION, Telling
 from ttt.demo.language_model import load
+from ttt.installing import how_to_install
 from ttt.learn.own_text import written_text
 from ttt.per_user.guards import UserGuards
 from ttt.sequence_models import TTTSequenceForCausalLM
@@ -265,7 +266,7 @@ def run(options: ServeOptions) -> None:
         import ttt.serve.http.app  # noqa: F401 (to see whether what it needs is installed, before the model is loaded)
         from ttt.serve.http.telemetry import require_packages, trace_requests
     except ImportError as error:
-        _stop(f"{error}; install the server with: pip install 'ttt[serve]'")
+        _stop(f"{error}; install the server with: {how_to_install('serve')}")
     if options.telemetry:
         try:
             require_packages()

@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ttt.installing import how_to_install
 from ttt.serve.http.forwarding import Claims, Forwarding
 from ttt.serve.http.middleware import Receive, Scope, Send
 from ttt.serve.main import ServeOptions, build_app, build_collector
@@ -34,7 +35,7 @@ try:
     import uvicorn
     from ray import serve
 except ImportError as error:
-    raise ImportError(f"{error}; install replicas with: pip install 'ttt[ray]'") from error
+    raise ImportError(f"{error}; install replicas with: {how_to_install('ray')}") from error
 
 PREFIX = "TTT_SERVE_"
 NAMESPACE = "ttt"

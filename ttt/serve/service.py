@@ -5,12 +5,11 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import itertools
 import logging
 import queue
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +32,7 @@ from ttt.serve.state_reader import StatePool, StateReader
 from ttt.serve.state_rows import StateRows
 from ttt.serve.teaching import Lesson
 from ttt.serve.user_queue import UserQueue, is_lesson
+from ttt.serve.waiting import Waiting
 from ttt.serve.work import StatesWork, WeightsWork, Work
 from ttt.store import Store
 
@@ -98,13 +98,12 @@ class Service:
         self.batch = Batch(cache, tokenizer, prefill=self.limits.prefill, ended=self._ended)
         self._io = DaemonThreads(4, "ttt-io")
         self._inbox: queue.SimpleQueue[Request | Job | None] = queue.SimpleQueue()
-        self._queues: OrderedDict[str | None, UserQueue] = OrderedDict()
+        self._places = Places(self.limits)
+        self._waiting = Waiting(self._places, self._cost)
         self._openings = Openings(
-            self.sessions, self._queues, self._io, self.observer, lambda: self._inbox.put(None)
+            self.sessions, self._waiting.queues, self._io, self.observer, lambda: self._inbox.put(None)
         )  # fmt: skip
         self._jobs: deque[Job] = deque()  # that have begun, the next one to take a step first
-        self._count = itertools.count()
-        self._places = Places(self.limits)
         self._lock = threading.Lock()  # what comes in is taken before the service drains, or refused
         self._draining = False
         self._drain_until: float | None = None
@@ -252,12 +251,12 @@ class Service:
         self._owed = max(self._owed, 0.0)
         self._look_for_study()
         if self._draining and self._inbox.empty():
-            return not (self.batch.idle and not self._jobs and all(each.idle for each in self._queues.values()))
+            return not (self.batch.idle and not self._jobs and self._waiting.idle)
         return True
 
     def _receive(self, block: bool) -> None:
         """Put what has come into the queues of its users. ``block``: wait a little if nothing has."""
-        waits = self._jobs or self._draining or any(each.waiting or each.fetched for each in self._queues.values())
+        waits = self._jobs or self._draining or self._waiting.can_start
         with contextlib.suppress(queue.Empty):
             item = self._inbox.get(timeout=0.005 if waits else 0.1) if block else self._inbox.get_nowait()
             while True:
@@ -266,13 +265,9 @@ class Service:
                 item = self._inbox.get_nowait()
 
     def _add(self, item: Request | Job) -> None:
-        item.arrival = next(self._count)
-        user_queue = self._queues.setdefault(item.user, UserQueue())
-        user_queue.waiting.append(item)
+        job = self._waiting.add(item).job
         if isinstance(item, Job) and item.reads:
             return  # goes on beside a study
-        user_queue.last = time.monotonic()
-        job = user_queue.job
         if job is not None and job.yields_to_requests:
             job.give_up(Conflict("the study was given up for a request; it begins anew later"))
             self._end_job(job)
@@ -280,16 +275,13 @@ class Service:
     def _start(self) -> None:
         """Start what waits at the head of the queues, oldest first."""
         full = False  # or reserved for a request that needs more rows than are free
-        for user, waits in sorted(
-            ((user, waits) for user, waits in self._queues.items() if waits.waiting or waits.opening or waits.fetched),
-            key=lambda pair: pair[1].waiting[0].arrival if pair[1].waiting else -1,
-        ):
+        for user, waits in self._waiting.in_order():
             self._sweep(waits)
             try:
                 if self._openings.install(waits):
                     waits.to_study = self._is_to_study(user)
             except Exception as error:
-                self._end_waiting(waits, lambda item: True, as_request_error(error))
+                self._waiting.end(waits, lambda item: True, as_request_error(error))
             while waits.waiting:
                 item = waits.waiting[0]
                 if isinstance(item, Job):
@@ -305,11 +297,9 @@ class Service:
                     self._places.leave(item.user)
                     waits.active += 1
                     self.batch.begin(item)
-        for user in [user for user, waits in self._queues.items() if waits.idle]:
-            if user is None or self.sessions.get(user) is None:
-                del self._queues[user]
+        self._waiting.tidy(lambda user: self.sessions.get(user) is not None)
         for user in self.sessions.lost():  # what they learnt last was refused: they begin with what is stored
-            if user not in self._queues or self._queues[user].idle:
+            if self._waiting.is_idle(user):
                 self.sessions.drop(user)
 
     def _start_job(self, job: Job, waits: UserQueue) -> bool:
@@ -328,7 +318,7 @@ class Service:
             return False
         if job.kind == "forget":
             waits.forgetting = True
-            self._end_waiting(waits, is_lesson, Conflict("nothing was learnt: the user was forgotten meanwhile"))
+            self._waiting.end(waits, is_lesson, Conflict("nothing was learnt: the user was forgotten meanwhile"))
             if waits.opening is not None:
                 return False
             if waits.fetched is not None:
@@ -341,30 +331,17 @@ class Service:
 
     def _sweep(self, waits: UserQueue) -> None:
         """End what waits or goes on for nobody any more."""
-        self._end_waiting(waits, lambda item: item.cancelled, HungUp("nobody waits for the answer any more"))
+        self._waiting.end(waits, lambda item: item.cancelled, HungUp("nobody waits for the answer any more"))
         if waits.job is not None and waits.job.cancelled:
             waits.job.give_up(HungUp("nobody waits for the answer any more"))
             self._end_job(waits.job)
 
     # -- refusing -----------------------------------------------------------------------------------------------------
 
-    def _end_waiting(self, waits: UserQueue, which: Callable[[Request | Job], bool], error: RequestError) -> None:
-        """End what waits for a user, if ``which`` says so, with ``error``."""
-        for item in [item for item in waits.waiting if which(item)]:
-            waits.waiting.remove(item)
-            if isinstance(item, Job):
-                item.give_up(error)
-                self._leave(item)
-            else:
-                self._places.leave(item.user)
-                self._places.learnt(self._cost(item))
-                if not item.cancelled:
-                    item.deliver(error)
-
     def _refuse_all(self, error: RequestError) -> None:
         """End everything but lessons that answers have promised, and what has begun to change a user's versions."""
-        for waits in self._queues.values():
-            self._end_waiting(waits, lambda item: not isinstance(item, Job) or item.counted, error)
+        for waits in self._waiting.queues.values():
+            self._waiting.end(waits, lambda item: not isinstance(item, Job) or item.counted, error)
             if waits.job is not None and waits.job.kind == "study":
                 waits.job.give_up(error)
                 self._end_job(waits.job)
@@ -375,9 +352,9 @@ class Service:
 
     def _give_up_waiting(self, error: RequestError, late: bool) -> None:
         """End waiting for reads of the store that nothing needs any more; ``late``: for all answers of the store."""
-        for waits in self._queues.values():
+        for waits in self._waiting.queues.values():
             if waits.opening is not None and not waits.opening.done() and (late or not waits.waiting):
-                self._end_waiting(waits, lambda item: True, error)
+                self._waiting.end(waits, lambda item: True, error)
                 self._openings.abandon(waits)
             job = waits.job
             if late and job is not None and job.waits_for is not None and not job.waits_for.done():
@@ -388,7 +365,7 @@ class Service:
 
     def _ended(self, request: Request) -> None:
         """All sequences of ``request`` have ended: learn from it, and tell its sender."""
-        waits = self._queues[request.user]
+        waits = self._waiting.queues[request.user]
         waits.active -= 1
         waits.last = time.monotonic()
         if request.cancelled or request.failed:
@@ -406,9 +383,7 @@ class Service:
             return request.deliver(self._outcome(request, f"refused: {why}"))
         job = self._work.lesson(request.user, request.lesson)
         job.arrival, job.counted = request.arrival, False
-        # Before the requests that wait, and after lessons that do.
-        at = sum(1 for item in itertools.takewhile(is_lesson, waits.waiting))
-        waits.waiting.insert(at, job)
+        waits.put_lesson(job)
         if request.wait:
             job.result.add_done_callback(lambda done: self._tell_when_stored(request, done))
         else:
@@ -460,21 +435,16 @@ class Service:
     def _end_job(self, job: Job) -> None:
         """Take a job that has ended out of what goes on."""
         self._jobs.remove(job)
-        waits = self._queues[job.user]
+        waits = self._waiting.queues[job.user]
         if job.reads:
             waits.reads -= 1
         else:
             waits.job, waits.last = None, time.monotonic()
-        self._leave(job)
-
-    def _leave(self, job: Job) -> None:
-        self._places.learnt(job.cost)
-        if job.counted:
-            self._places.leave(job.user)
+        self._waiting.leave(job)
 
     def _job_ended(self, job: Job) -> None:
         self._end_job(job)
-        waits, failed = self._queues[job.user], job.error is not None
+        waits, failed = self._waiting.queues[job.user], job.error is not None
         if isinstance(job.error, Tripped):
             self.observer.tripped()
             if (session := self.sessions.get(job.user)) is not None:
@@ -512,7 +482,7 @@ class Service:
         if not self.limits.study_after or self._draining or self._jobs or not self.batch.idle:
             return
         now = time.monotonic()
-        for user, waits in self._queues.items():
+        for user, waits in self._waiting.queues.items():
             if user is None or not waits.to_study or not waits.idle or now - waits.last < self.limits.study_after:
                 continue
             session = self.sessions.get(user)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ttt.checks import check_type, check_whole
 from ttt.ops.sequence.states import tensors_of
-from ttt.per_user.names import check_user
 from ttt.sequence_models import SequenceCache, TTTSequenceForCausalLM
+from ttt.user_name import check_user_name
 
 _PART = 32  # tokens that are read in one step
 _FORM = ("mixers", "in_place", "num_attention_heads", "window", "mini_batch", "chunk", "convolution")
@@ -51,7 +51,7 @@ class StatePool:
         """
         if user is None:
             return self._new
-        if check_user(user) not in self._caches:
+        if check_user_name(user) not in self._caches:
             raise KeyError(f"user {user!r} has no slot; open(user) gives one")
         return self._caches[user]
 
@@ -61,7 +61,7 @@ class StatePool:
         Raises:
             RuntimeError: if all slots are taken.
         """
-        if check_user(user) not in self._caches:
+        if check_user_name(user) not in self._caches:
             self._put(user, self._new)
 
     def put(self, user: str, cache: SequenceCache) -> None:
@@ -76,7 +76,7 @@ class StatePool:
             ValueError: if it is not the state of one sequence of this model. RuntimeError: if all slots are taken.
                 Nothing has changed then.
         """
-        check_user(user)
+        check_user_name(user)
         cache = SequenceCache.load(self.model, state)
         if cache.batch_size != 1:
             raise ValueError(f"state must be that of one sequence, got {cache.batch_size}")
@@ -90,7 +90,7 @@ class StatePool:
 
     def forget(self, user: str) -> None:
         """Free the slot of ``user``; a user without one is ignored."""
-        self._caches.pop(check_user(user), None)
+        self._caches.pop(check_user_name(user), None)
 
     def _put(self, user: str, cache: SequenceCache) -> None:
         if user not in self._caches and len(self._caches) == self.slots:

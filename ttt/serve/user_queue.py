@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import time
 from collections import deque
 
@@ -32,6 +33,11 @@ class UserQueue:
             not self.waiting and not self.active and not self.reads and self.job is None and self.opening is None
             and not self.fetched
         )  # fmt: skip
+
+    def put_lesson(self, job: Job) -> None:
+        """Let ``job``, which learns from an answer, wait before the requests, and after lessons that wait already."""
+        at = sum(1 for item in itertools.takewhile(is_lesson, self.waiting))
+        self.waiting.insert(at, job)
 
 
 def is_lesson(item: Request | Job) -> bool:

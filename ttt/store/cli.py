@@ -20,8 +20,9 @@ from torch import Tensor
 from ttt.files import write_atomically
 from ttt.store.errors import DamagedStateWarning, StoreError
 from ttt.store.serialization import decode, encode
-from ttt.store.store import State, Store, check_user
+from ttt.store.store import State, Store
 from ttt.store.table import print_table
+from ttt.user_name import check_user_name
 
 users = typer.Typer(no_args_is_help=True, help="Per-user weights in a store: list, show, roll back, forget, exchange.")
 
@@ -117,7 +118,7 @@ def import_user(
 ) -> None:
     """Make a safetensors file a user's newest version."""
     with _errors_shown():
-        check_user(user)
+        check_user_name(user)
         data = file.read_bytes()
     try:
         tensors, meta = decode(data)

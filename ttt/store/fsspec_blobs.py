@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
+from ttt.installing import how_to_install
 from ttt.store.blobs import BlobFile, Blobs, folder_path
 
 
@@ -24,7 +25,7 @@ class FsspecBlobs(Blobs):
         try:
             import fsspec
         except ImportError as error:
-            raise ImportError(f"{url} needs fsspec (pip install 'ttt[store]'): {error}") from error
+            raise ImportError(f"{url} needs fsspec ({how_to_install('store')}): {error}") from error
         self.fs, root = fsspec.core.url_to_fs(url)
         self.root = root.rstrip("/")
 

@@ -9,6 +9,7 @@ import os
 import secrets
 from typing import Any
 
+from ttt.installing import how_to_install
 from ttt.store.database import Run
 from ttt.store.errors import StorageFailure
 from ttt.store.index import Index
@@ -68,7 +69,7 @@ class PostgresIndex(Index):
         try:
             import psycopg
         except ImportError as error:
-            raise ImportError(f"PostgreSQL needs psycopg (pip install 'ttt[postgres]'): {error}") from error
+            raise ImportError(f"PostgreSQL needs psycopg ({how_to_install('postgres')}): {error}") from error
         self._psycopg, self.error = psycopg, psycopg.Error
         self.conninfo, self.timeout = conninfo, timeout
         if not self._has_table("ttt_store"):

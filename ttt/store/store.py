@@ -24,9 +24,7 @@ from ttt.store.records import User, Version
 from ttt.store.serialization import encode
 from ttt.store.urls import FORMS, open_url, without_password
 from ttt.store.verification import Damage, Report, read_version, verify
-
-USER_BYTES = 512
-"""The longest user id, in UTF-8."""
+from ttt.user_name import check_user_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +112,7 @@ class Store:
             TypeError, ValueError: if an argument is not as described.
             StorageFailure, CommitUncertain: if the index failed.
         """
-        check_user(user)
+        check_user_name(user)
         check_bool("steal", steal)
         check_number("seconds", seconds, 0, above=True)
         deadline = time.monotonic() + check_number("wait", wait, 0)
@@ -175,7 +173,7 @@ class Store:
             DamagedState: if that version's blob is damaged.
             LeaseHeld, StaleLease, StorageFailure, CommitUncertain, TypeError, ValueError: as `lease` and `put`.
         """
-        check_user(user)
+        check_user_name(user)
         _check_version(version)
         if lease is not None:
             check_type("lease", lease, Lease, "what Store.lease returns, or None")
@@ -221,7 +219,7 @@ class Store:
             StorageFailure: if index or target cannot be read.
             TypeError, ValueError: if an argument is of a wrong type.
         """
-        check_user(user)
+        check_user_name(user)
         check_bool("strict", strict)
         if version is not None:
             _check_version(version)
@@ -260,7 +258,7 @@ class Store:
 
     def history(self, user: str) -> list[Version]:
         """A user's stored versions, newest first. Raises `UnknownUser`, `StorageFailure`, and ValueError for no id."""
-        check_user(user)
+        check_user_name(user)
         return self.index.versions(user)
 
     def users(self) -> list[User]:
@@ -310,7 +308,7 @@ class Store:
             CommitUncertain: if the index failed during a commit; call again.
             ValueError: if ``user`` can be no user's id.
         """
-        check_user(user)
+        check_user_name(user)
         with _target_failures():
             forget(self.index, self.blobs, user)
 
@@ -348,15 +346,3 @@ def _target_failures():
 def _check_version(version: int) -> None:
     if not isinstance(version, int) or isinstance(version, bool):
         raise TypeError(f"version must be a whole number, got {version!r:.80}")
-
-
-def check_user(user: str) -> None:
-    """Raise ValueError unless ``user`` can be a user's id, see `Store.lease`."""
-    if not isinstance(user, str):
-        raise ValueError(f"user must be a string, got {user!r:.200}")
-    try:
-        size = len(user.encode())
-    except UnicodeEncodeError:
-        raise ValueError(f"user must be text that UTF-8 can hold, got {user!r:.200}") from None
-    if not 1 <= size <= USER_BYTES or "\0" in user:
-        raise ValueError(f"user must take 1 to {USER_BYTES} bytes without NUL, got {user!r:.200} ({size} bytes)")

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from ttt.installing import how_to_install
 from ttt.serve.http.middleware import App, Receive, Scope, Send, route_of
 
 
@@ -17,7 +18,7 @@ def require_packages() -> None:
         import opentelemetry.exporter.otlp.proto.http.trace_exporter
         import opentelemetry.sdk.trace.export  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"{error}; --telemetry needs: pip install 'ttt[telemetry]'") from error
+        raise ImportError(f"{error}; --telemetry needs: {how_to_install('telemetry')}") from error
 
 
 def trace_requests(app: FastAPI) -> Callable[[], None]:

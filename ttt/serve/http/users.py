@@ -211,6 +211,8 @@ def _lesson(server: Server, body: LearnRequest) -> Lesson | None:
         messages = [message.plain(at) for at, message in enumerate(body.messages)]
         return Teaching(tuple(body.roles), all_turns=True, read=read).lesson(server.tokenizer, messages, context)
     assert body.text is not None
+    if not body.text:
+        raise BadRequest("text must have at least one character, got ''", param="text")
     spans = [(0, len(body.text))] if body.spans is None else [(span[0], span[1]) for span in body.spans]
     for start, stop in spans:
         if not 0 <= start < stop <= len(body.text):

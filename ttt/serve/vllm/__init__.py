@@ -12,7 +12,7 @@ In the API server's process:
 In the worker's:
 
 - `worker`: where vLLM is entered. `users`: what the API server calls.
-- `capture`, `top_blocks` and `lessons`: learning. `adapters`: vLLM's slots. `calibration`, `cpu_lora`.
+- `capture`, `top_blocks`, `blocks` and `lessons`: learning. `adapters`: vLLM's slots. `calibration`, `cpu_lora`.
 """
 
 from __future__ import annotations

@@ -1,24 +1,27 @@
-"""Learning from a captured prompt, a slice of its tokens at a time."""
+"""Learning from a captured prompt, in pieces: between two of them, the model may serve others."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import time
-from collections.abc import Generator, Iterator
-from typing import Any
+from collections.abc import Callable, Generator, Iterator
 
 import torch
 from torch import Tensor
 
 from ttt.conversation import Telling
-from ttt.learn.huggingface import cache_of, cached, detached, frozen
+from ttt.learn.head import input_gradient, score
 from ttt.learn.learner import Learner
-from ttt.learn.per_user import PerUserWeights
-from ttt.learn.text import Segment, Span, Text
+from ttt.learn.per_user import LayerUpdate, PerUserWeights
+from ttt.learn.text import Text
+from ttt.serve.vllm.blocks import Inner, TopBlocks
 
-CONTEXT_SLICES = 4  # a token of context takes about a quarter of the time of one that is learnt
+CONTEXT = 4
+"""A token of context takes about a quarter of the time of one that is learnt: so many more are read at a time."""
+SCORED = 64
+"""Tokens that the head scores in one piece: for each it computes as much as eight blocks of a small model do."""
+Pieces = Generator[None, None, None]
 
 
 @dataclasses.dataclass
@@ -30,7 +33,7 @@ class Learnt:
         nll: their mean loss in nats, before they were learnt; without the first one, which nothing here predicts;
             None if there is no other.
         passes: how often they were read.
-        slices: how many there were, in all passes.
+        slices: how often it was taken on, between which others were served.
         milliseconds: of computing, without what other requests computed in between.
         longest: milliseconds of the longest slice.
     """
@@ -43,103 +46,151 @@ class Learnt:
     longest: float = 0.0
 
 
-class OneUser(PerUserWeights):
-    """The strategy for one sequence of one user: words of little probability may be left out of the head's gradient.
-
-    In a batch of several users they would be chosen for all of them together.
-    """
-
-    @property
-    def head_mass(self) -> float:
-        return self.learner.config.head_mass
-
-
 def learn_in_slices(
-    learner: Learner, user: str, hidden: Tensor, ids: list[int], learn: list[bool], size: int, telling: Telling
-) -> Generator[None, None, Learnt]:
+    learner: Learner, blocks: TopBlocks, user: str, hidden: Tensor, ids: list[int], learn: list[bool], chunk: int,
+    telling: Telling, budget: Callable[[], float],
+) -> Generator[None, None, Learnt]:  # fmt: skip
     """Let ``user``, who has a slot and keeps it, learn from a prompt.
+
+    What is learnt does not depend on where the lesson pauses.
 
     Args:
         learner: of the top blocks (`ttt.serve.vllm.top_blocks`), with weights for each user.
+        blocks: the same blocks.
         hidden: (1, T, d), the input of the top blocks.
         ids: the T tokens.
         learn: which of them teach. Never the first.
-        size: tokens of a slice.
+        chunk: tokens that are learnt together, each of them scored before.
         telling: how the tokens are read.
+        budget: called before each slice; after so many milliseconds the slice ends, with the piece that is going on:
+            one block forward or backward, the scores of `SCORED` tokens, or writing what the layers learn.
 
     Yields:
         After every slice but the last; until the next one, the model may serve others.
 
     Raises:
-        FloatingPointError: if a loss or gradient is not finite. What earlier slices taught has been learnt.
+        FloatingPointError: if a loss or gradient is not finite. What earlier chunks taught has been learnt.
     """
     found = Learnt(tokens=sum(learn), passes=telling.passes)
-    text = Text.of(torch.tensor([ids]), teach=torch.tensor([learn]))
-    text = dataclasses.replace(text, emphasis=telling.emphasis)
-    segment = Segment.of(text, 0, len(ids))
-    # The token before the first one that teaches would only score it: what is learnt are rows of tokens that teach.
-    position, end = learn.index(True), len(ids) - 1
-    cache: Any = None
-    strategy: OneUser | None = None
-    nll, scored = 0.0, 0
-    plan = list(itertools.product(range(telling.passes), _slices(position, end, size)))
-    for number, (begin, stop, teaches) in plan:
-        began = time.perf_counter()
-        if begin == 0:  # of each pass, which begins with context: the first token never teaches
-            cache = strategy = None
-        with _using(learner, user, hidden[:, begin:stop]) as slots:
-            if not teaches:
-                cache = _read(learner.model, segment.ids[:, begin:stop], cache)
-            else:
-                if strategy is None:
-                    assert learner.pool is not None
-                    strategy = OneUser(learner, learner.pool, text, [user], slots, True)
-                    strategy.cache = cache
-                if not torch.equal(slots, strategy.slots):
-                    raise RuntimeError("the user was given another slot between two slices of a lesson")
-                scores, _ = strategy.read(Span(segment, begin, stop))
-                if strategy.rejected[user]:
-                    raise FloatingPointError("a loss or gradient is not finite; the lesson was not learnt")
-                if number == 0:
-                    wanted = text.wanted[:, begin:stop]  # type: ignore[index]
-                    nll, scored = nll + float(scores[wanted].sum()), scored + int(wanted.sum())
+    with torch.inference_mode(False):
+        lesson = _Lesson(learner, blocks, user, hidden[0], ids, learn, telling.emphasis)
+    pieces = lesson.pieces(chunk, telling.passes)
+    over = False
+    while True:
+        began, limit = time.perf_counter(), budget()
+        with _using(learner, user) as slots:
+            lesson.check_slots(slots)
+            over = next(pieces, _OVER) is _OVER
+            while not over and 1e3 * (time.perf_counter() - began) < limit:
+                over = next(pieces, _OVER) is _OVER
         spent = 1e3 * (time.perf_counter() - began)
         found.slices += 1
         found.milliseconds += spent
         found.longest = max(found.longest, spent)
-        if found.slices < len(plan):
-            yield
-    found.nll = nll / scored if scored else None
+        if over:
+            break
+        yield
+    found.nll = lesson.mean
     return found
 
 
-def _slices(first: int, end: int, size: int) -> Generator[tuple[int, int, bool], None, None]:
-    """(begin, stop, whether it teaches) of the context before ``first``, and of the tokens from there to ``end``."""
-    for begin in range(0, first, CONTEXT_SLICES * size):
-        yield begin, min(begin + CONTEXT_SLICES * size, first), False
-    for begin in range(first, end, size):
-        yield begin, min(begin + size, end), True
+_OVER = object()
+
+
+class _Lesson:
+    """One sequence of one user. The arguments are those of `learn_in_slices`."""
+
+    def __init__(
+        self, learner: Learner, blocks: TopBlocks, user: str, hidden: Tensor, ids: list[int], learn: list[bool],
+        emphasis: float,
+    ) -> None:  # fmt: skip
+        assert learner.pool is not None
+        self.blocks, self.user, self.hidden, self.taught = blocks, user, hidden, learn
+        self.mass = learner.config.head_mass
+        self.text = Text.of(torch.tensor([ids]), teach=torch.tensor([learn]))
+        self.text = dataclasses.replace(self.text, emphasis=emphasis)
+        slots = torch.tensor([learner.pool.slot(user)], dtype=torch.int32)
+        self.strategy = PerUserWeights(learner, learner.pool, self.text, [user], slots, True)
+        self._memory = [block.memory(len(ids)) for block in blocks.blocks]
+        self._lowest: dict[int, Inner] = {}  # by the place of a chunk: the same in each pass
+        self._nll, self._scored = 0.0, 0
+
+    @property
+    def mean(self) -> float | None:
+        """The mean loss of the tokens that teach in the first pass."""
+        return self._nll / self._scored if self._scored else None
+
+    def check_slots(self, slots: Tensor) -> None:
+        """Raise RuntimeError unless ``slots`` (1,) are the user's, as they were at the beginning."""
+        if not torch.equal(slots, self.strategy.slots):
+            raise RuntimeError("the user was given another slot between two slices of a lesson")
+
+    def pieces(self, chunk: int, passes: int) -> Pieces:
+        """Read the text so often; after each piece it yields."""
+        # The token before the first one that teaches would only score it: what is learnt are rows of tokens that teach.
+        first, end = self.taught.index(True), len(self.taught) - 1
+        for number in range(passes):
+            for begin in range(0, first, CONTEXT * chunk):
+                yield from self._read(begin, min(begin + CONTEXT * chunk, first))
+            for begin in range(first, end, chunk):
+                yield from self._learn(begin, min(begin + chunk, end), count=number == 0)
+
+    def _read(self, begin: int, end: int) -> Pieces:
+        """Compute the keys and values of context."""
+        x, rotation = self.hidden[begin:end], self.blocks.rotation(begin, end)
+        for block, memory in zip(self.blocks.blocks, self._memory, strict=True):
+            inner = block.inner(x, begin, rotation, memory, keep=False)
+            if block is not self.blocks.blocks[-1]:
+                x = block.outer(inner)
+            yield
+
+    def _learn(self, begin: int, end: int, *, count: bool) -> Pieces:
+        """Learn a chunk; ``count`` its loss."""
+        columns, blocks, strategy = slice(begin, end), self.blocks.blocks, self.strategy
+        x, rotation, inners = self.hidden[columns], self.blocks.rotation(begin, end), list[Inner]()
+        for index, block in enumerate(blocks):
+            inner = self._lowest.get(begin) if index == 0 else None
+            if inner is None:
+                inner = block.inner(x, begin, rotation, self._memory[index], keep=index > 0)
+            if index == 0:
+                self._lowest[begin] = inner
+            inners.append(inner)
+            x = block.outer(inner)
+            yield
+        normed, saved = self.blocks.norm.forward(x)
+        nll, parts = list[Tensor](), list[Tensor]()
+        for at in range(begin, end, SCORED):
+            part = slice(at, min(at + SCORED, end))
+            logits = torch.nn.functional.linear(normed[at - begin : part.stop - begin], self.blocks.head)
+            scores = score(logits, self.text.ids[0, part.start + 1 : part.stop + 1])
+            assert self.text.wanted is not None
+            wanted = self.text.wanted[0, part]
+            if count:
+                self._nll, self._scored = self._nll + float(scores.nll[wanted].sum()), self._scored + int(wanted.sum())
+            nll.append(scores.nll)
+            parts.append(input_gradient(scores, self.blocks.head, wanted, self.mass))
+            yield
+        gradient = self.blocks.norm.backward(saved, torch.cat(parts))
+        users, updates = strategy.owners(columns)[0], list[LayerUpdate]()
+        for block, inner in zip(reversed(blocks), reversed(inners), strict=True):
+            updates.append(strategy.update(block.down, [(inner.active, gradient)], columns))
+            if block is not blocks[0]:
+                gradient = block.backward(inner, gradient, users)
+            yield
+        if strategy.learn(updates[::-1], columns, torch.cat(nll).unsqueeze(0)):
+            raise FloatingPointError("a loss or gradient is not finite; the lesson was not learnt")
+        yield
 
 
 @contextlib.contextmanager
-def _using(learner: Learner, user: str, hidden: Tensor) -> Iterator[Tensor]:
-    """Inside, the top blocks run for ``user``, on tokens whose ``hidden`` states are given: the user's slot."""
-    pool, given = learner.pool, learner.model.model.embed_tokens
+def _using(learner: Learner, user: str) -> Iterator[Tensor]:
+    """Inside, the top blocks run for ``user``: the user's slot."""
+    pool = learner.pool
     assert pool is not None
     with (
         torch.inference_mode(False),
+        torch.no_grad(),
         learner.access.enter("a lesson"),
-        frozen(learner.model),
         pool.using([user]) as slots,
     ):
-        given.rows = hidden
-        try:
-            yield slots
-        finally:
-            given.rows = None
-
-
-@torch.no_grad()
-def _read(model: Any, ids: Tensor, cache: Any) -> Any:
-    """The cache after ``ids`` (1, T), which are context."""
-    return detached(cache_of(model.model(input_ids=ids, **cached(model.model, cache))))
+        yield slots

@@ -37,7 +37,8 @@ class Options:
         layers: the last blocks that learn: "last:0.25" is a quarter of them, "last:4" is four.
         lr: nats by which a token's update lowers its own loss (`ttt.TTTConfig`).
         passes, emphasis: how what users say is read, as in `ttt.conversation.Telling`.
-        slice: tokens that are learnt at a time, between two steps of other requests.
+        chunk: tokens that are learnt together, each of them scored before.
+        slice: milliseconds that learning takes between two steps of the engine, about, while it answers others.
         lesson: largest number of tokens, with context, that are learnt of a request.
         captured: largest number of tokens whose hidden states wait for their request to end.
         lease: seconds of a lease on a user in the store.
@@ -58,7 +59,8 @@ class Options:
     lr: float = 0.5
     passes: int = Telling.passes
     emphasis: float = Telling.emphasis
-    slice: int = 32
+    chunk: int = 128
+    slice: float = 20.0
     lesson: int = 1024
     captured: int = 65536
     lease: float = 30.0
@@ -90,7 +92,8 @@ class Options:
         check_number("TTT_VLLM_LR", self.lr, 0.0, finite=True)
         check_whole("TTT_VLLM_PASSES", self.passes, 1, MOST_PASSES)
         check_number("TTT_VLLM_EMPHASIS", self.emphasis, 0.0, 100.0, above=True)
-        check_whole("TTT_VLLM_SLICE", self.slice, 1, 4096)
+        check_whole("TTT_VLLM_CHUNK", self.chunk, 1, 4096)
+        check_number("TTT_VLLM_SLICE", self.slice, 0.0, finite=True)
         check_whole("TTT_VLLM_LESSON", self.lesson, 2)
         check_whole("TTT_VLLM_CAPTURED", self.captured, self.lesson)
         check_number("TTT_VLLM_LEASE", self.lease, 1.0, finite=True)

@@ -1,7 +1,7 @@
-"""The blocks that learn, as a transformers model on vLLM's own weights.
+"""The blocks that learn, as a transformers model on vLLM's own weights: `ttt.adapt_` replaces its layers.
 
-Learning needs a backward pass, which vLLM's kernels do not have. The blocks below the lowest that learns are not
-needed: vLLM has computed them, and their output is captured.
+`ttt.serve.vllm.blocks` computes with them: learning needs a backward pass, which vLLM's kernels do not have. The blocks
+below the lowest that learns are not needed: vLLM has computed them, and their output is captured.
 """
 
 from __future__ import annotations
@@ -21,22 +21,15 @@ PACKED = {
 
 
 class HiddenStates(nn.Module):
-    """Stands for the embedding of words: gives the captured hidden states of the tokens that are read.
+    """Stands for the embedding of words, which nothing here needs: lessons begin with captured hidden states.
 
     Attributes:
-        rows: (1, T, d) those of the tokens that the next call is about; None between calls.
+        num_embeddings: what tokens are checked against.
     """
 
     def __init__(self, words: int) -> None:
         super().__init__()
-        self.num_embeddings = words  # what tokens are checked against
-        self.rows: Tensor | None = None
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """The rows for ``ids`` (1, T)."""
-        if self.rows is None or self.rows.shape[1] != ids.shape[1]:
-            raise RuntimeError("the hidden states of these tokens were not given")
-        return self.rows
+        self.num_embeddings = words
 
 
 def top_blocks(model: Any, hf_config: Any, first: int) -> nn.Module:

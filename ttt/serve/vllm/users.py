@@ -25,6 +25,7 @@ from ttt.serve.session import Session
 from ttt.serve.sessions import Sessions
 from ttt.serve.vllm import calibration
 from ttt.serve.vllm.adapters import Adapters
+from ttt.serve.vllm.blocks import TopBlocks
 from ttt.serve.vllm.capture import Capture
 from ttt.serve.vllm.lessons import learn_in_slices
 from ttt.serve.vllm.options import Options
@@ -36,6 +37,8 @@ T = TypeVar("T")
 Steps = Generator[float, None, T]
 """Yields how many seconds may pass before it is taken on; 0 for none."""
 _IO_WAIT = 0.002
+ALONE = 100.0
+"""Milliseconds that learning takes at a time where the engine answers nobody: as long may who comes meanwhile wait."""
 OPERATIONS = ("open", "learn", "stored", "forget", "rollback", "status", "drop")
 
 
@@ -50,17 +53,18 @@ class Users:
     """
 
     def __init__(self, runner: Any, model: Any, config: Any, options: Options) -> None:
-        self.options = options
+        self.options, self.runner = options, runner
         hf_config = config.model_config.hf_config
         blocks = options.blocks(hf_config.num_hidden_layers)
         with torch.inference_mode(False):
             top = top_blocks(model, hf_config, blocks.start)
             settings = TTTConfig(
-                target_modules=["down_proj"], lr=options.lr, chunk=options.slice,
+                target_modules=["down_proj"], lr=options.lr, chunk=options.chunk,
                 per_user=LowRank(slots=options.slots, rank=options.rank, window=options.window),
             )  # fmt: skip
             ttt.adapt_(top, settings)
             self.learner = Learner(top)
+            self.blocks = TopBlocks(top)
             self.pool = ttt.pool_of(top)
             # From here on the layers have the names of the whole model's, under which what was learnt is stored.
             self.pool.layers = {full_name(name, blocks.start): layer for name, layer in self.pool.layers.items()}
@@ -159,14 +163,17 @@ class Users:
             yield 10 * _IO_WAIT
         before = self.pool.export(user)
         try:
+            telling = self.options.telling.of(sum(taught))
             slices = learn_in_slices(
                 self.learner,
+                self.blocks,
                 user,
                 hidden[:, start:],
                 ids,
                 taught,
-                self.options.slice,
-                self.options.telling.of(sum(taught)),
+                self.options.chunk,
+                telling,
+                self._slice,
             )
             while True:
                 try:
@@ -224,6 +231,10 @@ class Users:
         yield 0.0
 
     # -- inner --------------------------------------------------------------------------------------------------------
+
+    def _slice(self) -> float:
+        """Milliseconds that learning may take until the engine has its next turn."""
+        return self.options.slice if self.runner.requests else max(ALONE, self.options.slice)
 
     def _in_thread(self, function: Callable[..., T], *arguments: Any) -> Steps[T]:
         future = self._threads.submit(function, *arguments)

@@ -1,0 +1,14 @@
+"""How what is optional is installed, for error messages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def how_to_install(extra: str) -> str:
+    """The command that installs the packages of ``extra``, as "serve": in a clone from there, where it is run."""
+    if (ROOT / "pyproject.toml").is_file():
+        return f"pip install -e '.[{extra}]' in {ROOT}"
+    return f"pip install 'ttt[{extra}]'"
