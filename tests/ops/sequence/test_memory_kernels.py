@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from helpers import assert_close
 from sequence_cases import between, compare, doubled, memory_case, wide_norm
 
 from ttt.ops import cpu

@@ -109,9 +109,9 @@ def test_texts_of_16_bits(kind, dtype, widths):
     check(found, *(by_form(form, tensors, norm, state, 16, 1.0) for form in ("reference", "chunk")), dtype)
 
 
-@pytest.mark.parametrize("kind", ["TTT", "Titans"])
-@pytest.mark.parametrize("widths", [(16,), (16, 32)])
-@pytest.mark.parametrize("size", [5, 16, 20])
+@pytest.mark.parametrize(
+    ("kind", "widths", "size"), [("TTT", (16,), 5), ("TTT", (16, 32), 20), ("Titans", (16, 32), 16)]
+)
 def test_packed_texts_at_several_positions_of_which_some_are_empty(kind, size, widths, monkeypatch):
     """They equal those read alone, to the bit; whether few or all chunks' weights are kept at once."""
     tensors, weights, norm = case(kind, 1, 61, torch.float32, *widths)

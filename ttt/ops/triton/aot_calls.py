@@ -122,7 +122,7 @@ def _memory(dtype, width, middle=None, titans=False, packed=False) -> None:
     for inputs, outputs in [(width, width)] if middle is None else [(width, middle), (middle, width)]:
         weights += [_meta(batch, heads, *shape, dtype=torch.float32) for shape in ((inputs, outputs), (outputs,))]
     state = [*norm, 1e-6, weights, weights, weights if titans else [], _meta(batch, dtype=torch.int64)]
-    if width <= memory.MOST_WIDE:
+    if not memory.why_not(weights):
         begins = _meta(batch + 1, dtype=torch.int64) if packed else None
         memory.memory(x, x, x, *factors, *state, begins, 16, 1.0)
     now = [None if t is None else t[:, 0] for t in (x, x, x, *factors)]
