@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "api.h"
@@ -113,11 +114,13 @@ struct HeadMemory {
   }
 };
 
-inline InnerNorm norm_of(const ttt::Memory& a, int64_t head, float* memory) {
+// The inner norm of a head, whose parameters are copied to `memory`; nothing where the memory has none.
+inline std::optional<InnerNorm> norm_of(const ttt::Memory& a, int64_t head, float* memory) {
+  if (a.norm_weight == nullptr) return std::nullopt;
   const int64_t wide = whole_vectors(a.width);
   read_rows(a.norm_weight + head * a.width, 0, 1, a.width, memory, wide);
   read_rows(a.norm_bias + head * a.width, 0, 1, a.width, memory + wide, wide);
-  return {memory, memory + wide, a.eps, a.width};
+  return InnerNorm(memory, memory + wide, a.eps, a.width);
 }
 
 // z = x W + b for `rows` rows; zeros stay behind the last column of z, because both W and b hold them there.
@@ -141,13 +144,13 @@ inline void write_matrix(const HeadLayer& layer, const float* matrix, float* wei
 
 // z, the outputs of the last layer for the rows of k, becomes the gradient of the loss times the rates, which are
 // `heads` apart.
-inline void loss_gradient(const ttt::Memory& a, int64_t head, const float* rate, int64_t heads, float* norm, float* z,
-                          const float* k, const float* v, int64_t rows) {
-  if (a.norm_weight != nullptr) {
-    norm_of(a, head, norm).gradient(z, k, v, rate, heads, rows);
+inline void loss_gradient(const std::optional<InnerNorm>& norm, int64_t width, const float* rate, int64_t heads,
+                          float* z, const float* k, const float* v, int64_t rows) {
+  if (norm) {
+    norm->gradient(z, k, v, rate, heads, rows);
     return;
   }
-  const int64_t wide = whole_vectors(a.width);
+  const int64_t wide = whole_vectors(width);
   for (int64_t r = 0; r < rows; r++)
     for (int64_t j = 0; j < wide; j += VL) {
       const int64_t i = r * wide + j;
@@ -157,8 +160,8 @@ inline void loss_gradient(const ttt::Memory& a, int64_t head, const float* rate,
 
 // The rows x and d of each layer for `some` tokens, at the weights that the mini-batch begins with; those of d times
 // their rates.
-inline void find_rows(const ttt::Memory& a, const HeadMemory& m, int64_t head, const float* rate, int64_t some,
-                      bool begins) {
+inline void find_rows(const ttt::Memory& a, const HeadMemory& m, const std::optional<InnerNorm>& norm,
+                      const float* rate, int64_t some, bool begins) {
   const int64_t last = static_cast<int64_t>(m.layers.size()) - 1;
   for (int64_t l = 0; l <= last; l++) {
     const HeadLayer& layer = m.layers[l];
@@ -172,7 +175,7 @@ inline void find_rows(const ttt::Memory& a, const HeadMemory& m, int64_t head, c
       store(layer.d + i, slope);
     }
   }
-  loss_gradient(a, head, rate, a.heads, m.norm, m.layers[last].d, m.k, m.v, some);
+  loss_gradient(norm, a.width, rate, a.heads, m.layers[last].d, m.k, m.v, some);
   for (int64_t l = last; l > 0; l--) {
     const HeadLayer &layer = m.layers[l], &below = m.layers[l - 1];
     transpose(layer.d, layer.wide, some, layer.wide, m.turned, m.bp);
@@ -249,6 +252,7 @@ inline void read_and_write(const HeadMemory& m, const HeadLayer& layer, const fl
 template <class T>
 void memory_text(const ttt::Memory& a, int64_t sequence, int64_t head, HeadMemory& m) {
   const int64_t width = a.width, wide = whole_vectors(width), depth = a.depth, row = sequence * a.heads + head;
+  const std::optional<InnerNorm> norm = norm_of(a, head, m.norm);
   int64_t position = a.position[sequence];
   for (int64_t l = 0; l < depth; l++) {
     const ttt::MemoryLayer& given = a.layers[l];
@@ -268,7 +272,7 @@ void memory_text(const ttt::Memory& a, int64_t sequence, int64_t head, HeadMemor
     read_rows(static_cast<const T*>(a.v) + first * width, stride, some, width, m.v, wide);
     for (int64_t i = 0; a.scale != 1.0f && i < some * wide; i += VL) store(m.q + i, splat(a.scale) * load(m.q + i));
     // Where a mini-batch begins, the present weights are its first ones.
-    find_rows(a, m, head, a.rate + first, some, position == 0);
+    find_rows(a, m, norm, a.rate + first, some, position == 0);
     if (!m.factors.plain)
       m.factors.find(a.gate == nullptr ? nullptr : a.gate + first, a.momentum == nullptr ? nullptr : a.momentum + first,
                      a.heads, some, m.bp);
@@ -282,7 +286,7 @@ void memory_text(const ttt::Memory& a, int64_t sequence, int64_t head, HeadMemor
       for (int64_t i = 0; i < some * layer.wide; i += VL) store(m.h + i, gelu(load(m.z + i)));
       h = m.h;
     }
-    if (a.norm_weight != nullptr) norm_of(a, head, m.norm).apply(m.z, m.q, some);
+    if (norm) norm->apply(m.z, m.q, some);
     write_rows(m.z, wide, some, width, static_cast<T*>(a.out) + first * width, stride);
     position = full ? 0 : position + some;
     at += some;

@@ -218,7 +218,8 @@ void memory_token(const ttt::Memory& a, int64_t row, TokenMemory* m) {
       store(layer.d + j, slope);
     }
   }
-  loss_gradient(a, row % a.heads, a.rate + row, 0, m->norm, m->layers[last].d, m->k, m->v, 1);
+  const std::optional<InnerNorm> norm = norm_of(a, row % a.heads, m->norm);
+  loss_gradient(norm, a.width, a.rate + row, 0, m->layers[last].d, m->k, m->v, 1);
   for (int64_t l = last; l > 0; l--) {
     const TokenLayer& layer = m->layers[l];
     const float* w = begins ? layer.weight : layer.start;
@@ -228,7 +229,7 @@ void memory_token(const ttt::Memory& a, int64_t row, TokenMemory* m) {
                                                             std::min<int64_t>(VL, layer.inputs - i)));
   }
   ends ? change_memory<true>(a, row, *m) : change_memory<false>(a, row, *m);
-  if (a.norm_weight != nullptr) norm_of(a, row % a.heads, m->norm).apply(m->z, m->q, 1);
+  if (norm) norm->apply(m->z, m->q, 1);
   write_rows(m->z, wide, 1, width, static_cast<T*>(a.out) + row * width, 0);
 }
 

@@ -47,7 +47,8 @@ step install.log 20 python3 -m ttt info
 workers=()
 python3 -c "import xdist" 2>/dev/null && workers=(-n "$(($(nproc) < 16 ? $(nproc) : 14))")
 step tests.log 150 python3 -m pytest "${workers[@]}" tests/gpu tests/ops/test_window_step.py tests/ops/test_momentum.py \
-  tests/ops/test_replay_rows.py tests/ops/sequence/test_delta_rule_triton.py tests/ops/test_triton.py tests/ops/test_append.py \
+  tests/ops/test_replay_rows.py tests/ops/sequence/test_delta_rule_triton.py tests/ops/sequence/test_memory_triton.py \
+  tests/ops/test_triton.py tests/ops/test_append.py \
   tests/ops/test_project.py tests/ops/test_reservoir.py tests/ops/test_low_rank_triton.py tests/ops/test_low_rank_compress_triton.py
 
 suites=(decode commit window_linear low_rank observe generate head sequence)

@@ -43,6 +43,7 @@ SLOW = (
     "nn/test_linear.py::test_compiled_forward_equals_eager_and_does_not_recompile",
     "ops/sequence/test_delta_rule_triton.py",
     "ops/sequence/test_long_streams.py",
+    "ops/sequence/test_memory_triton.py",
     "ops/test_append.py",
     "ops/test_cpu.py::test_opcheck",
     "ops/test_launch_variants.py",

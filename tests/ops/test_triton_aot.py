@@ -20,6 +20,8 @@ from ttt.ops.triton.aot_compare import compare, key_of, wide_share, worse
 
 COMMITTED = Path(__file__).parents[2] / "bench" / "kernels" / "results" / "aot.json"
 FOREMOST = ("commit._commit", "window_linear._decode_one", "window_linear._decode_few")
+NOT_LAUNCHED = dict.fromkeys(("sm_80", "gfx942"), {"memory_learn.learn_two", "memory_read.read_two"})
+"""Kernels that `ttt.ops.triton.memory.why_not` keeps from a target."""
 RUNS = (["sm_80"], ["sm_90"], ["sm_100", "gfx942", "--kernel", *FOREMOST])
 
 
@@ -55,7 +57,8 @@ def kernels():
 
 def test_every_kernel_compiles_without_stack_or_spills(table):
     for target in ("sm_80", "sm_90"):
-        assert {row["kernel"] for row in table if row["target"] == target} == kernels()
+        expected = kernels() - NOT_LAUNCHED.get(target, set())
+        assert {row["kernel"] for row in table if row["target"] == target} == expected
     assert all(row["stack"] == row["spills"] == 0 for row in table if row["target"] != "gfx942")
 
 
@@ -70,7 +73,8 @@ def test_no_kernel_has_become_worse(table):
 def test_the_committed_table_has_every_kernel_for_every_gpu():
     rows = json.loads(COMMITTED.read_text())["rows"]
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
-        assert {row["kernel"] for row in rows if row["target"] == target} == kernels()
+        expected = kernels() - NOT_LAUNCHED.get(target, set())
+        assert {row["kernel"] for row in rows if row["target"] == target} == expected
     assert {row["target"] for row in rows if "failed" in row} == {"gfx942"}
 
 

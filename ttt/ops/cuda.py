@@ -29,6 +29,8 @@ def _kernels() -> SimpleNamespace | None:
     try:
         from ttt.ops.triton import append, commit, delta_rule, low_rank, project, reservoir, window_linear, window_step
         from ttt.ops.triton import low_rank_compress as low_rank_compress
+        from ttt.ops.triton import memory as memory
+        from ttt.ops.triton import memory_step as memory_step
     except ImportError as error:
         unavailable["triton"] = f"the Triton kernels cannot be imported ({error})"
         return None
@@ -50,6 +52,10 @@ def _kernels() -> SimpleNamespace | None:
         delta_rule=delta_rule.delta_rule,
         delta_rule_step=delta_rule.delta_rule_step,
         most_keys=delta_rule.MOST_KEYS,
+        memory=memory.memory,
+        memory_step=memory_step.memory_step,
+        why_not_memory=memory.why_not,
+        why_not_memory_step=memory_step.why_not,
     )
 
 

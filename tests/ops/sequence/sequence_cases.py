@@ -5,9 +5,10 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from helpers import ISAS
+from helpers import ISAS, assert_close
 
 from ttt.ops import sequence as ops
+from ttt.ops.sequence.states import tensors_of
 
 H, D, F = 2, 5, 7
 KERNEL_ISAS = [isa for isa in ISAS if "amx" not in isa]
@@ -167,3 +168,17 @@ def memory_case(batch, tokens, heads, dtype, width, *middles):
     rate = between(0, most, batch, tokens, heads, dtype=torch.float32)
     norm = ops.Norm(*(c + 0.1 * draw(heads, width, dtype=torch.float32) for c in (1, 0)), eps)
     return (q, k, v, rate), weights, norm
+
+
+def wide_norm(norm):
+    return ops.Norm(norm.weight.double(), norm.bias.double(), norm.eps)
+
+
+def compare(found, exact, plain):
+    """Outputs and states, of which those of the exact one are float64."""
+    assert_close(found[0], exact[0], plain[0], "o")
+    for got, wanted, other in zip(*(tensors_of(x[1]) for x in (found, exact, plain)), strict=True):
+        if got.dtype == torch.int64:
+            assert torch.equal(got, wanted)
+        else:
+            assert_close(got, wanted, other, "state")

@@ -4,8 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import assert_close
-from sequence_cases import between, doubled, memory_case
+from sequence_cases import between, compare, doubled, memory_case, wide_norm
 
 from ttt.ops import cpu
 from ttt.ops import sequence as ops
@@ -17,20 +16,6 @@ from ttt.ops.sequence.states import own, tensors_of
 pytestmark = pytest.mark.skipif(cpu._C is None, reason="the C++ kernels are not built")
 MEMORIES = [(3,), (20,), (64,), (3, 5), (20, 33), (16, 64), (48, 100), (9, 6, 17)]
 """The width of a head, and those between its layers."""
-
-
-def wide_norm(norm):
-    return ops.Norm(norm.weight.double(), norm.bias.double(), norm.eps)
-
-
-def compare(found, exact, plain):
-    """Outputs and states, of which those of the exact one are float64."""
-    assert_close(found[0], exact[0], plain[0], "o")
-    for got, wanted, other in zip(*(tensors_of(x[1]) for x in (found, exact, plain)), strict=True):
-        if got.dtype == torch.int64:
-            assert torch.equal(got, wanted)
-        else:
-            assert_close(got, wanted, other, "state")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -44,18 +44,21 @@ for _name, _schema in _SCHEMAS.items():
 
 def gated_delta_rule(q, k, v, beta, g, state) -> Callable | None:
     """The kernel of `ttt.ops.sequence.gated_delta_rule`."""
-    return torch.ops.ttt.sequence_delta_rule if _serves("gated_delta_rule", q, k, v, beta, g, state) else None
+    served = _serves("gated_delta_rule", lambda: cuda.why_not(q, v), q, k, v, beta, g, state)
+    return torch.ops.ttt.sequence_delta_rule if served else None
 
 
 def gated_delta_rule_step(q, k, v, beta, g, state) -> Callable | None:
     """The kernel of `ttt.ops.sequence.gated_delta_rule_step`."""
-    served = _serves("gated_delta_rule_step", q, k, v, beta, g, state)
+    served = _serves("gated_delta_rule_step", lambda: cuda.why_not(q, v), q, k, v, beta, g, state)
     return torch.ops.ttt.sequence_delta_rule_step if served else None
 
 
 def memory(q, k, v, rate, gate, momentum, norm: Any, state: MemoryState, mini_batch: int) -> Callable | None:
     """The kernel of `ttt.ops.sequence.memory`, called with the state, where packed texts begin, and the options."""
-    if mini_batch > MOST_MINI_BATCH or not _serves_memory("", q, k, v, rate, gate, momentum, norm, state):
+    if q.device.type == "cpu" and mini_batch > MOST_MINI_BATCH:
+        return None
+    if not _serves_memory("", q, k, v, rate, gate, momentum, norm, state):
         return None
 
     def run(state, begins, mini_batch, scale):
@@ -87,20 +90,19 @@ NO_NORM = (None, None, 0.0)
 
 
 def _serves_memory(end: str, q, k, v, rate, gate, momentum, norm: Any, state: MemoryState) -> bool:
-    if q.device.type != "cpu":
-        return False
     op = cpu.memory_op(state.weights, gate, momentum, norm and norm.weight) + end
-    return _serves(op, q, k, v, rate, gate, momentum, *(norm or NO_NORM)[:2], *tensors_of(state))
+    others = (k, v, rate, gate, momentum, *(norm or NO_NORM)[:2], *tensors_of(state))
+    return _serves(op, lambda: cuda.why_not_memory(q, state.weights), q, *others)
 
 
-def _serves(op: str, q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> bool:
+def _serves(op: str, why_not_cuda: Callable[[], str], q: Tensor, *others: Tensor | None) -> bool:
     """Whether a kernel serves ``q`` and the others, none of which needs a gradient; if it does not, counts why."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, *others)):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, *others)):
         return False
     if q.device.type == "cpu":
         why = _why_not(q.dtype)
     elif q.device.type == "cuda":
-        why = cuda.why_not(q, v)
+        why = why_not_cuda()
     else:
         why = f"no kernel for {q.device.type}"
     if why:
@@ -137,3 +139,5 @@ for _op, _run, _fake in (
     torch.library.register_fake(f"ttt::sequence_{_op}", _fake)
 torch.library.impl("ttt::sequence_delta_rule", "CUDA", cuda.delta_rule)
 torch.library.impl("ttt::sequence_delta_rule_step", "CUDA", cuda.delta_rule_step)
+torch.library.impl("ttt::sequence_memory", "CUDA", cuda.memory)
+torch.library.impl("ttt::sequence_memory_step", "CUDA", cuda.memory_step)

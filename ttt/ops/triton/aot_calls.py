@@ -11,6 +11,8 @@ from ttt.ops import log8, schema
 from ttt.ops.arguments import CommitArguments, WindowStepArguments
 from ttt.ops.triton import append, commit, delta_rule, low_rank, project, reservoir, window_linear, window_step
 from ttt.ops.triton import low_rank_compress as low_rank_compress
+from ttt.ops.triton import memory as memory
+from ttt.ops.triton import memory_step as memory_step
 
 M, N, CAPACITY = 4096, 4096, 1024
 
@@ -111,6 +113,22 @@ def _delta_rule(dtype, keys, values, gated=True, packed=False) -> None:
     delta_rule.delta_rule_step(*now, state, 0.125)
 
 
+def _memory(dtype, width, middle=None, titans=False, packed=False) -> None:
+    batch, tokens, heads = 2, 256, 8
+    x, factor = _meta(batch, tokens, heads, width, dtype=dtype), _meta(batch, tokens, heads, dtype=torch.float32)
+    factors = [factor, *[factor if titans else None] * 2]
+    norm = [None if titans else _meta(heads, width, dtype=torch.float32)] * 2
+    weights = []
+    for inputs, outputs in [(width, width)] if middle is None else [(width, middle), (middle, width)]:
+        weights += [_meta(batch, heads, *shape, dtype=torch.float32) for shape in ((inputs, outputs), (outputs,))]
+    state = [*norm, 1e-6, weights, weights, weights if titans else [], _meta(batch, dtype=torch.int64)]
+    if not memory.why_not(weights):
+        begins = _meta(batch + 1, dtype=torch.int64) if packed else None
+        memory.memory(x, x, x, *factors, *state, begins, 16, 1.0)
+    now = [None if t is None else t[:, 0] for t in (x, x, x, *factors)]
+    memory_step.memory_step(*now, *state, 16, 1.0)
+
+
 def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """Calls of the launchers, each as (label, call), that reach every kernel, or every variant of every kernel."""
     dtypes = (torch.bfloat16, torch.float32, torch.float16)
@@ -200,6 +218,14 @@ def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
         for gated, packed in itertools.product((True, False), repeat=2) if everything else [(True, True)]:
             label = f"{_name(dtype)} {keys}x{values} gated={gated:d} packed={packed:d}"
             yield label, lambda a=(dtype, keys, values, gated, packed): _delta_rule(*a)
+    models = [
+        (width, middle, titans)
+        for width, middle in ((64, None), (64, 256), (128, None), (128, 512))
+        for titans in (False, True)
+    ]
+    for dtype, (width, middle, titans) in itertools.product(dtypes if everything else dtypes[:1], models):
+        label = f"{_name(dtype)} {width}{f'-{middle}' if middle else ''} {'Titans' if titans else 'TTT'}"
+        yield label, lambda a=(dtype, width, middle, titans, titans): _memory(*a)
     for a in squeezes:
         dtype, _, rank, window, *rest = a
         label = " ".join(map(str, (_name(dtype), f"slots of {rank}+{window}", *rest)))

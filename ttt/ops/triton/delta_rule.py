@@ -15,30 +15,13 @@ import torch
 import triton
 import triton.language as tl
 
+from ttt.ops.triton.tokens import bounds, rows
+
 CHUNK = 16
 MOST_KEYS = 64  # of a text: the operands of wider products do not fit into registers beside S
 
 # e^-80 is zero beside anything that is kept. Differences of sums of lower logarithms would be imprecise, or NaN.
 LOWEST = tl.constexpr(-80.0)
-
-
-@triton.jit
-def _bounds(begins, sequence, tokens):
-    """The first token of a sequence, and the one behind its last."""
-    if begins is None:
-        begin = sequence * tokens
-        end = begin + tokens
-    else:
-        begin = tl.load(begins + sequence)
-        end = tl.load(begins + sequence + 1)
-    return begin, end
-
-
-@triton.jit
-def _rows(pointer, row, here, width, i):
-    """Rows ``row`` of a matrix ``width`` wide, columns ``i``, as float32; zeros where not ``here``."""
-    inside = here[:, None] & (i < width)[None, :]
-    return tl.load(pointer + row[:, None] * width + i[None, :], mask=inside, other=0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "chunks"])
@@ -50,15 +33,15 @@ def _delta_chunk(
     chunk = tl.program_id(0).to(tl.int64)
     sequence = tl.program_id(1).to(tl.int64) // heads
     head = tl.program_id(1).to(tl.int64) % heads
-    begin, end = _bounds(begins, sequence, tokens)
+    begin, end = bounds(begins, sequence, tokens)
     c = tl.arange(0, C)
     t = begin + chunk * C + c.to(tl.int64)
     here = t < end
     row = t * heads + head
     i = tl.arange(0, BK).to(tl.int64)
-    kt = _rows(k, row, here, keys, i)
+    kt = rows(k, row, here, keys, i)
     kk = tl.dot(kt, tl.trans(kt), input_precision=PRECISION)
-    qk = tl.dot(_rows(q, row, here, keys, i), tl.trans(kt), input_precision=PRECISION)
+    qk = tl.dot(rows(q, row, here, keys, i), tl.trans(kt), input_precision=PRECISION)
     b = tl.load(beta + row, mask=here, other=0)
     total = tl.zeros((C,), tl.float32)
     if gate is not None:
@@ -85,7 +68,7 @@ def _delta_states(
     """BV columns of the outputs and of the last state of one head of one sequence."""
     sequence = tl.program_id(1).to(tl.int64) // heads
     head = tl.program_id(1).to(tl.int64) % heads
-    begin, end = _bounds(begins, sequence, tokens)
+    begin, end = bounds(begins, sequence, tokens)
     i = tl.arange(0, BK).to(tl.int64)
     j = tl.program_id(0).to(tl.int64) * BV + tl.arange(0, BV)
     c = tl.arange(0, C)
@@ -102,16 +85,16 @@ def _delta_states(
         total = tl.load(totals + place + c)
         grown = tl.exp(total)
         square = (place + c)[:, None] * C + c[None, :]
-        match = tl.dot(_rows(k, row, here, keys, i), state, input_precision="tf32x3")
-        error = _rows(v, row, here, values, j) - grown[:, None] * match
+        match = tl.dot(rows(k, row, here, keys, i), state, input_precision="tf32x3")
+        error = rows(v, row, here, values, j) - grown[:, None] * match
         error = tl.dot(tl.load(inverse + square), error, input_precision="tf32x3")
-        o = tl.dot(_rows(q, row, here, keys, i), state, input_precision="tf32x3")
+        o = tl.dot(rows(q, row, here, keys, i), state, input_precision="tf32x3")
         o = tl.dot(tl.load(seen + square), error, grown[:, None] * o, input_precision="tf32x3")
         inside = here[:, None] & (j < values)[None, :]
         tl.store(out + row[:, None] * values + j[None, :], (scale * o).to(out.dtype.element_ty), mask=inside)
         whole = tl.sum(tl.where(c == C - 1, total, 0.0), 0)
         error *= tl.exp(whole - total)[:, None]
-        left = tl.trans(_rows(k, row, here, keys, i))
+        left = tl.trans(rows(k, row, here, keys, i))
         state = tl.dot(left, error, tl.exp(whole) * state, input_precision="tf32x3")
         place += C
     tl.store(last + at_state, state, mask=inside_state)
@@ -151,21 +134,21 @@ def delta_rule(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, tokens, heads, keys = q.shape
-    values, rows = v.shape[-1], batch if begins is None else begins.numel() - 1
+    values, sequences = v.shape[-1], batch if begins is None else begins.numel() - 1
     out = torch.empty_like(v)
-    last = torch.empty(rows, heads, keys, values, dtype=torch.float32, device=q.device)
-    if not rows * heads * values:
+    last = torch.empty(sequences, heads, keys, values, dtype=torch.float32, device=q.device)
+    if not sequences * heads * values:
         return out, last
     chunks = triton.cdiv(tokens, CHUNK)  # at most, for a packed sequence
-    square = torch.empty(2, rows * heads, chunks, CHUNK, CHUNK, dtype=torch.float32, device=q.device)
-    totals = torch.empty(rows * heads, chunks, CHUNK, dtype=torch.float32, device=q.device)
+    square = torch.empty(2, sequences * heads, chunks, CHUNK, CHUNK, dtype=torch.float32, device=q.device)
+    totals = torch.empty(sequences * heads, chunks, CHUNK, dtype=torch.float32, device=q.device)
     block = max(16, triton.next_power_of_2(keys))
     if chunks:
-        _delta_chunk[chunks, rows * heads](
+        _delta_chunk[chunks, sequences * heads](
             square[0], square[1], totals, q, k, beta, gate, begins, tokens, heads, chunks, keys,
             C=CHUNK, BK=block, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", num_warps=4,
         )  # fmt: skip
-    _delta_states[triton.cdiv(values, 16), rows * heads](
+    _delta_states[triton.cdiv(values, 16), sequences * heads](
         out, last, square[0], square[1], totals, q, k, v, state, begins, tokens, heads, chunks, keys, values, scale,
         C=CHUNK, BK=block, BV=16, num_warps=4, num_stages=2, maxnreg=255,
     )  # fmt: skip
