@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt.ops.sequence import large_chunk, large_chunk_reference
+from ttt.ops.sequence import kernels, large_chunk, large_chunk_reference
 from ttt.ops.sequence.checks import (
     Form,
     accumulation,
@@ -95,7 +95,7 @@ def lact_step(
         TypeError, ValueError: for a wrong argument; ``state`` is as it was then.
         RuntimeError: if grad mode is on and an argument requires grad (the step has no derivative).
     """
-    token = large_chunk.swiglu_token
+    token = kernels.swiglu_token
     return _step(q, k, v, rates, momentum, state, chunk_size, scale, token, orthogonal, 3, "lact_step")
 
 
@@ -161,8 +161,8 @@ def in_place_ttt_step(
         TypeError, ValueError: for a wrong argument; ``state`` is as it was then.
         RuntimeError: if grad mode is on and an argument requires grad (the step has no derivative).
     """
-    token, rates = large_chunk.linear_token, rate.unsqueeze(-1) if isinstance(rate, Tensor) else rate
-    return _step(q, k, v, rates, None, state, chunk_size, scale, token, False, 1, "in_place_ttt_step")
+    rates = rate.unsqueeze(-1) if isinstance(rate, Tensor) else rate
+    return _step(q, k, v, rates, None, state, chunk_size, scale, _linear_token, False, 1, "in_place_ttt_step")
 
 
 def new_large_chunk_state(
@@ -224,6 +224,10 @@ def _run(q, k, v, rates, weights, options, forward, updates, orthogonal, norms):
     return out.to(q.dtype), final if output_final_state else None
 
 
+def _linear_token(*_: Any) -> large_chunk.Token:
+    return large_chunk.linear_token
+
+
 def _step(q, k, v, rates, momentum, state, chunk_size, scale, token, orthogonal, count, name):
     check_tokens(q, k, v, dims=3)
     check_count("chunk_size", chunk_size)
@@ -243,7 +247,7 @@ def _step(q, k, v, rates, momentum, state, chunk_size, scale, token, orthogonal,
     refuse_gradients(name, q, k, v, rates, momentum, *state.weights)
     wide: Any = [None if t is None else t.to(dtype) for t in (q, k, v, rates, momentum)]
     wide[0] = wide[0] * (1.0 if scale is None else float(scale))
-    given: Any = (*wide, state, token, chunk_size, orthogonal)
+    given: Any = (*wide, state, token(wide[0], state.weights, state.sums), chunk_size, orthogonal)
     return large_chunk.step_(*given).to(q.dtype)
 
 
