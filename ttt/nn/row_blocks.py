@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt.ops.reference import _wide
+from ttt.ops.dtypes import accumulation
 
 _BLOCK = 1 << 20  # elements that are dequantized at a time, at most, unless a row has more
 
@@ -30,7 +30,7 @@ def transposed_product(delta: Tensor, blocks: Blocks, n: int) -> Tensor:
     """
     finite = torch.isfinite(delta).all(-1, keepdim=True)
     delta = torch.where(finite, delta, 0.0)
-    found = torch.zeros((*delta.shape[:-1], n), dtype=_wide(delta.dtype), device=delta.device)
+    found = torch.zeros((*delta.shape[:-1], n), dtype=accumulation(delta.dtype), device=delta.device)
     for rows, block in blocks:
         found += delta[..., rows] @ block.to(delta.dtype)
     return torch.where(finite, found, torch.nan).to(delta.dtype)
