@@ -33,14 +33,14 @@ def whole():
     return model
 
 
-def settings(layers, chunk, slots=1):
+def settings(layers, chunk, slots=1, lr=0.02):
     return ttt.TTTConfig(
-        ["down_proj"], layers=layers, lr=0.02, chunk=chunk, head_mass=0.0, protect=[ttt.KroneckerFisher(directions=3)],
+        ["down_proj"], layers=layers, lr=lr, chunk=chunk, head_mass=0.0, protect=[ttt.KroneckerFisher(directions=3)],
         per_user=ttt.LowRank(slots=slots, rank=8, window=16),
     )  # fmt: skip
 
 
-def top_of(whole, chunk, slots=1):
+def top_of(whole, chunk, slots=1, lr=0.02):
     """A learner of the blocks from `FIRST` on."""
     top = copy.deepcopy(whole)
     top.model.layers = top.model.layers[FIRST:]
@@ -48,7 +48,7 @@ def top_of(whole, chunk, slots=1):
         layer.self_attn.layer_idx = index
     top.config.num_hidden_layers = BLOCKS - FIRST
     top.model.embed_tokens = HiddenStates(97)
-    return ttt.Learner(ttt.adapt_(top, settings("all", chunk, slots)))
+    return ttt.Learner(ttt.adapt_(top, settings("all", chunk, slots, lr)))
 
 
 def captured(whole, ids):
@@ -131,6 +131,36 @@ def test_what_is_learnt_does_not_depend_on_pauses_or_on_lessons_of_others_in_the
         found = top.pool.export(user)
         assert all(torch.equal(found[name], t) for name, t in state.items())
         assert any(bool(t.count_nonzero()) for t in found.values())
+
+
+def test_without_a_step_size_nothing_is_kept_and_the_scores_are_found(whole):
+    ids, teaches = torch.randint(97, (1, 30)), [at >= 10 for at in range(30)]
+    given = captured(whole, ids), ids[0].tolist(), teaches, Telling(2, 5.0)
+    top = top_of(whole, 8, lr=0.0)
+    top.pool.open("ada")
+    before = top.pool.export("ada")
+    learnt = Lesson(top, "ada", *given).finish()
+    with torch.no_grad():
+        scores = torch.nn.functional.cross_entropy(whole(ids).logits[0, 10:-1], ids[0, 11:])
+    assert learnt.nll == pytest.approx(float(scores), rel=1e-5)
+    after = top.pool.export("ada")
+    assert {name: t.shape for name, t in after.items()} == {name: t.shape for name, t in before.items()}
+    assert all(torch.equal(after[name], t) for name, t in before.items())
+
+
+@pytest.mark.parametrize("budget", [0.0, 1e9])
+def test_a_chunk_that_is_not_finite_is_an_error_and_nothing_of_it_is_learnt(whole, budget):
+    ids, teaches, telling = torch.randint(97, (1, 40)), [at >= 10 for at in range(40)], Telling(1, 5.0)
+    hidden = captured(whole, ids)
+    first = top_of(whole, 8)
+    Lesson(first, "ada", hidden[:, :27], ids[0, :27].tolist(), teaches[:27], telling).finish()  # two chunks
+    hidden[0, 30, 3] = torch.nan  # in the third
+    top = top_of(whole, 8)
+    with pytest.raises(FloatingPointError, match="a loss or gradient is not finite; the lesson was not learnt"):
+        Lesson(top, "ada", hidden, ids[0].tolist(), teaches, telling, budget=budget).finish()
+    found, wanted = top.pool.export("ada"), first.pool.export("ada")
+    assert any(bool(t.count_nonzero()) for t in wanted.values())
+    assert all(torch.equal(found[name], t) for name, t in wanted.items())
 
 
 @pytest.mark.parametrize("bias", [False, True])
