@@ -46,7 +46,7 @@ class FrozenWeight:
             dtype = weight.dtype
         self.dtype: torch.dtype = dtype
         self.found: Tensor | None = None
-        self._found_in: Any = None
+        self._found_in: Any = (None, None)
 
     @torch.no_grad()
     def product(self, x: Tensor) -> Tensor:
@@ -71,9 +71,9 @@ class FrozenWeight:
         elif can_be_cut(self.module):
             yield from dequantized_blocks(weight)
         else:
-            held = weight.device, weight._version  # it may be moved, and loaded anew
-            if self.found is None or self._found_in != held:
-                self.found, self._found_in = self._find(), held
+            held = weight.device, weight._version  # it may be moved, and loaded anew, also as another parameter
+            if self.found is None or self._found_in[0] is not weight or self._found_in[1] != held:
+                self.found, self._found_in = self._find(), (weight, held)
             for rows in row_slices(*self.shape):
                 yield rows, self.found[rows]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ttt.nn.frozen_weight import FrozenWeight
 
@@ -49,7 +50,8 @@ class ModuleWeight(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
-        own, kwargs = args[0], kwargs or {}
+        kwargs = kwargs or {}
+        own = next(each for each in tree_leaves((args, kwargs)) if isinstance(each, ModuleWeight))
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.clone.default):
             return ModuleWeight(own.frozen, own.dtype)
         if func is torch.ops.aten._to_copy.default:

@@ -201,9 +201,13 @@ class QuantizedLowRankLinear(LowRankLinear):
         else:
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         if isinstance(self.weight, ModuleWeight):
-            self.weight.frozen.module._load_from_state_dict(state_dict, prefix, *args)
+            local_metadata = {**local_metadata, "assign_to_params_buffers": False}  # as `Adapted`: the bias is shared
+            self.weight.frozen.module._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+            torch.autograd.graph.increment_version(
+                self.weight
+            )  # what was written belongs to the module (`ttt.version`)
             self._largest_step = None
         else:
-            super()._load_from_state_dict(state_dict, prefix, *args)
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
