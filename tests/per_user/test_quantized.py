@@ -517,6 +517,21 @@ def test_a_weight_that_was_found_is_found_again_after_another_was_put_in_its_pla
         torch.testing.assert_close(weight.dense(), layer.weight.data)
 
 
+def test_a_copy_of_the_weight_on_another_device_leaves_the_layer_where_it_is(monkeypatch):
+    monkeypatch.setattr(Linear4bit, "packs", "none")
+    net = nn.Sequential(Linear4bit(nn.Linear(32, 21)))
+    ttt.adapt_(net, config(target_modules="all-linear"))
+    x = torch.randn(3, 32)
+    before, module = net(x), net[0].weight.frozen.module
+    moved = net[0].weight.to("meta")
+    assert (moved.device.type, moved.frozen.module.weight.device.type) == ("meta", "meta")
+    assert net[0].weight.frozen.module is module
+    assert torch.equal(net(x), before)
+    net.to("meta")  # which moves the layer itself
+    assert net[0].weight.frozen.module is module
+    assert {t.device.type for t in (net[0].weight, module.weight, module.bias, net[0].bias, net[0].a)} == {"meta"}
+
+
 def test_a_weight_whose_layout_cannot_be_cut_is_dequantized_once_for_all_blocks(monkeypatch):
     monkeypatch.setattr(row_blocks_module, "_BLOCK", 100)
     net = nn.Sequential(nn.Linear(32, 21))

@@ -193,7 +193,12 @@ class QuantizedLowRankLinear(LowRankLinear):
         """(m, n): the weight, dequantized. A new tensor."""
         return dequantized(self.weight)
 
-    # -- the tensors of another library's layer are saved and loaded by itself ----------------------------------------
+    # -- the tensors of another library's layer are moved, saved and loaded by itself ---------------------------------
+
+    def _apply(self, fn, recurse=True):
+        if isinstance(self.weight, ModuleWeight):
+            self.weight.frozen.module.to(fn(torch.empty(0, device=self.weight.device)).device)
+        return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if isinstance(self.weight, ModuleWeight):
