@@ -203,6 +203,40 @@ def test_a_block_computes_what_transformers_does_and_its_gradient(bias):
     torch.testing.assert_close(mine, exact[0], **NORMS)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_block_is_as_exact_as_that_of_transformers(dtype):
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=7,
+    )  # fmt: skip
+    exact = LlamaForCausalLM(config).double().eval()
+    with torch.no_grad():
+        for name, p in exact.named_parameters():  # numbers that are the same in both dtypes
+            size = 4.0 if "q_proj" in name or "k_proj" in name else 1.5  # so that scores are about 16
+            p.copy_((size * torch.randn_like(p) / p.shape[-1] ** 0.5).to(dtype) if p.ndim > 1 else torch.ones_like(p))
+    plain, adapted = (copy.deepcopy(exact).to(dtype) for _ in range(2))
+    ttt.adapt_(adapted, settings("all", 8))
+    count = 60
+    x, gradient = (torch.randn(count, 64).to(dtype) for _ in range(2))
+
+    def by_transformers(model):
+        own = x.to(model.dtype, copy=True).requires_grad_()
+        rotary = model.model.rotary_emb(own, torch.arange(count).unsqueeze(0))
+        mask = torch.ones(count, count, dtype=torch.bool).tril()[None, None]
+        y = model.model.layers[0](own.unsqueeze(0), attention_mask=mask, position_embeddings=rotary)[0]
+        return y.detach(), torch.autograd.grad(y, own, gradient.to(y.dtype))[0]
+
+    blocks = TopBlocks(adapted)
+    block = blocks.blocks[0]
+    with ttt.pool_of(adapted).using(["ada"]) as slots, torch.no_grad():
+        inner = block.inner(x, 0, blocks.rotation(0, count), block.memory(count), keep=True)
+        mine = block.outer(inner), block.backward(inner, gradient, slots.repeat_interleave(count))
+    for found, theirs, wanted in zip(mine, by_transformers(plain), by_transformers(exact), strict=True):
+        assert found.dtype == dtype
+        error, bound = (float((each.double() - wanted).norm()) for each in (found, theirs))
+        assert error < 1.1 * bound
+
+
 def test_weights_that_lie_one_after_the_other_are_not_copied():
     config = LlamaConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
