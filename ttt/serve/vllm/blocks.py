@@ -154,7 +154,7 @@ class Block:
     def _attention_backward(
         self, gradient: Tensor, queries: Tensor, p: Tensor, known: Memory, rotation: Rotation
     ) -> Tensor:
-        """The gradient at the outputs of the joined projections, (T, 3 kinds), from that at attention's output (T, d).
+        """The gradient at queries, keys and values, (T, rows of ``qkv``), from that at attention's output (T, heads D).
 
         What earlier tokens' keys and values get is not computed: they are of weights that have changed since.
         """
