@@ -55,7 +55,8 @@ class FrozenWeight:
         On processors with AVX512-BF16 a 4-bit layer of bitsandbytes packs its weight anew, with scales of 16 bits, as
         soon as it sees inputs that do not require grad. What it computes would change from then on; so these do.
         """
-        return self.module(x.detach().requires_grad_())
+        made_elsewhere = x.is_inference() and not torch.is_inference_mode_enabled()  # then only a copy can require grad
+        return self.module((x.clone() if made_elsewhere else x.detach()).requires_grad_())
 
     @torch.no_grad()
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
