@@ -72,7 +72,7 @@ class FrozenWeight:
         elif can_be_cut(self.module):
             yield from dequantized_blocks(weight)
         else:
-            held = weight.device, weight._version  # it may be moved, and loaded anew, also as another parameter
+            held = weight.device, weight._version  # it may be moved, loaded anew, or replaced
             if self.found is None or self._found_in[0] is not weight or self._found_in[1] != held:
                 self.found, self._found_in = self._find(), (weight, held)
             for rows in row_slices(*self.shape):

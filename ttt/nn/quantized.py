@@ -210,9 +210,7 @@ class QuantizedLowRankLinear(LowRankLinear):
         if isinstance(self.weight, ModuleWeight):
             local_metadata = {**local_metadata, "assign_to_params_buffers": False}  # as `Adapted`: the bias is shared
             self.weight.frozen.module._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-            torch.autograd.graph.increment_version(
-                self.weight
-            )  # what was written belongs to the module (`ttt.version`)
+            torch.autograd.graph.increment_version(self.weight)  # the module was written, for `ttt.version`
             self._largest_step = None
         else:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
