@@ -10,7 +10,10 @@ import ttt.nn
 
 FOLDER = Path(ttt.nn.__file__).parent
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
-HELPERS = ["budget", "directions", "feedback", "gaussian", "graph_steps", "parallel", "rates", "replay_rows", "update"]
+HELPERS = [
+    "bnb", "budget", "directions", "feedback", "frozen_weight", "gaussian", "graph_steps", "module_weight", "parallel",
+    "rates", "replay_rows", "row_blocks", "update",
+]  # fmt: skip
 
 
 def imported(module):

@@ -131,6 +131,23 @@ def test_output_and_gradient_are_those_of_the_dequantized_weight(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_inputs_made_in_inference_mode_are_computed_with_as_others(kind):
+    net = nn.Sequential(quantized(nn.Linear(64, 32), kind))
+    before = parts(net[0])
+    layer = ttt.adapt_(net, config(target_modules="all-linear"))[0]
+    x = torch.randn(3, 64)
+    with torch.inference_mode():
+        made = x.clone()
+        inside = net(made), net(x)
+    assert all(torch.equal(y, net(x)) for y in inside)
+    for routed in (None, torch.tensor([0, -1, 2], dtype=torch.int32)):
+        layer.routing.set(routed)
+        with torch.no_grad():
+            assert torch.equal(net(made), net(x))
+    assert all(torch.equal(t, before[name]) for name, t in parts(layer).items()), "nothing was packed anew"
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_users_learn_side_by_side_and_the_base_is_not_written(kind, dtype):
     model = quantized_model(kind, dtype)

@@ -345,8 +345,9 @@ def test_users_learn_beside_a_layer_that_only_its_own_class_can_read(monkeypatch
     torch.testing.assert_close(own.grad.double(), exact.grad, rtol=1e-5, atol=1e-5)
     assert net.state_dict().keys() == before.keys()
     assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
-    with pytest.raises(NotImplementedError, match=r"weight of a Linear4bit.*weight\.dequantize\(\)"):
-        net[0].weight + 1
+    for product in (lambda w: w + 1, lambda w: x @ w.T, lambda w: torch.stack([torch.ones(21, 32), w])):
+        with pytest.raises(NotImplementedError, match=r"weight of a Linear4bit.*weight\.dequantize\(\)"):
+            product(net[0].weight)
     assert torch.equal(ttt.restore_(net)(x), plain(x))
     assert type(net[0]) is Linear4bit
 
@@ -489,11 +490,63 @@ def test_files_know_another_quantized_head():
     assert base_hash(other, []) != base_hash(model, [])
 
 
-def test_a_weight_that_was_found_is_found_again_after_another_was_loaded(monkeypatch):
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_weight_that_was_found_is_found_again_after_another_was_loaded(assign, monkeypatch):
     monkeypatch.setattr(Linear4bit, "packs", "none")
     net = nn.Sequential(Linear4bit(nn.Linear(32, 21)))
     ttt.adapt_(net, config(target_modules="all-linear"))
     assert torch.equal(net[0].weight.dequantize(), net.state_dict()["0.weight"])
-    other = {name: torch.randn_like(t) for name, t in net.state_dict().items()}
-    net.load_state_dict(other)
-    torch.testing.assert_close(net[0].weight.dequantize(), other["0.weight"])
+    parameters = net[0].weight.frozen.module.weight, net[0].bias
+    versions = [ttt.version(net)]
+    for _ in range(2):
+        other = {name: torch.randn_like(t) for name, t in net.state_dict().items()}
+        net.load_state_dict(other, assign=assign)
+        torch.testing.assert_close(net[0].weight.dequantize(), other["0.weight"])
+        assert torch.equal(net[0].bias, other["0.bias"])
+        versions.append(ttt.version(net))
+    ttt.restore_(net)
+    assert all(one is other for one, other in zip(parameters, (net[0].weight, net[0].bias), strict=True))
+    assert len(set(versions)) == 3, "a cache of keys and values from before does not fit any more"
+
+
+def test_a_weight_that_was_found_is_found_again_after_another_was_put_in_its_place():
+    layer = Linear4bit(nn.Linear(32, 21))
+    weight = FrozenWeight(layer)
+    for _ in range(3):
+        layer.weight = nn.Parameter(torch.randn(21, 32), requires_grad=False)
+        torch.testing.assert_close(weight.dense(), layer.weight.data)
+
+
+def test_a_copy_of_the_weight_on_another_device_leaves_the_layer_where_it_is(monkeypatch):
+    monkeypatch.setattr(Linear4bit, "packs", "none")
+    net = nn.Sequential(Linear4bit(nn.Linear(32, 21)))
+    ttt.adapt_(net, config(target_modules="all-linear"))
+    x = torch.randn(3, 32)
+    before, module = net(x), net[0].weight.frozen.module
+    moved = net[0].weight.to("meta")
+    assert (moved.device.type, moved.frozen.module.weight.device.type) == ("meta", "meta")
+    assert net[0].weight.frozen.module is module
+    assert torch.equal(net(x), before)
+    net.to("meta")  # which moves the layer itself
+    assert net[0].weight.frozen.module is module
+    assert {t.device.type for t in (net[0].weight, module.weight, module.bias, net[0].bias, net[0].a)} == {"meta"}
+
+
+def test_a_weight_whose_layout_cannot_be_cut_is_dequantized_once_for_all_blocks(monkeypatch):
+    monkeypatch.setattr(row_blocks_module, "_BLOCK", 100)
+    net = nn.Sequential(nn.Linear(32, 21))
+    quantize_(net, KINDS["int8"])
+    weight, wanted, calls = net[0].weight, net[0].weight.dequantize(), []
+    kind = type(weight.data)
+    dequantize = kind.dequantize
+
+    def uncut(self, key):
+        raise NotImplementedError("aten.slice")
+
+    monkeypatch.setattr(kind, "__getitem__", uncut)
+    monkeypatch.setattr(kind, "dequantize", lambda self: calls.append(self.shape) or dequantize(self))
+    blocks = [block for _, block in row_blocks(weight)]
+    assert torch.equal(torch.cat(blocks), wanted)
+    assert {len(block) for block in blocks} == {3}
+    assert calls == [(21, 32)]
+    assert can_be_cut(net[0])

@@ -12,7 +12,6 @@ import ttt
 from ttt.conversation import Telling
 from ttt.serve.vllm.blocks import Block, TopBlocks
 from ttt.serve.vllm.lessons import learn_in_slices
-from ttt.serve.vllm.top_blocks import HiddenStates
 
 FIRST, BLOCKS = 2, 4
 NORMS = {"rtol": 1e-5, "atol": 1e-6}
@@ -33,22 +32,22 @@ def whole():
     return model
 
 
-def settings(layers, chunk, slots=1):
+def settings(layers, chunk, slots=1, lr=0.02):
     return ttt.TTTConfig(
-        ["down_proj"], layers=layers, lr=0.02, chunk=chunk, head_mass=0.0, protect=[ttt.KroneckerFisher(directions=3)],
+        ["down_proj"], layers=layers, lr=lr, chunk=chunk, head_mass=0.0, protect=[ttt.KroneckerFisher(directions=3)],
         per_user=ttt.LowRank(slots=slots, rank=8, window=16),
     )  # fmt: skip
 
 
-def top_of(whole, chunk, slots=1):
+def top_of(whole, chunk, slots=1, lr=0.02):
     """A learner of the blocks from `FIRST` on."""
     top = copy.deepcopy(whole)
     top.model.layers = top.model.layers[FIRST:]
     for index, layer in enumerate(top.model.layers):
         layer.self_attn.layer_idx = index
     top.config.num_hidden_layers = BLOCKS - FIRST
-    top.model.embed_tokens = HiddenStates(97)
-    return ttt.Learner(ttt.adapt_(top, settings("all", chunk, slots)))
+    top.model.embed_tokens = torch.nn.Identity()
+    return ttt.Learner(ttt.adapt_(top, settings("all", chunk, slots, lr)))
 
 
 def captured(whole, ids):
@@ -133,6 +132,36 @@ def test_what_is_learnt_does_not_depend_on_pauses_or_on_lessons_of_others_in_the
         assert any(bool(t.count_nonzero()) for t in found.values())
 
 
+def test_without_a_step_size_nothing_is_kept_and_the_scores_are_found(whole):
+    ids, teaches = torch.randint(97, (1, 30)), [at >= 10 for at in range(30)]
+    given = captured(whole, ids), ids[0].tolist(), teaches, Telling(2, 5.0)
+    top = top_of(whole, 8, lr=0.0)
+    top.pool.open("ada")
+    before = top.pool.export("ada")
+    learnt = Lesson(top, "ada", *given).finish()
+    with torch.no_grad():
+        scores = torch.nn.functional.cross_entropy(whole(ids).logits[0, 10:-1], ids[0, 11:])
+    assert learnt.nll == pytest.approx(float(scores), rel=1e-5)
+    after = top.pool.export("ada")
+    assert {name: t.shape for name, t in after.items()} == {name: t.shape for name, t in before.items()}
+    assert all(torch.equal(after[name], t) for name, t in before.items())
+
+
+@pytest.mark.parametrize("budget", [0.0, 1e9])
+def test_a_chunk_that_is_not_finite_is_an_error_and_nothing_of_it_is_learnt(whole, budget):
+    ids, teaches, telling = torch.randint(97, (1, 40)), [at >= 10 for at in range(40)], Telling(1, 5.0)
+    hidden = captured(whole, ids)
+    first = top_of(whole, 8)
+    Lesson(first, "ada", hidden[:, :27], ids[0, :27].tolist(), teaches[:27], telling).finish()  # two chunks
+    hidden[0, 30, 3] = torch.nan  # in the third
+    top = top_of(whole, 8)
+    with pytest.raises(FloatingPointError, match="a loss or gradient is not finite; the lesson was not learnt"):
+        Lesson(top, "ada", hidden, ids[0].tolist(), teaches, telling, budget=budget).finish()
+    found, wanted = top.pool.export("ada"), first.pool.export("ada")
+    assert any(bool(t.count_nonzero()) for t in wanted.values())
+    assert all(torch.equal(found[name], t) for name, t in wanted.items())
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_block_computes_what_transformers_does_and_its_gradient(bias):
     config = LlamaConfig(
@@ -172,6 +201,40 @@ def test_a_block_computes_what_transformers_does_and_its_gradient(bias):
         with torch.no_grad():
             mine = block.backward(inner, gradient, slots.repeat_interleave(count))
     torch.testing.assert_close(mine, exact[0], **NORMS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_block_is_as_exact_as_that_of_transformers(dtype):
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=7,
+    )  # fmt: skip
+    exact = LlamaForCausalLM(config).double().eval()
+    with torch.no_grad():
+        for name, p in exact.named_parameters():  # numbers that are the same in both dtypes
+            size = 4.0 if "q_proj" in name or "k_proj" in name else 1.5  # so that scores are about 16
+            p.copy_((size * torch.randn_like(p) / p.shape[-1] ** 0.5).to(dtype) if p.ndim > 1 else torch.ones_like(p))
+    plain, adapted = (copy.deepcopy(exact).to(dtype) for _ in range(2))
+    ttt.adapt_(adapted, settings("all", 8))
+    count = 60
+    x, gradient = (torch.randn(count, 64).to(dtype) for _ in range(2))
+
+    def by_transformers(model):
+        own = x.to(model.dtype, copy=True).requires_grad_()
+        rotary = model.model.rotary_emb(own, torch.arange(count).unsqueeze(0))
+        mask = torch.ones(count, count, dtype=torch.bool).tril()[None, None]
+        y = model.model.layers[0](own.unsqueeze(0), attention_mask=mask, position_embeddings=rotary)[0]
+        return y.detach(), torch.autograd.grad(y, own, gradient.to(y.dtype))[0]
+
+    blocks = TopBlocks(adapted)
+    block = blocks.blocks[0]
+    with ttt.pool_of(adapted).using(["ada"]) as slots, torch.no_grad():
+        inner = block.inner(x, 0, blocks.rotation(0, count), block.memory(count), keep=True)
+        mine = block.outer(inner), block.backward(inner, gradient, slots.repeat_interleave(count))
+    for found, theirs, wanted in zip(mine, by_transformers(plain), by_transformers(exact), strict=True):
+        assert found.dtype == dtype
+        error, bound = (float((each.double() - wanted).norm()) for each in (found, theirs))
+        assert error < 1.1 * bound
 
 
 def test_weights_that_lie_one_after_the_other_are_not_copied():

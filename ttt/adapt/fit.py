@@ -15,7 +15,7 @@ from ttt.nn.experts import STACKS, is_gated, is_stack
 from ttt.nn.parallel import is_sharded
 from ttt.nn.quantized import quantized, why_not
 from ttt.nn.row_blocks import can_be_cut, is_subclass
-from ttt.ops.reference import _wide
+from ttt.ops.dtypes import accumulation
 
 _PARALLEL = {
     "DistributedDataParallel": "its replicas would learn from different tokens and drift apart",
@@ -190,7 +190,8 @@ def _count_not_finite(weight: Tensor) -> int:
     if is_subclass(weight):
         return 0
     weight = weight.detach()
-    if bool(weight.sum(dtype=_wide(weight.dtype)).isfinite()):  # a sum is read once, and holds what is not finite
+    total = weight.sum(dtype=accumulation(weight.dtype))  # is read once, and holds what is not finite
+    if bool(total.isfinite()):
         return 0
     return int(weight.isfinite().logical_not_().sum())
 

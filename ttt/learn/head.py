@@ -134,7 +134,7 @@ def _matter(scores: Scores, mass: float) -> tuple[Tensor, Tensor, Tensor] | None
 def _places(keep: Tensor) -> tuple[Tensor, Tensor]:
     """The rows and the columns where ``keep`` (N, V), bool, is True, as of `torch.Tensor.nonzero`.
 
-    Few are: eight are looked at together, which takes a fifth of the time.
+    Few are True. Eight neighbours are compared with zero as one integer, which takes a fifth of the time.
     """
     if keep.numel() % 8:
         rows, columns = keep.nonzero(as_tuple=True)

@@ -17,6 +17,7 @@ from ttt.learn.step import ScoredChunk, learn_from
 from ttt.learn.text import Text
 from ttt.nn import Capturing
 from ttt.ops.backends import record
+from ttt.ops.dtypes import accumulation
 
 if TYPE_CHECKING:
     from ttt.learn.learner import Learner
@@ -86,7 +87,7 @@ class OutputLearning:
         """
         if not self.learner.head.unfit():
             if self._logits is None:
-                dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+                dtype = accumulation(logits.dtype)
                 self._logits = logits.new_empty((len(logits), self.size, logits.shape[1]), dtype=dtype)
             self._logits[:, self.count] = logits
         self._wanted.append(wanted)

@@ -18,6 +18,7 @@ from torch import Tensor
 from ttt.checks import check_type
 from ttt.learn.text import Segment, Span
 from ttt.nn import Capturing
+from ttt.ops.dtypes import accumulation
 
 Pairs = list[tuple[Tensor, Tensor]]
 
@@ -42,7 +43,7 @@ class Chunk:
     @classmethod
     def of(cls, span: Span, logits: Tensor, wanted: Tensor | None) -> Chunk:
         """The chunk at ``span`` with a leaf made of ``logits`` (B, T, V)."""
-        wide = logits.dtype if logits.dtype == torch.float64 else torch.float32
+        wide = accumulation(logits.dtype)
         return cls(span.segment, span.start, span.end, logits.detach().to(wide).requires_grad_(), wanted)
 
     @property

@@ -15,7 +15,7 @@ from ttt.layer_lock import LayerLock
 from ttt.nn.directions import principal_directions, project_rows
 from ttt.nn.parallel import UNSHARDED, Sharding, is_sharded
 from ttt.ops import log8
-from ttt.ops.reference import _wide
+from ttt.ops.dtypes import accumulation
 from ttt.ops.schema import _FLOATS
 
 DTYPES = _FLOATS
@@ -195,7 +195,7 @@ class Adapted(torch.nn.Linear):
         if self.config.rate != "decrease":
             return None
         if self._largest_step is None:
-            norm = self.sharding.norm(self.base_weight.detach(), _wide(self.weight.dtype))
+            norm = self.sharding.norm(self.base_weight.detach(), accumulation(self.weight.dtype))
             self._largest_step = _LARGEST_STEP * float(norm)
         return self._largest_step or None
 

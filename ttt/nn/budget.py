@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ttt.config import TTTConfig
+from ttt.ops.dtypes import accumulation
 
 HALF = 0.5  # the filling up to which steps keep their size
 
@@ -55,6 +56,6 @@ def scale(square: Tensor, largest: Tensor) -> Tensor:
 
 def low_rank_square(a: Tensor, b: Tensor) -> Tensor:
     """|b^T a|^2 for ``a`` (R, n) and ``b`` (R, m): () float64."""
-    wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+    wide = accumulation(a.dtype)
     a, b = a.to(wide), b.to(wide)
     return ((a @ a.T) * (b @ b.T)).sum(dtype=torch.float64).clamp_min(0.0)

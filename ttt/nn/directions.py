@@ -12,7 +12,7 @@ from torch import Tensor
 from ttt import ops
 from ttt.nn.parallel import WHOLE, Side
 from ttt.ops.backends import record
-from ttt.ops.reference import _wide
+from ttt.ops.dtypes import accumulation
 
 _EXACT = 1024  # Eigenvectors of a larger Gram matrix would take seconds.
 _OVERSAMPLE, _ROUNDS = 32, 8
@@ -32,7 +32,7 @@ def project_rows(x: Tensor, basis: Tensor | None, side: Side = WHOLE) -> Tensor:
     if basis is None or not side.shared:
         return x if basis is None else ops.project_out(x, basis)
     record("project_out", "reference", "a sharded layer, with sums over processes")
-    rows, u = x.to(_wide(x.dtype)), basis.to(_wide(x.dtype))
+    rows, u = x.to(accumulation(x.dtype)), basis.to(accumulation(x.dtype))
     return (rows - side.sum(rows @ u.T) @ u).to(x.dtype)
 
 

@@ -46,7 +46,7 @@ class FrozenWeight:
             dtype = weight.dtype
         self.dtype: torch.dtype = dtype
         self.found: Tensor | None = None
-        self._found_in: Any = None
+        self._found_in: Any = (None, None)
 
     @torch.no_grad()
     def product(self, x: Tensor) -> Tensor:
@@ -55,7 +55,8 @@ class FrozenWeight:
         On processors with AVX512-BF16 a 4-bit layer of bitsandbytes packs its weight anew, with scales of 16 bits, as
         soon as it sees inputs that do not require grad. What it computes would change from then on; so these do.
         """
-        return self.module(x.detach().requires_grad_())
+        made_elsewhere = x.is_inference() and not torch.is_inference_mode_enabled()  # then only a copy can require grad
+        return self.module((x.clone() if made_elsewhere else x.detach()).requires_grad_())
 
     @torch.no_grad()
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
@@ -71,9 +72,9 @@ class FrozenWeight:
         elif can_be_cut(self.module):
             yield from dequantized_blocks(weight)
         else:
-            held = weight.device, weight._version  # it may be moved, and loaded anew
-            if self.found is None or self._found_in != held:
-                self.found, self._found_in = self._find(), held
+            held = weight.device, weight._version  # it may be moved, loaded anew, or replaced
+            if self.found is None or self._found_in[0] is not weight or self._found_in[1] != held:
+                self.found, self._found_in = self._find(), (weight, held)
             for rows in row_slices(*self.shape):
                 yield rows, self.found[rows]
 

@@ -18,7 +18,7 @@ from ttt.nn.cpu_binding import LowRankBinding, binding_of
 from ttt.nn.directions import count_directions
 from ttt.nn.rates import Rates, count_, places, rates
 from ttt.nn.routing import Routing
-from ttt.ops.reference import _wide
+from ttt.ops.dtypes import accumulation
 
 PER_ROW = ("a", "b")
 PER_SLOT = ("eta_sum", "lost", "step")
@@ -107,7 +107,7 @@ class LowRankLinear(Adapted):
         return TTTConfig(per_user=LowRank())
 
     def _layout(self, dtype: torch.dtype) -> Layout:
-        config, wide, low_rank = self.config, _wide(dtype), self.low_rank
+        config, wide, low_rank = self.config, accumulation(dtype), self.low_rank
         m, n = self.out_features, self.in_features
         k, protects = count_directions(config.orthogonal or config.kronecker, n), config.ewc_lambda > 0
         outputs, scaled = count_directions(config.kronecker, m), config.rate != "constant"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ttt.nn.frozen_weight import FrozenWeight
 
@@ -49,13 +50,20 @@ class ModuleWeight(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
-        own, kwargs = args[0], kwargs or {}
+        kwargs = kwargs or {}
+        own = next(each for each in tree_leaves((args, kwargs)) if isinstance(each, ModuleWeight))
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.clone.default):
             return ModuleWeight(own.frozen, own.dtype)
         if func is torch.ops.aten._to_copy.default:
-            own.frozen.module.to(kwargs.get("device") or own.device)
-            return ModuleWeight(own.frozen, kwargs.get("dtype") or own.dtype)
+            return ModuleWeight(_on(own.frozen, kwargs.get("device")), kwargs.get("dtype") or own.dtype)
         raise NotImplementedError(
             f"{func} of the weight of a {type(own.frozen.module).__name__}, which is quantized, is not supported; "
             "weight.dequantize() gives a plain tensor"
         )
+
+
+def _on(frozen: FrozenWeight, device: torch.device | None) -> FrozenWeight:
+    """The same weight on ``device``. Of a layer that is on another one it is a copy, and the layer stays there."""
+    if device is None or torch.empty(0, device=device).device == frozen.module.weight.device:  # "cuda" is "cuda:0"
+        return frozen
+    return FrozenWeight(copy.deepcopy(frozen.module).to(device), frozen.dtype)

@@ -193,7 +193,12 @@ class QuantizedLowRankLinear(LowRankLinear):
         """(m, n): the weight, dequantized. A new tensor."""
         return dequantized(self.weight)
 
-    # -- the tensors of another library's layer are saved and loaded by itself ----------------------------------------
+    # -- the tensors of another library's layer are moved, saved and loaded by itself ---------------------------------
+
+    def _apply(self, fn, recurse=True):
+        if isinstance(self.weight, ModuleWeight):
+            self.weight.frozen.module.to(fn(torch.empty(0, device=self.weight.device)).device)
+        return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if isinstance(self.weight, ModuleWeight):
@@ -201,9 +206,11 @@ class QuantizedLowRankLinear(LowRankLinear):
         else:
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         if isinstance(self.weight, ModuleWeight):
-            self.weight.frozen.module._load_from_state_dict(state_dict, prefix, *args)
+            local_metadata = {**local_metadata, "assign_to_params_buffers": False}  # as `Adapted`: the bias is shared
+            self.weight.frozen.module._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+            torch.autograd.graph.increment_version(self.weight)  # the module was written, for `ttt.version`
             self._largest_step = None
         else:
-            super()._load_from_state_dict(state_dict, prefix, *args)
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt.ops.reference import _wide
+from ttt.ops.dtypes import accumulation
 
 _BLOCK = 1 << 20  # elements that are dequantized at a time, at most, unless a row has more
 
@@ -30,7 +30,7 @@ def transposed_product(delta: Tensor, blocks: Blocks, n: int) -> Tensor:
     """
     finite = torch.isfinite(delta).all(-1, keepdim=True)
     delta = torch.where(finite, delta, 0.0)
-    found = torch.zeros((*delta.shape[:-1], n), dtype=_wide(delta.dtype), device=delta.device)
+    found = torch.zeros((*delta.shape[:-1], n), dtype=accumulation(delta.dtype), device=delta.device)
     for rows, block in blocks:
         found += delta[..., rows] @ block.to(delta.dtype)
     return torch.where(finite, found, torch.nan).to(delta.dtype)
@@ -59,14 +59,31 @@ def can_be_cut(module: nn.Module) -> bool:
 @torch.no_grad()
 def dequantized_rows(weight: Tensor, rows: slice = slice(None)) -> Tensor:
     """The ``rows`` of a ``weight`` (m, n) that can be dequantized, as a plain tensor of its dtype."""
+    found = _cut(weight, rows)
+    return _all_of(weight)[rows] if found is None else found
+
+
+@torch.no_grad()
+def dequantized_blocks(weight: Tensor) -> Blocks:
+    """`Blocks` of a ``weight`` (m, n) that can be dequantized; one whose layout cannot be cut is dequantized once."""
+    whole: Tensor | None = None
+    for rows in row_slices(*weight.shape):
+        found = None if whole is not None else _cut(weight, rows)
+        if found is None:
+            whole = _all_of(weight) if whole is None else whole
+            found = whole[rows]
+        yield rows, found
+
+
+def _cut(weight: Tensor, rows: slice) -> Tensor | None:
+    """The ``rows`` of ``weight``, dequantized; None if its layout cannot be cut."""
     held: Any = weight.detach()
     try:
         return held[rows].dequantize().to(held.dtype)
-    except NotImplementedError:  # a layout that cannot be cut
-        return held.dequantize().to(held.dtype)[rows]
+    except NotImplementedError:
+        return None
 
 
-def dequantized_blocks(weight: Tensor) -> Blocks:
-    """`Blocks` of a ``weight`` (m, n) that can be dequantized."""
-    for rows in row_slices(*weight.shape):
-        yield rows, dequantized_rows(weight, rows)
+def _all_of(weight: Tensor) -> Tensor:
+    held: Any = weight.detach()
+    return held.dequantize().to(held.dtype)

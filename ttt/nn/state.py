@@ -19,7 +19,7 @@ from ttt.nn.kronecker import MOMENTS, layout
 from ttt.nn.parallel import WHOLE, Sharding, Side
 from ttt.nn.rates import STREAM
 from ttt.ops import log8
-from ttt.ops.reference import _wide
+from ttt.ops.dtypes import accumulation
 
 BASE = ("anchor", "importance", "importance_scale", "memory", "seen", "basis", "output_basis", *MOMENTS, *PAST)
 """Buffers that calibrating and consolidating write, and learning does not."""
@@ -73,7 +73,7 @@ class StatefulLinear(Adapted):
     _counter: WindowCounter | None  # of a capturable layer
 
     def _layout(self, dtype: torch.dtype) -> Layout:
-        config, sum_dtype = self.config, _wide(dtype)
+        config, sum_dtype = self.config, accumulation(dtype)
         m, n, c = self.out_features, self.in_features, self.config.window
         default = torch.float32 if dtype == torch.float32 else torch.bfloat16
         if dtype == torch.float64:

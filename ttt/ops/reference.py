@@ -12,6 +12,7 @@ import torch
 
 from ttt.ops import log8
 from ttt.ops.arguments import CommitArguments
+from ttt.ops.dtypes import accumulation
 from ttt.ops.gate import closed
 from ttt.ops.momentum import coefficients
 from ttt.ops.philox import DRAW, INSERT, choose_tokens, philox
@@ -39,10 +40,6 @@ def _as_it_is(t: torch.Tensor) -> torch.Tensor:
     return t
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def window_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -52,7 +49,7 @@ def window_linear(
     win_eta: torch.Tensor,
 ) -> torch.Tensor:
     """y = x W^T + b - ((x X^T) * eta) D, rows of the window with eta = 0 being empty."""
-    wide = _wide(x.dtype)
+    wide = accumulation(x.dtype)
     live = (win_eta != 0).unsqueeze(1)
     wx = win_x.to(wide).masked_fill(~live, 0)
     wd = win_delta.to(wide).masked_fill(~live, 0)
@@ -66,7 +63,7 @@ def window_linear(
 
 def project_out(x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     """x' = x - (x U^T) U."""
-    wide = _wide(x.dtype)
+    wide = accumulation(x.dtype)
     rows, u = x.to(wide), basis.to(wide)
     return (rows - (rows @ u.T) @ u).to(x.dtype)
 
@@ -150,7 +147,7 @@ def commit(*args, total: Callable[[torch.Tensor], torch.Tensor] = _as_it_is) -> 
     if c.replay_rows and c.memory is not None:
         filled = len(c.memory) if c.seen is None else min(count_of("seen", c.seen), len(c.memory))
     weight, trace, step, seed = c.weight, c.trace, c.step, c.seed
-    wide = _wide(weight.dtype)
+    wide = accumulation(weight.dtype)
     tokens, n = c.x.shape
     w = weight.to(wide, copy=True)  # a copy even in float32: SI needs the weights from before the update
     xw, dw, ew = c.x.to(wide), c.delta.to(wide), c.eta.to(wide)

@@ -11,6 +11,7 @@ import torch
 from ttt.checks import check_choice
 from ttt.ops import log8
 from ttt.ops.arguments import CommitArguments, WindowStepArguments
+from ttt.ops.dtypes import accumulation
 
 KINDS = ("fisher", "mas", "si")
 MAX_REPLAY_ROWS = 64
@@ -161,10 +162,6 @@ def _need_state(name: str, t: torch.Tensor, m: int, n: int, dtypes: tuple[torch.
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _floats(t: torch.Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
-
-
 def check_window_linear(x, weight, bias, win_x, win_delta, win_eta) -> None:
     if weight.ndim != 2:
         raise ValueError(f"weight must have shape (m, n), got {tuple(weight.shape)}")
@@ -177,7 +174,7 @@ def check_window_linear(x, weight, bias, win_x, win_delta, win_eta) -> None:
     if bias is not None:
         _need("bias", bias, (m,), dtype, weight)
     c = win_eta.numel()
-    _need("win_eta", win_eta, (c,), (_floats(weight),), weight)
+    _need("win_eta", win_eta, (c,), (accumulation(weight.dtype),), weight)
     _need("win_x", win_x, (c, n), dtype, weight)
     _need("win_delta", win_delta, (c, m), dtype, weight)
 
@@ -199,7 +196,7 @@ def check_window_append(
         if t.ndim != 2:
             raise ValueError(f"{name} must have two dimensions, got shape {tuple(t.shape)}")
     window, n, m = win_eta.numel(), win_x.shape[1], win_delta.shape[1]
-    wide, dtype, count = (_floats(win_x),), (win_x.dtype,), (torch.int64,)
+    wide, dtype, count = (accumulation(win_x.dtype),), (win_x.dtype,), (torch.int64,)
     _need("win_x", win_x, (window, n), _FLOATS, win_x)
     _need("win_delta", win_delta, (window, m), dtype, win_x)
     _need("win_eta", win_eta, (window,), wide, win_x)
@@ -246,7 +243,7 @@ def check_commit(c: CommitArguments) -> None:
         raise ValueError(f"weight must have shape (m, n), got {tuple(weight.shape)}")
     m, n = weight.shape
     _need("weight", weight, (m, n), _FLOATS, weight)
-    dtype, wide = (weight.dtype,), _floats(weight)
+    dtype, wide = (weight.dtype,), accumulation(weight.dtype)
     state = (torch.float64,) if wide == torch.float64 else (torch.float32, torch.bfloat16)
     tokens = c.eta.numel()
     _need("eta", c.eta, (tokens,), (wide,), weight)

@@ -15,7 +15,7 @@ from ttt.serve.user_queue import UserQueue
 
 
 class Waiting:
-    """The queues of a service's users; for its thread.
+    """The queues of a service's users; only the service's own thread uses it.
 
     Args:
         places: what counts how much waits.

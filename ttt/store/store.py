@@ -217,7 +217,7 @@ class Store:
             UnknownUser, UnknownVersion: if there is no such version.
             DamagedState: if ``version``, or with ``strict`` the newest, or each version, is damaged.
             StorageFailure: if index or target cannot be read.
-            TypeError, ValueError: if an argument is of a wrong type.
+            TypeError, ValueError: if an argument is of a wrong type, or ``user`` can be no user's id.
         """
         check_user_name(user)
         check_bool("strict", strict)
@@ -257,7 +257,12 @@ class Store:
             yield from (v for v in self.index.versions(user) if v.number < first.number)
 
     def history(self, user: str) -> list[Version]:
-        """A user's stored versions, newest first. Raises `UnknownUser`, `StorageFailure`, and ValueError for no id."""
+        """A user's stored versions, newest first.
+
+        Raises:
+            UnknownUser: if the store holds nothing of the user. StorageFailure: if the index cannot be read.
+            TypeError, ValueError: if ``user`` can be no user's id.
+        """
         check_user_name(user)
         return self.index.versions(user)
 
@@ -306,7 +311,7 @@ class Store:
             StorageFailure: if something could not be removed yet, of this user or of one forgotten before, after all
                 else was; call again.
             CommitUncertain: if the index failed during a commit; call again.
-            ValueError: if ``user`` can be no user's id.
+            TypeError, ValueError: if ``user`` can be no user's id.
         """
         check_user_name(user)
         with _target_failures():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from ttt.checks import check_whole
+from ttt.ops.dtypes import accumulation
 from ttt.ops.schema import _FLOATS as FLOATS
-from ttt.ops.schema import MAX_REPLAY_ROWS, _floats, _need
+from ttt.ops.schema import MAX_REPLAY_ROWS, _need
 
 
 def _pool(a, b, rows) -> tuple[int, int, int, int]:
@@ -45,8 +46,8 @@ def check_low_rank_append(a, b, rows, eta_sum, x, delta, eta, users) -> None:
     slots, _, n, m = _pool(a, b, rows)
     tokens = users.numel()
     _need("users", users, (tokens,), (torch.int32,), a)
-    _need("eta_sum", eta_sum, (slots,), (_floats(a),), a)
-    _need("eta", eta, (tokens,), (_floats(a),), a)
+    _need("eta_sum", eta_sum, (slots,), (accumulation(a.dtype),), a)
+    _need("eta", eta, (tokens,), (accumulation(a.dtype),), a)
     _need("x", x, (tokens, n), (a.dtype,), a)
     _need("delta", delta, (tokens, m), (a.dtype,), a)
 
@@ -114,7 +115,7 @@ def check_low_rank_compress(
     replay_rows, beta, eps,
 ) -> None:  # fmt: skip
     count, _, n, m = _pool(a, b, rows)
-    wide = (_floats(a),)
+    wide = (accumulation(a.dtype),)
     _need("eta_sum", eta_sum, (count,), wide, a)
     _need("lost", lost, (count,), wide, a)
     _need("step", step, (count,), (torch.int64,), a)

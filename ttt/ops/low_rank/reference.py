@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ttt.ops.reference import _wide
+from ttt.ops.dtypes import accumulation
 from ttt.ops.reference import replay_rows as draw_replay
 from ttt.ops.rounding import rounding_bits, stochastic_round_
 
@@ -19,7 +19,7 @@ def _by_user(users: Tensor) -> list[tuple[int, Tensor]]:
 
 def add_delta_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, rows: Tensor, users: Tensor) -> Tensor:
     """y_t (T, m) += B_u^T (A_u x_t) for x (T, n), in place."""
-    wide = _wide(x.dtype)
+    wide = accumulation(x.dtype)
     for u, tokens in _by_user(users):
         held = int(rows[u])
         inner = x[tokens].to(wide) @ a[u, :held].to(wide).T
@@ -90,7 +90,7 @@ def low_rank_compress(
             size = pool.shape[2]
             bits = rounding_bits(kept, size, counter, seed) if pool.itemsize == 2 else None
             top = torch.finfo(pool.dtype).max  # values stay finite, however large the user's updates were
-            stochastic_round_(pool[u, :kept], part.clamp(-top, top).to(_wide(pool.dtype)), bits)
+            stochastic_round_(pool[u, :kept], part.clamp(-top, top).to(accumulation(pool.dtype)), bits)
             pool[u, kept:held].zero_()
         rows[u] = kept
         eta_sum[u] = 0

@@ -17,11 +17,6 @@ Form = list[tuple[tuple[int, ...], torch.dtype]]
 """Of the tensors of a state, in the order of `tensors_of`: the shape without the sequences, and the dtype."""
 
 
-def accumulation(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums and states for inputs of ``dtype``: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def check_form(form: str) -> None:
     """Raise ValueError unless ``form`` is one of `FORMS`."""
     if form not in FORMS:

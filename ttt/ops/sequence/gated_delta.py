@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttt.ops.dtypes import accumulation
 from ttt.ops.sequence import delta_rule, kernels
 from ttt.ops.sequence.checks import (
-    accumulation,
     bounds_of,
     check_count,
     check_form,

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttt.ops.dtypes import accumulation
 from ttt.ops.sequence import kernels, large_chunk, large_chunk_reference
 from ttt.ops.sequence.checks import (
     Form,
-    accumulation,
     bounds_of,
     check_count,
     check_form,

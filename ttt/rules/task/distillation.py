@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ttt.adapt.fork import fork
 from ttt.checks import check_number
+from ttt.ops.dtypes import accumulation
 from ttt.rules.task.base import Batch, Rule
 
 
@@ -46,7 +47,7 @@ class TopLogits(NamedTuple):
 @torch.no_grad()
 def top_logits(logits: Tensor, k: int, temperature: float) -> TopLogits:
     """`TopLogits` of ``logits`` (..., V) at ``temperature``; at most V outputs are kept one by one."""
-    wide = logits.dtype if logits.dtype == torch.float64 else torch.float32
+    wide = accumulation(logits.dtype)
     logp = (logits.to(wide) / temperature).log_softmax(-1)
     values, index = logp.topk(min(k, logp.shape[-1]), dim=-1)
     return TopLogits(index.int(), torch.cat([values, _rest(logp, index)], -1))

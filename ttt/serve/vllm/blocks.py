@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from ttt.nn import LowRankLinear
-from ttt.ops.reference import _wide
+from ttt.ops.dtypes import accumulation
 
 
 class Rotation(NamedTuple):
@@ -53,7 +53,7 @@ class Norm:
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """(T, d) -> (T, d), and what `backward` needs."""
-        wide = x.to(_wide(x.dtype))
+        wide = x.to(accumulation(x.dtype))
         inverse = wide.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
         unit = wide * inverse
         return self.weight * unit.to(x.dtype), (unit, inverse)
@@ -145,7 +145,7 @@ class Block:
 
     def _attention(self, queries: Tensor, keys: Tensor, begin: int, count: int) -> Tensor:
         """The weights that each query has for each key: (groups, T queries of each head of a group, keys)."""
-        wide = _wide(queries.dtype)  # a score that is rounded to 8 bits would change its probability by percents
+        wide = accumulation(queries.dtype)  # a score that is rounded to 8 bits would change its probability by percents
         scores = torch.bmm(queries.to(wide) * self.scale, keys.to(wide).transpose(1, 2))
         later = torch.ones((count, count), dtype=torch.bool).triu_(1)
         scores.view(self.groups, -1, count, keys.shape[1])[..., begin:].masked_fill_(later, -torch.inf)
@@ -154,14 +154,14 @@ class Block:
     def _attention_backward(
         self, gradient: Tensor, queries: Tensor, p: Tensor, known: Memory, rotation: Rotation
     ) -> Tensor:
-        """The gradient at the outputs of the joined projections, (T, 3 kinds), from that at attention's output (T, d).
+        """The gradient at queries, keys and values, (T, rows of ``qkv``), from that at attention's output (T, heads D).
 
         What earlier tokens' keys and values get is not computed: they are of weights that have changed since.
         """
         count = len(gradient)
         own = slice(known.keys.shape[1] - count, None)
         gradient = self._heads(gradient).view(self.groups, -1, self.width)
-        wide = _wide(p.dtype)
+        wide = accumulation(p.dtype)
         at_p, shares = (gradient @ known.values.transpose(1, 2)).to(wide), p.to(wide)
         at_p.sub_((at_p * shares).sum(-1, keepdim=True)).mul_(shares).mul_(self.scale)
         scores = at_p.to(p.dtype)

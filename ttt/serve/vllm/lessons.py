@@ -18,7 +18,7 @@ from ttt.learn.text import Text
 from ttt.serve.vllm.blocks import Inner, TopBlocks
 
 CONTEXT = 4
-"""A token of context takes about a quarter of the time of one that is learnt: so many more are read at a time."""
+"""How many times as many tokens of context are read at a time as are learnt: each takes about a quarter of the time."""
 SCORED = 64
 """Tokens that the head scores in one piece: for each it computes as much as eight blocks of a small model do."""
 Pieces = Generator[None, None, None]
@@ -170,6 +170,8 @@ class _Lesson:
             nll.append(scores.nll)
             parts.append(input_gradient(scores, self.blocks.head, wanted, self.mass))
             yield
+        if not strategy.learns:  # with steps of size 0 a user keeps no rows
+            return
         gradient = self.blocks.norm.backward(saved, torch.cat(parts))
         users, updates = strategy.owners(columns)[0], list[LayerUpdate]()
         for block, inner in zip(reversed(blocks), reversed(inners), strict=True):

@@ -20,18 +20,6 @@ PACKED = {
 """Modules of transformers that are rows of one fused weight in vLLM: its name, and the place among the rows."""
 
 
-class HiddenStates(nn.Module):
-    """Stands for the embedding of words, which nothing here needs: lessons begin with captured hidden states.
-
-    Attributes:
-        num_embeddings: what tokens are checked against.
-    """
-
-    def __init__(self, words: int) -> None:
-        super().__init__()
-        self.num_embeddings = words
-
-
 def top_blocks(model: Any, hf_config: Any, first: int) -> nn.Module:
     """The blocks from ``first`` on, the last norm and the head of vLLM's ``model``, sharing its weights.
 
@@ -59,7 +47,7 @@ def top_blocks(model: Any, hf_config: Any, first: int) -> nn.Module:
         module, _, attribute = name.rpartition(".")
         setattr(top.get_submodule(module), attribute, nn.Parameter(found.detach(), requires_grad=False))
     top.model.rotary_emb = LlamaRotaryEmbedding(config=config)
-    top.model.embed_tokens = HiddenStates(config.vocab_size)
+    top.model.embed_tokens = nn.Identity()  # lessons begin with captured hidden states
     return top
 
 

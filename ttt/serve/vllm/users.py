@@ -38,7 +38,7 @@ Steps = Generator[float, None, T]
 """Yields how many seconds may pass before it is taken on; 0 for none."""
 _IO_WAIT = 0.002
 ALONE = 100.0
-"""Milliseconds that learning takes at a time where the engine answers nobody: as long may who comes meanwhile wait."""
+"""Milliseconds of learning at a time while the engine answers nobody; a request that comes then waits for them."""
 OPERATIONS = ("open", "learn", "stored", "forget", "rollback", "status", "drop")
 
 
