@@ -110,6 +110,16 @@ struct Memory {
   int dtype, threads;
 };
 
+struct SwigluToken {
+  const float *q, *k, *v;   // rows x width, of all heads of all sequences
+  const float* rates;       // 3 x rows
+  const float* weights[3];  // rows x width x inner, rows x inner x width, rows x width x inner
+  float* sums[3];           // the same of the updates, added to
+  float* out;               // rows x width
+  int64_t rows, width, inner;
+  int threads;
+};
+
 struct Kernels {
   const char* isa;
   void (*window_linear)(const WindowLinear&);
@@ -120,6 +130,7 @@ struct Kernels {
   bool (*all_finite)(const void* x, int64_t count, int dtype);
   void (*delta_rule)(const DeltaRule&);
   void (*memory)(const Memory&);
+  void (*swiglu_token)(const SwigluToken&);
 };
 
 // One table per instruction set, each from its own compilation of kernels.cpp.

@@ -1,6 +1,6 @@
 // Chooses the namespace and vector length by instruction set; the bodies are in commit.h, window_linear.h, low_rank.h,
-// delta_rule.h, memory.h and memory_step.h. Compiled once for each instruction set with that set's flags (setup.py),
-// never for the whole library.
+// delta_rule.h, memory.h, memory_step.h and large_chunk.h. Compiled once for each instruction set with that set's flags
+// (setup.py), never for the whole library.
 #include "api.h"
 
 #if defined(TTT_ISA_AVX512BF16)
@@ -23,6 +23,7 @@
 
 #include "commit.h"
 #include "delta_rule.h"
+#include "large_chunk.h"
 #include "low_rank.h"
 #include "low_rank_compress.h"
 #include "memory.h"
@@ -34,7 +35,7 @@ namespace ttt {
 const Kernels& TTT_TABLE() {
   static const Kernels table = {
       TTT_NAME,       run_window_linear, run_commit, run_low_rank_linear, run_low_rank_append, run_low_rank_compress,
-      run_all_finite, run_delta_rule,    run_memory};
+      run_all_finite, run_delta_rule,    run_memory, run_swiglu_token};
   return table;
 }
 

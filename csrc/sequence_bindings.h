@@ -71,9 +71,31 @@ void memory(address q, address k, address v, address rate, address gate, address
   active->memory(a);
 }
 
+void swiglu_token(address q, address k, address v, address rates, const std::array<address, 3>& weights,
+                  const std::array<address, 3>& sums, address y, int64_t rows, int64_t width, int64_t inner,
+                  int threads) {
+  ttt::SwigluToken a = {};
+  a.q = in<float>(q);
+  a.k = in<float>(k);
+  a.v = in<float>(v);
+  a.rates = in<float>(rates);
+  for (int i = 0; i < 3; i++) {
+    a.weights[i] = in<float>(weights[i]);
+    a.sums[i] = out<float>(sums[i]);
+  }
+  a.out = out<float>(y);
+  a.rows = rows;
+  a.width = width;
+  a.inner = inner;
+  a.threads = threads;
+  py::gil_scoped_release release;
+  active->swiglu_token(a);
+}
+
 inline void bind_sequence(py::module_& m) {
   m.def("delta_rule", &delta_rule);
   m.def("memory", &memory);
+  m.def("swiglu_token", &swiglu_token);
 }
 
 }  // namespace

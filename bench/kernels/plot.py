@@ -222,7 +222,7 @@ def main(
     files = sorted(results.glob("*.json"))
     # These are measured on one thread, the others on all: they are not results of one kind of machine.
     sequence = [file for file in files if file.stem.endswith("_sequence")]
-    apart = [file for file in files if file.stem.endswith(("_sequence", "_language", "_decode_bound"))]
+    apart = [file for file in files if "_sequence" in file.stem or file.stem.endswith(("_language", "_decode_bound"))]
     for kind in ("cpu", "cuda"):
         found = gather([file for file in files if file not in apart], kind)
         if found is None:

@@ -20,7 +20,7 @@ from ttt.ops.triton.aot_compare import compare, key_of, wide_share, worse
 
 COMMITTED = Path(__file__).parents[2] / "bench" / "kernels" / "results" / "aot.json"
 FOREMOST = ("commit._commit", "window_linear._decode_one", "window_linear._decode_few")
-NOT_LAUNCHED = dict.fromkeys(("sm_80", "gfx942"), {"memory_learn.learn_two", "memory_read.read_two"})
+NOT_LAUNCHED = {target: {"memory_learn.learn_two", "memory_read.read_two"} for target in ("sm_80", "gfx942")}
 """Kernels that `ttt.ops.triton.memory.why_not` keeps from a target."""
 RUNS = (["sm_80"], ["sm_90"], ["sm_100", "gfx942", "--kernel", *FOREMOST])
 

@@ -23,9 +23,15 @@ CHUNK = 32
 EXPANSION = 4
 """Width of the middle of TTT-MLP's memory, relative to that of a head."""
 TITANS = "Titans"
-OPS = ("gated delta rule", "TTT-Linear", "TTT-MLP", TITANS)
-HIGHEST_RATE = {"TTT-Linear": 0.2, "TTT-MLP": 0.01, TITANS: 0.1}
+LACT = "LaCT"
+IN_PLACE = "In-Place TTT"
+OPS = ("gated delta rule", "TTT-Linear", "TTT-MLP", TITANS, LACT, IN_PLACE)
+HIGHEST_RATE = {"TTT-Linear": 0.2, "TTT-MLP": 0.01, TITANS: 0.1, LACT: 0.02, IN_PLACE: 0.02}
 """Those of their layers by default; for Titans a typical one."""
+LARGE_CHUNK = 512
+LACT_EXPANSION = 2
+"""Width of LaCT's SwiGLU, relative to that of a head, as in its layer."""
+NEWTON_SCHULZ = 5
 TOLERANCE = 1e-3
 
 
@@ -56,17 +62,20 @@ def inputs_of(op: str, device: str, dtype: str, batch: int, tokens: int, heads: 
     for given, found in layer_sizes(op, width):
         # TTT-MLP's as its layer draws them; with large ones of TTT-Linear rounding grows from token to token.
         scale = 0.02 if op in ("TTT-Linear", TITANS) else 1 if given == width else given**-0.5
-        weights += [draw(heads, given, found) * scale, torch.zeros(heads, found, device=device)]
+        bias = [] if op in (LACT, IN_PLACE) else [torch.zeros(heads, found, device=device)]
+        weights += [draw(heads, given, found) * scale, *bias]
     norm = ops.Norm(torch.ones(heads, width, device=device), torch.zeros(heads, width, device=device))
     rate = HIGHEST_RATE.get(op, 1) * rate.sigmoid()
     return Inputs(q, k, v, rate, -torch.nn.functional.softplus(gate - 3), weights, norm)
 
 
 def layer_sizes(op: str, width: int) -> list[tuple[int, int]]:
-    """Inputs and outputs of each layer of the op's memory; none for the delta rule."""
-    middle = EXPANSION * width
+    """Inputs and outputs of each weight of the op's memory; none for the delta rule."""
+    middle, inner = EXPANSION * width, LACT_EXPANSION * width
     one = [(width, width)]
-    return {"TTT-Linear": one, TITANS: one, "TTT-MLP": [(width, middle), (middle, width)]}.get(op, [])
+    swiglu = [(width, inner), (inner, width), (width, inner)]
+    two = [(width, middle), (middle, width)]
+    return {"TTT-Linear": one, TITANS: one, IN_PLACE: one, "TTT-MLP": two, LACT: swiglu}.get(op, [])
 
 
 def options_of(op: str, x: Inputs) -> dict[str, Any]:
@@ -74,8 +83,18 @@ def options_of(op: str, x: Inputs) -> dict[str, Any]:
     return {"gate": x.gate.exp(), "momentum": 1 - x.gate.exp()} if op == TITANS else {"norm": x.norm}
 
 
+def large_chunk_options(x: Inputs) -> dict[str, Any]:
+    """Of `lact`: rates for each weight (B, T, H, 3), and a momentum (B, T, H)."""
+    return {"rates": x.rate.unsqueeze(-1).expand(*x.rate.shape, 3), "momentum": x.gate.exp()}
+
+
 def run_op(op: str, x: Inputs, form: str) -> tuple[Tensor, Any]:
     """The op on all tokens, with its final state."""
+    if op in (LACT, IN_PLACE):
+        options: Any = {"chunk_size": LARGE_CHUNK, "output_final_state": True, "form": form}
+        if op == IN_PLACE:
+            return ops.in_place_ttt(x.q, x.k, x.v, x.rate, x.weights[0], **options)
+        return ops.lact(x.q, x.k, x.v, weights=x.weights, **large_chunk_options(x), **options)
     if op == "gated delta rule":
         return ops.gated_delta_rule(x.q, x.k, x.v, x.rate, x.gate, output_final_state=True, form=form)
     return ops.memory(
@@ -114,6 +133,7 @@ class Text(Case):
     flops are those of the kernel's products, for each token and head. The delta rule has 6 D^2 with the state and, in
     chunks of C tokens, 4 C D within the chunk. A layer of I x O of a memory has 6 I O (its outputs for keys and for
     queries, and the update) and b (I + O) within the mini-batch, and 2 I O more where a gradient passes through it.
+    LaCT's three weights have 18 D F, and Newton-Schulz steps at the end of each chunk; In-Place TTT has 4 D^2.
     """
 
     suite = "sequence"
@@ -139,6 +159,12 @@ class Text(Case):
     def flops(self, contender: str) -> int | None:
         if self.op == "gated delta rule":
             each = 6 * self.width**2 + 4 * CHUNK * self.width
+        elif self.op == IN_PLACE:
+            each = 4 * self.width**2
+        elif self.op == LACT:
+            inner = LACT_EXPANSION * self.width
+            ends = 3 * NEWTON_SCHULZ * (4 * self.width**2 * inner + 2 * self.width**3)
+            each = 18 * self.width * inner + ends // LARGE_CHUNK
         else:
             sizes = layer_sizes(self.op, self.width)
             each = sum(6 * i * o + MINI_BATCH * (i + o) for i, o in sizes) + sum(2 * i * o for i, o in sizes[1:])
@@ -179,7 +205,7 @@ class Text(Case):
 
 @dataclasses.dataclass(frozen=True)
 class Token(Case):
-    """One decoding step of ``batch`` sequences. Bytes are those of the states: read once, and written once."""
+    """One decoding step of ``batch`` sequences. Bytes are those of the states that it reads or writes, each once."""
 
     suite = "sequence"
     baseline = "torch"
@@ -199,10 +225,13 @@ class Token(Case):
     def bytes(self, contender: str) -> int | None:
         """A memory reads the weights at the beginning of the mini-batch too, and writes them at its end.
 
-        That of Titans also reads and writes the momentum.
+        That of Titans also reads and writes the momentum. With large chunks the weights are read, and sums of the same
+        size read and written; the ends of chunks are left out.
         """
         if self.op == "gated delta rule":
             return 2 * 4 * self.batch * self.heads * self.width**2
+        if self.op in (LACT, IN_PLACE):
+            return 3 * 4 * self.batch * self.heads * sum(i * o for i, o in layer_sizes(self.op, self.width))
         state = 4 * self.batch * self.heads * sum(i * o for i, o in layer_sizes(self.op, self.width))
         moved = 2 * (self.op == TITANS)
         return round(state * (2 + moved + (MINI_BATCH - 1) / MINI_BATCH + 1 / MINI_BATCH))
@@ -219,12 +248,18 @@ class Token(Case):
             options: Any = {}
             if self.op == "gated delta rule":
                 state = torch.zeros(self.batch, self.heads, self.width, self.width, device=self.device)
+            elif self.op in (LACT, IN_PLACE):
+                state = ops.new_large_chunk_state(x.weights, self.batch, self.op == LACT, self.op == LACT)
+                if self.op == LACT:
+                    options = {name: t[:, 0] for name, t in large_chunk_options(x).items()}
             else:
                 state = ops.new_memory_state(x.weights, self.batch, self.op == TITANS)
                 options = {name: t[:, 0] if isinstance(t, Tensor) else t for name, t in options_of(self.op, x).items()}
 
             def run() -> Tensor:
                 with torch.no_grad():
+                    if self.op in (LACT, IN_PLACE):
+                        return self._large_chunk(form, state, (q, k, v, rate), options)
                     if self.op == "gated delta rule":
                         if form == "ttt":
                             return ops.gated_delta_rule_step(q, k, v, rate, gate, state=state)
@@ -242,6 +277,21 @@ class Token(Case):
             return Contender(run, lambda: check_close(found, first, self.dtype))
 
         return {"ttt": lambda: make("ttt"), "torch": lambda: make("torch")}
+
+    def _large_chunk(self, form: str, state: Any, token: tuple[Tensor, ...], options: dict[str, Any]) -> Tensor:
+        """The step; in the form "torch" as a text of one token, whose updates are made before they are added."""
+        q, k, v, rate = token
+        given = {"chunk_size": LARGE_CHUNK, "state" if form == "ttt" else "initial_state": state}
+        if form == "ttt":
+            if self.op == LACT:
+                return ops.lact_step(q, k, v, **options, **given)
+            return ops.in_place_ttt_step(q, k, v, rate, **given)
+        text = [t.unsqueeze(1) for t in (q, k, v, rate)]
+        weights = [w[0] for w in state.weights]
+        if self.op == LACT:
+            named = {name: t.unsqueeze(1) for name, t in options.items()}
+            return ops.lact(*text[:3], weights=weights, **named, **given, form="chunk")[0][:, 0]
+        return ops.in_place_ttt(*text, weights[0], **given, form="chunk")[0][:, 0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,6 +74,18 @@ def memory_step(
     return out
 
 
+def swiglu_token(q, k, v, rates, weights, sums):
+    record("lact_step", "cpu")
+    given = [t.contiguous() for t in (q, k, v, rates)]
+    out, (batch, heads, width) = torch.empty_like(given[0]), q.shape
+    _C.swiglu_token(
+        *(t.data_ptr() for t in given), [w.data_ptr() for w in weights], [s.data_ptr() for s in sums], out.data_ptr(),
+        batch * heads, width, weights[0].shape[-1], torch.get_num_threads(),
+    )  # fmt: skip
+    torch.autograd.graph.increment_version(list(sums))
+    return out
+
+
 def memory_op(weights, gate, momentum, norm_weight) -> str:
     """The name under which calls of `memory` with these arguments are counted."""
     if gate is None and momentum is None and norm_weight is not None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ttt.ops.backends import record
 from ttt.ops.cpu import _why_not
-from ttt.ops.sequence import cpu, cuda
+from ttt.ops.sequence import cpu, cuda, large_chunk
+from ttt.ops.sequence.large_chunk import Token, Weights
 from ttt.ops.sequence.states import MemoryState, tensors_of
 
 MOST_MINI_BATCH = 256
@@ -36,6 +37,9 @@ _SCHEMAS = {
         "(Tensor q, Tensor k, Tensor v, Tensor rate, Tensor? gate, Tensor? momentum, Tensor? norm_weight, "
         "Tensor? norm_bias, float eps, Tensor(a!)[] weights, Tensor(b!)[] start, Tensor(c!)[] velocity, "
         "Tensor(d!) position, int mini_batch, float scale) -> Tensor"
+    ),
+    "sequence_swiglu_token": (
+        "(Tensor q, Tensor k, Tensor v, Tensor rates, Tensor[] weights, Tensor(a!)[] sums) -> Tensor"
     ),
 }
 for _name, _schema in _SCHEMAS.items():
@@ -85,6 +89,17 @@ def memory_step(q, k, v, rate, gate, momentum, norm: Any, state: MemoryState) ->
     return run
 
 
+def swiglu_token(q: Tensor, weights: Weights, sums: Weights) -> Token:
+    """The form of `ttt.ops.sequence.large_chunk.swiglu_token` for tokens ``q`` and a state, none with a gradient."""
+    why = _why_not(q.dtype) if q.device.type == "cpu" else f"no kernel for {q.device.type}"
+    if not why and not all(t.is_contiguous() for t in (*weights, *sums)):
+        why = "a state that is not contiguous"
+    if why:
+        record("lact_step", "torch", why)
+        return large_chunk.swiglu_token
+    return torch.ops.ttt.sequence_swiglu_token
+
+
 NO_NORM = (None, None, 0.0)
 """Weight, bias and eps of a memory without an inner norm."""
 
@@ -129,11 +144,16 @@ def _fake_memory_step(q, *_):
     return q.new_empty(q.shape)
 
 
+def _fake_swiglu_token(q, *_):
+    return q.new_empty(q.shape)
+
+
 for _op, _run, _fake in (
     ("delta_rule", cpu.delta_rule, _fake_delta_rule),
     ("delta_rule_step", cpu.delta_rule_step, _fake_delta_rule_step),
     ("memory", cpu.memory, _fake_memory),
     ("memory_step", cpu.memory_step, _fake_memory_step),
+    ("swiglu_token", cpu.swiglu_token, _fake_swiglu_token),
 ):
     torch.library.impl(f"ttt::sequence_{_op}", "CPU", _run)
     torch.library.register_fake(f"ttt::sequence_{_op}", _fake)

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from ttt.ops.sequence.states import LargeChunkState, map_state
 
+Weights = tuple[Tensor, ...]
+
 
 def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
     """A matrix (..., I, O) near U V^T of the singular value decomposition U S V^T of ``g``; zeros for zeros."""
@@ -35,12 +37,12 @@ def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-def swiglu(x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+def swiglu(x: Tensor, weights: Weights) -> Tensor:
     """LaCT's f: x (B, H, L, D), weights (B, H, D, F), (B, H, F, D), (B, H, D, F)."""
     return (torch.nn.functional.silu(x @ weights[0]) * (x @ weights[2])) @ weights[1]
 
 
-def swiglu_updates(k: Tensor, v: Tensor, rates: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def swiglu_updates(k: Tensor, v: Tensor, rates: Tensor, weights: Weights) -> Weights:
     """The sums of rate_t times the gradients of f(k_t).v_t by the three weights; ``rates`` is (3, B, H, L)."""
     gate_in, up = k @ weights[0], k @ weights[2]
     sigmoid = gate_in.sigmoid()
@@ -51,18 +53,49 @@ def swiglu_updates(k: Tensor, v: Tensor, rates: Tensor, weights: tuple[Tensor, .
     return k.mT @ (r0 * back * up * slope), (gate * up).mT @ (r1 * v), k.mT @ (r2 * back * gate)
 
 
-def linear(x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+def swiglu_token(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, weights: Weights, sums: Weights) -> Tensor:
+    """What `swiglu` gives for q (B, H, D); what `swiglu_updates` gives for k and v is added to ``sums``, in place.
+
+    ``rates`` is (3, B, H). The weights are read once for q and k, and no update is made before it is added.
+    """
+    both = torch.stack([q, k], -2)
+    gate_in, up = both @ weights[0], both @ weights[2]
+    sigmoid = gate_in.sigmoid()
+    gate = gate_in * sigmoid
+    hidden = gate * up
+    back = (weights[1] @ v.unsqueeze(-1)).squeeze(-1)
+    gate_in, sigmoid, gate, up = (t[..., 1, :] for t in (gate_in, sigmoid, gate, up))
+    slope = sigmoid * (1 + gate_in * (1 - sigmoid))
+    r0, r1, r2 = (r.unsqueeze(-1) for r in rates)
+    _add_outer_(sums[0], k, r0 * back * up * slope)
+    _add_outer_(sums[1], hidden[..., 1, :], r1 * v)
+    _add_outer_(sums[2], k, r2 * back * gate)
+    return (hidden[..., :1, :] @ weights[1]).squeeze(-2)
+
+
+def linear(x: Tensor, weights: Weights) -> Tensor:
     """In-Place TTT's f."""
     return x @ weights[0]
 
 
-def linear_updates(k: Tensor, v: Tensor, rates: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def linear_updates(k: Tensor, v: Tensor, rates: Tensor, weights: Weights) -> Weights:
     """The sum of rate_t k_t v_t^T; ``rates`` is (1, B, H, L)."""
     return (k.mT @ (rates[0].unsqueeze(-1) * v),)
 
 
-Forward = Callable[[Tensor, tuple[Tensor, ...]], Tensor]
-Updates = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
+def linear_token(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, weights: Weights, sums: Weights) -> Tensor:
+    """As `swiglu_token`, for `linear` and `linear_updates`; ``rates`` is (1, B, H)."""
+    _add_outer_(sums[0], k, rates[0].unsqueeze(-1) * v)
+    return (q.unsqueeze(-2) @ weights[0]).squeeze(-2)
+
+
+def _add_outer_(total: Tensor, x: Tensor, d: Tensor) -> None:
+    total.addcmul_(x.unsqueeze(-1), d.unsqueeze(-2))
+
+
+Forward = Callable[[Tensor, Weights], Tensor]
+Updates = Callable[[Tensor, Tensor, Tensor, Weights], Weights]
+Token = Callable[[Tensor, Tensor, Tensor, Tensor, Weights, Weights], Tensor]
 
 
 def closed(state: LargeChunkState, size: int, orthogonal: bool) -> LargeChunkState:
@@ -133,19 +166,15 @@ def step_(
     rates: Tensor,
     momentum: Tensor | None,
     state: LargeChunkState,
-    forward: Forward,
-    updates: Updates,
+    token: Token,
     size: int,
     orthogonal: bool,
 ) -> Tensor:
     """One token, for rows at any positions; the tensors of ``state`` are changed in place.
 
-    Arguments are those of `chunked` without T. Returns (B, H, O).
+    Arguments are those of `chunked` without T; ``token`` is `swiglu_token` or `linear_token`. Returns (B, H, O).
     """
-    out = forward(q.unsqueeze(-2), state.weights).squeeze(-2)
-    new = updates(k.unsqueeze(-2), v.unsqueeze(-2), rates.permute(2, 0, 1).unsqueeze(-1), state.weights)
-    for s, u in zip(state.sums, new, strict=True):
-        s.add_(u)
+    out = token(q, k, v, rates.permute(2, 0, 1), state.weights, state.sums)
     if momentum is not None:
         state.momentum.add_(momentum)
     state.position.add_(1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ttt.ops.dtypes import accumulation
-from ttt.ops.sequence import large_chunk, large_chunk_reference
+from ttt.ops.sequence import kernels, large_chunk, large_chunk_reference
 from ttt.ops.sequence.checks import (
     Form,
     bounds_of,
@@ -95,8 +95,8 @@ def lact_step(
         TypeError, ValueError: for a wrong argument; ``state`` is as it was then.
         RuntimeError: if grad mode is on and an argument requires grad (the step has no derivative).
     """
-    functions = (large_chunk.swiglu, large_chunk.swiglu_updates)
-    return _step(q, k, v, rates, momentum, state, chunk_size, scale, functions, orthogonal, 3, "lact_step")
+    token = kernels.swiglu_token
+    return _step(q, k, v, rates, momentum, state, chunk_size, scale, token, orthogonal, 3, "lact_step")
 
 
 def in_place_ttt(
@@ -161,9 +161,8 @@ def in_place_ttt_step(
         TypeError, ValueError: for a wrong argument; ``state`` is as it was then.
         RuntimeError: if grad mode is on and an argument requires grad (the step has no derivative).
     """
-    functions = (large_chunk.linear, large_chunk.linear_updates)
     rates = rate.unsqueeze(-1) if isinstance(rate, Tensor) else rate
-    return _step(q, k, v, rates, None, state, chunk_size, scale, functions, False, 1, "in_place_ttt_step")
+    return _step(q, k, v, rates, None, state, chunk_size, scale, _linear_token, False, 1, "in_place_ttt_step")
 
 
 def new_large_chunk_state(
@@ -225,7 +224,11 @@ def _run(q, k, v, rates, weights, options, forward, updates, orthogonal, norms):
     return out.to(q.dtype), final if output_final_state else None
 
 
-def _step(q, k, v, rates, momentum, state, chunk_size, scale, functions, orthogonal, count, name):
+def _linear_token(*_: Any) -> large_chunk.Token:
+    return large_chunk.linear_token
+
+
+def _step(q, k, v, rates, momentum, state, chunk_size, scale, token, orthogonal, count, name):
     check_tokens(q, k, v, dims=3)
     check_count("chunk_size", chunk_size)
     batch, heads = q.shape[:2]
@@ -244,7 +247,7 @@ def _step(q, k, v, rates, momentum, state, chunk_size, scale, functions, orthogo
     refuse_gradients(name, q, k, v, rates, momentum, *state.weights)
     wide: Any = [None if t is None else t.to(dtype) for t in (q, k, v, rates, momentum)]
     wide[0] = wide[0] * (1.0 if scale is None else float(scale))
-    given: Any = (*wide, state, *functions, chunk_size, orthogonal)
+    given: Any = (*wide, state, token(wide[0], state.weights, state.sums), chunk_size, orthogonal)
     return large_chunk.step_(*given).to(q.dtype)
 
 

@@ -19,7 +19,7 @@ from ttt.ops.triton.memory_parts import (
     store,
     store_bias,
 )
-from ttt.ops.triton.tokens import bounds, chunk, chunks_of, columns, numbers, store_columns
+from ttt.ops.triton.tokens import chunk, chunks_of, columns, numbers, store_columns, text
 
 
 @triton.jit
@@ -86,16 +86,12 @@ def learn_one(
     GATED: tl.constexpr = gate is not None
     MOVING: tl.constexpr = momentum is not None
     place = tl.program_id(0).to(tl.int64)
-    sequence, head = place // heads, place % heads
-    begin, end = bounds(begins, sequence, tokens)
-    held = tl.load(position + sequence)  # tokens of the present mini-batch before this text
-    i, c = tl.arange(0, BD), tl.arange(0, C)
+    head, begin, end, held = text(place, begins, position, tokens, heads)
+    i = tl.arange(0, BD)
     chunks = chunks_of(end - begin, held, mini_batch, C)
     last = tl.minimum(first + part, chunks)
     for n in range(first, last):
-        t, stop, fresh = chunk(n, begin, end, held, mini_batch, C)
-        here = t + c < stop
-        row = t * heads + head
+        row, here, some, fresh = chunk(n, begin, end, held, mini_batch, heads, head, C)
         slot = place * part + (n - first)
         tl.debug_barrier()  # what other threads have stored is there
         if fresh:
@@ -107,7 +103,7 @@ def learn_one(
         d = tl.where(here[None, :], d * numbers(rate, row, heads, here, 0.0)[None, :], 0.0)
         store_columns(gradient, d, row, heads, here, width, i)
         tl.debug_barrier()
-        factors = factors_of(gate, momentum, row, heads, here, stop - t, C)
+        factors = factors_of(gate, momentum, row, heads, here, some, C)
         _change(
             k, row, heads, here, d, factors, slot, before, before_bias, before_velocity, before_velocity_bias,
             place, weight, bias, velocity, velocity_bias, width, width, 0, wide_blocks, i, True, B, GATED, MOVING,
@@ -136,16 +132,12 @@ def learn_two(
     GATED: tl.constexpr = gate is not None
     MOVING: tl.constexpr = momentum is not None
     place = tl.program_id(0).to(tl.int64)
-    sequence, head = place // heads, place % heads
-    begin, end = bounds(begins, sequence, tokens)
-    held = tl.load(position + sequence)  # tokens of the present mini-batch before this text
-    i, c = tl.arange(0, BD), tl.arange(0, C)
+    head, begin, end, held = text(place, begins, position, tokens, heads)
+    i = tl.arange(0, BD)
     chunks = chunks_of(end - begin, held, mini_batch, C)
     last = tl.minimum(first + part, chunks)
     for n in range(first, last):
-        t, stop, fresh = chunk(n, begin, end, held, mini_batch, C)
-        here = t + c < stop
-        row = t * heads + head
+        row, here, some, fresh = chunk(n, begin, end, held, mini_batch, heads, head, C)
         slot = place * part + (n - first)
         tl.debug_barrier()  # what other threads have stored is there
         z = tl.zeros((BD, C), tl.float32)
@@ -165,13 +157,14 @@ def learn_two(
         d = loss_gradient(z, kt, columns(v, row, heads, here, width, i), norm_weight, norm_bias, head, width, eps, i)
         d = tl.where(here[None, :], d * numbers(rate, row, heads, here, 0.0)[None, :], 0.0)
         store_columns(gradient, d, row, heads, here, width, i)
-        factors = factors_of(gate, momentum, row, heads, here, stop - t, C)
+        factors = factors_of(gate, momentum, row, heads, here, some, C)
         tl.debug_barrier()
         for block in range(blocks):
             f = block * B + tl.arange(0, B)
             d = columns(gradient, row, heads, here, width, i)  # read anew: there are no registers to hold it
             d1 = dot(tl.trans(load(start_2, place, middle, width, f, i)), d)
             d1 *= columns(inner_gradient, row, heads, here, middle, f)  # the slopes
+            tl.debug_barrier()  # all have read the slopes before any writes over them
             store_columns(inner_gradient, d1, row, heads, here, middle, f)
             _change(
                 k, row, heads, here, d1, factors,

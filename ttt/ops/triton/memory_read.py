@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ttt.ops.triton.memory_model import gelu, read
 from ttt.ops.triton.memory_parts import by_bias, by_weights, dot, factors_of, load, load_bias
-from ttt.ops.triton.tokens import bounds, chunk, columns, store_columns
+from ttt.ops.triton.tokens import chunk, columns, store_columns, text
 
 _SIZES = ["tokens", "heads", "mini_batch", "first", "part", "blocks"]
 
@@ -26,16 +26,13 @@ def read_one(
     GATED: tl.constexpr = gate is not None
     MOVING: tl.constexpr = momentum is not None
     place = tl.program_id(1).to(tl.int64)
-    sequence, head = place // heads, place % heads
-    begin, end = bounds(begins, sequence, tokens)
-    t, stop, _ = chunk(first + tl.program_id(0), begin, end, tl.load(position + sequence), mini_batch, C)
-    i, c = tl.arange(0, BD), tl.arange(0, C)
-    here = t + c < stop
-    row = t * heads + head
+    head, begin, end, held = text(place, begins, position, tokens, heads)
+    row, here, some, _ = chunk(first + tl.program_id(0), begin, end, held, mini_batch, heads, head, C)
+    i = tl.arange(0, BD)
     slot = place * part + tl.program_id(0)
-    if t < stop:
+    if some > 0:
         qt = scale * columns(q, row, heads, here, width, i)
-        factors = factors_of(gate, momentum, row, heads, here, stop - t, C)
+        factors = factors_of(gate, momentum, row, heads, here, some, C)
         match = dot(tl.trans(columns(k, row, heads, here, width, i)), qt)
         w, b = load(before, slot, width, width, i, i), load_bias(before_bias, slot, width, i)
         m, mb = w, tl.zeros((BD,), tl.float32)
@@ -61,16 +58,13 @@ def read_two(
     GATED: tl.constexpr = gate is not None
     MOVING: tl.constexpr = momentum is not None
     place = tl.program_id(1).to(tl.int64)
-    sequence, head = place // heads, place % heads
-    begin, end = bounds(begins, sequence, tokens)
-    t, stop, _ = chunk(first + tl.program_id(0), begin, end, tl.load(position + sequence), mini_batch, C)
-    i, c = tl.arange(0, BD), tl.arange(0, C)
-    here = t + c < stop
-    row = t * heads + head
+    head, begin, end, held = text(place, begins, position, tokens, heads)
+    row, here, some, _ = chunk(first + tl.program_id(0), begin, end, held, mini_batch, heads, head, C)
+    i = tl.arange(0, BD)
     slot = place * part + tl.program_id(0)
-    if t < stop:
+    if some > 0:
         qt = scale * columns(q, row, heads, here, width, i)
-        factors = factors_of(gate, momentum, row, heads, here, stop - t, C)
+        factors = factors_of(gate, momentum, row, heads, here, some, C)
         like = (dot(tl.trans(columns(k, row, heads, here, width, i)), qt) + 1.0) * factors[0]
         mb = tl.zeros((BD,), tl.float32)
         if MOVING:

@@ -59,13 +59,27 @@ def chunks_of(tokens, held, mini_batch, C: tl.constexpr):
 
 
 @triton.jit
-def chunk(n, begin, end, held, mini_batch, C: tl.constexpr):
-    """The tokens of chunk ``n`` of a text from ``begin`` to ``end``, and whether it begins a mini-batch.
+def text(place, begins, position, tokens, heads):
+    """Of head ``place`` of all sequences': its number, its text's ends, and how far its mini-batch is before that."""
+    sequence = place // heads
+    begin, end = bounds(begins, sequence, tokens)
+    return place % heads, begin, end, tl.load(position + sequence)
+
+
+@triton.jit
+def chunk(n, begin, end, held, mini_batch, heads, head, C: tl.constexpr):
+    """The tokens of chunk ``n`` of a text from ``begin`` to ``end``.
 
     A chunk lies in one mini-batch, and begins a multiple of C tokens after the mini-batch does; or with the text, whose
     first token comes ``held`` tokens after its mini-batch began.
+
+    Returns:
+        The row of its first token in a tensor (tokens, heads), which of C tokens there are, how many, and whether a
+        mini-batch begins with it.
     """
     every, at = (mini_batch + C - 1) // C, held // C + n
     first = at // every * mini_batch + at % every * C - held
     last = tl.minimum(first + C, (at // every + 1) * mini_batch - held)
-    return tl.maximum(first, 0) + begin, tl.minimum(begin + last, end), (at % every == 0) & (first >= 0)
+    t = tl.maximum(first, 0) + begin
+    some = tl.minimum(begin + last, end) - t
+    return t * heads + head, tl.arange(0, C) < some, some, (at % every == 0) & (first >= 0)
