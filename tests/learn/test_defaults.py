@@ -206,3 +206,32 @@ def test_users_learn_with_the_defaults(calibrated, settings):
         last = learner.observe(ids, users=["a", "b"])
     assert last.rejected == 0
     assert last.bits < first.bits - 0.05
+
+
+@pytest.mark.parametrize("per_user", [None, ttt.LowRank(slots=1)])
+@pytest.mark.parametrize(("tokens", "warned"), [([[1, 2, 3, 4] * 10], True), ([list(range(1, 11)), [1] * 10], False)])
+def test_calibration_warns_of_a_text_with_few_pairs_of_tokens(per_user, tokens, warned):
+    """Ten different pairs are enough for two directions; four are not, however often they come."""
+    model = tiny()
+    options = {"per_user": per_user, "protect": [ttt.KroneckerFisher(directions=2)]}
+    ttt.adapt_(model, ttt.TTTConfig(target_modules=["down_proj"], layers="last:1", **options))
+    learner = ttt.Learner(model)
+    match = "calibrated on 4 different pairs of neighbouring tokens, and the directions of KroneckerFisher need 8"
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        learner.calibrate([torch.tensor([row]) for row in tokens])
+    assert [match in str(w.message) for w in found if "calibrated on" in str(w.message)] == [True] * warned
+    assert all(w.filename == __file__ for w in found if "calibrated on" in str(w.message))
+
+
+def test_calibration_on_own_text_and_without_directions_does_not_warn():
+    model = tiny()
+    ttt.adapt_(model, ttt.TTTConfig(target_modules=["down_proj"], layers="last:1", protect=[ttt.EWC(0.01)]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ttt.Learner(model).calibrate([torch.tensor([[1, 2, 1, 2]])])
+    model = tiny()
+    ttt.adapt_(model, ttt.TTTConfig(target_modules=["down_proj"], layers="last:1"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ttt.Learner(model).calibrate()

@@ -50,6 +50,10 @@ class Keeping(Prepared):
             tokenizer: the model's, for ``batches=None``: the model writes answers in its own chat template. None: it
                 writes from the token that begins a text.
 
+        Warns:
+            SmallTextWarning: if text has few different pairs of neighbouring tokens for the directions of
+                `ttt.KroneckerFisher`: such moments hold for little else, and updates may overshoot.
+
         Raises:
             TypeError, ValueError: if the model has learnt already, there is no batch, or an argument, a batch or what
                 ``loss`` returns is of a wrong type. Nothing has changed then.
@@ -66,8 +70,9 @@ class Keeping(Prepared):
             if drawn is None:
                 drawn = iter(own_text(self.model, tokenizer, context=self.context, seed=self.config.seed))
             kind = "mas" if self.config.importance == "mas" else "fisher"
+            pairs = protection.Pairs()
             if loss is None:
-                texts = self._drawn_together(drawn, "each of batches")
+                texts = pairs.counted(self._drawn_together(drawn, "each of batches"))
                 losses = protection.calibration_losses(self.model, texts, self.config, kind)
             else:
                 losses = (loss(self.model, batch) for batch in self._drawn_together(drawn))
@@ -78,6 +83,8 @@ class Keeping(Prepared):
             else:
                 calibrate_users(list(self.pool.layers.values()), losses, kind)
             self.own_texts = None
+        if loss is None:
+            pairs.warn_if_few(self.config)
 
     def consolidate(self) -> None:
         """Protect what was learnt so far, as in online EWC; call it at the end of a task, if there are tasks:

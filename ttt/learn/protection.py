@@ -38,6 +38,43 @@ def warn_if_none(config: TTTConfig, layer: Linear | LowRankLinear) -> None:
         )
 
 
+PAIRS_OF_A_DIRECTION = 4
+"""Different pairs of neighbouring tokens that a text should have for each direction of `ttt.KroneckerFisher`."""
+
+
+class SmallTextWarning(UserWarning):
+    """Warns of a calibration text that is too small or too uniform for the moments that are taken of it."""
+
+
+class Pairs:
+    """Counts the different pairs of neighbouring tokens of the texts that pass through `counted`."""
+
+    def __init__(self) -> None:
+        self._found: Tensor | None = None
+
+    def counted(self, texts: Iterable[Any]) -> Iterator[Any]:
+        """``texts``; of those that are (B, T) tokens the pairs are counted."""
+        for text in texts:
+            if isinstance(text, Tensor) and text.dim() == 2 and not text.is_floating_point():
+                pairs = torch.stack([text[:, :-1], text[:, 1:]], -1).flatten(0, 1).cpu()
+                known = pairs if self._found is None else torch.cat([self._found, pairs.to(self._found.dtype)])
+                self._found = known.unique(dim=0)
+            yield text
+
+    def warn_if_few(self, config: TTTConfig) -> None:
+        """Warn if there are too few for the directions of ``config``. To be called by a public method."""
+        few = PAIRS_OF_A_DIRECTION * config.kronecker
+        count = 0 if self._found is None else len(self._found)
+        if count < few:
+            warnings.warn(
+                f"calibrated on {count} different pairs of neighbouring tokens, and the directions of KroneckerFisher "
+                f"need {few} at least: single updates may overshoot. Give more text that the model knows, or none: "
+                "Learner.calibrate() then writes it itself",
+                SmallTextWarning,
+                stacklevel=3,
+            )
+
+
 def calibration_losses(model: Any, batches: Iterable[Tensor], config: TTTConfig, kind: str) -> Iterator[Tensor]:
     """The loss of each of ``batches``, (B, T) int64 tokens, whose gradients tell the importance; computed when drawn.
 
