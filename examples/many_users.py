@@ -4,6 +4,7 @@ Run it with ``python examples/many_users.py``.
 """
 
 import tempfile
+from pathlib import Path
 
 import torch
 
@@ -22,7 +23,7 @@ model, _ = load_model()  # or any Hugging Face causal language model
 low_rank = ttt.LowRank(slots=2, rank=16)  # memory for two users at a time
 ttt.adapt_(model, ttt.TTTConfig(target_modules=["down_proj"], layers="last:2", per_user=low_rank))
 learner = ttt.Learner(model)
-learner.calibrate([torch.tensor([*open(torch.__file__, "rb").read(2048)]).view(4, 512)])
+learner.calibrate([torch.tensor([*Path(torch.__file__).read_bytes()[:2048]]).view(4, 512)])
 pool = ttt.pool_of(model)
 
 with tempfile.TemporaryDirectory() as folder, ttt.Store(folder) as store:
