@@ -114,9 +114,9 @@ class Access:
         """Whether ``found`` is True in one of the processes over which the model is sharded."""
         return not bool(agreed(self.processes, torch.tensor(not found, device=self.layers[0].weight.device)))
 
-    def require_same(self, what: str, *values: Any) -> None:
-        """Raise ValueError, in all processes over which the model is sharded, unless all were given the same."""
-        require_same(self.processes, what, *values)
+    def require_same(self, what: str, *values: Any, **named: Any) -> None:
+        """`ttt.nn.parallel.require_same` in all processes over which the model is sharded."""
+        require_same(self.processes, what, *values, **named)
 
     def _require_usable(self, what: str) -> None:
         """Raise RuntimeError if the model has other layers than it had, was sharded, or is in training mode."""

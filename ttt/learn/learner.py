@@ -127,10 +127,14 @@ class Learner(Keeping):
                 if users is not None:
                     check_users(users, len(text.ids))
             if self.access.joins:
-                self.access.require_same("the shape of input_ids and options", text.ids.shape, passes, emphasis, learn)
+                what, shape = "the shape of input_ids and options", tuple(text.ids.shape)
+                self.access.require_same(what, shape=shape, passes=passes, emphasis=emphasis, learn=learn)
             else:
-                given = (text.ids, text.attend, text.wanted, text.rows, text.emphasis, passes, learn, *(users or ()))
-                self.access.require_same("input_ids, masks and options", *given)
+                self.access.require_same(
+                    "input_ids, masks and options", text.wanted, input_ids=text.ids, attention_mask=text.attend,
+                    learn_mask=text.rows, users=None if users is None else tuple(users), passes=passes,
+                    emphasis=emphasis, learn=learn,
+                )  # fmt: skip
             self._try_model(text)
             if learn and not self._looked_for_protection:
                 self._looked_for_protection = True
