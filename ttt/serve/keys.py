@@ -167,7 +167,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         found = json.loads(path.read_text(encoding="utf-8"))
         entries = {entry["sha256"]: _checked(entry) for entry in found["keys"]}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        why = str(error) if isinstance(error, ValueError) else "it is not {\"keys\": [{\"sha256\": ..., ...}, ...]}"
+        why = str(error) if isinstance(error, ValueError) else 'it is not {"keys": [{"sha256": ..., ...}, ...]}'
         raise ValueError(f"{path} must be a file of API keys as 'ttt keys add' writes it: {why}") from None
     return entries
 

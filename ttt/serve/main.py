@@ -34,7 +34,8 @@ from ttt.serve.keys import Keys, NoKeys
 from ttt.serve.limits import Limits
 from ttt.serve.service import Service
 from ttt.serve.state_reader import StateReader
-from ttt.store import StoreError
+from ttt.store import StorageFailure, StoreError
+from ttt.store.urls import without_password
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -204,7 +205,10 @@ def build_service(options: ServeOptions, observer: Any = None, say: Any = lambda
         rows=options.rows, waiting=options.waiting, learning_tokens=options.learning_tokens, context=options.context,
         learning_share=options.learning_share, study_after=options.study_after,
     )  # fmt: skip
-    store = ttt.Store(options.store)
+    try:
+        store = ttt.Store(options.store)
+    except StoreError as error:
+        raise StorageFailure(f"the store {without_password(options.store)} cannot be opened: {error}") from error
     try:
         learner, tokenizer = build_users(options, say)
         if isinstance(learner, StateReader):
