@@ -18,6 +18,7 @@ from ttt.layer_lock import exclusive
 from ttt.nn import Linear, LowRankLinear
 from ttt.nn.base import Adapted
 from ttt.nn.parallel import agreed, is_sharded, require_same, together
+from ttt.nn.quantized import QuantizedLowRankLinear, quantized
 from ttt.per_user.pool import Pool, has_pool, pool_of
 
 
@@ -121,13 +122,19 @@ class Access:
         require_same(self.processes, what, *values, **named)
 
     def _require_in_place(self) -> None:
-        """Raise ValueError if something took the place of a layer after `adapt_` had put a learning one there."""
+        """Raise ValueError if something took the place of a learning layer, or of its weight, after `adapt_`."""
+        advice = "as when a model is quantized. Quantize the model first, then adapt it"
+        modules = dict(self.model.named_modules())
         for name in self._originals:
-            found = self.model.get_submodule(name)  # a stack of experts holds several layers
-            if not any(isinstance(each, Adapted) for each in found.modules()):
+            found = modules.get(name)  # a stack of experts holds several layers; a wrapper gives them other names
+            if found is not None and not any(isinstance(each, Adapted) for each in found.modules()):
                 raise ValueError(
-                    f"{name} no longer learns: a {type(found).__name__} took its place after ttt.adapt_, as when a model "
-                    "is quantized. Quantize the model first, then adapt it"
+                    f"{name} no longer learns: a {type(found).__name__} took its place after ttt.adapt_, {advice}"
+                )
+        for layer in self.layers:
+            if not isinstance(layer, QuantizedLowRankLinear) and (kind := quantized(layer)):
+                raise ValueError(
+                    f"{layer.name} can no longer learn: its weight became {kind} after ttt.adapt_, {advice}"
                 )
 
     def _require_usable(self, what: str) -> None:
