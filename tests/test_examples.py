@@ -6,13 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
-def printed(name, *arguments):
-    """What the script prints to stdout."""
+def printed(name, *arguments, launcher=()):
+    """What the script prints to stdout; ``launcher`` are arguments of Python before it."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
+    command = [sys.executable, *launcher, str(ROOT / "examples" / name), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -68,3 +70,18 @@ def test_any_loss_learns_and_protection_reduces_forgetting():
     assert free[1] < before[1] / 2
     assert protected[1] < before[1] / 2
     assert before[0] < protected[0] < free[0]
+
+
+@pytest.mark.parametrize("options", [[], ["--users"]], ids=["texts of their own", "users"])
+def test_processes_that_share_a_model_learn(options):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    text = printed("several_processes.py", *options, launcher=command)
+    found = re.findall(r"process (\d): ([\d.]+) bits per byte before, ([\d.]+) after", text)
+    assert sorted(rank for rank, _, _ in found) == ["0", "1"]
+    assert all(float(after) < float(before) / 2 for _, before, after in found)
+    assert (found[0][1] == found[1][1]) == bool(options)  # users' processes read the same text
+
+
+def test_the_guide_shows_how_the_example_shards_a_model():
+    shown = re.search(r"^def shard\(.*?\n\n", (ROOT / "examples" / "several_processes.py").read_text(), re.S | re.M)
+    assert shown[0].strip() in (ROOT / "docs" / "guide.md").read_text()

@@ -25,6 +25,6 @@ def test_every_name_that_is_taken_can_be_stored(tmp_path):
 
 def test_in_a_clone_the_hint_installs_from_there(monkeypatch, tmp_path):
     monkeypatch.setattr(installing, "ROOT", tmp_path)
-    assert installing.how_to_install("serve") == "pip install 'ttt[serve]'"
+    assert installing.how_to_install("serve") == "pip install '.[serve]' in a clone of ttt's repository"
     (tmp_path / "pyproject.toml").touch()
     assert installing.how_to_install("serve") == f"pip install -e '.[serve]' in {tmp_path}"

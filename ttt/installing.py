@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def how_to_install(extra: str) -> str:
-    """The command that installs the packages of ``extra``, as "serve": in a clone from there, where it is run."""
+    """The command that installs the packages of ``extra``, as "serve", and the clone in which it is to be run."""
     if (ROOT / "pyproject.toml").is_file():
         return f"pip install -e '.[{extra}]' in {ROOT}"
-    return f"pip install 'ttt[{extra}]'"
+    return f"pip install '.[{extra}]' in a clone of ttt's repository"

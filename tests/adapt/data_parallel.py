@@ -112,7 +112,8 @@ def own_texts_refused(mesh, folder):
     plain = ttt.adapt_(model_of(), two.config)
     errors = {
         "shapes": (lambda: two.observe(ids[: 1 + rank]), "the shape of input_ids and options must be the same in all"),
-        "passes": (lambda: two.observe(ids, passes=1 + rank), "the shape of input_ids and options must be the same"),
+        "passes": (lambda: two.observe(ids, passes=1 + rank), "got others in one of them (passes)"),
+        "two": (lambda: two.observe(ids, emphasis=1.0 + rank, learn=not rank), "in one of them (emphasis, learn)"),
         "generate": (lambda: two.generate(ids, max_new_tokens=2), "learn_prompt and learn_output must be False where"),
         "one alone": (
             lambda: ttt.Learner(two.model, data_parallel=rank == 1),

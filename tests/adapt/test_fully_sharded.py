@@ -17,7 +17,7 @@ REFUSED = {
     "episodes": f"{DOES_NOT_WORK} ttt.Learner(episodes=...) does not work",
     "growing": f"{DOES_NOT_WORK} ttt.GrowingLearner does not work",
     "tasks": f"{DOES_NOT_WORK} a Trainer of tasks does not work",
-    "other text": "input_ids, masks and options must be the same in all processes",
+    "other text": "got others in one of them (input_ids)",
     "other prompt": "input_ids, attention_mask and options must be the same in all processes",
 }
 TOO_LATE = ["FSDP2 too late", "FSDP2 too late, reset", "tensor parallel too late", "FSDP2 too late, users"]

@@ -18,8 +18,8 @@ REFUSED = {
     "rules": "with which ttt.Learner(rules=...) does not work",
     "episodes": "with which ttt.Learner(episodes=...) does not work",
     "experts": "with which ttt.GrowingLearner does not work",
-    "other text": "input_ids, masks and options must be the same in all processes",
-    "other mask": "input_ids, masks and options must be the same in all processes",
+    "other text": "got others in one of them (input_ids)",
+    "other mask": "got others in one of them (learn_mask)",
     "other prompt": "input_ids, attention_mask and options must be the same in all processes",
 }
 

@@ -393,3 +393,15 @@ def test_rules_and_guards_of_a_learner_that_was_refused_can_serve_another():
         ttt.Learner(model, rules=[rule], guard=guard)
     handle.remove()
     assert ttt.Learner(model, rules=[rule], guard=guard).observe(ids_of(1, 20)).learned == 3
+
+
+@pytest.mark.parametrize("users", [False, True])
+def test_a_model_whose_learning_layer_was_replaced_is_refused_by_name(users):
+    model = users_learner().model if users else adapted()[0]
+    kinds = (ttt.nn.Linear, ttt.nn.LowRankLinear)
+    name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, kinds))
+    other = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+    model.set_submodule(name, other)
+    with pytest.raises(ValueError, match=f"{name} no longer learns: a Linear took its place .* Quantize the model"):
+        ttt.Learner(model)
+    assert model.get_submodule(name) is other

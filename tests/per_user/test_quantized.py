@@ -352,6 +352,14 @@ def test_users_learn_beside_a_layer_that_only_its_own_class_can_read(monkeypatch
     assert type(net[0]) is Linear4bit
 
 
+@pytest.mark.parametrize("users", [False, True])
+def test_a_model_that_is_quantized_after_it_was_adapted_is_refused_by_name(users):
+    model = ttt.adapt_(tiny(), config() if users else ttt.TTTConfig(["down_proj"]))
+    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: name.endswith("down_proj"))
+    with pytest.raises(ValueError, match=r"down_proj can no longer learn: its weight became torchao's Int8Tensor"):
+        ttt.Learner(model)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_users_learn_beside_packed_4_bits_of_torchao(dtype):
     model = tiny(hidden_size=64, intermediate_size=96).to(dtype)

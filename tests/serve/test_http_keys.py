@@ -73,8 +73,9 @@ HASH = "0" * 64
 )
 def test_a_file_that_holds_no_keys_is_refused(tmp_path, text):
     (tmp_path / "keys").write_text(text)
-    with pytest.raises(ValueError, match="API keys"):
+    with pytest.raises(ValueError, match="API keys") as error:
         Keys(tmp_path / "keys")
+    assert "Error(" not in str(error.value)
 
 
 def test_no_page_elsewhere_can_use_a_server_without_keys(model, tmp_path):

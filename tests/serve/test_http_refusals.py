@@ -41,7 +41,7 @@ WRONG = [
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         400,
-        "messages[0]",
+        "messages[0].content[0].type",
     ),
     ({"messages": [{"role": "user", "content": "x" * 3000}]}, 400, "messages"),
     ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]}, 400, "messages[0].tool_calls"),
@@ -105,9 +105,46 @@ def test_what_is_wrong_is_named_and_changes_no_bit(model, tmp_path):
         deep = b'{"model": ' + b"[" * 100_000
         assert httpx.post(f"{url}/v1/chat/completions", content=deep, headers=JSON).status_code == 400
         assert httpx.get(f"{url}/nothing").json()["error"]["code"] == "not_found"
+        assert httpx.put(f"{url}/v1/models").json()["error"]["code"] == "method_not_allowed"
         assert httpx.put(f"{url}/v1/models").status_code == 405
         assert_same(before, service.export("ada").result(60))
         assert service.sessions.users == ("ada",)
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "message"),
+    [
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]},
+            "messages[0].content[1].type",
+            "messages[0].content[1].type: this server takes parts of type 'text' only, got 'image_url'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
+            "messages[0].content[0].text",
+            "messages[0].content[0].text: Input should be a valid string, got 5",
+        ),
+        ({"stop": ["a"] * 5}, "stop", "stop: List should have at most 4 items after validation, not 5"),
+        ({"stop": ["a", 5]}, "stop[1]", "stop[1]: Input should be a valid string, got 5"),
+        ({"stop": 5}, "stop", "stop: Input should be a valid string, got 5"),
+        ({"n": 9}, "n", "n must be at most 8, the number of texts that are generated at a time, got 9"),
+        ({"n": 99}, "n", "n must be at most 8, the number of texts that are generated at a time, got 99"),
+    ],
+)
+def test_a_refusal_says_what_is_wrong_of_a_parameter_with_several_types(url, change, param, message):
+    body = {"model": NAME, "messages": CHAT, "max_tokens": 2} | change
+    error = httpx.post(f"{url}/v1/chat/completions", json=body).json()["error"]
+    assert (error["param"], error["message"]) == (param, message)
+
+
+@pytest.mark.parametrize("name", ["a%2Fb", "%C3%A9va", "a%20b"])
+@pytest.mark.parametrize("rest", ["", "/taught"])
+def test_a_name_that_no_user_can_have_is_called_that(url, name, rest):
+    found = httpx.get(f"{url}/v1/users/{name}{rest}")
+    error = found.json()["error"]
+    assert (found.status_code, error["param"]) == (400, "user")
+    assert "must have 1 to 128 ASCII letters" in error["message"]
+    assert httpx.get(f"{url}/v1/users/ada/nothing").json()["error"]["code"] == "not_found"
 
 
 def test_bodies_that_are_too_large_are_not_read(model, tmp_path):

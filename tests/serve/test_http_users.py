@@ -82,7 +82,8 @@ def test_texts_and_chats_are_learnt_by_request(url, tmp_path, model, tokenizer):
 
 def test_a_lesson_may_say_how_it_is_read(url, tmp_path, model, tokenizer):
     text = "Ada lives in York. " * 5
-    for user, given in (("ada", {"passes": 1, "emphasis": 1}), ("bob", {"emphasis": 3.5}), ("cid", {})):
+    asked = [("ada", {"passes": 1, "emphasis": 1}), ("bob", {"emphasis": 3.5}), ("cid", {}), ("dan", {"passes": 16})]
+    for user, given in asked:
         assert httpx.post(f"{url}/v1/users/{user}/learn", json={"text": text, **given}).status_code == 200
         ids = torch.tensor([tokenizer(text).input_ids])
         reference, telling = learner_of(model), dataclasses.replace(Telling().of(ids.shape[1] - 1), **given)
@@ -92,7 +93,7 @@ def test_a_lesson_may_say_how_it_is_read(url, tmp_path, model, tokenizer):
     before = ttt.Store(tmp_path / "store").get("ada").tensors
     for given in (
         {"passes": 0},
-        {"passes": 5},
+        {"passes": 17},
         {"passes": 1.5},
         {"emphasis": 0},
         {"emphasis": 101},

@@ -253,7 +253,24 @@ def test_keys_are_made_listed_and_revoked(tmp_path):
                   ["ls", path + "x"], ["revoke", path]):  # fmt: skip
         assert runner.invoke(app, ["keys", *wrong]).exit_code == 1
     assert "1 key" in runner.invoke(app, ["keys", "revoke", path, "--operator"]).stdout
+    before = (tmp_path / "keys.json").read_bytes()
+    for whose in (["--operator"], ["--user", "bob"]):
+        done = runner.invoke(app, ["keys", "revoke", path, *whose])
+        assert (done.exit_code, done.stdout) == (1, "")
+        assert f"{path} has no key of" in done.stderr
+    assert (tmp_path / "keys.json").read_bytes() == before
     assert [entry.get("user") for entry in Keys(path).entries().values()] == ["ada"]
+
+
+def test_a_store_that_cannot_be_opened_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):
+    def load(*args):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("ttt.serve.main.load", load)
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(typer.Exit):
+        run(ServeOptions(model=tmp_path / "nothing", store=str(tmp_path / "file"), port=0))
+    assert str(tmp_path / "file") in capsys.readouterr().err
 
 
 def test_calibration_is_measured_once(model, tmp_path, monkeypatch):

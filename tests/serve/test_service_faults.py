@@ -67,8 +67,26 @@ def test_nobody_waits_for_a_user_who_is_forgotten_while_a_write_hangs(model, tmp
     assert not forgotten.done()
     gate.open()
     forgotten.result(30)
-    writing.result(30)
+    with pytest.raises(Conflict, match="forgotten"):  # it was written, and is erased
+        writing.result(30)
     assert Answer(service, "ada", words(5)).wait().end.updates == 0
+    with pytest.raises(UnknownUser):
+        service.store.get("ada")
+    assert service.drain() == []
+
+
+def test_an_answer_does_not_call_stored_what_is_forgotten_while_it_is_written(model, tmp_path, monkeypatch):
+    service = service_of(model, tmp_path)
+    gate = Gate(monkeypatch, service.store, "put", "ada")
+    answer = Answer(service, "ada", words(5), lesson=lesson_of(), wait=True, max_tokens=2)
+    assert gate.came.wait(30)
+    forgotten = service.forget("ada")
+    until(lambda: service.sessions.get("ada") is None)
+    gate.open()
+    forgotten.result(30)
+    end = answer.wait().end
+    assert end.learning == "refused: nothing was stored: the user was forgotten meanwhile, or opened anew"
+    assert (end.updates, end.version) == (None, None)
     with pytest.raises(UnknownUser):
         service.store.get("ada")
     assert service.drain() == []

@@ -171,7 +171,7 @@ class Weights:
                 f"{name} shares its memory with {shared}: learning in one would change the other; leave it out, or "
                 "give it memory of its own"
             )
-        if whole is None and (wrong := _count_not_finite(weight)):  # of a part, other processes would not hear
+        if whole is None and (wrong := count_not_finite(weight)):  # of a part, other processes would not hear
             raise ValueError(
                 f"{name} must be finite to learn, but {wrong} of its {weight.numel()} numbers are NaN or infinite: "
                 "repair the model, or leave it out"
@@ -185,7 +185,7 @@ def offloads(module: Any) -> bool:
     return any(getattr(each, "offload", False) for each in hooks)
 
 
-def _count_not_finite(weight: Tensor) -> int:
+def count_not_finite(weight: Tensor) -> int:
     """How many numbers of ``weight`` are NaN or infinite; 0 also for a quantized one."""
     if is_subclass(weight):
         return 0

@@ -98,7 +98,7 @@ def load_model() -> tuple[nn.Module, TTTConfig]:
 
     Raises:
         FileNotFoundError: the folder of the model is missing (see `model_folder`).
-        ImportError: without transformers (``pip install 'ttt[demo]'``).
+        ImportError: without transformers (the extra ``demo``).
     """
     folder = model_folder()
     from transformers import LlamaForCausalLM

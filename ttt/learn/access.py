@@ -16,7 +16,9 @@ from ttt.atomic import refuse_torn
 from ttt.checks import check_bool, check_model
 from ttt.layer_lock import exclusive
 from ttt.nn import Linear, LowRankLinear
+from ttt.nn.base import Adapted
 from ttt.nn.parallel import agreed, is_sharded, require_same, together
+from ttt.nn.quantized import QuantizedLowRankLinear, quantized
 from ttt.per_user.pool import Pool, has_pool, pool_of
 
 
@@ -28,7 +30,7 @@ class Access:
 
     Raises:
         TypeError: if ``data_parallel`` is no bool.
-        ValueError: if there is no learning layer, or the model cannot learn with ``data_parallel``.
+        ValueError: if there is no learning layer, one was replaced, or the model cannot learn with ``data_parallel``.
         RuntimeError: if a parameter or buffer was made in inference mode, so that autograd cannot use it.
 
     Attributes:
@@ -57,6 +59,7 @@ class Access:
         if data_parallel:
             refuse_unjoined(model)
         self._originals = kept_originals(model)
+        self._require_in_place()
         self._modules = list(model.modules())  # listing them takes longer than looking at them
         self._kinds = list(map(type, self._modules))
         named: list[tuple[str, Any]] = [*model.named_parameters(), *model.named_buffers()]
@@ -114,9 +117,25 @@ class Access:
         """Whether ``found`` is True in one of the processes over which the model is sharded."""
         return not bool(agreed(self.processes, torch.tensor(not found, device=self.layers[0].weight.device)))
 
-    def require_same(self, what: str, *values: Any) -> None:
-        """Raise ValueError, in all processes over which the model is sharded, unless all were given the same."""
-        require_same(self.processes, what, *values)
+    def require_same(self, what: str, *values: Any, **named: Any) -> None:
+        """`ttt.nn.parallel.require_same` in all processes over which the model is sharded."""
+        require_same(self.processes, what, *values, **named)
+
+    def _require_in_place(self) -> None:
+        """Raise ValueError if something took the place of a learning layer, or of its weight, after `adapt_`."""
+        advice = "as when a model is quantized. Quantize the model first, then adapt it"
+        modules = dict(self.model.named_modules())
+        for name in self._originals:
+            found = modules.get(name)  # a stack of experts holds several layers; a wrapper gives them other names
+            if found is not None and not any(isinstance(each, Adapted) for each in found.modules()):
+                raise ValueError(
+                    f"{name} no longer learns: a {type(found).__name__} took its place after ttt.adapt_, {advice}"
+                )
+        for layer in self.layers:
+            if not isinstance(layer, QuantizedLowRankLinear) and (kind := quantized(layer)):
+                raise ValueError(
+                    f"{layer.name} can no longer learn: its weight became {kind} after ttt.adapt_, {advice}"
+                )
 
     def _require_usable(self, what: str) -> None:
         """Raise RuntimeError if the model has other layers than it had, was sharded, or is in training mode."""

@@ -57,6 +57,8 @@ class Keeping(Prepared):
         Raises:
             TypeError, ValueError: if the model has learnt already, there is no batch, or an argument, a batch or what
                 ``loss`` returns is of a wrong type. Nothing has changed then.
+            FloatingPointError: if the model's output is not finite; it names the parameter that is not. Nothing has
+                changed then.
             RuntimeError: as `observe`.
         """
         with contextlib.ExitStack() as held:

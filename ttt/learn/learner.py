@@ -16,6 +16,7 @@ from ttt.learn.generate import GenerateOptions, GenerateOutput, check_prompt, ge
 from ttt.learn.keeping import Keeping
 from ttt.learn.kept_cache import KeptCache
 from ttt.learn.loop import ObserveOutput
+from ttt.learn.not_finite import warn_if_nothing_was_learnt
 from ttt.learn.observing import observe, observe_in_steps
 from ttt.learn.per_user import check_users
 from ttt.learn.study import StudyOptions, StudyOutput, study_in_steps
@@ -100,7 +101,8 @@ class Learner(Keeping):
         Returns:
             An `ObserveOutput`. A chunk with a loss or gradient that is not finite is counted in ``rejected`` and
             changes nothing; reading goes on after it with an empty context. With ``users`` that holds for each user
-            alone.
+            alone. Where no chunk was learnt for this reason, a UserWarning names the parameter of the model that is not
+            finite, if there is one.
 
         Raises:
             TypeError, ValueError: for an argument of a wrong type, dtype or shape, a token outside the vocabulary, or a
@@ -127,15 +129,21 @@ class Learner(Keeping):
                 if users is not None:
                     check_users(users, len(text.ids))
             if self.access.joins:
-                self.access.require_same("the shape of input_ids and options", text.ids.shape, passes, emphasis, learn)
+                what, shape = "the shape of input_ids and options", tuple(text.ids.shape)
+                self.access.require_same(what, shape=shape, passes=passes, emphasis=emphasis, learn=learn)
             else:
-                given = (text.ids, text.attend, text.wanted, text.rows, text.emphasis, passes, learn, *(users or ()))
-                self.access.require_same("input_ids, masks and options", *given)
+                self.access.require_same(
+                    "input_ids, masks and options", text.wanted, input_ids=text.ids, attention_mask=text.attend,
+                    learn_mask=text.rows, users=None if users is None else tuple(users), passes=passes,
+                    emphasis=emphasis, learn=learn,
+                )  # fmt: skip
             self._try_model(text)
             if learn and not self._looked_for_protection:
                 self._looked_for_protection = True
                 protection.warn_if_none(self.config, self.access.layers[0])
-            return observe(self, text, users, learn, passes)
+            output = observe(self, text, users, learn, passes)
+            warn_if_nothing_was_learnt(self.model, output)
+            return output
 
     def observe_in_steps(
         self,

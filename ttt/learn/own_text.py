@@ -11,6 +11,7 @@ from torch import Tensor
 from ttt.checks import check_whole
 from ttt.learn.draw import draw_tokens
 from ttt.learn.huggingface import cache_of, cached
+from ttt.learn.not_finite import require_finite
 from ttt.steps import finish
 
 TOPICS = (
@@ -125,10 +126,9 @@ def written_in_steps(model: Any, ids: Tensor, length: int, generator: torch.Gene
     while ids.shape[1] < length:
         with torch.no_grad():
             out = model(input_ids=step, **cached(model, cache))
-        cache, p = cache_of(out), out.logits[:, -1].float().softmax(-1)
-        if not bool(torch.isfinite(p).all()):
-            raise FloatingPointError("the model's logits are not finite, so that no text can be drawn from them")
-        step = draw_tokens(p, generator).unsqueeze(1)
+        cache, logits = cache_of(out), out.logits[:, -1].float()
+        require_finite(model, logits)
+        step = draw_tokens(logits.softmax(-1), generator).unsqueeze(1)
         ids = torch.cat([ids, step], 1)
         yield
     return ids

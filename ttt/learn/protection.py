@@ -14,6 +14,7 @@ from torch import Tensor
 from ttt import ops
 from ttt.learn.draw import draw_tokens
 from ttt.learn.huggingface import swapped
+from ttt.learn.not_finite import require_finite
 from ttt.learn.text import check_tokens
 from ttt.nn import Capturing, Linear, LowRankLinear, Update
 from ttt.nn.kronecker import MOMENTS, SIDES, Calibration, second_moment, set_directions, with_rows
@@ -80,11 +81,15 @@ def calibration_losses(model: Any, batches: Iterable[Tensor], config: TTTConfig,
 
     For ``kind`` "mas" it is the sum of the squared logits (Aljundi et al., 2018). Otherwise it is the negative log
     likelihood of labels: of those drawn from the model's own output (``config.fisher`` "true"), or of the text's.
+
+    Raises:
+        FloatingPointError: if the model's output is not finite.
     """
     generator = torch.Generator(device=next(model.parameters()).device).manual_seed(config.seed)
     for batch in batches:
         ids = check_tokens(model, batch, name="each of batches").ids
         logits = model(input_ids=ids).logits.float()
+        require_finite(model, logits)
         if kind == "mas":
             yield logits.square().sum()
             continue

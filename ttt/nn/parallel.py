@@ -234,18 +234,29 @@ def together(processes: Sequence[SharedSide], what: str) -> Iterator[None]:
         )
 
 
-def require_same(processes: Sequence[SharedSide], what: str, *values: Any) -> None:
+def require_same(processes: Sequence[SharedSide], what: str, *values: Any, **named: Any) -> None:
     """Raise ValueError, in all ``processes``, unless all were given the same.
 
-    ``what`` names the ``values``: tensors, numbers, texts or None.
+    Args:
+        what: the name of all values together.
+        values: tensors, numbers, texts or None.
+        named: more of them, by name; the error says which of these differ.
     """
-    if not processes:
+    if not processes or _same_everywhere(processes, [*values, *named.values()]):
         return
+    found = [name for name, value in named.items() if not _same_everywhere(processes, [value])]
+    which = f" ({', '.join(found)})" if found else ""
+    raise ValueError(f"{what} must be the same in all processes of a sharded model, got others in one of them{which}")
+
+
+def _same_everywhere(processes: Sequence[SharedSide], values: Sequence[Any]) -> bool:
+    """Whether all ``processes`` were given the same ``values``; each gets the same answer."""
     plain = [(tuple(v.shape), v.tolist()) if isinstance(v, Tensor) else v for v in values]
+    same = True
     for side in processes:
         own = torch.tensor(zlib.crc32(repr(plain).encode()), device=side.device)
-        if not agreed(processes, side.same(own) == own):
-            raise ValueError(f"{what} must be the same in all processes of a sharded model, got others in one of them")
+        same = bool(agreed(processes, side.same(own) == own)) and same
+    return same
 
 
 def _strides(shape: Any) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Language models of sequence layers, for transformers (``pip install 'ttt[hf]'``).
+"""Language models of sequence layers, for transformers (in a clone: ``pip install -e '.[hf]'``).
 
 Importing this package registers them: ``AutoModelForCausalLM.from_pretrained(folder)`` then loads what
 ``save_pretrained`` wrote.

@@ -54,8 +54,8 @@ def check_user_id(user: str) -> str:
     """Return ``user``, or raise BadRequest if it can be no user's id."""
     if not USER_ID.fullmatch(user):
         raise BadRequest(
-            f"a user's id must have 1 to 128 letters, digits and . _ @ : + - and begin with a letter or digit, got "
-            f"{user!r:.140}",
+            f"a user's id must have 1 to 128 ASCII letters, digits and . _ @ : + - and begin with a letter or digit, "
+            f"got {user!r:.140}",
             param="user",
         )
     return user
@@ -166,8 +166,9 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         entries = {entry["sha256"]: _checked(entry) for entry in found["keys"]}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} must be a file of API keys as 'ttt keys add' writes it: {error!r}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = str(error) if isinstance(error, ValueError) else 'it is not {"keys": [{"sha256": ..., ...}, ...]}'
+        raise ValueError(f"{path} must be a file of API keys as 'ttt keys add' writes it: {why}") from None
     return entries
 
 

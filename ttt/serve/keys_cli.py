@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -34,9 +34,12 @@ def revoke(file: KeyFile, user: User = None, operator: Operator = False) -> None
 
     _one_of(user, operator)
     try:
-        typer.echo(f"{remove_keys(file, user)} key(s) removed")
+        removed = remove_keys(file, user)
     except (OSError, ValueError) as error:
         _stop(error)
+    if not removed:
+        _stop(f"{file} has no key of {'an operator' if user is None else f'user {user!r}'}; nothing was removed")
+    typer.echo(f"{removed} key(s) removed")
 
 
 @keys.command("ls")
@@ -61,6 +64,6 @@ def _one_of(user: str | None, operator: bool) -> None:
         _stop("give either --user or --operator")
 
 
-def _stop(message: object) -> None:
+def _stop(message: object) -> NoReturn:
     typer.echo(message, err=True)
     raise typer.Exit(1)

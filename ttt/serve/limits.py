@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from ttt.checks import check_real, check_whole
+from ttt.serve.errors import BadRequest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,3 +43,10 @@ class Limits:
         check_real("study_after", self.study_after, low=0.0)
         if not check_real("learning_share", self.learning_share, low=0.0, high=1.0) > 0:
             raise ValueError("learning_share must be above 0, got 0: users would wait for their learning forever")
+
+    def check_n(self, n: int) -> None:
+        """Raise BadRequest if a request asks for more than ``rows`` continuations."""
+        if n > self.rows:
+            raise BadRequest(
+                f"n must be at most {self.rows}, the number of texts that are generated at a time, got {n}", param="n"
+            )

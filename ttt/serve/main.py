@@ -34,7 +34,8 @@ from ttt.serve.keys import Keys, NoKeys
 from ttt.serve.limits import Limits
 from ttt.serve.service import Service
 from ttt.serve.state_reader import StateReader
-from ttt.store import StoreError
+from ttt.store import StorageFailure, StoreError
+from ttt.store.urls import without_password
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -198,22 +199,30 @@ def build_service(options: ServeOptions, observer: Any = None, say: Any = lambda
     Raises:
         ValueError, OSError, ImportError: if the model, the store or an option is not usable.
     """
-    # What is out of range is refused before the model is loaded.
+    # What is out of range, or a store that cannot be opened, is refused before the model is loaded.
     telling = Telling().changed(passes=options.passes, emphasis=options.emphasis)
     limits = Limits(
         rows=options.rows, waiting=options.waiting, learning_tokens=options.learning_tokens, context=options.context,
         learning_share=options.learning_share, study_after=options.study_after,
     )  # fmt: skip
-    learner, tokenizer = build_users(options, say)
-    if isinstance(learner, StateReader):
-        weights = learner.name
-    else:
-        assert learner.pool is not None
-        weights = weights_name(learner.pool)
-    service = Service(
-        learner, tokenizer, ttt.Store(options.store), weights, limits=limits, telling=telling,
-        lease_seconds=options.lease_seconds, observer=observer,
-    )  # fmt: skip
+    try:
+        store = ttt.Store(options.store)
+    except StoreError as error:
+        raise StorageFailure(f"the store {without_password(options.store)} cannot be opened: {error}") from error
+    try:
+        learner, tokenizer = build_users(options, say)
+        if isinstance(learner, StateReader):
+            weights = learner.name
+        else:
+            assert learner.pool is not None
+            weights = weights_name(learner.pool)
+        service = Service(
+            learner, tokenizer, store, weights, limits=limits, telling=telling, lease_seconds=options.lease_seconds,
+            observer=observer,
+        )  # fmt: skip
+    except BaseException:
+        store.close()
+        raise
     name = options.name or ("SmolLM2-135M-Instruct" if options.model is None else options.model.resolve().name)
     return service, name
 

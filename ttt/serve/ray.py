@@ -1,4 +1,4 @@
-"""Replicas of ``ttt serve`` in a Ray cluster: ``pip install 'ttt[ray]'``, then ``serve run ttt.serve.ray:app``.
+"""Replicas of ``ttt serve`` in a Ray cluster: ``serve run ttt.serve.ray:app``. It needs the extra ``ray``.
 
 Ray starts the replicas, starts them again when they die, and spreads requests over them. A request that reaches a
 replica without the user's lease is passed on to the replica that has it (`ttt.serve.http.forwarding`). A client that

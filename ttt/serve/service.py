@@ -19,7 +19,7 @@ from ttt.per_user.pool import Pool
 from ttt.serve import jobs
 from ttt.serve.batch import Batch
 from ttt.serve.daemon_threads import DaemonThreads
-from ttt.serve.errors import BadRequest, Conflict, HungUp, RequestError, Tripped, Unavailable, as_request_error
+from ttt.serve.errors import Conflict, HungUp, RequestError, Tripped, Unavailable, as_request_error
 from ttt.serve.jobs import Job, Learnt
 from ttt.serve.limits import Limits
 from ttt.serve.observer import Observer, Silent
@@ -120,12 +120,7 @@ class Service:
             BadRequest: if it asks for more sequences than are generated at a time. TooBusy: if too much waits already.
             Unavailable: if the service is ending.
         """
-        if request.n > self.limits.rows:
-            raise BadRequest(
-                f"n must be at most {self.limits.rows}, the number of texts that are generated at a time, got "
-                f"{request.n}",
-                param="n",
-            )
+        self.limits.check_n(request.n)
         with self._lock:
             self._require_open()
             self._places.take(request.user, self._cost(request))
@@ -403,9 +398,10 @@ class Service:
         learnt = done.result()
 
         def tell(stored: concurrent.futures.Future[int]) -> None:
-            error = stored.exception()
-            learning = "stored" if error is None else f"refused: {error}"
-            request.deliver(dataclasses.replace(self._outcome(request, learning), updates=learnt.updates))
+            if (error := stored.exception()) is not None:
+                return request.deliver(self._outcome(request, f"refused: {error}"))
+            outcome = self._outcome(request, "stored")  # by now the user may be another session's, or nobody's
+            request.deliver(dataclasses.replace(outcome, updates=learnt.updates, version=stored.result()))
 
         learnt.stored.add_done_callback(tell)
 

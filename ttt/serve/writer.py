@@ -167,8 +167,10 @@ class Writer:
             session.version = version
             session.stored = max(session.stored, int(work.meta["updates"]))
             seconds = time.perf_counter() - began
+            # Of a user who was forgotten while it was written, it is erased with all other versions.
+            told = _dropped() if session.dropped else version
             for future in work.futures:
-                settle(future, version)
+                settle(future, told)
             self.on_stored(seconds)
 
     def _put_back(self, work: _Waiting) -> None:

@@ -12,7 +12,7 @@ from ttt.store.blobs import BlobFile, Blobs, folder_path
 
 
 class FsspecBlobs(Blobs):
-    """Blobs on an fsspec target (``s3://bucket/prefix``, ...). Needs ``pip install 'ttt[store]'`` and its package.
+    """Blobs on an fsspec target (``s3://bucket/prefix``, ...). Needs the extra ``store`` and the target's package.
 
     Blobs are written without a rename: one that a crash tears is never named by the index. The target decides how
     durable a written blob is. A bucket that keeps old versions of objects keeps those of forgotten users, too.

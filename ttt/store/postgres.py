@@ -1,4 +1,4 @@
-"""The index in PostgreSQL, for the processes of many machines. Needs ``pip install 'ttt[postgres]'``.
+"""The index in PostgreSQL, for the processes of many machines. Needs the extra ``postgres``.
 
 The clock of leases is the server's.
 """

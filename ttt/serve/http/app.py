@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -15,6 +16,7 @@ from ttt.serve.errors import BadRequest, NotFound, RequestError, as_request_erro
 from ttt.serve.http import completions, users
 from ttt.serve.http.middleware import Guarded
 from ttt.serve.http.state import Server, server_of
+from ttt.serve.keys import check_user_id
 
 PAGE = Path(__file__).parent / "page"
 _FILES = {"page.js": "text/javascript", "page.css": "text/css"}
@@ -92,7 +94,10 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http_error(http: Request, error: HTTPException) -> JSONResponse:
         if error.status_code in (404, 405):
-            known: RequestError = NotFound(f"{http.method} {http.url.path:.80} is not served here")
+            if (wrong := _wrong_user(http)) is not None:
+                return _response(wrong)
+            code = None if error.status_code == 404 else "method_not_allowed"
+            known: RequestError = NotFound(f"{http.method} {http.url.path:.80} is not served here", code=code)
         else:  # a body that is no JSON, in no encoding of text, or nested too deeply
             known = BadRequest(f"the body must be JSON: {error.detail!s:.200}")
         known.status = error.status_code
@@ -107,9 +112,21 @@ def _response(error: RequestError) -> JSONResponse:
     return JSONResponse(error.body(), error.status, error.headers)
 
 
+def _wrong_user(http: Request) -> BadRequest | None:
+    """The error about the user in a path that no route has because the user's name holds a slash, as "%2F"."""
+    parts = http.scope.get("raw_path", b"").decode("latin-1").split("/")
+    if parts[:3] != ["", "v1", "users"] or len(parts) < 4 or "/" not in (user := unquote(parts[3])):
+        return None
+    try:
+        check_user_id(user)
+    except BadRequest as error:
+        return error
+    return None
+
+
 def _bad_request(errors: Sequence[Any]) -> BadRequest:
-    """The first of pydantic's ``errors``, with the name of the parameter and the value that was received."""
-    first = errors[0]
+    """The most telling of pydantic's ``errors``, with the name of the parameter and the value that was received."""
+    first = _most_telling(errors)
     if first["type"] == "json_invalid":
         return BadRequest(f"the body must be JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     path = [part for part in first["loc"] if part != "body"]
@@ -122,6 +139,16 @@ def _bad_request(errors: Sequence[Any]) -> BadRequest:
     if isinstance(got, (dict, list)) and not name:
         return BadRequest("the body must be a JSON object of the parameters")
     return BadRequest(f"{name or 'the body'}: {first['msg']}{shown}", param=name or None)
+
+
+def _most_telling(errors: Sequence[Any]) -> Any:
+    """Of the errors about the first wrong parameter, one for each type that it may have, that of the type it has.
+
+    Of a list that may also be a text, that it is no text says nothing; what is wrong inside of it lies deepest.
+    """
+    same = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
+    lists = [error for error in same if not (error["type"] == "string_type" and isinstance(error["input"], list))]
+    return max(lists or same, key=lambda error: len(error["loc"]))
 
 
 def _is_name(part: Any) -> bool:

@@ -148,6 +148,7 @@ def _admitted(http: Request, body: ChatRequest | CompletionRequest) -> tuple[Ser
     server = server_of(http)
     identity = server.identify(http)
     body.refuse_extras()
+    server.service.limits.check_n(body.n)
     _require_model(server, body.model)
     return server, identity
 

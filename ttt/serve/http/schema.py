@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
+from ttt.conversation import MOST_PASSES
 from ttt.serve.errors import BadRequest
 from ttt.serve.sampling import Sampling
 
@@ -64,7 +66,7 @@ class _Generation(BaseModel):
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1)
-    n: int = Field(1, ge=1, le=16)
+    n: int = Field(1, ge=1)  # what the server generates at a time is its own bound
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
     stream: bool = False
@@ -102,10 +104,17 @@ class _Generation(BaseModel):
         )  # fmt: skip
 
 
+def _text_only(kind: str) -> str:
+    """``kind``, or an error if parts of a message with this type are not supported, as images and audio."""
+    if kind != "text":
+        raise PydanticCustomError("unsupported_part", "this server takes parts of type 'text' only")
+    return kind
+
+
 class TextPart(Strict):
     """A part of a message."""
 
-    type: Literal["text"]
+    type: Annotated[str, AfterValidator(_text_only)]
     text: Text
 
 
@@ -169,7 +178,7 @@ class LearnRequest(Strict):
     spans: list[Annotated[list[int], Field(min_length=2, max_length=2)]] | None = Field(None, max_length=4096)
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=2048)
     roles: list[Literal["user", "assistant", "system", "tool"]] = Field(["user"], min_length=1)
-    passes: int | None = Field(None, ge=1, le=4)
+    passes: int | None = Field(None, ge=1, le=MOST_PASSES)
     emphasis: float | None = Field(None, gt=0, le=100)
 
 
