@@ -281,12 +281,12 @@ class Token(Case):
     def _large_chunk(self, form: str, state: Any, token: tuple[Tensor, ...], options: dict[str, Any]) -> Tensor:
         """The step; in the form "torch" as a text of one token, whose updates are made before they are added."""
         q, k, v, rate = token
-        given = {"chunk_size": LARGE_CHUNK, "state" if form == "ttt" else "initial_state": state}
+        given: dict[str, Any] = {"chunk_size": LARGE_CHUNK, "state" if form == "ttt" else "initial_state": state}
         if form == "ttt":
             if self.op == LACT:
                 return ops.lact_step(q, k, v, **options, **given)
             return ops.in_place_ttt_step(q, k, v, rate, **given)
-        text = [t.unsqueeze(1) for t in (q, k, v, rate)]
+        text: Any = [t.unsqueeze(1) for t in (q, k, v, rate)]
         weights = [w[0] for w in state.weights]
         if self.op == LACT:
             named = {name: t.unsqueeze(1) for name, t in options.items()}
