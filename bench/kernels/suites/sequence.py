@@ -286,12 +286,12 @@ class Token(Case):
             if self.op == LACT:
                 return ops.lact_step(q, k, v, **options, **given)
             return ops.in_place_ttt_step(q, k, v, rate, **given)
-        text: Any = [t.unsqueeze(1) for t in (q, k, v, rate)]
+        qs, ks, vs, rates = (t.unsqueeze(1) for t in (q, k, v, rate))
         weights = [w[0] for w in state.weights]
         if self.op == LACT:
             named = {name: t.unsqueeze(1) for name, t in options.items()}
-            return ops.lact(*text[:3], weights=weights, **named, **given, form="chunk")[0][:, 0]
-        return ops.in_place_ttt(*text, weights[0], **given, form="chunk")[0][:, 0]
+            return ops.lact(qs, ks, vs, weights=weights, **named, **given, form="chunk")[0][:, 0]
+        return ops.in_place_ttt(qs, ks, vs, rates, weights[0], **given, form="chunk")[0][:, 0]
 
 
 @dataclasses.dataclass(frozen=True)
