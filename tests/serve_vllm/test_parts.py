@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from types import SimpleNamespace
 
 import pytest
 
+import ttt.serve.vllm
 from ttt.serve.errors import BadRequest, RequestError, TooBusy, Unauthenticated
 from ttt.serve.keys import add_key
 from ttt.serve.vllm import supported
 from ttt.serve.vllm.engine import Engine
 from ttt.serve.vllm.identity import Identify, Turn, _headers
-from ttt.serve.vllm.options import Options, enabled
+from ttt.serve.vllm.options import Options
 from ttt.serve.vllm.seats import Seats
 from ttt.serve.vllm.turns import Turns
 
@@ -21,18 +23,49 @@ from ttt.serve.vllm.turns import Turns
 
 def test_options_come_from_the_environment_and_name_what_is_wrong(tmp_path):
     given = {"TTT_VLLM_STORE": "here", "TTT_VLLM_IDENTITY": "header", "TTT_VLLM_SLOTS": "3", "TTT_VLLM_RANK": "17"}
-    assert enabled(given)
-    assert not enabled({})
     found = Options.from_environment(given)
     assert (found.store, found.slots, found.adapter_rank) == ("here", 3, 128)
     assert found.blocks(30) == range(22, 30)
     for name, value in {
         "SLOTS": "0", "RANK": "none", "WINDOW": "512", "LAYERS": "all", "IDENTITY": "field", "KEYS": "keys.json",
         "LEARN": "wait", "LEASE": "0", "SLICE": "-1", "CHUNK": "0", "LESSON": "1", "LR": "-1", "PATIENCE": "nan",
-        "SLOT": "3", "PASSES": "0", "EMPHASIS": "101",
+        "SLOT": "3", "PASSES": "0", "EMPHASIS": "101", "STORE": " ", "slots": "3",
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=f"TTT_VLLM_{name}"):
             Options.from_environment(given | {f"TTT_VLLM_{name}": value})
+
+
+def test_numbers_have_upper_bounds_and_the_one_that_is_too_large_is_named():
+    given = {"TTT_VLLM_STORE": "here", "TTT_VLLM_IDENTITY": "header"}
+    for name, most in {
+        "SLICE": "10000", "LEASE": "3600", "PATIENCE": "3600", "CAPTURED": "16777216", "LESSON": "65536",
+    }.items():  # fmt: skip
+        Options.from_environment(given | {f"TTT_VLLM_{name}": most})
+        for more in (str(int(most) + 1), "9876543210"):
+            with pytest.raises(ValueError, match=f"^TTT_VLLM_{name} must be .*{more}"):
+                Options.from_environment(given | {f"TTT_VLLM_{name}": more})
+    with pytest.raises(ValueError, match="^TTT_VLLM_LESSON must be at most TTT_VLLM_CAPTURED, which is 100, got 1024"):
+        Options.from_environment(given | {"TTT_VLLM_CAPTURED": "100"})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"TTT_VLLM_KEYS": "keys.json"}, "TTT_VLLM_STORE must be .*, got ''"),
+        ({"TTT_VLLM_STORE": "", "TTT_VLLM_KEYS": "keys.json"}, "TTT_VLLM_STORE must be .*, got ''"),
+        ({"TTT_VLLM_STORE": ""}, "TTT_VLLM_STORE must be .*, got ''"),
+        ({"TTT_VLLM_STOR": "users", "TTT_VLLM_KEYS": "keys.json"}, "TTT_VLLM_STOR is no option of the plugin"),
+        ({"ttt_vllm_store": "users"}, "ttt_vllm_store is no option of the plugin"),
+    ],
+)
+def test_options_without_a_store_end_the_start_and_do_not_leave_an_open_server(given, said, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("TTT_VLLM_")]:
+        monkeypatch.delenv(name)
+    ttt.serve.vllm.register()  # without any option nothing happens, and vLLM is not needed
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=said):
+        ttt.serve.vllm.register()
 
 
 def test_other_versions_of_vllm_are_refused():
