@@ -12,6 +12,7 @@ In the API server's process:
 In the worker's:
 
 - `worker`: where vLLM is entered. `users`: what the API server calls.
+- `orphans`: its end, and the engine's, with the API server.
 - `capture`, `top_blocks`, `blocks` and `lessons`: learning. `adapters`: vLLM's slots. `calibration`, `cpu_lora`.
 """
 
@@ -37,9 +38,11 @@ def register() -> None:
     from ttt.serve.vllm import supported
 
     supported.check_version()
-    from ttt.serve.vllm import frontend, worker
+    from ttt.serve.vllm import frontend, orphans, worker
 
     if multiprocessing.parent_process() is None:  # the engine's processes are children of the API server's
         frontend.install(options)
+    else:
+        orphans.end_with_parent()
     worker.install(options)
     _registered = True
