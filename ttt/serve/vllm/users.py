@@ -29,7 +29,7 @@ from ttt.serve.vllm.blocks import TopBlocks
 from ttt.serve.vllm.capture import Capture
 from ttt.serve.vllm.lessons import learn_in_slices
 from ttt.serve.vllm.options import Options
-from ttt.serve.vllm.top_blocks import full_name, top_blocks
+from ttt.serve.vllm.top_blocks import top_blocks
 from ttt.store import Store
 
 log = logging.getLogger("vllm.ttt")
@@ -66,8 +66,6 @@ class Users:
             self.learner = Learner(top)
             self.blocks = TopBlocks(top)
             self.pool = ttt.pool_of(top)
-            # From here on the layers have the names of the whole model's, under which what was learnt is stored.
-            self.pool.layers = {full_name(name, blocks.start): layer for name, layer in self.pool.layers.items()}
             name = calibration.calibrate(self.pool, settings, config.model_config, options.calibration)
         self.sessions = Sessions(self.pool, Store(options.store), name, lease_seconds=options.lease)
         self.adapters = Adapters(runner.lora_manager._adapter_manager, self.pool, options.adapter_rank)
