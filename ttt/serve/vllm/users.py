@@ -130,6 +130,10 @@ class Users:
         fetched = yield from self._in_thread(self.sessions.fetch, user)
         installed = False
         try:
+            before = self.sessions.get(user)
+            if before is not None and before.lease is None:  # nothing here is newer than what was read
+                self.sessions.drop(user)
+                self._remove(user)
             while user not in self.pool.users and len(self.pool.users) >= self.pool.slots:
                 leaving = next((each for each in self.sessions.users if each not in kept), None)
                 if leaving is None:
