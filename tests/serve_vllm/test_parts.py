@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from ttt.serve.vllm import supported
 from ttt.serve.vllm.engine import Engine
 from ttt.serve.vllm.identity import Identify, Turn, _headers
 from ttt.serve.vllm.options import Options
+from ttt.serve.vllm.routes import WithoutUsers
 from ttt.serve.vllm.seats import Seats
 from ttt.serve.vllm.turns import Turns
 
@@ -129,6 +131,24 @@ def test_identity_comes_from_headers_that_cannot_be_given_twice(tmp_path):
         behind_a_proxy({"x-ttt-user": "no user"})
     with pytest.raises(BadRequest, match="once"):
         _headers({"headers": [(b"x-ttt-user", b"ada"), (b"X-TTT-User", b"bob")]})
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("/v1/users/ada", "/v1/users/{user}"),
+        ("/root/v1/users/ada%40home/rollback", "/root/v1/users/{user}/rollback"),
+        ("/v1/users/ada/more/rollback?of=ada", "/v1/users/{user}/rollback"),
+        ("/v1/users/rollback", "/v1/users/{user}"),
+        ("/v1/models?a=b", "/v1/models?a=b"),
+    ],
+)
+def test_the_access_log_shows_no_user(path, shown):
+    record = logging.makeLogRecord(
+        {"msg": '%s - "%s %s HTTP/%s" %d', "args": ("127.0.0.1:5", "GET", path, "1.1", 200)}
+    )
+    assert WithoutUsers().filter(record)
+    assert record.getMessage() == f'127.0.0.1:5 - "GET {shown} HTTP/1.1" 200'
 
 
 # -- seats ------------------------------------------------------------------------------------------------------------

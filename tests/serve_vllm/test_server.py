@@ -300,8 +300,12 @@ def test_a_long_prompt_is_captured_in_parts_while_others_are_answered(server):
 
 def test_names_of_users_reach_neither_logs_nor_metrics(server):
     server.say("ada", RESERVED["ada"])
+    assert server.http("GET", "/v1/users/ada?name=ada", "ada")[0] == 200
+    assert server.http("POST", "/v1/users/ada/rollback", "bob", b"{}")[0] == 403
     metrics = server.http("GET", "/metrics", None)[1]
     assert not re.search(r"(?<![0-9a-z])ada(?![0-9a-z])", metrics)  # hexadecimal digits may spell it
     log = server.log.read_text(errors="replace")
     assert "Quillfeather" not in log
-    assert not [line for line in log.splitlines() if "ttt://ada" in line or "'ada'" in line]
+    assert '"GET /v1/users/{user} HTTP/1.1" 200' in log
+    assert '"POST /v1/users/{user}/rollback HTTP/1.1" 403' in log
+    assert not [line for line in log.splitlines() if "ttt://ada" in line or "'ada'" in line or "/ada" in line]
