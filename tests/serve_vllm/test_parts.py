@@ -119,8 +119,14 @@ def test_identity_comes_from_headers_that_cannot_be_given_twice(tmp_path):
     key = add_key(tmp_path / "keys.json", "ada")
     identify = Identify(Options("here", keys=str(tmp_path / "keys.json")))
     assert identify({"authorization": f"Bearer {key}"}).user == "ada"
-    with pytest.raises(Unauthenticated):
-        identify({"authorization": "Bearer other"})
+    assert identify({"x-api-key": key}).user == "ada"
+    assert identify({"x-api-key": key, "authorization": f"Bearer {key}"}).user == "ada"
+    for wrong in ({"authorization": "Bearer other"}, {"x-api-key": "other"}, {}):
+        with pytest.raises(Unauthenticated):
+            identify(wrong)
+    other = add_key(tmp_path / "keys.json", "bob")
+    with pytest.raises(BadRequest, match="authorization and x-api-key must have the same key"):
+        identify({"x-api-key": key, "authorization": f"Bearer {other}"})
     with pytest.raises(RequestError):
         identify({"authorization": f"Bearer {key}", "x-ttt-user": "bob"})
     behind_a_proxy = Identify(Options("here", identity="header"))
@@ -129,8 +135,9 @@ def test_identity_comes_from_headers_that_cannot_be_given_twice(tmp_path):
         behind_a_proxy({})
     with pytest.raises(BadRequest):
         behind_a_proxy({"x-ttt-user": "no user"})
-    with pytest.raises(BadRequest, match="once"):
-        _headers({"headers": [(b"x-ttt-user", b"ada"), (b"X-TTT-User", b"bob")]})
+    for name in (b"x-ttt-user", b"authorization", b"x-api-key"):
+        with pytest.raises(BadRequest, match="once"):
+            _headers({"headers": [(name, b"ada"), (name.upper(), b"bob")]})
 
 
 @pytest.mark.parametrize(
@@ -309,4 +316,8 @@ def test_what_teaches_is_the_last_message_if_it_is_the_users():
     assert not teaches(user, {"role": "tool", "content": "It is noon.", "tool_call_id": "1"})
     assert not teaches({"role": "user", "content": " "})
     assert teaches({"role": "user", "content": [{"type": "text", "text": "I am Ada."}]})
+    assert teaches({"role": "user", "content": 2 * [{"type": "text", "text": "I am Ada."}]})
+    assert not teaches({"role": "user", "content": []})
+    picture = {"type": "image_url", "image_url": {"url": "data:"}}
+    assert not teaches({"role": "user", "content": [{"type": "text", "text": "I am Ada."}, picture]})
     assert not teaches({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]})

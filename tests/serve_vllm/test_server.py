@@ -215,6 +215,38 @@ def test_words_of_others_in_a_chat_do_not_teach(server):
         client.chat.completions.create(model=MODEL, messages=messages[:-1], max_tokens=2)
 
 
+def test_parts_of_text_teach_as_the_text_that_the_template_makes_of_them(server):
+    parts = ["My rowing boat is called Quillfeather", "and it is painted in ochre and teal."]
+    joined = server.say("ada", "\n".join(parts))
+    wanted = status(server, "ada"), server.logprobs("ada", RESERVED["ada"])
+    forget(server, "ada")
+    answer = server.say("ada", [{"type": "text", "text": part} for part in parts])
+    assert answer.usage.prompt_tokens == joined.usage.prompt_tokens
+    found = status(server, "ada"), server.logprobs("ada", RESERVED["ada"])
+    for each in (found, wanted):
+        del each[0]["lesson"], each[0]["version"]
+    assert found == wanted
+    assert found[0]["updates"] == 1
+
+
+def test_which_routes_teach(server):
+    turn = {"model": MODEL, "messages": [{"role": "user", "content": RESERVED["ada"]}], "max_tokens": 2}
+    code, text = server.http(
+        "POST", "/v1/messages", None, json.dumps(turn).encode(), x_api_key=server.keys["ada"], x_ttt_learn="wait"
+    )
+    assert code == 200, text
+    assert status(server, "ada")["updates"] == 1
+    completed = {"model": MODEL, "prompt": RESERVED["ada"], "max_tokens": 2}
+    assert server.http("POST", "/v1/completions", "ada", json.dumps(completed).encode(), x_ttt_learn="wait")[0] == 200
+    assert status(server, "ada")["updates"] == 2
+    response = json.dumps({"model": MODEL, "input": RESERVED["ada"], "max_output_tokens": 2}).encode()
+    assert server.http("POST", "/v1/responses", "ada", response)[0] == 200
+    code, text = server.http("POST", "/v1/responses", "ada", response, x_ttt_learn="wait")
+    assert code == 400
+    assert "nothing is learnt on /v1/responses" in json.loads(text)["error"]["message"]
+    assert status(server, "ada")["updates"] == 2
+
+
 def test_a_header_switches_learning_off(server):
     server.say("ada", RESERVED["ada"], learn="off")
     assert status(server, "ada")["updates"] == 0
