@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 import ttt.serve.vllm
-from ttt.serve.errors import BadRequest, RequestError, TooBusy, Unauthenticated
+from ttt.serve.errors import BadRequest, NotFound, RequestError, TooBusy, Unauthenticated
 from ttt.serve.keys import add_key
 from ttt.serve.vllm import supported
 from ttt.serve.vllm.engine import Engine
@@ -292,6 +292,18 @@ def test_an_operation_is_taken_on_until_it_is_done_and_cancelled_with_its_caller
         assert worker.calls[-1] == ("ttt_cancel", (7,))
 
     asyncio.run(run())
+
+
+def test_an_error_of_the_worker_is_the_same_in_the_api_server():
+    class Failing:
+        async def collective_rpc(self, method, args):
+            told = {"message": "no version 99", "param": "version", "code": "gone", "retry_after": 3.0}
+            return [["error", "NotFound", told]]
+
+    with pytest.raises(NotFound, match="no version 99") as found:
+        asyncio.run(Engine(Failing()).call("rollback", "ada", 99))
+    error = found.value
+    assert (error.param, error.code, error.retry_after) == ("version", "gone", 3.0)
 
 
 def test_of_a_long_text_the_newest_tokens_are_learnt():

@@ -28,9 +28,15 @@ def told(server: Server, user: str) -> float:
 
 
 def status(server: Server, user: str) -> dict:
+    """What is known of a user; counts of 0 where nothing is."""
     code, text = server.http("GET", f"/v1/users/{user}", user)
+    found = json.loads(text)
+    if code == 404:
+        assert found["error"]["param"] == "user", text
+        return {"updates": 0, "tokens": 0}
     assert code == 200, text
-    return json.loads(text)
+    assert found["updates"], text
+    return found
 
 
 def forget(server: Server, *users: str) -> None:
@@ -295,8 +301,20 @@ def test_going_back_to_an_earlier_version(server):
     assert server.logprobs("ada", RESERVED["ada"]) == first
     code, text = server.http("POST", "/v1/users/ada/rollback", "ada", b'{"version": 12345}')
     assert code == 404, text
-    for body in (b"{}", b"no", b'{"version": -1}', b'{"version": "1"}'):
+    assert json.loads(text)["error"]["param"] == "version"
+    for body in (b"{}", b"no", b'{"version": 0}', b'{"version": "1"}'):
         assert server.http("POST", "/v1/users/ada/rollback", "ada", body)[0] == 400
+
+
+def test_of_a_user_of_whom_nothing_is_known_there_is_nothing_to_show(server):
+    code, text = server.http("GET", "/v1/users/ada", "ada")
+    assert (code, json.loads(text)["error"]["message"]) == (404, "there is no user 'ada'")
+    server.say("ada", RESERVED["ada"], learn="off")
+    assert server.http("GET", "/v1/users/ada", "ada")[0] == 404
+    server.say("ada", RESERVED["ada"])
+    assert server.http("GET", "/v1/users/ada", "ada")[0] == 200
+    forget(server, "ada")
+    assert server.http("GET", "/v1/users/ada", "ada")[0] == 404
 
 
 def test_prompt_logprobs_beside_a_user_do_not_end_the_engine(server):

@@ -111,7 +111,7 @@ def test_a_user_whom_another_server_holds_is_opened_again_without_counting_anyth
             assert counters == ("done", 4, 4, 40, 1)
             assert "another server holds the lease" in known["read_only"]
             answer = finish(made, made.begin("learn", "ada", "captured", [1, 2], [False, True], 0))
-            assert (answer[:2], answer[2][1]) == (("error", "Conflict"), "read_only")
+            assert (answer[:2], answer[2]["code"]) == (("error", "Conflict"), "read_only")
     known = finish(made, made.begin("open", "ada", "key", ["ada"]))[1]
     assert all(torch.equal(t, made.pool.export("ada")[name]) for name, t in other.export("ada").items())
     assert (known["updates"], known["stored"], known["read_only"]) == (4, 4, "")

@@ -6,7 +6,7 @@ import logging
 import re
 from typing import Any
 
-from ttt.serve.errors import BadRequest, Unauthenticated
+from ttt.serve.errors import BadRequest, NotFound, Unauthenticated
 from ttt.serve.vllm.identity import identity_of
 from ttt.serve.vllm.seats import Seats
 
@@ -21,7 +21,9 @@ def add_routes(app: Any, state: Any) -> None:
         seats: Seats = state.seats()
         async with seats.hold(_allowed(user)) as seat:
             await seat.settled()
-            seat.known = await seats.engine.call("status", user)
+            known = seat.known = await seats.engine.call("status", user)
+            if known["version"] is None and not known["updates"] and not known["read_only"]:
+                raise NotFound(f"there is no user {user!r}", param="user")
             return {"id": user, **{name: seat.known[name] for name in SHOWN}}
 
     async def forget(user: str) -> dict[str, Any]:
@@ -36,8 +38,8 @@ def add_routes(app: Any, state: Any) -> None:
             version = (await request.json())["version"]
         except (ValueError, KeyError, TypeError):
             raise BadRequest('the body must be JSON with a version, as {"version": 3}', param="version") from None
-        if not isinstance(version, int) or isinstance(version, bool) or not 0 <= version < 2**63:
-            raise BadRequest(f"version must be a whole number of at least 0, got {version!r:.40}", param="version")
+        if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version < 2**63:
+            raise BadRequest(f"version must be a whole number of at least 1, got {version!r:.40}", param="version")
         known = await seats.rollback(user, version)
         return {"id": user, **{name: known[name] for name in SHOWN}}
 

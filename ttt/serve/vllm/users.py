@@ -93,7 +93,7 @@ class Users:
 
         Returns:
             ("later", ticket, seconds): `proceed` is to be called again after so many seconds;
-            ("done", what the operation returns, None); or ("error", its class, [message, code]).
+            ("done", what the operation returns, None); or ("error", its class, its arguments by name).
         """
         steps = self._running.pop(ticket)
         try:
@@ -101,10 +101,11 @@ class Users:
         except StopIteration as done:
             return "done", done.value, None
         except RequestError as error:
-            return "error", type(error).__name__, [error.message, error.code]
+            told = {"message": error.message, "param": error.param, "code": error.code, "retry_after": error.retry_after}
+            return "error", type(error).__name__, told
         except Exception as error:
             log.exception("an operation of ttt failed")
-            return "error", ServerFailure.__name__, [f"{type(error).__name__}: {error}", None]
+            return "error", ServerFailure.__name__, {"message": f"{type(error).__name__}: {error}"}
         self._running[ticket] = steps
         return "later", ticket, seconds
 
