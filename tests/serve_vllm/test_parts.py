@@ -46,7 +46,7 @@ def test_numbers_have_upper_bounds_and_the_one_that_is_too_large_is_named():
         for more in (str(int(most) + 1), "9876543210"):
             with pytest.raises(ValueError, match=f"^TTT_VLLM_{name} must be .*{more}"):
                 Options.from_environment(given | {f"TTT_VLLM_{name}": more})
-    with pytest.raises(ValueError, match="^TTT_VLLM_LESSON must be at most TTT_VLLM_CAPTURED, which is 100, got 1024"):
+    with pytest.raises(ValueError, match="TTT_VLLM_LESSON must be at most TTT_VLLM_CAPTURED, which is 100"):
         Options.from_environment(given | {"TTT_VLLM_CAPTURED": "100"})
 
 
@@ -151,9 +151,7 @@ def test_identity_comes_from_headers_that_cannot_be_given_twice(tmp_path):
     ],
 )
 def test_the_access_log_shows_no_user(path, shown):
-    record = logging.makeLogRecord(
-        {"msg": '%s - "%s %s HTTP/%s" %d', "args": ("127.0.0.1:5", "GET", path, "1.1", 200)}
-    )
+    record = logging.makeLogRecord({"msg": '%s - "%s %s HTTP/%s" %d', "args": ("127.0.0.1:5", "GET", path, "1.1", 200)})
     assert WithoutUsers().filter(record)
     assert record.getMessage() == f'127.0.0.1:5 - "GET {shown} HTTP/1.1" 200'
 

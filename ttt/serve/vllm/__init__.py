@@ -1,7 +1,7 @@
 """The vLLM plugin: every user of ``vllm serve`` has low-rank weights of their own, which learn while the model serves.
 
-vLLM calls `register` in each of its processes (entry point ``vllm.general_plugins``). Without a variable ``TTT_VLLM_...``
-in the environment it does nothing. See docs/vllm.md.
+vLLM calls `register` in each of its processes (entry point ``vllm.general_plugins``). Without a variable
+``TTT_VLLM_...`` in the environment it does nothing. See docs/vllm.md.
 
 In the API server's process:
 

@@ -151,8 +151,9 @@ def _plain(message: Any) -> dict[str, str] | None:
     held = message if isinstance(message, dict) else message.model_dump(exclude_none=True)
     content = held.get("content")
     if isinstance(content, list):
-        texts = [dict(part).get("text") if dict(part).get("type") == "text" else None for part in content]
-        content = "\n".join(texts) if all(isinstance(text, str) for text in texts) else None
+        parts = [dict(part) for part in content]
+        whole = all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts)
+        content = "\n".join(part["text"] for part in parts) if whole else None
     if not isinstance(content, str) or held.get("tool_calls"):
         return None
     return {"role": held["role"], "content": content}

@@ -101,7 +101,7 @@ class Users:
         except StopIteration as done:
             return "done", done.value, None
         except RequestError as error:
-            told = {"message": error.message, "param": error.param, "code": error.code, "retry_after": error.retry_after}
+            told = {name: getattr(error, name) for name in ("message", "param", "code", "retry_after")}
             return "error", type(error).__name__, told
         except Exception as error:
             log.exception("an operation of ttt failed")
