@@ -200,7 +200,7 @@ def test_a_number_or_name_is_never_used_again():
     async def run():
         _, seats = seats_of(count=1)
         seen = set()
-        for user in ("ada", "bob", "ada", "bob"):
+        for user in ("cid", "bob", "cid", "bob"):  # names that hexadecimal digits cannot spell
             async with seats.hold(user) as seat:
                 assert seat.number < 2**31
                 assert user not in seats.label(seat)
