@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import torch
 
 from ttt.serve.keys import add_key
@@ -109,6 +110,14 @@ class Server:
         self._reap()
         assert self.process is not None
         self.process.wait(30)
+
+    def kill_api_server(self) -> list[psutil.Process]:
+        """End the API server alone at once: the engine's processes, which it has started."""
+        assert self.process is not None
+        others = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.kill()
+        self.process.wait(30)
+        return others
 
     def _reap(self) -> None:
         assert self.process is not None

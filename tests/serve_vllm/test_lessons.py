@@ -12,6 +12,7 @@ import ttt
 from ttt.conversation import Telling
 from ttt.serve.vllm.blocks import Block, TopBlocks
 from ttt.serve.vllm.lessons import learn_in_slices
+from ttt.serve.vllm.top_blocks import top_blocks
 
 FIRST, BLOCKS = 2, 4
 NORMS = {"rtol": 1e-5, "atol": 1e-6}
@@ -253,6 +254,48 @@ def test_weights_that_lie_one_after_the_other_are_not_copied():
     assert torch.equal(together.gate_up, fused)
     assert torch.equal(apart.gate_up, fused)
     assert apart.gate_up.data_ptr() != module.mlp.gate_proj.weight.data_ptr()
+
+
+def as_in_vllm(whole):
+    """The modules of ``whole`` where vLLM has them: those of queries, keys and values are one, and of gate and up."""
+    for block in whole.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        for parent, fused, names in (
+            (attention, "qkv_proj", ("q_proj", "k_proj", "v_proj")), (mlp, "gate_up_proj", ("gate_proj", "up_proj")),
+        ):  # fmt: skip
+            weight = torch.cat([getattr(parent, name).weight.detach() for name in names])
+            for name in names:
+                delattr(parent, name)
+            setattr(parent, fused, torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta"))
+            getattr(parent, fused).weight = torch.nn.Parameter(weight, requires_grad=False)
+    return whole
+
+
+def test_top_blocks_share_the_weights_of_vllm_under_the_names_that_they_have_there(whole):
+    ids = torch.randint(97, (1, 12))
+    with torch.no_grad():
+        wanted = whole.model(ids, output_hidden_states=True).hidden_states
+    other = as_in_vllm(copy.deepcopy(whole))
+    top = top_blocks(other, whole.config, FIRST)
+    shared = top.model.layers["3"].mlp.down_proj.weight, other.model.layers[3].mlp.down_proj.weight
+    assert shared[0].data_ptr() == shared[1].data_ptr()
+    ttt.adapt_(top, settings("all", 8))
+    pool, names = ttt.pool_of(top), [f"model.layers.{index}.mlp.down_proj" for index in range(FIRST, BLOCKS)]
+    assert list(pool.layers) == names
+    pool.open("ada")
+    assert [f"{name}.a" for name in names] == [name for name in pool.export("ada") if name.endswith(".a")]
+    blocks, x = TopBlocks(top), wanted[FIRST][0]
+    with pool.using(["ada"]), torch.no_grad():
+        for block in blocks.blocks:
+            x = block.outer(block.inner(x, 0, blocks.rotation(0, 12), block.memory(12), keep=False))
+    torch.testing.assert_close(blocks.norm.forward(x)[0], wanted[-1][0], **NORMS)
+
+
+def test_a_weight_that_is_not_finite_is_named_as_in_the_whole_model(whole):
+    other = as_in_vllm(copy.deepcopy(whole))
+    other.model.layers[3].mlp.down_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"^model\.layers\.3\.mlp\.down_proj\.weight must be finite to learn"):
+        ttt.adapt_(top_blocks(other, whole.config, FIRST), settings("all", 8))
 
 
 def test_another_activation_is_refused(whole):

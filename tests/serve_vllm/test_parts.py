@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 from types import SimpleNamespace
 
 import pytest
 
-from ttt.serve.errors import BadRequest, RequestError, TooBusy, Unauthenticated
+import ttt.serve.vllm
+from ttt.serve.errors import BadRequest, NotFound, RequestError, TooBusy, Unauthenticated
 from ttt.serve.keys import add_key
 from ttt.serve.vllm import supported
 from ttt.serve.vllm.engine import Engine
 from ttt.serve.vllm.identity import Identify, Turn, _headers
-from ttt.serve.vllm.options import Options, enabled
+from ttt.serve.vllm.options import Options
+from ttt.serve.vllm.routes import WithoutUsers
 from ttt.serve.vllm.seats import Seats
 from ttt.serve.vllm.turns import Turns
 
@@ -21,18 +25,49 @@ from ttt.serve.vllm.turns import Turns
 
 def test_options_come_from_the_environment_and_name_what_is_wrong(tmp_path):
     given = {"TTT_VLLM_STORE": "here", "TTT_VLLM_IDENTITY": "header", "TTT_VLLM_SLOTS": "3", "TTT_VLLM_RANK": "17"}
-    assert enabled(given)
-    assert not enabled({})
     found = Options.from_environment(given)
     assert (found.store, found.slots, found.adapter_rank) == ("here", 3, 128)
     assert found.blocks(30) == range(22, 30)
     for name, value in {
         "SLOTS": "0", "RANK": "none", "WINDOW": "512", "LAYERS": "all", "IDENTITY": "field", "KEYS": "keys.json",
         "LEARN": "wait", "LEASE": "0", "SLICE": "-1", "CHUNK": "0", "LESSON": "1", "LR": "-1", "PATIENCE": "nan",
-        "SLOT": "3", "PASSES": "0", "EMPHASIS": "101",
+        "SLOT": "3", "PASSES": "0", "EMPHASIS": "101", "STORE": " ", "slots": "3",
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=f"TTT_VLLM_{name}"):
             Options.from_environment(given | {f"TTT_VLLM_{name}": value})
+
+
+def test_numbers_have_upper_bounds_and_the_one_that_is_too_large_is_named():
+    given = {"TTT_VLLM_STORE": "here", "TTT_VLLM_IDENTITY": "header"}
+    for name, most in {
+        "SLICE": "10000", "LEASE": "3600", "PATIENCE": "3600", "CAPTURED": "16777216", "LESSON": "65536",
+    }.items():  # fmt: skip
+        Options.from_environment(given | {f"TTT_VLLM_{name}": most})
+        for more in (str(int(most) + 1), "9876543210"):
+            with pytest.raises(ValueError, match=f"^TTT_VLLM_{name} must be .*{more}"):
+                Options.from_environment(given | {f"TTT_VLLM_{name}": more})
+    with pytest.raises(ValueError, match="TTT_VLLM_LESSON must be at most TTT_VLLM_CAPTURED, which is 100"):
+        Options.from_environment(given | {"TTT_VLLM_CAPTURED": "100"})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"TTT_VLLM_KEYS": "keys.json"}, "TTT_VLLM_STORE must be .*, got ''"),
+        ({"TTT_VLLM_STORE": "", "TTT_VLLM_KEYS": "keys.json"}, "TTT_VLLM_STORE must be .*, got ''"),
+        ({"TTT_VLLM_STORE": ""}, "TTT_VLLM_STORE must be .*, got ''"),
+        ({"TTT_VLLM_STOR": "users", "TTT_VLLM_KEYS": "keys.json"}, "TTT_VLLM_STOR is no option of the plugin"),
+        ({"ttt_vllm_store": "users"}, "ttt_vllm_store is no option of the plugin"),
+    ],
+)
+def test_options_without_a_store_end_the_start_and_do_not_leave_an_open_server(given, said, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("TTT_VLLM_")]:
+        monkeypatch.delenv(name)
+    ttt.serve.vllm.register()  # without any option nothing happens, and vLLM is not needed
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=said):
+        ttt.serve.vllm.register()
 
 
 def test_other_versions_of_vllm_are_refused():
@@ -84,8 +119,14 @@ def test_identity_comes_from_headers_that_cannot_be_given_twice(tmp_path):
     key = add_key(tmp_path / "keys.json", "ada")
     identify = Identify(Options("here", keys=str(tmp_path / "keys.json")))
     assert identify({"authorization": f"Bearer {key}"}).user == "ada"
-    with pytest.raises(Unauthenticated):
-        identify({"authorization": "Bearer other"})
+    assert identify({"x-api-key": key}).user == "ada"
+    assert identify({"x-api-key": key, "authorization": f"Bearer {key}"}).user == "ada"
+    for wrong in ({"authorization": "Bearer other"}, {"x-api-key": "other"}, {}):
+        with pytest.raises(Unauthenticated):
+            identify(wrong)
+    other = add_key(tmp_path / "keys.json", "bob")
+    with pytest.raises(BadRequest, match="authorization and x-api-key must have the same key"):
+        identify({"x-api-key": key, "authorization": f"Bearer {other}"})
     with pytest.raises(RequestError):
         identify({"authorization": f"Bearer {key}", "x-ttt-user": "bob"})
     behind_a_proxy = Identify(Options("here", identity="header"))
@@ -94,8 +135,25 @@ def test_identity_comes_from_headers_that_cannot_be_given_twice(tmp_path):
         behind_a_proxy({})
     with pytest.raises(BadRequest):
         behind_a_proxy({"x-ttt-user": "no user"})
-    with pytest.raises(BadRequest, match="once"):
-        _headers({"headers": [(b"x-ttt-user", b"ada"), (b"X-TTT-User", b"bob")]})
+    for name in (b"x-ttt-user", b"authorization", b"x-api-key"):
+        with pytest.raises(BadRequest, match="once"):
+            _headers({"headers": [(name, b"ada"), (name.upper(), b"bob")]})
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("/v1/users/ada", "/v1/users/{user}"),
+        ("/root/v1/users/ada%40home/rollback", "/root/v1/users/{user}/rollback"),
+        ("/v1/users/ada/more/rollback?of=ada", "/v1/users/{user}/rollback"),
+        ("/v1/users/rollback", "/v1/users/{user}"),
+        ("/v1/models?a=b", "/v1/models?a=b"),
+    ],
+)
+def test_the_access_log_shows_no_user(path, shown):
+    record = logging.makeLogRecord({"msg": '%s - "%s %s HTTP/%s" %d', "args": ("127.0.0.1:5", "GET", path, "1.1", 200)})
+    assert WithoutUsers().filter(record)
+    assert record.getMessage() == f'127.0.0.1:5 - "GET {shown} HTTP/1.1" 200'
 
 
 # -- seats ------------------------------------------------------------------------------------------------------------
@@ -142,7 +200,7 @@ def test_a_number_or_name_is_never_used_again():
     async def run():
         _, seats = seats_of(count=1)
         seen = set()
-        for user in ("ada", "bob", "ada", "bob"):
+        for user in ("cid", "bob", "cid", "bob"):  # names that hexadecimal digits cannot spell
             async with seats.hold(user) as seat:
                 assert seat.number < 2**31
                 assert user not in seats.label(seat)
@@ -234,6 +292,18 @@ def test_an_operation_is_taken_on_until_it_is_done_and_cancelled_with_its_caller
     asyncio.run(run())
 
 
+def test_an_error_of_the_worker_is_the_same_in_the_api_server():
+    class Failing:
+        async def collective_rpc(self, method, args):
+            told = {"message": "no version 99", "param": "version", "code": "gone", "retry_after": 3.0}
+            return [["error", "NotFound", told]]
+
+    with pytest.raises(NotFound, match="no version 99") as found:
+        asyncio.run(Engine(Failing()).call("rollback", "ada", 99))
+    error = found.value
+    assert (error.param, error.code, error.retry_after) == ("version", "gone", 3.0)
+
+
 def test_of_a_long_text_the_newest_tokens_are_learnt():
     turns = Turns(None, Options("here", identity="header", lesson=4))
     request = SimpleNamespace(prompt="a completion")
@@ -256,4 +326,8 @@ def test_what_teaches_is_the_last_message_if_it_is_the_users():
     assert not teaches(user, {"role": "tool", "content": "It is noon.", "tool_call_id": "1"})
     assert not teaches({"role": "user", "content": " "})
     assert teaches({"role": "user", "content": [{"type": "text", "text": "I am Ada."}]})
+    assert teaches({"role": "user", "content": 2 * [{"type": "text", "text": "I am Ada."}]})
+    assert not teaches({"role": "user", "content": []})
+    picture = {"type": "image_url", "image_url": {"url": "data:"}}
+    assert not teaches({"role": "user", "content": [{"type": "text", "text": "I am Ada."}, picture]})
     assert not teaches({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]})

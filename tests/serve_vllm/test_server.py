@@ -28,9 +28,15 @@ def told(server: Server, user: str) -> float:
 
 
 def status(server: Server, user: str) -> dict:
+    """What is known of a user; counts of 0 where nothing is."""
     code, text = server.http("GET", f"/v1/users/{user}", user)
+    found = json.loads(text)
+    if code == 404:
+        assert found["error"]["param"] == "user", text
+        return {"updates": 0, "tokens": 0}
     assert code == 200, text
-    return json.loads(text)
+    assert found["updates"], text
+    return found
 
 
 def forget(server: Server, *users: str) -> None:
@@ -215,6 +221,38 @@ def test_words_of_others_in_a_chat_do_not_teach(server):
         client.chat.completions.create(model=MODEL, messages=messages[:-1], max_tokens=2)
 
 
+def test_parts_of_text_teach_as_the_text_that_the_template_makes_of_them(server):
+    parts = ["My rowing boat is called Quillfeather", "and it is painted in ochre and teal."]
+    joined = server.say("ada", "\n".join(parts))
+    wanted = status(server, "ada"), server.logprobs("ada", RESERVED["ada"])
+    forget(server, "ada")
+    answer = server.say("ada", [{"type": "text", "text": part} for part in parts])
+    assert answer.usage.prompt_tokens == joined.usage.prompt_tokens
+    found = status(server, "ada"), server.logprobs("ada", RESERVED["ada"])
+    for each in (found, wanted):
+        del each[0]["lesson"], each[0]["version"]
+    assert found == wanted
+    assert found[0]["updates"] == 1
+
+
+def test_which_routes_teach(server):
+    turn = {"model": MODEL, "messages": [{"role": "user", "content": RESERVED["ada"]}], "max_tokens": 2}
+    code, text = server.http(
+        "POST", "/v1/messages", None, json.dumps(turn).encode(), x_api_key=server.keys["ada"], x_ttt_learn="wait"
+    )
+    assert code == 200, text
+    assert status(server, "ada")["updates"] == 1
+    completed = {"model": MODEL, "prompt": RESERVED["ada"], "max_tokens": 2}
+    assert server.http("POST", "/v1/completions", "ada", json.dumps(completed).encode(), x_ttt_learn="wait")[0] == 200
+    assert status(server, "ada")["updates"] == 2
+    response = json.dumps({"model": MODEL, "input": RESERVED["ada"], "max_output_tokens": 2}).encode()
+    assert server.http("POST", "/v1/responses", "ada", response)[0] == 200
+    code, text = server.http("POST", "/v1/responses", "ada", response, x_ttt_learn="wait")
+    assert code == 400
+    assert "nothing is learnt on /v1/responses" in json.loads(text)["error"]["message"]
+    assert status(server, "ada")["updates"] == 2
+
+
 def test_a_header_switches_learning_off(server):
     server.say("ada", RESERVED["ada"], learn="off")
     assert status(server, "ada")["updates"] == 0
@@ -263,8 +301,20 @@ def test_going_back_to_an_earlier_version(server):
     assert server.logprobs("ada", RESERVED["ada"]) == first
     code, text = server.http("POST", "/v1/users/ada/rollback", "ada", b'{"version": 12345}')
     assert code == 404, text
-    for body in (b"{}", b"no", b'{"version": -1}', b'{"version": "1"}'):
+    assert json.loads(text)["error"]["param"] == "version"
+    for body in (b"{}", b"no", b'{"version": 0}', b'{"version": "1"}'):
         assert server.http("POST", "/v1/users/ada/rollback", "ada", body)[0] == 400
+
+
+def test_of_a_user_of_whom_nothing_is_known_there_is_nothing_to_show(server):
+    code, text = server.http("GET", "/v1/users/ada", "ada")
+    assert (code, json.loads(text)["error"]["message"]) == (404, "there is no user 'ada'")
+    server.say("ada", RESERVED["ada"], learn="off")
+    assert server.http("GET", "/v1/users/ada", "ada")[0] == 404
+    server.say("ada", RESERVED["ada"])
+    assert server.http("GET", "/v1/users/ada", "ada")[0] == 200
+    forget(server, "ada")
+    assert server.http("GET", "/v1/users/ada", "ada")[0] == 404
 
 
 def test_prompt_logprobs_beside_a_user_do_not_end_the_engine(server):
@@ -300,8 +350,12 @@ def test_a_long_prompt_is_captured_in_parts_while_others_are_answered(server):
 
 def test_names_of_users_reach_neither_logs_nor_metrics(server):
     server.say("ada", RESERVED["ada"])
+    assert server.http("GET", "/v1/users/ada?name=ada", "ada")[0] == 200
+    assert server.http("POST", "/v1/users/ada/rollback", "bob", b"{}")[0] == 403
     metrics = server.http("GET", "/metrics", None)[1]
     assert not re.search(r"(?<![0-9a-z])ada(?![0-9a-z])", metrics)  # hexadecimal digits may spell it
     log = server.log.read_text(errors="replace")
     assert "Quillfeather" not in log
-    assert not [line for line in log.splitlines() if "ttt://ada" in line or "'ada'" in line]
+    assert '"GET /v1/users/{user} HTTP/1.1" 200' in log
+    assert '"POST /v1/users/{user}/rollback HTTP/1.1" 403' in log
+    assert not [line for line in log.splitlines() if "ttt://ada" in line or "'ada'" in line or "/ada" in line]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 
+import psutil
 from server import RESERVED, Server
 
 
@@ -23,4 +24,39 @@ def test_what_was_acknowledged_survives_a_stop_and_a_kill(tmp_path):
             code, text = server.http("GET", "/v1/users/ada", "ada")
             assert (code, json.loads(text)["updates"]) == (200, turn)
     finally:
+        server.kill()
+
+
+def running(processes):
+    """Those of ``processes`` that have not ended."""
+    alive = []
+    for each in processes:
+        try:
+            if each.status() != psutil.STATUS_ZOMBIE:
+                alive.append(each)
+        except psutil.NoSuchProcess:
+            pass
+    return alive
+
+
+def test_the_engine_ends_with_an_api_server_that_is_killed_and_gives_its_users_back(tmp_path):
+    server = Server(tmp_path, lease=3600).start()
+    engine = []
+    try:
+        server.say("ada", RESERVED["ada"])
+        learnt = server.logprobs("ada", RESERVED["ada"])
+        engine = server.kill_api_server()
+        assert len(running(engine)) >= 2  # the engine and its worker
+        end = time.monotonic() + 60
+        while running(engine) and time.monotonic() < end:
+            time.sleep(0.2)
+        assert not running(engine)
+        server.start()
+        assert server.logprobs("ada", RESERVED["ada"]) == learnt
+        server.say("ada", RESERVED["ada"])  # refused while the lease is held, which would last for an hour
+        code, text = server.http("GET", "/v1/users/ada", "ada")
+        assert (code, json.loads(text)["updates"], json.loads(text)["read_only"]) == (200, 2, "")
+    finally:
+        for each in running(engine):
+            each.kill()
         server.kill()

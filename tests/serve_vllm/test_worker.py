@@ -99,6 +99,25 @@ def test_a_lesson_that_ends_early_leaves_the_user_as_before(why, tmp_path, monke
     made.sessions.close()
 
 
+def test_a_user_whom_another_server_holds_is_opened_again_without_counting_anything(tmp_path):
+    made, other = users_of(tmp_path, adapted()), adapted()
+    taught(other, "ada")
+    store = made.sessions.store
+    with store.lease("ada", 60) as theirs:
+        store.put(theirs, other.export("ada"), {"updates": 4, "tokens": 40, "model": "model"})
+        for _ in range(3):
+            state, known, _ = finish(made, made.begin("open", "ada", "key", ["ada"]))
+            counters = (state, known["updates"], known["stored"], known["tokens"], known["version"])
+            assert counters == ("done", 4, 4, 40, 1)
+            assert "another server holds the lease" in known["read_only"]
+            answer = finish(made, made.begin("learn", "ada", "captured", [1, 2], [False, True], 0))
+            assert (answer[:2], answer[2]["code"]) == (("error", "Conflict"), "read_only")
+    known = finish(made, made.begin("open", "ada", "key", ["ada"]))[1]
+    assert all(torch.equal(t, made.pool.export("ada")[name]) for name, t in other.export("ada").items())
+    assert (known["updates"], known["stored"], known["read_only"]) == (4, 4, "")
+    made.sessions.close()
+
+
 def test_a_lesson_has_more_time_while_the_engine_answers_nobody(tmp_path, monkeypatch):
     pool = adapted()
     made = users_of(tmp_path, pool)

@@ -1,7 +1,7 @@
 """The vLLM plugin: every user of ``vllm serve`` has low-rank weights of their own, which learn while the model serves.
 
-vLLM calls `register` in each of its processes (entry point ``vllm.general_plugins``). Without ``TTT_VLLM_STORE`` in the
-environment it does nothing. See docs/vllm.md.
+vLLM calls `register` in each of its processes (entry point ``vllm.general_plugins``). Without a variable
+``TTT_VLLM_...`` in the environment it does nothing. See docs/vllm.md.
 
 In the API server's process:
 
@@ -12,6 +12,7 @@ In the API server's process:
 In the worker's:
 
 - `worker`: where vLLM is entered. `users`: what the API server calls.
+- `orphans`: its end, and the engine's, with the API server.
 - `capture`, `top_blocks`, `blocks` and `lessons`: learning. `adapters`: vLLM's slots. `calibration`, `cpu_lora`.
 """
 
@@ -37,9 +38,11 @@ def register() -> None:
     from ttt.serve.vllm import supported
 
     supported.check_version()
-    from ttt.serve.vllm import frontend, worker
+    from ttt.serve.vllm import frontend, orphans, worker
 
     if multiprocessing.parent_process() is None:  # the engine's processes are children of the API server's
         frontend.install(options)
+    else:
+        orphans.end_with_parent()
     worker.install(options)
     _registered = True

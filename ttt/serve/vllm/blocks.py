@@ -213,7 +213,7 @@ class TopBlocks:
     def __init__(self, model: Any) -> None:
         if model.config.hidden_act != "silu":
             raise ValueError(f"the blocks that learn must have the activation 'silu', got {model.config.hidden_act!r}")
-        self.blocks = [Block(each) for each in model.model.layers]
+        self.blocks = [Block(each) for each in model.model.layers.children()]
         self.norm, self.head = Norm(model.model.norm), model.lm_head.weight.detach()
         self._rotary = model.model.rotary_emb
 

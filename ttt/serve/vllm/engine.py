@@ -42,8 +42,7 @@ class Engine:
                     await asyncio.shield(self._rpc("cancel", ticket))
                 raise
         if state == "error":
-            message, code = rest
-            raise getattr(errors, value)(message, code=code)
+            raise getattr(errors, value)(**rest)
         return value
 
     async def _whole(self, calling: Any) -> Any:

@@ -11,7 +11,7 @@ from ttt.serve.vllm import supported
 from ttt.serve.vllm.engine import Engine
 from ttt.serve.vllm.identity import Middleware, current, error_response
 from ttt.serve.vllm.options import Options
-from ttt.serve.vllm.routes import add_routes
+from ttt.serve.vllm.routes import WithoutUsers, add_routes
 from ttt.serve.vllm.seats import Seat, Seats
 from ttt.serve.vllm.turns import Turns, is_ours
 
@@ -85,6 +85,7 @@ def _routes(launcher: Any, options: Options, states: list[State]) -> None:
         state = State(app, options)
         states[:] = [state]
         add_routes(app, state)
+        logging.getLogger("uvicorn.access").addFilter(WithoutUsers())
         app.add_middleware(Middleware, options=options, state=state)
 
         async def answer(request: Any, error: Any) -> Any:

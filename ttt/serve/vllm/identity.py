@@ -17,6 +17,8 @@ OPEN = frozenset({"/health", "/ping", "/metrics", "/version", "/load"})
 """Paths that need no identity; they tell nothing of users."""
 GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 """Paths on which a user gets weights of their own."""
+TEACHING = ("/v1/chat/completions", "/v1/messages", "/v1/completions")
+"""Those of them on which a request can teach."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -53,7 +55,7 @@ class Identify:
         """Raises RequestError if nobody is authenticated, or somebody who may not act for the user that is named."""
         named = headers.get("x-ttt-user")
         if self.keys is not None:
-            return self.keys.identify(headers.get("authorization"), named)
+            return self.keys.identify(_authorization(headers), named)
         if named is None:
             raise Unauthenticated("the header 'x-ttt-user' is needed: the proxy before this server sets it")
         return Identity(check_user_id(named), False, "header")
@@ -88,6 +90,11 @@ class Middleware:
                 if learn is not None:
                     check_learn_header(learn)
                 if identity.user is not None and path in GENERATING and scope["method"] == "POST":
+                    if learn in ("on", "wait") and path not in TEACHING:
+                        raise BadRequest(
+                            f"nothing is learnt on {path}, only on {', '.join(TEACHING)}: leave out the header "
+                            f"x-ttt-learn, or send 'off', got {learn!r}", param="x-ttt-learn",
+                        )  # fmt: skip
                     seats: Seats = self.state.seats()
                     seat = await stack.enter_async_context(seats.hold(identity.user))
                     await seat.settled()
@@ -101,6 +108,21 @@ class Middleware:
             await error_response(error, JSONResponse)(scope, receive, send)
 
 
+def _authorization(headers: dict[str, str]) -> str | None:
+    """The header ``authorization``, or what it would be with the key in ``x-api-key``, as Anthropic's clients send it.
+
+    Raises:
+        BadRequest: if both are there with different keys.
+    """
+    given, key = headers.get("authorization"), headers.get("x-api-key")
+    if key is None:
+        return given
+    bearer = f"Bearer {key}"
+    if given is not None and given != bearer:
+        raise BadRequest("the headers authorization and x-api-key must have the same key, or one be left out")
+    return bearer
+
+
 def _headers(scope: Any) -> dict[str, str]:
     """The headers by name. One that is given twice is refused: a proxy may have checked the other one.
 
@@ -110,7 +132,7 @@ def _headers(scope: Any) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in scope["headers"]:
         key = name.decode("latin-1").lower()
-        if key in found and (key == "authorization" or key.startswith("x-ttt-")):
+        if key in found and (key in ("authorization", "x-api-key") or key.startswith("x-ttt-")):
             raise BadRequest(f"the header {key} must be given once")
         found[key] = value.decode("latin-1")
     return found

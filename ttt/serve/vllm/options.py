@@ -11,15 +11,18 @@ from ttt.checks import check_choice, check_number, check_whole, last_blocks
 from ttt.conversation import MOST_PASSES, Telling
 
 PREFIX = "TTT_VLLM_"
-SWITCH = f"{PREFIX}STORE"
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks of adapters that vLLM serves; it allows 1, too, which is less than a user needs."""
 RPC_METHODS = ("begin", "proceed", "cancel")
 
 
 def enabled(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the environment switches the plugin on, by naming a store (``TTT_VLLM_STORE``)."""
-    return bool(environment.get(SWITCH))
+    """Whether the environment has an option of the plugin, in capitals or not, or what looks like one.
+
+    A server whose ``TTT_VLLM_STORE`` was mistyped or left empty would serve everybody without asking for a key; so any
+    of the options switches the plugin on, and `Options` refuses to go on without a store.
+    """
+    return any(map(_is_ours, environment))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +72,11 @@ class Options:
     untested: str = ""
 
     def __post_init__(self) -> None:
-        if not self.store:
-            raise ValueError("TTT_VLLM_STORE must be the URL or path of a store for what users learn, got ''")
+        if not self.store.strip():
+            raise ValueError(
+                f"TTT_VLLM_STORE must be the URL or path of a store for what users learn, got {self.store!r}; to start "
+                f"vLLM without the plugin, leave out all variables {PREFIX}..."
+            )
         check_choice("TTT_VLLM_IDENTITY", self.identity, ("keys", "header"))
         if (self.identity == "keys") != bool(self.keys):
             raise ValueError(
@@ -93,11 +99,15 @@ class Options:
         check_whole("TTT_VLLM_PASSES", self.passes, 1, MOST_PASSES)
         check_number("TTT_VLLM_EMPHASIS", self.emphasis, 0.0, 100.0, above=True)
         check_whole("TTT_VLLM_CHUNK", self.chunk, 1, 4096)
-        check_number("TTT_VLLM_SLICE", self.slice, 0.0, finite=True)
+        check_number("TTT_VLLM_SLICE", self.slice, 0.0, 10_000.0)
+        check_whole("TTT_VLLM_CAPTURED", self.captured, 2, 2**24)
         check_whole("TTT_VLLM_LESSON", self.lesson, 2)
-        check_whole("TTT_VLLM_CAPTURED", self.captured, self.lesson)
-        check_number("TTT_VLLM_LEASE", self.lease, 1.0, finite=True)
-        check_number("TTT_VLLM_PATIENCE", self.patience, 0.0, finite=True)
+        if self.lesson > self.captured:
+            raise ValueError(
+                f"TTT_VLLM_LESSON must be at most TTT_VLLM_CAPTURED, which is {self.captured}, got {self.lesson}"
+            )
+        check_number("TTT_VLLM_LEASE", self.lease, 1.0, 3600.0)
+        check_number("TTT_VLLM_PATIENCE", self.patience, 0.0, 3600.0)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Options:
@@ -108,7 +118,7 @@ class Options:
         """
         values: dict[str, Any] = {"store": ""}
         names = [PREFIX + field.name.upper() for field in dataclasses.fields(cls)]
-        if unknown := sorted(name for name in environment if name.startswith(PREFIX) and name not in names):
+        if unknown := sorted(name for name in environment if _is_ours(name) and name not in names):
             raise ValueError(f"{unknown[0]} is no option of the plugin; there are {', '.join(names)}")
         for name, field in zip(names, dataclasses.fields(cls), strict=True):
             text = environment.get(name, "")
@@ -137,6 +147,11 @@ class Options:
         if not 1 <= count <= of:
             raise ValueError(f"TTT_VLLM_LAYERS must name 1 to {of} blocks of this model, got {self.layers!r}")
         return range(of - count, of)
+
+
+def _is_ours(name: str) -> bool:
+    """Whether the variable ``name`` is an option, or was meant to be one."""
+    return name.upper().startswith(PREFIX)
 
 
 def _parsed(name: str, text: str, kind: type) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from typing import Any
 
-from ttt.serve.errors import BadRequest, Unauthenticated
+from ttt.serve.errors import BadRequest, NotFound, Unauthenticated
 from ttt.serve.vllm.identity import identity_of
 from ttt.serve.vllm.seats import Seats
 
@@ -19,7 +21,9 @@ def add_routes(app: Any, state: Any) -> None:
         seats: Seats = state.seats()
         async with seats.hold(_allowed(user)) as seat:
             await seat.settled()
-            seat.known = await seats.engine.call("status", user)
+            known = seat.known = await seats.engine.call("status", user)
+            if known["version"] is None and not known["updates"] and not known["read_only"]:
+                raise NotFound(f"there is no user {user!r}", param="user")
             return {"id": user, **{name: seat.known[name] for name in SHOWN}}
 
     async def forget(user: str) -> dict[str, Any]:
@@ -34,8 +38,8 @@ def add_routes(app: Any, state: Any) -> None:
             version = (await request.json())["version"]
         except (ValueError, KeyError, TypeError):
             raise BadRequest('the body must be JSON with a version, as {"version": 3}', param="version") from None
-        if not isinstance(version, int) or isinstance(version, bool) or not 0 <= version < 2**63:
-            raise BadRequest(f"version must be a whole number of at least 0, got {version!r:.40}", param="version")
+        if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version < 2**63:
+            raise BadRequest(f"version must be a whole number of at least 1, got {version!r:.40}", param="version")
         known = await seats.rollback(user, version)
         return {"id": user, **{name: known[name] for name in SHOWN}}
 
@@ -43,6 +47,20 @@ def add_routes(app: Any, state: Any) -> None:
     app.add_api_route("/v1/users/{user}", show, methods=["GET"])
     app.add_api_route("/v1/users/{user}", forget, methods=["DELETE"])
     app.add_api_route("/v1/users/{user}/rollback", rollback, methods=["POST"])
+
+
+class WithoutUsers(logging.Filter):
+    """Replaces the user's id in the paths of uvicorn's access log by ``{user}``; a query is left out."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """As `logging.Filter` has it: always True."""
+        if isinstance(record.args, tuple):
+            record.args = tuple(_without_user(each) if isinstance(each, str) else each for each in record.args)
+        return True
+
+
+def _without_user(path: str) -> str:
+    return re.sub(r"(/v1/users/).*?(/rollback)?(\?.*)?$", r"\1{user}\2", path)
 
 
 def _allowed(user: str) -> str:

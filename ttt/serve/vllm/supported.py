@@ -31,7 +31,7 @@ def check_version(found: str | None = None) -> None:
     if found is None or found.partition("+")[0] not in VERSIONS:
         raise RuntimeError(
             f"ttt serves users in vLLM {', '.join(VERSIONS)}, but vLLM {found} is installed: it was not tested, and "
-            "may not keep users apart. Install a tested version, or start vLLM without TTT_VLLM_STORE."
+            "may not keep users apart. Install a tested version, or start vLLM without the variables TTT_VLLM_... ."
         )
 
 

@@ -23,6 +23,8 @@ PACKED = {
 def top_blocks(model: Any, hf_config: Any, first: int) -> nn.Module:
     """The blocks from ``first`` on, the last norm and the head of vLLM's ``model``, sharing its weights.
 
+    Modules have the names of the whole model's, under which errors name them and what was learnt is stored.
+
     Raises:
         RuntimeError: if vLLM has dropped a weight, or one does not fit.
     """
@@ -34,11 +36,12 @@ def top_blocks(model: Any, hf_config: Any, first: int) -> nn.Module:
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         top: Any = LlamaForCausalLM(config).to(model.lm_head.weight.dtype).eval()
+    top.model.layers = nn.ModuleDict({str(first + index): block for index, block in enumerate(top.model.layers)})
     head = getattr(model.lm_head, "base_layer", model.lm_head).weight
     for name, parameter in list(top.named_parameters()):
         if name == "model.embed_tokens.weight":
             continue
-        found = head[: config.vocab_size] if name == "lm_head.weight" else _weight(model, name, config, first)
+        found = head[: config.vocab_size] if name == "lm_head.weight" else _weight(model, name, config)
         if found.shape != parameter.shape:
             raise RuntimeError(
                 f"{name} must have shape {tuple(parameter.shape)}, got {tuple(found.shape)}: vLLM has dropped or "
@@ -51,18 +54,11 @@ def top_blocks(model: Any, hf_config: Any, first: int) -> nn.Module:
     return top
 
 
-def full_name(name: str, first: int) -> str:
-    """The name in the whole model of a module of the top blocks."""
-    head, _, rest = name.partition("layers.")
-    index, _, after = rest.partition(".")
-    return f"{head}layers.{int(index) + first}.{after}"
-
-
-def _weight(model: Any, name: str, config: Any, first: int) -> Tensor:
+def _weight(model: Any, name: str, config: Any) -> Tensor:
     """vLLM's tensor for the parameter ``name`` of the top blocks."""
     if not name.startswith("model.layers."):
         return model.get_parameter(name)
-    module, _, attribute = full_name(name, first).rpartition(".")
+    module, _, attribute = name.rpartition(".")
     block, _, inner = module.partition(".self_attn.") if ".self_attn." in module else module.partition(".mlp.")
     kind = "self_attn" if ".self_attn." in module else "mlp"
     fused = PACKED.get(f"{kind}.{inner}") if inner else None

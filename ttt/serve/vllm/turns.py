@@ -43,8 +43,8 @@ class Turns:
             )
         if turn.learn in ("on", "wait") and not self.teaches(turn):
             raise BadRequest(
-                "nothing of this request can teach: the last message must be the user's, with text that is not empty; "
-                "leave out the header x-ttt-learn, or send 'off'"
+                "nothing of this request can teach: the last message must be the user's, of text alone that is not "
+                "empty, or the prompt one text; leave out the header x-ttt-learn, or send 'off'"
             )
 
     def teaches(self, turn: Turn) -> bool:
@@ -144,11 +144,16 @@ class Turns:
 
 
 def _plain(message: Any) -> dict[str, str] | None:
-    """A message as role and text; None if it is something else too, as with a call of a tool or a picture."""
+    """A message as role and text; None if it is something else too, as with a call of a tool or a picture.
+
+    Parts of text are joined as vLLM joins them for a chat template that expects one text.
+    """
     held = message if isinstance(message, dict) else message.model_dump(exclude_none=True)
     content = held.get("content")
-    if isinstance(content, list) and len(content) == 1 and dict(content[0]).get("type") == "text":
-        content = dict(content[0]).get("text")
+    if isinstance(content, list):
+        parts = [dict(part) for part in content]
+        whole = all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts)
+        content = "\n".join(part["text"] for part in parts) if whole else None
     if not isinstance(content, str) or held.get("tool_calls"):
         return None
     return {"role": held["role"], "content": content}

@@ -29,7 +29,7 @@ from ttt.serve.vllm.blocks import TopBlocks
 from ttt.serve.vllm.capture import Capture
 from ttt.serve.vllm.lessons import learn_in_slices
 from ttt.serve.vllm.options import Options
-from ttt.serve.vllm.top_blocks import full_name, top_blocks
+from ttt.serve.vllm.top_blocks import top_blocks
 from ttt.store import Store
 
 log = logging.getLogger("vllm.ttt")
@@ -66,8 +66,6 @@ class Users:
             self.learner = Learner(top)
             self.blocks = TopBlocks(top)
             self.pool = ttt.pool_of(top)
-            # From here on the layers have the names of the whole model's, under which what was learnt is stored.
-            self.pool.layers = {full_name(name, blocks.start): layer for name, layer in self.pool.layers.items()}
             name = calibration.calibrate(self.pool, settings, config.model_config, options.calibration)
         self.sessions = Sessions(self.pool, Store(options.store), name, lease_seconds=options.lease)
         self.adapters = Adapters(runner.lora_manager._adapter_manager, self.pool, options.adapter_rank)
@@ -95,7 +93,7 @@ class Users:
 
         Returns:
             ("later", ticket, seconds): `proceed` is to be called again after so many seconds;
-            ("done", what the operation returns, None); or ("error", its class, [message, code]).
+            ("done", what the operation returns, None); or ("error", its class, its arguments by name).
         """
         steps = self._running.pop(ticket)
         try:
@@ -103,10 +101,11 @@ class Users:
         except StopIteration as done:
             return "done", done.value, None
         except RequestError as error:
-            return "error", type(error).__name__, [error.message, error.code]
+            told = {name: getattr(error, name) for name in ("message", "param", "code", "retry_after")}
+            return "error", type(error).__name__, told
         except Exception as error:
             log.exception("an operation of ttt failed")
-            return "error", ServerFailure.__name__, [f"{type(error).__name__}: {error}", None]
+            return "error", ServerFailure.__name__, {"message": f"{type(error).__name__}: {error}"}
         self._running[ticket] = steps
         return "later", ticket, seconds
 
@@ -132,6 +131,10 @@ class Users:
         fetched = yield from self._in_thread(self.sessions.fetch, user)
         installed = False
         try:
+            before = self.sessions.get(user)
+            if before is not None and before.lease is None:  # nothing here is newer than what was read
+                self.sessions.drop(user)
+                self._remove(user)
             while user not in self.pool.users and len(self.pool.users) >= self.pool.slots:
                 leaving = next((each for each in self.sessions.users if each not in kept), None)
                 if leaving is None:
