@@ -102,13 +102,9 @@ void run_swiglu_token(const ttt::SwigluToken& a) {
   const int threads = a.rows * a.width * a.inner < 65536 ? 1 : a.threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    Parts counted = {nullptr, 0};
-    SwigluToken(a, &counted);
-    Scratch scratch(counted.used);
-    Parts parts = {scratch.get(), 0};
-    SwigluToken memory(a, &parts);
+    InScratch<SwigluToken> own(a);
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < a.rows; row++) swiglu_token(a, row, memory);
+    for (int64_t row = 0; row < a.rows; row++) swiglu_token(a, row, own.memory);
   }
 }
 

@@ -25,6 +25,24 @@ struct Parts {
   }
 };
 
+// An M for the call `a`, in scratch memory of its own. M's constructor takes the call, and where its parts come from.
+template <class M>
+struct InScratch {
+  Scratch scratch;
+  Parts parts;
+  M memory;
+
+  template <class Call>
+  explicit InScratch(const Call& a) : scratch(floats_of(a)), parts{scratch.get(), 0}, memory(a, &parts) {}
+
+  template <class Call>
+  static int64_t floats_of(const Call& a) {
+    Parts counted = {nullptr, 0};
+    M(a, &counted);
+    return counted.used;
+  }
+};
+
 // Floats between the rows of matrices, a cache line: with a stride of a power of two, the lines of a column of blocks
 // would compete for few places of the first-level cache.
 constexpr int64_t BETWEEN_ROWS = 16;
@@ -307,13 +325,9 @@ void memory_texts(const ttt::Memory& a) {
   const int64_t tasks = a.sequences * a.heads;
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1 && tasks > 1)
   {
-    Parts counted = {nullptr, 0};
-    HeadMemory(a, &counted);
-    Scratch scratch(counted.used);
-    Parts parts = {scratch.get(), 0};
-    HeadMemory memory(a, &parts);
+    InScratch<HeadMemory> own(a);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < tasks; task++) memory_text<T>(a, task / a.heads, task % a.heads, memory);
+    for (int64_t task = 0; task < tasks; task++) memory_text<T>(a, task / a.heads, task % a.heads, own.memory);
   }
 }
 

@@ -241,13 +241,9 @@ void memory_tokens(const ttt::Memory& a) {
   const int threads = tasks * weights < 65536 ? 1 : a.threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    Parts counted = {nullptr, 0};
-    TokenMemory(a, &counted);
-    Scratch scratch(counted.used);
-    Parts parts = {scratch.get(), 0};
-    TokenMemory memory(a, &parts);
+    InScratch<TokenMemory> own(a);
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < tasks; row++) memory_token<T>(a, row, &memory);
+    for (int64_t row = 0; row < tasks; row++) memory_token<T>(a, row, &own.memory);
   }
 }
 
