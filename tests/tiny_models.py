@@ -54,3 +54,14 @@ def state_of(model):
 def assert_same(before, after):
     assert before.keys() == after.keys()
     assert [k for k in before if not torch.equal(before[k], after[k])] == []
+
+
+def assert_users_learn_side_by_side(learner, ids):
+    """Two users learn a row of ``ids`` (3, 30) each in four readings; the third row, of no user, scores as before."""
+    users = ["a", "b", None]
+    first = learner.observe(ids, users=users)
+    assert (first.learned, first.rejected) == (8, 0)
+    for _ in range(3):
+        seen = learner.observe(ids, users=users)
+    assert bool((seen.nll[:2].mean(1) < first.nll[:2].mean(1) - 0.05).all())
+    assert torch.equal(seen.nll[2], first.nll[2]), "those of no user"

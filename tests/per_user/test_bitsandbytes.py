@@ -6,7 +6,7 @@ import bitsandbytes
 import pytest
 import torch
 from helpers import plain_config, relative_error
-from tiny_models import ids_of, tiny
+from tiny_models import assert_users_learn_side_by_side, ids_of, tiny
 from torch import nn
 
 import ttt
@@ -155,12 +155,7 @@ def test_users_learn_side_by_side_and_the_base_is_not_written(kind, dtype):
     learner = ttt.Learner(ttt.adapt_(model, config()))
     learner.calibrate([ids_of(2, 24)])
     ids = ids_of(3, 30)
-    first = learner.observe(ids, users=["a", "b", None])
-    assert (first.learned, first.rejected) == (8, 0)
-    for _ in range(3):
-        seen = learner.observe(ids, users=["a", "b", None])
-    assert bool((seen.nll[:2].mean(1) < first.nll[:2].mean(1) - 0.05).all())
-    assert torch.equal(seen.nll[2], first.nll[2]), "those of no user"
+    assert_users_learn_side_by_side(learner, ids)
     pool = ttt.pool_of(model)
     state = pool.export("a")
     others = learner.observe(ids.roll(1, 0), users=["b", None, "a"], learn=False).nll[1]

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import plain_config
-from tiny_models import ids_of, tiny
+from tiny_models import assert_users_learn_side_by_side, ids_of, tiny
 from torch import nn
 from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 from torchao.quantization import (
@@ -152,12 +152,7 @@ def test_users_learn_side_by_side_and_the_base_is_not_written(kind, dtype):
     learner = ttt.Learner(ttt.adapt_(model, config()))
     learner.calibrate([ids_of(2, 24)])
     ids = ids_of(3, 30)
-    first = learner.observe(ids, users=["a", "b", None])
-    assert (first.learned, first.rejected) == (8, 0)
-    for _ in range(3):
-        seen = learner.observe(ids, users=["a", "b", None])
-    assert bool((seen.nll[:2].mean(1) < first.nll[:2].mean(1) - 0.05).all())
-    assert torch.equal(seen.nll[2], first.nll[2])
+    assert_users_learn_side_by_side(learner, ids)
     assert same(before, parts(model))
     with torch.no_grad():
         assert torch.equal(model(ids).logits, plain(ids).logits)
@@ -369,12 +364,7 @@ def test_users_learn_beside_packed_4_bits_of_torchao(dtype):
     assert "derivative for aten::_weight_int4pack_mm_for_cpu is not implemented" in why_blocked(up)
     plain, before, ids = copy.deepcopy(model), parts(model), ids_of(3, 30)
     learner = ttt.Learner(ttt.adapt_(model, config()))
-    first = learner.observe(ids, users=["a", "b", None])
-    assert (first.learned, first.rejected) == (8, 0)
-    for _ in range(3):
-        seen = learner.observe(ids, users=["a", "b", None])
-    assert bool((seen.nll[:2].mean(1) < first.nll[:2].mean(1) - 0.05).all())
-    assert torch.equal(seen.nll[2], first.nll[2])
+    assert_users_learn_side_by_side(learner, ids)
     ttt.restore_(model)
     assert same(before, parts(model))
     with torch.no_grad():
