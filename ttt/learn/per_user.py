@@ -15,7 +15,7 @@ from ttt.learn.loop import ObserveOutput
 from ttt.learn.slot_undo import whole_user_write
 from ttt.learn.step import refuse_other_updates
 from ttt.learn.text import Span, Text
-from ttt.nn import Capturing, LowRankLinear
+from ttt.nn import Capturing, LowRankLinear, own_loss
 from ttt.nn.rates import Rates
 from ttt.per_user.names import check_user_list
 from ttt.per_user.pool import Pool
@@ -32,12 +32,17 @@ def check_users(users: Sequence[str | None], batch: int) -> None:
 
 
 class LayerUpdate(NamedTuple):
-    """What one layer learns from T tokens: the rows ``x`` (T, n) and ``delta`` (T, m) of the update, and ``steps``."""
+    """What one layer learns from T tokens: the rows ``x`` (T, n) and ``delta`` (T, m) of the update, and ``steps``.
+
+    ``lowers`` (T,) is by how much these steps lower the loss of each token's user (`ttt.nn.own_loss`); None where the
+    steps are not emphasised.
+    """
 
     layer: LowRankLinear
     x: Tensor
     delta: Tensor
     steps: Rates
+    lowers: Tensor | None = None
 
 
 class PerUserWeights:
@@ -110,7 +115,8 @@ class PerUserWeights:
 
         Nothing is written.
         """
-        return _update(layer, pairs, self.owners(columns)[1])
+        emphasised = self.text.emphasis > 1.0 and layer.config.rate == "decrease"
+        return _update(layer, pairs, self.owners(columns)[1], emphasised)
 
     def owners(self, columns: slice) -> tuple[Tensor, Tensor]:
         """Of the tokens in ``columns`` of all sequences, (T,) int32 each: whose they are, and whom they teach."""
@@ -154,12 +160,26 @@ class PerUserWeights:
             guards = self.pool.companion
             with whole_user_write([update.layer for update in updates], users, guards):
                 factors = None if guards is None else guards.pace(self.slots, nll, wanted, bad)
-                for layer, x, delta, steps in updates:
-                    eta = steps.eta if factors is None else steps.eta * factors[users.clamp_min(0).long()]
-                    eta = eta if self.text.emphasis == 1.0 else eta * self.text.emphasis
+                slots, emphasis = users.clamp_min(0).long(), self.text.emphasis
+                losses = self._losses(nll, wanted)[slots] if emphasis > 1.0 else None
+                for layer, x, delta, steps, lowers in updates:
+                    eta = steps.eta if factors is None else steps.eta * factors[slots]
+                    eta = eta if emphasis == 1.0 else eta * emphasis
+                    if lowers is not None and losses is not None:
+                        lowers = lowers if factors is None else lowers * factors[slots]
+                        eta = eta * own_loss.factor(lowers * emphasis, losses, layer.share)
                     layer.learn(x, delta, eta, users)
                     layer.count(steps.grown, ~bad)
         return bad
+
+    def _losses(self, nll: Tensor, wanted: Tensor) -> Tensor:
+        """(S,): the sums of the ``wanted`` of the losses ``nll`` (B, L) of each user, made of their own rows alone."""
+        found = nll.new_zeros(self.pool.slots)
+        for slot in self.slots.unique().tolist():
+            if slot >= 0:
+                own = self.slots == slot
+                found[slot] = nll[own][wanted[own]].sum()
+        return found
 
     def _count(self, bad: Tensor, columns: slice) -> list[str]:
         """Count each user's chunk as learnt or rejected, ``bad`` (S,) being the rejected slots: who was rejected."""
@@ -181,14 +201,15 @@ class PerUserWeights:
         return sums.index_add_(0, owners.long() + 1, values.long())[1:] > 0
 
 
-def _update(layer: LowRankLinear, pairs: list[tuple[Tensor, Tensor]], users: Tensor) -> LayerUpdate:
+def _update(layer: LowRankLinear, pairs: list[tuple[Tensor, Tensor]], users: Tensor, emphasised: bool) -> LayerUpdate:
     """What ``layer`` can learn from the (x, delta) ``pairs`` of a backward pass on tokens of ``users`` (T,)."""
     x, delta = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     if len(x) != len(users):
         raise ValueError(f"{layer.name} saw {len(x)} rows of {len(users)} tokens: users need every token seen once")
     x, delta = (t.to(layer.weight.dtype).contiguous() for t in (x, delta))
-    x, delta, steps = layer.steps(x, delta, users)
-    return LayerUpdate(layer, x, delta, steps)
+    changed, damped, steps = layer.steps(x, delta, users)
+    lowers = own_loss.users_decreases((x, delta), (changed, damped), steps.eta, users) if emphasised else None
+    return LayerUpdate(layer, changed, damped, steps, lowers)
 
 
 def _blank(cache: Any, sequences: Tensor) -> None:

@@ -13,7 +13,7 @@ from ttt.atomic import whole_write
 from ttt.learn.data_parallel import join, joined_rows
 from ttt.learn.head import AutogradScores, Scored
 from ttt.learn.stream_rule import Chunk, backward_terms, joined
-from ttt.nn import Capturing, Linear, Update
+from ttt.nn import Capturing, Linear, Update, own_loss
 from ttt.nn.parallel import SharedSide, agreed
 
 if TYPE_CHECKING:
@@ -66,18 +66,29 @@ def learn_from(learner: Learner, capturing: Capturing, chunk: ScoredChunk) -> bo
     step = step_from(learner, capturing, chunk)
     if not bool(step.finite):
         return False
-    if learner.guard is not None:
+    if learner.guard is not None or chunk.emphasis != 1.0:
         nll = chunk.scores.nll.flatten() if chunk.wanted is None else chunk.scores.nll[chunk.wanted]
-        learner.guard.pace(step.updates, join(learner.access.replicas, nll) if learner.access.joins else nll)
-    if chunk.emphasis != 1.0:
-        for _, update in step.updates:
-            update.eta.mul_(chunk.emphasis)
+        nll = join(learner.access.replicas, nll) if learner.access.joins else nll
+        if learner.guard is not None:
+            learner.guard.pace(step.updates, nll)
+        _emphasise(step.updates, chunk.emphasis, nll.detach().sum())
     write(step.updates)
     if chunk.shown is not None:
         with torch.no_grad():
             for rule in learner.rules:
                 rule.seen(chunk.shown)
     return True
+
+
+@torch.no_grad()
+def _emphasise(updates: Sequence[tuple[Linear, Update]], emphasis: float, loss: Tensor) -> None:
+    """Multiply the steps of ``updates`` by ``emphasis``, within what the ``loss`` () of their tokens allows."""
+    for layer, update in updates:
+        update.eta.mul_(emphasis)
+        if emphasis > 1.0 and layer.config.rate == "decrease":
+            rows = update.x, update.delta
+            lowered = own_loss.first_order_decrease(rows, layer.applied(*rows), update.eta, layer.sharding)
+            update.eta.mul_(own_loss.factor(lowered, loss.to(lowered.device), layer.share))
 
 
 def step_from(learner: Learner, capturing: Capturing, chunk: ScoredChunk) -> Step:

@@ -1,0 +1,123 @@
+"""Emphasised steps are bounded by the loss of their text: against the gradient that autograd finds for the weights."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import ids_of, tiny
+from torch.nn import functional
+
+import ttt
+from ttt.nn import own_loss
+
+CHUNK = 32
+NAMES = [f"model.layers.{block}.mlp.down_proj" for block in (0, 1)]
+
+
+def learner_of(base, known, *, users: bool, soft: bool) -> ttt.Learner:
+    config = ttt.TTTConfig(
+        target_modules=["down_proj"], window=CHUNK, chunk=CHUNK, feedback=0.0,
+        protect=[ttt.KroneckerFisher(directions=5)] if soft else [],
+        per_user=ttt.LowRank(slots=2, rank=CHUNK, window=CHUNK) if users else None,
+    )  # fmt: skip
+    learner = ttt.Learner(ttt.adapt_(copy.deepcopy(base), config))
+    learner.calibrate(known)
+    return learner
+
+
+def changes(learner: ttt.Learner, user: str | None) -> list[torch.Tensor]:
+    """By how much each layer's effective weight has changed, in the order of `NAMES`."""
+    slot = () if user is None else (learner.pool.slot(user),)
+    layers = [learner.model.get_submodule(name) for name in NAMES]
+    return [layer.effective_weight(*slot) - layer.weight for layer in layers]
+
+
+def loss_and_gradients(base, ids, mask) -> tuple[float, list[torch.Tensor]]:
+    """From plain autograd: the summed loss of the tokens in ``mask``, and its gradients at the weights of `NAMES`.
+
+    Of the gradients only what comes from the rows of tokens that teach, as only these are written.
+    """
+    model, held = copy.deepcopy(base).requires_grad_(False), []
+
+    def keep(module, args, output):
+        output.requires_grad_().retain_grad()
+        held.append((args[0].detach(), output))
+
+    for name in NAMES:
+        model.get_submodule(name).register_forward_hook(keep)
+    logits = model(input_ids=ids[:, :-1]).logits
+    each = functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    loss = each[mask[:, 1:]].sum()
+    loss.backward()
+    kept = mask[0, :-1]
+    return float(loss), [out.grad[0, kept].T @ x[0, kept] for x, out in held]
+
+
+def text(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.full((1, 21), 7) if kind == "one token" else ids_of(1, 21)
+    mask = torch.ones(1, 21, dtype=torch.bool)
+    mask[:, :6] = False  # context, from which nothing is learnt
+    return ids, mask
+
+
+@pytest.mark.parametrize("users", [False, True])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("kind", ["one token", "random"])
+def test_no_layer_lowers_the_loss_by_more_than_twice_its_part(users, soft, kind):
+    base = tiny("llama", layers=2).double()
+    learner = learner_of(base, [ids_of(2, 32) for _ in range(4)], users=users, soft=soft)
+    ids, mask = text(kind)
+    loss, gradients = loss_and_gradients(base, ids, mask)
+    user = "ada" if users else None
+    learner.observe(ids, learn_mask=mask, users=[user] if users else None, emphasis=100.0)
+    found = [-float((d * g).sum()) for d, g in zip(changes(learner, user), gradients, strict=True)]
+    assert found == pytest.approx([own_loss.BEYOND * loss / len(NAMES)] * len(NAMES), rel=1e-9)
+
+
+@pytest.mark.parametrize("users", [False, True])
+def test_a_step_within_the_bound_is_the_step_times_the_emphasis(users):
+    base = tiny("llama", layers=2).double()
+    known = [ids_of(2, 32) for _ in range(4)]
+    one, two = (learner_of(base, known, users=users, soft=True) for _ in range(2))
+    ids, mask = text("random")
+    user = "ada" if users else None
+    one.observe(ids, learn_mask=mask, users=[user] if users else None)
+    two.observe(ids, learn_mask=mask, users=[user] if users else None, emphasis=1.25)
+    for plain, larger in zip(changes(one, user), changes(two, user), strict=True):
+        assert torch.allclose(1.25 * plain, larger, rtol=1e-9, atol=0)
+        assert float(plain.abs().max()) > 0
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_what_another_user_reads_changes_no_bit_of_a_users_bound(soft):
+    base = tiny("llama", layers=2)
+    states = []
+    mine = torch.full((1, 21), 7)
+    known = [ids_of(2, 32) for _ in range(4)]
+    for others in (ids_of(1, 21), ids_of(1, 21)):
+        learner = learner_of(base, known, users=True, soft=soft)
+        learner.observe(torch.cat([others, mine]), users=["bob", "ada"], emphasis=100.0)
+        states.append(learner.pool.export("ada"))
+    one, two = states
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one if not name.startswith("episodes."))
+
+
+def test_the_decrease_is_that_of_a_loop():
+    torch.manual_seed(5)
+    x, x2, delta, delta2 = (torch.randn(9, size, dtype=torch.float64) for size in (13, 13, 6, 6))
+    eta, users = torch.rand(9, dtype=torch.float64), torch.tensor([0, 2, -1, 0, 2, 2, -1, 1, 0], dtype=torch.int32)
+    found = own_loss.users_decreases((x, delta), (x2, delta2), eta, users)
+    for t in range(9):
+        own = [i for i in range(9) if users[i] == users[t]]
+        wanted = sum(float(eta[j] * (delta[i] @ delta2[j]) * (x[i] @ x2[j])) for i in own for j in own)
+        assert float(found[t]) == pytest.approx(wanted if users[t] >= 0 else 0.0, rel=1e-12)
+    alone = own_loss.first_order_decrease((x[:0], delta[:0]), (x2[:0], delta2[:0]), eta[:0])
+    assert float(alone) == 0.0
+
+
+@pytest.mark.parametrize("lowered", [float("inf"), 1e30, -1.0, 0.0, float("nan")])
+def test_the_factor_never_grows_a_step(lowered):
+    found = own_loss.factor(torch.tensor(lowered), torch.tensor(3.0), 0.5)
+    assert 0.0 <= float(found) <= 1.0
+    assert float(own_loss.factor(torch.tensor(6.0), torch.tensor(3.0), 0.5)) == pytest.approx(0.5)
