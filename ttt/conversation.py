@@ -13,9 +13,10 @@ CONVERSATION = TTTConfig(
     target_modules=["down_proj"],
     layers="last:0.5",
     protect=[KroneckerFisher(), DriftBudget()],
-    per_user=LowRank(slots=1, rank=32, window=64),
+    per_user=LowRank(slots=1, rank=96, window=32),
 )
-"""What learns. More layers than by default: the change is then spread more thinly. Its size has a budget."""
+"""What learns. More layers than by default: the change is then spread more thinly. Its size has a budget. The rank is
+large, because each sentence adds directions of its own: what does not fit into the rank is forgotten first."""
 
 SHORT = 64
 """Tokens of a text that is read with the whole emphasis."""
@@ -30,7 +31,7 @@ class Telling:
 
     Attributes:
         passes: how often it is read and learnt, at most `MOST_PASSES`.
-        emphasis: multiplies the steps on a short text, in (0, 100].
+        emphasis: multiplies the steps on a short text, in (0, 100], within the bound of `ttt.nn.own_loss`.
 
     Raises:
         TypeError, ValueError: for a value out of range.

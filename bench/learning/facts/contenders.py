@@ -91,8 +91,9 @@ class Online(Contender):
     ``passes`` and ``emphasis`` are those of `ttt.Learner.observe`.
 
     With ``study`` it studies after every chat; ``rehearse`` is that of `ttt.Learner.study`. ``layers``
-    replaces that of the default, as does ``blocks``: the "first" or "middle" quarter of them. With ``rank`` every
-    person has low-rank weights of their own. ``budget`` and ``slowest`` are those of a `ttt.DriftBudget`.
+    replaces that of the default, as does ``blocks``: the "first" or "middle" quarter of them. With ``rank`` and
+    ``window`` every person has low-rank weights of their own (`ttt.LowRank`). ``beyond`` is noted only: the bound of
+    emphasised steps (`ttt.nn.own_loss`). ``budget`` and ``slowest`` are those of a `ttt.DriftBudget`.
     """
 
     def __init__(self, base: Base, options: Options, seed: int) -> None:
@@ -108,7 +109,9 @@ class Online(Contender):
             budget = ttt.DriftBudget(options["budget"], options["slowest"])
             config = dataclasses.replace(config, protect=(*config.protect, budget))
         if "rank" in options:
-            config = dataclasses.replace(config, per_user=ttt.LowRank(slots=2, rank=options["rank"], window=64))
+            config = dataclasses.replace(
+                config, per_user=ttt.LowRank(slots=2, rank=options["rank"], window=options["window"])
+            )
         self.learner = base.learner(config)
         self.model = self.learner.model
         self.user = "user" if "rank" in options else None

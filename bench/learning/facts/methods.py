@@ -10,6 +10,8 @@ from bench.learning.facts import contenders
 from bench.learning.language.base import CONFIG, Base, as_json
 from bench.learning.suite import named
 from ttt import DriftBudget
+from ttt.conversation import CONVERSATION, Telling
+from ttt.nn.own_loss import BEYOND
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +37,22 @@ def _learner(told_only: bool = False, **options: Any) -> FactsMethod:
     return FactsMethod("combination", contenders.Online, grid, told_only)
 
 
-PASSES: dict[str, Any] = {"passes": 2, "emphasis": 20.0}
+PASSES: dict[str, Any] = {**Telling().options, "beyond": BEYOND}
 """Two readings of what is told, with large steps: the default of `ttt chat` and `ttt serve`."""
 
-BUDGET: dict[str, Any] = {"budget": DriftBudget.nats, "slowest": DriftBudget.slowest}
-"""The budget for the change of the weights that conversations have."""
+TALKING = "online (as in conversations)"
+"""The method that learns as `ttt chat`, ``ttt serve`` and the demo do."""
+
+
+def _talking() -> FactsMethod:
+    budget = next(each for each in CONVERSATION.protect if isinstance(each, DriftBudget))
+    own = CONVERSATION.per_user
+    assert own is not None
+    return _learner(
+        **PASSES, budget=budget.nats, slowest=budget.slowest, rank=own.rank, window=own.window,
+        layers=CONVERSATION.layers,
+    )  # fmt: skip
+
 
 METHODS: dict[str, FactsMethod] = {
     "frozen": FactsMethod("reference", contenders.Contender),
@@ -52,20 +65,13 @@ METHODS: dict[str, FactsMethod] = {
     ),
     "online": _learner(),
     "online (2 passes of emphasis 20)": _learner(**PASSES),
-    "online (2 passes of emphasis 20, a user's weights)": _learner(**PASSES, rank=32),
     "online (2 passes of emphasis 20, first quarter of the blocks)": _learner(True, **PASSES, blocks="first"),
     "online (2 passes of emphasis 20, middle quarter of the blocks)": _learner(True, **PASSES, blocks="middle"),
-    "online (2 passes of emphasis 20, half of the blocks)": _learner(**PASSES, layers="last:0.5"),
-    "online (2 passes of emphasis 20, a user's weights in half of the blocks)": _learner(
-        **PASSES, rank=32, layers="last:0.5"
-    ),
-    "online (2 passes of emphasis 20, a budget)": _learner(**PASSES, **BUDGET),
-    "online (2 passes of emphasis 20, a budget, a user's weights in half of the blocks)": _learner(
-        **PASSES, **BUDGET, rank=32, layers="last:0.5"
-    ),
+    "online (2 passes of emphasis 20, half of the blocks)": _learner(True, **PASSES, layers="last:0.5"),
+    TALKING: _talking(),
     "study": _learner(study=True),
     "study (no rehearsal)": _learner(told_only=True, study=True, rehearse=0.0),
-    "study (a user's weights)": _learner(told_only=True, study=True, rank=32),
+    "study (a user's weights)": _learner(told_only=True, study=True, rank=32, window=64),
     "study (first quarter of the blocks)": _learner(told_only=True, study=True, blocks="first"),
     "study (middle quarter of the blocks)": _learner(told_only=True, study=True, blocks="middle"),
     "study (half of the blocks)": _learner(study=True, layers="last:0.5"),
