@@ -255,7 +255,9 @@ OTHERS = (
      "learn/test_hf_trainer.py"),
     ("an optimizer beside layers that learn", "yes", "of other parameters; those of adapted layers are refused",
      "learn/test_hf_trainer.py"),
-    ("offloading of accelerate, DataParallel, DistributedDataParallel", "refused", "", "adapt/test_choice.py"),
+    ("offloading of accelerate, DataParallel", "refused", "", "adapt/test_choice.py"),
+    ("replicas of a model, also in DistributedDataParallel", "yes",
+     "with `data_parallel=True`: [guide](guide.md#replicas); refused without", "adapt/test_replicas.py"),
     ("FSDP2 beside layers that learn", "yes",
      "these left out by `ignored_params`; the same or, with `data_parallel=True`, other text in each process: "
      "[guide](guide.md#fsdp2)",

@@ -223,18 +223,19 @@ def learning_layers(model: nn.Module) -> list[tuple[str, Linear]]:
     return [(name, module) for name, module in modules if isinstance(module, Linear)]
 
 
-def require_layers(model: nn.Module, *, sharded: bool = False) -> list[Linear]:
+def require_layers(model: nn.Module, *, sharded: bool = False, replicated: bool = False) -> list[Linear]:
     """The learning layers of ``model``.
 
     Args:
         sharded: whether layers that are sharded over processes (`ttt.nn.parallel`) will do, or whole ones in a model
             that FSDP2 shards.
+        replicated: whether those of a model in DistributedDataParallel will do.
 
     Raises:
-        TypeError: if ``model`` is no module. ValueError: if there is none, the model is wrapped for data parallelism,
-            or a layer is sharded and that will not do.
+        TypeError: if ``model`` is no module. ValueError: if there is none, the model is wrapped for data parallelism
+            and that will not do, or a layer is sharded and that will not do.
     """
-    refuse_parallel(check_model(model), fsdp=sharded)
+    refuse_parallel(check_model(model), fsdp=sharded, ddp=replicated)
     layers = [layer for _, layer in learning_layers(model)]
     if not sharded:
         refuse_sharded(model, "this call")

@@ -52,9 +52,12 @@ class Learner(Keeping):
             inputs and settings are those of one guard for each user (`ttt.per_user.guards.UserGuards`).
         episodes: keeps the text that `observe` learns from, for `study`; None to keep nothing. It serves one model.
             What a ``guard`` takes back is taken out of it.
-        data_parallel: whether each process of a model that FSDP2 shards reads texts of its own, all of one shape. All
-            learn from all texts, what a single process would learn from them in one batch. Calibration and the guard
-            take the same inputs in all processes, and `generate` does not learn.
+        data_parallel: whether each process reads texts of its own, all of one shape, and all learn from all texts, what
+            a single process would learn from them in one batch. The processes are those over which FSDP2 shards the
+            model, or the default group of torch.distributed, each of which then holds the whole model, the same to the
+            bit; of one in DistributedDataParallel give the model that it wraps. All of them must give this argument,
+            and make the same calls. Calibration and the guard take the same inputs in all processes, and `generate`
+            does not learn.
 
     Raises:
         TypeError: if ``model`` is no module, ``guard`` no `ttt.Guard`, ``episodes`` no `ttt.EpisodeLog`, or one of

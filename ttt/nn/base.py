@@ -35,9 +35,10 @@ _ddp: Any = torch.nn.parallel.DistributedDataParallel if torch.distributed.is_av
 class Sink(list[tuple[Tensor, Tensor]]):
     """Where the backward passes of one thread leave (x, delta) of a layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, joins: bool = False) -> None:
         super().__init__()
         self.thread = threading.get_ident()
+        self.joins = joins  # whether what it gets is joined with what other processes have found
         self.places: list[Tensor] = []  # of a layer that a router sends some tokens: which they are, for each pair
 
 
@@ -61,10 +62,11 @@ def captures(layer: Adapted) -> bool:
     sink = layer.sink
     if sink is None or torch.compiler.is_compiling():
         return sink is not None
-    if _ddp is not None and _ddp._active_ddp_module is not None:
+    if not sink.joins and _ddp is not None and _ddp._active_ddp_module is not None:
         raise RuntimeError(
             f"{layer.name or 'a layer'} is to learn inside of a DistributedDataParallel, whose replicas would learn "
-            "from different tokens and drift apart; call the model that it wraps, and learn in one process"
+            "from different tokens and drift apart; give ttt.learning data_parallel=True, by which all learn from the "
+            "tokens of all, or call the model that it wraps, and learn in one process"
         )
     return sink.thread == threading.get_ident() or in_backward()
 
