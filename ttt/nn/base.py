@@ -29,6 +29,9 @@ _SEED_MASK = (1 << 63) - 1
 _BOUND = ("config", "strength", "seed")  # Attributes that are no tensors, but whose values a binding holds.
 
 
+dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+"""The number of dispatch modes (FlopCounterMode, FakeTensorMode, ...) that are active in this thread."""
+
 _ddp: Any = torch.nn.parallel.DistributedDataParallel if torch.distributed.is_available() else None
 
 
@@ -60,7 +63,7 @@ def captures(layer: Adapted) -> bool:
     Another thread's is not; but autograd computes checkpointed layers again in threads of its own.
     """
     sink = layer.sink
-    if sink is None or torch.compiler.is_compiling():
+    if sink is None or is_traced():
         return sink is not None
     if not sink.joins and _ddp is not None and _ddp._active_ddp_module is not None:
         raise RuntimeError(
@@ -69,6 +72,16 @@ def captures(layer: Adapted) -> bool:
             "tokens of all, or call the model that it wraps, and learn in one process"
         )
     return sink.thread == threading.get_ident() or in_backward()
+
+
+def is_traced() -> bool:
+    """Whether this thread traces what it computes, for `torch.compile` or `torch.export`.
+
+    `torch.compiler.is_compiling` is True in all threads while one of them compiles.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return torch.compiler.is_compiling() and dispatch_modes() > 0
 
 
 def in_backward() -> bool:
