@@ -57,10 +57,10 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
 
     Raises:
         TypeError: if ``model`` is no module, ``config`` no `TTTConfig`, or ``filter_fn`` no function.
-        ValueError: if nothing matches (the error lists the nearest names), the model is adapted already, it is a linear
-            layer itself, which cannot be replaced in place, or a match cannot learn: tied weights, 3-D expert
-            parameters, a quantized weight without ``config.per_user``, a dtype or module type without support, a weight
-            with NaN or infinity.
+        ValueError: if nothing matches (the error lists the nearest names), the model, a part of it or a larger one that
+            holds it is adapted already, it is a linear layer itself, which cannot be replaced in place, or a match
+            cannot learn: tied weights, 3-D expert parameters, a quantized weight without ``config.per_user``, a dtype
+            or module type without support, a weight with NaN or infinity.
         MemoryError: if there is too little memory for the state of the layers (on a GPU torch.OutOfMemoryError).
     """
     check_model(model)
@@ -86,7 +86,7 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
         for name, module in chosen:
             layers[name].train(module.training)
             for layer in getattr(layers[name], "layers", [layers[name]]):  # of experts, each of their matrices
-                layer.share = share
+                layer.share, layer.placed = share, True
             placed.append((name, module))
             _set_module(model, name, layers[name])
         for p in model.parameters():

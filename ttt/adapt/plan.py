@@ -16,6 +16,7 @@ from ttt.adapt.sharding import refuse_config
 from ttt.adapt.stacks import in_layers, outside_language
 from ttt.checks import check_layers, check_names
 from ttt.config import TTTConfig
+from ttt.nn.base import Adapted
 from ttt.nn.bnb import mixes_rows
 from ttt.nn.experts import is_gated, is_stack
 from ttt.nn.parallel import is_sharded
@@ -50,6 +51,7 @@ def make_plan(model: nn.Module, config: TTTConfig, filter_fn: FilterFn | None) -
     """
     refuse_parallel(model, fsdp=True)
     refuse_bare(model)
+    refuse_adapted(model)
     check_names("target_modules", config.target_modules)
     check_layers("layers", config.layers)
     candidates = [(name, module) for name, module in model.named_modules() if is_linear(module)]
@@ -165,6 +167,19 @@ def refuse_bare(model: nn.Module) -> None:
         raise ValueError(
             f"model must hold the linear layers that are to learn, but it is one itself ({type(model).__name__}), "
             "which cannot be replaced in place; wrap it, as torch.nn.Sequential(model), or make a ttt.nn.Linear"
+        )
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """Raise ValueError if a part of ``model`` is adapted, or a larger model of which it is a part.
+
+    Its layers would have two configurations, of which a learner and a file take one, and two shares of a step.
+    """
+    placed = [name for name, module in model.named_modules() if isinstance(module, Adapted) and module.placed]
+    if placed:
+        raise ValueError(
+            f"{placed[0]} was adapted before, with a part of this model or with a larger model that holds this one; "
+            "adapt all layers that are to learn in one call, after ttt.restore_ of what was adapted"
         )
 
 

@@ -99,6 +99,7 @@ class Adapted(torch.nn.Linear):
     """
 
     transposed = False
+    placed = False  # True once `ttt.adapt_` has put the layer in the place of another module
     released = False  # True once `ttt.restore_` has put the original module back: the layer must not learn any more
     memory: Tensor
     seen: Tensor
