@@ -16,9 +16,9 @@ from ttt.nn.directions import principal_directions, project_rows
 from ttt.nn.parallel import UNSHARDED, Sharding, is_sharded
 from ttt.ops import log8
 from ttt.ops.dtypes import accumulation
-from ttt.ops.schema import _FLOATS
+from ttt.ops.schema import FLOATS
 
-DTYPES = _FLOATS
+DTYPES = FLOATS
 """Dtypes of weights that can be adapted."""
 
 Layout = dict[str, "tuple[tuple[int, ...], torch.dtype] | None"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ttt.ops.backends import record
-from ttt.ops.cpu import _C, _DTYPE, _address
+from ttt.ops.cpu import _C, DTYPE_CODES, address
 from ttt.ops.sequence.checks import check_positions
 from ttt.ops.sequence.states import own
 
@@ -28,8 +28,8 @@ def delta_rule(q, k, v, beta, g, state, begins, scale):
     )
     out = torch.empty_like(v)
     _C.delta_rule(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), beta.data_ptr(), _address(g), _address(begins), state.data_ptr(),
-        out.data_ptr(), rows, tokens, heads, keys, values, scale, False, _DTYPE[q.dtype], torch.get_num_threads(),
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), beta.data_ptr(), address(g), address(begins), state.data_ptr(),
+        out.data_ptr(), rows, tokens, heads, keys, values, scale, False, DTYPE_CODES[q.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return out, state
 
@@ -40,8 +40,8 @@ def delta_rule_step(q, k, v, beta, g, state, scale):
     q, k, v, beta, g = q.contiguous(), k.contiguous(), v.contiguous(), as_float(beta), as_float(g)
     out = torch.empty_like(v)
     _C.delta_rule(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), beta.data_ptr(), _address(g), 0, state.data_ptr(),
-        out.data_ptr(), batch, 1, heads, keys, v.shape[-1], scale, True, _DTYPE[q.dtype], torch.get_num_threads(),
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), beta.data_ptr(), address(g), 0, state.data_ptr(),
+        out.data_ptr(), batch, 1, heads, keys, v.shape[-1], scale, True, DTYPE_CODES[q.dtype], torch.get_num_threads(),
     )  # fmt: skip
     torch.autograd.graph.increment_version([state])
     return out
@@ -98,13 +98,13 @@ def _call_memory(q, k, v, factors, norm, state, position, begins, out, tokens, m
     weights, start, velocity = state
     layers = range(0, len(weights), 2)
     parts = [weights, start, velocity or [None] * len(weights)]
-    addresses = [[_address(t) for part in parts for t in part[i : i + 2]] for i in layers]
+    addresses = [[address(t) for part in parts for t in part[i : i + 2]] for i in layers]
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     # Held until the call returns: the addresses are those of copies, where there had to be one.
     numbers = [as_float(t) for t in (*factors, *norm[:2])]
     position = position.contiguous()
     _C.memory(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), *map(_address, numbers), _address(begins), addresses,
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), *map(address, numbers), address(begins), addresses,
         [width, *(weights[i].shape[-1] for i in layers)], position.data_ptr(), out.data_ptr(), len(position), tokens,
-        heads, mini_batch, scale, norm[2], one_token, _DTYPE[q.dtype], torch.get_num_threads(),
+        heads, mini_batch, scale, norm[2], one_token, DTYPE_CODES[q.dtype], torch.get_num_threads(),
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ttt.ops.backends import record
-from ttt.ops.cpu import _why_not
+from ttt.ops.cpu import why_not
 from ttt.ops.sequence import cpu, cuda, large_chunk
 from ttt.ops.sequence.large_chunk import Token, Weights
 from ttt.ops.sequence.states import MemoryState, tensors_of
@@ -91,7 +91,7 @@ def memory_step(q, k, v, rate, gate, momentum, norm: Any, state: MemoryState) ->
 
 def swiglu_token(q: Tensor, weights: Weights, sums: Weights) -> Token:
     """The form of `ttt.ops.sequence.large_chunk.swiglu_token` for tokens ``q`` and a state, none with a gradient."""
-    why = _why_not(q.dtype) if q.device.type == "cpu" else f"no kernel for {q.device.type}"
+    why = why_not(q.dtype) if q.device.type == "cpu" else f"no kernel for {q.device.type}"
     if not why and not all(t.is_contiguous() for t in (*weights, *sums)):
         why = "a state that is not contiguous"
     if why:
@@ -115,7 +115,7 @@ def _serves(op: str, why_not_cuda: Callable[[], str], q: Tensor, *others: Tensor
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, *others)):
         return False
     if q.device.type == "cpu":
-        why = _why_not(q.dtype)
+        why = why_not(q.dtype)
     elif q.device.type == "cuda":
         why = why_not_cuda()
     else:
