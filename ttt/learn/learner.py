@@ -140,7 +140,7 @@ class Learner(Keeping):
                     learn_mask=text.rows, users=None if users is None else tuple(users), passes=passes,
                     emphasis=emphasis, learn=learn,
                 )  # fmt: skip
-            self._try_model(text)
+            self._try_model(text, learn)
             if learn and not self._looked_for_protection:
                 self._looked_for_protection = True
                 protection.warn_if_none(self.config, self.access.layers[0])
@@ -184,7 +184,7 @@ class Learner(Keeping):
         with self.access.enter("Learner.observe_in_steps"):
             text = _emphasised(check_tokens(self.model, input_ids, attention_mask, learn_mask), passes, emphasis)
             check_users(users, len(text.ids))
-            self._try_model(text)
+            self._try_model(text, learns=True)
         return observe_in_steps(self, pool, text, users, passes)
 
     def generate(
@@ -252,7 +252,7 @@ class Learner(Keeping):
                     )
             given = (max_new_tokens, learn_prompt, learn_output, learn_every, do_sample, eos_token_id, cache is None)
             self.access.require_same("input_ids, attention_mask and options", text.ids, text.attend, *given)
-            self._try_model(text)
+            self._try_model(text, learn_prompt or learn_output)
             return generate(self, text, options)
 
     def study(

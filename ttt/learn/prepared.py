@@ -96,11 +96,12 @@ class Prepared:
                     self.pool.episodes = episodes
                 undo.pop_all()
 
-    def _try_model(self, text: Text) -> None:
-        """Raise ValueError, before ``text`` is read, if the model cannot read it chunk by chunk."""
-        trials = trials_for(text, self.config.chunk, self.context)
-        if self.access.joins and self.access.anywhere("padding" in trials):
-            trials.add("padding")
+    def _try_model(self, text: Text, learns: bool) -> None:
+        """Raise ValueError, before ``text`` is read, if the model cannot read it, or learn from it, chunk by chunk."""
+        chooses = learns and (self.pool is not None or text.rows is not None)
+        trials = trials_for(text, self.config.chunk, self.context, chooses)
+        if self.access.joins:  # their forward passes may be those of all processes
+            trials |= {name for name in ("padding", "rows") if self.access.anywhere(name in trials)}
         if not trials <= self._tried:
             refuse_unreadable(self.model, trials, self.config.chunk, self.context)
             self._tried |= trials
