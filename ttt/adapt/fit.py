@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ttt.adapt.sharding import HOW_TO_IGNORE, is_replicated, local, sharding_of, shards_fully
 from ttt.nn.base import DTYPES, Adapted, absent
-from ttt.nn.experts import STACKS, is_gated, is_stack
+from ttt.nn.experts import STACKS, is_stack, why_not_gated
 from ttt.nn.parallel import is_sharded
 from ttt.nn.quantized import quantized, why_not
 from ttt.nn.row_blocks import can_be_cut, is_subclass
@@ -140,10 +140,10 @@ class Weights:
                 )
             for stack in STACKS:
                 self._refuse_weight(f"{name}.{stack}", getattr(module, stack))
-            if not is_gated(module):
+            if why := why_not_gated(module):
                 raise ValueError(
-                    f"{name} ({type(module).__name__}) is a stack of experts that computes something else than "
-                    "down(act(gate(x)) * up(x)), so it cannot be adapted; leave it out"
+                    f"{name} ({type(module).__name__}) is a stack of experts that {why}, so it cannot be adapted; "
+                    "leave it out"
                 )
             return
         if why := unfit(name, module, per_user):

@@ -18,7 +18,7 @@ from ttt.checks import check_layers, check_names
 from ttt.config import TTTConfig
 from ttt.nn.base import Adapted
 from ttt.nn.bnb import mixes_rows
-from ttt.nn.experts import is_gated, is_stack
+from ttt.nn.experts import is_stack, why_not_gated
 from ttt.nn.parallel import is_sharded
 from ttt.nn.quantized import quantized, why_blocked
 
@@ -262,7 +262,7 @@ def _left_out(model: nn.Module, candidates: list[tuple[str, nn.Module]], per_use
         if parameter.ndim == 3 and "expert" in name.lower():
             holder, shape = name.rpartition(".")[0], tuple(parameter.shape)
             stack = model.get_submodule(holder)
-            can = not per_user and is_stack(stack) and is_gated(stack)
+            can = not per_user and is_stack(stack) and not why_not_gated(stack)
             found[name] = f"a stack of experts of shape {shape}, which " + (
                 f"is adapted if target_modules names {holder.rpartition('.')[2]!r}" if can else "cannot be adapted"
             )
