@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,12 +65,12 @@ class Training(Case):
         given = [x.q, x.k, x.v, x.rate, *([x.gate] if self.mini_batch is None else (*x.weights, *x.norm[:2]))]
         upwards = torch.randn_like(x.v)
 
-        def gradients(tensors: list[Tensor], form: str, size: int) -> tuple[Tensor, ...]:
+        def gradients(tensors: Any, form: str, size: int) -> tuple[Tensor, ...]:
             if self.mini_batch is None:
                 out, _ = ops.gated_delta_rule(*tensors, form=form, chunk_size=size)
             else:
-                weight, bias, norm = tensors[4], tensors[5], ops.Norm(*tensors[6:])
-                out, _ = ops.ttt_linear(*tensors[:4], weight, bias, norm, mini_batch=self.mini_batch, form=form)
+                arguments: Any = (*tensors[:6], ops.Norm(*tensors[6:]))
+                out, _ = ops.ttt_linear(*arguments, mini_batch=self.mini_batch, form=form)
             return torch.autograd.grad(out, tensors, upwards.to(out.dtype))
 
         @functools.cache

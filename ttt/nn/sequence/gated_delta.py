@@ -83,6 +83,7 @@ class GatedDeltaNet(SequenceLayer):
             raise ValueError(f"x must be finite inputs (1, at least 1, {self.hidden}), got {tuple(x.shape)}")
         tensors, _ = self._tensors(x, None, None)
         _, state = gated_delta_rule(**tensors, output_final_state=True)
+        assert state is not None
         self.protected.set(state, tensors["q"])
 
     def _tensors(self, x, recent, cu_seqlens):

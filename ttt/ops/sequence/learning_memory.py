@@ -100,8 +100,9 @@ def memory(
             return out, final if output_final_state else None
     if initial_state is not None:
         check_positions("mini_batch", state.position, mini_batch)
-    given: Any = (q, k, v, rate, gate, momentum, norm, state, bounds, mini_batch, scale)
-    out, final = memory_texts.texts(*given, 0 if initial_state is None else None, form == "reference")
+    position, reference = (0 if initial_state is None else None), form == "reference"
+    given: Any = (q, k, v, rate, gate, momentum, norm, state, bounds, mini_batch, scale, position, reference)
+    out, final = memory_texts.texts(*given)
     return out, final if output_final_state else None
 
 

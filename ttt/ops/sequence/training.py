@@ -5,6 +5,8 @@ Second derivatives are computed by the torch forms.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -121,7 +123,8 @@ def _differentiate(ctx, d_out, d_state, _):
 
 def _delta_rule_by_torch(given, begins, scale):
     bounds = None if begins is None else begins.tolist()
-    return torch_form.texts(*given, bounds, scale, CHUNK)
+    arguments: Any = (*given, bounds, scale, CHUNK)
+    return torch_form.texts(*arguments)
 
 
 def _again(given, run, d_outs):
