@@ -184,6 +184,28 @@ def test_second_derivatives_are_those_of_the_torch_form():
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
 
 
+def test_transforms_of_torch_func_take_the_torch_form():
+    """Gradients of each sequence of a batch at once."""
+    q, k, v, beta, g = inputs(3, 10, 2, 8, 8, torch.float32)
+    tensors, weights, norm = memory_case(3, 10, 2, torch.float32, 20)
+
+    def delta(q, *others):
+        out, _ = ops.gated_delta_rule(q[None], *(t[None] for t in others))
+        return out.square().sum()
+
+    def linear(q, *others):
+        out, _ = ops.ttt_linear(q[None], *(t[None] for t in others), *weights, norm, mini_batch=4)
+        return out.square().sum()
+
+    for op, given in ((delta, (q, k, v, beta, g)), (linear, tensors)):
+        found = torch.func.vmap(torch.func.grad(op))(*given)
+        for n in range(3):
+            (row, *others) = (t[n] for t in given)
+            leaf = row.clone().requires_grad_()
+            (exact,) = torch.autograd.grad(op(leaf, *others), leaf)
+            torch.testing.assert_close(found[n], exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
+
+
 def test_within_a_mini_batch_the_torch_form_trains():
     (q, k, v, rate), weights, norm = memory_case(1, 10, 1, torch.float32, 20)
     options = {"norm": norm, "mini_batch": 4, "output_final_state": True}

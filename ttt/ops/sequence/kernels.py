@@ -52,7 +52,7 @@ def gated_delta_rule(q, k, v, beta, g, state) -> Callable | None:
     """The kernel of `ttt.ops.sequence.gated_delta_rule`."""
     others = (k, v, beta, g, state)
     if q.device.type == "cpu" and _need_gradients(q, *others):
-        return None if _counted_why_not("gated_delta_rule", _why_not(q.dtype)) else training.delta_rule
+        return training.delta_rule if _trains("gated_delta_rule", q) else None
     served = _serves("gated_delta_rule", lambda: cuda.why_not(q, v), q, *others)
     return torch.ops.ttt.sequence_delta_rule if served else None
 
@@ -76,7 +76,7 @@ def memory(
     if q.device.type == "cpu" and _need_gradients(q, *tensors):
         if gate is not None or momentum is not None or norm is None or len(state.weights) != 2:
             return None
-        if _counted_why_not("ttt_linear", _why_not(q.dtype)) or (begun and bool(state.position.any())):
+        if not _trains("ttt_linear", q) or (begun and bool(state.position.any())):
             return None
         return functools.partial(training.memory, q, k, v, rate, norm)
     if not _serves_memory("", q, k, v, rate, gate, momentum, norm, state):
@@ -138,6 +138,12 @@ def _serves(op: str, why_not_cuda: Callable[[], str], q: Tensor, *others: Tensor
     else:
         why = f"no kernel for {q.device.type}"
     return not _counted_why_not(op, why)
+
+
+def _trains(op: str, q: Tensor) -> bool:
+    """Whether a kernel on CPUs serves ``q`` with gradients; if it does not because of its dtype, counts that."""
+    # The transforms of torch.func cannot see into an op with a derivative of its own.
+    return not torch._C._are_functorch_transforms_active() and not _counted_why_not(op, _why_not(q.dtype))
 
 
 def _need_gradients(*tensors: Tensor | None) -> bool:
