@@ -45,6 +45,7 @@ SLOW = (
     "ops/sequence/test_delta_rule_triton.py",
     "ops/sequence/test_long_streams.py",
     "ops/sequence/test_memory_triton.py",
+    "ops/sequence/test_sequence_training.py::test_compiled_training_equals_eager",
     "ops/test_append.py",
     "ops/test_cpu.py::test_opcheck",
     "ops/test_launch_variants.py",
