@@ -28,32 +28,17 @@ def delta_rule(q, k, v, beta, g, state, begins, scale, kept=None):
         else state.clone(memory_format=torch.contiguous_format)
     )
     out = torch.empty_like(v)
-<<<<<<< HEAD
-    _C.delta_rule(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), beta.data_ptr(), address(g), address(begins), state.data_ptr(),
-        out.data_ptr(), rows, tokens, heads, keys, values, scale, False, DTYPE_CODES[q.dtype], torch.get_num_threads(),
-    )  # fmt: skip
-=======
     given = delta_rule_addresses(q, k, v, beta, g, begins, kept, (rows, tokens, heads, keys, values), scale)
     _C.delta_rule(*given, state.data_ptr(), out.data_ptr(), False)
->>>>>>> seq
     return out, state
 
 
 def delta_rule_step(q, k, v, beta, g, state, scale):
     record("gated_delta_rule_step", "cpu")
     q, k, v, beta, g = q.contiguous(), k.contiguous(), v.contiguous(), as_float(beta), as_float(g)
-<<<<<<< HEAD
-    out = torch.empty_like(v)
-    _C.delta_rule(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), beta.data_ptr(), address(g), 0, state.data_ptr(),
-        out.data_ptr(), batch, 1, heads, keys, v.shape[-1], scale, True, DTYPE_CODES[q.dtype], torch.get_num_threads(),
-    )  # fmt: skip
-=======
     out, (batch, heads, keys) = torch.empty_like(v), q.shape
     given = delta_rule_addresses(q, k, v, beta, g, None, None, (batch, 1, heads, keys, v.shape[-1]), scale)
     _C.delta_rule(*given, state.data_ptr(), out.data_ptr(), True)
->>>>>>> seq
     torch.autograd.graph.increment_version([state])
     return out
 
@@ -61,7 +46,7 @@ def delta_rule_step(q, k, v, beta, g, state, scale):
 def delta_rule_addresses(q, k, v, beta, g, begins, kept, sizes, scale):
     """What `_C.delta_rule` and its backward pass take first; the tensors are contiguous, and are held by the caller."""
     tensors = (q, k, v, beta, g, begins, kept)
-    return *map(_address, tensors), *sizes, scale, _DTYPE[q.dtype], torch.get_num_threads()
+    return *map(address, tensors), *sizes, scale, DTYPE_CODES[q.dtype], torch.get_num_threads()
 
 
 def memory(
@@ -124,30 +109,15 @@ def memory_arguments(q, k, v, factors, norm, state, kept, position, begins, toke
         kept: weights and biases that are kept in training, or ().
     """
     heads, width = q.shape[-2:]
-<<<<<<< HEAD
-    weights, start, velocity = state
-    layers = range(0, len(weights), 2)
-    parts = [weights, start, velocity or [None] * len(weights)]
-    addresses = [[address(t) for part in parts for t in part[i : i + 2]] for i in layers]
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    # Held until the call returns: the addresses are those of copies, where there had to be one.
-    numbers = [as_float(t) for t in (*factors, *norm[:2])]
-    position = position.contiguous()
-    _C.memory(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), *map(address, numbers), address(begins), addresses,
-        [width, *(weights[i].shape[-1] for i in layers)], position.data_ptr(), out.data_ptr(), len(position), tokens,
-        heads, mini_batch, scale, norm[2], one_token, DTYPE_CODES[q.dtype], torch.get_num_threads(),
-=======
     shapes = kept or state[0]
     layers = range(0, len(shapes), 2)
     parts = [part or [None] * len(shapes) for part in (*state, kept)]
-    addresses = [[_address(t) for part in parts for t in part[i : i + 2]] for i in layers]
+    addresses = [[address(t) for part in parts for t in part[i : i + 2]] for i in layers]
     # The addresses are those of copies, where there had to be one.
     held = [q.contiguous(), k.contiguous(), v.contiguous(), *(as_float(t) for t in (*factors, *norm[:2])), begins]
     position = position.contiguous()
     given = (
-        *map(_address, held), addresses, [width, *(shapes[i].shape[-1] for i in layers)], position.data_ptr(),
-        len(position), tokens, heads, mini_batch, scale, norm[2], _DTYPE[q.dtype], torch.get_num_threads(),
->>>>>>> seq
+        *map(address, held), addresses, [width, *(shapes[i].shape[-1] for i in layers)], position.data_ptr(),
+        len(position), tokens, heads, mini_batch, scale, norm[2], DTYPE_CODES[q.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return (held, position), given

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ttt.ops.backends import record
-from ttt.ops.cpu import _C, _address
+from ttt.ops.cpu import _C, address
 from ttt.ops.sequence.cpu import as_float, delta_rule, delta_rule_addresses, memory, memory_arguments
 
 
@@ -23,7 +23,7 @@ def delta_rule_backward(q, k, v, beta, g, begins, kept, scale, d_out, d_state):
     sizes = (len(d_state), *q.shape[1:], v.shape[-1])
     given = delta_rule_addresses(q, k, v, beta, g, begins, kept, sizes, scale)
     gradients = (d_out, d_state, *found[:4], None if g is None else found[4])
-    _C.delta_rule_backward(*given, [_address(t) for t in gradients])
+    _C.delta_rule_backward(*given, [address(t) for t in gradients])
     return *found, d_state
 
 
