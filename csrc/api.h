@@ -77,11 +77,15 @@ struct LowRankCompress {
   int dtype, threads;
 };
 
+// Of a text in training, the state before each so many tokens is kept for the backward pass.
+constexpr int64_t DELTA_KEPT_TOKENS = 256;
+
 struct DeltaRule {
   const void *q, *k, *v;     // tokens x heads x keys, the same, tokens x heads x values: dtype
   const float *beta, *gate;  // tokens x heads; gate, in logarithms, may be null
   const int64_t* begins;     // sequences + 1: where packed sequences begin; null: each has `tokens` tokens
   float* state;              // sequences x heads x keys x values, updated
+  float* kept;               // states that the backward pass begins at (delta_rule.h); null: none are kept
   void* out;                 // like v
   int64_t sequences, tokens, heads, keys, values;
   float scale;
@@ -89,12 +93,24 @@ struct DeltaRule {
   int dtype, threads;
 };
 
+struct DeltaRuleBackward {
+  DeltaRule forward;   // as it was called; `kept` is read, and `state` and `out` are not used
+  const void* out;     // the gradient of the outputs, dtype
+  float* state;        // of the final state on entry, of the first one afterwards
+  void *q, *k, *v;     // gradients, written: dtype
+  float *beta, *gate;  // likewise; the second is null where there are no gates
+};
+
 struct MemoryLayer {
   float *weight, *bias;              // sequences x heads x inputs x outputs, sequences x heads x outputs; updated
   float *start_weight, *start_bias;  // the same before the present mini-batch
   float *velocity, *velocity_bias;   // the same of the momentum, updated; null without
+  float *kept_weight, *kept_bias;    // weights that the backward pass begins at (memory.h); null: none are kept
   int64_t inputs, outputs;
 };
+
+// Of a text in training, the weights before each so many mini-batches are kept for the backward pass.
+constexpr int64_t MEMORY_KEPT_MINI_BATCHES = 16;
 
 struct Memory {
   const void *q, *k, *v;                 // tokens x heads x width, dtype
@@ -108,6 +124,16 @@ struct Memory {
   float scale, eps;
   bool one_token;  // of each sequence
   int dtype, threads;
+};
+
+struct MemoryBackward {
+  Memory forward;                    // as it was called; of the weights, those that were kept are read
+  const void* out;                   // the gradient of the outputs, dtype
+  float *weight, *bias;              // of the final weights on entry, of the first ones afterwards
+  float *start_weight, *start_bias;  // the same of those before the present mini-batch
+  void *q, *k, *v;                   // gradients, written: dtype
+  float* rate;                       // likewise
+  float *norm_weight, *norm_bias;    // likewise, for each sequence: sequences x heads x width
 };
 
 struct SwigluToken {
@@ -129,7 +155,9 @@ struct Kernels {
   int64_t (*low_rank_compress)(const LowRankCompress&);
   bool (*all_finite)(const void* x, int64_t count, int dtype);
   void (*delta_rule)(const DeltaRule&);
+  void (*delta_rule_backward)(const DeltaRuleBackward&);
   void (*memory)(const Memory&);
+  void (*memory_backward)(const MemoryBackward&);
   void (*swiglu_token)(const SwigluToken&);
 };
 

@@ -11,6 +11,73 @@ namespace {
 // Tokens of a chunk. Products with the state cost the same for each token; those within a chunk grow with its length.
 constexpr int64_t DELTA_CHUNK = 32;
 
+// The chunks from one state that is kept for the backward pass to the next.
+constexpr int64_t DELTA_KEPT = ttt::DELTA_KEPT_TOKENS / DELTA_CHUNK;
+
+// Which of the kept states is the first of a sequence. Sequences have one for each DELTA_KEPT chunks, so that all have
+// at most one for each DELTA_KEPT_TOKENS tokens and one more for each sequence.
+inline int64_t first_kept(int64_t begin, int64_t sequence) { return begin / ttt::DELTA_KEPT_TOKENS + sequence; }
+
+struct DeltaGates {
+  float beta[DELTA_CHUNK];   // beta_i
+  float grown[DELTA_CHUNK];  // e^{G_i}
+  float ratio[DELTA_CHUNK];  // e^{G_C - G_i}
+  float total;               // e^{G_C}
+};
+
+// The errors e = u / beta of `some` tokens from the rows k and v, and the state: (I + L)^-1 (v - diag(e^G) k S) with
+// L_ij = e^{G_i - G_j} k_i.k_j beta_j for j < i. `system` becomes L. Where `plain` is given it becomes L without beta,
+// and where `seen` is, which holds q_i.k_j, scale e^{G_i - G_j} q_i.k_j beta_j.
+inline void delta_errors(const ttt::DeltaRule& a, int64_t first, int64_t some, const float* k, const float* kt,
+                         const float* state, const float* v, float* system, float* plain, float* seen, float* errors,
+                         DeltaGates& gates) {
+  constexpr int64_t cp = (DELTA_CHUNK + VL - 1) / VL * VL;
+  const int64_t kp = whole_vectors(a.keys), vp = whole_vectors(a.values);
+  product_of<kSet>({k, kp, 1}, kt, cp, system, cp, some, whole_vectors(some), a.keys, kLowerResult);
+  product_of<kSet>({k, kp, 1}, state, vp, errors, vp, some, vp, a.keys);
+  float* ratio = gates.ratio;
+  float total = 1.0f;
+  for (int64_t i = 0; i < some; i++) {
+    const float gate = a.gate ? std::exp(a.gate[first + i * a.heads]) : 1.0f;
+    total *= gate;
+    gates.grown[i] = total;
+    gates.beta[i] = a.beta[first + i * a.heads];
+    for (int64_t j = 0; j < i; j++) ratio[j] *= gate;
+    ratio[i] = 1.0f;
+    for (int64_t j = 0; j < i; j++) {
+      const float match = system[i * cp + j] * ratio[j];
+      system[i * cp + j] = match * gates.beta[j];
+      if (plain) plain[i * cp + j] = match;
+    }
+    system[i * cp + i] = 0.0f;
+    for (int64_t j = 0; seen && j <= i; j++) seen[i * cp + j] *= a.scale * ratio[j] * gates.beta[j];
+    // Rows of a register tile read further columns of `seen` than their own.
+    for (int64_t j = i + 1; seen && j < i + TILE_ROWS && j < cp; j++) seen[i * cp + j] = 0.0f;
+    for (int64_t j = 0; j < vp; j += VL)
+      store(errors + i * vp + j, load(v + i * vp + j) - splat(total) * load(errors + i * vp + j));
+  }
+  gates.total = total;
+  solve_lower(system, cp, errors, vp, some, vp);
+}
+
+// Each row times its factor.
+inline void scale_rows(float* rows, const float* factor, int64_t count, int64_t wide) {
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t j = 0; j < wide; j += VL) store(rows + i * wide + j, splat(factor[i]) * load(rows + i * wide + j));
+}
+
+// The state after some tokens; their errors are written over.
+inline void delta_state(const ttt::DeltaRule& a, int64_t some, const float* k, float* errors, const DeltaGates& gates,
+                        float* state) {
+  const int64_t kp = whole_vectors(a.keys), vp = whole_vectors(a.values);
+  float factor[DELTA_CHUNK];
+  for (int64_t i = 0; i < some; i++) factor[i] = gates.ratio[i] * gates.beta[i];
+  scale_rows(errors, factor, some, vp);
+  if (a.gate)
+    for (int64_t i = 0; i < a.keys * vp; i += VL) store(state + i, splat(gates.total) * load(state + i));
+  product_of<kAdd>({k, 1, kp}, errors, vp, state, vp, a.keys, vp, some);
+}
+
 template <class T>
 void delta_rule_sequence(const ttt::DeltaRule& a, int64_t sequence, int64_t head, float* memory) {
   const int64_t keys = a.keys, values = a.values, kp = whole_vectors(keys), vp = whole_vectors(values);
@@ -19,53 +86,34 @@ void delta_rule_sequence(const ttt::DeltaRule& a, int64_t sequence, int64_t head
   float* q = state + keys * vp;
   float* k = q + C * kp;
   float* kt = k + C * kp;
-  float* u = kt + kp * cp;  // the errors
-  float* out = u + C * vp;
+  float* errors = kt + kp * cp;
+  float* out = errors + C * vp;
   float* system = out + C * vp;
   float* seen = system + C * cp;
-  float* ratio = seen + C * cp;  // e^{G_i - G_j}
-  float* grown = ratio + cp;     // e^{G_i}
+  DeltaGates gates;
   const int64_t begin = a.begins ? a.begins[sequence] : sequence * a.tokens;
   const int64_t end = a.begins ? a.begins[sequence + 1] : begin + a.tokens;
   float* held = a.state + (sequence * a.heads + head) * keys * values;
   read_rows(held, values, keys, values, state, vp);
   for (int64_t at = begin; at < end; at += C) {
     const int64_t some = end - at < C ? end - at : C, first = at * a.heads + head;
+    if (a.kept && (at - begin) % ttt::DELTA_KEPT_TOKENS == 0) {
+      const int64_t row = first_kept(begin, sequence) + (at - begin) / ttt::DELTA_KEPT_TOKENS;
+      write_rows(state, vp, keys, values, a.kept + (row * a.heads + head) * keys * values, values);
+    }
     read_rows(static_cast<const T*>(a.q) + first * keys, a.heads * keys, some, keys, q, kp);
     read_rows(static_cast<const T*>(a.k) + first * keys, a.heads * keys, some, keys, k, kp);
     read_rows(static_cast<const T*>(a.v) + first * values, a.heads * values, some, values, out, vp);
     transpose(k, kp, some, kp, kt, cp);
-    product_of<kSet>({k, kp, 1}, kt, cp, system, cp, some, whole_vectors(some), keys, kLowerResult);
     product_of<kSet>({q, kp, 1}, kt, cp, seen, cp, some, whole_vectors(some), keys, kLowerResult);
-    product_of<kSet>({k, kp, 1}, state, vp, u, vp, some, vp, keys);
-    float total = 1.0f;
-    for (int64_t i = 0; i < some; i++) {
-      const float gate = a.gate ? std::exp(a.gate[first + i * a.heads]) : 1.0f, beta = a.beta[first + i * a.heads];
-      total *= gate;
-      grown[i] = total;
-      for (int64_t j = 0; j < i; j++) ratio[j] *= gate;
-      ratio[i] = 1.0f;
-      for (int64_t j = 0; j <= i; j++) {
-        system[i * cp + j] = j < i ? system[i * cp + j] * beta * ratio[j] : 0.0f;
-        seen[i * cp + j] *= a.scale * ratio[j];
-      }
-      // Rows of a register tile read further columns of `seen` than their own.
-      for (int64_t j = i + 1; j < i + TILE_ROWS && j < cp; j++) seen[i * cp + j] = 0.0f;
-      for (int64_t j = 0; j < vp; j += VL)
-        store(u + i * vp + j, splat(beta) * (load(out + i * vp + j) - splat(total) * load(u + i * vp + j)));
-    }
-    solve_lower(system, cp, u, vp, some, vp);
+    delta_errors(a, first, some, k, kt, state, out, system, nullptr, seen, errors, gates);
     product_of<kSet>({q, kp, 1}, state, vp, out, vp, some, vp, keys);
-    for (int64_t i = 0; i < some; i++)
-      for (int64_t j = 0; j < vp; j += VL) store(out + i * vp + j, splat(a.scale * grown[i]) * load(out + i * vp + j));
-    product_of<kAdd>({seen, cp, 1}, u, vp, out, vp, some, vp, some, kLowerLeft);
+    float factor[C];
+    for (int64_t i = 0; i < some; i++) factor[i] = a.scale * gates.grown[i];
+    scale_rows(out, factor, some, vp);
+    product_of<kAdd>({seen, cp, 1}, errors, vp, out, vp, some, vp, some, kLowerLeft);
     write_rows(out, vp, some, values, static_cast<T*>(a.out) + first * values, a.heads * values);
-    if (a.gate) {  // ratio holds e^{G_C - G_j}
-      for (int64_t i = 0; i < some; i++)
-        for (int64_t j = 0; j < vp; j += VL) store(u + i * vp + j, splat(ratio[i]) * load(u + i * vp + j));
-      for (int64_t i = 0; i < keys * vp; i += VL) store(state + i, splat(total) * load(state + i));
-    }
-    product_of<kAdd>({k, 1, kp}, u, vp, state, vp, keys, vp, some);
+    delta_state(a, some, k, errors, gates, state);
   }
   write_rows(state, vp, keys, values, held, values);
 }
@@ -73,7 +121,7 @@ void delta_rule_sequence(const ttt::DeltaRule& a, int64_t sequence, int64_t head
 template <class T>
 void delta_rule(const ttt::DeltaRule& a) {
   const int64_t kp = whole_vectors(a.keys), vp = whole_vectors(a.values), cp = whole_vectors(DELTA_CHUNK);
-  const int64_t floats = a.keys * vp + DELTA_CHUNK * (2 * kp + 2 * vp + 2 * cp + 1) + kp * cp + 2 * cp;
+  const int64_t floats = a.keys * vp + DELTA_CHUNK * (2 * kp + 2 * vp + 2 * cp) + kp * cp;
   const int64_t tasks = a.sequences * a.heads;
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1 && tasks > 1)
   {

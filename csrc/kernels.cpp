@@ -1,6 +1,6 @@
 // Chooses the namespace and vector length by instruction set; the bodies are in commit.h, window_linear.h, low_rank.h,
-// delta_rule.h, memory.h, memory_step.h and large_chunk.h. Compiled once for each instruction set with that set's flags
-// (setup.py), never for the whole library.
+// delta_rule.h, delta_rule_backward.h, memory.h, memory_backward.h, memory_step.h and large_chunk.h. Compiled once for
+// each instruction set with that set's flags (setup.py), never for the whole library.
 #include "api.h"
 
 #if defined(TTT_ISA_AVX512BF16)
@@ -23,19 +23,30 @@
 
 #include "commit.h"
 #include "delta_rule.h"
+#include "delta_rule_backward.h"
 #include "large_chunk.h"
 #include "low_rank.h"
 #include "low_rank_compress.h"
 #include "memory.h"
+#include "memory_backward.h"
 #include "memory_step.h"
 #include "window_linear.h"
 
 namespace ttt {
 
 const Kernels& TTT_TABLE() {
-  static const Kernels table = {
-      TTT_NAME,       run_window_linear, run_commit, run_low_rank_linear, run_low_rank_append, run_low_rank_compress,
-      run_all_finite, run_delta_rule,    run_memory, run_swiglu_token};
+  static const Kernels table = {TTT_NAME,
+                                run_window_linear,
+                                run_commit,
+                                run_low_rank_linear,
+                                run_low_rank_append,
+                                run_low_rank_compress,
+                                run_all_finite,
+                                run_delta_rule,
+                                run_delta_rule_backward,
+                                run_memory,
+                                run_memory_backward,
+                                run_swiglu_token};
   return table;
 }
 

@@ -9,39 +9,10 @@
 #include "api.h"
 #include "gelu.h"
 #include "inner_norm.h"
-#include "scratch.h"
+#include "parts.h"
 #include "sequence_product.h"
 
 namespace {
-
-// Parts of a piece of memory, one after the other. With null they are only counted.
-struct Parts {
-  float* memory;
-  int64_t used;
-
-  float* take(int64_t count) {
-    used += count;
-    return memory == nullptr ? nullptr : memory + used - count;
-  }
-};
-
-// An M for the call `a`, in scratch memory of its own. M's constructor takes the call, and where its parts come from.
-template <class M>
-struct InScratch {
-  Scratch scratch;
-  Parts parts;
-  M memory;
-
-  template <class Call>
-  explicit InScratch(const Call& a) : scratch(floats_of(a)), parts{scratch.get(), 0}, memory(a, &parts) {}
-
-  template <class Call>
-  static int64_t floats_of(const Call& a) {
-    Parts counted = {nullptr, 0};
-    M(a, &counted);
-    return counted.used;
-  }
-};
 
 // Floats between the rows of matrices, a cache line: with a stride of a power of two, the lines of a column of blocks
 // would compete for few places of the first-level cache.
@@ -267,6 +238,26 @@ inline void read_and_write(const HeadMemory& m, const HeadLayer& layer, const fl
   subtract_rows(m, layer, f.newest, m.h, layer.velocity, some);
 }
 
+// The mini-batches from weights that are kept for the backward pass to the next, and which of them are the first of a
+// sequence; see `first_kept` of delta_rule.h.
+constexpr int64_t MEMORY_KEPT = ttt::MEMORY_KEPT_MINI_BATCHES;
+inline int64_t first_kept_memory(const ttt::Memory& a, int64_t begin, int64_t sequence) {
+  return begin / (MEMORY_KEPT * a.mini_batch) + sequence;
+}
+
+// Keeps the weights of a sequence that began a new mini-batch at token `at`, where that is one whose weights are kept.
+inline void keep_weights(const ttt::Memory& a, const HeadMemory& m, int64_t begin, int64_t at, int64_t sequence,
+                         int64_t head) {
+  const int64_t span = MEMORY_KEPT * a.mini_batch;
+  if (a.layers[0].kept_weight == nullptr || (at - begin) % span != 0) return;
+  const int64_t row = (first_kept_memory(a, begin, sequence) + (at - begin) / span) * a.heads + head;
+  for (int64_t l = 0; l < a.depth; l++) {
+    const HeadLayer& layer = m.layers[l];
+    write_matrix(layer, layer.weight, a.layers[l].kept_weight + row * layer.inputs * layer.outputs,
+                 a.layers[l].kept_bias + row * layer.outputs);
+  }
+}
+
 template <class T>
 void memory_text(const ttt::Memory& a, int64_t sequence, int64_t head, HeadMemory& m) {
   const int64_t width = a.width, wide = whole_vectors(width), depth = a.depth, row = sequence * a.heads + head;
@@ -289,6 +280,7 @@ void memory_text(const ttt::Memory& a, int64_t sequence, int64_t head, HeadMemor
     read_rows(static_cast<const T*>(a.k) + first * width, stride, some, width, m.k, wide);
     read_rows(static_cast<const T*>(a.v) + first * width, stride, some, width, m.v, wide);
     for (int64_t i = 0; a.scale != 1.0f && i < some * wide; i += VL) store(m.q + i, splat(a.scale) * load(m.q + i));
+    keep_weights(a, m, begin, at, sequence, head);
     // Where a mini-batch begins, the present weights are its first ones.
     find_rows(a, m, norm, a.rate + first, some, position == 0);
     if (!m.factors.plain)

@@ -6,9 +6,9 @@
 
 namespace {
 
-void delta_rule(address q, address k, address v, address beta, address gate, address begins, address state, address y,
-                int64_t sequences, int64_t tokens, int64_t heads, int64_t keys, int64_t values, float scale,
-                bool one_token, int dtype, int threads) {
+ttt::DeltaRule delta_rule_of(address q, address k, address v, address beta, address gate, address begins, address kept,
+                             int64_t sequences, int64_t tokens, int64_t heads, int64_t keys, int64_t values,
+                             float scale, int dtype, int threads) {
   ttt::DeltaRule a = {};
   a.q = in<void>(q);
   a.k = in<void>(k);
@@ -16,34 +16,71 @@ void delta_rule(address q, address k, address v, address beta, address gate, add
   a.beta = in<float>(beta);
   a.gate = in<float>(gate);
   a.begins = in<int64_t>(begins);
-  a.state = out<float>(state);
-  a.out = out<void>(y);
+  a.kept = out<float>(kept);
   a.sequences = sequences;
   a.tokens = tokens;
   a.heads = heads;
   a.keys = keys;
   a.values = values;
   a.scale = scale;
-  a.one_token = one_token;
   a.dtype = dtype;
   a.threads = threads;
+  return a;
+}
+
+void delta_rule(address q, address k, address v, address beta, address gate, address begins, address kept,
+                int64_t sequences, int64_t tokens, int64_t heads, int64_t keys, int64_t values, float scale, int dtype,
+                int threads, address state, address y, bool one_token) {
+  ttt::DeltaRule a =
+      delta_rule_of(q, k, v, beta, gate, begins, kept, sequences, tokens, heads, keys, values, scale, dtype, threads);
+  a.state = out<float>(state);
+  a.out = out<void>(y);
+  a.one_token = one_token;
   py::gil_scoped_release release;
   active->delta_rule(a);
 }
 
-// weights: of each layer the addresses of the weight, the bias, both before the present mini-batch, and both of the
-// momentum. widths: of the first layer's inputs, then of each layer's outputs.
-void memory(address q, address k, address v, address rate, address gate, address momentum, address norm_weight,
-            address norm_bias, address begins, const std::vector<std::array<address, 6>>& weights,
-            const std::vector<int64_t>& widths, address position, address y, int64_t sequences, int64_t tokens,
-            int64_t heads, int64_t mini_batch, float scale, float eps, bool one_token, int dtype, int threads) {
+// gradients: of the outputs and of the final state, which becomes that of the first one; then those that are written,
+// of q, k, v, beta and the gates.
+void delta_rule_backward(address q, address k, address v, address beta, address gate, address begins, address kept,
+                         int64_t sequences, int64_t tokens, int64_t heads, int64_t keys, int64_t values, float scale,
+                         int dtype, int threads, const std::array<address, 7>& gradients) {
+  ttt::DeltaRuleBackward a = {};
+  a.forward =
+      delta_rule_of(q, k, v, beta, gate, begins, kept, sequences, tokens, heads, keys, values, scale, dtype, threads);
+  a.out = in<void>(gradients[0]);
+  a.state = out<float>(gradients[1]);
+  a.q = out<void>(gradients[2]);
+  a.k = out<void>(gradients[3]);
+  a.v = out<void>(gradients[4]);
+  a.beta = out<float>(gradients[5]);
+  a.gate = out<float>(gradients[6]);
+  py::gil_scoped_release release;
+  active->delta_rule_backward(a);
+}
+
+using LayerAddresses = std::array<address, 8>;
+
+// A call of a memory, with its layers.
+struct MemoryCall {
+  ttt::Memory memory;
   std::vector<ttt::MemoryLayer> layers;
+};
+
+// weights: of each layer the addresses of the weight, the bias, both before the present mini-batch, both of the
+// momentum, and both that are kept in training. widths: of the first layer's inputs, then of each layer's outputs.
+MemoryCall memory_of(address q, address k, address v, address rate, address gate, address momentum, address norm_weight,
+                     address norm_bias, address begins, const std::vector<LayerAddresses>& weights,
+                     const std::vector<int64_t>& widths, address position, int64_t sequences, int64_t tokens,
+                     int64_t heads, int64_t mini_batch, float scale, float eps, int dtype, int threads) {
+  MemoryCall call = {};
   for (size_t l = 0; l < weights.size(); l++) {
-    const auto& [weight, bias, start_weight, start_bias, velocity, velocity_bias] = weights[l];
-    layers.push_back({out<float>(weight), out<float>(bias), out<float>(start_weight), out<float>(start_bias),
-                      out<float>(velocity), out<float>(velocity_bias), widths.at(l), widths.at(l + 1)});
+    const auto& [weight, bias, start_weight, start_bias, velocity, velocity_bias, kept_weight, kept_bias] = weights[l];
+    call.layers.push_back({out<float>(weight), out<float>(bias), out<float>(start_weight), out<float>(start_bias),
+                           out<float>(velocity), out<float>(velocity_bias), out<float>(kept_weight),
+                           out<float>(kept_bias), widths.at(l), widths.at(l + 1)});
   }
-  ttt::Memory a = {};
+  ttt::Memory& a = call.memory;
   a.q = in<void>(q);
   a.k = in<void>(k);
   a.v = in<void>(v);
@@ -53,22 +90,59 @@ void memory(address q, address k, address v, address rate, address gate, address
   a.norm_weight = in<float>(norm_weight);
   a.norm_bias = in<float>(norm_bias);
   a.begins = in<int64_t>(begins);
-  a.layers = layers.data();
+  a.layers = call.layers.data();
   a.position = in<int64_t>(position);
-  a.out = out<void>(y);
   a.sequences = sequences;
   a.tokens = tokens;
   a.heads = heads;
   a.width = widths.at(0);
-  a.depth = static_cast<int64_t>(layers.size());
+  a.depth = static_cast<int64_t>(call.layers.size());
   a.mini_batch = mini_batch;
   a.scale = scale;
   a.eps = eps;
-  a.one_token = one_token;
   a.dtype = dtype;
   a.threads = threads;
+  return call;
+}
+
+void memory(address q, address k, address v, address rate, address gate, address momentum, address norm_weight,
+            address norm_bias, address begins, const std::vector<LayerAddresses>& weights,
+            const std::vector<int64_t>& widths, address position, int64_t sequences, int64_t tokens, int64_t heads,
+            int64_t mini_batch, float scale, float eps, int dtype, int threads, address y, bool one_token) {
+  MemoryCall call = memory_of(q, k, v, rate, gate, momentum, norm_weight, norm_bias, begins, weights, widths, position,
+                              sequences, tokens, heads, mini_batch, scale, eps, dtype, threads);
+  call.memory.out = out<void>(y);
+  call.memory.one_token = one_token;
   py::gil_scoped_release release;
-  active->memory(a);
+  active->memory(call.memory);
+}
+
+// gradients: of the outputs; of the final weight and bias, and of both before the present mini-batch, which become
+// those of the first ones; then those that are written, of q, k, v, the rates, and the norm's weight and bias.
+void memory_backward(address q, address k, address v, address rate, address gate, address momentum, address norm_weight,
+                     address norm_bias, address begins, const std::vector<LayerAddresses>& weights,
+                     const std::vector<int64_t>& widths, address position, int64_t sequences, int64_t tokens,
+                     int64_t heads, int64_t mini_batch, float scale, float eps, int dtype, int threads,
+                     const std::array<address, 11>& gradients) {
+  const MemoryCall call = memory_of(q, k, v, rate, gate, momentum, norm_weight, norm_bias, begins, weights, widths,
+                                    position, sequences, tokens, heads, mini_batch, scale, eps, dtype, threads);
+  const auto& [d_out, weight, bias, start_weight, start_bias, d_q, d_k, d_v, d_rate, d_norm_weight, d_norm_bias] =
+      gradients;
+  ttt::MemoryBackward a = {};
+  a.forward = call.memory;
+  a.out = in<void>(d_out);
+  a.weight = out<float>(weight);
+  a.bias = out<float>(bias);
+  a.start_weight = out<float>(start_weight);
+  a.start_bias = out<float>(start_bias);
+  a.q = out<void>(d_q);
+  a.k = out<void>(d_k);
+  a.v = out<void>(d_v);
+  a.rate = out<float>(d_rate);
+  a.norm_weight = out<float>(d_norm_weight);
+  a.norm_bias = out<float>(d_norm_bias);
+  py::gil_scoped_release release;
+  active->memory_backward(a);
 }
 
 void swiglu_token(address q, address k, address v, address rates, const std::array<address, 3>& weights,
@@ -94,7 +168,11 @@ void swiglu_token(address q, address k, address v, address rates, const std::arr
 
 inline void bind_sequence(py::module_& m) {
   m.def("delta_rule", &delta_rule);
+  m.def("delta_rule_backward", &delta_rule_backward);
+  m.attr("DELTA_KEPT_TOKENS") = ttt::DELTA_KEPT_TOKENS;
   m.def("memory", &memory);
+  m.def("memory_backward", &memory_backward);
+  m.attr("MEMORY_KEPT_MINI_BATCHES") = ttt::MEMORY_KEPT_MINI_BATCHES;
   m.def("swiglu_token", &swiglu_token);
 }
 

@@ -15,8 +15,9 @@ constexpr int TILE_VECTORS = VL == 16 ? 4 : 2;
 
 enum Mode { kSet, kAdd, kSubtract };
 
-// What is known to be zero: nothing; columns of the result above the diagonal; columns of the left factor above it.
-enum Shape { kFull, kLowerResult, kLowerLeft };
+// What is known to be zero: nothing; columns of the result above the diagonal; columns of the left factor above it;
+// those below it.
+enum Shape { kFull, kLowerResult, kLowerLeft, kUpperLeft };
 
 struct Left {
   const float* data;
@@ -67,27 +68,29 @@ inline void product_block(Left a, const float* b, int64_t b_row, float* c, int64
   for (int64_t i = 0; i < rows; i += TILE_ROWS) {
     const int64_t some = rows - i < TILE_ROWS ? rows - i : TILE_ROWS, end = i + some;
     const int64_t wide = shape == kLowerResult && whole_vectors(end) < columns ? whole_vectors(end) : columns;
-    const int64_t deep = shape == kLowerLeft && end < inner ? end : inner;
-    const Left from = {a.data + i * a.by_row, a.by_row, a.by_column};
+    const int64_t skip = shape == kUpperLeft && i < inner ? i : 0;
+    const int64_t deep = (shape == kLowerLeft && end < inner ? end : inner) - skip;
+    const Left from = {a.data + i * a.by_row + skip * a.by_column, a.by_row, a.by_column};
+    const float* right = b + skip * b_row;
     float* to = c + i * c_row;
     switch (some) {
       case 1:
-        product_rows<1, mode>(from, b, b_row, to, c_row, wide, deep);
+        product_rows<1, mode>(from, right, b_row, to, c_row, wide, deep);
         break;
       case 2:
-        product_rows<2, mode>(from, b, b_row, to, c_row, wide, deep);
+        product_rows<2, mode>(from, right, b_row, to, c_row, wide, deep);
         break;
       case 3:
-        product_rows<3, mode>(from, b, b_row, to, c_row, wide, deep);
+        product_rows<3, mode>(from, right, b_row, to, c_row, wide, deep);
         break;
       case 4:
-        product_rows<4, mode>(from, b, b_row, to, c_row, wide, deep);
+        product_rows<4, mode>(from, right, b_row, to, c_row, wide, deep);
         break;
       case 5:
-        product_rows<5, mode>(from, b, b_row, to, c_row, wide, deep);
+        product_rows<5, mode>(from, right, b_row, to, c_row, wide, deep);
         break;
       default:
-        product_rows<6, mode>(from, b, b_row, to, c_row, wide, deep);
+        product_rows<6, mode>(from, right, b_row, to, c_row, wide, deep);
     }
   }
 }
@@ -113,6 +116,21 @@ inline void solve_lower(const float* a, int64_t a_row, float* x, int64_t x_row, 
     for (int64_t r = i + 1; r < i + some; r++)
       for (int64_t s = i; s < r; s++) {
         const vf factor = splat(a[r * a_row + s]);
+        for (int64_t j = 0; j < columns; j += VL)
+          store(x + r * x_row + j, load(x + r * x_row + j) - factor * load(x + s * x_row + j));
+      }
+  }
+}
+
+// x <- (I + a^T)^-1 x for a strictly lower triangular a (rows x rows) and x (rows x columns).
+inline void solve_upper(const float* a, int64_t a_row, float* x, int64_t x_row, int64_t rows, int64_t columns) {
+  for (int64_t i = (rows - 1) / TILE_ROWS * TILE_ROWS; i >= 0; i -= TILE_ROWS) {
+    const int64_t end = rows - i < TILE_ROWS ? rows : i + TILE_ROWS;
+    product_of<kSubtract>({a + end * a_row + i, 1, a_row}, x + end * x_row, x_row, x + i * x_row, x_row, end - i,
+                          columns, rows - end);
+    for (int64_t r = end - 2; r >= i; r--)
+      for (int64_t s = r + 1; s < end; s++) {
+        const vf factor = splat(a[s * a_row + r]);
         for (int64_t j = 0; j < columns; j += VL)
           store(x + r * x_row + j, load(x + r * x_row + j) - factor * load(x + s * x_row + j));
       }

@@ -146,6 +146,13 @@ def test_another_model_is_refused(saved):
         ttt.load(other, path.with_name("none"))
 
 
+def test_layers_of_different_configurations_are_not_saved(tmp_path):
+    layers = [ttt.nn.Linear(4, 4, config=ttt.TTTConfig(lr=lr), name=str(lr)) for lr in (0.1, 0.2)]
+    with pytest.raises(ValueError, match=r"its layers 0 and 1 have different configurations, and a file holds one"):
+        ttt.save(torch.nn.Sequential(*layers), tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
     _, model, path = saved
     before = path.read_bytes()

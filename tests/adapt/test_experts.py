@@ -316,6 +316,21 @@ def test_experts_that_compute_something_else_are_refused():
     ttt.adapt_(model, config())
 
 
+def test_experts_that_cannot_compute_are_refused_with_their_own_error():
+    model = mixture()
+    experts = model.model.layers[0].mlp.experts
+
+    def fails(*args):
+        raise RuntimeError("no product of such numbers")
+
+    experts.forward = fails
+    with pytest.raises(
+        ValueError, match=r"MixtralExperts\) .* cannot be tried \(no product of such numbers\), so it ca"
+    ):
+        ttt.adapt_(model, config())
+    assert experts is model.model.layers[0].mlp.experts
+
+
 def test_experts_of_another_form_are_left_out():
     settings = {**COMMON, "num_local_experts": 4, "intermediate_size": 24, "head_dim": 8}
     model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**settings, layer_types=["full_attention"] * 2))

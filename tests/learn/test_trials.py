@@ -125,3 +125,35 @@ def test_positions_that_count_through_padding_are_refused_and_right_padding_is_n
     assert all(torch.equal(t, after[name]) for name, t in before.items())
     seen = learner.observe(ids, attention_mask=left_padded().flip(1), learn=False)
     torch.testing.assert_close(seen.nll[:1, :7], alone, rtol=1e-4, atol=1e-4)
+
+
+def latent_attention():
+    """A model whose keys and values are computed from what the cache holds, of all tokens, in every chunk."""
+    config = transformers.DeepseekV2Config(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+        first_k_dense_replace=2, max_position_embeddings=64,
+    )  # fmt: skip
+    return transformers.DeepseekV2ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("users", [None, ttt.LowRank(slots=2, rank=2, window=8)])
+def test_layers_that_get_tokens_of_the_cache_again_are_refused_before_a_chunk_is_learnt(users):
+    targets, ids, teaches = ["kv_b_proj", "o_proj"], ids_of(2, 30), torch.ones(2, 30, dtype=torch.bool)
+    named = {"learn_mask": teaches} if users is None else {"users": ["a", "b"]}
+    model = latent_attention()
+    config = plain_config(target_modules=targets, lr=0.01, chunk=8, per_user=users)
+    learner = ttt.Learner(ttt.adapt_(copy.deepcopy(model), config))
+    learner.observe(ids, learn=False, **named)
+    layers = learner.access.layers
+    before = [{name: t.clone() for name, t in layer.named_buffers()} for layer in layers]
+    with pytest.raises(
+        ValueError, match=r"kv_b_proj gets 17 rows for the 8 tokens of a chunk: .* leave it out of target"
+    ):
+        learner.observe(ids, **named)
+    for layer, state in zip(layers, before, strict=True):
+        assert all(torch.equal(t, state[name]) for name, t in layer.named_buffers())
+    if users is None:
+        assert learner.observe(ids).learned == 4  # whose rows they are does not matter
+    config = plain_config(target_modules=targets[1:], lr=0.01, chunk=8, per_user=users)
+    assert ttt.Learner(ttt.adapt_(model, config)).observe(ids, **named).rejected == 0

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -121,6 +122,32 @@ def test_a_learning_block_is_for_one_thread():
         model(torch.randn(2, 4)).sum().backward()
     assert len(failed) == 1
     assert "another thread is in ttt.learning" in failed[0]
+    assert model[0].pending == 2
+
+
+def test_nothing_of_another_thread_is_learnt_while_a_third_one_compiles():
+    """Torch says in all threads that it is compiling, while one of them does."""
+    model = torch.nn.Sequential(ttt.nn.Linear(4, 4, config=plain_config()))
+    compiles, go_on = threading.Event(), threading.Event()
+
+    def slow(graph, inputs):
+        compiles.set()
+        assert go_on.wait(60)
+        return graph
+
+    def elsewhere():
+        model(torch.randn(3, 4, requires_grad=True)).sum().backward()
+
+    with ThreadPoolExecutor(2) as others:
+        compiled = others.submit(torch.compile(lambda x: x + 1, backend=slow), torch.zeros(1))
+        assert compiles.wait(60)
+        try:
+            with ttt.learning(model):
+                model(torch.randn(2, 4)).sum().backward()
+                others.submit(elsewhere).result()
+        finally:
+            go_on.set()
+        assert compiled.result() == 1
     assert model[0].pending == 2
 
 

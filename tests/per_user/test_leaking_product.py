@@ -151,11 +151,11 @@ def test_all_finite_finds_a_single_number(isa, dtype):
         for count in (0, 1, 7, 64, 333):
             x = torch.randn(count + 1).to(dtype)[1:]  # at an odd address
             x[: count // 2] = -largest
-            assert cpu._C.all_finite(x.data_ptr(), count, cpu._DTYPE[dtype])
+            assert cpu._C.all_finite(x.data_ptr(), count, cpu.DTYPE_CODES[dtype])
             for at in range(count):
                 for bad in (torch.inf, -torch.inf, torch.nan, -torch.nan):
                     held, x[at] = x[at].clone(), bad
-                    assert not cpu._C.all_finite(x.data_ptr(), count, cpu._DTYPE[dtype])
+                    assert not cpu._C.all_finite(x.data_ptr(), count, cpu.DTYPE_CODES[dtype])
                     x[at] = held
     finally:
         cpu._C.set_isa(before)

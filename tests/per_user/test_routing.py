@@ -229,6 +229,30 @@ def test_compiled_models_follow_the_block_without_compiling_again(taught):
             torch._dynamo.config.error_on_recompile = False
 
 
+def test_while_another_thread_compiles_users_are_those_of_the_block(taught):
+    """Torch says in all threads that it is compiling, while one of them does."""
+    model, ids, wanted = taught
+    compiles, go_on = threading.Event(), threading.Event()
+
+    def slow(graph, inputs):
+        compiles.set()
+        assert go_on.wait(60)
+        return graph
+
+    compiled = torch.compile(lambda ids: model(ids, use_cache=False).logits, backend=slow)
+    with ThreadPoolExecutor(1) as other, torch.no_grad():
+        found = other.submit(torch.no_grad()(compiled), ids)
+        assert compiles.wait(60)
+        try:
+            assert torch.compiler.is_compiling()
+            for user in ("a", "b", None):
+                with ttt.users(model, [user]):
+                    assert torch.equal(logits(model, ids), wanted[user])
+        finally:
+            go_on.set()
+        torch.testing.assert_close(found.result(), wanted[None], rtol=1e-4, atol=1e-4)
+
+
 def test_a_user_is_not_learnt_while_another_thread_computes_with_them(taught):
     model, ids, _ = taught
     learner = ttt.Learner(model)
@@ -275,6 +299,8 @@ def test_beams_and_returned_sequences_belong_to_the_user_of_their_row(one_thread
         found = model.generate(ids, **options)
         assert found.shape == (3 * options.get("num_return_sequences", 1), 13)
         assert torch.equal(logits(model, ids), torch.cat([logits_of(model, ids, at, u) for at, u in enumerate(users)]))
+        with pytest.raises(ValueError, match=r"must get inputs of shape \(3, \.\.\., n\) for 3 users"):
+            model(ids_of(3 * max(options.get("num_beams", 1), options.get("num_return_sequences", 1)), 5))
     if "do_sample" not in options:
         for at, user in enumerate(users):
             with ttt.users(model, [user]):

@@ -228,3 +228,46 @@ def test_compiled_equals_eager():
 def test_wrong_configurations(options, says):
     with pytest.raises(ValueError, match=says):
         config(**options)
+
+
+def test_a_protected_text_begins_every_cache_and_is_saved(tmp_path):
+    """The text is in the answers of a new cache, the size of a state is as before, and files hold what is protected."""
+    mixers = ["gated-delta", "delta", "ttt-linear"]
+    model, ids, text = new(mixers, protect=5), tokens(), tokens(1, 30)
+    plain = new(mixers)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        close(model(ids).logits, plain(ids).logits)
+        model.calibrate(text)
+        protected = model(ids)
+        assert float((protected.logits - plain(ids).logits).abs().max()) > 1e-2
+        assert cache_of(protected).nbytes == cache_of(plain(ids)).nbytes
+        model.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(again(ids).logits, protected.logits)
+        # A second calibration reads the text as the first did.
+        copies = [t.clone() for t in model.buffers()]
+        model.calibrate(tokens(1, 30))
+        model.calibrate(text)
+    for t, copy in zip(model.buffers(), copies, strict=True):
+        assert torch.equal(t, copy)
+
+
+def test_what_calibrate_refuses_changes_no_bit():
+    model = new(["gated-delta", "delta", "window"], protect=4)
+    model.calibrate(tokens(1))
+    before = [t.clone() for t in model.buffers()]
+    for wrong in (tokens(2), tokens(1, 0)):
+        with pytest.raises(ValueError, match=r"input_ids must be \(1, at least 1\), got "):
+            model.calibrate(wrong)
+    with pytest.raises(IndexError):
+        model.calibrate(torch.tensor([[1, 50]]))
+    torch.nn.init.constant_(model.model.layers[1].mixer_norm.weight, torch.nan)
+    with pytest.raises(ValueError, match="x must be finite inputs"):
+        model.calibrate(tokens(1))
+    for t, copy in zip(model.buffers(), before, strict=True):
+        assert torch.equal(t, copy)
+    with pytest.raises(ValueError, match="calibrate needs a configuration with protect > 0"):
+        new().calibrate(tokens(1))
+    with pytest.raises(ValueError, match="protect must be a whole number of at least 0, got -1"):
+        config(protect=-1)

@@ -281,6 +281,10 @@ def test_a_state_of_another_model_is_refused(model, tmp_path):
     assert reader_of(model).name != reader_of(other).name
     assert reader_of(model).name != reader_of(tiny_sequence_model(mini_batch=3)).name
     assert reader_of(model).name == reader_of(tiny_sequence_model()).name
+    protected = tiny_sequence_model(protect=4)
+    before = reader_of(protected).name
+    protected.calibrate(torch.randint(0, 256, (1, 9)))
+    assert reader_of(protected).name != before
 
 
 def test_slots_that_are_taken_and_other_models_are_refused(model):

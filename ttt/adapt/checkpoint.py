@@ -112,9 +112,14 @@ def _bytes_of_model(model: nn.Module, processes: list[SharedSide]) -> bytes:
         base = {key: t.detach().cpu().contiguous() for key, t in layer.gathered(earlier).items()}
         found[canonical(full)] = layer, state, base
     base_sha256 = base_hash(model)
-    config = json.dumps(layers[0][1].config.to_dict())
+    first, config = layers[0][0], json.dumps(layers[0][1].config.to_dict())
     tensors: State = {}
     with together(processes, "ttt.save"):
+        if other := [full for full, layer in layers if layer.config != layers[0][1].config]:
+            raise ValueError(
+                f"model cannot be saved: its layers {first} and {other[0]} have different configurations, and a file "
+                "holds one"
+            )
         validate.config_of(config, "model cannot be saved: its configuration")
         for name, (layer, state, base) in found.items():
             validate.check_state(f"model cannot be saved: layer {name}", _trial_layer(layer), state, base)

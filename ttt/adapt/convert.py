@@ -57,10 +57,10 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
 
     Raises:
         TypeError: if ``model`` is no module, ``config`` no `TTTConfig`, or ``filter_fn`` no function.
-        ValueError: if nothing matches (the error lists the nearest names), the model is adapted already, it is a linear
-            layer itself, which cannot be replaced in place, or a match cannot learn: tied weights, 3-D expert
-            parameters, a quantized weight without ``config.per_user``, a dtype or module type without support, a weight
-            with NaN or infinity.
+        ValueError: if nothing matches (the error lists the nearest names), the model, a part of it or a larger one that
+            holds it is adapted already, it is a linear layer itself, which cannot be replaced in place, or a match
+            cannot learn: tied weights, 3-D expert parameters, a quantized weight without ``config.per_user``, a dtype
+            or module type without support, a weight with NaN or infinity.
         MemoryError: if there is too little memory for the state of the layers (on a GPU torch.OutOfMemoryError).
     """
     check_model(model)
@@ -86,7 +86,7 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
         for name, module in chosen:
             layers[name].train(module.training)
             for layer in getattr(layers[name], "layers", [layers[name]]):  # of experts, each of their matrices
-                layer.share = share
+                layer.share, layer.placed = share, True
             placed.append((name, module))
             _set_module(model, name, layers[name])
         for p in model.parameters():
@@ -223,18 +223,19 @@ def learning_layers(model: nn.Module) -> list[tuple[str, Linear]]:
     return [(name, module) for name, module in modules if isinstance(module, Linear)]
 
 
-def require_layers(model: nn.Module, *, sharded: bool = False) -> list[Linear]:
+def require_layers(model: nn.Module, *, sharded: bool = False, replicated: bool = False) -> list[Linear]:
     """The learning layers of ``model``.
 
     Args:
         sharded: whether layers that are sharded over processes (`ttt.nn.parallel`) will do, or whole ones in a model
             that FSDP2 shards.
+        replicated: whether those of a model in DistributedDataParallel will do.
 
     Raises:
-        TypeError: if ``model`` is no module. ValueError: if there is none, the model is wrapped for data parallelism,
-            or a layer is sharded and that will not do.
+        TypeError: if ``model`` is no module. ValueError: if there is none, the model is wrapped for data parallelism
+            and that will not do, or a layer is sharded and that will not do.
     """
-    refuse_parallel(check_model(model), fsdp=sharded)
+    refuse_parallel(check_model(model), fsdp=sharded, ddp=replicated)
     layers = [layer for _, layer in learning_layers(model)]
     if not sharded:
         refuse_sharded(model, "this call")

@@ -9,19 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt.adapt.sharding import HOW_TO_IGNORE, local, sharding_of, shards_fully
+from ttt.adapt.sharding import HOW_TO_IGNORE, is_replicated, local, sharding_of, shards_fully
 from ttt.nn.base import DTYPES, Adapted, absent
-from ttt.nn.experts import STACKS, is_gated, is_stack
+from ttt.nn.experts import STACKS, is_stack, why_not_gated
 from ttt.nn.parallel import is_sharded
 from ttt.nn.quantized import quantized, why_not
 from ttt.nn.row_blocks import can_be_cut, is_subclass
 from ttt.ops.dtypes import accumulation
 
-_PARALLEL = {
-    "DistributedDataParallel": "its replicas would learn from different tokens and drift apart",
-    "DataParallel": "its replicas would learn in copies that are thrown away",
-    "FullyShardedDataParallel": "it holds a part of each weight only",
-    "FSDPModule": "this needs all weights, of which it holds a part (FSDP2)",
+_ALONE = "adapt the model without it, and learn in one process"
+_PARALLEL = {  # why it is not supported, and what to do
+    "DistributedDataParallel": (
+        "its replicas would learn from different tokens and drift apart",
+        "adapt the model that it wraps, and learn from what all processes read: ttt.Learner(model, "
+        "data_parallel=True) of the model that it wraps, or `with ttt.learning(model, data_parallel=True):`",
+    ),
+    "DataParallel": ("its replicas would learn in copies that are thrown away", _ALONE),
+    "FullyShardedDataParallel": ("it holds a part of each weight only", _ALONE),
+    "FSDPModule": ("this needs all weights, of which it holds a part (FSDP2)", _ALONE),
 }
 
 
@@ -36,12 +41,16 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def refuse_parallel(model: nn.Module, *, fsdp: bool = False) -> None:
+def refuse_parallel(model: nn.Module, *, fsdp: bool = False, ddp: bool = False) -> None:
     """Raise ValueError if ``model`` is prepared for several processes, with which learning would not be right.
 
-    ``fsdp``: whether FSDP2 is right, as long as it leaves the layers that learn whole.
+    Args:
+        fsdp: whether FSDP2 is right, as long as it leaves the layers that learn whole.
+        ddp: whether it may be wrapped by DistributedDataParallel.
     """
     for name, module in model.named_modules():
+        if ddp and is_replicated(module):
+            continue
         if isinstance(module, Adapted) and any(map(is_sharded, module._parameters.values())):
             way = "shard a model before ttt.adapt_"
             if shards_fully(model):
@@ -54,10 +63,8 @@ def refuse_parallel(model: nn.Module, *, fsdp: bool = False) -> None:
             if kind.__name__ == "FSDPModule" and fsdp:
                 continue
             if kind.__name__ in _PARALLEL and kind.__module__.startswith("torch."):
-                raise ValueError(
-                    f"{name or 'model'} is a {kind.__name__}, which is not supported: {_PARALLEL[kind.__name__]}; "
-                    "adapt the model without it, and learn in one process"
-                )
+                why, way = _PARALLEL[kind.__name__]
+                raise ValueError(f"{name or 'model'} is a {kind.__name__}, which is not supported: {why}; {way}")
 
 
 def unfit_type(name: str, module: Any) -> str:
@@ -133,10 +140,10 @@ class Weights:
                 )
             for stack in STACKS:
                 self._refuse_weight(f"{name}.{stack}", getattr(module, stack))
-            if not is_gated(module):
+            if why := why_not_gated(module):
                 raise ValueError(
-                    f"{name} ({type(module).__name__}) is a stack of experts that computes something else than "
-                    "down(act(gate(x)) * up(x)), so it cannot be adapted; leave it out"
+                    f"{name} ({type(module).__name__}) is a stack of experts that {why}, so it cannot be adapted; "
+                    "leave it out"
                 )
             return
         if why := unfit(name, module, per_user):

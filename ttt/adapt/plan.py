@@ -16,8 +16,9 @@ from ttt.adapt.sharding import refuse_config
 from ttt.adapt.stacks import in_layers, outside_language
 from ttt.checks import check_layers, check_names
 from ttt.config import TTTConfig
+from ttt.nn.base import Adapted
 from ttt.nn.bnb import mixes_rows
-from ttt.nn.experts import is_gated, is_stack
+from ttt.nn.experts import is_stack, why_not_gated
 from ttt.nn.parallel import is_sharded
 from ttt.nn.quantized import quantized, why_blocked
 
@@ -50,6 +51,7 @@ def make_plan(model: nn.Module, config: TTTConfig, filter_fn: FilterFn | None) -
     """
     refuse_parallel(model, fsdp=True)
     refuse_bare(model)
+    refuse_adapted(model)
     check_names("target_modules", config.target_modules)
     check_layers("layers", config.layers)
     candidates = [(name, module) for name, module in model.named_modules() if is_linear(module)]
@@ -168,6 +170,19 @@ def refuse_bare(model: nn.Module) -> None:
         )
 
 
+def refuse_adapted(model: nn.Module) -> None:
+    """Raise ValueError if a part of ``model`` is adapted, or a larger model of which it is a part.
+
+    Its layers would have two configurations, of which a learner and a file take one, and two shares of a step.
+    """
+    placed = [name for name, module in model.named_modules() if isinstance(module, Adapted) and module.placed]
+    if placed:
+        raise ValueError(
+            f"{placed[0]} was adapted before, with a part of this model or with a larger model that holds this one; "
+            "adapt all layers that are to learn in one call, after ttt.restore_ of what was adapted"
+        )
+
+
 # -- names --------------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +262,7 @@ def _left_out(model: nn.Module, candidates: list[tuple[str, nn.Module]], per_use
         if parameter.ndim == 3 and "expert" in name.lower():
             holder, shape = name.rpartition(".")[0], tuple(parameter.shape)
             stack = model.get_submodule(holder)
-            can = not per_user and is_stack(stack) and is_gated(stack)
+            can = not per_user and is_stack(stack) and not why_not_gated(stack)
             found[name] = f"a stack of experts of shape {shape}, which " + (
                 f"is adapted if target_modules names {holder.rpartition('.')[2]!r}" if can else "cannot be adapted"
             )

@@ -36,11 +36,22 @@ def is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def is_replicated(model: Any) -> bool:
+    """Whether ``model`` is wrapped by torch's DistributedDataParallel."""
+    return is_distributed() and isinstance(model, nn.parallel.DistributedDataParallel)
+
+
 def refuse_unjoined(model: nn.Module) -> None:
     """Raise ValueError unless ``model`` can learn with ``data_parallel=True``: each process from a text of its own."""
-    if not shards_fully(model):
+    if not is_distributed():
         raise ValueError(
-            "data_parallel must be False for a model that FSDP2 does not shard: nothing says which processes share it"
+            "data_parallel must be False in a process that belongs to no group: nothing says which processes share the "
+            "model; call torch.distributed.init_process_group in each of them first"
+        )
+    if not shards_fully(model) and any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            "data_parallel must be False for a model of which a part is sharded, but not by FSDP2 (tensor "
+            "parallelism): all processes that share it must read the same text"
         )
     if any(isinstance(module, LowRankLinear) for module in model.modules()):
         raise ValueError(
@@ -54,10 +65,14 @@ def refuse_unjoined(model: nn.Module) -> None:
         )
 
 
-def processes_of(model: nn.Module) -> list[SharedSide]:
+def processes_of(model: nn.Module, joins: bool = False) -> list[SharedSide]:
     """A side for each group of processes over which ``model`` is sharded, in which all must do the same.
 
     They are those of its learning layers, and of all other parameters that are sharded. Empty for one process.
+
+    Args:
+        joins: whether each process learns from what all have read (``data_parallel``). If nothing is sharded, the
+            processes are then those of DistributedDataParallel, which may wrap the model, or of the default group.
     """
     if not is_distributed():
         return []
@@ -73,6 +88,12 @@ def processes_of(model: nn.Module) -> list[SharedSide]:
             for dim in range(mesh.ndim):
                 group = mesh.get_group(dim)
                 found.setdefault(id(group), SharedSide(group, (1,) * mesh.size(dim), each.to_local().device))
+    if joins and not found:
+        each = model
+        default = torch.distributed.group.WORLD
+        replicas: Any = each.process_group if is_replicated(model) else default
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        return [SharedSide(replicas, (1,) * torch.distributed.get_world_size(replicas), device)]
     return list(found.values())
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttt.nn.base import is_traced
 from ttt.nn.own_gradient import is_own_gradient
 
 
@@ -55,7 +56,7 @@ def other_hooks(module: nn.Module) -> bool:
 
 def _watch(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """The forward hook: ``output`` with a loss whose backward pass raises, if it holds one without a gradient."""
-    if not module.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not module.training or not torch.is_grad_enabled() or is_traced():
         return None
     if isinstance(output, dict):
         if _is_frozen(output.get("loss")):

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ttt.adapt.convert import refuse_sharded
 from ttt.atomic import whole_write
 from ttt.checks import check_bool, check_number, check_type, check_whole
 from ttt.experts import columns, scoring
@@ -121,7 +120,7 @@ class GrowingLearner:
             raise ValueError("learner must have no log of episodes: a study would change whatever column is active")
         if learner.guard is not None:
             raise ValueError("learner must have no guard: its last good state would be another column's")
-        refuse_sharded(learner.model, "ttt.GrowingLearner")
+        learner.access.refuse_several("ttt.GrowingLearner")
         if routed := [layer.name for layer in learner.layers if layer.routed]:
             raise ValueError(f"learner must have no experts of a mixture among its layers, got {routed[0]} and others")
         self.rank, self.budget = check_whole("rank", rank, 1), check_whole("budget", budget, 1)

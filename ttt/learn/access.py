@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt.adapt.convert import kept_originals, require_layers
+from ttt.adapt.convert import kept_originals, refuse_sharded, require_layers
 from ttt.adapt.fit import refuse_parallel
 from ttt.adapt.sharding import is_distributed, is_fully_sharded, processes_of, refuse_unjoined, shards_fully
 from ttt.atomic import refuse_torn
@@ -38,10 +38,11 @@ class Access:
         layers: the learning layers, in the model's order; of a model for many users, those of its pool.
         single_layers: the same for one set of weights; empty for a model with users.
         config: of the layers.
-        processes: for each group of processes over which the model is sharded, what its members exchange tensors by
+        processes: for each group of processes that share the model, what its members exchange tensors by
             (`ttt.nn.parallel.SharedSide`); empty for one process.
-        replicas: the same as ``processes`` if FSDP2 shards the model, and otherwise empty. With FSDP2 each process
-            holds the whole of every learning layer, so that all must learn from the same rows, and all users' slots.
+        replicas: the same as ``processes`` if FSDP2 shards the model or ``joins``, and otherwise empty. Then each
+            process holds the whole of every learning layer, so that all must learn from the same rows, and all users'
+            slots.
         joins: whether these rows are those of all processes, each of which reads a text of its own.
     """
 
@@ -54,10 +55,11 @@ class Access:
         if self.pool is not None:
             self.layers = list(self.pool.layers.values())
         self.config = self.layers[0].config
-        self.processes = processes_of(model)
-        self.replicas = self.processes if shards_fully(model) else []
         if data_parallel:
             refuse_unjoined(model)
+        self.processes = processes_of(model, data_parallel)
+        self.replicas = self.processes if data_parallel or shards_fully(model) else []
+        self._sharded = any(map(is_sharded, model.parameters()))
         self._originals = kept_originals(model)
         self._require_in_place()
         self._modules = list(model.modules())  # listing them takes longer than looking at them
@@ -121,6 +123,12 @@ class Access:
         """`ttt.nn.parallel.require_same` in all processes over which the model is sharded."""
         require_same(self.processes, what, *values, **named)
 
+    def refuse_several(self, what: str) -> None:
+        """Raise ValueError if several processes share the model, with which ``what`` cannot work."""
+        refuse_sharded(self.model, what)
+        if self.joins:
+            raise ValueError(f"data_parallel must be False for {what}, which does not join what several processes read")
+
     def _require_in_place(self) -> None:
         """Raise ValueError if something took the place of a learning layer, or of its weight, after `adapt_`."""
         advice = "as when a model is quantized. Quantize the model first, then adapt it"
@@ -162,6 +170,6 @@ class Access:
         kinds = zip(self._kinds, map(type, self._modules), strict=True)
         if any(new is not old and is_fully_sharded(new) for old, new in kinds):
             return True
-        if self.processes or not is_distributed():
+        if self._sharded or not is_distributed():
             return False
         return any(is_sharded(p) for module in self._modules for p in module._parameters.values())

@@ -14,7 +14,7 @@ from ttt.adapt.sharding import processes_of, refuse_unjoined, shards_fully
 from ttt.atomic import whole_write
 from ttt.checks import check_bool
 from ttt.layer_lock import exclusive
-from ttt.learn.data_parallel import joined_rows
+from ttt.learn.data_parallel import joined_rows, learnt_together, refuse_other_replicas
 from ttt.learn.step import refuse_other_updates, write
 from ttt.nn import Capturing
 from ttt.nn.graph_steps import forbid_capture
@@ -77,32 +77,41 @@ def learning(model: nn.Module, *, data_parallel: bool = False) -> Iterator[Learn
     whose learning layers are whole in each process, that is checked.
 
     Args:
-        data_parallel: whether each process of a model that FSDP2 shards differentiates the loss of inputs of its own.
-            All then learn from all inputs, as from one batch.
+        data_parallel: whether each process differentiates the loss of inputs of its own, and all learn from all inputs,
+            as from one batch. The processes are those over which FSDP2 shards the model, those of
+            DistributedDataParallel if that wraps it, or the default group of torch.distributed; all must hold the same
+            model, to the bit.
 
     Raises:
         TypeError, ValueError: if ``model`` is no module, or has no learning layer; if processes of FSDP2 would learn
-            from other tokens; or if ``data_parallel`` is no bool, or True without FSDP2. Nothing has changed then.
+            from other tokens; if ``data_parallel`` is no bool; or if it is True in a process without a group, for
+            layers that are sharded or captured in a CUDA graph, or where the processes hold different models. Nothing
+            has changed then.
         FloatingPointError: if a gradient is not finite; nothing has changed then.
         RuntimeError: if another thread is learning with these layers, or a write to them ended half-way.
     """
-    layers, result = require_layers(model, sharded=True), LearningResult()
-    processes = processes_of(model)
+    joins = check_bool("data_parallel", data_parallel)
+    layers, result = require_layers(model, sharded=True, replicated=joins), LearningResult()
+    processes = processes_of(model, joins)
     with contextlib.ExitStack() as held:
         with together(processes, "ttt.learning"):
-            if check_bool("data_parallel", data_parallel):
+            if joins:
                 refuse_unjoined(model)
             held.enter_context(exclusive(layers, "ttt.learning"))
-        with Capturing(layers) as capturing, torch.enable_grad():
+            if joins and any(layer.capturable is not None for layer in layers):
+                raise ValueError("data_parallel must be False for layers that are captured in a CUDA graph")
+        with Capturing(layers, joins) as capturing, torch.enable_grad():
             yield result
             captured = capturing.renew()
         require_same(processes, "data_parallel", data_parallel)
+        if joins:
+            refuse_other_replicas(processes, model, layers)
         updates = []
         for layer, rows in zip(layers, captured, strict=True):
-            given = joined_rows(processes, layer, (rows, None, None)) if data_parallel else (rows,)
+            given = joined_rows(processes, layer, (rows, None, None)) if joins else (rows,)
             if (update := layer.update_from(*given)) is not None:
                 updates.append((layer, update))
-        if processes and shards_fully(model) and not data_parallel:
+        if processes and shards_fully(model) and not joins:
             refuse_other_updates(processes, updates)
         if any(layer.capturable is not None for layer in layers):
             finite = [update.finite.view(1) for _, update in updates]
@@ -114,3 +123,5 @@ def learning(model: nn.Module, *, data_parallel: bool = False) -> Iterator[Learn
                 if not bool(update.finite):
                     raise FloatingPointError(f"the gradient at {layer.name or layer} is not finite; nothing was learnt")
         write(updates)
+        if joins:
+            learnt_together(layers)

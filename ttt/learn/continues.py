@@ -6,8 +6,11 @@ transformers begin anew with every chunk. Some decoders count positions through 
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 
 from ttt.learn.huggingface import cache_of, cached, masked_inputs
 from ttt.learn.text import Text
+from ttt.nn.base import Adapted
 
 _FIRST, _THEN = 9, 8  # tokens of the two chunks of the trial
 _PADDING = 3
@@ -24,22 +28,24 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # relative error of the
 _passed: weakref.WeakKeyDictionary[nn.Module, tuple[Any, set[str]]] = weakref.WeakKeyDictionary()
 
 
-def trials_for(text: Text, chunk: int, context: int) -> set[str]:
+def trials_for(text: Text, chunk: int, context: int, chooses: bool = False) -> set[str]:
     """Names of what a model must be able to do to read ``text`` in chunks of ``chunk`` tokens.
 
-    Where each segment has one chunk, nothing need go on from a cache. Padding matters before a token only.
+    Where each segment has one chunk, nothing need go on from a cache. Padding matters before a token only. ``chooses``:
+    whether some rows of the text teach and others not, or not the same user.
     """
     wanted = {"causal"} | ({"goes on"} if chunk < context else set())
     if text.attend is not None and bool((text.attend[:, 1:] & ~text.attend[:, :-1]).any()):
         wanted.add("padding")
-    return wanted
+    return wanted | ({"rows"} if chooses else set())
 
 
 def refuse_unreadable(model: Any, trials: set[str], chunk: int, context: int) -> None:
     """Raise ValueError if ``model`` sees later tokens, or computes something else in chunks or behind padding.
 
-    It reads a few tokens in one piece, and again with another last one; if its cache holds recurrent states, and not
-    keys and values only, also in two chunks; and behind padding. What it has passed is not tried again while its
+    Also if one of its layers that learn gets other rows than one for each token of a chunk, where it matters whose they
+    are. It reads a few tokens in one piece, and again with another last one; in two chunks, if its cache holds
+    recurrent states, and not keys and values only; and behind padding. What it has passed is not tried again while its
     structure is the same.
 
     Args:
@@ -92,11 +98,42 @@ def _try(model: Any, trials: set[str], chunk: int, context: int) -> None:
                     f"chunk = {chunk} at least as large as the learner's context of {context} tokens, so that each "
                     "text is read in one piece, or learn by ttt.learning(model)"
                 )
+    if "rows" in trials:
+        _refuse_other_rows(model, ids.split([_FIRST, _THEN], 1) if chunk < context else [ids])
     if "padding" in trials and (error := _differ(_behind_padding(model, ids), wanted)):
         raise ValueError(
             f"{name} computes something else behind padding than without it (relative error {error:.2g}): its "
             "positions cannot be given, or count through padding. Put padding on the right, or give texts of one length"
         )
+
+
+def _refuse_other_rows(model: nn.Module, chunks: Sequence[Tensor]) -> None:
+    """Raise ValueError unless each layer of ``model`` that learns gets one row for each token of the ``chunks``.
+
+    Latent attention, as that of DeepSeek, computes keys and values of all tokens in the cache anew.
+    """
+    seen: Counter[str] = Counter()
+
+    def count(name: str, layer: nn.Module, args: Any) -> None:
+        seen[name] += args[0].shape[:-1].numel()
+
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, Adapted) and not getattr(m, "routed", 0)]
+    hooks = [layer.register_forward_pre_hook(functools.partial(count, name)) for name, layer in layers]
+    try:
+        cache: Any = None
+        for chunk in chunks:
+            seen.clear()
+            cache = cache_of(model(input_ids=chunk, **cached(model, cache)))
+            for name, rows in seen.items():
+                if rows != chunk.shape[1]:
+                    raise ValueError(
+                        f"{name} gets {rows} rows for the {chunk.shape[1]} tokens of a chunk: where users have weights "
+                        "of their own, or a mask says which tokens teach, layers must get one row for each token; "
+                        "leave it out of target_modules"
+                    )
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _behind_padding(model: Any, ids: Tensor) -> Tensor:

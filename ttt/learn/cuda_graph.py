@@ -62,6 +62,7 @@ class GraphedLearner:
         check_type("learner", learner, Learner, "a ttt.Learner")
         check_bool("graph", graph)
         learner.require_single("GraphedLearner", "Learner.observe(input_ids, users=[...])")
+        learner.access.refuse_several("ttt.GraphedLearner")
         if learner.rules:
             names = [type(rule).__name__ for rule in learner.rules]
             raise ValueError(f"learner must have no rules, whose terms cannot be captured, got {names}")

@@ -52,9 +52,12 @@ class Learner(Keeping):
             inputs and settings are those of one guard for each user (`ttt.per_user.guards.UserGuards`).
         episodes: keeps the text that `observe` learns from, for `study`; None to keep nothing. It serves one model.
             What a ``guard`` takes back is taken out of it.
-        data_parallel: whether each process of a model that FSDP2 shards reads texts of its own, all of one shape. All
-            learn from all texts, what a single process would learn from them in one batch. Calibration and the guard
-            take the same inputs in all processes, and `generate` does not learn.
+        data_parallel: whether each process reads texts of its own, all of one shape, and all learn from all texts, what
+            a single process would learn from them in one batch. The processes are those over which FSDP2 shards the
+            model, or the default group of torch.distributed, each of which then holds the whole model, the same to the
+            bit; of one in DistributedDataParallel give the model that it wraps. All of them must give this argument,
+            and make the same calls. Calibration and the guard take the same inputs in all processes, and `generate`
+            does not learn.
 
     Raises:
         TypeError: if ``model`` is no module, ``guard`` no `ttt.Guard`, ``episodes`` no `ttt.EpisodeLog`, or one of
@@ -138,7 +141,7 @@ class Learner(Keeping):
                     learn_mask=text.rows, users=None if users is None else tuple(users), passes=passes,
                     emphasis=emphasis, learn=learn,
                 )  # fmt: skip
-            self._try_model(text)
+            self._try_model(text, learn)
             if learn and not self._looked_for_protection:
                 self._looked_for_protection = True
                 protection.warn_if_none(self.config, self.access.layers[0])
@@ -182,7 +185,7 @@ class Learner(Keeping):
         with self.access.enter("Learner.observe_in_steps"):
             text = _emphasised(check_tokens(self.model, input_ids, attention_mask, learn_mask), passes, emphasis)
             check_users(users, len(text.ids))
-            self._try_model(text)
+            self._try_model(text, learns=True)
         return observe_in_steps(self, pool, text, users, passes)
 
     def generate(
@@ -250,7 +253,7 @@ class Learner(Keeping):
                     )
             given = (max_new_tokens, learn_prompt, learn_output, learn_every, do_sample, eos_token_id, cache is None)
             self.access.require_same("input_ids, attention_mask and options", text.ids, text.attend, *given)
-            self._try_model(text)
+            self._try_model(text, learn_prompt or learn_output)
             return generate(self, text, options)
 
     def study(

@@ -205,7 +205,10 @@ def _update(layer: LowRankLinear, pairs: list[tuple[Tensor, Tensor]], users: Ten
     """What ``layer`` can learn from the (x, delta) ``pairs`` of a backward pass on tokens of ``users`` (T,)."""
     x, delta = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     if len(x) != len(users):
-        raise ValueError(f"{layer.name} saw {len(x)} rows of {len(users)} tokens: users need every token seen once")
+        raise ValueError(
+            f"{layer.name} saw {len(x)} rows of {len(users)} tokens: users need every token seen once; leave it out of "
+            "target_modules"
+        )
     x, delta = (t.to(layer.weight.dtype).contiguous() for t in (x, delta))
     changed, damped, steps = layer.steps(x, delta, users)
     lowers = own_loss.users_decreases((x, delta), (changed, damped), steps.eta, users) if emphasised else None

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ttt.adapt.convert import refuse_sharded
 from ttt.adapt.sharding import processes_of
 from ttt.checks import check_model, check_type, check_whole
 from ttt.learn.access import Access
 from ttt.learn.continues import refuse_unreadable, trials_for
+from ttt.learn.data_parallel import refuse_other_replicas
 from ttt.learn.episodes import EpisodeLog
 from ttt.learn.guard import Guard
 from ttt.learn.head import HeadSplit
@@ -37,7 +37,7 @@ class Prepared:
         data_parallel: bool = False,
     ) -> None:
         with contextlib.ExitStack() as held:
-            with together(processes_of(check_model(model)), "ttt.Learner"):
+            with together(processes_of(check_model(model), data_parallel is True), "ttt.Learner"):
                 if guard is not None:
                     check_type("guard", guard, Guard, "a ttt.Guard or None")
                 if episodes is not None:
@@ -51,7 +51,7 @@ class Prepared:
                 self.access = Access(model, data_parallel)
                 for name, given in (("rules", rules), ("episodes", episodes)):
                     if given:
-                        refuse_sharded(model, f"ttt.Learner({name}=...)")
+                        self.access.refuse_several(f"ttt.Learner({name}=...)")
                 self.pool, self.layers, self.config = self.access.pool, self.access.single_layers, self.access.config
                 if context is None:
                     context = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 2048
@@ -75,6 +75,8 @@ class Prepared:
                 held.enter_context(self.access.enter("Learner", repairs=True))
             given = [] if guard is None else guard.given()
             self.access.require_same("context, guard and data_parallel", self.context, data_parallel, *given)
+            if data_parallel:
+                refuse_other_replicas(self.access.replicas, model, self.layers)
             self.guard: Guard | None = None
             self.user_guards: UserGuards | None = None
             self.episodes = episodes
@@ -94,11 +96,12 @@ class Prepared:
                     self.pool.episodes = episodes
                 undo.pop_all()
 
-    def _try_model(self, text: Text) -> None:
-        """Raise ValueError, before ``text`` is read, if the model cannot read it chunk by chunk."""
-        trials = trials_for(text, self.config.chunk, self.context)
-        if self.access.joins and self.access.anywhere("padding" in trials):
-            trials.add("padding")
+    def _try_model(self, text: Text, learns: bool) -> None:
+        """Raise ValueError, before ``text`` is read, if the model cannot read it, or learn from it, chunk by chunk."""
+        chooses = learns and (self.pool is not None or text.rows is not None)
+        trials = trials_for(text, self.config.chunk, self.context, chooses)
+        if self.access.joins:  # their forward passes may be those of all processes
+            trials |= {name for name in ("padding", "rows") if self.access.anywhere(name in trials)}
         if not trials <= self._tried:
             refuse_unreadable(self.model, trials, self.config.chunk, self.context)
             self._tried |= trials

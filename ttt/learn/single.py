@@ -48,7 +48,7 @@ class SingleWeights:
             teaches = learner.access.anywhere(teaches)
         ruled = teaches and bool(learner.rules)
         inputs = span.inputs() | cached(learner.model, self.cache if span.start else None)
-        capturing: Any = Capturing(learner.layers) if teaches else contextlib.nullcontext()
+        capturing: Any = Capturing(learner.layers, learner.access.joins) if teaches else contextlib.nullcontext()
         finite = True
         with torch.set_grad_enabled(teaches), capturing:
             with learner.head as head:

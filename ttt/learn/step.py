@@ -14,7 +14,7 @@ from ttt.learn.data_parallel import join, joined_rows
 from ttt.learn.head import AutogradScores, Scored
 from ttt.learn.stream_rule import Chunk, backward_terms, joined
 from ttt.nn import Capturing, Linear, Update, own_loss
-from ttt.nn.parallel import SharedSide, agreed
+from ttt.nn.parallel import SharedSide, same_bits
 
 if TYPE_CHECKING:
     from ttt.config import TTTConfig
@@ -131,23 +131,13 @@ def refuse_other_updates(processes: Sequence[SharedSide], updates: Sequence[tupl
     """
     if not processes:
         return
-    own = torch.stack([torch.zeros((), dtype=torch.int64), *(_digest(t) for _, u in updates for t in (u.x, u.delta))])
-    for side in processes:
-        digest = own.sum().to(side.device)
-        if not agreed(processes, side.same(digest) == digest):
-            raise ValueError(
-                "all processes of a model that FSDP2 shards must learn from the same tokens, to the bit, as each holds "
-                "the layers that learn; inputs or gradients of these layers differ between them. Give all of them the "
-                "same batches; if they had the same, one of them computed something that is not finite, or rounded "
-                "otherwise, as processors of another kind do"
-            )
-
-
-def _digest(t: Tensor) -> Tensor:
-    """(), int64: a sum that depends on every bit of ``t`` and on their places."""
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
-    bits = t.contiguous().view(kind).flatten().long()
-    return ((bits ^ (bits >> 17)) * (2 * torch.arange(len(bits), device=t.device) + len(bits))).sum().cpu()
+    if not same_bits(processes, [t for _, u in updates for t in (u.x, u.delta)]):
+        raise ValueError(
+            "all processes of a model that FSDP2 shards must learn from the same tokens, to the bit, as each holds "
+            "the layers that learn; inputs or gradients of these layers differ between them. Give all of them the "
+            "same batches; if they had the same, one of them computed something that is not finite, or rounded "
+            "otherwise, as processors of another kind do"
+        )
 
 
 def write(updates: Sequence[tuple[Linear, Update]], gate: Tensor | None = None) -> None:

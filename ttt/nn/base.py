@@ -16,9 +16,9 @@ from ttt.nn.directions import principal_directions, project_rows
 from ttt.nn.parallel import UNSHARDED, Sharding, is_sharded
 from ttt.ops import log8
 from ttt.ops.dtypes import accumulation
-from ttt.ops.schema import _FLOATS
+from ttt.ops.schema import FLOATS
 
-DTYPES = _FLOATS
+DTYPES = FLOATS
 """Dtypes of weights that can be adapted."""
 
 Layout = dict[str, "tuple[tuple[int, ...], torch.dtype] | None"]
@@ -29,15 +29,19 @@ _SEED_MASK = (1 << 63) - 1
 _BOUND = ("config", "strength", "seed")  # Attributes that are no tensors, but whose values a binding holds.
 
 
+dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+"""The number of dispatch modes (FlopCounterMode, FakeTensorMode, ...) that are active in this thread."""
+
 _ddp: Any = torch.nn.parallel.DistributedDataParallel if torch.distributed.is_available() else None
 
 
 class Sink(list[tuple[Tensor, Tensor]]):
     """Where the backward passes of one thread leave (x, delta) of a layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, joins: bool = False) -> None:
         super().__init__()
         self.thread = threading.get_ident()
+        self.joins = joins  # whether what it gets is joined with what other processes have found
         self.places: list[Tensor] = []  # of a layer that a router sends some tokens: which they are, for each pair
 
 
@@ -59,14 +63,25 @@ def captures(layer: Adapted) -> bool:
     Another thread's is not; but autograd computes checkpointed layers again in threads of its own.
     """
     sink = layer.sink
-    if sink is None or torch.compiler.is_compiling():
+    if sink is None or is_traced():
         return sink is not None
-    if _ddp is not None and _ddp._active_ddp_module is not None:
+    if not sink.joins and _ddp is not None and _ddp._active_ddp_module is not None:
         raise RuntimeError(
             f"{layer.name or 'a layer'} is to learn inside of a DistributedDataParallel, whose replicas would learn "
-            "from different tokens and drift apart; call the model that it wraps, and learn in one process"
+            "from different tokens and drift apart; give ttt.learning data_parallel=True, by which all learn from the "
+            "tokens of all, or call the model that it wraps, and learn in one process"
         )
     return sink.thread == threading.get_ident() or in_backward()
+
+
+def is_traced() -> bool:
+    """Whether this thread traces what it computes, for `torch.compile` or `torch.export`.
+
+    `torch.compiler.is_compiling` is True in all threads while one of them compiles.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return torch.compiler.is_compiling() and dispatch_modes() > 0
 
 
 def in_backward() -> bool:
@@ -84,6 +99,7 @@ class Adapted(torch.nn.Linear):
     """
 
     transposed = False
+    placed = False  # True once `ttt.adapt_` has put the layer in the place of another module
     released = False  # True once `ttt.restore_` has put the original module back: the layer must not learn any more
     memory: Tensor
     seen: Tensor

@@ -16,10 +16,14 @@ class Capturing:
 
     ``x`` (T, n) are the layer's inputs and ``delta`` (T, m) the gradients at its output. On leaving, also by an
     exception, what was not taken is dropped.
+
+    Args:
+        joins: whether it is going to be joined with what other processes have found. If not, a forward pass inside of
+            DistributedDataParallel raises an error.
     """
 
-    def __init__(self, layers: Sequence[Linear | LowRankLinear]) -> None:
-        self.layers = layers
+    def __init__(self, layers: Sequence[Linear | LowRankLinear], joins: bool = False) -> None:
+        self.layers, self.joins = layers, joins
 
     def __enter__(self) -> Capturing:
         for layer in self.layers:
@@ -35,7 +39,7 @@ class Capturing:
         """Take what was captured so far, a list of (x, delta) for each layer, and begin collecting anew."""
         captured: list[list[tuple[Tensor, Tensor]]] = [layer.sink or [] for layer in self.layers]
         for layer in self.layers:
-            layer.sink = Sink()
+            layer.sink = Sink(self.joins)
         return captured
 
     def __exit__(self, *exc) -> None:

@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttt.nn.base import dispatch_modes
 from ttt.ops import cpu
 from ttt.ops.backends import record
 from ttt.ops.low_rank.cpu import REFUSED, bind_low_rank, isolated_linear, refuse
-
-# The number of active dispatch modes (FlopCounterMode, FakeTensorMode, ...), which must see every op.
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
 class _Direct:
@@ -167,8 +165,11 @@ def _present(layer, *names: str) -> list[Tensor]:
 
 
 def binding_of(layer) -> Any:
-    """The layer's binding, made anew if its weight or bias has moved; None if the ops must be called."""
-    if torch.compiler.is_compiling() or _dispatch_modes():
+    """The layer's binding, made anew if its weight or bias has moved; None if the ops must be called.
+
+    Dispatch modes must see every op.
+    """
+    if torch.compiler.is_dynamo_compiling() or dispatch_modes():
         return None
     weight = layer._parameters["weight"]
     if type(weight) is not torch.nn.Parameter:

@@ -25,14 +25,14 @@ def is_stack(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def is_gated(module: Any) -> bool:
-    """Whether ``module``, a stack of experts, computes what `LearningExperts` would; it is tried with a few tokens.
+def why_not_gated(module: Any) -> str:
+    """Why ``module``, a stack of experts, does not compute what `LearningExperts` would; empty if it does.
 
-    Some mixtures have the same parameters, but clip, scale or norm what is between them.
+    It is tried with a few tokens. Some mixtures have the same parameters, but clip, scale or norm what is between them.
     """
     up, down = (getattr(module, stack).detach() for stack in STACKS)
     if absent(up) or absent(down):
-        return False
+        return "is not in memory"
     count, _, width = up.shape
     generator = torch.Generator().manual_seed(0)
     chosen = torch.stack([torch.randperm(count, generator=generator)[:2] for _ in range(5)]).to(up.device)
@@ -41,8 +41,8 @@ def is_gated(module: Any) -> bool:
         x = (size * torch.randn((len(chosen), width), generator=generator)).to(up)
         try:
             found = module(x, chosen, weights)
-        except (TypeError, ValueError, RuntimeError, AttributeError):
-            return False
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            return f"cannot be tried ({error})"
         wanted = torch.zeros_like(x)
         for t, experts in enumerate(chosen.tolist()):
             for e, weight in zip(experts, weights[t], strict=True):
@@ -50,8 +50,8 @@ def is_gated(module: Any) -> bool:
                 wanted[t] += weight * nn.functional.linear(module.act_fn(gate) * other, down[e])
         tolerance = 1e-3 if up.itemsize > 2 else 5e-2
         if not float((found - wanted).float().norm()) <= tolerance * float(wanted.float().norm()):
-            return False
-    return True
+            return "computes something else than down(act(gate(x)) * up(x))"
+    return ""
 
 
 class LearningExperts(nn.Module):
@@ -62,7 +62,7 @@ class LearningExperts(nn.Module):
     the original module has them.
 
     Args:
-        module: a stack of gated experts (`is_stack`, `is_gated`).
+        module: a stack of gated experts (`is_stack`, `why_not_gated`).
         config: how the matrices learn.
         name: of the module, for the random draws of its layers.
     """

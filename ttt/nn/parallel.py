@@ -259,5 +259,30 @@ def _same_everywhere(processes: Sequence[SharedSide], values: Sequence[Any]) -> 
     return same
 
 
+def same_bits(processes: Sequence[SharedSide], tensors: Iterable[Tensor]) -> bool:
+    """Whether all ``processes`` hold the same ``tensors``, in the same order, to the bit; each gets the same answer."""
+    own, same = torch.zeros((), dtype=torch.int64), True
+    for t in tensors:
+        own = 3 * own + _digest(t)
+    for side in processes:
+        digest = own.to(side.device)
+        same = bool(agreed(processes, side.same(digest) == digest)) and same
+    return same
+
+
+_DIGESTED = 1 << 20  # numbers of which a digest is made at a time
+
+
+def _digest(t: Tensor) -> Tensor:
+    """(), int64: a sum that depends on every bit of ``t`` and on their places."""
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
+    found = torch.zeros((), dtype=torch.int64, device=t.device)
+    for start, part in enumerate(t.detach().contiguous().flatten().view(kind).split(_DIGESTED)):
+        bits, first = part.long(), start * _DIGESTED
+        places = torch.arange(first, first + len(bits), device=t.device)
+        found += ((bits ^ (bits >> 17)) * (2 * places + t.numel())).sum()
+    return found.cpu()
+
+
 def _strides(shape: Any) -> tuple[int, ...]:
     return torch.empty(tuple(shape), device="meta").stride()

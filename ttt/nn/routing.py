@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt.nn.base import in_backward
+from ttt.nn.base import in_backward, is_traced
 
 _PAUSES = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 _keys = itertools.count()
@@ -151,8 +151,12 @@ class Routing:
         Raises:
             ValueError: if ``x`` has another number of rows. RuntimeError: as `route`.
         """
-        if torch.compiler.is_compiling():
+        if is_traced():
             return torch.ops.ttt.routed_slots(x, self.key, flat)
+        return self.tokens_now(x, flat, name)
+
+    def tokens_now(self, x: Tensor, flat: bool = False, name: str = "") -> Tensor | None:
+        """`tokens`, of the block that the code is inside of which runs now, and not of code that is being compiled."""
         route = self.route()
         if not in_backward():
             (self._read.discard if route is None else self._read.add)(threading.get_ident())
@@ -235,7 +239,7 @@ torch.library.define("ttt::routed_slots", "(Tensor x, int key, bool flat) -> Ten
 
 @torch.library.impl("ttt::routed_slots", "default")
 def _routed_slots(x: Tensor, key: int, flat: bool) -> Tensor:
-    found = _routings[key].tokens(x, flat)
+    found = _routings[key].tokens_now(x, flat)
     if found is None:
         return torch.full((x.shape[:-1].numel(),), -1, dtype=torch.int32, device=x.device)
     return found.clone()  # an op may not return what something else holds

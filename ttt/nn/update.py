@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ttt.ops.schema import _need
+from ttt.ops.schema import need
 
 
 @dataclasses.dataclass
@@ -41,14 +41,14 @@ class Update:
             ValueError, TypeError: if a tensor does not fit; the error names it.
         """
         (m, n), rows, dtype = weight.shape, self.x.shape[0], (weight.dtype,)
-        _need("eta", self.eta, (rows,), (sum_dtype,), weight)
-        _need("x", self.x, (rows, n), dtype, weight)
-        _need("delta", self.delta, (rows, m), dtype, weight)
+        need("eta", self.eta, (rows,), (sum_dtype,), weight)
+        need("x", self.x, (rows, n), dtype, weight)
+        need("delta", self.delta, (rows, m), dtype, weight)
         if self.trace_delta is not None:
-            _need("trace_delta", self.trace_delta, (rows, m), dtype, weight)
+            need("trace_delta", self.trace_delta, (rows, m), dtype, weight)
         if self.moments is not None:
-            _need("moments", self.moments, (3,), (torch.float64,), weight)
+            need("moments", self.moments, (3,), (torch.float64,), weight)
         if self.weight is not None:
-            _need("weight", self.weight, (rows,), (sum_dtype,), weight)
+            need("weight", self.weight, (rows,), (sum_dtype,), weight)
         if self.agreement is not None:
-            _need("agreement", self.agreement, (1,), (torch.float64,), weight)
+            need("agreement", self.agreement, (1,), (torch.float64,), weight)

@@ -24,30 +24,33 @@ ISA_VARIABLE = "TTT_CPU_ISA"
 if _C is not None and os.environ.get(ISA_VARIABLE):
     _C.set_isa(os.environ[ISA_VARIABLE])
 
-_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}  # the last for importance and trace only
-_MASK64 = (1 << 64) - 1
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+"""The numbers of dtypes in ``ttt._C``; uint8 is for importance and trace only."""
+
+MASK64 = (1 << 64) - 1
 
 # With more tokens than this, torch's matmul makes the product and the C++ kernel only subtracts the window's part. With
 # fewer, one pass of the C++ kernel over W is faster (bench: suite window_linear).
 _FUSED_TOKENS = {torch.float32: 4, torch.bfloat16: 8}
 
 
-def _why_not(dtype: torch.dtype) -> str:
+def why_not(dtype: torch.dtype) -> str:
     """Empty if the C++ kernels take ``dtype``, else the reason they do not."""
     if _C is None:
         return unavailable["cpu"]
-    if dtype not in _DTYPE:
+    if dtype not in DTYPE_CODES:
         return f"no C++ kernel for {dtype}"
     return ""
 
 
-def _address(t: torch.Tensor | None) -> int:
+def address(t: torch.Tensor | None) -> int:
+    """The address of ``t`` for a kernel; 0 for None."""
     return 0 if t is None else t.data_ptr()
 
 
 def window_linear(x, weight, bias, win_x, win_delta, win_eta):
     schema.check_window_linear(x, weight, bias, win_x, win_delta, win_eta)
-    why = _why_not(weight.dtype)
+    why = why_not(weight.dtype)
     if why:
         record("window_linear", "reference", why)
         return reference.window_linear(x, weight, bias, win_x, win_delta, win_eta)
@@ -60,15 +63,15 @@ def window_linear(x, weight, bias, win_x, win_delta, win_eta):
     else:
         y = x.new_empty((*x.shape[:-1], m))
     _C.window_linear(
-        x.data_ptr(), weight.data_ptr(), _address(bias), win_x.data_ptr(), win_delta.data_ptr(), win_eta.data_ptr(),
-        y.data_ptr(), tokens, m, n, win_eta.numel(), _DTYPE[weight.dtype], torch.get_num_threads(), by_torch,
+        x.data_ptr(), weight.data_ptr(), address(bias), win_x.data_ptr(), win_delta.data_ptr(), win_eta.data_ptr(),
+        y.data_ptr(), tokens, m, n, win_eta.numel(), DTYPE_CODES[weight.dtype], torch.get_num_threads(), by_torch,
     )  # fmt: skip
     return y
 
 
 def project_out(x, basis):
     schema.check_project_out(x, basis)
-    why = _why_not(x.dtype)
+    why = why_not(x.dtype)
     if why:
         record("project_out", "reference", why)
         return reference.project_out(x, basis)
@@ -76,7 +79,7 @@ def project_out(x, basis):
     k, n = basis.shape
     y = torch.empty_like(x)
     _C.project_out(
-        x.data_ptr(), basis.data_ptr(), y.data_ptr(), x.numel() // n if n else 0, k, n, _DTYPE[x.dtype],
+        x.data_ptr(), basis.data_ptr(), y.data_ptr(), x.numel() // n if n else 0, k, n, DTYPE_CODES[x.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -103,24 +106,24 @@ def bind_layer(layer):
     m, n = weight.shape
     bound = _C.Layer(
         weight=weight.data_ptr(),
-        bias=_address(layer.bias),
+        bias=address(layer.bias),
         win_x=layer.win_x.data_ptr(),
         win_delta=layer.win_delta.data_ptr(),
         win_eta=layer.win_eta.data_ptr(),
-        win_trace=_address(layer.win_trace),
-        recent=_address(recent),
-        recent_delta=_address(layer.recent_delta),
+        win_trace=address(layer.win_trace),
+        recent=address(recent),
+        recent_delta=address(layer.recent_delta),
         recent_seen=0 if recent is None else layer.recent_seen.data_ptr(),
-        basis=_address(layer.basis),
-        output_basis=_address(layer.output_basis),
+        basis=address(layer.basis),
+        output_basis=address(layer.output_basis),
         m=m,
         n=n,
         window=layer.win_eta.numel(),
         capacity=0 if recent is None else recent.shape[0],
         directions=0 if layer.basis is None else len(layer.basis),
         output_directions=0 if layer.output_basis is None else len(layer.output_basis),
-        seed=layer.seed & _MASK64,
-        dtype=_DTYPE[weight.dtype],
+        seed=layer.seed & MASK64,
+        dtype=DTYPE_CODES[weight.dtype],
     )
     if not layer.mixes_replay_sources:
         window = layer.win_x, layer.win_delta, layer.win_eta, layer.win_trace
@@ -150,7 +153,7 @@ def commit(*args) -> None:
 
 
 def _why_not_commit(weight, importance, trace) -> str:
-    why = _why_not(weight.dtype)
+    why = why_not(weight.dtype)
     if not why and importance is not None and trace is not None and importance.dtype != trace.dtype:
         why = "no C++ kernel for importance and trace of different dtypes"
     return why
@@ -162,15 +165,15 @@ def _bound_commit(c: CommitArguments):
     state = c.importance if pulls else c.trace
     return _C.Commit(
         weight=c.weight.data_ptr(),
-        anchor=_address(c.anchor if pulls or c.decay > 0 or c.replay_rows else None),
-        importance=_address(c.importance if pulls else None),
-        trace=_address(c.trace),
+        anchor=address(c.anchor if pulls or c.decay > 0 or c.replay_rows else None),
+        importance=address(c.importance if pulls else None),
+        trace=address(c.trace),
         x=c.x.data_ptr(),
         delta=c.delta.data_ptr(),
         eta=c.eta.data_ptr(),
         trace_delta=c.traced_delta.data_ptr(),
-        memory=_address(c.memory),
-        seen=_address(c.seen),
+        memory=address(c.memory),
+        seen=address(c.seen),
         step=c.step.data_ptr(),
         m=m,
         n=n,
@@ -178,19 +181,19 @@ def _bound_commit(c: CommitArguments):
         capacity=c.memory.shape[0] if c.memory is not None and c.replay_rows else 0,
         replay_rows=c.replay_rows,
         trace_every=c.trace_every,
-        seed=c.seed & _MASK64,
+        seed=c.seed & MASK64,
         beta=c.beta,
         eps=c.eps,
         lam=c.lam,
         gamma=c.gamma,
-        dtype=_DTYPE[c.weight.dtype],
-        state_dtype=0 if state is None else _DTYPE[state.dtype],
+        dtype=DTYPE_CODES[c.weight.dtype],
+        state_dtype=0 if state is None else DTYPE_CODES[state.dtype],
         kind=schema.KINDS.index(c.kind),
         threads=torch.get_num_threads(),
-        momentum=_address(c.momentum),
+        momentum=address(c.momentum),
         mu=c.mu,
         decay=c.decay,
-        momentum_dtype=0 if c.momentum is None else _DTYPE[c.momentum.dtype],
+        momentum_dtype=0 if c.momentum is None else DTYPE_CODES[c.momentum.dtype],
     )
 
 
@@ -204,7 +207,7 @@ def reservoir_insert(memory, seen, x, seed, gate=None) -> None:
     record("reservoir_insert", "cpu")
     row_bytes = memory.shape[1] * memory.element_size()
     _C.reservoir_insert(
-        memory.data_ptr(), seen.data_ptr(), x.data_ptr(), memory.shape[0], x.shape[0], row_bytes, seed & _MASK64
+        memory.data_ptr(), seen.data_ptr(), x.data_ptr(), memory.shape[0], x.shape[0], row_bytes, seed & MASK64
     )
     torch.autograd.graph.increment_version([memory, seen])
 
@@ -217,7 +220,7 @@ def reservoir_draw(seen, step, capacity, rows, seed):
         return reference.reservoir_draw(seen, step, capacity, rows, seed)
     record("reservoir_draw", "cpu")
     index = torch.empty((rows,), dtype=torch.int64)
-    _C.reservoir_draw(seen.data_ptr(), step.data_ptr(), index.data_ptr(), capacity, rows, seed & _MASK64)
+    _C.reservoir_draw(seen.data_ptr(), step.data_ptr(), index.data_ptr(), capacity, rows, seed & MASK64)
     return index
 
 

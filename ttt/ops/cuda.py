@@ -16,14 +16,16 @@ from ttt.ops import composite, reference, schema
 from ttt.ops.arguments import CommitArguments, WindowStepArguments
 from ttt.ops.backends import record, unavailable
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that the Triton kernels take."""
 
 if importlib.util.find_spec("triton") is None:
     unavailable["triton"] = f"the package triton is not installed ({how_to_install('triton')})"
 
 
 @functools.cache
-def _kernels() -> SimpleNamespace | None:
+def loaded_kernels() -> SimpleNamespace | None:
+    """The launchers of the Triton kernels, by op; None where they cannot be imported."""
     if "triton" in unavailable:
         return None
     try:
@@ -59,13 +61,13 @@ def _kernels() -> SimpleNamespace | None:
     )
 
 
-def _run(op: str, on: torch.Tensor, dtype: torch.dtype, *args, fallback=None):
+def run_kernel(op: str, on: torch.Tensor, dtype: torch.dtype, *args, fallback=None):
     """Call ``op`` on the device of ``on``: the Triton launcher if there is one for ``dtype``, else the reference.
 
     ``fallback`` is the reference where it is not in `ttt.ops.reference`.
     """
-    kernels = _kernels()
-    if kernels is not None and dtype in _DTYPES:
+    kernels = loaded_kernels()
+    if kernels is not None and dtype in DTYPES:
         record(op, "triton")
         with torch.cuda.device(on.device):  # Triton launches on the current device, whatever the tensors' is
             return getattr(kernels, op)(*args)
@@ -75,17 +77,17 @@ def _run(op: str, on: torch.Tensor, dtype: torch.dtype, *args, fallback=None):
 
 def window_linear(x, weight, bias, win_x, win_delta, win_eta):
     schema.check_window_linear(x, weight, bias, win_x, win_delta, win_eta)
-    return _run("window_linear", weight, weight.dtype, x, weight, bias, win_x, win_delta, win_eta)
+    return run_kernel("window_linear", weight, weight.dtype, x, weight, bias, win_x, win_delta, win_eta)
 
 
 def project_out(x, basis):
     schema.check_project_out(x, basis)
-    return _run("project_out", x, x.dtype, x, basis)
+    return run_kernel("project_out", x, x.dtype, x, basis)
 
 
 def project_out_pair(x, basis_x, d, basis_d):
     schema.check_project_out_pair(x, basis_x, d, basis_d)
-    return _run("project_out_pair", x, x.dtype, x, basis_x, d, basis_d, fallback=composite.project_out_pair)
+    return run_kernel("project_out_pair", x, x.dtype, x, basis_x, d, basis_d, fallback=composite.project_out_pair)
 
 
 def window_append(
@@ -93,7 +95,7 @@ def window_append(
 ) -> None:
     args = (win_x, win_delta, win_eta, win_trace, x, delta, eta, trace_delta, at, counters, tokens, gate)
     schema.check_window_append(*args)
-    _run("window_append", win_x, win_x.dtype, *args)
+    run_kernel("window_append", win_x, win_x.dtype, *args)
     torch.autograd.graph.increment_version(
         [t for t in (win_x, win_delta, win_eta, win_trace, counters, tokens) if t is not None]
     )
@@ -102,15 +104,15 @@ def window_append(
 def commit(*args) -> None:
     c = CommitArguments(*args)
     schema.check_commit(c)
-    _run("commit", c.weight, c.weight.dtype, *c)
+    run_kernel("commit", c.weight, c.weight.dtype, *c)
     # A kernel wrote through raw pointers: autograd and functionalization must be told.
     torch.autograd.graph.increment_version([t for t in c.written if t is not c.step])
 
 
 def window_step(*args) -> None:
     a = WindowStepArguments(*args)
-    kernels = _kernels()
-    if kernels is None or a.weight.dtype not in _DTYPES:
+    kernels = loaded_kernels()
+    if kernels is None or a.weight.dtype not in DTYPES:
         composite.window_step(*args)  # whose two ops say why
         return
     if why := kernels.why_not_step(a):
@@ -118,7 +120,7 @@ def window_step(*args) -> None:
         composite.window_step(*args)
         return
     schema.check_window_step(a)
-    _run("window_step", a.weight, a.weight.dtype, a)
+    run_kernel("window_step", a.weight, a.weight.dtype, a)
     torch.autograd.graph.increment_version(
         [t for t in (*a[:4], a.counters, a.tokens, a.win_weight, *a.commit.written) if t is not None]
     )
@@ -126,20 +128,20 @@ def window_step(*args) -> None:
 
 def reservoir_insert(memory, seen, x, seed, gate=None) -> None:
     schema.check_reservoir_insert(memory, seen, x, seed, gate)
-    _run("reservoir_insert", memory, memory.dtype, memory, seen, x, seed, gate)
+    run_kernel("reservoir_insert", memory, memory.dtype, memory, seen, x, seed, gate)
     torch.autograd.graph.increment_version([memory])
 
 
 def reservoir_insert_pair(memory, seen, x, seed, gate, memory_d, d) -> None:
     schema.check_reservoir_insert_pair(memory, seen, x, seed, gate, memory_d, d)
     given = memory, seen, x, seed, gate, memory_d, d
-    _run("reservoir_insert_pair", memory, memory.dtype, *given, fallback=composite.reservoir_insert_pair)
+    run_kernel("reservoir_insert_pair", memory, memory.dtype, *given, fallback=composite.reservoir_insert_pair)
     torch.autograd.graph.increment_version([memory, memory_d])
 
 
 def reservoir_draw(seen, step, capacity, rows, seed):
     schema.check_reservoir_draw(seen, step, capacity, rows, seed)
-    return _run("reservoir_draw", seen, torch.float32, seen, step, capacity, rows, seed)
+    return run_kernel("reservoir_draw", seen, torch.float32, seen, step, capacity, rows, seed)
 
 
 for _function in (

@@ -129,13 +129,17 @@ def _(seen, step, capacity, rows, seed):
     return torch.empty((rows,), dtype=torch.int64, device=seen.device)
 
 
-def _need(
+def need(
     name: str,
     tensor: torch.Tensor,
     shape: tuple[int, ...],
     dtypes: tuple[torch.dtype, ...],
     like: torch.Tensor,
 ) -> None:
+    """Raise ValueError, TypeError or RuntimeError unless ``tensor`` can be the argument ``name`` of an op.
+
+    It must have ``shape`` and one of ``dtypes``, be contiguous, on the device of ``like``, and need no gradient.
+    """
     if tensor.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
     if tensor.dtype not in dtypes:
@@ -154,29 +158,29 @@ def _need(
 def _need_state(name: str, t: torch.Tensor, m: int, n: int, dtypes: tuple[torch.dtype, ...], like) -> None:
     """Importance and trace: a matrix of floats, or the uint8 tensor of `ttt.ops.log8`."""
     if t.dtype == torch.uint8 and torch.float64 not in dtypes:
-        _need(name, t, (m, log8.width(n)), (torch.uint8,), like)
+        need(name, t, (m, log8.width(n)), (torch.uint8,), like)
     else:
-        _need(name, t, (m, n), dtypes, like)
+        need(name, t, (m, n), dtypes, like)
 
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_window_linear(x, weight, bias, win_x, win_delta, win_eta) -> None:
     if weight.ndim != 2:
         raise ValueError(f"weight must have shape (m, n), got {tuple(weight.shape)}")
     m, n = weight.shape
-    _need("weight", weight, (m, n), _FLOATS, weight)
+    need("weight", weight, (m, n), FLOATS, weight)
     dtype = (weight.dtype,)
     if x.ndim < 1 or x.shape[-1] != n:
         raise ValueError(f"x must have shape (..., {n}), got {tuple(x.shape)}")
-    _need("x", x, tuple(x.shape), dtype, weight)
+    need("x", x, tuple(x.shape), dtype, weight)
     if bias is not None:
-        _need("bias", bias, (m,), dtype, weight)
+        need("bias", bias, (m,), dtype, weight)
     c = win_eta.numel()
-    _need("win_eta", win_eta, (c,), (accumulation(weight.dtype),), weight)
-    _need("win_x", win_x, (c, n), dtype, weight)
-    _need("win_delta", win_delta, (c, m), dtype, weight)
+    need("win_eta", win_eta, (c,), (accumulation(weight.dtype),), weight)
+    need("win_x", win_x, (c, n), dtype, weight)
+    need("win_delta", win_delta, (c, m), dtype, weight)
 
 
 def check_project_out(x, basis) -> None:
@@ -185,8 +189,8 @@ def check_project_out(x, basis) -> None:
     k, n = basis.shape
     if x.ndim < 1 or x.shape[-1] != n:
         raise ValueError(f"x must have shape (..., {n}), got {tuple(x.shape)}")
-    _need("x", x, tuple(x.shape), _FLOATS, x)
-    _need("basis", basis, (k, n), (x.dtype,), x)
+    need("x", x, tuple(x.shape), FLOATS, x)
+    need("basis", basis, (k, n), (x.dtype,), x)
 
 
 def check_window_append(
@@ -197,42 +201,42 @@ def check_window_append(
             raise ValueError(f"{name} must have two dimensions, got shape {tuple(t.shape)}")
     window, n, m = win_eta.numel(), win_x.shape[1], win_delta.shape[1]
     wide, dtype, count = (accumulation(win_x.dtype),), (win_x.dtype,), (torch.int64,)
-    _need("win_x", win_x, (window, n), _FLOATS, win_x)
-    _need("win_delta", win_delta, (window, m), dtype, win_x)
-    _need("win_eta", win_eta, (window,), wide, win_x)
+    need("win_x", win_x, (window, n), FLOATS, win_x)
+    need("win_delta", win_delta, (window, m), dtype, win_x)
+    need("win_eta", win_eta, (window,), wide, win_x)
     rows = eta.numel()
-    _need("eta", eta, (rows,), wide, win_x)
-    _need("x", x, (rows, n), dtype, win_x)
-    _need("delta", delta, (rows, m), dtype, win_x)
+    need("eta", eta, (rows,), wide, win_x)
+    need("x", x, (rows, n), dtype, win_x)
+    need("delta", delta, (rows, m), dtype, win_x)
     if win_trace is not None:
-        _need("win_trace", win_trace, (window, m), dtype, win_x)
+        need("win_trace", win_trace, (window, m), dtype, win_x)
     if trace_delta is not None:
         if win_trace is None:
             raise ValueError("trace_delta needs win_trace, which is None")
-        _need("trace_delta", trace_delta, (rows, m), dtype, win_x)
+        need("trace_delta", trace_delta, (rows, m), dtype, win_x)
     if counters is not None:
-        _need("counters", counters, (3,), count, win_x)
+        need("counters", counters, (3,), count, win_x)
     if not 0 <= at <= window - rows:
         raise ValueError(f"at must be in [0, {window - rows}] for {rows} rows in a window of {window}, got {at}")
     if tokens is not None:
         if counters is None:
             raise ValueError("tokens needs counters, which is None")
-        _need("tokens", tokens, (1,), count, win_x)
+        need("tokens", tokens, (1,), count, win_x)
     if gate is not None:
-        _need("gate", gate, (1,), count, win_x)
+        need("gate", gate, (1,), count, win_x)
 
 
 def check_window_step(a: WindowStepArguments) -> None:
     if not 0 <= a.held <= a.win_eta.numel():
         raise ValueError(f"held must be in [0, {a.win_eta.numel()}], got {a.held}")
-    _need("counters", a.counters, (3,), (torch.int64,), a.win_x)
+    need("counters", a.counters, (3,), (torch.int64,), a.win_x)
     check_window_append(*a.append)
     check_commit(a.commit)
     if a.win_weight is not None:
-        _need("win_weight", a.win_weight, (a.win_eta.numel(),), (a.win_eta.dtype,), a.win_x)
+        need("win_weight", a.win_weight, (a.win_eta.numel(),), (a.win_eta.dtype,), a.win_x)
         if a.row_weight is None:
             raise ValueError("win_weight needs row_weight, which is None")
-        _need("row_weight", a.row_weight, (a.eta.numel(),), (a.win_eta.dtype,), a.win_x)
+        need("row_weight", a.row_weight, (a.eta.numel(),), (a.win_eta.dtype,), a.win_x)
 
 
 def check_commit(c: CommitArguments) -> None:
@@ -242,18 +246,18 @@ def check_commit(c: CommitArguments) -> None:
     if weight.ndim != 2:
         raise ValueError(f"weight must have shape (m, n), got {tuple(weight.shape)}")
     m, n = weight.shape
-    _need("weight", weight, (m, n), _FLOATS, weight)
+    need("weight", weight, (m, n), FLOATS, weight)
     dtype, wide = (weight.dtype,), accumulation(weight.dtype)
     state = (torch.float64,) if wide == torch.float64 else (torch.float32, torch.bfloat16)
     tokens = c.eta.numel()
-    _need("eta", c.eta, (tokens,), (wide,), weight)
-    _need("x", c.x, (tokens, n), dtype, weight)
-    _need("delta", c.delta, (tokens, m), dtype, weight)
-    _need("step", c.step, (1,), (torch.int64,), weight)
+    need("eta", c.eta, (tokens,), (wide,), weight)
+    need("x", c.x, (tokens, n), dtype, weight)
+    need("delta", c.delta, (tokens, m), dtype, weight)
+    need("step", c.step, (1,), (torch.int64,), weight)
     if c.gate is not None:
-        _need("gate", c.gate, (1,), (torch.int64,), weight)
+        need("gate", c.gate, (1,), (torch.int64,), weight)
     if anchor is not None:
-        _need("anchor", anchor, (m, n), dtype, weight)
+        need("anchor", anchor, (m, n), dtype, weight)
     if importance is not None:
         _need_state("importance", importance, m, n, state, weight)
     if trace is not None:
@@ -261,7 +265,7 @@ def check_commit(c: CommitArguments) -> None:
         if log8.is_packed(trace) and c.kind == "si":
             raise ValueError("trace in 8 bits holds values >= 0 only, but with kind = 'si' it has both signs")
     if c.trace_delta is not None:
-        _need("trace_delta", c.trace_delta, (tokens, m), dtype, weight)
+        need("trace_delta", c.trace_delta, (tokens, m), dtype, weight)
     check_choice("kind", c.kind, KINDS)
     if not 0 <= c.replay_rows <= MAX_REPLAY_ROWS:
         raise ValueError(f"replay_rows must be in [0, {MAX_REPLAY_ROWS}], got {c.replay_rows}")
@@ -270,9 +274,9 @@ def check_commit(c: CommitArguments) -> None:
             raise ValueError(f"replay_rows = {c.replay_rows} needs memory and anchor; one of them is None")
         if memory.ndim != 2:
             raise ValueError(f"memory must have shape (K, {n}), got {tuple(memory.shape)}")
-        _need("memory", memory, (c.replay_rows if c.seen is None else memory.shape[0], n), dtype, weight)
+        need("memory", memory, (c.replay_rows if c.seen is None else memory.shape[0], n), dtype, weight)
         if c.seen is not None:
-            _need("seen", c.seen, (1,), (torch.int64,), weight)
+            need("seen", c.seen, (1,), (torch.int64,), weight)
     if not c.lam >= 0:
         raise ValueError(f"lam must be >= 0, got {c.lam}")
     if c.lam > 0 and (anchor is None or importance is None):
@@ -286,7 +290,7 @@ def check_commit(c: CommitArguments) -> None:
     if c.mu > 0 and momentum is None:
         raise ValueError(f"mu = {c.mu} needs momentum, which is None")
     if momentum is not None:
-        _need("momentum", momentum, (m, n), state, weight)
+        need("momentum", momentum, (m, n), state, weight)
     if not 0 < c.gamma <= 1:
         raise ValueError(f"gamma must be in (0, 1], got {c.gamma}")
     if not c.eps >= 0:
@@ -299,21 +303,21 @@ def check_reservoir_insert(memory, seen, x, seed, gate=None) -> None:
     if memory.ndim != 2:
         raise ValueError(f"memory must have shape (K, n), got {tuple(memory.shape)}")
     capacity, n = memory.shape
-    _need("memory", memory, (capacity, n), _FLOATS, memory)
-    _need("seen", seen, (1,), (torch.int64,), memory)
+    need("memory", memory, (capacity, n), FLOATS, memory)
+    need("seen", seen, (1,), (torch.int64,), memory)
     if x.ndim != 2:
         raise ValueError(f"x must have shape (T, {n}), got {tuple(x.shape)}")
-    _need("x", x, (x.shape[0], n), (memory.dtype,), memory)
+    need("x", x, (x.shape[0], n), (memory.dtype,), memory)
     if gate is not None:
-        _need("gate", gate, (1,), (torch.int64,), memory)
+        need("gate", gate, (1,), (torch.int64,), memory)
 
 
 def check_reservoir_insert_pair(memory, seen, x, seed, gate, memory_d, d) -> None:
     check_reservoir_insert(memory, seen, x, seed, gate)
     if memory_d.ndim != 2 or memory_d.shape[0] != memory.shape[0]:
         raise ValueError(f"memory_d must have shape ({memory.shape[0]}, m), got {tuple(memory_d.shape)}")
-    _need("memory_d", memory_d, tuple(memory_d.shape), (memory.dtype,), memory)
-    _need("d", d, (x.shape[0], memory_d.shape[1]), (memory.dtype,), memory)
+    need("memory_d", memory_d, tuple(memory_d.shape), (memory.dtype,), memory)
+    need("d", d, (x.shape[0], memory_d.shape[1]), (memory.dtype,), memory)
 
 
 def check_project_out_pair(x, basis_x, d, basis_d) -> None:
@@ -321,12 +325,12 @@ def check_project_out_pair(x, basis_x, d, basis_d) -> None:
     check_project_out(d, basis_d)
     if d.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"d must have as many rows as x, {tuple(x.shape[:-1])}, got {tuple(d.shape[:-1])}")
-    _need("d", d, tuple(d.shape), (x.dtype,), x)
+    need("d", d, tuple(d.shape), (x.dtype,), x)
 
 
 def check_reservoir_draw(seen, step, capacity, rows, seed) -> None:
-    _need("seen", seen, (1,), (torch.int64,), seen)
-    _need("step", step, (1,), (torch.int64,), seen)
+    need("seen", seen, (1,), (torch.int64,), seen)
+    need("step", step, (1,), (torch.int64,), seen)
     if capacity < 1:
         raise ValueError(f"capacity must be >= 1, got {capacity}")
     if rows < 0:

@@ -13,6 +13,7 @@ from ttt.nn.low_rank import LowRankLinear
 from ttt.nn.routing import Routing
 
 _EXPANDS = "_expand_inputs_for_generation"
+_GENERATES = "generate"
 _PACKS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 # What gets all tokens of the batch as one row after the other, (B T, n): children of these modules, and of these names.
 _FLATTENING = ("OPTDecoderLayer",)
@@ -24,6 +25,8 @@ def attach_generation(model: nn.Module, routing: Routing) -> None:
     for module in model.modules():
         if hasattr(type(module), _EXPANDS):
             object.__setattr__(module, _EXPANDS, partial(_expand, module, routing))
+        if hasattr(type(module), _GENERATES):
+            object.__setattr__(module, _GENERATES, partial(_generate, module, routing))
         for name in _PACKS:
             if hasattr(type(module), name):
                 object.__setattr__(module, name, partial(_refuse_packing, module, name))
@@ -43,7 +46,7 @@ def _flatten(modules: Iterable[nn.Module]) -> None:
 def detach_generation(model: nn.Module) -> None:
     """Undo `attach_generation`."""
     for module in model.modules():
-        for name in (_EXPANDS, *_PACKS):
+        for name in (_EXPANDS, _GENERATES, *_PACKS):
             module.__dict__.pop(name, None)
 
 
@@ -55,6 +58,17 @@ def _expand(module: Any, routing: Routing, expand_size: int = 1, *args: Any, **k
     if route is not None:
         route.repeats = expand_size
     return found
+
+
+def _generate(module: Any, routing: Routing, *args: Any, **kwargs: Any) -> Any:
+    """``generate``; the rows that it repeats are users' for as long as it runs."""
+    route = routing.route()
+    before = 1 if route is None else route.repeats
+    try:
+        return getattr(type(module), _GENERATES)(module, *args, **kwargs)
+    finally:
+        if route is not None:
+            route.repeats = before
 
 
 def _refuse_packing(module: Any, name: str, *args: Any, **kwargs: Any) -> Any:

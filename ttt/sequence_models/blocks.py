@@ -21,7 +21,7 @@ def new_mixer(name: str, config: TTTSequenceConfig) -> layers.SequenceLayer:
     if name == "lact":
         return layers.LaCT(*sizes, chunk=config.chunk, window=config.window, **short)
     if name in ("delta", "gated-delta"):
-        return layers.GatedDeltaNet(*sizes, gated=name == "gated-delta", **short)
+        return layers.GatedDeltaNet(*sizes, gated=name == "gated-delta", protect=config.protect, **short)
     kinds: dict[str, type] = {
         "ttt-linear": layers.TTTLinear,
         "ttt-mlp": layers.TTTMLP,

@@ -27,6 +27,8 @@ class TTTSequenceConfig(PretrainedConfig):
         mini_batch: tokens whose gradients "ttt-linear", "ttt-mlp" and "titans" take at the same weights.
         chunk: tokens between two updates of "lact" and of ``in_place``.
         convolution: width of the short convolutions.
+        protect: directions of each head of "delta" and "gated-delta" that `TTTSequenceForCausalLM.calibrate` protects;
+            0 for no protection.
         rms_norm_eps, initializer_range: as in Llama.
 
     Raises:
@@ -48,6 +50,7 @@ class TTTSequenceConfig(PretrainedConfig):
         mini_batch: int = 16,
         chunk: int = 512,
         convolution: int = 4,
+        protect: int = 0,
         rms_norm_eps: float = 1e-6,
         initializer_range: float = 0.02,
         use_cache: bool = True,
@@ -61,6 +64,7 @@ class TTTSequenceConfig(PretrainedConfig):
         }  # fmt: skip
         for name, value in counts.items():
             setattr(self, name, check_whole(name, value, 1))
+        self.protect = check_whole("protect", protect, 0)
         if hidden_size % num_attention_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads, got {hidden_size} and {num_attention_heads}"

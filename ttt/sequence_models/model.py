@@ -139,6 +139,41 @@ class TTTSequenceForCausalLM(TTTSequencePreTrainedModel, GenerationMixin):
         out = self.model(empty, use_cache=True)
         return cache_of(out)
 
+    @torch.no_grad()
+    def calibrate(self, input_ids: Tensor) -> None:
+        """Protect what a text writes into the states of "delta" and "gated-delta": see `GatedDeltaNet.calibrate`.
+
+        It is part of the model's weights afterwards, and saved with them; every new cache begins with it. Caches from
+        before are of no use.
+
+        Args:
+            input_ids: (1, T), the text.
+
+        Raises:
+            ValueError: for another shape, no tokens, or a model whose configuration protects nothing.
+        """
+        mixers = [b.mixer for b in self.model.layers if getattr(b.mixer, "protected", None) is not None]
+        if not mixers:
+            raise ValueError('calibrate needs a configuration with protect > 0 and "delta" or "gated-delta" mixers')
+        if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
+            raise ValueError(f"input_ids must be (1, at least 1), got {tuple(input_ids.shape)}")
+        before = [{name: t.clone() for name, t in mixer.protected.state_dict().items()} for mixer in mixers]
+        given: list[Tensor] = []
+        hooks = [m.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0])) for m in mixers]
+        try:
+            for mixer in mixers:
+                mixer.protected.clear()  # the text is read as if nothing had been protected
+            self.model(input_ids, use_cache=False)
+            for mixer, x in zip(mixers, given, strict=True):
+                mixer.calibrate(x)
+        except BaseException:
+            for mixer, tensors in zip(mixers, before, strict=True):
+                mixer.protected.load_state_dict(tensors)
+            raise
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def forward(
         self,
         input_ids: Tensor | None = None,

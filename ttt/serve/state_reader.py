@@ -121,7 +121,8 @@ class StateReader:
         """A short name of the model, 16 hexadecimal digits: of all that its states depend on, and of some weights."""
         form = {name: getattr(self.model.config, name) for name in _FORM}
         digest = hashlib.sha256(json.dumps(form, sort_keys=True).encode())
-        for name, weight in self.model.named_parameters():
+        # Buffers hold what a calibration protects.
+        for name, weight in (*self.model.named_parameters(), *self.model.named_buffers()):
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
             digest.update(weight.detach().flatten()[::997].float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]

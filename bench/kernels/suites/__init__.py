@@ -17,6 +17,7 @@ from bench.kernels.suites import (
     low_rank,
     observe,
     sequence,
+    sequence_training,
     window_linear,
 )
 
@@ -32,7 +33,7 @@ SUITES: dict[str, Callable[[str], list[Case]]] = {
     "head": head.cases,
     "growth": growth.cases,
     "low_rank": low_rank.cases,
-    "sequence": sequence.cases,
+    "sequence": lambda device: sequence.cases(device) + sequence_training.cases(device),
 }
 
 

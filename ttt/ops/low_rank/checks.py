@@ -6,8 +6,7 @@ import torch
 
 from ttt.checks import check_whole
 from ttt.ops.dtypes import accumulation
-from ttt.ops.schema import _FLOATS as FLOATS
-from ttt.ops.schema import MAX_REPLAY_ROWS, _need
+from ttt.ops.schema import FLOATS, MAX_REPLAY_ROWS, need
 
 
 def _pool(a, b, rows) -> tuple[int, int, int, int]:
@@ -17,9 +16,9 @@ def _pool(a, b, rows) -> tuple[int, int, int, int]:
             raise ValueError(f"{name} must have three dimensions, got shape {tuple(t.shape)}")
     slots, capacity, n = a.shape
     m = b.shape[2]
-    _need("a", a, (slots, capacity, n), FLOATS, a)
-    _need("b", b, (slots, capacity, m), (a.dtype,), a)
-    _need("rows", rows, (slots,), (torch.int32,), a)
+    need("a", a, (slots, capacity, n), FLOATS, a)
+    need("b", b, (slots, capacity, m), (a.dtype,), a)
+    need("rows", rows, (slots,), (torch.int32,), a)
     return slots, capacity, n, m
 
 
@@ -31,25 +30,25 @@ def check_low_rank_linear(x, weight, bias, a, b, rows, users) -> None:
         if bias is not None:
             raise ValueError(f"bias must be None without a weight, got shape {tuple(bias.shape)}")
     elif weight.is_contiguous():
-        _need("weight", weight, (m, n), (a.dtype,), a)
+        need("weight", weight, (m, n), (a.dtype,), a)
     else:
-        _need("weight, transposed,", weight.T, (n, m), (a.dtype,), a)
+        need("weight, transposed,", weight.T, (n, m), (a.dtype,), a)
     if x.ndim < 1 or x.shape[-1] != n:
         raise ValueError(f"x must have shape (..., {n}), got {tuple(x.shape)}")
-    _need("x", x, tuple(x.shape), (a.dtype,), a)
+    need("x", x, tuple(x.shape), (a.dtype,), a)
     if bias is not None:
-        _need("bias", bias, (m,), (a.dtype,), a)
-    _need("users", users, (x.shape[:-1].numel(),), (torch.int32,), a)
+        need("bias", bias, (m,), (a.dtype,), a)
+    need("users", users, (x.shape[:-1].numel(),), (torch.int32,), a)
 
 
 def check_low_rank_append(a, b, rows, eta_sum, x, delta, eta, users) -> None:
     slots, _, n, m = _pool(a, b, rows)
     tokens = users.numel()
-    _need("users", users, (tokens,), (torch.int32,), a)
-    _need("eta_sum", eta_sum, (slots,), (accumulation(a.dtype),), a)
-    _need("eta", eta, (tokens,), (accumulation(a.dtype),), a)
-    _need("x", x, (tokens, n), (a.dtype,), a)
-    _need("delta", delta, (tokens, m), (a.dtype,), a)
+    need("users", users, (tokens,), (torch.int32,), a)
+    need("eta_sum", eta_sum, (slots,), (accumulation(a.dtype),), a)
+    need("eta", eta, (tokens,), (accumulation(a.dtype),), a)
+    need("x", x, (tokens, n), (a.dtype,), a)
+    need("delta", delta, (tokens, m), (a.dtype,), a)
 
 
 def check_users(users: torch.Tensor, rows: torch.Tensor, slots: int, capacity: int) -> None:
@@ -116,10 +115,10 @@ def check_low_rank_compress(
 ) -> None:  # fmt: skip
     count, _, n, m = _pool(a, b, rows)
     wide = (accumulation(a.dtype),)
-    _need("eta_sum", eta_sum, (count,), wide, a)
-    _need("lost", lost, (count,), wide, a)
-    _need("step", step, (count,), (torch.int64,), a)
-    _need("slots", slots, (slots.numel(),), (torch.int64,), a)
+    need("eta_sum", eta_sum, (count,), wide, a)
+    need("lost", lost, (count,), wide, a)
+    need("step", step, (count,), (torch.int64,), a)
+    need("slots", slots, (slots.numel(),), (torch.int64,), a)
     if slots.is_cpu:  # on CUDA a look at the values would make the host wait
         wanted = [u for u in slots.tolist() if u != -1]
         if len(set(wanted)) < len(wanted) or not all(0 <= u < count for u in wanted):
@@ -131,7 +130,7 @@ def check_low_rank_compress(
         for name, t, size in (("importance_m", importance_m, m), ("importance_n", importance_n, n)):
             if t is None:
                 raise ValueError(f"lam = {lam} needs {name}, which is None")
-            _need(name, t, (size,), wide, a)
+            need(name, t, (size,), wide, a)
     if not 0 <= replay_rows <= MAX_REPLAY_ROWS:
         raise ValueError(f"replay_rows must be in [0, {MAX_REPLAY_ROWS}], got {replay_rows}")
     if replay_rows:
@@ -139,7 +138,7 @@ def check_low_rank_compress(
             raise ValueError(f"replay_rows = {replay_rows} needs memory and seen; one of them is None")
         if memory.ndim != 2:
             raise ValueError(f"memory must have shape (K, {n}), got {tuple(memory.shape)}")
-        _need("memory", memory, (memory.shape[0], n), (a.dtype,), a)
-        _need("seen", seen, (1,), (torch.int64,), a)
+        need("memory", memory, (memory.shape[0], n), (a.dtype,), a)
+        need("seen", seen, (1,), (torch.int64,), a)
     if not eps >= 0:
         raise ValueError(f"eps must be >= 0, got {eps}")

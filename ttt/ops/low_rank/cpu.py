@@ -6,7 +6,7 @@ import torch
 
 from ttt.ops import schema
 from ttt.ops.backends import record
-from ttt.ops.cpu import _C, _DTYPE, _MASK64, _address, _why_not
+from ttt.ops.cpu import _C, DTYPE_CODES, MASK64, address, why_not
 from ttt.ops.low_rank import checks, reference
 
 REFUSED = (
@@ -19,14 +19,14 @@ def isolated_linear(x, weight, bias):
 
     The kernels must take ``x``'s dtype.
     """
-    if _C.all_finite(x.data_ptr(), x.numel(), _DTYPE[x.dtype]):
+    if _C.all_finite(x.data_ptr(), x.numel(), DTYPE_CODES[x.dtype]):
         return torch.nn.functional.linear(x, weight, bias)
     return reference.isolated_linear(x, weight, bias)
 
 
 def low_rank_linear(x, weight, bias, a, b, rows, users):
     checks.check_low_rank_linear(x, weight, bias, a, b, rows, users)
-    if why := _why_not(x.dtype):
+    if why := why_not(x.dtype):
         checks.check_users(users, rows, *a.shape[:2])
         record("low_rank_linear", "reference", why)
         return reference.low_rank_linear(x, weight, bias, a, b, rows, users)
@@ -34,7 +34,7 @@ def low_rank_linear(x, weight, bias, a, b, rows, users):
     y = x.new_zeros((*x.shape[:-1], m)) if weight is None else isolated_linear(x, weight, bias)
     if not _C.low_rank_linear(
         x.data_ptr(), a.data_ptr(), b.data_ptr(), rows.data_ptr(), users.data_ptr(), y.data_ptr(), users.numel(),
-        a.shape[0], m, n, a.shape[1], _DTYPE[x.dtype], torch.get_num_threads(),
+        a.shape[0], m, n, a.shape[1], DTYPE_CODES[x.dtype], torch.get_num_threads(),
     ):  # fmt: skip
         checks.check_users(users, rows, *a.shape[:2])
     record("low_rank_linear", "cpu")
@@ -43,7 +43,7 @@ def low_rank_linear(x, weight, bias, a, b, rows, users):
 
 def low_rank_append(a, b, rows, eta_sum, x, delta, eta, users) -> None:
     checks.check_low_rank_append(a, b, rows, eta_sum, x, delta, eta, users)
-    if why := _why_not(a.dtype):
+    if why := why_not(a.dtype):
         checks.check_room(users, rows, *a.shape[:2])
         record("low_rank_append", "reference", why)
         reference.low_rank_append(a, b, rows, eta_sum, x, delta, eta, users)
@@ -51,7 +51,7 @@ def low_rank_append(a, b, rows, eta_sum, x, delta, eta, users) -> None:
     if not _C.low_rank_append(
         a.data_ptr(), b.data_ptr(), rows.data_ptr(), eta_sum.data_ptr(), x.data_ptr(), delta.data_ptr(),
         eta.data_ptr(), users.data_ptr(), users.numel(), a.shape[0], b.shape[2], a.shape[2], a.shape[1],
-        _DTYPE[a.dtype], torch.get_num_threads(),
+        DTYPE_CODES[a.dtype], torch.get_num_threads(),
     ):  # fmt: skip
         checks.check_room(users, rows, *a.shape[:2])
     record("low_rank_append", "cpu")
@@ -69,7 +69,7 @@ def low_rank_compress(
     )  # fmt: skip
     checks.check_low_rank_compress(*args)
     counters = a.shape[1], rows, eta_sum, lost, step, slots, seen if replay_rows else None, memory
-    if why := _why_not(a.dtype):
+    if why := why_not(a.dtype):
         checks.check_counters(*counters)
         record("low_rank_compress", "reference", why)
         reference.low_rank_compress(*args)
@@ -90,9 +90,9 @@ def _compress_arguments(
     """The arguments of ``_C.low_rank_compress``."""
     return (
         a.data_ptr(), b.data_ptr(), rows.data_ptr(), eta_sum.data_ptr(), lost.data_ptr(), step.data_ptr(),
-        _address(slots), _address(importance_m), _address(importance_n), _address(memory), _address(seen),
+        address(slots), address(importance_m), address(importance_n), address(memory), address(seen),
         0 if slots is None else slots.numel(), a.shape[0], b.shape[2], a.shape[2], a.shape[1], rank,
-        memory.shape[0] if replay_rows else 0, replay_rows, seed & _MASK64, lam, beta, eps, _DTYPE[a.dtype],
+        memory.shape[0] if replay_rows else 0, replay_rows, seed & MASK64, lam, beta, eps, DTYPE_CODES[a.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
 
@@ -109,7 +109,7 @@ def bind_low_rank(layer):
     The bound object checks users and counters; the caller checks shapes and dtypes. It is valid until a tensor moves.
     """
     a = layer.a
-    if _why_not(a.dtype):
+    if why_not(a.dtype):
         return None
     state = a, layer.b, layer.rows, layer.eta_sum, layer.lost, layer.step
     options = layer.compress_options()

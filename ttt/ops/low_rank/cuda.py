@@ -6,20 +6,20 @@ import torch
 
 from ttt.ops import schema
 from ttt.ops.backends import record
-from ttt.ops.cuda import _DTYPES, _kernels, _run
+from ttt.ops.cuda import DTYPES, loaded_kernels, run_kernel
 from ttt.ops.low_rank import checks, reference
 
 
 def low_rank_linear(x, weight, bias, a, b, rows, users):
     args = (x, weight, bias, a, b, rows, users)
     checks.check_low_rank_linear(*args)
-    return _run("low_rank_linear", x, x.dtype, *args, fallback=reference.low_rank_linear)
+    return run_kernel("low_rank_linear", x, x.dtype, *args, fallback=reference.low_rank_linear)
 
 
 def low_rank_append(a, b, rows, eta_sum, x, delta, eta, users) -> None:
     args = (a, b, rows, eta_sum, x, delta, eta, users)
     checks.check_low_rank_append(*args)
-    _run("low_rank_append", a, a.dtype, *args, fallback=reference.low_rank_append)
+    run_kernel("low_rank_append", a, a.dtype, *args, fallback=reference.low_rank_append)
     # A kernel wrote through raw pointers: autograd and functionalization must be told.
     torch.autograd.graph.increment_version([a, b, rows, eta_sum])
 
@@ -27,12 +27,12 @@ def low_rank_append(a, b, rows, eta_sum, x, delta, eta, users) -> None:
 def low_rank_compress(*args) -> None:
     checks.check_low_rank_compress(*args)
     a, b = args[:2]
-    kernels = _kernels() if a.dtype in _DTYPES else None
+    kernels = loaded_kernels() if a.dtype in DTYPES else None
     if kernels is not None and (why := kernels.why_not_compress(a, b)):
         record("low_rank_compress", "reference", why)
         reference.low_rank_compress(*args)
     else:
-        _run("low_rank_compress", a, a.dtype, *args, fallback=reference.low_rank_compress)
+        run_kernel("low_rank_compress", a, a.dtype, *args, fallback=reference.low_rank_compress)
     torch.autograd.graph.increment_version(list(args[:6]))
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ttt.ops.backends import record
-from ttt.ops.cpu import _C, _DTYPE, _address
+from ttt.ops.cpu import _C, DTYPE_CODES, address
 from ttt.ops.sequence.checks import check_positions
 from ttt.ops.sequence.states import own
 
@@ -16,7 +16,8 @@ def as_float(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.detach().float().contiguous()
 
 
-def delta_rule(q, k, v, beta, g, state, begins, scale):
+def delta_rule(q, k, v, beta, g, state, begins, scale, kept=None):
+    """``kept``: in training, the states of `ttt.ops.sequence.cpu_training.delta_rule_kept`, which are written."""
     record("gated_delta_rule", "cpu")
     batch, tokens, heads, keys = q.shape
     values, rows = v.shape[-1], batch if begins is None else begins.numel() - 1
@@ -27,36 +28,40 @@ def delta_rule(q, k, v, beta, g, state, begins, scale):
         else state.clone(memory_format=torch.contiguous_format)
     )
     out = torch.empty_like(v)
-    _C.delta_rule(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), beta.data_ptr(), _address(g), _address(begins), state.data_ptr(),
-        out.data_ptr(), rows, tokens, heads, keys, values, scale, False, _DTYPE[q.dtype], torch.get_num_threads(),
-    )  # fmt: skip
+    given = delta_rule_addresses(q, k, v, beta, g, begins, kept, (rows, tokens, heads, keys, values), scale)
+    _C.delta_rule(*given, state.data_ptr(), out.data_ptr(), False)
     return out, state
 
 
 def delta_rule_step(q, k, v, beta, g, state, scale):
     record("gated_delta_rule_step", "cpu")
-    batch, heads, keys = q.shape
     q, k, v, beta, g = q.contiguous(), k.contiguous(), v.contiguous(), as_float(beta), as_float(g)
-    out = torch.empty_like(v)
-    _C.delta_rule(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), beta.data_ptr(), _address(g), 0, state.data_ptr(),
-        out.data_ptr(), batch, 1, heads, keys, v.shape[-1], scale, True, _DTYPE[q.dtype], torch.get_num_threads(),
-    )  # fmt: skip
+    out, (batch, heads, keys) = torch.empty_like(v), q.shape
+    given = delta_rule_addresses(q, k, v, beta, g, None, None, (batch, 1, heads, keys, v.shape[-1]), scale)
+    _C.delta_rule(*given, state.data_ptr(), out.data_ptr(), True)
     torch.autograd.graph.increment_version([state])
     return out
 
 
+def delta_rule_addresses(q, k, v, beta, g, begins, kept, sizes, scale):
+    """What `_C.delta_rule` and its backward pass take first; the tensors are contiguous, and are held by the caller."""
+    tensors = (q, k, v, beta, g, begins, kept)
+    return *map(address, tensors), *sizes, scale, DTYPE_CODES[q.dtype], torch.get_num_threads()
+
+
 def memory(
     q, k, v, rate, gate, momentum, norm_weight, norm_bias, eps, weights, start, velocity, position, begins, mini_batch,
-    scale,
+    scale, kept=(),
 ):  # fmt: skip
+    """``kept``: in training, the weights of `ttt.ops.sequence.cpu_training.memory_kept`, which are written."""
     check_positions("mini_batch", position, mini_batch)
     record(memory_op(weights, gate, momentum, norm_weight), "cpu")
     state = own([[t.contiguous() for t in tensors] for tensors in (weights, start, velocity)])
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     factors, norm = (rate, gate, momentum), (norm_weight, norm_bias, eps)
-    _call_memory(q, k, v, factors, norm, state, position, begins, out, q.shape[1], mini_batch, scale, False)
+    held, given = memory_arguments(q, k, v, factors, norm, state, kept, position, begins, q.shape[1], mini_batch, scale)
+    _C.memory(*given, out.data_ptr(), False)
+    del held
     lengths = q.shape[1] if begins is None else begins.diff()
     return out, *state, (position + lengths) % mini_batch
 
@@ -67,7 +72,9 @@ def memory_step(
     record(f"{memory_op(weights, gate, momentum, norm_weight)}_step", "cpu")
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     factors, norm, state = (rate, gate, momentum), (norm_weight, norm_bias, eps), (weights, start, velocity)
-    _call_memory(q, k, v, factors, norm, state, position, None, out, 1, mini_batch, scale, True)
+    held, given = memory_arguments(q, k, v, factors, norm, state, (), position, None, 1, mini_batch, scale)
+    _C.memory(*given, out.data_ptr(), True)
+    del held
     torch.autograd.graph.increment_version([*weights, *start, *velocity])
     position.add_(1)
     position.masked_fill_(position >= mini_batch, 0)
@@ -93,18 +100,24 @@ def memory_op(weights, gate, momentum, norm_weight) -> str:
     return "memory" if gate is None or momentum is None or norm_weight is not None else "titans"
 
 
-def _call_memory(q, k, v, factors, norm, state, position, begins, out, tokens, mini_batch, scale, one_token):
+def memory_arguments(q, k, v, factors, norm, state, kept, position, begins, tokens, mini_batch, scale):
+    """What must be held until the call returns, and what `_C.memory` and its backward pass take first.
+
+    Args:
+        factors: rate, gate, momentum. norm: weight, bias, eps; numbers may have any dtype.
+        state: weights, those before the mini-batch, and the momentum, contiguous; each may be () for none.
+        kept: weights and biases that are kept in training, or ().
+    """
     heads, width = q.shape[-2:]
-    weights, start, velocity = state
-    layers = range(0, len(weights), 2)
-    parts = [weights, start, velocity or [None] * len(weights)]
-    addresses = [[_address(t) for part in parts for t in part[i : i + 2]] for i in layers]
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    # Held until the call returns: the addresses are those of copies, where there had to be one.
-    numbers = [as_float(t) for t in (*factors, *norm[:2])]
+    shapes = kept or state[0]
+    layers = range(0, len(shapes), 2)
+    parts = [part or [None] * len(shapes) for part in (*state, kept)]
+    addresses = [[address(t) for part in parts for t in part[i : i + 2]] for i in layers]
+    # The addresses are those of copies, where there had to be one.
+    held = [q.contiguous(), k.contiguous(), v.contiguous(), *(as_float(t) for t in (*factors, *norm[:2])), begins]
     position = position.contiguous()
-    _C.memory(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), *map(_address, numbers), _address(begins), addresses,
-        [width, *(weights[i].shape[-1] for i in layers)], position.data_ptr(), out.data_ptr(), len(position), tokens,
-        heads, mini_batch, scale, norm[2], one_token, _DTYPE[q.dtype], torch.get_num_threads(),
+    given = (
+        *map(address, held), addresses, [width, *(shapes[i].shape[-1] for i in layers)], position.data_ptr(),
+        len(position), tokens, heads, mini_batch, scale, norm[2], DTYPE_CODES[q.dtype], torch.get_num_threads(),
     )  # fmt: skip
+    return (held, position), given

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ttt.ops.backends import record, unavailable
-from ttt.ops.cuda import _DTYPES, _kernels
+from ttt.ops.cuda import DTYPES, loaded_kernels
 from ttt.ops.sequence.checks import check_positions
 from ttt.ops.sequence.cpu import as_float, memory_op
 from ttt.ops.sequence.states import own
@@ -19,18 +19,18 @@ MOST_KEYS_OF_A_STEP = 256
 
 def _why_none(q: Tensor) -> str:
     """Why no kernel of this file takes ``q``, of a text (B, T, H, D) or a token (B, H, D); empty if some may."""
-    if _kernels() is None:
+    if loaded_kernels() is None:
         return unavailable["triton"]
     if q.dim() == 4 and torch.version.hip is not None:
         return "no Triton kernel for texts on AMD GPUs, which have no products of three passes of tf32"
-    return "" if q.dtype in _DTYPES else f"no Triton kernel for {q.dtype}"
+    return "" if q.dtype in DTYPES else f"no Triton kernel for {q.dtype}"
 
 
 def why_not(q: Tensor, v: Tensor) -> str:
     """Empty if the kernels of the delta rule take ``q`` and ``v``, of a text or a token, else why not."""
     if why := _why_none(q):
         return why
-    kernels: Any = _kernels()
+    kernels: Any = loaded_kernels()
     keys, values = q.shape[-1], v.shape[-1]
     if q.dim() == 4 and (keys % 16 or values % 16):  # their addresses would take registers that are not there
         return f"no Triton kernel for widths that are no multiples of 16, got {keys} and {values}"
@@ -42,7 +42,7 @@ def why_not_memory(q: Tensor, weights: Sequence[Tensor]) -> str:
     """Empty if the kernels of memories take ``q``, of a text or a token, and memories of ``weights``, else why not."""
     if why := _why_none(q):
         return why
-    kernels: Any = _kernels()
+    kernels: Any = loaded_kernels()
     return (kernels.why_not_memory if q.dim() == 4 else kernels.why_not_memory_step)(weights)
 
 
@@ -52,7 +52,7 @@ def delta_rule(q, k, v, beta, g, state, begins, scale):
     state = None if state is None else state.contiguous()
     begins = None if begins is None else begins.to(q.device, torch.int64)
     with torch.cuda.device(q.device):  # Triton launches on the current device, whatever the tensors' is
-        return _kernels().delta_rule(  # type: ignore[union-attr]
+        return loaded_kernels().delta_rule(  # type: ignore[union-attr]
             q, k, v, as_float(beta), as_float(g), state, begins, scale
         )
 
@@ -60,7 +60,7 @@ def delta_rule(q, k, v, beta, g, state, begins, scale):
 def delta_rule_step(q, k, v, beta, g, state, scale):
     record("gated_delta_rule_step", "triton")
     with torch.cuda.device(q.device):
-        out = _kernels().delta_rule_step(  # type: ignore[union-attr]
+        out = loaded_kernels().delta_rule_step(  # type: ignore[union-attr]
             q.contiguous(), k.contiguous(), v.contiguous(), as_float(beta), as_float(g), state, scale
         )
     torch.autograd.graph.increment_version([state])
@@ -78,7 +78,7 @@ def memory(
     begins = None if begins is None else begins.to(q.device, torch.int64)
     numbers = [as_float(t) for t in (rate, gate, momentum, norm_weight, norm_bias)]
     with torch.cuda.device(q.device):  # Triton launches on the current device, whatever the tensors' is
-        out = _kernels().memory(  # type: ignore[union-attr]
+        out = loaded_kernels().memory(  # type: ignore[union-attr]
             q.contiguous(), k.contiguous(), v.contiguous(), *numbers, eps, *state, position.contiguous(), begins,
             mini_batch, scale,
         )  # fmt: skip
@@ -91,7 +91,7 @@ def memory_step(
     record(f"{memory_op(weights, gate, momentum, norm_weight)}_step", "triton")
     numbers = [as_float(t) for t in (rate, gate, momentum, norm_weight, norm_bias)]
     with torch.cuda.device(q.device):
-        out = _kernels().memory_step(  # type: ignore[union-attr]
+        out = loaded_kernels().memory_step(  # type: ignore[union-attr]
             q.contiguous(), k.contiguous(), v.contiguous(), *numbers, eps, weights, start, velocity, position,
             mini_batch, scale,
         )  # fmt: skip

@@ -15,8 +15,14 @@ in a chunk of C tokens, S its first state, and matrices of a row for each token:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from ttt.ops.dtypes import accumulation
+from ttt.ops.sequence.checks import sequences
+from ttt.ops.sequence.states import over_sequences, own
 
 SPAN = 16
 """This many chunks are prepared together: long texts then need little memory beside that of autograd."""
@@ -95,6 +101,39 @@ def _span(q, k, v, beta, g, state, scale, size):
         state = (state if kept is None else kept[:, :, c] * state) + kt[:, :, c] @ error
     out = torch.stack(outs, 2).flatten(2, 3).transpose(1, 2)
     return out[:, :tokens], state
+
+
+def texts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    state: Tensor | None,
+    bounds: list[int] | None,
+    scale: float,
+    size: int | None,
+) -> tuple[Tensor, Tensor]:
+    """The outputs in the dtype of q, and the final states, of arguments of any dtype.
+
+    Args:
+        q, k, v, beta, g, scale: as of `chunked`.
+        state: (N, H, K, V), or None for zeros.
+        bounds: where N packed sequences begin, and the end of the last; None if the N = B sequences are not packed.
+        size: tokens of a chunk; None for the recurrence token by token.
+    """
+    dtype = accumulation(q.dtype)
+    wide = tuple(None if t is None else t.to(dtype) for t in (q, k, v, beta, g))
+    if state is None:
+        rows = sequences(bounds, q.shape[0])
+        state = torch.zeros(rows, q.shape[2], q.shape[3], v.shape[-1], dtype=dtype, device=q.device)
+
+    def run(tensors: Any, state: Any) -> Any:
+        given: Any = (*tensors, state, scale)
+        return recurrent(*given) if size is None else chunked(*given, size)
+
+    out, final = over_sequences(run, wide, state, bounds)
+    return out.to(q.dtype), own(final) if q.shape[1] == 0 else final
 
 
 @torch.no_grad()

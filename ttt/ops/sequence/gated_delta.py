@@ -18,7 +18,6 @@ from ttt.ops.sequence.checks import (
     refuse_gradients,
     sequences,
 )
-from ttt.ops.sequence.states import over_sequences, own
 
 
 def gated_delta_rule(
@@ -51,12 +50,13 @@ def gated_delta_rule(
         cu_seqlens: (N + 1,), where each of N packed sequences begins, and T. B must be 1 then, and the states have N
             rows.
         chunk_size: tokens of a chunk in the torch form. It changes the speed, and the result by rounding only.
-        form: "auto" takes the kernels of the device where no gradient is needed, and the torch form otherwise;
+        form: "auto" takes the kernels of the device, with gradients on CPUs only, and the torch form otherwise;
             "chunk" always takes the torch form, "reference" the recurrence token by token.
 
     Returns:
         (B, T, H, V) in the dtype of q, and the final state, or None. Sums are in float32 (float64 for float64). All
-        forms but the kernels can be differentiated, by the states too.
+        can be differentiated, by the states too, and any number of times: kernels leave second derivatives to the
+        torch form.
 
     Raises:
         TypeError, ValueError: for a wrong argument.
@@ -76,21 +76,9 @@ def gated_delta_rule(
         begins = None if bounds is None else torch.tensor(bounds)
         out, final = kernel(q, k, v, beta, g, state, begins, scale)
         return out, final if output_final_state else None
-    if state is None:
-        state = torch.zeros(rows, heads, width, v.shape[-1], dtype=dtype, device=q.device)
-
-    def run(tensors: Any, state: Any) -> Any:
-        if form == "reference":
-            given: Any = (*tensors, state, scale)
-            return delta_rule.recurrent(*given)
-        given = (*tensors, state, scale, chunk_size)
-        return delta_rule.chunked(*given)
-
-    wide = tuple(None if t is None else t.to(dtype) for t in (q, k, v, beta, g))
-    out, final = over_sequences(run, wide, state, bounds)
-    if tokens == 0:
-        final = own(final)
-    return out.to(q.dtype), final if output_final_state else None
+    size = None if form == "reference" else chunk_size
+    out, final = delta_rule.texts(q, k, v, beta, g, state, bounds, scale, size)
+    return out, final if output_final_state else None
 
 
 def gated_delta_rule_step(

@@ -1,10 +1,12 @@
-"""Which kernel serves a call of a sequence op, if any: C++ on CPUs, Triton on GPUs, where no gradient is needed.
+"""Which kernel serves a call of a sequence op, if any: C++ on CPUs, Triton on GPUs.
 
-Each function returns a callable, or None where the torch form must be taken.
+Where gradients are needed, there are kernels of the delta rule and TTT-Linear on CPUs. Each function returns a
+callable, or None where the torch form must be taken.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ttt.ops.backends import record
-from ttt.ops.cpu import _why_not
-from ttt.ops.sequence import cpu, cuda, large_chunk
+from ttt.ops.cpu import why_not
+from ttt.ops.sequence import cpu, cuda, large_chunk, training
 from ttt.ops.sequence.large_chunk import Token, Weights
 from ttt.ops.sequence.states import MemoryState, tensors_of
 
@@ -48,7 +50,10 @@ for _name, _schema in _SCHEMAS.items():
 
 def gated_delta_rule(q, k, v, beta, g, state) -> Callable | None:
     """The kernel of `ttt.ops.sequence.gated_delta_rule`."""
-    served = _serves("gated_delta_rule", lambda: cuda.why_not(q, v), q, k, v, beta, g, state)
+    others = (k, v, beta, g, state)
+    if q.device.type == "cpu" and _need_gradients(q, *others):
+        return training.delta_rule if _trains("gated_delta_rule", q) else None
+    served = _serves("gated_delta_rule", lambda: cuda.why_not(q, v), q, *others)
     return torch.ops.ttt.sequence_delta_rule if served else None
 
 
@@ -58,10 +63,22 @@ def gated_delta_rule_step(q, k, v, beta, g, state) -> Callable | None:
     return torch.ops.ttt.sequence_delta_rule_step if served else None
 
 
-def memory(q, k, v, rate, gate, momentum, norm: Any, state: MemoryState, mini_batch: int) -> Callable | None:
-    """The kernel of `ttt.ops.sequence.memory`, called with the state, where packed texts begin, and the options."""
+def memory(
+    q, k, v, rate, gate, momentum, norm: Any, state: MemoryState, mini_batch: int, begun: bool
+) -> Callable | None:
+    """The kernel of `ttt.ops.sequence.memory`, called with the state, where packed texts begin, and the options.
+
+    ``begun``: whether the state may be within a mini-batch.
+    """
     if q.device.type == "cpu" and mini_batch > MOST_MINI_BATCH:
         return None
+    tensors = (k, v, rate, gate, momentum, *(norm or NO_NORM)[:2], *tensors_of(state))
+    if q.device.type == "cpu" and _need_gradients(q, *tensors):
+        if gate is not None or momentum is not None or norm is None or len(state.weights) != 2:
+            return None
+        if not _trains("ttt_linear", q) or (begun and bool(state.position.any())):
+            return None
+        return functools.partial(training.memory, q, k, v, rate, norm)
     if not _serves_memory("", q, k, v, rate, gate, momentum, norm, state):
         return None
 
@@ -91,7 +108,7 @@ def memory_step(q, k, v, rate, gate, momentum, norm: Any, state: MemoryState) ->
 
 def swiglu_token(q: Tensor, weights: Weights, sums: Weights) -> Token:
     """The form of `ttt.ops.sequence.large_chunk.swiglu_token` for tokens ``q`` and a state, none with a gradient."""
-    why = _why_not(q.dtype) if q.device.type == "cpu" else f"no kernel for {q.device.type}"
+    why = why_not(q.dtype) if q.device.type == "cpu" else f"no kernel for {q.device.type}"
     if not why and not all(t.is_contiguous() for t in (*weights, *sums)):
         why = "a state that is not contiguous"
     if why:
@@ -112,17 +129,32 @@ def _serves_memory(end: str, q, k, v, rate, gate, momentum, norm: Any, state: Me
 
 def _serves(op: str, why_not_cuda: Callable[[], str], q: Tensor, *others: Tensor | None) -> bool:
     """Whether a kernel serves ``q`` and the others, none of which needs a gradient; if it does not, counts why."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, *others)):
+    if _need_gradients(q, *others):
         return False
     if q.device.type == "cpu":
-        why = _why_not(q.dtype)
+        why = why_not(q.dtype)
     elif q.device.type == "cuda":
         why = why_not_cuda()
     else:
         why = f"no kernel for {q.device.type}"
+    return not _countedwhy_not(op, why)
+
+
+def _trains(op: str, q: Tensor) -> bool:
+    """Whether a kernel on CPUs serves ``q`` with gradients; if it does not because of its dtype, counts that."""
+    # The transforms of torch.func cannot see into an op with a derivative of its own.
+    return not torch._C._are_functorch_transforms_active() and not _countedwhy_not(op, why_not(q.dtype))
+
+
+def _need_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _countedwhy_not(op: str, why: str) -> str:
+    """``why``, after counting a call of the torch form unless it is empty."""
     if why:
         record(op, "torch", why)
-    return not why
+    return why
 
 
 def _fake_delta_rule(q, k, v, beta, g, state, begins, scale):

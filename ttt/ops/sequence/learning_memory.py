@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ttt.ops.dtypes import accumulation
-from ttt.ops.sequence import dual_form, kernels, memory_reference
+from ttt.ops.sequence import dual_form, kernels, memory_texts
 from ttt.ops.sequence.checks import (
     Form,
     bounds_of,
@@ -23,7 +23,7 @@ from ttt.ops.sequence.checks import (
     sequences,
 )
 from ttt.ops.sequence.dual_form import Norm
-from ttt.ops.sequence.states import MemoryState, by_position, over_sequences, own
+from ttt.ops.sequence.states import MemoryState
 
 
 def memory(
@@ -64,12 +64,12 @@ def memory(
         output_final_state: whether to return the state after the last token.
         cu_seqlens: (N + 1,), where each of N packed sequences begins, and T. B must be 1 then, and the states have N
             rows.
-        form: "auto" takes a kernel of the device where there is one and no gradient is needed, and the dual form
-            otherwise; "chunk" always takes the dual form, "reference" goes token by token.
+        form: "auto" takes a kernel of the device where there is one, and the dual form otherwise; with gradients there
+            is one of TTT-Linear on CPUs. "chunk" always takes the dual form, "reference" goes token by token.
 
     Returns:
         (B, T, H, D) in the dtype of q, and the final state, or None. Sums and states are float32 (float64 for
-        float64). All forms but the kernels can be differentiated, by the state and its first weights too.
+        float64). All can be differentiated, by the state and its first weights too, and any number of times.
 
     Raises:
         TypeError, ValueError: for a wrong argument.
@@ -92,32 +92,18 @@ def memory(
         state = initial_state
     scale = 1.0 if scale is None else float(scale)
     if form == "auto":
-        kernel = kernels.memory(q, k, v, rate, gate, momentum, norm, state, mini_batch)
+        begun = initial_state is not None
+        kernel = kernels.memory(q, k, v, rate, gate, momentum, norm, state, mini_batch, begun)
         if kernel:
             begins = None if bounds is None else torch.tensor(bounds)
             out, final = kernel(state, begins, mini_batch, scale)
             return out, final if output_final_state else None
     if initial_state is not None:
         check_positions("mini_batch", state.position, mini_batch)
-    wide: Any = tuple(None if t is None else t.to(dtype) for t in (q * scale, k, v, rate, gate, momentum))
-    wide_norm = None if norm is None else Norm(norm.weight.to(dtype), norm.bias.to(dtype), norm.eps)
-
-    def at_position(tensors: Any, state: Any, position: int) -> Any:
-        given: Any = (*tensors, state, wide_norm, mini_batch, position)
-        return dual_form.chunked(*given)
-
-    def run(tensors: Any, state: Any) -> Any:
-        if form == "reference":
-            given: Any = (*tensors, state, wide_norm, mini_batch)
-            return memory_reference.recurrent(*given)
-        if initial_state is None:
-            return at_position(tensors, state, 0)
-        return by_position(at_position, tensors, state)
-
-    out, final = over_sequences(run, wide, state, bounds)
-    if tokens == 0:
-        final = own(final)
-    return out.to(q.dtype), final if output_final_state else None
+    position, reference = (0 if initial_state is None else None), form == "reference"
+    given: Any = (q, k, v, rate, gate, momentum, norm, state, bounds, mini_batch, scale, position, reference)
+    out, final = memory_texts.texts(*given)
+    return out, final if output_final_state else None
 
 
 def memory_step(

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from ttt.ops.triton.common import operand
-from ttt.ops.triton.window_linear import _padded
+from ttt.ops.triton.window_linear import padded
 
 FEW_TOKENS = 64
 
@@ -241,7 +241,7 @@ def low_rank_linear(
         return y
     inner = torch.empty((tokens, capacity), dtype=torch.float32, device=x.device)
     if tokens <= FEW_TOKENS:
-        columns = _padded(n, 1024)
+        columns = padded(n, 1024)
         _few_inner[(tokens, triton.cdiv(capacity, 4))](
             inner, x, a, rows, users, slots, capacity, n, BR=4, BK=columns, num_warps=4
         )

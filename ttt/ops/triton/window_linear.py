@@ -173,18 +173,18 @@ def window_linear(
     if few:
         coef = torch.empty((tokens, window), dtype=torch.float32, device=x.device)
         one, overlap = tokens == 1, overlapping()
-        blocks = {"BT": 1, "BK": _padded(n, 2048), "num_warps": 8} if one else _BLOCKS["few_coefficients", wide]
+        blocks = {"BT": 1, "BK": padded(n, 2048), "num_warps": 8} if one else _BLOCKS["few_coefficients", wide]
         grid = (window, triton.cdiv(tokens, blocks["BT"]))
         _few_coefficients[grid](coef, x, win_x, win_eta, tokens, window, n, **blocks, **overlap)
         blocks = _BLOCKS["one" if one else "few", wide]
         grid = (triton.cdiv(m, blocks["BM"]),)
         if one:
             _decode_one[grid](
-                y, x, weight, bias, coef, win_delta, win_eta, window, m, n, BC=_padded(window, 128), **blocks, **overlap
+                y, x, weight, bias, coef, win_delta, win_eta, window, m, n, BC=padded(window, 128), **blocks, **overlap
             )
         else:
             _decode_few[grid](
-                y, x, weight, bias, coef, win_delta, win_eta, tokens, window, m, n, BC=_padded(window, 64),
+                y, x, weight, bias, coef, win_delta, win_eta, tokens, window, m, n, BC=padded(window, 64),
                 OPERAND=dot_type, **blocks, **overlap,
             )  # fmt: skip
     else:
@@ -192,11 +192,11 @@ def window_linear(
         blocks = _BLOCKS["subtract", wide]
         grid = (triton.cdiv(m, blocks["BM"]), triton.cdiv(tokens, blocks["BT"]))
         _subtract[grid](
-            y, coef, win_delta, win_eta, tokens, window, m, BC=_padded(window, 64), OPERAND=dot_type, **blocks
+            y, coef, win_delta, win_eta, tokens, window, m, BC=padded(window, 64), OPERAND=dot_type, **blocks
         )
     return y
 
 
-def _padded(size: int, most: int) -> int:
+def padded(size: int, most: int) -> int:
     """The length of a block for ``size`` elements, or for ``most`` of them at a time; at least 16."""
     return min(most, max(16, triton.next_power_of_2(size)))

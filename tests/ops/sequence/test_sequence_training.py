@@ -1,0 +1,238 @@
+"""The C++ kernels that train the delta rule and TTT-Linear: gradients against float64, and which calls they serve."""
+
+import pytest
+import torch
+from helpers import assert_close
+from sequence_cases import doubled, memory_case
+from test_sequence_kernels import inputs
+
+from ttt.ops import cpu
+from ttt.ops import sequence as ops
+from ttt.ops.backends import calls
+from ttt.ops.sequence.states import MemoryState, tensors_of
+
+pytestmark = pytest.mark.skipif(cpu._C is None, reason="the C++ kernels are not built")
+
+
+def leaves(tensors):
+    return [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
+
+
+def weight_of(out):
+    """Random numbers of the shape of ``out``, as float64, which its dtype holds exactly: a gradient is not rounded."""
+    return torch.randn(out.shape).to(out.dtype).double()
+
+
+def gradients(run, tensors, weights):
+    """The outputs of ``run``, and the gradients of their sum with these weights by the tensors; None gives none."""
+    given = leaves(tensors)
+    outs = run(*given)
+    total = sum((o.double() * w).sum() for o, w in zip(outs, weights, strict=True))
+    found = torch.autograd.grad(total, [t for t in given if t is not None], materialize_grads=True)
+    return [*(o.detach() for o in outs), *found]
+
+
+def compare_all(found, exact, plain):
+    for n, (a, b, c) in enumerate(zip(found, exact, plain, strict=True)):
+        assert a.dtype == c.dtype
+        assert_close(a, b, c, f"tensor {n}")
+
+
+def delta_runs(bounds=None):
+    def run(form):
+        def of(q, k, v, beta, g, state):
+            return ops.gated_delta_rule(
+                q, k, v, beta, g, initial_state=state, output_final_state=True, cu_seqlens=bounds, form=form
+            )
+
+        return of
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "gated"), [
+    ((1, 1, 4, 3, 5), True), ((2, 33, 3, 5, 7), False), ((1, 70, 2, 64, 64), True), ((2, 32, 1, 19, 130), True),
+    ((1, 300, 1, 40, 24), True), ((1, 31, 1, 64, 16), False), ((2, 0, 2, 8, 8), True),
+])  # fmt: skip
+def test_gradients_of_the_delta_rule(isa, dtype, shape, gated):
+    q, k, v, beta, g = inputs(*shape, dtype)
+    tensors = (q, k, v, beta, g if gated else None, torch.randn(shape[0], shape[2], *shape[3:]))
+    weights = weight_of(v), torch.randn(tensors[-1].shape).double()
+    before = calls["gated_delta_rule_backward", "cpu", ""]
+    run = delta_runs()
+    found = gradients(run("auto"), tensors, weights)
+    assert calls["gated_delta_rule_backward", "cpu", ""] == before + 1
+    exact = gradients(run("reference"), doubled(tensors), weights)
+    compare_all(found, exact, gradients(run("chunk"), tensors, weights))
+
+
+def test_gradients_of_packed_texts_of_the_delta_rule(isa):
+    lengths = [5, 0, 1, 300, 256, 31]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    q, k, v, beta, g = inputs(1, int(bounds[-1]), 2, 9, 6, torch.float32)
+    tensors = (q, k, v, beta, g, torch.randn(len(lengths), 2, 9, 6))
+    weights = weight_of(v), torch.randn(tensors[-1].shape).double()
+    run = delta_runs(bounds)
+    exact = gradients(run("reference"), doubled(tensors), weights)
+    compare_all(gradients(run("auto"), tensors, weights), exact, gradients(run("chunk"), tensors, weights))
+
+
+def test_a_gate_that_is_closed(isa):
+    """A logarithm of -inf: what lies before gets no gradient from what comes later, and nothing is NaN."""
+    q, k, v, beta, g = inputs(1, 80, 1, 8, 8, torch.float32)
+    g[:, 40] = -torch.inf
+    given = leaves((q, k, v, beta, g))
+    out, _ = ops.gated_delta_rule(*given)
+    found = torch.autograd.grad(out[:, 40:].sum(), given)
+    for t in found:
+        assert t.isfinite().all()
+        assert not t[:, :40].abs().max() > 1e-5
+
+
+def test_some_gradients_only():
+    q, k, v, beta, g = inputs(1, 40, 2, 8, 8, torch.float32)
+    all_of_them = leaves((q, k, v, beta, g))
+    full = torch.autograd.grad(ops.gated_delta_rule(*all_of_them)[0].sum(), all_of_them)
+    for n in range(5):
+        some = [t.detach() for t in (q, k, v, beta, g)]
+        some[n].requires_grad_()
+        (alone,) = torch.autograd.grad(ops.gated_delta_rule(*some)[0].sum(), [some[n]])
+        assert torch.equal(alone, full[n])
+
+
+def memory_runs(norm, mini_batch, bounds=None):
+    def run(form):
+        def of(q, k, v, rate, weight, bias, *rest):
+            *starts, norm_weight, norm_bias = rest
+            state = None
+            if starts:
+                rows = len(starts[0])
+                state = MemoryState((weight, bias), tuple(starts), (), torch.zeros(rows, dtype=torch.int64))
+            out, final = ops.memory(
+                q, k, v, rate, [w[0] for w in (weight, bias)], norm=ops.Norm(norm_weight, norm_bias, norm.eps),
+                mini_batch=mini_batch, scale=0.7, initial_state=state, output_final_state=True, cu_seqlens=bounds,
+                form=form,
+            )  # fmt: skip
+            return [out, *tensors_of(final)[:-1]]
+
+        return of
+
+    return run
+
+
+def memory_tensors(batch, tokens, heads, dtype, width, rows=None, begun=True):
+    (q, k, v, rate), weights, norm = memory_case(batch, tokens, heads, dtype, width)
+    rows = batch if rows is None else rows
+    states = [w.expand(rows, *w.shape).contiguous() for w in weights] if begun else [w.unsqueeze(0) for w in weights]
+    begin = [w.clone() for w in states] if begun else []
+    return (q, k, v, rate, *states, *begin, norm.weight, norm.bias), norm
+
+
+def memory_weights(tensors, rows):
+    out, states = tensors[0], [(rows, *t.shape[1:]) for t in tensors[4:6]]
+    return [weight_of(out), *(torch.randn(shape).double() for shape in (*states, *states))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "mini_batch"), [
+    ((1, 1, 2, 5), 4), ((2, 33, 2, 20), 7), ((1, 64, 1, 64), 16), ((1, 63, 1, 32), 16), ((1, 65, 2, 24), 16),
+    ((1, 40, 1, 16), 1), ((1, 100, 1, 64), 64), ((2, 0, 2, 20), 4), ((1, 15, 1, 20), 16),
+])  # fmt: skip
+def test_gradients_of_ttt_linear(isa, dtype, shape, mini_batch):
+    batch, tokens, heads, width = shape
+    tensors, norm = memory_tensors(batch, tokens, heads, dtype, width)
+    weights = memory_weights(tensors, batch)
+    before = calls["ttt_linear_backward", "cpu", ""]
+    run = memory_runs(norm, mini_batch)
+    found = gradients(run("auto"), tensors, weights)
+    assert calls["ttt_linear_backward", "cpu", ""] == before + 1
+    exact = gradients(run("reference"), doubled(tensors), weights)
+    compare_all(found, exact, gradients(run("chunk"), tensors, weights))
+
+
+def test_gradients_of_packed_texts_of_ttt_linear(isa):
+    lengths = [5, 0, 1, 70, 64, 3]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    tensors, norm = memory_tensors(1, int(bounds[-1]), 2, torch.float32, 20, rows=len(lengths))
+    weights = memory_weights(tensors, len(lengths))
+    run = memory_runs(norm, 4, bounds)
+    exact = gradients(run("reference"), doubled(tensors), weights)
+    compare_all(gradients(run("auto"), tensors, weights), exact, gradients(run("chunk"), tensors, weights))
+
+
+def test_gradients_of_the_first_weights(isa):
+    """Those of new sequences, of which all begin with them."""
+    tensors, norm = memory_tensors(3, 37, 2, torch.float32, 20, begun=False)
+    weights = memory_weights(tensors, 3)
+    run = memory_runs(norm, 8)
+    exact = gradients(run("reference"), doubled(tensors), weights)
+    compare_all(gradients(run("auto"), tensors, weights), exact, gradients(run("chunk"), tensors, weights))
+
+
+def test_second_derivatives_are_those_of_the_torch_form():
+    q, k, v, beta, g = inputs(1, 40, 2, 8, 8, torch.float32)
+    tensors, norm = memory_tensors(1, 21, 2, torch.float32, 20)
+    for run, given in ((delta_runs(), (q, k, v, beta, g, torch.randn(1, 2, 8, 8))), (memory_runs(norm, 8), tensors)):
+        found = []
+        for form in ("auto", "chunk"):
+            leaf = leaves(given)
+            first = torch.autograd.grad(run(form)(*leaf)[0].square().sum(), leaf, create_graph=True, allow_unused=True)
+            used = [t for t in first if t is not None]
+            found.append(torch.autograd.grad(sum(t.square().sum() for t in used), leaf[:4]))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
+
+
+def test_transforms_of_torch_func_take_the_torch_form():
+    """Gradients of each sequence of a batch at once."""
+    q, k, v, beta, g = inputs(3, 10, 2, 8, 8, torch.float32)
+    tensors, weights, norm = memory_case(3, 10, 2, torch.float32, 20)
+
+    def delta(q, *others):
+        out, _ = ops.gated_delta_rule(q[None], *(t[None] for t in others))
+        return out.square().sum()
+
+    def linear(q, *others):
+        out, _ = ops.ttt_linear(q[None], *(t[None] for t in others), *weights, norm, mini_batch=4)
+        return out.square().sum()
+
+    for op, given in ((delta, (q, k, v, beta, g)), (linear, tensors)):
+        found = torch.func.vmap(torch.func.grad(op))(*given)
+        for n in range(3):
+            (row, *others) = (t[n] for t in given)
+            leaf = row.clone().requires_grad_()
+            (exact,) = torch.autograd.grad(op(leaf, *others), leaf)
+            torch.testing.assert_close(found[n], exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
+
+
+def test_within_a_mini_batch_the_torch_form_trains():
+    (q, k, v, rate), weights, norm = memory_case(1, 10, 1, torch.float32, 20)
+    options = {"norm": norm, "mini_batch": 4, "output_final_state": True}
+    with torch.no_grad():
+        _, state = ops.memory(q, k, v, rate, weights, **options)
+    assert state.position.tolist() == [2]
+    before = calls["ttt_linear", "cpu", ""]
+    given = leaves((q, k, v, rate))
+    out, _ = ops.memory(*given, weights, initial_state=state, **options)
+    exact, _ = ops.memory(*leaves((q, k, v, rate)), weights, initial_state=state, form="chunk", **options)
+    assert torch.equal(out, exact)
+    assert calls["ttt_linear", "cpu", ""] == before
+
+
+def test_compiled_training_equals_eager():
+    q, k, v, beta, g = inputs(1, 20, 2, 8, 8, torch.float32)
+    (mq, mk, mv, rate), weights, norm = memory_case(1, 20, 2, torch.float32, 8)
+
+    def run(q, k, v, beta, g, weight, bias):
+        out, state = ops.gated_delta_rule(q, k, v, beta, g, output_final_state=True)
+        learnt, _ = ops.ttt_linear(mq + q, mk, mv, rate, weight, bias, norm, mini_batch=8)
+        return out.sum() + state.square().sum() + learnt.square().sum()
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    found = []
+    for function in (run, compiled):
+        given = leaves((q, k, v, beta, g, *weights))
+        found.append(torch.autograd.grad(function(*given), given))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
