@@ -99,7 +99,7 @@ class Learner(Keeping):
                 another user gets or learns; the shape of the batch and its padding may.
             passes: how often the text is read and learnt. The scores are those of the first pass. A sentence that
                 is to be remembered after one telling takes several: see `study` for more.
-            emphasis: multiplies the steps on this text, in (0, 100]. With ``rate="decrease"`` steps that are made larger
+            emphasis: multiplies the steps on this text, in (0, 100]. With ``rate="decrease"`` steps that it makes larger
                 are bounded by the loss of the text (`ttt.nn.own_loss`).
 
         Returns:
