@@ -75,6 +75,7 @@ class Users:
         self._stamp: dict[str, int] = {}  # by user, another one for each state of their weights
         self._lesson: dict[str, dict[str, float]] = {}  # by user, what the last one took
         self._running: dict[int, Generator[float, None, Any]] = {}
+        self._kept: list[str] = []  # users who keep their slots, as the API server said last
         self._threads = DaemonThreads(2, "ttt-io")
         atexit.register(self.close)
 
@@ -127,16 +128,25 @@ class Users:
     # -- operations ---------------------------------------------------------------------------------------------------
 
     def open(self, user: str, key: str, kept: list[str]) -> Steps[dict[str, Any]]:
-        """Give ``user`` a slot; users who are not ``kept`` make room. ``key`` is the user's in adapters' paths."""
+        """Give ``user`` a slot; users who are not ``kept`` make room. ``key`` is the user's in adapters' paths.
+
+        Of several calls that run at the same time, the newest says who is kept: those who were called for after an
+        earlier one stay.
+        """
+        self._kept = kept
+        before = self.sessions.get(user)
+        if before is not None and before.lease is not None:  # back before another user needed the slot
+            self._remove(user)
+            self.adapters.introduce(key, user)
+            return self._publish(user)
         fetched = yield from self._in_thread(self.sessions.fetch, user)
         installed = False
         try:
-            before = self.sessions.get(user)
-            if before is not None and before.lease is None:  # nothing here is newer than what was read
+            if self.sessions.get(user) is not None:  # without a lease: nothing here is newer than what was read
                 self.sessions.drop(user)
                 self._remove(user)
             while user not in self.pool.users and len(self.pool.users) >= self.pool.slots:
-                leaving = next((each for each in self.sessions.users if each not in kept), None)
+                leaving = next((each for each in self.sessions.users if each not in self._kept), None)
                 if leaving is None:
                     raise TooBusy("all slots for users are in use, ask again", retry_after=1.0)
                 session = self.sessions.get(leaving)
