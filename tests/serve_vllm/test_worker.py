@@ -178,7 +178,7 @@ def test_opening_makes_room_of_users_who_are_not_kept_and_stores_them(tmp_path):
 
 
 def opening_bob(made, monkeypatch, kept):
-    """Begin to open bob, who takes the place of a user who is not ``kept``: the answer, and what lets the store go on."""
+    """Begin to open bob, for whom a user who is not ``kept`` makes room: the answer, and what lets the store go on."""
     go_on, fetch = threading.Event(), made.sessions.fetch
 
     def slow(user):

@@ -28,7 +28,7 @@ from ttt.serve.vllm.adapters import Adapters
 from ttt.serve.vllm.blocks import TopBlocks
 from ttt.serve.vllm.capture import Capture
 from ttt.serve.vllm.lessons import learn_in_slices
-from ttt.serve.vllm.options import Options
+from ttt.serve.vllm.options import STORING, Options
 from ttt.serve.vllm.top_blocks import top_blocks
 from ttt.store import Store
 
@@ -39,7 +39,7 @@ Steps = Generator[float, None, T]
 _IO_WAIT = 0.002
 ALONE = 100.0
 """Milliseconds of learning at a time while the engine answers nobody; a request that comes then waits for them."""
-OPERATIONS = ("open", "learn", "stored", "forget", "rollback", "status", "drop")
+OPERATIONS = ("open", "learn", "stored", "forget", "rollback", "status", "drop", "end")
 
 
 class Users:
@@ -121,9 +121,7 @@ class Users:
         atexit.unregister(self.close)
         for ticket in list(self._running):
             self.cancel(ticket)
-        unsaved = self.sessions.close(timeout=60)
-        if unsaved:
-            log.error("what %d users learnt last was not stored", len(unsaved))
+        self._leave()
 
     # -- operations ---------------------------------------------------------------------------------------------------
 
@@ -243,7 +241,15 @@ class Users:
         return None
         yield 0.0
 
+    def end(self) -> Steps[None]:
+        """Store what waits to be stored, and give all leases back: nothing is learnt any more."""
+        yield from self._in_thread(self._leave)
+
     # -- inner --------------------------------------------------------------------------------------------------------
+
+    def _leave(self) -> None:
+        if unsaved := self.sessions.close(STORING):
+            log.error("what %d users learnt last was not stored", len(unsaved))
 
     def _slice(self) -> float:
         """Milliseconds that learning may take until the engine has its next turn."""
