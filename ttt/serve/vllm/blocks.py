@@ -131,7 +131,8 @@ class Block:
         normed, _ = self.norms[0].forward(x)
         queries = self.sizes[0]
         bias = None if self.qkv_bias is None else self.qkv_bias[queries:]
-        self._put(memory, begin, *linear(normed, self.qkv[queries:], bias).split(self.sizes[1:], 1), rotation)
+        k, v = linear(normed, self.qkv[queries:], bias).split(self.sizes[1:], 1)
+        self._put(memory, begin, k, v, rotation)
 
     def outer(self, inner: Inner) -> Tensor:
         """The block's output (T, d)."""
