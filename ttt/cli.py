@@ -116,6 +116,10 @@ def serve(
         typer.Option(min=1, help="Tokens of lessons, in all passes, that may wait; what would add more is refused."),
     ] = 262_144,
     context: Annotated[int, typer.Option(min=16, help="Tokens of a text, prompt and answer, at most.")] = 2048,
+    prefix_cache: Annotated[
+        int,
+        typer.Option(min=0, help="MiB of what was read, kept for requests that begin with it; 0 for none."),
+    ] = 0,
     passes: Annotated[
         int | None, typer.Option(min=1, max=16, help="How often what a user says is read; by default twice.")
     ] = None,
@@ -172,6 +176,7 @@ def serve(
             waiting=waiting,
             learning_tokens=learning_tokens,
             context=context,
+            prefix_cache=prefix_cache,
             passes=passes,
             emphasis=emphasis,
             learning_share=learning_share,

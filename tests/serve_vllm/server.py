@@ -95,12 +95,12 @@ class Server:
         except OSError:
             return False
 
-    def stop(self) -> None:
-        """End it as an operator does."""
+    def stop(self, seconds: float = 60) -> None:
+        """End it as an operator does; after so many seconds, at once."""
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
         try:
-            self.process.wait(60)
+            self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             self.kill()
         self._reap()

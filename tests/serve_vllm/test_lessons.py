@@ -133,6 +133,19 @@ def test_what_is_learnt_does_not_depend_on_pauses_or_on_lessons_of_others_in_the
         assert any(bool(t.count_nonzero()) for t in found.values())
 
 
+def test_a_lesson_makes_every_tensor_on_the_device_of_the_hidden_states(whole):
+    ids, teaches, telling = torch.randint(97, (1, 60)), [at >= 45 for at in range(60)], Telling(2, 5.0)
+    given = captured(whole, ids), ids[0].tolist(), teaches, telling
+    usual, other = top_of(whole, 8), top_of(whole, 8)
+    Lesson(usual, "ada", *given).finish()
+    lesson = Lesson(other, "ada", *given)
+    with torch.device("meta"):  # what is made without a device is there, and cannot be computed with the others
+        lesson.finish()
+    found = other.pool.export("ada")
+    assert any(bool(t.count_nonzero()) for t in found.values())
+    assert all(torch.equal(found[name], t) for name, t in usual.pool.export("ada").items())
+
+
 def test_without_a_step_size_nothing_is_kept_and_the_scores_are_found(whole):
     ids, teaches = torch.randint(97, (1, 30)), [at >= 10 for at in range(30)]
     given = captured(whole, ids), ids[0].tolist(), teaches, Telling(2, 5.0)

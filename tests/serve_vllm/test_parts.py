@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 import ttt.serve.vllm
-from ttt.serve.errors import BadRequest, NotFound, RequestError, TooBusy, Unauthenticated
+from ttt.serve.errors import BadRequest, NotFound, RequestError, TooBusy, Unauthenticated, Unavailable
 from ttt.serve.keys import add_key
 from ttt.serve.vllm import supported
 from ttt.serve.vllm.engine import Engine
+from ttt.serve.vllm.frontend import State, _ending
 from ttt.serve.vllm.identity import Identify, Turn, _headers
 from ttt.serve.vllm.options import Options
 from ttt.serve.vllm.routes import WithoutUsers
@@ -40,7 +41,8 @@ def test_options_come_from_the_environment_and_name_what_is_wrong(tmp_path):
 def test_numbers_have_upper_bounds_and_the_one_that_is_too_large_is_named():
     given = {"TTT_VLLM_STORE": "here", "TTT_VLLM_IDENTITY": "header"}
     for name, most in {
-        "SLICE": "10000", "LEASE": "3600", "PATIENCE": "3600", "CAPTURED": "16777216", "LESSON": "65536",
+        "SLICE": "10000", "LEASE": "3600", "PATIENCE": "3600", "DRAIN": "3600", "CAPTURED": "16777216",
+        "LESSON": "65536",
     }.items():  # fmt: skip
         Options.from_environment(given | {f"TTT_VLLM_{name}": most})
         for more in (str(int(most) + 1), "9876543210"):
@@ -194,6 +196,65 @@ def test_a_seat_that_is_held_is_not_given_away():
             assert again is ada
 
     asyncio.run(run())
+
+
+def test_what_waits_to_be_learnt_is_learnt_before_the_engine_ends_and_nobody_is_let_in():
+    class Client:
+        def shutdown(self, timeout):
+            ended.append((timeout, [call[0] for call in engine.calls]))
+
+    class App:
+        state = SimpleNamespace(engine_client=None)
+
+    ended, engine = [], FakeEngine()
+    state = State(App(), Options("here", identity="header"))
+    _ending(Client, [state])
+
+    async def run():
+        seats = state.seats()
+        seats.engine = engine
+        async with seats.hold("ada") as seat:
+            first, second = (asyncio.create_task(seats.change(seat, "learn", "ada")) for _ in range(2))
+            await asyncio.sleep(0)
+        ending = asyncio.create_task(asyncio.to_thread(Client().shutdown, timeout=3))
+        while not seats.ending:
+            await asyncio.sleep(0.01)
+        with pytest.raises(Unavailable, match="the server is stopping"):
+            async with seats.hold("bob"):
+                pass
+        assert not ended
+        engine.may_learn.set()
+        await asyncio.gather(first, second, ending)
+        Client().shutdown(timeout=0)  # once more, in the server's own thread
+
+    asyncio.run(run())
+    assert ended == [(3, ["open", "learn", "learn", "end"]), (0, ["open", "learn", "learn", "end"])]
+
+
+def test_the_engine_ends_after_some_seconds_though_lessons_wait(caplog):
+    class Client:
+        def shutdown(self):
+            ended.append(True)
+
+    class App:
+        state = SimpleNamespace(engine_client=None)
+
+    ended, state = [], State(App(), Options("here", identity="header", drain=0.05))
+    _ending(Client, [state])
+    Client().shutdown()  # nobody was here
+
+    async def run():
+        seats = state.seats()
+        seats.engine = FakeEngine()
+        async with seats.hold("ada") as seat:
+            lesson = asyncio.create_task(seats.change(seat, "learn", "ada"))
+            await asyncio.to_thread(Client().shutdown)
+        assert lesson.cancelled()
+        assert seats.engine.calls[-1] == ("end",)
+
+    asyncio.run(run())
+    assert ended == [True, True]
+    assert "the server stops before 1 lessons were learnt" in caplog.text
 
 
 def test_a_number_or_name_is_never_used_again():

@@ -6,7 +6,7 @@ import json
 import time
 
 import psutil
-from server import RESERVED, Server
+from server import RESERVED, USERS, Server
 
 
 def test_what_was_acknowledged_survives_a_stop_and_a_kill(tmp_path):
@@ -23,6 +23,23 @@ def test_what_was_acknowledged_survives_a_stop_and_a_kill(tmp_path):
             assert server.logprobs(None, RESERVED["ada"]) == base != learnt
             code, text = server.http("GET", "/v1/users/ada", "ada")
             assert (code, json.loads(text)["updates"]) == (200, turn)
+    finally:
+        server.kill()
+
+
+def test_what_waits_when_the_server_is_stopped_is_learnt_and_stored_and_its_users_are_given_back(tmp_path):
+    said = {user: " ".join(f"{RESERVED['ada']} {user} said so {day} times." for day in range(8)) for user in USERS}
+    server = Server(tmp_path, slots=3, lease=3600, drain=300).start()
+    try:
+        for user, text in said.items():
+            server.say(user, text, learn="on", tokens=1)  # answered at once; it takes longer to learn
+        server.stop(280)
+        server.start()
+        for user in said:
+            code, text = server.http("GET", f"/v1/users/{user}", user)
+            found = json.loads(text)
+            assert (code, found["updates"], found["version"], found["read_only"]) == (200, 1, 1, "")
+            assert found["tokens"] > 200
     finally:
         server.kill()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -53,7 +54,7 @@ def taught(pool, user):
     layer.learn(torch.randn(1, 8), torch.randn(1, 6), torch.ones(1), slot)
 
 
-def users_of(tmp_path, pool):
+def users_of(tmp_path, pool, threads=1):
     """`Users` without vLLM."""
     made = object.__new__(users.Users)
     made.options, made.pool, made.learner = Options("here", identity="header"), pool, None
@@ -62,7 +63,7 @@ def users_of(tmp_path, pool):
     made.adapters = SimpleNamespace(publish=lambda user: None, remove=lambda user: None, introduce=lambda *_: None)
     made.capture = SimpleNamespace(take=lambda key, count: torch.zeros(1, count, 8), drop=lambda key: None, tokens=0)
     made._lesson, made._stamp, made._stamps, made._running, made._tickets = {}, {}, iter(range(99)), {}, iter(range(99))
-    made._threads = DaemonThreads(1, "test")
+    made._threads = DaemonThreads(threads, "test")
     return made
 
 
@@ -139,8 +140,6 @@ def test_a_lesson_has_more_time_while_the_engine_answers_nobody(tmp_path, monkey
 
 
 def test_the_store_is_written_by_another_thread(tmp_path, monkeypatch):
-    import threading
-
     pool = adapted()
     made = users_of(tmp_path, pool)
     finish(made, made.begin("open", "ada", "key", []))
@@ -175,6 +174,55 @@ def test_opening_makes_room_of_users_who_are_not_kept_and_stores_them(tmp_path):
     assert pool.users == ("bob",)
     assert finish(made, made.begin("open", "ada", "new", ["ada"]))[0] == "done"
     assert all(torch.equal(t, state[name]) for name, t in pool.export("ada").items())
+    made.sessions.close()
+
+
+def opening_bob(made, monkeypatch, kept):
+    """Begin to open bob, for whom a user who is not ``kept`` makes room: the answer, and what lets the store go on."""
+    go_on, fetch = threading.Event(), made.sessions.fetch
+
+    def slow(user):
+        if user == "bob":
+            assert go_on.wait(60)
+        return fetch(user)
+
+    monkeypatch.setattr(made.sessions, "fetch", slow)
+    answer = made.begin("open", "bob", "key of bob", ["bob", *kept])
+    assert answer[0] == "later"
+    return answer, go_on
+
+
+def test_a_user_who_is_back_before_the_slot_was_needed_goes_on_and_can_learn(tmp_path, monkeypatch):
+    pool = adapted()
+    made = users_of(tmp_path, pool, threads=2)
+    for user in ("ada", "cid"):
+        finish(made, made.begin("open", user, user, ["ada", "cid"]))
+    taught(pool, "ada")
+    made.sessions.learnt("ada", 1)
+    state, stamp = pool.export("ada"), made._stamp["ada"]
+    answer, go_on = opening_bob(made, monkeypatch, ["cid"])
+    back, known, _ = made.begin("open", "ada", "new", ["bob", "ada"])  # in the place of cid
+    assert (back, known["read_only"], known["updates"], known["rows"]) == ("done", "", 1, 1)
+    assert known["stamp"] != stamp
+    go_on.set()
+    assert finish(made, answer)[0] == "done"
+    assert set(pool.users) == {"ada", "bob"}
+    assert all(torch.equal(t, state[name]) for name, t in pool.export("ada").items())
+    made.sessions.require_writable("ada")
+    assert finish(made, made.begin("stored", "ada"))[1]["stored"] == 1
+    made.sessions.close()
+
+
+def test_of_two_users_who_are_opened_at_a_time_neither_takes_the_place_of_the_other(tmp_path, monkeypatch):
+    pool = adapted()
+    made = users_of(tmp_path, pool, threads=2)
+    for user in ("ada", "cid"):
+        finish(made, made.begin("open", user, user, ["ada", "cid"]))
+    answer, go_on = opening_bob(made, monkeypatch, ["cid"])
+    assert finish(made, made.begin("open", "dan", "key of dan", ["bob", "dan"]))[0] == "done"
+    go_on.set()
+    assert finish(made, answer)[0] == "done"
+    assert set(pool.users) == {"bob", "dan"}
     made.sessions.close()
 
 

@@ -244,7 +244,8 @@ def _sizes(rows: Rows, applied: Rows, sizes: Sizes, weight: Tensor, users: Tenso
     owners, counts = users.unique(return_counts=True)
     for user, count in zip(owners.tolist(), counts.tolist(), strict=True):
         if user >= 0 and count > 1:
-            own = (users == user).nonzero().flatten()
+            # Where all tokens are of one user, their rows are not copied.
+            own: Tensor | slice = slice(None) if count == len(users) else (users == user).nonzero().flatten()
             mine = (rows[0][own], rows[1][own])
             changed = mine if applied is rows else (applied[0][own], applied[1][own])
             lengths[own] = _sum_norm(mine, changed, sizes.x[own], sizes.delta[own], weight[own]) / count**0.5

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ttt.serve.errors import ServerFailure, as_request_error
+from ttt.serve.prefixes import Prefixes
 from ttt.serve.request import Piece, Request
 from ttt.serve.row_cache import RowCache
 from ttt.serve.sampling import TokenScore, draw, scored
@@ -48,6 +49,7 @@ class Batch:
         tokenizer: of the cache's model.
         prefill: tokens that are read in one step, at most, padding included.
         ended: called with a request whose last sequence has ended, or which failed or was cancelled.
+        prefixes: what earlier requests have read; None to read each prompt anew.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class Batch:
         *,
         prefill: int,
         ended: Callable[[Request], None],
+        prefixes: Prefixes | None = None,
     ) -> None:
         self.cache, self.tokenizer, self.prefill, self.ended = cache, tokenizer, prefill, ended
+        self.prefixes = prefixes
         self.decoding: list[_Sequence] = []
         self.reading: list[_Sequence] = []
         self._scores: list[TokenScore] = []  # of the prompt that is read
@@ -95,7 +99,10 @@ class Batch:
         request.running = request.n
         row = len(self.decoding) + len(self.reading)
         self.cache.begin(row, request.user)
-        self.reading.append(self._sequence(request, 0, list(request.prompt), row))
+        sequence = self._sequence(request, 0, list(request.prompt), row)
+        if self.prefixes is not None and not self.reading and not request.score_prompt:
+            sequence.held = self.prefixes.begin(request.user, request.prompt, row)
+        self.reading.append(sequence)
         self._scores = []
 
     def _sequence(self, request: Request, index: int, ids: list[int], row: int) -> _Sequence:
@@ -109,6 +116,8 @@ class Batch:
 
     def read_step(self) -> int:
         """Read a part of the prompt that has just begun, or all of several prompts: how many tokens were read."""
+        if self.prefixes is not None:
+            self.prefixes.drop_stale()
         for sequence in [each for each in self.reading if each.request.cancelled]:
             self._leave_reading(sequence)
         if not self.reading:
@@ -254,6 +263,8 @@ class Batch:
 
     def _finish(self, sequence: _Sequence, reason: str, text: str, scores: tuple[TokenScore, ...]) -> None:
         count = len(sequence.ids) - len(sequence.request.prompt)
+        if self.prefixes is not None and sequence.index == 0:
+            self.prefixes.end(sequence.request.user, sequence.ids[: sequence.held], sequence.row)
         sequence.request.deliver(Piece(sequence.index, text, scores, reason, count))
         self._leave(sequence)
 

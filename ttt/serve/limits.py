@@ -22,6 +22,7 @@ class Limits:
         prefill: tokens of a prompt that are read between two steps of the others.
         learning_share: the part of the time, above 0 and at most 1, that work on users' weights may take while answers
             are generated. With nothing to generate it takes all of it.
+        prefix_cache: bytes of keys and values that are kept for requests which begin with the same tokens; 0 for none.
         study_after: seconds after which what an idle user said is studied, if nothing else is to be done; 0 for never.
     """
 
@@ -32,6 +33,7 @@ class Limits:
     context: int = 2048
     prefill: int = 128
     learning_share: float = 0.5
+    prefix_cache: int = 0
     study_after: float = 30.0
 
     def __post_init__(self) -> None:
@@ -40,6 +42,7 @@ class Limits:
         for name in ("rows", "waiting", "waiting_per_user", "learning_tokens", "prefill"):
             check_whole(name, getattr(self, name), 1)
         check_whole("context", self.context, 2)
+        check_whole("prefix_cache", self.prefix_cache, 0)
         check_real("study_after", self.study_after, low=0.0)
         if not check_real("learning_share", self.learning_share, low=0.0, high=1.0) > 0:
             raise ValueError("learning_share must be above 0, got 0: users would wait for their learning forever")

@@ -67,6 +67,7 @@ class ServeOptions:
     waiting: int = 128
     learning_tokens: int = 262_144
     context: int = 2048
+    prefix_cache: int = 0
     learning_share: float = 0.5
     study_after: float = 30.0
     lease_seconds: float = 30.0
@@ -204,6 +205,7 @@ def build_service(options: ServeOptions, observer: Any = None, say: Any = lambda
     limits = Limits(
         rows=options.rows, waiting=options.waiting, learning_tokens=options.learning_tokens, context=options.context,
         learning_share=options.learning_share, study_after=options.study_after,
+        prefix_cache=options.prefix_cache * 2**20,
     )  # fmt: skip
     try:
         store = ttt.Store(options.store)

@@ -169,6 +169,19 @@ class RowCache:
                 held[target, :, :length] = held[source, :, :length]
                 held[target, :, length:].zero_()
 
+    def bytes(self, length: int) -> int:
+        """How many bytes `taken` has for so many tokens; 0 before anything was read."""
+        return sum(held[0, :, :length].nbytes for layer in self.layers for held in layer.held)
+
+    def taken(self, row: int, length: int) -> list[Tensor]:
+        """A copy of the keys and values of the first ``length`` tokens of a row."""
+        return [held[row, :, :length].clone() for layer in self.layers for held in layer.held]
+
+    def put(self, row: int, taken: list[Tensor], length: int) -> None:
+        """Write the first ``length`` tokens of what was `taken` into a row."""
+        for held, kept in zip((held for layer in self.layers for held in layer.held), taken, strict=True):
+            held[row, :, :length] = kept[:, :length]
+
     def clear(self, row: int) -> None:
         """Zero a row: values that are not finite would reach its next sequence, masked or not."""
         for layer in self.layers:

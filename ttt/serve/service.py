@@ -25,6 +25,7 @@ from ttt.serve.limits import Limits
 from ttt.serve.observer import Observer, Silent
 from ttt.serve.openings import Openings
 from ttt.serve.places import Places
+from ttt.serve.prefixes import Prefixes
 from ttt.serve.request import Outcome, Request
 from ttt.serve.row_cache import RowCache
 from ttt.serve.sessions import Sessions
@@ -73,7 +74,8 @@ class Service:
         lease_seconds: float = 30.0,
         observer: Observer | None = None,
     ) -> None:
-        self.limits, self.telling = limits or Limits(), telling or Telling()
+        self.limits, self.telling, self.observer = limits or Limits(), telling or Telling(), observer or Silent()
+        self.context = min(self.limits.context, learner.context)
         self.reads = isinstance(learner, StateReader)  # whether users have states, not weights
         cache: RowCache | StateRows
         if isinstance(learner, StateReader):
@@ -81,12 +83,9 @@ class Service:
         elif learner.pool is None or learner.episodes is None:
             raise ValueError("learner must be one of a model adapted with per_user, with an ttt.EpisodeLog")
         else:
-            capacity = min(self.limits.context, learner.context)
-            cache = RowCache(learner.model, learner.pool, self.limits.rows, capacity)
+            cache = RowCache(learner.model, learner.pool, self.limits.rows, self.context)
         self.learner, self.tokenizer, self.store = learner, tokenizer, store
         self.pool: Pool | StatePool = cache.pool
-        self.observer: Any = observer or Silent()
-        self.context = min(self.limits.context, learner.context)
         self.sessions = Sessions(
             self.pool, store, model_id, lease_seconds=lease_seconds, on_stored=self.observer.stored
         )  # fmt: skip
@@ -95,7 +94,8 @@ class Service:
             if isinstance(learner, StateReader)
             else WeightsWork(learner, self.sessions, self.telling)
         )
-        self.batch = Batch(cache, tokenizer, prefill=self.limits.prefill, ended=self._ended)
+        prefixes = Prefixes.of(cache, self.limits.prefix_cache, self.sessions.get, self.observer)
+        self.batch = Batch(cache, tokenizer, prefill=self.limits.prefill, ended=self._ended, prefixes=prefixes)
         self._io = DaemonThreads(4, "ttt-io")
         self._inbox: queue.SimpleQueue[Request | Job | None] = queue.SimpleQueue()
         self._places = Places(self.limits)

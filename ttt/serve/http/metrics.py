@@ -17,6 +17,8 @@ class Metrics:
         self.registry = CollectorRegistry()
         made: dict[str, Any] = {"registry": self.registry}
         self.prompt_tokens = Counter("ttt_prompt_tokens", "Tokens of prompts that were read.", **made)
+        self.reused_tokens = Counter("ttt_reused_tokens", "Tokens of prompts found in the prefix cache.", **made)
+        self.reuses = Counter("ttt_prefix_hits", "Requests of which tokens were found in the prefix cache.", **made)
         self.completion_tokens = Counter("ttt_completion_tokens", "Tokens that were generated.", **made)
         self.learnt_tokens = Counter("ttt_learnt_tokens", "Tokens that were learnt.", **made)
         self.learning_seconds = Counter("ttt_learning_seconds", "Time that learning took.", **made)
@@ -45,6 +47,10 @@ class Metrics:
     def served(self, prompt: int, completion: int) -> None:
         self.prompt_tokens.inc(prompt)
         self.completion_tokens.inc(completion)
+
+    def reused(self, tokens: int) -> None:
+        self.reused_tokens.inc(tokens)
+        self.reuses.inc()
 
     def learnt(self, tokens: int, seconds: float) -> None:
         self.learnt_tokens.inc(tokens)

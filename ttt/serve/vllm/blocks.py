@@ -116,10 +116,7 @@ class Block:
         """
         normed, first = self.norms[0].forward(x)
         q, k, v = linear(normed, self.qkv, self.qkv_bias).split(self.sizes, 1)
-        end = begin + len(x)
-        memory.keys[:, begin:end] = rotation.of(self._heads(k))
-        memory.values[:, begin:end] = self._heads(v)
-        known = memory.until(end)
+        known = self._put(memory, begin, k, v, rotation)
         queries = rotation.of(self._heads(q)).view(self.groups, -1, self.width)
         p = self._attention(queries, known.keys, begin, len(x))
         residual = x + linear(_by_token(p @ known.values, len(x)), self.out, self.out_bias)
@@ -128,6 +125,14 @@ class Block:
         opened = silu(gate)
         saved = (first, second, queries, p, gate, up, opened, known, rotation) if keep else None
         return Inner(residual, opened * up, saved)
+
+    def remember(self, x: Tensor, begin: int, rotation: Rotation, memory: Memory) -> None:
+        """Put the tokens' keys and values into ``memory``, as `inner` does, and compute nothing else of them."""
+        normed, _ = self.norms[0].forward(x)
+        queries = self.sizes[0]
+        bias = None if self.qkv_bias is None else self.qkv_bias[queries:]
+        k, v = linear(normed, self.qkv[queries:], bias).split(self.sizes[1:], 1)
+        self._put(memory, begin, k, v, rotation)
 
     def outer(self, inner: Inner) -> Tensor:
         """The block's output (T, d)."""
@@ -143,11 +148,18 @@ class Block:
         normed = self._attention_backward(residual @ self.out, queries, p, known, rotation) @ self.qkv
         return residual + self.norms[0].backward(first, normed)
 
+    def _put(self, memory: Memory, begin: int, keys: Tensor, values: Tensor, rotation: Rotation) -> Memory:
+        """Put ``keys`` and ``values`` (T, groups D) of tokens into ``memory``: what it has until their end."""
+        end = begin + len(keys)
+        memory.keys[:, begin:end] = rotation.of(self._heads(keys))
+        memory.values[:, begin:end] = self._heads(values)
+        return memory.until(end)
+
     def _attention(self, queries: Tensor, keys: Tensor, begin: int, count: int) -> Tensor:
         """The weights that each query has for each key: (groups, T queries of each head of a group, keys)."""
         wide = accumulation(queries.dtype)  # a score that is rounded to 8 bits would change its probability by percents
         scores = torch.bmm(queries.to(wide) * self.scale, keys.to(wide).transpose(1, 2))
-        later = torch.ones((count, count), dtype=torch.bool).triu_(1)
+        later = torch.ones((count, count), dtype=torch.bool, device=scores.device).triu_(1)
         scores.view(self.groups, -1, count, keys.shape[1])[..., begin:].masked_fill_(later, -torch.inf)
         return scores.softmax(-1).to(queries.dtype)
 
@@ -219,5 +231,5 @@ class TopBlocks:
 
     def rotation(self, begin: int, end: int) -> Rotation:
         """Of the positions from ``begin`` to ``end``."""
-        cos, sin = self._rotary(self.head, torch.arange(begin, end).unsqueeze(0))
+        cos, sin = self._rotary(self.head, torch.arange(begin, end, device=self.head.device).unsqueeze(0))
         return Rotation(cos[0], sin[0])

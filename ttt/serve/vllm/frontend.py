@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import functools
 import logging
 from typing import Any
@@ -10,7 +12,7 @@ from ttt.serve.errors import RequestError
 from ttt.serve.vllm import supported
 from ttt.serve.vllm.engine import Engine
 from ttt.serve.vllm.identity import Middleware, current, error_response
-from ttt.serve.vllm.options import Options
+from ttt.serve.vllm.options import STORING, Options
 from ttt.serve.vllm.routes import WithoutUsers, add_routes
 from ttt.serve.vllm.seats import Seat, Seats
 from ttt.serve.vllm.turns import Turns, is_ours
@@ -24,13 +26,24 @@ class State:
     def __init__(self, app: Any, options: Options) -> None:
         self.app, self.options = app, options
         self._seats: Seats | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def seats(self) -> Seats:
         """The users' seats."""
         if self._seats is None:
             engine = Engine(self.app.state.engine_client)
             self._seats = Seats(engine, self.options.slots, self.options.patience)
+            self._loop = asyncio.get_running_loop()
         return self._seats
+
+    def drain(self) -> None:
+        """Wait until what users have said is learnt and stored; in another thread than the server's."""
+        if self._seats is None or self._loop is None or not self._loop.is_running():
+            return
+        ending = asyncio.run_coroutine_threadsafe(self._seats.drain(self.options.drain), self._loop)
+        concurrent.futures.wait([ending], self.options.drain + STORING)
+        if not ending.done() or ending.exception() is not None:
+            log.error("the server stops, and it is not known whether everything that was learnt is stored")
 
 
 def install(options: Options) -> None:
@@ -47,6 +60,7 @@ def install(options: Options) -> None:
     _adapters(BaseServing, options, states)
     _names(OpenAIServingModels)
     _generation(AsyncLLM, options, states)
+    _ending(AsyncLLM, states)
 
 
 def _arguments(arguments: Any, options: Options) -> None:
@@ -138,6 +152,22 @@ def _generation(client: Any, options: Options, states: list[State]) -> None:
         return Turns(seats, options).run(with_adapter, turn, self, params, lambda seat: _request(seats, seat))
 
     client.generate = generate
+
+
+def _ending(client: Any, states: list[State]) -> None:
+    """Let users' lessons end before the engine does."""
+    shutdown = client.shutdown
+
+    @functools.wraps(shutdown)
+    def learn_and_shutdown(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            asyncio.get_running_loop()  # the server's own thread, at the very end: there nothing can be waited for
+        except RuntimeError:  # after SIGTERM, in a thread of its own, while the server serves
+            for state in states:
+                state.drain()
+        shutdown(self, *args, **kwargs)
+
+    client.shutdown = learn_and_shutdown
 
 
 def _request(seats: Seats, seat: Seat) -> Any:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ttt.conversation import Telling
-from ttt.learn.head import input_gradient, score
+from ttt.learn.head import Scores, input_gradient, score
 from ttt.learn.learner import Learner
 from ttt.learn.per_user import LayerUpdate, PerUserWeights
 from ttt.learn.text import Text
-from ttt.serve.vllm.blocks import Inner, TopBlocks
+from ttt.ops.dtypes import accumulation
+from ttt.serve.vllm.blocks import Inner, Rotation, TopBlocks
 
 CONTEXT = 4
 """How many times as many tokens of context are read at a time as are learnt: each takes about a quarter of the time."""
@@ -107,12 +108,16 @@ class _Lesson:
         assert learner.pool is not None
         self.blocks, self.user, self.hidden, self.taught = blocks, user, hidden, learn
         self.mass = learner.config.head_mass
-        self.text = Text.of(torch.tensor([ids]), teach=torch.tensor([learn]))
+        device = hidden.device
+        self.text = Text.of(torch.tensor([ids], device=device), teach=torch.tensor([learn], device=device))
         self.text = dataclasses.replace(self.text, emphasis=emphasis)
-        slots = torch.tensor([learner.pool.slot(user)], dtype=torch.int32)
+        slots = torch.tensor([learner.pool.slot(user)], dtype=torch.int32, device=device)
         self.strategy = PerUserWeights(learner, learner.pool, self.text, [user], slots, True)
         self._memory = [block.memory(len(ids)) for block in blocks.blocks]
         self._lowest: dict[int, Inner] = {}  # by the place of a chunk: the same in each pass
+        # Memory that is used again costs less than memory that the system has to hand out for each part.
+        self._logits = blocks.head.new_empty((min(SCORED, len(ids)), len(blocks.head)))
+        self._wide = self._logits.new_empty(self._logits.shape, dtype=accumulation(self._logits.dtype))
         self._nll, self._scored = 0.0, 0
 
     @property
@@ -137,32 +142,42 @@ class _Lesson:
 
     def _read(self, begin: int, end: int) -> Pieces:
         """Compute the keys and values of context."""
-        x, rotation = self.hidden[begin:end], self.blocks.rotation(begin, end)
-        for block, memory in zip(self.blocks.blocks, self._memory, strict=True):
-            inner = block.inner(x, begin, rotation, memory, keep=False)
-            if block is not self.blocks.blocks[-1]:
-                x = block.outer(inner)
+        x, rotation, (*blocks, last) = self.hidden[begin:end], self.blocks.rotation(begin, end), self.blocks.blocks
+        for index, block in enumerate(blocks):
+            x = block.outer(self._inner(index, x, begin, rotation, keep=False))
             yield
+        last.remember(x, begin, rotation, self._memory[-1])
+        yield
+
+    def _inner(self, index: int, x: Tensor, begin: int, rotation: Rotation, *, keep: bool) -> Inner:
+        """`Block.inner` of the block of this index; of the lowest one it is computed in the first pass only."""
+        found = self._lowest.get(begin) if index == 0 else None
+        if found is None:
+            found = self.blocks.blocks[index].inner(x, begin, rotation, self._memory[index], keep=keep)
+        if index == 0:
+            self._lowest[begin] = found
+        return found
+
+    def _score(self, normed: Tensor, part: slice) -> Scores:
+        """The scores of the tokens after those of ``part``, from what the head gets of these."""
+        logits = torch.mm(normed, self.blocks.head.T, out=self._logits[: len(normed)])
+        if logits.dtype != self._wide.dtype:
+            logits = self._wide[: len(normed)].copy_(logits)
+        return score(logits, self.text.ids[0, part.start + 1 : part.stop + 1])
 
     def _learn(self, begin: int, end: int, *, count: bool) -> Pieces:
         """Learn a chunk; ``count`` its loss."""
         columns, blocks, strategy = slice(begin, end), self.blocks.blocks, self.strategy
         x, rotation, inners = self.hidden[columns], self.blocks.rotation(begin, end), list[Inner]()
         for index, block in enumerate(blocks):
-            inner = self._lowest.get(begin) if index == 0 else None
-            if inner is None:
-                inner = block.inner(x, begin, rotation, self._memory[index], keep=index > 0)
-            if index == 0:
-                self._lowest[begin] = inner
-            inners.append(inner)
-            x = block.outer(inner)
+            inners.append(self._inner(index, x, begin, rotation, keep=index > 0))
+            x = block.outer(inners[-1])
             yield
         normed, saved = self.blocks.norm.forward(x)
         nll, parts = list[Tensor](), list[Tensor]()
         for at in range(begin, end, SCORED):
             part = slice(at, min(at + SCORED, end))
-            logits = torch.nn.functional.linear(normed[at - begin : part.stop - begin], self.blocks.head)
-            scores = score(logits, self.text.ids[0, part.start + 1 : part.stop + 1])
+            scores = self._score(normed[at - begin : part.stop - begin], part)
             assert self.text.wanted is not None
             wanted = self.text.wanted[0, part]
             if count:

@@ -13,6 +13,8 @@ from ttt.conversation import MOST_PASSES, Telling
 PREFIX = "TTT_VLLM_"
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks of adapters that vLLM serves; it allows 1, too, which is less than a user needs."""
+STORING = 60.0
+"""Seconds that the store has, at the end, to take what was learnt."""
 RPC_METHODS = ("begin", "proceed", "cancel")
 
 
@@ -46,6 +48,7 @@ class Options:
         captured: largest number of tokens whose hidden states wait for their request to end.
         lease: seconds of a lease on a user in the store.
         patience: seconds that a request waits for a slot, if all are in use.
+        drain: seconds, after SIGTERM, in which what users have said may still be learnt.
         calibration: a file for what is measured of the base model at the first start; by default in
             ``~/.cache/ttt``.
         untested: names what may be used although it was not tested: "" or "gpu".
@@ -68,6 +71,7 @@ class Options:
     captured: int = 65536
     lease: float = 30.0
     patience: float = 30.0
+    drain: float = 30.0
     calibration: str = ""
     untested: str = ""
 
@@ -108,6 +112,7 @@ class Options:
             )
         check_number("TTT_VLLM_LEASE", self.lease, 1.0, 3600.0)
         check_number("TTT_VLLM_PATIENCE", self.patience, 0.0, 3600.0)
+        check_number("TTT_VLLM_DRAIN", self.drain, 0.0, 3600.0)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Options:

@@ -6,16 +6,18 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
+import logging
 import secrets
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from typing import Any
 
-from ttt.serve.errors import TooBusy
+from ttt.serve.errors import TooBusy, Unavailable
 from ttt.serve.vllm.adapters import label
 from ttt.serve.vllm.engine import Engine
 
+log = logging.getLogger("vllm.ttt")
 _NUMBERS = itertools.count(1_000_001)  # clear of vLLM's own numbers, and below 2^31, as it needs; never used again
 _REOPEN = 2.0  # seconds between attempts to get the lease of a user who can only be read
 
@@ -63,6 +65,9 @@ class Seats:
         engine: whose worker has the weights.
         count: largest number of users with a seat.
         patience: seconds that a request waits for a seat.
+
+    Attributes:
+        ending: whether the server is stopping, and lets nobody in.
     """
 
     def __init__(self, engine: Engine, count: int, patience: float) -> None:
@@ -70,6 +75,7 @@ class Seats:
         self.boot = secrets.token_hex(4)
         self._seats: OrderedDict[str, Seat] = OrderedDict()  # in the order in which they were last used
         self._changed = asyncio.Event()
+        self.ending = False
 
     def label(self, seat: Seat) -> str:
         """The path of the adapter of ``seat``, another one for each state of the weights."""
@@ -80,8 +86,11 @@ class Seats:
         """Inside, ``user`` has a seat and keeps it.
 
         Raises:
-            TooBusy: if all seats stayed taken. Conflict, Unavailable: as the worker's ``open``.
+            TooBusy: if all seats stayed taken. Unavailable: if the server is stopping. Conflict, Unavailable: as the
+                worker's ``open``.
         """
+        if self.ending:
+            raise Unavailable("the server is stopping: ask another one, or ask again", retry_after=5)
         try:
             seat = await asyncio.wait_for(self._take(user), self.patience)
         except TimeoutError:
@@ -111,6 +120,23 @@ class Seats:
         """Wait until ``condition()``, which is looked at after every `wake`."""
         while not condition():
             await self._changed.wait()
+
+    async def drain(self, seconds: float) -> None:
+        """Let nobody in any more, wait until what was said is learnt and stored, and give the users back.
+
+        Args:
+            seconds: after which lessons that are not learnt yet are ended.
+        """
+        self.ending, end = True, time.monotonic() + seconds
+        while lessons := {lesson for seat in self._seats.values() for lesson in seat.lessons}:
+            await asyncio.wait(lessons, timeout=max(end - time.monotonic(), 0.0))
+            if time.monotonic() >= end:
+                log.error("the server stops before %d lessons were learnt", sum(not each.done() for each in lessons))
+                for lesson in lessons:
+                    lesson.cancel()
+                await asyncio.wait(lessons)
+                break
+        await self.engine.call("end")
 
     async def forget(self, user: str) -> None:
         """Erase ``user``: what is running goes on with the base model's weights, and teaches nothing."""

@@ -49,7 +49,7 @@ def top_blocks(model: Any, hf_config: Any, first: int) -> nn.Module:
             )
         module, _, attribute = name.rpartition(".")
         setattr(top.get_submodule(module), attribute, nn.Parameter(found.detach(), requires_grad=False))
-    top.model.rotary_emb = LlamaRotaryEmbedding(config=config)
+    top.model.rotary_emb = LlamaRotaryEmbedding(config=config).to(head.device)
     top.model.embed_tokens = nn.Identity()  # lessons begin with captured hidden states
     return top
 

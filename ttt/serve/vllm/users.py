@@ -28,7 +28,7 @@ from ttt.serve.vllm.adapters import Adapters
 from ttt.serve.vllm.blocks import TopBlocks
 from ttt.serve.vllm.capture import Capture
 from ttt.serve.vllm.lessons import learn_in_slices
-from ttt.serve.vllm.options import Options
+from ttt.serve.vllm.options import STORING, Options
 from ttt.serve.vllm.top_blocks import top_blocks
 from ttt.store import Store
 
@@ -39,7 +39,7 @@ Steps = Generator[float, None, T]
 _IO_WAIT = 0.002
 ALONE = 100.0
 """Milliseconds of learning at a time while the engine answers nobody; a request that comes then waits for them."""
-OPERATIONS = ("open", "learn", "stored", "forget", "rollback", "status", "drop")
+OPERATIONS = ("open", "learn", "stored", "forget", "rollback", "status", "drop", "end")
 
 
 class Users:
@@ -75,6 +75,7 @@ class Users:
         self._stamp: dict[str, int] = {}  # by user, another one for each state of their weights
         self._lesson: dict[str, dict[str, float]] = {}  # by user, what the last one took
         self._running: dict[int, Generator[float, None, Any]] = {}
+        self._kept: list[str] = []  # users who keep their slots, as the API server said last
         self._threads = DaemonThreads(2, "ttt-io")
         atexit.register(self.close)
 
@@ -120,23 +121,30 @@ class Users:
         atexit.unregister(self.close)
         for ticket in list(self._running):
             self.cancel(ticket)
-        unsaved = self.sessions.close(timeout=60)
-        if unsaved:
-            log.error("what %d users learnt last was not stored", len(unsaved))
+        self._leave()
 
     # -- operations ---------------------------------------------------------------------------------------------------
 
     def open(self, user: str, key: str, kept: list[str]) -> Steps[dict[str, Any]]:
-        """Give ``user`` a slot; users who are not ``kept`` make room. ``key`` is the user's in adapters' paths."""
+        """Give ``user`` a slot; users who are not ``kept`` make room. ``key`` is the user's in adapters' paths.
+
+        Of several calls that run at the same time, the newest says who is kept: those who were called for after an
+        earlier one stay.
+        """
+        self._kept = kept
+        before = self.sessions.get(user)
+        if before is not None and before.lease is not None:  # back before another user needed the slot
+            self._remove(user)
+            self.adapters.introduce(key, user)
+            return self._publish(user)
         fetched = yield from self._in_thread(self.sessions.fetch, user)
         installed = False
         try:
-            before = self.sessions.get(user)
-            if before is not None and before.lease is None:  # nothing here is newer than what was read
+            if self.sessions.get(user) is not None:  # without a lease: nothing here is newer than what was read
                 self.sessions.drop(user)
                 self._remove(user)
             while user not in self.pool.users and len(self.pool.users) >= self.pool.slots:
-                leaving = next((each for each in self.sessions.users if each not in kept), None)
+                leaving = next((each for each in self.sessions.users if each not in self._kept), None)
                 if leaving is None:
                     raise TooBusy("all slots for users are in use, ask again", retry_after=1.0)
                 session = self.sessions.get(leaving)
@@ -233,7 +241,15 @@ class Users:
         return None
         yield 0.0
 
+    def end(self) -> Steps[None]:
+        """Store what waits to be stored, and give all leases back: nothing is learnt any more."""
+        yield from self._in_thread(self._leave)
+
     # -- inner --------------------------------------------------------------------------------------------------------
+
+    def _leave(self) -> None:
+        if unsaved := self.sessions.close(STORING):
+            log.error("what %d users learnt last was not stored", len(unsaved))
 
     def _slice(self) -> float:
         """Milliseconds that learning may take until the engine has its next turn."""
