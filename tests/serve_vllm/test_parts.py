@@ -25,7 +25,7 @@ from ttt.serve.vllm.turns import Turns
 
 
 def test_options_come_from_the_environment_and_name_what_is_wrong(tmp_path):
-    given = {"TTT_VLLM_STORE": "here", "TTT_VLLM_IDENTITY": "header", "TTT_VLLM_SLOTS": "3", "TTT_VLLM_RANK": "17"}
+    given = {"TTT_VLLM_STORE": "here", "TTT_VLLM_IDENTITY": "header", "TTT_VLLM_SLOTS": "3", "TTT_VLLM_RANK": "33"}
     found = Options.from_environment(given)
     assert (found.store, found.slots, found.adapter_rank) == ("here", 3, 128)
     assert found.blocks(30) == range(22, 30)

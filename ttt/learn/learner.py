@@ -99,8 +99,8 @@ class Learner(Keeping):
                 another user gets or learns; the shape of the batch and its padding may.
             passes: how often the text is read and learnt. The scores are those of the first pass. A sentence that
                 is to be remembered after one telling takes several: see `study` for more.
-            emphasis: multiplies the steps on this text, in (0, 100]. With ``rate="decrease"`` steps that it makes larger
-                are bounded by the loss of the text (`ttt.nn.own_loss`).
+            emphasis: multiplies the steps on this text, in (0, 100]. Above 1, with ``rate="decrease"``, the steps are
+                bounded by the loss of the text (`ttt.nn.own_loss`).
 
         Returns:
             An `ObserveOutput`. A chunk with a loss or gradient that is not finite is counted in ``rejected`` and

@@ -59,8 +59,8 @@ class Options:
     identity: str = "keys"
     learn: str = "on"
     slots: int = 8
-    rank: int = 16
-    window: int = 48
+    rank: int = 96
+    window: int = 32
     layers: str = "last:0.25"
     lr: float = 0.5
     passes: int = Telling.passes

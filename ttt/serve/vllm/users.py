@@ -17,6 +17,7 @@ import torch
 
 import ttt
 from ttt.config import TTTConfig
+from ttt.conversation import CONVERSATION
 from ttt.defences import LowRank
 from ttt.learn.learner import Learner
 from ttt.serve.daemon_threads import DaemonThreads
@@ -59,7 +60,7 @@ class Users:
         with torch.inference_mode(False):
             top = top_blocks(model, hf_config, blocks.start)
             settings = TTTConfig(
-                target_modules=["down_proj"], lr=options.lr, chunk=options.chunk,
+                target_modules=["down_proj"], lr=options.lr, chunk=options.chunk, protect=CONVERSATION.protect,
                 per_user=LowRank(slots=options.slots, rank=options.rank, window=options.window),
             )  # fmt: skip
             ttt.adapt_(top, settings)
