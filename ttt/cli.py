@@ -106,6 +106,9 @@ def serve(
     ] = None,
     user: Annotated[str, typer.Option(help="Without --keys: who talks, unless the header x-ttt-user says.")] = "me",
     slots: Annotated[int, typer.Option(min=1, help="Users whose weights are in memory at a time.")] = 32,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Of a user's weights, by default 96; a smaller one forgets sooner.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = "float32",
     rows: Annotated[int, typer.Option(min=1, help="Texts that are generated at a time.")] = 8,
     waiting: Annotated[
@@ -171,6 +174,7 @@ def serve(
             keys=keys,
             user=user,
             slots=slots,
+            rank=rank,
             dtype=dtype,
             rows=rows,
             waiting=waiting,

@@ -26,10 +26,11 @@ from web import client_of
 
 import ttt
 from ttt.cli import app
+from ttt.conversation import CONVERSATION
 from ttt.serve.calibration import SHARED, calibrate_once, default_file, weights_name
 from ttt.serve.http.telemetry import Traced
 from ttt.serve.keys import Keys
-from ttt.serve.main import ServeOptions, is_loopback, run
+from ttt.serve.main import ServeOptions, adapted, is_loopback, run
 
 CHAT = [{"role": "user", "content": "My dog is called Biscuit."}]
 
@@ -299,3 +300,9 @@ def test_calibration_is_measured_once(model, tmp_path, monkeypatch):
     file.write_bytes(b"torn")
     with pytest.raises(ValueError, match="cannot be read"):
         calibrate_once(other.pool, file, lambda: None)
+
+
+def test_rank_is_that_of_users_weights():
+    for rank, found in ((5, 5), (None, CONVERSATION.per_user.rank)):
+        pool = adapted(tiny_chat_model(), slots=2, rank=rank).pool
+        assert {(layer.low_rank.slots, layer.low_rank.rank) for layer in pool.layers.values()} == {(2, found)}

@@ -342,7 +342,7 @@ def test_a_folder_with_such_a_model_is_served(model, tokenizer, tmp_path):
     reader, _ = build_users(options)
     assert isinstance(reader, StateReader)
     assert reader.name == reader_of(model).name
-    for changed in ({"lr": 0.1}, {"calibration": tmp_path / "calibration"}, {"guard": 0.1}):
+    for changed in ({"rank": 8}, {"lr": 0.1}, {"calibration": tmp_path / "calibration"}, {"guard": 0.1}):
         with pytest.raises(ValueError, match=f"{next(iter(changed))} is for users with weights"):
             build_users(ServeOptions(tmp_path / "model", **changed))
     with pytest.raises(ValueError, match="sequence layers"):

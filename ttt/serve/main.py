@@ -59,6 +59,7 @@ class ServeOptions:
     keys: Path | None = None
     user: str = "me"
     slots: int = 32
+    rank: int | None = None
     dtype: str = "float32"
     lr: float | None = None
     passes: int | None = None
@@ -92,16 +93,18 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def adapted(model: nn.Module, *, slots: int, lr: float | None = None) -> ttt.Learner:
+def adapted(model: nn.Module, *, slots: int, rank: int | None = None, lr: float | None = None) -> ttt.Learner:
     """A learner of ``model``, adapted for so many users at a time, not calibrated.
 
     Args:
         model: changed in place.
         slots: users in memory at a time.
+        rank: of their weights, see `ttt.LowRank`; None for the default.
         lr: learning rate; None for the default.
     """
     assert CONVERSATION.per_user is not None
-    per_user = dataclasses.replace(CONVERSATION.per_user, slots=slots)
+    rank = CONVERSATION.per_user.rank if rank is None else rank
+    per_user = dataclasses.replace(CONVERSATION.per_user, slots=slots, rank=rank)
     # Other requests wait for one chunk at most. Smaller ones cost more: each reads all weights.
     config = dataclasses.replace(CONVERSATION, per_user=per_user, chunk=32)
     if lr is not None:
@@ -129,13 +132,13 @@ def build_users(options: ServeOptions, say: Any = lambda text: None) -> tuple[tt
     model, tokenizer = load(options.model)
     model = model.to(DTYPES[options.dtype])
     if isinstance(model, TTTSequenceForCausalLM):
-        for name in ("lr", "passes", "emphasis", "calibration", "guard"):
+        for name in ("rank", "lr", "passes", "emphasis", "calibration", "guard"):
             if (value := getattr(options, name)) is not None:
                 raise ValueError(
                     f"{name} is for users with weights of their own; those of this model have states, got {value}"
                 )
         return StateReader(model, slots=options.slots), tokenizer
-    learner = adapted(model, slots=options.slots, lr=options.lr)
+    learner = adapted(model, slots=options.slots, rank=options.rank, lr=options.lr)
     assert learner.pool is not None
     file = options.calibration or default_file(learner.pool)
     say("measuring what the model must not forget, on text that it writes, if that was not done before")
