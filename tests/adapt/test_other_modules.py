@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from helpers import plain_config
-from tiny_models import VOCAB, ids_of
+from tiny_models import VOCAB, ids_of, tiny
 from torch import nn
 
 import ttt
@@ -140,3 +141,22 @@ def test_gemma3n_learns_alone_for_users_and_padded(users):
     first = learner.observe(ids, attention_mask=mask, **named)
     assert first.rejected == 0
     assert learner.observe(ids, attention_mask=mask, learn=False, **named).bits < first.bits
+
+
+@pytest.mark.parametrize("users", [None, ["ada", None]])
+def test_the_stages_of_a_device_map_learn_as_one_model(users):
+    """Each block has the hook with which accelerate moves its inputs to the block's device, here to where they are."""
+    per_user = None if users is None else ttt.LowRank(slots=1, rank=4, window=4)
+    config = plain_config(target_modules=["down_proj"], chunk=8, lr=1e-3, per_user=per_user)
+    whole = tiny().double()
+    staged = copy.deepcopy(whole)
+    for block in staged.model.layers:
+        for module in (block, block.mlp.down_proj):
+            add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    one, two = (ttt.Learner(ttt.adapt_(model, config)) for model in (whole, staged))
+    ids, later = ids_of(2, 30), ids_of(2, 20)
+    frozen = one.observe(later, users=users, learn=False).nll
+    assert torch.allclose(one.observe(ids, users=users).nll, two.observe(ids, users=users).nll, rtol=0, atol=1e-12)
+    found, wanted = (learner.observe(later, users=users, learn=False).nll for learner in (two, one))
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
+    assert float((wanted - frozen).abs().max()) > 1e-6
