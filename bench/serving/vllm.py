@@ -27,6 +27,7 @@ import torch
 
 from bench.machine import provenance
 from ttt.adapt.peft_export import export_peft
+from ttt.serve.vllm.options import Options
 from ttt.serve.vllm.supported import installed_version
 
 STREAMS, TOKENS = 8, 100
@@ -173,18 +174,20 @@ async def in_turns(servers: dict[str, Any], count: int) -> dict[str, dict[str, l
 
 
 def adapters(model: str, folder: Path) -> list[str]:
-    """Arguments of stock vLLM that serve adapters of the size of the plugin's users."""
+    """Arguments of stock vLLM that serve adapters of the rank and in the blocks of the plugin's users."""
+    plugin = Options("users", identity="header")
     config = json.loads((Path(model) / "config.json").read_text())
     blocks, d, wide = config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"]
     torch.manual_seed(0)
     state: dict[str, torch.Tensor] = {}
-    for block in range(blocks - -(-blocks // 4), blocks):
+    rank = plugin.adapter_rank
+    for block in plugin.blocks(blocks):
         name = f"model.layers.{block}.mlp.down_proj"
-        state |= {f"{name}.a": torch.randn(64, wide), f"{name}.b": 1e-4 * torch.randn(64, d)}
+        state |= {f"{name}.a": torch.randn(rank, wide), f"{name}.b": 1e-4 * torch.randn(rank, d)}
     for i in range(STREAMS):
-        export_peft(state, folder / f"user{i}", base_model=model, rank=64)
+        export_peft(state, folder / f"user{i}", base_model=model, rank=rank)
     served = [f"user{i}={folder / f'user{i}'}" for i in range(STREAMS)]
-    slots = ["--max-loras", str(STREAMS), "--max-lora-rank", "64"]
+    slots = ["--max-loras", str(STREAMS), "--max-lora-rank", str(rank)]
     return ["--enable-lora", *slots, "--lora-modules", *served]
 
 

@@ -56,6 +56,14 @@ def shared():
     return model, learner
 
 
+def apart():
+    """A model of which two parts were adapted, each in a call of its own."""
+    model = tiny()
+    for block in model.model.layers[:2]:
+        ttt.adapt_(block, config(target_modules=["q_proj"], layers="all"))
+    return model, None
+
+
 def users():
     model = ttt.adapt_(tiny(), config(per_user=USERS))
     learner = ttt.Learner(model)
@@ -109,6 +117,8 @@ CALLS = {
     "adapt: twice": (shared, lambda m, x, f: ttt.adapt_(m, config())),
     "adapt: a part of it": (shared, lambda m, x, f: ttt.adapt_(m.model, config(target_modules=["q_proj"]))),
     "adapt: what holds it": (shared, lambda m, x, f: ttt.adapt_(nn.Sequential(m), config(target_modules=["q_proj"]))),
+    "learner: parts adapted apart": (apart, lambda m, x, f: ttt.Learner(m)),
+    "learning: parts adapted apart": (apart, lambda m, x, f: learn(m, torch.sum)),
     "load: cut off, adapted": (shared, lambda m, x, f: ttt.load(m, f / "cut")),
     "load: of another model, adapted": (shared, lambda m, x, f: ttt.load(m, f / "other")),
     "save: no folder": (shared, lambda m, x, f: ttt.save(m, f / "none" / "file")),
@@ -223,6 +233,14 @@ def test_a_refused_call_changes_nothing(name, folder):
     assert [key for key in before if before[key] != after.get(key)] == []
     assert before.keys() == after.keys()
     assert sorted(folder.iterdir()) == files
+
+
+@pytest.mark.parametrize("call", [ttt.Learner, lambda model: learn(model, torch.sum)])
+def test_parts_that_were_adapted_apart_do_not_learn_together(call):
+    model, _ = apart()
+    with pytest.raises(ValueError, match=r"adapted in 2 calls of ttt.adapt_.* in one call"):
+        call(model)
+    assert ttt.Learner(copy.deepcopy(model.model.layers[0])).layers  # a part alone learns
 
 
 CHANGES = {

@@ -115,6 +115,32 @@ def test_what_was_not_used_for_the_longest_time_is_dropped_beyond_the_bound(mode
     assert (len(small.prefixes), small.prefixes.bytes) == (0, 0)
 
 
+def test_a_conversation_that_outgrows_the_bound_still_uses_its_beginning(model):
+    learner = taught(model)
+    once, beginning = Served(learner), words(40)
+    once.ask("ada", beginning, 1)
+    served = Served(learner, most=once.prefixes.bytes)
+    for prompt in (beginning, beginning + words(20), beginning + words(30)):
+        served.ask("ada", prompt, 1)
+    assert served.reused == [40, 40]
+    assert (len(served.prefixes), served.prefixes.bytes) == (1, once.prefixes.bytes)
+
+
+def test_room_is_made_before_anything_is_copied(model, monkeypatch):
+    served, together = Served(taught(model)), []
+    served.ask("ada", words(40), 1)
+    served.prefixes.most = most = served.prefixes.bytes + 1
+    taken = served.prefixes.cache.taken
+
+    def copied(row, length):
+        together.append(served.prefixes.bytes + served.prefixes.cache.bytes(length))
+        return taken(row, length)
+
+    monkeypatch.setattr(served.prefixes.cache, "taken", copied)
+    served.ask("ada", words(40), 1)
+    assert together == [most - 1]
+
+
 def test_sequences_that_come_and_go_are_the_same_with_prefixes(model):
     learner = taught(model)
     served, texts = Served(learner), {user: words(90) for user in ("ada", "bob", None)}

@@ -257,6 +257,66 @@ def test_the_engine_ends_after_some_seconds_though_lessons_wait(caplog):
     assert "the server stops before 1 lessons were learnt" in caplog.text
 
 
+@pytest.mark.parametrize("error", [asyncio.CancelledError, Unavailable])
+def test_the_engine_ends_though_the_server_ends_before_all_is_stored_and_it_is_waited_for_once(error, caplog):
+    class Client:
+        def shutdown(self):
+            ended.append(True)
+
+    class App:
+        state = SimpleNamespace(engine_client=None)
+
+    class Gone(FakeEngine):
+        async def call(self, operation, *arguments):
+            self.calls.append((operation, *arguments))
+            raise error("gone")
+
+    ended, state = [], State(App(), Options("here", identity="header"))
+    _ending(Client, [state])
+
+    async def run():
+        seats = state.seats()
+        seats.engine = Gone()
+        for _ in range(2):
+            await asyncio.to_thread(Client().shutdown)
+        assert seats.engine.calls == [("end",)]
+
+    asyncio.run(run())
+    assert ended == [True, True]
+    assert caplog.text.count("it is not known whether everything that was learnt is stored") == 1
+
+
+def test_at_the_end_nobody_gets_a_seat_who_waited_for_one_and_who_is_being_opened_is_given_back():
+    class Slow(FakeEngine):
+        def __init__(self):
+            super().__init__()
+            self.may_open = asyncio.Event()
+
+        async def call(self, operation, *arguments):
+            if operation == "open":
+                await self.may_open.wait()
+            return await super().call(operation, *arguments)
+
+    async def holds(seats, user):
+        async with seats.hold(user):
+            pass
+
+    async def run():
+        engine = Slow()
+        seats = Seats(engine, 1, 60)
+        first, second = (asyncio.create_task(holds(seats, user)) for user in ("ada", "bob"))
+        await asyncio.sleep(0.01)
+        ending = asyncio.create_task(seats.drain(60))
+        with pytest.raises(Unavailable, match="the server is stopping"):
+            await asyncio.wait_for(second, 10)
+        assert not ending.done()
+        engine.may_open.set()
+        await asyncio.wait_for(asyncio.gather(first, ending), 10)
+        assert [call[0] for call in engine.calls] == ["open", "end"]
+
+    asyncio.run(run())
+
+
 def test_a_number_or_name_is_never_used_again():
     async def run():
         _, seats = seats_of(count=1)

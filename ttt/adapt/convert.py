@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from ttt.signals import SignalsDeferred
 # Attributes of an adapted model that `restore_` reads: the replaced modules by name, and the parameters with their
 # requires_grad from before. They are set past torch's way, so that they are neither modules nor in state_dict.
 _ORIGINALS, _FROZEN, _LEFT_OUT = "_ttt_originals", "_ttt_requires_grad", "_ttt_left_out"
+_CALLS = itertools.count(1)  # of `adapt_`
 
 
 def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterFn | None = None) -> nn.Module:
@@ -77,6 +79,7 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
     make: Callable[[Any, TTTConfig, str], Any] = _learning_layer
     if config.per_user is not None:
         make = functools.partial(_low_rank_layer, dtype=_floating_dtype(model))
+    number = next(_CALLS)
     share = 1 / sum(active_matrices(model, name, module) for name, module in chosen)
     frozen = [(p, p.requires_grad) for p in model.parameters()]
     placed: list[tuple[str, nn.Module]] = []
@@ -86,7 +89,7 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
         for name, module in chosen:
             layers[name].train(module.training)
             for layer in getattr(layers[name], "layers", [layers[name]]):  # of experts, each of their matrices
-                layer.share, layer.placed = share, True
+                layer.share, layer.placed = share, number
             placed.append((name, module))
             _set_module(model, name, layers[name])
         for p in model.parameters():
@@ -221,6 +224,19 @@ def learning_layers(model: nn.Module) -> list[tuple[str, Linear]]:
     """
     modules = unwrapped(check_model(model)).named_modules()
     return [(name, module) for name, module in modules if isinstance(module, Linear)]
+
+
+def refuse_apart(layers: Sequence[Linear | LowRankLinear]) -> None:
+    """Raise ValueError if ``layers`` were adapted in several calls, as with parts of a model.
+
+    They may have several configurations, of which a learner takes one, and each call's would take a whole step.
+    """
+    calls = len({layer.placed for layer in layers if layer.placed})
+    if calls > 1:
+        raise ValueError(
+            f"model has layers that were adapted in {calls} calls of ttt.adapt_, each with a part of it: call "
+            "ttt.restore_ on these parts, and adapt all layers that are to learn in one call"
+        )
 
 
 def require_layers(model: nn.Module, *, sharded: bool = False, replicated: bool = False) -> list[Linear]:

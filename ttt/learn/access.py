@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt.adapt.convert import kept_originals, refuse_sharded, require_layers
+from ttt.adapt.convert import kept_originals, refuse_apart, refuse_sharded, require_layers
 from ttt.adapt.fit import refuse_parallel
 from ttt.adapt.sharding import is_distributed, is_fully_sharded, processes_of, refuse_unjoined, shards_fully
 from ttt.atomic import refuse_torn
@@ -54,6 +54,7 @@ class Access:
         self.layers: Sequence[Linear | LowRankLinear] = self.single_layers
         if self.pool is not None:
             self.layers = list(self.pool.layers.values())
+        refuse_apart(self.layers)
         self.config = self.layers[0].config
         if data_parallel:
             refuse_unjoined(model)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ttt.adapt.convert import require_layers
+from ttt.adapt.convert import refuse_apart, require_layers
 from ttt.adapt.sharding import processes_of, refuse_unjoined, shards_fully
 from ttt.atomic import whole_write
 from ttt.checks import check_bool
@@ -92,6 +92,7 @@ def learning(model: nn.Module, *, data_parallel: bool = False) -> Iterator[Learn
     """
     joins = check_bool("data_parallel", data_parallel)
     layers, result = require_layers(model, sharded=True, replicated=joins), LearningResult()
+    refuse_apart(layers)
     processes = processes_of(model, joins)
     with contextlib.ExitStack() as held:
         with together(processes, "ttt.learning"):

@@ -99,7 +99,7 @@ class Adapted(torch.nn.Linear):
     """
 
     transposed = False
-    placed = False  # True once `ttt.adapt_` has put the layer in the place of another module
+    placed = 0  # the number of the call of `ttt.adapt_` that has put the layer in the place of another module
     released = False  # True once `ttt.restore_` has put the original module back: the layer must not learn any more
     memory: Tensor
     seen: Tensor

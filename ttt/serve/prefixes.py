@@ -125,21 +125,22 @@ class Prefixes:
         return best
 
     def end(self, user: str | None, tokens: list[int], row: int) -> None:
-        """Keep what ``row`` holds of ``tokens``, which it has read whole with the present weights of ``user``."""
+        """Keep what ``row`` holds of ``tokens``, which it has read whole with the present weights of ``user``.
+
+        If that is more than ``most`` bytes, nothing changes: the beginning of it may be kept already.
+        """
         self.drop_stale()
-        weights = self._weights(user)
-        if weights is None or len(tokens) < _SHORTEST:
+        weights, size = self._weights(user), self.cache.bytes(len(tokens))
+        if weights is None or len(tokens) < _SHORTEST or size > self.most:
             return
         for number, prefix in list(self._prefixes.items()):  # what the new one begins with
             if prefix.weights.same(weights) and _common(prefix.tokens, tokens) == len(prefix.tokens):
                 self._drop(number)
-        if self.cache.bytes(len(tokens)) > self.most:
-            return
+        while self.bytes + size > self.most:  # before the copy is made, which takes memory, too
+            self._drop(next(iter(self._prefixes)))
         self._next += 1
         made = self._prefixes[self._next] = _Prefix(weights, tokens, self.cache.taken(row, len(tokens)))
         self.bytes += made.bytes
-        while self.bytes > self.most:
-            self._drop(next(iter(self._prefixes)))
 
     def _drop(self, number: int) -> None:
         self.bytes -= self._prefixes.pop(number).bytes

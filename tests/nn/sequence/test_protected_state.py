@@ -125,6 +125,12 @@ def test_what_calibrate_refuses():
             layer.calibrate(x.double())
     for t, copy in zip(layer.protected.buffers(), before, strict=True):
         assert torch.equal(t, copy)
+    with torch.no_grad():
+        layer.parts.qkv_proj.weight[D:C] = torch.nan  # queries of the second head
+    with pytest.raises(ValueError, match="what the layer computes of it is not finite"):
+        layer.calibrate(torch.randn(1, 3, C, dtype=torch.float64))
+    for t, copy in zip(layer.protected.buffers(), before, strict=True):
+        assert torch.equal(t, copy)
     with pytest.raises(ValueError, match="calibrate needs a layer that was made with protect > 0, got protect=0"):
         GatedDeltaNet(C, HEADS).calibrate(torch.randn(1, 3, C))
     with pytest.raises(ValueError, match="protect must be at most the width of a head, 12, got 13"):

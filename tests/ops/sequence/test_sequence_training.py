@@ -151,6 +151,25 @@ def test_gradients_of_ttt_linear(isa, dtype, shape, mini_batch):
     compare_all(found, exact, gradients(run("chunk"), tensors, weights))
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_gradients_do_not_depend_on_the_default_dtype(default):
+    tensors, norm = memory_tensors(2, 33, 2, torch.float32, 20)
+    q, k, v, beta, g = inputs(2, 40, 2, 8, 8, torch.float32)
+    cases = (memory_runs(norm, 8), tensors), (delta_runs(), (q, k, v, beta, g, torch.randn(2, 2, 8, 8)))
+    for run, given in cases:
+        with torch.no_grad():
+            weights = [torch.randn(out.shape).double() for out in run("auto")(*given)]
+        expected = gradients(run("auto"), given, weights)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(default)
+        try:
+            found = gradients(run("auto"), given, weights)
+        finally:
+            torch.set_default_dtype(before)
+        assert [t.dtype for t in found] == [t.dtype for t in expected]
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_gradients_of_packed_texts_of_ttt_linear(isa):
     lengths = [5, 0, 1, 70, 64, 3]
     bounds = torch.tensor([0, *lengths]).cumsum(0)

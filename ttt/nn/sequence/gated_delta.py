@@ -74,7 +74,8 @@ class GatedDeltaNet(SequenceLayer):
         It replaces what was protected. States that the layer has returned before are of no use afterwards.
 
         Raises:
-            ValueError: for another shape, no tokens, numbers that are not finite, or a layer without ``protect``.
+            ValueError: for another shape, no tokens, numbers that are not finite in x or in what the layer computes, or
+                a layer without ``protect``. Nothing has changed then.
         """
         checked_input(x, self.hidden, None, LayerState)
         if self.protected is None:

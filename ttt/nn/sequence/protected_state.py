@@ -54,13 +54,20 @@ class ProtectedState(nn.Module):
 
     @torch.no_grad()
     def set(self, state: Tensor, q: Tensor) -> None:
-        """Take ``state`` (1, H, D, D) as the anchor, and the directions of the queries q (1, T, H, D) of its text."""
-        count = self.directions.shape[1]
-        for head, rows in enumerate(q[0].double().unbind(1)):
+        """Take ``state`` (1, H, D, D) as the anchor, and the directions of the queries q (1, T, H, D) of its text.
+
+        Raises:
+            ValueError: if a number is not finite; nothing has changed then.
+        """
+        if not bool(state.isfinite().all() & q.isfinite().all()):
+            raise ValueError("the text cannot be protected: what the layer computes of it is not finite")
+        count, found = self.directions.shape[1], []
+        for rows in q[0].double().unbind(1):
             values, vectors = torch.linalg.eigh(rows.T @ rows)
             factor = (vectors * values.clamp_min(0).sqrt()).T.flip(0)
             moment = second_moment(factor, factor.new_tensor([len(rows), 0.0]))
-            self.directions[head] = soft_directions(moment, count, POWER, DAMPING).to(self.directions.dtype)
+            found.append(soft_directions(moment, count, POWER, DAMPING))
+        self.directions.copy_(torch.stack(found))
         self.anchor.copy_(state[0])
 
     @torch.no_grad()

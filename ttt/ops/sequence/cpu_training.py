@@ -47,9 +47,9 @@ def memory_backward(
     record("ttt_linear_backward", "cpu")
     given_states = (d_weight, d_bias, d_start_weight, d_start_bias)
     states = [t.clone(memory_format=torch.contiguous_format) for t in given_states]
-    d_tokens = [torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v)]
-    d_rate = torch.empty(rate.shape)
-    d_norms = [torch.empty(len(d_weight), *norm_weight.shape) for _ in range(2)]
+    d_tokens = [q.new_empty(t.shape) for t in (q, k, v)]
+    d_rate = q.new_empty(rate.shape, dtype=torch.float32)
+    d_norms = [q.new_empty((len(d_weight), *norm_weight.shape), dtype=torch.float32) for _ in range(2)]
     position = torch.zeros(len(d_weight), dtype=torch.int64)
     held, given = memory_arguments(
         q, k, v, (rate, None, None), (norm_weight, norm_bias, eps), ((), (), ()), [kept_weight, kept_bias], position,

@@ -137,20 +137,20 @@ def _serves(op: str, why_not_cuda: Callable[[], str], q: Tensor, *others: Tensor
         why = why_not_cuda()
     else:
         why = f"no kernel for {q.device.type}"
-    return not _countedwhy_not(op, why)
+    return not _counted(op, why)
 
 
 def _trains(op: str, q: Tensor) -> bool:
     """Whether a kernel on CPUs serves ``q`` with gradients; if it does not because of its dtype, counts that."""
     # The transforms of torch.func cannot see into an op with a derivative of its own.
-    return not torch._C._are_functorch_transforms_active() and not _countedwhy_not(op, why_not(q.dtype))
+    return not torch._C._are_functorch_transforms_active() and not _counted(op, why_not(q.dtype))
 
 
 def _need_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _countedwhy_not(op: str, why: str) -> str:
+def _counted(op: str, why: str) -> str:
     """``why``, after counting a call of the torch form unless it is empty."""
     if why:
         record(op, "torch", why)

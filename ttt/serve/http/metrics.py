@@ -16,7 +16,9 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         made: dict[str, Any] = {"registry": self.registry}
-        self.prompt_tokens = Counter("ttt_prompt_tokens", "Tokens of prompts that were read.", **made)
+        self.prompt_tokens = Counter(
+            "ttt_prompt_tokens", "Tokens of prompts, read or found in the prefix cache.", **made
+        )
         self.reused_tokens = Counter("ttt_reused_tokens", "Tokens of prompts found in the prefix cache.", **made)
         self.reuses = Counter("ttt_prefix_hits", "Requests of which tokens were found in the prefix cache.", **made)
         self.completion_tokens = Counter("ttt_completion_tokens", "Tokens that were generated.", **made)

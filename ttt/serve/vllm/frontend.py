@@ -37,12 +37,15 @@ class State:
         return self._seats
 
     def drain(self) -> None:
-        """Wait until what users have said is learnt and stored; in another thread than the server's."""
-        if self._seats is None or self._loop is None or not self._loop.is_running():
+        """Wait until what users have said is learnt and stored; in another thread than the server's.
+
+        Only the first call waits: after it the engine may be gone.
+        """
+        if self._seats is None or self._seats.ending or self._loop is None or not self._loop.is_running():
             return
         ending = asyncio.run_coroutine_threadsafe(self._seats.drain(self.options.drain), self._loop)
-        concurrent.futures.wait([ending], self.options.drain + STORING)
-        if not ending.done() or ending.exception() is not None:
+        done, _ = concurrent.futures.wait([ending], self.options.drain + STORING)
+        if not done or ending.cancelled() or ending.exception() is not None:  # the server's loop may end meanwhile
             log.error("the server stops, and it is not known whether everything that was learnt is stored")
 
 
@@ -163,8 +166,11 @@ def _ending(client: Any, states: list[State]) -> None:
         try:
             asyncio.get_running_loop()  # the server's own thread, at the very end: there nothing can be waited for
         except RuntimeError:  # after SIGTERM, in a thread of its own, while the server serves
-            for state in states:
-                state.drain()
+            try:
+                for state in states:
+                    state.drain()
+            except Exception:
+                log.exception("what users have said could not be learnt before the engine ends")
         shutdown(self, *args, **kwargs)
 
     client.shutdown = learn_and_shutdown

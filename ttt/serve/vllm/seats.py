@@ -89,8 +89,6 @@ class Seats:
             TooBusy: if all seats stayed taken. Unavailable: if the server is stopping. Conflict, Unavailable: as the
                 worker's ``open``.
         """
-        if self.ending:
-            raise Unavailable("the server is stopping: ask another one, or ask again", retry_after=5)
         try:
             seat = await asyncio.wait_for(self._take(user), self.patience)
         except TimeoutError:
@@ -124,10 +122,16 @@ class Seats:
     async def drain(self, seconds: float) -> None:
         """Let nobody in any more, wait until what was said is learnt and stored, and give the users back.
 
+        Who is being opened, and so takes a lease, is given back, too.
+
         Args:
             seconds: after which lessons that are not learnt yet are ended.
         """
         self.ending, end = True, time.monotonic() + seconds
+        self.wake()  # who waits for a seat gets none
+        with contextlib.suppress(TimeoutError):
+            opened = self.until(lambda: not any(seat.opening for seat in self._seats.values()))
+            await asyncio.wait_for(opened, seconds)
         while lessons := {lesson for seat in self._seats.values() for lesson in seat.lessons}:
             await asyncio.wait(lessons, timeout=max(end - time.monotonic(), 0.0))
             if time.monotonic() >= end:
@@ -179,6 +183,8 @@ class Seats:
 
     async def _take(self, user: str) -> Seat:
         while True:
+            if self.ending:
+                raise Unavailable("the server is stopping: ask another one, or ask again", retry_after=5)
             seat = self._seats.get(user)
             if seat is not None and not seat.opening:
                 again = seat.known.get("read_only") and not seat.pins and time.monotonic() - seat.opened > _REOPEN
