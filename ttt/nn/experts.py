@@ -58,7 +58,7 @@ def why_not_gated(module: Any) -> str:
 class LearningExperts(nn.Module):
     """In place of a stack of experts: y_t = sum over its experts e of w_te D_e (act(G_e x_t) * U_e x_t).
 
-    Every matrix is a `ttt.nn.Linear`, which is called with the rows of the tokens routed to its expert, and learns from
+    Every matrix is a `ttt.nn.Linear`, which gets the rows of the tokens routed to its expert, and learns from
     these. The weights share the memory of the stack, until they are moved or converted. `state_dict` has the stacks as
     the original module has them.
 
