@@ -48,7 +48,6 @@ def load(name: str, device: str, dtype: str) -> nn.Module:
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=2,
-            head_dim=64,
             num_experts=32,
             num_experts_per_tok=4,
             norm_topk_prob=True,
