@@ -86,6 +86,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m bench.kernels.run --suite low_rank --rounds 5 --seconds 3 --json bench/kernels/results/cpu_low_rank.json
 	$(BIN)/python -m bench.kernels.run --suite sequence --rounds 5 --seconds 3 --threads 1 --json bench/kernels/results/cpu_sequence.json
 	$(BIN)/python -m bench.kernels.run --suite language --rounds 5 --seconds 3 --threads 1 --json bench/kernels/results/cpu_language.json
+	$(BIN)/python -m bench.kernels.run --suite mixture --rounds 5 --seconds 10 --threads 1 --json bench/kernels/results/cpu_mixture.json
 	$(BIN)/python -m bench.kernels.plot
 	$(BIN)/python -m bench.kernels.targets
 

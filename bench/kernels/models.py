@@ -15,6 +15,8 @@ from ttt.demo.text import stream_of
 
 CONTEXT = 512
 SMOLLM = "SmolLM2-135M"
+MIXTURE = "mixture 4x256, 4 of 32 experts"
+_MIXTURE_TOKENS = 512  # few, so that the head is a small part of the time
 
 
 def load(name: str, device: str, dtype: str) -> nn.Module:
@@ -23,7 +25,8 @@ def load(name: str, device: str, dtype: str) -> nn.Module:
     Args:
         name: "demo": the trained byte-level Llama of `ttt.demo`. "llama LxD": a `LlamaForCausalLM` with random weights,
             L blocks of width D, 64 features per head, an MLP of width 8/3 D and a vocabulary of 32000 tokens.
-            `SMOLLM`: SmolLM2-135M-Instruct, with its pretrained weights.
+            `SMOLLM`: SmolLM2-135M-Instruct, with its pretrained weights. `MIXTURE`: a Qwen3-MoE with random weights, 4
+            blocks of width 256, each with 32 experts of width 128, of which a token takes 4, and 512 tokens.
 
     Raises:
         Unavailable: for `SMOLLM`, if its package is not installed.
@@ -35,6 +38,24 @@ def load(name: str, device: str, dtype: str) -> nn.Module:
         model: nn.Module = load_model()[0]
     elif name == SMOLLM:
         model = smollm()[0]
+    elif name == MIXTURE:
+        from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+        sizes = Qwen3MoeConfig(
+            vocab_size=_MIXTURE_TOKENS,
+            hidden_size=256,
+            moe_intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_experts=32,
+            num_experts_per_tok=4,
+            norm_topk_prob=True,
+            max_position_embeddings=CONTEXT,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = Qwen3MoeForCausalLM(sizes)
     else:
         from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -65,7 +86,9 @@ def tokens(name: str, count: int, device: str, skip: int = 0) -> Tensor:
     if name == SMOLLM:
         return shared((name, "text"), english)[:, skip : skip + count].to(device)
     generator = torch.Generator().manual_seed(7)
-    return torch.randint(32000, (1, skip + count), generator=generator)[:, skip:].to(device)
+    return torch.randint(_MIXTURE_TOKENS if name == MIXTURE else 32000, (1, skip + count), generator=generator)[
+        :, skip:
+    ].to(device)
 
 
 def smollm() -> tuple[nn.Module, Any]:

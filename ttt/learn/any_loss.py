@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from ttt.learn.data_parallel import joined_rows, learnt_together, refuse_other_r
 from ttt.learn.step import refuse_other_updates, write
 from ttt.nn import Capturing
 from ttt.nn.graph_steps import forbid_capture
+from ttt.nn.many_updates import updates_from
 from ttt.nn.parallel import require_same, together
 
 
@@ -107,11 +109,11 @@ def learning(model: nn.Module, *, data_parallel: bool = False) -> Iterator[Learn
         require_same(processes, "data_parallel", data_parallel)
         if joins:
             refuse_other_replicas(processes, model, layers)
-        updates = []
-        for layer, rows in zip(layers, captured, strict=True):
-            given = joined_rows(processes, layer, (rows, None, None)) if joins else (rows,)
-            if (update := layer.update_from(*given)) is not None:
-                updates.append((layer, update))
+        given: list[Any] = [(rows, None, None) for rows in captured]
+        if joins:
+            given = [joined_rows(processes, layer, own) for layer, own in zip(layers, given, strict=True)]
+        found = zip(layers, updates_from(layers, given), strict=True)
+        updates = [(layer, update) for layer, update in found if update is not None]
         if processes and shards_fully(model) and not joins:
             refuse_other_updates(processes, updates)
         if any(layer.capturable is not None for layer in layers):

@@ -18,6 +18,7 @@ from ttt.learn.not_finite import require_finite
 from ttt.learn.text import check_tokens
 from ttt.nn import Capturing, Linear, LowRankLinear, Update
 from ttt.nn.kronecker import MOMENTS, SIDES, Calibration, second_moment, set_directions, with_rows
+from ttt.nn.many_updates import updates_from
 from ttt.nn.rates import CALIBRATED
 from ttt.nn.state import BASE
 from ttt.nn.state_access import read_matrix, write_matrix
@@ -127,9 +128,9 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
         for loss in losses:
             check_loss(loss)
             loss.backward()
-            captured = zip(layers, capturing.renew(), sums, memories, moments, strict=True)
-            for at, (layer, pairs, total, memory, moment) in enumerate(captured):
-                update = layer.update_from(pairs)
+            updates = updates_from(layers, [(pairs, None, None) for pairs in capturing.renew()])
+            found = zip(layers, updates, sums, memories, moments, strict=True)
+            for at, (layer, update, total, memory, moment) in enumerate(found):
                 if update is None and layer.routed:
                     continue
                 if update is None or not bool(update.finite):

@@ -14,6 +14,7 @@ from ttt.learn.data_parallel import join, joined_rows
 from ttt.learn.head import AutogradScores, Scored
 from ttt.learn.stream_rule import Chunk, backward_terms, joined
 from ttt.nn import Capturing, Linear, Update, own_loss
+from ttt.nn.many_updates import updates_from
 from ttt.nn.parallel import SharedSide, same_bits
 
 if TYPE_CHECKING:
@@ -108,12 +109,11 @@ def step_from(learner: Learner, capturing: Capturing, chunk: ScoredChunk) -> Ste
         valid = scores.logits if chunk.rows is None else scores.logits.flatten(0, 1)[chunk.rows]
         valid.square().sum().backward()
         traced = capturing.renew()
-    updates = []
+    given = []
     for layer, pairs, trace, more in zip(layers, captured, traced, replayed, strict=True):
-        given = joined(pairs, trace, chunk.rows, more)
-        if learner.access.joins:
-            given = joined_rows(learner.access.replicas, layer, given)
-        updates.append(layer.update_from(*given))
+        own = joined(pairs, trace, chunk.rows, more)
+        given.append(joined_rows(learner.access.replicas, layer, own) if learner.access.joins else own)
+    updates = updates_from(layers, given)
     found = [(layer, update) for layer, update in zip(layers, updates, strict=True) if update is not None]
     loss = (scores.nll if chunk.wanted is None else scores.nll[chunk.wanted]).sum()
     loss = loss if term is None else loss + term

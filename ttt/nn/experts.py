@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ttt.config import TTTConfig
-from ttt.nn.base import absent, captures
+from ttt.nn.base import absent
 from ttt.nn.linear import Linear
+from ttt.nn.many_forward import outputs_of
 
 STACKS = ("gate_up_proj", "down_proj")
 """The 3-D parameters of transformers' experts: (E, 2 i, h) and (E, h, i) for E experts."""
@@ -57,7 +58,7 @@ def why_not_gated(module: Any) -> str:
 class LearningExperts(nn.Module):
     """In place of a stack of experts: y_t = sum over its experts e of w_te D_e (act(G_e x_t) * U_e x_t).
 
-    Every matrix is a `ttt.nn.Linear`, which is called with the rows of the tokens routed to its expert, and learns from
+    Every matrix is a `ttt.nn.Linear`, which gets the rows of the tokens routed to its expert, and learns from
     these. The weights share the memory of the stack, until they are moved or converted. `state_dict` has the stacks as
     the original module has them.
 
@@ -94,27 +95,19 @@ class LearningExperts(nn.Module):
             top_k_index: (T, k) int64: the experts of each token; E and above for none.
             top_k_weights: (T, k), their weights.
         """
-        found = torch.zeros_like(hidden_states)
+        found, chosen = torch.zeros_like(hidden_states), top_k_index.flatten()
         ups, downs = (getattr(self, stack) for stack in STACKS)
-        for e in top_k_index.unique().tolist():
-            if e >= len(ups):
-                continue
-            tokens, choice = torch.where(top_k_index == e)
-            gate, up = _through(ups[e], hidden_states[tokens], tokens).chunk(2, dim=-1)
-            y = _through(downs[e], self.act_fn(gate) * up, tokens)
-            found = found.index_add(0, tokens, (y * top_k_weights[tokens, choice, None]).to(found.dtype))
-        return found
-
-
-def _through(layer: Linear, x: Tensor, tokens: Tensor) -> Tensor:
-    """The layer's output for the rows ``x`` of ``tokens``, which it remembers for masks if it is to learn from them."""
-    if not captures(layer):
-        return layer(x)
-    object.__setattr__(layer, "places", tokens)
-    try:
-        return layer(x)
-    finally:
-        object.__setattr__(layer, "places", None)
+        counts = torch.bincount(chosen, minlength=len(ups))[: len(ups)].tolist()
+        experts = [e for e, count in enumerate(counts) if count]
+        if not experts:
+            return found
+        counts = [counts[e] for e in experts]
+        # The rows of the first expert, in the order of the tokens, then those of the next; what goes to none is last.
+        order = chosen.argsort(stable=True)[: sum(counts)]
+        tokens = order // top_k_index.shape[1]
+        gate, up = outputs_of([ups[e] for e in experts], hidden_states[tokens], counts, tokens).chunk(2, dim=-1)
+        y = outputs_of([downs[e] for e in experts], self.act_fn(gate) * up, counts, tokens)
+        return found.index_add(0, tokens, (y * top_k_weights.flatten()[order].unsqueeze(1)).to(found.dtype))
 
 
 def _stacked(module: LearningExperts, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -36,7 +36,7 @@ KEPT, BELOW, SMALLEST = 0.75, 0.02, 0.05  # rho; how far below 0 the mean must b
 
 
 class Latest(NamedTuple):
-    """The latest update of a layer, and the agreement so far.
+    """The latest update of a layer, and the agreement so far; for L layers at once with a leading dimension of L.
 
     Attributes:
         x, delta: (C, n) and (C, m), the rows x' and delta' of the last C tokens learnt, in any order.
@@ -50,20 +50,33 @@ class Latest(NamedTuple):
     agreement: Tensor
 
 
-def next_agreement(latest: Latest, x: Tensor, delta: Tensor, weight: Tensor, sharding: Sharding = UNSHARDED) -> Tensor:
+def bilinear(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
+    """(1,): left . matrix right, for ``left`` (T,), ``matrix`` (T, C) and ``right`` (C,); of L of each (L, 1)."""
+    return (left.unsqueeze(-2) @ (matrix @ right.unsqueeze(-1))).squeeze(-1)
+
+
+def next_agreement(
+    latest: Latest,
+    x: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    sharding: Sharding = UNSHARDED,
+    counts: Tensor | None = None,
+) -> Tensor:
     """a after tokens with the inputs ``x`` (T, n), gradients ``delta`` (T, m) and ``weight`` (T,): (1,) float64.
 
     Nothing is written, and the host does not wait. Rows whose products overflow count as 0. ``sharding`` is that of the
-    layer.
+    layer, and ``counts`` as in `ttt.nn.rates.rates`.
     """
-    wide, window = weight.dtype, len(latest.weight)
-    inputs = sharding.input.sum((x @ latest.x.T).to(wide))
-    pairs = inputs * sharding.output.sum((delta @ latest.delta.T).to(wide))
-    found = (weight @ (pairs @ latest.weight.to(wide))).double() / window
+    wide, window = weight.dtype, latest.weight.shape[-1]
+    inputs = sharding.input.sum((x @ latest.x.mT).to(wide))
+    pairs = inputs * sharding.output.sum((delta @ latest.delta.mT).to(wide))
+    found = bilinear(weight, pairs, latest.weight.to(wide)).double() / window
     found = torch.nan_to_num(found, nan=0.0, posinf=0.0, neginf=0.0).clamp(-1.0, 1.0)
-    return latest.agreement * KEPT ** (len(x) / window) + (1 - KEPT) * found
+    tokens = len(x) if counts is None else counts.double()
+    return latest.agreement * KEPT ** (tokens / window) + (1 - KEPT) * found
 
 
 def factor(agreement: Tensor, kappa: float) -> Tensor:
-    """What multiplies the steps at an ``agreement`` (1,): (1,) float64 in [1/20, 1]."""
+    """What multiplies the steps at an ``agreement`` (1,): (1,) float64 in [1/20, 1]; (L, 1) for (L, 1)."""
     return (kappa * (agreement + BELOW).clamp_max(0.0)).exp().clamp_min(SMALLEST)

@@ -182,14 +182,19 @@ class Linear(CommittingLinear):
             applied=self.applied if self.damps else None, share=self.share, limit=self.largest_step(),
             latest=self.latest, sharding=self.sharding,
         )  # fmt: skip
-        eta, finite = found.eta, found.finite.all()
-        if self.drift is not None:
-            eta = eta * pace(self.config, self.drift, self._largest_drift()).to(eta.dtype)
+        update = Update(x, delta, found.eta, None, found.finite.all(), found.grown, found.weight, found.agreement)
         if trace_delta is not None:
-            trace_delta = trace_delta.to(self.weight.dtype).contiguous()
-            length = self.sharding.output.sum(torch.linalg.vector_norm(trace_delta, dtype=sum_dtype))
-            finite = finite & torch.isfinite(length)
-        return Update(x, delta, eta, trace_delta, finite, found.grown, found.weight, found.agreement)
+            update.trace_delta = trace_delta.to(self.weight.dtype).contiguous()
+            length = self.sharding.output.sum(torch.linalg.vector_norm(update.trace_delta, dtype=sum_dtype))
+            update.finite = update.finite & torch.isfinite(length)
+        self.keep_in_budget(update)
+        return update
+
+    def keep_in_budget(self, update: Update) -> None:
+        """Shrink the steps of ``update``, which `rates` made, as the layer's budget demands if there is one."""
+        if self.drift is not None:
+            factor = pace(self.config, self.drift, self._largest_drift())
+            update.eta = update.eta * factor.to(update.eta.dtype)
 
     def rows_of(
         self,

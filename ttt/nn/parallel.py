@@ -55,8 +55,8 @@ class Side:
         return t
 
     def norms(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """The lengths (T,) of ``rows`` (T, part), computed in ``dtype``."""
-        return torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
+        """The lengths (T,) of ``rows`` (T, part), or (L, T) of (L, T, part), computed in ``dtype``."""
+        return torch.linalg.vector_norm(rows, dim=-1, dtype=dtype)
 
 
 class SharedSide(Side):
@@ -143,8 +143,8 @@ class Sharding:
         return t if self.side is None else self.side.sum(t)
 
     def norm(self, matrix: Tensor, dtype: torch.dtype) -> Tensor:
-        """The norm, (), of a ``matrix`` (m, n) that is spread as the weight is, computed in ``dtype``."""
-        found = torch.linalg.vector_norm(matrix, dtype=dtype)
+        """The norm, (), of a ``matrix`` (m, n) that is spread as the weight is, or (L,) of L, computed in ``dtype``."""
+        found = torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=dtype)
         return found if self.side is None else self.side.sum(found.square()).sqrt()
 
     def shape(self, matrix: Tensor) -> tuple[int, int]:

@@ -41,6 +41,9 @@ rarely acts on it. The means do not change. With T = 1 the bound is one on a sin
 **Users.** In a batch of several users, a token's means are over three kinds of tokens: those of calibration, those that
 its user has learnt before, and its user's tokens in the batch up to and including itself. The bound of ``burst`` holds
 for each user, with the sum over that user's tokens and T their number.
+
+**Layers.** The steps of several layers of one shape can be computed at once. Their rows then have a leading dimension,
+L, and rows of zeros after the tokens of a layer that has fewer than the others: no sum or mean changes with these.
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ import torch
 from torch import Tensor
 
 from ttt.config import TTTConfig
-from ttt.nn.feedback import Latest, factor, next_agreement
+from ttt.nn.feedback import Latest, bilinear, factor, next_agreement
 from ttt.nn.parallel import UNSHARDED, Sharding
 
 CALIBRATED, STREAM = 0, 1
@@ -65,6 +68,8 @@ Rows = tuple[Tensor, Tensor]
 
 class Rates(NamedTuple):
     """What `rates` returns.
+
+    For L layers at once all of them have a leading dimension of L.
 
     Attributes:
         eta: (T,), the steps.
@@ -88,6 +93,8 @@ class Sizes(NamedTuple):
         x, delta: (T,), for "decrease" the roots of x . x' and delta . delta'; otherwise the norms of x' and delta'.
         norm: (T,), their products: s_t or g_t.
         squares: (2, T) float64: the squares of ``x`` and of ``norm``.
+
+    For L layers at once T is L, T.
     """
 
     x: Tensor
@@ -106,6 +113,8 @@ def token_sizes(
 ) -> Sizes:
     """The sizes of tokens with inputs ``x`` (T, n) and gradients ``delta`` (T, m), computed in ``wide``.
 
+    For L layers at once all rows have a leading dimension of L.
+
     Args:
         applied: the rows x' (T, n) and delta' (T, m) that updates are made with.
         rate: as in a `ttt.TTTConfig`.
@@ -114,7 +123,7 @@ def token_sizes(
     sizes = []
     for rows, others, side in zip((x, delta), applied, (sharding.input, sharding.output), strict=True):
         if rate == "decrease" and others is not rows:
-            sizes.append(side.sum((rows.to(wide) * others.to(wide)).sum(1)).clamp_min(0.0).sqrt())
+            sizes.append(side.sum((rows.to(wide) * others.to(wide)).sum(-1)).clamp_min(0.0).sqrt())
         else:
             sizes.append(side.norms(others, wide))
     norm = sizes[0] * sizes[1]
@@ -131,11 +140,14 @@ def rates(
     users: Tensor | None = None,
     applied: Callable[[Tensor, Tensor], Rows] | None = None,
     share: float = 1.0,
-    limit: float | None = None,
+    limit: float | Tensor | None = None,
     latest: Latest | None = None,
     sharding: Sharding = UNSHARDED,
+    counts: Tensor | None = None,
 ) -> Rates:
     """The steps of T tokens. Nothing is written, and the host waits for the device only if there are ``users``.
+
+    With ``counts`` they are those of L layers: all tensors then have a leading dimension of L.
 
     Args:
         x: (T, n), inputs.
@@ -149,9 +161,11 @@ def rates(
         applied: turns ``x`` and ``delta`` into the rows x' (T, n) and delta' (T, m) that updates are made with, whose
             norms are then used; None: ``x`` and ``delta`` themselves. These decide whether a token is finite.
         share: of this layer in the decrease, if ``config.rate`` is "decrease".
-        limit: the largest norm of one token's update; None for no limit.
+        limit: the largest norm of one token's update, (1,) of each of L layers; None for no limit.
         latest: the layer's latest update, for `ttt.nn.feedback`; None for no feedback. Not with ``users``.
-        sharding: of the layer. Not with ``users``.
+        sharding: of the layer. Not with ``users`` or ``counts``.
+        counts: (L, 1) int64, how many tokens each of L layers has; its other rows, the last ones, are 0. None for one
+            layer. Not with ``users``.
     """
     given = changed = (x, delta)
     sizes = token_sizes(x, delta, given, config.rate, wide, sharding)
@@ -164,9 +178,11 @@ def rates(
     if before is None:
         return Rates(_clipped(torch.full_like(norm, config.lr), norm, config.clip), finite, None)
     if users is None:
-        sums, place = squares.cumsum(1), torch.arange(1, len(norm) + 1, device=norm.device)
-        grown = torch.cat([squares.sum(1), squares.new_full((1,), len(norm))])
-        earlier = before.unsqueeze(1)
+        tokens = norm.shape[-1]
+        sums, place = squares.cumsum(-1), torch.arange(1, tokens + 1, device=norm.device)
+        number = squares.new_full((1,), tokens) if counts is None else counts.to(squares.dtype)
+        grown = torch.cat([squares.sum(-1).movedim(0, -1), number], -1)
+        earlier = before.movedim(-1, 0).unsqueeze(-1)
     else:
         sums, place, grown = _by_user(squares, users, len(before))
         earlier = before[users.clamp_min(0).long()].T
@@ -185,12 +201,12 @@ def rates(
     if (config.burst is not None or latest is not None) and config.rate != "energy" and config.lr > 0:
         relative = torch.where(root > 0, eta / unit, 0.0).to(norm.dtype)
     if config.burst is not None and relative is not None:
-        size = _sizes(rows, changed, sizes, relative, users, sharding)
+        size = _sizes(rows, changed, sizes, relative, users, sharding, counts)
         shrunk = torch.where(size > config.burst, config.burst / size, 1.0)
         eta, relative = eta * shrunk, relative * shrunk
     agreement = None
     if latest is not None and relative is not None:
-        agreement = next_agreement(latest, *rows, relative, sharding)
+        agreement = next_agreement(latest, *rows, relative, sharding, counts)
         eta = eta * factor(agreement, config.feedback).to(eta.dtype)
     if limit is not None:
         if changed is not given:  # the norms of the update's rows, which are not the sizes of "decrease"
@@ -227,18 +243,27 @@ def places(users: Tensor) -> Tensor:
 
 
 def _clipped(eta: Tensor, norm: Tensor, bound: float | Tensor | None) -> Tensor:
-    """``eta`` (T,), multiplied by bound / norm where the gradient's ``norm`` (T,) is above ``bound``."""
+    """``eta`` (T,), multiplied by bound / norm where the gradient's ``norm`` (T,) is above ``bound``; or (L, T)."""
     return eta if bound is None else torch.where(norm > bound, eta * (bound / norm), eta).to(norm.dtype)
 
 
-def _sizes(rows: Rows, applied: Rows, sizes: Sizes, weight: Tensor, users: Tensor | None, sharding: Sharding) -> Tensor:
+def _sizes(
+    rows: Rows,
+    applied: Rows,
+    sizes: Sizes,
+    weight: Tensor,
+    users: Tensor | None,
+    sharding: Sharding,
+    counts: Tensor | None,
+) -> Tensor:
     """The length of the sum of T weighted gradients, divided by sqrt(T); see `_sum_norm`.
 
     Returns:
-        (), or with users (T,), of each token's user; 0 for tokens of nobody.
+        (1,), (L, 1) with counts; with users (T,), of each token's user, and 0 for tokens of nobody.
     """
     if users is None:
-        return _sum_norm(rows, applied, sizes.x, sizes.delta, weight, sharding) / len(weight) ** 0.5
+        length = _sum_norm(rows, applied, sizes.x, sizes.delta, weight, sharding)
+        return length / (len(weight) ** 0.5 if counts is None else counts.to(length.dtype).sqrt())
     # Each user's sum is made of its own rows alone, in products whose shapes and bits do not depend on other users.
     lengths = torch.where(users < 0, 0.0, weight * sizes.norm)
     owners, counts = users.unique(return_counts=True)
@@ -260,13 +285,13 @@ def _sum_norm(
     weight: Tensor,
     sharding: Sharding = UNSHARDED,
 ) -> Tensor:
-    """The root of sum_ij w_i w_j (delta_i . delta'_j) (x_i . x'_j), (), with w = ``weight``.
+    """The root of sum_ij w_i w_j (delta_i . delta'_j) (x_i . x'_j), (1,), with w = ``weight``; of L layers (L, 1).
 
     With x' = x and delta' = delta it is |sum_t w_t delta_t x_t^T|. The rows are divided by their sizes first, so that
     no product overflows.
     """
     tiny = torch.finfo(weight.dtype).tiny
-    scales = [size.clamp_min(tiny).unsqueeze(1) for size in (x_size, delta_size)]
+    scales = [size.clamp_min(tiny).unsqueeze(-1) for size in (x_size, delta_size)]
 
     def scaled(pair: Rows) -> list[Tensor]:
         return [part.to(weight.dtype) / scale for part, scale in zip(pair, scales, strict=True)]
@@ -275,14 +300,15 @@ def _sum_norm(
     x2, delta2 = (x, delta) if applied is rows else scaled(applied)
     weight = weight * (x_size * delta_size)
     # Processes that hold parts of different sizes must go the same way.
-    count, n, m = len(weight), sharding.input.size(x.shape[1]), sharding.output.size(delta.shape[1])
+    count, n, m = weight.shape[-1], sharding.input.size(x.shape[-1]), sharding.output.size(delta.shape[-1])
     if count * (m + n) > m * n:  # the matrix of the sum is less work than the products of all pairs of rows
-        total = (delta * weight.unsqueeze(1)).T @ x
+        total = (delta * weight.unsqueeze(-1)).mT @ x
         if applied is rows:
-            return sharding.norm(total, total.dtype)
-        return sharding.sum((total * ((delta2 * weight.unsqueeze(1)).T @ x2)).sum()).clamp_min(0.0).sqrt()
-    pairs = sharding.input.sum(x @ x2.T) * sharding.output.sum(delta @ delta2.T)
-    return (weight @ pairs @ weight).clamp_min(0.0).sqrt()
+            return sharding.norm(total, total.dtype).unsqueeze(-1)
+        both = total * ((delta2 * weight.unsqueeze(-1)).mT @ x2)
+        return sharding.sum(both.sum((-2, -1))).clamp_min(0.0).sqrt().unsqueeze(-1)
+    pairs = sharding.input.sum(x @ x2.mT) * sharding.output.sum(delta @ delta2.mT)
+    return bilinear(weight, pairs, weight).clamp_min(0.0).sqrt()
 
 
 def count_(stream: Tensor, grown: Tensor, counts: Tensor | None) -> None:

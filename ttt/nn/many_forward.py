@@ -1,0 +1,82 @@
+"""Several learning layers, each with rows of its own, as one node of autograd's graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ttt.nn.autocast import autocast_dtype, without_autocast
+from ttt.nn.base import captures, is_traced
+from ttt.nn.linear import Linear
+
+
+class _CaptureMany(torch.autograd.Function):
+    """As that of one `ttt.nn.Linear`: the backward pass leaves (x, delta) and the places of each layer's own rows."""
+
+    @staticmethod
+    def forward(ctx, x, root, layers, counts, places):
+        ctx.save_for_backward(x, places)
+        ctx.layers, ctx.counts, ctx.captures = layers, counts, [captures(layer) for layer in layers]
+        return _outputs(layers, x, counts)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, places = ctx.saved_tensors
+        deltas = grad.detach().split(ctx.counts)
+        parts = zip(
+            ctx.layers, ctx.captures, x.detach().split(ctx.counts), deltas, places.split(ctx.counts), strict=True
+        )
+        for layer, captured, rows, delta, own in parts:
+            if layer.sink is not None and captured:
+                layer.sink.append((rows, delta))
+                layer.sink.places.append(own)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None
+        with without_autocast(x.device):
+            pairs = zip(ctx.layers, deltas, strict=True)
+            found = torch.cat([layer._transposed_window(delta) for layer, delta in pairs])
+        return found, None, None, None, None
+
+
+def _outputs(layers: Sequence[Linear], x: Tensor, counts: Sequence[int]) -> Tensor:
+    return torch.cat([layer._apply_window(part) for layer, part in zip(layers, x.split(counts), strict=True)])
+
+
+def outputs_of(layers: Sequence[Linear], x: Tensor, counts: list[int], places: Tensor) -> Tensor:
+    """What each of ``layers`` gives for its own rows of ``x``, of which the first ``counts[0]`` are those of the first.
+
+    Args:
+        layers: of one size and dtype, at least one.
+        x: (R, n), rows of all of them, one layer after the other.
+        counts: how many rows each layer has, at least 1; R in all.
+        places: (R,) int64: which tokens the rows are, for masks.
+
+    Returns:
+        (R, m).
+    """
+    if is_traced() or any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
+        parts = zip(layers, x.split(counts), places.split(counts), strict=True)
+        return torch.cat([_called(layer, rows, own) for layer, rows, own in parts])
+    if (dtype := autocast_dtype(x)) is not None:
+        with without_autocast(x.device):
+            return outputs_of(layers, x.to(layers[0].weight.dtype), counts, places).to(dtype)
+    if torch.is_grad_enabled():
+        for layer in layers:
+            layer._require_frozen()
+        if x.requires_grad or any(captures(layer) for layer in layers):
+            return _CaptureMany.apply(x, layers[0]._root, layers, counts, places)
+    return _outputs(layers, x, counts)
+
+
+def _called(layer: Linear, x: Tensor, places: Tensor) -> Tensor:
+    """The layer's output for the rows ``x`` of ``places``, which it remembers for masks if it is to learn from them."""
+    if not captures(layer):
+        return layer(x)
+    object.__setattr__(layer, "places", places)
+    try:
+        return layer(x)
+    finally:
+        object.__setattr__(layer, "places", None)
