@@ -92,7 +92,8 @@ class Learner(Keeping):
                 token sees. It may be on either side. If all blocks of the model have attention it may also be between
                 tokens, as where texts were joined; the token after it is read, but not scored.
             learn_mask: (B, T) bool or 0/1: tokens with 0 are read and scored, but no loss is taken on them and their
-                rows are not written: they change no bit of a weight.
+                rows are not written: they change no bit of a weight. A token is predicted at the one before it. So it
+                is learnt only if that one teaches, too: the first token of each run of 1s is not.
             learn: False scores only.
             users: for a model adapted with ``TTTConfig(per_user=...)``: the user of each of the B sequences; None for
                 sequences that the base model scores and nobody learns from. One user's tokens change no bit of what
