@@ -318,13 +318,13 @@ def run(options: ServeOptions) -> None:
         web.run()
     finally:
         collector.close()
-        # The time that open connections were given counts.
+        # The time that open connections were given counts for requests. The store has a time of its own.
         left = options.drain_seconds - (time.monotonic() - web.signalled if web.signalled else 0)
-        unsaved = server.service.drain(max(left, 0.0))
+        unsaved = server.service.drain(max(left, 0.0), storing=options.drain_seconds)
         if end_tracing is not None:
             end_tracing()
     if unsaved:
-        _stop(f"what {len(unsaved)} user(s) said last could not be stored")
+        _stop(f"what {len(unsaved)} user(s) said last was not stored in {options.drain_seconds:g} s")
     if not web.started:
         raise typer.Exit(1)
 
