@@ -134,9 +134,18 @@ def test_open_requests_use_up_their_own_time_and_not_that_of_the_store(start, tm
         answer = client_of(url, user="ada").chat.completions.create(model="tiny-chat", messages=CHAT, max_tokens=1)
         assert answer.ttt["learning"] == "queued"
         process.send_signal(signal.SIGTERM)
-        log = process.stderr.read()
+        with open_request.makefile("rb") as answered:
+            lines = answered.read().decode().lower().splitlines()
+    log = process.stderr.read()
     assert process.wait(60) == 0, log
     assert [each.number for each in ttt.Store(tmp_path / "store").history("ada")] == [1]
+    assert lines[0].startswith("http/1.1 503 ")
+    assert "retry-after: 10" in lines
+    assert lines[-1] == (
+        '{"error": {"message": "the server is stopping", "type": "server_error", "param": null, "code": "unavailable"}}'
+    )
+    assert "Traceback" not in log
+    assert '"route": "/v1/users/{user}/learn", "status": 503' in log
 
 
 def test_what_a_store_did_not_take_in_time_is_said(start, tmp_path):
