@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import ttt
 from ttt.chat import Chat, terminal
 from ttt.cli import app
+from ttt.terminal import doing
 
 
 class Letters:
@@ -193,6 +194,29 @@ def test_commands_in_the_terminal(base, tmp_path, monkeypatch):
         assert part in text
     assert text.count("nothing new was said") == 3
     assert chat.versions() == []
+
+
+def test_brackets_in_what_is_typed_and_in_names_are_printed_as_they_are(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(terminal, "load", lambda model: (copy.deepcopy(base), Letters()))
+    store = tmp_path / "[b]store[/i]"
+    done = CliRunner().invoke(
+        app, ["chat", "--store", str(store), "--user", "[dim]a[/b]"], input="/foo[/b]\n/rollback [/b]\n/quit\n",
+        env={"COLUMNS": "500"},
+    )  # fmt: skip
+    assert done.exit_code == 0, done.exception
+    for part in (
+        f"[dim]a[/b] has 0 version(s) in {store}. ", "/foo[/b] is no command",
+        "/rollback needs the number of a version, got '[/b]'",
+    ):  # fmt: skip
+        assert part in done.output
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_what_is_being_done_is_shown_with_its_brackets(is_terminal):
+    out = io.StringIO()
+    with doing(Console(file=out, width=80, force_terminal=is_terminal), "reads [/b] of [bold]a[/bold]"):
+        pass
+    assert "reads [/b] of [bold]a[/bold]" in out.getvalue()
 
 
 def test_a_missing_model_ends_with_how_to_install_it(monkeypatch, tmp_path):
