@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 from rich.console import Console
-from tiny_models import VOCAB, tiny
+from tiny_models import VOCAB, assert_same, tiny
 from typer.testing import CliRunner
 
 import ttt
@@ -194,6 +194,18 @@ def test_commands_in_the_terminal(base, tmp_path, monkeypatch):
         assert part in text
     assert text.count("nothing new was said") == 3
     assert chat.versions() == []
+
+
+@pytest.mark.parametrize("name", ["/study", "/versions", "/forget", "/quit"])
+def test_a_command_without_arguments_refuses_one_and_does_nothing(base, tmp_path, name):
+    chat = chat_of(base, tmp_path)
+    chat.say("hello")
+    before, out = chat.pool.export("ada"), io.StringIO()
+    with pytest.raises(ValueError, match=f"^{name} takes no argument, got 'what now'$"):
+        terminal.command(chat, f"{name} what now", Console(file=out))
+    assert out.getvalue() == ""
+    assert [each.number for each in chat.versions()] == [1]
+    assert_same(before, chat.pool.export("ada"))
 
 
 def test_brackets_in_what_is_typed_and_in_names_are_printed_as_they_are(base, tmp_path, monkeypatch):

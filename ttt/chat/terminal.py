@@ -67,6 +67,8 @@ def command(chat: Chat, line: str, console: Console) -> None:
         ValueError: if there is no such command, or its argument is wrong.
     """
     name, _, argument = line.partition(" ")
+    if argument and name in ("/study", "/versions", "/forget", "/quit"):
+        raise ValueError(f"{name} takes no argument, got {argument!r}")
     if name == "/versions":
         for found in chat.versions():
             when = datetime.datetime.fromtimestamp(found.created).isoformat(" ", "seconds")
