@@ -103,6 +103,9 @@ def test_what_is_wrong_is_named_and_changes_no_bit(model, tmp_path):
         ):
             found = httpx.post(f"{url}/v1/{route}", content=content, headers=JSON)
             assert found.status_code in (400, 404), (route, content, found.text)
+        error = found.json()["error"]
+        assert error["message"] == r"text: must be text that UTF-8 can hold (surrogates not allowed), got '\ud83d'"
+        assert error["param"] == "text"
         deep = b'{"model": ' + b"[" * 100_000
         assert httpx.post(f"{url}/v1/chat/completions", content=deep, headers=JSON).status_code == 400
         assert httpx.get(f"{url}/nothing").json()["error"]["code"] == "not_found"
