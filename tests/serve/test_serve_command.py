@@ -30,7 +30,7 @@ from ttt.conversation import CONVERSATION
 from ttt.serve.calibration import SHARED, calibrate_once, default_file, weights_name
 from ttt.serve.http.telemetry import Traced
 from ttt.serve.keys import Keys
-from ttt.serve.main import ServeOptions, adapted, is_loopback, run
+from ttt.serve.main import ServeOptions, adapted, is_loopback, own_hosts, run
 
 CHAT = [{"role": "user", "content": "My dog is called Biscuit."}]
 
@@ -240,6 +240,12 @@ def test_a_span_of_a_request_that_fails_names_the_class_of_the_error_only():
     assert span.attributes["error.type"] == "RuntimeError"
     assert not span.events
     assert span.status.description is None
+
+
+def test_names_of_this_machine_are_each_given_once():
+    own = ["127.0.0.1", "localhost", "[::1]"]
+    assert own_hosts("127.0.0.1") == own_hosts("::1") == own_hosts("localhost") == own
+    assert own_hosts("127.0.0.2") == [*own, "127.0.0.2"]
 
 
 def test_servers_that_others_reach_need_keys(folder, capsys):

@@ -93,6 +93,11 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def own_hosts(host: str) -> list[str]:
+    """Names that the header ``Host`` may have, each once, where a server without keys listens at ``host``."""
+    return list(dict.fromkeys([*OWN_HOSTS, f"[{host}]" if ":" in host else host]))
+
+
 def adapted(model: nn.Module, *, slots: int, rank: int | None = None, lr: float | None = None) -> ttt.Learner:
     """A learner of ``model``, adapted for so many users at a time, not calibrated.
 
@@ -264,7 +269,7 @@ def build_app(options: ServeOptions, say: Any = lambda text: None) -> tuple[Fast
     rates = RateLimits(options.requests_per_minute, options.tokens_per_minute)
     server = Server(service, keys, name, metrics, rates, options.request_seconds)
     # Without keys everyone is an operator: then nobody but this machine may reach the server.
-    hosts = [*OWN_HOSTS, options.host] if options.keys is None else None
+    hosts = own_hosts(options.host) if options.keys is None else None
     return create_app(server, largest_body=options.largest_body, hosts=hosts), server
 
 
