@@ -7,12 +7,13 @@ import types
 import pytest
 import torch
 from rich.console import Console
-from tiny_models import VOCAB, tiny
+from tiny_models import VOCAB, assert_same, tiny
 from typer.testing import CliRunner
 
 import ttt
 from ttt.chat import Chat, terminal
 from ttt.cli import app
+from ttt.terminal import doing
 
 
 class Letters:
@@ -193,6 +194,41 @@ def test_commands_in_the_terminal(base, tmp_path, monkeypatch):
         assert part in text
     assert text.count("nothing new was said") == 3
     assert chat.versions() == []
+
+
+@pytest.mark.parametrize("name", ["/study", "/versions", "/forget", "/quit"])
+def test_a_command_without_arguments_refuses_one_and_does_nothing(base, tmp_path, name):
+    chat = chat_of(base, tmp_path)
+    chat.say("hello")
+    before, out = chat.pool.export("ada"), io.StringIO()
+    with pytest.raises(ValueError, match=f"^{name} takes no argument, got 'what now'$"):
+        terminal.command(chat, f"{name} what now", Console(file=out))
+    assert out.getvalue() == ""
+    assert [each.number for each in chat.versions()] == [1]
+    assert_same(before, chat.pool.export("ada"))
+
+
+def test_brackets_in_what_is_typed_and_in_names_are_printed_as_they_are(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(terminal, "load", lambda model: (copy.deepcopy(base), Letters()))
+    store = tmp_path / "[b]store[/i]"
+    done = CliRunner().invoke(
+        app, ["chat", "--store", str(store), "--user", "[dim]a[/b]"], input="/foo[/b]\n/rollback [/b]\n/quit\n",
+        env={"COLUMNS": "500"},
+    )  # fmt: skip
+    assert done.exit_code == 0, done.exception
+    for part in (
+        f"[dim]a[/b] has 0 version(s) in {store}. ", "/foo[/b] is no command",
+        "/rollback needs the number of a version, got '[/b]'",
+    ):  # fmt: skip
+        assert part in done.output
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_what_is_being_done_is_shown_with_its_brackets(is_terminal):
+    out = io.StringIO()
+    with doing(Console(file=out, width=80, force_terminal=is_terminal), "reads [/b] of [bold]a[/bold]"):
+        pass
+    assert "reads [/b] of [bold]a[/bold]" in out.getvalue()
 
 
 def test_a_missing_model_ends_with_how_to_install_it(monkeypatch, tmp_path):

@@ -23,7 +23,8 @@ WRONG = [
     ({"n": 0}, 400, "n"),
     ({"n": 17}, 400, "n"),
     ({"max_tokens": 0}, 400, "max_tokens"),
-    ({"max_tokens": 10**9}, 400, "messages"),
+    ({"max_tokens": 10**9}, 400, "max_tokens"),
+    ({"max_tokens": None, "max_completion_tokens": 10**9}, 400, "max_completion_tokens"),
     ({"max_tokens": True}, 400, "max_tokens"),
     ({"seed": 2**70}, 400, "seed"),
     ({"stop": ["a"] * 5}, 400, "stop"),
@@ -102,6 +103,9 @@ def test_what_is_wrong_is_named_and_changes_no_bit(model, tmp_path):
         ):
             found = httpx.post(f"{url}/v1/{route}", content=content, headers=JSON)
             assert found.status_code in (400, 404), (route, content, found.text)
+        error = found.json()["error"]
+        assert error["message"] == r"text: must be text that UTF-8 can hold (surrogates not allowed), got '\ud83d'"
+        assert error["param"] == "text"
         deep = b'{"model": ' + b"[" * 100_000
         assert httpx.post(f"{url}/v1/chat/completions", content=deep, headers=JSON).status_code == 400
         assert httpx.get(f"{url}/nothing").json()["error"]["code"] == "not_found"

@@ -30,7 +30,7 @@ from ttt.conversation import CONVERSATION
 from ttt.serve.calibration import SHARED, calibrate_once, default_file, weights_name
 from ttt.serve.http.telemetry import Traced
 from ttt.serve.keys import Keys
-from ttt.serve.main import ServeOptions, adapted, is_loopback, run
+from ttt.serve.main import ServeOptions, adapted, is_loopback, own_hosts, run
 
 CHAT = [{"role": "user", "content": "My dog is called Biscuit."}]
 
@@ -48,9 +48,9 @@ def start(folder, tmp_path):
     """Starts servers; those that are still running at the end are killed."""
     started = []
 
-    def begin(*options):
+    def begin(*options, program=("-m", "ttt")):
         port = 18000 + os.getpid() % 10000 + len(started)
-        command = [sys.executable, "-m", "ttt", "serve", str(folder), "--port", str(port), "--study-after", "0",
+        command = [sys.executable, *program, "serve", str(folder), "--port", str(port), "--study-after", "0",
                    "--store", str(tmp_path / "store"), "--calibration", str(tmp_path / "calibration"),
                    *options]  # fmt: skip
         process = subprocess.Popen(
@@ -107,6 +107,55 @@ def test_a_request_that_is_under_way_is_finished_when_the_server_is_stopped(star
     *_, last = list(stream)
     assert last.ttt["learning"] == "queued"
     assert process.wait(60) == 0
+
+
+SLOW_STORE = """
+import time
+from ttt import Store
+from ttt.cli import app
+put = Store.put
+def slow(*args, **options):
+    time.sleep(3)
+    return put(*args, **options)
+Store.put = slow
+app()
+"""
+
+
+def test_open_requests_use_up_their_own_time_and_not_that_of_the_store(start, tmp_path):
+    process, url = start("--drain-seconds", "2", program=("-c", SLOW_STORE))
+    address = httpx.URL(url)
+    with socket.create_connection((address.host, address.port), timeout=60) as open_request:
+        # The server waits for a body that does not come.
+        open_request.sendall(
+            b"POST /v1/users/bob/learn HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            b"content-length: 9\r\n\r\n{"
+        )
+        answer = client_of(url, user="ada").chat.completions.create(model="tiny-chat", messages=CHAT, max_tokens=1)
+        assert answer.ttt["learning"] == "queued"
+        process.send_signal(signal.SIGTERM)
+        with open_request.makefile("rb") as answered:
+            lines = answered.read().decode().lower().splitlines()
+    log = process.stderr.read()
+    assert process.wait(60) == 0, log
+    assert [each.number for each in ttt.Store(tmp_path / "store").history("ada")] == [1]
+    assert lines[0].startswith("http/1.1 503 ")
+    assert "retry-after: 10" in lines
+    assert lines[-1] == (
+        '{"error": {"message": "the server is stopping", "type": "server_error", "param": null, "code": "unavailable"}}'
+    )
+    assert "Traceback" not in log
+    assert '"route": "/v1/users/{user}/learn", "status": 503' in log
+
+
+def test_what_a_store_did_not_take_in_time_is_said(start, tmp_path):
+    process, url = start("--drain-seconds", "1", program=("-c", SLOW_STORE.replace("sleep(3)", "sleep(30)")))
+    answer = client_of(url, user="ada").chat.completions.create(model="tiny-chat", messages=CHAT, max_tokens=1)
+    assert answer.ttt["learning"] == "queued"
+    process.send_signal(signal.SIGTERM)
+    log = process.stderr.read()
+    assert process.wait(60) == 1
+    assert log.splitlines()[-1] == "what 1 user(s) said last was not stored in 1 s"
 
 
 def test_a_server_with_guards_undoes_what_goes_too_far_and_one_without_goes_on(start, tmp_path):
@@ -191,6 +240,12 @@ def test_a_span_of_a_request_that_fails_names_the_class_of_the_error_only():
     assert span.attributes["error.type"] == "RuntimeError"
     assert not span.events
     assert span.status.description is None
+
+
+def test_names_of_this_machine_are_each_given_once():
+    own = ["127.0.0.1", "localhost", "[::1]"]
+    assert own_hosts("127.0.0.1") == own_hosts("::1") == own_hosts("localhost") == own
+    assert own_hosts("127.0.0.2") == [*own, "127.0.0.2"]
 
 
 def test_servers_that_others_reach_need_keys(folder, capsys):

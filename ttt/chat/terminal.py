@@ -28,7 +28,7 @@ def run(model: Path | None, store: str, user: str, max_new_tokens: int, learn: b
         typer.echo(error, err=True)
         raise typer.Exit(1) from None
     known = chat.versions()
-    console.print(f"[dim]{user} has {len(known)} version(s) in {store}. {HELP}[/dim]")
+    _say(console, f"{user} has {len(known)} version(s) in {store}. {HELP}", "dim")
     talk(chat, tokenizer, console)
 
 
@@ -50,9 +50,14 @@ def talk(chat: Chat, tokenizer: Any, console: Console) -> None:
                 streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
                 turn = chat.say(line, streamer)
                 if turn.version is not None:
-                    console.print(f"[dim]learnt {turn.tokens} tokens ({turn.nll:.2f} nats each): {turn.version}[/dim]")
+                    _say(console, f"learnt {turn.tokens} tokens ({turn.nll:.2f} nats each): {turn.version}", "dim")
         except (ValueError, FloatingPointError, StoreError) as error:
-            console.print(f"[red]{error}[/red]")
+            _say(console, str(error), "red")
+
+
+def _say(console: Console, text: str, style: str) -> None:
+    """Print ``text`` as it is: brackets in names, and in what was typed, are no markup of rich's."""
+    console.print(text, style=style, markup=False)
 
 
 def command(chat: Chat, line: str, console: Console) -> None:
@@ -62,6 +67,8 @@ def command(chat: Chat, line: str, console: Console) -> None:
         ValueError: if there is no such command, or its argument is wrong.
     """
     name, _, argument = line.partition(" ")
+    if argument and name in ("/study", "/versions", "/forget", "/quit"):
+        raise ValueError(f"{name} takes no argument, got {argument!r}")
     if name == "/versions":
         for found in chat.versions():
             when = datetime.datetime.fromtimestamp(found.created).isoformat(" ", "seconds")

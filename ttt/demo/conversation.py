@@ -82,7 +82,8 @@ def main(text: Path | None, report: Path, folder: Path | None) -> None:
     found["seconds"] = round(time.perf_counter() - began, 1)
     _show(found, console)
     write(found, report)
-    console.print(f"{report / 'index.html'} written; {found['seconds']:.0f} s in all, on {found['machine']}.")
+    written = f"{report / 'index.html'} written; {found['seconds']:.0f} s in all, on {found['machine']}."
+    console.print(written, markup=False)  # a path may hold brackets
 
 
 def _conversation(

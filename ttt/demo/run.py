@@ -246,4 +246,5 @@ def main(text: Path | None, report: Path, bytes_per_domain: int) -> None:
         )
     found["seconds"] = round(time.perf_counter() - began, 1)
     write(found, report)
-    console.print(f"{report / 'index.html'} written; {found['seconds']:.0f} s in all, on {found['machine']}.")
+    written = f"{report / 'index.html'} written; {found['seconds']:.0f} s in all, on {found['machine']}."
+    console.print(written, markup=False)  # a path may hold brackets

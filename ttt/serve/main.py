@@ -93,6 +93,11 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def own_hosts(host: str) -> list[str]:
+    """Names that the header ``Host`` may have, each once, where a server without keys listens at ``host``."""
+    return list(dict.fromkeys([*OWN_HOSTS, f"[{host}]" if ":" in host else host]))
+
+
 def adapted(model: nn.Module, *, slots: int, rank: int | None = None, lr: float | None = None) -> ttt.Learner:
     """A learner of ``model``, adapted for so many users at a time, not calibrated.
 
@@ -264,7 +269,7 @@ def build_app(options: ServeOptions, say: Any = lambda text: None) -> tuple[Fast
     rates = RateLimits(options.requests_per_minute, options.tokens_per_minute)
     server = Server(service, keys, name, metrics, rates, options.request_seconds)
     # Without keys everyone is an operator: then nobody but this machine may reach the server.
-    hosts = [*OWN_HOSTS, options.host] if options.keys is None else None
+    hosts = own_hosts(options.host) if options.keys is None else None
     return create_app(server, largest_body=options.largest_body, hosts=hosts), server
 
 
@@ -318,13 +323,13 @@ def run(options: ServeOptions) -> None:
         web.run()
     finally:
         collector.close()
-        # The time that open connections were given counts.
+        # The time that open connections were given counts for requests. The store has a time of its own.
         left = options.drain_seconds - (time.monotonic() - web.signalled if web.signalled else 0)
-        unsaved = server.service.drain(max(left, 0.0))
+        unsaved = server.service.drain(max(left, 0.0), storing=options.drain_seconds)
         if end_tracing is not None:
             end_tracing()
     if unsaved:
-        _stop(f"what {len(unsaved)} user(s) said last could not be stored")
+        _stop(f"what {len(unsaved)} user(s) said last was not stored in {options.drain_seconds:g} s")
     if not web.started:
         raise typer.Exit(1)
 

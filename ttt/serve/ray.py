@@ -219,7 +219,9 @@ class Replica:
         self._web.should_exit = True
         await asyncio.to_thread(self._listening.join, 10.0)
         if unsaved:
-            raise RuntimeError(f"what {len(unsaved)} user(s) said last could not be stored")
+            raise RuntimeError(
+                f"what {len(unsaved)} user(s) said last was not stored in {self.options.drain_seconds:g} s"
+            )
 
 
 async def _same(user: str) -> str:

@@ -178,23 +178,24 @@ class Service:
         """Whether requests are served, and what they teach is stored."""
         return self._thread.is_alive() and self.sessions.alive and not self._draining
 
-    def drain(self, timeout: float | None = None) -> list[str]:
+    def drain(self, timeout: float | None = None, *, storing: float | None = None) -> list[str]:
         """Take no more requests, serve and learn what has come in, store it, and end.
 
         Args:
             timeout: seconds after which requests and jobs that are not done yet are refused. What was served is learnt
-                however long that takes, and then the store has as many seconds to take it. What waits for an answer of
-                the store is given up `ttt.serve.jobs.LONGEST_WAIT` seconds later.
+                however long that takes. What waits for an answer of the store is given up
+                `ttt.serve.jobs.LONGEST_WAIT` seconds later.
+            storing: seconds that the store then has to take what was learnt; None for ``timeout``.
 
         Returns:
-            The users of whom something could not be stored.
+            The users of whom something was not stored in that time.
         """
         with self._lock:
             self._draining = True
             self._drain_until = None if timeout is None else time.monotonic() + timeout
         self._inbox.put(None)
         self._thread.join()
-        unsaved = self.sessions.close(timeout)
+        unsaved = self.sessions.close(timeout if storing is None else storing)
         self._io.shutdown()
         return unsaved
 

@@ -142,6 +142,25 @@ def test_wrong_sizes(make, says):
         make()
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [layers.GatedDeltaNet, layers.LaCT, layers.TitansMemory, layers.TTTLinear, layers.TTTMLP, layers.WindowAttention],
+)
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        ((0, 2), "hidden must be at least 1, got 0"),
+        ((C, 0), "heads must be at least 1, got 0"),
+        ((C, -1), "heads must be at least 1, got -1"),
+        ((C, 5), "heads must divide hidden = 12 where no head_width is given, got 5"),
+        ((C, 2, 0), "head_width must be at least 1, got 0"),
+    ],
+)
+def test_wrong_sizes_of_heads(layer, sizes, says):
+    with pytest.raises(ValueError, match=f"^{says}$"):
+        layer(*sizes)
+
+
 def test_wrong_inputs():
     layer = layers.TTTLinear(C, 2)
     with pytest.raises(ValueError, match=r"x must be \(B, T, 12\), got \(2, 3, 4\)"):

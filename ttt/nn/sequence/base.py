@@ -74,6 +74,23 @@ def checked_input(x: Tensor, width: int, state: Any, kind: type) -> Tensor:
     return x
 
 
+def checked_head_width(hidden: int, heads: int, head_width: int | None) -> int:
+    """``head_width``, or hidden / heads for None.
+
+    Raises:
+        TypeError, ValueError: if one of them is not a whole number of at least 1, or ``heads`` does not divide
+            ``hidden`` where ``head_width`` is None.
+    """
+    check_count("hidden", hidden)
+    check_count("heads", heads)
+    if head_width is None:
+        if hidden % heads:
+            raise ValueError(f"heads must divide hidden = {hidden} where no head_width is given, got {heads}")
+        return hidden // heads
+    check_count("head_width", head_width)
+    return head_width
+
+
 class ShortConvolution(nn.Module):
     """y_t = silu(sum over j < width of w_j * x_{t-j}) for each channel.
 
@@ -111,14 +128,12 @@ class Heads(nn.Module):
     y = W_o (RMSNorm(o) * silu(W_g x)), as in Gated DeltaNet (Yang, Kautz and Hatamizadeh 2025).
 
     Args:
-        hidden: C. heads: H. head_width: D. convolution: width of the short convolution.
+        hidden: C. heads: H. head_width: D, from `checked_head_width`. convolution: width of the short convolution.
         unit: whether queries and keys are scaled to length 1.
     """
 
     def __init__(self, hidden: int, heads: int, head_width: int, convolution: int, unit: bool = True):
         super().__init__()
-        for name, value in (("hidden", hidden), ("heads", heads), ("head_width", head_width)):
-            check_count(name, value)
         self.heads, self.head_width, self.unit = heads, head_width, unit
         inner = heads * head_width
         self.qkv_proj = nn.Linear(hidden, 3 * inner, bias=False)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ttt.nn.sequence.base import Heads, LayerState, SequenceLayer, checked_input
+from ttt.nn.sequence.base import Heads, LayerState, SequenceLayer, checked_head_width, checked_input
 from ttt.nn.sequence.protected_state import ProtectedState
 from ttt.ops.sequence import gated_delta_rule, gated_delta_rule_step
 from ttt.ops.sequence.checks import check_count
@@ -38,7 +38,7 @@ class GatedDeltaNet(SequenceLayer):
     ):
         super().__init__()
         self.hidden, self.gated = hidden, gated
-        width = head_width or hidden // heads
+        width = checked_head_width(hidden, heads, head_width)
         check_count("protect", protect, 0)
         if protect > width:
             raise ValueError(f"protect must be at most the width of a head, {width}, got {protect}")

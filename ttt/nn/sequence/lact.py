@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ttt.nn.sequence.base import Heads, LayerState, SequenceLayer, checked_input
+from ttt.nn.sequence.base import Heads, LayerState, SequenceLayer, checked_head_width, checked_input
 from ttt.nn.sequence.window_attention import WindowAttention
 from ttt.ops.sequence import lact, lact_step
 
@@ -38,7 +38,7 @@ class LaCT(SequenceLayer):
     ):
         super().__init__()
         self.hidden, self.chunk, self.base_rate = hidden, chunk, base_rate
-        width = head_width or hidden // heads
+        width = checked_head_width(hidden, heads, head_width)
         inner = expansion * width
         self.parts = Heads(hidden, heads, width, convolution)
         self.attention = WindowAttention(hidden, heads, width, window or chunk)

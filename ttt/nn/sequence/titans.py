@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from ttt.nn.sequence.base import Heads, LayerState, SequenceLayer, checked_input
+from ttt.nn.sequence.base import Heads, LayerState, SequenceLayer, checked_head_width, checked_input
 from ttt.ops.sequence import memory, memory_step
 from ttt.ops.sequence.checks import check_count
 
@@ -43,7 +43,7 @@ class TitansMemory(SequenceLayer):
         check_count("depth", depth)
         self.hidden, self.mini_batch = hidden, mini_batch
         self.base_rate, self.most_forgotten = base_rate, most_forgotten
-        width = head_width or hidden // heads
+        width = checked_head_width(hidden, heads, head_width)
         self.parts = Heads(hidden, heads, width, convolution)
         self.rates_proj = nn.Linear(hidden, 3 * heads)
         nn.init.zeros_(self.rates_proj.bias)

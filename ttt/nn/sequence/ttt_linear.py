@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ttt.nn.sequence.base import Heads, LayerState, SequenceLayer, checked_input
+from ttt.nn.sequence.base import Heads, LayerState, SequenceLayer, checked_head_width, checked_input
 from ttt.ops.sequence import Norm, memory, memory_step
 
 
@@ -33,7 +33,7 @@ class TTTLinear(SequenceLayer):
     ):
         super().__init__()
         self.hidden, self.mini_batch, self.base_rate = hidden, mini_batch, base_rate
-        width = head_width or hidden // heads
+        width = checked_head_width(hidden, heads, head_width)
         self.parts = Heads(hidden, heads, width, convolution)
         self.rate_proj = nn.Linear(hidden, heads)
         nn.init.zeros_(self.rate_proj.bias)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ttt.nn.sequence.base import SequenceLayer, checked_input
+from ttt.nn.sequence.base import SequenceLayer, checked_head_width, checked_input
 from ttt.ops.sequence.checks import bounds_of, check_count, sequences
 from ttt.ops.sequence.states import over_sequences
 
@@ -38,7 +38,7 @@ class WindowAttention(SequenceLayer):
         self, hidden: int, heads: int, head_width: int | None = None, window: int = 256, theta: float = 10000.0
     ):
         super().__init__()
-        width = head_width or hidden // heads
+        width = checked_head_width(hidden, heads, head_width)
         if width % 2:
             raise ValueError(f"head_width must be even, got {width}")
         check_count("window", window)

@@ -60,8 +60,9 @@ async def chat(http: Request, body: ChatRequest) -> dict[str, Any] | StreamingRe
         raise BadRequest("max_tokens and max_completion_tokens exclude each other", param="max_tokens")
     messages = [message.plain(at) for at, message in enumerate(body.messages)]
     prompt = await server.apart(server.chat_tokens, messages)
+    wanted_by = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     sampling = body.sampling(
-        _room(server, prompt, body.max_completion_tokens or body.max_tokens, "messages"),
+        _room(server, prompt, body.max_completion_tokens or body.max_tokens, "messages", wanted_by),
         body.top_logprobs if body.logprobs else None,
     )
     learn = check_learn_header(http.headers.get("x-ttt-learn", "on"))
@@ -97,7 +98,8 @@ async def completions(http: Request, body: CompletionRequest) -> dict[str, Any] 
     if body.echo and body.n > 1:
         raise BadRequest("echo goes with n=1 only", param="n")
     samplings = [
-        body.sampling(_room(server, prompt, body.max_tokens, "prompt", least=0), body.logprobs) for prompt in prompts
+        body.sampling(_room(server, prompt, body.max_tokens, "prompt", "max_tokens", least=0), body.logprobs)
+        for prompt in prompts
     ]
     learn = check_learn_header(http.headers.get("x-ttt-learn", "off"))
     lessons: list[Lesson | None] = [None] * len(prompts)
@@ -171,15 +173,29 @@ def _require_model(server: Server, name: str) -> None:
         )
 
 
-def _room(server: Server, prompt: Sequence[int], wanted: int | None, param: str, least: int = 1) -> int:
-    """How many tokens may be generated after ``prompt``."""
-    context = server.service.context
+def _room(server: Server, prompt: Sequence[int], wanted: int | None, param: str, wanted_by: str, least: int = 1) -> int:
+    """How many tokens may be generated after ``prompt``.
+
+    Args:
+        wanted: how many are asked for, by the parameter ``wanted_by``; None for as many as there is room for.
+        param: the parameter that holds the prompt.
+        least: how many must fit.
+
+    Raises:
+        BadRequest: which names ``param`` if the prompt leaves no room, and ``wanted_by`` if only that is too large.
+    """
+    context, code = server.service.context, "context_length_exceeded"
     left = context - len(prompt)
-    need = least if wanted is None else wanted
-    if left < need:
+    if left < least:
         raise BadRequest(
-            f"this model has a context of {context} tokens; {param} takes {len(prompt)}, and {need} were asked for",
-            param=param, code="context_length_exceeded",
+            f"{param} must have at most {context - least} tokens, in a context of {context}, got {len(prompt)}",
+            param=param, code=code,
+        )  # fmt: skip
+    if wanted is not None and left < wanted:
+        raise BadRequest(
+            f"{wanted_by} must be at most {left}, as {param} takes {len(prompt)} of the context's {context} tokens, "
+            f"got {wanted}",
+            param=wanted_by, code=code,
         )  # fmt: skip
     return left if wanted is None else wanted
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
-from ttt.serve.errors import Forbidden, RequestError, TooLarge
+from ttt.serve.errors import Forbidden, RequestError, TooLarge, Unavailable
 from ttt.serve.http.metrics import Metrics
 
 log = logging.getLogger("ttt.serve.access")
@@ -88,6 +89,10 @@ class Guarded:
                 await self.app(scope, counted, noted)
                 if refused and not status:
                     await _answer(self._too_large(), noted)
+        except asyncio.CancelledError:
+            # Only a server that stops cancels requests. An answer that has begun is cut short.
+            if not status:
+                await _answer(Unavailable("the server is stopping", retry_after=10), noted)
         finally:
             route = route_of(scope)
             self.metrics.requests.labels(route, str(status)).inc()
@@ -110,6 +115,7 @@ async def _answer(error: RequestError, send: Send) -> None:
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
         (b"connection", b"close"),
+        *((name.encode(), value.encode()) for name, value in error.headers.items()),
     ]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -34,11 +34,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def _encodable(text: str) -> str:
-    """``text``, or ValueError if UTF-8 cannot hold it: JSON can name halves of characters, as in "\\ud83d"."""
+    """``text``; an error of pydantic's if UTF-8 cannot hold it: JSON can name halves of characters, as in "\\ud83d"."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"must be text that UTF-8 can hold ({error.reason})") from None
+        raise PydanticCustomError(
+            "not_utf8", "must be text that UTF-8 can hold ({reason})", {"reason": error.reason}
+        ) from None
     return text
 
 
