@@ -17,7 +17,7 @@ SLOW = (
     "adapt/test_one_fails.py",
     "adapt/test_random_damage.py::test_metadata",
     "adapt/test_random_damage.py::test_values_of_tensors",
-    "adapt/test_replicas.py",
+    "adapt/test_whole_replicas.py",
     "adapt/test_sharded.py",
     "adapt/test_tensor_parallel.py",
     "bench",

@@ -75,11 +75,16 @@ def test_a_learner_works_inside_of_autocast(users):
 
 def test_models_prepared_by_accelerate_learn():
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier test may have prepared with another precision
     model, learner = adapted(**LOW)
     ids = ids_of(2, 24)
     before = learner.observe(ids, learn=False).nll
-    prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+    try:
+        prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
     seen = ttt.Learner(prepared).observe(ids)
     assert seen.rejected == 0
     torch.testing.assert_close(seen.nll[:, :8], before[:, :8], rtol=0.1, atol=0.2)
