@@ -303,7 +303,7 @@ OTHERS = (
      "learn/test_hf_trainer.py"),
     ("offloading of accelerate, DataParallel", "refused", "", "adapt/test_choice.py"),
     ("replicas of a model, also in DistributedDataParallel", "yes",
-     "with `data_parallel=True`: [guide](guide.md#replicas); refused without", "adapt/test_replicas.py"),
+     "with `data_parallel=True`: [guide](guide.md#replicas); refused without", "adapt/test_whole_replicas.py"),
     ("FSDP2 beside layers that learn", "yes",
      "these left out by `ignored_params`; the same or, with `data_parallel=True`, other text in each process: "
      "[guide](guide.md#fsdp2)",
