@@ -248,6 +248,18 @@ def test_a_request_that_is_cancelled_teaches_nothing(model, tmp_path):
         ttt.Store(tmp_path).get("ada")
 
 
+def test_a_lesson_that_nobody_waits_for_any_more_is_given_up_and_teaches_nothing(model, tmp_path):
+    service = service_of(model, tmp_path)
+    ended = service.learn("ada", lesson_of(400, 1.0), Telling(16, 20.0))
+    layer = next(iter(service.pool.layers.values()))
+    while not bool(layer.rows.any()):  # the first steps have been taken
+        time.sleep(0.001)
+    assert ended.cancel()
+    service.drain()
+    with pytest.raises(UnknownUser):
+        ttt.Store(tmp_path).get("ada")
+
+
 def test_a_lesson_that_fails_changes_nothing(model, tmp_path, monkeypatch):
     service = service_of(model, tmp_path)
     service.learn("ada", lesson_of()).result(60).stored.result(60)

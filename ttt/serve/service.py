@@ -38,6 +38,7 @@ from ttt.serve.work import StatesWork, WeightsWork, Work
 from ttt.store import Store
 
 log = logging.getLogger("ttt.serve")
+NOBODY = "nobody waits for the answer any more"
 
 
 class Service:
@@ -271,8 +272,11 @@ class Service:
     def _start(self) -> None:
         """Start what waits at the head of the queues, oldest first."""
         full = False  # or reserved for a request that needs more rows than are free
+        for job in [job for job in self._jobs if job.cancelled]:
+            job.give_up(HungUp(NOBODY))
+            self._end_job(job)
         for user, waits in self._waiting.in_order():
-            self._sweep(waits)
+            self._waiting.end(waits, lambda item: item.cancelled, HungUp(NOBODY))
             try:
                 if self._openings.install(waits):
                     waits.to_study = self._is_to_study(user)
@@ -324,13 +328,6 @@ class Service:
         waits.job = job
         self._jobs.append(job)
         return False
-
-    def _sweep(self, waits: UserQueue) -> None:
-        """End what waits or goes on for nobody any more."""
-        self._waiting.end(waits, lambda item: item.cancelled, HungUp("nobody waits for the answer any more"))
-        if waits.job is not None and waits.job.cancelled:
-            waits.job.give_up(HungUp("nobody waits for the answer any more"))
-            self._end_job(waits.job)
 
     # -- refusing -----------------------------------------------------------------------------------------------------
 
