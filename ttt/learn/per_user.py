@@ -35,7 +35,7 @@ class LayerUpdate(NamedTuple):
     """What one layer learns from T tokens: the rows ``x`` (T, n) and ``delta`` (T, m) of the update, and ``steps``.
 
     ``lowers`` (T,) is by how much these steps lower the loss of each token's user (`ttt.nn.own_loss`); None where the
-    steps are not emphasised.
+    steps are not bounded.
     """
 
     layer: LowRankLinear
@@ -115,8 +115,8 @@ class PerUserWeights:
 
         Nothing is written.
         """
-        emphasised = self.text.emphasis > 1.0 and layer.config.rate == "decrease"
-        return _update(layer, pairs, self.owners(columns)[1], emphasised)
+        bounded = own_loss.applies(layer.config, self.text.emphasis)
+        return _update(layer, pairs, self.owners(columns)[1], bounded)
 
     def owners(self, columns: slice) -> tuple[Tensor, Tensor]:
         """Of the tokens in ``columns`` of all sequences, (T,) int32 each: whose they are, and whom they teach."""
@@ -161,12 +161,13 @@ class PerUserWeights:
             with whole_user_write([update.layer for update in updates], users, guards):
                 factors = None if guards is None else guards.pace(self.slots, nll, wanted, bad)
                 slots, emphasis = users.clamp_min(0).long(), self.text.emphasis
-                losses = self._losses(nll, wanted)[slots] if emphasis > 1.0 else None
+                paces = None if factors is None else factors[slots]
+                losses = None if updates[0].lowers is None else self._losses(nll, wanted)[slots]
                 for layer, x, delta, steps, lowers in updates:
-                    eta = steps.eta if factors is None else steps.eta * factors[slots]
+                    eta = steps.eta if paces is None else steps.eta * paces
                     eta = eta if emphasis == 1.0 else eta * emphasis
                     if lowers is not None and losses is not None:
-                        lowers = lowers if factors is None else lowers * factors[slots]
+                        lowers = lowers if paces is None else lowers * paces
                         eta = eta * own_loss.factor(lowers * emphasis, losses, layer.share)
                     layer.learn(x, delta, eta, users)
                     layer.count(steps.grown, ~bad)
@@ -201,7 +202,7 @@ class PerUserWeights:
         return sums.index_add_(0, owners.long() + 1, values.long())[1:] > 0
 
 
-def _update(layer: LowRankLinear, pairs: list[tuple[Tensor, Tensor]], users: Tensor, emphasised: bool) -> LayerUpdate:
+def _update(layer: LowRankLinear, pairs: list[tuple[Tensor, Tensor]], users: Tensor, bounded: bool) -> LayerUpdate:
     """What ``layer`` can learn from the (x, delta) ``pairs`` of a backward pass on tokens of ``users`` (T,)."""
     x, delta = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     if len(x) != len(users):
@@ -211,7 +212,7 @@ def _update(layer: LowRankLinear, pairs: list[tuple[Tensor, Tensor]], users: Ten
         )
     x, delta = (t.to(layer.weight.dtype).contiguous() for t in (x, delta))
     changed, damped, steps = layer.steps(x, delta, users)
-    lowers = own_loss.users_decreases((x, delta), (changed, damped), steps.eta, users) if emphasised else None
+    lowers = own_loss.users_decreases((x, delta), (changed, damped), steps.eta, users) if bounded else None
     return LayerUpdate(layer, changed, damped, steps, lowers)
 
 

@@ -72,7 +72,8 @@ def learn_from(learner: Learner, capturing: Capturing, chunk: ScoredChunk) -> bo
         nll = join(learner.access.replicas, nll) if learner.access.joins else nll
         if learner.guard is not None:
             learner.guard.pace(step.updates, nll)
-        _emphasise(step.updates, chunk.emphasis, nll.detach().sum())
+        if chunk.emphasis != 1.0:
+            _emphasise(step.updates, chunk.emphasis, nll.detach().sum())
     write(step.updates)
     if chunk.shown is not None:
         with torch.no_grad():
@@ -86,7 +87,7 @@ def _emphasise(updates: Sequence[tuple[Linear, Update]], emphasis: float, loss: 
     """Multiply the steps of ``updates`` by ``emphasis``, within what the ``loss`` () of their tokens allows."""
     for layer, update in updates:
         update.eta.mul_(emphasis)
-        if emphasis > 1.0 and layer.config.rate == "decrease":
+        if own_loss.applies(layer.config, emphasis):
             rows = update.x, update.delta
             lowered = own_loss.first_order_decrease(rows, layer.applied(*rows), update.eta, layer.sharding)
             update.eta.mul_(own_loss.factor(lowered, loss.to(lowered.device), layer.share))

@@ -21,10 +21,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ttt.config import TTTConfig
 from ttt.nn.parallel import UNSHARDED, Sharding
 from ttt.nn.rates import Rows
 
 BEYOND = 2.0  # how far a step may go, in units of the one that would bring the loss to 0 if it fell along its tangent
+
+
+def applies(config: TTTConfig, emphasis: float) -> bool:
+    """Whether the steps on a text that is read with ``emphasis`` are bounded."""
+    return emphasis > 1.0 and config.rate == "decrease"
 
 
 def first_order_decrease(rows: Rows, applied: Rows, eta: Tensor, sharding: Sharding = UNSHARDED) -> Tensor:
