@@ -5,7 +5,9 @@ import torch
 from tiny_models import VOCAB, tiny
 
 from ttt.demo.knowledge import GENERAL_KNOWLEDGE
-from ttt.demo.questions import Question, Template, choose, log_probabilities, padded
+from ttt.demo.questions import (
+    Question, Template, choose, log_probabilities, names_the_right_value, padded, written,
+)  # fmt: skip
 
 
 class Letters:
@@ -14,6 +16,9 @@ class Letters:
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt):
         return "".join(m["content"][:9] for m in messages)
+
+    def decode(self, ids, skip_special_tokens):
+        return " ".join(map(str, ids))
 
 
 def by_hand(model, ids, start):
@@ -64,6 +69,29 @@ def test_the_right_value_has_the_rank_of_its_probability():
         assert choice.rank == 1 + order.index(right)
         assert choice.chosen == order[0]
         assert choice.nll == pytest.approx(-found[right], abs=1e-3)
+
+
+def test_the_written_answer_is_the_most_probable_token_again_and_again():
+    model, template = tiny(), Template(Letters())
+    model.generation_config.eos_token_id = None
+    question = Question("what?", " it is", ("a", "b"), 0)
+    ids = template.prompt(question, begun=False)
+    assert ids == template.prompt(Question("what?", "", ("a", "b"), 0))
+    for _ in range(7):
+        ids = [*ids, int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())]
+    expected = " ".join(map(str, ids[-7:]))
+    assert written(model, template, question, tokens=7) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("Your dog is called Max.", True), ("MAX", True), ("It is Maxwell.", False), ("", False),
+        ("Max or Luna", False), ("Luna", False), ("Your dog, Max, likes Max's ball.", True),
+    ],
+)  # fmt: skip
+def test_an_answer_is_right_if_it_names_the_right_value_and_no_other(answer, right):
+    assert names_the_right_value(answer, Question("", "", ("Luna", "Max", "Coco"), 1)) == right
 
 
 def test_general_knowledge_is_sentences_that_go_on():

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from ttt.learn.chat_template import spans_in_template, tokens_at, words_in_template
+from ttt.learn.chat_template import spans_in_template, teaching_words, tokens_at, words_in_template
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -94,3 +94,14 @@ def test_tokens_are_inside_a_span_if_one_of_their_characters_is(seed):
     held = {at for start, stop in spans for at in range(start, stop)}
     assert inside == [bool(held & set(range(first, last))) for first, last in offsets]
     assert len(ids) == len(inside)
+
+
+@pytest.mark.parametrize(
+    ("inside", "teaches"),
+    [
+        ("", ""), ("0", "0"), ("1", "1"), ("11", "01"), ("010", "010"), ("0110", "0010"), ("1110111", "0110011"),
+        ("101", "101"), ("0011010", "0001010"),
+    ],
+)  # fmt: skip
+def test_of_a_turn_all_tokens_teach_but_the_first_unless_it_is_alone(inside, teaches):
+    assert teaching_words([each == "1" for each in inside]) == [each == "1" for each in teaches]

@@ -87,16 +87,16 @@ class Lesson:
 @pytest.mark.parametrize("telling", [Telling(1, 1.0), Telling(3, 5.0)])
 @pytest.mark.parametrize("start", [16, 40])
 def test_a_lesson_is_learnt_as_by_a_learner_of_the_whole_model(whole, telling, start):
-    size = 8  # a learner's chunks begin at multiples of their size, a lesson's where it teaches
+    size = 8  # a learner's chunks begin at multiples of their size, a lesson's before the first token that teaches
     ids = torch.randint(97, (1, 29 + start))
-    teaches = [at >= start and at != start + 12 for at in range(ids.shape[1])]
+    teaches = [at > start and at != start + 12 for at in range(ids.shape[1])]
     learner = ttt.Learner(ttt.adapt_(copy.deepcopy(whole), settings(f"last:{BLOCKS - FIRST}", size)))
     output = learner.observe(ids, learn_mask=torch.tensor([teaches]), users=["ada"], **telling.options)
 
     top = top_of(whole, size)
     learnt = Lesson(top, "ada", captured(whole, ids), ids[0].tolist(), teaches, telling).finish()
     assert (learnt.tokens, learnt.passes, learnt.slices) == (sum(teaches), telling.passes, 1)
-    scored = [at - 1 for at in range(start + 1, len(teaches)) if teaches[at]]
+    scored = [at - 1 for at, each in enumerate(teaches) if each]
     assert learnt.nll == pytest.approx(float(output.nll[0, scored].double().mean()), rel=1e-5)
     found, wanted = top.pool.export("ada"), learner.pool.export("ada")
     moved = 0
@@ -154,7 +154,7 @@ def test_without_a_step_size_nothing_is_kept_and_the_scores_are_found(whole):
     before = top.pool.export("ada")
     learnt = Lesson(top, "ada", *given).finish()
     with torch.no_grad():
-        scores = torch.nn.functional.cross_entropy(whole(ids).logits[0, 10:-1], ids[0, 11:])
+        scores = torch.nn.functional.cross_entropy(whole(ids).logits[0, 9:-1], ids[0, 10:])
     assert learnt.nll == pytest.approx(float(scores), rel=1e-5)
     after = top.pool.export("ada")
     assert {name: t.shape for name, t in after.items()} == {name: t.shape for name, t in before.items()}
@@ -166,7 +166,7 @@ def test_a_chunk_that_is_not_finite_is_an_error_and_nothing_of_it_is_learnt(whol
     ids, teaches, telling = torch.randint(97, (1, 40)), [at >= 10 for at in range(40)], Telling(1, 5.0)
     hidden = captured(whole, ids)
     first = top_of(whole, 8)
-    Lesson(first, "ada", hidden[:, :27], ids[0, :27].tolist(), teaches[:27], telling).finish()  # two chunks
+    Lesson(first, "ada", hidden[:, :26], ids[0, :26].tolist(), teaches[:26], telling).finish()  # two chunks
     hidden[0, 30, 3] = torch.nan  # in the third
     top = top_of(whole, 8)
     with pytest.raises(FloatingPointError, match="a loss or gradient is not finite; the lesson was not learnt"):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import ttt
 from ttt.checks import check_type, check_whole
 from ttt.conversation import CONVERSATION, Telling
-from ttt.learn.chat_template import tokens_at, words_in_template
+from ttt.learn.chat_template import teaching_words, tokens_at, words_in_template
 from ttt.learn.learner import Learner
 from ttt.store import Store, UnknownUser, Version
 
@@ -180,7 +180,7 @@ class Chat:
             messages = messages[2:]
 
     def _tokens(self, messages: list[dict[str, str]], *, prompt: bool) -> tuple[Tensor, Tensor]:
-        """The tokens (1, T) of ``messages`` in the template, and (1, T) bool: those of the last one's words and end.
+        """The tokens (1, T) of ``messages`` in the template, and (1, T) bool: which teach of the last one's words and end.
 
         Args:
             prompt: whether the template's beginning of an answer follows.
@@ -188,4 +188,4 @@ class Chat:
         whole, start, stop = words_in_template(self.tokenizer, messages, answer=prompt)
         ids, inside = tokens_at(self.tokenizer, whole, [(start, stop)])
         device = next(self.model.parameters()).device
-        return torch.tensor([ids], device=device), torch.tensor([inside], device=device)
+        return torch.tensor([ids], device=device), torch.tensor([teaching_words(inside)], device=device)

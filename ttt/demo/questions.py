@@ -6,13 +6,14 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ttt.learn.chat_template import Message, words_in_template
+from ttt.learn.chat_template import Message, teaching_words, words_in_template
 from ttt.learn.huggingface import cache_of, cached
 
 SYSTEM = "You are a helpful assistant."
@@ -68,19 +69,19 @@ class Template:
         return self.tokenizer.apply_chat_template([_HEAD, *messages], tokenize=False, add_generation_prompt=answer)
 
     def turn(self, sentence: str) -> tuple[list[int], list[bool]]:
-        """The tokens of a turn in which a person says ``sentence``, and which are the person's: words and their end.
+        """The tokens of a turn in which a person says ``sentence``, and which of them teach: words and their end.
 
         Raises:
             ValueError: as `words_in_template`.
         """
         whole, start, stop = words_in_template(self.tokenizer, [_HEAD, {"role": "user", "content": sentence}])
         before, said = self.ids(whole[:start]), self.ids(whole[start:stop])
-        return before + said, [False] * len(before) + [True] * len(said)
+        return before + said, teaching_words([False] * len(before) + [True] * len(said))
 
-    def prompt(self, question: Question, before: Sequence[Message] = ()) -> list[int]:
-        """The tokens of ``question`` and the beginning of its answer, after the messages ``before``."""
+    def prompt(self, question: Question, before: Sequence[Message] = (), *, begun: bool = True) -> list[int]:
+        """The tokens of ``question`` and, if ``begun``, the beginning of its answer, after the messages ``before``."""
         messages = [*before, {"role": "user", "content": question.text}]
-        return self.ids(self.text(messages, answer=True) + question.begins)
+        return self.ids(self.text(messages, answer=True) + (question.begins if begun else ""))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +114,35 @@ def choose(
     found = log_probabilities(model, template.prompt(question, before), values, answering)
     right = found[question.right]
     return Choice(1 + sum(value > right for value in found), -right, found.index(max(found)))
+
+
+@torch.no_grad()
+def written(
+    model: Any,
+    template: Template,
+    question: Question,
+    before: Sequence[Message] = (),
+    answering: Callable[[int], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    *,
+    tokens: int = 24,
+) -> str:
+    """The answer that ``model`` writes by itself, of at most so many ``tokens``, each of them the most probable one.
+
+    The other arguments are those of `choose`.
+    """
+    prompt = torch.tensor([template.prompt(question, before, begun=False)], device=next(model.parameters()).device)
+    with answering(1):
+        ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False)
+    return template.tokenizer.decode(ids[0, prompt.shape[1] :].tolist(), skip_special_tokens=True)
+
+
+def names_the_right_value(answer: str, question: Question) -> bool:
+    """Whether ``answer`` has the right value of ``question`` as words of their own, in any case, and no other value."""
+    named = [
+        at for at, value in enumerate(question.values)
+        if re.search(rf"\b{re.escape(value)}\b", answer, re.IGNORECASE)
+    ]  # fmt: skip
+    return named == [question.right]
 
 
 @torch.no_grad()

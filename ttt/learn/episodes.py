@@ -105,7 +105,7 @@ class EpisodeLog:
         if users is None and (output.rejected or output.rollbacks):
             return
         untaught = {None, *output.rejected_users, *output.rolled_back_users}
-        teach = torch.ones_like(text.ids, dtype=torch.bool) if text.rows is None else text.rows.clone()
+        teach = torch.ones_like(text.ids, dtype=torch.bool) if text.teach is None else text.teach.clone()
         teach[:, 1:] &= text.scored  # the token after a gap was not scored, and so not learnt
         for row, user in enumerate([None] * len(text.ids) if users is None else users):
             if users is None or user not in untaught:

@@ -91,9 +91,9 @@ class Learner(Keeping):
             attention_mask: (B, T) bool or 0/1: 0 marks padding, which is neither scored nor learnt, and which no other
                 token sees. It may be on either side. If all blocks of the model have attention it may also be between
                 tokens, as where texts were joined; the token after it is read, but not scored.
-            learn_mask: (B, T) bool or 0/1: tokens with 0 are read and scored, but no loss is taken on them and their
-                rows are not written: they change no bit of a weight. A token is predicted at the one before it. So it
-                is learnt only if that one teaches, too: the first token of each run of 1s is not.
+            learn_mask: (B, T) bool or 0/1: tokens with 0 are read and scored, but no loss is taken on them, as with
+                the label -100 in transformers. Rows are written of tokens with 1, and of the token before each of
+                them, at which it is predicted. Where all are 0, no bit of a weight changes.
             learn: False scores only.
             users: for a model adapted with ``TTTConfig(per_user=...)``: the user of each of the B sequences; None for
                 sequences that the base model scores and nobody learns from. One user's tokens change no bit of what
@@ -139,7 +139,7 @@ class Learner(Keeping):
             else:
                 self.access.require_same(
                     "input_ids, masks and options", text.wanted, input_ids=text.ids, attention_mask=text.attend,
-                    learn_mask=text.rows, users=None if users is None else tuple(users), passes=passes,
+                    learn_mask=text.teach, users=None if users is None else tuple(users), passes=passes,
                     emphasis=emphasis, learn=learn,
                 )  # fmt: skip
             self._try_model(text, learn)

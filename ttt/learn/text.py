@@ -21,14 +21,17 @@ class Text:
         ids: (B, T) int64.
         attend: (B, T) bool, False for padding; None where there is none.
         scored: (B, T - 1) bool, the targets that are scored: neither they nor the token before them is padding.
+        teach: (B, T) bool, the tokens that teach; None for all of them.
         wanted: (B, T - 1) bool, the targets whose loss is taken; None for all of them.
-        rows: (B, T) bool, the tokens whose rows may be written; None for all of them.
+        rows: (B, T) bool, the tokens whose rows (x, delta) may be written: those that teach, and the token before
+            each, which is where it is predicted; None for all of them.
         emphasis: what multiplies the steps that are taken on this text.
     """
 
     ids: Tensor
     attend: Tensor | None
     scored: Tensor
+    teach: Tensor | None
     wanted: Tensor | None
     rows: Tensor | None
     emphasis: float = 1.0
@@ -41,15 +44,20 @@ class Text:
         if attend is not None:
             scored = attend[:, :-1] & attend[:, 1:]
         if teach is None:
-            return cls(ids, attend, scored, None if attend is None else scored, attend)
-        return cls(ids, attend, scored, scored & teach[:, 1:], teach if attend is None else attend & teach)
+            return cls(ids, attend, scored, attend, None if attend is None else scored, attend)
+        teach, wanted = teach if attend is None else attend & teach, scored & teach[:, 1:]
+        rows = torch.cat([teach[:, :-1] | wanted, teach[:, -1:]], 1)
+        return cls(ids, attend, scored, teach, wanted, rows)
 
     def restricted(self, sequences: Tensor) -> Text:
         """The same text, of which only some ``sequences`` (B,) bool may teach."""
         allowed = sequences.unsqueeze(1)
         wanted = self.scored if self.wanted is None else self.wanted
-        rows = torch.ones_like(self.ids, dtype=torch.bool) if self.rows is None else self.rows
-        return dataclasses.replace(self, wanted=wanted & allowed, rows=rows & allowed)
+        teach, rows = (
+            (torch.ones_like(self.ids, dtype=torch.bool) if mask is None else mask) & allowed
+            for mask in (self.teach, self.rows)
+        )
+        return dataclasses.replace(self, teach=teach, wanted=wanted & allowed, rows=rows)
 
 
 def check_tokens(
@@ -116,7 +124,7 @@ class Segment:
     def of(cls, text: Text, start: int, context: int) -> Segment:
         """The segment of ``text`` at ``start``: ``context`` tokens at most, and the target of the last."""
         span = slice(start, start + context + 1)
-        attend, teach = (None if mask is None else mask[:, span] for mask in (text.attend, text.rows))
+        attend, teach = (None if mask is None else mask[:, span] for mask in (text.attend, text.teach))
         return cls(text.ids[:, span], attend, teach, start)
 
     def inputs(self, start: int, end: int) -> dict[str, Tensor]:

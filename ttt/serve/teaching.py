@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt.learn.chat_template import Message, spans_in_template, tokens_at
+from ttt.learn.chat_template import Message, spans_in_template, teaching_words, tokens_at
 from ttt.serve.errors import BadRequest
 
 LEARN = ("off", "on", "wait")
@@ -88,7 +88,8 @@ class Teaching:
     def lesson(self, tokenizer: Any, messages: Sequence[Message], longest: int) -> Lesson | None:
         """What ``messages`` teach; None for nothing, as where the last one is a tool's, or is empty.
 
-        The template's text, and messages of other roles, are context.
+        The template's text, and messages of other roles, are context, as is the first token of a message that weights
+        learn (`ttt.learn.chat_template.teaching_words`).
 
         Args:
             longest: largest number of tokens, with context.
@@ -103,6 +104,7 @@ class Teaching:
             return None
         try:
             whole, spans = spans_in_template(tokenizer, messages[: chosen[-1] + 1], chosen)
-            return Lesson.of(*tokens_at(tokenizer, whole[: spans[-1][1]], spans), longest, read=self.read)
+            ids, inside = tokens_at(tokenizer, whole[: spans[-1][1]], spans)
         except ValueError as error:
             raise BadRequest(str(error), param="messages") from None
+        return Lesson.of(ids, inside if self.read else teaching_words(inside), longest, read=self.read)

@@ -21,7 +21,7 @@ from bench.learning.language.base import Base
 from bench.learning.language.measures import divergence
 from ttt.demo.knowledge import Fact as KnownFact
 from ttt.demo.knowledge import as_facts, loss
-from ttt.demo.questions import Choice, choose
+from ttt.demo.questions import Choice, choose, names_the_right_value, written
 
 CHAT = 10  # sentences of one chat
 TEXTS, TOKENS = ("prose", "python", "german"), 512
@@ -81,6 +81,7 @@ def run(base: Base, found: FactsMethod, scenario: str, seed: int, options: Mappi
 
         * ``ranks``: of the right value among the ten of its kind, one for each question; 1 is the best
         * ``nll``: nats of the right value, mean over the questions
+        * ``written``: share of the questions to which the answer that the model writes names the right value only
         * ``neighbour``: share of the facts that are the model's choice when asked about someone else, too
         * ``general``: nats of how 100 sentences go on that the model knew before
         * ``texts``: nats per token of each of `TEXTS`
@@ -99,6 +100,7 @@ def run(base: Base, found: FactsMethod, scenario: str, seed: int, options: Mappi
     told = seconds(device)
     choices = _choices(contender, questions(facts))
     asked = seconds(device)
+    answers = _written(contender, questions(facts))
     elsewhere = _choices(contender, about_the_neighbour(facts))
     kl = 0.0
     if contender.model is not base.model:
@@ -111,6 +113,7 @@ def run(base: Base, found: FactsMethod, scenario: str, seed: int, options: Mappi
     return {
         "ranks": [choice.rank for choice in choices],
         "nll": round(sum(choice.nll for choice in choices) / len(choices), 5),
+        "written": round(sum(answers) / len(answers), 5),
         "neighbour": sum(choice.rank == 1 for choice in elsewhere) / len(elsewhere),
         "general": round(general, 5),
         "texts": [round(each, 5) for each in read],
@@ -149,5 +152,15 @@ def _general(contender: Contender, known: Sequence[KnownFact]) -> float:
 def _choices(contender: Contender, asked: Sequence[Asked]) -> list[Choice]:
     return [
         choose(contender.model, contender.template, each[0], contender.before(each), contender.answering)
+        for each in asked
+    ]
+
+
+def _written(contender: Contender, asked: Sequence[Asked]) -> list[bool]:
+    """Whether the model, which writes freely, answers rightly."""
+    return [
+        names_the_right_value(
+            written(contender.model, contender.template, each[0], contender.before(each), contender.answering), each[0]
+        )
         for each in asked
     ]

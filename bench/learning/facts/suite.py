@@ -39,6 +39,9 @@ class FactsSuite:
         Figure("right", "right", 2, "share of the questions for which the right value of ten is the most probable"),
         Figure("rank", "rank", 2, "rank of the right value among the ten, by probability; mean over the questions"),
         Figure("nll", "answer, nats", 2, "nats of the right value, mean over the questions"),
+        Figure(
+            "written", "written", 2, "share of the questions whose freely written answer names the right value only"
+        ),
         Figure("general", "known, nats", 4, "increase of the nats of 100 general facts over the frozen model's"),
         Figure("kl", "English, KL", 4, "KL from the frozen model on general English, nats per token"),
         Figure("texts", "texts, nats", 4, "increase of the nats per token of three texts over the frozen model's"),
@@ -95,6 +98,7 @@ class FactsSuite:
             "right": _right(record),
             "rank": fmean(record["ranks"]),
             "nll": record["nll"],
+            "written": record.get("written"),  # runs on a GPU were made before answers were written
             "general": None if frozen is None else record["general"] - frozen["general"],
             "kl": record["kl"],
             "texts": None if frozen is None else fmean(record["texts"]) - fmean(frozen["texts"]),

@@ -34,6 +34,9 @@ class Bytes:
         assert not tokenize
         return "".join(f"<{m['role'][0]}>{m['content']}.\n" for m in messages) + "<a>" * add_generation_prompt
 
+    def decode(self, ids, skip_special_tokens):
+        return bytes(ids).decode(errors="replace")
+
 
 @pytest.fixture(scope="module")
 def base():
@@ -91,9 +94,9 @@ def test_chats_hold_what_was_said_and_end_where_the_answer_begins():
     assert len(questions(facts)) == 30
 
 
-def test_of_a_turn_the_persons_words_and_their_end_are_learnt():
+def test_of_a_turn_the_persons_words_and_their_end_are_learnt_but_the_first_token():
     ids, said = Template(Bytes()).turn("I live in Lyon")
-    assert bytes(t for t, mine in zip(ids, said, strict=True) if mine) == b"I live in Lyon."
+    assert bytes(t for t, mine in zip(ids, said, strict=True) if mine) == b" live in Lyon."
     assert bytes(ids).decode().endswith("<u>I live in Lyon.")
 
 
@@ -182,6 +185,7 @@ def test_every_method_answers_and_does_not_change_the_base_model(base, name):
     assert (out["general"] != frozen["general"]) == learns
     assert (out["texts"] != frozen["texts"]) == learns
     assert (out["nll"] == frozen["nll"]) == (name == "frozen")
+    assert 0.0 <= out["written"] <= 1.0
     again = run(base, METHODS[name], "ten facts", 0, options)
     timed = {"told_seconds": 0, "asked_seconds": 0}
     assert {**out, **timed} == {**again, **timed}
@@ -341,12 +345,13 @@ def test_figures_of_a_run_made_by_hand():
     frozen = {"method": "frozen", "ranks": [1, 4, 3, 2], "nll": 3.0, "general": 1.5, "kl": 0.0, "texts": [3, 2, 1]}
     run = {"method": "LoRA", "ranks": [1, 1, 1, 3], "nll": 0.5, "general": 1.56, "kl": 0.2, "texts": [3, 2.3, 1.3]}
     for record in (frozen, run):
-        record |= {"neighbour": 0.5, "told_seconds": 1.0, "asked_seconds": 2.0}
+        record |= {"written": 0.25, "neighbour": 0.5, "told_seconds": 1.0, "asked_seconds": 2.0}
     others = {"frozen": frozen}
     found = suite.measure(run, others)
     assert set(found) == {figure.name for figure in suite.figures}
     assert found["right"] == 0.75
     assert found["rank"] == 1.5
+    assert found["written"] == 0.25
     assert found["general"] == pytest.approx(0.06)
     assert found["texts"] == pytest.approx(0.2)
     assert suite.score(run, others) == pytest.approx(0.75 - 10 * 0.05)
@@ -361,7 +366,7 @@ def test_an_unknown_method_is_refused():
 
 def test_tables_show_what_was_run_and_with_how_many_people():
     def row(scenario, method, right, people):
-        figures = ("right", "rank", "kl", "general", "texts", "neighbour", "told", "asked")
+        figures = ("right", "written", "rank", "kl", "general", "texts", "neighbour", "told", "asked")
         return {"scenario": scenario, "method": method, "seeds": people} | {name: [right, None] for name in figures}
 
     found = {"rows": [row("ten facts", "frozen", 0.1, 3), row("ten facts", "study", 0.85, 3),

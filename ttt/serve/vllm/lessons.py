@@ -132,8 +132,8 @@ class _Lesson:
 
     def pieces(self, chunk: int, passes: int) -> Pieces:
         """Read the text so often; after each piece it yields."""
-        # The token before the first one that teaches would only score it: what is learnt are rows of tokens that teach.
-        first, end = self.taught.index(True), len(self.taught) - 1
+        # The first token that teaches is predicted, and so learnt, at the one before it.
+        first, end = self.taught.index(True) - 1, len(self.taught) - 1
         for number in range(passes):
             for begin in range(0, first, CONTEXT * chunk):
                 yield from self._read(begin, min(begin + CONTEXT * chunk, first))

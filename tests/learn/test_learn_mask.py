@@ -1,0 +1,77 @@
+"""Which rows of a text are written where only some of its tokens teach."""
+
+import pytest
+import torch
+from helpers import plain_config
+from tiny_models import TARGETS, ids_of, tiny
+
+import ttt
+
+LR = 0.01
+LENGTH = 20
+
+
+def learner_of(base, users):
+    model = tiny().double()
+    model.load_state_dict(base.state_dict())
+    own = {"per_user": ttt.LowRank(slots=1, rank=4, window=64)} if users else {}
+    config = plain_config(
+        target_modules=TARGETS["llama"], layers="last:0.5", lr=LR, chunk=64, window=64, ewc_lambda=0.0, replay_rows=0,
+        head_mass=0.0, **own,
+    )  # fmt: skip
+    return ttt.Learner(ttt.adapt_(model, config))
+
+
+def rows_of(base, name, ids, mask):
+    """The inputs (T, n) of a layer and the gradients (T, m) of the losses of the tokens in ``mask`` (1, T)."""
+    found = {}
+    layer = base.get_submodule(name)
+
+    def keep(_, given, out):
+        found["x"] = given[0].detach()[0]
+        out.register_hook(lambda gradient: found.update(delta=gradient[0]))
+
+    hook = layer.register_forward_hook(keep)
+    logp = base(ids).logits.log_softmax(-1)[0, :-1]
+    (-logp[torch.arange(LENGTH - 1), ids[0, 1:]] * mask[0, 1:]).sum().backward()
+    hook.remove()
+    return found["x"], found["delta"]
+
+
+def change_of(learner, name):
+    if learner.pool is None:
+        layer = learner.model.get_submodule(name)
+        return layer.effective_weight() - layer.anchor
+    layer = learner.pool.layers[name]
+    return layer.effective_weight(learner.pool.slot("ada")) - layer.weight
+
+
+SPANS = {"one token": [(9, 10)], "two spans": [(4, 7), (12, 15)], "to the end": [(13, LENGTH)], "all": [(0, LENGTH)]}
+
+
+@pytest.mark.parametrize("users", [False, True])
+@pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
+def test_a_token_that_teaches_is_learnt_where_it_is_predicted(spans, users):
+    """Against autograd: rows are written of the tokens that teach and of the one before each."""
+    base = tiny().double()
+    mask, written = torch.zeros(1, LENGTH), torch.zeros(LENGTH, 1)
+    for start, end in spans:
+        mask[0, start:end] = 1
+        written[max(start - 1, 0) : end] = 1
+    learner, ids = learner_of(base, users), ids_of(1, LENGTH)
+    learner.observe(ids, learn_mask=mask, users=["ada"] if users else None)
+    for name in ("model.layers.2.mlp.down_proj", "model.layers.3.mlp.down_proj"):
+        x, delta = rows_of(base, name, ids, mask)
+        expected = -LR * (delta * written)[:-1].T @ x[:-1]
+        assert float(expected.abs().max()) > 1e-6
+        torch.testing.assert_close(change_of(learner, name), expected, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("users", [False, True])
+def test_a_span_of_one_token_becomes_more_probable(users):
+    learner, ids = learner_of(tiny().double(), users), ids_of(1, LENGTH)
+    mask = torch.zeros(1, LENGTH)
+    mask[0, 9] = 1
+    options = {"users": ["ada"] if users else None}
+    before = learner.observe(ids, learn_mask=mask, **options).nll[0, 8]
+    assert float(learner.observe(ids, learn=False, **options).nll[0, 8]) < float(before)
