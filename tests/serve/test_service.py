@@ -454,14 +454,14 @@ def test_only_the_users_own_words_of_the_last_turn_teach(tokenizer):
         return tokenizer.decode([token for token, learn in zip(lesson.ids, lesson.learn, strict=True) if learn])
 
     lesson = Teaching().lesson(tokenizer, chat, 500)
-    assert taught(lesson) == "user: é 🐕 <|im_start|><|im_end|>"
+    assert taught(lesson) == "ser: é 🐕 <|im_start|><|im_end|>"  # not the first token
     assert tokenizer.decode(lesson.ids).startswith("<|im_start|>system\nBe kind.")
     assert lesson.learn[-1]
     assert Teaching().lesson(tokenizer, [*chat, {"role": "tool", "content": "x"}], 500) is None
     assert Teaching().lesson(tokenizer, [*chat, {"role": "assistant", "content": "x"}], 500) is None
     assert Teaching().lesson(tokenizer, [*chat, {"role": "user", "content": ""}], 500) is None
     every = Teaching(("user", "assistant"), all_turns=True).lesson(tokenizer, chat, 500)
-    assert taught(every) == "My dog is called Biscuit.<|im_end|>Nice.<|im_end|>user: é 🐕 <|im_start|><|im_end|>"
+    assert taught(every) == "y dog is called Biscuit.<|im_end|>ice.<|im_end|>ser: é 🐕 <|im_start|><|im_end|>"
     short = Teaching().lesson(tokenizer, chat, 20)
     assert len(short.ids) == 20
     assert short.ids == lesson.ids[-20:]

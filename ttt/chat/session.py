@@ -180,7 +180,7 @@ class Chat:
             messages = messages[2:]
 
     def _tokens(self, messages: list[dict[str, str]], *, prompt: bool) -> tuple[Tensor, Tensor]:
-        """The tokens (1, T) of ``messages`` in the template, and (1, T) bool: which teach of the last one's words and end.
+        """The tokens (1, T) of ``messages`` in the template, and (1, T) bool: those of the last one's words that teach.
 
         Args:
             prompt: whether the template's beginning of an answer follows.

@@ -90,14 +90,11 @@ def tokens_at(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> tu
 def teaching_words(inside: Sequence[bool]) -> list[bool]:
     """The tokens that teach of the words of a chat's turns, ``inside``: all but the first of each turn's.
 
-    The first token is predicted at the template's own one, which stands before every turn. To learn it there would teach
-    the model how a turn begins, and take a part of the steps away from what is said. A token alone does teach.
+    The first token is predicted at the template's own one, which stands before every turn. To learn it there would
+    teach the model how a turn begins, and take a part of the steps away from what is said. A token alone does teach.
     """
-    alone = [not (before or after) for before, after in zip([False, *inside[:-1]], [*inside[1:], False], strict=True)]
-    return [
-        each and (before or single)
-        for each, before, single in zip(inside, [False, *inside[:-1]], alone, strict=True)
-    ]  # fmt: skip
+    before, after = [False, *inside][: len(inside)], [*inside[1:], False]
+    return [each and (one or not other) for each, one, other in zip(inside, before, after, strict=False)]
 
 
 def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

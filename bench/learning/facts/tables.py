@@ -50,7 +50,8 @@ def _right(row: Mapping[str, Any] | None, people: int) -> str:
 def costs(found: Mapping[str, Any]) -> Lines:
     """Of the first scenario: answers written freely, drift, facts ascribed to someone else, and time if measured."""
     figures = (
-        ("written", 2, "right when written"), ("rank", 2, "rank"), ("kl", 4, "KL, English"), ("general", 3, "general, nats"), ("texts", 4, "texts, nats"),
+        ("written", 2, "right when written"), ("rank", 2, "rank"), ("kl", 4, "KL, English"),
+        ("general", 3, "general, nats"), ("texts", 4, "texts, nats"),
         ("neighbour", 2, "ascribed to a neighbour"), ("told", 1, "telling, s"), ("asked", 1, "asking, s"),
     )  # fmt: skip
     rows = [row for row in found["rows"] if row["scenario"] == next(iter(SCENARIOS))]

@@ -123,7 +123,7 @@ async def taught(http: Request, user: str) -> dict[str, Any]:
     found = await _result(server, http, server.service.taught(user, _MOST_TAUGHT))
     data = []
     for ids, learn, before, now, studied in found:
-        # The token before each that teaches is where it is predicted: as the first word of a turn, it belongs to the text.
+        # The token before those that teach is where the first of them is predicted; it may be a turn's first word.
         words = [token for token, *teaches in zip(ids, learn, [*learn[1:], False], strict=True) if any(teaches)]
         text = server.tokenizer.decode(words, skip_special_tokens=True)
         data.append({"text": text, "before": before, "now": now, "studied": studied})
