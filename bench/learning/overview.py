@@ -1,47 +1,61 @@
-"""``python -m bench.learning.overview``: the README's picture, from the committed figures of the demo."""
+"""``python -m bench.learning.overview``: the README's picture of SmolLM2, from the committed results."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+from bench.learning.facts.methods import TALKING
+from bench.learning.facts.run import SCENARIOS
+from bench.learning.language import texts
+from bench.learning.language.best import best
+from bench.learning.language.methods import DEFAULT
 
 RESULTS = Path(__file__).parent / "results"
-DOMAIN, LATEST = "headers", 4  # text shown; points that a curve averages
-SHOWN = {"frozen": ("frozen", "#7f7f7f"), "SGD": ("plain SGD", "#d62728"), "default": ("ttt, default", "#1f77b4"),
-         "columns": ("ttt, growing columns", "#2ca02c")}  # fmt: skip
+OURS, OTHER, REFERENCE = "#1f77b4", "#9c9c9c", "#d0d0d0"
+TOLD = {"frozen": ("frozen", REFERENCE), "LoRA": ("LoRA fine-tuning", OTHER), "retrieval": ("retrieval", OTHER),
+        "in context": ("whole chat in context", OTHER), TALKING: ("ttt", OURS)}  # fmt: skip
+READ = {"LoRA": ("LoRA", OTHER), "Adam": ("Adam", OTHER), DEFAULT: ("ttt", OURS)}
+
+
+def answered(found: dict[str, Any]) -> dict[str, float]:
+    """Of each method in `TOLD`, the share of questions that are answered rightly after ten facts were told."""
+    first = next(iter(SCENARIOS))
+    rows = {row["method"]: row["right"][0] for row in found["rows"] if row["scenario"] == first}
+    return {method: rows[method] for method in TOLD}
+
+
+def read(found: dict[str, Any], figure: str) -> dict[str, float]:
+    """Of each method in `READ`, the mean of ``figure`` over the texts that are unlike the general text."""
+    rows = best(found["rows"])
+    chosen = [text for text in texts.REPORTED if text != texts.AS_GENERAL]
+    return {group: sum(rows[text, group][figure][0] for text in chosen) / len(chosen) for group in READ}
 
 
 def main() -> None:
-    """Draw bits per byte while the model reads new text, and the bits that it loses on text that it knew."""
+    """Draw what is remembered of what was told, what is gained on texts that are read, and what that disturbs."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = json.loads((RESULTS / "demo.json").read_text())
-    one = found["domains"][DOMAIN]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 3.4), width_ratios=(3, 2))
-    before = next(row["old_bpb"] for row in one["rows"] if row["method"] == "frozen")
-    for method, (label, colour) in SHOWN.items():
-        curve = one["curves"][method]
-        mean = [sum(curve[i - LATEST : i]) / LATEST for i in range(LATEST, len(curve) + 1)]
-        step = one["bytes"] / len(curve) / 1024
-        left.plot([step * i for i in range(LATEST, len(curve) + 1)], mean, label=label, color=colour)
-    left.set(title="Learns: C++ headers, each byte scored before it is learnt", xlabel="KiB read",
-             ylabel="bits per byte, mean of the latest 2 KiB")  # fmt: skip
-    left.set_ylim(top=3.35)
-    left.legend(fontsize=8, ncol=2, loc="upper right", frameon=False)
-    lost = {row["method"]: row["old_bpb"] - before for row in one["rows"] if row["method"] in SHOWN}
-    names = [m for m in SHOWN if m != "frozen"]
-    bars = right.barh([SHOWN[m][0] for m in names], [lost[m] for m in names], color=[SHOWN[m][1] for m in names])
-    right.bar_label(bars, fmt="%.3f", padding=3)
-    right.set(title="Keeps: Python, which it knew before", xlabel="bits per byte lost afterwards")
-    right.set_xlim(0, 1.25 * max(lost.values()))
-    right.invert_yaxis()
-    for axes in (left, right):
+    told, streams = (json.loads((RESULTS / f"benchmark_{name}.json").read_text()) for name in ("facts", "streams"))
+    panels = (
+        ("Told ten facts once, asked in a new chat", "right answers (chance: 0.1)", "%.2f", TOLD, answered(told)),
+        ("Reads texts of six other kinds", "gain over frozen, nats per token", "%.3f", READ, read(streams, "gain")),
+        ("Other text stays as it was", "KL from frozen, nats per token", "%.3f", READ, read(streams, "kl")),
+    )
+    figure, all_axes = pyplot.subplots(1, 3, figsize=(12, 2.8), width_ratios=(4, 3, 3))
+    for axes, (title, what, digits, shown, values) in zip(all_axes, panels, strict=True):
+        names, colours = zip(*shown.values(), strict=True)
+        bars = axes.barh(names, [values[method] for method in shown], color=colours)
+        axes.bar_label(bars, fmt=digits, padding=3)
+        axes.set(xlabel=what, xlim=(0, 1.2 * max(values.values())))
+        axes.set_title(title, fontsize=11)
+        axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
-        axes.title.set_fontsize(10)
-    figure.tight_layout()
+    figure.tight_layout(w_pad=3)
     figure.savefig(RESULTS / "overview.png", dpi=110)
     print(f"{RESULTS / 'overview.png'} written")
 
