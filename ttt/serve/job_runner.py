@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from ttt.serve.sessions import Sessions
 from ttt.serve.user_queue import UserQueue
 from ttt.serve.waiting import Waiting
 from ttt.serve.work import Work
+
+log = logging.getLogger("ttt.serve")
 
 
 class JobRunner:
@@ -147,6 +150,8 @@ class JobRunner:
                 session.trips += 1
         elif failed:
             self.observer.failed(job.kind)
+            if not isinstance(job.error, RequestError):
+                log.error("work on a user's weights failed: %s", job.kind, exc_info=job.error)
         if job.kind == "learn" and not failed:
             waits.to_study = self.is_to_study(job.user)
             self.observer.learnt(job.tokens, job.seconds)

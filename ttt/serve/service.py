@@ -22,6 +22,7 @@ from ttt.serve.errors import Conflict, HungUp, RequestError, Unavailable, as_req
 from ttt.serve.job_runner import JobRunner
 from ttt.serve.jobs import Job, Learnt
 from ttt.serve.limits import Limits
+from ttt.serve.missed import FORGOTTEN, MissedTurns
 from ttt.serve.observer import Observer, Silent
 from ttt.serve.openings import Openings
 from ttt.serve.places import Places
@@ -32,7 +33,7 @@ from ttt.serve.sessions import Sessions
 from ttt.serve.state_reader import StatePool, StateReader
 from ttt.serve.state_rows import StateRows
 from ttt.serve.teaching import Lesson
-from ttt.serve.user_queue import UserQueue, is_lesson
+from ttt.serve.user_queue import UserQueue, is_lesson, teaches
 from ttt.serve.waiting import Waiting
 from ttt.serve.work import StatesWork, WeightsWork, Work
 from ttt.store import Store
@@ -104,6 +105,7 @@ class Service:
         self._openings = Openings(
             self.sessions, self._waiting.queues, self._io, self.observer, lambda: self._inbox.put(None)
         )  # fmt: skip
+        self.missed = MissedTurns(self.observer.missed)
         self._jobs = JobRunner(
             self.limits, self._work, self.sessions, self._waiting, self.observer, lambda: self._inbox.put(None)
         )  # fmt: skip
@@ -120,11 +122,13 @@ class Service:
 
         Raises:
             BadRequest: if it asks for more sequences than are generated at a time. TooBusy: if too much waits already.
-            Unavailable: if the service is ending.
+            Unavailable: if the service is ending, or the store does not take what the user has taught before.
         """
         self.limits.check_n(request.n)
         with self._lock:
             self._require_open()
+            if request.lesson is not None and (error := self._stalled(request.user)) is not None:
+                raise error
             self._places.take(request.user, self._cost(request))
             self._inbox.put(request)
 
@@ -146,8 +150,12 @@ class Service:
 
     def forget(self, user: str) -> concurrent.futures.Future[None]:
         """See `ttt.serve.jobs.forget`."""
-        job = Job(user, "forget", lambda: jobs.forget(self.sessions, self._io, user), needs_slot=False)
-        return self._enter(job)
+
+        def steps() -> jobs.Steps:
+            yield from jobs.forget(self.sessions, self._io, user)
+            self.missed.forget(user)
+
+        return self._enter(Job(user, "forget", steps, needs_slot=False))
 
     def export(self, user: str) -> concurrent.futures.Future[Any]:
         """A copy of the user's weights, see `ttt.Pool.export`."""
@@ -273,12 +281,14 @@ class Service:
                     waits.to_study = self._jobs.is_to_study(user)
             except Exception as error:
                 self._waiting.end(waits, lambda item: True, as_request_error(error))
+            if (stalled := self._stalled(user)) is not None:
+                self._waiting.end(waits, teaches, stalled)
             while waits.waiting:
                 item = waits.waiting[0]
                 if isinstance(item, Job):
                     if not self._start_job(item, waits):
                         break
-                elif waits.job is not None or not self._openings.has_session(user, waits):
+                elif not self._may_begin(item, waits):
                     break
                 elif full or not self.batch.fits(item):
                     full = True
@@ -287,11 +297,18 @@ class Service:
                     waits.waiting.popleft()
                     self._places.leave(item.user)
                     waits.active += 1
+                    waits.promised += teaches(item)
                     self.batch.begin(item)
         self._waiting.tidy(lambda user: self.sessions.get(user) is not None)
         for user in self.sessions.lost():  # what they learnt last was refused: they begin with what is stored
             if self._waiting.is_idle(user):
                 self.sessions.drop(user)
+
+    def _may_begin(self, request: Request, waits: UserQueue) -> bool:
+        """Whether the user's weights are there and stay as they are, and what is taught has room; rows apart."""
+        if waits.job is not None or not self._openings.has_session(request.user, waits):
+            return False
+        return not teaches(request) or self._has_room(request.user)
 
     def _start_job(self, job: Job, waits: UserQueue) -> bool:
         """Start the first item that waits, a job, if it can be; whether the next one may be looked at."""
@@ -308,7 +325,8 @@ class Service:
             return False
         if job.kind == "forget":
             waits.forgetting = True
-            self._waiting.end(waits, is_lesson, Conflict("nothing was learnt: the user was forgotten meanwhile"))
+            gone = Conflict("nothing was learnt: the user was forgotten meanwhile", code=FORGOTTEN)
+            self._waiting.end(waits, is_lesson, gone)
             if waits.opening is not None:
                 return False
             if waits.fetched is not None:
@@ -349,29 +367,66 @@ class Service:
         waits.active -= 1
         waits.last = time.monotonic()
         if request.cancelled or request.failed:
-            return self._unlearnt(request)
+            return self._unlearnt(request, waits)
         self.observer.served(len(request.prompt), request.generated)
         if request.user is None:
-            self._unlearnt(request)
+            self._unlearnt(request, waits)
             return request.deliver(self._outcome(request, "off"))
         session = self.sessions.use(request.user)
         if request.lesson is None:
             return request.deliver(self._outcome(request, "off"))
         if session.read_only or waits.forgetting:
             why = session.read_only or "the user is being forgotten"
-            self._unlearnt(request)
+            self._unlearnt(request, waits)
             return request.deliver(self._outcome(request, f"refused: {why}"))
         job = self._work.lesson(request.user, request.lesson)
         job.arrival, job.counted = request.arrival, False
         waits.put_lesson(job)
+        job.result.add_done_callback(lambda done: waits.lesson_ended())
         if request.wait:
             job.result.add_done_callback(lambda done: self._tell_when_stored(request, done))
         else:
+            self._note_if_missed(request.user, job.result)
             request.deliver(self._outcome(request, "queued"))
 
-    def _unlearnt(self, request: Request) -> None:
-        """The lesson of ``request`` will not be learnt."""
+    def _unlearnt(self, request: Request, waits: UserQueue) -> None:
+        """The lesson of ``request``, if there is one, will not be learnt."""
         self._places.learnt(self._cost(request))
+        if teaches(request):
+            waits.lesson_ended()
+
+    def _has_room(self, user: str | None) -> bool:
+        """Whether ``user`` may be promised to learn one turn more, with those that are promised already.
+
+        What is promised is never given up for want of room: without it the request waits before it is answered.
+        """
+        session = None if user is None else self.sessions.get(user)
+        if user is None or session is None or session.read_only:
+            return True  # it will not be learnt, or is not known yet
+        waits = self._waiting.queues.get(user)
+        return self.sessions.has_room(user, 0 if waits is None else waits.promised)
+
+    def _stalled(self, user: str | None) -> Unavailable | None:
+        """The error of requests that teach, where there is no room for what they teach and the store takes nothing."""
+        with contextlib.suppress(KeyError):  # another thread may ask while the user leaves
+            if user is None or self._has_room(user) or self.sessions.waits_for_store(user) < jobs.LONGEST_WAIT:
+                return None
+            return Unavailable(
+                "the store does not take what this user has taught before, and no more may wait for it; try again "
+                "later, or with x-ttt-learn: off", retry_after=10,
+            )  # fmt: skip
+        return None
+
+    def _note_if_missed(self, user: str, learnt: concurrent.futures.Future[Learnt]) -> None:
+        """Let the user read of it if what ``learnt`` stands for is not learnt, or not stored in the end."""
+
+        def note(done: concurrent.futures.Future[Any]) -> None:
+            if (error := done.exception()) is not None:
+                self.missed.note(user, error)
+            elif isinstance(done.result(), Learnt):
+                done.result().stored.add_done_callback(note)
+
+        learnt.add_done_callback(note)
 
     def _cost(self, request: Request) -> int:
         """How many tokens are to be read to learn from ``request``."""

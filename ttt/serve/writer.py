@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ttt.serve.errors import Conflict, Unavailable, kinds
+from ttt.serve.missed import FORGOTTEN
 from ttt.serve.session import Session, State, settle
 from ttt.store import StaleLease, Store
 
@@ -91,7 +92,7 @@ class Writer:
             waiting = self._waiting.pop(session.user, None)
             self._leave(session)
         if waiting is not None:
-            waiting.fail(_dropped())
+            waiting.fail(_dropped(session))
 
     def release(self, session: Session) -> None:
         """Release the lease of a session, once all that waits to be written of it is."""
@@ -166,9 +167,10 @@ class Writer:
         else:
             session.version = version
             session.stored = max(session.stored, int(work.meta["updates"]))
+            session.owed_since = time.monotonic()
             seconds = time.perf_counter() - began
             # Of a user who was forgotten while it was written, it is erased with all other versions.
-            told = _dropped() if session.dropped else version
+            told = _dropped(session) if session.dropped else version
             for future in work.futures:
                 settle(future, told)
             self.on_stored(seconds)
@@ -179,7 +181,7 @@ class Writer:
         with self._changed:
             newer = self._waiting.get(work.session.user)
             if work.session.dropped:
-                failure = _dropped()
+                failure = _dropped(work.session)
             elif newer is not None:
                 newer.futures[:0] = work.futures
             elif self._stop:
@@ -216,5 +218,6 @@ class Writer:
                     log.warning("a lease could not be renewed: %s", kinds(error))
 
 
-def _dropped() -> Conflict:
-    return Conflict("nothing was stored: the user was forgotten meanwhile, or opened anew")
+def _dropped(session: Session) -> Conflict:
+    code = FORGOTTEN if session.forgotten else None
+    return Conflict("nothing was stored: the user was forgotten meanwhile, or opened anew", code=code)
