@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -64,6 +65,7 @@ class Writer:
         self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
         self._released: list[Session] = []
         self._stop = False
+        self._until = math.inf  # when nobody waits for the store any more, by `time.monotonic`
         self._ended = threading.Event()  # no lease needs renewing any more
         self._thread = threading.Thread(target=self._run, name="ttt-store", daemon=True)
         self._thread.start()
@@ -113,14 +115,18 @@ class Writer:
         """Write what waits, release the leases of ``sessions``, and end.
 
         Args:
-            timeout: seconds to wait for the store; None for as long as it takes.
+            timeout: seconds to wait for the store; None for as long as it takes. Of several calls none waits longer
+                than until the earliest of their ends.
         """
         with self._changed:
             for session in sessions:
                 self._leave(session)
             self._stop = True
+            if timeout is not None:
+                self._until = min(self._until, time.monotonic() + timeout)
+            until = self._until
             self._changed.notify_all()
-        self._thread.join(timeout)
+        self._thread.join(None if until == math.inf else max(until - time.monotonic(), 0.0))
         self._ended.set()
 
     def _run(self) -> None:
