@@ -48,6 +48,7 @@ class Guarded:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         began, status, size, refused = time.perf_counter(), 0, 0, False
+        streams = ended = False
 
         async def counted() -> MutableMapping[str, Any]:
             nonlocal size, refused
@@ -60,11 +61,15 @@ class Guarded:
             return message
 
         async def noted(message: MutableMapping[str, Any]) -> None:
-            nonlocal status
+            nonlocal status, streams, ended
             if refused and not status and message.get("status") != TooLarge.status:
                 return  # what the application makes of the broken body
             if message["type"] == "http.response.start":
                 status = message["status"]
+                kind = dict(message.get("headers", ())).get(b"content-type", b"")
+                streams = kind.startswith(b"text/event-stream")
+            elif message["type"] == "http.response.body":
+                ended = not message.get("more_body", False)
             await send(message)
 
         headers = dict(scope["headers"])
@@ -90,9 +95,12 @@ class Guarded:
                 if refused and not status:
                     await _answer(self._too_large(), noted)
         except asyncio.CancelledError:
-            # Only a server that stops cancels requests. An answer that has begun is cut short.
+            # Only a server that stops cancels requests. Of an answer that has begun only events can still say so.
+            stopping = Unavailable("the server is stopping", retry_after=10)
             if not status:
-                await _answer(Unavailable("the server is stopping", retry_after=10), noted)
+                await _answer(stopping, noted)
+            elif streams and not ended:
+                await noted({"type": "http.response.body", "body": stopping.event().encode()})
         finally:
             route = route_of(scope)
             self.metrics.requests.labels(route, str(status)).inc()
