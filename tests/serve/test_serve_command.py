@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import http.server
 import json
+import logging
 import os
 import queue
 import signal
@@ -315,6 +316,8 @@ def test_wrong_options_end_the_server_with_a_line(folder, tmp_path, capsys, opti
     assert ended.value.exit_code == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert why in lines[-1]
+    log = logging.getLogger("ttt.serve")
+    assert (log.handlers, log.propagate, log.level) == ([], True, logging.NOTSET)  # as before, not a closed stream
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import ipaddress
 import json
@@ -12,6 +13,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -294,7 +296,12 @@ def run(options: ServeOptions) -> None:
     if options.keys is None and not is_loopback(options.host):
         _stop(f"--host {options.host} is reached from other machines: it needs --keys FILE, made by 'ttt keys add'")
     _require_free(options.host, options.port)
-    _log_to_stderr()
+    with _log_on_stderr():
+        _serve(options, uvicorn, trace_requests)
+
+
+def _serve(options: ServeOptions, uvicorn: Any, trace_requests: Any) -> None:
+    """`run`, once its options fit together and the packages are there that it needs."""
     try:
         app, server = build_app(options, lambda text: typer.echo(f"{text} ...", err=True))
         collector = build_collector(options, server)
@@ -306,7 +313,7 @@ def run(options: ServeOptions) -> None:
         timeout_graceful_shutdown=int(options.drain_seconds),
     )  # fmt: skip
 
-    class Web(uvicorn.Server):
+    class Web(uvicorn.Server):  # type: ignore[name-defined, misc]
         signalled = 0.0  # when the first signal came, by time.monotonic
 
         def handle_exit(self, sig: int, frame: Any) -> None:
@@ -363,9 +370,17 @@ class _Lines(logging.Formatter):
         return json.dumps(found)
 
 
-def _log_to_stderr() -> None:
+@contextlib.contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """Inside, the server's log goes to stderr as lines of JSON; afterwards, where it went before."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines())
     logger = logging.getLogger("ttt.serve")
+    before = logger.handlers, logger.propagate, logger.level
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = before[:2]
+        logger.setLevel(before[2])
