@@ -30,7 +30,7 @@ from web import client_of
 import ttt
 from ttt.cli import app
 from ttt.conversation import CONVERSATION
-from ttt.serve.calibration import SHARED, calibrate_once, default_file, weights_name
+from ttt.per_user.calibration_file import SHARED, calibrate_once, default_file, weights_name
 from ttt.serve.http.telemetry import Traced
 from ttt.serve.keys import Keys
 from ttt.serve.main import ServeOptions, adapted, is_loopback, own_hosts, run
