@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from ttt.serve.errors import RequestError, Tripped, Unavailable
+from ttt.serve.errors import RequestError, Tripped, Unavailable, as_request_error
 from ttt.serve.jobs import Job
 from ttt.serve.limits import Limits
 from ttt.serve.observer import Observer
@@ -148,7 +148,8 @@ class JobRunner:
             self.observer.tripped()
             if (session := self.sessions.get(job.user)) is not None:
                 session.trips += 1
-        elif failed:
+        elif job.error is not None and as_request_error(job.error).status >= 500:
+            # Below that, who asked is told what was wrong, and nothing failed here.
             self.observer.failed(job.kind)
             if not isinstance(job.error, RequestError):
                 log.error("work on a user's weights failed: %s", job.kind, exc_info=job.error)

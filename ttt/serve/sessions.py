@@ -271,7 +271,7 @@ class Sessions:
         except UnknownUser:
             pass
         except StoreError as error:
-            raise unavailable("not everything could be removed yet, ask again", error) from error
+            raise unavailable("not everything could be removed yet", error) from error
 
     def drop(self, user: str, *, forgotten: bool = False) -> None:
         """Free the slot of ``user``, if there is one, without storing anything; what waits to be written is dropped.

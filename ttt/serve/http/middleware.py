@@ -9,10 +9,10 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
-from ttt.serve.errors import Forbidden, RequestError, TooLarge, Unavailable
+from ttt.serve.errors import Forbidden, RequestError, TooLarge, Unavailable, as_request_error
 from ttt.serve.http.metrics import Metrics
 
-log = logging.getLogger("ttt.serve.access")
+log, faults = logging.getLogger("ttt.serve.access"), logging.getLogger("ttt.serve")
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -30,6 +30,8 @@ class _BodyTooLarge(Exception):
 
 class Guarded:
     """Passes requests on to ``app`` that are not too large and meant for this host, and writes a line about each.
+
+    What ``app`` does not expect becomes an error in OpenAI's form.
 
     The line has the route, the status and the time, but nothing that a client sent: no content, no key, no user.
 
@@ -100,7 +102,16 @@ class Guarded:
             if not status:
                 await _answer(stopping, noted)
             elif streams and not ended:
-                await noted({"type": "http.response.body", "body": stopping.event().encode()})
+                await _end(stopping, noted)
+        except Exception as error:
+            # The HTTP server would print the error's own text, which may repeat what the client sent.
+            faults.error("a request failed", exc_info=error)
+            if not status:
+                await _answer(as_request_error(error), noted)
+            elif streams and not ended:
+                await _end(as_request_error(error), noted)
+            else:  # then the connection is closed, so that the client sees that the answer is cut short
+                raise RuntimeError("a request failed after its answer had begun") from None
         finally:
             route = route_of(scope)
             self.metrics.requests.labels(route, str(status)).inc()
@@ -115,6 +126,11 @@ def _without_port(host: str) -> str:
     """The name in a header ``Host`` such as ``localhost:8000`` or ``[::1]:8000``."""
     name, _, port = host.rpartition(":")
     return name if name and port.isdigit() else host
+
+
+async def _end(error: RequestError, send: Send) -> None:
+    """End an answer of server-sent events that has begun."""
+    await send({"type": "http.response.body", "body": error.event().encode()})
 
 
 async def _answer(error: RequestError, send: Send) -> None:

@@ -59,6 +59,7 @@ async def show(http: Request, user: str) -> dict[str, Any]:
     return {
         "id": user, "keeps": "state" if reads else "weights", "online": session is not None,
         "updates": None if session is None else session.updates, "tokens": None if session is None else session.tokens,
+        "unsaved": 0 if session is None else session.updates - session.stored,
         "read_only": session.read_only if session is not None else "", "drift": drift,
         "guard": _guard(server, session), "missed": None if missed is None else dataclasses.asdict(missed),
         "versions": versions,
