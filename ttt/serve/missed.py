@@ -1,4 +1,4 @@
-"""Turns that answers called "queued" and that were not learnt all the same: what their users can read about them."""
+"""Turns that were to be learnt after their answers and were not: what their users can read about them."""
 
 from __future__ import annotations
 
@@ -36,11 +36,14 @@ class MissedTurns:
 
     Args:
         counted: called once for each turn.
+        log: gets a line about each.
         most: largest number of users; those whose last missed turn is longest ago are dropped first.
     """
 
-    def __init__(self, counted: Callable[[], None] = lambda: None, most: int = 10_000) -> None:
-        self._counted, self._most = counted, most
+    def __init__(
+        self, counted: Callable[[], None] = lambda: None, log: logging.Logger = log, most: int = 10_000
+    ) -> None:
+        self._counted, self._log, self._most = counted, log, most
         self._lock = threading.Lock()
         self._users: OrderedDict[str, Missed] = OrderedDict()
 
@@ -55,7 +58,7 @@ class MissedTurns:
             if len(self._users) > self._most:
                 self._users.popitem(last=False)
         self._counted()
-        log.warning("a turn whose answer called it queued was not learnt: %s", why)
+        self._log.warning("a turn that was to be learnt after its answer was not: %s", why)
 
     def of(self, user: str) -> Missed | None:
         """What was missed of ``user``; None for nothing."""
