@@ -68,6 +68,7 @@ SLOW = (
     "serve/test_serve_command.py::test_a_request_that_is_under_way_is_finished_when_the_server_is_stopped",
     "serve/test_serve_command.py::test_a_server_with_guards_undoes_what_goes_too_far_and_one_without_goes_on",
     "serve/test_serve_command.py::test_a_span_of_every_request_is_sent_and_holds_nothing_that_was_said",
+    "serve/test_serve_command.py::test_a_stream_that_outlasts_the_end_of_the_server_ends_with_an_error",
     "serve/test_serve_command.py::test_open_requests_use_up_their_own_time_and_not_that_of_the_store",
     "serve/test_serve_command.py::test_what_a_store_did_not_take_in_time_is_said",
     "serve/test_serve_command.py::test_what_was_learnt_is_there_after_a_restart",

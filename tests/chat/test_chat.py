@@ -11,8 +11,11 @@ from tiny_models import VOCAB, assert_same, tiny
 from typer.testing import CliRunner
 
 import ttt
+from ttt.calibrating import calibrated
 from ttt.chat import Chat, terminal
 from ttt.cli import app
+from ttt.per_user.calibration_file import default_file
+from ttt.serve.main import adapted
 from ttt.terminal import doing
 
 
@@ -33,6 +36,13 @@ class Letters:
 
     def decode(self, ids, skip_special_tokens=False):
         return "".join(chr(97 + int(i) % 26) for i in ids)
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    """The folder of this test's calibrations."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "ttt"
 
 
 @pytest.fixture
@@ -102,6 +112,25 @@ def test_going_back_restores_a_version_and_wrong_ones_are_refused(base, tmp_path
     with pytest.raises(ValueError, match="text must have at most about"):
         chat.say("x" * 5000)
     assert [found.number for found in chat.versions()] == [3, 2, 1]
+
+
+def test_a_chat_and_a_server_measure_once_what_must_not_be_forgotten(base, tmp_path, cache, monkeypatch):
+    first = chat_of(base, tmp_path)
+    (file,) = cache.iterdir()
+    server = adapted(copy.deepcopy(base), slots=7, lr=0.1)
+    assert default_file(server.pool) == file
+    monkeypatch.setattr("ttt.learn.learner.Learner.calibrate", lambda *args, **options: pytest.fail("measured again"))
+    second = chat_of(base, tmp_path)
+    calibrated(server, Letters())
+    for name, layer in first.pool.layers.items():
+        for other in (second.pool.layers[name], server.pool.layers[name]):
+            assert torch.equal(layer.basis, other.basis)
+            assert torch.equal(layer.calibrated, other.calibrated)
+        assert layer.basis.any()
+    monkeypatch.undo()
+    own = tmp_path / "mine"
+    chat_of(base, tmp_path, calibration=own)
+    assert own.read_bytes()
 
 
 def test_what_is_studied_is_stored_with_what_was_said(base, tmp_path):
@@ -196,7 +225,46 @@ def test_commands_in_the_terminal(base, tmp_path, monkeypatch):
     assert chat.versions() == []
 
 
-@pytest.mark.parametrize("name", ["/study", "/versions", "/forget", "/quit"])
+class AtTerminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("answer", ["no", "", "what?", None, "YES "])
+def test_who_sits_at_a_terminal_is_asked_before_everything_is_forgotten(base, tmp_path, monkeypatch, answer):
+    chat, out = chat_of(base, tmp_path, user="[b]ada"), io.StringIO()
+    chat.say("hello")
+    before = chat.pool.export("[b]ada")
+
+    def answered():
+        if answer is None:
+            raise EOFError  # the input ends
+        return answer
+
+    monkeypatch.setattr("sys.stdin", AtTerminal())
+    monkeypatch.setattr("builtins.input", answered)
+    terminal.command(chat, "/forget", Console(file=out, width=200))
+    assert "Remove 1 version(s) of [b]ada, all that was learnt, for good? (yes/no)" in out.getvalue()
+    if answer == "YES ":
+        assert out.getvalue().endswith("everything that was learnt is removed\n")
+        assert chat.versions() == []
+        return
+    assert out.getvalue().endswith("nothing was removed\n")
+    assert [each.number for each in chat.versions()] == [1]
+    assert_same(before, chat.pool.export("[b]ada"))
+
+
+@pytest.mark.parametrize(("command", "at_terminal"), [("/forget!", True), ("/forget!", False), ("/forget", False)])
+def test_scripts_are_not_asked(base, tmp_path, monkeypatch, command, at_terminal):
+    chat = chat_of(base, tmp_path)
+    chat.say("hello")
+    monkeypatch.setattr("sys.stdin", AtTerminal() if at_terminal else io.StringIO())
+    monkeypatch.setattr("builtins.input", lambda: pytest.fail("asked"))
+    terminal.command(chat, command, Console(file=io.StringIO()))
+    assert chat.versions() == []
+
+
+@pytest.mark.parametrize("name", ["/study", "/versions", "/forget", "/forget!", "/quit"])
 def test_a_command_without_arguments_refuses_one_and_does_nothing(base, tmp_path, name):
     chat = chat_of(base, tmp_path)
     chat.say("hello")
@@ -217,6 +285,7 @@ def test_brackets_in_what_is_typed_and_in_names_are_printed_as_they_are(base, tm
     )  # fmt: skip
     assert done.exit_code == 0, done.exception
     for part in (
+        "to measure what it must not forget ...\n", "to measure what it must not forget: 50 %\n",
         f"[dim]a[/b] has 0 version(s) in {store}. ", "/foo[/b] is no command",
         "/rollback needs the number of a version, got '[/b]'",
     ):  # fmt: skip

@@ -28,6 +28,15 @@ def collector_of(store, **options):
     return Collector(store, **usual | options)
 
 
+def end(collector):
+    """Close it and wait for its thread, which would otherwise go on, and log, during other tests."""
+    collector.close()
+    for thread in threading.enumerate():
+        if thread.name == "ttt-collect":
+            thread.join(20)
+            assert not thread.is_alive()
+
+
 def test_old_versions_are_removed_again_and_again(tmp_path, monkeypatch):
     store, rounds = stored(tmp_path / "store", 5), threading.Semaphore(0)
     gc = store.gc
@@ -49,7 +58,7 @@ def test_old_versions_are_removed_again_and_again(tmp_path, monkeypatch):
             assert rounds.acquire(timeout=20)
         assert numbers(store) == [6, 5]
     finally:
-        collector.close()
+        end(collector)
 
 
 def test_young_versions_are_kept(tmp_path):
@@ -67,10 +76,7 @@ def test_none_is_begun_for_zero_hours_or_after_the_end(tmp_path):
     assert threading.active_count() == before
     collector = collector_of(store, hours=1)
     assert threading.active_count() == before + 1
-    collector.close()
-    for thread in threading.enumerate():
-        if thread.name == "ttt-collect":
-            thread.join(20)
+    end(collector)
     assert threading.active_count() == before
     assert numbers(store) == [4, 3, 2, 1]
 
@@ -86,12 +92,11 @@ def test_a_failure_is_counted_and_tried_again(tmp_path, monkeypatch, caplog, err
 
     monkeypatch.setattr(store, "gc", broken)
     with caplog.at_level(logging.INFO, "ttt.serve"):
-        logging.getLogger("ttt.serve").addHandler(caplog.handler)
         collector = collector_of(store, failed=failed.append)
         assert seen.wait(20)
-        collector.close()
-        logging.getLogger("ttt.serve").removeHandler(caplog.handler)
+        end(collector)
     assert failed[:2] == ["collect", "collect"]
+    assert "removing old versions failed" in caplog.text
     assert "ada" not in "".join(record.getMessage() for record in caplog.records)
 
 

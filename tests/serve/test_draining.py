@@ -75,6 +75,21 @@ def test_a_drain_with_a_deadline_does_not_wait_for_a_read_of_the_store_that_hang
     until(lambda: leased(other, "bob"), seconds=10)  # before it ends by itself
 
 
+def test_all_ends_of_one_server_wait_for_the_store_no_longer_than_the_first(model, tmp_path, monkeypatch):
+    service = service_of(model, tmp_path)
+    came, end = hung(monkeypatch, service.store, "put")
+    service.learn("ada", lesson_of()).result(60)
+    assert came.wait(30)
+    began = time.monotonic()
+    assert service.sessions.close(1.0) == ["ada"]
+    assert 1.0 <= time.monotonic() - began < 3
+    assert service.sessions.close(30.0) == ["ada"]
+    assert service.drain(0.0, storing=30.0) == ["ada"]
+    assert time.monotonic() - began < 5
+    end.set()
+    until(lambda: service.sessions.saved("ada"))
+
+
 def leased(store, user):
     """Whether ``store`` can lease ``user`` now."""
     try:

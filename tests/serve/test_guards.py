@@ -146,13 +146,13 @@ def test_a_study_that_is_refused_is_not_tried_again_after_each_lesson(model, tmp
 
 def test_what_a_job_has_done_is_counted_when_its_result_is_there(model, tmp_path, monkeypatch):
     service = service_of(model, tmp_path, learner=guarded(model))
-    guards, ended, trips = service.learner.user_guards, service._job_ended, []
+    guards, ended, trips = service.learner.user_guards, service._jobs._ended, []
 
     def slowly(job):
         time.sleep(0.1)
         ended(job)
 
-    monkeypatch.setattr(service, "_job_ended", slowly)
+    monkeypatch.setattr(service._jobs, "_ended", slowly)
     guards.bound = guards.threshold = -1.0
     for count in range(1, 4):
         with pytest.raises(Tripped):
@@ -160,7 +160,7 @@ def test_what_a_job_has_done_is_counted_when_its_result_is_there(model, tmp_path
         trips.append(service.sessions.get("ada").trips)
         assert service.waiting == 0
         assert trips[-1] == count
-    monkeypatch.setattr(service, "_job_ended", lambda job: (ended(job), 1 / 0))  # who waits hears of it all the same
+    monkeypatch.setattr(service._jobs, "_ended", lambda job: (ended(job), 1 / 0))  # who waits hears of it all the same
     with pytest.raises(Tripped):
         service.learn("ada", lesson_of()).result(60)
     assert service.drain() == []

@@ -3,6 +3,8 @@
 import asyncio
 import gzip
 import http.server
+import json
+import logging
 import os
 import queue
 import signal
@@ -13,6 +15,7 @@ import threading
 import time
 
 import httpx
+import openai
 import pytest
 import torch
 import typer
@@ -27,7 +30,7 @@ from web import client_of
 import ttt
 from ttt.cli import app
 from ttt.conversation import CONVERSATION
-from ttt.serve.calibration import SHARED, calibrate_once, default_file, weights_name
+from ttt.per_user.calibration_file import SHARED, calibrate_once, default_file, weights_name
 from ttt.serve.http.telemetry import Traced
 from ttt.serve.keys import Keys
 from ttt.serve.main import ServeOptions, adapted, is_loopback, own_hosts, run
@@ -146,6 +149,49 @@ def test_open_requests_use_up_their_own_time_and_not_that_of_the_store(start, tm
     )
     assert "Traceback" not in log
     assert '"route": "/v1/users/{user}/learn", "status": 503' in log
+
+
+SLOW_ANSWERS = """
+import time
+from ttt.cli import app
+from ttt.serve.batch import Batch
+decode_step = Batch.decode_step
+def slow(self):
+    if self.decoding:
+        time.sleep(0.1)
+    decode_step(self)
+Batch.decode_step = slow
+app()
+"""
+
+
+@pytest.mark.parametrize("learn", ["on", "wait"])
+def test_a_stream_that_outlasts_the_end_of_the_server_ends_with_an_error(start, learn):
+    program = SLOW_ANSWERS if learn == "on" else SLOW_STORE.replace("sleep(3)", "sleep(30)")
+    process, url = start("--drain-seconds", "1", program=("-c", program))
+    body = {"model": "tiny-chat", "messages": CHAT, "max_tokens": 300 if learn == "on" else 2, "stream": True}
+    body |= {"temperature": 0, "ignore_eos": True}
+    headers = {"x-ttt-user": "ada", "x-ttt-learn": learn}
+    stream = client_of(url, user="ada", learn=learn).chat.completions.create(
+        extra_body={"ignore_eos": True}, **{name: body[name] for name in body if name != "ignore_eos"}
+    )  # fmt: skip
+    next(iter(stream))
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, headers=headers, timeout=60) as raw:
+        lines = raw.iter_lines()
+        first = next(lines)
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="the server is stopping") as raised:
+            list(stream)
+        rest = [line for line in lines if line]  # which raises if the answer is cut short
+    assert raised.value.code == "unavailable"
+    assert first.startswith("data: {")
+    assert json.loads(rest[-1].removeprefix("data: ")) == {
+        "error": {"message": "the server is stopping", "type": "server_error", "param": None, "code": "unavailable"}
+    }
+    assert not [line for line in rest[:-1] if '"error"' in line or "[DONE]" in line]
+    log = process.stderr.read()
+    assert process.wait(60) == (learn == "wait")
+    assert "Traceback" not in log
 
 
 def test_what_a_store_did_not_take_in_time_is_said(start, tmp_path):
@@ -270,6 +316,8 @@ def test_wrong_options_end_the_server_with_a_line(folder, tmp_path, capsys, opti
     assert ended.value.exit_code == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert why in lines[-1]
+    log = logging.getLogger("ttt.serve")
+    assert (log.handlers, log.propagate, log.level) == ([], True, logging.NOTSET)  # as before, not a closed stream
 
 
 @pytest.mark.parametrize(

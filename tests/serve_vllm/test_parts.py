@@ -362,6 +362,29 @@ def test_weights_do_not_change_under_a_request_that_has_a_label_and_no_token_yet
     asyncio.run(run())
 
 
+def test_what_was_to_be_learnt_and_was_not_can_be_read_until_the_user_is_forgotten(caplog):
+    async def run():
+        _, seats = seats_of()
+        turns = Turns(seats, Options("here", identity="header"))
+        client = SimpleNamespace(get_tokenizer=lambda: None)
+        pictures = [{"role": "user", "content": [{"type": "image_url"}]}]
+        async with seats.hold("ada") as seat:
+            for learn in ("on", None, "wait"):  # who waits is told
+                turn = Turn(seat, learn, SimpleNamespace(messages=pictures))
+                lesson = turns._begin(client, turn, "key", [1, 2, 3])
+                with pytest.raises(BadRequest, match="cannot be found"):
+                    await lesson
+            await asyncio.sleep(0)
+        missed = seats.missed.of("ada")
+        assert (missed.turns, missed.why) == (2, "nothing was learnt: the user's words cannot be found in the prompt")
+        await seats.forget("ada")
+        assert seats.missed.of("ada") is None
+        assert not seats.missed.of("bob")
+
+    with caplog.at_level(logging.WARNING, "vllm.ttt"):
+        asyncio.run(run())
+
+
 def test_forgetting_ends_a_lesson_and_nobody_opens_the_user_meanwhile():
     async def run():
         engine, seats = seats_of(patience=5)

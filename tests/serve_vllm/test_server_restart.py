@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import time
 
+import openai
 import psutil
-from server import RESERVED, USERS, Server
+from server import MODEL, RESERVED, USERS, Server
 
 
 def test_what_was_acknowledged_survives_a_stop_and_a_kill(tmp_path):
@@ -40,6 +43,38 @@ def test_what_waits_when_the_server_is_stopped_is_learnt_and_stored_and_its_user
             found = json.loads(text)
             assert (code, found["updates"], found["version"], found["read_only"]) == (200, 1, 1, "")
             assert found["tokens"] > 200
+    finally:
+        server.kill()
+
+
+def test_streams_that_are_open_when_the_server_is_stopped_end_with_an_error(tmp_path):
+    server, ends = Server(tmp_path).start(), {}
+    try:
+
+        def listen(who):
+            stream = server.client(who).chat.completions.create(
+                model=MODEL, messages=[{"role": "user", "content": RESERVED["ada"]}], max_tokens=900, stream=True,
+                extra_body={"ignore_eos": True},
+            )  # fmt: skip
+            try:
+                for _ in stream:
+                    begun.release()
+            except openai.APIError as error:
+                ends[who] = error
+
+        begun = threading.Semaphore(0)
+        listeners = [threading.Thread(target=listen, args=(who,)) for who in ("ada", None)]
+        for listener in listeners:
+            listener.start()
+        for _ in range(10):
+            assert begun.acquire(timeout=60)
+        assert not ends
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0  # without waiting for who listens
+        for listener in listeners:
+            listener.join(10)
+        told = {who: (error.message, error.code) for who, error in ends.items()}
+        assert told == dict.fromkeys(("ada", None), ("the server is stopping", "503"))
     finally:
         server.kill()
 

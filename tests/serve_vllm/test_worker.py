@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import ttt
-from ttt.serve.calibration import default_file
+from ttt.per_user.calibration_file import default_file
 from ttt.serve.daemon_threads import DaemonThreads
 from ttt.serve.errors import ServerFailure
 from ttt.serve.sessions import Sessions

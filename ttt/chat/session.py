@@ -9,12 +9,14 @@ the weights, and goes with them.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import ttt
+from ttt.calibrating import Progress, calibrated, silent
 from ttt.checks import check_type, check_whole
 from ttt.conversation import CONVERSATION, Telling
 from ttt.learn.chat_template import teaching_words, tokens_at, words_in_template
@@ -44,14 +46,17 @@ class Chat:
 
     Args:
         model: a causal language model of Hugging Face transformers; it is adapted in place, as
-            `ttt.conversation.CONVERSATION` says, and calibrated on
-            text that it writes itself, which takes half a minute for a model of 135 M parameters on two cores.
+            `ttt.conversation.CONVERSATION` says, and calibrated.
         tokenizer: its fast tokenizer, with a chat template.
         store: where the user's versions are kept.
         user: their id.
         max_new_tokens: bound on the length of an answer.
         learn: False: nothing is learnt from this chat.
         telling: how what the user says is read.
+        calibration: a file that keeps what is measured on text that the model writes itself, which takes half a minute
+            for a model of 135 M parameters on two cores; None for the one in the user's folder for caches, which
+            ``ttt serve`` shares.
+        progress: shows how far that is, where there is no such file yet.
 
     Raises:
         TypeError, ValueError: for a wrong argument, a tokenizer without a chat template, or a user in the store whose
@@ -68,6 +73,8 @@ class Chat:
         max_new_tokens: int = 128,
         learn: bool = True,
         telling: Telling | None = None,
+        calibration: Path | None = None,
+        progress: Progress = silent,
     ) -> None:
         check_type("store", store, Store, "a ttt.Store")
         check_whole("max_new_tokens", max_new_tokens, 1)
@@ -75,7 +82,7 @@ class Chat:
             raise ValueError(f"tokenizer must have a chat template, got {type(tokenizer).__name__} without one")
         self.model: Any = ttt.adapt_(model, CONVERSATION)
         self.learner = Learner(self.model, episodes=ttt.EpisodeLog())
-        self.learner.calibrate(tokenizer=tokenizer)
+        calibrated(self.learner, tokenizer, calibration, progress)
         assert self.learner.pool is not None
         self.pool = self.learner.pool
         self.tokenizer, self.store, self.user = tokenizer, store, user

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from rich.console import Console
 from ttt.chat.session import Chat
 from ttt.demo.language_model import load
 from ttt.store import Store, StoreError
-from ttt.terminal import doing
+from ttt.terminal import doing, progress
 
 HELP = "/study  /versions  /rollback NUMBER  /forget  /quit; anything else is said to the model"
+SURE = "/forget!"
+"""As ``/forget``, without the question."""
 
 
 def run(model: Path | None, store: str, user: str, max_new_tokens: int, learn: bool) -> None:
@@ -22,8 +26,10 @@ def run(model: Path | None, store: str, user: str, max_new_tokens: int, learn: b
     console = Console(highlight=False)
     try:
         loaded, tokenizer = load(model)
-        with doing(console, "The model writes some text, to measure what it must not forget ..."):
-            chat = Chat(loaded, tokenizer, Store(store), user, max_new_tokens=max_new_tokens, learn=learn)
+        chat = Chat(
+            loaded, tokenizer, Store(store), user, max_new_tokens=max_new_tokens, learn=learn,
+            progress=functools.partial(progress, console),
+        )  # fmt: skip
     except (ImportError, OSError, ValueError) as error:
         typer.echo(error, err=True)
         raise typer.Exit(1) from None
@@ -55,6 +61,18 @@ def talk(chat: Chat, tokenizer: Any, console: Console) -> None:
             _say(console, str(error), "red")
 
 
+def _confirmed(chat: Chat, console: Console) -> bool:
+    """Whether who sits at the terminal says yes to forgetting; where lines come from elsewhere nobody is asked."""
+    if not sys.stdin.isatty():
+        return True
+    count = len(chat.versions())
+    question = f"Remove {count} version(s) of {chat.user}, all that was learnt, for good? (yes/no) "
+    try:
+        return console.input(question, markup=False).strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
+
+
 def _say(console: Console, text: str, style: str) -> None:
     """Print ``text`` as it is: brackets in names, and in what was typed, are no markup of rich's."""
     console.print(text, style=style, markup=False)
@@ -67,7 +85,7 @@ def command(chat: Chat, line: str, console: Console) -> None:
         ValueError: if there is no such command, or its argument is wrong.
     """
     name, _, argument = line.partition(" ")
-    if argument and name in ("/study", "/versions", "/forget", "/quit"):
+    if argument and name in ("/study", "/versions", "/forget", SURE, "/quit"):
         raise ValueError(f"{name} takes no argument, got {argument!r}")
     if name == "/versions":
         for found in chat.versions():
@@ -88,8 +106,11 @@ def command(chat: Chat, line: str, console: Console) -> None:
                 f"studied {output.episodes} piece(s) {len(output.losses)} times ({first:.2f} to {last:.2f} nats per "
                 f"token): {version}"
             )
-    elif name == "/forget":
-        chat.forget()
-        console.print("everything that was learnt is removed")
+    elif name in ("/forget", SURE):
+        if name == SURE or _confirmed(chat, console):
+            chat.forget()
+            console.print("everything that was learnt is removed")
+        else:
+            console.print("nothing was removed")
     else:
         raise ValueError(f"{name} is no command; {HELP}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 import ttt
+from ttt.calibrating import measured
 from ttt.conversation import CONVERSATION, Telling
 from ttt.demo import text as texts
 from ttt.demo.ask import general_loss
@@ -31,7 +33,7 @@ from ttt.demo.questions import Message, Question, Template, choose, session
 from ttt.demo.report import machine
 from ttt.demo.retrieval import nearest
 from ttt.store import Store
-from ttt.terminal import doing
+from ttt.terminal import doing, progress
 
 USER = "ada"
 DOCUMENT, UNREAD = 1024, 512  # tokens of the document that are read, and of what follows them
@@ -104,8 +106,7 @@ def _conversation(
     learner = ttt.Learner(model, episodes=ttt.EpisodeLog())
     pool = learner.pool
     assert pool is not None
-    with doing(console, "The model writes some text, to measure what it must not forget ..."):
-        seconds["calibrate"] = _timed(lambda: learner.calibrate(tokenizer=tokenizer))
+    seconds["calibrate"] = _timed(lambda: measured(learner, tokenizer, functools.partial(progress, console)))
     with doing(console, f"{USER} tells the model {len(SENTENCES)} sentences ..."):
         seconds["tell"] = _timed(lambda: _tell(learner, template))
     with store.lease(USER) as lease:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 
@@ -35,6 +36,10 @@ class RequestError(Exception):
     def body(self) -> dict[str, Any]:
         """The error in OpenAI's form."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def event(self) -> str:
+        """The error as the last of the server-sent events of an answer that has begun."""
+        return f"data: {json.dumps(self.body())}\n\n"
 
 
 class BadRequest(RequestError):

@@ -229,7 +229,7 @@ def rollback(sessions: Sessions, io: DaemonThreads, user: str, version: int) -> 
 
 def forget(sessions: Sessions, io: DaemonThreads, user: str) -> Steps:
     """Remove everything that is kept of the user, here and in the store."""
-    sessions.drop(user)
+    sessions.drop(user, forgotten=True)
     yield from _done(io.submit(sessions.erase, user))
 
 

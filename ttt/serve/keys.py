@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ttt.files import in_turns, write_atomically
-from ttt.serve.errors import BadRequest, Forbidden, Unauthenticated
+from ttt.serve.errors import BadRequest, Forbidden, Unauthenticated, Unavailable
 
+log = logging.getLogger("ttt.serve")
 USER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:+-]{0,127}")
 """What the id of a user who is served looks like."""
 PREFIX = "ttt-"
@@ -103,12 +105,17 @@ class Keys:
 
         Raises:
             Unauthenticated: if there is no valid key. BadRequest, Forbidden: if ``named`` is wrong or not allowed.
+            Unavailable: if the file cannot be read.
         """
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise Unauthenticated("an API key is needed, in the header 'Authorization: Bearer KEY'")
         name = digest(key.strip())
-        entry = self.entries().get(name)
+        try:
+            entry = self.entries().get(name)
+        except (OSError, ValueError) as error:
+            log.error("API keys cannot be checked: %s", error)  # it names the file, and none of the keys
+            raise Unavailable("API keys cannot be checked at present; try again later", retry_after=5) from error
         if entry is None:
             raise Unauthenticated("the API key is not known to this server")
         identity = Identity(entry.get("user"), bool(entry.get("operator")), name[:12])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import ipaddress
 import json
 import logging
@@ -12,22 +14,26 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import typer
+from rich.console import Console
 from torch import Tensor, nn
 
 import ttt
+from ttt import terminal
+from ttt.calibrating import Progress, calibrated, silent, telling_of_text
 from ttt.checks import check_number
 from ttt.conversation import CONVERSATION, Telling
 from ttt.demo.language_model import load
 from ttt.installing import how_to_install
 from ttt.learn.own_text import written_text
+from ttt.per_user.calibration_file import HELD_BACK, held_back_once, weights_name
 from ttt.per_user.guards import UserGuards
 from ttt.sequence_models import TTTSequenceForCausalLM
-from ttt.serve.calibration import HELD_BACK, calibrate_once, default_file, held_back_once, weights_name
 from ttt.serve.collector import Collector
 from ttt.serve.errors import RequestError
 from ttt.serve.keys import Keys, NoKeys
@@ -117,7 +123,9 @@ def adapted(model: nn.Module, *, slots: int, rank: int | None = None, lr: float 
     return ttt.Learner(ttt.adapt_(model, config), episodes=ttt.EpisodeLog())
 
 
-def build_users(options: ServeOptions, say: Any = lambda text: None) -> tuple[ttt.Learner | StateReader, Any]:
+def build_users(
+    options: ServeOptions, say: Any = lambda text: None, progress: Progress = silent
+) -> tuple[ttt.Learner | StateReader, Any]:
     """Load the model and make it one that has users: (what learns from them, the model's tokenizer).
 
     A model of sequence layers gets a `StateReader`. Any other is adapted and calibrated; servers with the same options
@@ -125,6 +133,7 @@ def build_users(options: ServeOptions, say: Any = lambda text: None) -> tuple[tt
 
     Args:
         say: called with what is being done.
+        progress: shows how far the model is with texts that it writes at the first start.
 
     Raises:
         ValueError, OSError, ImportError: if the model or an option is not usable.
@@ -144,17 +153,15 @@ def build_users(options: ServeOptions, say: Any = lambda text: None) -> tuple[tt
                 )
         return StateReader(model, slots=options.slots), tokenizer
     learner = adapted(model, slots=options.slots, rank=options.rank, lr=options.lr)
-    assert learner.pool is not None
-    file = options.calibration or default_file(learner.pool)
-    say("measuring what the model must not forget, on text that it writes, if that was not done before")
-    calibrate_once(learner.pool, file, lambda: learner.calibrate(tokenizer=tokenizer))
+    file = calibrated(learner, tokenizer, options.calibration, progress)
     if options.guard is not None:
-        say("writing the text on which guards measure what users' weights forget, if that was not done before")
-        guard_users(learner, file, tokenizer, options.guard)
+        guard_users(learner, file, tokenizer, options.guard, progress)
     return learner, tokenizer
 
 
-def guard_users(learner: ttt.Learner, calibration: Path, tokenizer: Any, bound: float) -> None:
+def guard_users(
+    learner: ttt.Learner, calibration: Path, tokenizer: Any, bound: float, progress: Progress = silent
+) -> None:
     """Give each user of ``learner`` a guard that only checks, after each lesson and study: it changes no step.
 
     Args:
@@ -162,6 +169,7 @@ def guard_users(learner: ttt.Learner, calibration: Path, tokenizer: Any, bound: 
         calibration: its file.
         tokenizer: the model's.
         bound: of the drift (`ttt.Guard`).
+        progress: shows how far the model is with the text, where it is not there yet.
 
     Raises:
         ValueError: for a bound that is not above 0 and finite, and as `held_back_once`.
@@ -172,7 +180,11 @@ def guard_users(learner: ttt.Learner, calibration: Path, tokenizer: Any, bound: 
     def write() -> Tensor:
         # Not the text of the calibration, on which protection makes the least to be forgotten.
         seed, length = learner.config.seed + 1, min(64 + HELD_BACK[1], learner.context - 1)
-        return written_text(learner.model, tokenizer, context=learner.context, seed=seed, length=length)
+        with (
+            progress("The model writes the text on which guards measure what users' weights forget") as told,
+            telling_of_text(learner.model, told, lambda prompt: prompt + length),
+        ):
+            return written_text(learner.model, tokenizer, context=learner.context, seed=seed, length=length)
 
     texts = held_back_once(learner.pool, calibration, write)
     # Nothing but the bound: slower steps would cost what a user is told once, which has a large loss, the most.
@@ -198,12 +210,14 @@ def build_learner(options: ServeOptions, say: Any = lambda text: None) -> tuple[
     return learner, tokenizer
 
 
-def build_service(options: ServeOptions, observer: Any = None, say: Any = lambda text: None) -> tuple[Service, str]:
+def build_service(
+    options: ServeOptions, observer: Any = None, say: Any = lambda text: None, progress: Progress = silent
+) -> tuple[Service, str]:
     """Load, adapt and calibrate the model, and start a service: (service, the model's name).
 
     Args:
         observer: of the service.
-        say: called with what is being done.
+        say, progress: as for `build_users`.
 
     Raises:
         ValueError, OSError, ImportError: if the model, the store or an option is not usable.
@@ -220,7 +234,7 @@ def build_service(options: ServeOptions, observer: Any = None, say: Any = lambda
     except StoreError as error:
         raise StorageFailure(f"the store {without_password(options.store)} cannot be opened: {error}") from error
     try:
-        learner, tokenizer = build_users(options, say)
+        learner, tokenizer = build_users(options, say, progress)
         if isinstance(learner, StateReader):
             weights = learner.name
         else:
@@ -249,11 +263,13 @@ def build_collector(options: ServeOptions, server: Server) -> Collector:
     )  # fmt: skip
 
 
-def build_app(options: ServeOptions, say: Any = lambda text: None) -> tuple[FastAPI, Server]:
+def build_app(
+    options: ServeOptions, say: Any = lambda text: None, progress: Progress = silent
+) -> tuple[FastAPI, Server]:
     """The web application with ``options``, and what its routes share; its service has been started.
 
     Args:
-        say: called with what is being done.
+        say, progress: as for `build_users`.
 
     Raises:
         ValueError, OSError, ImportError, RequestError, StoreError: if the model, the store or an option is not usable.
@@ -265,7 +281,7 @@ def build_app(options: ServeOptions, say: Any = lambda text: None) -> tuple[Fast
 
     metrics = Metrics()
     keys = NoKeys(options.user) if options.keys is None else Keys(options.keys)
-    service, name = build_service(options, metrics, say)
+    service, name = build_service(options, metrics, say, progress)
     rates = RateLimits(options.requests_per_minute, options.tokens_per_minute)
     server = Server(service, keys, name, metrics, rates, options.request_seconds)
     # Without keys everyone is an operator: then nobody but this machine may reach the server.
@@ -294,9 +310,15 @@ def run(options: ServeOptions) -> None:
     if options.keys is None and not is_loopback(options.host):
         _stop(f"--host {options.host} is reached from other machines: it needs --keys FILE, made by 'ttt keys add'")
     _require_free(options.host, options.port)
-    _log_to_stderr()
+    with _log_on_stderr():
+        _serve(options, uvicorn, trace_requests)
+
+
+def _serve(options: ServeOptions, uvicorn: Any, trace_requests: Any) -> None:
+    """`run`, once its options fit together and the packages are there that it needs."""
     try:
-        app, server = build_app(options, lambda text: typer.echo(f"{text} ...", err=True))
+        shown = functools.partial(terminal.progress, Console(stderr=True))
+        app, server = build_app(options, lambda text: typer.echo(f"{text} ...", err=True), shown)
         collector = build_collector(options, server)
         end_tracing = trace_requests(app) if options.telemetry else None
     except (ImportError, OSError, ValueError, StoreError, RequestError) as error:
@@ -306,7 +328,7 @@ def run(options: ServeOptions) -> None:
         timeout_graceful_shutdown=int(options.drain_seconds),
     )  # fmt: skip
 
-    class Web(uvicorn.Server):
+    class Web(uvicorn.Server):  # type: ignore[name-defined, misc]
         signalled = 0.0  # when the first signal came, by time.monotonic
 
         def handle_exit(self, sig: int, frame: Any) -> None:
@@ -363,9 +385,17 @@ class _Lines(logging.Formatter):
         return json.dumps(found)
 
 
-def _log_to_stderr() -> None:
+@contextlib.contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """Inside, the server's log goes to stderr as lines of JSON; afterwards, where it went before."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines())
     logger = logging.getLogger("ttt.serve")
+    before = logger.handlers, logger.propagate, logger.level
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = before[:2]
+        logger.setLevel(before[2])

@@ -9,7 +9,6 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +18,11 @@ from ttt.per_user.pool import Pool
 from ttt.serve import jobs
 from ttt.serve.batch import Batch
 from ttt.serve.daemon_threads import DaemonThreads
-from ttt.serve.errors import Conflict, HungUp, RequestError, Tripped, Unavailable, as_request_error
+from ttt.serve.errors import Conflict, HungUp, RequestError, Unavailable, as_request_error
+from ttt.serve.job_runner import JobRunner
 from ttt.serve.jobs import Job, Learnt
 from ttt.serve.limits import Limits
+from ttt.serve.missed import FORGOTTEN, MissedTurns
 from ttt.serve.observer import Observer, Silent
 from ttt.serve.openings import Openings
 from ttt.serve.places import Places
@@ -32,7 +33,7 @@ from ttt.serve.sessions import Sessions
 from ttt.serve.state_reader import StatePool, StateReader
 from ttt.serve.state_rows import StateRows
 from ttt.serve.teaching import Lesson
-from ttt.serve.user_queue import UserQueue, is_lesson
+from ttt.serve.user_queue import UserQueue, is_lesson, teaches
 from ttt.serve.waiting import Waiting
 from ttt.serve.work import StatesWork, WeightsWork, Work
 from ttt.store import Store
@@ -104,11 +105,13 @@ class Service:
         self._openings = Openings(
             self.sessions, self._waiting.queues, self._io, self.observer, lambda: self._inbox.put(None)
         )  # fmt: skip
-        self._jobs: deque[Job] = deque()  # that have begun, the next one to take a step first
+        self.missed = MissedTurns(self.observer.missed)
+        self._jobs = JobRunner(
+            self.limits, self._work, self.sessions, self._waiting, self.observer, lambda: self._inbox.put(None)
+        )  # fmt: skip
         self._lock = threading.Lock()  # what comes in is taken before the service drains, or refused
         self._draining = False
         self._drain_until: float | None = None
-        self._owed = 0.0  # seconds of generating that must pass before the next step of a job
         self._thread = threading.Thread(target=self._run, name="ttt-model", daemon=True)
         self._thread.start()
 
@@ -119,11 +122,13 @@ class Service:
 
         Raises:
             BadRequest: if it asks for more sequences than are generated at a time. TooBusy: if too much waits already.
-            Unavailable: if the service is ending.
+            Unavailable: if the service is ending, or the store does not take what the user has taught before.
         """
         self.limits.check_n(request.n)
         with self._lock:
             self._require_open()
+            if request.lesson is not None and (error := self._stalled(request.user)) is not None:
+                raise error
             self._places.take(request.user, self._cost(request))
             self._inbox.put(request)
 
@@ -145,8 +150,12 @@ class Service:
 
     def forget(self, user: str) -> concurrent.futures.Future[None]:
         """See `ttt.serve.jobs.forget`."""
-        job = Job(user, "forget", lambda: jobs.forget(self.sessions, self._io, user), needs_slot=False)
-        return self._enter(job)
+
+        def steps() -> jobs.Steps:
+            yield from jobs.forget(self.sessions, self._io, user)
+            self.missed.forget(user)
+
+        return self._enter(Job(user, "forget", steps, needs_slot=False))
 
     def export(self, user: str) -> concurrent.futures.Future[Any]:
         """A copy of the user's weights, see `ttt.Pool.export`."""
@@ -227,7 +236,7 @@ class Service:
 
     def _turn(self) -> bool:
         """Take in what has come, and take a step of everything that can; False at the end."""
-        nothing_to_do = self.batch.idle and not any(job.ready for job in self._jobs)
+        nothing_to_do = self.batch.idle and not self._jobs.ready
         self._receive(block=nothing_to_do)
         if self._draining and self._drain_until is not None and time.monotonic() > self._drain_until:
             error = Unavailable("the server is stopping", retry_after=10)
@@ -237,23 +246,16 @@ class Service:
         began = time.perf_counter()
         self.batch.read_step()
         self.batch.decode_step()
-        generating = time.perf_counter()
-        if self.batch.idle:
-            self._owed = 0.0
-        if self._owed <= 0:
-            self._job_step()
-        # What a step of a job takes is owed to the answers, which pay it back with their share of the time.
-        share = self.limits.learning_share
-        self._owed += (time.perf_counter() - generating) * (1 - share) / share - (generating - began)
-        self._owed = max(self._owed, 0.0)
-        self._look_for_study()
+        self._jobs.turn(time.perf_counter() - began, alone=self.batch.idle)
+        if self.batch.idle and not self._draining:
+            self._jobs.look_for_study()
         if self._draining and self._inbox.empty():
-            return not (self.batch.idle and not self._jobs and self._waiting.idle)
+            return not (self.batch.idle and self._jobs.idle and self._waiting.idle)
         return True
 
     def _receive(self, block: bool) -> None:
         """Put what has come into the queues of its users. ``block``: wait a little if nothing has."""
-        waits = self._jobs or self._draining or self._waiting.can_start
+        waits = not self._jobs.idle or self._draining or self._waiting.can_start
         with contextlib.suppress(queue.Empty):
             item = self._inbox.get(timeout=0.005 if waits else 0.1) if block else self._inbox.get_nowait()
             while True:
@@ -266,28 +268,27 @@ class Service:
         if isinstance(item, Job) and item.reads:
             return  # goes on beside a study
         if job is not None and job.yields_to_requests:
-            job.give_up(Conflict("the study was given up for a request; it begins anew later"))
-            self._end_job(job)
+            self._jobs.give_up(job, Conflict("the study was given up for a request; it begins anew later"))
 
     def _start(self) -> None:
         """Start what waits at the head of the queues, oldest first."""
         full = False  # or reserved for a request that needs more rows than are free
-        for job in [job for job in self._jobs if job.cancelled]:
-            job.give_up(HungUp(NOBODY))
-            self._end_job(job)
+        self._jobs.give_up_cancelled(HungUp(NOBODY))
         for user, waits in self._waiting.in_order():
             self._waiting.end(waits, lambda item: item.cancelled, HungUp(NOBODY))
             try:
                 if self._openings.install(waits):
-                    waits.to_study = self._is_to_study(user)
+                    waits.to_study = self._jobs.is_to_study(user)
             except Exception as error:
                 self._waiting.end(waits, lambda item: True, as_request_error(error))
+            if (stalled := self._stalled(user)) is not None:
+                self._waiting.end(waits, teaches, stalled)
             while waits.waiting:
                 item = waits.waiting[0]
                 if isinstance(item, Job):
                     if not self._start_job(item, waits):
                         break
-                elif waits.job is not None or not self._openings.has_session(user, waits):
+                elif not self._may_begin(item, waits):
                     break
                 elif full or not self.batch.fits(item):
                     full = True
@@ -296,11 +297,18 @@ class Service:
                     waits.waiting.popleft()
                     self._places.leave(item.user)
                     waits.active += 1
+                    waits.promised += teaches(item)
                     self.batch.begin(item)
         self._waiting.tidy(lambda user: self.sessions.get(user) is not None)
         for user in self.sessions.lost():  # what they learnt last was refused: they begin with what is stored
             if self._waiting.is_idle(user):
                 self.sessions.drop(user)
+
+    def _may_begin(self, request: Request, waits: UserQueue) -> bool:
+        """Whether the user's weights are there and stay as they are, and what is taught has room; rows apart."""
+        if waits.job is not None or not self._openings.has_session(request.user, waits):
+            return False
+        return not teaches(request) or self._has_room(request.user)
 
     def _start_job(self, job: Job, waits: UserQueue) -> bool:
         """Start the first item that waits, a job, if it can be; whether the next one may be looked at."""
@@ -309,8 +317,7 @@ class Service:
             if (waits.job is not None and waits.job.kind != "study") or not self._openings.has_session(job.user, waits):
                 return False
             waits.waiting.popleft()
-            waits.reads += 1
-            self._jobs.append(job)
+            self._jobs.begin(job, waits)
             return True
         if waits.active or waits.reads or waits.job is not None:
             return False
@@ -318,15 +325,15 @@ class Service:
             return False
         if job.kind == "forget":
             waits.forgetting = True
-            self._waiting.end(waits, is_lesson, Conflict("nothing was learnt: the user was forgotten meanwhile"))
+            gone = Conflict("nothing was learnt: the user was forgotten meanwhile", code=FORGOTTEN)
+            self._waiting.end(waits, is_lesson, gone)
             if waits.opening is not None:
                 return False
             if waits.fetched is not None:
                 self.sessions.discard(waits.fetched)
                 waits.fetched = None
         waits.waiting.remove(job)
-        waits.job = job
-        self._jobs.append(job)
+        self._jobs.begin(job, waits)
         return False
 
     # -- refusing -----------------------------------------------------------------------------------------------------
@@ -336,8 +343,7 @@ class Service:
         for waits in self._waiting.queues.values():
             self._waiting.end(waits, lambda item: not isinstance(item, Job) or item.counted, error)
             if waits.job is not None and waits.job.kind == "study":
-                waits.job.give_up(error)
-                self._end_job(waits.job)
+                self._jobs.give_up(waits.job, error)
         for request in self.batch.requests:
             if not request.cancelled:
                 request.cancelled = True
@@ -351,8 +357,7 @@ class Service:
                 self._openings.abandon(waits)
             job = waits.job
             if late and job is not None and job.waits_for is not None and not job.waits_for.done():
-                job.give_up(error)
-                self._end_job(job)
+                self._jobs.give_up(job, error)
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
@@ -362,29 +367,66 @@ class Service:
         waits.active -= 1
         waits.last = time.monotonic()
         if request.cancelled or request.failed:
-            return self._unlearnt(request)
+            return self._unlearnt(request, waits)
         self.observer.served(len(request.prompt), request.generated)
         if request.user is None:
-            self._unlearnt(request)
+            self._unlearnt(request, waits)
             return request.deliver(self._outcome(request, "off"))
         session = self.sessions.use(request.user)
         if request.lesson is None:
             return request.deliver(self._outcome(request, "off"))
         if session.read_only or waits.forgetting:
             why = session.read_only or "the user is being forgotten"
-            self._unlearnt(request)
+            self._unlearnt(request, waits)
             return request.deliver(self._outcome(request, f"refused: {why}"))
         job = self._work.lesson(request.user, request.lesson)
         job.arrival, job.counted = request.arrival, False
         waits.put_lesson(job)
+        job.result.add_done_callback(lambda done: waits.lesson_ended())
         if request.wait:
             job.result.add_done_callback(lambda done: self._tell_when_stored(request, done))
         else:
+            self._note_if_missed(request.user, job.result)
             request.deliver(self._outcome(request, "queued"))
 
-    def _unlearnt(self, request: Request) -> None:
-        """The lesson of ``request`` will not be learnt."""
+    def _unlearnt(self, request: Request, waits: UserQueue) -> None:
+        """The lesson of ``request``, if there is one, will not be learnt."""
         self._places.learnt(self._cost(request))
+        if teaches(request):
+            waits.lesson_ended()
+
+    def _has_room(self, user: str | None) -> bool:
+        """Whether ``user`` may be promised to learn one turn more, with those that are promised already.
+
+        What is promised is never given up for want of room: without it the request waits before it is answered.
+        """
+        session = None if user is None else self.sessions.get(user)
+        if user is None or session is None or session.read_only:
+            return True  # it will not be learnt, or is not known yet
+        waits = self._waiting.queues.get(user)
+        return self.sessions.has_room(user, 0 if waits is None else waits.promised)
+
+    def _stalled(self, user: str | None) -> Unavailable | None:
+        """The error of requests that teach, where there is no room for what they teach and the store takes nothing."""
+        with contextlib.suppress(KeyError):  # another thread may ask while the user leaves
+            if user is None or self._has_room(user) or self.sessions.waits_for_store(user) < jobs.LONGEST_WAIT:
+                return None
+            return Unavailable(
+                "the store does not take what this user has taught before, and no more may wait for it; try again "
+                "later, or with x-ttt-learn: off", retry_after=10,
+            )  # fmt: skip
+        return None
+
+    def _note_if_missed(self, user: str, learnt: concurrent.futures.Future[Learnt]) -> None:
+        """Let the user read of it if what ``learnt`` stands for is not learnt, or not stored in the end."""
+
+        def note(done: concurrent.futures.Future[Any]) -> None:
+            if (error := done.exception()) is not None:
+                self.missed.note(user, error)
+            elif isinstance(done.result(), Learnt):
+                done.result().stored.add_done_callback(note)
+
+        learnt.add_done_callback(note)
 
     def _cost(self, request: Request) -> int:
         """How many tokens are to be read to learn from ``request``."""
@@ -409,82 +451,3 @@ class Service:
         return outcome if session is None else dataclasses.replace(
             outcome, updates=session.updates, version=session.version
         )  # fmt: skip
-
-    def _job_step(self) -> None:
-        """Take a step of the next job that can take one."""
-        for _ in range(len(self._jobs)):
-            self._jobs.rotate(-1)
-            job = self._jobs[-1]
-            if not job.ready:
-                continue
-            if job.step():
-                try:
-                    self._job_ended(job)
-                finally:
-                    job.settle()  # who waits finds everything counted
-            elif job.waits_for is not None:
-                job.waits_for.add_done_callback(lambda _: self._inbox.put(None))
-            return
-
-    def _end_job(self, job: Job) -> None:
-        """Take a job that has ended out of what goes on."""
-        self._jobs.remove(job)
-        waits = self._waiting.queues[job.user]
-        if job.reads:
-            waits.reads -= 1
-        else:
-            waits.job, waits.last = None, time.monotonic()
-        self._waiting.leave(job)
-
-    def _job_ended(self, job: Job) -> None:
-        self._end_job(job)
-        waits, failed = self._waiting.queues[job.user], job.error is not None
-        if isinstance(job.error, Tripped):
-            self.observer.tripped()
-            if (session := self.sessions.get(job.user)) is not None:
-                session.trips += 1
-        elif failed:
-            self.observer.failed(job.kind)
-        if job.kind == "learn" and not failed:
-            waits.to_study = self._is_to_study(job.user)
-            self.observer.learnt(job.tokens, job.seconds)
-        elif job.kind == "study":
-            waits.to_study = False
-            session = self.sessions.get(job.user)
-            if session is not None and (
-                not failed or (job.yields_to_requests and not isinstance(job.error, Unavailable))
-            ):
-                session.study_failed = failed
-            if not failed:
-                self.observer.studied(job.value[0].episodes, job.seconds)
-        elif job.kind == "forget":
-            waits.forgetting = waits.to_study = False
-        elif job.kind == "rollback" and not failed:
-            waits.to_study = self._is_to_study(job.user)
-
-    def _is_to_study(self, user: str | None) -> bool:
-        """Whether ``user`` said something that is to be studied when there is nothing else to do.
-
-        Nothing is after such a study has failed, as one does that the guard refuses: each further lesson would cost a
-        whole study.
-        """
-        session = None if user is None else self.sessions.get(user)
-        return session is not None and not session.study_failed and self._work.unstudied(user)
-
-    def _look_for_study(self) -> None:
-        """If there is nothing else to do, let a user's words be studied who has said nothing for a while."""
-        if not self.limits.study_after or self._draining or self._jobs or not self.batch.idle:
-            return
-        now = time.monotonic()
-        for user, waits in self._waiting.queues.items():
-            if user is None or not waits.to_study or not waits.idle or now - waits.last < self.limits.study_after:
-                continue
-            session = self.sessions.get(user)
-            if session is None or session.read_only:
-                waits.to_study = False
-                continue
-            job = self._work.study(user)
-            job.yields_to_requests, job.counted = True, False
-            waits.job = job
-            self._jobs.append(job)
-            return

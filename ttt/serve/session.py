@@ -31,9 +31,11 @@ class Session:
         tokens: number of tokens learnt so far.
         stored: value of ``updates`` in the newest version that the store has acknowledged.
         version: the number of that version; None if there is none.
+        owed_since: where updates wait to be stored, since when the store has acknowledged none, by `time.monotonic`.
         opened: when, by `time.monotonic`.
         writes: one for each update that is to be stored.
         dropped: whether nothing more of it is to be stored.
+        forgotten: whether that is because the user is being forgotten.
         left: set once the lease was given up.
         trips: how often the user's guard has undone a change, since the user was opened.
         drift: what the guard measured after the last change that it let stand; None before the first one.
@@ -47,9 +49,11 @@ class Session:
     tokens: int = 0
     stored: int = 0
     version: int | None = None
+    owed_since: float = 0.0
     opened: float = dataclasses.field(default_factory=time.monotonic)
     writes: list[concurrent.futures.Future[int]] = dataclasses.field(default_factory=list)
     dropped: bool = False
+    forgotten: bool = False
     left: threading.Event = dataclasses.field(default_factory=threading.Event)
     trips: int = 0
     drift: float | None = None

@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -161,10 +162,15 @@ class Sessions:
             raise Conflict(f"nothing was learnt: {session.read_only}", code="read_only")
         return session
 
-    def has_room(self, user: str) -> bool:
-        """Whether fewer than ``most_unsaved`` updates of ``user`` wait to be stored."""
+    def has_room(self, user: str, promised: int = 0) -> bool:
+        """Whether fewer than ``most_unsaved`` updates of ``user`` wait to be stored, with so many that are to come."""
         session = self._sessions[user]
-        return session.updates - session.stored < self.most_unsaved
+        return session.updates - session.stored + promised < self.most_unsaved
+
+    def waits_for_store(self, user: str) -> float:
+        """Seconds since the store acknowledged an update of ``user``, where others wait for that; else 0."""
+        session = self._sessions[user]
+        return 0.0 if self.saved(user) else time.monotonic() - session.owed_since
 
     @property
     def alive(self) -> bool:
@@ -178,6 +184,8 @@ class Sessions:
             The number of the version, once it or a later state of the user is stored.
         """
         session = self.require_writable(user)
+        if self.saved(user):
+            session.owed_since = time.monotonic()
         session.updates += 1
         session.tokens += tokens
         meta = {"updates": session.updates, "tokens": session.tokens, "model": self.model}
@@ -263,23 +271,28 @@ class Sessions:
         except UnknownUser:
             pass
         except StoreError as error:
-            raise unavailable("not everything could be removed yet, ask again", error) from error
+            raise unavailable("not everything could be removed yet", error) from error
 
-    def drop(self, user: str) -> None:
+    def drop(self, user: str, *, forgotten: bool = False) -> None:
         """Free the slot of ``user``, if there is one, without storing anything; what waits to be written is dropped.
 
         Does not wait: a write that is going on ends by itself.
+
+        Args:
+            forgotten: whether the user is being forgotten.
         """
         session = self._sessions.pop(user, None)
         if session is not None:
             self.pool.forget(user)
+            session.forgotten = forgotten
             self._writer.drop(session)
 
     def close(self, timeout: float | None = None) -> list[str]:
         """Store what waits to be stored, release all leases and end the writer: users of whom something is unsaved.
 
         Args:
-            timeout: seconds to wait for the store; None for as long as it takes.
+            timeout: seconds to wait for the store; None for as long as it takes. Of several calls none waits longer
+                than until the earliest of their ends.
         """
         self._writer.close(list(self._sessions.values()), timeout)
         return [user for user, session in self._sessions.items() if session.stored < session.updates]

@@ -6,6 +6,7 @@ import concurrent.futures
 import itertools
 import time
 from collections import deque
+from typing import TypeGuard
 
 from ttt.serve.jobs import Job
 from ttt.serve.request import Request
@@ -18,6 +19,7 @@ class UserQueue:
     def __init__(self) -> None:
         self.waiting: deque[Request | Job] = deque()
         self.active = 0  # requests that are being served
+        self.promised = 0  # lessons of these, and of those that were answered, which are not learnt yet
         self.job: Job | None = None  # that changes the user's weights
         self.reads = 0  # jobs that only read them
         self.opening: concurrent.futures.Future[Fetched] | None = None
@@ -35,11 +37,24 @@ class UserQueue:
         )  # fmt: skip
 
     def put_lesson(self, job: Job) -> None:
-        """Let ``job``, which learns from an answer, wait before the requests, and after lessons that wait already."""
-        at = sum(1 for item in itertools.takewhile(is_lesson, self.waiting))
+        """Let ``job``, which learns from an answer, wait before all else but the lessons of earlier answers.
+
+        For these there is room among what waits to be stored. Another lesson could take it, and then waits for the
+        store itself.
+        """
+        at = sum(1 for item in itertools.takewhile(lambda item: is_lesson(item) and not item.counted, self.waiting))
         self.waiting.insert(at, job)
 
+    def lesson_ended(self) -> None:
+        """Note that a lesson that was `promised` was learnt, or will not be."""
+        self.promised -= 1
 
-def is_lesson(item: Request | Job) -> bool:
+
+def teaches(item: Request | Job) -> bool:
+    """Whether ``item`` is a request that is to be learnt from once it is answered."""
+    return isinstance(item, Request) and item.lesson is not None
+
+
+def is_lesson(item: Request | Job) -> TypeGuard[Job]:
     """Whether ``item`` is to be learnt."""
     return isinstance(item, Job) and item.kind == "learn"

@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ttt.serve.errors import Conflict, Unavailable, kinds
+from ttt.serve.missed import FORGOTTEN
 from ttt.serve.session import Session, State, settle
 from ttt.store import StaleLease, Store
 
@@ -63,6 +65,7 @@ class Writer:
         self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
         self._released: list[Session] = []
         self._stop = False
+        self._until = math.inf  # when nobody waits for the store any more, by `time.monotonic`
         self._ended = threading.Event()  # no lease needs renewing any more
         self._thread = threading.Thread(target=self._run, name="ttt-store", daemon=True)
         self._thread.start()
@@ -91,7 +94,7 @@ class Writer:
             waiting = self._waiting.pop(session.user, None)
             self._leave(session)
         if waiting is not None:
-            waiting.fail(_dropped())
+            waiting.fail(_dropped(session))
 
     def release(self, session: Session) -> None:
         """Release the lease of a session, once all that waits to be written of it is."""
@@ -112,14 +115,18 @@ class Writer:
         """Write what waits, release the leases of ``sessions``, and end.
 
         Args:
-            timeout: seconds to wait for the store; None for as long as it takes.
+            timeout: seconds to wait for the store; None for as long as it takes. Of several calls none waits longer
+                than until the earliest of their ends.
         """
         with self._changed:
             for session in sessions:
                 self._leave(session)
             self._stop = True
+            if timeout is not None:
+                self._until = min(self._until, time.monotonic() + timeout)
+            until = self._until
             self._changed.notify_all()
-        self._thread.join(timeout)
+        self._thread.join(None if until == math.inf else max(until - time.monotonic(), 0.0))
         self._ended.set()
 
     def _run(self) -> None:
@@ -166,9 +173,10 @@ class Writer:
         else:
             session.version = version
             session.stored = max(session.stored, int(work.meta["updates"]))
+            session.owed_since = time.monotonic()
             seconds = time.perf_counter() - began
             # Of a user who was forgotten while it was written, it is erased with all other versions.
-            told = _dropped() if session.dropped else version
+            told = _dropped(session) if session.dropped else version
             for future in work.futures:
                 settle(future, told)
             self.on_stored(seconds)
@@ -179,7 +187,7 @@ class Writer:
         with self._changed:
             newer = self._waiting.get(work.session.user)
             if work.session.dropped:
-                failure = _dropped()
+                failure = _dropped(work.session)
             elif newer is not None:
                 newer.futures[:0] = work.futures
             elif self._stop:
@@ -216,5 +224,6 @@ class Writer:
                     log.warning("a lease could not be renewed: %s", kinds(error))
 
 
-def _dropped() -> Conflict:
-    return Conflict("nothing was stored: the user was forgotten meanwhile, or opened anew")
+def _dropped(session: Session) -> Conflict:
+    code = FORGOTTEN if session.forgotten else None
+    return Conflict("nothing was stored: the user was forgotten meanwhile, or opened anew", code=code)

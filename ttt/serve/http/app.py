@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from ttt.serve.errors import BadRequest, NotFound, RequestError, as_request_error
+from ttt.serve.errors import BadRequest, NotFound, RequestError
 from ttt.serve.http import completions, users
 from ttt.serve.http.middleware import Guarded
 from ttt.serve.http.state import Server, server_of
@@ -53,7 +53,7 @@ def create_app(server: Server, *, largest_body: int = 1 << 20, hosts: Sequence[s
         server.metrics.watch(name, about, read)
     _add_errors(app)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health(http: Request) -> JSONResponse:
         alive = server_of(http).service.alive
         return JSONResponse({"status": "ok" if alive else "stopping"}, 200 if alive else 503)
@@ -103,10 +103,6 @@ def _add_errors(app: FastAPI) -> None:
         known.status = error.status_code
         return _response(known)
 
-    @app.exception_handler(Exception)
-    async def unknown(http: Request, error: Exception) -> JSONResponse:
-        return _response(as_request_error(error))
-
 
 def _response(error: RequestError) -> JSONResponse:
     return JSONResponse(error.body(), error.status, error.headers)
@@ -136,9 +132,9 @@ def _bad_request(errors: Sequence[Any]) -> BadRequest:
     shown = f", got {got!r:.100}" if first["type"] != "missing" and not isinstance(got, (dict, list)) else ""
     if isinstance(got, bytes) and not name:
         return BadRequest("the body must be JSON, named by the header content-type: application/json")
-    if isinstance(got, (dict, list)) and not name:
+    if not name:
         return BadRequest("the body must be a JSON object of the parameters")
-    return BadRequest(f"{name or 'the body'}: {first['msg']}{shown}", param=name or None)
+    return BadRequest(f"{name}: {first['msg']}{shown}", param=name)
 
 
 def _most_telling(errors: Sequence[Any]) -> Any:

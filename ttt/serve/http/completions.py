@@ -275,7 +275,7 @@ async def _lines(chunks: AsyncIterator[dict[str, Any] | str]) -> AsyncIterator[s
         async for chunk in chunks:
             yield f"data: {chunk if isinstance(chunk, str) else json.dumps(chunk)}\n\n"
     except Exception as error:
-        yield f"data: {json.dumps(as_request_error(error).body())}\n\n"
+        yield as_request_error(error).event()
 
 
 async def _chunks(

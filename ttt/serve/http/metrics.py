@@ -27,6 +27,7 @@ class Metrics:
         self.studies = Counter("ttt_studied_episodes", "Pieces of text that were studied.", **made)
         self.study_seconds = Counter("ttt_study_seconds", "Time that studies took.", **made)
         self.failures = Counter("ttt_failures", "What failed, by kind.", ["kind"], **made)
+        self.missed_turns = Counter("ttt_missed_turns", "Turns answered as queued that were not learnt.", **made)
         self.trips = Counter("ttt_guard_trips", "Lessons and studies that a user's guard has undone.", **made)
         self.evictions = Counter("ttt_evictions", "Users whose slot was given to another one.", **made)
         self.opening = Histogram("ttt_user_open_seconds", "Reading a user from the store.", buckets=_SECONDS, **made)
@@ -64,6 +65,9 @@ class Metrics:
 
     def failed(self, kind: str) -> None:
         self.failures.labels(kind).inc()
+
+    def missed(self) -> None:
+        self.missed_turns.inc()
 
     def tripped(self) -> None:
         self.trips.inc()

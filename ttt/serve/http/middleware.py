@@ -9,10 +9,10 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
-from ttt.serve.errors import Forbidden, RequestError, TooLarge, Unavailable
+from ttt.serve.errors import Forbidden, RequestError, TooLarge, Unavailable, as_request_error
 from ttt.serve.http.metrics import Metrics
 
-log = logging.getLogger("ttt.serve.access")
+log, faults = logging.getLogger("ttt.serve.access"), logging.getLogger("ttt.serve")
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -31,6 +31,8 @@ class _BodyTooLarge(Exception):
 class Guarded:
     """Passes requests on to ``app`` that are not too large and meant for this host, and writes a line about each.
 
+    What ``app`` does not expect becomes an error in OpenAI's form.
+
     The line has the route, the status and the time, but nothing that a client sent: no content, no key, no user.
 
     Args:
@@ -48,6 +50,7 @@ class Guarded:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         began, status, size, refused = time.perf_counter(), 0, 0, False
+        streams = ended = False
 
         async def counted() -> MutableMapping[str, Any]:
             nonlocal size, refused
@@ -60,11 +63,15 @@ class Guarded:
             return message
 
         async def noted(message: MutableMapping[str, Any]) -> None:
-            nonlocal status
+            nonlocal status, streams, ended
             if refused and not status and message.get("status") != TooLarge.status:
                 return  # what the application makes of the broken body
             if message["type"] == "http.response.start":
                 status = message["status"]
+                kind = dict(message.get("headers", ())).get(b"content-type", b"")
+                streams = kind.startswith(b"text/event-stream")
+            elif message["type"] == "http.response.body":
+                ended = not message.get("more_body", False)
             await send(message)
 
         headers = dict(scope["headers"])
@@ -90,9 +97,21 @@ class Guarded:
                 if refused and not status:
                     await _answer(self._too_large(), noted)
         except asyncio.CancelledError:
-            # Only a server that stops cancels requests. An answer that has begun is cut short.
+            # Only a server that stops cancels requests. Of an answer that has begun only events can still say so.
+            stopping = Unavailable("the server is stopping", retry_after=10)
             if not status:
-                await _answer(Unavailable("the server is stopping", retry_after=10), noted)
+                await _answer(stopping, noted)
+            elif streams and not ended:
+                await _end(stopping, noted)
+        except Exception as error:
+            # The HTTP server would print the error's own text, which may repeat what the client sent.
+            faults.error("a request failed", exc_info=error)
+            if not status:
+                await _answer(as_request_error(error), noted)
+            elif streams and not ended:
+                await _end(as_request_error(error), noted)
+            else:  # then the connection is closed, so that the client sees that the answer is cut short
+                raise RuntimeError("a request failed after its answer had begun") from None
         finally:
             route = route_of(scope)
             self.metrics.requests.labels(route, str(status)).inc()
@@ -107,6 +126,11 @@ def _without_port(host: str) -> str:
     """The name in a header ``Host`` such as ``localhost:8000`` or ``[::1]:8000``."""
     name, _, port = host.rpartition(":")
     return name if name and port.isdigit() else host
+
+
+async def _end(error: RequestError, send: Send) -> None:
+    """End an answer of server-sent events that has begun."""
+    await send({"type": "http.response.body", "body": error.event().encode()})
 
 
 async def _answer(error: RequestError, send: Send) -> None:

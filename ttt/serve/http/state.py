@@ -90,8 +90,8 @@ class Server:
     def check_tokens(self, ids: Sequence[int], param: str) -> None:
         """Raise BadRequest unless all ``ids`` are tokens of the model."""
         size = self.service.learner.model.get_input_embeddings().num_embeddings
-        if any(not 0 <= token < size for token in ids):
-            raise BadRequest(f"{param} must hold tokens from 0 to {size - 1}", param=param)
+        if (wrong := next((token for token in ids if not 0 <= token < size), None)) is not None:
+            raise BadRequest(f"{param} must hold tokens from 0 to {size - 1}, got {wrong!s:.40}", param=param)
 
 
 def server_of(http: Request) -> Server:

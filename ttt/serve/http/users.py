@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import io
 import tempfile
 import zipfile
@@ -50,16 +51,18 @@ async def show(http: Request, user: str) -> dict[str, Any]:
     server = server_of(http)
     user = _allowed(server, http, user)
     versions = await _result(server, http, server.service.io(_versions, server, user))
-    session = server.service.sessions.get(user)
-    if session is None and not versions:
+    session, missed = server.service.sessions.get(user), server.service.missed.of(user)
+    if session is None and not versions and missed is None:
         raise NotFound(f"there is no user {user!r}", param="user")
     reads = server.service.reads
     drift = None if session is None or reads else await _result(server, http, server.service.drift(user))
     return {
         "id": user, "keeps": "state" if reads else "weights", "online": session is not None,
         "updates": None if session is None else session.updates, "tokens": None if session is None else session.tokens,
+        "unsaved": 0 if session is None else session.updates - session.stored,
         "read_only": session.read_only if session is not None else "", "drift": drift,
-        "guard": _guard(server, session), "versions": versions,
+        "guard": _guard(server, session), "missed": None if missed is None else dataclasses.asdict(missed),
+        "versions": versions,
     }  # fmt: skip
 
 

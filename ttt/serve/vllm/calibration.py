@@ -11,8 +11,8 @@ import torch
 
 import ttt
 from ttt.config import TTTConfig
+from ttt.per_user.calibration_file import SHARED, calibrate_once, default_file, weights_name
 from ttt.per_user.pool import Pool
-from ttt.serve.calibration import SHARED, calibrate_once, default_file, weights_name
 
 log = logging.getLogger("vllm.ttt")
 
@@ -26,13 +26,13 @@ def calibrate(pool: Pool, config: TTTConfig, model: Any, path: str) -> str:
         pool: of the top blocks; its layers have the names of the whole model's modules.
         config: of its layers.
         model: vLLM's ``ModelConfig``.
-        path: of the file; "" for `ttt.serve.calibration.default_file`.
+        path: of the file; "" for `ttt.per_user.calibration_file.default_file`.
 
     Returns:
         A short name of the model's weights: users of another model are refused.
 
     Raises:
-        ValueError: as `ttt.serve.calibration.calibrate_once`.
+        ValueError: as `ttt.per_user.calibration_file.calibrate_once`.
     """
     file = Path(path) if path else default_file(pool)
     began = time.perf_counter()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
 import logging
+from http import HTTPStatus
 from typing import Any
 
 from ttt.serve.errors import RequestError
@@ -158,7 +160,7 @@ def _generation(client: Any, options: Options, states: list[State]) -> None:
 
 
 def _ending(client: Any, states: list[State]) -> None:
-    """Let users' lessons end before the engine does."""
+    """Let users' lessons end before the engine does, and all requests with it."""
     shutdown = client.shutdown
 
     @functools.wraps(shutdown)
@@ -172,8 +174,24 @@ def _ending(client: Any, states: list[State]) -> None:
             except Exception:
                 log.exception("what users have said could not be learnt before the engine ends")
         shutdown(self, *args, **kwargs)
+        _end_requests(self)
 
     client.shutdown = learn_and_shutdown
+
+
+def _end_requests(client: Any) -> None:
+    """Tell the requests that wait for the engine of ``client``, which has ended, that the server is stopping.
+
+    vLLM lets them wait for ever, and its server for their connections.
+    """
+    handler = getattr(client, "output_handler", None)
+    if handler is None:  # nobody has asked for anything
+        return
+    from vllm.exceptions import GracefulHTTPError
+
+    stopping = GracefulHTTPError("the server is stopping", HTTPStatus.SERVICE_UNAVAILABLE)
+    with contextlib.suppress(RuntimeError):  # the server's loop has ended, and its requests with it
+        handler.get_loop().call_soon_threadsafe(client.output_processor.propagate_error, stopping)
 
 
 def _request(seats: Seats, seat: Seat) -> Any:

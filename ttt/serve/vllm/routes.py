@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from typing import Any
@@ -21,10 +22,12 @@ def add_routes(app: Any, state: Any) -> None:
         seats: Seats = state.seats()
         async with seats.hold(_allowed(user)) as seat:
             await seat.settled()
-            known = seat.known = await seats.engine.call("status", user)
-            if known["version"] is None and not known["updates"] and not known["read_only"]:
+            known, missed = await seats.engine.call("status", user), seats.missed.of(user)
+            seat.known = known
+            if known["version"] is None and not known["updates"] and not known["read_only"] and missed is None:
                 raise NotFound(f"there is no user {user!r}", param="user")
-            return {"id": user, **{name: seat.known[name] for name in SHOWN}}
+            told = None if missed is None else dataclasses.asdict(missed)
+            return {"id": user, **{name: seat.known[name] for name in SHOWN}, "missed": told}
 
     async def forget(user: str) -> dict[str, Any]:
         seats: Seats = state.seats()

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from ttt.serve.errors import TooBusy, Unavailable
+from ttt.serve.missed import MissedTurns
 from ttt.serve.vllm.adapters import label
 from ttt.serve.vllm.engine import Engine
 
@@ -68,6 +69,7 @@ class Seats:
 
     Attributes:
         ending: whether the server is stopping, and lets nobody in.
+        missed: what was not learnt of users, although it was to be.
     """
 
     def __init__(self, engine: Engine, count: int, patience: float) -> None:
@@ -76,6 +78,7 @@ class Seats:
         self._seats: OrderedDict[str, Seat] = OrderedDict()  # in the order in which they were last used
         self._changed = asyncio.Event()
         self.ending = False
+        self.missed = MissedTurns(log=log)
 
     def label(self, seat: Seat) -> str:
         """The path of the adapter of ``seat``, another one for each state of the weights."""
@@ -154,6 +157,7 @@ class Seats:
                     lesson.cancel()
                 await before.settled()
             await self.engine.call("forget", user)
+            self.missed.forget(user)
         finally:
             if self._seats.get(user) is gone:
                 del self._seats[user]

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from ttt.serve.errors import BadRequest, Conflict, RequestError
+from ttt.serve.missed import FORGOTTEN
 from ttt.serve.teaching import Lesson, Teaching
 from ttt.serve.vllm.adapters import PREFIX
 from ttt.serve.vllm.capture import KEY
@@ -104,7 +105,7 @@ class Turns:
             seat.lessons.discard(task)
             self.seats.unpin(seat)
             if not task.cancelled() and (error := task.exception()) is not None and turn.learn != "wait":
-                log.warning("nothing was learnt of a request: %s", error)
+                self.seats.missed.note(seat.user, error)
 
         task.add_done_callback(ended)
         return task
@@ -113,7 +114,7 @@ class Turns:
         seat = turn.seat
         try:
             if seat.forgotten:
-                raise Conflict("nothing was learnt: the user was forgotten meanwhile")
+                raise Conflict("nothing was learnt: the user was forgotten meanwhile", code=FORGOTTEN)
             found = self.lesson(turn.request, client.get_tokenizer(), ids)
             if found is None:
                 raise BadRequest("nothing was learnt: the user's words cannot be found in the prompt")

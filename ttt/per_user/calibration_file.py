@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +49,9 @@ def calibrate_once(pool: Pool, file: Path, measure: Callable[[], None]) -> bool:
     Returns:
         Whether it was measured.
 
+    Warns:
+        RuntimeWarning: if the file cannot be written.
+
     Raises:
         ValueError: if the file is of other weights or another configuration, or no such file.
     """
@@ -60,8 +64,7 @@ def calibrate_once(pool: Pool, file: Path, measure: Callable[[], None]) -> bool:
             for buffer in SHARED
             if (t := getattr(layer, buffer, None)) is not None
         }
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, safetensors.torch.save(tensors, {"digest": digest}))
+        _keep(file, safetensors.torch.save(tensors, {"digest": digest}))
         return True
     try:
         with safetensors.safe_open(file, "pt") as held:
@@ -89,23 +92,35 @@ def held_back_once(pool: Pool, calibration: Path, write: Callable[[], Tensor]) -
     Returns:
         (B, T) int64 each.
 
-    Raises:
-        ValueError: as `calibrate_once`.
+    Warns, raises:
+        As `calibrate_once`.
     """
     file, digest = calibration.with_name(f"{calibration.stem}-guard{calibration.suffix}"), _digest(pool)
+    device = next(iter(pool.layers.values())).rows.device
     if not file.exists():
         rows, length = HELD_BACK
         ids = write()[:rows, -length:].cpu().contiguous()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, safetensors.torch.save({"ids": ids}, {"digest": digest}))
+        _keep(file, safetensors.torch.save({"ids": ids}, {"digest": digest}))
+        return list(ids.to(device).split(4))
     try:
         with safetensors.safe_open(file, "pt") as held:
             if (held.metadata() or {}).get("digest") != digest:
                 raise ValueError(f"{file} must be the guard's text of this model and configuration, not of another")
-            device = next(iter(pool.layers.values())).rows.device
             return list(held.get_tensor("ids").to(device).split(4))
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} must be a guard's text, but cannot be read ({error}); remove it") from None
+
+
+def _keep(file: Path, data: bytes) -> None:
+    """Write the file for the next start; where that fails, as in a container that can only be read, go on without."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, data)
+    except OSError as error:
+        warnings.warn(
+            f"{file} cannot be written ({error.strerror}); what is in it is measured again at the next start",
+            RuntimeWarning, stacklevel=3,
+        )  # fmt: skip
 
 
 def _digest(pool: Pool) -> str:
