@@ -77,6 +77,12 @@ struct LowRankCompress {
   int dtype, threads;
 };
 
+struct LowRankSquare {
+  const void *a, *b;  // rows x n, rows x m: dtype
+  int64_t rows, m, n;
+  int dtype;
+};
+
 // Of a text in training, the state before each so many tokens is kept for the backward pass.
 constexpr int64_t DELTA_KEPT_TOKENS = 256;
 
@@ -153,6 +159,7 @@ struct Kernels {
   void (*low_rank_linear)(const LowRankLinear&);
   void (*low_rank_append)(const LowRankAppend&);
   int64_t (*low_rank_compress)(const LowRankCompress&);
+  double (*low_rank_square)(const LowRankSquare&);
   bool (*all_finite)(const void* x, int64_t count, int dtype);
   void (*delta_rule)(const DeltaRule&);
   void (*delta_rule_backward)(const DeltaRuleBackward&);

@@ -1,17 +1,22 @@
-// Small symmetric matrices in float64: pivoted Cholesky factors, and the largest eigenvalues with their eigenvectors.
-//
-// Compression needs the largest 16 of, say, 80 eigenvalues. `torch.linalg.eigh` (LAPACK's syevd) computes all of them;
-// the suite `low_rank` of bench/kernels compares the two.
+// Small symmetric matrices in float64: pivoted Cholesky factors, the reduction to a tridiagonal matrix, and rows that
+// are made orthonormal. The eigenvalues of a tridiagonal matrix are in tridiagonal.h.
 //
 // Matrices have rows `ld` apart, a multiple of PAD; entries beyond their size are zero.
 #pragma once
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "wide.h"
 
 namespace {
+
+// Copies the lower half of a symmetric matrix to its upper half, a few columns at a time: writing all of a column would
+// touch more cache lines than a cache has for them.
+inline void mirror(double* g, int64_t size, int64_t ld) {
+  for (int64_t j = 0; j < size; j += WL)
+    for (int64_t i = j + 1; i < size; i++)
+      for (int64_t k = j; k < std::min(j + WL, i); k++) g[k * ld + i] = g[i * ld + k];
+}
 
 // Cholesky factorisation G = L L^T with the largest pivot first, until none is above `tolerance`. Row q of `lt`, which
 // must be zero on entry, is column q of L. Returns the number of columns. `left`: workspace of `ld` numbers.
@@ -115,185 +120,69 @@ inline void tridiagonalize(double* c, int64_t size, int64_t ld, double* d, doubl
   }
 }
 
-// The `count` largest eigenvalues of T in falling order, by `count` bisections at a time. `values`: room for `count`
-// numbers, rounded up to a multiple of WL.
-inline void largest_eigenvalues(const double* d, const double* e, int64_t size, int64_t count, double* values) {
-  double low = d[0], high = d[0], most = 0;
-  for (int64_t i = 0; i < size; i++) {
-    const double radius = (i > 0 ? std::fabs(e[i - 1]) : 0) + (i + 1 < size ? std::fabs(e[i]) : 0);
-    low = std::min(low, d[i] - radius);
-    high = std::max(high, d[i] + radius);
-    most = std::max(most, radius);
-  }
-  std::vector<double> squares(size);
-  for (int64_t i = 1; i < size; i++) squares[i] = std::max(e[i - 1] * e[i - 1], 1e-300);  // avoids 0 / 0
-  constexpr int GROUP = 2;  // vectors at a time, so that their divisions overlap
-  for (int64_t at = 0; at < count; at += GROUP * WL) {
-    vw lower[GROUP], upper[GROUP], rank[GROUP];
-    for (int v = 0; v < GROUP; v++) {
-      lower[v] = low - vw{};
-      upper[v] = high - vw{};
-      for (int l = 0; l < WL; l++) rank[v][l] = static_cast<double>(at + v * WL + l);
-    }
-    for (int halving = 0; halving < 52; halving++) {
-      vw x[GROUP], q[GROUP], above[GROUP];
-      for (int v = 0; v < GROUP; v++) {
-        x[v] = 0.5 * (lower[v] + upper[v]);
-        q[v] = d[0] - x[v];
-        above[v] = vw{} - __builtin_convertvector(q[v] > 0, vw);
+// X <- (I - tau1 v1 v1^T) (I - tau2 v2 v2^T) X for rows of `columns` numbers, a multiple of PAD, `ld` apart, from row
+// `first` on, before which both v are 0. X is read for both products at once.
+inline void apply_two(const double* v1, double tau1, const double* v2, double tau2, int64_t first, int64_t size,
+                      double both, double* x, int64_t ld, int64_t columns) {
+  constexpr int vectors = PAD / WL;
+  for (int64_t j = 0; j < columns; j += PAD) {
+    vw one[vectors] = {}, two[vectors] = {};
+    for (int64_t i = first; i < size; i++)
+#pragma GCC unroll 2
+      for (int k = 0; k < vectors; k++) {
+        const vw value = load_wide(x + i * ld + j + k * WL);
+        one[k] += v1[i] * value;
+        two[k] += v2[i] * value;
       }
-      for (int64_t i = 1; i < size; i++)
-        for (int v = 0; v < GROUP; v++) {
-          q[v] = d[i] - x[v] - squares[i] / q[v];
-          above[v] -= __builtin_convertvector(q[v] > 0, vw);
-        }
-      for (int v = 0; v < GROUP; v++) {
-        lower[v] = above[v] > rank[v] ? x[v] : lower[v];
-        upper[v] = above[v] > rank[v] ? upper[v] : x[v];
+#pragma GCC unroll 2
+    for (int k = 0; k < vectors; k++) {
+      two[k] = tau2 * two[k];
+      one[k] = tau1 * (one[k] - both * two[k]);
+    }
+    for (int64_t i = first; i < size; i++)
+#pragma GCC unroll 2
+      for (int k = 0; k < vectors; k++) {
+        double* const at = x + i * ld + j + k * WL;
+        store(at, load_wide(at) - v1[i] * one[k] - v2[i] * two[k]);
       }
-    }
-    for (int v = 0; v < GROUP; v++)
-      for (int l = 0; l < WL; l++)
-        if (at + v * WL + l < count) values[at + v * WL + l] = 0.5 * (lower[v][l] + upper[v][l]);
-  }
-}
-
-// Whether T has an eigenvalue above `x`.
-inline bool any_above(double x, const double* d, const double* e, int64_t size) {
-  double q = d[0] - x;
-  for (int64_t i = 1; i < size && !(q > 0); i++) q = d[i] - x - std::max(e[i - 1] * e[i - 1], 1e-300) / q;
-  return q > 0;
-}
-
-// Plane rotations in the order in which the QL algorithm makes them. A run holds rotations of rows (i, i + 1), from
-// i = last - 1 down to i = first.
-struct Rotations {
-  struct Run {
-    int64_t first, last;
-  };
-  std::vector<Run> runs;
-  std::vector<double> c, s;
-
-  void clear() {
-    runs.clear();
-    c.clear();
-    s.clear();
-  }
-  void reserve(int64_t count) {
-    c.reserve(count);
-    s.reserve(count);
-  }
-};
-
-// Rotations Z after which element l of T's diagonal is an eigenvalue, decoupled from the others: QL steps with implicit
-// shifts (Bowdler et al., 1968). The first two use `shift`, an approximate eigenvalue, if it is given. Off-diagonal
-// elements up to `negligible` count as zero.
-inline void split_first(double* d, double* e, int64_t size, int64_t l, double negligible, const double* shift,
-                        Rotations& z) {
-  for (int tries = 0; tries < 60; tries++) {
-    int64_t m = l;
-    while (m + 1 < size && std::fabs(e[m]) > negligible) m++;
-    if (m == l) return;
-    double g;
-    if (shift != nullptr && tries < 2) {
-      g = d[m] - *shift;
-    } else {
-      const double apart = (d[l + 1] - d[l]) / (2 * e[l]);
-      g = d[m] - d[l] + e[l] / (apart + std::copysign(std::sqrt(apart * apart + 1), apart));
-    }
-    double s = 1, c = 1, p = 0;
-    const int64_t last = m;
-    int64_t i = m - 1;
-    for (; i >= l; i--) {
-      const double f = s * e[i], b = c * e[i], r = std::sqrt(f * f + g * g);
-      e[i + 1] = r;
-      if (r == 0) {  // T decouples here
-        d[i + 1] -= p;
-        e[m] = 0;
-        break;
-      }
-      s = f / r;
-      c = g / r;
-      g = d[i + 1] - p;
-      const double t = (d[i] - g) * s + 2 * c * b;
-      p = s * t;
-      d[i + 1] = g + p;
-      g = c * t - b;
-      z.c.push_back(c);
-      z.s.push_back(s);
-    }
-    z.runs.push_back({i + 1, last});
-    if (i >= l) continue;
-    d[l] -= p;
-    e[l] = g;
-    e[m] = 0;
-  }
-}
-
-// T <- Z^T T Z, after which the first diagonal elements are eigenvalues, the `count` largest among them, and their
-// columns of Z eigenvectors. Returns how many there are: `count`, or all. `e` is overwritten. `work`: as
-// `largest_eigenvalues`.
-inline int64_t diagonalize(double* d, double* e, int64_t size, int64_t count, double* work, Rotations& z) {
-  double largest = 0;
-  for (int64_t i = 0; i < size; i++) largest = std::max({largest, std::fabs(d[i]), std::fabs(e[i])});
-  const double negligible = largest * 0x1p-53;
-  int64_t done = 0;
-  if (count < size) {
-    largest_eigenvalues(d, e, size, count, work);
-    for (; done < count; done++) split_first(d, e, size, done, negligible, work + done, z);
-    // Because of rounding, or if T is decoupled, these may be others than the largest: then all are computed.
-    const double least = *std::min_element(d, d + done) + 16 * negligible;
-    if (!any_above(least, d + done, e + done, size - done)) return done;
-  }
-  for (; done < size; done++) split_first(d, e, size, done, negligible, nullptr, z);
-  return size;
-}
-
-// X <- Z X for rows of `columns` numbers, a multiple of WL, `ld` apart.
-inline void apply_rotations(const Rotations& z, double* x, int64_t ld, int64_t columns) {
-  for (int64_t j = 0; j < columns; j += WL) {
-    size_t at = z.c.size();
-    for (size_t k = z.runs.size(); k-- > 0;) {
-      const auto [first, last] = z.runs[k];
-      vw carried = load_wide(x + first * ld + j);
-      for (int64_t i = first; i < last; i++) {
-        const double c = z.c[--at], s = z.s[at];
-        const vw next = load_wide(x + (i + 1) * ld + j);
-        store(x + i * ld + j, c * carried + s * next);
-        carried = c * next - s * carried;
-      }
-      store(x + last * ld + j, carried);
-    }
   }
 }
 
 // X <- Q X with Q from `tridiagonalize`; `columns` is a multiple of PAD.
 inline void apply_reflectors(const double* reflectors, const double* tau, int64_t size, int64_t ld_v, double* x,
                              int64_t ld, int64_t columns) {
-  for (int64_t q = size - 1; q-- > 0;) {
-    if (tau[q] == 0) continue;
-    const double* v = reflectors + q * ld_v;
-    for (int64_t j = 0; j < columns; j += PAD) {
-      constexpr int vectors = PAD / WL;
-      vw along[vectors] = {}, other[vectors] = {};
-      int64_t i = q + 1;
-      for (; i + 1 < size; i += 2)
-#pragma GCC unroll 2
-        for (int k = 0; k < vectors; k++) {
-          along[k] += v[i] * load_wide(x + i * ld + j + k * WL);
-          other[k] += v[i + 1] * load_wide(x + (i + 1) * ld + j + k * WL);
-        }
-#pragma GCC unroll 2
-      for (int k = 0; k < vectors; k++) {
-        if (i < size) along[k] += v[i] * load_wide(x + i * ld + j + k * WL);
-        along[k] = tau[q] * (along[k] + other[k]);
-      }
-      for (i = q + 1; i < size; i++)
-#pragma GCC unroll 2
-        for (int k = 0; k < vectors; k++)
-          store(x + i * ld + j + k * WL, load_wide(x + i * ld + j + k * WL) - v[i] * along[k]);
-    }
+  // Reflector j begins at row j + 1; there are size - 1. The last of an odd number is applied as a pair with tau = 0.
+  for (int64_t j = (size - 2) / 2 * 2; j >= 0 && size > 1; j -= 2) {
+    const bool pair = j + 2 < size;
+    const double *v1 = reflectors + j * ld_v, *v2 = pair ? v1 + ld_v : v1, tau2 = pair ? tau[j + 1] : 0;
+    if (tau[j] == 0 && tau2 == 0) continue;
+    apply_two(v1, tau[j], v2, tau2, j + 1, size, dot(v1, v2, ld_v), x, ld, columns);
   }
+}
+
+// Makes `count` rows of length about 1 that are nearly orthogonal orthonormal: X <- (3 I - X X^T) X / 2 until X X^T = I
+// (Björck & Bowie, SIAM J. Numer. Anal. 1971), which changes each row as little as possible. Returns the rows, which
+// are in `x` or in `other`, or null if they are too far from orthogonal. Rows are `ld` apart and followed by rows of
+// zeros up to a multiple of PAD. `gram`: workspace of `ld` x `ld` numbers.
+inline double* orthonormalize(double* x, double* other, int64_t count, int64_t size, int64_t ld, double* gram) {
+  const int64_t rows = padded(count);
+  for (int tries = 0; tries < 8; tries++) {
+    std::memset(gram, 0, rows * ld * sizeof(double));
+    add_row_products(x, rows, x, rows, ld, padded(size), true, gram, ld);
+    double off = 0;  // |X X^T - I|^2
+    for (int64_t i = 0; i < count; i++)
+      for (int64_t j = 0; j <= i; j++) {
+        const double wrong = gram[i * ld + j] - (i == j);
+        off += (i == j ? 1 : 2) * wrong * wrong;
+        gram[i * ld + j] = (i == j) - 0.5 * wrong;
+      }
+    if (!(off < 0.25)) return nullptr;
+    mirror(gram, count, ld);
+    combine(gram, ld, rows, count, x, ld, padded(size), other, ld);
+    std::swap(x, other);
+    if (off < 1e-14) return x;  // what is left is the square of 1e-7
+  }
+  return nullptr;
 }
 
 }  // namespace

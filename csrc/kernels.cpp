@@ -27,6 +27,7 @@
 #include "large_chunk.h"
 #include "low_rank.h"
 #include "low_rank_compress.h"
+#include "low_rank_square.h"
 #include "memory.h"
 #include "memory_backward.h"
 #include "memory_step.h"
@@ -41,6 +42,7 @@ const Kernels& TTT_TABLE() {
                                 run_low_rank_linear,
                                 run_low_rank_append,
                                 run_low_rank_compress,
+                                run_low_rank_square,
                                 run_all_finite,
                                 run_delta_rule,
                                 run_delta_rule_backward,

@@ -94,6 +94,13 @@ int64_t low_rank_compress(Args... args) {
   return active->low_rank_compress(f);
 }
 
+// |B^T A|^2 of `rows` rows of each factor.
+double low_rank_square(address a, address b, int64_t rows, int64_t m, int64_t n, int dtype) {
+  const ttt::LowRankSquare f{in<void>(a), in<void>(b), rows, m, n, dtype};
+  py::gil_scoped_release release;
+  return active->low_rank_square(f);
+}
+
 // The addresses of a `ttt.nn.LowRankLinear`, bound once like those of `Layer`.
 struct LowRank {
   ttt::LowRankCompress held;  // `slots`, `count` and `threads` are set at each call
@@ -183,6 +190,7 @@ inline void bind_low_rank(py::module_& m) {
   m.def("low_rank_linear", &low_rank_linear);
   m.def("low_rank_append", &low_rank_append);
   m.def("low_rank_compress", CompressArguments::call);
+  m.def("low_rank_square", &low_rank_square);
   py::class_<LowRank>(m, "LowRank")
       .def(py::init(&CompressArguments::bind))
       .def("forward", &LowRank::forward)

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "low_rank_pull.h"
@@ -193,13 +194,19 @@ struct Compression {
     add_row_products(scratch, rows, scratch, rows, width, width, true, out, ld);
   }
 
-  void truncate(Compressed& s) const {
+  // The lower halves of A A^T and B B^T: the sums of their pieces.
+  std::pair<double*, double*> sums(const Compressed& s) const {
     double *ga = s.grams.get(), *gb = ga + pieces_a.count * ld * ld;
     for (const bool of_a : {true, false}) {
       double* sum = of_a ? ga : gb;
       for (int64_t p = 1; p < pieces(of_a); p++)
         for (int64_t k = 0; k < ld * ld; k++) sum[k] += sum[p * ld * ld + k];
     }
+    return {ga, gb};
+  }
+
+  void truncate(Compressed& s) const {
+    const auto [ga, gb] = sums(s);
     s.cut.make(ga, gb, s.held, ld, s.kept);
     s.narrow = std::is_same_v<T, bf16> && s.cut.finite && !s.wide_panels && !pull.on;
     for (const Wide* factor : {&s.cut.factor_a, &s.cut.factor_b})

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 import ttt
 from ttt.nn import own_loss
+from ttt.nn.rates import rates
 
 CHUNK = 32
 NAMES = [f"model.layers.{block}.mlp.down_proj" for block in (0, 1)]
@@ -104,17 +105,40 @@ def test_what_another_user_reads_changes_no_bit_of_a_users_bound(soft):
     assert all(torch.equal(one[name], two[name]) for name in one if not name.startswith("episodes."))
 
 
-def test_the_decrease_is_that_of_a_loop():
+@pytest.mark.parametrize("burst", [None, 1.5])
+@pytest.mark.parametrize("tokens", [0, 1, 9])
+def test_the_decrease_is_that_of_a_loop(burst, tokens):
+    """Also where a token's input is one that the update leaves nothing of, and where a user has a single token."""
     torch.manual_seed(5)
-    x, x2, delta, delta2 = (torch.randn(9, size, dtype=torch.float64) for size in (13, 13, 6, 6))
-    eta, users = torch.rand(9, dtype=torch.float64), torch.tensor([0, 2, -1, 0, 2, 2, -1, 1, 0], dtype=torch.int32)
-    found = own_loss.users_decreases((x, delta), (x2, delta2), eta, users)
-    for t in range(9):
-        own = [i for i in range(9) if users[i] == users[t]]
-        wanted = sum(float(eta[j] * (delta[i] @ delta2[j]) * (x[i] @ x2[j])) for i in own for j in own)
-        assert float(found[t]) == pytest.approx(wanted if users[t] >= 0 else 0.0, rel=1e-12)
-    alone = own_loss.first_order_decrease((x[:0], delta[:0]), (x2[:0], delta2[:0]), eta[:0])
-    assert float(alone) == 0.0
+    config = ttt.TTTConfig(burst=burst)
+    x, delta = (torch.randn(tokens, size, dtype=torch.float64) for size in (13, 6))
+    x[:1, 5:] = 0.0
+    kept = torch.cat([torch.zeros(5), torch.linspace(0.1, 1.0, 8)]).double()
+    x2, users = x * kept, torch.tensor([0, 2, -1, 0, 2, 2, -1, 1, 0], dtype=torch.int32)[:tokens]
+    before = torch.tensor([3.0, 2.0, 4.0], dtype=torch.float64)
+    options = {"applied": lambda *_: (x2, delta), "gains": True}
+    found = rates(x, delta, config, torch.float64, before=before.expand(3, 3), users=users, **options)
+    lowered = own_loss.users_decreases(found.eta, found.gain, users)
+    whole = rates(x, delta, config, torch.float64, before=before, **options)
+    each = torch.tensor([[float((d @ e) * (y @ z)) for e, z in zip(delta, x2, strict=True)]
+                         for d, y in zip(delta, x, strict=True)], dtype=torch.float64).view(tokens, tokens)  # fmt: skip
+    for t in range(tokens):
+        own = [i for i in range(tokens) if users[i] == users[t]]
+        wanted = sum(float(found.eta[j] * each[i, j]) for i in own for j in own)
+        assert float(lowered[t]) == pytest.approx(wanted if users[t] >= 0 else 0.0, rel=1e-12, abs=1e-14)
+    torch.testing.assert_close(whole.gain, each.sum(0), rtol=1e-12, atol=1e-13)
+    for one in (found, whole):
+        assert bool(torch.isfinite(one.eta).all())
+
+
+def test_asking_for_gains_changes_no_step():
+    torch.manual_seed(6)
+    x, delta = torch.randn(30, 200), torch.randn(30, 150)  # so few rows that their pairs are compared in any case
+    before = torch.tensor([3.0, 2.0, 4.0], dtype=torch.float64)
+    one, two = (rates(x, delta, ttt.TTTConfig(), torch.float32, before=before, gains=each) for each in (False, True))
+    assert one.gain is None
+    assert torch.equal(one.eta, two.eta)
+    assert two.gain.shape == (30,)
 
 
 @pytest.mark.parametrize("lowered", [float("inf"), 1e30, -1.0, 0.0, float("nan")])

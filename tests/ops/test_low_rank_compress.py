@@ -14,6 +14,7 @@ from ttt.ops.rounding import rounding_bits, stochastic_round_
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(9, 33, 20, 4), (12, 7, 40, 5), (12, 40, 5, 3), (6, 1, 3, 2), (80, 530, 1100, 16), (21, 1030, 65, 20)]
+SHAPES += [(128, 300, 200, 96), (37, 90, 70, 36)]  # most rows stay
 # Of the change's norm. float32: rows are rounded, and so are what they are made of; 16 bits: rounded stochastically.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1.5e-2}
 
@@ -84,10 +85,23 @@ def test_the_largest_singular_values_stay(isa, dtype, capacity, n, m, rank):  # 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "kind", ["repeated", "one row", "orthogonal", "zero rows", "zero factor", "graded", "unlike sizes", "low rank"]
+    "kind",
+    [
+        "repeated",
+        "one row",
+        "orthogonal",
+        "pairs",
+        "zero rows",
+        "zero factor",
+        "graded",
+        "unlike sizes",
+        "low rank",
+        "few alike",
+    ],
 )
-def test_factors_that_are_hard_to_decompose(isa, dtype, kind):  # noqa: F811
-    capacity, n, m, rank = 40, 200, 150, 6
+@pytest.mark.parametrize("rank", [6, 34])
+def test_factors_that_are_hard_to_decompose(isa, dtype, kind, rank):  # noqa: F811
+    capacity, n, m = 40, 200, 150
     state = state_of(1, capacity, n, m, dtype)
     a, b = state[0][0], state[1][0]
     if kind == "repeated":  # identical tokens
@@ -97,6 +111,11 @@ def test_factors_that_are_hard_to_decompose(isa, dtype, kind):  # noqa: F811
         a[:] = a[:1].clone()
     elif kind == "orthogonal":  # all singular values alike
         a[:], b[:] = torch.eye(capacity, n), torch.eye(capacity, m) * 0.5
+    elif kind == "pairs":  # of equal singular values
+        a[:] = 0
+        a[:20, :100] = a[20:, 100:] = torch.randn(20, 100)
+        b[:] = 0
+        b[:20, :75] = b[20:, 75:] = torch.randn(20, 75)
     elif kind == "zero rows":
         a[::2], b[::3] = 0, 0
     elif kind == "zero factor":
@@ -107,6 +126,9 @@ def test_factors_that_are_hard_to_decompose(isa, dtype, kind):  # noqa: F811
         scale = torch.logspace(-17, 17, capacity).unsqueeze(1)
         a *= scale
         b /= scale
+    elif kind == "few alike":  # fewer than stay
+        a[:], b[:] = 0, 0
+        a[:10], b[:10] = torch.eye(10, n), torch.eye(10, m) * 0.5
     else:
         a[:] = (torch.randn(capacity, 3) @ torch.randn(3, n)).to(dtype)
         b[:] = (torch.randn(capacity, 3) @ torch.randn(3, m)).to(dtype)

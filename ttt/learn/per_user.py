@@ -211,8 +211,8 @@ def _update(layer: LowRankLinear, pairs: list[tuple[Tensor, Tensor]], users: Ten
             "target_modules"
         )
     x, delta = (t.to(layer.weight.dtype).contiguous() for t in (x, delta))
-    changed, damped, steps = layer.steps(x, delta, users)
-    lowers = own_loss.users_decreases((x, delta), (changed, damped), steps.eta, users) if bounded else None
+    changed, damped, steps = layer.steps(x, delta, users, gains=bounded)
+    lowers = None if steps.gain is None else own_loss.users_decreases(steps.eta, steps.gain, users)
     return LayerUpdate(layer, changed, damped, steps, lowers)
 
 

@@ -87,9 +87,8 @@ def _emphasise(updates: Sequence[tuple[Linear, Update]], emphasis: float, loss: 
     """Multiply the steps of ``updates`` by ``emphasis``, within what the ``loss`` () of their tokens allows."""
     for layer, update in updates:
         update.eta.mul_(emphasis)
-        if own_loss.applies(layer.config, emphasis):
-            rows = update.x, update.delta
-            lowered = own_loss.first_order_decrease(rows, layer.applied(*rows), update.eta, layer.sharding)
+        if update.gain is not None:
+            lowered = (update.eta * update.gain).sum()
             update.eta.mul_(own_loss.factor(lowered, loss.to(lowered.device), layer.share))
 
 
@@ -114,7 +113,7 @@ def step_from(learner: Learner, capturing: Capturing, chunk: ScoredChunk) -> Ste
     for layer, pairs, trace, more in zip(layers, captured, traced, replayed, strict=True):
         own = joined(pairs, trace, chunk.rows, more)
         given.append(joined_rows(learner.access.replicas, layer, own) if learner.access.joins else own)
-    updates = updates_from(layers, given)
+    updates = updates_from(layers, given, chunk.emphasis)
     found = [(layer, update) for layer, update in zip(layers, updates, strict=True) if update is not None]
     loss = (scores.nll if chunk.wanted is None else scores.nll[chunk.wanted]).sum()
     loss = loss if term is None else loss + term

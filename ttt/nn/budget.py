@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ttt.config import TTTConfig
 from ttt.ops.dtypes import accumulation
+from ttt.ops.low_rank import cpu
 
 HALF = 0.5  # the filling up to which steps keep their size
 
@@ -56,6 +57,8 @@ def scale(square: Tensor, largest: Tensor) -> Tensor:
 
 def low_rank_square(a: Tensor, b: Tensor) -> Tensor:
     """|b^T a|^2 for ``a`` (R, n) and ``b`` (R, m): () float64."""
+    if (found := cpu.low_rank_square(a, b)) is not None:
+        return torch.tensor(found, dtype=torch.float64).clamp_min(0.0)
     wide = accumulation(a.dtype)
     a, b = a.to(wide), b.to(wide)
-    return ((a @ a.T) * (b @ b.T)).sum(dtype=torch.float64).clamp_min(0.0)
+    return ((a @ a.T).double() * (b @ b.T).double()).sum().clamp_min(0.0)

@@ -160,6 +160,8 @@ class Linear(CommittingLinear):
         captured: list[tuple[Tensor, Tensor]],
         trace_captured: list[tuple[Tensor, Tensor]] | None = None,
         rows: Tensor | None = None,
+        *,
+        gains: bool = False,
     ) -> Update | None:
         """Make an `Update` from what backward passes left in ``sink``; None if nothing was captured. Writes nothing.
 
@@ -167,6 +169,7 @@ class Linear(CommittingLinear):
             captured: (x, delta) pairs, x (..., n) as rows (T_i, n) and delta (T_i, m), in order.
             trace_captured: the same inputs with the gradients that the trace uses.
             rows: (T,) bool, which of the rows may be learnt from; None: all.
+            gains: whether the update gets a ``gain``.
 
         Raises:
             ValueError: if ``rows`` has another number of rows (as where a router sends a layer only some tokens).
@@ -180,9 +183,11 @@ class Linear(CommittingLinear):
             x, delta, self.config, sum_dtype,
             before=None if self.moments is None else self.moments.sum(0),
             applied=self.applied if self.damps else None, share=self.share, limit=self.largest_step(),
-            latest=self.latest, sharding=self.sharding,
+            latest=self.latest, sharding=self.sharding, gains=gains,
         )  # fmt: skip
-        update = Update(x, delta, found.eta, None, found.finite.all(), found.grown, found.weight, found.agreement)
+        update = Update(
+            x, delta, found.eta, None, found.finite.all(), found.grown, found.weight, found.agreement, found.gain
+        )
         if trace_delta is not None:
             update.trace_delta = trace_delta.to(self.weight.dtype).contiguous()
             length = self.sharding.output.sum(torch.linalg.vector_norm(update.trace_delta, dtype=sum_dtype))

@@ -195,7 +195,9 @@ class LowRankLinear(Adapted):
 
     @torch.no_grad()
     @full_precision
-    def steps(self, x: Tensor, delta: Tensor, users: Tensor | None) -> tuple[Tensor, Tensor, Rates]:
+    def steps(
+        self, x: Tensor, delta: Tensor, users: Tensor | None, *, gains: bool = False
+    ) -> tuple[Tensor, Tensor, Rates]:
         """The rows (T, n) and (T, m) that updates are made with, and the step eta_t of each token.
 
         A user's steps depend only on the user's own tokens and on calibration. Nothing is written; `count` adds the
@@ -206,6 +208,7 @@ class LowRankLinear(Adapted):
             delta: (T, m), gradients of the summed loss at the output, of the weight's dtype.
             users: (T,) int32, the slot of each token's user; -1 for tokens that teach nobody. None: all tokens are
                 taken as those of one user who has learnt nothing before.
+            gains: whether the rates have a ``gain``.
 
         Returns:
             The rows of the update, (T, n) and (T, m), and the `Rates`.
@@ -227,7 +230,7 @@ class LowRankLinear(Adapted):
         found = rates(
             x, delta, self.config, self.eta_sum.dtype,
             before=before, users=users, applied=(lambda *_: applied) if self.damps else None, share=self.share,
-            limit=self.largest_step(),
+            limit=self.largest_step(), gains=gains,
         )  # fmt: skip
         if self.config.budget and users is not None:
             found = found._replace(eta=found.eta * self._pace(users).to(found.eta.dtype))

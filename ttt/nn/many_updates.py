@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ttt.nn import own_loss
 from ttt.nn.autocast import without_autocast
 from ttt.nn.feedback import Latest
 from ttt.nn.linear import Linear
@@ -36,8 +37,10 @@ class _Task(NamedTuple):
 
 
 @torch.no_grad()
-def updates_from(layers: Sequence[Linear], given: Sequence[Any]) -> list[Update | None]:
+def updates_from(layers: Sequence[Linear], given: Sequence[Any], emphasis: float = 1.0) -> list[Update | None]:
     """`Linear.update_from` of each of ``layers``, with the arguments (captured, trace_captured, rows) in ``given``.
+
+    They get a ``gain`` where steps that are multiplied by ``emphasis`` are bounded by the loss (`ttt.nn.own_loss`).
 
     Those of experts are made together. They have the same values but for rounding. Nothing is written.
 
@@ -48,12 +51,13 @@ def updates_from(layers: Sequence[Linear], given: Sequence[Any]) -> list[Update 
     alike: defaultdict[Any, list[_Task]] = defaultdict(list)
     for at, (layer, own) in enumerate(zip(layers, given, strict=True)):
         captured, traced, rows = own
+        gains = own_loss.applies(layer.config, emphasis)
         if not captured or not layer.routed or layer.sharding or traced:
-            found.append(layer.update_from(*own))
+            found.append(layer.update_from(*own, gains=gains))
             continue
         x, delta, _ = layer.rows_of(captured, None, rows)
         if not len(x):
-            found.append(layer.update_from([(x, delta)]))
+            found.append(layer.update_from([(x, delta)], gains=gains))
             continue
         found.append(None)
         # At most half of the rows are padding if the next power of two of their number is the same.
@@ -64,7 +68,7 @@ def updates_from(layers: Sequence[Linear], given: Sequence[Any]) -> list[Update 
         for start in range(0, len(tasks), MOST):
             part = tasks[start : start + MOST]
             with without_autocast(part[0].layer.weight.device):
-                updates = _together(part)
+                updates = _together(part, own_loss.applies(part[0].layer.config, emphasis))
             for task, update in zip(part, updates, strict=True):
                 task.layer.keep_in_budget(update)
                 found[task.at] = update
@@ -77,8 +81,8 @@ def _kind(layer: Linear) -> Any:
     return id(layer.config), layer.share, weight.shape, weight.dtype, weight.device
 
 
-def _together(tasks: Sequence[_Task]) -> list[Update]:
-    """The updates of L layers of one kind, but for what their budgets demand."""
+def _together(tasks: Sequence[_Task], gains: bool) -> list[Update]:
+    """The updates of L layers of one kind, with a ``gain`` if ``gains``, but for what their budgets demand."""
     layers = [task.layer for task in tasks]
     first = layers[0]
     device, numbers = first.weight.device, [len(task.x) for task in tasks]
@@ -100,6 +104,7 @@ def _together(tasks: Sequence[_Task]) -> list[Update]:
     made = rates(
         x, delta, first.config, first.win_eta.dtype, before=moments, applied=applied if first.damps else None,
         share=first.share, limit=limit, latest=latest, counts=torch.tensor(numbers, device=device).unsqueeze(1),
+        gains=gains,
     )  # fmt: skip
     finite = made.finite.all(1)
     return [
@@ -112,6 +117,7 @@ def _together(tasks: Sequence[_Task]) -> list[Update]:
             moments=None if made.grown is None else made.grown[i],
             weight=None if made.weight is None else made.weight[i, :count],
             agreement=None if made.agreement is None else made.agreement[i],
+            gain=None if made.gain is None else made.gain[i, :count],
         )
         for i, count in enumerate(numbers)
     ]

@@ -22,8 +22,6 @@ import torch
 from torch import Tensor
 
 from ttt.config import TTTConfig
-from ttt.nn.parallel import UNSHARDED, Sharding
-from ttt.nn.rates import Rows
 
 BEYOND = 2.0  # how far a step may go, in units of the one that would bring the loss to 0 if it fell along its tangent
 
@@ -33,32 +31,19 @@ def applies(config: TTTConfig, emphasis: float) -> bool:
     return emphasis > 1.0 and config.rate == "decrease"
 
 
-def first_order_decrease(rows: Rows, applied: Rows, eta: Tensor, sharding: Sharding = UNSHARDED) -> Tensor:
-    """d of the module's docstring: (), of the dtype of ``eta``.
+def users_decreases(eta: Tensor, gain: Tensor, users: Tensor) -> Tensor:
+    """d of the module's docstring for each token's user, of that user's tokens alone: (T,); 0 for tokens of nobody.
 
     Args:
-        rows: the inputs (T, n) and gradients (T, m) of the summed loss.
-        applied: the rows of the update, of the same shapes.
         eta: (T,), the steps.
-        sharding: of the layer.
-    """
-    (x, delta), (x2, delta2) = ([part.to(eta.dtype) for part in pair] for pair in (rows, applied))
-    pairs = sharding.input.sum(x @ x2.T) * sharding.output.sum(delta @ delta2.T)
-    return (pairs @ eta).sum()
-
-
-def users_decreases(rows: Rows, applied: Rows, eta: Tensor, users: Tensor) -> Tensor:
-    """The same for each token's user, of that user's rows alone: (T,); 0 for tokens of nobody.
-
-    Args:
+        gain: (T,), of their `ttt.nn.rates.Rates`; d is the sum of the products of the two.
         users: (T,) int32, the slot of each token's user, or -1.
     """
     found = torch.zeros_like(eta)
     for user in users.unique().tolist():
         if user >= 0:
             own = (users == user).nonzero().flatten()
-            (x, delta), (x2, delta2) = ([part[own] for part in pair] for pair in (rows, applied))
-            found[own] = first_order_decrease((x, delta), (x2, delta2), eta[own])
+            found[own] = (eta[own] * gain[own]).sum()
     return found
 
 

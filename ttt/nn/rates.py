@@ -77,6 +77,8 @@ class Rates(NamedTuple):
         grown: (3,) float64, (S, 3) with users: what the tokens add to the moments. None if ``rate`` is "constant".
         weight: (T,), the steps in units of a typical token's, as `ttt.nn.feedback` defines them; None without feedback.
         agreement: (1,) float64, from which the feedback's factor in ``eta`` was made; likewise.
+        gain: (T,), sum_i (delta_i . delta'_j) (x_i . x'_j) for each token j, over all tokens i, with users over those
+            of j's user: by how much a step of 1 on j lowers their loss to first order. None unless asked for.
     """
 
     eta: Tensor
@@ -84,6 +86,7 @@ class Rates(NamedTuple):
     grown: Tensor | None
     weight: Tensor | None = None
     agreement: Tensor | None = None
+    gain: Tensor | None = None
 
 
 class Sizes(NamedTuple):
@@ -144,6 +147,7 @@ def rates(
     latest: Latest | None = None,
     sharding: Sharding = UNSHARDED,
     counts: Tensor | None = None,
+    gains: bool = False,
 ) -> Rates:
     """The steps of T tokens. Nothing is written, and the host waits for the device only if there are ``users``.
 
@@ -166,6 +170,7 @@ def rates(
         sharding: of the layer. Not with ``users`` or ``counts``.
         counts: (L, 1) int64, how many tokens each of L layers has; its other rows, the last ones, are 0. None for one
             layer. Not with ``users``.
+        gains: whether ``gain`` is wanted; for the rate "decrease" only.
     """
     given = changed = (x, delta)
     sizes = token_sizes(x, delta, given, config.rate, wide, sharding)
@@ -200,8 +205,9 @@ def rates(
     relative = None
     if (config.burst is not None or latest is not None) and config.rate != "energy" and config.lr > 0:
         relative = torch.where(root > 0, eta / unit, 0.0).to(norm.dtype)
-    if config.burst is not None and relative is not None:
-        size = _sizes(rows, changed, sizes, relative, users, sharding, counts)
+    bursts = config.burst is not None and relative is not None
+    size, gain = _compared(rows, changed, sizes, relative if bursts else None, users, sharding, counts, gains)
+    if config.burst is not None and relative is not None and size is not None:
         shrunk = torch.where(size > config.burst, config.burst / size, 1.0)
         eta, relative = eta * shrunk, relative * shrunk
     agreement = None
@@ -213,7 +219,7 @@ def rates(
             norm = sharding.input.norms(changed[0], wide) * sharding.output.norms(changed[1], wide)
         eta = _clipped(eta, eta * norm, limit)
     # Steps of inputs close to 0 may overflow.
-    return Rates(eta, finite & torch.isfinite(eta), grown, None if agreement is None else relative, agreement)
+    return Rates(eta, finite & torch.isfinite(eta), grown, None if agreement is None else relative, agreement, gain)
 
 
 def _by_user(squares: Tensor, users: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,25 +253,33 @@ def _clipped(eta: Tensor, norm: Tensor, bound: float | Tensor | None) -> Tensor:
     return eta if bound is None else torch.where(norm > bound, eta * (bound / norm), eta).to(norm.dtype)
 
 
-def _sizes(
+def _compared(
     rows: Rows,
     applied: Rows,
     sizes: Sizes,
-    weight: Tensor,
+    weight: Tensor | None,
     users: Tensor | None,
     sharding: Sharding,
     counts: Tensor | None,
-) -> Tensor:
-    """The length of the sum of T weighted gradients, divided by sqrt(T); see `_sum_norm`.
+    gains: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """What comes of comparing all pairs of tokens.
 
     Returns:
-        (1,), (L, 1) with counts; with users (T,), of each token's user, and 0 for tokens of nobody.
+        With ``weight`` (T,) the length of the sum of T weighted gradients, divided by sqrt(T), see `_compare`: (1,),
+        (L, 1) with counts; with users (T,), of each token's user, and 0 for tokens of nobody. None without.
+        ``gain`` of the `Rates`, of tokens of nobody 0; None unless ``gains``.
     """
     if users is None:
-        length = _sum_norm(rows, applied, sizes.x, sizes.delta, weight, sharding)
-        return length / (len(weight) ** 0.5 if counts is None else counts.to(length.dtype).sqrt())
+        length, gain = _compare(rows, applied, sizes.x, sizes.delta, weight, gains, sharding)
+        if length is not None:
+            length = length / (len(sizes.norm) ** 0.5 if counts is None else counts.to(length.dtype).sqrt())
+        return length, gain
     # Each user's sum is made of its own rows alone, in products whose shapes and bits do not depend on other users.
-    lengths = torch.where(users < 0, 0.0, weight * sizes.norm)
+    lengths = None if weight is None else torch.where(users < 0, 0.0, weight * sizes.norm)
+    gain = torch.where(users < 0, 0.0, sizes.norm.square()) if gains else None
+    if lengths is None and gain is None:
+        return None, None
     owners, counts = users.unique(return_counts=True)
     for user, count in zip(owners.tolist(), counts.tolist(), strict=True):
         if user >= 0 and count > 1:
@@ -273,42 +287,57 @@ def _sizes(
             own: Tensor | slice = slice(None) if count == len(users) else (users == user).nonzero().flatten()
             mine = (rows[0][own], rows[1][own])
             changed = mine if applied is rows else (applied[0][own], applied[1][own])
-            lengths[own] = _sum_norm(mine, changed, sizes.x[own], sizes.delta[own], weight[own]) / count**0.5
-    return lengths
+            part = None if weight is None else weight[own]
+            length, each = _compare(mine, changed, sizes.x[own], sizes.delta[own], part, gains)
+            if lengths is not None and length is not None:
+                lengths[own] = length / count**0.5
+            if gain is not None and each is not None:
+                gain[own] = each
+    return lengths, gain
 
 
-def _sum_norm(
+def _compare(
     rows: Rows,
     applied: Rows,
     x_size: Tensor,
     delta_size: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
+    gains: bool,
     sharding: Sharding = UNSHARDED,
-) -> Tensor:
+) -> tuple[Tensor | None, Tensor | None]:
     """The root of sum_ij w_i w_j (delta_i . delta'_j) (x_i . x'_j), (1,), with w = ``weight``; of L layers (L, 1).
 
     With x' = x and delta' = delta it is |sum_t w_t delta_t x_t^T|. The rows are divided by their sizes first, so that
     no product overflows.
+
+    Returns:
+        That, or None without ``weight``; ``gain`` of the `Rates`, or None unless ``gains``.
     """
-    tiny = torch.finfo(weight.dtype).tiny
-    scales = [size.clamp_min(tiny).unsqueeze(-1) for size in (x_size, delta_size)]
+    if weight is None and not gains:
+        return None, None
+    norm = x_size * delta_size
+    tiny = torch.finfo(norm.dtype).tiny
+    # A row that the update leaves nothing of is orthogonal to what it leaves of the others.
+    scales = [torch.where(size >= tiny, size, torch.inf).unsqueeze(-1) for size in (x_size, delta_size)]
 
     def scaled(pair: Rows) -> list[Tensor]:
-        return [part.to(weight.dtype) / scale for part, scale in zip(pair, scales, strict=True)]
+        return [part.to(norm.dtype) / scale for part, scale in zip(pair, scales, strict=True)]
 
     x, delta = scaled(rows)
     x2, delta2 = (x, delta) if applied is rows else scaled(applied)
-    weight = weight * (x_size * delta_size)
+    weight = None if weight is None else weight * norm
     # Processes that hold parts of different sizes must go the same way.
-    count, n, m = weight.shape[-1], sharding.input.size(x.shape[-1]), sharding.output.size(delta.shape[-1])
-    if count * (m + n) > m * n:  # the matrix of the sum is less work than the products of all pairs of rows
+    count, n, m = norm.shape[-1], sharding.input.size(x.shape[-1]), sharding.output.size(delta.shape[-1])
+    if weight is not None and not gains and count * (m + n) > m * n:
+        # The matrix of the sum is less work than the products of all pairs of rows.
         total = (delta * weight.unsqueeze(-1)).mT @ x
         if applied is rows:
-            return sharding.norm(total, total.dtype).unsqueeze(-1)
+            return sharding.norm(total, total.dtype).unsqueeze(-1), None
         both = total * ((delta2 * weight.unsqueeze(-1)).mT @ x2)
-        return sharding.sum(both.sum((-2, -1))).clamp_min(0.0).sqrt().unsqueeze(-1)
+        return sharding.sum(both.sum((-2, -1))).clamp_min(0.0).sqrt().unsqueeze(-1), None
     pairs = sharding.input.sum(x @ x2.mT) * sharding.output.sum(delta @ delta2.mT)
-    return bilinear(weight, pairs, weight).clamp_min(0.0).sqrt()
+    gain = norm * (norm.unsqueeze(-2) @ pairs).squeeze(-2) if gains else None
+    return None if weight is None else bilinear(weight, pairs, weight).clamp_min(0.0).sqrt(), gain
 
 
 def count_(stream: Tensor, grown: Tensor, counts: Tensor | None) -> None:

@@ -23,6 +23,8 @@ class Update:
         moments: (3,) float64, what the rows add to the layer's ``moments``; None if ``rate`` is "constant".
         weight: (T,), of the dtype of ``eta``: the rows' ``win_weight``; None without feedback (`ttt.nn.feedback`).
         agreement: (1,) float64, the layer's ``agreement`` once the rows are learnt; likewise.
+        gain: (T,), of the dtype of ``eta``: of the `ttt.nn.rates.Rates`; None unless the steps are bounded by the loss
+            (`ttt.nn.own_loss`). `ttt.nn.Linear.learn` does not use it.
     """
 
     x: Tensor
@@ -33,6 +35,7 @@ class Update:
     moments: Tensor | None = None
     weight: Tensor | None = None
     agreement: Tensor | None = None
+    gain: Tensor | None = None
 
     def check_fits(self, weight: Tensor, sum_dtype: torch.dtype) -> None:
         """Check shapes, dtypes, devices and strides against a layer's ``weight`` (m, n) and the dtype of its steps.

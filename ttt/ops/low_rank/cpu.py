@@ -24,6 +24,14 @@ def isolated_linear(x, weight, bias):
     return reference.isolated_linear(x, weight, bias)
 
 
+def low_rank_square(a: torch.Tensor, b: torch.Tensor) -> float | None:
+    """|b^T a|^2 for ``a`` (R, n) and ``b`` (R, m); None where the kernels do not apply."""
+    if not (a.is_cpu and b.is_cpu and a.is_contiguous() and b.is_contiguous()) or why_not(a.dtype):
+        return None
+    (rows, n), m = a.shape, b.shape[1]
+    return _C.low_rank_square(a.data_ptr(), b.data_ptr(), rows, m, n, DTYPE_CODES[a.dtype])
+
+
 def low_rank_linear(x, weight, bias, a, b, rows, users):
     checks.check_low_rank_linear(x, weight, bias, a, b, rows, users)
     if why := why_not(x.dtype):
