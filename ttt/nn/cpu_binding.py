@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ttt.nn.base import dispatch_modes
+from ttt.nn.rates import STREAM
 from ttt.ops import cpu
 from ttt.ops.backends import record
+from ttt.ops.cpu import address
 from ttt.ops.low_rank.cpu import REFUSED, bind_low_rank, isolated_linear, refuse
 
 
@@ -43,15 +45,17 @@ class Binding(_Direct):
         self.dtype = weight.dtype
         self.m, self.n = weight.shape
         # Of a sharded layer sums over processes come between what the kernels do at once.
-        self.kernels: Any = cpu.bind_layer(layer) if self.m and self.n and not layer.sharding else None
+        binds = self.m and self.n and not layer.sharding
+        moments = None if layer.moments is None else layer.moments[STREAM]
+        self.kernels: Any = cpu.bind_layer(layer, moments) if binds else None
         self.few = cpu.few_tokens(weight.dtype) if self.kernels is not None else 0
         self.window, self.most = layer.config.window, self._most_rows(layer)
-        self.tokens = layer.tokens.data_ptr()
         self.inserts, self.traces = layer.recent is not None, layer.win_trace is not None
         self.projects = layer.damps
         self.appended = _present(
-            layer, "win_x", "win_delta", "win_eta", "win_trace", "recent", "recent_delta", "recent_seen"
-        )
+            layer, "win_x", "win_delta", "win_eta", "win_trace", "recent", "recent_delta", "recent_seen",
+            "win_weight", "moments", "agreement",
+        )  # fmt: skip
         self.committed = _present(layer, "weight", "trace", "momentum", "step", "tokens", "win_eta")
 
     @staticmethod
@@ -80,6 +84,14 @@ class Binding(_Direct):
         Returns:
             The number of rows in the window afterwards; None if nothing was done.
         """
+        given = self.given(update, at)
+        if given is None:
+            return None
+        self.kernels.learn(given, torch.get_num_threads())
+        return self.learnt(at + len(update.x))
+
+    def given(self, update, at: int) -> tuple[int, ...] | None:
+        """What the kernels are given to do what `learn` does; None where they cannot."""
         x, delta, eta, traced = update.x, update.delta, update.eta, 0
         rows = x.shape[0]
         full = at + rows
@@ -87,14 +99,23 @@ class Binding(_Direct):
             return None
         if not (self._plain(x) and self._plain(delta) and self._plain(eta, torch.float32)):
             return None
-        if update.moments is not None and update.moments.shape != (3,):
+        weight, moments, agreement = update.weight, update.moments, update.agreement
+        if weight is not None and not (weight.shape == (rows,) and self._plain(weight, torch.float32)):
+            return None
+        if moments is not None and not (moments.shape == (3,) and self._plain(moments, torch.float64)):
+            return None
+        if agreement is not None and not (agreement.shape == (1,) and self._plain(agreement, torch.float64)):
             return None
         if self.traces:
             trace_delta = delta if update.trace_delta is None else update.trace_delta
             if trace_delta.shape != delta.shape or not self._plain(trace_delta):
                 return None
             traced = trace_delta.data_ptr()
-        self.kernels.append(x.data_ptr(), delta.data_ptr(), eta.data_ptr(), traced, at, rows, torch.get_num_threads())
+        followed = address(weight), address(moments), address(agreement)
+        return x.data_ptr(), delta.data_ptr(), eta.data_ptr(), traced, *followed, at, rows
+
+    def learnt(self, full: int) -> int:
+        """Count what the kernels did that left ``full`` rows in the window, or committed them: how many there are."""
         torch.autograd.graph.increment_version(self.appended)
         if self.inserts:
             record("reservoir_insert", "cpu")
@@ -102,7 +123,6 @@ class Binding(_Direct):
             record("project_out", "cpu")
         if full < self.window:
             return full
-        self.kernels.commit_window(self.tokens, full, torch.get_num_threads())
         torch.autograd.graph.increment_version(self.committed)
         record("commit", "cpu")
         return 0

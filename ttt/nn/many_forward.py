@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ttt.nn.autocast import autocast_dtype, without_autocast
 from ttt.nn.base import captures, is_traced
+from ttt.nn.cpu_binding import Binding
 from ttt.nn.linear import Linear
+from ttt.nn.many_bindings import bindings_of
+from ttt.ops import cpu
 
 
 class _CaptureMany(torch.autograd.Function):
@@ -36,13 +40,42 @@ class _CaptureMany(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None
         with without_autocast(x.device):
-            pairs = zip(ctx.layers, deltas, strict=True)
-            found = torch.cat([layer._transposed_window(delta) for layer, delta in pairs])
-        return found, None, None, None, None
+            return _gradients(ctx.layers, grad.detach(), ctx.counts), None, None, None, None
 
 
-def _outputs(layers: Sequence[Linear], x: Tensor, counts: Sequence[int]) -> Tensor:
+def _outputs(layers: Sequence[Linear], x: Tensor, counts: list[int]) -> Tensor:
+    """What `outputs_of` returns, without a graph."""
+    if x.dtype is layers[0].weight.dtype and (bindings := bindings_of("experts_forward", layers)):
+        return _by_kernels(layers, bindings, x.contiguous(), counts, cpu._C.forward_many, False)
     return torch.cat([layer._apply_window(part) for layer, part in zip(layers, x.split(counts), strict=True)])
+
+
+def _gradients(layers: Sequence[Linear], delta: Tensor, counts: list[int]) -> Tensor:
+    """The gradients at the inputs (R, n) of those at the outputs, ``delta`` (R, m)."""
+    if delta.dtype is layers[0].weight.dtype and (bindings := bindings_of("experts_backward", layers)):
+        return _by_kernels(layers, bindings, delta.contiguous(), counts, cpu._C.backward_many, True)
+    return torch.cat([layer._transposed_window(part) for layer, part in zip(layers, delta.split(counts), strict=True)])
+
+
+def _by_kernels(
+    layers: Sequence[Linear], bindings: Sequence[Binding], x: Tensor, counts: list[int], kernel: Any, transposed: bool
+) -> Tensor:
+    """What ``kernel`` makes of the rows ``x``. Torch makes the products with the weights of layers that have many rows."""
+    one, few, at = bindings[0], bindings[0].few, 0
+    y = x.new_empty((len(x), one.n if transposed else one.m))
+    for layer, count in zip(layers, counts, strict=True):
+        if count > few:
+            part, to, weight = x[at : at + count], y[at : at + count], layer.weight
+            if transposed:
+                torch.mm(part, weight, out=to)
+            elif layer.bias is None:
+                torch.mm(part, weight.T, out=to)
+            else:
+                torch.addmm(layer.bias, part, weight.T, out=to)
+        at += count
+    kernels = [binding.kernels for binding in bindings]
+    kernel(kernels, x.data_ptr(), y.data_ptr(), counts, few, torch.get_num_threads())
+    return y
 
 
 def outputs_of(layers: Sequence[Linear], x: Tensor, counts: list[int], places: Tensor) -> Tensor:

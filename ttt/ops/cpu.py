@@ -94,10 +94,10 @@ def window_append(
     reference.window_append(*args)
 
 
-def bind_layer(layer):
+def bind_layer(layer, moments):
     """The addresses of a `ttt.nn.Linear`, bound for ``ttt._C``, or None where its kernels do not apply.
 
-    The bound kernels check counters and row numbers only; the layer checks the rest. Valid until a tensor is
+    ``moments`` (3,) are those of its moments to which learning adds, or None. The bound kernels check counters and row numbers only; the layer checks the rest. Valid until a tensor is
     reallocated.
     """
     weight, recent = layer.weight, layer.recent
@@ -116,6 +116,10 @@ def bind_layer(layer):
         recent_seen=0 if recent is None else layer.recent_seen.data_ptr(),
         basis=address(layer.basis),
         output_basis=address(layer.output_basis),
+        tokens=layer.tokens.data_ptr(),
+        win_weight=address(layer.win_weight),
+        moments=address(moments),
+        agreement=address(layer.agreement),
         m=m,
         n=n,
         window=layer.win_eta.numel(),
