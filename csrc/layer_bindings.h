@@ -128,16 +128,16 @@ inline void bind_layer(py::module_& m) {
                        address output_basis, address tokens, address win_weight, address moments, address agreement,
                        int64_t m, int64_t n, int64_t window, int64_t capacity, int64_t directions,
                        int64_t output_directions, uint64_t seed, int dtype) {
-             return Layer{weight,       bias,        win_x,     win_delta,  win_eta,   win_trace,
-                          recent,       recent_delta, recent_seen, basis,    output_basis, tokens,
-                          win_weight,   moments,     agreement, m,          n,         window,
-                          capacity,     directions,  output_directions, seed, dtype};
+             return Layer{weight,       bias,        win_x, win_delta,    win_eta,  win_trace,  recent,
+                          recent_delta, recent_seen, basis, output_basis, tokens,   win_weight, moments,
+                          agreement,    m,           n,     window,       capacity, directions, output_directions,
+                          seed,         dtype};
            }),
            py::kw_only(), named("weight"), named("bias"), named("win_x"), named("win_delta"), named("win_eta"),
            named("win_trace"), named("recent"), named("recent_delta"), named("recent_seen"), named("basis"),
            named("output_basis"), named("tokens"), absent("win_weight"), absent("moments"), absent("agreement"),
-           named("m"), named("n"), named("window"), named("capacity"), named("directions"),
-           named("output_directions"), named("seed"), named("dtype"))
+           named("m"), named("n"), named("window"), named("capacity"), named("directions"), named("output_directions"),
+           named("seed"), named("dtype"))
       .def("forward", &Layer::forward, released)
       .def("append", &Layer::append, released)
       .def("prepare", &Layer::prepare)

@@ -92,8 +92,7 @@ void learn_many(const Layers& layers, const std::vector<LearntRows::Given>& give
     const LearntRows rows = LearntRows::of(given[i]);
     layers[i]->check_append(rows.at, rows.rows);
   }
-  for_each_layer(layers.size(), threads,
-                 [&](int64_t i, int own) { layers[i]->learn(LearntRows::of(given[i]), own); });
+  for_each_layer(layers.size(), threads, [&](int64_t i, int own) { layers[i]->learn(LearntRows::of(given[i]), own); });
 }
 
 inline void bind_many_layers(py::module_& m) {

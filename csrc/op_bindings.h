@@ -92,9 +92,7 @@ void run_commit(const ttt::Commit& c) {
   active->commit(c);
 }
 
-bool all_finite(address x, int64_t count, int dtype) {
-  return active->all_finite(in<void>(x), count, dtype);
-}
+bool all_finite(address x, int64_t count, int dtype) { return active->all_finite(in<void>(x), count, dtype); }
 
 // Algorithm R: row s goes to slot s while there is room, then to a random slot of [0, s].
 void insert_rows(char* memory, int64_t* seen, const char* x, int64_t capacity, int64_t rows, int64_t row_bytes,

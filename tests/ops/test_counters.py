@@ -139,8 +139,8 @@ def bound_layer(m=4, n=7, window=5, recent_seen=0, seen=2, tokens=0):
     bound = ("weight", "win_x", "win_delta", "win_eta", "win_trace", "recent", "recent_delta")
     layer = cpu._C.Layer(
         **{name: tensors[name].data_ptr() for name in bound}, bias=0, basis=0, output_basis=0,
-        recent_seen=counters["recent_seen"].data_ptr(), tokens=counters["tokens"].data_ptr(), m=m, n=n, window=window, capacity=6, directions=0, output_directions=0, seed=7,
-        dtype=0,
+        recent_seen=counters["recent_seen"].data_ptr(), tokens=counters["tokens"].data_ptr(), m=m, n=n, window=window,
+        capacity=6, directions=0, output_directions=0, seed=7, dtype=0,
     )  # fmt: skip
     layer.prepare(
         cpu._bound_commit(

@@ -185,12 +185,17 @@ def _present(layer, *names: str) -> list[Tensor]:
 
 
 def binding_of(layer) -> Any:
-    """The layer's binding, made anew if its weight or bias has moved; None if the ops must be called.
+    """The layer's binding, made anew if its weight or bias has moved; None if the ops must be called."""
+    return None if must_call_ops() else bound(layer)
 
-    Dispatch modes must see every op.
-    """
-    if torch.compiler.is_dynamo_compiling() or dispatch_modes():
-        return None
+
+def must_call_ops() -> bool:
+    """Whether this thread must call ops rather than kernels: dispatch modes must see every op."""
+    return torch.compiler.is_dynamo_compiling() or dispatch_modes() > 0
+
+
+def bound(layer) -> Any:
+    """As `binding_of` where kernels may be called."""
     weight = layer._parameters["weight"]
     if type(weight) is not torch.nn.Parameter:
         return None

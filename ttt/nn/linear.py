@@ -256,7 +256,7 @@ class Linear(CommittingLinear):
             self.agreement.copy_(gated(gate, update.agreement, self.agreement))
 
     def set_learnt(self, pending: int) -> None:
-        """Do what follows once kernels have learnt an update and left ``pending`` rows in the window, 0 if committed."""
+        """Do what follows where kernels have learnt an update and left ``pending`` rows in the window."""
         self._pending = pending
         if not pending:
             self._bound_drift()

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ttt.nn.cpu_binding import Binding, binding_of
+from ttt.nn.cpu_binding import Binding, bound, must_call_ops
 from ttt.ops import cpu
 from ttt.ops.backends import ONE_BY_ONE, record
 
 
 def bindings_of(op: str, layers: Sequence[Any]) -> list[Binding]:
-    """The bindings of ``layers``; empty if one has none, and each must be called by itself. It is counted for ``op``."""
-    found = [binding for layer in layers if (binding := binding_of(layer)) is not None]
-    if len(found) == len(layers):
+    """The bindings of ``layers``, counted as a call of ``op``; empty if one has none: each must be called by itself."""
+    found = [] if must_call_ops() else [bound(layer) for layer in layers]
+    if found and None not in found:
         record(op, "cpu")
         return found
     weight = layers[0].weight

@@ -45,22 +45,29 @@ class _CaptureMany(torch.autograd.Function):
 
 def _outputs(layers: Sequence[Linear], x: Tensor, counts: list[int]) -> Tensor:
     """What `outputs_of` returns, without a graph."""
-    if x.dtype is layers[0].weight.dtype and (bindings := bindings_of("experts_forward", layers)):
+    if _fits(x, layers[0], layers[0].in_features, counts) and (bindings := bindings_of("experts_forward", layers)):
         return _by_kernels(layers, bindings, x.contiguous(), counts, cpu._C.forward_many, False)
     return torch.cat([layer._apply_window(part) for layer, part in zip(layers, x.split(counts), strict=True)])
 
 
 def _gradients(layers: Sequence[Linear], delta: Tensor, counts: list[int]) -> Tensor:
     """The gradients at the inputs (R, n) of those at the outputs, ``delta`` (R, m)."""
-    if delta.dtype is layers[0].weight.dtype and (bindings := bindings_of("experts_backward", layers)):
+    if _fits(delta, layers[0], layers[0].out_features, counts) and (
+        bindings := bindings_of("experts_backward", layers)
+    ):
         return _by_kernels(layers, bindings, delta.contiguous(), counts, cpu._C.backward_many, True)
     return torch.cat([layer._transposed_window(part) for layer, part in zip(layers, delta.split(counts), strict=True)])
+
+
+def _fits(rows: Tensor, layer: Linear, size: int, counts: list[int]) -> bool:
+    """Whether kernels may read ``rows``; if not, a call of the layer says what is wrong."""
+    return rows.dtype is layer.weight.dtype and rows.shape == (sum(counts), size)
 
 
 def _by_kernels(
     layers: Sequence[Linear], bindings: Sequence[Binding], x: Tensor, counts: list[int], kernel: Any, transposed: bool
 ) -> Tensor:
-    """What ``kernel`` makes of the rows ``x``. Torch makes the products with the weights of layers that have many rows."""
+    """What ``kernel`` makes of the rows ``x``. Of layers with many rows torch makes the product with the weight."""
     one, few, at = bindings[0], bindings[0].few, 0
     y = x.new_empty((len(x), one.n if transposed else one.m))
     for layer, count in zip(layers, counts, strict=True):

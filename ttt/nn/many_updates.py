@@ -32,8 +32,6 @@ MOST = 64
 FEW = 8
 """Up to so many rows, the operations take longer than what they compute: all such layers are computed together."""
 
-_FOLLOWED = ("win_weight", "agreement")
-
 
 class _Task(NamedTuple):
     """What one of several layers is to learn from: its place among them, and its rows (T, n) and (T, m), T > 0."""
@@ -57,18 +55,22 @@ def updates_from(layers: Sequence[Linear], given: Sequence[Any]) -> list[Update 
     alike: defaultdict[Any, list[_Task]] = defaultdict(list)
     for at, (layer, own) in enumerate(zip(layers, given, strict=True)):
         captured, traced, rows = own
-        if not captured or not layer.routed or layer.sharding or traced:
+        if not captured:
+            found.append(None)
+            continue
+        if not layer.routed or layer.sharding or traced:
             found.append(layer.update_from(*own))
             continue
         x, delta, _ = layer.rows_of(captured, None, rows)
-        if not len(x):
+        count = x.shape[0]
+        if not count:
             found.append(layer.update_from([(x, delta)]))
             continue
         found.append(None)
         weight = layer.weight
         x, delta = x.to(weight.dtype).contiguous(), delta.to(weight.dtype).contiguous()
         # Of many rows at most half are padding if the next power of two of their number is the same.
-        length = (max(len(x), FEW) - 1).bit_length()
+        length = (max(count, FEW) - 1).bit_length()
         alike[id(layer.config), layer.share, weight.shape, weight.dtype, weight.device, length].append(
             _Task(at, layer, x, delta)
         )
@@ -99,7 +101,7 @@ def _together(tasks: Sequence[_Task]) -> list[Update]:
     if any(limits):
         wide = [float("inf") if size is None else size for size in limits]
         limit = torch.tensor(wide, dtype=torch.float64, device=device).unsqueeze(1)
-    moments = None if first.moments is None else torch.stack([layer.moments for layer in layers]).sum(1)
+    moments = None if first.moments is None else _stacked(layers, "moments").sum(1)
 
     def applied(x: Tensor, delta: Tensor) -> Rows:
         return _project(x, [layer.basis for layer in layers]), _project(delta, [la.output_basis for la in layers])
@@ -154,9 +156,12 @@ class _BoundLatest(NamedTuple):
 def _latest_of(layers: Sequence[Linear], counts: list[int]) -> Followed:
     """The latest updates of L ``layers``, which are to get ``counts`` rows."""
     if bindings := bindings_of("experts_update", layers):
-        weight, agreement = (torch.stack([getattr(layer, name) for layer in layers]) for name in _FOLLOWED)
-        return _BoundLatest(weight, agreement, bindings, counts)
+        return _BoundLatest(_stacked(layers, "win_weight"), _stacked(layers, "agreement"), bindings, counts)
     return Latest(*(torch.stack(parts) for parts in zip(*(layer.latest for layer in layers), strict=True)))
+
+
+def _stacked(layers: Sequence[Linear], buffer: str) -> Tensor:
+    return torch.stack([layer._buffers[buffer] for layer in layers])  # type: ignore[misc]
 
 
 def _project(rows: Tensor, bases: Sequence[Tensor | None]) -> Tensor:

@@ -11,8 +11,8 @@ OPS = ("window_linear", "project_out", "window_append", "commit", "reservoir_ins
        "low_rank_linear", "low_rank_append", "low_rank_compress", *JOINED)  # fmt: skip
 
 MANY = ("experts_forward", "experts_backward", "experts_update", "experts_learn")
-"""What is done for all experts of a stack in one call: their outputs, the gradients at their inputs, their agreement with
-their latest updates (`ttt.nn.feedback`), and learning."""
+"""What is done for all experts of a stack in one call: outputs, the gradients at inputs, the agreement of new gradients
+with the latest updates (`ttt.nn.feedback`), and learning."""
 
 ONE_BY_ONE = "expert by expert"
 """The backend of what is not done in one call."""

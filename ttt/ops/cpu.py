@@ -97,8 +97,8 @@ def window_append(
 def bind_layer(layer, moments):
     """The addresses of a `ttt.nn.Linear`, bound for ``ttt._C``, or None where its kernels do not apply.
 
-    ``moments`` (3,) are those of its moments to which learning adds, or None. The bound kernels check counters and row numbers only; the layer checks the rest. Valid until a tensor is
-    reallocated.
+    ``moments`` (3,) are those of its moments to which learning adds, or None. The bound kernels check counters and row
+    numbers only; the layer checks the rest. Valid until a tensor is reallocated.
     """
     weight, recent = layer.weight, layer.recent
     if _why_not_commit(weight, layer.importance, layer.trace) or not weight.is_contiguous():
