@@ -3,6 +3,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <tuple>
+#include <vector>
 
 #include "counter_checks.h"
 #include "op_bindings.h"
@@ -57,24 +58,37 @@ struct Layer {
                           out<float>(pairs), rows, m, n, window, dtype, threads});
   }
 
-  // Throws if `append` would write out of range.
-  void check_append(int64_t at, int64_t rows) const {
-    ttt::check_rows("rows to append", rows, at, window);
+  // Throws if counters do not allow `rows` further rows, which follow `at` rows of the window.
+  void check_counters(int64_t at, int64_t rows) const {
     ttt::check_counter("recent_seen", in<int64_t>(recent_seen), rows);
-    if (at + rows == window && prepared.replay_rows) ttt::check_counter("seen", prepared.seen);  // a commit follows
+    if (at + rows >= window && prepared.replay_rows) ttt::check_counter("seen", prepared.seen);  // a commit follows
   }
 
-  // Writes rows `at` to `at` + rows of the window, with the directions taken out of inputs and gradients. Inputs and
-  // gradients themselves also enter the samples of recent ones. Throws, and writes nothing, if the rows or a counter
-  // are out of range.
-  void append(address x, address delta, address eta, address trace_delta, int64_t at, int64_t rows, int threads) const {
-    check_append(at, rows);
+  // Throws if `learn` would read or write out of range.
+  void check(const LearntRows& learnt) const {
+    ttt::check_rows("rows of the window", 0, learnt.at, window);
+    if (learnt.rows < 0) throw std::invalid_argument("rows must not be negative");
+    check_counters(learnt.at, learnt.rows);
+  }
+
+  // Inputs and gradients enter the samples of recent ones.
+  void sample(address x, address delta, int64_t rows) const {
     const int64_t x_bytes = n * element(), d_bytes = m * element();
     if (recent_delta) {  // with the counter as it is: the same tokens are kept of both
       int64_t seen = *in<int64_t>(recent_seen);
       insert_rows(out<char>(recent_delta), &seen, in<char>(delta), capacity, rows, d_bytes, seed);
     }
     if (recent) insert_rows(out<char>(recent), out<int64_t>(recent_seen), in<char>(x), capacity, rows, x_bytes, seed);
+  }
+
+  // Writes rows `at` to `at` + rows of the window, with the directions taken out of inputs and gradients. Inputs and
+  // gradients themselves also enter the samples of recent ones. Throws, and writes nothing, if the rows or a counter
+  // are out of range.
+  void append(address x, address delta, address eta, address trace_delta, int64_t at, int64_t rows, int threads) const {
+    ttt::check_rows("rows to append", rows, at, window);
+    check_counters(at, rows);
+    sample(x, delta, rows);
+    const int64_t x_bytes = n * element(), d_bytes = m * element();
     project_out(x, basis, win_x + at * x_bytes, rows, directions, n, dtype, threads);
     project_out(delta, output_basis, win_delta + at * d_bytes, rows, output_directions, m, dtype, threads);
     if (win_trace) std::memcpy(out<char>(win_trace) + at * d_bytes, in<char>(trace_delta), rows * d_bytes);
@@ -88,11 +102,16 @@ struct Layer {
   void commit_window(int64_t rows, int threads) const {
     ttt::check_rows("rows to commit", rows, 0, window);
     if (prepared.weight == nullptr) throw std::invalid_argument("prepare must be called before commit_window");
+    commit_rows(win_x, win_delta, win_eta, win_trace ? win_trace : win_delta, rows, threads);
+  }
+
+  // Commits `rows` rows and empties the window.
+  void commit_rows(address x, address delta, address eta, address trace_delta, int64_t rows, int threads) const {
     ttt::Commit a = prepared;
-    a.x = in<void>(win_x);
-    a.delta = in<void>(win_delta);
-    a.eta = in<float>(win_eta);
-    a.trace_delta = in<void>(win_trace ? win_trace : win_delta);
+    a.x = in<void>(x);
+    a.delta = in<void>(delta);
+    a.eta = in<float>(eta);
+    a.trace_delta = in<void>(trace_delta);
     a.tokens = rows;
     a.threads = threads;
     run_commit(a);
@@ -100,19 +119,47 @@ struct Layer {
     std::memset(out<float>(win_eta), 0, window * sizeof(float));
   }
 
-  // Appends the rows, commits the window if they fill it, and keeps what later steps are made with. Throws, and writes
-  // nothing, as `append`.
+  // Commits the rows of the window together with those that it has no room for. For the feedback it keeps the latest.
+  void commit_beyond(const LearntRows& learnt, int threads) const {
+    const int64_t at = learnt.at, rows = learnt.rows, total = at + rows, x_bytes = n * element(),
+                  d_bytes = m * element();
+    std::vector<char> x(total * x_bytes), delta(total * d_bytes), traced(win_trace ? total * d_bytes : 0);
+    std::vector<float> eta(total), weights(total);
+    const auto begin = [](auto& values) { return reinterpret_cast<address>(values.data()); };
+    const auto join = [&](auto& to, address held, address added, int64_t bytes) {
+      std::memcpy(to.data(), in<char>(held), at * bytes);
+      std::memcpy(out<char>(begin(to) + at * bytes), in<char>(added), rows * bytes);
+    };
+    sample(learnt.x, learnt.delta, rows);
+    std::memcpy(x.data(), in<char>(win_x), at * x_bytes);
+    std::memcpy(delta.data(), in<char>(win_delta), at * d_bytes);
+    project_out(learnt.x, basis, begin(x) + at * x_bytes, rows, directions, n, dtype, threads);
+    project_out(learnt.delta, output_basis, begin(delta) + at * d_bytes, rows, output_directions, m, dtype, threads);
+    join(eta, win_eta, learnt.eta, sizeof(float));
+    if (win_trace) join(traced, win_trace, learnt.trace_delta, d_bytes);
+    commit_rows(begin(x), begin(delta), begin(eta), win_trace ? begin(traced) : begin(delta), total, threads);
+    if (!win_weight) return;
+    if (learnt.weight) join(weights, win_weight, learnt.weight, sizeof(float));
+    const int64_t kept = total < window ? total : window, first = total - kept;
+    std::memcpy(out<char>(win_x), x.data() + first * x_bytes, kept * x_bytes);
+    std::memcpy(out<char>(win_delta), delta.data() + first * d_bytes, kept * d_bytes);
+    std::memcpy(out<float>(win_weight), weights.data() + first, kept * sizeof(float));
+  }
+
+  // Puts the rows into the window, commits it if it is full then, and keeps what later steps are made with. The caller
+  // has called `check`.
   void learn(const LearntRows& learnt, int threads) const {
     const int64_t at = learnt.at, rows = learnt.rows;
-    append(learnt.x, learnt.delta, learnt.eta, learnt.trace_delta, at, rows, threads);
-    if (win_weight) {
-      float* weights = out<float>(win_weight) + at;
-      if (learnt.weight)
-        std::memcpy(weights, in<float>(learnt.weight), rows * sizeof(float));
-      else
-        std::memset(weights, 0, rows * sizeof(float));
+    if (at + rows > window) {
+      commit_beyond(learnt, threads);
+    } else {
+      append(learnt.x, learnt.delta, learnt.eta, learnt.trace_delta, at, rows, threads);
+      if (win_weight && learnt.weight)
+        std::memcpy(out<float>(win_weight) + at, in<float>(learnt.weight), rows * sizeof(float));
+      else if (win_weight)
+        std::memset(out<float>(win_weight) + at, 0, rows * sizeof(float));
+      if (at + rows == window) commit_window(window, threads);
     }
-    if (at + rows == window) commit_window(window, threads);
     for (int i = 0; i < 3 && moments && learnt.moments; i++) out<double>(moments)[i] += in<double>(learnt.moments)[i];
     if (agreement && learnt.agreement) *out<double>(agreement) = *in<double>(learnt.agreement);
   }
@@ -145,6 +192,7 @@ inline void bind_layer(py::module_& m) {
       .def("learn", [](const Layer& layer, const LearntRows::Given& given, int threads) {
         const LearntRows rows = LearntRows::of(given);
         py::gil_scoped_release release;
+        layer.check(rows);
         layer.learn(rows, threads);
       });
 }

@@ -88,10 +88,7 @@ void pairs_many(const Layers& layers, address x, address delta, address pairs, c
 // Each layer learns its own rows. Throws, and writes nothing, if the rows or a counter of one of them are out of range.
 void learn_many(const Layers& layers, const std::vector<LearntRows::Given>& given, int threads) {
   if (given.size() != layers.size()) throw std::invalid_argument("each layer must have rows");
-  for (size_t i = 0; i < layers.size(); i++) {
-    const LearntRows rows = LearntRows::of(given[i]);
-    layers[i]->check_append(rows.at, rows.rows);
-  }
+  for (size_t i = 0; i < layers.size(); i++) layers[i]->check(LearntRows::of(given[i]));
   for_each_layer(layers.size(), threads, [&](int64_t i, int own) { layers[i]->learn(LearntRows::of(given[i]), own); });
 }
 

@@ -40,7 +40,6 @@ class Sink(list[tuple[Tensor, Tensor]]):
     """Where the backward passes of one thread leave (x, delta) of a layer."""
 
     def __init__(self, joins: bool = False) -> None:
-        super().__init__()
         self.thread = threading.get_ident()
         self.joins = joins  # whether what it gets is joined with what other processes have found
         self.places: list[Tensor] = []  # of a layer that a router sends some tokens: which they are, for each pair

@@ -6,6 +6,7 @@ without the cost of the dispatcher and of the ops' checks, which would exceed th
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class Binding(_Direct):
         moments = None if layer.moments is None else layer.moments[STREAM]
         self.kernels: Any = cpu.bind_layer(layer, moments) if binds else None
         self.few = cpu.few_tokens(weight.dtype) if self.kernels is not None else 0
-        self.window, self.most = layer.config.window, self._most_rows(layer)
+        self.window, self.room = layer.config.window, self._room(layer)
         self.inserts, self.traces = layer.recent is not None, layer.win_trace is not None
         self.projects = layer.damps
         self.appended = _present(
@@ -59,11 +60,11 @@ class Binding(_Direct):
         self.committed = _present(layer, "weight", "trace", "momentum", "step", "tokens", "win_eta")
 
     @staticmethod
-    def _most_rows(layer) -> int:
-        """The most rows that `learn` may leave in the window, itself included; -1 if it may not be called."""
+    def _room(layer) -> float:
+        """The most rows of the window and of a step that `learn` takes together; -1 if it may not be called."""
         if any(t is not None and t.is_inference() for t in (layer.weight, *layer._buffers.values())):
             return -1  # The layer checks whether they can be written.
-        return layer.config.window - layer.mixes_replay_sources  # The ops commit such windows.
+        return layer.config.window - 1 if layer.mixes_replay_sources else math.inf  # The ops commit such windows.
 
     def forward(self, x: Tensor) -> Tensor | None:
         """The layer's output for x (..., n) of at most ``few`` tokens."""
@@ -95,7 +96,7 @@ class Binding(_Direct):
         x, delta, eta, traced = update.x, update.delta, update.eta, 0
         rows = x.shape[0]
         full = at + rows
-        if full > self.most or x.shape != (rows, self.n) or delta.shape != (rows, self.m) or eta.shape != (rows,):
+        if full > self.room or x.shape != (rows, self.n) or delta.shape != (rows, self.m) or eta.shape != (rows,):
             return None
         if not (self._plain(x) and self._plain(delta) and self._plain(eta, torch.float32)):
             return None
