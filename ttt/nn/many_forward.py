@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from ttt.nn.autocast import autocast_dtype, without_autocast
 from ttt.nn.base import captures, is_traced
 from ttt.nn.cpu_binding import Binding
 from ttt.nn.linear import Linear
-from ttt.nn.many_bindings import bindings_of
+from ttt.nn.many_bindings import bindings_of, by_triton
 from ttt.ops import cpu
 
 
@@ -45,29 +44,34 @@ class _CaptureMany(torch.autograd.Function):
 
 def _outputs(layers: Sequence[Linear], x: Tensor, counts: list[int]) -> Tensor:
     """What `outputs_of` returns, without a graph."""
-    if _fits(x, layers[0], layers[0].in_features, counts) and (bindings := bindings_of("experts_forward", layers)):
-        return _by_kernels(layers, bindings, x.contiguous(), counts, cpu._C.forward_many, False)
+    if (y := _by_kernels("experts_forward", layers, x, counts, False)) is not None:
+        return y
     return torch.cat([layer._apply_window(part) for layer, part in zip(layers, x.split(counts), strict=True)])
 
 
 def _gradients(layers: Sequence[Linear], delta: Tensor, counts: list[int]) -> Tensor:
     """The gradients at the inputs (R, n) of those at the outputs, ``delta`` (R, m)."""
-    if _fits(delta, layers[0], layers[0].out_features, counts) and (
-        bindings := bindings_of("experts_backward", layers)
-    ):
-        return _by_kernels(layers, bindings, delta.contiguous(), counts, cpu._C.backward_many, True)
+    if (found := _by_kernels("experts_backward", layers, delta, counts, True)) is not None:
+        return found
     return torch.cat([layer._transposed_window(part) for layer, part in zip(layers, delta.split(counts), strict=True)])
 
 
-def _fits(rows: Tensor, layer: Linear, size: int, counts: list[int]) -> bool:
-    """Whether kernels may read ``rows``; if not, a call of the layer says what is wrong."""
-    return rows.dtype is layer.weight.dtype and rows.shape == (sum(counts), size)
+def _by_kernels(op: str, layers: Sequence[Linear], x: Tensor, counts: list[int], transposed: bool) -> Tensor | None:
+    """What the kernels for many layers make of the rows ``x``; None if each layer must be called by itself."""
+    weight = layers[0].weight
+    size = weight.shape[0 if transposed else 1]
+    if x.dtype is not weight.dtype or x.shape != (sum(counts), size) or x.device != weight.device:
+        return None  # a call of the layer says what is wrong
+    if x.is_cuda:
+        return by_triton(op, layers, x, counts, transposed)
+    bindings = bindings_of(op, layers)
+    return _by_bindings(layers, bindings, x.contiguous(), counts, transposed) if bindings else None
 
 
-def _by_kernels(
-    layers: Sequence[Linear], bindings: Sequence[Binding], x: Tensor, counts: list[int], kernel: Any, transposed: bool
+def _by_bindings(
+    layers: Sequence[Linear], bindings: Sequence[Binding], x: Tensor, counts: list[int], transposed: bool
 ) -> Tensor:
-    """What ``kernel`` makes of the rows ``x``. Of layers with many rows torch makes the product with the weight."""
+    """`_by_kernels` in C++. Of layers with many rows torch makes the product with the weight."""
     one, few, at = bindings[0], bindings[0].few, 0
     y = x.new_empty((len(x), one.n if transposed else one.m))
     for layer, count in zip(layers, counts, strict=True):
@@ -81,6 +85,7 @@ def _by_kernels(
                 torch.addmm(layer.bias, part, weight.T, out=to)
         at += count
     kernels = [binding.kernels for binding in bindings]
+    kernel = cpu._C.backward_many if transposed else cpu._C.forward_many
     kernel(kernels, x.data_ptr(), y.data_ptr(), counts, few, torch.get_num_threads())
     return y
 

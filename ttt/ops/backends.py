@@ -14,6 +14,9 @@ MANY = ("experts_forward", "experts_backward", "experts_update", "experts_learn"
 """What is done for all experts of a stack in one call: outputs, the gradients at inputs, the agreement of new gradients
 with the latest updates (`ttt.nn.feedback`), and learning."""
 
+MANY_ON_GPU = ("experts_forward", "experts_backward")
+"""Which of these there is a Triton kernel for."""
+
 ONE_BY_ONE = "expert by expert"
 """The backend of what is not done in one call."""
 
