@@ -2,6 +2,7 @@
 #pragma once
 #include <cstring>
 #include <stdexcept>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -66,7 +67,9 @@ struct Layer {
 
   // Throws if `learn` would read or write out of range.
   void check(const LearntRows& learnt) const {
-    ttt::check_rows("rows of the window", 0, learnt.at, window);
+    if (learnt.at < 0 || learnt.at > window)
+      throw std::invalid_argument("pending must be in [0, " + std::to_string(window) + "], got " +
+                                  std::to_string(learnt.at));
     if (learnt.rows < 0) throw std::invalid_argument("rows must not be negative");
     check_counters(learnt.at, learnt.rows);
   }
