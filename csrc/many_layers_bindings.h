@@ -1,5 +1,5 @@
-// What many layers do in one call, as the experts of a mixture, each with rows of its own. Each layer computes what it
-// would compute alone, with the same bits. Included by bindings.cpp only.
+// What many layers do in one call, as the experts of a mixture, each with rows of its own. For each of them the kernels
+// do what they would do for it alone, with the same bits. Included by bindings.cpp only.
 #pragma once
 #include <exception>
 #include <stdexcept>

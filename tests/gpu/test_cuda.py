@@ -49,7 +49,8 @@ def test_experts_are_read_and_passed_back_through_in_one_launch(dtype):
     }
     parts = list(zip(layers, x.detach().split(counts), delta.split(counts), strict=True))
     exact = [
-        layer.weight.double() - (layer.win_delta.double() * layer.win_eta.double().unsqueeze(1)).T @ layer.win_x.double()
+        layer.weight.double()
+        - (layer.win_delta.double() * layer.win_eta.double().unsqueeze(1)).T @ layer.win_x.double()
         for layer in layers
     ]
     wanted = [torch.cat([part.double() @ w.T for (_, part, _), w in zip(parts, exact, strict=True)]),

@@ -18,7 +18,7 @@ from ttt.ops import backends, cpu
 pytestmark = pytest.mark.skipif(cpu._C is None, reason="there is no kernel")
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(7, 33), (65, 20), (1, 5), (19, 600)]
-COUNTS = [1, 5, 4, 3, 9, 2, 17]
+COUNTS = [1, 5, 4, 3, 9, 2, 40]
 """Rows of each layer: some few, which the kernel multiplies, and some many, which torch does."""
 FEW_ROWS = [1, 2, 4, 3, 1, 2, 4]
 

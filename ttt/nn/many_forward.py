@@ -72,7 +72,8 @@ def _by_bindings(
     layers: Sequence[Linear], bindings: Sequence[Binding], x: Tensor, counts: list[int], transposed: bool
 ) -> Tensor:
     """`_by_kernels` in C++. Of layers with many rows torch makes the product with the weight."""
-    one, few, at = bindings[0], bindings[0].few, 0
+    one, at = bindings[0], 0
+    few = cpu.FEW_OF_MANY[one.dtype][transposed]
     y = x.new_empty((len(x), one.n if transposed else one.m))
     for layer, count in zip(layers, counts, strict=True):
         if count > few:
