@@ -19,6 +19,21 @@ struct WindowLinear {
   bool product_done;  // y already holds x W^T + b: only subtract the window's part
 };
 
+struct TransposedProduct {
+  const void *x, *weight;  // rows x m, m x n: dtype
+  void* y;                 // rows x n, likewise
+  int64_t rows, m, n;
+  int dtype, threads;
+};
+
+struct WindowPairs {
+  const void *x, *delta, *win_x, *win_delta;  // rows x n, rows x m, window x n, window x m: dtype
+  const float* weight;                        // window
+  float* out;                                 // rows x window
+  int64_t rows, m, n, window;
+  int dtype, threads;
+};
+
 struct Commit {
   void* weight;             // m x n, dtype
   const void* anchor;       // m x n, dtype; null if neither pull nor replay needs it
@@ -155,6 +170,8 @@ struct SwigluToken {
 struct Kernels {
   const char* isa;
   void (*window_linear)(const WindowLinear&);
+  void (*transposed_product)(const TransposedProduct&);
+  void (*window_pairs)(const WindowPairs&);
   void (*commit)(const Commit&);
   void (*low_rank_linear)(const LowRankLinear&);
   void (*low_rank_append)(const LowRankAppend&);

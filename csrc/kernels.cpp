@@ -1,6 +1,5 @@
-// Chooses the namespace and vector length by instruction set; the bodies are in commit.h, window_linear.h, low_rank.h,
-// delta_rule.h, delta_rule_backward.h, memory.h, memory_backward.h, memory_step.h and large_chunk.h. Compiled once for
-// each instruction set with that set's flags (setup.py), never for the whole library.
+// Chooses the namespace and vector length by instruction set; the bodies are in the headers that are included below.
+// Compiled once for each instruction set with that set's flags (setup.py), never for the whole library.
 #include "api.h"
 
 #if defined(TTT_ISA_AVX512BF16)
@@ -31,13 +30,17 @@
 #include "memory.h"
 #include "memory_backward.h"
 #include "memory_step.h"
+#include "transposed_product.h"
 #include "window_linear.h"
+#include "window_pairs.h"
 
 namespace ttt {
 
 const Kernels& TTT_TABLE() {
   static const Kernels table = {TTT_NAME,
                                 run_window_linear,
+                                run_transposed_product,
+                                run_window_pairs,
                                 run_commit,
                                 run_low_rank_linear,
                                 run_low_rank_append,

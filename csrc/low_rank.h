@@ -98,6 +98,19 @@ inline void add_all_rows(float* acc, int64_t width, const float* factor, int64_t
   add_rows_by<tokens, 1>(r, acc, width, factor, held, b, m, count, next);
 }
 
+// Rounds `count` columns in the order of strips to T, in the order of columns.
+template <class T>
+inline void store_strips(const float* acc, int64_t count, T* y) {
+  for (int64_t j = 0; j < count; j += STRIP) {
+    float strip[STRIP];
+    T rounded[STRIP];
+    store2<splits<T>>(strip, {load(acc + j), load(acc + j + VL)});
+    store_nearest(rounded, load(strip));
+    store_nearest(rounded + VL, load(strip + VL));
+    std::memcpy(y + j, rounded, std::min<int64_t>(STRIP, count - j) * sizeof(T));
+  }
+}
+
 template <class T>
 void low_rank_linear(const ttt::LowRankLinear& a) {
   const int64_t m = a.m, n = a.n;
@@ -166,17 +179,8 @@ void low_rank_linear(const ttt::LowRankLinear& a) {
         if (some == 2) add_all_rows<2>(acc, width, factor, g.rows, b, m, count, next);
         if (some == 3) add_all_rows<3>(acc, width, factor, g.rows, b, m, count, next);
         if (some == 4) add_all_rows<4>(acc, width, factor, g.rows, b, m, count, next);
-        for (int k = 0; k < some; k++) {
-          T* y = static_cast<T*>(a.y) + batch.token[g.first + t + k] * m + i0;
-          for (int64_t j = 0; j < count; j += STRIP) {
-            float strip[STRIP];
-            T rounded[STRIP];
-            store2<splits<T>>(strip, {load(acc + k * width + j), load(acc + k * width + j + VL)});
-            store_nearest(rounded, load(strip));
-            store_nearest(rounded + VL, load(strip + VL));
-            std::memcpy(y + j, rounded, std::min<int64_t>(STRIP, count - j) * sizeof(T));
-          }
-        }
+        for (int k = 0; k < some; k++)
+          store_strips(acc + k * width, count, static_cast<T*>(a.y) + batch.token[g.first + t + k] * m + i0);
       }
     }
   }

@@ -48,6 +48,7 @@ SLOW = (
     "ops/sequence/test_sequence_training.py::test_compiled_training_equals_eager",
     "ops/test_append.py",
     "ops/test_cpu.py::test_opcheck",
+    "ops/test_experts_triton.py",
     "ops/test_launch_variants.py",
     "ops/test_low_rank_compress_triton.py",
     "ops/test_low_rank_triton.py",

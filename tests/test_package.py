@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import ttt
 from ttt.cli import app
 from ttt.demo.model import model_folder
-from ttt.ops.backends import JOINED
+from ttt.ops.backends import JOINED, MANY
 from ttt.ops.build_report import why_not_built
 
 ROOT = Path(__file__).parent.parent
@@ -63,7 +63,7 @@ def test_all_public_names_exist_and_are_documented():
 def test_info_says_what_is_active():
     found = ttt.info(file=None)
     assert found["isa"] in found["isas"]
-    assert set(found["ops"]) == set(ttt.ops.__all__) | set(JOINED)
+    assert set(found["ops"]) == set(ttt.ops.__all__) | set(JOINED) | set(MANY)
     done = python("-m", "ttt", "info")
     assert done.returncode == 0, done.stderr
     for word in ("torch", "threads", "isa", found["isa"], "window_linear", "cpu"):

@@ -68,6 +68,10 @@ def info(file: TextIO | None = sys.stdout, *, model: nn.Module | None = None) ->
     on_cuda = "reference" if "triton" in found["missing"] else "Triton (float32, bfloat16, float16), reference (others)"
     joined = dict.fromkeys(backends.JOINED, "as two ops")
     found["ops"] = {op: {"cpu": joined.get(op, on_cpu), "cuda": on_cuda} for op in backends.OPS}
+    one_by_one = backends.ONE_BY_ONE
+    many = {device: on.replace("reference", one_by_one) for device, on in (("cpu", on_cpu), ("cuda", on_cuda))}
+    for op in backends.MANY:
+        found["ops"][op] = many if op in backends.MANY_ON_GPU else {**many, "cuda": one_by_one}
     found["isolation"] = {str(dtype).removeprefix("torch."): _isolation(dtype) for dtype in _PROBED}
     found["calls"] = {f"{op} on {b}": n for (op, b, why), n in sorted(backends.calls.items()) if not why}
     found["slow_calls"] = {f"{op} on {b}: {why}": n for (op, b, why), n in sorted(backends.calls.items()) if why}

@@ -7,6 +7,7 @@ import torch
 from helpers import as_double, assert_close, assert_commit, plain_config, trace_of_rounded_factors
 
 import ttt
+from ttt.nn.many_forward import outputs_of
 from ttt.ops import backends, log8, reference
 from ttt.ops.triton import commit as fused
 from ttt.ops.triton import panels
@@ -28,6 +29,36 @@ def test_dispatched_window_linear(dtype, tokens):
     y = ttt.ops.window_linear(*args)
     assert backends.calls["window_linear", "triton", ""] == 1
     assert_close(y, reference.window_linear(*map(wide, args)), reference.window_linear(*args), "y")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts_are_read_and_passed_back_through_in_one_launch(dtype):
+    config = plain_config(window=6, ewc_lambda=0.0, replay_rows=0)
+    layers = [ttt.nn.Linear(200, 129, bias=False, device="cuda", dtype=dtype, config=config) for _ in range(5)]
+    x, counts = torch.randn(25, 200, device="cuda").to(dtype).requires_grad_(), [1, 4, 16, 3, 1]
+    for layer in layers[:3]:
+        rows = torch.randn(2, 200, device="cuda").to(dtype), torch.randn(2, 129, device="cuda").to(dtype)
+        layer.learn(layer.update_from([rows]))
+    backends.calls.clear()
+    y = outputs_of(layers, x, counts, torch.arange(25, device="cuda"))
+    delta = torch.randn_like(y)
+    y.backward(delta)
+    assert {key for key in backends.calls if key[0] in backends.MANY} == {
+        ("experts_forward", "triton", ""),
+        ("experts_backward", "triton", ""),
+    }
+    parts = list(zip(layers, x.detach().split(counts), delta.split(counts), strict=True))
+    exact = [
+        layer.weight.double()
+        - (layer.win_delta.double() * layer.win_eta.double().unsqueeze(1)).T @ layer.win_x.double()
+        for layer in layers
+    ]
+    wanted = [torch.cat([part.double() @ w.T for (_, part, _), w in zip(parts, exact, strict=True)]),
+              torch.cat([part.double() @ w for (_, _, part), w in zip(parts, exact, strict=True)])]  # fmt: skip
+    alone = [torch.cat([layer._apply_window(part) for layer, part, _ in parts]),
+             torch.cat([layer._transposed_window(part) for layer, _, part in parts])]  # fmt: skip
+    for found, right, baseline in zip((y.detach(), x.grad), wanted, alone, strict=True):
+        assert_close(found, right, baseline, "experts")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -22,16 +22,20 @@ def layer_and_twin(m, n, dtype, **options):
     layer.importance.copy_(torch.rand(m, n) * 3 if layer.importance.dtype != torch.uint8 else layer.importance)
     layer.memory.copy_(torch.randn(5, n))
     layer.seen.fill_(9)
-    if layer.basis is not None:
-        layer.basis.copy_(torch.linalg.qr(torch.randn(n, options["orthogonal"])).Q.T)
+    for basis in (layer.basis, layer.output_basis):
+        if basis is not None:
+            basis.copy_(torch.linalg.qr(torch.randn(basis.shape[1], len(basis))).Q.T)
     return layer, copy.deepcopy(layer)
 
 
 def update(layer, rows):
     m, n, dtype = layer.out_features, layer.in_features, layer.weight.dtype
     traced = torch.randn(rows, m).to(dtype) if layer.win_trace is not None else None
-    true = torch.tensor(True)
-    return Update(torch.randn(rows, n).to(dtype), torch.randn(rows, m).to(dtype), torch.rand(rows), traced, true)
+    moments = None if layer.moments is None else torch.rand(3, dtype=torch.float64)
+    follows = layer.win_weight is not None
+    weight, agreement = (torch.rand(rows), torch.rand(1, dtype=torch.float64)) if follows else (None, None)
+    x, delta, true = torch.randn(rows, n).to(dtype), torch.randn(rows, m).to(dtype), torch.tensor(True)
+    return Update(x, delta, torch.rand(rows), traced, true, moments, weight, agreement)
 
 
 def same(layer, twin):
@@ -40,8 +44,10 @@ def same(layer, twin):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"importance": "mas"}, {"state_dtype": "8bit"}, {"importance": "si"}, {"orthogonal": 3}]
-)
+    "options",
+    [{}, {"importance": "mas"}, {"state_dtype": "8bit"}, {"importance": "si"}, {"orthogonal": 3}, {"momentum": 0.5},
+     {"rate": "decrease", "feedback": 30.0, "kronecker": 3}],
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_outputs_and_state_are_those_of_the_ops(dtype, options, monkeypatch):
     layer, twin = layer_and_twin(17, 37, dtype, window=4, **options)
@@ -196,3 +202,18 @@ def test_many_users_what_an_op_would_refuse_is_refused():
     layer.to(torch.float64)
     layer.routing.set(users.clamp_max(1))
     assert layer(torch.randn(2, 6, dtype=torch.float64)).shape == (2, 5)
+
+
+def test_steps_without_weights_of_the_feedback_are_those_of_the_ops(monkeypatch):
+    layer, twin = layer_and_twin(17, 37, torch.float32, window=4, rate="decrease", feedback=30.0)
+    for rows in (2, 1, 5, 1, 3, 4, 2):
+        u = update(layer, rows)
+        u.weight = u.agreement = None
+        with torch.no_grad():
+            layer.learn(u)
+            with monkeypatch.context() as patch:
+                patch.setattr("ttt.nn.linear.binding_of", lambda layer: None)
+                twin.learn(u)
+        assert same(layer, twin)
+    assert not layer.win_weight.any()
+    assert int(layer.step) > 0

@@ -160,7 +160,7 @@ def test_experts_are_beside_other_layers_and_other_experts():
 
 
 def test_one_computation_serves_layers_whose_numbers_of_rows_are_similar(monkeypatch):
-    layers = layers_of(70)
+    layers = layers_of(73)
     calls = []
 
     def counted(x, *args, **options):
@@ -170,8 +170,8 @@ def test_one_computation_serves_layers_whose_numbers_of_rows_are_similar(monkeyp
     rates = many_updates.rates
     monkeypatch.setattr(many_updates, "rates", counted)
     monkeypatch.setattr(Linear, "update_from", None)
-    updates_from(layers, given_of(layers, [1, 2, 3, 4] + 66 * [8]))
-    assert calls == [(1, 1, N), (1, 2, N), (2, 4, N), (64, 8, N), (2, 8, N)]
+    updates_from(layers, given_of(layers, [1, 2, 3, 4] + 66 * [8] + [9, 16, 17]))
+    assert calls == [(64, 8, N), (6, 8, N), (2, 16, N), (1, 17, N)]
 
 
 def test_what_the_trace_needs_is_kept_for_layers_that_have_gradients_of_their_own_for_it():

@@ -135,8 +135,9 @@ def update_of(rows, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"_pending": -1}, "rows to append must lie in the window of 4 rows, got 2 rows from row -1 on"),
-     ({"_pending": -(10**6)}, "rows to append must lie"),
+    [({"_pending": -1}, r"pending must be in \[0, 4\], got -1"),
+     ({"_pending": -(10**6)}, r"pending must be in \[0, 4\], got -1000000"),
+     ({"_pending": 5}, r"pending must be in \[0, 4\], got 5"),
      ({"recent_seen": -1}, "recent_seen must be at least 0, got -1"),
      ({"_pending": 2, "seen": -3}, "seen must be at least 0, got -3")],
 )  # fmt: skip

@@ -123,7 +123,7 @@ def test_a_gpu_never_writes_in_front_of_the_window():
         assert torch.equal(around[name][8:], t[8:]), name
 
 
-def bound_layer(m=4, n=7, window=5, recent_seen=0, seen=2):
+def bound_layer(m=4, n=7, window=5, recent_seen=0, seen=2, tokens=0):
     """A ``_C.Layer`` and its tensors, each with room behind it, so that a wrong write is seen and does no harm."""
     space = {
         "weight": (m, n), "win_x": (window, n), "win_delta": (window, m), "win_trace": (window, m),
@@ -134,12 +134,13 @@ def bound_layer(m=4, n=7, window=5, recent_seen=0, seen=2):
     tensors = {name: t[len(t) // 3 : 2 * len(t) // 3] for name, t in whole.items()}
     whole["win_eta"] = torch.rand(3 * window)
     tensors["win_eta"] = whole["win_eta"][window : 2 * window]
-    counters = {"recent_seen": torch.tensor([recent_seen]), "seen": torch.tensor([seen]), "step": torch.tensor([5])}
+    numbers = {"recent_seen": recent_seen, "seen": seen, "step": 5, "tokens": tokens}
+    counters = {name: torch.tensor([number]) for name, number in numbers.items()}
     bound = ("weight", "win_x", "win_delta", "win_eta", "win_trace", "recent", "recent_delta")
     layer = cpu._C.Layer(
-        **{name: tensors[name].data_ptr() for name in bound}, recent_seen=counters["recent_seen"].data_ptr(), bias=0,
-        basis=0, output_basis=0, m=m, n=n, window=window, capacity=6, directions=0, output_directions=0, seed=7,
-        dtype=0,
+        **{name: tensors[name].data_ptr() for name in bound}, bias=0, basis=0, output_basis=0,
+        recent_seen=counters["recent_seen"].data_ptr(), tokens=counters["tokens"].data_ptr(), m=m, n=n, window=window,
+        capacity=6, directions=0, output_directions=0, seed=7, dtype=0,
     )  # fmt: skip
     layer.prepare(
         cpu._bound_commit(
@@ -188,17 +189,16 @@ def test_a_bound_layer_refuses_a_negative_count_of_recent_inputs():
      (3, -4, "seen must be at least 0, got -4")],
 )  # fmt: skip
 def test_a_bound_layer_commits_no_rows_outside_of_its_window(rows, seen, message):
-    layer, state, _ = bound_layer(seen=seen)
-    before, tokens = copy_of(state), torch.tensor([11])
+    layer, state, _ = bound_layer(seen=seen, tokens=11)
+    before = copy_of(state)
     with pytest.raises(ValueError, match=message):
-        layer.commit_window(tokens.data_ptr(), rows, 1)
+        layer.commit_window(rows, 1)
     assert_same(state, before)
-    assert int(tokens) == 11
 
 
 @pytest.mark.skipif(cpu._C is None, reason="there is no kernel")
 def test_a_bound_layer_commits_what_the_reference_commits():
-    layer, state, tensors = bound_layer()
+    layer, state, tensors = bound_layer(tokens=11)
     case = {
         **{name: tensors[name].clone() for name in ("weight", "anchor", "importance", "trace", "memory")},
         **{name: state[name].clone() for name in ("seen", "step")},
@@ -206,10 +206,9 @@ def test_a_bound_layer_commits_what_the_reference_commits():
         "eta": tensors["win_eta"][:3].clone(), "trace_delta": tensors["win_trace"][:3].clone(),
     }  # fmt: skip
     reference.commit(*CommitArguments(**case, **OPTIONS))
-    tokens = torch.tensor([11])
-    layer.commit_window(tokens.data_ptr(), 3, 1)
+    layer.commit_window(3, 1)
     for name in ("weight", "trace"):
         torch.testing.assert_close(tensors[name], case[name], rtol=1e-5, atol=1e-5)
-    assert int(tokens) == 14
+    assert int(state["tokens"]) == 14
     assert int(state["step"]) == 6
     assert not tensors["win_eta"].any()

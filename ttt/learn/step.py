@@ -14,6 +14,7 @@ from ttt.learn.data_parallel import join, joined_rows
 from ttt.learn.head import AutogradScores, Scored
 from ttt.learn.stream_rule import Chunk, backward_terms, joined
 from ttt.nn import Capturing, Linear, Update, own_loss
+from ttt.nn.many_learn import Together, divided, learn_together
 from ttt.nn.many_updates import updates_from
 from ttt.nn.parallel import SharedSide, same_bits
 
@@ -149,8 +150,13 @@ def write(updates: Sequence[tuple[Linear, Update]], gate: Tensor | None = None) 
     Raises:
         ValueError: if a layer cannot take its update. Nothing has changed then.
     """
-    for layer, update in updates:
+    experts: list[Together] = []
+    others: Sequence[tuple[Linear, Update]] = updates
+    if gate is None:
+        experts, others = divided(updates)
+    for layer, update in others:
         layer.check_update(update, gate)
     with whole_write([layer for layer, _ in updates], "a learning step"):
-        for layer, update in updates:
+        learn_together(experts)
+        for layer, update in others:
             layer.learn(update) if gate is None else layer.learn(update, gate)

@@ -26,6 +26,7 @@ Layout = dict[str, "tuple[tuple[int, ...], torch.dtype] | None"]
 
 _LARGEST_STEP = 0.01  # in units of the norm of the weight
 _SEED_MASK = (1 << 63) - 1
+_OFTEN = ("sink", "_pending")  # They change at every step, and torch's way of setting attributes takes 3 us.
 _BOUND = ("config", "strength", "seed")  # Attributes that are no tensors, but whose values a binding holds.
 
 
@@ -39,7 +40,6 @@ class Sink(list[tuple[Tensor, Tensor]]):
     """Where the backward passes of one thread leave (x, delta) of a layer."""
 
     def __init__(self, joins: bool = False) -> None:
-        super().__init__()
         self.thread = threading.get_ident()
         self.joins = joins  # whether what it gets is joined with what other processes have found
         self.places: list[Tensor] = []  # of a layer that a router sends some tokens: which they are, for each pair
@@ -178,7 +178,10 @@ class Adapted(torch.nn.Linear):
         raise NotImplementedError
 
     def __setattr__(self, name, value):
-        if isinstance(value, Tensor) or name in _BOUND or (value is None and name != "sink"):
+        if name in _OFTEN:
+            self.__dict__[name] = value
+            return
+        if isinstance(value, Tensor) or name in _BOUND or value is None:
             self.__dict__["_binding"] = None  # It may hold what is replaced here.
         super().__setattr__(name, value)
 

@@ -32,14 +32,18 @@ class Capturing:
                     f"{layer.name or 'a layer'} cannot learn: its weight {why}; what it would learn would be lost. "
                     "Keep whole weights in memory, or compute without learning"
                 )
-        self.renew()
+        for layer in self.layers:
+            layer.sink = Sink(self.joins)
         return self
 
     def renew(self) -> list[list[tuple[Tensor, Tensor]]]:
         """Take what was captured so far, a list of (x, delta) for each layer, and begin collecting anew."""
-        captured: list[list[tuple[Tensor, Tensor]]] = [layer.sink or [] for layer in self.layers]
+        captured: list[list[tuple[Tensor, Tensor]]] = []
         for layer in self.layers:
-            layer.sink = Sink(self.joins)
+            sink = layer.sink
+            captured.append(sink or [])
+            if sink is None or sink:  # an empty one can go on collecting
+                layer.sink = Sink(self.joins)
         return captured
 
     def __exit__(self, *exc) -> None:

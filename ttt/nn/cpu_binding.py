@@ -6,14 +6,17 @@ without the cost of the dispatcher and of the ops' checks, which would exceed th
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ttt.nn.base import dispatch_modes
+from ttt.nn.rates import STREAM
 from ttt.ops import cpu
 from ttt.ops.backends import record
+from ttt.ops.cpu import address
 from ttt.ops.low_rank.cpu import REFUSED, bind_low_rank, isolated_linear, refuse
 
 
@@ -43,23 +46,25 @@ class Binding(_Direct):
         self.dtype = weight.dtype
         self.m, self.n = weight.shape
         # Of a sharded layer sums over processes come between what the kernels do at once.
-        self.kernels: Any = cpu.bind_layer(layer) if self.m and self.n and not layer.sharding else None
+        binds = self.m and self.n and not layer.sharding
+        moments = None if layer.moments is None else layer.moments[STREAM]
+        self.kernels: Any = cpu.bind_layer(layer, moments) if binds else None
         self.few = cpu.few_tokens(weight.dtype) if self.kernels is not None else 0
-        self.window, self.most = layer.config.window, self._most_rows(layer)
-        self.tokens = layer.tokens.data_ptr()
+        self.window, self.room = layer.config.window, self._room(layer)
         self.inserts, self.traces = layer.recent is not None, layer.win_trace is not None
         self.projects = layer.damps
         self.appended = _present(
-            layer, "win_x", "win_delta", "win_eta", "win_trace", "recent", "recent_delta", "recent_seen"
-        )
+            layer, "win_x", "win_delta", "win_eta", "win_trace", "recent", "recent_delta", "recent_seen",
+            "win_weight", "moments", "agreement",
+        )  # fmt: skip
         self.committed = _present(layer, "weight", "trace", "momentum", "step", "tokens", "win_eta")
 
     @staticmethod
-    def _most_rows(layer) -> int:
-        """The most rows that `learn` may leave in the window, itself included; -1 if it may not be called."""
+    def _room(layer) -> float:
+        """The most rows of the window and of a step that `learn` takes together; -1 if it may not be called."""
         if any(t is not None and t.is_inference() for t in (layer.weight, *layer._buffers.values())):
             return -1  # The layer checks whether they can be written.
-        return layer.config.window - layer.mixes_replay_sources  # The ops commit such windows.
+        return layer.config.window - 1 if layer.mixes_replay_sources else math.inf  # The ops commit such windows.
 
     def forward(self, x: Tensor) -> Tensor | None:
         """The layer's output for x (..., n) of at most ``few`` tokens."""
@@ -80,21 +85,38 @@ class Binding(_Direct):
         Returns:
             The number of rows in the window afterwards; None if nothing was done.
         """
+        given = self.given(update, at)
+        if given is None:
+            return None
+        self.kernels.learn(given, torch.get_num_threads())
+        return self.learnt(at + len(update.x))
+
+    def given(self, update, at: int) -> tuple[int, ...] | None:
+        """What the kernels are given to do what `learn` does; None where they cannot."""
         x, delta, eta, traced = update.x, update.delta, update.eta, 0
         rows = x.shape[0]
         full = at + rows
-        if full > self.most or x.shape != (rows, self.n) or delta.shape != (rows, self.m) or eta.shape != (rows,):
+        if full > self.room or x.shape != (rows, self.n) or delta.shape != (rows, self.m) or eta.shape != (rows,):
             return None
         if not (self._plain(x) and self._plain(delta) and self._plain(eta, torch.float32)):
             return None
-        if update.moments is not None and update.moments.shape != (3,):
+        weight, moments, agreement = update.weight, update.moments, update.agreement
+        if weight is not None and not (weight.shape == (rows,) and self._plain(weight, torch.float32)):
+            return None
+        if moments is not None and not (moments.shape == (3,) and self._plain(moments, torch.float64)):
+            return None
+        if agreement is not None and not (agreement.shape == (1,) and self._plain(agreement, torch.float64)):
             return None
         if self.traces:
             trace_delta = delta if update.trace_delta is None else update.trace_delta
             if trace_delta.shape != delta.shape or not self._plain(trace_delta):
                 return None
             traced = trace_delta.data_ptr()
-        self.kernels.append(x.data_ptr(), delta.data_ptr(), eta.data_ptr(), traced, at, rows, torch.get_num_threads())
+        followed = address(weight), address(moments), address(agreement)
+        return x.data_ptr(), delta.data_ptr(), eta.data_ptr(), traced, *followed, at, rows
+
+    def learnt(self, full: int) -> int:
+        """Count what the kernels did that left ``full`` rows in the window, or committed them: how many there are."""
         torch.autograd.graph.increment_version(self.appended)
         if self.inserts:
             record("reservoir_insert", "cpu")
@@ -102,7 +124,6 @@ class Binding(_Direct):
             record("project_out", "cpu")
         if full < self.window:
             return full
-        self.kernels.commit_window(self.tokens, full, torch.get_num_threads())
         torch.autograd.graph.increment_version(self.committed)
         record("commit", "cpu")
         return 0
@@ -165,12 +186,17 @@ def _present(layer, *names: str) -> list[Tensor]:
 
 
 def binding_of(layer) -> Any:
-    """The layer's binding, made anew if its weight or bias has moved; None if the ops must be called.
+    """The layer's binding, made anew if its weight or bias has moved; None if the ops must be called."""
+    return None if must_call_ops() else bound(layer)
 
-    Dispatch modes must see every op.
-    """
-    if torch.compiler.is_dynamo_compiling() or dispatch_modes():
-        return None
+
+def must_call_ops() -> bool:
+    """Whether this thread must call ops rather than kernels: dispatch modes must see every op."""
+    return torch.compiler.is_dynamo_compiling() or dispatch_modes() > 0
+
+
+def bound(layer) -> Any:
+    """As `binding_of` where kernels may be called."""
     weight = layer._parameters["weight"]
     if type(weight) is not torch.nn.Parameter:
         return None

@@ -96,7 +96,7 @@ class LearningExperts(nn.Module):
             top_k_weights: (T, k), their weights.
         """
         found, chosen = torch.zeros_like(hidden_states), top_k_index.flatten()
-        ups, downs = (getattr(self, stack) for stack in STACKS)
+        ups, downs = (list(getattr(self, stack)) for stack in STACKS)
         counts = torch.bincount(chosen, minlength=len(ups))[: len(ups)].tolist()
         experts = [e for e, count in enumerate(counts) if count]
         if not experts:

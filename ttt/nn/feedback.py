@@ -22,7 +22,7 @@ be fewer than C.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -49,6 +49,23 @@ class Latest(NamedTuple):
     weight: Tensor
     agreement: Tensor
 
+    def pairs(self, x: Tensor, delta: Tensor, wide: torch.dtype, sharding: Sharding = UNSHARDED) -> Tensor:
+        """(T, C): (delta_i . delta'_j) (x_i . x'_j) for ``x`` (T, n) and ``delta`` (T, m)."""
+        inputs = sharding.input.sum((x @ self.x.mT).to(wide))
+        return inputs * sharding.output.sum((delta @ self.delta.mT).to(wide))
+
+
+class Followed(Protocol):
+    """What `Latest` offers, however its rows are held."""
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    @property
+    def agreement(self) -> Tensor: ...
+
+    def pairs(self, x: Tensor, delta: Tensor, wide: torch.dtype, sharding: Sharding = UNSHARDED) -> Tensor: ...
+
 
 def bilinear(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
     """(1,): left . matrix right, for ``left`` (T,), ``matrix`` (T, C) and ``right`` (C,); of L of each (L, 1)."""
@@ -56,7 +73,7 @@ def bilinear(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def next_agreement(
-    latest: Latest,
+    latest: Followed,
     x: Tensor,
     delta: Tensor,
     weight: Tensor,
@@ -69,9 +86,7 @@ def next_agreement(
     layer, and ``counts`` as in `ttt.nn.rates.rates`.
     """
     wide, window = weight.dtype, latest.weight.shape[-1]
-    inputs = sharding.input.sum((x @ latest.x.mT).to(wide))
-    pairs = inputs * sharding.output.sum((delta @ latest.delta.mT).to(wide))
-    found = bilinear(weight, pairs, latest.weight.to(wide)).double() / window
+    found = bilinear(weight, latest.pairs(x, delta, wide, sharding), latest.weight.to(wide)).double() / window
     found = torch.nan_to_num(found, nan=0.0, posinf=0.0, neginf=0.0).clamp(-1.0, 1.0)
     tokens = len(x) if counts is None else counts.double()
     return latest.agreement * KEPT ** (tokens / window) + (1 - KEPT) * found

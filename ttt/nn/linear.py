@@ -245,23 +245,26 @@ class Linear(CommittingLinear):
             and (binding := binding_of(self)) is not None
             and (pending := binding.learn(update, self._pending)) is not None
         ):
-            self._follow(update, self._pending)
-            self._pending = pending
-            if not pending:
-                self._bound_drift()
+            self.set_learnt(pending)
+            return
+        self.check_update(update, gate)
+        if not learns:
+            return
+        if counter is None:
+            self._learn(update, count)
         else:
-            self.check_update(update, gate)
-            if not learns:
-                return
-            if counter is None:
-                self._learn(update, count)
-            else:
-                self._learn_step(update, gate, counter)
-                self._bound_drift()
+            self._learn_step(update, gate, counter)
+            self._bound_drift()
         if update.moments is not None and self.moments is not None:
             count_(self.moments[STREAM], update.moments, None if gate is None else gate != 0)
         if update.agreement is not None and self.agreement is not None:
             self.agreement.copy_(gated(gate, update.agreement, self.agreement))
+
+    def set_learnt(self, pending: int) -> None:
+        """Do what follows where kernels have learnt an update and left ``pending`` rows in the window."""
+        self._pending = pending
+        if not pending:
+            self._bound_drift()
 
     def check_update(self, update: Update, gate: Tensor | None = None) -> None:
         """Check that `learn` can take ``update`` and ``gate``. Nothing is written.

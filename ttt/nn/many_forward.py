@@ -9,7 +9,10 @@ from torch import Tensor
 
 from ttt.nn.autocast import autocast_dtype, without_autocast
 from ttt.nn.base import captures, is_traced
+from ttt.nn.cpu_binding import Binding
 from ttt.nn.linear import Linear
+from ttt.nn.many_bindings import bindings_of, by_triton
+from ttt.ops import cpu
 
 
 class _CaptureMany(torch.autograd.Function):
@@ -36,13 +39,56 @@ class _CaptureMany(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None
         with without_autocast(x.device):
-            pairs = zip(ctx.layers, deltas, strict=True)
-            found = torch.cat([layer._transposed_window(delta) for layer, delta in pairs])
-        return found, None, None, None, None
+            return _gradients(ctx.layers, grad.detach(), ctx.counts), None, None, None, None
 
 
-def _outputs(layers: Sequence[Linear], x: Tensor, counts: Sequence[int]) -> Tensor:
+def _outputs(layers: Sequence[Linear], x: Tensor, counts: list[int]) -> Tensor:
+    """What `outputs_of` returns, without a graph."""
+    if (y := _by_kernels("experts_forward", layers, x, counts, False)) is not None:
+        return y
     return torch.cat([layer._apply_window(part) for layer, part in zip(layers, x.split(counts), strict=True)])
+
+
+def _gradients(layers: Sequence[Linear], delta: Tensor, counts: list[int]) -> Tensor:
+    """The gradients at the inputs (R, n) of those at the outputs, ``delta`` (R, m)."""
+    if (found := _by_kernels("experts_backward", layers, delta, counts, True)) is not None:
+        return found
+    return torch.cat([layer._transposed_window(part) for layer, part in zip(layers, delta.split(counts), strict=True)])
+
+
+def _by_kernels(op: str, layers: Sequence[Linear], x: Tensor, counts: list[int], transposed: bool) -> Tensor | None:
+    """What the kernels for many layers make of the rows ``x``; None if each layer must be called by itself."""
+    weight = layers[0].weight
+    size = weight.shape[0 if transposed else 1]
+    if x.dtype is not weight.dtype or x.shape != (sum(counts), size) or x.device != weight.device:
+        return None  # a call of the layer says what is wrong
+    if x.is_cuda:
+        return by_triton(op, layers, x, counts, transposed)
+    bindings = bindings_of(op, layers)
+    return _by_bindings(layers, bindings, x.contiguous(), counts, transposed) if bindings else None
+
+
+def _by_bindings(
+    layers: Sequence[Linear], bindings: Sequence[Binding], x: Tensor, counts: list[int], transposed: bool
+) -> Tensor:
+    """`_by_kernels` in C++. Of layers with many rows torch makes the product with the weight."""
+    one, at = bindings[0], 0
+    few = cpu.FEW_OF_MANY[one.dtype][transposed]
+    y = x.new_empty((len(x), one.n if transposed else one.m))
+    for layer, count in zip(layers, counts, strict=True):
+        if count > few:
+            part, to, weight = x[at : at + count], y[at : at + count], layer.weight
+            if transposed:
+                torch.mm(part, weight, out=to)
+            elif layer.bias is None:
+                torch.mm(part, weight.T, out=to)
+            else:
+                torch.addmm(layer.bias, part, weight.T, out=to)
+        at += count
+    kernels = [binding.kernels for binding in bindings]
+    kernel = cpu._C.backward_many if transposed else cpu._C.forward_many
+    kernel(kernels, x.data_ptr(), y.data_ptr(), counts, few, torch.get_num_threads())
+    return y
 
 
 def outputs_of(layers: Sequence[Linear], x: Tensor, counts: list[int], places: Tensor) -> Tensor:

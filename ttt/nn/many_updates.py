@@ -17,14 +17,21 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ttt.nn import own_loss
 from ttt.nn.autocast import without_autocast
-from ttt.nn.feedback import Latest
+from ttt.nn.cpu_binding import Binding, binding_of
+from ttt.nn.feedback import Followed, Latest
 from ttt.nn.linear import Linear
+from ttt.nn.many_bindings import bindings_of
+from ttt.nn.parallel import UNSHARDED, Sharding
 from ttt.nn.rates import Rows, rates
 from ttt.nn.update import Update
+from ttt.ops import cpu
 from ttt.ops.dtypes import accumulation
 
 MOST = 64
-"""Layers whose windows and bases are copied at a time."""
+"""Layers that are computed at a time where their bases or windows are copied."""
+
+FEW = 8
+"""Up to so many rows, the operations take longer than what they compute: all such layers are computed together."""
 
 
 class _Task(NamedTuple):
@@ -52,33 +59,35 @@ def updates_from(layers: Sequence[Linear], given: Sequence[Any], emphasis: float
     for at, (layer, own) in enumerate(zip(layers, given, strict=True)):
         captured, traced, rows = own
         gains = own_loss.applies(layer.config, emphasis)
-        if not captured or not layer.routed or layer.sharding or traced:
+        if not captured:
+            found.append(None)
+            continue
+        if not layer.routed or layer.sharding or traced:
             found.append(layer.update_from(*own, gains=gains))
             continue
         x, delta, _ = layer.rows_of(captured, None, rows)
-        if not len(x):
+        count = x.shape[0]
+        if not count:
             found.append(layer.update_from([(x, delta)], gains=gains))
             continue
         found.append(None)
-        # At most half of the rows are padding if the next power of two of their number is the same.
-        alike[_kind(layer), (len(x) - 1).bit_length()].append(
-            _Task(at, layer, x.to(layer.weight.dtype), delta.to(layer.weight.dtype))
+        weight = layer.weight
+        x, delta = x.to(weight.dtype).contiguous(), delta.to(weight.dtype).contiguous()
+        # Of many rows at most half are padding if the next power of two of their number is the same.
+        length = (max(count, FEW) - 1).bit_length()
+        alike[id(layer.config), layer.share, weight.shape, weight.dtype, weight.device, length].append(
+            _Task(at, layer, x, delta)
         )
     for tasks in alike.values():
-        for start in range(0, len(tasks), MOST):
-            part = tasks[start : start + MOST]
+        most = MOST if tasks[0].layer.damps or binding_of(tasks[0].layer) is None else 4 * MOST
+        for start in range(0, len(tasks), most):
+            part = tasks[start : start + most]
             with without_autocast(part[0].layer.weight.device):
                 updates = _together(part, own_loss.applies(part[0].layer.config, emphasis))
             for task, update in zip(part, updates, strict=True):
                 task.layer.keep_in_budget(update)
                 found[task.at] = update
     return found
-
-
-def _kind(layer: Linear) -> Any:
-    """What layers must have in common for their steps to be computed together."""
-    weight = layer.weight
-    return id(layer.config), layer.share, weight.shape, weight.dtype, weight.device
 
 
 def _together(tasks: Sequence[_Task], gains: bool) -> list[Update]:
@@ -90,13 +99,13 @@ def _together(tasks: Sequence[_Task], gains: bool) -> list[Update]:
     delta = pad_sequence([task.delta for task in tasks], batch_first=True)
     latest = None
     if first.latest is not None:
-        latest = Latest(*(torch.stack(parts) for parts in zip(*(layer.latest for layer in layers), strict=True)))
+        latest = _latest_of(layers, numbers)
     limits = [layer.largest_step() for layer in layers]
     limit = None
     if any(limits):
         wide = [float("inf") if size is None else size for size in limits]
         limit = torch.tensor(wide, dtype=torch.float64, device=device).unsqueeze(1)
-    moments = None if first.moments is None else torch.stack([layer.moments for layer in layers]).sum(1)
+    moments = None if first.moments is None else _stacked(layers, "moments").sum(1)
 
     def applied(x: Tensor, delta: Tensor) -> Rows:
         return _project(x, [layer.basis for layer in layers]), _project(delta, [la.output_basis for la in layers])
@@ -106,21 +115,60 @@ def _together(tasks: Sequence[_Task], gains: bool) -> list[Update]:
         share=first.share, limit=limit, latest=latest, counts=torch.tensor(numbers, device=device).unsqueeze(1),
         gains=gains,
     )  # fmt: skip
-    finite = made.finite.all(1)
+    several = (made.grown, made.weight, made.agreement, made.gain)
+    each = [[None] * len(tasks) if t is None else t.unbind() for t in several]
+    parts = zip(tasks, made.eta.unbind(), made.finite.all(1).unbind(), *each, strict=True)
     return [
         Update(
-            x=x[i, :count],
-            delta=delta[i, :count],
-            eta=made.eta[i, :count],
+            x=task.x,
+            delta=task.delta,
+            eta=eta[: len(task.x)],
             trace_delta=None,
-            finite=finite[i],
-            moments=None if made.grown is None else made.grown[i],
-            weight=None if made.weight is None else made.weight[i, :count],
-            agreement=None if made.agreement is None else made.agreement[i],
-            gain=None if made.gain is None else made.gain[i, :count],
+            finite=finite,
+            moments=grown,
+            weight=None if weight is None else weight[: len(task.x)],
+            agreement=agreement,
+            gain=None if gain is None else gain[: len(task.x)],
         )
-        for i, count in enumerate(numbers)
+        for task, eta, finite, grown, weight, agreement, gain in parts
     ]
+
+
+class _BoundLatest(NamedTuple):
+    """The latest updates of L layers, whose windows the kernels read where they are (`ttt.nn.feedback.Followed`).
+
+    Attributes:
+        weight: (L, C).
+        agreement: (L, 1).
+        counts: the number of rows of each layer; those after them are 0.
+    """
+
+    weight: Tensor
+    agreement: Tensor
+    bindings: list[Binding]
+    counts: list[int]
+
+    def pairs(self, x: Tensor, delta: Tensor, wide: torch.dtype, sharding: Sharding = UNSHARDED) -> Tensor:
+        """(L, T, C) for ``x`` (L, T, n) and ``delta`` (L, T, m), in the dtype ``wide``, which is float32."""
+        layers, rows, _ = x.shape
+        found = x.new_zeros((layers, rows, self.weight.shape[1]), dtype=wide)
+        x, delta = x.contiguous(), delta.contiguous()
+        cpu._C.pairs_many(
+            [binding.kernels for binding in self.bindings], x.data_ptr(), delta.data_ptr(), found.data_ptr(),
+            self.counts, rows, torch.get_num_threads(),
+        )  # fmt: skip
+        return found
+
+
+def _latest_of(layers: Sequence[Linear], counts: list[int]) -> Followed:
+    """The latest updates of L ``layers``, which are to get ``counts`` rows."""
+    if bindings := bindings_of("experts_update", layers):
+        return _BoundLatest(_stacked(layers, "win_weight"), _stacked(layers, "agreement"), bindings, counts)
+    return Latest(*(torch.stack(parts) for parts in zip(*(layer.latest for layer in layers), strict=True)))
+
+
+def _stacked(layers: Sequence[Linear], buffer: str) -> Tensor:
+    return torch.stack([layer._buffers[buffer] for layer in layers])  # type: ignore[misc]
 
 
 def _project(rows: Tensor, bases: Sequence[Tensor | None]) -> Tensor:

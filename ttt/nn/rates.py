@@ -55,7 +55,7 @@ import torch
 from torch import Tensor
 
 from ttt.config import TTTConfig
-from ttt.nn.feedback import Latest, bilinear, factor, next_agreement
+from ttt.nn.feedback import Followed, bilinear, factor, next_agreement
 from ttt.nn.parallel import UNSHARDED, Sharding
 
 CALIBRATED, STREAM = 0, 1
@@ -144,7 +144,7 @@ def rates(
     applied: Callable[[Tensor, Tensor], Rows] | None = None,
     share: float = 1.0,
     limit: float | Tensor | None = None,
-    latest: Latest | None = None,
+    latest: Followed | None = None,
     sharding: Sharding = UNSHARDED,
     counts: Tensor | None = None,
     gains: bool = False,

@@ -127,12 +127,6 @@ class StatefulLinear(Adapted):
         self.shared = set()
         self.base = {}
 
-    def __setattr__(self, name, value):
-        if name == "_pending":  # It changes with every token, and torch's way takes 3 us.
-            self.__dict__[name] = value
-            return
-        super().__setattr__(name, value)
-
     def _apply(self, fn, recurse=True):
         if self._counter is not None:
             raise RuntimeError("a capturable layer cannot be moved or converted; call capturable_(None) first")

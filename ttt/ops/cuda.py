@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
@@ -30,6 +31,7 @@ def loaded_kernels() -> SimpleNamespace | None:
         return None
     try:
         from ttt.ops.triton import append, commit, delta_rule, low_rank, project, reservoir, window_linear, window_step
+        from ttt.ops.triton import experts as experts
         from ttt.ops.triton import low_rank_compress as low_rank_compress
         from ttt.ops.triton import memory as memory
         from ttt.ops.triton import memory_step as memory_step
@@ -38,6 +40,8 @@ def loaded_kernels() -> SimpleNamespace | None:
         return None
     return SimpleNamespace(
         window_linear=window_linear.window_linear,
+        experts=experts.experts,
+        most_rows_of_experts=experts.MOST_ROWS,
         project_out=project.project_out,
         project_out_pair=project.project_out_pair,
         window_append=append.window_append,
@@ -78,6 +82,25 @@ def run_kernel(op: str, on: torch.Tensor, dtype: torch.dtype, *args, fallback=No
 def window_linear(x, weight, bias, win_x, win_delta, win_eta):
     schema.check_window_linear(x, weight, bias, win_x, win_delta, win_eta)
     return run_kernel("window_linear", weight, weight.dtype, x, weight, bias, win_x, win_delta, win_eta)
+
+
+def why_not_experts(dtype: torch.dtype, counts: Sequence[int]) -> str:
+    """Why `experts` cannot be called for layers of ``dtype`` with so many rows each; empty if it can."""
+    kernels = loaded_kernels()
+    if kernels is None:
+        return unavailable["triton"]
+    if dtype not in DTYPES:
+        return f"no Triton kernel for {dtype}"
+    most = kernels.most_rows_of_experts
+    return "" if max(counts) <= most else f"an expert gets more than {most} rows"
+
+
+def experts(x, held, counts, transposed):
+    """`ttt.ops.triton.experts.experts`; see `why_not_experts`."""
+    kernels = loaded_kernels()
+    assert kernels is not None
+    with torch.cuda.device(x.device):
+        return kernels.experts(x, held, counts, transposed)
 
 
 def project_out(x, basis):

@@ -9,7 +9,7 @@ import torch
 
 from ttt.ops import log8, schema
 from ttt.ops.arguments import CommitArguments, WindowStepArguments
-from ttt.ops.triton import append, commit, delta_rule, low_rank, project, reservoir, window_linear, window_step
+from ttt.ops.triton import append, commit, delta_rule, experts, low_rank, project, reservoir, window_linear, window_step
 from ttt.ops.triton import low_rank_compress as low_rank_compress
 from ttt.ops.triton import memory as memory
 from ttt.ops.triton import memory_step as memory_step
@@ -46,6 +46,12 @@ def _linear(dtype, tokens, bias=True, window=16) -> None:
         _meta(tokens, N, dtype=dtype), _meta(M, N, dtype=dtype), _meta(M, dtype=dtype) if bias else None,
         _meta(window, N, dtype=dtype), _meta(window, M, dtype=dtype), _meta(window, dtype=torch.float32),
     )  # fmt: skip
+
+
+def _experts(dtype, transposed, window=64) -> None:
+    held = _meta(M, N, dtype=dtype), _meta(window, N, dtype=dtype), _meta(window, M, dtype=dtype)
+    layers = [(*held, _meta(window, dtype=torch.float32))] * 64
+    experts.experts(_meta(256, M if transposed else N, dtype=dtype), layers, [4] * 64, transposed)
 
 
 def _append(dtype, on_device) -> None:
@@ -178,6 +184,12 @@ def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     for tokens, window in itertools.product((1, 8), (64, 128)) if everything else [(1, 128)]:
         label = f"bfloat16 T={tokens} window {window}"
         yield label, lambda a=(tokens, window): _linear(torch.bfloat16, a[0], window=a[1])
+    for dtype, transposed in itertools.product(dtypes if everything else dtypes[:2], (False, True)):
+        label = f"{_name(dtype)} {'gradients' if transposed else 'outputs'} of experts"
+        yield label, lambda a=(dtype, transposed): _experts(*a)
+    if everything:
+        for window in (16, 128):
+            yield f"bfloat16 experts, window {window}", lambda a=window: _experts(torch.bfloat16, False, a)
     steps = [(bf16, bf16, 16, {}), (bf16, codes, 16, {}), (bf16, bf16, 64, {"added": 8})]
     if everything:
         kinds = (*schema.KINDS, None)

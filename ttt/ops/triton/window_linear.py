@@ -116,13 +116,20 @@ def _window_part(
         if not SCALED:
             factor *= eta
         d = tl.load(win_delta + c[:, None] * m + i, mask=live[:, None] & (i < m), other=0, eviction_policy="evict_last")
-        if OPERAND == tl.bfloat16:  # noqa: SIM300
-            high = factor.to(tl.bfloat16)
-            part = tl.dot(high, d, part)
-            part = tl.dot((factor - high.to(tl.float32)).to(tl.bfloat16), d, part)
-        else:
-            part = tl.dot(factor, d.to(tl.float32), part, input_precision="ieee")
+        part = times_rows(factor, d, part, OPERAND)
     return part
+
+
+@triton.jit
+def times_rows(factor, rows, acc, OPERAND: tl.constexpr):
+    """acc + factor rows, for a float32 ``factor`` (BT x BC) and ``rows`` (BC x BM) as they are stored."""
+    if OPERAND == tl.bfloat16:  # noqa: SIM300
+        high = factor.to(tl.bfloat16)
+        acc = tl.dot(high, rows, acc)
+        acc = tl.dot((factor - high.to(tl.float32)).to(tl.bfloat16), rows, acc)
+    else:
+        acc = tl.dot(factor, rows.to(tl.float32), acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit(do_not_specialize=["tokens", "window"])
