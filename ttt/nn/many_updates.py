@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ttt.nn import own_loss
 from ttt.nn.autocast import without_autocast
 from ttt.nn.cpu_binding import Binding, binding_of
 from ttt.nn.feedback import Followed, Latest
 from ttt.nn.linear import Linear
 from ttt.nn.many_bindings import bindings_of
+from ttt.nn.own_loss import applies
 from ttt.nn.parallel import UNSHARDED, Sharding
 from ttt.nn.rates import Rows, rates
 from ttt.nn.update import Update
@@ -58,7 +58,7 @@ def updates_from(layers: Sequence[Linear], given: Sequence[Any], emphasis: float
     alike: defaultdict[Any, list[_Task]] = defaultdict(list)
     for at, (layer, own) in enumerate(zip(layers, given, strict=True)):
         captured, traced, rows = own
-        gains = own_loss.applies(layer.config, emphasis)
+        gains = applies(layer.config, emphasis)
         if not captured:
             found.append(None)
             continue
@@ -83,7 +83,7 @@ def updates_from(layers: Sequence[Linear], given: Sequence[Any], emphasis: float
         for start in range(0, len(tasks), most):
             part = tasks[start : start + most]
             with without_autocast(part[0].layer.weight.device):
-                updates = _together(part, own_loss.applies(part[0].layer.config, emphasis))
+                updates = _together(part, applies(part[0].layer.config, emphasis))
             for task, update in zip(part, updates, strict=True):
                 task.layer.keep_in_budget(update)
                 found[task.at] = update
