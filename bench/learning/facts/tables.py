@@ -48,14 +48,14 @@ def _right(row: Mapping[str, Any] | None, people: int) -> str:
 
 
 def costs(found: Mapping[str, Any]) -> Lines:
-    """Of the first scenario: answers written freely, drift, facts ascribed to someone else, and time if measured."""
+    """Of the first scenario: drift, facts ascribed to someone else and, if measured, answers written freely and time."""
     figures = (
         ("written", 2, "right when written"), ("rank", 2, "rank"), ("kl", 4, "KL, English"),
         ("general", 3, "general, nats"), ("texts", 4, "texts, nats"),
         ("neighbour", 2, "ascribed to a neighbour"), ("told", 1, "telling, s"), ("asked", 1, "asking, s"),
     )  # fmt: skip
     rows = [row for row in found["rows"] if row["scenario"] == next(iter(SCENARIOS))]
-    shown = [each for each in figures if any(row[each[0]] is not None for row in rows)]
+    shown = [each for each in figures if any(row.get(each[0]) is not None for row in rows)]
     lines: Lines = [("method", *(title for _, _, title in shown))]
     for row in rows:
         lines.append((row["method"], *(cell(row[name], digits) for name, digits, _ in shown)))

@@ -375,5 +375,8 @@ def test_tables_show_what_was_run_and_with_how_many_people():
         ("method", "ten facts (3)", "50 things (1)"), ("frozen", "0.10", ""), ("study", "0.85", "0.75"),
     ]  # fmt: skip
     assert [line[0] for line in tables.costs(found)] == ["method", "frozen", "study"]
+    assert "right when written" in tables.costs(found)[0]
+    older = {"rows": [{name: value for name, value in each.items() if name != "written"} for each in found["rows"]]}
+    assert "right when written" not in tables.costs(older)[0]
     machine = {"processor": "a processor", "cores": 2, "threads": 1, "torch": "2"}
     assert tables.about({"machine": machine, "date": "2026-11-28"})[1][-1] == "2026-11-28"
