@@ -4,6 +4,7 @@ import contextlib
 import copy
 
 import pytest
+import safetensors.torch
 import torch
 from tiny_models import tiny
 
@@ -90,3 +91,36 @@ def test_where_the_file_cannot_be_written_it_is_said_and_goes_on(base, tmp_path)
     with pytest.warns(RuntimeWarning, match="cannot be written"):
         texts = calibration_file.held_back_once(learner.pool, file, lambda: torch.arange(16 * 40).view(16, 40) % 7)
     assert [text.shape for text in texts] == [(4, 32)] * 2
+
+
+def damaged(file, how):
+    data = bytearray(file.read_bytes())
+    if how == "flipped":
+        data[-40] ^= 1
+    elif how == "cut":
+        data = data[:-40]
+    else:
+        tensors = safetensors.torch.load(bytes(data))
+        name = next(name for name in tensors if name.endswith(".basis"))
+        with safetensors.safe_open(file, "pt") as held:
+            metadata = held.metadata()
+        tensors[name] = tensors[name] * torch.nan if how == "not finite" else tensors[name][:, :1].contiguous()
+        data = safetensors.torch.save(tensors, metadata)
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "not finite", "another shape"])
+def test_a_damaged_file_is_refused_or_written_anew_and_never_used(base, tmp_path, monkeypatch, how):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first, second = learner_of(base), learner_of(base)
+    file = calibrated(first, None)
+    damaged(file, how)
+    before = {name: t.clone() for name, t in shared(second).items()}
+    with pytest.raises(ValueError, match="damaged|cannot be read"):
+        calibrated(second, None, file)
+    assert all(torch.equal(t, before[name]) for name, t in shared(second).items())
+    with pytest.warns(RuntimeWarning, match="it is a copy that was kept, and is written anew"):
+        assert calibrated(second, None) == file
+    found, wanted = shared(second), shared(first)
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert calibrated(learner_of(base), None, file) == file

@@ -130,7 +130,7 @@ def test_tokens_enter_the_windows_of_the_experts_that_they_are_routed_to():
 
 @pytest.mark.parametrize("masked", ["padding", "learn_mask"])
 def test_masks_are_those_of_the_tokens_routed(masked):
-    """Rows of masked tokens, unless the next one is predicted there, enter no window, whichever experts they go to."""
+    """Rows at which no token that teaches is predicted enter no window, whichever experts they go to."""
     model = mixture(dtype=torch.float64)
     plain, ids = copy.deepcopy(model), ids_of(2, 9)
     mask = torch.ones_like(ids)
@@ -141,8 +141,8 @@ def test_masks_are_those_of_the_tokens_routed(masked):
         learner.observe(ids, attention_mask=mask)
     else:
         learner.observe(ids, learn_mask=mask)
-    columns = mask[:, :-1].bool()
-    columns = (columns if masked == "padding" else columns | mask[:, 1:].bool()).flatten()
+    columns = mask[:, 1:].bool()
+    columns = (columns & mask[:, :-1].bool() if masked == "padding" else columns).flatten()
     inputs = {"input_ids": ids[:, :-1]}
     if masked == "padding":
         inputs |= {"attention_mask": mask[:, :-1], "position_ids": (mask[:, :-1].cumsum(1) - 1).clamp_min(0)}

@@ -52,12 +52,12 @@ SPANS = {"one token": [(9, 10)], "two spans": [(4, 7), (12, 15)], "to the end": 
 @pytest.mark.parametrize("users", [False, True])
 @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
 def test_a_token_that_teaches_is_learnt_where_it_is_predicted(spans, users):
-    """Against autograd: rows are written of the tokens that teach and of the one before each."""
+    """Against autograd: rows are written of the tokens before those that teach, and of no others."""
     base = tiny().double()
     mask, written = torch.zeros(1, LENGTH), torch.zeros(LENGTH, 1)
     for start, end in spans:
         mask[0, start:end] = 1
-        written[max(start - 1, 0) : end] = 1
+        written[max(start - 1, 0) : end - 1] = 1
     learner, ids = learner_of(base, users), ids_of(1, LENGTH)
     learner.observe(ids, learn_mask=mask, users=["ada"] if users else None)
     for name in ("model.layers.2.mlp.down_proj", "model.layers.3.mlp.down_proj"):
@@ -75,3 +75,34 @@ def test_a_span_of_one_token_becomes_more_probable(users):
     options = {"users": ["ada"] if users else None}
     before = learner.observe(ids, learn_mask=mask, **options).nll[0, 8]
     assert float(learner.observe(ids, learn=False, **options).nll[0, 8]) < float(before)
+
+
+@pytest.mark.parametrize("users", [False, True])
+def test_where_nothing_is_predicted_no_row_is_written(users):
+    """The first token of a text that alone teaches changes no bit, and a last token teaches as a text's end does."""
+    base, ids, options = tiny().double(), ids_of(1, LENGTH), {"users": ["ada"] if users else None}
+    mask = torch.zeros(1, LENGTH)
+    mask[0, 0] = 1
+    learner = learner_of(base, users)
+    if users:
+        learner.pool.open("ada")
+    before = state_of(learner)
+    assert learner.observe(ids, learn_mask=mask, **options).learned == 0
+    assert all(torch.equal(t, before[name]) for name, t in state_of(learner).items())
+    states = []
+    for text, ones in ((ids, slice(9, 10)), (ids[:, :10], slice(9, 10))):
+        learner, mask = learner_of(base, users), torch.zeros_like(text)
+        mask[0, ones] = 1
+        learner.observe(text, learn_mask=mask, **options)
+        states.append(state_of(learner))
+    for name, t in states[0].items():
+        assert t.shape == states[1][name].shape
+        torch.testing.assert_close(t, states[1][name], rtol=1e-6, atol=1e-12)
+
+
+def state_of(learner):
+    """What has been learnt: of the user, or of the layers."""
+    if learner.pool is not None:
+        return {name: t.clone() for name, t in learner.pool.export("ada").items()}
+    layers = learner.layers
+    return {f"{i}.{name}": t.clone() for i, layer in enumerate(layers) for name, t in layer.state().items()}

@@ -36,8 +36,7 @@ def changes(learner: ttt.Learner, user: str | None) -> list[torch.Tensor]:
 def loss_and_gradients(base, ids, mask) -> tuple[float, list[torch.Tensor]]:
     """From plain autograd: the summed loss of the tokens in ``mask``, and its gradients at the weights of `NAMES`.
 
-    Of the gradients only what comes from the rows of tokens that teach, and from those of the tokens before them, as
-    only these are written.
+    Of the gradients only what comes from the rows at which they are predicted, as only these are written.
     """
     model, held = copy.deepcopy(base).requires_grad_(False), []
 
@@ -51,7 +50,7 @@ def loss_and_gradients(base, ids, mask) -> tuple[float, list[torch.Tensor]]:
     each = functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     loss = each[mask[:, 1:]].sum()
     loss.backward()
-    kept = mask[0, :-1] | mask[0, 1:]
+    kept = mask[0, 1:]
     return float(loss), [out.grad[0, kept].T @ x[0, kept] for x, out in held]
 
 

@@ -92,8 +92,8 @@ class Learner(Keeping):
                 token sees. It may be on either side. If all blocks of the model have attention it may also be between
                 tokens, as where texts were joined; the token after it is read, but not scored.
             learn_mask: (B, T) bool or 0/1: tokens with 0 are read and scored, but no loss is taken on them, as with
-                the label -100 in transformers. Rows are written of tokens with 1, and of the token before each of
-                them, at which it is predicted. Where all are 0, no bit of a weight changes.
+                the label -100 in transformers. A token is predicted, and so learnt, at the one before it: the rows of
+                those are written, whatever their own entry. Where all are 0, no bit of a weight changes.
             learn: False scores only.
             users: for a model adapted with ``TTTConfig(per_user=...)``: the user of each of the B sequences; None for
                 sequences that the base model scores and nobody learns from. One user's tokens change no bit of what

@@ -23,8 +23,8 @@ class Text:
         scored: (B, T - 1) bool, the targets that are scored: neither they nor the token before them is padding.
         teach: (B, T) bool, the tokens that teach; None for all of them.
         wanted: (B, T - 1) bool, the targets whose loss is taken; None for all of them.
-        rows: (B, T) bool, the tokens whose rows (x, delta) may be written: those that teach, and the token before
-            each, which is where it is predicted; None for all of them.
+        rows: (B, T) bool, the tokens whose rows (x, delta) are written: those at which one of ``wanted`` is predicted;
+            None for all of them. At others the gradient is 0, or that of what comes later in the text only.
         emphasis: what multiplies the steps that are taken on this text.
     """
 
@@ -43,11 +43,14 @@ class Text:
         scored = torch.ones((batch, max(length - 1, 0)), dtype=torch.bool, device=ids.device)
         if attend is not None:
             scored = attend[:, :-1] & attend[:, 1:]
-        if teach is None:
-            return cls(ids, attend, scored, attend, None if attend is None else scored, attend)
-        teach, wanted = teach if attend is None else attend & teach, scored & teach[:, 1:]
-        rows = torch.cat([teach[:, :-1] | wanted, teach[:, -1:]], 1)
-        return cls(ids, attend, scored, teach, wanted, rows)
+        if teach is None and attend is None:
+            return cls(ids, None, scored, None, None, None)
+        wanted = scored if teach is None else scored & teach[:, 1:]
+        if teach is None or attend is None:
+            teach = attend if teach is None else teach
+        else:
+            teach = attend & teach
+        return cls(ids, attend, scored, teach, wanted, torch.nn.functional.pad(wanted, (0, min(length, 1))))
 
     def restricted(self, sequences: Tensor) -> Text:
         """The same text, of which only some ``sequences`` (B,) bool may teach."""

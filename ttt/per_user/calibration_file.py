@@ -43,7 +43,7 @@ def calibrate_once(pool: Pool, file: Path, measure: Callable[[], None]) -> bool:
 
     Args:
         pool: of the model's users, none of whom has a slot.
-        file: safetensors, with a digest of weights and configuration.
+        file: safetensors, with a digest of weights and configuration, and a checksum.
         measure: calibrates the layers.
 
     Returns:
@@ -53,7 +53,8 @@ def calibrate_once(pool: Pool, file: Path, measure: Callable[[], None]) -> bool:
         RuntimeWarning: if the file cannot be written.
 
     Raises:
-        ValueError: if the file is of other weights or another configuration, or no such file.
+        ValueError: if the file is of other weights or another configuration, damaged, or no such file. Nothing has
+            changed then.
     """
     digest = _digest(pool)
     if not file.exists():
@@ -64,19 +65,14 @@ def calibrate_once(pool: Pool, file: Path, measure: Callable[[], None]) -> bool:
             for buffer in SHARED
             if (t := getattr(layer, buffer, None)) is not None
         }
-        _keep(file, safetensors.torch.save(tensors, {"digest": digest}))
+        _keep(file, tensors, digest)
         return True
-    try:
-        with safetensors.safe_open(file, "pt") as held:
-            if (held.metadata() or {}).get("digest") != digest:
-                raise ValueError(f"{file} must be the calibration of this model and configuration, not of another")
-            for name, layer in pool.layers.items():
-                for buffer in SHARED:
-                    if (t := getattr(layer, buffer, None)) is not None:
-                        with torch.no_grad():
-                            t.copy_(held.get_tensor(f"{name}.{buffer}"))
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} must be a calibration, but cannot be read ({error}); remove it") from None
+    found = _read(file, digest, "calibration")
+    with torch.no_grad():
+        for name, layer in pool.layers.items():
+            for buffer in SHARED:
+                if (t := getattr(layer, buffer, None)) is not None:
+                    t.copy_(found[f"{name}.{buffer}"])
     return False
 
 
@@ -100,19 +96,37 @@ def held_back_once(pool: Pool, calibration: Path, write: Callable[[], Tensor]) -
     if not file.exists():
         rows, length = HELD_BACK
         ids = write()[:rows, -length:].cpu().contiguous()
-        _keep(file, safetensors.torch.save({"ids": ids}, {"digest": digest}))
+        _keep(file, {"ids": ids}, digest)
         return list(ids.to(device).split(4))
+    return list(_read(file, digest, "guard's text")["ids"].to(device).split(4))
+
+
+def _read(file: Path, digest: str, what: str) -> dict[str, Tensor]:
+    """The tensors of a file that `_keep` wrote, all of them as they were written.
+
+    Raises:
+        ValueError: if it is of another model or configuration, or damaged.
+    """
     try:
         with safetensors.safe_open(file, "pt") as held:
-            if (held.metadata() or {}).get("digest") != digest:
-                raise ValueError(f"{file} must be the guard's text of this model and configuration, not of another")
-            return list(held.get_tensor("ids").to(device).split(4))
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} must be a guard's text, but cannot be read ({error}); remove it") from None
+            metadata = held.metadata() or {}
+            if metadata.get("digest") != digest:
+                raise ValueError(f"{file} must be the {what} of this model and configuration, not of another")
+            tensors = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118, it is no dict
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{file} must be a {what}, but cannot be read ({error}); remove it") from None
+    if metadata.get("sha256") != _checksum(tensors):
+        raise ValueError(f"{file} must be a {what}, but is damaged: its tensors do not fit its checksum; remove it")
+    return tensors
 
 
-def _keep(file: Path, data: bytes) -> None:
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    return hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()
+
+
+def _keep(file: Path, tensors: dict[str, Tensor], digest: str) -> None:
     """Write the file for the next start; where that fails, as in a container that can only be read, go on without."""
+    data = safetensors.torch.save(tensors, {"digest": digest, "sha256": _checksum(tensors)})
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, data)

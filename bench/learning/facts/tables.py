@@ -48,7 +48,7 @@ def _right(row: Mapping[str, Any] | None, people: int) -> str:
 
 
 def costs(found: Mapping[str, Any]) -> Lines:
-    """Of the first scenario: drift, facts ascribed to someone else and, if measured, answers written freely and time."""
+    """Of the first scenario: drift, facts ascribed to others and, if measured, answers written freely and time."""
     figures = (
         ("written", 2, "right when written"), ("rank", 2, "rank"), ("kl", 4, "KL, English"),
         ("general", 3, "general, nats"), ("texts", 4, "texts, nats"),

@@ -92,7 +92,8 @@ async def learn(http: Request, user: str, body: LearnRequest) -> dict[str, Any]:
     identity = _identity(server, http, user)
     lesson = await server.apart(_lesson, server, body)
     if lesson is None:
-        raise BadRequest("there is nothing to learn: no token of the text teaches", param="text")
+        why = "no token teaches; the first one of a text has none before it that it could be learnt at"
+        raise BadRequest(f"there is nothing to learn: {why}", param="text" if body.spans is None else "spans")
     telling = _telling(server, body, lesson)
     server.limits.take(identity.key, tokens=len(lesson.ids) * telling.passes)
     learnt: Learnt = await _result(server, http, server.service.learn(user, lesson, telling))
@@ -215,6 +216,8 @@ def _lesson(server: Server, body: LearnRequest) -> Lesson | None:
         messages = [message.plain(at) for at, message in enumerate(body.messages)]
         return Teaching(tuple(body.roles), all_turns=True, read=read).lesson(server.tokenizer, messages, context)
     assert body.text is not None
+    if "roles" in body.model_fields_set:
+        raise BadRequest("roles go with messages only", param="roles")
     if not body.text:
         raise BadRequest("text must have at least one character, got ''", param="text")
     spans = [(0, len(body.text))] if body.spans is None else [(span[0], span[1]) for span in body.spans]
