@@ -116,7 +116,7 @@ def test_a_damaged_file_is_refused_or_written_anew_and_never_used(base, tmp_path
     file = calibrated(first, None)
     damaged(file, how)
     before = {name: t.clone() for name, t in shared(second).items()}
-    with pytest.raises(ValueError, match="damaged|cannot be read"):
+    with pytest.raises(ValueError, match=r"damaged|cannot be read"):
         calibrated(second, None, file)
     assert all(torch.equal(t, before[name]) for name, t in shared(second).items())
     with pytest.warns(RuntimeWarning, match="it is a copy that was kept, and is written anew"):

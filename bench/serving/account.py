@@ -104,8 +104,9 @@ def learnt_texts(state: dict[str, torch.Tensor], tokenizer: Any) -> list[str]:
         return []
     lengths = state["episodes.lengths"].tolist()
     parts = zip(state["episodes.ids"].split(lengths), state["episodes.learn"].split(lengths), strict=True)
-    # A turn teaches its words and the token that ends it.
-    return [tokenizer.decode(ids[learn], skip_special_tokens=True) for ids, learn in parts]
+    # A turn teaches its words, but for the first token, and the token that ends it.
+    shown = ((ids, learn | torch.cat([learn[1:], learn.new_zeros(1)])) for ids, learn in parts)
+    return [tokenizer.decode(ids[words], skip_special_tokens=True) for ids, words in shown]
 
 
 def replay_difference(

@@ -11,7 +11,9 @@ import sys
 
 import pytest
 
-SHAPES = {"m", "n", "width", "keys", "values", "width_a", "width_b", "first", "g_stride", "s_stride"}
+SHAPES = {
+    "m", "n", "width", "keys", "values", "width_a", "width_b", "first", "g_stride", "s_stride", "inputs", "outputs",
+}  # fmt: skip
 """Integers that may choose a variant: they follow from the shape of a layer, which a graph's launches share."""
 SEEDS = (0, 1, 7, 16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 5)
 

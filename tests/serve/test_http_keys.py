@@ -119,7 +119,7 @@ def test_numbers_health_and_logs_name_no_user_and_no_words(model, tmp_path, capl
         refused = httpx.post(f"{url}/v1/completions", json={"model": NAME, "prompt": "x"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
     numbers = dict(re.findall(r"^(\w+) ([\d.e+-]+)$", text, re.MULTILINE))
-    tokens = len("My dog is called Biscuit.?")
+    tokens = len("y dog is called Biscuit.?")  # the first one does not teach
     assert float(numbers["ttt_learnt_tokens_total"]) == 2 * tokens
     assert float(numbers["ttt_completion_tokens_total"]) == 8
     assert float(numbers["ttt_evictions_total"]) == 1

@@ -56,7 +56,8 @@ def talk(chat: Chat, tokenizer: Any, console: Console) -> None:
                 streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
                 turn = chat.say(line, streamer)
                 if turn.version is not None:
-                    _say(console, f"learnt {turn.tokens} tokens ({turn.nll:.2f} nats each): version {turn.version}", "dim")
+                    found = f"learnt {turn.tokens} tokens ({turn.nll:.2f} nats each): version {turn.version}"
+                    _say(console, found, "dim")
         except (ValueError, FloatingPointError, StoreError) as error:
             _say(console, str(error), "red")
 
