@@ -53,6 +53,14 @@ def address(t: torch.Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+def is_plain(t: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether kernels can read ``t`` at its address: of ``dtype``, contiguous, on the CPU, and of no subclass.
+
+    Wrapper subclasses, such as `DTensor`, hold their numbers in other tensors, and their own address is 0.
+    """
+    return type(t) is torch.Tensor and t.dtype is dtype and t.is_contiguous() and t.is_cpu
+
+
 def window_linear(x, weight, bias, win_x, win_delta, win_eta):
     schema.check_window_linear(x, weight, bias, win_x, win_delta, win_eta)
     why = why_not(weight.dtype)
