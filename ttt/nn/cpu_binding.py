@@ -27,8 +27,8 @@ class _Direct:
     bias_address = 0
 
     def _plain(self, t: Tensor, dtype: torch.dtype | None = None) -> bool:
-        """Whether ``t`` has ``dtype``, by default the layer's, and is contiguous on the CPU."""
-        return t.dtype is (dtype or self.dtype) and t.is_contiguous() and t.is_cpu
+        """Whether kernels can read ``t`` as a tensor of ``dtype``, by default the layer's."""
+        return cpu.is_plain(t, dtype or self.dtype)
 
 
 class Binding(_Direct):
