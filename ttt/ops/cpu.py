@@ -107,6 +107,14 @@ def window_append(
     reference.window_append(*args)
 
 
+def why_not_bound(layer) -> str:
+    """Empty if `bind_layer` binds a `ttt.nn.Linear`, else the reason it does not."""
+    weight = layer.weight
+    if why := _why_not_commit(weight, layer.importance, layer.trace):
+        return why
+    return "" if weight.is_contiguous() else "a weight that is not contiguous"
+
+
 def bind_layer(layer, moments):
     """The addresses of a `ttt.nn.Linear`, bound for ``ttt._C``, or None where its kernels do not apply.
 
@@ -114,7 +122,7 @@ def bind_layer(layer, moments):
     numbers only; the layer checks the rest. Valid until a tensor is reallocated.
     """
     weight, recent = layer.weight, layer.recent
-    if _why_not_commit(weight, layer.importance, layer.trace) or not weight.is_contiguous():
+    if why_not_bound(layer):
         return None
     m, n = weight.shape
     bound = _C.Layer(
