@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import plain_config
-from test_many_kernels import COUNTS, all_rows, layers_of, rows_of, update_of
+from test_many_kernels import COUNTS, FEW_ROWS, all_rows, layers_of, rows_of, update_of
 from tiny_models import assert_same
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -61,9 +61,9 @@ def mesh(tmp_path):
 @pytest.mark.parametrize("back", [False, True])
 def test_rows_in_a_dtensor_are_refused_as_a_layer_that_is_called_by_itself_does(mesh, back):
     layers = layers_of(5, 8, torch.float32)
-    rows = DTensor.from_local(all_rows(layers, int(back)), mesh, [Replicate()])
+    rows = DTensor.from_local(all_rows(layers, int(back), FEW_ROWS), mesh, [Replicate()])
     with pytest.raises(RuntimeError, match=r"got mixed torch\.Tensor and DTensor"):
-        (_gradients if back else _outputs)(layers, rows, COUNTS)
+        (_gradients if back else _outputs)(layers, rows, FEW_ROWS)
 
 
 def test_updates_are_made_of_rows_that_wrap_others_without_their_address():
