@@ -70,7 +70,9 @@ struct Layer {
     if (learnt.at < 0 || learnt.at > window)
       throw std::invalid_argument("pending must be in [0, " + std::to_string(window) + "], got " +
                                   std::to_string(learnt.at));
-    if (learnt.rows < 0) throw std::invalid_argument("rows must not be negative");
+    if (learnt.rows < 0) throw std::invalid_argument("rows must not be negative, got " + std::to_string(learnt.rows));
+    if (learnt.at + learnt.rows >= window && prepared.weight == nullptr)
+      throw std::invalid_argument("prepare must be called before rows are learnt that fill the window");
     check_counters(learnt.at, learnt.rows);
   }
 

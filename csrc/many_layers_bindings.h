@@ -1,6 +1,11 @@
-// What many layers do in one call, as the experts of a mixture, each with rows of its own. For each of them the kernels
-// do what they would do for it alone, with the same bits. Included by bindings.cpp only.
+// What many layers do in one call, as the experts of a mixture, each with rows of its own. What they learn has the bits
+// of `Layer::learn`. Outputs have those of `Layer::forward` if the product with the weight is made in the same place,
+// in these kernels or by torch. A layer that is called by itself leaves it to torch from fewer rows on (_FUSED_TOKENS
+// of ttt/ops/cpu.py) than many layers do (FEW_OF_MANY), and between the two numbers the outputs differ by rounding. So
+// do gradients, which torch alone computes for a layer that is passed back through by itself. Included by bindings.cpp
+// only.
 #pragma once
+#include <algorithm>
 #include <exception>
 #include <stdexcept>
 #include <vector>
@@ -32,9 +37,16 @@ void for_each_layer(int64_t count, int threads, const F& f) {
   if (error) std::rethrow_exception(error);
 }
 
+// Throws if one of the layers is None in Python.
+void check_given(const Layers& layers) {
+  if (std::find(layers.begin(), layers.end(), nullptr) != layers.end())
+    throw std::invalid_argument("layers must not be None");
+}
+
 // The first row of each layer, where the rows of all of them follow one another.
 std::vector<int64_t> first_rows(const Layers& layers, const std::vector<int64_t>& counts) {
   if (counts.size() != layers.size()) throw std::invalid_argument("counts must have a number for each layer");
+  check_given(layers);
   std::vector<int64_t> first;
   int64_t total = 0;
   for (size_t i = 0; i < layers.size(); i++) {
@@ -85,9 +97,15 @@ void pairs_many(const Layers& layers, address x, address delta, address pairs, c
   });
 }
 
-// Each layer learns its own rows. Throws, and writes nothing, if the rows or a counter of one of them are out of range.
+// Each layer learns its own rows. Throws, and writes nothing, if the rows or a counter of one of them are out of range
+// or a layer is there twice: its rows would be checked, and written, as if it had not learnt the others.
 void learn_many(const Layers& layers, const std::vector<LearntRows::Given>& given, int threads) {
   if (given.size() != layers.size()) throw std::invalid_argument("each layer must have rows");
+  check_given(layers);
+  Layers sorted = layers;
+  std::sort(sorted.begin(), sorted.end());
+  if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end())
+    throw std::invalid_argument("layers must not be there twice");
   for (size_t i = 0; i < layers.size(); i++) layers[i]->check(LearntRows::of(given[i]));
   for_each_layer(layers.size(), threads, [&](int64_t i, int own) { layers[i]->learn(LearntRows::of(given[i]), own); });
 }

@@ -1,4 +1,4 @@
-// y = x W for a few rows x, as a backward pass needs it: W is read once, row after row.
+// y = x W for a few rows x, as a backward pass needs it: W is read once, row after row, for every four rows of x.
 #pragma once
 #include <algorithm>
 

@@ -31,9 +31,10 @@ inline double largest_element(const double* d, const double* e, int64_t size) {
 // [low, high]. `squares`: of e[i - 1].
 //
 // The leading minors p_i of T - x, p_i = (d_i - x) p_(i-1) - e_(i-1)^2 p_(i-2), change their sign as often as T has
-// eigenvalues below x. Where no element of T - x is above 2, a minor is at most four times as large as the two before
-// it, and where no e^2 is below 1e-40, two minors are at least 1e-41 times as large as the two before them: a look at
-// every eighth keeps them in range.
+// eigenvalues below x. An element of T - x is at most 3: those of T are at most 1, on its diagonal none is below 0 but
+// for rounding, and x is at most 2 away from one of these or from 0. So a minor is at most four times as large as the
+// two before it, and where no e^2 is below 1e-40, two minors are at least 1e-41 times as large as the two before them:
+// a look at every eighth keeps them in range.
 template <int vectors>
 inline void bisect(const double* d, const double* squares, int64_t size, int64_t at, double low, double high,
                    double* values) {

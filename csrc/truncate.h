@@ -145,7 +145,8 @@ inline void Truncation::make(double* ga, double* gb, int64_t size, int64_t ld, i
       factor_b.get()[i * ld + r] *= by_b * scale_b[r];
     }
   }
-  // Less than the rounding errors of so many numbers of that sum is nothing.
+  // Less than the rounding errors of so many numbers of that sum is nothing: `lost` counts as 0 what a truncation
+  // leaves out if its norm is at most sqrt(2^-52 `count`) of that of the whole product, 1.7e-7 for 128 rows.
   gone = largest * std::sqrt(dropped > 0x1p-52 * count * all ? dropped : 0);
 }
 

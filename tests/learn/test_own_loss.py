@@ -140,6 +140,12 @@ def test_asking_for_gains_changes_no_step():
     assert two.gain.shape == (30,)
 
 
+def test_a_step_whose_decrease_is_unknown_is_not_taken():
+    found = own_loss.factor(torch.tensor([float("nan"), 3.0, float("nan")]), torch.tensor(3.0), 0.5)
+    assert found.tolist() == [0.0, 1.0, 0.0]
+    assert float(own_loss.factor(torch.tensor(0.0), torch.tensor(0.0), 0.5)) == 1.0
+
+
 @pytest.mark.parametrize("lowered", [float("inf"), 1e30, -1.0, 0.0, float("nan")])
 def test_the_factor_never_grows_a_step(lowered):
     found = own_loss.factor(torch.tensor(lowered), torch.tensor(3.0), 0.5)

@@ -114,7 +114,8 @@ def test_outputs_have_the_bits_of_layers_called_one_by_one(threads, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_have_the_bits_of_layers_passed_back_one_by_one(threads, dtype):
+def test_gradients_of_a_layer_do_not_depend_on_the_layers_beside_it(threads, dtype):
+    """Bit for bit: alone, all threads share a layer; beside others, each thread takes whole layers."""
     layers = layers_of(300, 65, dtype)
     delta = all_rows(layers, 1, FEW_ROWS)
     parts = zip(layers, delta.split(FEW_ROWS), FEW_ROWS, strict=True)
@@ -234,7 +235,42 @@ def test_counts_that_would_lead_out_of_range_are_refused(counts, message):
         cpu._C.forward_many(kernels, y.data_ptr(), y.data_ptr(), [1, 1, 1], 4, 1)
     with pytest.raises(ValueError, match="each layer must have rows"):
         cpu._C.learn_many(kernels, [], 1)
+    kernels[1] = None
+    for function in (cpu._C.forward_many, cpu._C.backward_many):
+        with pytest.raises(ValueError, match="layers must not be None"):
+            function(kernels, y.data_ptr(), y.data_ptr(), [1, 1, 1], 4, 1)
+    with pytest.raises(ValueError, match="layers must not be None"):
+        cpu._C.pairs_many(kernels, y.data_ptr(), y.data_ptr(), y.data_ptr(), [1, 1, 1], 1, 1)
+    with pytest.raises(ValueError, match="layers must not be None"):
+        cpu._C.learn_many(kernels, [(0,) * 9] * 3, 1)
     assert not y.any()
+
+
+def test_kernels_refuse_a_layer_that_is_there_twice_before_anything_is_written():
+    layers = layers_of(5, 8, torch.float32)[:2]
+    kernels = [cpu.bind_layer(layers[at], None) for at in (0, 1)]
+    update, before = update_of(layers[0], 1), [copy.deepcopy(layer.state()) for layer in layers]
+    given = (update.x.data_ptr(), update.delta.data_ptr(), update.eta.data_ptr(), 0, 0, 0, 0, 0, 1)
+    with pytest.raises(ValueError, match="layers must not be there twice"):
+        cpu._C.learn_many([kernels[0], kernels[1], kernels[0]], [given] * 3, 1)
+    for layer, state in zip(layers, before, strict=True):
+        assert_same(layer.state(), state)
+
+
+@pytest.mark.parametrize(("at", "rows"), [(0, 6), (5, 1), (0, 9), (4, 3)])
+def test_kernels_without_a_commit_refuse_rows_that_fill_the_window(at, rows):
+    """As those of layers whose replay has several sources, which commit through ops."""
+    layer = layers_of(5, 8, torch.float32, generated_rows=2)[0]
+    kernels, update, before = cpu.bind_layer(layer, None), update_of(layer, 9), copy.deepcopy(layer.state())
+    given = (update.x.data_ptr(), update.delta.data_ptr(), update.eta.data_ptr(), 0, 0, 0, 0, at, rows)
+    message = "prepare must be called before rows are learnt that fill the window"
+    with pytest.raises(ValueError, match=message):
+        kernels.learn(given, 1)
+    with pytest.raises(ValueError, match=message):
+        cpu._C.learn_many([kernels], [given], 1)
+    assert_same(layer.state(), before)
+    kernels.learn((*given[:-2], 0, 5), 1)
+    assert torch.equal(layer.win_x[:5], update.x[:5])
 
 
 LR = 0.02

@@ -63,6 +63,27 @@ def test_each_layer_computes_its_own_rows(dtype, transposed, route, m, n, window
         assert all(torch.equal(t.nan_to_num(7.0), old[name].nan_to_num(7.0)) for name, t in layer.items())
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("route", COUNTS)
+def test_bfloat16_is_exact_where_nothing_is_rounded(transposed, route):
+    """On whole numbers of at most 8 bits, so that it does not matter how the interpreter rounds."""
+    m, n, window, counts = 33, 70, 17, COUNTS[route]
+
+    def numbers(*shape):
+        return (torch.randint(-1, 2, shape) * (torch.rand(shape) < 0.3)).to(device=DEVICE, dtype=torch.bfloat16)
+
+    layers = []
+    for _ in range(5):
+        layer = {"weight": numbers(m, n), "win_x": numbers(window, n), "win_delta": numbers(window, m)}
+        layers.append({**layer, "win_eta": torch.randint(0, 2, (window,), device=DEVICE).float()})
+    x = numbers(sum(counts), m if transposed else n)
+    exact = by_loop(layers, x, counts, transposed, torch.float64)
+    assert 0 < float(exact.abs().max()) <= 256
+    y = experts(x, [tuple(layer.values()) for layer in layers], counts, transposed)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y.double(), exact)
+
+
 def test_no_rows_give_no_rows():
     held = [tuple(layer.values()) for layer in layers_of(5, 6, 2, torch.float32)]
     assert experts(torch.empty(0, 6, device=DEVICE), held, [0] * 5, False).shape == (0, 5)

@@ -56,7 +56,14 @@ def scale(square: Tensor, largest: Tensor) -> Tensor:
 
 
 def low_rank_square(a: Tensor, b: Tensor) -> Tensor:
-    """|b^T a|^2 for ``a`` (R, n) and ``b`` (R, m): () float64."""
+    """|b^T a|^2 for ``a`` (R, n) and ``b`` (R, m): () float64.
+
+    Raises:
+        ValueError: if they are not matrices of as many rows.
+    """
+    if a.dim() != 2 or b.dim() != 2 or len(a) != len(b):
+        shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+        raise ValueError(f"a and b must have shapes (R, n) and (R, m), got {shapes}")
     if (found := cpu.low_rank_square(a, b)) is not None:
         return torch.tensor(found, dtype=torch.float64).clamp_min(0.0)
     wide = accumulation(a.dtype)

@@ -27,8 +27,8 @@ class _Direct:
     bias_address = 0
 
     def _plain(self, t: Tensor, dtype: torch.dtype | None = None) -> bool:
-        """Whether ``t`` has ``dtype``, by default the layer's, and is contiguous on the CPU."""
-        return t.dtype is (dtype or self.dtype) and t.is_contiguous() and t.is_cpu
+        """Whether kernels can read ``t`` as a tensor of ``dtype``, by default the layer's."""
+        return cpu.is_plain(t, dtype or self.dtype)
 
 
 class Binding(_Direct):
@@ -45,10 +45,8 @@ class Binding(_Direct):
             self.bound_bias, self.bias_address = layer.bias, layer.bias.data_ptr()
         self.dtype = weight.dtype
         self.m, self.n = weight.shape
-        # Of a sharded layer sums over processes come between what the kernels do at once.
-        binds = self.m and self.n and not layer.sharding
         moments = None if layer.moments is None else layer.moments[STREAM]
-        self.kernels: Any = cpu.bind_layer(layer, moments) if binds else None
+        self.kernels: Any = None if why_not_bound(layer) else cpu.bind_layer(layer, moments)
         self.few = cpu.few_tokens(weight.dtype) if self.kernels is not None else 0
         self.window, self.room = layer.config.window, self._room(layer)
         self.inserts, self.traces = layer.recent is not None, layer.win_trace is not None
@@ -114,6 +112,14 @@ class Binding(_Direct):
             traced = trace_delta.data_ptr()
         followed = address(weight), address(moments), address(agreement)
         return x.data_ptr(), delta.data_ptr(), eta.data_ptr(), traced, *followed, at, rows
+
+    def why_not_given(self, full: int) -> str:
+        """Why `given` returned None for rows of which the window and the update have ``full`` together."""
+        if self.room < 0:
+            return "tensors that were made in inference mode"
+        if full > self.room:
+            return "a commit that replays rows of several sources"
+        return "an update that is not what kernels read"
 
     def learnt(self, full: int) -> int:
         """Count what the kernels did that left ``full`` rows in the window, or committed them: how many there are."""
@@ -193,6 +199,18 @@ def binding_of(layer) -> Any:
 def must_call_ops() -> bool:
     """Whether this thread must call ops rather than kernels: dispatch modes must see every op."""
     return torch.compiler.is_dynamo_compiling() or dispatch_modes() > 0
+
+
+def why_not_bound(layer) -> str:
+    """Empty if a `ttt.nn.Linear` on the CPU has a binding with kernels, else the reason it has none."""
+    weight = layer._parameters["weight"]
+    if type(weight) is not torch.nn.Parameter:
+        return f"a weight that is a {type(weight).__name__}"
+    if not weight.numel():
+        return "a weight without elements"
+    if layer.sharding:  # sums over processes come between what the kernels do at once
+        return "a weight that is spread over processes"
+    return cpu.why_not_bound(layer)
 
 
 def bound(layer) -> Any:

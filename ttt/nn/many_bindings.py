@@ -7,23 +7,34 @@ from typing import Any
 
 from torch import Tensor
 
-from ttt.nn.cpu_binding import Binding, bound, must_call_ops
-from ttt.ops import cpu, cuda
+from ttt.nn.cpu_binding import Binding, bound, must_call_ops, why_not_bound
+from ttt.ops import cuda
 from ttt.ops.backends import ONE_BY_ONE, record
 
-_SEEN = "a layer whose calls must be seen one by one"
+_SEEN = "a dispatch mode or a compiler that must see every op"
 
 
 def bindings_of(op: str, layers: Sequence[Any]) -> list[Binding]:
     """The bindings of ``layers``, counted as a call of ``op``; empty if one has none: each must be called by itself."""
-    found = [] if must_call_ops() else [bound(layer) for layer in layers]
-    if found and None not in found:
+    found = all_bound(layers)
+    if None not in found:
         record(op, "cpu")
         return found
-    weight = layers[0].weight
-    on = f"no kernel for many layers on {weight.device.type}" if not weight.is_cpu else cpu.why_not(weight.dtype)
-    record(op, ONE_BY_ONE, on or _SEEN)
+    record(op, ONE_BY_ONE, why_alone(layers[found.index(None)]))
     return []
+
+
+def all_bound(layers: Sequence[Any]) -> list[Any]:
+    """The binding of each of ``layers``, as `ttt.nn.cpu_binding.binding_of` finds it, or None."""
+    return [None] * len(layers) if must_call_ops() else [bound(layer) for layer in layers]
+
+
+def why_alone(layer: Any) -> str:
+    """Why a layer for which `all_bound` finds None must be called by itself."""
+    if must_call_ops():
+        return _SEEN
+    device = layer.weight.device.type
+    return f"no kernel for many layers on {device}" if device != "cpu" else why_not_bound(layer)
 
 
 def by_triton(op: str, layers: Sequence[Any], x: Tensor, counts: Sequence[int], transposed: bool) -> Tensor | None:

@@ -13,6 +13,7 @@ from ttt.nn.cpu_binding import Binding
 from ttt.nn.linear import Linear
 from ttt.nn.many_bindings import bindings_of, by_triton
 from ttt.ops import cpu
+from ttt.ops.backends import ONE_BY_ONE, record
 
 
 class _CaptureMany(torch.autograd.Function):
@@ -62,6 +63,9 @@ def _by_kernels(op: str, layers: Sequence[Linear], x: Tensor, counts: list[int],
     size = weight.shape[0 if transposed else 1]
     if x.dtype is not weight.dtype or x.shape != (sum(counts), size) or x.device != weight.device:
         return None  # a call of the layer says what is wrong
+    if type(x) is not Tensor:  # those that wrap others have no address
+        record(op, ONE_BY_ONE, f"rows in a {type(x).__name__}")
+        return None
     if x.is_cuda:
         return by_triton(op, layers, x, counts, transposed)
     bindings = bindings_of(op, layers)

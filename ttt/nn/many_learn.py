@@ -9,9 +9,10 @@ import torch
 
 from ttt.nn.cpu_binding import Binding
 from ttt.nn.linear import Linear
-from ttt.nn.many_bindings import bindings_of
+from ttt.nn.many_bindings import all_bound, why_alone
 from ttt.nn.update import Update
 from ttt.ops import cpu
+from ttt.ops.backends import ONE_BY_ONE, record
 
 
 class Together(NamedTuple):
@@ -33,21 +34,38 @@ class Together(NamedTuple):
 def divided(updates: Sequence[tuple[Linear, Update]]) -> tuple[list[Together], list[tuple[Linear, Update]]]:
     """Which of ``updates`` are to be learnt in one call by `learn_together`, and the others. Nothing is written.
 
-    Those of the first kind are checked: they cannot be refused any more, unless a counter of a layer was damaged.
+    Those of the first kind are checked: they cannot be refused any more, unless a counter of a layer was damaged. Of a
+    layer that has several updates, all but the first are among the others, which are learnt afterwards.
+
+    `ttt.info` counts the call, and once more for each reason for which experts learn by themselves.
     """
     found: list[Together] = []
     others: list[tuple[Linear, Update]] = []
-    experts = [layer for layer, _ in updates if layer.routed]
-    bindings = iter(bindings_of("experts_learn", experts) if experts else ())
+    met: set[int] = set()
+    reasons: dict[str, None] = {}  # in the order in which they were met
+    bindings = iter(all_bound([layer for layer, _ in updates]))
     for layer, update in updates:
-        binding = next(bindings, None) if layer.routed else None
-        given = None
-        if binding is not None and len(update.x) and layer.config.lr:
-            given = binding.given(update, layer._pending)
-        if binding is None or given is None:
+        rows, binding, given = len(update.x), next(bindings), None
+        if not (layer.routed and rows and layer.config.lr):
             others.append((layer, update))
+            continue
+        again, full = id(layer) in met, layer._pending + rows
+        met.add(id(layer))
+        if binding is not None and not again:
+            given = binding.given(update, layer._pending)
+        if given is not None:
+            found.append(Together(layer, binding, full, given, update))
+            continue
+        others.append((layer, update))
+        if again:
+            why = "a layer that learns twice in one step"
         else:
-            found.append(Together(layer, binding, layer._pending + len(update.x), given, update))
+            why = why_alone(layer) if binding is None else binding.why_not_given(full)
+        reasons[why] = None
+    if found:
+        record("experts_learn", "cpu")
+    for why in reasons:
+        record("experts_learn", ONE_BY_ONE, why)
     return found, others
 
 

@@ -67,7 +67,7 @@ def updates_from(layers: Sequence[Linear], given: Sequence[Any], emphasis: float
             continue
         x, delta, _ = layer.rows_of(captured, None, rows)
         count = x.shape[0]
-        if not count:
+        if not count or type(x) is not Tensor or type(delta) is not Tensor:  # kernels could not read others' rows
             found.append(layer.update_from([(x, delta)], gains=gains))
             continue
         found.append(None)

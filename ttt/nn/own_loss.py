@@ -48,7 +48,9 @@ def users_decreases(eta: Tensor, gain: Tensor, users: Tensor) -> Tensor:
 
 
 def factor(decrease: Tensor, loss: Tensor, share: float) -> Tensor:
-    """What multiplies the steps, at most 1, of the dtype of ``decrease``.
+    """What multiplies the steps, in [0, 1], of the dtype of ``decrease``.
+
+    It is 0 where the decrease is NaN, as sums that overflow are: nothing bounds such a step.
 
     Args:
         decrease: E d of the module's docstring, of any shape.
@@ -56,4 +58,4 @@ def factor(decrease: Tensor, loss: Tensor, share: float) -> Tensor:
         share: of the layer.
     """
     largest = BEYOND * share * loss.to(decrease.dtype)
-    return torch.where(decrease > largest, largest / decrease, 1.0)
+    return torch.where(decrease <= largest, 1.0, largest / decrease).nan_to_num(0.0)

@@ -35,8 +35,8 @@ _FUSED_TOKENS = {torch.float32: 4, torch.bfloat16: 8}
 
 FEW_OF_MANY = {torch.float32: (32, 32), torch.bfloat16: (16, 8)}
 """The most rows that one of many layers may have for the kernels to make the products with its weight themselves, for
-outputs and for gradients. (1024 x 1024, Zen 4, one thread: 32 rows in float32 take 0.53 and 0.71 ms, with torch's
-products 0.92; 16 rows in bfloat16 take 0.20 and 0.48 ms, with torch's 0.23 and 0.29.)"""
+outputs and for gradients. They were chosen by timing weights of 1024 x 1024 with one thread: up to so many rows, the
+kernels took no longer than torch's products."""
 
 
 def why_not(dtype: torch.dtype) -> str:
@@ -51,6 +51,14 @@ def why_not(dtype: torch.dtype) -> str:
 def address(t: torch.Tensor | None) -> int:
     """The address of ``t`` for a kernel; 0 for None."""
     return 0 if t is None else t.data_ptr()
+
+
+def is_plain(t: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether kernels can read ``t`` at its address: of ``dtype``, contiguous, on the CPU, and of no subclass.
+
+    Wrapper subclasses, such as `DTensor`, hold their numbers in other tensors, and their own address is 0.
+    """
+    return type(t) is torch.Tensor and t.dtype is dtype and t.is_contiguous() and t.is_cpu
 
 
 def window_linear(x, weight, bias, win_x, win_delta, win_eta):
@@ -99,6 +107,14 @@ def window_append(
     reference.window_append(*args)
 
 
+def why_not_bound(layer) -> str:
+    """Empty if `bind_layer` binds a `ttt.nn.Linear`, else the reason it does not."""
+    weight = layer.weight
+    if why := _why_not_commit(weight, layer.importance, layer.trace):
+        return why
+    return "" if weight.is_contiguous() else "a weight that is not contiguous"
+
+
 def bind_layer(layer, moments):
     """The addresses of a `ttt.nn.Linear`, bound for ``ttt._C``, or None where its kernels do not apply.
 
@@ -106,7 +122,7 @@ def bind_layer(layer, moments):
     numbers only; the layer checks the rest. Valid until a tensor is reallocated.
     """
     weight, recent = layer.weight, layer.recent
-    if _why_not_commit(weight, layer.importance, layer.trace) or not weight.is_contiguous():
+    if why_not_bound(layer):
         return None
     m, n = weight.shape
     bound = _C.Layer(

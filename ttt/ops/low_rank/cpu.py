@@ -6,7 +6,7 @@ import torch
 
 from ttt.ops import schema
 from ttt.ops.backends import record
-from ttt.ops.cpu import _C, DTYPE_CODES, MASK64, address, why_not
+from ttt.ops.cpu import _C, DTYPE_CODES, MASK64, address, is_plain, why_not
 from ttt.ops.low_rank import checks, reference
 
 REFUSED = (
@@ -26,7 +26,9 @@ def isolated_linear(x, weight, bias):
 
 def low_rank_square(a: torch.Tensor, b: torch.Tensor) -> float | None:
     """|b^T a|^2 for ``a`` (R, n) and ``b`` (R, m); None where the kernels do not apply."""
-    if not (a.is_cpu and b.is_cpu and a.is_contiguous() and b.is_contiguous()) or why_not(a.dtype):
+    if why_not(a.dtype) or not (is_plain(a, a.dtype) and is_plain(b, a.dtype)):
+        return None
+    if a.dim() != 2 or b.dim() != 2 or len(a) != len(b):
         return None
     (rows, n), m = a.shape, b.shape[1]
     return _C.low_rank_square(a.data_ptr(), b.data_ptr(), rows, m, n, DTYPE_CODES[a.dtype])

@@ -70,7 +70,7 @@ def _experts(
             rows = tl.load(x + t[:, None] * inputs + k, mask=(t < end)[:, None] & (k < inputs), other=0).to(OPERAND)
             if TRANSPOSED:
                 inside = (k < inputs)[:, None] & (i < outputs)
-                w = tl.load(weight + k[:, None] * outputs + i, mask=inside, other=0)
+                w = tl.load(weight + k.to(tl.int64)[:, None] * outputs + i, mask=inside, other=0)
                 acc = tl.dot(rows, w.to(OPERAND), acc, input_precision="ieee")
             else:
                 inside = (i < outputs)[:, None] & (k < inputs)
