@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from ttt.learn.chat_template import spans_in_template, teaching_words, tokens_at, words_in_template
+from ttt.learn.chat_template import openings, spans_in_template, teaching_words, tokens_at, words_in_template
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -39,6 +39,13 @@ class Characters:
             offsets.append((at, end))
             at = end
         return {"input_ids": list(range(len(offsets))), "offset_mapping": offsets}
+
+
+class Letters(Characters):
+    """A tokenizer of characters, with a chat template."""
+
+    def __call__(self, text, return_offsets_mapping, add_special_tokens):
+        return {"input_ids": [ord(each) for each in text], "offset_mapping": [(i, i + 1) for i in range(len(text))]}
 
 
 def chat(rng, blanks=""):
@@ -81,6 +88,34 @@ def test_a_template_that_changes_the_words_is_refused(template, chosen):
     messages = [{"role": "user", "content": "hi"}, {"role": "user", "content": "ho"}]
     with pytest.raises(ValueError, match="changes what was said"):
         spans_in_template(Characters(template), messages, chosen)
+
+
+NO_SYSTEM = (  # as that of Gemma
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ refuse() }}{% endif %}<{{ m['role'] }}>{{ m['content'] }}"
+    "<end>{% endfor %}"
+)
+NOTHING_BEFORE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "wanted"),
+    [
+        (CHATML, [
+            "<|im_start|>user\n", "<|im_start|>system\n", "<|im_end|>\n<|im_start|>user\n",
+            "<|im_end|>\n<|im_start|>assistant\n",
+        ]),
+        (TRIMMING, [
+            "<begin><|user|>\n\n", "<begin><|system|>\n\n", "<|eot|><|user|>\n\n", "<|eot|><|assistant|>\n\n",
+        ]),
+        (NO_SYSTEM, ["<user>", "<end><user>", "<end><assistant>"]),
+        (NOTHING_BEFORE, ["\n"]),
+        (LOUD, []),
+    ],
+)  # fmt: skip
+def test_a_turn_opens_with_what_the_template_puts_before_it(template, wanted):
+    for most in (100, 3, 1):
+        found = {"".join(map(chr, each)) for each in openings(Letters(template), most)}
+        assert found == {each[-most:] for each in wanted}
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -90,6 +90,25 @@ def test_all_ends_of_one_server_wait_for_the_store_no_longer_than_the_first(mode
     until(lambda: service.sessions.saved("ada"))
 
 
+@pytest.mark.parametrize("longer", [None, 50.0])
+def test_an_end_that_waits_for_the_store_ends_with_a_shorter_one_that_comes_later(model, tmp_path, monkeypatch, longer):
+    service = service_of(model, tmp_path)
+    came, end = hung(monkeypatch, service.store, "put")
+    service.learn("ada", lesson_of()).result(60)
+    assert came.wait(30)
+    unsaved = []
+    waiting = threading.Thread(target=lambda: unsaved.append(service.sessions.close(longer)))
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    assert service.sessions.close(0.5) == ["ada"]
+    waiting.join(20)
+    assert unsaved == [["ada"]]  # and the store still hangs
+    end.set()
+    until(lambda: service.sessions.saved("ada"))
+    assert service.sessions.close() == []
+
+
 def leased(store, user):
     """Whether ``store`` can lease ``user`` now."""
     try:

@@ -20,17 +20,20 @@ EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8")]
 FAILED = {"message": "the server failed: RuntimeError", "type": "server_error", "param": None, "code": "internal_error"}
 
 
-def guarded(app):
-    """What a client gets that asks ``app`` behind the middleware."""
+def guarded(app, body=b""):
+    """What a client gets that asks ``app`` behind the middleware, which takes 100 bytes, with ``body``."""
     sent = []
 
     async def send(message):
         sent.append(message)
 
+    async def receive():
+        return {"type": "http.request", "body": body, "more_body": False}
+
     scope = {"type": "http", "method": "POST", "headers": [(b"host", b"localhost")]}
     wrapped = Guarded(app, largest=100, hosts=None, metrics=Metrics())
     try:
-        asyncio.run(wrapped(scope, None, send))
+        asyncio.run(wrapped(scope, receive, send))
     finally:
         guarded.sent = sent
     return sent
@@ -71,6 +74,52 @@ def test_a_fault_in_any_other_answer_closes_the_connection(messages):
         guarded(failing(*messages))
     assert raised.value.__suppress_context__
     assert guarded.sent == messages
+
+
+async def _reads(scope, receive, send):
+    await receive()
+
+
+async def _stops(scope, receive, send):
+    try:
+        await receive()
+    except Exception:
+        raise asyncio.CancelledError from None
+
+
+async def _fails(scope, receive, send):
+    try:
+        await receive()
+    except Exception:
+        raise RuntimeError("no body") from None
+
+
+async def _answers(scope, receive, send):
+    try:
+        await receive()
+    except Exception:
+        await send({"type": "http.response.start", "status": 400, "headers": []})
+        await send({"type": "http.response.body", "body": b"no body"})
+
+
+@pytest.mark.parametrize(("app", "status", "faults"), [
+    (_reads, 413, 0), (_fails, 413, 1), (_answers, 413, 0), (_stops, 503, 0),
+])  # fmt: skip
+def test_a_body_that_is_too_large_is_answered_whatever_the_application_makes_of_it(app, status, faults, caplog):
+    begun, end = guarded(app, b"x" * 101)
+    assert begun["status"] == status
+    assert json.loads(end["body"])["error"]["code"] == ("request_too_large" if status == 413 else "unavailable")
+    assert caplog.text.count("a request failed") == faults
+
+
+def test_a_body_that_is_too_large_ends_a_stream_that_has_begun():
+    async def app(scope, receive, send):
+        await send(start(EVENTS))
+        await receive()
+
+    begun, last = guarded(app, b"x" * 101)
+    assert begun == start(EVENTS)
+    assert json.loads(last["body"].decode().removeprefix("data: "))["error"]["code"] == "request_too_large"
 
 
 def test_a_fault_is_counted_and_logged_without_what_was_said(model, tmp_path, monkeypatch, caplog, capfd):

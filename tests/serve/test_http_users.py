@@ -80,11 +80,37 @@ def test_texts_and_chats_are_learnt_by_request(url, tmp_path, model, tokenizer):
     assert_same(reference.pool.export("ada"), ttt.Store(tmp_path / "store").get("ada").tensors)
 
 
+def taught(url):
+    return [each["text"] for each in httpx.get(f"{url}/v1/users/ada/taught", timeout=60).json()["data"]]
+
+
+def test_of_what_was_taught_the_first_word_of_a_text_or_turn_is_shown_and_no_other_context(url):
+    def learn(**body):
+        assert httpx.post(f"{url}/v1/users/ada/learn", json=body, timeout=60).status_code == 200
+
+    text = "She says: My dog is Biscuit."
+    learn(text=text)
+    learn(text=text, spans=[[10, 28]])
+    learn(text=text, spans=[[4, 8], [13, 16]])
+    assert taught(url) == [text, "My dog is Biscuit.", "says", "dog"]
+    httpx.delete(f"{url}/v1/users/ada")
+    chat = [*CHAT, {"role": "assistant", "content": "Nice."}, {"role": "user", "content": "Yes."}]
+    learn(messages=chat, roles=["system", "user", "assistant"])
+    learn(messages=[{"role": "user", "content": "No."}])
+    assert taught(url) == [*(each["content"] for each in chat), "No."]
+    httpx.delete(f"{url}/v1/users/ada")
+    long = "".join(f"{at}, " for at in range(100))
+    learn(messages=[{"role": "user", "content": long}])
+    assert len(taught(url)) > 1  # a long run is kept in parts
+    assert "".join(taught(url)) == long
+
+
 def test_a_lesson_may_say_how_it_is_read(url, tmp_path, model, tokenizer):
     text = "Ada lives in York. " * 5
     asked = [("ada", {"passes": 1, "emphasis": 1}), ("bob", {"emphasis": 3.5}), ("cid", {}), ("dan", {"passes": 16})]
     for user, given in asked:
-        assert httpx.post(f"{url}/v1/users/{user}/learn", json={"text": text, **given}).status_code == 200
+        body = {"text": text, **given}
+        assert httpx.post(f"{url}/v1/users/{user}/learn", json=body, timeout=60).status_code == 200
         ids = torch.tensor([tokenizer(text).input_ids])
         reference, telling = learner_of(model), dataclasses.replace(Telling().of(ids.shape[1] - 1), **given)
         after_the_first = torch.arange(ids.shape[1])[None] > 0

@@ -1,5 +1,6 @@
 """The service under faults: stores that hang, requests that cannot be served, and users who ask for too much."""
 
+import re
 import threading
 import time
 
@@ -112,6 +113,49 @@ def test_all_who_wait_for_a_write_hear_of_it_when_the_user_is_forgotten_while_it
     before = len(calls)
     time.sleep(0.8)
     assert len(calls) <= before + 1  # a dropped state does not come back
+    assert service.drain() == []
+
+
+def test_the_log_says_of_a_store_that_fails_what_is_new_and_the_same_again_after_a_while(
+    model, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(writer_module, "_RETRY", 0.01)
+    service = service_of(model, tmp_path, lease_seconds=0.4)
+    put, errors = service.store.put, [StorageFailure("the disk is full")]
+    attempts, renewals = [], []
+
+    def failing(*args):
+        attempts.append(args)
+        if errors:
+            raise errors[0]
+        return put(*args)
+
+    def not_renewed(lease_seconds):
+        renewals.append(lease_seconds)
+        raise StorageFailure("the disk is full")
+
+    def lines(of):
+        return [r.getMessage() for r in caplog.records if r.getMessage().startswith(of)]
+
+    monkeypatch.setattr(service.store, "put", failing)
+    stored = service.learn("ada", lesson_of()).result(60).stored
+    monkeypatch.setattr(service.sessions.get("ada").lease, "renew", not_renewed)
+    version, lease = "a version could not be stored; trying again: ", "a lease could not be renewed: "
+    until(lambda: len(attempts) > 5 and len(renewals) > 2)
+    assert lines(version) == [version + "StorageFailure"]
+    assert lines(lease) == [lease + "StorageFailure"]
+    errors[0] = CommitUncertain("the connection broke")
+    until(lambda: len(lines(version)) > 1)
+    assert lines(version)[1:] == [version + "CommitUncertain"]
+    errors[0] = StorageFailure("the disk is full")  # a store that changes from one to the other is no news, either
+    before = len(attempts)
+    until(lambda: len(attempts) > before + 2)
+    assert len(lines(version)) == 2
+    monkeypatch.setattr(writer_module, "_QUIET", 0.0)
+    until(lambda: len(lines(version)) > 2)
+    assert re.fullmatch(version + r"StorageFailure \(and \d+ times more since the last such line\)", lines(version)[2])
+    errors.clear()
+    assert stored.result(30) == 1
     assert service.drain() == []
 
 

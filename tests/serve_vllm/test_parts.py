@@ -12,7 +12,7 @@ import pytest
 import ttt.serve.vllm
 from ttt.serve.errors import BadRequest, NotFound, RequestError, TooBusy, Unauthenticated, Unavailable
 from ttt.serve.keys import add_key
-from ttt.serve.vllm import supported
+from ttt.serve.vllm import frontend, supported
 from ttt.serve.vllm.engine import Engine
 from ttt.serve.vllm.frontend import State, _ending
 from ttt.serve.vllm.identity import Identify, Turn, _headers
@@ -284,6 +284,19 @@ def test_the_engine_ends_though_the_server_ends_before_all_is_stored_and_it_is_w
     asyncio.run(run())
     assert ended == [True, True]
     assert caplog.text.count("it is not known whether everything that was learnt is stored") == 1
+
+
+def test_requests_hear_of_the_end_though_the_engine_fails_to_shut_down(monkeypatch):
+    class Client:
+        def shutdown(self):
+            raise OSError("the engine cannot be ended")
+
+    told = []
+    monkeypatch.setattr(frontend, "_end_requests", told.append)
+    _ending(Client, [])
+    with pytest.raises(OSError, match="the engine cannot be ended"):
+        (client := Client()).shutdown()
+    assert told == [client]
 
 
 def test_at_the_end_nobody_gets_a_seat_who_waited_for_one_and_who_is_being_opened_is_given_back():

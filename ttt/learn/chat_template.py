@@ -97,6 +97,31 @@ def teaching_words(inside: Sequence[bool]) -> list[bool]:
     return [each and (one or not other) for each, one, other in zip(inside, before, after, strict=False)]
 
 
+def openings(tokenizer: Any, most: int) -> set[tuple[int, ...]]:
+    """What the chat template puts before the words of a turn: the last tokens of it, at most ``most``, in each form.
+
+    The forms are those of the roles "system", "user" and "assistant" that the template accepts, in first and later
+    turns; there are none if it cannot be told where words stand in it.
+    """
+    found, words = set(), "words"
+    for roles in (("user",), ("system", "user"), ("user", "assistant", "user")):
+        messages = [{"role": role, "content": words} for role in roles]
+        try:
+            whole, spans = spans_in_template(tokenizer, messages, range(len(messages)))
+            # Without their end, which stands before the next turn.
+            ids, inside = tokens_at(tokenizer, whole, [(start, start + len(words)) for start, _ in spans])
+        except Exception:  # templates raise what they like, as for a role that they do not know
+            continue
+        before: list[int] = []
+        for token, is_word in zip(ids, inside, strict=True):
+            if not is_word:
+                before.append(token)
+            elif before:
+                found.add(tuple(before[-most:]))
+                before = []
+    return found
+
+
 def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """``spans`` in ascending order, those that touch each other as one."""
     found: list[tuple[int, int]] = []

@@ -32,12 +32,14 @@ class Missed:
 
 
 class MissedTurns:
-    """Keeps what was missed of the users of one server, from any thread, until it ends or the user is forgotten.
+    """Keeps what was missed of the users of one server, from any thread.
+
+    It is kept until the server ends, the user is forgotten, or ``most`` other users have missed turns later.
 
     Args:
         counted: called once for each turn.
         log: gets a line about each.
-        most: largest number of users; those whose last missed turn is longest ago are dropped first.
+        most: largest number of users of whom something is kept.
     """
 
     def __init__(

@@ -291,8 +291,8 @@ class Sessions:
         """Store what waits to be stored, release all leases and end the writer: users of whom something is unsaved.
 
         Args:
-            timeout: seconds to wait for the store; None for as long as it takes. Of several calls none waits longer
-                than until the earliest of their ends.
+            timeout: seconds to wait for the store; None for as long as it takes. Of several calls, also at the same
+                time, none waits longer than until the earliest of their ends.
         """
         self._writer.close(list(self._sessions.values()), timeout)
         return [user for user, session in self._sessions.items() if session.stored < session.updates]

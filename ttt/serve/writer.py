@@ -24,6 +24,7 @@ from ttt.store import StaleLease, Store
 
 log = logging.getLogger("ttt.serve")
 _RETRY = 0.5  # seconds between attempts to write to a store that fails
+_QUIET = 30.0  # seconds between two lines of the log that say the same of a store that fails
 
 
 @dataclasses.dataclass
@@ -38,6 +39,23 @@ class _Waiting:
     def fail(self, error: Exception) -> None:
         for future in self.futures:
             settle(future, error)
+
+
+class _Warnings:
+    """Writes warnings to the log, of those with the same text at most one in `_QUIET` seconds."""
+
+    def __init__(self) -> None:
+        self._written: dict[str, tuple[float, int]] = {}  # by text: when last, and how many were left out since then
+
+    def note(self, text: str) -> None:
+        """Write ``text``, with how many like it were left out before, or leave it out."""
+        now = time.monotonic()
+        last, left_out = self._written.get(text, (-math.inf, 0))
+        if now - last < _QUIET:
+            self._written[text] = last, left_out + 1
+            return
+        self._written[text] = now, 0
+        log.warning("%s%s", text, f" (and {left_out} times more since the last such line)" if left_out else "")
 
 
 class Writer:
@@ -62,10 +80,12 @@ class Writer:
         self.store, self.sessions, self.lease_seconds, self.on_stored = store, sessions, lease_seconds, on_stored
         self.leaving: dict[str, Session] = {}  # by user, whose leases are to be released; the latest of each
         self._changed = threading.Condition()
+        self._not_stored, self._not_renewed = _Warnings(), _Warnings()  # one for each thread
         self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
         self._released: list[Session] = []
         self._stop = False
         self._until = math.inf  # when nobody waits for the store any more, by `time.monotonic`
+        self._finished = False  # nothing more will be written
         self._ended = threading.Event()  # no lease needs renewing any more
         self._thread = threading.Thread(target=self._run, name="ttt-store", daemon=True)
         self._thread.start()
@@ -115,8 +135,8 @@ class Writer:
         """Write what waits, release the leases of ``sessions``, and end.
 
         Args:
-            timeout: seconds to wait for the store; None for as long as it takes. Of several calls none waits longer
-                than until the earliest of their ends.
+            timeout: seconds to wait for the store; None for as long as it takes. Of several calls, also at the same
+                time, none waits longer than until the earliest of their ends.
         """
         with self._changed:
             for session in sessions:
@@ -124,19 +144,32 @@ class Writer:
             self._stop = True
             if timeout is not None:
                 self._until = min(self._until, time.monotonic() + timeout)
-            until = self._until
-            self._changed.notify_all()
-        self._thread.join(None if until == math.inf else max(until - time.monotonic(), 0.0))
+            self._changed.notify_all()  # to the writer, and to calls that wait already, whose end may be earlier now
+            # A process that was forked has no such thread, and nobody would wake it.
+            while not self._finished and self._thread.is_alive() and (left := self._until - time.monotonic()) > 0:
+                self._changed.wait(None if left == math.inf else left)
+            finished = self._finished
+        if finished:
+            self._thread.join()
         self._ended.set()
 
     def _run(self) -> None:
-        while True:
-            try:
-                if not self._turn():
-                    return
-            except Exception:  # whatever it was, the writer goes on
-                log.exception("a step of the writer failed")
-                time.sleep(_RETRY)
+        try:
+            while self._step():
+                pass
+        finally:
+            with self._changed:
+                self._finished = True
+                self._changed.notify_all()
+
+    def _step(self) -> bool:
+        """`_turn`, which may fail: whatever it was, the writer goes on; False at the end."""
+        try:
+            return self._turn()
+        except Exception:
+            log.exception("a step of the writer failed")
+            time.sleep(_RETRY)
+            return True
 
     def _turn(self) -> bool:
         """Write the state that has waited longest, and release leases; False at the end."""
@@ -168,7 +201,7 @@ class Writer:
             session.lose()
             work.fail(Conflict(f"what was learnt was not stored: {session.read_only}", code="read_only"))
         except Exception as error:
-            log.warning("a version could not be stored; trying again: %s", kinds(error))
+            self._not_stored.note(f"a version could not be stored; trying again: {kinds(error)}")
             self._put_back(work)
         else:
             session.version = version
@@ -221,7 +254,7 @@ class Writer:
                     if not session.left.is_set():
                         session.lose()
                 except Exception as error:  # the store may be back before the lease ends
-                    log.warning("a lease could not be renewed: %s", kinds(error))
+                    self._not_renewed.note(f"a lease could not be renewed: {kinds(error)}")
 
 
 def _dropped(session: Session) -> Conflict:

@@ -25,7 +25,7 @@ def route_of(scope: Scope) -> str:
 
 
 class _BodyTooLarge(Exception):
-    """Ends the reading of a body; the application answers it with some error, which is replaced."""
+    """Ends the reading of a body; what the application makes of it, an error or this exception, is replaced."""
 
 
 class Guarded:
@@ -62,10 +62,12 @@ class Guarded:
                     raise _BodyTooLarge
             return message
 
+        async def answered(message: MutableMapping[str, Any]) -> None:
+            if status or not refused:  # otherwise it is what the application makes of the broken body
+                await noted(message)
+
         async def noted(message: MutableMapping[str, Any]) -> None:
             nonlocal status, streams, ended
-            if refused and not status and message.get("status") != TooLarge.status:
-                return  # what the application makes of the broken body
             if message["type"] == "http.response.start":
                 status = message["status"]
                 kind = dict(message.get("headers", ())).get(b"content-type", b"")
@@ -93,7 +95,7 @@ class Guarded:
             elif (length := headers.get(b"content-length", b"0")).isdigit() and int(length) > self.largest:
                 await _answer(self._too_large(), noted)
             else:
-                await self.app(scope, counted, noted)
+                await self.app(scope, counted, answered)
                 if refused and not status:
                     await _answer(self._too_large(), noted)
         except asyncio.CancelledError:
@@ -104,12 +106,14 @@ class Guarded:
             elif streams and not ended:
                 await _end(stopping, noted)
         except Exception as error:
-            # The HTTP server would print the error's own text, which may repeat what the client sent.
-            faults.error("a request failed", exc_info=error)
+            told = self._too_large() if refused else as_request_error(error)
+            if not isinstance(error, _BodyTooLarge):  # which an application that reads its body itself lets through
+                # The HTTP server would print the error's own text, which may repeat what the client sent.
+                faults.error("a request failed", exc_info=error)
             if not status:
-                await _answer(as_request_error(error), noted)
+                await _answer(told, noted)
             elif streams and not ended:
-                await _end(as_request_error(error), noted)
+                await _end(told, noted)
             else:  # then the connection is closed, so that the client sees that the answer is cut short
                 raise RuntimeError("a request failed after its answer had begun") from None
         finally:

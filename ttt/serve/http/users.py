@@ -7,6 +7,7 @@ import dataclasses
 import io
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fastapi.responses import Response
 
 from ttt.adapt.peft_export import export_peft
 from ttt.conversation import Telling
-from ttt.learn.chat_template import tokens_at
+from ttt.learn.chat_template import openings, tokens_at
 from ttt.serve.errors import BadRequest, Forbidden, NotFound
 from ttt.serve.http.running import result_of
 from ttt.serve.http.schema import LearnRequest, RollbackRequest, StudyRequest
@@ -125,11 +126,13 @@ async def taught(http: Request, user: str) -> dict[str, Any]:
     user = _allowed(server, http, user)
     await _require_known(server, http, user)
     found = await _result(server, http, server.service.taught(user, _MOST_TAUGHT))
-    data = []
+    learner, data = server.service.learner, []
+    assert not isinstance(learner, StateReader)
+    assert learner.episodes is not None
+    # Of what stands before the token before those that teach, the log keeps so many tokens.
+    turns = await server.apart(openings, server.tokenizer, learner.episodes.before - 1)
     for ids, learn, before, now, studied in found:
-        # The token before those that teach is where the first of them is predicted; it may be a turn's first word.
-        words = [token for token, *teaches in zip(ids, learn, [*learn[1:], False], strict=True) if any(teaches)]
-        text = server.tokenizer.decode(words, skip_special_tokens=True)
+        text = server.tokenizer.decode(_words(ids, learn, turns), skip_special_tokens=True)
         data.append({"text": text, "before": before, "now": now, "studied": studied})
     return {"id": user, "data": data}
 
@@ -145,6 +148,22 @@ async def export(http: Request, user: str) -> Response:
     return Response(
         data, media_type="application/zip", headers={"content-disposition": 'attachment; filename="adapter.zip"'}
     )
+
+
+def _words(ids: list[int], learn: list[bool], turns: Iterable[tuple[int, ...]]) -> list[int]:
+    """The tokens of an episode that teach, and the first one of their text or turn where they begin with its second.
+
+    Weights cannot learn the first token of a text, and that of a turn teaches nothing, but a reader would miss it. Any
+    other token before those that teach is context, which may be somebody else's words.
+
+    Args:
+        turns: the last tokens of what may stand before a turn, as `ttt.learn.chat_template.openings` returns them.
+    """
+    start = learn.index(True)
+    before = tuple(ids[: start - 1])
+    begins = start == 1 or any(before[-len(turn) :] == turn for turn in turns)
+    taught = [token for token, teaches in zip(ids, learn, strict=True) if teaches]
+    return [ids[start - 1], *taught] if begins else taught
 
 
 def _guard(server: Server, session: Session | None) -> dict[str, Any] | None:

@@ -173,8 +173,10 @@ def _ending(client: Any, states: list[State]) -> None:
                     state.drain()
             except Exception:
                 log.exception("what users have said could not be learnt before the engine ends")
-        shutdown(self, *args, **kwargs)
-        _end_requests(self)
+        try:
+            shutdown(self, *args, **kwargs)
+        finally:
+            _end_requests(self)
 
     client.shutdown = learn_and_shutdown
 
