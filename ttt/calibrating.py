@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,30 +36,12 @@ def calibrated(learner: Learner, tokenizer: Any, file: Path | None = None, progr
     Returns:
         The file.
 
-    Warns:
-        RuntimeWarning: if the default file is damaged, which is then written anew; and as
-            `ttt.per_user.calibration_file.calibrate_once`.
-
-    Raises:
-        ValueError: as `ttt.per_user.calibration_file.calibrate_once` of a ``file`` that was given, and as
-            `ttt.Learner.calibrate`.
+    Warns, raises:
+        As `ttt.per_user.calibration_file.calibrate_once` and `ttt.Learner.calibrate`.
     """
     assert learner.pool is not None
-    pool, chosen = learner.pool, file
-
-    def measure() -> None:
-        measured(learner, tokenizer, progress)
-
-    file = chosen or default_file(pool)
-    try:
-        calibrate_once(pool, file, measure)
-    except ValueError as error:
-        if chosen is not None or not file.is_file():
-            raise
-        warnings.warn(f"{error}: it is a copy that was kept, and is written anew", RuntimeWarning, stacklevel=2)
-        file.unlink()
-        calibrate_once(pool, file, measure)
-    return file
+    calibrate_once(learner.pool, file, lambda: measured(learner, tokenizer, progress))
+    return file or default_file(learner.pool)
 
 
 def measured(learner: Learner, tokenizer: Any, progress: Progress = silent) -> None:

@@ -38,26 +38,35 @@ def default_file(pool: Pool) -> Path:
     return root / "ttt" / f"calibration-{_digest(pool)[:16]}.safetensors"
 
 
-def calibrate_once(pool: Pool, file: Path, measure: Callable[[], None]) -> bool:
+def calibrate_once(pool: Pool, file: Path | None, measure: Callable[[], None]) -> bool:
     """Fill the layers' calibration from ``file``; where there is none, ``measure`` it and write the file.
 
     Args:
         pool: of the model's users, none of whom has a slot.
-        file: safetensors, with a digest of weights and configuration, and a checksum.
+        file: safetensors, with a digest of weights and configuration, and a checksum; None for `default_file`, which
+            nobody has chosen, and which is written anew if it is damaged.
         measure: calibrates the layers.
 
     Returns:
         Whether it was measured.
 
     Warns:
-        RuntimeWarning: if the file cannot be written.
+        RuntimeWarning: if the file cannot be written, or the default one is damaged.
 
     Raises:
         ValueError: if the file is of other weights or another configuration, damaged, or no such file. Nothing has
             changed then.
     """
-    digest = _digest(pool)
-    if not file.exists():
+    digest, chosen = _digest(pool), file
+    file = chosen or default_file(pool)
+    try:
+        found = _read(file, digest, "calibration") if file.exists() else None
+    except ValueError as error:
+        if chosen is not None or not file.is_file():
+            raise
+        warnings.warn(f"{error}: it is a copy that was kept, and is written anew", RuntimeWarning, stacklevel=2)
+        found = None
+    if found is None:
         measure()
         tensors = {
             f"{name}.{buffer}": t.detach().cpu().contiguous()
@@ -67,7 +76,6 @@ def calibrate_once(pool: Pool, file: Path, measure: Callable[[], None]) -> bool:
         }
         _keep(file, tensors, digest)
         return True
-    found = _read(file, digest, "calibration")
     with torch.no_grad():
         for name, layer in pool.layers.items():
             for buffer in SHARED:

@@ -11,7 +11,7 @@ import torch
 
 import ttt
 from ttt.config import TTTConfig
-from ttt.per_user.calibration_file import SHARED, calibrate_once, default_file, weights_name
+from ttt.per_user.calibration_file import SHARED, calibrate_once, weights_name
 from ttt.per_user.pool import Pool
 
 log = logging.getLogger("vllm.ttt")
@@ -34,7 +34,7 @@ def calibrate(pool: Pool, config: TTTConfig, model: Any, path: str) -> str:
     Raises:
         ValueError: as `ttt.per_user.calibration_file.calibrate_once`.
     """
-    file = Path(path) if path else default_file(pool)
+    file = Path(path) if path else None
     began = time.perf_counter()
     if calibrate_once(pool, file, lambda: _measure(pool, config, model)):
         log.info("what must not be forgotten was measured in %.0f s", time.perf_counter() - began)
