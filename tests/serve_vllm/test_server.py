@@ -215,8 +215,8 @@ def test_words_of_others_in_a_chat_do_not_teach(server):
     client.chat.completions.create(model=MODEL, messages=messages, max_tokens=2)
     known = status(server, "ada")
     assert 4 <= known["tokens"] <= 12
-    # Nothing follows the last one, so its row would be of zeros; each pass adds a row for every other.
-    assert known["rows"] == Telling().passes * (known["tokens"] - 1)
+    # Each pass adds a row for every token that teaches, at the token before it.
+    assert known["rows"] == Telling().passes * known["tokens"]
     with pytest.raises(openai.BadRequestError, match="nothing of this request can teach"):
         client.chat.completions.create(model=MODEL, messages=messages[:-1], max_tokens=2)
 
