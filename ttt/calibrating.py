@@ -79,7 +79,6 @@ def telling_of_text(model: nn.Module, told: Told, length: Callable[[int], int], 
         if not written:
             whole = length(ids.shape[1])
             quarter, total = whole // 4, whole + batches * (whole // 4)
-        if not written:
             written = ids.shape[1] + 1  # a token is drawn from what the prompts give
         elif ids.shape[1] == 1:
             written += 1

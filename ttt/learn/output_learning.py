@@ -127,8 +127,7 @@ class OutputLearning:
                 stack.enter_context(swapped(output_head, lambda hidden: hidden))  # its logits are known
                 hidden = learner.model(**inputs).logits
                 scores = FusedScores(self._logits[:, :count], targets, hidden, output_head.weight)
-            rows = None if wanted is None else wanted.flatten()
-            finite = learn_from(learner, capturing, ScoredChunk(scores, wanted, rows))
+            finite = learn_from(learner, capturing, ScoredChunk(scores, wanted))
         self.count = 0
         self._wanted, self._inputs = [], []
         return finite

@@ -76,10 +76,9 @@ class PerUserWeights:
         self.users = list(dict.fromkeys(u for u in users if u is not None))
         self.learns = learn and learner.config.lr > 0 and bool(self.users)
         self._teaches: list[bool] | None = None  # for each column, where only some tokens teach
-        if self.learns and text.rows is not None:
+        if self.learns and text.wanted is not None:
             assert self.text.wanted is not None
-            assert self.text.rows is not None
-            self._teaches = (self.text.wanted.any(0) | self.text.rows[:, :-1].any(0)).tolist()
+            self._teaches = self.text.wanted.any(0).tolist()
         self.cache: Any = None
         self.learned = dict.fromkeys(self.users, 0)
         self.rejected = dict.fromkeys(self.users, 0)
@@ -120,10 +119,10 @@ class PerUserWeights:
 
     def owners(self, columns: slice) -> tuple[Tensor, Tensor]:
         """Of the tokens in ``columns`` of all sequences, (T,) int32 each: whose they are, and whom they teach."""
-        assert self.text.rows is not None
-        rows = self.text.rows[:, columns]
-        owners = self.slots.repeat_interleave(rows.shape[1])
-        return owners, torch.where(rows.flatten(), owners, -1)
+        assert self.text.wanted is not None
+        wanted = self.text.wanted[:, columns]
+        owners = self.slots.repeat_interleave(wanted.shape[1])
+        return owners, torch.where(wanted.flatten(), owners, -1)
 
     def learn(self, updates: list[LayerUpdate], columns: slice, nll: Tensor) -> list[str]:
         """Let users learn ``updates`` from the chunk in ``columns`` of the text, with its scores ``nll`` (B, L).

@@ -98,7 +98,7 @@ class Prepared:
 
     def _try_model(self, text: Text, learns: bool) -> None:
         """Raise ValueError, before ``text`` is read, if the model cannot read it, or learn from it, chunk by chunk."""
-        chooses = learns and (self.pool is not None or text.rows is not None)
+        chooses = learns and (self.pool is not None or text.wanted is not None)
         trials = trials_for(text, self.config.chunk, self.context, chooses)
         if self.access.joins:  # their forward passes may be those of all processes
             trials |= {name for name in ("padding", "rows") if self.access.anywhere(name in trials)}

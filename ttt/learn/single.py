@@ -54,9 +54,8 @@ class SingleWeights:
             with learner.head as head:
                 out, scores = head.run(inputs, span.targets, keep=ruled)
             if teaches:
-                rows = None if self.text.rows is None else self.text.rows[:, columns].flatten()
                 shown = Chunk.of(span, scores.logits, wanted) if ruled else None
-                finite = learn_from(learner, capturing, ScoredChunk(scores, wanted, rows, shown, self.text.emphasis))
+                finite = learn_from(learner, capturing, ScoredChunk(scores, wanted, shown, self.text.emphasis))
                 self.learned, self.rejected = self.learned + finite, self.rejected + (not finite)
         if learner.guard is not None:
             learner.guard.check_if_due()

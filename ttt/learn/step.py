@@ -29,15 +29,14 @@ class ScoredChunk:
 
     Attributes:
         scores: the losses of the targets, with what the backward pass needs.
-        wanted: (B, T) bool, the targets whose losses are summed; None for all.
-        rows: (B T,) bool, the tokens whose rows (x, delta) may be written; None for all.
+        wanted: (B, T) bool, the targets whose losses are summed, and at whose tokens rows (x, delta) are written; None
+            for all.
         shown: what the learner's rules are given of the chunk; None if it has no rules.
         emphasis: what multiplies the steps.
     """
 
     scores: Scored
     wanted: Tensor | None = None
-    rows: Tensor | None = None
     shown: Chunk | None = None
     emphasis: float = 1.0
 
@@ -107,12 +106,13 @@ def step_from(learner: Learner, capturing: Capturing, chunk: ScoredChunk) -> Ste
     traced: list[Any] = [None] * len(layers)
     if mas:
         assert isinstance(scores, AutogradScores)
-        valid = scores.logits if chunk.rows is None else scores.logits.flatten(0, 1)[chunk.rows]
+        valid = scores.logits if chunk.wanted is None else scores.logits[chunk.wanted]
         valid.square().sum().backward()
         traced = capturing.renew()
+    rows = None if chunk.wanted is None else chunk.wanted.flatten()
     given = []
     for layer, pairs, trace, more in zip(layers, captured, traced, replayed, strict=True):
-        own = joined(pairs, trace, chunk.rows, more)
+        own = joined(pairs, trace, rows, more)
         given.append(joined_rows(learner.access.replicas, layer, own) if learner.access.joins else own)
     updates = updates_from(layers, given, chunk.emphasis)
     found = [(layer, update) for layer, update in zip(layers, updates, strict=True) if update is not None]

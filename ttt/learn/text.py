@@ -22,9 +22,8 @@ class Text:
         attend: (B, T) bool, False for padding; None where there is none.
         scored: (B, T - 1) bool, the targets that are scored: neither they nor the token before them is padding.
         teach: (B, T) bool, the tokens that teach; None for all of them.
-        wanted: (B, T - 1) bool, the targets whose loss is taken; None for all of them.
-        rows: (B, T) bool, the tokens whose rows (x, delta) are written: those at which one of ``wanted`` is predicted;
-            None for all of them. At others the gradient is 0, or that of what comes later in the text only.
+        wanted: (B, T - 1) bool, the targets whose loss is taken; None for all of them. Rows (x, delta) are written of
+            the tokens at which these are predicted. At others the gradient is 0, or that of what comes later only.
         emphasis: what multiplies the steps that are taken on this text.
     """
 
@@ -33,7 +32,6 @@ class Text:
     scored: Tensor
     teach: Tensor | None
     wanted: Tensor | None
-    rows: Tensor | None
     emphasis: float = 1.0
 
     @classmethod
@@ -43,24 +41,16 @@ class Text:
         scored = torch.ones((batch, max(length - 1, 0)), dtype=torch.bool, device=ids.device)
         if attend is not None:
             scored = attend[:, :-1] & attend[:, 1:]
-        if teach is None and attend is None:
-            return cls(ids, None, scored, None, None, None)
-        wanted = scored if teach is None else scored & teach[:, 1:]
-        if teach is None or attend is None:
-            teach = attend if teach is None else teach
-        else:
-            teach = attend & teach
-        return cls(ids, attend, scored, teach, wanted, torch.nn.functional.pad(wanted, (0, min(length, 1))))
+        if teach is None:
+            return cls(ids, attend, scored, attend, None if attend is None else scored)
+        return cls(ids, attend, scored, teach if attend is None else attend & teach, scored & teach[:, 1:])
 
     def restricted(self, sequences: Tensor) -> Text:
         """The same text, of which only some ``sequences`` (B,) bool may teach."""
         allowed = sequences.unsqueeze(1)
         wanted = self.scored if self.wanted is None else self.wanted
-        teach, rows = (
-            (torch.ones_like(self.ids, dtype=torch.bool) if mask is None else mask) & allowed
-            for mask in (self.teach, self.rows)
-        )
-        return dataclasses.replace(self, teach=teach, wanted=wanted & allowed, rows=rows)
+        teach = torch.ones_like(self.ids, dtype=torch.bool) if self.teach is None else self.teach
+        return dataclasses.replace(self, teach=teach & allowed, wanted=wanted & allowed)
 
 
 def check_tokens(
