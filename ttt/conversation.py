@@ -11,12 +11,12 @@ from ttt.defences import DriftBudget, KroneckerFisher, LowRank
 
 CONVERSATION = TTTConfig(
     target_modules=["down_proj"],
-    layers="last:0.5",
+    layers="last:0.25",
     protect=[KroneckerFisher(), DriftBudget()],
     per_user=LowRank(slots=1, rank=96, window=32),
 )
-"""What learns. More layers than by default: the change is then spread more thinly. Its size has a budget. The rank is
-large, because each sentence adds directions of its own: what does not fit into the rank is forgotten first."""
+"""What learns: the layers of the default, with weights of each user whose change has a budget. The rank is large,
+because each sentence adds directions of its own: what does not fit into the rank is forgotten first."""
 
 SHORT = 64
 """Tokens of a text that is read with the whole emphasis."""
