@@ -127,6 +127,7 @@ struct MemoryLayer {
   float *start_weight, *start_bias;  // the same before the present mini-batch
   float *velocity, *velocity_bias;   // the same of the momentum, updated; null without
   float *kept_weight, *kept_bias;    // weights that the backward pass begins at (memory.h); null: none are kept
+  float *kept_velocity, *kept_velocity_bias;  // the same of the momentum
   int64_t inputs, outputs;
 };
 
@@ -148,13 +149,12 @@ struct Memory {
 };
 
 struct MemoryBackward {
-  Memory forward;                    // as it was called; of the weights, those that were kept are read
-  const void* out;                   // the gradient of the outputs, dtype
-  float *weight, *bias;              // of the final weights on entry, of the first ones afterwards
-  float *start_weight, *start_bias;  // the same of those before the present mini-batch
-  void *q, *k, *v;                   // gradients, written: dtype
-  float* rate;                       // likewise
-  float *norm_weight, *norm_bias;    // likewise, for each sequence: sequences x heads x width
+  Memory forward;                  // as it was called; of the weights, those that were kept are read
+  const void* out;                 // the gradient of the outputs, dtype
+  const MemoryLayer* layers;       // gradients of the final state on entry, of the first one afterwards
+  void *q, *k, *v;                 // gradients, written: dtype
+  float *rate, *gate, *momentum;   // likewise; null where there are none
+  float *norm_weight, *norm_bias;  // likewise, for each sequence: sequences x heads x width
 };
 
 struct SwigluToken {

@@ -1,7 +1,8 @@
 // GELU by the tanh formula, and its derivative: `gelu` and `gelu_slope` of ttt/ops/sequence/dual_form.py.
 //
 // With u = c (z + a z^3), e = exp(-2 u) and s = 1 / (1 + e), (1 + tanh u) / 2 is s. So gelu(z) = z s, and its
-// derivative is s + 2 z s (1 - s) c (1 + 3 a z^2).
+// derivative is s + 2 z s (1 - s) c (1 + 3 a z^2). With t = s (1 - s), u' = c (1 + 3 a z^2) and u'' = 6 a c z, the
+// second derivative is t (4 u' + z (2 u'' + 4 u'^2 (1 - 2 s))).
 #pragma once
 #include "vec.h"
 
@@ -42,6 +43,18 @@ inline vf gelu(vf z, vf* slope) {
   // 1 - s: near s = 1 the difference would lose its digits, and where s is 0, e may be infinite.
   const vf rest = z > 0.0f ? e * s : splat(1.0f) - s;
   *slope = s + value * rest * (splat(2.0f * GELU_C) + splat(6.0f * GELU_A * GELU_C) * square);
+  return value;
+}
+
+// gelu(z), and its first two derivatives in `slope` and `curve`.
+inline vf gelu(vf z, vf* slope, vf* curve) {
+  const vf square = z * z, e = gelu_exponential(z, square), s = splat(1.0f) / (splat(1.0f) + e), value = z * s;
+  const vf rest = z > 0.0f ? e * s : splat(1.0f) - s;
+  const vf rise = splat(2.0f * GELU_C) + splat(6.0f * GELU_A * GELU_C) * square;  // 2 u'
+  *slope = s + value * rest * rise;
+  const vf bend = splat(12.0f * GELU_A * GELU_C) * square + rise * (splat(2.0f) + z * rise * (rest - s));
+  // Far from 0 it is 0, and the factors might be infinite.
+  *curve = abs(z) < 16.0f ? s * rest * bend : vf{};
   return value;
 }
 

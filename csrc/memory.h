@@ -131,6 +131,15 @@ inline void write_matrix(const HeadLayer& layer, const float* matrix, float* wei
   write_rows(matrix + layer.inputs * layer.row, layer.row, 1, layer.outputs, bias, 0);
 }
 
+// out = d W^T without the bias, for `rows` <= bp rows d of layer.wide numbers; out has bp rows of as many whole vectors
+// as hold the inputs. turned: layer.wide x bp; product: layer.inputs x bp.
+inline void through(const HeadLayer& layer, const float* d, const float* matrix, int64_t rows, int64_t bp,
+                    float* turned, float* product, float* out) {
+  transpose(d, layer.wide, rows, layer.wide, turned, bp);
+  product_of<kSet>({matrix, layer.row, 1}, turned, bp, product, bp, layer.inputs, bp, layer.outputs);
+  transpose(product, bp, layer.inputs, bp, out, whole_vectors(layer.inputs));
+}
+
 // z, the outputs of the last layer for the rows of k, becomes the gradient of the loss times the rates, which are
 // `heads` apart.
 inline void loss_gradient(const std::optional<InnerNorm>& norm, int64_t width, const float* rate, int64_t heads,
@@ -167,10 +176,7 @@ inline void find_rows(const ttt::Memory& a, const HeadMemory& m, const std::opti
   loss_gradient(norm, a.width, rate, a.heads, m.layers[last].d, m.k, m.v, some);
   for (int64_t l = last; l > 0; l--) {
     const HeadLayer &layer = m.layers[l], &below = m.layers[l - 1];
-    transpose(layer.d, layer.wide, some, layer.wide, m.turned, m.bp);
-    product_of<kSet>({begins ? layer.weight : layer.start, layer.row, 1}, m.turned, m.bp, m.z, m.bp, layer.inputs, m.bp,
-                     layer.outputs);
-    transpose(m.z, m.bp, layer.inputs, m.bp, m.h, below.wide);
+    through(layer, layer.d, begins ? layer.weight : layer.start, some, m.bp, m.turned, m.z, m.h);
     for (int64_t i = 0; i < some * below.wide; i += VL) store(below.d + i, load(below.d + i) * load(m.h + i));
   }
 }
@@ -253,8 +259,10 @@ inline void keep_weights(const ttt::Memory& a, const HeadMemory& m, int64_t begi
   const int64_t row = (first_kept_memory(a, begin, sequence) + (at - begin) / span) * a.heads + head;
   for (int64_t l = 0; l < a.depth; l++) {
     const HeadLayer& layer = m.layers[l];
-    write_matrix(layer, layer.weight, a.layers[l].kept_weight + row * layer.inputs * layer.outputs,
-                 a.layers[l].kept_bias + row * layer.outputs);
+    const int64_t matrix = row * layer.inputs * layer.outputs, bias = row * layer.outputs;
+    write_matrix(layer, layer.weight, a.layers[l].kept_weight + matrix, a.layers[l].kept_bias + bias);
+    if (m.factors.moving)
+      write_matrix(layer, layer.velocity, a.layers[l].kept_velocity + matrix, a.layers[l].kept_velocity_bias + bias);
   }
 }
 

@@ -1,163 +1,199 @@
-// The backward pass of memories that learn, on texts: of one layer with an inner norm, without gates and momentum,
-// which is TTT-Linear. ttt/ops/sequence/dual_form.py has the formulas of the forward pass.
+// The backward pass of memories that learn, on texts: TTT-Linear and TTT-MLP. ttt/ops/sequence/dual_form.py has the
+// formulas of the forward pass, and memory_gradient.h what is worked with.
 //
-// Rows x and q have a 1 behind their last column here, and weights have the bias as their last row. With W the weights
-// before a mini-batch, E the rows d times their rates, and P_ij = q_i.x_j for j <= i,
+// Rows of inputs have a 1 behind their last column here, and weights have the bias as their last row. Of a layer, let W
+// be the weights before a mini-batch, x and h the inputs for keys and for queries, E the rows d times their rates, and
+// P_ij = h_i.x_j for j <= i. With U = E W^T without the bias, and of the layer below
 //
-//     z = q W - P E        out = q + LN(z)        W <- W - x^T E
+//     z = x W           next x = gelu(z)        E below = U gelu'(z below)
+//     y = h W - P E     next h = gelu(y)        W <- W - x^T E
 //
-// With Z the gradient of z, D that of the weights after the mini-batch, and N_ij = -Z_i.E_j for j <= i,
+// With Y the gradient of y, D that of the weights after the mini-batch, and N_ij = -Y_i.E_j for j <= i, from the last
+// layer down
 //
-//     dE = -P^T Z - x D                      K: what dE is as a gradient of the outputs for x, at W (inner_norm.h)
-//     dq = dout + Z W^T + N x                dx = K W^T - E D^T + N^T q + what the norm's residual gets
-//     D <- D + q^T Z + x^T K
+//     dE = -P^T Y - x D     dh = Y W^T + N x     dx = N^T h - E D^T     Y below = dh gelu'(y below)
+//
+// then from the first layer up dU = dE below gelu'(z below) and dE += dU W; at the last one K, what dE is as a gradient
+// of z (inner_norm.h); and down again
+//
+//     dx += K W^T     K below = dx gelu'(z below) + dE below U gelu''(z below)     D <- D + h^T Y + x^T K + dU^T E
 #pragma once
-#include <algorithm>
-#include <cstring>
-
-#include "memory.h"
+#include "memory_gradient.h"
 
 namespace {
 
-// What the first pass over some mini-batches leaves of one of them.
-struct MiniBatch {
-  float *weight, *rows, *plain, *inverse;  // W; b rows of E; standardised outputs for x, b rows, and 1 / deviations
-};
-
-struct MemoryGradient {
-  int64_t width, wide, deep, b, bp, size;  // wide: of a row of outputs; deep: of a row of inputs; size: of a matrix
-  MiniBatch chunks[MEMORY_KEPT];
-  float *weight, *dweight, *dstart;     // (width + 1) x wide
-  float *q, *x;                         // bp x deep; x follows q without a gap
-  float *z, *dx;                        // bp x wide: gradients of the outputs for q and x, without a gap
-  float *k, *v, *dout, *dq, *dk, *dkv;  // bp x wide
-  float *turned, *turned_d;             // max(deep, wide) x max(deep, bp)
-  float *seen, *crossed, *inverse;      // bp x bp, bp x bp, bp
-  float *norm, *dnorm;                  // weight and bias
-
-  MemoryGradient(const ttt::Memory& a, Parts* parts)
-      : width(a.width),
-        wide(whole_vectors(width)),
-        deep(whole_vectors(width + 1)),
-        b(a.mini_batch),
-        bp(whole_vectors(b)),
-        size((width + 1) * wide) {
-    for (MiniBatch& chunk : chunks)
-      chunk = {parts->take(size), parts->take(b * wide), parts->take(b * wide), parts->take(bp)};
-    weight = parts->take(size);
-    dweight = parts->take(size);
-    dstart = parts->take(size);
-    q = parts->take(2 * bp * deep);
-    z = parts->take(2 * bp * wide);
-    for (float** rows : {&k, &v, &dout, &dq, &dk, &dkv}) *rows = parts->take(bp * wide);
-    turned = parts->take(deep * std::max(deep, bp));
-    turned_d = parts->take(deep * std::max(deep, bp));
-    seen = parts->take(bp * bp);
-    crossed = parts->take(bp * bp);
-    inverse = parts->take(bp);
-    norm = parts->take(2 * wide);
-    dnorm = parts->take(2 * wide);
-  }
-};
-
-// Reads rows with a 1 behind their last column, all times `scale` but the 1.
+// Reads a mini-batch again, and keeps what the backward pass needs of it as number n.
 template <class T>
-inline void read_inputs(const T* from, int64_t stride, int64_t rows, int64_t width, float scale, float* to,
-                        int64_t deep) {
-  read_rows(from, stride, rows, width, to, deep);
+void reread(const ttt::Memory& a, const std::optional<InnerNorm>& norm, int64_t at, int64_t some, int64_t head,
+            int64_t n, MemoryGradient& m) {
+  const int64_t width = m.width, wide = m.wide, stride = a.heads * width, first = at * a.heads + head, last = m.last();
+  const T* keys = static_cast<const T*>(a.k) + first * width;
+  read_inputs(keys, stride, some, width, 1.0f, m.layers[0].h, m.layers[0].deep());
+  read_rows(keys, stride, some, width, m.k, wide);
+  read_rows(static_cast<const T*>(a.v) + first * width, stride, some, width, m.v, wide);
+  for (int64_t l = 0; l <= last; l++) {
+    GradientLayer& layer = m.layers[l];
+    const KeptLayer& kept = layer.kept[n];
+    std::memcpy(kept.weight, layer.of.weight, layer.of.size() * sizeof(float));
+    product_of<kSet>({layer.h, layer.deep(), 1}, layer.of.weight, layer.of.row, kept.z, layer.wide(), some,
+                     layer.wide(), layer.of.inputs + 1);
+    if (l < last) activate(layer.of, kept.z, some, kept.rows, nullptr, m.layers[l + 1].h, m.layers[l + 1].deep());
+  }
+  const KeptLayer& top = m.layers[last].kept[n];
+  std::memcpy(top.rows, top.z, some * wide * sizeof(float));
+  if (norm) norm->standardise(top.z, m.kept_inverse + n * m.bp, some);
+  loss_gradient(norm, width, a.rate + first, a.heads, top.rows, m.k, m.v, some);
+  for (int64_t l = last; l > 0; l--) {
+    const KeptLayer &kept = m.layers[l].kept[n], &below = m.layers[l - 1].kept[n];
+    through(m.layers[l].of, kept.rows, kept.weight, some, m.bp, m.through_d, m.through_w, kept.back);
+    multiply(kept.back, below.rows, some * m.layers[l].near);
+  }
+  for (GradientLayer& layer : m.layers)
+    product_of<kSubtract>({layer.h, 1, layer.deep()}, layer.kept[n].rows, layer.wide(), layer.of.weight, layer.of.row,
+                          layer.of.inputs + 1, layer.wide(), some);
+}
+
+// The outputs of all layers for the queries, as the forward pass finds them: of the last layer in its y, of the others
+// the slopes of GELU there. Of the keys, too, the inputs of each layer, and the derivatives of GELU.
+inline void read_again(MemoryGradient& m, int64_t some, int64_t n) {
+  const int64_t bp = m.bp, last = m.last();
+  for (int64_t l = 0; l <= last; l++) {
+    GradientLayer& layer = m.layers[l];
+    const KeptLayer& kept = layer.kept[n];
+    const int64_t deep = layer.deep(), wide = layer.wide(), inputs = layer.of.inputs;
+    lower_products(layer.h, deep, layer.x, deep, inputs + 1, some, bp, m.through_d, layer.seen);
+    product_of<kSet>({layer.h, deep, 1}, kept.weight, layer.of.row, layer.y, wide, some, wide, inputs + 1);
+    product_of<kSubtract>({layer.seen, bp, 1}, kept.rows, wide, layer.y, wide, some, wide, some, kLowerLeft);
+    if (l == last) return;
+    GradientLayer& next = m.layers[l + 1];
+    activate(layer.of, layer.y, some, layer.y, nullptr, next.h, next.deep());
+    activate(layer.of, kept.z, some, layer.slope, layer.k, next.x, next.deep());
+  }
+}
+
+// From the last layer down: of each the gradient of E, and minus that of x as far as it is found here. The gradient of
+// the first layer's h goes to dq.
+inline void queries_backward(MemoryGradient& m, int64_t some, int64_t n) {
+  const int64_t bp = m.bp;
+  for (int64_t l = m.last(); l >= 0; l--) {
+    GradientLayer& layer = m.layers[l];
+    const KeptLayer& kept = layer.kept[n];
+    const int64_t deep = layer.deep(), wide = layer.wide(), near = layer.near;
+    product_of<kSet>({layer.x, deep, 1}, layer.dweight, layer.of.row, layer.de, wide, some, wide, layer.of.inputs + 1);
+    product_of<kAdd>({layer.seen, 1, bp}, layer.y, wide, layer.de, wide, some, wide, some, kUpperLeft);
+    negate(layer.de, some * wide);
+    lower_products(layer.y, wide, kept.rows, wide, layer.of.outputs, some, bp, m.through_d, m.crossed);
+    float* dh = l == 0 ? m.dq : m.near;
+    through(layer.of, layer.y, kept.weight, some, bp, m.through_d, m.through_w, dh);
+    product_of<kSubtract>({m.crossed, bp, 1}, layer.x, deep, dh, near, some, near, some, kLowerLeft);
+    through(layer.of, kept.rows, layer.dweight, some, bp, m.through_d, m.through_w, layer.dx);
+    product_of<kAdd>({m.crossed, 1, bp}, layer.h, deep, layer.dx, near, some, near, some, kUpperLeft);
+    if (l > 0) multiply(dh, m.layers[l - 1].y, some * near);
+  }
+}
+
+// From the first layer up: the gradients of E of all layers, and of U.
+inline void rows_backward(MemoryGradient& m, int64_t some, int64_t n) {
+  for (int64_t l = 1; l <= m.last(); l++) {
+    GradientLayer &layer = m.layers[l], &below = m.layers[l - 1];
+    const int64_t deep = layer.deep(), near = layer.near;
+    const float* back = layer.kept[n].back;
+    for (int64_t r = 0; r < some; r++) {
+      for (int64_t j = 0; j < near; j += VL) {
+        const int64_t i = r * near + j;
+        const vf given = load(below.de + i);
+        store(layer.du + r * deep + j, given * load(below.slope + i));
+        store(below.k + i, given * load(back + i) * load(below.k + i));
+      }
+      for (int64_t j = near; j < deep; j += VL) store(layer.du + r * deep + j, vf{});
+    }
+    product_of<kAdd>({layer.du, deep, 1}, layer.kept[n].weight, layer.of.row, layer.de, layer.wide(), some,
+                     layer.wide(), layer.of.inputs);
+  }
+}
+
+// z - v instead of the norm of inner_norm.h: d, the gradient of the rows E, becomes that of z, and is copied to d_z.
+inline void loss_gradient_backward(int64_t width, const float* z, const float* v, const float* rate, int64_t heads,
+                                   float* d, float* d_z, float* d_rate, int64_t rows) {
+  const int64_t wide = whole_vectors(width);
   for (int64_t r = 0; r < rows; r++) {
-    for (int64_t j = 0; scale != 1.0f && j < deep; j += VL)
-      store(to + r * deep + j, splat(scale) * load(to + r * deep + j));
-    to[r * deep + width] = 1.0f;
-  }
-}
-
-inline void read_weights(const float* weight, const float* bias, int64_t row, const MemoryGradient& m, float* to) {
-  read_rows(weight + row * m.width * m.width, m.width, m.width, m.width, to, m.wide);
-  read_rows(bias + row * m.width, 0, 1, m.width, to + m.width * m.wide, m.wide);
-}
-inline void write_weights(const float* from, int64_t row, const MemoryGradient& m, float* weight, float* bias) {
-  write_rows(from, m.wide, m.width, m.width, weight + row * m.width * m.width, m.width);
-  write_rows(from + m.width * m.wide, m.wide, 1, m.width, bias + row * m.width, 0);
-}
-inline void add(const float* from, float* to, int64_t count) {
-  for (int64_t i = 0; i < count; i += VL) store(to + i, load(to + i) + load(from + i));
-}
-
-// Reads the mini-batches from token `at` on again, up to MEMORY_KEPT of them, and keeps what the backward pass needs.
-template <class T>
-void reread(const ttt::Memory& a, const InnerNorm& norm, int64_t at, int64_t end, int64_t head, MemoryGradient& m) {
-  const int64_t width = m.width, wide = m.wide, stride = a.heads * width;
-  for (int64_t n = 0; n < MEMORY_KEPT && at < end; n++, at += m.b) {
-    const int64_t some = std::min(end - at, m.b), first = at * a.heads + head;
-    const MiniBatch& chunk = m.chunks[n];
-    const T* keys = static_cast<const T*>(a.k) + first * width;
-    std::memcpy(chunk.weight, m.weight, m.size * sizeof(float));
-    read_inputs(keys, stride, some, width, 1.0f, m.q, m.deep);
-    read_rows(keys, stride, some, width, m.k, wide);
-    read_rows(static_cast<const T*>(a.v) + first * width, stride, some, width, m.v, wide);
-    product_of<kSet>({m.q, m.deep, 1}, m.weight, wide, chunk.rows, wide, some, wide, width + 1);
-    std::memcpy(chunk.plain, chunk.rows, some * wide * sizeof(float));
-    norm.standardise(chunk.plain, chunk.inverse, some);
-    norm.gradient(chunk.rows, m.k, m.v, a.rate + first, a.heads, some);
-    product_of<kSubtract>({m.q, 1, m.deep}, chunk.rows, wide, m.weight, wide, width + 1, wide, some);
+    vf total = {};
+    for (int64_t i = r * wide; i < (r + 1) * wide; i += VL) {
+      const vf given = load(d + i), found = splat(rate[r * heads]) * given;
+      total += given * (load(z + i) - load(v + i));
+      store(d + i, found);
+      store(d_z + i, found);
+    }
+    d_rate[r * heads] = sum(total);
   }
 }
 
 // The last mini-batch of a text may be shorter; of the first one the gradient of W as weights that the rows d are taken
 // at goes to dstart.
 template <class T>
-void mini_batch_backward(const ttt::MemoryBackward& g, const InnerNorm& norm, int64_t at, int64_t some, int64_t head,
-                         bool starts, const MiniBatch& chunk, MemoryGradient& m) {
+void mini_batch_backward(const ttt::MemoryBackward& g, const std::optional<InnerNorm>& norm, int64_t at, int64_t some,
+                         int64_t head, bool starts, int64_t n, MemoryGradient& m) {
   const ttt::Memory& a = g.forward;
-  const int64_t width = m.width, wide = m.wide, deep = m.deep, bp = m.bp, stride = a.heads * width;
+  const int64_t width = m.width, wide = m.wide, stride = a.heads * width, last = m.last();
   const int64_t first = at * a.heads + head, from = first * width;
-  m.x = m.q + some * deep;
-  m.dx = m.z + some * wide;
-  read_inputs(static_cast<const T*>(a.q) + from, stride, some, width, a.scale, m.q, deep);
-  read_inputs(static_cast<const T*>(a.k) + from, stride, some, width, 1.0f, m.x, deep);
+  for (GradientLayer& layer : m.layers) layer.place(some);
+  GradientLayer &bottom = m.layers[0], &top = m.layers[last];
+  read_inputs(static_cast<const T*>(a.q) + from, stride, some, width, a.scale, bottom.h, bottom.deep());
+  read_inputs(static_cast<const T*>(a.k) + from, stride, some, width, 1.0f, bottom.x, bottom.deep());
   read_rows(static_cast<const T*>(a.k) + from, stride, some, width, m.k, wide);
   read_rows(static_cast<const T*>(a.v) + from, stride, some, width, m.v, wide);
   read_rows(static_cast<const T*>(g.out) + from, stride, some, width, m.dout, wide);
-  transpose(m.x, deep, some, deep, m.turned, bp);
-  product_of<kSet>({m.q, deep, 1}, m.turned, bp, m.seen, bp, some, whole_vectors(some), width + 1, kLowerResult);
-  for (int64_t i = 0; i < some; i++)  // a register tile reads further columns than those of its rows
-    for (int64_t j = i + 1; j < i + TILE_ROWS && j < bp; j++) m.seen[i * bp + j] = 0.0f;
-  product_of<kSet>({m.q, deep, 1}, chunk.weight, wide, m.z, wide, some, wide, width + 1);
-  product_of<kSubtract>({m.seen, bp, 1}, chunk.rows, wide, m.z, wide, some, wide, some, kLowerLeft);
-  norm.standardise(m.z, m.inverse, some);
-  std::memcpy(m.dq, m.z, some * wide * sizeof(float));
-  std::memcpy(m.z, m.dout, some * wide * sizeof(float));
-  norm.backward(m.dq, m.inverse, m.z, m.dnorm, m.dnorm + wide, some);
-  // -dE, then K.
-  product_of<kSet>({m.x, deep, 1}, m.dweight, wide, m.dx, wide, some, wide, width + 1);
-  product_of<kAdd>({m.seen, 1, bp}, m.z, wide, m.dx, wide, some, wide, some, kUpperLeft);
-  for (int64_t i = 0; i < some * wide; i += VL) store(m.dx + i, vf{} - load(m.dx + i));
-  norm.gradient_backward(chunk.plain, chunk.inverse, m.k, m.v, a.rate + first, a.heads, m.dx, m.dkv, g.rate + first,
-                         m.dnorm, m.dnorm + wide, some);
-  // -N.
-  transpose(chunk.rows, wide, some, wide, m.turned, bp);
-  product_of<kSet>({m.z, wide, 1}, m.turned, bp, m.crossed, bp, some, whole_vectors(some), width, kLowerResult);
-  for (int64_t i = 0; i < some; i++)
-    for (int64_t j = i + 1; j < i + TILE_ROWS && j < bp; j++) m.crossed[i * bp + j] = 0.0f;
-  transpose(chunk.weight, wide, width, wide, m.turned, wide);
-  transpose(m.dweight, wide, width, wide, m.turned_d, wide);
-  product_of<kSet>({m.z, wide, 1}, m.turned, wide, m.dq, wide, some, wide, width);
-  product_of<kSubtract>({m.crossed, bp, 1}, m.k, wide, m.dq, wide, some, wide, some, kLowerLeft);
-  product_of<kSet>({m.dx, wide, 1}, m.turned, wide, m.dk, wide, some, wide, width);
-  product_of<kSubtract>({chunk.rows, wide, 1}, m.turned_d, wide, m.dk, wide, some, wide, width);
-  product_of<kSubtract>({m.crossed, 1, bp}, m.q, deep, m.dk, wide, some, wide, some, kUpperLeft);
+  read_again(m, some, n);
+  if (norm) {
+    norm->standardise(top.y, m.inverse, some);
+    std::memcpy(m.plain, top.y, some * wide * sizeof(float));
+  }
+  std::memcpy(top.y, m.dout, some * wide * sizeof(float));
+  if (norm) norm->backward(m.plain, m.inverse, top.y, m.dnorm, m.dnorm + wide, some);
+  queries_backward(m, some, n);
+  rows_backward(m, some, n);
+  const KeptLayer& kept = top.kept[n];
+  std::memcpy(top.k, top.de, some * wide * sizeof(float));
+  if (norm)
+    norm->gradient_backward(kept.z, m.kept_inverse + n * m.bp, m.k, m.v, a.rate + first, a.heads, top.k, m.dkv,
+                            g.rate + first, m.dnorm, m.dnorm + wide, some);
+  else
+    loss_gradient_backward(width, kept.z, m.v, a.rate + first, a.heads, top.k, m.dkv, g.rate + first, some);
+  for (int64_t l = last; l >= 0; l--) {
+    GradientLayer& layer = m.layers[l];
+    const int64_t deep = layer.deep(), near = layer.near, row = layer.of.row, inputs = layer.of.inputs;
+    through(layer.of, layer.k, layer.kept[n].weight, some, m.bp, m.through_d, m.through_w, m.near);
+    for (int64_t i = 0; i < some * near; i += VL) {
+      const vf found = load(m.near + i) - load(layer.dx + i);
+      store(layer.dx + i, found);
+      if (l == 0) continue;
+      GradientLayer& below = m.layers[l - 1];
+      store(below.k + i, load(below.k + i) + found * load(below.slope + i));
+    }
+    std::memcpy(layer.e, layer.kept[n].rows, some * layer.wide() * sizeof(float));
+    const int64_t all = l == 0 ? 2 * some : 3 * some, now = starts ? some : all;
+    product_of<kAdd>({layer.h, 1, deep}, layer.y, layer.wide(), layer.dweight, row, inputs + 1, layer.wide(), now);
+    if (starts)
+      product_of<kAdd>({layer.x, 1, deep}, layer.k, layer.wide(), layer.dstart, row, inputs + 1, layer.wide(),
+                       all - some);
+  }
   for (int64_t i = 0; i < some * wide; i += VL) {
-    const vf of_target = load(m.dkv + i);
-    store(m.dq + i, splat(a.scale) * (load(m.dq + i) + load(m.dout + i)));
-    store(m.dk + i, load(m.dk + i) + of_target);
+    const vf of_target = load(m.dkv + i), of_key = load(bottom.dx + i), of_query = load(m.dq + i);
+    store(m.dq + i, splat(a.scale) * (norm ? of_query + load(m.dout + i) : of_query));
+    store(bottom.dx + i, norm ? of_key + of_target : of_key);
     store(m.dkv + i, vf{} - of_target);
   }
   write_rows(m.dq, wide, some, width, static_cast<T*>(g.q) + from, stride);
-  write_rows(m.dk, wide, some, width, static_cast<T*>(g.k) + from, stride);
+  write_rows(bottom.dx, wide, some, width, static_cast<T*>(g.k) + from, stride);
   write_rows(m.dkv, wide, some, width, static_cast<T*>(g.v) + from, stride);
-  product_of<kAdd>({m.q, 1, deep}, m.z, wide, m.dweight, wide, width + 1, wide, starts ? some : 2 * some);
-  if (starts) product_of<kAdd>({m.x, 1, deep}, m.dx, wide, m.dstart, wide, width + 1, wide, some);
+}
+
+// The gradient of the weights that a mini-batch begins with becomes part of that of the weights.
+inline void join_start(MemoryGradient& m) {
+  for (GradientLayer& layer : m.layers) {
+    add(layer.dstart, layer.dweight, layer.of.size());
+    std::memset(layer.dstart, 0, layer.of.size() * sizeof(float));
+  }
 }
 
 template <class T>
@@ -166,32 +202,43 @@ void memory_text_backward(const ttt::MemoryBackward& g, int64_t sequence, int64_
   const int64_t row = sequence * a.heads + head, span = MEMORY_KEPT * m.b;
   const int64_t begin = a.begins ? a.begins[sequence] : sequence * a.tokens;
   const int64_t end = a.begins ? a.begins[sequence + 1] : begin + a.tokens;
-  const InnerNorm norm = *norm_of(a, head, m.norm);
+  const std::optional<InnerNorm> norm = norm_of(a, head, m.norm);
   std::memset(m.dnorm, 0, 2 * m.wide * sizeof(float));
-  read_weights(g.weight, g.bias, row, m, m.dweight);
-  read_weights(g.start_weight, g.start_bias, row, m, m.dstart);
+  for (int64_t l = 0; l < a.depth; l++) {
+    const ttt::MemoryLayer& given = g.layers[l];
+    GradientLayer& layer = m.layers[l];
+    const int64_t matrix = row * given.inputs * given.outputs, bias = row * given.outputs;
+    read_matrix(layer.of, given.weight + matrix, given.bias + bias, layer.dweight);
+    read_matrix(layer.of, given.start_weight + matrix, given.start_bias + bias, layer.dstart);
+  }
   // dstart is the gradient of the weights before the last mini-batch if that is not full, else of those after it.
   const bool full = (end - begin) % m.b == 0;
-  for (int64_t n = (end - begin + span - 1) / span - 1; n >= 0; n--) {
-    const int64_t at = begin + n * span, kept = (first_kept_memory(a, begin, sequence) + n) * a.heads + head;
-    read_weights(a.layers[0].kept_weight, a.layers[0].kept_bias, kept, m, m.weight);
-    reread<T>(a, norm, at, end, head, m);
-    for (int64_t c = (std::min(end - at, span) + m.b - 1) / m.b - 1; c >= 0; c--) {
+  for (int64_t s = (end - begin + span - 1) / span - 1; s >= 0; s--) {
+    const int64_t at = begin + s * span, kept = (first_kept_memory(a, begin, sequence) + s) * a.heads + head;
+    const int64_t chunks = (std::min(end - at, span) + m.b - 1) / m.b;
+    for (int64_t l = 0; l < a.depth; l++) {
+      const ttt::MemoryLayer& from = a.layers[l];
+      read_matrix(m.layers[l].of, from.kept_weight + kept * from.inputs * from.outputs,
+                  from.kept_bias + kept * from.outputs, m.layers[l].of.weight);
+    }
+    for (int64_t c = 0; c < chunks; c++)
+      reread<T>(a, norm, at + c * m.b, std::min(end - at - c * m.b, m.b), head, c, m);
+    for (int64_t c = chunks - 1; c >= 0; c--) {
       const int64_t from = at + c * m.b, some = std::min(end - from, m.b);
       const bool last = from + some == end, starts = from == begin;
-      if (last && full) {
-        add(m.dstart, m.dweight, m.size);
-        std::memset(m.dstart, 0, m.size * sizeof(float));
-      }
-      mini_batch_backward<T>(g, norm, from, some, head, starts, m.chunks[c], m);
-      if (last && !full && !starts) {
-        add(m.dstart, m.dweight, m.size);
-        std::memset(m.dstart, 0, m.size * sizeof(float));
-      }
+      if (last && full) join_start(m);
+      mini_batch_backward<T>(g, norm, from, some, head, starts, c, m);
+      if (last && !full && !starts) join_start(m);
     }
   }
-  write_weights(m.dweight, row, m, g.weight, g.bias);
-  write_weights(m.dstart, row, m, g.start_weight, g.start_bias);
+  for (int64_t l = 0; l < a.depth; l++) {
+    const ttt::MemoryLayer& given = g.layers[l];
+    const GradientLayer& layer = m.layers[l];
+    const int64_t matrix = row * given.inputs * given.outputs, bias = row * given.outputs;
+    write_matrix(layer.of, layer.dweight, given.weight + matrix, given.bias + bias);
+    write_matrix(layer.of, layer.dstart, given.start_weight + matrix, given.start_bias + bias);
+  }
+  if (!norm) return;
   write_rows(m.dnorm, m.wide, 1, m.width, g.norm_weight + row * m.width, 0);
   write_rows(m.dnorm + m.wide, m.wide, 1, m.width, g.norm_bias + row * m.width, 0);
 }

@@ -59,7 +59,7 @@ void delta_rule_backward(address q, address k, address v, address beta, address 
   active->delta_rule_backward(a);
 }
 
-using LayerAddresses = std::array<address, 8>;
+using LayerAddresses = std::array<address, 10>;
 
 // A call of a memory, with its layers.
 struct MemoryCall {
@@ -68,18 +68,25 @@ struct MemoryCall {
 };
 
 // weights: of each layer the addresses of the weight, the bias, both before the present mini-batch, both of the
-// momentum, and both that are kept in training. widths: of the first layer's inputs, then of each layer's outputs.
+// momentum, and in training both that are kept, and of the momentum that is. widths: of the first layer's inputs, then
+// of each layer's outputs.
+std::vector<ttt::MemoryLayer> layers_of(const std::vector<LayerAddresses>& weights,
+                                        const std::vector<int64_t>& widths) {
+  std::vector<ttt::MemoryLayer> layers;
+  for (size_t l = 0; l < weights.size(); l++) {
+    const LayerAddresses& a = weights[l];
+    layers.push_back({out<float>(a[0]), out<float>(a[1]), out<float>(a[2]), out<float>(a[3]), out<float>(a[4]),
+                      out<float>(a[5]), out<float>(a[6]), out<float>(a[7]), out<float>(a[8]), out<float>(a[9]),
+                      widths.at(l), widths.at(l + 1)});
+  }
+  return layers;
+}
+
 MemoryCall memory_of(address q, address k, address v, address rate, address gate, address momentum, address norm_weight,
                      address norm_bias, address begins, const std::vector<LayerAddresses>& weights,
                      const std::vector<int64_t>& widths, address position, int64_t sequences, int64_t tokens,
                      int64_t heads, int64_t mini_batch, float scale, float eps, int dtype, int threads) {
-  MemoryCall call = {};
-  for (size_t l = 0; l < weights.size(); l++) {
-    const auto& [weight, bias, start_weight, start_bias, velocity, velocity_bias, kept_weight, kept_bias] = weights[l];
-    call.layers.push_back({out<float>(weight), out<float>(bias), out<float>(start_weight), out<float>(start_bias),
-                           out<float>(velocity), out<float>(velocity_bias), out<float>(kept_weight),
-                           out<float>(kept_bias), widths.at(l), widths.at(l + 1)});
-  }
+  MemoryCall call = {{}, layers_of(weights, widths)};
   ttt::Memory& a = call.memory;
   a.q = in<void>(q);
   a.k = in<void>(k);
@@ -117,30 +124,28 @@ void memory(address q, address k, address v, address rate, address gate, address
   active->memory(call.memory);
 }
 
-// gradients: of the outputs; of the final weight and bias, and of both before the present mini-batch, which become
-// those of the first ones; then those that are written, of q, k, v, the rates, and the norm's weight and bias.
+// gradients: of the outputs; then those that are written, of q, k, v, the rates, the gates, the momenta, and the norm's
+// weight and bias. states: of each layer the gradients of the final state, which become those of the first one.
 void memory_backward(address q, address k, address v, address rate, address gate, address momentum, address norm_weight,
                      address norm_bias, address begins, const std::vector<LayerAddresses>& weights,
                      const std::vector<int64_t>& widths, address position, int64_t sequences, int64_t tokens,
                      int64_t heads, int64_t mini_batch, float scale, float eps, int dtype, int threads,
-                     const std::array<address, 11>& gradients) {
+                     const std::array<address, 9>& gradients, const std::vector<LayerAddresses>& states) {
   const MemoryCall call = memory_of(q, k, v, rate, gate, momentum, norm_weight, norm_bias, begins, weights, widths,
                                     position, sequences, tokens, heads, mini_batch, scale, eps, dtype, threads);
-  const auto& [d_out, weight, bias, start_weight, start_bias, d_q, d_k, d_v, d_rate, d_norm_weight, d_norm_bias] =
-      gradients;
+  const std::vector<ttt::MemoryLayer> layers = layers_of(states, widths);
   ttt::MemoryBackward a = {};
   a.forward = call.memory;
-  a.out = in<void>(d_out);
-  a.weight = out<float>(weight);
-  a.bias = out<float>(bias);
-  a.start_weight = out<float>(start_weight);
-  a.start_bias = out<float>(start_bias);
-  a.q = out<void>(d_q);
-  a.k = out<void>(d_k);
-  a.v = out<void>(d_v);
-  a.rate = out<float>(d_rate);
-  a.norm_weight = out<float>(d_norm_weight);
-  a.norm_bias = out<float>(d_norm_bias);
+  a.out = in<void>(gradients[0]);
+  a.layers = layers.data();
+  a.q = out<void>(gradients[1]);
+  a.k = out<void>(gradients[2]);
+  a.v = out<void>(gradients[3]);
+  a.rate = out<float>(gradients[4]);
+  a.gate = out<float>(gradients[5]);
+  a.momentum = out<float>(gradients[6]);
+  a.norm_weight = out<float>(gradients[7]);
+  a.norm_bias = out<float>(gradients[8]);
   py::gil_scoped_release release;
   active->memory_backward(a);
 }

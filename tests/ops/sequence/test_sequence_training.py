@@ -1,4 +1,4 @@
-"""The C++ kernels that train the delta rule and TTT-Linear: gradients against float64, and which calls they serve."""
+"""The C++ kernels that train the delta rule and memories: gradients against float64, and which calls they serve."""
 
 import pytest
 import torch
@@ -101,18 +101,20 @@ def test_some_gradients_only():
         assert torch.equal(alone, full[n])
 
 
-def memory_runs(norm, mini_batch, bounds=None):
+def memory_runs(case, bounds=None):
+    """``run(form)`` is the memory of ``case`` as a function of its tensors."""
+    norm, mini_batch, layers = case
+
     def run(form):
-        def of(q, k, v, rate, weight, bias, *rest):
-            *starts, norm_weight, norm_bias = rest
+        def of(q, k, v, rate, gate, momentum, norm_weight, norm_bias, *states):
+            weights, start, velocity = (states[n : n + 2 * layers] for n in range(0, 6 * layers, 2 * layers))
             state = None
-            if starts:
-                rows = len(starts[0])
-                state = MemoryState((weight, bias), tuple(starts), (), torch.zeros(rows, dtype=torch.int64))
+            if start:
+                state = MemoryState(weights, start, velocity, torch.zeros(len(start[0]), dtype=torch.int64))
             out, final = ops.memory(
-                q, k, v, rate, [w[0] for w in (weight, bias)], norm=ops.Norm(norm_weight, norm_bias, norm.eps),
-                mini_batch=mini_batch, scale=0.7, initial_state=state, output_final_state=True, cu_seqlens=bounds,
-                form=form,
+                q, k, v, rate, [w[0] for w in weights], gate=gate, momentum=momentum,
+                norm=norm and ops.Norm(norm_weight, norm_bias, norm.eps), mini_batch=mini_batch, scale=0.7,
+                initial_state=state, output_final_state=True, cu_seqlens=bounds, form=form,
             )  # fmt: skip
             return [out, *tensors_of(final)[:-1]]
 
@@ -121,17 +123,38 @@ def memory_runs(norm, mini_batch, bounds=None):
     return run
 
 
-def memory_tensors(batch, tokens, heads, dtype, width, rows=None, begun=True):
-    (q, k, v, rate), weights, norm = memory_case(batch, tokens, heads, dtype, width)
+def memory_tensors(shape, mini_batch, dtype, middles=(), rows=None, begun=True, normed=True):
+    """The tensors of a memory with layers of ``middles`` in between, and its case for `memory_runs`.
+
+    Args:
+        shape: B, T, H, D.
+        rows: how many sequences there are; B by default.
+        begun: whether a state is given; if not, the sequences are new.
+        normed: whether it has an inner norm.
+    """
+    batch, tokens, heads, width = shape
+    tensors, weights, norm = memory_case(batch, tokens, heads, dtype, width, *middles)
     rows = batch if rows is None else rows
     states = [w.expand(rows, *w.shape).contiguous() for w in weights] if begun else [w.unsqueeze(0) for w in weights]
     begin = [w.clone() for w in states] if begun else []
-    return (q, k, v, rate, *states, *begin, norm.weight, norm.bias), norm
+    case = (norm if normed else None, mini_batch, len(weights) // 2)
+    return (*tensors, None, None, *(norm[:2] if normed else (None, None)), *states, *begin), case
 
 
-def memory_weights(tensors, rows):
-    out, states = tensors[0], [(rows, *t.shape[1:]) for t in tensors[4:6]]
-    return [weight_of(out), *(torch.randn(shape).double() for shape in (*states, *states))]
+def memory_weights(tensors, case, rows):
+    """Random numbers of the shapes of what `memory_runs` returns."""
+    shapes = [(rows, *t.shape[1:]) for t in tensors[8 : 8 + 2 * case[2]]]
+    return [weight_of(tensors[0]), *(torch.randn(shape).double() for shape in (*shapes, *shapes))]
+
+
+def check_memory(op, tensors, case, rows, bounds=None):
+    """The kernels' outputs, final states and gradients, of one call each, against the reference in float64."""
+    weights, run = memory_weights(tensors, case, rows), memory_runs(case, bounds)
+    before = [calls[name, "cpu", ""] for name in (op, f"{op}_backward")]
+    found = gradients(run("auto"), tensors, weights)
+    assert [calls[name, "cpu", ""] for name in (op, f"{op}_backward")] == [n + 1 for n in before]
+    exact = gradients(run("reference"), doubled(tensors), weights)
+    compare_all(found, exact, gradients(run("chunk"), tensors, weights))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -140,22 +163,34 @@ def memory_weights(tensors, rows):
     ((1, 40, 1, 16), 1), ((1, 100, 1, 64), 64), ((2, 0, 2, 20), 4), ((1, 15, 1, 20), 16),
 ])  # fmt: skip
 def test_gradients_of_ttt_linear(isa, dtype, shape, mini_batch):
-    batch, tokens, heads, width = shape
-    tensors, norm = memory_tensors(batch, tokens, heads, dtype, width)
-    weights = memory_weights(tensors, batch)
-    before = calls["ttt_linear_backward", "cpu", ""]
-    run = memory_runs(norm, mini_batch)
-    found = gradients(run("auto"), tensors, weights)
-    assert calls["ttt_linear_backward", "cpu", ""] == before + 1
-    exact = gradients(run("reference"), doubled(tensors), weights)
-    compare_all(found, exact, gradients(run("chunk"), tensors, weights))
+    check_memory("ttt_linear", *memory_tensors(shape, mini_batch, dtype), shape[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "middle", "mini_batch"), [
+    ((1, 1, 2, 24), 40, 16), ((2, 33, 2, 20), 37, 7), ((1, 64, 1, 64), 256, 16), ((1, 63, 1, 24), 96, 16),
+    ((1, 65, 2, 24), 33, 16), ((1, 40, 1, 16), 20, 1), ((1, 100, 1, 64), 128, 64), ((2, 0, 2, 20), 24, 4),
+    ((1, 300, 1, 20), 24, 16),
+])  # fmt: skip
+def test_gradients_of_ttt_mlp(isa, dtype, shape, middle, mini_batch):
+    """Texts that end before, at and after the ends of mini-batches and of the pieces that are read again."""
+    check_memory("ttt_mlp", *memory_tensors(shape, mini_batch, dtype, (middle,)), shape[0])
+
+
+def test_gradients_of_a_memory_of_three_layers(isa):
+    check_memory("memory", *memory_tensors((1, 37, 2, 20), 8, torch.float32, (24, 17)), 1)
+
+
+@pytest.mark.parametrize("middles", [(), (33,)])
+def test_gradients_of_a_memory_without_a_norm(isa, middles):
+    check_memory("memory", *memory_tensors((2, 37, 2, 20), 8, torch.float32, middles, normed=False), 2)
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
 def test_gradients_do_not_depend_on_the_default_dtype(default):
-    tensors, norm = memory_tensors(2, 33, 2, torch.float32, 20)
+    tensors, case = memory_tensors((2, 33, 2, 20), 8, torch.float32, (24,))
     q, k, v, beta, g = inputs(2, 40, 2, 8, 8, torch.float32)
-    cases = (memory_runs(norm, 8), tensors), (delta_runs(), (q, k, v, beta, g, torch.randn(2, 2, 8, 8)))
+    cases = (memory_runs(case), tensors), (delta_runs(), (q, k, v, beta, g, torch.randn(2, 2, 8, 8)))
     for run, given in cases:
         with torch.no_grad():
             weights = [torch.randn(out.shape).double() for out in run("auto")(*given)]
@@ -170,33 +205,46 @@ def test_gradients_do_not_depend_on_the_default_dtype(default):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_gradients_of_packed_texts_of_ttt_linear(isa):
+@pytest.mark.parametrize(("op", "middles"), [("ttt_linear", ()), ("ttt_mlp", (24,))])
+def test_gradients_of_packed_texts_of_memories(isa, op, middles):
     lengths = [5, 0, 1, 70, 64, 3]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
-    tensors, norm = memory_tensors(1, int(bounds[-1]), 2, torch.float32, 20, rows=len(lengths))
-    weights = memory_weights(tensors, len(lengths))
-    run = memory_runs(norm, 4, bounds)
-    exact = gradients(run("reference"), doubled(tensors), weights)
-    compare_all(gradients(run("auto"), tensors, weights), exact, gradients(run("chunk"), tensors, weights))
+    tensors, case = memory_tensors((1, int(bounds[-1]), 2, 20), 4, torch.float32, middles, len(lengths))
+    check_memory(op, tensors, case, len(lengths), bounds)
 
 
-def test_gradients_of_the_first_weights(isa):
+@pytest.mark.parametrize("middles", [(), (24,)])
+def test_a_packed_text_gets_the_gradients_of_a_single_one(middles):
+    """To the bit: of the norm, whose gradients are sums over the texts, those of texts of which one is empty."""
+    tensors, case = memory_tensors((1, 37, 2, 20), 4, torch.float32, middles, 2)
+    weights = memory_weights(tensors, case, 2)
+    packed = gradients(memory_runs(case, torch.tensor([0, 37, 37]))("auto"), tensors, weights)
+    alone = [t if t is None or n < 8 else t[:1] for n, t in enumerate(tensors)]
+    single = gradients(memory_runs(case)("auto"), alone, [w[:1] for w in weights])
+    assert len(packed) == len(single)
+    for a, b in zip(packed, single, strict=True):
+        assert torch.equal(a[:1] if a.shape != b.shape else a, b)
+
+
+@pytest.mark.parametrize(("op", "middles"), [("ttt_linear", ()), ("ttt_mlp", (24,))])
+def test_gradients_of_the_first_weights(isa, op, middles):
     """Those of new sequences, of which all begin with them."""
-    tensors, norm = memory_tensors(3, 37, 2, torch.float32, 20, begun=False)
-    weights = memory_weights(tensors, 3)
-    run = memory_runs(norm, 8)
-    exact = gradients(run("reference"), doubled(tensors), weights)
-    compare_all(gradients(run("auto"), tensors, weights), exact, gradients(run("chunk"), tensors, weights))
+    tensors, case = memory_tensors((3, 37, 2, 20), 8, torch.float32, middles, begun=False)
+    check_memory(op, tensors, case, 3)
 
 
 def test_second_derivatives_are_those_of_the_torch_form():
     q, k, v, beta, g = inputs(1, 40, 2, 8, 8, torch.float32)
-    tensors, norm = memory_tensors(1, 21, 2, torch.float32, 20)
-    for run, given in ((delta_runs(), (q, k, v, beta, g, torch.randn(1, 2, 8, 8))), (memory_runs(norm, 8), tensors)):
+    runs = [(delta_runs(), (q, k, v, beta, g, torch.randn(1, 2, 8, 8)))]
+    for middles in ((), (24,)):
+        tensors, case = memory_tensors((1, 21, 2, 20), 8, torch.float32, middles)
+        runs.append((memory_runs(case), tensors))
+    for run, given in runs:
         found = []
         for form in ("auto", "chunk"):
             leaf = leaves(given)
-            first = torch.autograd.grad(run(form)(*leaf)[0].square().sum(), leaf, create_graph=True, allow_unused=True)
+            by = [t for t in leaf if t is not None]
+            first = torch.autograd.grad(run(form)(*leaf)[0].square().sum(), by, create_graph=True, allow_unused=True)
             used = [t for t in first if t is not None]
             found.append(torch.autograd.grad(sum(t.square().sum() for t in used), leaf[:4]))
         for a, b in zip(*found, strict=True):
@@ -207,6 +255,7 @@ def test_transforms_of_torch_func_take_the_torch_form():
     """Gradients of each sequence of a batch at once."""
     q, k, v, beta, g = inputs(3, 10, 2, 8, 8, torch.float32)
     tensors, weights, norm = memory_case(3, 10, 2, torch.float32, 20)
+    _, two_layers, _ = memory_case(3, 10, 2, torch.float32, 20, 24)
 
     def delta(q, *others):
         out, _ = ops.gated_delta_rule(q[None], *(t[None] for t in others))
@@ -216,7 +265,11 @@ def test_transforms_of_torch_func_take_the_torch_form():
         out, _ = ops.ttt_linear(q[None], *(t[None] for t in others), *weights, norm, mini_batch=4)
         return out.square().sum()
 
-    for op, given in ((delta, (q, k, v, beta, g)), (linear, tensors)):
+    def mlp(q, *others):
+        out, _ = ops.ttt_mlp(q[None], *(t[None] for t in others), two_layers, norm, mini_batch=4)
+        return out.square().sum()
+
+    for op, given in ((delta, (q, k, v, beta, g)), (linear, tensors), (mlp, tensors)):
         found = torch.func.vmap(torch.func.grad(op))(*given)
         for n in range(3):
             (row, *others) = (t[n] for t in given)
@@ -225,33 +278,36 @@ def test_transforms_of_torch_func_take_the_torch_form():
             torch.testing.assert_close(found[n], exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
 
 
-def test_within_a_mini_batch_the_torch_form_trains():
-    (q, k, v, rate), weights, norm = memory_case(1, 10, 1, torch.float32, 20)
+@pytest.mark.parametrize(("op", "middles"), [("ttt_linear", ()), ("ttt_mlp", (24,))])
+def test_within_a_mini_batch_the_torch_form_trains(op, middles):
+    (q, k, v, rate), weights, norm = memory_case(1, 10, 1, torch.float32, 20, *middles)
     options = {"norm": norm, "mini_batch": 4, "output_final_state": True}
     with torch.no_grad():
         _, state = ops.memory(q, k, v, rate, weights, **options)
     assert state.position.tolist() == [2]
-    before = calls["ttt_linear", "cpu", ""]
+    before = calls[op, "cpu", ""]
     given = leaves((q, k, v, rate))
     out, _ = ops.memory(*given, weights, initial_state=state, **options)
     exact, _ = ops.memory(*leaves((q, k, v, rate)), weights, initial_state=state, form="chunk", **options)
     assert torch.equal(out, exact)
-    assert calls["ttt_linear", "cpu", ""] == before
+    assert calls[op, "cpu", ""] == before
 
 
 def test_compiled_training_equals_eager():
     q, k, v, beta, g = inputs(1, 20, 2, 8, 8, torch.float32)
     (mq, mk, mv, rate), weights, norm = memory_case(1, 20, 2, torch.float32, 8)
+    _, two_layers, _ = memory_case(1, 20, 2, torch.float32, 8, 12)
 
-    def run(q, k, v, beta, g, weight, bias):
+    def run(q, k, v, beta, g, weight, bias, *two_layers):
         out, state = ops.gated_delta_rule(q, k, v, beta, g, output_final_state=True)
         learnt, _ = ops.ttt_linear(mq + q, mk, mv, rate, weight, bias, norm, mini_batch=8)
+        learnt, _ = ops.ttt_mlp(learnt, mk, mv, rate, two_layers, norm, mini_batch=8)
         return out.sum() + state.square().sum() + learnt.square().sum()
 
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
     found = []
     for function in (run, compiled):
-        given = leaves((q, k, v, beta, g, *weights))
+        given = leaves((q, k, v, beta, g, *weights, *two_layers))
         found.append(torch.autograd.grad(function(*given), given))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -51,9 +51,9 @@ def delta_rule_addresses(q, k, v, beta, g, begins, kept, sizes, scale):
 
 def memory(
     q, k, v, rate, gate, momentum, norm_weight, norm_bias, eps, weights, start, velocity, position, begins, mini_batch,
-    scale, kept=(),
+    scale, kept=((), ()),
 ):  # fmt: skip
-    """``kept``: in training, the weights of `ttt.ops.sequence.cpu_training.memory_kept`, which are written."""
+    """``kept``: in training, what `ttt.ops.sequence.cpu_training.memory_kept` has shapes of; it is written."""
     check_positions("mini_batch", position, mini_batch)
     record(memory_op(weights, gate, momentum, norm_weight), "cpu")
     state = own([[t.contiguous() for t in tensors] for tensors in (weights, start, velocity)])
@@ -72,7 +72,7 @@ def memory_step(
     record(f"{memory_op(weights, gate, momentum, norm_weight)}_step", "cpu")
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     factors, norm, state = (rate, gate, momentum), (norm_weight, norm_bias, eps), (weights, start, velocity)
-    held, given = memory_arguments(q, k, v, factors, norm, state, (), position, None, 1, mini_batch, scale)
+    held, given = memory_arguments(q, k, v, factors, norm, state, ((), ()), position, None, 1, mini_batch, scale)
     _C.memory(*given, out.data_ptr(), True)
     del held
     torch.autograd.graph.increment_version([*weights, *start, *velocity])
@@ -106,18 +106,23 @@ def memory_arguments(q, k, v, factors, norm, state, kept, position, begins, toke
     Args:
         factors: rate, gate, momentum. norm: weight, bias, eps; numbers may have any dtype.
         state: weights, those before the mini-batch, and the momentum, contiguous; each may be () for none.
-        kept: weights and biases that are kept in training, or ().
+        kept: weights and momenta that are kept in training; each may be ().
     """
     heads, width = q.shape[-2:]
-    shapes = kept or state[0]
-    layers = range(0, len(shapes), 2)
-    parts = [part or [None] * len(shapes) for part in (*state, kept)]
-    addresses = [[address(t) for part in parts for t in part[i : i + 2]] for i in layers]
+    shapes = kept[0] or state[0]
     # The addresses are those of copies, where there had to be one.
     held = [q.contiguous(), k.contiguous(), v.contiguous(), *(as_float(t) for t in (*factors, *norm[:2])), begins]
     position = position.contiguous()
     given = (
-        *map(address, held), addresses, [width, *(shapes[i].shape[-1] for i in layers)], position.data_ptr(),
-        len(position), tokens, heads, mini_batch, scale, norm[2], DTYPE_CODES[q.dtype], torch.get_num_threads(),
+        *map(address, held), layer_addresses(*state, *kept), [width, *(t.shape[-1] for t in shapes[1::2])],
+        position.data_ptr(), len(position), tokens, heads, mini_batch, scale, norm[2], DTYPE_CODES[q.dtype],
+        torch.get_num_threads(),
     )  # fmt: skip
     return (held, position), given
+
+
+def layer_addresses(*parts):
+    """Of each layer, the addresses of five weights and biases; ``parts`` (W_1, b_1, W_2, ...) or (), at most five."""
+    tensors = max(len(part) for part in parts)
+    rows = [part or [None] * tensors for part in (*parts, *[()] * (5 - len(parts)))]
+    return [[address(t) for part in rows for t in part[i : i + 2]] for i in range(0, tensors, 2)]

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from ttt.ops.backends import record
 from ttt.ops.cpu import _C, address
-from ttt.ops.sequence.cpu import as_float, delta_rule, delta_rule_addresses, memory, memory_arguments
+from ttt.ops.sequence.cpu import (
+    as_float,
+    delta_rule,
+    delta_rule_addresses,
+    layer_addresses,
+    memory,
+    memory_arguments,
+    memory_op,
+)
 
 
 def delta_rule_in_training(q, k, v, beta, g, state, begins, scale):
@@ -28,37 +36,42 @@ def delta_rule_backward(q, k, v, beta, g, begins, kept, scale, d_out, d_state):
 
 
 def memory_in_training(
-    q, k, v, rate, norm_weight, norm_bias, eps, weight, bias, start_weight, start_bias, begins, mini_batch, scale
+    q, k, v, rate, gate, momentum, norm_weight, norm_bias, eps, weights, start, velocity, begins, mini_batch, scale
 ):
-    weights, begun = [weight, bias], [start_weight, start_bias]
-    kept = [w.new_empty(shape) for w, shape in zip(weights, memory_kept(q, weights, begins, mini_batch), strict=True)]
-    position = torch.zeros(len(weight), dtype=torch.int64)
-    out, weights, begun, _, _ = memory(
-        q, k, v, rate, None, None, norm_weight, norm_bias, eps, weights, begun, [], position, begins, mini_batch, scale,
-        kept,
+    kept = [
+        [w.new_empty(shape) for w, shape in zip(part, memory_kept(q, part, begins, mini_batch), strict=True)]
+        for part in (weights, velocity)
+    ]
+    position = torch.zeros(len(weights[0]), dtype=torch.int64)
+    out, *state, _ = memory(
+        q, k, v, rate, gate, momentum, norm_weight, norm_bias, eps, weights, start, velocity, position, begins,
+        mini_batch, scale, kept,
     )  # fmt: skip
-    return out, *weights, *begun, *kept
+    return out, *state, *kept
 
 
 def memory_backward(
-    q, k, v, rate, norm_weight, norm_bias, eps, kept_weight, kept_bias, begins, mini_batch, scale, d_out, d_weight,
-    d_bias, d_start_weight, d_start_bias,
+    q, k, v, rate, gate, momentum, norm_weight, norm_bias, eps, kept_weights, kept_velocity, begins, mini_batch, scale,
+    d_out, d_weights, d_start, d_velocity,
 ):  # fmt: skip
-    record("ttt_linear_backward", "cpu")
-    given_states = (d_weight, d_bias, d_start_weight, d_start_bias)
-    states = [t.clone(memory_format=torch.contiguous_format) for t in given_states]
-    d_tokens = [q.new_empty(t.shape) for t in (q, k, v)]
-    d_rate = q.new_empty(rate.shape, dtype=torch.float32)
-    d_norms = [q.new_empty((len(d_weight), *norm_weight.shape), dtype=torch.float32) for _ in range(2)]
-    position = torch.zeros(len(d_weight), dtype=torch.int64)
+    record(f"{memory_op(kept_weights, gate, momentum, norm_weight)}_backward", "cpu")
+    given_states = (d_weights, d_start, d_velocity)
+    states = [[t.clone(memory_format=torch.contiguous_format) for t in part] for part in given_states]
+    rows, d_tokens = len(d_weights[0]), [q.new_empty(t.shape) for t in (q, k, v)]
+    d_factors = [None if t is None else t.new_empty(t.shape, dtype=torch.float32) for t in (rate, gate, momentum)]
+    norms = (norm_weight, norm_bias)
+    d_norms = [None if t is None else t.new_empty((rows, *t.shape), dtype=torch.float32) for t in norms]
     held, given = memory_arguments(
-        q, k, v, (rate, None, None), (norm_weight, norm_bias, eps), ((), (), ()), [kept_weight, kept_bias], position,
-        begins, q.shape[1], mini_batch, scale,
+        q, k, v, (rate, gate, momentum), (*norms, eps), ((), (), ()), (kept_weights, kept_velocity),
+        torch.zeros(rows, dtype=torch.int64), begins, q.shape[1], mini_batch, scale,
     )  # fmt: skip
     d_out = d_out.contiguous()
-    _C.memory_backward(*given, [t.data_ptr() for t in (d_out, *states, *d_tokens, d_rate, *d_norms)])
+    written = [address(t) for t in (d_out, *d_tokens, *d_factors, *d_norms)]
+    _C.memory_backward(*given, written, layer_addresses(*states))
     del held
-    return *d_tokens, d_rate, *(t.sum(0) for t in d_norms), *states
+    # Of what is not given, the gradient is empty.
+    found = [q.new_empty(0, dtype=torch.float32) if t is None else t for t in (*d_factors, *d_norms)]
+    return *d_tokens, *found[:3], *(t.sum(0) for t in found[3:]), *states
 
 
 def delta_rule_kept(q: Tensor, v: Tensor, begins: Tensor | None) -> tuple[int, ...]:
@@ -67,7 +80,7 @@ def delta_rule_kept(q: Tensor, v: Tensor, begins: Tensor | None) -> tuple[int, .
 
 
 def memory_kept(q: Tensor, weights: list[Tensor], begins: Tensor | None, mini_batch: int) -> list[tuple[int, ...]]:
-    """The same of weights (B, H, ...), of which some mini-batches have one."""
+    """The same of weights or momenta (B, H, ...), of which some mini-batches have one."""
     rows = _kept_rows(q, begins, _C.MEMORY_KEPT_MINI_BATCHES * mini_batch)
     return [(rows, *w.shape[1:]) for w in weights]
 

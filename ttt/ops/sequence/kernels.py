@@ -1,6 +1,6 @@
 """Which kernel serves a call of a sequence op, if any: C++ on CPUs, Triton on GPUs.
 
-Where gradients are needed, there are kernels of the delta rule and TTT-Linear on CPUs. Each function returns a
+Where gradients are needed, there are kernels of the delta rule and of memories on CPUs. Each function returns a
 callable, or None where the torch form must be taken.
 """
 
@@ -74,11 +74,12 @@ def memory(
         return None
     tensors = (k, v, rate, gate, momentum, *(norm or NO_NORM)[:2], *tensors_of(state))
     if q.device.type == "cpu" and _need_gradients(q, *tensors):
-        if gate is not None or momentum is not None or norm is None or len(state.weights) != 2:
+        if gate is not None or momentum is not None:
             return None
-        if not _trains("ttt_linear", q) or (begun and bool(state.position.any())):
+        op = cpu.memory_op(state.weights, gate, momentum, norm and norm.weight)
+        if not _trains(op, q) or (begun and bool(state.position.any())):
             return None
-        return functools.partial(training.memory, q, k, v, rate, norm)
+        return functools.partial(training.memory, q, k, v, rate, gate, momentum, norm or NO_NORM)
     if not _serves_memory("", q, k, v, rate, gate, momentum, norm, state):
         return None
 

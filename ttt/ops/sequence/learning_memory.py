@@ -65,7 +65,8 @@ def memory(
         cu_seqlens: (N + 1,), where each of N packed sequences begins, and T. B must be 1 then, and the states have N
             rows.
         form: "auto" takes a kernel of the device where there is one, and the dual form otherwise; with gradients there
-            is one of TTT-Linear on CPUs. "chunk" always takes the dual form, "reference" goes token by token.
+            is one on CPUs of memories without gate and momentum. "chunk" always takes the dual form, "reference" goes
+            token by token.
 
     Returns:
         (B, T, H, D) in the dtype of q, and the final state, or None. Sums and states are float32 (float64 for

@@ -1,10 +1,11 @@
-"""The gated delta rule and TTT-Linear in training on CPUs: kernels for both passes, as ops with a derivative.
+"""The gated delta rule and memories in training on CPUs: kernels for both passes, as ops with a derivative.
 
 Second derivatives are computed by the torch forms.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -29,15 +30,23 @@ torch.library.define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _MEMORY = (
-    "(Tensor q, Tensor k, Tensor v, Tensor rate, Tensor norm_weight, Tensor norm_bias, float eps, "
-    "Tensor {0}weight, Tensor {0}bias, {1}Tensor? begins, int mini_batch, float scale{2}) -> ({3})"
+    "(Tensor q, Tensor k, Tensor v, Tensor rate, Tensor? gate, Tensor? momentum, Tensor? norm_weight, "
+    "Tensor? norm_bias, float eps, {0}Tensor? begins, int mini_batch, float scale{1}) -> ({2})"
 )
 torch.library.define(
     "ttt::sequence_memory_in_training",
-    _MEMORY.format("", "Tensor start_weight, Tensor start_bias, ", "", ", ".join(["Tensor"] * 7)),
+    _MEMORY.format(
+        "Tensor[] weights, Tensor[] start, Tensor[] velocity, ", "", ", ".join(["Tensor", *["Tensor[]"] * 5])
+    ),
 )
-_GIVEN = "".join(f", Tensor d_{name}" for name in ("out", "weight", "bias", "start_weight", "start_bias"))
-torch.library.define("ttt::sequence_memory_backward", _MEMORY.format("kept_", "", _GIVEN, ", ".join(["Tensor"] * 10)))
+torch.library.define(
+    "ttt::sequence_memory_backward",
+    _MEMORY.format(
+        "Tensor[] kept_weights, Tensor[] kept_velocity, ",
+        ", Tensor d_out, Tensor[] d_weights, Tensor[] d_start, Tensor[] d_velocity",
+        ", ".join([*["Tensor"] * 8, *["Tensor[]"] * 3]),
+    ),
+)
 torch.library.impl("ttt::sequence_delta_rule_in_training", "CPU", cpu_training.delta_rule_in_training)
 torch.library.impl("ttt::sequence_delta_rule_backward", "CPU", cpu_training.delta_rule_backward)
 torch.library.impl("ttt::sequence_memory_in_training", "CPU", cpu_training.memory_in_training)
@@ -68,25 +77,29 @@ def memory(
     k: Tensor,
     v: Tensor,
     rate: Tensor,
-    norm: Norm,
+    gate: Tensor | None,
+    momentum: Tensor | None,
+    norm: Norm | tuple[None, None, float],
     state: MemoryState,
     begins: Tensor | None,
     mini_batch: int,
     scale: float,
 ) -> tuple[Tensor, MemoryState]:
-    """The outputs and the final state of a memory of one layer, which can be differentiated.
+    """The outputs and the final state of a memory, which can be differentiated.
 
     Args:
-        q, k, v, rate, norm, mini_batch, scale: as of `ttt.ops.sequence.memory`.
-        state: at the beginning of a mini-batch, without momentum.
+        q, k, v, rate, gate, momentum, mini_batch, scale: as of `ttt.ops.sequence.memory`.
+        norm: weight, bias and eps of the inner norm, the first two None without one.
+        state: at the beginning of a mini-batch.
         begins: as of `delta_rule`.
     """
-    out, weight, bias, start_weight, start_bias, _, _ = torch.ops.ttt.sequence_memory_in_training(
-        q, k, v, rate, *norm, *state.weights, *state.start, begins, mini_batch, scale
+    held = ([*state.weights], [*state.start], [*state.velocity])
+    out, *parts, _, _ = torch.ops.ttt.sequence_memory_in_training(
+        q, k, v, rate, gate, momentum, *norm, *held, begins, mini_batch, scale
     )
     lengths = q.shape[1] if begins is None else begins.diff()
-    position = (state.position + lengths) % mini_batch
-    return out, MemoryState((weight, bias), (start_weight, start_bias), (), position)
+    weights, start, velocity = (tuple(part) for part in parts)
+    return out, MemoryState(weights, start, velocity, (state.position + lengths) % mini_batch)
 
 
 @torch.library.register_fake("ttt::sequence_delta_rule_in_training")
@@ -139,45 +152,67 @@ torch.library.register_autograd("ttt::sequence_delta_rule_in_training", _differe
 
 
 @torch.library.register_fake("ttt::sequence_memory_in_training")
-def _fake_memory(q, k, v, rate, norm_weight, norm_bias, eps, weight, bias, _, __, begins, mini_batch, scale):
-    states = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (weight, bias) * 2]
-    shapes = cpu_training.memory_kept(q, [weight, bias], begins, mini_batch)
-    return q.new_empty(q.shape), *states, *(weight.new_empty(shape) for shape in shapes)
+def _fake_memory(q, k, v, rate, gate, momentum, norm_weight, norm_bias, eps, weights, start, velocity, begins, size, _):
+    states = [[_like(t) for t in part] for part in (weights, start, velocity)]
+    kept = [
+        [t.new_empty(shape) for t, shape in zip(part, cpu_training.memory_kept(q, part, begins, size), strict=True)]
+        for part in (weights, velocity)
+    ]
+    return q.new_empty(q.shape), *states, *kept
 
 
 @torch.library.register_fake("ttt::sequence_memory_backward")
-def _fake_memory_backward(q, k, v, rate, norm_weight, norm_bias, eps, _, __, begins, mini_batch, scale, d_out, *states):
-    numbers = (rate, norm_weight, norm_bias, *states)
-    return *(t.new_empty(t.shape) for t in (q, k, v)), *(t.new_empty(t.shape, dtype=torch.float32) for t in numbers)
+def _fake_memory_backward(
+    q, k, v, rate, gate, momentum, norm_weight, norm_bias, eps, kept_weights, kept_velocity, begins, size, scale, d_out,
+    *d_states,
+):  # fmt: skip
+    numbers = (rate, gate, momentum, norm_weight, norm_bias)
+    found = [q.new_empty(0 if t is None else t.shape, dtype=torch.float32) for t in numbers]
+    return *(t.new_empty(t.shape) for t in (q, k, v)), *found, *([_like(t) for t in part] for part in d_states)
+
+
+def _like(t):
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def _save_memory(ctx, inputs, output):
-    *tensors, ctx.eps, weight, bias, start_weight, start_bias, begins, ctx.mini_batch, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, weight, bias, start_weight, start_bias, begins, *output[-2:])
+    *tensors, ctx.eps, weights, start, velocity, begins, ctx.mini_batch, ctx.scale = inputs
+    ctx.layers, ctx.moving = len(weights), bool(velocity)
+    ctx.save_for_backward(*tensors, begins, *weights, *start, *velocity, *output[4], *output[5])
 
 
-def _differentiate_memory(ctx, d_out, d_weight, d_bias, d_start_weight, d_start_bias, *_):
-    *given, begins, kept_weight, kept_bias = ctx.saved_tensors
-    d_outs = (d_out, d_weight, d_bias, d_start_weight, d_start_bias)
+def _differentiate_memory(ctx, d_out, d_weights, d_start, d_velocity, *_):
+    tensors, begins, rest = ctx.saved_tensors[:8], ctx.saved_tensors[8], ctx.saved_tensors[9:]
+    sizes = [ctx.layers] * 2 + [ctx.layers * ctx.moving]
+    *states, kept_weights, kept_velocity = _in_parts(rest, [*sizes, ctx.layers, sizes[2]])
+    given = [*tensors, *itertools.chain(*states)]
     if torch.is_grad_enabled():
-        found = _again(given, lambda ts: _memory_by_torch(ts, begins, ctx), d_outs)
+        d_outs = (d_out, *d_weights, *d_start, *d_velocity)
+        found = _again(given, lambda ts: _memory_by_torch(ts, sizes, begins, ctx), d_outs)
     else:
-        tokens, norm = given[:4], given[4:6]
-        found = torch.ops.ttt.sequence_memory_backward(
-            *tokens, *norm, ctx.eps, kept_weight, kept_bias, begins, ctx.mini_batch, ctx.scale, *d_outs
-        )
-        found = [d.to(t.dtype) for d, t in zip(found, given, strict=True)]
-    return *found[:6], None, *found[6:], None, None, None
+        *found, d_weights, d_start, d_velocity = torch.ops.ttt.sequence_memory_backward(
+            *tensors, ctx.eps, kept_weights, kept_velocity, begins, ctx.mini_batch, ctx.scale,
+            d_out, d_weights, d_start, d_velocity,
+        )  # fmt: skip
+        found += [*d_weights, *d_start, *d_velocity]
+        found = [None if t is None else d.to(t.dtype) for d, t in zip(found, given, strict=True)]
+    return *found[:8], None, *_in_parts(found[8:], sizes), None, None, None
 
 
-def _memory_by_torch(given, begins, ctx):
-    q, k, v, rate, norm_weight, norm_bias, *states = given
+def _in_parts(tensors, sizes):
+    """Lists of so many of ``tensors``, one after the other."""
+    remaining = iter(tensors)
+    return [list(itertools.islice(remaining, size)) for size in sizes]
+
+
+def _memory_by_torch(given, sizes, begins, ctx):
+    q, k, v, rate, gate, momentum, norm_weight, norm_bias, *states = given
     bounds = None if begins is None else begins.tolist()
-    rows = len(states[0])
-    state = MemoryState(tuple(states[:2]), tuple(states[2:]), (), torch.zeros(rows, dtype=torch.int64))
-    norm = Norm(norm_weight, norm_bias, ctx.eps)
-    out, final = memory_texts.texts(q, k, v, rate, None, None, norm, state, bounds, ctx.mini_batch, ctx.scale, 0)
-    return out, *final.weights, *final.start
+    weights, start, velocity = (tuple(part) for part in _in_parts(states, sizes))
+    state = MemoryState(weights, start, velocity, torch.zeros(len(weights[0]), dtype=torch.int64))
+    norm = None if norm_weight is None else Norm(norm_weight, norm_bias, ctx.eps)
+    out, final = memory_texts.texts(q, k, v, rate, gate, momentum, norm, state, bounds, ctx.mini_batch, ctx.scale, 0)
+    return out, *final.weights, *final.start, *final.velocity
 
 
 torch.library.register_autograd("ttt::sequence_memory_in_training", _differentiate_memory, setup_context=_save_memory)
