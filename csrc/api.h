@@ -110,7 +110,6 @@ struct DeltaRule {
   void* out;                 // like v
   int64_t sequences, tokens, heads, keys, values;
   float scale;
-  bool one_token;  // of each sequence
   int dtype, threads;
 };
 
@@ -144,7 +143,6 @@ struct Memory {
   void* out;                             // like v
   int64_t sequences, tokens, heads, width, depth, mini_batch;
   float scale, eps;
-  bool one_token;  // of each sequence
   int dtype, threads;
 };
 
@@ -157,14 +155,38 @@ struct MemoryBackward {
   float *norm_weight, *norm_bias;  // likewise, for each sequence: sequences x heads x width
 };
 
-struct SwigluToken {
-  const float *q, *k, *v;   // rows x width, of all heads of all sequences
-  const float* rates;       // 3 x rows
-  const float* weights[3];  // rows x width x inner, rows x inner x width, rows x width x inner
+// A step reads one token of each sequence. These are the numbers from one sequence to the next; those of the heads of
+// one sequence follow each other.
+struct TokenSteps {
+  int64_t q, k, v, rate, gate, momentum;
+};
+
+struct DeltaRuleStep {
+  DeltaRule of;      // sequences of one token each; `out` has no gaps
+  TokenSteps steps;  // `rate` is that of beta
+};
+
+struct MemoryStep {
+  Memory of;          // likewise
+  int64_t* position;  // sequences; those after the token are written
+  TokenSteps steps;
+};
+
+struct LargeChunkStep {
+  const void *q, *k, *v;    // sequences x heads x inputs, the same, sequences x heads x outputs: dtype
+  const float* rates;       // sequences x heads x count
+  const float* momentum;    // sequences x heads; may be null
+  const float* weights[3];  // `count` of them, 1 or 3. One: sequences x heads x inputs x outputs. Three, with outputs =
+                            // inputs: the first and third have `inner` outputs, and the second as many inputs
   float* sums[3];           // the same of the updates, added to
-  float* out;               // rows x width
-  int64_t rows, width, inner;
-  int threads;
+  float* total_momentum;    // sequences x heads, added to; null without momentum
+  int64_t* position;        // sequences, added to
+  void* out;                // sequences x heads x outputs: dtype
+  int64_t sequences, heads, inputs, outputs, inner, count;
+  TokenSteps steps;  // `rate` is that of rates
+  int64_t rate_by_head, rate_by_weight;
+  float scale;  // of q
+  int dtype, threads;
 };
 
 struct Kernels {
@@ -182,7 +204,9 @@ struct Kernels {
   void (*delta_rule_backward)(const DeltaRuleBackward&);
   void (*memory)(const Memory&);
   void (*memory_backward)(const MemoryBackward&);
-  void (*swiglu_token)(const SwigluToken&);
+  void (*delta_rule_step)(const DeltaRuleStep&);
+  void (*memory_step)(const MemoryStep&);
+  void (*large_chunk_step)(const LargeChunkStep&);
 };
 
 // One table per instruction set, each from its own compilation of kernels.cpp.

@@ -134,19 +134,23 @@ void delta_rule(const ttt::DeltaRule& a) {
 
 // One token of one head: the state is read for both products, and is in the cache when it is written.
 template <class T>
-void delta_rule_token(const ttt::DeltaRule& a, int64_t row, float* memory) {
+void delta_rule_token(const ttt::DeltaRuleStep& step, int64_t row, float* memory) {
+  const ttt::DeltaRule& a = step.of;
+  const ttt::TokenSteps& by = step.steps;
+  const int64_t sequence = row / a.heads, head = row % a.heads;
   const int64_t keys = a.keys, values = a.values, vp = whole_vectors(values);
   float* q = memory;
   float* k = q + whole_vectors(keys);
   float* error = k + whole_vectors(keys);
   float* out = error + vp;
-  read_rows(static_cast<const T*>(a.q) + row * keys, 0, 1, keys, q, whole_vectors(keys));
-  read_rows(static_cast<const T*>(a.k) + row * keys, 0, 1, keys, k, whole_vectors(keys));
+  read_rows(static_cast<const T*>(a.q) + sequence * by.q + head * keys, 0, 1, keys, q, whole_vectors(keys));
+  read_rows(static_cast<const T*>(a.k) + sequence * by.k + head * keys, 0, 1, keys, k, whole_vectors(keys));
   float* state = a.state + row * keys * values;
-  const float gate = a.gate ? std::exp(a.gate[row]) : 1.0f, beta = a.beta[row];
+  const float gate = a.gate ? std::exp(a.gate[sequence * by.gate + head]) : 1.0f;
+  const float beta = a.beta[sequence * by.rate + head];
   float match = 0.0f;
   for (int64_t i = 0; i < keys; i++) match += q[i] * k[i];
-  const T* v = static_cast<const T*>(a.v) + row * values;
+  const T* v = static_cast<const T*>(a.v) + sequence * by.v + head * values;
   for (int64_t j = 0; j < values;) {
     vf by_k[4] = {}, by_q[4] = {};
     const bool wide = j + 4 * VL <= values;
@@ -184,22 +188,22 @@ void delta_rule_token(const ttt::DeltaRule& a, int64_t row, float* memory) {
 }
 
 template <class T>
-void delta_rule_step(const ttt::DeltaRule& a) {
+void delta_rule_tokens(const ttt::DeltaRuleStep& step) {
+  const ttt::DeltaRule& a = step.of;
   const int64_t tasks = a.sequences * a.heads;
   const int threads = tasks * a.keys * a.values < 65536 ? 1 : a.threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Scratch scratch(2 * whole_vectors(a.keys) + 2 * whole_vectors(a.values));
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < tasks; row++) delta_rule_token<T>(a, row, scratch.get());
+    for (int64_t row = 0; row < tasks; row++) delta_rule_token<T>(step, row, scratch.get());
   }
 }
 
-void run_delta_rule(const ttt::DeltaRule& a) {
-  if (a.one_token)
-    a.dtype == ttt::kF32 ? delta_rule_step<float>(a) : delta_rule_step<bf16>(a);
-  else
-    a.dtype == ttt::kF32 ? delta_rule<float>(a) : delta_rule<bf16>(a);
+void run_delta_rule(const ttt::DeltaRule& a) { a.dtype == ttt::kF32 ? delta_rule<float>(a) : delta_rule<bf16>(a); }
+
+void run_delta_rule_step(const ttt::DeltaRuleStep& step) {
+  step.of.dtype == ttt::kF32 ? delta_rule_tokens<float>(step) : delta_rule_tokens<bf16>(step);
 }
 
 }  // namespace

@@ -51,7 +51,9 @@ const Kernels& TTT_TABLE() {
                                 run_delta_rule_backward,
                                 run_memory,
                                 run_memory_backward,
-                                run_swiglu_token};
+                                run_delta_rule_step,
+                                run_memory_step,
+                                run_large_chunk_step};
   return table;
 }
 

@@ -1,5 +1,5 @@
-// LaCT's fast weights for one token of each sequence: `swiglu_token` of ttt/ops/sequence/large_chunk.py, in one pass
-// through the weights and one through the sums of their updates.
+// The fast weights of LaCT and In-Place TTT for one token of each sequence: `swiglu_token` and `linear_token` of
+// ttt/ops/sequence/large_chunk.py, in one pass through the weights and one through the sums of their updates.
 #pragma once
 #include <algorithm>
 
@@ -36,38 +36,53 @@ inline void products_of_two(const float* a, const float* b, const float* w, int6
   for (; i < inputs; i++) add_rows_of_two<1>(a + i, b + i, w + i * outputs, outputs, sums_a, sums_b);
 }
 
-// total += the outer product of x and d, `inputs` x `outputs`.
-inline void add_outer(const float* x, const float* d, int64_t inputs, int64_t outputs, float* total) {
+// total += the outer product of x and d, `inputs` x `outputs`; the rows of total are `row` apart.
+inline void add_outer(const float* x, const float* d, int64_t inputs, int64_t row, int64_t outputs, float* total) {
   for (int64_t i = 0; i < inputs; i++) {
     const vf by = splat(x[i]);
-    float* row = total + i * outputs;
+    float* to = total + i * row;
     int64_t j = 0;
-    for (; j + VL <= outputs; j += VL) store(row + j, load(row + j) + by * load(d + j));
-    for (; j < outputs; j++) row[j] += x[i] * d[j];
+    for (; j + VL <= outputs; j += VL) store(to + j, load(to + j) + by * load(d + j));
+    for (; j < outputs; j++) to[j] += x[i] * d[j];
   }
 }
 
 // 1 / (1 + e^-z).
 inline vf sigmoid(vf z) { return splat(1.0f) / (splat(1.0f) + power_of_two(z * splat(-1.4426950408889634f))); }
 
-// What one thread works with: rows of D and of F numbers, in whole vectors.
-struct SwigluToken {
+// What one thread works with: rows of the inputs', the outputs' and the middle's numbers, in whole vectors. The middle
+// is that of three weights.
+struct LargeChunkToken {
   float *q, *k, *v, *scaled, *out;
   float *gate_q, *up_q, *gate_k, *up_k, *back;
 
-  SwigluToken(const ttt::SwigluToken& a, Parts* parts) {
-    const int64_t width = whole_vectors(a.width), inner = whole_vectors(a.inner);
-    for (float** row : {&q, &k, &v, &scaled, &out}) *row = parts->take(width);
+  LargeChunkToken(const ttt::LargeChunkStep& a, Parts* parts) {
+    const int64_t inputs = whole_vectors(a.inputs), outputs = whole_vectors(a.outputs), inner = whole_vectors(a.inner);
+    for (float** row : {&q, &k}) *row = parts->take(inputs);
+    for (float** row : {&v, &scaled, &out}) *row = parts->take(outputs);
     for (float** row : {&gate_q, &up_q, &gate_k, &up_k, &back}) *row = parts->take(inner);
   }
 };
 
-inline void swiglu_token(const ttt::SwigluToken& a, int64_t row, const SwigluToken& m) {
-  const int64_t width = a.width, inner = a.inner, wide = whole_vectors(width), deep = whole_vectors(inner);
-  const int64_t rows = a.rows, matrix = row * width * inner;
-  read_rows(a.q + row * width, 0, 1, width, m.q, wide);
-  read_rows(a.k + row * width, 0, 1, width, m.k, wide);
-  read_rows(a.v + row * width, 0, 1, width, m.v, wide);
+// `scaled` = v times a rate.
+inline void scale_values(const LargeChunkToken& m, float rate, int64_t wide) {
+  for (int64_t j = 0; j < wide; j += VL) store(m.scaled + j, splat(rate) * load(m.v + j));
+}
+
+// Columns `begin` to `end`, of which v is read and the output is found.
+inline void linear_token(const ttt::LargeChunkStep& a, int64_t row, int64_t begin, int64_t end, const float* rates,
+                         const LargeChunkToken& m) {
+  const int64_t inputs = a.inputs, outputs = a.outputs, some = end - begin, wide = whole_vectors(some);
+  const int64_t at = row * inputs * outputs + begin;
+  std::fill(m.out, m.out + wide, 0.0f);
+  add_product(m.q, a.weights[0] + at, inputs, outputs, some, m.out);
+  scale_values(m, rates[0], wide);
+  add_outer(m.k, m.scaled, inputs, outputs, some, a.sums[0] + at);
+}
+
+inline void swiglu_token(const ttt::LargeChunkStep& a, int64_t row, const float* rates, const LargeChunkToken& m) {
+  const int64_t width = a.inputs, inner = a.inner, wide = whole_vectors(width), deep = whole_vectors(inner);
+  const int64_t matrix = row * width * inner;
   products_of_two(m.q, m.k, a.weights[0] + matrix, width, inner, m.gate_q, m.gate_k);
   products_of_two(m.q, m.k, a.weights[2] + matrix, width, inner, m.up_q, m.up_k);
   for (int64_t j = 0; j < deep; j += VL) {  // what the query reads of W_1
@@ -80,32 +95,66 @@ inline void swiglu_token(const ttt::SwigluToken& a, int64_t row, const SwigluTok
     const float* w = a.weights[1] + matrix + f * width;
     store(m.back + f, products_with_rows(m.v, w, width, some));
     if (some == VL)
-      add_rows<VL>(m.up_q + f, w, width, m.out);
+      add_rows<VL>(m.up_q + f, w, width, width, m.out);
     else
-      for (int64_t r = 0; r < some; r++) add_rows<1>(m.up_q + f + r, w + r * width, width, m.out);
+      for (int64_t r = 0; r < some; r++) add_rows<1>(m.up_q + f + r, w + r * width, width, width, m.out);
   }
-  const vf r0 = splat(a.rates[row]), r1 = splat(a.rates[rows + row]), r2 = splat(a.rates[2 * rows + row]);
-  for (int64_t j = 0; j < wide; j += VL) store(m.scaled + j, r1 * load(m.v + j));
+  const vf r0 = splat(rates[0]), r2 = splat(rates[2 * a.rate_by_weight]);
+  scale_values(m, rates[a.rate_by_weight], wide);
   for (int64_t j = 0; j < deep; j += VL) {
     const vf z = load(m.gate_k + j), s = sigmoid(z), gate = z * s, up = load(m.up_k + j), back = load(m.back + j);
     store(m.gate_q + j, gate * up);  // the input of W_1
     store(m.gate_k + j, r0 * back * up * s * (splat(1.0f) + z * (splat(1.0f) - s)));
     store(m.up_k + j, r2 * back * gate);
   }
-  add_outer(m.k, m.gate_k, width, inner, a.sums[0] + matrix);
-  add_outer(m.gate_q, m.scaled, inner, width, a.sums[1] + matrix);
-  add_outer(m.k, m.up_k, width, inner, a.sums[2] + matrix);
-  write_rows(m.out, wide, 1, width, a.out + row * width, 0);
+  add_outer(m.k, m.gate_k, width, inner, inner, a.sums[0] + matrix);
+  add_outer(m.gate_q, m.scaled, inner, width, width, a.sums[1] + matrix);
+  add_outer(m.k, m.up_k, width, inner, inner, a.sums[2] + matrix);
 }
 
-void run_swiglu_token(const ttt::SwigluToken& a) {
-  const int threads = a.rows * a.width * a.inner < 65536 ? 1 : a.threads;
+// Columns `begin` to `end` of the outputs; three weights have all of them.
+template <class T>
+void large_chunk_token(const ttt::LargeChunkStep& a, int64_t row, int64_t begin, int64_t end,
+                       const LargeChunkToken& m) {
+  const ttt::TokenSteps& by = a.steps;
+  const int64_t inputs = a.inputs, outputs = a.outputs, sequence = row / a.heads, head = row % a.heads;
+  const int64_t some = end - begin, deep = whole_vectors(inputs), wide = whole_vectors(some);
+  read_rows(static_cast<const T*>(a.q) + sequence * by.q + head * inputs, 0, 1, inputs, m.q, deep);
+  read_rows(static_cast<const T*>(a.k) + sequence * by.k + head * inputs, 0, 1, inputs, m.k, deep);
+  read_rows(static_cast<const T*>(a.v) + sequence * by.v + head * outputs + begin, 0, 1, some, m.v, wide);
+  for (int64_t j = 0; j < deep; j += VL) store(m.q + j, splat(a.scale) * load(m.q + j));
+  const float* rates = a.rates + sequence * by.rate + head * a.rate_by_head;
+  a.count == 1 ? linear_token(a, row, begin, end, rates, m) : swiglu_token(a, row, rates, m);
+  write_rows(m.out, wide, 1, some, static_cast<T*>(a.out) + row * outputs + begin, 0);
+}
+
+template <class T>
+void large_chunk_tokens(const ttt::LargeChunkStep& a) {
+  constexpr int64_t fewest = 64;  // columns of a part: a stretch of memory of 256 bytes in each row
+  const int64_t rows = a.sequences * a.heads;
+  const int threads = rows * a.inputs * (a.count == 1 ? a.outputs : a.inner) < 65536 ? 1 : a.threads;
+  // A pretrained weight is a single head: its columns are split among the threads.
+  const int64_t parts =
+      a.count == 1 && rows < threads ? std::min<int64_t>(threads, (a.outputs + fewest - 1) / fewest) : 1;
+  const int64_t columns = ((a.outputs + parts - 1) / parts + VL - 1) / VL * VL;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    InScratch<SwigluToken> own(a);
+    InScratch<LargeChunkToken> own(a);
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < a.rows; row++) swiglu_token(a, row, own.memory);
+    for (int64_t task = 0; task < rows * parts; task++) {
+      const int64_t begin = task % parts * columns, end = std::min(a.outputs, begin + columns);
+      if (begin < end) large_chunk_token<T>(a, task / parts, begin, end, own.memory);
+    }
   }
+  for (int64_t s = 0; s < a.sequences; s++) {
+    for (int64_t h = 0; a.momentum != nullptr && h < a.heads; h++)
+      a.total_momentum[s * a.heads + h] += a.momentum[s * a.steps.momentum + h];
+    a.position[s]++;
+  }
+}
+
+void run_large_chunk_step(const ttt::LargeChunkStep& a) {
+  a.dtype == ttt::kF32 ? large_chunk_tokens<float>(a) : large_chunk_tokens<bf16>(a);
 }
 
 }  // namespace

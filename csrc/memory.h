@@ -331,4 +331,6 @@ void memory_texts(const ttt::Memory& a) {
   }
 }
 
+void run_memory(const ttt::Memory& a) { a.dtype == ttt::kF32 ? memory_texts<float>(a) : memory_texts<bf16>(a); }
+
 }  // namespace

@@ -15,32 +15,36 @@ struct TokenLayer {
   float *x, *d;
 };
 
-// sums += x W, for `rows` rows of W.
+// sums += x W, for `rows` rows of W and `outputs` of its columns; rows are `row` apart.
 template <int rows>
-inline void add_rows(const float* x, const float* w, int64_t outputs, float* sums) {
+inline void add_rows(const float* x, const float* w, int64_t row, int64_t outputs, float* sums) {
   vf factor[rows];
   for (int r = 0; r < rows; r++) factor[r] = splat(x[r]);
   int64_t j = 0;
   for (; j + VL <= outputs; j += VL) {
     vf total = load(sums + j);
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) total += factor[r] * load(w + r * outputs + j);
+    for (int r = 0; r < rows; r++) total += factor[r] * load(w + r * row + j);
     store(sums + j, total);
   }
   if (j == outputs) return;
   vf total = load(sums + j);
-  for (int r = 0; r < rows; r++) total += factor[r] * load_upto(w + r * outputs + j, outputs - j);
+  for (int r = 0; r < rows; r++) total += factor[r] * load_upto(w + r * row + j, outputs - j);
   store(sums + j, total);
+}
+
+// sums += x W, for `outputs` columns of W, whose rows are `row` apart.
+inline void add_product(const float* x, const float* w, int64_t inputs, int64_t row, int64_t outputs, float* sums) {
+  constexpr int rows = 8;
+  int64_t i = 0;
+  for (; i + rows <= inputs; i += rows) add_rows<rows>(x + i, w + i * row, row, outputs, sums);
+  for (; i < inputs; i++) add_rows<1>(x + i, w + i * row, row, outputs, sums);
 }
 
 // sums = x W + b.
 inline void token_linear(const TokenLayer& layer, const float* x, const float* w, const float* bias, float* sums) {
-  constexpr int rows = 8;
-  const int64_t inputs = layer.inputs, outputs = layer.outputs;
-  read_rows(bias, 0, 1, outputs, sums, whole_vectors(outputs));
-  int64_t i = 0;
-  for (; i + rows <= inputs; i += rows) add_rows<rows>(x + i, w + i * outputs, outputs, sums);
-  for (; i < inputs; i++) add_rows<1>(x + i, w + i * outputs, outputs, sums);
+  read_rows(bias, 0, 1, layer.outputs, sums, whole_vectors(layer.outputs));
+  add_product(x, w, layer.inputs, layer.outputs, layer.outputs, sums);
 }
 
 // One vector: d times `rows` <= VL rows of W, zeros behind them.
@@ -164,8 +168,10 @@ struct TokenMemory {
 
 // Changes all layers, and z = the output for q with the weights that they have then.
 template <bool ends, bool gated, bool moving>
-void change_memory(const ttt::Memory& a, int64_t row, const TokenMemory& m) {
-  const Rule<gated, moving> rule = {gated ? a.gate[row] : 1.0f, moving ? a.momentum[row] : 0.0f};
+void change_memory(const ttt::MemoryStep& step, int64_t sequence, int64_t head, const TokenMemory& m) {
+  const ttt::Memory& a = step.of;
+  const Rule<gated, moving> rule = {gated ? a.gate[sequence * step.steps.gate + head] : 1.0f,
+                                    moving ? a.momentum[sequence * step.steps.momentum + head] : 0.0f};
   const float* h = m.q;
   for (const TokenLayer& layer : m.layers) {
     change_layer<ends>(rule, layer, h, m.moved, m.z);
@@ -176,24 +182,27 @@ void change_memory(const ttt::Memory& a, int64_t row, const TokenMemory& m) {
 }
 
 template <bool ends>
-void change_memory(const ttt::Memory& a, int64_t row, const TokenMemory& m) {
-  const bool gated = a.gate != nullptr, moving = a.momentum != nullptr;
+void change_memory(const ttt::MemoryStep& step, int64_t sequence, int64_t head, const TokenMemory& m) {
+  const bool gated = step.of.gate != nullptr, moving = step.of.momentum != nullptr;
   if (gated && moving)
-    change_memory<ends, true, true>(a, row, m);
+    change_memory<ends, true, true>(step, sequence, head, m);
   else if (gated)
-    change_memory<ends, true, false>(a, row, m);
+    change_memory<ends, true, false>(step, sequence, head, m);
   else if (moving)
-    change_memory<ends, false, true>(a, row, m);
+    change_memory<ends, false, true>(step, sequence, head, m);
   else
-    change_memory<ends, false, false>(a, row, m);
+    change_memory<ends, false, false>(step, sequence, head, m);
 }
 
 template <class T>
-void memory_token(const ttt::Memory& a, int64_t row, TokenMemory* m) {
-  const int64_t width = a.width, wide = whole_vectors(width), sequence = row / a.heads, last = a.depth - 1;
-  read_rows(static_cast<const T*>(a.q) + row * width, 0, 1, width, m->q, wide);
-  read_rows(static_cast<const T*>(a.k) + row * width, 0, 1, width, m->k, wide);
-  read_rows(static_cast<const T*>(a.v) + row * width, 0, 1, width, m->v, wide);
+void memory_token(const ttt::MemoryStep& step, int64_t row, TokenMemory* m) {
+  const ttt::Memory& a = step.of;
+  const ttt::TokenSteps& by = step.steps;
+  const int64_t width = a.width, wide = whole_vectors(width), last = a.depth - 1;
+  const int64_t sequence = row / a.heads, head = row % a.heads;
+  read_rows(static_cast<const T*>(a.q) + sequence * by.q + head * width, 0, 1, width, m->q, wide);
+  read_rows(static_cast<const T*>(a.k) + sequence * by.k + head * width, 0, 1, width, m->k, wide);
+  read_rows(static_cast<const T*>(a.v) + sequence * by.v + head * width, 0, 1, width, m->v, wide);
   for (int64_t j = 0; j < wide; j += VL) store(m->q + j, splat(a.scale) * load(m->q + j));
   // Where a mini-batch begins, the present weights are its first ones. Those of a mini-batch that goes on were stored
   // when the last one ended.
@@ -218,8 +227,8 @@ void memory_token(const ttt::Memory& a, int64_t row, TokenMemory* m) {
       store(layer.d + j, slope);
     }
   }
-  const std::optional<InnerNorm> norm = norm_of(a, row % a.heads, m->norm);
-  loss_gradient(norm, a.width, a.rate + row, 0, m->layers[last].d, m->k, m->v, 1);
+  const std::optional<InnerNorm> norm = norm_of(a, head, m->norm);
+  loss_gradient(norm, a.width, a.rate + sequence * by.rate + head, 0, m->layers[last].d, m->k, m->v, 1);
   for (int64_t l = last; l > 0; l--) {
     const TokenLayer& layer = m->layers[l];
     const float* w = begins ? layer.weight : layer.start;
@@ -228,13 +237,14 @@ void memory_token(const ttt::Memory& a, int64_t row, TokenMemory* m) {
       store(below + i, load(below + i) * products_with_rows(layer.d, w + i * layer.outputs, layer.outputs,
                                                             std::min<int64_t>(VL, layer.inputs - i)));
   }
-  ends ? change_memory<true>(a, row, *m) : change_memory<false>(a, row, *m);
+  ends ? change_memory<true>(step, sequence, head, *m) : change_memory<false>(step, sequence, head, *m);
   if (norm) norm->apply(m->z, m->q, 1);
   write_rows(m->z, wide, 1, width, static_cast<T*>(a.out) + row * width, 0);
 }
 
 template <class T>
-void memory_tokens(const ttt::Memory& a) {
+void memory_tokens(const ttt::MemoryStep& step) {
+  const ttt::Memory& a = step.of;
   const int64_t tasks = a.sequences * a.heads;
   int64_t weights = 0;
   for (int64_t l = 0; l < a.depth; l++) weights += a.layers[l].inputs * a.layers[l].outputs;
@@ -243,15 +253,14 @@ void memory_tokens(const ttt::Memory& a) {
   {
     InScratch<TokenMemory> own(a);
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < tasks; row++) memory_token<T>(a, row, &own.memory);
+    for (int64_t row = 0; row < tasks; row++) memory_token<T>(step, row, &own.memory);
   }
+  for (int64_t s = 0; s < a.sequences; s++)
+    step.position[s] = step.position[s] + 1 < a.mini_batch ? step.position[s] + 1 : 0;
 }
 
-void run_memory(const ttt::Memory& a) {
-  if (a.one_token)
-    a.dtype == ttt::kF32 ? memory_tokens<float>(a) : memory_tokens<bf16>(a);
-  else
-    a.dtype == ttt::kF32 ? memory_texts<float>(a) : memory_texts<bf16>(a);
+void run_memory_step(const ttt::MemoryStep& step) {
+  step.of.dtype == ttt::kF32 ? memory_tokens<float>(step) : memory_tokens<bf16>(step);
 }
 
 }  // namespace

@@ -30,12 +30,11 @@ ttt::DeltaRule delta_rule_of(address q, address k, address v, address beta, addr
 
 void delta_rule(address q, address k, address v, address beta, address gate, address begins, address kept,
                 int64_t sequences, int64_t tokens, int64_t heads, int64_t keys, int64_t values, float scale, int dtype,
-                int threads, address state, address y, bool one_token) {
+                int threads, address state, address y) {
   ttt::DeltaRule a =
       delta_rule_of(q, k, v, beta, gate, begins, kept, sequences, tokens, heads, keys, values, scale, dtype, threads);
   a.state = out<float>(state);
   a.out = out<void>(y);
-  a.one_token = one_token;
   py::gil_scoped_release release;
   active->delta_rule(a);
 }
@@ -115,11 +114,10 @@ MemoryCall memory_of(address q, address k, address v, address rate, address gate
 void memory(address q, address k, address v, address rate, address gate, address momentum, address norm_weight,
             address norm_bias, address begins, const std::vector<LayerAddresses>& weights,
             const std::vector<int64_t>& widths, address position, int64_t sequences, int64_t tokens, int64_t heads,
-            int64_t mini_batch, float scale, float eps, int dtype, int threads, address y, bool one_token) {
+            int64_t mini_batch, float scale, float eps, int dtype, int threads, address y) {
   MemoryCall call = memory_of(q, k, v, rate, gate, momentum, norm_weight, norm_bias, begins, weights, widths, position,
                               sequences, tokens, heads, mini_batch, scale, eps, dtype, threads);
   call.memory.out = out<void>(y);
-  call.memory.one_token = one_token;
   py::gil_scoped_release release;
   active->memory(call.memory);
 }
@@ -150,27 +148,6 @@ void memory_backward(address q, address k, address v, address rate, address gate
   active->memory_backward(a);
 }
 
-void swiglu_token(address q, address k, address v, address rates, const std::array<address, 3>& weights,
-                  const std::array<address, 3>& sums, address y, int64_t rows, int64_t width, int64_t inner,
-                  int threads) {
-  ttt::SwigluToken a = {};
-  a.q = in<float>(q);
-  a.k = in<float>(k);
-  a.v = in<float>(v);
-  a.rates = in<float>(rates);
-  for (int i = 0; i < 3; i++) {
-    a.weights[i] = in<float>(weights[i]);
-    a.sums[i] = out<float>(sums[i]);
-  }
-  a.out = out<float>(y);
-  a.rows = rows;
-  a.width = width;
-  a.inner = inner;
-  a.threads = threads;
-  py::gil_scoped_release release;
-  active->swiglu_token(a);
-}
-
 inline void bind_sequence(py::module_& m) {
   m.def("delta_rule", &delta_rule);
   m.def("delta_rule_backward", &delta_rule_backward);
@@ -178,7 +155,6 @@ inline void bind_sequence(py::module_& m) {
   m.def("memory", &memory);
   m.def("memory_backward", &memory_backward);
   m.attr("MEMORY_KEPT_MINI_BATCHES") = ttt::MEMORY_KEPT_MINI_BATCHES;
-  m.def("swiglu_token", &swiglu_token);
 }
 
 }  // namespace

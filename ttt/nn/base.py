@@ -16,6 +16,7 @@ from ttt.nn.directions import principal_directions, project_rows
 from ttt.nn.parallel import UNSHARDED, Sharding, is_sharded
 from ttt.ops import log8
 from ttt.ops.dtypes import accumulation
+from ttt.ops.modes import dispatch_modes
 from ttt.ops.schema import FLOATS
 
 DTYPES = FLOATS
@@ -29,9 +30,6 @@ _SEED_MASK = (1 << 63) - 1
 _OFTEN = ("sink", "_pending")  # They change at every step, and torch's way of setting attributes takes 3 us.
 _BOUND = ("config", "strength", "seed")  # Attributes that are no tensors, but whose values a binding holds.
 
-
-dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
-"""The number of dispatch modes (FlopCounterMode, FakeTensorMode, ...) that are active in this thread."""
 
 _ddp: Any = torch.nn.parallel.DistributedDataParallel if torch.distributed.is_available() else None
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt.nn.base import dispatch_modes
 from ttt.nn.rates import STREAM
 from ttt.ops import cpu
 from ttt.ops.backends import record
 from ttt.ops.cpu import address
 from ttt.ops.low_rank.cpu import REFUSED, bind_low_rank, isolated_linear, refuse
+from ttt.ops.modes import must_call_ops
 
 
 class _Direct:
@@ -194,11 +194,6 @@ def _present(layer, *names: str) -> list[Tensor]:
 def binding_of(layer) -> Any:
     """The layer's binding, made anew if its weight or bias has moved; None if the ops must be called."""
     return None if must_call_ops() else bound(layer)
-
-
-def must_call_ops() -> bool:
-    """Whether this thread must call ops rather than kernels: dispatch modes must see every op."""
-    return torch.compiler.is_dynamo_compiling() or dispatch_modes() > 0
 
 
 def why_not_bound(layer) -> str:

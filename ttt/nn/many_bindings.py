@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ttt.nn.cpu_binding import Binding, bound, must_call_ops, why_not_bound
+from ttt.nn.cpu_binding import Binding, bound, why_not_bound
 from ttt.ops import cuda
 from ttt.ops.backends import ONE_BY_ONE, record
+from ttt.ops.modes import must_call_ops
 
 _SEEN = "a dispatch mode or a compiler that must see every op"
 

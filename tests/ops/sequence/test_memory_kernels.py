@@ -10,7 +10,7 @@ from ttt.ops import cpu
 from ttt.ops import sequence as ops
 from ttt.ops.backends import calls
 from ttt.ops.sequence import dual_form
-from ttt.ops.sequence.cpu import memory_op
+from ttt.ops.sequence.cpu_steps import memory_op
 from ttt.ops.sequence.states import own, tensors_of
 
 pytestmark = pytest.mark.skipif(cpu._C is None, reason="the C++ kernels are not built")

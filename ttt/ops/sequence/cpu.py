@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ttt.ops.backends import record
 from ttt.ops.cpu import _C, DTYPE_CODES, address
+from ttt.ops.sequence import cpu_steps
 from ttt.ops.sequence.checks import check_positions
 from ttt.ops.sequence.states import own
 
@@ -29,17 +30,15 @@ def delta_rule(q, k, v, beta, g, state, begins, scale, kept=None):
     )
     out = torch.empty_like(v)
     given = delta_rule_addresses(q, k, v, beta, g, begins, kept, (rows, tokens, heads, keys, values), scale)
-    _C.delta_rule(*given, state.data_ptr(), out.data_ptr(), False)
+    _C.delta_rule(*given, state.data_ptr(), out.data_ptr())
     return out, state
 
 
 def delta_rule_step(q, k, v, beta, g, state, scale):
-    record("gated_delta_rule_step", "cpu")
-    q, k, v, beta, g = q.contiguous(), k.contiguous(), v.contiguous(), as_float(beta), as_float(g)
-    out, (batch, heads, keys) = torch.empty_like(v), q.shape
-    given = delta_rule_addresses(q, k, v, beta, g, None, None, (batch, 1, heads, keys, v.shape[-1]), scale)
-    _C.delta_rule(*given, state.data_ptr(), out.data_ptr(), True)
-    torch.autograd.graph.increment_version([state])
+    q, k, v, state = _readable(q, k, v, state)
+    out = torch.empty_like(v)
+    _read(_C.delta_rule_step(q, k, v, _number(beta), _number(g), state, out, scale, torch.get_num_threads()))
+    cpu_steps.counted("gated_delta_rule_step", [state])
     return out
 
 
@@ -55,12 +54,12 @@ def memory(
 ):  # fmt: skip
     """``kept``: in training, what `ttt.ops.sequence.cpu_training.memory_kept` has shapes of; it is written."""
     check_positions("mini_batch", position, mini_batch)
-    record(memory_op(weights, gate, momentum, norm_weight), "cpu")
+    record(cpu_steps.memory_op(weights, gate, momentum, norm_weight), "cpu")
     state = own([[t.contiguous() for t in tensors] for tensors in (weights, start, velocity)])
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     factors, norm = (rate, gate, momentum), (norm_weight, norm_bias, eps)
     held, given = memory_arguments(q, k, v, factors, norm, state, kept, position, begins, q.shape[1], mini_batch, scale)
-    _C.memory(*given, out.data_ptr(), False)
+    _C.memory(*given, out.data_ptr())
     del held
     lengths = q.shape[1] if begins is None else begins.diff()
     return out, *state, (position + lengths) % mini_batch
@@ -69,35 +68,49 @@ def memory(
 def memory_step(
     q, k, v, rate, gate, momentum, norm_weight, norm_bias, eps, weights, start, velocity, position, mini_batch, scale
 ):
-    record(f"{memory_op(weights, gate, momentum, norm_weight)}_step", "cpu")
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    factors, norm, state = (rate, gate, momentum), (norm_weight, norm_bias, eps), (weights, start, velocity)
-    held, given = memory_arguments(q, k, v, factors, norm, state, ((), ()), position, None, 1, mini_batch, scale)
-    _C.memory(*given, out.data_ptr(), True)
-    del held
-    torch.autograd.graph.increment_version([*weights, *start, *velocity])
-    position.add_(1)
-    position.masked_fill_(position >= mini_batch, 0)
+    q, k, v, now = _readable(q, k, v, position)
+    weights, start, velocity = (_readable(*part) for part in (weights, start, velocity))
+    numbers = [_number(t) for t in (rate, gate, momentum, norm_weight, norm_bias)]
+    out = torch.empty_like(q)
+    held = (weights, start, velocity, now)
+    _read(_C.memory_step(q, k, v, *numbers, eps, *held, out, mini_batch, scale, torch.get_num_threads()))
+    if now is not position:
+        position.copy_(now)
+    op = cpu_steps.memory_op(weights, gate, momentum, norm_weight)
+    cpu_steps.counted(f"{op}_step", [*weights, *start, *velocity, position])
     return out
 
 
-def swiglu_token(q, k, v, rates, weights, sums):
-    record("lact_step", "cpu")
-    given = [t.contiguous() for t in (q, k, v, rates)]
-    out, (batch, heads, width) = torch.empty_like(given[0]), q.shape
-    _C.swiglu_token(
-        *(t.data_ptr() for t in given), [w.data_ptr() for w in weights], [s.data_ptr() for s in sums], out.data_ptr(),
-        batch * heads, width, weights[0].shape[-1], torch.get_num_threads(),
+def large_chunk_step(q, k, v, rates, momentum, weights, sums, total_momentum, position, scale):
+    q, k, v, position = _readable(q, k, v, position)
+    weights, sums = _readable(*weights), _readable(*sums)
+    total = None if total_momentum is None else _readable(total_momentum)[0]
+    out, size = torch.empty_like(v), 1  # whether chunks are full is found out by the caller
+    _read(
+        _C.large_chunk_step(
+            q, k, v, _number(rates), _number(momentum), weights, sums, None, None,
+            total, position, out, size, scale, torch.get_num_threads(),
+        )
     )  # fmt: skip
-    torch.autograd.graph.increment_version(list(sums))
+    if total is not None and total is not total_momentum:
+        total_momentum.copy_(total)
+    cpu_steps.large_chunk_counted(sums, total_momentum, position)
     return out
 
 
-def memory_op(weights, gate, momentum, norm_weight) -> str:
-    """The name under which calls of `memory` with these arguments are counted."""
-    if gate is None and momentum is None and norm_weight is not None:
-        return {2: "ttt_linear", 4: "ttt_mlp"}.get(len(weights), "memory")
-    return "memory" if gate is None or momentum is None or norm_weight is not None else "titans"
+def _readable(*tensors: Tensor) -> list[Tensor]:
+    """``tensors`` as the kernels of steps read them: contiguous, and of no subclass; copies where they are not."""
+    return [(t if type(t) is Tensor else t.as_subclass(Tensor)).contiguous() for t in tensors]
+
+
+def _number(t: Tensor | None) -> Tensor | None:
+    """The same in float32, or None."""
+    return None if t is None else _readable(t.detach().float())[0]
+
+
+def _read(done: int) -> None:
+    if not done:
+        raise RuntimeError("the kernel of a step could not read tensors that had been checked")
 
 
 def memory_arguments(q, k, v, factors, norm, state, kept, position, begins, tokens, mini_batch, scale):

@@ -11,7 +11,8 @@ from torch import Tensor
 from ttt.ops.backends import record, unavailable
 from ttt.ops.cuda import DTYPES, loaded_kernels
 from ttt.ops.sequence.checks import check_positions
-from ttt.ops.sequence.cpu import as_float, memory_op
+from ttt.ops.sequence.cpu import as_float
+from ttt.ops.sequence.cpu_steps import memory_op
 from ttt.ops.sequence.states import own
 
 MOST_KEYS_OF_A_STEP = 256

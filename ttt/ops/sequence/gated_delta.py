@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ttt.ops.dtypes import accumulation
-from ttt.ops.sequence import delta_rule, kernels
+from ttt.ops.sequence import cpu_steps, delta_rule, kernels
 from ttt.ops.sequence.checks import (
     bounds_of,
     check_count,
@@ -105,6 +105,8 @@ def gated_delta_rule_step(
         TypeError, ValueError: for a wrong argument; ``state`` is as it was then.
         RuntimeError: if grad mode is on and an argument requires grad (the step has no derivative).
     """
+    if (found := cpu_steps.delta_rule(q, k, v, beta, g, state, scale)) is not None:
+        return found
     check_tokens(q, k, v, dims=3)
     batch, heads, width = q.shape
     check_shape("beta", beta, (batch, heads), q.device)

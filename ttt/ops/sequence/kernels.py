@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ttt.ops.backends import record
 from ttt.ops.cpu import why_not
-from ttt.ops.sequence import cpu, cuda, large_chunk, training
-from ttt.ops.sequence.large_chunk import Token, Weights
-from ttt.ops.sequence.states import MemoryState, tensors_of
+from ttt.ops.sequence import cpu, cpu_steps, cuda, training
+from ttt.ops.sequence.states import LargeChunkState, MemoryState, tensors_of
 
 MOST_MINI_BATCH = 256
 """Longest mini-batch of the C++ kernel for texts: its scratch memory grows with the square of it."""
@@ -40,8 +39,9 @@ _SCHEMAS = {
         "Tensor? norm_bias, float eps, Tensor(a!)[] weights, Tensor(b!)[] start, Tensor(c!)[] velocity, "
         "Tensor(d!) position, int mini_batch, float scale) -> Tensor"
     ),
-    "sequence_swiglu_token": (
-        "(Tensor q, Tensor k, Tensor v, Tensor rates, Tensor[] weights, Tensor(a!)[] sums) -> Tensor"
+    "sequence_large_chunk_step": (
+        "(Tensor q, Tensor k, Tensor v, Tensor rates, Tensor? momentum, Tensor[] weights, Tensor(a!)[] sums, "
+        "Tensor(b!)? total_momentum, Tensor(c!) position, float scale) -> Tensor"
     ),
 }
 for _name, _schema in _SCHEMAS.items():
@@ -107,15 +107,12 @@ def memory_step(q, k, v, rate, gate, momentum, norm: Any, state: MemoryState) ->
     return run
 
 
-def swiglu_token(q: Tensor, weights: Weights, sums: Weights) -> Token:
-    """The form of `ttt.ops.sequence.large_chunk.swiglu_token` for tokens ``q`` and a state, none with a gradient."""
+def large_chunk_step(op: str, q: Tensor, state: LargeChunkState) -> Callable | None:
+    """The kernel of the token's part of ``op``, for tokens ``q`` and a state, none of which needs a gradient."""
     why = why_not(q.dtype) if q.device.type == "cpu" else f"no kernel for {q.device.type}"
-    if not why and not all(t.is_contiguous() for t in (*weights, *sums)):
+    if not why and not all(t.is_contiguous() for t in (*state.weights, *state.sums, state.position)):
         why = "a state that is not contiguous"
-    if why:
-        record("lact_step", "torch", why)
-        return large_chunk.swiglu_token
-    return torch.ops.ttt.sequence_swiglu_token
+    return None if _counted(op, why) else torch.ops.ttt.sequence_large_chunk_step
 
 
 NO_NORM = (None, None, 0.0)
@@ -123,7 +120,7 @@ NO_NORM = (None, None, 0.0)
 
 
 def _serves_memory(end: str, q, k, v, rate, gate, momentum, norm: Any, state: MemoryState) -> bool:
-    op = cpu.memory_op(state.weights, gate, momentum, norm and norm.weight) + end
+    op = cpu_steps.memory_op(state.weights, gate, momentum, norm and norm.weight) + end
     others = (k, v, rate, gate, momentum, *(norm or NO_NORM)[:2], *tensors_of(state))
     return _serves(op, lambda: cuda.why_not_memory(q, state.weights), q, *others)
 
@@ -177,8 +174,8 @@ def _fake_memory_step(q, *_):
     return q.new_empty(q.shape)
 
 
-def _fake_swiglu_token(q, *_):
-    return q.new_empty(q.shape)
+def _fake_large_chunk_step(q, k, v, *_):
+    return v.new_empty(v.shape)
 
 
 for _op, _run, _fake in (
@@ -186,7 +183,7 @@ for _op, _run, _fake in (
     ("delta_rule_step", cpu.delta_rule_step, _fake_delta_rule_step),
     ("memory", cpu.memory, _fake_memory),
     ("memory_step", cpu.memory_step, _fake_memory_step),
-    ("swiglu_token", cpu.swiglu_token, _fake_swiglu_token),
+    ("large_chunk_step", cpu.large_chunk_step, _fake_large_chunk_step),
 ):
     torch.library.impl(f"ttt::sequence_{_op}", "CPU", _run)
     torch.library.register_fake(f"ttt::sequence_{_op}", _fake)

@@ -178,8 +178,14 @@ def step_(
     if momentum is not None:
         state.momentum.add_(momentum)
     state.position.add_(1)
+    end_full_(state, size, orthogonal)
+    return out
+
+
+@torch.no_grad()
+def end_full_(state: LargeChunkState, size: int, orthogonal: bool) -> None:
+    """Ends the chunks that have ``size`` tokens: `closed`, in place, for those rows of ``state``."""
     full = (state.position >= size).nonzero().flatten()
     if len(full):
         ended = closed(map_state(lambda t: t[full], state), size, orthogonal)
         map_state(lambda t, e: t.index_copy_(0, full, e), state, ended)
-    return out

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ttt.ops.dtypes import accumulation
-from ttt.ops.sequence import kernels, large_chunk, large_chunk_reference
+from ttt.ops.sequence import cpu_steps, kernels, large_chunk, large_chunk_reference
 from ttt.ops.sequence.checks import (
     Form,
     bounds_of,
@@ -95,7 +95,7 @@ def lact_step(
         TypeError, ValueError: for a wrong argument; ``state`` is as it was then.
         RuntimeError: if grad mode is on and an argument requires grad (the step has no derivative).
     """
-    token = kernels.swiglu_token
+    token = large_chunk.swiglu_token
     return _step(q, k, v, rates, momentum, state, chunk_size, scale, token, orthogonal, 3, "lact_step")
 
 
@@ -161,8 +161,8 @@ def in_place_ttt_step(
         TypeError, ValueError: for a wrong argument; ``state`` is as it was then.
         RuntimeError: if grad mode is on and an argument requires grad (the step has no derivative).
     """
-    rates = rate.unsqueeze(-1) if isinstance(rate, Tensor) else rate
-    return _step(q, k, v, rates, None, state, chunk_size, scale, _linear_token, False, 1, "in_place_ttt_step")
+    token = large_chunk.linear_token
+    return _step(q, k, v, rate, None, state, chunk_size, scale, token, False, 1, "in_place_ttt_step")
 
 
 def new_large_chunk_state(
@@ -224,14 +224,17 @@ def _run(q, k, v, rates, weights, options, forward, updates, orthogonal, norms):
     return out.to(q.dtype), final if output_final_state else None
 
 
-def _linear_token(*_: Any) -> large_chunk.Token:
-    return large_chunk.linear_token
-
-
 def _step(q, k, v, rates, momentum, state, chunk_size, scale, token, orthogonal, count, name):
+    if found := cpu_steps.large_chunk(q, k, v, rates, momentum, state, count, chunk_size, scale):
+        out, full = found
+        if full:
+            large_chunk.end_full_(state, chunk_size, orthogonal)
+        return out
     check_tokens(q, k, v, dims=3)
     check_count("chunk_size", chunk_size)
     batch, heads = q.shape[:2]
+    if count == 1 and isinstance(rates, Tensor):
+        rates = rates.unsqueeze(-1)
     check_shape("rates", rates, (batch, heads, count), q.device)
     check_shape("momentum", momentum, (batch, heads), q.device)
     if not isinstance(state, LargeChunkState) or len(state.weights) != count:
@@ -245,9 +248,14 @@ def _step(q, k, v, rates, momentum, state, chunk_size, scale, token, orthogonal,
         shape = tuple(state.weights[0].shape)
         raise ValueError(f"state's weights must fit q and v, {q.shape[-1]} and {v.shape[-1]} wide, got {shape}")
     refuse_gradients(name, q, k, v, rates, momentum, *state.weights)
+    scale = 1.0 if scale is None else float(scale)
+    if kernel := kernels.large_chunk_step(name, q, state):
+        held = (state.weights, state.sums, state.momentum, state.position)
+        out = kernel(q, k, v, rates, momentum, *held, scale)
+        large_chunk.end_full_(state, chunk_size, orthogonal)
+        return out
     wide: Any = [None if t is None else t.to(dtype) for t in (q, k, v, rates, momentum)]
-    wide[0] = wide[0] * (1.0 if scale is None else float(scale))
-    given: Any = (*wide, state, token(wide[0], state.weights, state.sums), chunk_size, orthogonal)
+    given: Any = (wide[0] * scale, *wide[1:], state, token, chunk_size, orthogonal)
     return large_chunk.step_(*given).to(q.dtype)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ttt.ops.dtypes import accumulation
-from ttt.ops.sequence import dual_form, kernels, memory_texts
+from ttt.ops.sequence import cpu_steps, dual_form, kernels, memory_texts
 from ttt.ops.sequence.checks import (
     Form,
     bounds_of,
@@ -134,6 +134,9 @@ def memory_step(
         TypeError, ValueError: for a wrong argument; ``state`` is as it was then.
         RuntimeError: if grad mode is on and an argument requires grad (the step has no derivative).
     """
+    found = cpu_steps.memory(q, k, v, rate, gate, momentum, norm, state, mini_batch, scale)
+    if found is not None:
+        return found
     check_tokens(q, k, v, dims=3)
     check_count("mini_batch", mini_batch)
     batch, heads, width = q.shape
