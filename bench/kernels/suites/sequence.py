@@ -133,6 +133,7 @@ class Text(Case):
     flops are those of the kernel's products, for each token and head. The delta rule has 6 D^2 with the state and, in
     chunks of C tokens, 4 C D within the chunk. A layer of I x O of a memory has 6 I O (its outputs for keys and for
     queries, and the update) and b (I + O) within the mini-batch, and 2 I O more where a gradient passes through it.
+    Momentum has 4 I O more: queries are multiplied with the velocity too, which is updated as the weights are.
     LaCT's three weights have 18 D F, and Newton-Schulz steps at the end of each chunk; In-Place TTT has 4 D^2.
     """
 
@@ -168,6 +169,7 @@ class Text(Case):
         else:
             sizes = layer_sizes(self.op, self.width)
             each = sum(6 * i * o + MINI_BATCH * (i + o) for i, o in sizes) + sum(2 * i * o for i, o in sizes[1:])
+            each += sum(4 * i * o for i, o in sizes) if self.op == TITANS else 0
         return self.tokens * self.heads * each
 
     def ceilings(self) -> dict[str, Callable[[], Contender]]:

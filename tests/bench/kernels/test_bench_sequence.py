@@ -48,6 +48,8 @@ def test_bytes_and_flops():
     # TTT-MLP has layers of 8 x 32 and 32 x 8. Its second weight takes part in the gradient of the first one too.
     products = 7 * 2 * 8 * 32 + 2 * 16 * (8 + 32)
     assert Text("cpu", "float32", "TTT-MLP", 10, 3, 8).flops("ttt") == 10 * 3 * products
+    # With momentum also queries with the velocity, and its update.
+    assert Text("cpu", "float32", TITANS, 10, 3, 8).flops("ttt") == 10 * 3 * (5 * 2 * 8 * 8 + 2 * 16 * 8)
     assert Token("cpu", "float32", "gated delta rule", 2, 3, 8).bytes("ttt") == 2 * 4 * 2 * 3 * 8 * 8
     # Read and written; read at the beginning of the mini-batch by 15 of 16 tokens, and written there by one of 16.
     assert Token("cpu", "float32", "TTT-Linear", 2, 3, 8).bytes("ttt") == 3 * 4 * 2 * 3 * 8 * 8
