@@ -1,4 +1,7 @@
-"""``python -m bench.kernels.merge OUT PART...``: join the results of suites that were run one by one into one file."""
+"""``python -m bench.kernels.merge OUT PART...``: join results that were measured one by one into one file.
+
+Cases that were measured again take the place of their earlier figures: OUT may be the first of the parts.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,20 @@ from bench.kernels.measure import summary_of_ceilings
 
 
 def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The machine of the first part with the commands of all, and the rows and ceilings of all parts."""
-    rows = [row for part in parts for row in part["rows"]]
+    """The machine of the first part with the commands of all, and the rows and ceilings of all parts.
+
+    Of a case that several parts have, the rows are those of the last one.
+    """
+    cases: dict[tuple[str, str | None, str], list[dict[str, Any]]] = {}
+    for part in parts:
+        again = set()
+        for row in part["rows"]:
+            case = (row["suite"], row.get("case"), row["dtype"])
+            if case not in again:
+                again.add(case)
+                cases[case] = []
+            cases[case].append(row)
+    rows = [row for of_case in cases.values() for row in of_case]
     not_timed = [row for part in parts for row in part["not_timed"]]
     machine = {**parts[0]["machine"], "command": "; ".join(part["machine"]["command"] for part in parts)}
     return {**parts[0], "machine": machine, "ceilings": summary_of_ceilings(rows), "rows": rows, "not_timed": not_timed}
@@ -27,7 +42,7 @@ def main(
     out: Annotated[Path, typer.Argument(help="The file to write.")],
     parts: Annotated[list[Path], typer.Argument(help="Files of bench.kernels.run; missing ones are left out.")],
 ) -> None:
-    """Join the results of suites that were run one by one into one file."""
+    """Join results that were measured one by one into one file."""
     found = [json.loads(path.read_text()) for path in parts if path.exists()]
     if not found:
         raise SystemExit(f"none of {', '.join(map(str, parts))} exists")

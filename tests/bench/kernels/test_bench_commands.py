@@ -28,6 +28,14 @@ def test_merge_joins_the_results_of_several_runs(tmp_path):
         merge.main(tmp_path / "out.json", [tmp_path / "missing.json"])
 
 
+def test_merge_replaces_cases_that_were_measured_again():
+    row = {"suite": "sequence", "dtype": "float32", "contender": "ttt"}
+    rows = [[row | {"case": case, "us": us} for case, us in found] for found in ((("a", 1), ("b", 2)), (("a", 3),))]
+    rows[1].append(rows[1][0] | {"contender": "torch"})
+    parts = [{"machine": {"command": "c"}, "ceilings": {}, "not_timed": [], "rows": of_part} for of_part in rows]
+    assert merge.merged(parts)["rows"] == [*rows[1], rows[0][1]]
+
+
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """(file with the results of a run of tiny cases, what the run printed)."""
