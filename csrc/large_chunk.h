@@ -135,7 +135,7 @@ void large_chunk_tokens(const ttt::LargeChunkStep& a) {
   const int threads = rows * a.inputs * (a.count == 1 ? a.outputs : a.inner) < 65536 ? 1 : a.threads;
   // A pretrained weight is a single head: its columns are split among the threads.
   const int64_t parts =
-      a.count == 1 && rows < threads ? std::min<int64_t>(threads, (a.outputs + fewest - 1) / fewest) : 1;
+      a.count == 1 && rows < threads ? std::clamp<int64_t>((a.outputs + fewest - 1) / fewest, 1, threads) : 1;
   const int64_t columns = ((a.outputs + parts - 1) / parts + VL - 1) / VL * VL;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {

@@ -95,7 +95,7 @@ class Items {
   PyObject** items_ = nullptr;
 };
 
-// The sizes of q, which is (B, H, D), with none of them 0, and its dtype, of those that kernels take.
+// The sizes of q, which is (B, H, D), and its dtype, of those that kernels take.
 struct Token {
   int64_t batch, heads, width;
   int dtype;
@@ -107,7 +107,7 @@ struct Token {
     heads = t.shape[1];
     width = t.shape[2];
     dtype = t.dtype();
-    return batch > 0 && heads > 0 && width > 0;
+    return true;
   }
 };
 
@@ -122,8 +122,8 @@ bool delta_rule_step(py::handle q, py::handle k, py::handle v, py::handle beta, 
   ttt::DeltaRule& a = step.of;
   ttt::TokenSteps& by = step.steps;
   const bool fit =
-      width > 0 && read_token(q, dtype, batch, heads, keys, &a.q, &by.q) &&
-      read_token(k, dtype, batch, heads, keys, &a.k, &by.k) && read_token(v, dtype, batch, heads, width, &a.v, &by.v) &&
+      read_token(q, dtype, batch, heads, keys, &a.q, &by.q) && read_token(k, dtype, batch, heads, keys, &a.k, &by.k) &&
+      read_token(v, dtype, batch, heads, width, &a.v, &by.v) &&
       read_factor(beta, false, batch, heads, &a.beta, &by.rate) &&
       read_factor(gate, true, batch, heads, &a.gate, &by.gate) &&
       read_plain(state, {batch, heads, keys, width}, &a.state) && read_out(y, dtype, batch, heads, width, &a.out);
@@ -158,8 +158,7 @@ inline bool read_layers(const Token& token, const Items& weights, const Items& s
       return read_plain(from[i], {token.batch, token.heads, inputs, outputs}, weight) &&
              read_plain(from[i + 1], {token.batch, token.heads, outputs}, bias);
     };
-    if (outputs < 1 || !read(weights, &layer.weight, &layer.bias) ||
-        !read(start, &layer.start_weight, &layer.start_bias) ||
+    if (!read(weights, &layer.weight, &layer.bias) || !read(start, &layer.start_weight, &layer.start_bias) ||
         (moving && !read(velocity, &layer.velocity, &layer.velocity_bias)))
       return false;
     layers->push_back(layer);
@@ -238,8 +237,7 @@ int large_chunk_step(py::handle q, py::handle k, py::handle v, py::handle rates,
     return 0;
   const auto [batch, heads, inputs, dtype] = token;
   const int64_t outputs = values.shape[2], inner = first.shape[3];
-  if (outputs < 1 || inner < 1 || (count == 3 && outputs != inputs) || momentum.is_none() != total_momentum.is_none())
-    return 0;
+  if ((count == 3 && outputs != inputs) || momentum.is_none() != total_momentum.is_none()) return 0;
   if (!velocity.is_none() && !velocities.have(momentum.is_none() ? 0 : count)) return 0;
   if (!norms.is_none() && !kept.have(0) && !kept.have(count)) return 0;
   ttt::LargeChunkStep a = {};
