@@ -155,6 +155,25 @@ struct MemoryBackward {
   float *norm_weight, *norm_bias;  // likewise, for each sequence: sequences x heads x width
 };
 
+struct LargeChunkText {
+  const void *q, *k, *v;          // tokens x heads x inputs, the same, tokens x heads x outputs: dtype
+  const float *rates, *momentum;  // tokens x heads x count, tokens x heads; the second may be null
+  const int64_t* begins;          // as above
+  float *weights[3], *sums[3];    // as of LargeChunkStep; updated
+  float* velocity[3];             // of the same shapes, updated; null without momentum
+  const float* norms[3];          // sequences x heads x columns, of the columns of each weight; may be null
+  float* total_momentum;          // sequences x heads, updated; null without momentum
+  const int64_t* position;        // sequences: tokens of the present chunk
+  void* out;                      // like v
+  int64_t sequences, tokens, heads, inputs, outputs, inner, count, size;
+  bool orthogonal;
+  float scale;  // of q
+  int dtype, threads;
+
+  int64_t rows_of(int64_t weight) const { return weight == 1 ? inner : inputs; }
+  int64_t columns_of(int64_t weight) const { return count == 1 || weight == 1 ? outputs : inner; }
+};
+
 // A step reads one token of each sequence. These are the numbers from one sequence to the next; those of the heads of
 // one sequence follow each other.
 struct TokenSteps {
@@ -207,6 +226,7 @@ struct Kernels {
   void (*delta_rule_step)(const DeltaRuleStep&);
   void (*memory_step)(const MemoryStep&);
   void (*large_chunk_step)(const LargeChunkStep&);
+  void (*large_chunk)(const LargeChunkText&);
 };
 
 // One table per instruction set, each from its own compilation of kernels.cpp.

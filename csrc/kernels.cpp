@@ -24,6 +24,7 @@
 #include "delta_rule.h"
 #include "delta_rule_backward.h"
 #include "large_chunk.h"
+#include "large_chunk_text.h"
 #include "low_rank.h"
 #include "low_rank_compress.h"
 #include "low_rank_square.h"
@@ -53,7 +54,8 @@ const Kernels& TTT_TABLE() {
                                 run_memory_backward,
                                 run_delta_rule_step,
                                 run_memory_step,
-                                run_large_chunk_step};
+                                run_large_chunk_step,
+                                run_large_chunk};
   return table;
 }
 

@@ -148,12 +148,51 @@ void memory_backward(address q, address k, address v, address rate, address gate
   active->memory_backward(a);
 }
 
+// state: the addresses of the weights, the sums, the velocities and the norms, and of the total momentum; 0 for none.
+void large_chunk(address q, address k, address v, address rates, address momentum, address begins,
+                 const std::vector<std::array<address, 4>>& state, address total_momentum, address position,
+                 int64_t sequences, int64_t tokens, int64_t heads, int64_t inputs, int64_t outputs, int64_t inner,
+                 int64_t size, bool orthogonal, float scale, int dtype, int threads, address y) {
+  if (state.size() != 1 && state.size() != 3) throw py::value_error("a state has 1 weight or 3");
+  ttt::LargeChunkText a = {};
+  a.q = in<void>(q);
+  a.k = in<void>(k);
+  a.v = in<void>(v);
+  a.rates = in<float>(rates);
+  a.momentum = in<float>(momentum);
+  a.begins = in<int64_t>(begins);
+  for (size_t i = 0; i < state.size(); i++) {
+    a.weights[i] = out<float>(state[i][0]);
+    a.sums[i] = out<float>(state[i][1]);
+    a.velocity[i] = out<float>(state[i][2]);
+    a.norms[i] = in<float>(state[i][3]);
+  }
+  a.total_momentum = out<float>(total_momentum);
+  a.position = in<int64_t>(position);
+  a.out = out<void>(y);
+  a.sequences = sequences;
+  a.tokens = tokens;
+  a.heads = heads;
+  a.inputs = inputs;
+  a.outputs = outputs;
+  a.inner = inner;
+  a.count = static_cast<int64_t>(state.size());
+  a.size = size;
+  a.orthogonal = orthogonal;
+  a.scale = scale;
+  a.dtype = dtype;
+  a.threads = threads;
+  py::gil_scoped_release release;
+  active->large_chunk(a);
+}
+
 inline void bind_sequence(py::module_& m) {
   m.def("delta_rule", &delta_rule);
   m.def("delta_rule_backward", &delta_rule_backward);
   m.attr("DELTA_KEPT_TOKENS") = ttt::DELTA_KEPT_TOKENS;
   m.def("memory", &memory);
   m.def("memory_backward", &memory_backward);
+  m.def("large_chunk", &large_chunk);
   m.attr("MEMORY_KEPT_MINI_BATCHES") = ttt::MEMORY_KEPT_MINI_BATCHES;
 }
 

@@ -81,6 +81,27 @@ def memory_step(
     return out
 
 
+def large_chunk(
+    q, k, v, rates, momentum, weights, sums, velocity, norms, total_momentum, position, begins, size, orthogonal, scale
+):
+    record("lact" if len(weights) == 3 else "in_place_ttt", "cpu")
+    q, k, v, rates, momentum = q.contiguous(), k.contiguous(), v.contiguous(), as_float(rates), as_float(momentum)
+    parts = [[t.contiguous() for t in part] for part in (weights, sums, velocity, total_momentum)]
+    weights, sums, velocity, total = own(parts)
+    norms, now, out = [t.contiguous() for t in norms], position.contiguous(), torch.empty_like(v)
+    nothing = [None] * len(weights)
+    columns = zip(weights, sums, velocity or nothing, norms or nothing, strict=True)
+    addresses = [[address(t) for t in of_weight] for of_weight in columns]
+    tokens, heads, inputs = q.shape[1:]
+    _C.large_chunk(
+        *(address(t) for t in (q, k, v, rates, momentum, begins)), addresses, address(total[0] if total else None),
+        now.data_ptr(), len(now), tokens, heads, inputs, v.shape[-1], weights[0].shape[-1], size, orthogonal, scale,
+        DTYPE_CODES[q.dtype], torch.get_num_threads(), out.data_ptr(),
+    )  # fmt: skip
+    lengths = tokens if begins is None else begins.diff()
+    return out, weights, sums, velocity, total, (now + lengths) % size
+
+
 def large_chunk_step(q, k, v, rates, momentum, weights, sums, total_momentum, position, scale):
     q, k, v, position = _readable(q, k, v, position)
     weights, sums = _readable(*weights), _readable(*sums)

@@ -21,6 +21,9 @@ from ttt.ops.sequence.states import LargeChunkState, MemoryState, tensors_of
 MOST_MINI_BATCH = 256
 """Longest mini-batch of the C++ kernel for texts: its scratch memory grows with the square of it."""
 
+MOST_FAST_WEIGHT = 1 << 16
+"""Most numbers of a head's fast weight for the C++ kernel for texts with large chunks, which keeps it in the cache."""
+
 _SCHEMAS = {
     "sequence_delta_rule": (
         "(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor? state, Tensor? begins, float scale) "
@@ -38,6 +41,11 @@ _SCHEMAS = {
         "(Tensor q, Tensor k, Tensor v, Tensor rate, Tensor? gate, Tensor? momentum, Tensor? norm_weight, "
         "Tensor? norm_bias, float eps, Tensor(a!)[] weights, Tensor(b!)[] start, Tensor(c!)[] velocity, "
         "Tensor(d!) position, int mini_batch, float scale) -> Tensor"
+    ),
+    "sequence_large_chunk": (
+        "(Tensor q, Tensor k, Tensor v, Tensor rates, Tensor? momentum, Tensor[] weights, Tensor[] sums, "
+        "Tensor[] velocity, Tensor[] norms, Tensor[] total_momentum, Tensor position, Tensor? begins, int size, "
+        "bool orthogonal, float scale) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[], Tensor)"
     ),
     "sequence_large_chunk_step": (
         "(Tensor q, Tensor k, Tensor v, Tensor rates, Tensor? momentum, Tensor[] weights, Tensor(a!)[] sums, "
@@ -103,6 +111,25 @@ def memory_step(q, k, v, rate, gate, momentum, norm: Any, state: MemoryState) ->
         return torch.ops.ttt.sequence_memory_step(
             q, k, v, rate, gate, momentum, *(norm or NO_NORM), *held, mini_batch, scale
         )
+
+    return run
+
+
+def large_chunk(op: str, q, k, v, rates, momentum, state: LargeChunkState) -> Callable | None:
+    """The kernel of ``op`` for texts, called with where packed texts begin, the size of chunks and the options."""
+    if q.device.type != "cpu" or not q.numel() or max(w[0, 0].numel() for w in state.weights) > MOST_FAST_WEIGHT:
+        return None
+    if _need_gradients(q, k, v, rates, momentum, *tensors_of(state)) or _counted(op, why_not(q.dtype)):
+        return None
+
+    def run(begins, size, orthogonal, scale):
+        total = [] if state.momentum is None else [state.momentum]
+        held = (state.weights, state.sums, state.velocity, state.norms, total, state.position)
+        out, weights, sums, velocity, total, position = torch.ops.ttt.sequence_large_chunk(
+            q, k, v, rates, momentum, *held, begins, size, orthogonal, scale
+        )
+        found = (tuple(weights), tuple(sums), tuple(velocity), state.norms)
+        return out, LargeChunkState(*found, total[0] if total else None, position)
 
     return run
 
@@ -174,6 +201,11 @@ def _fake_memory_step(q, *_):
     return q.new_empty(q.shape)
 
 
+def _fake_large_chunk(q, k, v, rates, momentum, weights, sums, velocity, norms, total_momentum, position, *_):
+    new = ([torch.empty_like(t) for t in tensors] for tensors in (weights, sums, velocity, total_momentum))
+    return v.new_empty(v.shape), *new, torch.empty_like(position)
+
+
 def _fake_large_chunk_step(q, k, v, *_):
     return v.new_empty(v.shape)
 
@@ -183,6 +215,7 @@ for _op, _run, _fake in (
     ("delta_rule_step", cpu.delta_rule_step, _fake_delta_rule_step),
     ("memory", cpu.memory, _fake_memory),
     ("memory_step", cpu.memory_step, _fake_memory_step),
+    ("large_chunk", cpu.large_chunk, _fake_large_chunk),
     ("large_chunk_step", cpu.large_chunk_step, _fake_large_chunk_step),
 ):
     torch.library.impl(f"ttt::sequence_{_op}", "CPU", _run)

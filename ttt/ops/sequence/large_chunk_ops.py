@@ -55,7 +55,8 @@ def lact(
         orthogonal: whether updates are orthogonalised by Newton-Schulz steps.
         scale: of q; 1 by default.
         initial_state, output_final_state, cu_seqlens: as in `memory`.
-        form: "auto" and "chunk" take the torch form, "reference" goes token by token.
+        form: "auto" takes a kernel on CPUs where no gradients are needed and a head's weight has at most 65,536
+            numbers, and the torch form otherwise; "chunk" always takes the torch form, "reference" goes token by token.
 
     Returns:
         (B, T, H, D) in the dtype of q, and the final state, or None. Sums and states are float32 (float64 for
@@ -67,7 +68,8 @@ def lact(
     check_tokens(q, k, v)
     _check_swiglu(weights, q, v)
     options = (momentum, chunk_size, scale, initial_state, output_final_state, cu_seqlens, form)
-    return _run(q, k, v, rates, weights, options, large_chunk.swiglu, large_chunk.swiglu_updates, orthogonal, True)
+    functions = (large_chunk.swiglu, large_chunk.swiglu_updates)
+    return _run("lact", q, k, v, rates, weights, options, *functions, orthogonal, True)
 
 
 def lact_step(
@@ -135,7 +137,7 @@ def in_place_ttt(
         raise TypeError("weight must be a tensor, got None")
     options = (None, chunk_size, scale, initial_state, output_final_state, cu_seqlens, form)
     functions = (large_chunk.linear, large_chunk.linear_updates)
-    return _run(q, k, v, rate.unsqueeze(-1), [weight], options, *functions, False, False)
+    return _run("in_place_ttt", q, k, v, rate.unsqueeze(-1), [weight], options, *functions, False, False)
 
 
 def in_place_ttt_step(
@@ -185,7 +187,7 @@ def new_large_chunk_state(
     )
 
 
-def _run(q, k, v, rates, weights, options, forward, updates, orthogonal, norms):
+def _run(name, q, k, v, rates, weights, options, forward, updates, orthogonal, norms):
     momentum, chunk_size, scale, initial_state, output_final_state, cu_seqlens, form = options
     check_count("chunk_size", chunk_size)
     check_form(form)
@@ -204,8 +206,13 @@ def _run(q, k, v, rates, weights, options, forward, updates, orthogonal, norms):
         )  # fmt: skip
         check_positions("chunk_size", initial_state.position, chunk_size)
         state = initial_state
+    scale = 1.0 if scale is None else float(scale)
+    if form == "auto" and (kernel := kernels.large_chunk(name, q, k, v, rates, momentum, state)):
+        begins = None if bounds is None else torch.tensor(bounds)
+        out, final = kernel(begins, chunk_size, orthogonal, scale)
+        return out, final if output_final_state else None
     wide: Any = tuple(None if t is None else t.to(dtype) for t in (q, k, v, rates, momentum))
-    wide = (wide[0] * (1.0 if scale is None else float(scale)), *wide[1:])
+    wide = (wide[0] * scale, *wide[1:])
 
     def run(tensors: Any, state: Any) -> Any:
         if form == "reference":
