@@ -36,14 +36,15 @@ struct TensorView {
     return true;
   }
 
-  // Whether the dimensions from `first` on lie in memory one number after the other.
+  // Whether the dimensions from `first` on lie in memory one number after the other; of no numbers, any do.
   bool is_dense(int first = 0) const {
     int64_t expected = 1;
+    bool dense = true;
     for (int d = dims - 1; d >= first; d--) {
-      if (shape[d] != 1 && strides[d] != expected) return false;
+      dense = dense && (shape[d] == 1 || strides[d] == expected);
       expected *= shape[d];
     }
-    return true;
+    return dense || expected == 0;
   }
 };
 

@@ -238,3 +238,14 @@ def test_threads_share_the_columns_of_a_single_head():
     assert all(map(torch.equal, tensors_of(state), tensors_of(copies)))
     torch.testing.assert_close(found[0], q[0] @ state.weights[0][0, 0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(state.sums[0][0, 0], k[0].mT @ (rate * v[0]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_no_sequences(monkeypatch, name):
+    """As where all of a server's users have gone."""
+    op, tensors, state = case(name, rows=2)
+    none = map_state(lambda t: t[:0], state)
+    forbid(monkeypatch)
+    with torch.no_grad():
+        out = op.step(*(t[:0, 0] for t in tensors), size=SIZE, state=none)
+    assert out.shape == (0, *tensors[2].shape[2:])
