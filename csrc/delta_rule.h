@@ -60,19 +60,13 @@ inline void delta_errors(const ttt::DeltaRule& a, int64_t first, int64_t some, c
   solve_lower(system, cp, errors, vp, some, vp);
 }
 
-// Each row times its factor.
-inline void scale_rows(float* rows, const float* factor, int64_t count, int64_t wide) {
-  for (int64_t i = 0; i < count; i++)
-    for (int64_t j = 0; j < wide; j += VL) store(rows + i * wide + j, splat(factor[i]) * load(rows + i * wide + j));
-}
-
 // The state after some tokens; their errors are written over.
 inline void delta_state(const ttt::DeltaRule& a, int64_t some, const float* k, float* errors, const DeltaGates& gates,
                         float* state) {
   const int64_t kp = whole_vectors(a.keys), vp = whole_vectors(a.values);
   float factor[DELTA_CHUNK];
   for (int64_t i = 0; i < some; i++) factor[i] = gates.ratio[i] * gates.beta[i];
-  scale_rows(errors, factor, some, vp);
+  scale_rows<kSet>(errors, factor, some, vp, errors);
   if (a.gate)
     for (int64_t i = 0; i < a.keys * vp; i += VL) store(state + i, splat(gates.total) * load(state + i));
   product_of<kAdd>({k, 1, kp}, errors, vp, state, vp, a.keys, vp, some);
@@ -110,7 +104,7 @@ void delta_rule_sequence(const ttt::DeltaRule& a, int64_t sequence, int64_t head
     product_of<kSet>({q, kp, 1}, state, vp, out, vp, some, vp, keys);
     float factor[C];
     for (int64_t i = 0; i < some; i++) factor[i] = a.scale * gates.grown[i];
-    scale_rows(out, factor, some, vp);
+    scale_rows<kSet>(out, factor, some, vp, out);
     product_of<kAdd>({seen, cp, 1}, errors, vp, out, vp, some, vp, some, kLowerLeft);
     write_rows(out, vp, some, values, static_cast<T*>(a.out) + first * values, a.heads * values);
     delta_state(a, some, k, errors, gates, state);

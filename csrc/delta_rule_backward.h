@@ -63,17 +63,6 @@ struct DeltaGradient {
   }
 };
 
-inline float dot(const float* x, const float* y, int64_t count) {
-  vf total = {};
-  for (int64_t j = 0; j < count; j += VL) total += load(x + j) * load(y + j);
-  return sum(total);
-}
-
-// Sets what rows of a register tile read of a lower triangular matrix beyond their own columns.
-inline void clear_above(float* matrix, int64_t row, int64_t i) {
-  for (int64_t j = i + 1; j < i + TILE_ROWS && j < row; j++) matrix[i * row + j] = 0.0f;
-}
-
 // Reads the chunks from token `at` on again, up to DELTA_KEPT of them, and keeps what the backward pass needs.
 template <class T>
 void reread(const ttt::DeltaRule& a, int64_t at, int64_t end, int64_t head, DeltaGradient& m) {
@@ -127,7 +116,7 @@ void delta_rule_chunk_backward(const ttt::DeltaRuleBackward& g, int64_t at, int6
   }
   // B, and what follows from it.
   product_of<kSet>({m.k, kp, 1}, m.dstate, vp, m.b, vp, some, vp, keys);
-  scale_rows(m.b, last, some, vp);
+  scale_rows<kSet>(m.b, last, some, vp, m.b);
   product_of<kAdd>({m.seen, 1, cp}, m.dout, vp, m.b, vp, some, vp, some, kUpperLeft);
   solve_upper(m.system, cp, m.b, vp, some, vp);
   for (int64_t i = 0; i < some; i++) {
@@ -173,7 +162,7 @@ void delta_rule_chunk_backward(const ttt::DeltaRuleBackward& g, int64_t at, int6
   product_of<kAdd>({m.crossed, cp, 1}, m.k, kp, m.dq, kp, some, kp, some, kLowerLeft);
   product_of<kAdd>({m.system, cp, 1}, m.k, kp, m.dk, kp, some, kp, some, kLowerLeft);
   transpose(m.dstate, vp, keys, vp, m.turned, kp);
-  scale_rows(m.u, last, some, vp);
+  scale_rows<kSet>(m.u, last, some, vp, m.u);
   product_of<kSet>({m.u, vp, 1}, m.turned, kp, m.later, kp, some, kp, values);
   if (g.gate) {
     float to_state = 0.0f;

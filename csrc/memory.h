@@ -36,20 +36,28 @@ struct Factors {
   float *seen, *kept, *moved, *newest;  // bp x bp, bp, bp, bp
   float left;                           // of the first momentum in the last one
 
-  // gate and momentum: of the first token, `heads` from one token to the next; null if there are none.
-  void find(const float* gate, const float* momentum, int64_t heads, int64_t some, int64_t bp) {
+  Factors(const ttt::Memory& a, int64_t bp, Parts* parts)
+      : plain(a.gate == nullptr && a.momentum == nullptr), moving(a.momentum != nullptr), left(0) {
+    seen = plain ? nullptr : parts->take(bp * bp);
+    for (float** row : {&kept, &moved, &newest}) *row = plain ? nullptr : parts->take(bp);
+  }
+
+  // Of `some` tokens, of which the first one's gate and momentum are number `first` of those of the call.
+  void find(const ttt::Memory& a, int64_t first, int64_t some, int64_t bp) {
+    if (plain) return;
+    const float *gates = a.gate == nullptr ? nullptr : a.gate + first, *momenta = moving ? a.momentum + first : nullptr;
     float keep = 1.0f, move = 0.0f;
     left = 1.0f;
     for (int64_t i = 0; i < some; i++) {
-      const float a = gate == nullptr ? 1.0f : gate[i * heads], b = moving ? momentum[i * heads] : 0.0f;
+      const float gate = gates == nullptr ? 1.0f : gates[i * a.heads], b = moving ? momenta[i * a.heads] : 0.0f;
       left *= b;
-      keep *= a;
-      move = a * move + left;
+      keep *= gate;
+      move = gate * move + left;
       kept[i] = keep;
       moved[i] = move;
       for (int64_t j = 0; j < i; j++) {
         newest[j] *= b;
-        seen[i * bp + j] = a * seen[(i - 1) * bp + j] + newest[j];
+        seen[i * bp + j] = gate * seen[(i - 1) * bp + j] + newest[j];
       }
       newest[i] = seen[i * bp + i] = 1.0f;
     }
@@ -65,7 +73,7 @@ struct HeadMemory {
   float *q, *k, *v, *h, *z, *turned, *seen, *norm, *by_velocity;
   Factors factors;
 
-  HeadMemory(const ttt::Memory& a, Parts* parts) : b(a.mini_batch), bp(whole_vectors(b)) {
+  HeadMemory(const ttt::Memory& a, Parts* parts) : b(a.mini_batch), bp(whole_vectors(b)), factors(a, bp, parts) {
     const int64_t width = whole_vectors(a.width);
     int64_t widest = width;
     for (int64_t l = 0; l < a.depth; l++) {
@@ -92,14 +100,7 @@ struct HeadMemory {
     turned = parts->take(bp * widest);
     seen = parts->take(bp * bp);
     norm = parts->take(2 * width);
-    factors = {
-        a.gate == nullptr && a.momentum == nullptr, a.momentum != nullptr, nullptr, nullptr, nullptr, nullptr, 0};
-    if (factors.plain) return;
-    by_velocity = parts->take(bp * widest);
-    factors.seen = parts->take(bp * bp);
-    factors.kept = parts->take(bp);
-    factors.moved = parts->take(bp);
-    factors.newest = parts->take(bp);
+    if (!factors.plain) by_velocity = parts->take(bp * widest);
   }
 };
 
@@ -219,8 +220,7 @@ inline void read_and_write(const HeadMemory& m, const HeadLayer& layer, const fl
   for (int64_t i = 0; i < some; i++) {
     for (int64_t j = 0; j <= i; j++) seen[i * bp + j] += 1.0f;  // the bias
     for (int64_t j = 0; !f.plain && j <= i; j++) seen[i * bp + j] *= f.seen[i * bp + j];
-    // Rows of a register tile read further columns than their own.
-    for (int64_t j = i + 1; j < i + TILE_ROWS && j < bp; j++) seen[i * bp + j] = 0.0f;
+    clear_above(seen, bp, i);
   }
   linear(layer, h, layer.weight, z, some);
   if (!f.plain) {
@@ -291,9 +291,7 @@ void memory_text(const ttt::Memory& a, int64_t sequence, int64_t head, HeadMemor
     keep_weights(a, m, begin, at, sequence, head);
     // Where a mini-batch begins, the present weights are its first ones.
     find_rows(a, m, norm, a.rate + first, some, position == 0);
-    if (!m.factors.plain)
-      m.factors.find(a.gate == nullptr ? nullptr : a.gate + first, a.momentum == nullptr ? nullptr : a.momentum + first,
-                     a.heads, some, m.bp);
+    m.factors.find(a, first, some, m.bp);
     const bool full = some == room;
     const float* h = m.q;
     for (int64_t l = 0; l < depth; l++) {

@@ -1,5 +1,5 @@
-// The backward pass of memories that learn, on texts: TTT-Linear and TTT-MLP. ttt/ops/sequence/dual_form.py has the
-// formulas of the forward pass, and memory_gradient.h what is worked with.
+// The backward pass of memories that learn, on texts: TTT-Linear, TTT-MLP and Titans. ttt/ops/sequence/dual_form.py has
+// the formulas of the forward pass, and memory_gradient.h what is worked with.
 //
 // Rows of inputs have a 1 behind their last column here, and weights have the bias as their last row. Of a layer, let W
 // be the weights before a mini-batch, x and h the inputs for keys and for queries, E the rows d times their rates, and
@@ -17,10 +17,35 @@
 // of z (inner_norm.h); and down again
 //
 //     dx += K W^T     K below = dx gelu'(z below) + dE below U gelu''(z below)     D <- D + h^T Y + x^T K + dU^T E
+//
+// With gates and momenta, y_i = a'_i h_i W + m'_i h_i M - sum_j S_ij P_ij E_j and, with n the last token,
+//
+//     W <- a'_n W + m'_n M - sum_j S_nj x_j^T E_j        M <- l M - sum_j s_j x_j^T E_j
+//
+// where a', m', S, s and l are `kept`, `moved`, `seen`, `newest` and `left` of Factors (memory.h). So P and N are
+// multiplied by S above, D and h^T Y by what stands before W and M, and their products are the gradients of the
+// factors.
 #pragma once
 #include "memory_gradient.h"
 
 namespace {
+
+// The change of a layer's weights and momentum by the rows of h, which are those of the keys here, and E.
+inline void write_again(GradientLayer& layer, const KeptLayer& kept, const Factors& f, int64_t bp, int64_t some) {
+  const int64_t wide = layer.wide(), last = some - 1;
+  const auto subtract = [&](const float* rows, float* matrix) {
+    product_of<kSubtract>({layer.h, 1, layer.deep()}, rows, wide, matrix, layer.of.row, layer.of.inputs + 1, wide,
+                          some);
+  };
+  if (f.plain) return subtract(kept.rows, layer.of.weight);
+  scale_matrix(layer.of, layer.of.weight, f.kept[last], f.moving ? layer.of.velocity : nullptr, f.moved[last]);
+  scale_rows<kSet>(kept.rows, f.seen + last * bp, some, wide, layer.y);
+  subtract(layer.y, layer.of.weight);
+  if (!f.moving) return;
+  scale_matrix(layer.of, layer.of.velocity, f.left, nullptr, 0.0f);
+  scale_rows<kSet>(kept.rows, f.newest, some, wide, layer.y);
+  subtract(layer.y, layer.of.velocity);
+}
 
 // Reads a mini-batch again, and keeps what the backward pass needs of it as number n.
 template <class T>
@@ -35,6 +60,7 @@ void reread(const ttt::Memory& a, const std::optional<InnerNorm>& norm, int64_t 
     GradientLayer& layer = m.layers[l];
     const KeptLayer& kept = layer.kept[n];
     std::memcpy(kept.weight, layer.of.weight, layer.of.size() * sizeof(float));
+    if (m.factors.moving) std::memcpy(kept.velocity, layer.of.velocity, layer.of.size() * sizeof(float));
     product_of<kSet>({layer.h, layer.deep(), 1}, layer.of.weight, layer.of.row, kept.z, layer.wide(), some,
                      layer.wide(), layer.of.inputs + 1);
     if (l < last) activate(layer.of, kept.z, some, kept.rows, nullptr, m.layers[l + 1].h, m.layers[l + 1].deep());
@@ -48,21 +74,30 @@ void reread(const ttt::Memory& a, const std::optional<InnerNorm>& norm, int64_t 
     through(m.layers[l].of, kept.rows, kept.weight, some, m.bp, m.through_d, m.through_w, kept.back);
     multiply(kept.back, below.rows, some * m.layers[l].near);
   }
-  for (GradientLayer& layer : m.layers)
-    product_of<kSubtract>({layer.h, 1, layer.deep()}, layer.kept[n].rows, layer.wide(), layer.of.weight, layer.of.row,
-                          layer.of.inputs + 1, layer.wide(), some);
+  m.factors.find(a, first, some, m.bp);
+  for (GradientLayer& layer : m.layers) write_again(layer, layer.kept[n], m.factors, m.bp, some);
 }
 
 // The outputs of all layers for the queries, as the forward pass finds them: of the last layer in its y, of the others
 // the slopes of GELU there. Of the keys, too, the inputs of each layer, and the derivatives of GELU.
 inline void read_again(MemoryGradient& m, int64_t some, int64_t n) {
   const int64_t bp = m.bp, last = m.last();
+  const Factors& f = m.factors;
   for (int64_t l = 0; l <= last; l++) {
     GradientLayer& layer = m.layers[l];
     const KeptLayer& kept = layer.kept[n];
     const int64_t deep = layer.deep(), wide = layer.wide(), inputs = layer.of.inputs;
     lower_products(layer.h, deep, layer.x, deep, inputs + 1, some, bp, m.through_d, layer.seen);
     product_of<kSet>({layer.h, deep, 1}, kept.weight, layer.of.row, layer.y, wide, some, wide, inputs + 1);
+    if (!f.plain) {
+      std::memcpy(layer.pairs, layer.seen, some * bp * sizeof(float));
+      multiply_lower(f.seen, some, bp, layer.seen);
+      scale_rows<kSet>(layer.y, f.kept, some, wide, layer.y);
+    }
+    if (f.moving) {
+      product_of<kSet>({layer.h, deep, 1}, kept.velocity, layer.of.row, m.moving, wide, some, wide, inputs + 1);
+      scale_rows<kAdd>(m.moving, f.moved, some, wide, layer.y);
+    }
     product_of<kSubtract>({layer.seen, bp, 1}, kept.rows, wide, layer.y, wide, some, wide, some, kLowerLeft);
     if (l == last) return;
     GradientLayer& next = m.layers[l + 1];
@@ -71,24 +106,81 @@ inline void read_again(MemoryGradient& m, int64_t some, int64_t n) {
   }
 }
 
+// The gradients of a', m' and l by a layer's matrices; then what D and that of the momentum are before the mini-batch,
+// as far as it follows from them and from the outputs for queries, whose gradients become those of h W.
+inline void factors_of_matrices(MemoryGradient& m, GradientLayer& layer, const KeptLayer& kept, int64_t some) {
+  const Factors& f = m.factors;
+  FactorsGradient& g = m.of_factors;
+  const int64_t size = layer.of.size(), wide = layer.wide(), last = some - 1;
+  g.kept[last] += dot(kept.weight, layer.dweight, size);
+  if (f.moving) {
+    g.moved[last] += dot(kept.velocity, layer.dweight, size);
+    g.left += dot(kept.velocity, layer.dvelocity, size);
+    scale_matrix(layer.of, layer.dvelocity, f.left, layer.dweight, f.moved[last]);
+    scale_rows<kSet>(layer.y, f.moved, some, wide, m.moving);
+    product_of<kAdd>({layer.h, 1, layer.deep()}, m.moving, wide, layer.dvelocity, layer.of.row, layer.of.inputs + 1,
+                     wide, some);
+  }
+  scale_matrix(layer.of, layer.dweight, f.kept[last], nullptr, 0.0f);
+  scale_rows<kSet>(layer.y, f.kept, some, wide, layer.y);
+}
+
 // From the last layer down: of each the gradient of E, and minus that of x as far as it is found here. The gradient of
 // the first layer's h goes to dq.
 inline void queries_backward(MemoryGradient& m, int64_t some, int64_t n) {
   const int64_t bp = m.bp;
+  const Factors& f = m.factors;
+  FactorsGradient& g = m.of_factors;
+  const float* newly = f.plain ? nullptr : f.seen + (some - 1) * bp;  // S_nj
+  if (!f.plain) g.begin();
   for (int64_t l = m.last(); l >= 0; l--) {
     GradientLayer& layer = m.layers[l];
     const KeptLayer& kept = layer.kept[n];
-    const int64_t deep = layer.deep(), wide = layer.wide(), near = layer.near;
-    product_of<kSet>({layer.x, deep, 1}, layer.dweight, layer.of.row, layer.de, wide, some, wide, layer.of.inputs + 1);
+    const int64_t deep = layer.deep(), wide = layer.wide(), near = layer.near, row = layer.of.row;
+    const int64_t inputs = layer.of.inputs;
+    // What h W is for the gradient y, of W or of the momentum M, and the gradients of what stands before it.
+    const auto through_matrix = [&](const float* matrix, float* to, float* of_factor) {
+      through(layer.of, layer.y, matrix, some, bp, m.through_d, m.through_w, to);
+      for (int64_t i = 0; of_factor != nullptr && i < some; i++)
+        of_factor[i] +=
+            dot(to + i * near, layer.h + i * deep, near) + dot(layer.y + i * wide, matrix + inputs * row, wide);
+    };
+    product_of<kSet>({layer.x, deep, 1}, layer.dweight, row, layer.de, wide, some, wide, inputs + 1);
+    if (!f.plain) {
+      for (int64_t j = 0; j < some; j++)
+        g.seen[(some - 1) * bp + j] -= dot(kept.rows + j * wide, layer.de + j * wide, wide);
+      scale_rows<kSet>(layer.de, newly, some, wide, layer.de);
+    }
+    if (f.moving) {
+      product_of<kSet>({layer.x, deep, 1}, layer.dvelocity, row, m.moving, wide, some, wide, inputs + 1);
+      for (int64_t j = 0; j < some; j++) g.newest[j] -= dot(kept.rows + j * wide, m.moving + j * wide, wide);
+      scale_rows<kAdd>(m.moving, f.newest, some, wide, layer.de);
+    }
     product_of<kAdd>({layer.seen, 1, bp}, layer.y, wide, layer.de, wide, some, wide, some, kUpperLeft);
     negate(layer.de, some * wide);
     lower_products(layer.y, wide, kept.rows, wide, layer.of.outputs, some, bp, m.through_d, m.crossed);
+    if (!f.plain) {
+      for (int64_t i = 0; i < some; i++)
+        for (int64_t j = 0; j <= i; j++) g.seen[i * bp + j] -= layer.pairs[i * bp + j] * m.crossed[i * bp + j];
+      multiply_lower(f.seen, some, bp, m.crossed);
+    }
     float* dh = l == 0 ? m.dq : m.near;
-    through(layer.of, layer.y, kept.weight, some, bp, m.through_d, m.through_w, dh);
+    through_matrix(kept.weight, dh, f.plain ? nullptr : g.kept);
+    if (!f.plain) scale_rows<kSet>(dh, f.kept, some, near, dh);
+    if (f.moving) {
+      through_matrix(kept.velocity, m.moving, g.moved);
+      scale_rows<kAdd>(m.moving, f.moved, some, near, dh);
+    }
     product_of<kSubtract>({m.crossed, bp, 1}, layer.x, deep, dh, near, some, near, some, kLowerLeft);
     through(layer.of, kept.rows, layer.dweight, some, bp, m.through_d, m.through_w, layer.dx);
+    if (!f.plain) scale_rows<kSet>(layer.dx, newly, some, near, layer.dx);
+    if (f.moving) {
+      through(layer.of, kept.rows, layer.dvelocity, some, bp, m.through_d, m.through_w, m.moving);
+      scale_rows<kAdd>(m.moving, f.newest, some, near, layer.dx);
+    }
     product_of<kAdd>({m.crossed, 1, bp}, layer.h, deep, layer.dx, near, some, near, some, kUpperLeft);
     if (l > 0) multiply(dh, m.layers[l - 1].y, some * near);
+    if (!f.plain) factors_of_matrices(m, layer, kept, some);
   }
 }
 
@@ -143,6 +235,7 @@ void mini_batch_backward(const ttt::MemoryBackward& g, const std::optional<Inner
   read_rows(static_cast<const T*>(a.k) + from, stride, some, width, m.k, wide);
   read_rows(static_cast<const T*>(a.v) + from, stride, some, width, m.v, wide);
   read_rows(static_cast<const T*>(g.out) + from, stride, some, width, m.dout, wide);
+  m.factors.find(a, first, some, m.bp);
   read_again(m, some, n);
   if (norm) {
     norm->standardise(top.y, m.inverse, some);
@@ -151,6 +244,11 @@ void mini_batch_backward(const ttt::MemoryBackward& g, const std::optional<Inner
   std::memcpy(top.y, m.dout, some * wide * sizeof(float));
   if (norm) norm->backward(m.plain, m.inverse, top.y, m.dnorm, m.dnorm + wide, some);
   queries_backward(m, some, n);
+  if (!m.factors.plain) {
+    const auto from_first = [&](auto* numbers) { return numbers == nullptr ? nullptr : numbers + first; };
+    m.of_factors.finish(m.factors, from_first(a.gate), from_first(a.momentum), a.heads, some, from_first(g.gate),
+                        from_first(g.momentum));
+  }
   rows_backward(m, some, n);
   const KeptLayer& kept = top.kept[n];
   std::memcpy(top.k, top.de, some * wide * sizeof(float));
@@ -210,6 +308,7 @@ void memory_text_backward(const ttt::MemoryBackward& g, int64_t sequence, int64_
     const int64_t matrix = row * given.inputs * given.outputs, bias = row * given.outputs;
     read_matrix(layer.of, given.weight + matrix, given.bias + bias, layer.dweight);
     read_matrix(layer.of, given.start_weight + matrix, given.start_bias + bias, layer.dstart);
+    if (m.factors.moving) read_matrix(layer.of, given.velocity + matrix, given.velocity_bias + bias, layer.dvelocity);
   }
   // dstart is the gradient of the weights before the last mini-batch if that is not full, else of those after it.
   const bool full = (end - begin) % m.b == 0;
@@ -218,8 +317,11 @@ void memory_text_backward(const ttt::MemoryBackward& g, int64_t sequence, int64_
     const int64_t chunks = (std::min(end - at, span) + m.b - 1) / m.b;
     for (int64_t l = 0; l < a.depth; l++) {
       const ttt::MemoryLayer& from = a.layers[l];
-      read_matrix(m.layers[l].of, from.kept_weight + kept * from.inputs * from.outputs,
-                  from.kept_bias + kept * from.outputs, m.layers[l].of.weight);
+      const HeadLayer& layer = m.layers[l].of;
+      const int64_t matrix = kept * from.inputs * from.outputs, bias = kept * from.outputs;
+      read_matrix(layer, from.kept_weight + matrix, from.kept_bias + bias, layer.weight);
+      if (m.factors.moving)
+        read_matrix(layer, from.kept_velocity + matrix, from.kept_velocity_bias + bias, layer.velocity);
     }
     for (int64_t c = 0; c < chunks; c++)
       reread<T>(a, norm, at + c * m.b, std::min(end - at - c * m.b, m.b), head, c, m);
@@ -237,6 +339,7 @@ void memory_text_backward(const ttt::MemoryBackward& g, int64_t sequence, int64_
     const int64_t matrix = row * given.inputs * given.outputs, bias = row * given.outputs;
     write_matrix(layer.of, layer.dweight, given.weight + matrix, given.bias + bias);
     write_matrix(layer.of, layer.dstart, given.start_weight + matrix, given.start_bias + bias);
+    if (m.factors.moving) write_matrix(layer.of, layer.dvelocity, given.velocity + matrix, given.velocity_bias + bias);
   }
   if (!norm) return;
   write_rows(m.dnorm, m.wide, 1, m.width, g.norm_weight + row * m.width, 0);

@@ -5,30 +5,31 @@
 #include <optional>
 #include <vector>
 
-#include "memory.h"
+#include "memory_factors.h"
 
 namespace {
 
 // What reading some mini-batches again leaves of a layer, for one of them.
 struct KeptLayer {
-  float* weight;  // before the mini-batch
-  float* z;       // outputs for the keys; of the last layer standardised if the memory has an inner norm
-  float* rows;    // E
-  float* back;    // U, of all layers but the first
+  float *weight, *velocity;  // before the mini-batch
+  float* z;                  // outputs for the keys; of the last layer standardised if the memory has an inner norm
+  float* rows;               // E
+  float* back;               // U, of all layers but the first
 };
 
 // One layer of a head's memory and its gradients. All rows of inputs have a 1 behind their last column, for the bias.
 struct GradientLayer {
-  HeadLayer of;  // without the rows; `of.deep` has room for the 1
-  int64_t near;  // of.inputs in whole vectors
-  float *dweight, *dstart;
+  HeadLayer of;                         // without the rows; `of.deep` has room for the 1
+  int64_t near;                         // of.inputs in whole vectors
+  float *dweight, *dstart, *dvelocity;  // the last is of a memory with momentum only
   float *h, *x, *du;  // without gaps between them: inputs for queries and for keys, and the gradient of U
   float *y, *k, *e;   // likewise: gradients of the outputs for queries and for keys, and E
   float *slope, *de;  // bp x wide: of GELU at the outputs for keys; the gradient of E
   float *seen, *dx;   // bp x bp, bp x near
+  float* pairs;       // bp x bp: P without the factors of gates and momenta, where there are such
   KeptLayer kept[MEMORY_KEPT];
 
-  GradientLayer(const ttt::MemoryLayer& given, int64_t bp, bool first, Parts* parts) : of() {
+  GradientLayer(const ttt::MemoryLayer& given, int64_t bp, bool first, const Factors& f, Parts* parts) : of() {
     of.inputs = given.inputs;
     of.outputs = given.outputs;
     of.deep = whole_vectors(given.inputs + 1);
@@ -41,9 +42,11 @@ struct GradientLayer {
     for (float** rows : {&slope, &de}) *rows = parts->take(bp * of.wide);
     seen = parts->take(bp * bp);
     dx = parts->take(bp * near);
+    if (!f.plain) pairs = parts->take(bp * bp);
+    for (float** matrix : {&of.velocity, &dvelocity}) *matrix = f.moving ? parts->take(of.size()) : nullptr;
     for (KeptLayer& chunk : kept)
-      chunk = {parts->take(of.size()), parts->take(bp * of.wide), parts->take(bp * of.wide),
-               first ? nullptr : parts->take(bp * near)};
+      chunk = {parts->take(of.size()), f.moving ? parts->take(of.size()) : nullptr, parts->take(bp * of.wide),
+               parts->take(bp * of.wide), first ? nullptr : parts->take(bp * near)};
   }
 
   // Where rows begin in a mini-batch of `some` tokens.
@@ -59,21 +62,29 @@ struct GradientLayer {
 
 struct MemoryGradient {
   int64_t width, wide, b, bp;  // wide: of rows of `width` numbers
+  Factors factors;
+  FactorsGradient of_factors;
   std::vector<GradientLayer> layers;
   float *k, *v, *dout, *dq, *dkv, *plain;   // bp x wide
   float *through_d, *through_w, *near;      // of `through`
+  float* moving;                            // bp x the widest rows: what the momentum adds
   float *crossed, *inverse, *norm, *dnorm;  // bp x bp, bp, 2 wide, 2 wide
   float* kept_inverse;                      // MEMORY_KEPT x bp
 
   MemoryGradient(const ttt::Memory& a, Parts* parts)
-      : width(a.width), wide(whole_vectors(width)), b(a.mini_batch), bp(whole_vectors(b)) {
+      : width(a.width),
+        wide(whole_vectors(width)),
+        b(a.mini_batch),
+        bp(whole_vectors(b)),
+        factors(a, bp, parts),
+        of_factors(factors.plain ? 0 : bp, parts) {
     int64_t widest = wide;
     for (int64_t l = 0; l < a.depth; l++) {
-      layers.emplace_back(a.layers[l], bp, l == 0, parts);
+      layers.emplace_back(a.layers[l], bp, l == 0, factors, parts);
       widest = std::max({widest, layers[l].of.deep, layers[l].of.wide});
     }
     for (float** rows : {&k, &v, &dout, &dq, &dkv, &plain}) *rows = parts->take(bp * wide);
-    for (float** rows : {&through_d, &through_w, &near}) *rows = parts->take(bp * widest);
+    for (float** rows : {&through_d, &through_w, &near, &moving}) *rows = parts->take(bp * widest);
     crossed = parts->take(bp * bp);
     inverse = parts->take(bp);
     norm = parts->take(2 * wide);
@@ -137,8 +148,7 @@ inline void lower_products(const float* a, int64_t a_row, const float* b, int64_
                            int64_t bp, float* turned, float* to) {
   transpose(b, b_row, some, b_row, turned, bp);
   product_of<kSet>({a, a_row, 1}, turned, bp, to, bp, some, whole_vectors(some), inner, kLowerResult);
-  for (int64_t i = 0; i < some; i++)
-    for (int64_t j = i + 1; j < i + TILE_ROWS && j < bp; j++) to[i * bp + j] = 0.0f;
+  for (int64_t i = 0; i < some; i++) clear_above(to, bp, i);
 }
 
 }  // namespace

@@ -200,6 +200,29 @@ inline void transpose(const float* from, int64_t from_row, int64_t rows, int64_t
 #endif
 }
 
+// Sets what rows of a register tile read of a lower triangular matrix beyond their own columns.
+inline void clear_above(float* matrix, int64_t row, int64_t i) {
+  for (int64_t j = i + 1; j < i + TILE_ROWS && j < row; j++) matrix[i * row + j] = 0.0f;
+}
+
+// Each row of `to` becomes `factor` times that of `from`, which may be `to`; or that is added to it.
+template <Mode mode>
+inline void scale_rows(const float* from, const float* factor, int64_t rows, int64_t wide, float* to) {
+  static_assert(mode != kSubtract);
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t i = r * wide; i < (r + 1) * wide; i += VL) {
+      const vf found = splat(factor[r]) * load(from + i);
+      store(to + i, mode == kSet ? found : load(to + i) + found);
+    }
+}
+
+// The sum of the products of the numbers of two rows of whole vectors.
+inline float dot(const float* x, const float* y, int64_t count) {
+  vf total = {};
+  for (int64_t j = 0; j < count; j += VL) total += load(x + j) * load(y + j);
+  return sum(total);
+}
+
 // A vector of the sums of `rows` <= VL rows of VL numbers, zeros behind them.
 inline vf sums_of_rows(const float* parts, int64_t rows) {
   float turned[VL * VL];

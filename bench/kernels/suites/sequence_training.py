@@ -1,4 +1,4 @@
-"""Suite ``sequence``, in training: the gated delta rule and TTT-Linear on a text, forward and backward, on CPUs."""
+"""Suite ``sequence``, in training: the gated delta rule and memories on a text, forward and backward, on CPUs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from bench.kernels.case import Case
 from bench.kernels.ceilings import square_ceiling
 from bench.kernels.contender import Contender
-from bench.kernels.suites.sequence import CHUNK, check_close, inputs_of
+from bench.kernels.suites.sequence import CHUNK, TITANS, check_close, inputs_of, layer_sizes, options_of
 from ttt.ops import sequence as ops
 
-DELTA, LINEAR = "gated delta rule", "TTT-Linear"
+DELTA = "gated delta rule"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +24,9 @@ class Training(Case):
     """One op on a text of ``tokens``, and the gradients of all it is given, in the kernels and in the torch form.
 
     flops are those of the kernels' own products, for each token and head, of which the backward pass reads the text
-    again. The delta rule has 22 D^2 with the state and, in chunks of C tokens, 15 C D within the chunk; TTT-Linear
-    24 D^2 and, in mini-batches of b, 8 b D.
+    again. The delta rule has 22 D^2 with the state and, in chunks of C tokens, 15 C D within the chunk. A layer of I x O
+    of a memory has 24 I O, in mini-batches of b 4 b (I + O), 16 I O more with a momentum, and 8 I O more if it is not
+    the first.
     """
 
     suite = "sequence"
@@ -54,7 +55,9 @@ class Training(Case):
         if self.mini_batch is None:
             each = 22 * self.width**2 + 15 * CHUNK * self.width
         else:
-            each = 24 * self.width**2 + 8 * self.mini_batch * self.width
+            sizes, own = layer_sizes(self.op, self.width), 40 if self.op == TITANS else 24
+            each = sum(own * i * o + 4 * self.mini_batch * (i + o) for i, o in sizes)
+            each += sum(8 * i * o for i, o in sizes[1:])
         return self.tokens * self.heads * each
 
     def ceilings(self) -> dict[str, Callable[[], Contender]]:
@@ -62,15 +65,19 @@ class Training(Case):
 
     def contenders(self) -> dict[str, Callable[[], Contender]]:
         x = inputs_of(self.op, self.device, self.dtype, 1, self.tokens, self.heads, self.width)
-        given = [x.q, x.k, x.v, x.rate, *([x.gate] if self.mini_batch is None else (*x.weights, *x.norm[:2]))]
+        layers = len(x.weights)
+        options = {} if self.mini_batch is None else options_of(self.op, x)
+        others = options.values() if self.op == TITANS else x.norm[:2]
+        given = [x.q, x.k, x.v, x.rate, *([x.gate] if self.mini_batch is None else (*x.weights, *others))]
         upwards = torch.randn_like(x.v)
 
         def gradients(tensors: Any, form: str, size: int) -> tuple[Tensor, ...]:
             if self.mini_batch is None:
                 out, _ = ops.gated_delta_rule(*tensors, form=form, chunk_size=size)
             else:
-                arguments: Any = (*tensors[:6], ops.Norm(*tensors[6:]))
-                out, _ = ops.ttt_linear(*arguments, mini_batch=self.mini_batch, form=form)
+                tokens, weights, rest = tensors[:4], tensors[4 : 4 + layers], tensors[4 + layers :]
+                named: Any = dict(zip(options, rest, strict=True)) if self.op == TITANS else {"norm": ops.Norm(*rest)}
+                out, _ = ops.memory(*tokens, weights, mini_batch=self.mini_batch, form=form, **named)
             return torch.autograd.grad(out, tensors, upwards.to(out.dtype))
 
         @functools.cache
@@ -100,7 +107,8 @@ def cases(device: str) -> list[Case]:
     if device != "cpu":
         return []
     found: list[Case] = []
-    for op, mini_batch in ((DELTA, None), (LINEAR, 16), (LINEAR, 64)):
+    memories = [(op, mini_batch) for op in ("TTT-Linear", "TTT-MLP", TITANS) for mini_batch in (16, 64)]
+    for op, mini_batch in ((DELTA, None), *memories):
         for dtype in ("float32", "bfloat16"):
             quick = (op, dtype) == (DELTA, "float32")
             found.append(Training(device, dtype, op, 2048, 16, 64, mini_batch, quick=quick))

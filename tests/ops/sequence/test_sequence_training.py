@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import assert_close
-from sequence_cases import doubled, memory_case
+from sequence_cases import between, doubled, memory_case
 from test_sequence_kernels import inputs
 
 from ttt.ops import cpu
@@ -123,28 +123,32 @@ def memory_runs(case, bounds=None):
     return run
 
 
-def memory_tensors(shape, mini_batch, dtype, middles=(), rows=None, begun=True, normed=True):
+def memory_tensors(shape, mini_batch, dtype, middles=(), rows=None, begun=True, normed=True, gated=False, moving=False):
     """The tensors of a memory with layers of ``middles`` in between, and its case for `memory_runs`.
 
     Args:
         shape: B, T, H, D.
         rows: how many sequences there are; B by default.
         begun: whether a state is given; if not, the sequences are new.
-        normed: whether it has an inner norm.
+        normed, gated, moving: whether it has an inner norm, a gate and a momentum.
     """
     batch, tokens, heads, width = shape
     tensors, weights, norm = memory_case(batch, tokens, heads, dtype, width, *middles)
     rows = batch if rows is None else rows
     states = [w.expand(rows, *w.shape).contiguous() for w in weights] if begun else [w.unsqueeze(0) for w in weights]
     begin = [w.clone() for w in states] if begun else []
+    begin += [0.1 * torch.randn(w.shape) for w in states] if begun and moving else []
+    factors = [between(low, high, *shape[:3], dtype=torch.float32) for low, high in ((0.7, 1), (0, 0.8))]
+    factors = [f if given else None for f, given in zip(factors, (gated, moving), strict=True)]
     case = (norm if normed else None, mini_batch, len(weights) // 2)
-    return (*tensors, None, None, *(norm[:2] if normed else (None, None)), *states, *begin), case
+    return (*tensors, *factors, *(norm[:2] if normed else (None, None)), *states, *begin), case
 
 
 def memory_weights(tensors, case, rows):
     """Random numbers of the shapes of what `memory_runs` returns."""
     shapes = [(rows, *t.shape[1:]) for t in tensors[8 : 8 + 2 * case[2]]]
-    return [weight_of(tensors[0]), *(torch.randn(shape).double() for shape in (*shapes, *shapes))]
+    parts = 2 if tensors[5] is None else 3
+    return [weight_of(tensors[0]), *(torch.randn(shape).double() for shape in shapes * parts)]
 
 
 def check_memory(op, tensors, case, rows, bounds=None):
@@ -205,18 +209,51 @@ def test_gradients_do_not_depend_on_the_default_dtype(default):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize(("op", "middles"), [("ttt_linear", ()), ("ttt_mlp", (24,))])
-def test_gradients_of_packed_texts_of_memories(isa, op, middles):
-    lengths = [5, 0, 1, 70, 64, 3]
-    bounds = torch.tensor([0, *lengths]).cumsum(0)
-    tensors, case = memory_tensors((1, int(bounds[-1]), 2, 20), 4, torch.float32, middles, len(lengths))
-    check_memory(op, tensors, case, len(lengths), bounds)
+TITANS = {"normed": False, "gated": True, "moving": True}
+KINDS = [("ttt_linear", (), {}), ("ttt_mlp", (24,), {}), ("titans", (), TITANS), ("titans", (24,), TITANS)]
+"""Names under which calls are counted, layers in between, and options of `memory_tensors`."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "middles", "mini_batch"), [
+    ((1, 1, 2, 24), (), 16), ((2, 33, 2, 20), (), 7), ((1, 64, 1, 64), (), 16), ((1, 63, 1, 16), (), 16),
+    ((1, 65, 2, 24), (33,), 16), ((1, 40, 1, 16), (), 1), ((1, 100, 1, 64), (), 64), ((2, 0, 2, 20), (24,), 4),
+    ((1, 300, 1, 20), (), 16), ((2, 33, 2, 20), (24, 17), 7),
+])  # fmt: skip
+def test_gradients_of_titans(isa, dtype, shape, middles, mini_batch):
+    check_memory("titans", *memory_tensors(shape, mini_batch, dtype, middles, **TITANS), shape[0])
 
 
 @pytest.mark.parametrize("middles", [(), (24,)])
-def test_a_packed_text_gets_the_gradients_of_a_single_one(middles):
+@pytest.mark.parametrize(("normed", "gated", "moving"), [
+    (True, True, False), (True, False, True), (True, True, True), (False, True, False), (False, False, True),
+])  # fmt: skip
+def test_gradients_with_a_gate_or_a_momentum(isa, middles, normed, gated, moving):
+    options = {"normed": normed, "gated": gated, "moving": moving}
+    check_memory("memory", *memory_tensors((1, 37, 2, 20), 8, torch.float32, middles, **options), 1)
+
+
+def test_gates_and_momenta_that_are_zero(isa):
+    """What lies before a closed gate gets no gradient from what comes later, and no factor is divided by another."""
+    tensors, case = memory_tensors((1, 37, 2, 20), 8, torch.float32, **TITANS)
+    for factor in tensors[4:6]:
+        factor[:, 11] = 0.0
+        factor[:, 20, 0] = 0.0
+    check_memory("titans", tensors, case, 1)
+
+
+@pytest.mark.parametrize(("op", "middles", "options"), KINDS)
+def test_gradients_of_packed_texts_of_memories(isa, op, middles, options):
+    lengths = [5, 0, 1, 70, 64, 3]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    tensors, case = memory_tensors((1, int(bounds[-1]), 2, 20), 4, torch.float32, middles, len(lengths), **options)
+    check_memory(op, tensors, case, len(lengths), bounds)
+
+
+@pytest.mark.parametrize(("middles", "options"), [kind[1:] for kind in KINDS])
+def test_a_packed_text_gets_the_gradients_of_a_single_one(middles, options):
     """To the bit: of the norm, whose gradients are sums over the texts, those of texts of which one is empty."""
-    tensors, case = memory_tensors((1, 37, 2, 20), 4, torch.float32, middles, 2)
+    tensors, case = memory_tensors((1, 37, 2, 20), 4, torch.float32, middles, 2, **options)
     weights = memory_weights(tensors, case, 2)
     packed = gradients(memory_runs(case, torch.tensor([0, 37, 37]))("auto"), tensors, weights)
     alone = [t if t is None or n < 8 else t[:1] for n, t in enumerate(tensors)]
@@ -226,18 +263,18 @@ def test_a_packed_text_gets_the_gradients_of_a_single_one(middles):
         assert torch.equal(a[:1] if a.shape != b.shape else a, b)
 
 
-@pytest.mark.parametrize(("op", "middles"), [("ttt_linear", ()), ("ttt_mlp", (24,))])
-def test_gradients_of_the_first_weights(isa, op, middles):
+@pytest.mark.parametrize(("op", "middles", "options"), KINDS)
+def test_gradients_of_the_first_weights(isa, op, middles, options):
     """Those of new sequences, of which all begin with them."""
-    tensors, case = memory_tensors((3, 37, 2, 20), 8, torch.float32, middles, begun=False)
+    tensors, case = memory_tensors((3, 37, 2, 20), 8, torch.float32, middles, begun=False, **options)
     check_memory(op, tensors, case, 3)
 
 
 def test_second_derivatives_are_those_of_the_torch_form():
     q, k, v, beta, g = inputs(1, 40, 2, 8, 8, torch.float32)
     runs = [(delta_runs(), (q, k, v, beta, g, torch.randn(1, 2, 8, 8)))]
-    for middles in ((), (24,)):
-        tensors, case = memory_tensors((1, 21, 2, 20), 8, torch.float32, middles)
+    for _, middles, options in KINDS[:3]:
+        tensors, case = memory_tensors((1, 21, 2, 20), 8, torch.float32, middles, **options)
         runs.append((memory_runs(case), tensors))
     for run, given in runs:
         found = []
@@ -278,7 +315,17 @@ def test_transforms_of_torch_func_take_the_torch_form():
             torch.testing.assert_close(found[n], exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
 
 
-@pytest.mark.parametrize(("op", "middles"), [("ttt_linear", ()), ("ttt_mlp", (24,))])
+@pytest.mark.parametrize(("middles", "options"), [kind[1:] for kind in KINDS])
+def test_the_op_of_memories_is_as_torch_requires(middles, options):
+    """Its schema, its shapes without numbers, and its derivative under tracing."""
+    given, (norm, mini_batch, layers) = memory_tensors((1, 21, 2, 8), 4, torch.float32, middles, **options)
+    tokens, states = leaves(given[:8]), leaves(given[8:])
+    parts = [states[n : n + 2 * layers] for n in range(0, 6 * layers, 2 * layers)]
+    arguments = (*tokens, norm.eps if norm else 0.0, *parts, None, mini_batch, 1.0)
+    torch.library.opcheck(torch.ops.ttt.sequence_memory_in_training.default, arguments)
+
+
+@pytest.mark.parametrize(("op", "middles"), [kind[:2] for kind in KINDS[:2]])
 def test_within_a_mini_batch_the_torch_form_trains(op, middles):
     (q, k, v, rate), weights, norm = memory_case(1, 10, 1, torch.float32, 20, *middles)
     options = {"norm": norm, "mini_batch": 4, "output_final_state": True}
@@ -302,6 +349,7 @@ def test_compiled_training_equals_eager():
         out, state = ops.gated_delta_rule(q, k, v, beta, g, output_final_state=True)
         learnt, _ = ops.ttt_linear(mq + q, mk, mv, rate, weight, bias, norm, mini_batch=8)
         learnt, _ = ops.ttt_mlp(learnt, mk, mv, rate, two_layers, norm, mini_batch=8)
+        learnt, _ = ops.titans(learnt, mk, mv, rate, 0.2 * beta, 0.5 * beta, (weight, bias), mini_batch=8)
         return out.sum() + state.square().sum() + learnt.square().sum()
 
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)

@@ -82,8 +82,6 @@ def memory(
         return None
     tensors = (k, v, rate, gate, momentum, *(norm or NO_NORM)[:2], *tensors_of(state))
     if q.device.type == "cpu" and _need_gradients(q, *tensors):
-        if gate is not None or momentum is not None:
-            return None
         op = cpu.memory_op(state.weights, gate, momentum, norm and norm.weight)
         if not _trains(op, q) or (begun and bool(state.position.any())):
             return None

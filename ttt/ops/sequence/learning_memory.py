@@ -65,7 +65,7 @@ def memory(
         cu_seqlens: (N + 1,), where each of N packed sequences begins, and T. B must be 1 then, and the states have N
             rows.
         form: "auto" takes a kernel of the device where there is one, and the dual form otherwise; with gradients there
-            is one on CPUs of memories without gate and momentum. "chunk" always takes the dual form, "reference" goes
+            is one on CPUs, for states between two mini-batches. "chunk" always takes the dual form, "reference" goes
             token by token.
 
     Returns:

@@ -178,6 +178,7 @@ def _like(t):
 def _save_memory(ctx, inputs, output):
     *tensors, ctx.eps, weights, start, velocity, begins, ctx.mini_batch, ctx.scale = inputs
     ctx.layers, ctx.moving = len(weights), bool(velocity)
+    ctx.mark_non_differentiable(*output[4], *output[5])  # no zeros are made for what nobody sees
     ctx.save_for_backward(*tensors, begins, *weights, *start, *velocity, *output[4], *output[5])
 
 
