@@ -24,9 +24,9 @@ class Training(Case):
     """One op on a text of ``tokens``, and the gradients of all it is given, in the kernels and in the torch form.
 
     flops are those of the kernels' own products, for each token and head, of which the backward pass reads the text
-    again. The delta rule has 22 D^2 with the state and, in chunks of C tokens, 15 C D within the chunk. A layer of I x O
-    of a memory has 24 I O, in mini-batches of b 4 b (I + O), 16 I O more with a momentum, and 8 I O more if it is not
-    the first.
+    again. The delta rule has 22 D^2 with the state and, in chunks of C tokens, 15 C D within the chunk. A layer of a
+    memory, of I x O weights, has 24 I O, in mini-batches of b 4 b (I + O), 16 I O more with a momentum, and 8 I O more
+    if it is not the first.
     """
 
     suite = "sequence"
@@ -75,9 +75,9 @@ class Training(Case):
             if self.mini_batch is None:
                 out, _ = ops.gated_delta_rule(*tensors, form=form, chunk_size=size)
             else:
-                tokens, weights, rest = tensors[:4], tensors[4 : 4 + layers], tensors[4 + layers :]
+                (q, k, v, rate), weights, rest = tensors[:4], tensors[4 : 4 + layers], tensors[4 + layers :]
                 named: Any = dict(zip(options, rest, strict=True)) if self.op == TITANS else {"norm": ops.Norm(*rest)}
-                out, _ = ops.memory(*tokens, weights, mini_batch=self.mini_batch, form=form, **named)
+                out, _ = ops.memory(q, k, v, rate, weights, mini_batch=self.mini_batch, form=form, **named)
             return torch.autograd.grad(out, tensors, upwards.to(out.dtype))
 
         @functools.cache
