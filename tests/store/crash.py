@@ -1,10 +1,10 @@
 """``python tests/store/crash.py --kills 1000``: kill -9 a writer at random moments, and check what is left.
 
 A forked writer takes the lease, puts, rolls back and collects garbage, and acknowledges each version through a pipe
-once the store has. Every second writer is killed so many seconds after it began, which is often before it has written,
-the others after their first acknowledgement, however slow the machine is. After each kill the parent checks that nothing
-acknowledged is lost, that no version went back, and that every version that can be read is, to the bit, the state that
-was put under its number.
+once the store has. Every second writer is killed so many seconds after it began, which is often before it has
+written, the others after their first acknowledgement, however slow the machine is. After each kill the parent checks
+that nothing acknowledged is lost, that no version went back, and that every version that can be read is, to the bit,
+the state that was put under its number.
 """
 
 import argparse

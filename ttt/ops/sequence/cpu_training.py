@@ -7,15 +7,8 @@ from torch import Tensor
 
 from ttt.ops.backends import record
 from ttt.ops.cpu import _C, address
-from ttt.ops.sequence.cpu import (
-    as_float,
-    delta_rule,
-    delta_rule_addresses,
-    layer_addresses,
-    memory,
-    memory_arguments,
-    memory_op,
-)
+from ttt.ops.sequence.cpu import as_float, delta_rule, delta_rule_addresses, layer_addresses, memory, memory_arguments
+from ttt.ops.sequence.cpu_steps import memory_op
 
 
 def delta_rule_in_training(q, k, v, beta, g, state, begins, scale):

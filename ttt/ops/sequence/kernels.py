@@ -82,7 +82,7 @@ def memory(
         return None
     tensors = (k, v, rate, gate, momentum, *(norm or NO_NORM)[:2], *tensors_of(state))
     if q.device.type == "cpu" and _need_gradients(q, *tensors):
-        op = cpu.memory_op(state.weights, gate, momentum, norm and norm.weight)
+        op = cpu_steps.memory_op(state.weights, gate, momentum, norm and norm.weight)
         if not _trains(op, q) or (begun and bool(state.position.any())):
             return None
         return functools.partial(training.memory, q, k, v, rate, gate, momentum, norm or NO_NORM)
