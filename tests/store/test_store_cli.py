@@ -1,4 +1,4 @@
-"""``python -m ttt users``, ``verify`` and ``gc``."""
+"""``ttt users``, ``ttt verify`` and ``ttt gc``."""
 
 import io
 import json
@@ -8,6 +8,7 @@ import time
 import pytest
 import safetensors.torch
 import torch
+import typer
 from states import assert_same_state, blob_paths, files_with, put, small_state
 from typer.testing import CliRunner
 
@@ -34,17 +35,38 @@ def run(*arguments, code=0, answer=None):
     return done
 
 
+def commands(group, *names):
+    """Every command of a typer application, with the words that call it."""
+    for name, command in group.commands.items():
+        yield from commands(command, *names, name) if hasattr(command, "commands") else [((*names, name), command)]
+
+
+def test_every_command_that_takes_a_store_takes_it_as_the_same_option():
+    found = {words: parameter for words, command in commands(typer.main.get_command(app))
+             for parameter in command.params if parameter.name == "store"}  # fmt: skip
+    of_users = {("users", name) for name in ("ls", "show", "rollback", "forget", "export", "import")}
+    assert set(found) == {("chat",), ("serve",), ("verify",), ("gc",)} | of_users
+    assert {tuple(parameter.opts) for parameter in found.values()} == {("--store",)}
+
+
+def test_a_store_has_to_be_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in (("users", "ls"), ("users", "show", "ada"), ("verify",), ("gc",)):
+        assert "--store" in run(*words, code=2).output
+    assert not list(tmp_path.iterdir())
+
+
 def test_ls_lists_all_users(url, tmp_path):
-    lines = run("users", "ls", url).stdout.splitlines()
+    lines = run("users", "ls", "--store", url).stdout.splitlines()
     (ada,) = (line for line in lines if "ada" in line)
     with ttt.Store(url) as store:
         (user,) = (u for u in store.users() if u.name == "ada")
     assert [cell.strip() for cell in ada.split("│")[1:5]] == ["ada", "3", "3", str(user.bytes)]
     assert any("[red]bob[/red]" in line for line in lines)  # not markup
-    found = json.loads(run("users", "ls", url, "--json").stdout)
+    found = json.loads(run("users", "ls", "--store", url, "--json").stdout)
     assert [(u["name"], u["head"], u["versions"]) for u in found] == [("[red]bob[/red]", 1, 1), ("ada", 3, 3)]
     ttt.Store(tmp_path / "new").close()
-    assert json.loads(run("users", "ls", tmp_path / "new", "--json").stdout) == []
+    assert json.loads(run("users", "ls", "--store", tmp_path / "new", "--json").stdout) == []
 
 
 @pytest.mark.parametrize(
@@ -66,8 +88,7 @@ def test_commands_refuse_a_store_that_does_not_exist_and_create_nothing(tmp_path
         ttt.Store("gone").close()
         (tmp_path / "gone" / "blobs").rmdir()
     before = sorted(tmp_path.rglob("*"))
-    position = 2 if arguments[0] == "users" else 1
-    done = run(*arguments[:position], url, *arguments[position:], code=1)
+    done = run(*arguments, "--store", url, code=1)
     assert "StorageFailure: " in done.stderr
     assert str(tmp_path / "gone") in done.stderr or "at gone" in done.stderr
     assert sorted(tmp_path.rglob("*")) == before
@@ -75,21 +96,21 @@ def test_commands_refuse_a_store_that_does_not_exist_and_create_nothing(tmp_path
 
 def test_import_makes_a_store_but_not_for_a_wrong_argument(url, tmp_path):
     torn, sound = tmp_path / "torn", tmp_path / "sound"
-    run("users", "export", url, "ada", sound)
+    run("users", "export", "--store", url, "ada", sound)
     torn.write_bytes(b"torn")
-    run("users", "import", tmp_path / "new", "ada", torn, code=2)
-    run("users", "import", tmp_path / "new", "a" * 513, sound, code=2)
+    run("users", "import", "--store", tmp_path / "new", "ada", torn, code=2)
+    run("users", "import", "--store", tmp_path / "new", "a" * 513, sound, code=2)
     assert not (tmp_path / "new").exists()
-    run("users", "import", tmp_path / "new", "ada", sound)
+    run("users", "import", "--store", tmp_path / "new", "ada", sound)
     assert [user.name for user in ttt.Store(tmp_path / "new", create=False).users()] == ["ada"]
 
 
 def test_show_prints_versions_tensors_and_metadata(url):
-    run("users", "rollback", url, "ada", 1)
-    text = run("users", "show", url, "ada").stdout
+    run("users", "rollback", "--store", url, "ada", 1)
+    text = run("users", "show", "--store", url, "ada").stdout
     for word in ("layers.0.a", "float64", "3 x 7", '"seed": 1'):
         assert word in text
-    found = json.loads(run("users", "show", url, "ada", "--json").stdout)
+    found = json.loads(run("users", "show", "--store", url, "ada", "--json").stdout)
     assert [v["number"] for v in found["versions"]] == [4, 3, 2, 1]
     assert found["versions"][0]["source"] == 1
     assert (found["served"], found["damaged"], found["meta"]) == (4, [], {"seed": 1})
@@ -100,37 +121,40 @@ def test_ids_cannot_control_the_terminal(url):
     with ttt.Store(url) as store:
         put(store, "\x1b[2Jeve", 1)
     for command in (
-        ("users", "ls", url),
-        ("users", "show", url, "\x1b[2Jeve"),
-        ("users", "forget", url, "\x1b[2Jeve", "--yes"),
+        ("users", "ls", "--store", url),
+        ("users", "show", "--store", url, "\x1b[2Jeve"),
+        ("users", "forget", "--store", url, "\x1b[2Jeve", "--yes"),
     ):
         assert "\x1b[2J" not in run(*command).output
 
 
 def test_rollback_respects_leases_unless_told_to_steal(url):
-    assert run("users", "rollback", url, "ada", 1).stdout == "version 4 repeats version 1\n"
+    assert run("users", "rollback", "--store", url, "ada", 1).stdout == "version 4 repeats version 1\n"
     with ttt.Store(url) as store:
         assert_same_state(store.get("ada").tensors, small_state(1))
         with store.lease("ada"):
-            assert "LeaseHeld" in run("users", "rollback", url, "ada", 2, code=1).stderr
-            run("users", "rollback", url, "ada", 2, "--steal")
+            assert "LeaseHeld" in run("users", "rollback", "--store", url, "ada", 2, code=1).stderr
+            run("users", "rollback", "--store", url, "ada", 2, "--steal")
         assert store.get("ada").version == 5
-    assert "it has 1-5" in run("users", "rollback", url, "ada", 9, code=1).stderr
-    assert "UnknownUser" in run("users", "rollback", url, "eve", 1, code=1).stderr
-    run("users", "rollback", url, "ada", 0, code=2)
-    assert [u["name"] for u in json.loads(run("users", "ls", url, "--json").stdout)] == ["[red]bob[/red]", "ada"]
+    assert "it has 1-5" in run("users", "rollback", "--store", url, "ada", 9, code=1).stderr
+    assert "UnknownUser" in run("users", "rollback", "--store", url, "eve", 1, code=1).stderr
+    run("users", "rollback", "--store", url, "ada", 0, code=2)
+    assert [u["name"] for u in json.loads(run("users", "ls", "--store", url, "--json").stdout)] == [
+        "[red]bob[/red]",
+        "ada",
+    ]
 
 
 def test_forget_asks_before_it_removes(url):
-    assert "Remove ada and 3 versions" in run("users", "forget", url, "ada", code=1, answer="n\n").stdout
+    assert "Remove ada and 3 versions" in run("users", "forget", "--store", url, "ada", code=1, answer="n\n").stdout
     with ttt.Store(url) as store:
         assert store.get("ada").version == 3
-        run("users", "forget", url, "ada", answer="y\n")
+        run("users", "forget", "--store", url, "ada", answer="y\n")
         with pytest.raises(ttt.store.UnknownUser):
             store.get("ada")
-    run("users", "forget", url, "[red]bob[/red]", "--yes")
-    assert "UnknownUser" in run("users", "forget", url, "ada", "--yes", code=1).stderr
-    assert json.loads(run("users", "ls", url, "--json").stdout) == []
+    run("users", "forget", "--store", url, "[red]bob[/red]", "--yes")
+    assert "UnknownUser" in run("users", "forget", "--store", url, "ada", "--yes", code=1).stderr
+    assert json.loads(run("users", "ls", "--store", url, "--json").stdout) == []
 
 
 @pytest.mark.parametrize("answer", [None, "y\n"])
@@ -147,14 +171,14 @@ def test_forget_completes_an_interrupted_one_and_erases_every_byte(url, tmp_path
         else:
             store.lease(user).release()
         assert files_with(tmp_path, [user.encode()]) != []
-        done = run("users", "forget", url, user, code=answer is None, answer=answer)
+        done = run("users", "forget", "--store", url, user, code=answer is None, answer=answer)
         assert ("Remove" in done.stdout) == (answer is not None)
         assert files_with(tmp_path, [user.encode()]) == []
         assert [row.name for row in store.index.user_rows()] == ["ada", "[red]bob[/red]"]
 
 
 def test_forget_of_an_unknown_user_asks_nothing(url):
-    done = run("users", "forget", url, "nobody", code=1)
+    done = run("users", "forget", "--store", url, "nobody", code=1)
     assert "UnknownUser" in done.stderr
     assert done.stdout == ""
 
@@ -185,49 +209,49 @@ def test_wide_characters_are_aligned_and_plain_terminals_get_ascii(capsys, monke
 
 def test_an_exported_file_can_be_imported(url, tmp_path):
     file = tmp_path / "ada.safetensors"
-    run("users", "export", url, "ada", file)
+    run("users", "export", "--store", url, "ada", file)
     assert_same_state(safetensors.torch.load_file(file), small_state(3))
-    run("users", "import", url, "eve", file)
-    run("users", "export", url, "ada", file, "--version", 2)
-    run("users", "import", url, "eve", file)
+    run("users", "import", "--store", url, "eve", file)
+    run("users", "export", "--store", url, "ada", file, "--version", 2)
+    run("users", "import", "--store", url, "eve", file)
     with ttt.Store(url) as store:
         for version, seed in ((1, 3), (2, 2)):
             state = store.get("eve", version)
             assert_same_state(state.tensors, small_state(seed))
             assert state.meta == {"seed": seed}
         with store.lease("eve"):
-            run("users", "import", url, "eve", file, code=1)
+            run("users", "import", "--store", url, "eve", file, code=1)
     safetensors.torch.save_file({"w": torch.ones(2)}, file, {"origin": "elsewhere"})
-    run("users", "import", url, "eve", file)
+    run("users", "import", "--store", url, "eve", file)
     with ttt.Store(url) as store:
         assert store.get("eve").meta == {"origin": "elsewhere"}
     file.write_bytes(b"no safetensors")
-    assert "not a whole" in run("users", "import", url, "eve", file, code=2).output
-    run("users", "import", url, "eve", tmp_path / "missing", code=2)
-    run("users", "export", url, "eve", tmp_path / "no folder" / "x", code=1)
+    assert "not a whole" in run("users", "import", "--store", url, "eve", file, code=2).output
+    run("users", "import", "--store", url, "eve", tmp_path / "missing", code=2)
+    run("users", "export", "--store", url, "eve", tmp_path / "no folder" / "x", code=1)
 
 
 def test_verify_reports_damage_and_gc_removes_it(url):
-    sound = run("verify", url).stdout
+    sound = run("verify", "--store", url).stdout
     assert "4 versions in 4 blobs; 0 damaged; 0 files" in sound
     assert "journal of the index: wal" in sound
     with ttt.Store(url) as store:
         newest = blob_paths(store, "ada")[0]
     newest.write_bytes(newest.read_bytes()[:-1])
-    assert "ada" in run("verify", url, code=1).stdout
-    found = json.loads(run("verify", url, "--json", code=1).stdout)
+    assert "ada" in run("verify", "--store", url, code=1).stdout
+    found = json.loads(run("verify", "--store", url, "--json", code=1).stdout)
     assert (found["sound"], found["unreadable"], found["unlisted"], found["journal"]) == (False, [], [], "wal")
     assert [(b["user"], b["version"]) for b in found["damaged"]] == [("ada", 3)]
-    shown = run("users", "show", url, "ada")
+    shown = run("users", "show", "--store", url, "ada")
     assert "warning: version 3 of 'ada' is damaged" in shown.stderr
     assert '"seed": 2' in shown.stdout
-    run("users", "rollback", url, "ada", 2)
-    removed = json.loads(run("gc", url, "--keep-last", 1, "--keep-days", 0, "--grace", 0, "--json").stdout)
+    run("users", "rollback", "--store", url, "ada", 2)
+    removed = json.loads(run("gc", "--store", url, "--keep-last", 1, "--keep-days", 0, "--grace", 0, "--json").stdout)
     assert removed["versions"] == 3
     assert removed["blobs"] == 2
-    run("verify", url)
+    run("verify", "--store", url)
 
 
 def test_wrong_urls_end_with_an_error(url):
-    assert "url must be" in run("users", "ls", "mysql://x", code=2).output
-    assert "StorageFailure" in run("verify", "/dev/null/store", code=1).stderr
+    assert "url must be" in run("users", "ls", "--store", "mysql://x", code=2).output
+    assert "StorageFailure" in run("verify", "--store", "/dev/null/store", code=1).stderr

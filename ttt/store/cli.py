@@ -1,7 +1,7 @@
-"""``python -m ttt users ...`` and ``python -m ttt verify``: a store from the command line.
+"""``ttt users ...``, ``ttt verify`` and ``ttt gc``: a store from the command line.
 
-STORE is a URL of `ttt.Store`. Exit codes: 0 done; 1 the store refused or failed (unknown user, held lease, damage);
-2 wrong usage.
+``--store`` is a URL of `ttt.Store`, as for ``ttt chat`` and ``ttt serve``, and has no default. Exit codes: 0 done; 1 the
+store refused or failed (unknown user, held lease, damage); 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ users = typer.Typer(no_args_is_help=True, help="Per-user weights in a store: lis
 
 _NUMBERS = ("version", "kept", "bytes", "repeats")  # columns that align right
 
-StoreUrl = Annotated[str, typer.Argument(metavar="STORE", help="URL of the store; a path names a folder.")]
+StoreUrl = Annotated[str, typer.Option("--store", metavar="STORE", help="URL of the store; a path names a folder.")]
 UserId = Annotated[str, typer.Argument(metavar="USER", help="Id of the user.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON for machines instead of a table.")]
 Steal = Annotated[bool, typer.Option("--steal", help="Take the user over from a process that holds the lease.")]
