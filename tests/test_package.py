@@ -1,5 +1,6 @@
 """The package as a user sees it: import, info, command line and builds; and the selection of quick tests."""
 
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import selection
+import torch
 from typer.testing import CliRunner
 
 import ttt
@@ -68,6 +70,23 @@ def test_info_says_what_is_active():
     assert done.returncode == 0, done.stderr
     for word in ("torch", "threads", "isa", found["isa"], "window_linear", "cpu"):
         assert word in done.stdout
+
+
+def test_info_is_a_dict_that_shows_itself_as_a_report_and_prints_nothing_unasked(capsys):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    ttt.adapt_(model, ttt.TTTConfig(target_modules=["0"]))
+    found = ttt.info(model=model)
+    assert capsys.readouterr().out == ""
+    assert (found["learning"], isinstance(found, dict), json.loads(json.dumps(found))) == (["0"], True, dict(found))
+    lines = repr(found).splitlines()
+    assert "learning    0" in lines
+    assert f"torch       {torch.__version__}" in lines
+    file = io.StringIO()
+    assert ttt.info(file, model=model) == found
+    assert file.getvalue() == f"{found}\n"
+    for key in list(found):  # whatever a caller takes out
+        del found[key]
+        assert f"{key:12}" not in repr(found)
 
 
 @pytest.mark.parametrize("isa", ["portable"])

@@ -18,9 +18,9 @@ keys_cli.add_to(app)
 @app.command()
 def info() -> None:
     """Print versions, backends, instruction set and threads in use, and why a backend is missing."""
-    from ttt.info import info as show
+    from ttt.info import info as found
 
-    show()
+    print(found())
 
 
 @app.command()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import platform
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,15 +20,26 @@ from ttt.nn.base import Adapted
 from ttt.ops import backends, cpu
 
 
-def info(file: TextIO | None = sys.stdout, *, model: nn.Module | None = None) -> dict[str, Any]:
-    """Print and return which backend runs each op on each device, and why a faster one is missing.
+class Report(dict[str, Any]):
+    """What `info` returns: a dict that shows itself as the lines of a report."""
+
+    def __repr__(self) -> str:
+        lines = io.StringIO()
+        _print(self, lines)
+        return lines.getvalue().rstrip("\n")
+
+    __str__ = __repr__
+
+
+def info(file: TextIO | None = None, *, model: nn.Module | None = None) -> Report:
+    """Return which backend runs each op on each device, and why a faster one is missing.
 
     Args:
-        file: the text file to print to, by default standard output; None prints nothing.
+        file: a text file to print the report to; None prints nothing.
         model: an adapted model, for the last two keys; None for none.
 
     Returns:
-        A dict with the keys
+        A dict that Python shows, and ``print`` prints, as a report of one line for each entry. Its keys are
 
         - ``ttt``, ``python``, ``torch``, ``triton``: versions; None if not installed;
         - ``processor``: its name; ``threads``: the number of threads that torch and the C++ kernels use;
@@ -41,10 +52,13 @@ def info(file: TextIO | None = sys.stdout, *, model: nn.Module | None = None) ->
         - ``slow_calls``: ``"OP on BACKEND: REASON"`` -> number of calls that a slower backend ran, for that reason;
         - ``learning``: names of the layers of ``model`` that learn;
         - ``left_out``: name -> why ``target_modules="all-linear"`` did not take it.
+
+    Raises:
+        TypeError: if ``file`` is no text file, or ``model`` no module.
     """
     if file is not None and not callable(getattr(file, "write", None)):
         raise TypeError(f"file must be a text file to write to, or None, got {type(file).__name__}")
-    found: dict[str, Any] = {
+    found = Report({
         "ttt": _version("ttt"),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -55,7 +69,7 @@ def info(file: TextIO | None = sys.stdout, *, model: nn.Module | None = None) ->
         "isas": [],
         "devices": ["cpu"],
         "missing": dict(backends.unavailable),
-    }
+    })  # fmt: skip
     if cpu._C is not None:
         found["isa"], found["isas"] = cpu._C.active_isa(), cpu._C.available_isas()
     if torch.cuda.is_available():
@@ -79,7 +93,7 @@ def info(file: TextIO | None = sys.stdout, *, model: nn.Module | None = None) ->
         names = [name for name, module in check_model(model).named_modules() if isinstance(module, Adapted)]
         found["learning"], found["left_out"] = names, left_out(model)
     if file is not None:
-        _print(found, file)
+        print(found, file=file)
     return found
 
 
@@ -125,17 +139,20 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _print(found: dict[str, Any], file: TextIO) -> None:
+def _print(found: Report, file: TextIO) -> None:
+    """Print a line for each entry; a caller may have taken entries out."""
     for key in ("ttt", "python", "torch", "triton", "processor", "threads"):
-        print(f"{key:12}{found[key] if found[key] is not None else 'not installed'}", file=file)
-    forced = f" (forced by {cpu.ISA_VARIABLE})" if os.environ.get(cpu.ISA_VARIABLE) else ""
-    print(f"{'isa':12}{found['isa']}{forced}; this processor has {', '.join(found['isas']) or 'unknown'}", file=file)
-    print(f"{'devices':12}{'; '.join(found['devices'])}", file=file)
-    for title in ("missing", "ops", "isolation", "calls", "slow_calls"):
-        for key, value in found[title].items():
+        if key in found:
+            print(f"{key:12}{found[key] if found[key] is not None else 'not installed'}", file=file)
+    if "isa" in found:
+        forced = f" (forced by {cpu.ISA_VARIABLE})" if os.environ.get(cpu.ISA_VARIABLE) else ""
+        has = ", ".join(found.get("isas", ())) or "unknown"
+        print(f"{'isa':12}{found['isa']}{forced}; this processor has {has}", file=file)
+    if "devices" in found:
+        print(f"{'devices':12}{'; '.join(found['devices'])}", file=file)
+    for title in ("missing", "ops", "isolation", "calls", "slow_calls", "left_out"):
+        for key, value in found.get(title, {}).items():
             text = "; ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else value
             print(f"{title:12}{key}: {text}", file=file)
     for name in found.get("learning", ()):
         print(f"{'learning':12}{name}", file=file)
-    for name, why in found.get("left_out", {}).items():
-        print(f"{'left_out':12}{name}: {why}", file=file)

@@ -1,4 +1,4 @@
-"""Counts which backend ran each op, and why a faster one did not; `ttt.info()` prints the counts."""
+"""Counts which backend ran each op, and why a faster one did not; `ttt.info()` shows the counts."""
 
 from __future__ import annotations
 
