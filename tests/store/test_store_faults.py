@@ -118,6 +118,35 @@ except ttt.store.StoreError as error:
     assert put(local, "bob", 1) == 1
 
 
+def test_a_store_says_whether_it_takes_writes_and_keeps_nothing_of_the_trial(store):
+    put(store, "ada", 1)
+    users, versions = store.index.user_rows(), store.index.all_versions()
+    store.check_in_place()
+    store.check_writes()
+    assert (store.index.user_rows(), store.index.all_versions()) == (users, versions)
+    report = store.verify()
+    assert (report.sound, report.blobs, report.orphans) == (True, 1, [])
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "open"])
+def test_a_disk_that_takes_no_files_is_noticed_by_the_trial(local, monkeypatch, call):
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "os", Failing(call, 1, errno.ENOSPC))
+        with pytest.raises(StorageFailure, match="No space left"):
+            local.check_writes()
+    assert local.verify().orphans == []
+    local.check_writes()
+
+
+def test_an_index_that_takes_no_writes_is_noticed_by_the_trial(local, monkeypatch):
+    failing = FailingConnection(
+        local.index.connection(), "UPDATE", sqlite3.OperationalError("database or disk is full")
+    )
+    monkeypatch.setattr(local.index, "connection", lambda: failing)
+    with pytest.raises(StorageFailure, match="disk is full"):
+        local.check_writes()
+
+
 def test_everything_is_flushed_before_the_commit(local, monkeypatch):
     """In this order: the blob's bytes, its name, then the commit; and new folders' names before the blob's."""
     events = []

@@ -10,7 +10,7 @@ from failing import FailingConnection
 from states import assert_same_state, files_with, put, small_state
 
 import ttt
-from ttt.store import CommitUncertain, StorageFailure, filesystems, sqlite
+from ttt.store import CommitUncertain, StorageFailure, StoreReplaced, filesystems, sqlite
 from ttt.store.sqlite import SqliteIndex
 
 # -- removed or replaced ------------------------------------------------------------------------------------------
@@ -64,15 +64,20 @@ def test_a_store_whose_files_were_removed_or_replaced_acknowledges_nothing(tmp_p
         put(store, "ada", 1)
         store.index.query("PRAGMA wal_checkpoint")
         lease = store.lease("ada")
+        store.check_in_place()
         damage(folder)
         before = set(tmp_path.rglob("*"))
-        with pytest.raises(StorageFailure, match=r"removed|replaced"):
-            store.put(lease, small_state(2))
+        for attempt in (lambda: store.put(lease, small_state(2)), store.check_in_place, store.check_writes):
+            with pytest.raises(StoreReplaced, match=r"removed|replaced"):
+                attempt()
         with pytest.raises(StorageFailure, match=r"removed|replaced"):
             store.gc(grace=0)
         if damage not in (remove_blobs, replace_blobs):
-            for attempt in (lambda: store.lease("bob"), lease.renew, lambda: store.forget("ada")):
-                with pytest.raises(StorageFailure, match=r"removed|replaced"):
+            for attempt in (
+                lambda: store.lease("bob"), lease.renew, lambda: store.forget("ada"), lambda: store.history("ada"),
+                lambda: store.get("ada"), store.users, lambda: store.rollback("ada", 1, lease=lease),
+            ):  # fmt: skip
+                with pytest.raises(StoreReplaced, match=r"removed|replaced"):
                     attempt()
         assert set(tmp_path.rglob("*")) == before
     if damage is replace_all:

@@ -15,6 +15,7 @@ from ttt.store.errors import (
     StaleLease,
     StorageFailure,
     StoreError,
+    StoreReplaced,
     UnknownUser,
     UnknownVersion,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "StorageFailure",
     "Store",
     "StoreError",
+    "StoreReplaced",
     "UnknownUser",
     "UnknownVersion",
     "User",

@@ -45,6 +45,9 @@ class Blobs(ABC):
     def close(self) -> None:
         """Free what an open target holds on to; the next call opens it again."""
 
+    def check_in_place(self) -> None:
+        """Raise OSError if the target is known to be another one than when it was opened; by default nothing is known."""
+
     @abstractmethod
     def write(self, key: str, data: bytes) -> None:
         """Write ``data`` durably: on return it survives a crash of the machine, as far as the target promises it."""

@@ -1,7 +1,7 @@
 """``ttt users ...``, ``ttt verify`` and ``ttt gc``: a store from the command line.
 
-``--store`` is a URL of `ttt.Store`, as for ``ttt chat`` and ``ttt serve``, and has no default. Exit codes: 0 done; 1 the
-store refused or failed (unknown user, held lease, damage); 2 wrong usage.
+``--store`` is a URL of `ttt.Store`, as for ``ttt chat`` and ``ttt serve``, and has no default. Exit codes: 0 done;
+1 the store refused or failed (unknown user, held lease, damage); 2 wrong usage.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class Database(ABC):
 
     @abstractmethod
     def require_in_place(self) -> None:
-        """Raise `StorageFailure` if what is written over the open connection is lost, its file having been removed."""
+        """Raise `StoreReplaced` if what is written over the open connection is lost, its file having been removed."""
 
     def connection(self) -> Any:
         """The open connection of this process; a new one if there is none, or the server has closed it."""
@@ -96,7 +96,15 @@ class Database(ABC):
     def query(self, statement: str, *values: Any) -> list[tuple]:
         """All rows of one statement that only reads."""
         with self._mutex, self._failures():
-            return self.connection().execute(self.sql(statement), values).fetchall()
+            found = self.connection().execute(self.sql(statement), values).fetchall()
+            self.require_in_place()  # a file that was removed is read as it was
+            return found
+
+    def check_in_place(self) -> None:
+        """`require_in_place`, over an open connection."""
+        with self._mutex, self._failures():
+            self.connection()
+            self.require_in_place()
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class StoreError(Exception):
     """Base class of the store's errors. No acknowledged version is lost when one is raised."""
@@ -38,9 +40,23 @@ class StorageFailure(StoreError):
     """
 
 
+class StoreReplaced(StorageFailure):
+    """The store's files were removed or replaced since it was opened: what is in their place is another store, or none.
+
+    It is not used instead, because nobody could tell it from the folder below a disk that is not mounted. The store works
+    again once its own files are back; one that was made anew has to be opened anew.
+    """
+
+
 class CommitUncertain(StoreError):
     """The database failed during the commit: the version may exist or not; `Store.history` tells later."""
 
 
 class DamagedStateWarning(UserWarning):
     """The newest state is damaged, and an older version was served."""
+
+
+def blobs_failure(what: str, error: OSError) -> StorageFailure:
+    """The error of a store whose blobs have failed with ``error``; ``what`` says what could not be done."""
+    kind = StoreReplaced if error.errno == errno.ESTALE else StorageFailure
+    return kind(f"{what}: {error}")

@@ -151,6 +151,11 @@ class Index(Database):
             raise StaleLease(f"the lease on {grant.user!r} (token {grant.token}) is no longer the latest")
         return found[1], found[2]
 
+    def check_writes(self) -> None:
+        """Write a number that is of no use, to see whether that works."""
+        with self.transaction() as run:
+            self.next_token(run)
+
     # -- reading ----------------------------------------------------------------------------------------------
 
     def find(self, user: str, version: int | None = None) -> Version:

@@ -59,6 +59,9 @@ class LocalBlobs(Blobs):
         if self._close_root is not None:
             self._close_root()
 
+    def check_in_place(self) -> None:
+        self._require_root()
+
     def write(self, key: str, data: bytes) -> None:
         self._require_root()
         path = self.root / key

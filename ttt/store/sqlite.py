@@ -18,7 +18,7 @@ from pathlib import Path
 from ttt.files import file_identity
 from ttt.store import filesystems
 from ttt.store.database import Run
-from ttt.store.errors import StorageFailure
+from ttt.store.errors import StorageFailure, StoreReplaced
 from ttt.store.index import Index
 
 RESERVE_BYTES = 1 << 20
@@ -154,7 +154,7 @@ class SqliteIndex(Index):
             raise StorageFailure(f"{self.path} has schema version {found}; this release reads {SCHEMA_VERSION}")
         (store_id,) = connection.execute("SELECT id FROM ttt_store").fetchone()
         if self._id not in (None, store_id):
-            raise StorageFailure(f"{self.path} was replaced by another store since this one was opened")
+            raise StoreReplaced(f"{self.path} was replaced by another store since this one was opened")
         self._id, self._file = store_id, file_identity(self.path)
 
     def _choose_journal(self, connection: sqlite3.Connection) -> str:
@@ -181,9 +181,9 @@ class SqliteIndex(Index):
 
     def require_in_place(self) -> None:
         if self._file is None or file_identity(self.path) != self._file:
-            raise StorageFailure(f"{self.path} was removed or replaced since it was opened; open the store anew")
+            raise StoreReplaced(f"{self.path} was removed or replaced since it was opened; open the store anew")
         if self._journal == "wal" and not os.path.exists(f"{self.path}-wal"):
-            raise StorageFailure(f"the write-ahead log of {self.path} was removed; open the store anew")
+            raise StoreReplaced(f"the write-ahead log of {self.path} was removed; open the store anew")
 
     # -- what Index asks for ----------------------------------------------------------------------------------
 

@@ -15,8 +15,15 @@ from typing import Any
 from torch import Tensor
 
 from ttt.checks import check_bool, check_number, check_type, check_whole
-from ttt.store.blobs import Blobs, new_key
-from ttt.store.errors import DamagedState, DamagedStateWarning, LeaseHeld, StaleLease, StorageFailure
+from ttt.store.blobs import Blobs, new_folder_name, new_key
+from ttt.store.errors import (
+    DamagedState,
+    DamagedStateWarning,
+    LeaseHeld,
+    StaleLease,
+    StorageFailure,
+    blobs_failure,
+)
 from ttt.store.index import Index
 from ttt.store.lease import Lease
 from ttt.store.maintenance import Collected, collect, forget
@@ -25,6 +32,9 @@ from ttt.store.serialization import encode
 from ttt.store.urls import FORMS, open_url, without_password
 from ttt.store.verification import Damage, Report, read_version, verify
 from ttt.user_name import check_user_name
+
+
+_PROBE_BYTES = 1 << 16  # of the file that `Store.check_writes` writes: a block or two would fit on a disk that is full
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +64,8 @@ class Store:
     the index's commit is what makes it a version. A crash at any moment leaves the last acknowledged version, and at
     most a blob that no version names, which `gc` removes. Safe for threads, processes and forks.
 
-    Once the files of a store in folders are removed or replaced while it is open, writing raises `StorageFailure`. The
-    processes that have a store open must be of one release.
+    Once the files of a store in folders are removed or replaced while it is open, reading and writing raise
+    `StoreReplaced`, a `StorageFailure`, until they are back. The processes that have a store open must be of one release.
 
     Args:
         url: one of
@@ -152,7 +162,7 @@ class Store:
                 self.blobs.write(key, data)
                 return self._commit(lease, blob)
             except OSError as error:
-                raise StorageFailure(f"the state of {lease.user!r} could not be written: {error}") from error
+                raise blobs_failure(f"the state of {lease.user!r} could not be written", error) from error
         except (StaleLease, StorageFailure):
             # Raised before the commit only. After other errors, such as an interrupt, the version may need its blob.
             with contextlib.suppress(OSError):  # a blob that cannot be removed now is garbage
@@ -328,6 +338,30 @@ class Store:
         with _target_failures():
             return verify(self.index, self.blobs)
 
+    def check_in_place(self) -> None:
+        """Raise `StoreReplaced` once the files of a store in folders were removed or replaced; it reads two names.
+
+        Raises:
+            StorageFailure: if the index, or the folder of the blobs, is out of reach.
+        """
+        with _target_failures():
+            self.index.check_in_place()
+            self.blobs.check_in_place()
+
+    def check_writes(self) -> None:
+        """Write a number into the index and a file beside the blobs, and remove the file, to see whether that works.
+
+        Raises:
+            StorageFailure: if disk, network or database failed. CommitUncertain: if the index failed during the commit.
+        """
+        self.index.check_writes()
+        folder = new_folder_name()
+        with _target_failures():
+            try:
+                self.blobs.write(new_key(folder), bytes(_PROBE_BYTES))
+            finally:
+                self.blobs.remove_folder(folder)
+
     def close(self) -> None:
         """Close the index's connection and the folder of the blobs; the next call opens them again."""
         self.index.close()
@@ -345,7 +379,7 @@ def _target_failures():
     try:
         yield
     except OSError as error:
-        raise StorageFailure(f"the blobs are out of reach: {error}") from error
+        raise blobs_failure("the blobs are out of reach", error) from error
 
 
 def _check_version(version: int) -> None:

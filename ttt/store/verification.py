@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ttt.store.blobs import BlobFile, Blobs
-from ttt.store.errors import StorageFailure
+from ttt.store.errors import StorageFailure, blobs_failure
 from ttt.store.index import Index
 from ttt.store.records import Version
 from ttt.store.serialization import decode
@@ -67,7 +67,7 @@ def read_version(blobs: Blobs, version: Version) -> tuple[dict[str, Tensor], dic
     except OSError as error:
         if error.errno == errno.EIO:
             raise Damage(f"its blob cannot be read ({error})") from error
-        raise StorageFailure(f"the blobs are out of reach: {error}") from error
+        raise blobs_failure("the blobs are out of reach", error) from error
     if len(data) != version.size:
         raise Damage(f"its blob has {len(data)} bytes, not {version.size}")
     if hashlib.sha256(data).hexdigest() != version.sha256:
