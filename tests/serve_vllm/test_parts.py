@@ -389,7 +389,8 @@ def test_what_was_to_be_learnt_and_was_not_can_be_read_until_the_user_is_forgott
                     await lesson
             await asyncio.sleep(0)
         missed = seats.missed.of("ada")
-        assert (missed.turns, missed.why) == (2, "nothing was learnt: the user's words cannot be found in the prompt")
+        assert missed.turns == 2
+        assert missed.why.startswith("nothing was learnt: the user's words cannot be found in the prompt")
         await seats.forget("ada")
         assert seats.missed.of("ada") is None
         assert not seats.missed.of("bob")

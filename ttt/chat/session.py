@@ -19,7 +19,7 @@ import ttt
 from ttt.calibrating import Progress, calibrated, silent
 from ttt.checks import check_type, check_whole
 from ttt.conversation import CONVERSATION, Telling
-from ttt.learn.chat_template import teaching_words, tokens_at, words_in_template
+from ttt.learn.chat_template import turn_tokens
 from ttt.learn.learner import Learner
 from ttt.store import Store, UnknownUser, Version
 
@@ -192,7 +192,6 @@ class Chat:
         Args:
             prompt: whether the template's beginning of an answer follows.
         """
-        whole, start, stop = words_in_template(self.tokenizer, messages, answer=prompt)
-        ids, inside = tokens_at(self.tokenizer, whole, [(start, stop)])
+        ids, _, teaches = turn_tokens(self.tokenizer, messages, [len(messages) - 1], answer=prompt)
         device = next(self.model.parameters()).device
-        return torch.tensor([ids], device=device), torch.tensor([teaching_words(inside)], device=device)
+        return torch.tensor([ids], device=device), torch.tensor([teaches], device=device)

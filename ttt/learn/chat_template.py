@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-Message = dict[str, str]
+from ttt.learn.plain_text import Message, Piece, ids_and_places, ids_of, marked_pieces, with_marks
 
 
 def words_in_template(tokenizer: Any, messages: Sequence[Message], *, answer: bool = False) -> tuple[str, int, int]:
@@ -69,22 +69,60 @@ def _spans(whole: str, parts: Sequence[str], words: Sequence[str]) -> list[tuple
     return spans if whole.startswith(parts[0]) and at == len(whole) else None
 
 
-def tokens_at(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
-    """The tokens of ``text``, and which of them hold a character of one of ``spans`` [start, stop).
+def prompt_tokens(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """The tokens of ``messages`` in the chat template, with the beginning of an answer.
+
+    Control tokens in the messages' contents are read as plain text, here and in `turn_tokens`.
 
     Raises:
-        ValueError: if ``tokenizer`` cannot tell where its tokens stand, as only fast ones can.
+        ValueError: if that is not possible. And whatever the template raises.
     """
-    try:
-        found = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
-    except NotImplementedError:
-        raise ValueError(f"tokenizer must be a fast one, got {type(tokenizer).__name__}") from None
+    changed, marks = with_marks(tokenizer, messages)
+    text = tokenizer.apply_chat_template(changed, add_generation_prompt=True, tokenize=False)
+    return ids_of(tokenizer, marked_pieces(text, marks))
+
+
+def turn_tokens(
+    tokenizer: Any, messages: Sequence[Message], chosen: Sequence[int], *, answer: bool = False, cut: bool = False
+) -> tuple[list[int], list[bool], list[bool]]:
+    """The tokens of ``messages`` in the chat template, and which of them are words of the ``chosen`` ones.
+
+    Args:
+        chosen, answer: as for `spans_in_template`.
+        cut: leave out what follows the words of the last chosen message.
+
+    Returns:
+        The tokens; which of them are words of the chosen messages, or their end; and which teach, see `teaching_words`.
+
+    Raises:
+        ValueError: as `spans_in_template` and `prompt_tokens`.
+    """
+    changed, marks = with_marks(tokenizer, messages)
+    whole, spans = spans_in_template(tokenizer, changed, chosen, answer=answer)
+    pieces = marked_pieces(whole[: spans[-1][1]] if cut else whole, marks)
+    ids, inside = tokens_at(tokenizer, pieces, spans)
+    return ids, inside, teaching_words(inside)
+
+
+def tokens_at(
+    tokenizer: Any, text: str | Sequence[Piece], spans: Sequence[tuple[int, int]]
+) -> tuple[list[int], list[bool]]:
+    """The tokens of ``text``, and which of them hold a character of one of ``spans`` [start, stop).
+
+    Args:
+        text: a text, or its pieces, see `ttt.learn.plain_text`.
+
+    Raises:
+        ValueError: as `ttt.learn.plain_text.ids_and_places`.
+    """
+    pieces = [Piece(text, False, 0, len(text))] if isinstance(text, str) else text
+    ids, places = ids_and_places(tokenizer, pieces)
     merged, at, inside = _merged(spans), 0, []
-    for first, last in found["offset_mapping"]:
+    for first, last in places:
         while at < len(merged) and merged[at][1] <= first:
             at += 1
         inside.append(at < len(merged) and first < merged[at][1] and last > merged[at][0])
-    return found["input_ids"], inside
+    return ids, inside
 
 
 def teaching_words(inside: Sequence[bool]) -> list[bool]:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt.learn.chat_template import Message, spans_in_template, teaching_words, tokens_at
+from ttt.learn.chat_template import turn_tokens
+from ttt.learn.plain_text import Message
 from ttt.serve.errors import BadRequest
 
 LEARN = ("off", "on", "wait")
@@ -89,7 +90,7 @@ class Teaching:
         """What ``messages`` teach; None for nothing, as where the last one is a tool's, or is empty.
 
         The template's text, and messages of other roles, are context, as is the first token of a message that weights
-        learn (`ttt.learn.chat_template.teaching_words`).
+        learn (`ttt.learn.chat_template.teaching_words`). Control tokens in messages are read as plain text.
 
         Args:
             longest: largest number of tokens, with context.
@@ -103,8 +104,7 @@ class Teaching:
         if not chosen:
             return None
         try:
-            whole, spans = spans_in_template(tokenizer, messages[: chosen[-1] + 1], chosen)
-            ids, inside = tokens_at(tokenizer, whole[: spans[-1][1]], spans)
+            ids, inside, teaches = turn_tokens(tokenizer, messages[: chosen[-1] + 1], chosen, cut=True)
         except ValueError as error:
             raise BadRequest(str(error), param="messages") from None
-        return Lesson.of(ids, inside if self.read else teaching_words(inside), longest, read=self.read)
+        return Lesson.of(ids, inside if self.read else teaches, longest, read=self.read)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
+from ttt.learn.chat_template import prompt_tokens
 from ttt.serve.errors import BadRequest
 from ttt.serve.http.limits import RateLimits
 from ttt.serve.http.metrics import Metrics
@@ -74,7 +75,7 @@ class Server:
         return self.tokenizer.decode(list(ids))
 
     def chat_tokens(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The tokens of a chat in the model's template, with the beginning of an answer.
+        """The tokens of a chat in the model's template, with the beginning of an answer; see `prompt_tokens`.
 
         Raises:
             BadRequest: if the model has no chat template, or it refuses the messages.
@@ -82,10 +83,9 @@ class Server:
         if not getattr(self.tokenizer, "chat_template", None):
             raise BadRequest("this model has no chat template; use /v1/completions", param="messages")
         try:
-            text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+            return prompt_tokens(self.tokenizer, messages)
         except Exception as error:  # templates raise what they like
             raise BadRequest(f"the chat template refuses the messages: {error!s:.200}", param="messages") from None
-        return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def check_tokens(self, ids: Sequence[int], param: str) -> None:
         """Raise BadRequest unless all ``ids`` are tokens of the model."""

@@ -17,6 +17,7 @@ from fastapi.responses import Response
 from ttt.adapt.peft_export import export_peft
 from ttt.conversation import Telling
 from ttt.learn.chat_template import openings, tokens_at
+from ttt.learn.plain_text import plain_pieces
 from ttt.serve.errors import BadRequest, Forbidden, NotFound
 from ttt.serve.http.running import result_of
 from ttt.serve.http.schema import LearnRequest, RollbackRequest, StudyRequest
@@ -243,7 +244,10 @@ def _lesson(server: Server, body: LearnRequest) -> Lesson | None:
     for start, stop in spans:
         if not 0 <= start < stop <= len(body.text):
             raise BadRequest(f"spans must lie in the text, [0, {len(body.text)}), got [{start}, {stop})", param="spans")
-    ids, inside = tokens_at(server.tokenizer, body.text, spans)
+    try:
+        ids, inside = tokens_at(server.tokenizer, plain_pieces(server.tokenizer, body.text), spans)
+    except ValueError as error:
+        raise BadRequest(str(error), param="text") from None
     if len(ids) > context:
         raise BadRequest(
             f"text must have at most {context} tokens, got {len(ids)}; send it in parts",

@@ -117,7 +117,10 @@ class Turns:
                 raise Conflict("nothing was learnt: the user was forgotten meanwhile", code=FORGOTTEN)
             found = self.lesson(turn.request, client.get_tokenizer(), ids)
             if found is None:
-                raise BadRequest("nothing was learnt: the user's words cannot be found in the prompt")
+                raise BadRequest(
+                    "nothing was learnt: the user's words cannot be found in the prompt, as where they hold control "
+                    "tokens of the chat template, such as <|im_end|>, which vLLM reads as such"
+                )
             learnt = await self.seats.change(seat, "learn", seat.user, key, *found)
             if turn.learn == "wait":
                 seat.known = await self.seats.engine.call("stored", seat.user)
