@@ -207,8 +207,8 @@ def test_commands_in_the_terminal(base, tmp_path, monkeypatch):
     chat = chat_of(base, tmp_path)
     monkeypatch.setattr("transformers.TextStreamer", lambda *_, **__: None)
     lines = iter(
-        ["/study", "hello", "", "/versions", "/rollback 1", "/rollback x", "/rollback 7", "/study", "/study", "/dance",
-         "/forget", "/study", "/quit"]
+        ["/versions", "/study", "hello", "", "/versions", "/rollback 1", "/rollback x", "/rollback 7", "/study",
+         "/study", "/dance", "/forget", "/versions", "/study", "/quit"]
     )  # fmt: skip
     out = io.StringIO()
     console = Console(file=out, width=200)
@@ -222,6 +222,7 @@ def test_commands_in_the_terminal(base, tmp_path, monkeypatch):
     ):  # fmt: skip
         assert part in text
     assert text.count("nothing new was said") == 3
+    assert text.count("there is no version yet: nothing was learnt") == 2
     assert chat.versions() == []
 
 

@@ -89,7 +89,10 @@ def command(chat: Chat, line: str, console: Console) -> None:
     if argument and name in ("/study", "/versions", "/forget", SURE, "/quit"):
         raise ValueError(f"{name} takes no argument, got {argument!r}")
     if name == "/versions":
-        for found in chat.versions():
+        versions = chat.versions()
+        if not versions:
+            console.print("there is no version yet: nothing was learnt")
+        for found in versions:
             when = datetime.datetime.fromtimestamp(found.created).isoformat(" ", "seconds")
             console.print(f"{found.number:>5}  {when}" + (f"  as {found.source}" if found.source else ""))
     elif name == "/rollback":
