@@ -91,11 +91,11 @@ def test_blobs_whose_folder_was_removed_are_out_of_reach_and_not_damaged(tmp_pat
     with ttt.Store(tmp_path) as store:
         put(store, "ada", 1)
         damage(tmp_path)
-        with pytest.raises(StorageFailure, match="removed or replaced"):
+        with pytest.raises(StoreReplaced, match="removed or replaced"):
             store.get("ada")
-        with pytest.raises(StorageFailure, match="removed or replaced"):
+        with pytest.raises(StoreReplaced, match="removed or replaced"):
             store.verify()
-        with pytest.raises(StorageFailure, match="removed or replaced"):
+        with pytest.raises(StoreReplaced, match="removed or replaced"):
             store.forget("ada")
         assert len(store.index.user_rows()) == 1  # still to be erased
         if damage is replace_blobs:  # the disk is mounted again

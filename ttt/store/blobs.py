@@ -45,8 +45,9 @@ class Blobs(ABC):
     def close(self) -> None:
         """Free what an open target holds on to; the next call opens it again."""
 
+    @abstractmethod
     def check_in_place(self) -> None:
-        """Raise OSError if the target is known to be another one than when it was opened; by default nothing is known."""
+        """Raise OSError if the target is known to be another one than when it was opened."""
 
     @abstractmethod
     def write(self, key: str, data: bytes) -> None:

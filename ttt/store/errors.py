@@ -43,8 +43,8 @@ class StorageFailure(StoreError):
 class StoreReplaced(StorageFailure):
     """The store's files were removed or replaced since it was opened: what is in their place is another store, or none.
 
-    It is not used instead, because nobody could tell it from the folder below a disk that is not mounted. The store works
-    again once its own files are back; one that was made anew has to be opened anew.
+    It is not used instead, because nobody could tell it from the folder below a disk that is not mounted. The store
+    works again once its own files are back; one that was made anew has to be opened anew.
     """
 
 
@@ -56,7 +56,12 @@ class DamagedStateWarning(UserWarning):
     """The newest state is damaged, and an older version was served."""
 
 
-def blobs_failure(what: str, error: OSError) -> StorageFailure:
-    """The error of a store whose blobs have failed with ``error``; ``what`` says what could not be done."""
+def blobs_failure(what: str, error: OSError, shown: str | None = None) -> StorageFailure:
+    """The error of a store whose blobs have failed with ``error``.
+
+    Args:
+        what: says what could not be done.
+        shown: follows it, by default the text of ``error``.
+    """
     kind = StoreReplaced if error.errno == errno.ESTALE else StorageFailure
-    return kind(f"{what}: {error}")
+    return kind(f"{what}: {error if shown is None else shown}")

@@ -57,6 +57,9 @@ class FsspecBlobs(Blobs):
         with _as_oserror(), contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(self._path(key))
 
+    def check_in_place(self) -> None:
+        """Does nothing: of a remote target only a request could tell."""
+
     def remove_folder(self, folder: str) -> None:
         with _as_oserror(), contextlib.suppress(FileNotFoundError):
             self.fs.invalidate_cache()

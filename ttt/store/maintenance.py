@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
 from ttt.store.blobs import BlobFile, Blobs
-from ttt.store.errors import CommitUncertain, StorageFailure, UnknownUser
+from ttt.store.errors import CommitUncertain, StorageFailure, UnknownUser, blobs_failure
 from ttt.store.index import Index
 from ttt.store.records import UserRow
 
@@ -38,7 +39,13 @@ class _Removal:
         self.index, self.blobs = index, blobs
         self.removed: list[BlobFile] = []
         self.failures: list[str] = []
+        self._cause: OSError | None = None  # of one of them; that the blobs were replaced, if that is one
         self._failed_folders: set[str] = set()
+
+    def _failed(self, what: str, error: OSError) -> None:
+        self.failures.append(f"{what}: {error}")
+        if self._cause is None or error.errno == errno.ESTALE:
+            self._cause = error
 
     def remove_folder(self, folder: str) -> bool:
         """Remove a user's folder; whether that succeeded. One that failed before is not tried again."""
@@ -48,7 +55,7 @@ class _Removal:
             files = self.blobs.list_files(folder)
             self.blobs.remove_folder(folder)
         except OSError as error:
-            self.failures.append(f"folder {folder}: {error}")
+            self._failed(f"folder {folder}", error)
             self._failed_folders.add(folder)
             return False
         self.removed += files
@@ -59,7 +66,7 @@ class _Removal:
         try:
             return list(self.blobs.list_folders())
         except OSError as error:
-            self.failures.append(f"the list of folders: {error}")
+            self._failed("the list of folders", error)
             return []
 
     def erase_detached(self) -> tuple[list[UserRow], bool]:
@@ -78,7 +85,7 @@ class _Removal:
             try:
                 self.blobs.remove(file.key)
             except OSError as error:  # its mark remains, because the target may have removed it all the same
-                self.failures.append(f"blob {file.key}: {error}")
+                self._failed(f"blob {file.key}", error)
                 continue
             gone.append((row, file.key))
             self.removed.append(file)
@@ -93,7 +100,7 @@ class _Removal:
             try:
                 files = self.blobs.list_files(row.folder)
             except OSError as error:
-                self.failures.append(f"folder {row.folder}: {error}")
+                self._failed(f"folder {row.folder}", error)
                 continue
             found += [(row.row, file) for file in files if not oldest < file.modified < newest]
         for batch in _batches(found, BLOBS_AT_ONCE):
@@ -102,9 +109,10 @@ class _Removal:
 
     def raise_failures(self, done: str) -> None:
         """Raise `StorageFailure` if something could not be removed."""
-        if self.failures:
+        if self._cause is not None:
             shown = "; ".join(self.failures[:10]) + ("; ..." if len(self.failures) > 10 else "")
-            raise StorageFailure(f"{done}, but {len(self.failures)} could not be removed yet: {shown}")
+            what = f"{done}, but {len(self.failures)} could not be removed yet"
+            raise blobs_failure(what, self._cause, shown) from self._cause
 
 
 def collect(index: Index, blobs: Blobs, keep_last: int, keep_seconds: float, grace: float) -> Collected:

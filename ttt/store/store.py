@@ -33,7 +33,6 @@ from ttt.store.urls import FORMS, open_url, without_password
 from ttt.store.verification import Damage, Report, read_version, verify
 from ttt.user_name import check_user_name
 
-
 _PROBE_BYTES = 1 << 16  # of the file that `Store.check_writes` writes: a block or two would fit on a disk that is full
 
 
@@ -65,7 +64,8 @@ class Store:
     most a blob that no version names, which `gc` removes. Safe for threads, processes and forks.
 
     Once the files of a store in folders are removed or replaced while it is open, reading and writing raise
-    `StoreReplaced`, a `StorageFailure`, until they are back. The processes that have a store open must be of one release.
+    `StoreReplaced`, a `StorageFailure`, until they are back. The processes that have a store open must be of one
+    release.
 
     Args:
         url: one of
