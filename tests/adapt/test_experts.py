@@ -69,7 +69,8 @@ def test_it_computes_what_the_original_computes(family):
     assert mine.down_proj[0].weight.data_ptr() == memory, "no copy is made"
     assert len(learning_layers(model)) == 2 * 2 * 4
     with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+        found, wanted = model(ids).logits, plain(ids).logits
+    assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()  # the order of sums differs
     found, wanted = model.state_dict(), plain.state_dict()
     assert set(found) == set(wanted)
     assert all(torch.equal(t, found[name]) for name, t in wanted.items())
