@@ -198,6 +198,68 @@ def test_who_is_forgotten_missed_nothing(model, tmp_path, monkeypatch):
     assert service.drain() == []
 
 
+def fails(error):
+    def failing(*args):
+        raise error
+
+    return failing
+
+
+def test_turns_that_are_dropped_for_a_user_who_cannot_be_forgotten_count_as_missed(model, tmp_path, monkeypatch):
+    service = service_of(model, tmp_path, observer=(metrics := Metrics()))
+    turns, user = 3, {"x-ttt-user": "ada"}
+    service.learn("ada", lesson_of()).result(60).stored.result(60)
+    store = BrokenStore(monkeypatch, service.store)
+    with served(service, metrics=metrics) as url:
+        ask = {"model": NAME, "messages": CHAT, "max_tokens": 1}
+        for _ in range(turns):
+            assert (
+                httpx.post(f"{url}/v1/chat/completions", json=ask, headers=user).json()["ttt"]["learning"] == "queued"
+            )
+        until(lambda: service.sessions.get("ada").updates == 1 + turns)
+        with monkeypatch.context() as patch:
+            patch.setattr(service.store, "forget", fails(StorageFailure("a file of ada's remains")))
+            for _ in range(2):  # the second time there is nothing left to drop
+                assert httpx.delete(f"{url}/v1/users/ada").status_code == 503
+                found = httpx.get(f"{url}/v1/users/ada").json()
+                assert found["missed"]["turns"] == turns
+                assert found["missed"]["why"] == (
+                    "dropped in order to forget the user, which failed: not everything could be removed yet; "
+                    "try again later"
+                )
+                assert f"ttt_missed_turns_total {turns}.0" in httpx.get(f"{url}/metrics").text
+        store.repair()
+        answer = httpx.post(f"{url}/v1/chat/completions", json=ask, headers={**user, "x-ttt-learn": "wait"}).json()
+        assert (answer["ttt"]["learning"], answer["ttt"]["version"]) == ("stored", 2)  # on top of what the store has
+        assert httpx.delete(f"{url}/v1/users/ada").status_code == 200
+        assert service.missed.of("ada") is None
+        assert httpx.get(f"{url}/v1/users/ada").status_code == 404
+
+
+def test_turns_are_set_aside_until_it_is_known_whether_their_user_was_forgotten():
+    counted, gone = [], Conflict("dropped", code="forgotten")
+    missed = MissedTurns(lambda: counted.append(1), most=2)
+    missed.forgetting("ada")
+    missed.note("ada", gone)
+    missed.forgetting("ada")  # asked for twice
+    missed.note("ada", gone)
+    assert missed.of("ada") is None
+    missed.not_forgotten("ada", MemoryError("ada's secret"))
+    missed.note("ada", gone)  # by a write that has ended late
+    assert missed.of("ada").turns == len(counted) == 3
+    assert missed.of("ada").why == "dropped in order to forget the user, which failed: the server failed: MemoryError"
+    missed.forgetting("ada")
+    missed.note("ada", gone)
+    missed.forget("ada")
+    missed.note("ada", gone)
+    assert missed.of("ada") is None
+    for user in ("bob", "cy", "dee"):  # what is kept of them is bounded
+        missed.not_forgotten(user, gone)
+    missed.note("bob", gone)
+    assert missed.of("bob") is None
+    assert len(counted) == 3
+
+
 def test_what_is_kept_of_missed_turns_is_bounded_and_goes_with_the_user():
     counted = []
     missed = MissedTurns(lambda: counted.append(1), most=2)

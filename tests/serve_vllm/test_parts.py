@@ -173,7 +173,7 @@ class FakeEngine:
             await self.may_learn.wait()
         await asyncio.sleep(0)
         self.stamp += 1
-        return {"stamp": self.stamp}
+        return 0 if operation == "unsaved" else {"stamp": self.stamp}
 
 
 def seats_of(count=2, patience=0.2):
@@ -399,6 +399,34 @@ def test_what_was_to_be_learnt_and_was_not_can_be_read_until_the_user_is_forgott
         asyncio.run(run())
 
 
+def test_turns_that_are_dropped_for_a_user_who_cannot_be_forgotten_count_as_missed():
+    async def run():
+        engine, seats = seats_of(patience=5)
+        call = engine.call
+
+        async def failing(operation, *arguments):
+            if operation == "unsaved":
+                return 2
+            if operation == "forget":
+                raise Unavailable("not everything could be removed yet")
+            return await call(operation, *arguments)
+
+        engine.call = failing
+        async with seats.hold("ada") as seat:
+            learning = asyncio.create_task(seats.change(seat, "learn", "ada"))
+            await asyncio.sleep(0.01)
+            with pytest.raises(Unavailable):
+                await seats.forget("ada")
+            assert learning.cancelled()
+        missed = seats.missed.of("ada")
+        assert missed.turns == 3  # one was being learnt, and two were not stored
+        assert missed.why.endswith("which failed: not everything could be removed yet")
+        async with seats.hold("ada"):  # who is opened again with what the store has
+            pass
+
+    asyncio.run(run())
+
+
 def test_forgetting_ends_a_lesson_and_nobody_opens_the_user_meanwhile():
     async def run():
         engine, seats = seats_of(patience=5)
@@ -412,7 +440,7 @@ def test_forgetting_ends_a_lesson_and_nobody_opens_the_user_meanwhile():
             assert seat.forgotten
             new = await opening
         assert new is not seat
-        assert [call[0] for call in engine.calls] == ["open", "learn", "forget", "open"]
+        assert [call[0] for call in engine.calls] == ["open", "learn", "unsaved", "forget", "open"]
 
     asyncio.run(run())
 

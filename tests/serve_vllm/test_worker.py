@@ -12,6 +12,7 @@ from torch import nn
 
 import ttt
 from ttt.per_user.calibration_file import default_file
+from ttt.serve import errors, jobs
 from ttt.serve.daemon_threads import DaemonThreads
 from ttt.serve.errors import ServerFailure
 from ttt.serve.sessions import Sessions
@@ -22,6 +23,7 @@ from ttt.serve.vllm.cpu_lora import add_lora_linear
 from ttt.serve.vllm.lessons import Learnt
 from ttt.serve.vllm.options import Options
 from ttt.serve.vllm.worker import _pass_base_by
+from ttt.store import StorageFailure
 
 
 def test_tokens_of_no_user_do_not_read_the_last_slot():
@@ -159,6 +161,33 @@ def test_the_store_is_written_by_another_thread(tmp_path, monkeypatch):
     assert finish(made, made.begin("stored", "ada"))[1]["stored"] == 1
     assert writers
     assert threading.get_ident() not in writers
+    made.sessions.close()
+
+
+def test_who_waits_for_a_store_that_takes_nothing_hears_of_it_and_it_is_stored_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "LONGEST_WAIT", 0.5)
+    pool = adapted()
+    made = users_of(tmp_path, pool)
+    finish(made, made.begin("open", "ada", "key", []))
+    put = made.sessions.store.put
+
+    def full(*given):
+        raise StorageFailure("the disk is full")
+
+    def slices(*arguments):
+        taught(pool, "ada")
+        return Learnt(tokens=1)
+        yield
+
+    monkeypatch.setattr(made.sessions.store, "put", full)
+    monkeypatch.setattr(users, "learn_in_slices", slices)
+    assert finish(made, made.begin("learn", "ada", "captured", [1, 2], [False, True], 0))[0] == "done"
+    state, name, told = finish(made, made.begin("stored", "ada"))
+    assert (state, name, told["code"]) == ("error", "NotStored", "not_stored")
+    assert isinstance(errors.NotStored(**told), errors.Unavailable)
+    monkeypatch.setattr(made.sessions.store, "put", put)
+    monkeypatch.setattr(jobs, "LONGEST_WAIT", 60.0)
+    assert finish(made, made.begin("stored", "ada"))[1]["stored"] == 1
     made.sessions.close()
 
 

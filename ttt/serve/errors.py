@@ -100,6 +100,17 @@ class Unavailable(RequestError):
     status, type, code = 503, "server_error", "unavailable"
 
 
+class NotStored(Unavailable):
+    """Something was learnt, and the store does not take it; it is stored as soon as the store does."""
+
+    code = "not_stored"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers of the answer: OpenAI's clients would send the request again, and it would be learnt again."""
+        return {**super().headers, "x-should-retry": "false"}
+
+
 class HungUp(RequestError):
     """The client has closed the connection; nobody reads the answer."""
 
@@ -113,13 +124,13 @@ class TimedOut(RequestError):
 
 
 def kinds(error: BaseException | None) -> str:
-    """The types of ``error`` and of what caused it, for logs: their texts may name users and addresses."""
+    """The types of ``error`` and of what caused it, each once: their texts may name users and addresses."""
     found = []
     while error is not None:
-        reason = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
-        found.append(type(error).__name__ + reason)
+        reason = error.strerror if isinstance(error, OSError) else getattr(error, "sqlite_errorname", None)
+        found.append(type(error).__name__ + (f" ({reason})" if reason else ""))
         error = error.__cause__
-    return ", by ".join(found)
+    return ", by ".join(dict.fromkeys(found))
 
 
 def as_request_error(error: BaseException) -> RequestError:

@@ -11,6 +11,8 @@ from ttt.serve.daemon_threads import DaemonThreads
 from ttt.serve.sessions import Fetched, Sessions
 from ttt.serve.user_queue import UserQueue
 
+LONGEST = 10.0
+"""Seconds that requests wait for the store to say what it has of their user."""
 _REOPEN = 5.0  # seconds after which a user who can only be read is opened again, or sooner with short leases
 
 
@@ -50,6 +52,7 @@ class Openings:
             self.sessions.use(user)
             return True
         if waits.opening is None and waits.fetched is None:
+            waits.asked = time.monotonic()
             waits.opening = self.io.submit(self._timed_fetch, user)
             waits.opening.add_done_callback(lambda _: self.wake())
         return False
@@ -59,6 +62,13 @@ class Openings:
         fetched = self.sessions.fetch(user)
         self.observer.opened(time.perf_counter() - began)
         return fetched
+
+    def late(self, waits: UserQueue) -> bool:
+        """Whether the store was asked for the state of the user of ``waits`` more than `LONGEST` seconds ago.
+
+        The answer is waited for all the same: who asks then for the user finds it.
+        """
+        return waits.opening is not None and time.monotonic() - waits.asked > LONGEST
 
     def install(self, waits: UserQueue) -> bool:
         """Give the user of ``waits`` a slot if their state has been read and a slot is free; whether they got one.

@@ -16,9 +16,10 @@ from ttt.conversation import Telling
 from ttt.learn.learner import Learner
 from ttt.per_user.pool import Pool
 from ttt.serve import jobs
+from ttt.serve.acknowledgements import Acknowledgements
 from ttt.serve.batch import Batch
 from ttt.serve.daemon_threads import DaemonThreads
-from ttt.serve.errors import Conflict, HungUp, RequestError, Unavailable, as_request_error
+from ttt.serve.errors import Conflict, HungUp, NotStored, RequestError, Unavailable, as_request_error
 from ttt.serve.job_runner import JobRunner
 from ttt.serve.jobs import Job, Learnt
 from ttt.serve.limits import Limits
@@ -32,6 +33,7 @@ from ttt.serve.row_cache import RowCache
 from ttt.serve.sessions import Sessions
 from ttt.serve.state_reader import StatePool, StateReader
 from ttt.serve.state_rows import StateRows
+from ttt.serve.store_health import Stalled
 from ttt.serve.teaching import Lesson
 from ttt.serve.user_queue import UserQueue, is_lesson, teaches
 from ttt.serve.waiting import Waiting
@@ -106,6 +108,11 @@ class Service:
             self.sessions, self._waiting.queues, self._io, self.observer, lambda: self._inbox.put(None)
         )  # fmt: skip
         self.missed = MissedTurns(self.observer.missed)
+        self._acknowledgements = Acknowledgements(
+            lambda: jobs.LONGEST_WAIT,
+            lambda user: self.sessions.not_stored(user, jobs.LONGEST_WAIT),
+            self.missed.note,
+        )  # fmt: skip
         self._jobs = JobRunner(
             self.limits, self._work, self.sessions, self._waiting, self.observer, lambda: self._inbox.put(None)
         )  # fmt: skip
@@ -122,19 +129,40 @@ class Service:
 
         Raises:
             BadRequest: if it asks for more sequences than are generated at a time. TooBusy: if too much waits already.
-            Unavailable: if the service is ending, or the store does not take what the user has taught before.
+            Unavailable: if the service is ending, or the store does not take what the user has taught before, or, where
+                the answer is to wait for it, takes nothing.
         """
         self.limits.check_n(request.n)
         with self._lock:
             self._require_open()
+            if request.lesson is not None and request.user is not None:
+                self._require_store(wait=request.wait)
             if request.lesson is not None and (error := self._stalled(request.user)) is not None:
                 raise error
             self._places.take(request.user, self._cost(request))
             self._inbox.put(request)
 
     def learn(self, user: str, lesson: Lesson, telling: Telling | None = None) -> concurrent.futures.Future[Learnt]:
-        """Learn ``lesson`` when the user's turn comes, read as ``telling`` says; see `ttt.serve.jobs.learn`."""
+        """Learn ``lesson`` when the user's turn comes, read as ``telling`` says; see `ttt.serve.jobs.learn`.
+
+        Raises:
+            Unavailable: if the store takes nothing, as for `study` and `rollback`.
+        """
+        self._require_store()
         return self._enter(self._work.lesson(user, lesson, telling))
+
+    def stored(self, user: str, version: concurrent.futures.Future[int]) -> concurrent.futures.Future[int]:
+        """The number of a version of ``user`` that is being stored; who waits no more may cancel it.
+
+        It ends with `NotStored` if the store takes nothing for `ttt.serve.jobs.LONGEST_WAIT` seconds. Then, too, the
+        version is stored once the store takes it, and counts as missed if it never does.
+        """
+        return self._acknowledgements.wait(user, version)
+
+    @property
+    def stalled(self) -> Stalled | None:
+        """What is known of a store that takes nothing; None if it works."""
+        return self.sessions.health.stalled(jobs.LONGEST_WAIT)
 
     def study(self, user: str, **options: Any) -> concurrent.futures.Future[Any]:
         """See `ttt.serve.jobs.study`; ``options`` are those of `ttt.Learner.study`.
@@ -142,17 +170,24 @@ class Service:
         Raises:
             BadRequest: if users have states, as for `export`, `drift` and `taught`.
         """
-        return self._enter(self._work.study(user, **options))
+        job = self._work.study(user, **options)
+        self._require_store()
+        return self._enter(job)
 
     def rollback(self, user: str, version: int) -> concurrent.futures.Future[Any]:
         """See `ttt.serve.jobs.rollback`."""
+        self._require_store("nothing was rolled back")
         return self._enter(Job(user, "rollback", lambda: jobs.rollback(self.sessions, self._io, user, version)))
 
     def forget(self, user: str) -> concurrent.futures.Future[None]:
         """See `ttt.serve.jobs.forget`."""
 
         def steps() -> jobs.Steps:
-            yield from jobs.forget(self.sessions, self._io, user)
+            try:
+                yield from jobs.forget(self.sessions, self._io, user)
+            except BaseException as error:
+                self.missed.not_forgotten(user, error)
+                raise
             self.missed.forget(user)
 
         return self._enter(Job(user, "forget", steps, needs_slot=False))
@@ -213,6 +248,16 @@ class Service:
         if self._draining or not self._thread.is_alive():
             raise Unavailable("the server is stopping", retry_after=10)
 
+    def _require_store(self, what: str = "nothing was learnt", *, wait: bool = True) -> None:
+        """Raise Unavailable if the store takes nothing.
+
+        Args:
+            what: says what was not done.
+            wait: whether somebody waits for it; otherwise only a store that was replaced, which never will, is refused.
+        """
+        if (stalled := self.stalled) is not None and (wait or stalled.replaced):
+            raise stalled.refused(what)
+
     def _enter(self, job: Job) -> concurrent.futures.Future[Any]:
         with self._lock:
             self._require_open()
@@ -236,6 +281,7 @@ class Service:
 
     def _turn(self) -> bool:
         """Take in what has come, and take a step of everything that can; False at the end."""
+        self._acknowledgements.look()
         nothing_to_do = self.batch.idle and not self._jobs.ready
         self._receive(block=nothing_to_do)
         if self._draining and self._drain_until is not None and time.monotonic() > self._drain_until:
@@ -281,8 +327,16 @@ class Service:
                     waits.to_study = self._jobs.is_to_study(user)
             except Exception as error:
                 self._waiting.end(waits, lambda item: True, as_request_error(error))
-            if (stalled := self._stalled(user)) is not None:
-                self._waiting.end(waits, teaches, stalled)
+            if self._openings.late(waits):
+                late = Unavailable(
+                    "the store does not answer, so that nothing can be done; try again later", retry_after=2
+                )
+                self._waiting.end(waits, lambda item: True, late)
+            elif waits.fetched is not None and (stalled := self.stalled) is not None:
+                # Users whose weights are not stored keep their slots.
+                self._waiting.end(waits, lambda item: True, stalled.refused("no slot is free for this user"))
+            if (full_store := self._stalled(user)) is not None:
+                self._waiting.end(waits, teaches, full_store)
             while waits.waiting:
                 item = waits.waiting[0]
                 if isinstance(item, Job):
@@ -325,6 +379,7 @@ class Service:
             return False
         if job.kind == "forget":
             waits.forgetting = True
+            self.missed.forgetting(job.user)
             gone = Conflict("nothing was learnt: the user was forgotten meanwhile", code=FORGOTTEN)
             self._waiting.end(waits, is_lesson, gone)
             if waits.opening is not None:
@@ -439,11 +494,14 @@ class Service:
 
         def tell(stored: concurrent.futures.Future[int]) -> None:
             if (error := stored.exception()) is not None:
+                if isinstance(error, NotStored):
+                    return request.deliver(error)
                 return request.deliver(self._outcome(request, f"refused: {error}"))
             outcome = self._outcome(request, "stored")  # by now the user may be another session's, or nobody's
             request.deliver(dataclasses.replace(outcome, updates=learnt.updates, version=stored.result()))
 
-        learnt.stored.add_done_callback(tell)
+        assert request.user is not None
+        self.stored(request.user, learnt.stored).add_done_callback(tell)
 
     def _outcome(self, request: Request, learning: str) -> Outcome:
         session = None if request.user is None else self.sessions.get(request.user)

@@ -15,9 +15,10 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from ttt.per_user.pool import Pool
-from ttt.serve.errors import Conflict, NotFound, Unavailable, kinds
+from ttt.serve.errors import Conflict, NotFound, NotStored, Unavailable, kinds
 from ttt.serve.session import Session, State
 from ttt.serve.state_reader import StatePool
+from ttt.serve.store_health import REPLACED, Stalled, StoreHealth, was_replaced
 from ttt.serve.writer import Writer
 from ttt.store import DamagedState, LeaseHeld, StaleLease, Store, StoreError, UnknownUser, UnknownVersion
 from ttt.store import State as StoredState
@@ -78,7 +79,9 @@ class Sessions:
         if leaving is not None:  # the user was evicted a moment ago: the lease may still be ours
             leaving.left.wait(self.lease_seconds)
         try:
-            lease, why = self.store.lease(user, self.lease_seconds), ""
+            with self.health.watched("index"):
+                lease = self.store.lease(user, self.lease_seconds)
+            why = ""
         except LeaseHeld:
             lease, why = None, "another server holds the lease of this user, and is the one that learns"
         except StoreError as error:
@@ -173,6 +176,20 @@ class Sessions:
         return 0.0 if self.saved(user) else time.monotonic() - session.owed_since
 
     @property
+    def health(self) -> StoreHealth:
+        """Whether the store takes what is written."""
+        return self._writer.health
+
+    def not_stored(self, user: str, seconds: float) -> NotStored | None:
+        """The error of what ``user`` has learnt, if the store has not taken it for so many ``seconds``; else None."""
+        if (stalled := self.health.stalled(seconds)) is not None:
+            return stalled.not_stored()
+        session = self._sessions.get(user)
+        if session is not None and session.put_failed:  # that of other users it takes
+            return Stalled(seconds, "a version of this user cannot be written", False).not_stored()
+        return None
+
+    @property
     def alive(self) -> bool:
         """Whether what is learnt is stored, and leases are renewed."""
         return self._writer.alive
@@ -248,7 +265,8 @@ class Sessions:
         try:
             if lease is None:
                 raise StaleLease(session.read_only)
-            number = self.store.rollback(session.user, target.version, lease=lease)
+            with self.health.watched("index"):
+                number = self.store.rollback(session.user, target.version, lease=lease)
         except StaleLease as error:
             session.lose()
             raise Conflict(f"nothing was rolled back: {session.read_only}", code="read_only") from error
@@ -301,6 +319,8 @@ class Sessions:
 def unavailable(what: str, error: Exception) -> Unavailable:
     """The error that a client sees when the store fails; what kind of failure it was is in the log."""
     log.warning("%s: %s", what, kinds(error))
+    if was_replaced(error):
+        return Unavailable(f"{what}: {REPLACED}", code="store")
     return Unavailable(f"{what}; try again later", retry_after=5)
 
 

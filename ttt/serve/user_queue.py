@@ -23,6 +23,7 @@ class UserQueue:
         self.job: Job | None = None  # that changes the user's weights
         self.reads = 0  # jobs that only read them
         self.opening: concurrent.futures.Future[Fetched] | None = None
+        self.asked = 0.0  # when the store was asked for the user's state, by time.monotonic
         self.fetched: Fetched | None = None
         self.forgetting = False
         self.last = time.monotonic()

@@ -66,6 +66,8 @@ class Waiting:
             waits.waiting.remove(item)
             if isinstance(item, Job):
                 item.give_up(error)
+                if item.kind == "forget":
+                    waits.forgetting = False  # it had not begun
                 self.leave(item)
             else:
                 self.places.leave(item.user)

@@ -20,10 +20,12 @@ from typing import Any
 from ttt.serve.errors import Conflict, Unavailable, kinds
 from ttt.serve.missed import FORGOTTEN
 from ttt.serve.session import Session, State, settle
-from ttt.store import StaleLease, Store
+from ttt.serve.store_health import StoreHealth
+from ttt.store import StaleLease, Store, StoreReplaced
 
 log = logging.getLogger("ttt.serve")
 _RETRY = 0.5  # seconds between attempts to write to a store that fails
+_LOOK = 5.0  # seconds between two looks at whether the store works, at most
 _QUIET = 30.0  # seconds between two lines of the log that say the same of a store that fails
 
 
@@ -68,6 +70,10 @@ class Writer:
         sessions: returns the sessions whose leases are to be renewed; called in the renewing thread.
         lease_seconds: of a lease.
         on_stored: called in the writing thread after each write with its seconds.
+
+    Attributes:
+        health: whether the store takes what is written. While it fails and nothing waits to be written, it is tried
+            every few seconds.
     """
 
     def __init__(
@@ -79,9 +85,11 @@ class Writer:
     ) -> None:
         self.store, self.sessions, self.lease_seconds, self.on_stored = store, sessions, lease_seconds, on_stored
         self.leaving: dict[str, Session] = {}  # by user, whose leases are to be released; the latest of each
+        self.health = StoreHealth()
         self._changed = threading.Condition()
         self._not_stored, self._not_renewed = _Warnings(), _Warnings()  # one for each thread
         self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
+        self._writing = False
         self._released: list[Session] = []
         self._stop = False
         self._until = math.inf  # when nobody waits for the store any more, by `time.monotonic`
@@ -177,6 +185,7 @@ class Writer:
             if not self._waiting and not self._released and not self._stop:
                 self._changed.wait()
             work = next(iter(self._waiting.values()), None)
+            self._writing = work is not None
             if work is not None:
                 del self._waiting[work.session.user]
             busy = set(self._waiting) | ({work.session.user} if work is not None else set())
@@ -196,15 +205,17 @@ class Writer:
         try:
             if lease is None:
                 raise StaleLease(session.read_only or "the lease was lost")
-            version = self.store.put(lease, work.state, work.meta)
+            with self.health.watched("version"):
+                version = self.store.put(lease, work.state, work.meta)
         except StaleLease:
             session.lose()
             work.fail(Conflict(f"what was learnt was not stored: {session.read_only}", code="read_only"))
         except Exception as error:
+            session.put_failed = True
             self._not_stored.note(f"a version could not be stored; trying again: {kinds(error)}")
             self._put_back(work)
         else:
-            session.version = version
+            session.version, session.put_failed = version, False
             session.stored = max(session.stored, int(work.meta["updates"]))
             session.owed_since = time.monotonic()
             seconds = time.perf_counter() - began
@@ -234,7 +245,7 @@ class Writer:
     def _release(self, sessions: list[Session]) -> None:
         for session in sessions:
             if session.lease is not None:
-                with contextlib.suppress(Exception):  # it expires by itself
+                with contextlib.suppress(Exception), self.health.watched("index"):  # it expires by itself
                     session.lease.release()
             session.left.set()
             with self._changed:
@@ -242,19 +253,39 @@ class Writer:
                     del self.leaving[session.user]
 
     def _renew(self) -> None:
-        """Extend the leases of all users with a slot, a few times in the time of a lease."""
-        while not self._ended.wait(self.lease_seconds / 4):
+        """Extend the leases of all users with a slot, a few times in the time of a lease, and look at the store."""
+        every = self.lease_seconds / 4
+        due = time.monotonic() + every
+        while not self._ended.wait(max(0.0, min(_LOOK, due - time.monotonic()))):
+            self._look()
+            if time.monotonic() < due:
+                continue
+            due = time.monotonic() + every
             for session in self.sessions():
                 lease = session.lease
                 if lease is None or session.dropped or session.left.is_set():
                     continue
                 try:
-                    lease.renew(self.lease_seconds)
+                    with self.health.watched("index"):
+                        lease.renew(self.lease_seconds)
                 except StaleLease:
                     if not session.left.is_set():
                         session.lose()
                 except Exception as error:  # the store may be back before the lease ends
                     self._not_renewed.note(f"a lease could not be renewed: {kinds(error)}")
+
+    def _look(self) -> None:
+        """Notice that the store was replaced; and that one works again to which nobody writes."""
+        try:
+            if self.health.failing and not (self._waiting or self._writing):
+                with self.health.watched("version"):
+                    self.store.check_writes()
+            else:
+                self.store.check_in_place()
+        except StoreReplaced as error:
+            self.health.failed("index", error)
+        except Exception as error:
+            self._not_renewed.note(f"the store does not work: {kinds(error)}")
 
 
 def _dropped(session: Session) -> Conflict:

@@ -49,14 +49,19 @@ def create_app(server: Server, *, largest_body: int = 1 << 20, hosts: Sequence[s
             lambda: server.service.learning_tokens,
         ),
         ("ttt_users_online", "Users with a slot.", lambda: len(server.service.sessions.users)),
+        ("ttt_store_fails", "1 where /health says that the store takes nothing.", lambda: bool(server.service.stalled)),
     ):
         server.metrics.watch(name, about, read)
     _add_errors(app)
 
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health(http: Request) -> JSONResponse:
-        alive = server_of(http).service.alive
-        return JSONResponse({"status": "ok" if alive else "stopping"}, 200 if alive else 503)
+        service = server_of(http).service
+        if not service.alive:
+            return JSONResponse({"status": "stopping"}, 503)
+        if (stalled := service.stalled) is not None:
+            return JSONResponse({"status": "store", "reason": stalled.reason}, 503)
+        return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")
     async def metrics(http: Request) -> Response:

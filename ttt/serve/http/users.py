@@ -16,15 +16,17 @@ from fastapi.responses import Response
 
 from ttt.adapt.peft_export import export_peft
 from ttt.conversation import Telling
-from ttt.learn.chat_template import openings, tokens_at
+from ttt.learn.chat_template import openings as turn_openings
+from ttt.learn.chat_template import tokens_at
 from ttt.learn.plain_text import plain_pieces
-from ttt.serve.errors import BadRequest, Forbidden, NotFound
+from ttt.serve import openings
+from ttt.serve.errors import BadRequest, Forbidden, NotFound, TimedOut, Unavailable
 from ttt.serve.http.running import result_of
 from ttt.serve.http.schema import LearnRequest, RollbackRequest, StudyRequest
 from ttt.serve.http.state import Server, server_of
 from ttt.serve.jobs import Learnt
 from ttt.serve.keys import Identity
-from ttt.serve.session import Session, settle
+from ttt.serve.session import Session
 from ttt.serve.sessions import unavailable
 from ttt.serve.state_reader import StateReader
 from ttt.serve.teaching import Lesson, Teaching
@@ -52,7 +54,7 @@ async def show(http: Request, user: str) -> dict[str, Any]:
     """A user's versions, newest first, and what is known of those that are in use."""
     server = server_of(http)
     user = _allowed(server, http, user)
-    versions = await _result(server, http, server.service.io(_versions, server, user))
+    versions = await _history(server, http, user)
     session, missed = server.service.sessions.get(user), server.service.missed.of(user)
     if session is None and not versions and missed is None:
         raise NotFound(f"there is no user {user!r}", param="user")
@@ -99,7 +101,7 @@ async def learn(http: Request, user: str, body: LearnRequest) -> dict[str, Any]:
     telling = _telling(server, body, lesson)
     server.limits.take(identity.key, tokens=len(lesson.ids) * telling.passes)
     learnt: Learnt = await _result(server, http, server.service.learn(user, lesson, telling))
-    version = await _stored(server, http, learnt.stored)
+    version = await _stored(server, http, user, learnt.stored)
     return {"id": user, "tokens": learnt.tokens, "nll": learnt.nll, "updates": learnt.updates, "version": version}
 
 
@@ -112,7 +114,7 @@ async def study(http: Request, user: str, body: StudyRequest | None = None) -> d
     output, stored = await _result(
         server, http, server.service.study(user, **(body or StudyRequest.model_validate({})).model_dump())
     )
-    version = None if stored is None else await _stored(server, http, stored)
+    version = None if stored is None else await _stored(server, http, user, stored)
     after = None if stored is None else output.after
     return {
         "id": user, "episodes": output.episodes, "losses": output.losses, "after": after, "moved": output.moved,
@@ -131,7 +133,7 @@ async def taught(http: Request, user: str) -> dict[str, Any]:
     assert not isinstance(learner, StateReader)
     assert learner.episodes is not None
     # Of what stands before the token before those that teach, the log keeps so many tokens.
-    turns = await server.apart(openings, server.tokenizer, learner.episodes.before - 1)
+    turns = await server.apart(turn_openings, server.tokenizer, learner.episodes.before - 1)
     for ids, learn, before, now, studied in found:
         text = server.tokenizer.decode(_words(ids, learn, turns), skip_special_tokens=True)
         data.append({"text": text, "before": before, "now": now, "studied": studied})
@@ -199,19 +201,28 @@ async def _result(server: Server, http: Request, future: concurrent.futures.Futu
     return await result_of(future, http, server.request_seconds)
 
 
-async def _stored(server: Server, http: Request, future: concurrent.futures.Future[int]) -> int:
+async def _stored(server: Server, http: Request, user: str, future: concurrent.futures.Future[int]) -> int:
     """The number of the version that is being stored; it is stored whether or not somebody waits for it."""
-    copy: concurrent.futures.Future[int] = concurrent.futures.Future()
-    future.add_done_callback(lambda done: settle(copy, done.exception() or done.result()))
-    return await _result(server, http, copy)
+    return await _result(server, http, server.service.stored(user, future))
 
 
 async def _require_known(server: Server, http: Request, user: str) -> None:
     """Raise NotFound if nothing is known of ``user``, who gets no slot then."""
-    if server.service.sessions.get(user) is None and not await _result(
-        server, http, server.service.io(_versions, server, user)
-    ):
+    if server.service.sessions.get(user) is None and not await _history(server, http, user):
         raise NotFound(f"there is no user {user!r}", param="user")
+
+
+async def _history(server: Server, http: Request, user: str) -> list[dict[str, Any]]:
+    """A user's versions, newest first; empty for a user who is not in the store.
+
+    Raises:
+        Unavailable: if the store fails, or does not answer for `ttt.serve.openings.LONGEST` seconds.
+    """
+    try:
+        seconds = min(server.request_seconds, openings.LONGEST)
+        return await result_of(server.service.io(_versions, server, user), http, seconds)
+    except TimedOut:
+        raise Unavailable("the store does not answer; try again later", retry_after=5) from None
 
 
 def _versions(server: Server, user: str) -> list[dict[str, Any]]:

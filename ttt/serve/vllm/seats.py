@@ -150,14 +150,20 @@ class Seats:
         await self.until(lambda: user not in self._seats or not self._seats[user].opening)
         before = self._seats.get(user)
         gone = self._seats[user] = Seat(user)  # nobody can open the user until all is erased
+        dropped = 0
         try:
             if before is not None:
                 before.forgotten = True
-                for lesson in list(before.lessons):
+                lessons = list(before.lessons)
+                for lesson in lessons:
                     lesson.cancel()
                 await before.settled()
+                dropped = sum(lesson.cancelled() for lesson in lessons) + await self.engine.call("unsaved", user)
             await self.engine.call("forget", user)
             self.missed.forget(user)
+        except Exception as error:
+            self.missed.not_forgotten(user, error, dropped)
+            raise
         finally:
             if self._seats.get(user) is gone:
                 del self._seats[user]

@@ -10,6 +10,7 @@ import atexit
 import dataclasses
 import itertools
 import logging
+import time
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from ttt.config import TTTConfig
 from ttt.conversation import CONVERSATION
 from ttt.defences import LowRank
 from ttt.learn.learner import Learner
+from ttt.serve import jobs
 from ttt.serve.daemon_threads import DaemonThreads
 from ttt.serve.errors import Conflict, RequestError, ServerFailure, TooBusy
 from ttt.serve.session import Session
@@ -40,7 +42,7 @@ Steps = Generator[float, None, T]
 _IO_WAIT = 0.002
 ALONE = 100.0
 """Milliseconds of learning at a time while the engine answers nobody; a request that comes then waits for them."""
-OPERATIONS = ("open", "learn", "stored", "forget", "rollback", "status", "drop", "end")
+OPERATIONS = ("open", "learn", "stored", "unsaved", "forget", "rollback", "status", "drop", "end")
 
 
 class Users:
@@ -203,14 +205,28 @@ class Users:
         return self._publish(user)
 
     def stored(self, user: str) -> Steps[dict[str, Any]]:
-        """Wait until the store has everything that ``user`` has learnt so far."""
+        """Wait until the store has everything that ``user`` has learnt so far.
+
+        Raises:
+            NotStored: if the store takes nothing for `ttt.serve.jobs.LONGEST_WAIT` seconds.
+        """
         session = self.sessions.require_writable(user)
-        wanted = session.updates
+        wanted, began = session.updates, time.monotonic()
         while session.stored < wanted:
             if session.lease is None:
                 raise Conflict(f"what was learnt was not stored: {session.read_only}", code="read_only")
+            if time.monotonic() - began >= jobs.LONGEST_WAIT:
+                error = self.sessions.not_stored(user, jobs.LONGEST_WAIT)
+                if error is not None:
+                    raise error
             yield _IO_WAIT
         return self._described(user)
+
+    def unsaved(self, user: str) -> Steps[int]:
+        """How many changes of ``user`` the store does not have yet; 0 for a user without a slot."""
+        session = self.sessions.get(user)
+        return 0 if session is None else session.updates - session.stored
+        yield 0.0
 
     def forget(self, user: str) -> Steps[None]:
         """Remove everything of ``user``, here and in the store; from now on their requests get the base model."""
