@@ -1,0 +1,73 @@
+"""Triton's interpreter without work that it repeats; what it computes is the same.
+
+Before every call of a device function the interpreter replaces the operations of Triton's language by its own, though for
+the kernel that calls it has just done so. And every program of a launch draws the same few random words again, with about
+a hundred operations of the language.
+"""
+
+from triton import language as tl
+from triton.runtime import interpreter
+
+MOST_BYTES = 4096
+"""Words are kept where the arguments from which they were drawn take up to this many bytes."""
+
+replaced: set[int] = set()
+"""The globals of functions, by id, for which the launch under way has replaced the language."""
+drawn: dict[tuple, tuple] = {}
+"""Random words that Triton's own function drew, by its arguments."""
+
+triton_launch = interpreter.GridExecutor.__call__
+triton_call = interpreter.InterpretedFunction.__call__
+triton_replace = interpreter._patch_lang
+
+
+def work_once():
+    """Make the interpreter replace the language once for a launch, and draw the same few words once."""
+    interpreter.GridExecutor.__call__ = launch
+    interpreter.InterpretedFunction.__call__ = call
+    interpreter._patch_lang = replace
+
+
+def launch(self, *args, **kwargs):
+    replaced.clear()
+    try:
+        return triton_launch(self, *args, **kwargs)
+    finally:
+        replaced.clear()  # a launch takes back what it has replaced
+
+
+def replace(function):
+    """Replace the language as ``function`` names it, unless this launch has done so.
+
+    Returns what takes it back. Only the kernel of a launch, which comes first, needs that.
+    """
+    names = id(function.__globals__)
+    if names in replaced:
+        return None
+    replaced.add(names)
+    return triton_replace(function)
+
+
+def call(self, *args, **kwargs):
+    """Call a device function; if it is the generator of random words, once for the same arguments."""
+    if self is not tl.philox:
+        return triton_call(self, *args, **kwargs)
+    key = *map(value_of, args), *((name, value_of(arg)) for name, arg in sorted(kwargs.items()))
+    if sum(len(part[-1]) for part in key if isinstance(part[-1], bytes)) > MOST_BYTES:
+        return triton_call(self, *args, **kwargs)
+    if key not in drawn:
+        drawn[key] = tuple(triton_call(self, *args, **kwargs))
+    return tl.tuple([copied(word) for word in drawn[key]])
+
+
+def value_of(arg):
+    """What tells values of an argument apart: the type, shape and bytes of a tensor, the type and value of a number."""
+    arg = arg.value if isinstance(arg, tl.constexpr) else arg
+    if not isinstance(arg, tl.tensor):
+        return type(arg), arg
+    data = arg.handle.data
+    return str(arg.type), data.shape, data.dtype.str, data.tobytes()
+
+
+def copied(tensor):
+    return tl.tensor(interpreter.TensorHandle(tensor.handle.data.copy(), tensor.handle.dtype), tensor.type)
