@@ -1,8 +1,8 @@
 """Triton's interpreter without work that it repeats; what it computes is the same.
 
-Before every call of a device function the interpreter replaces the operations of Triton's language by its own, though for
-the kernel that calls it has just done so. And every program of a launch draws the same few random words again, with about
-a hundred operations of the language.
+Before every call of a device function the interpreter replaces the operations of Triton's language by its own, which it
+has just done for the kernel. And every program of a launch draws the same few random words again, with about a hundred
+operations of the language.
 """
 
 from triton import language as tl
