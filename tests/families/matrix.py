@@ -2,7 +2,8 @@
 
     python tests/families/matrix.py    # writes docs/compatibility.md, in a few minutes
 
-A family is made with random weights and two blocks. What cannot be made so is not tried, and is named as such.
+A family is made with random weights and two blocks, or three where blocks share weights. What cannot be made so is not
+tried, and is named as such.
 """
 
 from __future__ import annotations
@@ -63,6 +64,9 @@ ATTEMPTS: tuple[dict[str, Any], ...] = (
     DECODER,
     {**DECODER, "num_layers": OMIT, "num_decoder_layers": 2, "num_decoder_attention_heads": 4},
 )
+# What a family needs beside SIZES: blocks in which weights that it shares between blocks occur twice, and short chunks.
+_SHARING = {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"], "chunk_size": 8}
+OWN_SIZES: dict[str, dict[str, Any]] = {"zamba": _SHARING, "zamba2": _SHARING}
 COLUMNS = ("adapts", "learns", "restores", "saves", "users", "padded", "bfloat16", "experts")
 
 
@@ -92,7 +96,8 @@ def tiny(family: str) -> Any:
     errors: list[BaseException] = []
     for attempt in ATTEMPTS:
         try:
-            return _made({key: value for key, value in {**SIZES, **attempt}.items() if value is not OMIT}, family)
+            sizes = {**SIZES, **attempt, **OWN_SIZES.get(family, {})}
+            return _made({key: value for key, value in sizes.items() if value is not OMIT}, family)
         except Exception as error:
             errors.append(error)
             if isinstance(error, _TooLargeError) and error.count > MOST_PARAMETERS:
@@ -330,8 +335,8 @@ def page(rows: list[Row]) -> str:
     text = f"""# Compatibility
 
 Every causal language model of transformers of which a tiny one can be made was tried, with random weights and two
-blocks: {len(whole)} of {len(tried)} families work in every column. The page is written by
-`python tests/families/matrix.py`
+blocks, or three where blocks share weights: {len(whole)} of {len(tried)} families work in every
+column. The page is written by `python tests/families/matrix.py`
 (transformers {transformers.__version__}, torch {torch.__version__}, Python {platform.python_version()});
 `tests/families/test_families.py` checks the same.
 
