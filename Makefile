@@ -42,9 +42,9 @@ demo-byte: $(VENV)/.demo
 serve: $(VENV)/.serve
 	$(SHARED) $(BIN)/python -m ttt serve
 
-# In two processes of one thread each: most tests are too small for a second thread.
+# In two processes of one thread each: most tests are too small for a second thread. tests/selection.py orders the files.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # About 4 minutes to install and 6 to run. TTT_TEST_MODEL names a folder with the model that is served.
 test-vllm: $(VLLM_VENV)/.ready $(VLLM_VENV)/smollm2/model.safetensors
@@ -52,7 +52,7 @@ test-vllm: $(VLLM_VENV)/.ready $(VLLM_VENV)/smollm2/model.safetensors
 
 # Without the tests that tests/selection.py marks as slow, in two processes of one thread each.
 quick: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Replicas in a Ray cluster on this machine, in about 4 minutes. Ray has a virtual environment of its own: it requires many
 # packages, in versions that other tests need not have.

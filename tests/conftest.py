@@ -42,6 +42,7 @@ def pytest_ignore_collect(collection_path, config):
 
 def pytest_collection_modifyitems(items):
     selection.mark_slow(items)
+    selection.long_files_first(items)
 
 
 @pytest.fixture(autouse=True)

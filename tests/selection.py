@@ -1,7 +1,7 @@
 """Which tests are slow, and which versions cannot run the Triton kernels in the interpreter."""
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from importlib import metadata
 from pathlib import Path
 
@@ -121,6 +121,22 @@ def mark_slow(items):
         for index, item in enumerate(group):
             if index not in quick:
                 item.add_marker(pytest.mark.slow)
+
+
+def long_files_first(items):
+    """Move the files of which `SLOW` names tests to the front, and of the others those with many tests.
+
+    Processes that share the tests take one file after the other: the last should be short, so that all end together.
+    """
+    named = {name.partition("::")[0] for name in SLOW}
+    count = Counter(item.path for item in items)
+
+    def rank(item):
+        file = Path(os.path.relpath(item.path, TESTS))
+        slow = any(path.as_posix() in named for path in (file, *file.parents))
+        return not slow, -count[item.path]
+
+    items.sort(key=rank)
 
 
 def left_out(path, config):

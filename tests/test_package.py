@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import sysconfig
+import types
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,14 @@ def test_what_is_marked_as_slow():
     assert selection.slow_by_name("ops/test_triton.py", "test_any")
     assert not selection.slow_by_name("ops/test_triton_other.py", "test_any")
     assert not selection.slow_by_name("learn/test_learner.py", "test_any")
+
+
+def test_long_files_come_first_and_tests_of_a_file_stay_together():
+    """Files with slow tests by the number of their tests, then the others."""
+    files = ["nn/test_one.py"] + ["ops/test_cpu.py"] * 2 + ["nn/test_many.py"] * 3 + ["families/test_any.py"] * 3
+    items = [types.SimpleNamespace(path=selection.TESTS / file, number=k) for k, file in enumerate(files)]
+    selection.long_files_first(items)
+    assert [item.number for item in items] == [6, 7, 8, 1, 2, 3, 4, 5, 0]
 
 
 @pytest.mark.parametrize(
