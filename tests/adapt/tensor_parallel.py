@@ -4,8 +4,6 @@ Both hold the whole model, too, and let it learn the same in one process: in flo
 """
 
 import copy
-import os
-import sys
 
 import torch
 import torch.distributed as dist
@@ -385,5 +383,4 @@ def find(mesh, folder, names):
 
 
 if __name__ == "__main__":
-    os.environ |= {"WORLD_SIZE": "2", "RANK": sys.argv[1], "LOCAL_RANK": sys.argv[1]}  # transformers reads them
-    meet(find)
+    meet(find, torchrun=True)

@@ -1,10 +1,13 @@
 """Running a script in two processes that find each other with gloo, and comparing what they learn with one process."""
 
+import contextlib
 import datetime
 import json
 import os
+import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -20,39 +23,68 @@ TESTS = Path(__file__).parents[1]
 
 
 def run_in_two(script, folder, timeout=300):
-    """What each of two processes has written to FOLDER/found<rank>.json, run as SCRIPT rank FOLDER."""
+    """What each of the two processes that SCRIPT becomes has written to FOLDER/found<rank>.json."""
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    processes, logs = [], [folder / f"log{rank}" for rank in (0, 1)]
+    process = subprocess.Popen(
+        [sys.executable, str(TESTS / "adapt" / script), str(folder)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, cwd=folder, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
     try:
-        for rank, log in enumerate(logs):
-            with open(log, "wb") as output:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, str(TESTS / "adapt" / script), str(rank), str(folder)],
-                        env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=folder,
-                    )
-                )  # fmt: skip
-        for process, log in zip(processes, logs, strict=True):
-            process.wait(timeout)
-            assert process.returncode == 0, log.read_text()[-3000:]
+        output = process.communicate(timeout=timeout)[0]
+        assert process.returncode == 0, output[-3000:]
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        with contextlib.suppress(ProcessLookupError):  # all of them have ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     return [json.loads((folder / f"found{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def meet(find, seconds=1800):
-    """The script's part: meets the other process, and writes what ``find(mesh, folder, names)`` returns.
+def meet(find, seconds=1800, torchrun=False):
+    """The script's part: becomes two processes that meet, and write what ``find(mesh, folder, names)`` returns.
+
+    Imports take seconds, so the script makes them once, before it forks. It fails as soon as one of the two does.
 
     Args:
-        find: ``names`` is what the script was called with beside rank and folder. Or a dict of functions of (mesh,
-            folder), of which those with the ``names`` are called, or all.
+        find: ``names`` is what the script was called with beside the folder. Or a dict of functions of (mesh, folder),
+            of which those with the ``names`` are called, or all.
         seconds: that a process waits for the other one.
+        torchrun: set the variables of the environment that ``torchrun`` sets, which transformers reads.
     """
-    rank, folder, names = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    folder, names = sys.argv[1], sys.argv[2:]
     torch.set_num_threads(1)
+    running = set()
+    for rank in (0, 1):
+        process = os.fork()
+        if process == 0:
+            if torchrun:
+                os.environ |= {"WORLD_SIZE": "2", "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
+            _end_after(lambda rank=rank: _find_as(rank, find, folder, names, seconds))
+        running.add(process)
+    while running:
+        process, status = os.wait()
+        running.discard(process)
+        if status:
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+            sys.exit(1)
+
+
+def _end_after(action):
+    """End this process after ``action``, without what its parent would do at the end."""
+    status = 1
+    try:
+        action()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _find_as(rank, find, folder, names, seconds):
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2, timeout=datetime.timedelta(0, seconds)
     )
