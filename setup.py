@@ -1,11 +1,13 @@
 """Builds ttt._C: the C++ kernels of csrc/, compiled once for each instruction set and linked without libtorch.
 
-Ninja compiles the objects in parallel, and only those whose sources changed. If nothing can be compiled, the package
-still installs: plain torch then runs every op, and `ttt.info()` gives the reason, which is written to ttt/_build.json.
+Ninja compiles the objects in parallel, and only those whose sources changed. A compiler takes up to 1 GB of memory
+(GCC 12). If nothing can be compiled, the package still installs: plain torch then runs every op, and `ttt.info()`
+gives the reason, which is written to ttt/_build.json.
 
 Environment variables:
     CXX: the C++ compiler; by default the first of c++, g++ and clang++ that is found.
     CXXFLAGS: flags that are added after those of this file.
+    MAX_JOBS: how many objects are compiled at a time, as for torch's extensions; by default the number of cores.
     TTT_REQUIRE_KERNELS: "1" makes a build without kernels an error. For releases and continuous integration.
 """
 
@@ -25,6 +27,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 REQUIRE = "TTT_REQUIRE_KERNELS"
+JOBS = "MAX_JOBS"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 COMMON = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra"]
 # The last two: GCC 12 warns about undefined operands in its own AVX-512 headers (GCC bug 105593).
@@ -53,6 +56,7 @@ class BuildKernels(build_ext):
 
     def run(self):
         required = _kernels_required()
+        self.jobs = _jobs()
         inplace = self.inplace  # super().run() clears it while it builds, and leaves it so after an error
         reason = ""
         try:
@@ -97,7 +101,7 @@ class BuildKernels(build_ext):
             lines.append(f"build {name}: cxx {_escaped(ROOT / 'csrc' / source)}\n  flags = {' '.join(flags)}")
         lines.append(f"build {_escaped(target)}: link {' '.join(objects)}\n")
         (work / "build.ninja").write_text("\n".join(lines))
-        _run([_ninja(), "-C", str(work)])
+        _run([_ninja(), "-C", str(work), "-j", str(self.jobs)])
 
 
 def _kernels_required():
@@ -105,6 +109,16 @@ def _kernels_required():
     if value not in ("", "0", "1"):
         raise CompileError(f"{REQUIRE} must be 0 or 1, got {value!r}")
     return value == "1"
+
+
+def _jobs():
+    """The number of objects to compile at a time: ninja itself would take more than there are cores."""
+    value = os.environ.get(JOBS, "")
+    if value == "":
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not (value.isascii() and value.isdigit() and int(value) > 0):
+        raise CompileError(f"{JOBS} must be a whole number from 1 on, got {value!r}")
+    return int(value)
 
 
 def _run(command):

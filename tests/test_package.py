@@ -110,6 +110,57 @@ def test_installs_without_a_compiler_and_says_why(tmp_path):
     assert "no C++ compiler found" in report["reason"]
 
 
+COUNTING = """#!/bin/sh
+for word; do [ "$before" = -o ] && out=$word; before=$word; done
+cd {folder} && mkdir -p running && : > running/$$
+for wait in $(seq 200); do
+  ls running | wc -l >> counts
+  grep -qx {jobs} counts && break
+  sleep 0.1
+done
+sleep 0.1
+rm running/$$
+: > "$out"
+"""
+
+
+def jobs_at_a_time(folder, jobs, setup=(), **environment):
+    """The most compilers that ran at a time, in a build whose compiler counts them and first waits for ``jobs``."""
+    compiler = folder / "counting"
+    compiler.write_text(COUNTING.format(folder=shlex.quote(str(folder)), jobs=jobs))
+    compiler.chmod(0o755)
+    done = python(
+        *setup, "setup.py", "build_ext", "--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp"),
+        CXX=str(compiler), TTT_REQUIRE_KERNELS="1", **environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = [int(line) for line in (folder / "counts").read_text().split()]
+    assert len(counts) >= 4  # objects and the library
+    return max(counts)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_as_many_objects_are_compiled_at_a_time_as_max_jobs_says(tmp_path, jobs):
+    assert jobs_at_a_time(tmp_path, jobs, MAX_JOBS=str(jobs)) == jobs
+
+
+def test_no_more_objects_are_compiled_at_a_time_than_there_are_cores(tmp_path):
+    one = (
+        "import os, sys; os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1]); "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    assert jobs_at_a_time(tmp_path, 1, ("-c", one), MAX_JOBS="") == 1
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1", "two", "1.5"])
+def test_other_values_of_max_jobs_are_refused(tmp_path, jobs):
+    folders = "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")
+    done = python("setup.py", "build_ext", *folders, MAX_JOBS=jobs, TTT_REQUIRE_KERNELS="0")
+    assert done.returncode != 0
+    assert f"MAX_JOBS must be a whole number from 1 on, got {jobs!r}" in done.stderr
+    assert not (tmp_path / "lib").exists()
+
+
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 FAILED = json.dumps({"built": False, "reason": "RuntimeError: no compiler"})
 
