@@ -54,6 +54,7 @@ template <int rows, int tokens, class T>
 inline void dot_products(const T* const* row, const float* x, int64_t stride, int64_t n, float* out, int64_t later) {
   constexpr int unroll = rows * tokens >= 8 ? 1 : 8 / (rows * tokens);
   constexpr int step = dots<T> ? STRIP / 2 : STRIP;  // floats of a packed strip of a token
+  const bool near = streams_fit_first_level();
   vf acc[rows][tokens][unroll] = {};
   int64_t j = 0;
   for (; j + unroll * STRIP <= n; j += unroll * STRIP, x += unroll * step) {
@@ -69,7 +70,9 @@ inline void dot_products(const T* const* row, const float* x, int64_t stride, in
 #pragma GCC unroll 4
       for (int r = 0; r < rows; r++) {
         const T* strip = row[r] + j + u * STRIP;
-        if (later == 0)
+        if (later == 0 && near)
+          prefetch_strip<1>(strip);
+        else if (later == 0)
           prefetch_strip(strip);
         else
           prefetch_strip(strip + later, 0);
