@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 
 from bench.kernels.case import Case
 from bench.kernels.contender import Contender, Unavailable
-from bench.kernels.timing import quartiles, sampler
+from bench.kernels.timing import CLOCKS, quartiles, sampler
 
 MIN_ROUNDS = 3
 
@@ -50,7 +49,9 @@ def threads_of(case: Case) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def measure(case: Case, rounds: int, seconds: float = 10.0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def measure(
+    case: Case, rounds: int, seconds: float = 10.0, clock: str = "wall"
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Check and time the contenders of ``case``.
 
     In each round every ceiling and contender takes one sample, so that all of them are subject to the same
@@ -58,6 +59,7 @@ def measure(case: Case, rounds: int, seconds: float = 10.0) -> tuple[list[dict[s
 
     Args:
         rounds: number of samples of each contender. Measuring stops after ``seconds``, but not before `MIN_ROUNDS`.
+        clock: of `bench.kernels.timing.CLOCKS`; measures the samples and ``seconds``.
 
     Returns:
         (a row for each contender, a row for each contender that was not timed, with the reason).
@@ -68,12 +70,12 @@ def measure(case: Case, rounds: int, seconds: float = 10.0) -> tuple[list[dict[s
         if contenders:
             ceilings = {name: make() for name, make in case.ceilings().items()}
             for name, contender in (ceilings | contenders).items():
-                samples[name], fields[name] = sampler(case.device, contender)
+                samples[name], fields[name] = sampler(case.device, contender, clock)
                 fields[name] |= contender.fields
         times: dict[str, list[float]] = {name: [] for name in samples}
-        began = time.perf_counter()
+        began = CLOCKS[clock]()
         for number in range(rounds if samples else 0):
-            if number >= MIN_ROUNDS and time.perf_counter() - began > seconds:
+            if number >= MIN_ROUNDS and CLOCKS[clock]() - began > seconds:
                 break
             for name, sample in samples.items():
                 times[name].append(sample())

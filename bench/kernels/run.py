@@ -31,6 +31,13 @@ class Device(str, enum.Enum):
     cuda = "cuda"
 
 
+class Clock(str, enum.Enum):
+    """What times are measured with: see `bench.kernels.timing.CLOCKS`."""
+
+    wall = "wall"
+    cpu = "cpu"
+
+
 @app.command()
 def main(
     device: Annotated[Device, typer.Option(help="Where to measure.")] = Device.cpu,
@@ -39,6 +46,9 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Number of samples of each contender.")] = 9,
     seconds: Annotated[float, typer.Option(help="A case stops after this time, but not before 3 rounds.")] = 10.0,
     threads: Annotated[int | None, typer.Option(min=1, help="torch threads (default: torch's own choice).")] = None,
+    clock: Annotated[
+        Clock, typer.Option(help="cpu: leave out the time that other processes have the core; one thread only.")
+    ] = Clock.wall,
     only: Annotated[str, typer.Option(help='Only cases whose "suite: name, dtype" contains this text.')] = "",
 ) -> None:
     """Check every contender of every case against a reference, then time them in turn."""
@@ -50,15 +60,18 @@ def main(
         raise typer.BadParameter(f"no case of {suite} has {only!r} in its name")
     if device is Device.cuda and not torch.cuda.is_available():
         raise typer.BadParameter("--device cuda: torch.cuda.is_available() is False")
+    used = threads or torch.get_num_threads()
+    if clock is Clock.cpu and (device is not Device.cpu or used > 1):
+        raise typer.BadParameter(f"--clock cpu takes --device cpu and --threads 1, got {device.value} and {used}")
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     console = Console(width=190)
     found: dict[str, Any] = {"machine": provenance(device.value), "ceilings": {}, "rounds": rounds}
-    found |= {"rows": [], "not_timed": []}
+    found |= {"clock": clock.value, "rows": [], "not_timed": []}
     console.print(found["machine"])
     for number, case in enumerate(cases, 1):
-        rows, not_timed = measure(case, rounds, seconds)
+        rows, not_timed = measure(case, rounds, seconds, clock.value)
         gc.collect()
         found["rows"] += rows
         found["not_timed"] += not_timed

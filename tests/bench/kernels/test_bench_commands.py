@@ -57,6 +57,7 @@ def test_run_writes_rows_and_prints_a_table(results):
     assert len(found["rows"]) == 9
     assert not found["not_timed"]
     assert {"device", "isa", "threads", "torch", "commit", "date", "command", "kind"} <= set(found["machine"])
+    assert found["clock"] == "wall"
     assert found["ceilings"]["copy_gb_per_s"] > 0
     for row in found["rows"]:
         assert 0 < row["us_q1"] <= row["us"] <= row["us_q3"]
@@ -73,6 +74,9 @@ def test_run_refuses_unknown_suites_cases_and_devices():
     assert "comit" in done.output
     done = CliRunner().invoke(run.app, ["--only", "no such case"])
     assert done.exit_code != 0
+    done = CliRunner().invoke(run.app, ["--clock", "cpu", "--threads", "2"])
+    assert done.exit_code != 0
+    assert "got cpu and 2" in done.output
     if not torch.cuda.is_available():
         done = CliRunner().invoke(run.app, ["--device", "cuda"])
         assert done.exit_code != 0

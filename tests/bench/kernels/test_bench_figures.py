@@ -1,6 +1,7 @@
 """The figures of the bench: quartiles, the rows of the JSON, and contenders that are not timed."""
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -80,3 +81,16 @@ def test_contenders_that_fail_their_check_are_reported_and_not_timed():
         ("ttt", "AssertionError: off by 3", True),
         ("absent", "xyz is not installed", False),
     }
+
+
+class Sleeping(Broken):
+    """A contender that waits for 20 ms a unit, and computes nothing."""
+
+    def contenders(self):
+        return {"ttt": lambda: Contender(lambda: time.sleep(0.02), lambda: None)}
+
+
+def test_the_clock_of_the_processor_leaves_out_what_a_contender_waits():
+    us = {clock: measure.measure(Sleeping("cpu", "float32"), 3, clock=clock)[0][0]["us"] for clock in ("wall", "cpu")}
+    assert us["wall"] >= 20_000
+    assert us["cpu"] < 10_000
