@@ -183,7 +183,8 @@ def _save_memory(ctx, inputs, output):
 
 
 def _differentiate_memory(ctx, d_out, d_weights, d_start, d_velocity, *_):
-    tensors, begins, rest = ctx.saved_tensors[:8], ctx.saved_tensors[8], ctx.saved_tensors[9:]
+    saved = ctx.saved_tensors  # which torch's checkpoints allow once
+    tensors, begins, rest = saved[:8], saved[8], saved[9:]
     sizes = [ctx.layers] * 2 + [ctx.layers * ctx.moving]
     *states, kept_weights, kept_velocity = _in_parts(rest, [*sizes, ctx.layers, sizes[2]])
     given = [*tensors, *itertools.chain(*states)]
