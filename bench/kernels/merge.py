@@ -17,21 +17,25 @@ from bench.kernels.measure import summary_of_ceilings
 def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """The machine of the first part with the commands of all, and the rows and ceilings of all parts.
 
-    Of a case that several parts have, the rows are those of the last one.
+    Of a case that several parts have, the rows are those of the last one, and so is what could not be timed. "parts"
+    has the command, commit and date of each part.
     """
-    cases: dict[tuple[str, str | None, str], list[dict[str, Any]]] = {}
+    cases: dict[tuple[str, str | None, str], tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
     for part in parts:
         again = set()
-        for row in part["rows"]:
-            case = (row["suite"], row.get("case"), row["dtype"])
-            if case not in again:
-                again.add(case)
-                cases[case] = []
-            cases[case].append(row)
-    rows = [row for of_case in cases.values() for row in of_case]
-    not_timed = [row for part in parts for row in part["not_timed"]]
+        for at, kind in enumerate(("rows", "not_timed")):
+            for row in part[kind]:
+                case = (row["suite"], row.get("case"), row["dtype"])
+                if case not in again:
+                    again.add(case)
+                    cases[case] = ([], [])
+                cases[case][at].append(row)
+    rows = [row for timed, _ in cases.values() for row in timed]
+    not_timed = [row for _, failed in cases.values() for row in failed]
     machine = {**parts[0]["machine"], "command": "; ".join(part["machine"]["command"] for part in parts)}
-    return {**parts[0], "machine": machine, "ceilings": summary_of_ceilings(rows), "rows": rows, "not_timed": not_timed}
+    about = [{name: part["machine"].get(name) for name in ("command", "commit", "date")} for part in parts]
+    found = {"machine": machine, "parts": about, "ceilings": summary_of_ceilings(rows), "rows": rows}
+    return {**parts[0], **found, "not_timed": not_timed}
 
 
 app = typer.Typer(add_completion=False)

@@ -32,8 +32,15 @@ def test_merge_replaces_cases_that_were_measured_again():
     row = {"suite": "sequence", "dtype": "float32", "contender": "ttt"}
     rows = [[row | {"case": case, "us": us} for case, us in found] for found in ((("a", 1), ("b", 2)), (("a", 3),))]
     rows[1].append(rows[1][0] | {"contender": "torch"})
-    parts = [{"machine": {"command": "c"}, "ceilings": {}, "not_timed": [], "rows": of_part} for of_part in rows]
-    assert merge.merged(parts)["rows"] == [*rows[1], rows[0][1]]
+    not_timed = [[row | {"case": case, "reason": "no memory"} for case in cases] for cases in ("ab", "")]
+    parts = [
+        {"machine": {"command": c, "commit": c, "date": c}, "ceilings": {}, "not_timed": failed, "rows": of_part}
+        for c, of_part, failed in zip("xy", rows, not_timed, strict=True)
+    ]
+    found = merge.merged(parts)
+    assert found["rows"] == [*rows[1], rows[0][1]]
+    assert found["not_timed"] == [not_timed[0][1]]
+    assert found["parts"] == [{"command": c, "commit": c, "date": c} for c in "xy"]
 
 
 @pytest.fixture
