@@ -219,7 +219,7 @@ def test_a_guarded_users_state_can_be_loaded_without_a_guard_and_back():
     assert_same(without_guard(state), plain.pool.export("a"))
     learner.pool.load("b", plain.pool.export("a"))
     assert_same(without_guard(state), without_guard(learner.pool.export("b")))
-    with pytest.raises(ValueError, match=r"tensors of other layers: \['ttt.other'\]"):
+    with pytest.raises(ValueError, match="tensors of other layers: ttt; users"):
         plain.pool.load("a", state | {"ttt.other": torch.zeros(1)})
     with pytest.raises(ValueError, match="every must be"):
         ttt.Guard([ids_of(1, 9)], every=0)

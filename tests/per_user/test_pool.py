@@ -140,8 +140,11 @@ def test_errors_change_nothing():
         pool.open(None)
     with pytest.raises(KeyError, match="user 'c' has no slot"):
         pool.export("c")
-    with pytest.raises(ValueError, match=r"tensors of other layers: \['9.a'\]"):
+    with pytest.raises(ValueError, match=r"tensors of other layers: 9; users of this model learn in 0, 1$"):
         pool.load("a", {**state, "9.a": torch.zeros(1)})
+    others = {f"{layer}.{key}": torch.zeros(1) for layer in (10, 7, 8, 9) for key in "ab"}
+    with pytest.raises(ValueError, match=r"tensors of other layers: 7 to 10 \(4\); users"):
+        pool.load("a", state | others)
     with pytest.raises(ValueError, match=r"1\.b must be finite"):
         pool.load("c", {**state, "1.b": state["1.b"] * torch.inf})
     assert_unchanged(pool, before)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -334,7 +334,10 @@ class Pool:
                 if not any(name.startswith("episodes.") for name in other)
                 else ("; what the user said is loaded by a ttt.Learner(model, episodes=ttt.EpisodeLog())")
             )
-            raise ValueError(f"the state of user {user!r} has tensors of other layers: {sorted(other)}{hint}")
+            found, own = _few({name.rpartition(".")[0] for name in other}), _few(self.layers)
+            raise ValueError(
+                f"the state of user {user!r} has tensors of other layers: {found}; users of this model learn in {own}{hint}"
+            )
         for name, layer in self.layers.items():
             layer.check_slot_state(_part(state, name))
         for kept in self._kept:
@@ -346,6 +349,12 @@ class Pool:
     def _export_layers(self, user: str) -> State:
         slot = self.slot(user)
         return {f"{name}.{key}": t for name, layer in self.layers.items() for key, t in layer.slot_state(slot).items()}
+
+
+def _few(layers: Iterable[str]) -> str:
+    """The first and the last of ``layers``, with their number, where there are more than three."""
+    named = sorted(layers, key=lambda name: [(len(part), part) for part in name.split(".")])
+    return ", ".join(named) if len(named) <= 3 else f"{named[0]} to {named[-1]} ({len(named)})"
 
 
 def _part(state: State, prefix: str) -> State:
