@@ -1,5 +1,7 @@
 """The sequence layers: pieces, steps, packed texts, gradients, and errors."""
 
+import math
+
 import pytest
 import torch
 
@@ -130,11 +132,28 @@ def test_in_place_begins_as_the_mlp_and_learns_after_a_chunk():
     ("make", "says"),
     [
         (lambda: layers.GatedDeltaNet(0, 1, 4), "hidden must be at least 1, got 0"),
-        (lambda: layers.TTTLinear(C, 2, convolution=0), "width must be at least 1, got 0"),
+        (lambda: layers.TTTLinear(C, 2, convolution=0), "convolution must be at least 1, got 0"),
+        (lambda: layers.TTTLinear(C, 2, mini_batch=0), "mini_batch must be at least 1, got 0"),
+        (lambda: layers.TTTLinear(C, 2, base_rate=math.nan), r"base_rate must be a number in \(0.0, inf\), got nan"),
+        (lambda: layers.TTTMLP(C, 2, base_rate=-1.0), r"base_rate must be a number in \(0.0, inf\), got -1.0"),
+        (lambda: layers.TTTMLP(C, 2, expansion=0), "expansion must be at least 1, got 0"),
+        (lambda: layers.TitansMemory(C, 2, mini_batch=-3), "mini_batch must be at least 1, got -3"),
+        (lambda: layers.TitansMemory(C, 2, base_rate=0.0), r"base_rate must be a number in \(0.0, inf\), got 0.0"),
+        (
+            lambda: layers.TitansMemory(C, 2, most_forgotten=2.0),
+            r"most_forgotten must be a number in \[0.0, 1.0\], got 2.0",
+        ),
+        (lambda: layers.TitansMemory(C, 2, expansion=0), "expansion must be at least 1, got 0"),
+        (lambda: layers.LaCT(C, 2, chunk=0), "chunk must be at least 1, got 0"),
+        (lambda: layers.LaCT(C, 2, window=0), "window must be at least 1, got 0"),
+        (lambda: layers.LaCT(C, 2, expansion=0), "expansion must be at least 1, got 0"),
+        (lambda: layers.LaCT(C, 2, base_rate=math.inf), r"base_rate must be a number in \(0.0, inf\), got inf"),
+        (lambda: layers.InPlaceMLP(C, 0), "inner must be at least 1, got 0"),
+        (lambda: layers.InPlaceMLP(C, 4, chunk=0), "chunk must be at least 1, got 0"),
         (lambda: layers.TitansMemory(C, 2, depth=0), "depth must be at least 1, got 0"),
         (lambda: layers.WindowAttention(C, 4), "head_width must be even, got 3"),
         (lambda: layers.WindowAttention(C, 2, window=0), "window must be at least 1, got 0"),
-        (lambda: layers.InPlaceMLP(C, 4, rate=0), "rate must be positive, got 0"),
+        (lambda: layers.InPlaceMLP(C, 4, rate=0), r"rate must be a number in \(0.0, inf\), got 0"),
     ],
 )
 def test_wrong_sizes(make, says):

@@ -100,7 +100,7 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, channels: int, width: int = 4):
         super().__init__()
-        check_count("width", width)
+        check_count("convolution", width)
         self.width = width
         self.weight = nn.Parameter(torch.randn(width, channels) * 0.1 / width)
         with torch.no_grad():

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ttt.checks import check_number
 from ttt.nn.sequence.base import LayerState, SequenceLayer, checked_input
 from ttt.ops.sequence import in_place_ttt, in_place_ttt_step
-from ttt.ops.sequence.checks import bounds_of, sequences
+from ttt.ops.sequence.checks import bounds_of, check_count, sequences
 from ttt.ops.sequence.states import over_sequences
 
 
@@ -25,8 +26,9 @@ class InPlaceMLP(SequenceLayer):
 
     def __init__(self, hidden: int, inner: int, chunk: int = 512, rate: float = 1e-3):
         super().__init__()
-        if rate <= 0:
-            raise ValueError(f"rate must be positive, got {rate}")
+        for name, value in (("hidden", hidden), ("inner", inner), ("chunk", chunk)):
+            check_count(name, value)
+        check_number("rate", rate, 0.0, above=True, finite=True)
         self.hidden, self.chunk = hidden, chunk
         self.gate_proj = nn.Linear(hidden, inner, bias=False)
         self.up_proj = nn.Linear(hidden, inner, bias=False)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ttt.checks import check_number
 from ttt.nn.sequence.base import Heads, LayerState, SequenceLayer, checked_head_width, checked_input
 from ttt.nn.sequence.window_attention import WindowAttention
 from ttt.ops.sequence import lact, lact_step
+from ttt.ops.sequence.checks import check_count
 
 
 class LaCT(SequenceLayer):
@@ -37,11 +39,14 @@ class LaCT(SequenceLayer):
         window: int | None = None,
     ):
         super().__init__()
+        check_count("chunk", chunk)
+        check_count("expansion", expansion)
+        check_number("base_rate", base_rate, 0.0, above=True, finite=True)
         self.hidden, self.chunk, self.base_rate = hidden, chunk, base_rate
         width = checked_head_width(hidden, heads, head_width)
         inner = expansion * width
         self.parts = Heads(hidden, heads, width, convolution)
-        self.attention = WindowAttention(hidden, heads, width, window or chunk)
+        self.attention = WindowAttention(hidden, heads, width, chunk if window is None else window)
         self.rates_proj = nn.Linear(hidden, 3 * heads)
         nn.init.zeros_(self.rates_proj.bias)
         self.momentum_proj = nn.Linear(hidden, heads)

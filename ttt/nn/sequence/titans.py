@@ -7,6 +7,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+from ttt.checks import check_number
 from ttt.nn.sequence.base import Heads, LayerState, SequenceLayer, checked_head_width, checked_input
 from ttt.ops.sequence import memory, memory_step
 from ttt.ops.sequence.checks import check_count
@@ -40,7 +41,10 @@ class TitansMemory(SequenceLayer):
         expansion: int = 2,
     ):
         super().__init__()
-        check_count("depth", depth)
+        for name, value in (("mini_batch", mini_batch), ("depth", depth), ("expansion", expansion)):
+            check_count(name, value)
+        check_number("base_rate", base_rate, 0.0, above=True, finite=True)
+        check_number("most_forgotten", most_forgotten, 0.0, 1.0)
         self.hidden, self.mini_batch = hidden, mini_batch
         self.base_rate, self.most_forgotten = base_rate, most_forgotten
         width = checked_head_width(hidden, heads, head_width)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ttt.checks import check_number
 from ttt.nn.sequence.base import Heads, LayerState, SequenceLayer, checked_head_width, checked_input
 from ttt.ops.sequence import Norm, memory, memory_step
+from ttt.ops.sequence.checks import check_count
 
 
 class TTTLinear(SequenceLayer):
@@ -32,6 +34,8 @@ class TTTLinear(SequenceLayer):
         base_rate: float = 0.2,
     ):
         super().__init__()
+        check_count("mini_batch", mini_batch)
+        check_number("base_rate", base_rate, 0.0, above=True, finite=True)
         self.hidden, self.mini_batch, self.base_rate = hidden, mini_batch, base_rate
         width = checked_head_width(hidden, heads, head_width)
         self.parts = Heads(hidden, heads, width, convolution)

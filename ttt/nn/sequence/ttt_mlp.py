@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ttt.nn.sequence.ttt_linear import TTTLinear
+from ttt.ops.sequence.checks import check_count
 
 
 class TTTMLP(TTTLinear):
@@ -25,6 +26,7 @@ class TTTMLP(TTTLinear):
         base_rate: float = 0.01,
         expansion: int = 4,
     ):
+        check_count("expansion", expansion)
         self.expansion = expansion
         super().__init__(hidden, heads, head_width, convolution, mini_batch, base_rate)
 
