@@ -336,7 +336,8 @@ class Pool:
             )
             found, own = _few({name.rpartition(".")[0] for name in other}), _few(self.layers)
             raise ValueError(
-                f"the state of user {user!r} has tensors of other layers: {found}; users of this model learn in {own}{hint}"
+                f"the state of user {user!r} has tensors of other layers: {found}; "
+                f"users of this model learn in {own}{hint}"
             )
         for name, layer in self.layers.items():
             layer.check_slot_state(_part(state, name))
