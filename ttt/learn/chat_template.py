@@ -6,7 +6,17 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from ttt.learn.plain_text import Message, Piece, ids_and_places, ids_of, marked_pieces, with_marks
+from ttt.learn.plain_text import (
+    Message,
+    Piece,
+    ids_and_places,
+    ids_of,
+    marked_pieces,
+    neutral,
+    plain_pieces,
+    require_no_more_controls,
+    with_marks,
+)  # fmt: skip
 
 
 def words_in_template(tokenizer: Any, messages: Sequence[Message], *, answer: bool = False) -> tuple[str, int, int]:
@@ -78,8 +88,13 @@ def prompt_tokens(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
         ValueError: if that is not possible. And whatever the template raises.
     """
     changed, marks = with_marks(tokenizer, messages)
-    text = tokenizer.apply_chat_template(changed, add_generation_prompt=True, tokenize=False)
-    return ids_of(tokenizer, marked_pieces(text, marks))
+
+    def text(messages: Sequence[Message]) -> str:
+        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+
+    ids = ids_of(tokenizer, marked_pieces(text(changed), marks))
+    require_no_more_controls(tokenizer, ids, tokenizer(text(neutral(messages)), add_special_tokens=False).input_ids)
+    return ids
 
 
 def turn_tokens(
@@ -98,10 +113,27 @@ def turn_tokens(
         ValueError: as `spans_in_template` and `prompt_tokens`.
     """
     changed, marks = with_marks(tokenizer, messages)
-    whole, spans = spans_in_template(tokenizer, changed, chosen, answer=answer)
-    pieces = marked_pieces(whole[: spans[-1][1]] if cut else whole, marks)
-    ids, inside = tokens_at(tokenizer, pieces, spans)
+
+    def found(messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+        whole, spans = spans_in_template(tokenizer, messages, chosen, answer=answer)
+        return whole[: spans[-1][1]] if cut else whole, spans
+
+    text, spans = found(changed)
+    ids, inside = tokens_at(tokenizer, marked_pieces(text, marks), spans)
+    expected, _ = found(neutral(messages))
+    require_no_more_controls(tokenizer, ids, tokenizer(expected, add_special_tokens=False).input_ids)
     return ids, inside, teaching_words(inside)
+
+
+def plain_tokens_at(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+    """`tokens_at` of a ``text`` that stands in no template, of which nothing is a control token.
+
+    Raises:
+        ValueError: as `tokens_at`, and if the tokenizer makes a control token of it all the same.
+    """
+    ids, inside = tokens_at(tokenizer, plain_pieces(tokenizer, text), spans)
+    require_no_more_controls(tokenizer, ids)
+    return ids, inside
 
 
 def tokens_at(

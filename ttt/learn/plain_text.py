@@ -11,10 +11,13 @@ import dataclasses
 import re
 import secrets
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 Message = dict[str, str]
+_THOUGHT = re.compile("(</?think>)")  # templates look for these in the words of an assistant
+_PART = 8  # characters of a mark that a text holds by chance once in billions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +39,8 @@ class Piece:
 @dataclasses.dataclass(frozen=True)
 class _Control:
     ids: frozenset[int]
-    special: re.Pattern[str] | None  # finds control tokens of all models
-    all: re.Pattern[str] | None  # finds these, and what the chat template of this one puts between turns
+    all: re.Pattern[str] | None  # finds them
+    spoken: re.Pattern[str] | None  # finds them but for the marks of thoughts
 
 
 _known: weakref.WeakKeyDictionary[Any, _Control] = weakref.WeakKeyDictionary()
@@ -53,9 +56,9 @@ def _control(tokenizer: Any) -> _Control:
         return _known[tokenizer]
     template = str(getattr(tokenizer, "chat_template", None) or "")
     added = {id: token for id, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.content.strip()}
-    special = {id: token.content for id, token in added.items() if token.special}
-    known = special | {id: token.content for id, token in added.items() if token.content in template}
-    found = _Control(frozenset(known), _pattern(special.values()), _pattern(known.values()))
+    known = {id: each.content for id, each in added.items() if each.special or each.content in template}
+    spoken = [text for text in known.values() if not _THOUGHT.fullmatch(text)]
+    found = _Control(frozenset(known), _pattern(known.values()), _pattern(spoken))
     with contextlib.suppress(TypeError):  # of a tokenizer that cannot be a key
         _known[tokenizer] = found
     return found
@@ -75,8 +78,8 @@ def plain_pieces(tokenizer: Any, text: str) -> list[Piece]:
 def with_marks(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
     """``messages`` with a mark in the place of each control token in their contents, and what each mark stands for.
 
-    A mark is random text that a chat template leaves as it is. In the words of an assistant only special tokens are
-    replaced: templates look there for the model's own marks, as those of its thoughts.
+    A mark is random text that a chat template leaves as it is. In the words of an assistant the marks of its thoughts,
+    <think> and </think>, stay: templates look for them there.
     """
     control, marks = _control(tokenizer), dict[str, str]()
 
@@ -87,22 +90,48 @@ def with_marks(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[Messag
 
     changed = []
     for message in messages:
-        pattern = control.special if message["role"] == "assistant" else control.all
+        pattern = control.spoken if message["role"] == "assistant" else control.all
         content = message["content"] if pattern is None else pattern.sub(mark, message["content"])
         changed.append({**message, "content": content})
     return changed, marks
 
 
+def neutral(messages: Sequence[Message]) -> list[Message]:
+    """``messages`` with one word for what was said: a chat template puts as many control tokens around it.
+
+    Templates look at blanks, and at the marks of an assistant's thoughts: those stay.
+    """
+    changed = []
+    for message in messages:
+        parts = _THOUGHT.split(message["content"]) if message["role"] == "assistant" else [message["content"]]
+        words = ["words" if part.strip() and not _THOUGHT.fullmatch(part) else part for part in parts]
+        changed.append({**message, "content": "".join(words)})
+    return changed
+
+
+def require_no_more_controls(tokenizer: Any, ids: Sequence[int], expected: Sequence[int] = ()) -> None:
+    """Raise ValueError if ``ids`` hold a control token more often than the tokens ``expected`` do.
+
+    What was said can become one although none stands in it: where the tokenizer looks for them only after it has
+    changed letters, and where a template puts two messages side by side.
+    """
+    control = _control(tokenizer).ids
+    if more := Counter(each for each in ids if each in control) - Counter(expected):
+        token = tokenizer.convert_ids_to_tokens(next(iter(more)))
+        raise ValueError(f"what was said cannot be read as plain text: the tokenizer makes {token!r:.80} of it")
+
+
 def marked_pieces(text: str, marks: Mapping[str, str]) -> list[Piece]:
-    """``text``, in which ``marks`` stand, in pieces.
+    """``text``, in which ``marks`` stand, in pieces. A mark may be missing, as where a template drops a thought.
 
     Raises:
-        ValueError: if a mark is not there.
+        ValueError: if a mark was changed, or only a part of it is there.
     """
-    if missing := [words for mark, words in marks.items() if mark not in text]:
-        raise ValueError(
-            f"the chat template changes what was said, in which {missing[0]!r:.80} cannot be read as plain text"
-        )
+    for mark in [mark for mark in marks if mark not in text]:
+        if any(mark[at : at + _PART] in text.lower() for at in range(len(mark) - _PART + 1)):
+            raise ValueError(
+                f"the chat template changes what was said, in which {marks[mark]!r:.80} cannot be read as plain text"
+            )
     return _split(text, re.finditer("|".join(marks), text) if marks else (), marks)
 
 

@@ -17,8 +17,7 @@ from fastapi.responses import Response
 from ttt.adapt.peft_export import export_peft
 from ttt.conversation import Telling
 from ttt.learn.chat_template import openings as turn_openings
-from ttt.learn.chat_template import tokens_at
-from ttt.learn.plain_text import plain_pieces
+from ttt.learn.chat_template import plain_tokens_at
 from ttt.serve import openings
 from ttt.serve.errors import BadRequest, Forbidden, NotFound, TimedOut, Unavailable
 from ttt.serve.http.running import result_of
@@ -256,7 +255,7 @@ def _lesson(server: Server, body: LearnRequest) -> Lesson | None:
         if not 0 <= start < stop <= len(body.text):
             raise BadRequest(f"spans must lie in the text, [0, {len(body.text)}), got [{start}, {stop})", param="spans")
     try:
-        ids, inside = tokens_at(server.tokenizer, plain_pieces(server.tokenizer, body.text), spans)
+        ids, inside = plain_tokens_at(server.tokenizer, body.text, spans)
     except ValueError as error:
         raise BadRequest(str(error), param="text") from None
     if len(ids) > context:
