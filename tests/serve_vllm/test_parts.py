@@ -399,30 +399,69 @@ def test_what_was_to_be_learnt_and_was_not_can_be_read_until_the_user_is_forgott
         asyncio.run(run())
 
 
-def test_turns_that_are_dropped_for_a_user_who_cannot_be_forgotten_count_as_missed():
+def begun_lesson(seats, seat, learn):
+    """A lesson of a turn that was answered, as it goes on in the background."""
+    turns = Turns(seats, Options("here", identity="header"))
+    turns.lesson = lambda *args: ([1, 2], [False, True], 0)
+    client = SimpleNamespace(get_tokenizer=lambda: None)
+    return turns._begin(client, Turn(seat, learn, SimpleNamespace()), "key", [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("fails", "error", "turns", "why"),
+    [
+        ("forget", Unavailable("not everything could be removed yet"), 4, "not everything could be removed yet"),
+        ("unsaved", Unavailable("the engine is gone"), 2, "the engine is gone"),
+        ("forget", asyncio.CancelledError(), 4, "the server failed: CancelledError"),
+    ],
+)
+def test_turns_that_are_dropped_for_a_user_who_cannot_be_forgotten_count_as_missed(fails, error, turns, why):
     async def run():
         engine, seats = seats_of(patience=5)
-        call = engine.call
+        call, never = engine.call, asyncio.Event()
 
         async def failing(operation, *arguments):
+            if operation == fails:
+                raise error
             if operation == "unsaved":
-                return 2
-            if operation == "forget":
-                raise Unavailable("not everything could be removed yet")
+                return 3
+            if operation == "stored":
+                await never.wait()
             return await call(operation, *arguments)
 
         engine.call = failing
         async with seats.hold("ada") as seat:
-            learning = asyncio.create_task(seats.change(seat, "learn", "ada"))
+            engine.may_learn.set()
+            waiting = begun_lesson(seats, seat, "wait")  # one of three that are not stored: its client is told
+            while not seat.told:
+                await asyncio.sleep(0)
+            engine.may_learn.clear()
+            lessons = [begun_lesson(seats, seat, learn) for learn in ("on", None, "wait")]
             await asyncio.sleep(0.01)
-            with pytest.raises(Unavailable):
+            with pytest.raises(type(error)):
                 await seats.forget("ada")
-            assert learning.cancelled()
-        missed = seats.missed.of("ada")
-        assert missed.turns == 3  # one was being learnt, and two were not stored
-        assert missed.why.endswith("which failed: not everything could be removed yet")
+            assert all(lesson.cancelled() for lesson in lessons)
+            missed = seats.missed.of("ada")
+            assert missed.turns == turns  # two were being learnt, and two were not stored
+            assert missed.why == f"dropped in order to forget the user, which failed: {why}"
+            waiting.cancel()
+            await asyncio.wait([waiting])
+            assert seat.told == 0
         async with seats.hold("ada"):  # who is opened again with what the store has
             pass
+
+    asyncio.run(run())
+
+
+def test_of_who_was_forgotten_no_turn_counts_as_missed():
+    async def run():
+        _, seats = seats_of(patience=5)
+        async with seats.hold("ada") as seat:
+            lesson = begun_lesson(seats, seat, "on")
+            await asyncio.sleep(0.01)
+            await seats.forget("ada")
+            assert lesson.cancelled()
+        assert seats.missed.of("ada") is None
 
     asyncio.run(run())
 

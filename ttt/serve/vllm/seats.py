@@ -37,6 +37,7 @@ class Seat:
         pins: requests and lessons that use it; it is not given away meanwhile.
         starting: requests that have a label, but no first token yet.
         lessons: what is being learnt, or waits to be.
+        told: how many lessons are learnt and wait to be stored whose clients hear of it.
         order: held by the lesson, or rollback, that changes the weights.
         opened: when, by `time.monotonic`.
     """
@@ -49,6 +50,7 @@ class Seat:
     forgotten: bool = False
     pins: int = 0
     starting: int = 0
+    told: int = 0
     lessons: set[asyncio.Task[None]] = dataclasses.field(default_factory=set)
     order: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
     opened: float = 0.0
@@ -150,19 +152,19 @@ class Seats:
         await self.until(lambda: user not in self._seats or not self._seats[user].opening)
         before = self._seats.get(user)
         gone = self._seats[user] = Seat(user)  # nobody can open the user until all is erased
-        dropped = 0
+        unsaved = 0
+        self.missed.forgetting(user)  # lessons that are cancelled note that themselves
         try:
             if before is not None:
                 before.forgotten = True
-                lessons = list(before.lessons)
-                for lesson in lessons:
+                for lesson in list(before.lessons):
                     lesson.cancel()
                 await before.settled()
-                dropped = sum(lesson.cancelled() for lesson in lessons) + await self.engine.call("unsaved", user)
+                unsaved = await self.engine.call("unsaved", user) - before.told
             await self.engine.call("forget", user)
             self.missed.forget(user)
-        except Exception as error:
-            self.missed.not_forgotten(user, error, dropped)
+        except BaseException as error:  # also of a caller who is cancelled
+            self.missed.not_forgotten(user, error, max(unsaved, 0))
             raise
         finally:
             if self._seats.get(user) is gone:

@@ -104,7 +104,11 @@ class Turns:
         def ended(task: asyncio.Task[None]) -> None:
             seat.lessons.discard(task)
             self.seats.unpin(seat)
-            if not task.cancelled() and (error := task.exception()) is not None and turn.learn != "wait":
+            if task.cancelled():
+                error = _forgotten() if seat.forgotten else None
+            else:
+                error = task.exception()
+            if error is not None and turn.learn != "wait":
                 self.seats.missed.note(seat.user, error)
 
         task.add_done_callback(ended)
@@ -114,7 +118,7 @@ class Turns:
         seat = turn.seat
         try:
             if seat.forgotten:
-                raise Conflict("nothing was learnt: the user was forgotten meanwhile", code=FORGOTTEN)
+                raise _forgotten()
             found = self.lesson(turn.request, client.get_tokenizer(), ids)
             if found is None:
                 raise BadRequest(
@@ -123,7 +127,11 @@ class Turns:
                 )
             learnt = await self.seats.change(seat, "learn", seat.user, key, *found)
             if turn.learn == "wait":
-                seat.known = await self.seats.engine.call("stored", seat.user)
+                seat.told += 1
+                try:
+                    seat.known = await self.seats.engine.call("stored", seat.user)
+                finally:
+                    seat.told -= 1
             log.debug("learnt: %s", learnt)
         except BaseException as error:
             if isinstance(error, RequestError) and error.code == "read_only":
@@ -145,6 +153,10 @@ class Turns:
             return None
         newest = Lesson.of(whole.ids, whole.learn, self.options.lesson)
         return None if newest is None else (newest.ids, newest.learn, len(whole.ids) - len(newest.ids))
+
+
+def _forgotten() -> Conflict:
+    return Conflict("nothing was learnt: the user was forgotten meanwhile", code=FORGOTTEN)
 
 
 def _plain(message: Any) -> dict[str, str] | None:
