@@ -20,18 +20,21 @@ from ttt.store import StorageFailure
 
 
 class BrokenStore:
-    """Lets writes of versions fail until `repair` is called."""
+    """Lets all writes of files fail until `repair` is called."""
 
     def __init__(self, monkeypatch, store):
-        self._broken, put = threading.Event(), store.put
+        self._broken = threading.Event()
         self._broken.set()
+        for name in ("put", "check_writes"):
+            monkeypatch.setattr(store, name, self._flaky(getattr(store, name)))
 
+    def _flaky(self, write):
         def flaky(*args):
             if self._broken.is_set():
                 raise StorageFailure("the disk is full")
-            return put(*args)
+            return write(*args)
 
-        monkeypatch.setattr(store, "put", flaky)
+        return flaky
 
     def repair(self):
         self._broken.clear()

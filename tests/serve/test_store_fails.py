@@ -168,23 +168,71 @@ def test_who_waits_for_a_version_that_alone_is_not_taken_hears_of_it_and_the_sto
     assert service.drain() == []
 
 
+def test_a_user_who_alone_cannot_be_written_stops_nobody_else(model, tmp_path):
+    service = service_of(model, tmp_path / "store")
+    service.learn("ada", lesson_of()).result(60).stored.result(60)
+    (blob,) = [each for each in (tmp_path / "store" / "blobs").rglob("*") if each.is_file()]
+    folder = blob.parent
+    folder.rename(tmp_path / "away")
+    folder.write_text("a file in the place of her folder")
+    lessons = [lesson_of(), lesson_of()]
+    with served(service) as url:
+        hers = service.learn("ada", lesson_of()).result(60).stored
+        until(lambda: service.sessions.get("ada").put_failed)
+        assert learn(url).json()["error"]["code"] == "not_stored"  # after the time of all that waits for a store
+        for lesson in lessons:
+            assert service.stalled is None
+            assert health(url) == (200, {"status": "ok"})
+            assert service.learn("bob", lesson).result(60).stored.result(60)
+        assert not hers.done()
+        folder.unlink()
+        (tmp_path / "away").rename(folder)
+        assert hers.result(30) == 2  # with what she taught later
+    assert_same(learned(learner_of(model), lessons), stored(tmp_path / "store", "bob"))
+    assert [each.number for each in ttt.Store(tmp_path / "store").history("ada")] == [2, 1]
+
+
+def size_of(service):
+    return sum(each.nbytes for each in service.export("ada").result(60).values())
+
+
+def test_a_disk_without_room_for_a_version_takes_nothing_though_smaller_files_fit(model, tmp_path, monkeypatch):
+    service = service_of(model, tmp_path)
+    write, sizes = service.store.blobs.write, []
+    service.learn("ada", lesson_of()).result(60).stored.result(60)
+    room = size_of(service) // 2
+
+    def full(key, data):
+        sizes.append(len(data))
+        if len(data) > room:
+            raise OSError(28, "No space left on device")
+        return write(key, data)
+
+    monkeypatch.setattr("ttt.store.store._PROBE_BYTES", 1)
+    monkeypatch.setattr(service.store.blobs, "write", full)
+    service.learn("ada", lesson_of()).result(60)
+    until(lambda: service.stalled)
+    time.sleep(0.3)  # several attempts later
+    assert service.stalled.why == "StorageFailure, by OSError (No space left on device)"
+    assert size_of(service) in sizes
+    monkeypatch.setattr(service.store.blobs, "write", write)
+    until(lambda: service.stalled is None)
+    assert service.drain() == []
+
+
 def test_a_store_to_which_nobody_writes_is_tried_until_it_works_again(model, tmp_path, monkeypatch):
     service = service_of(model, tmp_path)
     store = BrokenStore(monkeypatch, service.store)
     tried, check = threading.Event(), service.store.check_writes
 
-    def checked():
+    def checked(size):
         tried.set()
-        return broken() if store._broken.is_set() else check()
+        return check(size)
 
-    def broken():
-        raise StorageFailure("the disk is full")
-
-    monkeypatch.setattr(service.store, "check_writes", checked)
     service.learn("ada", lesson_of()).result(60)
     until(lambda: service.stalled)
-    assert not tried.is_set()  # the version that waits is tried
     service.forget("ada").result(30)
+    monkeypatch.setattr(service.store, "check_writes", checked)
     assert tried.wait(30)
     time.sleep(0.3)
     assert service.stalled.why == "StorageFailure"

@@ -72,8 +72,8 @@ class Writer:
         on_stored: called in the writing thread after each write with its seconds.
 
     Attributes:
-        health: whether the store takes what is written. While it fails and nothing waits to be written, it is tried
-            every few seconds.
+        health: whether the store takes what is written. While writing fails, the store is tried every few seconds with
+            a file of no use that is as large as the state that failed last: the states of one user may fail alone.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Writer:
         self._changed = threading.Condition()
         self._not_stored, self._not_renewed = _Warnings(), _Warnings()  # one for each thread
         self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
-        self._writing = False
+        self._size = 0  # bytes of the state that could not be written last
         self._released: list[Session] = []
         self._stop = False
         self._until = math.inf  # when nobody waits for the store any more, by `time.monotonic`
@@ -185,7 +185,6 @@ class Writer:
             if not self._waiting and not self._released and not self._stop:
                 self._changed.wait()
             work = next(iter(self._waiting.values()), None)
-            self._writing = work is not None
             if work is not None:
                 del self._waiting[work.session.user]
             busy = set(self._waiting) | ({work.session.user} if work is not None else set())
@@ -212,6 +211,7 @@ class Writer:
             work.fail(Conflict(f"what was learnt was not stored: {session.read_only}", code="read_only"))
         except Exception as error:
             session.put_failed = True
+            self._size = sum(each.nbytes for each in work.state.values())
             self._not_stored.note(f"a version could not be stored; trying again: {kinds(error)}")
             self._put_back(work)
         else:
@@ -275,11 +275,11 @@ class Writer:
                     self._not_renewed.note(f"a lease could not be renewed: {kinds(error)}")
 
     def _look(self) -> None:
-        """Notice that the store was replaced; and that one works again to which nobody writes."""
+        """Notice that the store was replaced; and that one works to which nothing else is written that could be."""
         try:
-            if self.health.failing and not (self._waiting or self._writing):
+            if self.health.failing:
                 with self.health.watched("version"):
-                    self.store.check_writes()
+                    self.store.check_writes(self._size)
             else:
                 self.store.check_in_place()
         except StoreReplaced as error:

@@ -348,8 +348,11 @@ class Store:
             self.index.check_in_place()
             self.blobs.check_in_place()
 
-    def check_writes(self) -> None:
+    def check_writes(self, size: int = 0) -> None:
         """Write a number into the index and a file beside the blobs, and remove the file, to see whether that works.
+
+        Args:
+            size: bytes that the file has at least.
 
         Raises:
             StorageFailure: if disk, network or database failed. CommitUncertain: if the index failed during the commit.
@@ -358,7 +361,7 @@ class Store:
         folder = new_folder_name()
         with _target_failures():
             try:
-                self.blobs.write(new_key(folder), bytes(_PROBE_BYTES))
+                self.blobs.write(new_key(folder), bytes(max(size, _PROBE_BYTES)))
             finally:
                 self.blobs.remove_folder(folder)
 
