@@ -6,6 +6,7 @@ import time
 
 import httpx
 import pytest
+import torch
 from test_missed_turns import BrokenStore
 from test_service import learned, lesson_of, stored, words
 from test_service_faults import Gate, until
@@ -14,10 +15,11 @@ from tiny_models import assert_same
 from web import CHAT, NAME, served
 
 import ttt
+from ttt.files import write_atomically
 from ttt.serve import jobs as jobs_module
 from ttt.serve import openings as openings_module
 from ttt.serve import writer as writer_module
-from ttt.serve.errors import Conflict, NotStored, Unavailable
+from ttt.serve.errors import Conflict, NotStored, Unavailable, kinds
 from ttt.serve.store_health import REPLACED, StoreHealth
 from ttt.store import LeaseHeld, StorageFailure, StoreReplaced, UnknownUser
 
@@ -376,6 +378,24 @@ def test_what_a_call_says_of_the_store_depends_on_what_it_wrote():
     with pytest.raises(StorageFailure):
         call(health, "version", caused)
     assert health.stalled(60.0).reason == REPLACED  # at once, and without the user's name
+
+
+def test_what_is_told_of_an_error_of_files_names_no_path(tmp_path):
+    health = StoreHealth()
+    with ttt.Store(tmp_path / "store") as store, store.lease("ada") as lease:
+        store.put(lease, {"x": torch.zeros(2)})
+        (blob,) = [each for each in (tmp_path / "store" / "blobs").rglob("*") if each.is_file()]
+        blob.parent.rename(tmp_path / "away")
+        blob.parent.write_text("a file in the place of her folder")
+        with pytest.raises(StorageFailure), health.watched("version"):
+            store.put(lease, {"x": torch.zeros(2)})
+        blob.parent.unlink()
+    assert "/" not in health.stalled(0.0).reason
+    assert health.stalled(0.0).why.startswith("StorageFailure, by ")
+    with pytest.raises(FileNotFoundError, match="does not exist") as missing:
+        write_atomically(tmp_path / "no folder" / "file", b"")
+    assert kinds(missing.value) == "FileNotFoundError (No such file or directory)"
+    assert kinds(OSError("a text")) == kinds(OSError(999_999, "a text")) == "OSError"
 
 
 def test_a_call_that_does_not_end_counts_from_when_it_began():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from typing import Any
 
 
@@ -124,13 +126,18 @@ class TimedOut(RequestError):
 
 
 def kinds(error: BaseException | None) -> str:
-    """The types of ``error`` and of what caused it, each once: their texts may name users and addresses."""
+    """The types of ``error`` and of what caused it, each once: their texts may name users, paths and addresses."""
     found = []
     while error is not None:
-        reason = error.strerror if isinstance(error, OSError) else getattr(error, "sqlite_errorname", None)
+        reason = _system_reason(error) if isinstance(error, OSError) else getattr(error, "sqlite_errorname", None)
         found.append(type(error).__name__ + (f" ({reason})" if reason else ""))
         error = error.__cause__
     return ", by ".join(dict.fromkeys(found))
+
+
+def _system_reason(error: OSError) -> str | None:
+    """What the system calls the number of ``error``, whose ``strerror`` may be any text; None without such a number."""
+    return os.strerror(error.errno) if error.errno in errno.errorcode else None
 
 
 def as_request_error(error: BaseException) -> RequestError:
