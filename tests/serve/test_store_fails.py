@@ -1,5 +1,6 @@
 """A store that takes nothing, or was replaced: what needs it is refused by name in time, and /health says why."""
 
+import concurrent.futures
 import shutil
 import threading
 import time
@@ -19,7 +20,9 @@ from ttt.files import write_atomically
 from ttt.serve import jobs as jobs_module
 from ttt.serve import openings as openings_module
 from ttt.serve import writer as writer_module
+from ttt.serve.acknowledgements import Acknowledgements
 from ttt.serve.errors import Conflict, NotStored, Unavailable, kinds
+from ttt.serve.session import settle
 from ttt.serve.store_health import REPLACED, StoreHealth
 from ttt.store import LeaseHeld, StorageFailure, StoreReplaced, UnknownUser
 
@@ -140,6 +143,25 @@ def test_a_turn_that_nobody_waits_for_any_more_counts_as_missed_if_it_is_never_s
     assert service.missed.of("ada").turns == 1
     assert "taken over" in service.missed.of("ada").why
     assert service.drain() == []
+
+
+@pytest.mark.parametrize("given_up_first", [True, False])
+def test_one_of_two_ends_at_the_same_time_tells_of_a_turn_that_is_never_stored(monkeypatch, given_up_first):
+    missed, stored, failure = [], concurrent.futures.Future(), Conflict("taken over")
+    given_up = NotStored("nothing is taken")
+    waiting = Acknowledgements(lambda: 0.0, lambda user: given_up, lambda *args: missed.append(args))
+    told = waiting.wait("ada", stored)
+
+    def settled(future, result):
+        if result is failure and given_up_first:
+            waiting.look()  # in another thread, just before
+        return settle(future, result)
+
+    monkeypatch.setattr("ttt.serve.acknowledgements.settle", settled)
+    stored.set_exception(failure)
+    waiting.look()
+    assert told.exception() is (given_up if given_up_first else failure)
+    assert missed == ([("ada", failure)] if given_up_first else [])
 
 
 def test_who_waits_for_a_version_that_alone_is_not_taken_hears_of_it_and_the_store_is_well(

@@ -45,9 +45,9 @@ class Acknowledgements:
             self._waiting.append(_Waiting(user, told, time.monotonic()))
 
         def ended(stored: concurrent.futures.Future[int]) -> None:
-            error, late = stored.exception(), told.done()
-            settle(told, stored.result() if error is None else error)
-            if late and error is not None:
+            error = stored.exception()
+            in_time = settle(told, stored.result() if error is None else error)
+            if error is not None and not in_time:
                 self._missed(user, error)
 
         stored.add_done_callback(ended)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import threading
 import time
@@ -66,10 +65,13 @@ class Session:
         self.lease, self.read_only = None, TAKEN_OVER
 
 
-def settle(future: concurrent.futures.Future[Any], result: Any) -> None:
-    """Give ``future`` its ``result``, an exception or a value, unless it was cancelled meanwhile."""
-    with contextlib.suppress(concurrent.futures.InvalidStateError):
+def settle(future: concurrent.futures.Future[Any], result: Any) -> bool:
+    """Give ``future`` its ``result``, an exception or a value; False if it has ended or was cancelled before."""
+    try:
         if isinstance(result, BaseException):
             future.set_exception(result)
         else:
             future.set_result(result)
+    except concurrent.futures.InvalidStateError:
+        return False
+    return True
