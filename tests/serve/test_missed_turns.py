@@ -5,13 +5,14 @@ import threading
 import httpx
 import pytest
 from test_service import learned, lesson_of, stored, words
-from test_service_faults import until
+from test_service_faults import Gate, until
 from tiny_chat_model import Answer, learner_of, service_of, slowed
 from tiny_models import assert_same
 from web import CHAT, NAME, served
 
 import ttt
 from ttt.serve import jobs as jobs_module
+from ttt.serve import openings as openings_module
 from ttt.serve import writer as writer_module
 from ttt.serve.errors import Conflict, ServerFailure, Unavailable
 from ttt.serve.http.metrics import Metrics
@@ -237,6 +238,26 @@ def test_turns_that_are_dropped_for_a_user_who_cannot_be_forgotten_count_as_miss
         assert httpx.delete(f"{url}/v1/users/ada").status_code == 200
         assert service.missed.of("ada") is None
         assert httpx.get(f"{url}/v1/users/ada").status_code == 404
+
+
+def test_turns_that_were_set_aside_count_though_forgetting_never_begins(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(openings_module, "LONGEST", 0.5)
+    service = service_of(model, tmp_path)
+    gate = Gate(monkeypatch, service.store, "get", "ada")
+    asked = Answer(service, "ada", words(5), max_tokens=1)  # the store does not say what it has of her
+    assert gate.came.wait(30)
+    with pytest.raises(Unavailable, match="the store does not answer"):
+        service.forget("ada").result(30)
+    assert isinstance(asked.wait().end, Unavailable)
+    service.missed.note("ada", Conflict("dropped", code="forgotten"))
+    found = service.missed.of("ada")
+    assert found.turns == 1
+    assert found.why.startswith("dropped in order to forget the user, which failed: the store does not answer")
+    gate.open()
+    until(lambda: (waits := service._waiting.queues.get("ada")) is None or waits.opening is None)
+    service.forget("ada").result(30)
+    assert service.missed.of("ada") is None
+    assert service.drain() == []
 
 
 def test_turns_are_set_aside_until_it_is_known_whether_their_user_was_forgotten():

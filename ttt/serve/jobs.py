@@ -48,6 +48,7 @@ class Job:
         cost: number of tokens that are to be read for that, with context, in all passes.
         seconds: how long its steps have taken so far.
         value, error: as ``result``, whether or not that was cancelled.
+        on_end: called with its error, or None, when it has ended in any way, before ``result`` is given.
         running, waits_for, until: the generator, the future that it waits for, and until when.
     """
 
@@ -64,6 +65,7 @@ class Job:
     seconds: float = 0.0
     value: Any = None
     error: Exception | None = None
+    on_end: Callable[[Exception | None], None] = lambda error: None
     running: Steps | None = None
     waits_for: concurrent.futures.Future[Any] | None = None
     until: float = 0.0
@@ -109,6 +111,7 @@ class Job:
 
     def settle(self) -> None:
         """Tell who waits how it ended."""
+        self.on_end(self.error)
         settle(self.result, self.value if self.error is None else self.error)
 
 

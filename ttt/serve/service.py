@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import logging
 import queue
 import threading
@@ -182,15 +183,14 @@ class Service:
     def forget(self, user: str) -> concurrent.futures.Future[None]:
         """See `ttt.serve.jobs.forget`."""
 
-        def steps() -> jobs.Steps:
-            try:
-                yield from jobs.forget(self.sessions, self._io, user)
-            except BaseException as error:
+        def ended(error: Exception | None) -> None:
+            if error is None:
+                self.missed.forget(user)
+            else:
                 self.missed.not_forgotten(user, error)
-                raise
-            self.missed.forget(user)
 
-        return self._enter(Job(user, "forget", steps, needs_slot=False))
+        steps = functools.partial(jobs.forget, self.sessions, self._io, user)
+        return self._enter(Job(user, "forget", steps, needs_slot=False, on_end=ended))
 
     def export(self, user: str) -> concurrent.futures.Future[Any]:
         """A copy of the user's weights, see `ttt.Pool.export`."""
