@@ -137,7 +137,8 @@ def kinds(error: BaseException | None) -> str:
 
 def _system_reason(error: OSError) -> str | None:
     """What the system calls the number of ``error``, whose ``strerror`` may be any text; None without such a number."""
-    return os.strerror(error.errno) if error.errno in errno.errorcode else None
+    number = error.errno
+    return os.strerror(number) if number is not None and number in errno.errorcode else None
 
 
 def as_request_error(error: BaseException) -> RequestError:

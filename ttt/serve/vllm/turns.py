@@ -104,10 +104,11 @@ class Turns:
         def ended(task: asyncio.Task[None]) -> None:
             seat.lessons.discard(task)
             self.seats.unpin(seat)
-            if task.cancelled():
-                error = _forgotten() if seat.forgotten else None
-            else:
+            error: BaseException | None = None
+            if not task.cancelled():
                 error = task.exception()
+            elif seat.forgotten:
+                error = _forgotten()
             if error is not None and turn.learn != "wait":
                 self.seats.missed.note(seat.user, error)
 
