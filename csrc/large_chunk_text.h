@@ -35,7 +35,7 @@ struct PaddedMatrix {
 };
 
 // Reads rows into the cache that are needed next: the processor's own prefetchers do not follow rows that are pages
-// apart. (In-Place TTT, 16 heads of 64: 4.5 ms instead of 5.4 for 2048 tokens.)
+// apart.
 template <class T>
 inline void prefetch_rows(const T* from, int64_t stride, int64_t rows, int64_t count) {
   constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));

@@ -1,7 +1,7 @@
 // Memories that learn, for one token of each sequence: TTT-Linear, TTT-MLP and Titans. Rows of the state's matrices are
 // read in the order of memory, side by side, so that a head's matrices stream through the processor; where a mini-batch
 // goes on, those that it began with are read and the present ones are changed. Rows are prefetched, because the
-// processor's own prefetchers stop at each page. (TTT-Linear, 64 sequences of 16 heads of 64: 1.4 ms instead of 2.0.)
+// processor's own prefetchers stop at each page.
 #pragma once
 #include <type_traits>
 

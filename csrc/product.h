@@ -17,7 +17,7 @@ namespace {
 
 // A register tile is MR rows by NV vectors. With very many tokens a commit is bound by arithmetic, and MR is TALL: the
 // most sums that leave registers for the factors (SSE and AVX2 have 16 registers, AVX-512 has 32). With few tokens it
-// is bound by memory, and MR is FLAT: 2 rows of four matrices stream at 45 GB/s, 6 rows at 38 (Zen 4). In between MR is
+// is bound by memory, and MR is FLAT: few rows of each of its matrices stream faster than many. In between MR is
 // MID, whose update is unrolled. NC is a multiple of 32, the columns of an 8-bit block.
 constexpr int TALL = VL == 16 ? 6 : (VL == 8 ? 3 : 1);
 constexpr int MID = VL == 16 ? 4 : TALL;

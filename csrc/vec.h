@@ -140,9 +140,7 @@ inline vf load_raw(const T* p, int64_t count) {
 
 // Prefetches the next part of a stream over a matrix, past the end of a row too: the processor's own prefetchers stop
 // at each page, and a row of 4096 bfloat16 is two pages. The target is the second-level cache, because the first can
-// wait for fewer lines at a time, and streams of many rows 4 KB apart would evict each other from it. (window_linear,
-// 4096 x 4096 in float32, Zen 4, one thread: 29 GB/s; into the first-level cache, 2048 bytes ahead, 25; without 26.
-// LowRank, 48 rows of 32 users, 2048 columns of bfloat16: 430 us instead of 490.)
+// wait for fewer lines at a time, and streams of many rows 4 KB apart would evict each other from it.
 constexpr int AHEAD = 1024;
 
 template <int level = 2, class T>
@@ -152,8 +150,7 @@ inline void prefetch_strip(const T* p, int64_t ahead = AHEAD) {
 }
 
 // Whether streams are prefetched into the first-level cache instead, in whose 48 KB with 12 ways they do not evict each
-// other. (window_linear, 4096 x 4096, Zen 5, one thread on a machine with other work, bfloat16: 30 GB/s, into the
-// second level 25; float32: 33 and 29.) False where its size is unknown.
+// other. False where its size is unknown.
 inline bool streams_fit_first_level() {
 #if defined(_SC_LEVEL1_DCACHE_SIZE)
   static const bool large = sysconf(_SC_LEVEL1_DCACHE_SIZE) >= 48 << 10;
