@@ -102,7 +102,7 @@ struct Token {
 
   bool read(py::handle q) {
     TensorView t;
-    if (!TensorReader::read(q, &t) || t.dims != 3 || t.dtype() < 0) return false;
+    if (!TensorReader::read(q, &t) || t.dims != 3 || t.dtype() < 0 || t.shape[2] < 1) return false;
     batch = t.shape[0];
     heads = t.shape[1];
     width = t.shape[2];
@@ -208,16 +208,15 @@ bool memory_step(py::handle q, py::handle k, py::handle v, py::handle rate, py::
   return true;
 }
 
-// Rates (B, H, count) in float32, at any strides; with a single weight also (B, H).
+// Rates (B, H, count) in float32, at any strides; (B, H) with a single weight.
 inline bool read_rates(py::handle object, int64_t batch, int64_t heads, int64_t count, ttt::LargeChunkStep* a) {
   TensorView t;
   if (!TensorReader::read(object, &t) || !t.is_float32()) return false;
-  const bool whole = t.has_shape({batch, heads, count});
-  if (!whole && (count != 1 || !t.has_shape({batch, heads}))) return false;
+  if (count == 1 ? !t.has_shape({batch, heads}) : !t.has_shape({batch, heads, count})) return false;
   a->rates = static_cast<const float*>(t.data);
   a->steps.rate = t.strides[0];
   a->rate_by_head = t.strides[1];
-  a->rate_by_weight = whole ? t.strides[2] : 0;
+  a->rate_by_weight = count == 1 ? 0 : t.strides[2];
   return true;
 }
 
@@ -277,7 +276,8 @@ int large_chunk_step(py::handle q, py::handle k, py::handle v, py::handle rates,
 
 inline void bind_steps(py::module_& m) {
   m.def("read_tensors", &TensorReader::use, py::arg("tensor"), py::arg("parameter"),
-        "Steps read tensors of these two types from now on: torch.Tensor and torch.nn.Parameter.");
+        "Steps read tensors of these two types from now on: torch.Tensor and torch.nn.Parameter. Returns why they cannot, "
+        "or an empty text.");
   m.def("delta_rule_step", &delta_rule_step);
   m.def("memory_step", &memory_step);
   m.def("large_chunk_step", &large_chunk_step);

@@ -3,11 +3,36 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 """The number of dispatch modes (FlopCounterMode, FakeTensorMode, ...) that are active in this thread."""
 
 
+_transforms_of_func = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+def transforms_active() -> bool:
+    """Whether a transform of torch.func (vmap, jvp, grad, functionalize, ...) or forward-mode autograd is active.
+
+    Transforms cannot see into a kernel: it would lose their tangents, or find no numbers in the tensors that they wrap.
+    """
+    return _transforms_of_func() or getattr(forward_ad, "_current_level", -1) >= 0
+
+
+def gradients_batched() -> bool:
+    """Whether several gradients are computed at once, as by ``is_grads_batched`` of `torch.autograd.grad`.
+
+    That is another vmap than the one of torch.func, and can be told by the depth of its nesting only.
+    """
+    enter, leave = (getattr(torch._C, f"_vmapmode_{change}_nesting", None) for change in ("increment", "decrement"))
+    if enter is None or leave is None:
+        return False
+    depth = enter()
+    leave()
+    return depth > 1
+
+
 def must_call_ops() -> bool:
-    """Whether this thread must call ops rather than kernels: dispatch modes must see every op."""
-    return torch.compiler.is_dynamo_compiling() or dispatch_modes() > 0
+    """Whether this thread must call ops rather than kernels: dispatch modes and transforms must see every op."""
+    return torch.compiler.is_dynamo_compiling() or dispatch_modes() > 0 or transforms_active()

@@ -13,6 +13,9 @@ from ttt.ops.sequence.states import tensors_of
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FORMS = ("auto", "chunk", "reference")
 
+MOST_COUNT = (1 << 63) - 1
+"""The largest number that int64, and so an op of torch, can hold."""
+
 Form = list[tuple[tuple[int, ...], torch.dtype]]
 """Of the tensors of a state, in the order of `tensors_of`: the shape without the sequences, and the dtype."""
 
@@ -30,7 +33,7 @@ def refuse_gradients(op: str, *tensors: Tensor | None) -> None:
 
 
 def check_tokens(q: Tensor, k: Tensor, v: Tensor, dims: int = 4) -> None:
-    """Check that q and k are (B, T, H, K) and v is (B, T, H, V); without T if ``dims`` is 3.
+    """Check that q and k are (B, T, H, K) and v is (B, T, H, V), K not 0; without T if ``dims`` is 3.
 
     Raises:
         TypeError, ValueError: otherwise.
@@ -45,6 +48,8 @@ def check_tokens(q: Tensor, k: Tensor, v: Tensor, dims: int = 4) -> None:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
         if t.dtype != q.dtype or t.device != q.device:
             raise TypeError(f"{name} must be {q.dtype} on {q.device} like q, got {t.dtype} on {t.device}")
+    if not q.shape[-1]:
+        raise ValueError(f"q must be {shape} with D of at least 1, got {tuple(q.shape)}")
     if k.shape != q.shape:
         raise ValueError(f"k must have the shape of q, {tuple(q.shape)}, got {tuple(k.shape)}")
     if v.shape[:-1] != q.shape[:-1]:
@@ -67,7 +72,7 @@ def check_shape(name: str, t: Tensor | None, shape: tuple[int, ...], device: tor
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:
-    """Check that ``value`` is a whole number of at least ``least``.
+    """Check that ``value`` is a whole number of at least ``least`` and at most `MOST_COUNT`.
 
     Raises:
         TypeError, ValueError: otherwise.
@@ -76,6 +81,8 @@ def check_count(name: str, value: int, least: int = 1) -> None:
         raise TypeError(f"{name} must be a whole number, got {type(value).__name__} {value!r:.40}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    if value > MOST_COUNT:
+        raise ValueError(f"{name} must be at most {MOST_COUNT}, got {value}")
 
 
 def bounds_of(cu_seqlens: Tensor | None, batch: int, tokens: int) -> list[int] | None:

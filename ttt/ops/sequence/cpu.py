@@ -106,6 +106,7 @@ def large_chunk_step(q, k, v, rates, momentum, weights, sums, total_momentum, po
     q, k, v, position = _readable(q, k, v, position)
     weights, sums = _readable(*weights), _readable(*sums)
     total = None if total_momentum is None else _readable(total_momentum)[0]
+    rates = rates if len(weights) == 3 else rates.squeeze(-1)
     out, size = torch.empty_like(v), 1  # whether chunks are full is found out by the caller
     _read(
         _C.large_chunk_step(

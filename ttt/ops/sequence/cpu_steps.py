@@ -2,8 +2,8 @@
 
 With a state that fits into the cache, checks in Python and torch's dispatcher would take several times as long as the
 kernels. So the ops first try the functions here. Where one of the arguments is not what a kernel reads, as one that is
-wrong, has another dtype, or is on another device, they return None and have written nothing; the ops then check the
-arguments one by one, and go through torch's dispatcher.
+wrong, has another dtype, is a negative view, or is on another device, they return None and have written nothing; the
+ops then check the arguments one by one, and go through torch's dispatcher.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from torch import Tensor
 from ttt.ops.backends import record
 from ttt.ops.cpu import _C
 from ttt.ops.modes import must_call_ops
+from ttt.ops.sequence.checks import MOST_COUNT
 from ttt.ops.sequence.dual_form import Norm
 from ttt.ops.sequence.states import LargeChunkState, MemoryState
 
-if _C is not None:
-    _C.read_tensors(torch.Tensor, torch.nn.Parameter)
+UNREAD = "" if _C is None else _C.read_tensors(torch.Tensor, torch.nn.Parameter)
+"""Empty, or why the kernels of steps cannot read the tensors of this version of torch."""
 
 _NO_NORM = (None, None, 0.0)
 
@@ -29,7 +30,7 @@ _NO_NORM = (None, None, 0.0)
 def delta_rule(q: Any, k: Any, v: Any, beta: Any, g: Any, state: Any, scale: float | None) -> Tensor | None:
     """`ttt.ops.sequence.gated_delta_rule_step`, or None."""
     out = _out_like(v)
-    if out is None or type(q) is not Tensor:
+    if out is None or type(q) is not Tensor or q.dim() != 3 or not q.shape[-1]:
         return None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if not _C.delta_rule_step(q, k, v, beta, g, state, out, scale, torch.get_num_threads()):
@@ -43,7 +44,7 @@ def memory(
 ) -> Tensor | None:
     """`ttt.ops.sequence.memory_step` in mini-batches of ``size`` tokens, or None."""
     out = _out_like(q)
-    if out is None or type(state) is not MemoryState or type(size) is not int:
+    if out is None or type(state) is not MemoryState or not _is_count(size):
         return None
     if norm is not None and (type(norm) is not Norm or type(norm.eps) is not float):
         return None
@@ -68,7 +69,7 @@ def large_chunk(
         The output, and whether the chunk of some sequence is full now and has to be ended; or None.
     """
     out = _out_like(v)
-    if out is None or type(state) is not LargeChunkState or type(size) is not int or len(state.weights) != weights:
+    if out is None or type(state) is not LargeChunkState or not _is_count(size) or len(state.weights) != weights:
         return None
     done = _C.large_chunk_step(
         q, k, v, rates, momentum, state.weights, state.sums, state.velocity, state.norms, state.momentum,
@@ -99,11 +100,15 @@ def memory_op(weights: Sequence[Tensor], gate: Any, momentum: Any, norm_weight: 
     return "memory" if gate is None or momentum is None or norm_weight is not None else "titans"
 
 
+def _is_count(size: Any) -> bool:
+    return type(size) is int and 0 < size <= MOST_COUNT
+
+
 def _out_like(t: Any) -> Tensor | None:
     """What the output is written to, of the shape and dtype of ``t``; None where no kernel may be called directly.
 
     With gradients, the ops have to see whether an argument needs one.
     """
-    if _C is None or type(t) is not Tensor or torch.is_grad_enabled() or must_call_ops() or not t.is_cpu:
+    if _C is None or UNREAD or type(t) is not Tensor or torch.is_grad_enabled() or must_call_ops() or not t.is_cpu:
         return None
     return torch.empty_like(t, memory_format=torch.contiguous_format)

@@ -18,6 +18,7 @@ from ttt.ops.sequence.checks import (
     refuse_gradients,
     sequences,
 )
+from ttt.ops.sequence.states import changes_in_place
 
 
 def gated_delta_rule(
@@ -126,6 +127,6 @@ def _checked_state(state, shape, dtype, device, name):
     check_shape(name, state, shape, device)
     if state is not None and state.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {state.dtype}")
-    if name == "state" and state is not None and not state.is_contiguous():
-        raise ValueError("state must be contiguous, because it is changed in place")
+    if name == "state" and state is not None and not changes_in_place(state):
+        raise ValueError("state must be contiguous and no negative view, because it is changed in place")
     return state

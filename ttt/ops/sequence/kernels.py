@@ -1,7 +1,8 @@
 """Which kernel serves a call of a sequence op, if any: C++ on CPUs, Triton on GPUs.
 
 Where gradients are needed, there are kernels of the delta rule and of memories on CPUs. Each function returns a
-callable, or None where the torch form must be taken.
+callable, or None where the torch form must be taken; it is always taken while a transform of torch.func or forward-mode
+autograd is active.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from ttt.ops.backends import record
 from ttt.ops.cpu import why_not
+from ttt.ops.modes import transforms_active
 from ttt.ops.sequence import cpu, cpu_steps, cuda, training
-from ttt.ops.sequence.states import LargeChunkState, MemoryState, tensors_of
+from ttt.ops.sequence.states import LargeChunkState, MemoryState, changes_in_place, tensors_of
 
 MOST_MINI_BATCH = 256
 """Longest mini-batch of the C++ kernel for texts: its scratch memory grows with the square of it."""
@@ -117,7 +119,7 @@ def large_chunk(op: str, q, k, v, rates, momentum, state: LargeChunkState) -> Ca
     """The kernel of ``op`` for texts, called with where packed texts begin, the size of chunks and the options."""
     if q.device.type != "cpu" or not q.numel() or max(w[0, 0].numel() for w in state.weights) > MOST_FAST_WEIGHT:
         return None
-    if _need_gradients(q, k, v, rates, momentum, *tensors_of(state)) or _counted(op, why_not(q.dtype)):
+    if _need_gradients(q, k, v, rates, momentum, *tensors_of(state)) or _counted(op, _why_not_cpu(op, q)):
         return None
 
     def run(begins, size, orthogonal, scale):
@@ -134,11 +136,13 @@ def large_chunk(op: str, q, k, v, rates, momentum, state: LargeChunkState) -> Ca
 
 def large_chunk_step(op: str, q: Tensor, state: LargeChunkState) -> Callable | None:
     """The kernel of the token's part of ``op``, for tokens ``q`` and a state, none of which needs a gradient."""
-    why = why_not(q.dtype) if q.device.type == "cpu" else f"no kernel for {q.device.type}"
-    if not why and not all(t.is_contiguous() for t in (*state.weights, *state.sums, state.position)):
-        why = "a state that is not contiguous"
+    why = _why_not_cpu(op, q) if q.device.type == "cpu" else f"no kernel for {q.device.type}"
+    if not why and not all(map(changes_in_place, (*state.weights, *state.sums, state.position))):
+        why = "a state that is not contiguous, or is a negative view"
     return None if _counted(op, why) else torch.ops.ttt.sequence_large_chunk_step
 
+
+_TRANSFORMED = "a transform of torch.func, or forward-mode autograd, that must see every op"
 
 NO_NORM = (None, None, 0.0)
 """Weight, bias and eps of a memory without an inner norm."""
@@ -155,18 +159,24 @@ def _serves(op: str, why_not_cuda: Callable[[], str], q: Tensor, *others: Tensor
     if _need_gradients(q, *others):
         return False
     if q.device.type == "cpu":
-        why = why_not(q.dtype)
+        why = _why_not_cpu(op, q)
     elif q.device.type == "cuda":
-        why = why_not_cuda()
+        why = _TRANSFORMED if transforms_active() else why_not_cuda()
     else:
         why = f"no kernel for {q.device.type}"
     return not _counted(op, why)
 
 
 def _trains(op: str, q: Tensor) -> bool:
-    """Whether a kernel on CPUs serves ``q`` with gradients; if it does not because of its dtype, counts that."""
-    # The transforms of torch.func cannot see into an op with a derivative of its own.
-    return not torch._C._are_functorch_transforms_active() and not _counted(op, why_not(q.dtype))
+    """Whether a kernel on CPUs serves ``q`` with gradients; if it does not, counts why."""
+    return not _counted(op, _why_not_cpu(op, q))
+
+
+def _why_not_cpu(op: str, q: Tensor) -> str:
+    """Empty if the C++ kernels serve ``q``, else the reason they do not."""
+    if transforms_active():
+        return _TRANSFORMED
+    return why_not(q.dtype) or (cpu_steps.UNREAD if op.endswith("_step") else "")
 
 
 def _need_gradients(*tensors: Tensor | None) -> bool:

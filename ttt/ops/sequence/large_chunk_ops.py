@@ -22,7 +22,7 @@ from ttt.ops.sequence.checks import (
     refuse_gradients,
     sequences,
 )
-from ttt.ops.sequence.states import LargeChunkState, by_position, over_sequences, own
+from ttt.ops.sequence.states import LargeChunkState, by_position, for_sequences, over_sequences, own
 
 
 def lact(
@@ -175,7 +175,7 @@ def new_large_chunk_state(
     Args:
         momentum: whether there is a velocity. norms: whether columns keep their norms; both as in `lact`.
     """
-    begun = tuple(w.unsqueeze(0).expand(batch, *w.shape).contiguous() for w in weights)
+    begun = tuple(for_sequences(w, batch) for w in weights)
     zeros = tuple(torch.zeros_like(w) for w in begun)
     return LargeChunkState(
         begun,
@@ -211,6 +211,8 @@ def _run(name, q, k, v, rates, weights, options, forward, updates, orthogonal, n
         begins = None if bounds is None else torch.tensor(bounds)
         out, final = kernel(begins, chunk_size, orthogonal, scale)
         return out, final if output_final_state else None
+    if initial_state is not None:
+        state = own(state)  # the final state may hold some of its tensors, which steps change
     wide: Any = tuple(None if t is None else t.to(dtype) for t in (q, k, v, rates, momentum))
     wide = (wide[0] * scale, *wide[1:])
 
@@ -226,8 +228,6 @@ def _run(name, q, k, v, rates, weights, options, forward, updates, orthogonal, n
         return at_position(tensors, state, 0) if initial_state is None else by_position(at_position, tensors, state)
 
     out, final = over_sequences(run, wide, state, bounds)
-    if tokens == 0:
-        final = own(final)
     return out.to(q.dtype), final if output_final_state else None
 
 
@@ -240,8 +240,9 @@ def _step(q, k, v, rates, momentum, state, chunk_size, scale, token, orthogonal,
     check_tokens(q, k, v, dims=3)
     check_count("chunk_size", chunk_size)
     batch, heads = q.shape[:2]
-    if count == 1 and isinstance(rates, Tensor):
-        rates = rates.unsqueeze(-1)
+    if count == 1:
+        check_shape("rate", rates, (batch, heads), q.device)
+        rates = rates.unsqueeze(-1) if isinstance(rates, Tensor) else rates
     check_shape("rates", rates, (batch, heads, count), q.device)
     check_shape("momentum", momentum, (batch, heads), q.device)
     if not isinstance(state, LargeChunkState) or len(state.weights) != count:

@@ -23,7 +23,7 @@ from ttt.ops.sequence.checks import (
     sequences,
 )
 from ttt.ops.sequence.dual_form import Norm
-from ttt.ops.sequence.states import MemoryState
+from ttt.ops.sequence.states import MemoryState, changes_in_place, for_sequences, own
 
 
 def memory(
@@ -101,6 +101,7 @@ def memory(
             return out, final if output_final_state else None
     if initial_state is not None:
         check_positions("mini_batch", state.position, mini_batch)
+        state = own(state)  # the final state may hold some of its tensors, which steps change
     position, reference = (0 if initial_state is None else None), form == "reference"
     given: Any = (q, k, v, rate, gate, momentum, norm, state, bounds, mini_batch, scale, position, reference)
     out, final = memory_texts.texts(*given)
@@ -150,8 +151,10 @@ def memory_step(
     shapes = [tuple(w.shape[1:]) for w in state.weights]
     check_state(state, MemoryState, _form(shapes, dtype, momentum is not None), batch, q.device)
     for name in ("weights", "start", "velocity"):
-        if not all(t.is_contiguous() for t in getattr(state, name)):
-            raise ValueError(f"state.{name} must be contiguous, because they are changed in place")
+        if not all(map(changes_in_place, getattr(state, name))):
+            raise ValueError(
+                f"state.{name} must be contiguous and no negative views, because they are changed in place"
+            )
     refuse_gradients("memory_step", q, k, v, rate, gate, momentum, *state.weights)
     scale = 1.0 if scale is None else float(scale)
     if kernel := kernels.memory_step(q, k, v, rate, gate, momentum, norm, state):
@@ -164,7 +167,7 @@ def memory_step(
 
 def new_memory_state(weights: Sequence[Tensor], batch: int, momentum: bool = False) -> MemoryState:
     """The state of ``batch`` new sequences, which begin with ``weights`` (W_1, b_1, ...), (H, I, O) and (H, O)."""
-    begun = tuple(w.unsqueeze(0).expand(batch, *w.shape).contiguous() for w in weights)
+    begun = tuple(for_sequences(w, batch) for w in weights)
     velocity = tuple(torch.zeros_like(w) for w in begun) if momentum else ()
     position = torch.zeros(batch, dtype=torch.int64, device=weights[0].device)
     start = tuple(w.clone() for w in begun)

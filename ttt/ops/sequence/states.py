@@ -69,6 +69,19 @@ def own(state: Any) -> Any:
     return map_state(torch.clone, state)
 
 
+def for_sequences(weight: Tensor, batch: int) -> Tensor:
+    """A contiguous copy (B, ...) of ``weight`` (...) for each of ``batch`` new sequences, also where that is only one.
+
+    Steps change it in place, and the weight must keep its numbers.
+    """
+    return weight.unsqueeze(0).expand(batch, *weight.shape).clone(memory_format=torch.contiguous_format)
+
+
+def changes_in_place(t: Tensor) -> bool:
+    """Whether kernels can change ``t`` in place: it is contiguous, and no negative view (`torch.Tensor.is_neg`)."""
+    return t.is_contiguous() and not t.is_neg()
+
+
 def state_bytes(state: Any) -> int:
     """The bytes that the tensors of ``state`` hold."""
     return sum(t.numel() * t.element_size() for t in tensors_of(state))
