@@ -288,6 +288,58 @@ def test_second_derivatives_are_those_of_the_torch_form():
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
 
 
+def all_runs():
+    """A run of each kind of op that is trained, with its tensors."""
+    q, k, v, beta, g = inputs(1, 21, 2, 8, 8, torch.float32)
+    runs = [(delta_runs(), (q, k, v, beta, g, torch.randn(1, 2, 8, 8)))]
+    for _, middles, options in KINDS:
+        tensors, case = memory_tensors((1, 21, 2, 20), 8, torch.float32, middles, **options)
+        runs.append((memory_runs(case), tensors))
+    return runs
+
+
+def test_second_derivatives_where_the_query_alone_has_a_gradient():
+    """A gradient penalty: the final states, which no query reaches, have no gradient then."""
+    for run, (q, *others) in all_runs():
+        found = []
+        for form in ("auto", "chunk"):
+            leaf = q.clone().requires_grad_()
+            (first,) = torch.autograd.grad(run(form)(leaf, *others)[0].square().sum(), leaf, create_graph=True)
+            found.append(torch.autograd.grad(first.square().sum(), leaf)[0])
+        a, b = found
+        assert b.abs().sum() > 0
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
+
+
+def test_several_gradients_at_once():
+    """By vmap over the gradients of the output, as `torch.autograd.functional.jacobian` takes them."""
+    for run, given in all_runs():
+        leaf = leaves(given)
+        by = [t for t in leaf if t is not None]
+        out = run("auto")(*leaf)[0]
+        d_outs = torch.randn(3, *out.shape)
+        options = {"retain_graph": True, "materialize_grads": True}
+        found = torch.autograd.grad(out, by, d_outs, is_grads_batched=True, **options)
+        for n, d_out in enumerate(d_outs):
+            for a, b in zip(found, torch.autograd.grad(out, by, d_out, **options), strict=True):
+                torch.testing.assert_close(a[n], b, rtol=1e-3, atol=1e-4 * (1e-3 + float(b.abs().max())))
+
+
+def test_negative_views_have_their_values_in_training_and_texts():
+    for run, given in all_runs():
+        for n, t in enumerate(given[:4]):
+            changed = [*given[:n], torch._neg_view(-t), *given[n + 1 :]]
+            for a, b in zip(run("auto")(*changed), run("auto")(*given), strict=True):
+                assert torch.equal(a, b)
+            q, q_too = (ts[0 if n else 1].clone().requires_grad_() for ts in (given, given))
+            at = 0 if n else 1
+            outs = [run("auto")(*ts[:at], leaf, *ts[at + 1 :])[0] for ts, leaf in ((changed, q), (given, q_too))]
+            d_out = torch.randn_like(outs[0])
+            a, b = (torch.autograd.grad(o, leaf, d)[0] for o, leaf, d in (
+                (outs[0], q, torch._neg_view(-d_out)), (outs[1], q_too, d_out)))  # fmt: skip
+            assert torch.equal(a, b)
+
+
 def test_transforms_of_torch_func_take_the_torch_form():
     """Gradients of each sequence of a batch at once."""
     q, k, v, beta, g = inputs(3, 10, 2, 8, 8, torch.float32)

@@ -1,6 +1,7 @@
 """The gated delta rule and memories in training on CPUs: kernels for both passes, as ops with a derivative.
 
-Second derivatives are computed by the torch forms.
+Second derivatives are computed by the torch forms, and so are those that a transform must see into, such as vmap, which
+computes several gradients at once.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttt.ops.modes import gradients_batched, transforms_active
 from ttt.ops.sequence import cpu_training, memory_texts
 from ttt.ops.sequence import delta_rule as torch_form
 from ttt.ops.sequence.dual_form import Norm
@@ -124,7 +126,7 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, d_out, d_state, _):
     *given, begins, kept = ctx.saved_tensors
-    if torch.is_grad_enabled():
+    if _by_torch():
         found = _again(given, lambda ts: _delta_rule_by_torch(ts, begins, ctx.scale), (d_out, d_state))
     else:
         *found, d_state = torch.ops.ttt.sequence_delta_rule_backward(
@@ -140,10 +142,25 @@ def _delta_rule_by_torch(given, begins, scale):
     return torch_form.texts(*arguments)
 
 
+def _by_torch() -> bool:
+    """Whether the torch form gives the derivatives: they are differentiated again, or a transform must see into it."""
+    return torch.is_grad_enabled() or transforms_active() or gradients_batched()
+
+
 def _again(given, run, d_outs):
-    """The derivatives of ``run(given)``, which can be differentiated themselves; None where none is needed."""
+    """The derivatives of ``run(given)``, which can be differentiated themselves; None where none is needed.
+
+    Args:
+        d_outs: the derivatives by the outputs; those of outputs that no tensor with a gradient reaches are not used.
+    """
+    again = torch.is_grad_enabled()
     wanted = [n for n, t in enumerate(given) if t is not None and t.requires_grad]
-    grads = torch.autograd.grad(run(given), [given[n] for n in wanted], d_outs, create_graph=True, allow_unused=True)
+    with torch.enable_grad():
+        outs = [(out, d) for out, d in zip(run(given), d_outs, strict=True) if out.requires_grad]
+    grads = torch.autograd.grad(
+        *([out for out, _ in outs], [given[n] for n in wanted], [d for _, d in outs]),
+        create_graph=again, allow_unused=True,
+    )  # fmt: skip
     found = dict(zip(wanted, grads, strict=True))
     return [found.get(n) for n in range(len(given))]
 
@@ -188,7 +205,7 @@ def _differentiate_memory(ctx, d_out, d_weights, d_start, d_velocity, *_):
     sizes = [ctx.layers] * 2 + [ctx.layers * ctx.moving]
     *states, kept_weights, kept_velocity = _in_parts(rest, [*sizes, ctx.layers, sizes[2]])
     given = [*tensors, *itertools.chain(*states)]
-    if torch.is_grad_enabled():
+    if _by_torch():
         d_outs = (d_out, *d_weights, *d_start, *d_velocity)
         found = _again(given, lambda ts: _memory_by_torch(ts, sizes, begins, ctx), d_outs)
     else:
