@@ -103,7 +103,7 @@ def test_what_the_kernel_does_not_take_is_counted():
     tensors, state = case(1, 2, 5, 7)
     turned = state._replace(sums=tuple(s.mT.contiguous().mT for s in state.sums))
     for tokens, held, why in (
-        (tensors, turned, "a state that is not contiguous"),
+        (tensors, turned, "a state that is not contiguous, or is a negative view"),
         ([t.double() for t in tensors], wide_of(state), "no C++ kernel for torch.float64"),
     ):
         before = calls["lact_step", "torch", why]

@@ -95,7 +95,9 @@ def test_first_weights_that_do_not_fit():
 def test_a_step_needs_a_contiguous_state():
     op, tensors = case()
     state = op.begin(2).transpose(-1, -2).contiguous().transpose(-1, -2)
-    with pytest.raises(ValueError, match="state must be contiguous, because it is changed in place"):
+    with pytest.raises(
+        ValueError, match="state must be contiguous and no negative view, because it is changed in place"
+    ):
         op.step(*(t[:, 0] for t in tensors), size=4, state=state)
 
 
