@@ -78,8 +78,11 @@ def for_sequences(weight: Tensor, batch: int) -> Tensor:
 
 
 def changes_in_place(t: Tensor) -> bool:
-    """Whether kernels can change ``t`` in place: it is contiguous, and no negative view (`torch.Tensor.is_neg`)."""
-    return t.is_contiguous() and not t.is_neg()
+    """Whether kernels can change ``t`` in place: it is contiguous, and no negative view (`torch.Tensor.is_neg`).
+
+    The compiler cannot follow the second question; the ops refuse such views there.
+    """
+    return t.is_contiguous() and (torch.compiler.is_dynamo_compiling() or not t.is_neg())
 
 
 def state_bytes(state: Any) -> int:
