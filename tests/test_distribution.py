@@ -117,12 +117,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
 
 
 def test_the_wheel_is_small(wheel):
-    """Below 3 MB, where the library of this process, which is optimised, stands for the one in the wheel."""
+    """Below 3.5 MB, where the library of this process, which is optimised, stands for the one in the wheel."""
     library = len(zlib.compress(Path(_C.__file__).read_bytes()))
     with zipfile.ZipFile(wheel) as file:
         others = sum(entry.compress_size for entry in file.infolist() if not entry.filename.endswith(".so"))
     assert others < 800_000
-    assert library + others < 3_000_000
+    assert library + others < 3_500_000
 
 
 def test_licence_and_metadata(wheel):
