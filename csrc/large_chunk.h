@@ -64,9 +64,25 @@ struct LargeChunkToken {
   }
 };
 
-// `scaled` = v times a rate.
-inline void scale_values(const LargeChunkToken& m, float rate, int64_t wide) {
-  for (int64_t j = 0; j < wide; j += VL) store(m.scaled + j, splat(rate) * load(m.v + j));
+// `up` = silu(gate) * up: the input of W_1.
+inline void swiglu(const float* gate, float* up, int64_t count) {
+  for (int64_t j = 0; j < count; j += VL) {
+    const vf z = load(gate + j);
+    store(up + j, z * sigmoid(z) * load(up + j));
+  }
+}
+
+// The same of a key in `input`, while `gate` and `up` become the gradients there, times their rates. `back` is the
+// gradient at the input of W_1.
+inline void swiglu_gradients(float gate_rate, float up_rate, const float* back, float* gate, float* up, float* input,
+                             int64_t count) {
+  const vf r0 = splat(gate_rate), r2 = splat(up_rate);
+  for (int64_t j = 0; j < count; j += VL) {
+    const vf z = load(gate + j), s = sigmoid(z), opened = z * s, given = load(up + j), by = load(back + j);
+    store(input + j, opened * given);
+    store(gate + j, r0 * by * given * s * (splat(1.0f) + z * (splat(1.0f) - s)));
+    store(up + j, r2 * by * opened);
+  }
 }
 
 // Columns `begin` to `end`, of which v is read and the output is found.
@@ -76,7 +92,7 @@ inline void linear_token(const ttt::LargeChunkStep& a, int64_t row, int64_t begi
   const int64_t at = row * inputs * outputs + begin;
   std::fill(m.out, m.out + wide, 0.0f);
   add_product(m.q, a.weights[0] + at, inputs, outputs, some, m.out);
-  scale_values(m, rates[0], wide);
+  scale_rows<kSet>(m.v, rates, 1, wide, m.scaled);
   add_outer(m.k, m.scaled, inputs, outputs, some, a.sums[0] + at);
 }
 
@@ -85,10 +101,7 @@ inline void swiglu_token(const ttt::LargeChunkStep& a, int64_t row, const float*
   const int64_t matrix = row * width * inner;
   products_of_two(m.q, m.k, a.weights[0] + matrix, width, inner, m.gate_q, m.gate_k);
   products_of_two(m.q, m.k, a.weights[2] + matrix, width, inner, m.up_q, m.up_k);
-  for (int64_t j = 0; j < deep; j += VL) {  // what the query reads of W_1
-    const vf z = load(m.gate_q + j);
-    store(m.up_q + j, z * sigmoid(z) * load(m.up_q + j));
-  }
+  swiglu(m.gate_q, m.up_q, deep);
   std::fill(m.out, m.out + wide, 0.0f);
   for (int64_t f = 0; f < inner; f += VL) {
     const int64_t some = std::min<int64_t>(VL, inner - f);
@@ -99,14 +112,8 @@ inline void swiglu_token(const ttt::LargeChunkStep& a, int64_t row, const float*
     else
       for (int64_t r = 0; r < some; r++) add_rows<1>(m.up_q + f + r, w + r * width, width, width, m.out);
   }
-  const vf r0 = splat(rates[0]), r2 = splat(rates[2 * a.rate_by_weight]);
-  scale_values(m, rates[a.rate_by_weight], wide);
-  for (int64_t j = 0; j < deep; j += VL) {
-    const vf z = load(m.gate_k + j), s = sigmoid(z), gate = z * s, up = load(m.up_k + j), back = load(m.back + j);
-    store(m.gate_q + j, gate * up);  // the input of W_1
-    store(m.gate_k + j, r0 * back * up * s * (splat(1.0f) + z * (splat(1.0f) - s)));
-    store(m.up_k + j, r2 * back * gate);
-  }
+  scale_rows<kSet>(m.v, rates + a.rate_by_weight, 1, wide, m.scaled);
+  swiglu_gradients(rates[0], rates[2 * a.rate_by_weight], m.back, m.gate_k, m.up_k, m.gate_q, deep);
   add_outer(m.k, m.gate_k, width, inner, inner, a.sums[0] + matrix);
   add_outer(m.gate_q, m.scaled, inner, width, width, a.sums[1] + matrix);
   add_outer(m.k, m.up_k, width, inner, inner, a.sums[2] + matrix);

@@ -86,17 +86,11 @@ inline void add_outer_products(const float* x, int64_t x_row, const float* d, Pa
   product_of<kAdd>({x, 1, x_row}, d, sums->wide, sums->data, sums->row, sums->rows, sums->wide, some);
 }
 
-// Row r of `to` = factor r times row r of `from`.
-inline void scaled_rows(const float* from, const float* factor, int64_t step, int64_t some, int64_t wide, float* to) {
-  for (int64_t r = 0; r < some; r++)
-    for (int64_t j = r * wide; j < (r + 1) * wide; j += VL) store(to + j, splat(factor[r * step]) * load(from + j));
-}
-
 // The outputs for `some` queries, and the sums of the updates by as many keys. `rates`: of the first token and this
 // head, `step` from one token to the next.
 inline void linear_part(LargeChunkMemory& m, const float* rates, int64_t step, int64_t some) {
   times(m.q, whole_vectors(m.weights[0].rows), m.weights[0], m.out, some);
-  scaled_rows(m.v, rates, step, some, m.weights[0].wide, m.scaled);
+  scale_rows<kSet>(m.v, rates, some, m.weights[0].wide, m.scaled, step);
   add_outer_products(m.k, whole_vectors(m.weights[0].rows), m.scaled, &m.sums[0], some);
 }
 
@@ -104,24 +98,16 @@ inline void swiglu_part(LargeChunkMemory& m, const float* rates, int64_t step, i
   const int64_t wide = m.weights[1].wide, deep = m.weights[0].wide;
   times(m.q, wide, m.weights[0], m.gate_q, some);
   times(m.q, wide, m.weights[2], m.up_q, some);
-  for (int64_t j = 0; j < some * deep; j += VL) {
-    const vf z = load(m.gate_q + j);
-    store(m.up_q + j, z * sigmoid(z) * load(m.up_q + j));
-  }
+  swiglu(m.gate_q, m.up_q, some * deep);
   times(m.up_q, deep, m.weights[1], m.out, some);
   times(m.k, wide, m.weights[0], m.gate_k, some);
   times(m.k, wide, m.weights[2], m.up_k, some);
   times(m.v, wide, m.turned, m.back, some);
   for (int64_t r = 0; r < some; r++) {
-    const vf r0 = splat(rates[r * step]), r2 = splat(rates[r * step + 2]);
-    for (int64_t j = r * deep; j < (r + 1) * deep; j += VL) {
-      const vf z = load(m.gate_k + j), s = sigmoid(z), gate = z * s, up = load(m.up_k + j), back = load(m.back + j);
-      store(m.gate_q + j, gate * up);  // the input of W_1
-      store(m.gate_k + j, r0 * back * up * s * (splat(1.0f) + z * (splat(1.0f) - s)));
-      store(m.up_k + j, r2 * back * gate);
-    }
+    const int64_t j = r * deep;
+    swiglu_gradients(rates[r * step], rates[r * step + 2], m.back + j, m.gate_k + j, m.up_k + j, m.gate_q + j, deep);
   }
-  scaled_rows(m.v, rates + 1, step, some, wide, m.scaled);
+  scale_rows<kSet>(m.v, rates + 1, some, wide, m.scaled, step);
   add_outer_products(m.k, wide, m.gate_k, &m.sums[0], some);
   add_outer_products(m.gate_q, deep, m.scaled, &m.sums[1], some);
   add_outer_products(m.k, wide, m.up_k, &m.sums[2], some);

@@ -205,13 +205,15 @@ inline void clear_above(float* matrix, int64_t row, int64_t i) {
   for (int64_t j = i + 1; j < i + TILE_ROWS && j < row; j++) matrix[i * row + j] = 0.0f;
 }
 
-// Each row of `to` becomes `factor` times that of `from`, which may be `to`; or that is added to it.
+// Each row of `to` becomes a factor times that of `from`, which may be `to`; or that is added to it. The factors are
+// `step` apart.
 template <Mode mode>
-inline void scale_rows(const float* from, const float* factor, int64_t rows, int64_t wide, float* to) {
+inline void scale_rows(const float* from, const float* factor, int64_t rows, int64_t wide, float* to,
+                       int64_t step = 1) {
   static_assert(mode != kSubtract);
   for (int64_t r = 0; r < rows; r++)
     for (int64_t i = r * wide; i < (r + 1) * wide; i += VL) {
-      const vf found = splat(factor[r]) * load(from + i);
+      const vf found = splat(factor[r * step]) * load(from + i);
       store(to + i, mode == kSet ? found : load(to + i) + found);
     }
 }

@@ -277,8 +277,7 @@ int large_chunk_step(py::handle q, py::handle k, py::handle v, py::handle rates,
 inline void bind_steps(py::module_& m) {
   m.def("read_tensors", &TensorReader::use, py::arg("tensor"), py::arg("parameter"),
         "Steps read tensors of these two types from now on: torch.Tensor and torch.nn.Parameter. Returns why they "
-        "cannot, "
-        "or an empty text.");
+        "cannot, or an empty text.");
   m.def("delta_rule_step", &delta_rule_step);
   m.def("memory_step", &memory_step);
   m.def("large_chunk_step", &large_chunk_step);
