@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import os
 import platform
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,9 +24,7 @@ class Report(dict[str, Any]):
     """What `info` returns: a dict that shows itself as the lines of a report."""
 
     def __repr__(self) -> str:
-        lines = io.StringIO()
-        _print(self, lines)
-        return lines.getvalue().rstrip("\n")
+        return "\n".join(_lines(self))
 
     __str__ = __repr__
 
@@ -139,20 +137,20 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _print(found: Report, file: TextIO) -> None:
-    """Print a line for each entry; a caller may have taken entries out."""
+def _lines(found: Report) -> Iterator[str]:
+    """A line for each entry; a caller may have taken entries out."""
     for key in ("ttt", "python", "torch", "triton", "processor", "threads"):
         if key in found:
-            print(f"{key:12}{found[key] if found[key] is not None else 'not installed'}", file=file)
+            yield f"{key:12}{found[key] if found[key] is not None else 'not installed'}"
     if "isa" in found:
         forced = f" (forced by {cpu.ISA_VARIABLE})" if os.environ.get(cpu.ISA_VARIABLE) else ""
         has = ", ".join(found.get("isas", ())) or "unknown"
-        print(f"{'isa':12}{found['isa']}{forced}; this processor has {has}", file=file)
+        yield f"{'isa':12}{found['isa']}{forced}; this processor has {has}"
     if "devices" in found:
-        print(f"{'devices':12}{'; '.join(found['devices'])}", file=file)
+        yield f"{'devices':12}{'; '.join(found['devices'])}"
     for title in ("missing", "ops", "isolation", "calls", "slow_calls", "left_out"):
         for key, value in found.get(title, {}).items():
             text = "; ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else value
-            print(f"{title:12}{key}: {text}", file=file)
+            yield f"{title:12}{key}: {text}"
     for name in found.get("learning", ()):
-        print(f"{'learning':12}{name}", file=file)
+        yield f"{'learning':12}{name}"

@@ -9,11 +9,16 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
-from ttt.serve.errors import RequestError, kinds
+from ttt.serve.errors import Conflict, RequestError, kinds
 
 log = logging.getLogger("ttt.serve")
 FORGOTTEN = "forgotten"
 """Code of errors of lessons that ended because their user is being forgotten."""
+
+
+def forgotten() -> Conflict:
+    """The error of a lesson that ended so, and was not learnt."""
+    return Conflict("nothing was learnt: the user was forgotten meanwhile", code=FORGOTTEN)
 
 
 @dataclasses.dataclass(frozen=True)

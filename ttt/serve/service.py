@@ -24,7 +24,7 @@ from ttt.serve.errors import Conflict, HungUp, NotStored, RequestError, Unavaila
 from ttt.serve.job_runner import JobRunner
 from ttt.serve.jobs import Job, Learnt
 from ttt.serve.limits import Limits
-from ttt.serve.missed import FORGOTTEN, MissedTurns
+from ttt.serve.missed import MissedTurns, forgotten
 from ttt.serve.observer import Observer, Silent
 from ttt.serve.openings import Openings
 from ttt.serve.places import Places
@@ -380,8 +380,7 @@ class Service:
         if job.kind == "forget":
             waits.forgetting = True
             self.missed.forgetting(job.user)
-            gone = Conflict("nothing was learnt: the user was forgotten meanwhile", code=FORGOTTEN)
-            self._waiting.end(waits, is_lesson, gone)
+            self._waiting.end(waits, is_lesson, forgotten())
             if waits.opening is not None:
                 return False
             if waits.fetched is not None:

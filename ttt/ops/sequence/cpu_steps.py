@@ -18,13 +18,11 @@ from ttt.ops.backends import record
 from ttt.ops.cpu import _C
 from ttt.ops.modes import must_call_ops
 from ttt.ops.sequence.checks import MOST_COUNT
-from ttt.ops.sequence.dual_form import Norm
+from ttt.ops.sequence.dual_form import NO_NORM, Norm
 from ttt.ops.sequence.states import LargeChunkState, MemoryState
 
 UNREAD = "" if _C is None else _C.read_tensors(torch.Tensor, torch.nn.Parameter)
 """Empty, or why the kernels of steps cannot read the tensors of this version of torch."""
-
-_NO_NORM = (None, None, 0.0)
 
 
 def delta_rule(q: Any, k: Any, v: Any, beta: Any, g: Any, state: Any, scale: float | None) -> Tensor | None:
@@ -49,7 +47,7 @@ def memory(
     if norm is not None and (type(norm) is not Norm or type(norm.eps) is not float):
         return None
     weights, start, velocity, position = state
-    weight, bias, eps = norm or _NO_NORM
+    weight, bias, eps = norm or NO_NORM
     done = _C.memory_step(
         q, k, v, rate, gate, momentum, weight, bias, eps, weights, start, velocity, position, out, size,
         1.0 if scale is None else float(scale), torch.get_num_threads(),

@@ -38,6 +38,10 @@ class Norm(NamedTuple):
     eps: float = 1e-6
 
 
+NO_NORM = (None, None, 0.0)
+"""Weight, bias and eps of a memory without an inner norm."""
+
+
 class Factors(NamedTuple):
     """What a mini-batch's gates, momenta and rates amount to: see the formulas of this module.
 

@@ -18,6 +18,7 @@ from ttt.ops.backends import record
 from ttt.ops.cpu import why_not
 from ttt.ops.modes import transforms_active
 from ttt.ops.sequence import cpu, cpu_steps, cuda, training
+from ttt.ops.sequence.dual_form import NO_NORM
 from ttt.ops.sequence.states import LargeChunkState, MemoryState, changes_in_place, tensors_of
 
 MOST_MINI_BATCH = 256
@@ -143,9 +144,6 @@ def large_chunk_step(op: str, q: Tensor, state: LargeChunkState) -> Callable | N
 
 
 _TRANSFORMED = "a transform of torch.func, or forward-mode autograd, that must see every op"
-
-NO_NORM = (None, None, 0.0)
-"""Weight, bias and eps of a memory without an inner norm."""
 
 
 def _serves_memory(end: str, q, k, v, rate, gate, momentum, norm: Any, state: MemoryState) -> bool:

@@ -243,7 +243,8 @@ def _step(q, k, v, rates, momentum, state, chunk_size, scale, token, orthogonal,
     if count == 1:
         check_shape("rate", rates, (batch, heads), q.device)
         rates = rates.unsqueeze(-1) if isinstance(rates, Tensor) else rates
-    check_shape("rates", rates, (batch, heads, count), q.device)
+    else:
+        check_shape("rates", rates, (batch, heads, count), q.device)
     check_shape("momentum", momentum, (batch, heads), q.device)
     if not isinstance(state, LargeChunkState) or len(state.weights) != count:
         raise TypeError(f"state must be a LargeChunkState of {count} weights, got {type(state).__name__}")

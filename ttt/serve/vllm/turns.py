@@ -8,8 +8,8 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from ttt.serve.errors import BadRequest, Conflict, RequestError
-from ttt.serve.missed import FORGOTTEN
+from ttt.serve.errors import BadRequest, RequestError
+from ttt.serve.missed import forgotten
 from ttt.serve.teaching import Lesson, Teaching
 from ttt.serve.vllm.adapters import PREFIX
 from ttt.serve.vllm.capture import KEY
@@ -108,7 +108,7 @@ class Turns:
             if not task.cancelled():
                 error = task.exception()
             elif seat.forgotten:
-                error = _forgotten()
+                error = forgotten()
             if error is not None and turn.learn != "wait":
                 self.seats.missed.note(seat.user, error)
 
@@ -119,7 +119,7 @@ class Turns:
         seat = turn.seat
         try:
             if seat.forgotten:
-                raise _forgotten()
+                raise forgotten()
             found = self.lesson(turn.request, client.get_tokenizer(), ids)
             if found is None:
                 raise BadRequest(
@@ -154,10 +154,6 @@ class Turns:
             return None
         newest = Lesson.of(whole.ids, whole.learn, self.options.lesson)
         return None if newest is None else (newest.ids, newest.learn, len(whole.ids) - len(newest.ids))
-
-
-def _forgotten() -> Conflict:
-    return Conflict("nothing was learnt: the user was forgotten meanwhile", code=FORGOTTEN)
 
 
 def _plain(message: Any) -> dict[str, str] | None:
