@@ -281,7 +281,7 @@ def pretrained() -> list[str]:
 
 def sequence_ops() -> list[str]:
     """The ops of sequence layers: times, and shares of the ceilings, beside other ways of computing the same."""
-    rows = [row for end in ("", "_lact", "_in_place", "_training") for row in _load(f"cpu_sequence{end}.json")["rows"]]
+    rows = _load("cpu_sequence.json")["rows"]
     lines = []
     for row in rows:
         if not row["ours"]:

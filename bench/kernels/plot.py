@@ -41,7 +41,7 @@ def title_of(machine: dict[str, Any], what: str) -> str:
     """The title of a picture: ``what`` it shows, and the machine."""
     name = machine["device"]
     if machine.get("kind", "cpu") == "cpu":
-        name += f" ({machine['isa']}), {machine['threads']} threads"
+        name += f" ({machine['isa']}), {machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
     return f"{what}\n{name}, torch {machine['torch']}, {machine['date']}"
 
 

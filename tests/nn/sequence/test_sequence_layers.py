@@ -186,3 +186,17 @@ def test_wrong_inputs():
         layer(torch.randn(2, 3, 4))
     with pytest.raises(TypeError, match="state must be a LayerState that this layer returned, got int"):
         layer(torch.randn(2, 3, C), 3)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_state_of_another_batch_is_refused_by_name_and_unchanged(name, tokens):
+    layer = new(name)
+    with torch.no_grad():
+        _, state = layer(torch.randn(2, 5, C, dtype=torch.float64))
+        before = own(state)
+        for batch in (1, 3):
+            with pytest.raises(ValueError, match=r"state.* must .*\(%d, " % batch):
+                layer(torch.randn(batch, tokens, C, dtype=torch.float64), state)
+    for now, then in zip(tensors_of(state), tensors_of(before), strict=True):
+        assert torch.equal(now, then)

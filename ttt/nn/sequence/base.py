@@ -74,6 +74,23 @@ def checked_input(x: Tensor, width: int, state: Any, kind: type) -> Tensor:
     return x
 
 
+def checked_recent(recent: Tensor | None, x: Tensor, count: int, bounds: list[int] | None) -> Tensor:
+    """The ``count`` rows before ``x`` (B, T, C), (sequences, count, C) of its dtype: ``recent``, or zeros for None.
+
+    Args:
+        bounds: of packed sequences (`bounds_of`), or None.
+
+    Raises:
+        ValueError: if ``recent`` has another shape, as in a state of other sequences or of another layer.
+    """
+    wanted = (sequences(bounds, x.shape[0]), count, x.shape[2])
+    if recent is None:
+        return x.new_zeros(wanted)
+    if tuple(recent.shape) != wanted:
+        raise ValueError(f"state.recent must be {wanted}, with a row for each sequence, got {tuple(recent.shape)}")
+    return recent.to(x.dtype)
+
+
 def checked_head_width(hidden: int, heads: int, head_width: int | None) -> int:
     """``head_width``, or hidden / heads for None.
 
@@ -109,9 +126,8 @@ class ShortConvolution(nn.Module):
     def forward(self, x: Tensor, recent: Tensor | None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(y, the latest inputs) of x (B, T, C); ``recent`` (B, width - 1, C) holds those before it, None for zeros."""
         bounds = bounds_of(cu_seqlens, x.shape[0], x.shape[1])
-        if recent is None:
-            recent = x.new_zeros(sequences(bounds, x.shape[0]), self.width - 1, x.shape[2])
-        return over_sequences(lambda tensors, state: self._one(tensors[0], state), (x,), recent.to(x.dtype), bounds)
+        recent = checked_recent(recent, x, self.width - 1, bounds)
+        return over_sequences(lambda tensors, state: self._one(tensors[0], state), (x,), recent, bounds)
 
     def _one(self, x, recent):
         whole = torch.cat([recent, x], 1)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ttt.checks import check_number
-from ttt.nn.sequence.base import LayerState, SequenceLayer, checked_input
+from ttt.nn.sequence.base import LayerState, SequenceLayer, checked_input, checked_recent
 from ttt.ops.sequence import in_place_ttt, in_place_ttt_step
-from ttt.ops.sequence.checks import bounds_of, check_count, sequences
+from ttt.ops.sequence.checks import bounds_of, check_count
 from ttt.ops.sequence.states import over_sequences
 
 
@@ -64,14 +64,13 @@ class InPlaceMLP(SequenceLayer):
         recent, held = state or LayerState(None, None)
         z = nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)
         bounds = bounds_of(cu_seqlens, x.shape[0], x.shape[1])
-        if recent is None:
-            recent = z.new_zeros(sequences(bounds, x.shape[0]), 1, z.shape[-1])
+        recent = checked_recent(recent, z, 1, bounds)
 
         def shift(tensors, last):
             whole = torch.cat([last, tensors[0]], 1)
             return whole[:, :-1], whole[:, -1:]
 
-        before, recent = over_sequences(shift, (z,), recent.to(z.dtype), bounds)
+        before, recent = over_sequences(shift, (z,), recent, bounds)
         rate = self.log_rate.exp().expand(x.shape[0], x.shape[1], 1)
         q, k, v = (t.unsqueeze(2) for t in (z, before, self.target_proj(x)))
         tensors = {"q": q, "k": k, "v": v, "rate": rate}

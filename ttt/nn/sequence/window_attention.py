@@ -53,10 +53,14 @@ class WindowAttention(SequenceLayer):
         checked_input(x, self.hidden, state, WindowState)
         bounds = bounds_of(cu_seqlens, x.shape[0], x.shape[1])
         q, k, v = self.qkv_proj(x).view(*x.shape[:2], 3, self.heads, self.width).unbind(2)
+        rows = sequences(bounds, x.shape[0])
+        shape = (rows, self.heads, self.window - 1, self.width)
         if state is None:
-            rows = sequences(bounds, x.shape[0])
-            empty = q.new_zeros(rows, self.heads, self.window - 1, q.shape[-1])
+            empty = q.new_zeros(shape)
             state = WindowState(empty, empty, torch.zeros(rows, dtype=torch.int64, device=x.device))
+        for name, wanted in (("keys", shape), ("values", shape), ("position", (rows,))):
+            if (found := tuple(getattr(state, name).shape)) != wanted:
+                raise ValueError(f"state.{name} must be {wanted}, with a row for each sequence, got {found}")
         o, state = over_sequences(self._one, (q, k, v), state, bounds)
         return self.out_proj(o.flatten(2)), state
 
