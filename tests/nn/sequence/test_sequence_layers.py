@@ -196,7 +196,7 @@ def test_a_state_of_another_batch_is_refused_by_name_and_unchanged(name, tokens)
         _, state = layer(torch.randn(2, 5, C, dtype=torch.float64))
         before = own(state)
         for batch in (1, 3):
-            with pytest.raises(ValueError, match=r"state.* must .*\(%d, " % batch):
+            with pytest.raises(ValueError, match=rf"state.* must .*\({batch}, "):
                 layer(torch.randn(batch, tokens, C, dtype=torch.float64), state)
     for now, then in zip(tensors_of(state), tensors_of(before), strict=True):
         assert torch.equal(now, then)
