@@ -334,8 +334,8 @@ def page(rows: list[Row]) -> str:
     whole = [row for row in tried if {each for each in row.found.values() if each} == {"yes"}]
     text = f"""# Compatibility
 
-{len(whole)} of {len(tried)} families work in every column below. Every causal language model of transformers of which a tiny
-one can be made was tried, with random weights and two blocks, or three where blocks share weights.
+{len(whole)} of {len(tried)} families work in every column below. Every causal language model of transformers
+of which a tiny one can be made was tried, with random weights and two blocks, or three where blocks share weights.
 
 The page is written by `python tests/families/matrix.py`
 (transformers {transformers.__version__}, torch {torch.__version__}, Python {platform.python_version()});
