@@ -2,8 +2,11 @@
 
 The models have about 4 million parameters, and read the same text in the same order: the sources of Python's standard
 library in pieces of 512 bytes, with the optimiser of `bench.learning.experiments.pretrain`. Measured are bits per byte
-of held-out files by position, up to 16 times the length of training; bytes per second in decoding; and the bytes of the
-state. The results of all layers are in one JSON file, where a run replaces those of its layer.
+of held-out files by position, up to 16 times the length of training; bytes per second in decoding; and the bytes of
+the state. The results of all layers are in one JSON file, where a run replaces those of its layer.
+
+With ``--saved FOLDER`` a model that ``--out FOLDER`` saved is measured anew; ``trained`` of its row is then the machine
+and the command of its training.
 """
 
 from __future__ import annotations
@@ -137,6 +140,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the first weights and the order of the text.")] = 0,
     json_file: Annotated[Path, typer.Option("--json", help="The file of results.")] = RESULTS,
     out: Annotated[Path | None, typer.Option(help="Folder to save the model in.")] = None,
+    saved: Annotated[Path | None, typer.Option(help="Folder of a model from an earlier run, to measure anew.")] = None,
 ) -> None:
     """Train a byte-level model of one kind of layer, measure it, and add it to the results."""
     torch.manual_seed(seed)
@@ -144,21 +148,20 @@ def main(
         model = model_of(layer)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    row: dict[str, Any] = {"layer": layer, "parameters": sum(p.numel() for p in model.parameters())}
-    row |= train(model, steps, batch, minutes, seed)
+    found = json.loads(json_file.read_text()) if json_file.exists() else {}
+    rows = {r["layer"]: r for r in found.get("rows", [])}
+    if saved is None:
+        row: dict[str, Any] = {"layer": layer, "parameters": sum(p.numel() for p in model.parameters())}
+        row |= train(model, steps, batch, minutes, seed)
+    elif layer in rows:
+        model, row = type(model).from_pretrained(saved), dict(rows[layer])  # type: ignore[attr-defined]
+        row.setdefault("trained", row["machine"])
+    else:
+        raise typer.BadParameter(f"{json_file} must hold the row of layer {layer!r} for saved, it has {list(rows)}")
     model.eval()
     row |= {"held_out_bpb": by_position(model), "decode": decoding(model), "machine": provenance("cpu")}
-    found = json.loads(json_file.read_text()) if json_file.exists() else {}
-    rows = {r["layer"]: r for r in found.get("rows", [])} | {layer: row}
-    about = {
-        "held_out": HELD_OUT,
-        "texts": TEXTS,
-        "context": CONTEXT,
-        "note": "All models were trained for the same number of steps, a few minutes each: far fewer than it takes "
-        "until their loss stops falling. The figures compare them early in training.",
-    }
-    if len({(r["steps"], r["batch"]) for r in rows.values()}) > 1 or steps >= 1000:
-        del about["note"]
+    rows[layer] = row
+    about = {"held_out": HELD_OUT, "texts": TEXTS, "context": CONTEXT}
     found = {"about": about, "rows": [rows[name] for name in LAYERS if name in rows]}
     json_file.parent.mkdir(parents=True, exist_ok=True)
     json_file.write_text(json.dumps(found, indent=1) + "\n")

@@ -21,11 +21,16 @@ def test_hybrids_attend_to_a_window_in_every_second_block():
         assert mixers == [kind, WindowAttention, kind, WindowAttention, kind]
 
 
-def test_a_run_replaces_the_results_of_its_layer(tmp_path, monkeypatch):
+@pytest.fixture
+def short(monkeypatch):
+    """Everything is measured on a few bytes."""
     monkeypatch.setattr(pretrain, "RANGES", ((0, 16), (16, 40)))
     monkeypatch.setattr(pretrain, "TEXTS", 1)
     monkeypatch.setattr(pretrain, "PROMPT", 20)
     monkeypatch.setattr(pretrain, "DECODED", 2)
+
+
+def test_a_run_replaces_the_results_of_its_layer(tmp_path, short):
     file = tmp_path / "results.json"
     for layer, steps in (("hybrid", "2"), ("llama", "1"), ("hybrid", "1")):
         command = ["--layer", layer, "--steps", steps, "--batch", "1", "--json", str(file)]
@@ -33,12 +38,32 @@ def test_a_run_replaces_the_results_of_its_layer(tmp_path, monkeypatch):
         assert done.exit_code == 0, done.output
     found = json.loads(file.read_text())
     assert [row["layer"] for row in found["rows"]] == ["hybrid", "llama"]
-    assert "same number of steps" in found["about"]["note"]
+    assert found["about"]["context"] == 512
     for row in found["rows"]:
         assert (row["steps"], row["bytes_read"]) == (1, 512)
         assert set(row["held_out_bpb"]) == {"0-16", "16-40"}
         assert row["decode"]["state_bytes"] > 0
         assert row["machine"]["torch"]
+
+
+@pytest.mark.parametrize("layer", ["hybrid", "llama"])
+def test_a_saved_model_is_measured_anew(layer, tmp_path, short):
+    file, folder = tmp_path / "results.json", tmp_path / "model"
+    command = ["--layer", layer, "--json", str(file)]
+    done = CliRunner().invoke(pretrain.app, [*command, "--saved", str(folder)])
+    assert done.exit_code == 2
+    assert f"must hold the row of layer {layer!r} for saved" in " ".join(done.output.replace("│", " ").split())
+    for more in (["--steps", "1", "--batch", "1", "--out", str(folder)], ["--saved", str(folder)]):
+        done = CliRunner().invoke(pretrain.app, [*command, *more])
+        assert done.exit_code == 0, done.output
+        rows = json.loads(file.read_text())["rows"]
+        if "--out" in more:
+            first = rows[0]
+    (again,) = rows
+    assert again["held_out_bpb"] == pytest.approx(first["held_out_bpb"], abs=1e-3)  # of weights that training changed
+    assert again["trained"] == first["machine"]
+    for key in ("steps", "train_bpb", "parameters", "cpu_seconds"):
+        assert again[key] == first[key]
 
 
 def test_unknown_layers_are_refused():
