@@ -1,8 +1,9 @@
-"""Shared by all tests: the seed of each, which of them are slow, and how the Triton kernels run.
+"""Shared by all tests: the seed of each, which of them are slow, how the Triton kernels run, and garbage collection.
 
 Without a GPU the Triton kernels run in Triton's interpreter, and tests/gpu is not collected.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -18,6 +19,9 @@ if not torch.cuda.is_available():
     collect_ignore_glob.append("gpu/*")
     sys.modules.setdefault("fla", None)  # transformers takes its kernels where it is installed, and they need a GPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# What is imported and collected stays until the end: about a million objects, which take half a second to look at.
+gc.disable()
 
 
 SEED = os.environ.get("TTT_TEST_SEED", "0")
@@ -43,6 +47,12 @@ def pytest_ignore_collect(collection_path, config):
 def pytest_collection_modifyitems(items):
     selection.mark_slow(items)
     selection.long_files_first(items)
+
+
+def pytest_collection_finish():
+    """From here on the garbage collector looks only at what tests make."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

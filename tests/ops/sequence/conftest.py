@@ -13,3 +13,18 @@ def isa(request):
     cpu._C.set_isa(request.param)
     yield request.param
     cpu._C.set_isa(before)
+
+
+@pytest.fixture
+def each_isa():
+    """Iterates over these instruction sets, each of which the kernels use until the next: what they all are compared
+    with is computed once."""
+    before = cpu._C.active_isa()
+
+    def chosen():
+        for isa in KERNEL_ISAS:
+            cpu._C.set_isa(isa)
+            yield isa
+
+    yield chosen
+    cpu._C.set_isa(before)

@@ -174,11 +174,11 @@ def wide_norm(norm):
     return ops.Norm(norm.weight.double(), norm.bias.double(), norm.eps)
 
 
-def compare(found, exact, plain):
-    """Outputs and states, of which those of the exact one are float64."""
-    assert_close(found[0], exact[0], plain[0], "o")
+def compare(found, exact, plain, isa="this processor"):
+    """Outputs and states, of which those of the exact one are float64; errors name the instruction set."""
+    assert_close(found[0], exact[0], plain[0], f"o of {isa}")
     for got, wanted, other in zip(*(tensors_of(x[1]) for x in (found, exact, plain)), strict=True):
         if got.dtype == torch.int64:
-            assert torch.equal(got, wanted)
+            assert torch.equal(got, wanted), isa
         else:
-            assert_close(got, wanted, other, "state")
+            assert_close(got, wanted, other, f"state of {isa}")

@@ -21,7 +21,7 @@ MEMORIES = [(3,), (20,), (64,), (3, 5), (20, 33), (16, 64), (48, 100), (9, 6, 17
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 7, 16, 64])
 @pytest.mark.parametrize("widths", MEMORIES)
-def test_a_text_in_two_pieces_and_then_steps(isa, dtype, size, widths):
+def test_a_text_in_two_pieces_and_then_steps(each_isa, dtype, size, widths):
     """The first piece ends within a mini-batch."""
     tensors, weights, norm = memory_case(2, 47, 2, dtype, *widths)
     options = {"norm": norm, "mini_batch": size, "scale": 0.8}
@@ -45,22 +45,23 @@ def test_a_text_in_two_pieces_and_then_steps(isa, dtype, size, widths):
         return torch.cat(outs, 1), state
 
     op = memory_op(weights, None, None, norm.weight)
-    before = calls[op, "cpu", ""], calls[f"{op}_step", "cpu", ""]
     copies = [t.clone() for t in (*tensors, *weights)]
-    found = read(tensors, weights, options, "auto")
-    assert (calls[op, "cpu", ""], calls[f"{op}_step", "cpu", ""]) == (before[0] + 2, before[1] + 7)
-    compare(
-        found, read(doubled(tensors), doubled(weights), wide, "reference"), read(tensors, weights, options, "chunk")
-    )
-    for t, copy in zip((*tensors, *weights), copies, strict=True):
-        assert torch.equal(t, copy)
+    exact = read(doubled(tensors), doubled(weights), wide, "reference")
+    plain = read(tensors, weights, options, "chunk")
+    for isa in each_isa():
+        before = calls[op, "cpu", ""], calls[f"{op}_step", "cpu", ""]
+        found = read(tensors, weights, options, "auto")
+        assert (calls[op, "cpu", ""], calls[f"{op}_step", "cpu", ""]) == (before[0] + 2, before[1] + 7)
+        compare(found, exact, plain, isa)
+        for t, copy in zip((*tensors, *weights), copies, strict=True):
+            assert torch.equal(t, copy), isa
 
 
 @pytest.mark.parametrize(("gated", "moving", "normed"), list(itertools.product([False, True], repeat=3)))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 5])
 @pytest.mark.parametrize("widths", [(3,), (20,), (64,), (20, 33), (9, 6, 17)])
-def test_steps_with_gates_and_momenta(isa, gated, moving, normed, dtype, size, widths):
+def test_steps_with_gates_and_momenta(each_isa, gated, moving, normed, dtype, size, widths):
     """As of Titans, which has both and no norm: outputs, weights, those of before the mini-batch, and velocities."""
     tensors, weights, norm = memory_case(3, 12, 2, dtype, *widths)
     shape = tensors[3].shape
@@ -74,30 +75,35 @@ def test_steps_with_gates_and_momenta(isa, gated, moving, normed, dtype, size, w
     _, state = ops.memory(*(t[:, :4] for t in tensors), weights, form="chunk", **{**text, **cut})
     plain_state = own(state)
     exact_state = ops.MemoryState(*(tuple(doubled(part)) for part in state[:3]), state.position.clone())
-    op = f"{memory_op(weights, gate, momentum, norm and norm.weight)}_step"
-    before = calls[op, "cpu", ""]
-    outs, plains, exacts = [], [], []
+    given = []
     for t in range(4, 12):
-        token = [x[:, t] for x in tensors]
         extra = [None if x is None else x[:, t] for x in (gate, momentum)]
-        options = {"gate": extra[0], "momentum": extra[1], "mini_batch": size, "scale": 0.8}
-        copies = [x.clone() for x in token]
-        outs.append(ops.memory_step(*token, norm=norm, state=state, **options))
+        given.append(([x[:, t] for x in tensors], extra))
+    plains, exacts = [], []
+    for token, extra in given:
         scaled = [token[0].float() * 0.8, *(x.float() for x in token[1:])]
         plains.append(dual_form.step_(*scaled, *extra, plain_state, norm, size).to(dtype))
-        wide = {**options, **{k: x.double() for k, x in options.items() if isinstance(x, torch.Tensor)}}
-        exacts.append(ops.memory_step(*doubled(token), norm=exact_norm, state=exact_state, **wide))
-        assert all(map(torch.equal, token, copies))
-    assert calls[op, "cpu", ""] == before + 8
-    compare(*((torch.stack(o), held) for o, held in ((outs, state), (exacts, exact_state), (plains, plain_state))))
-    assert len(state.velocity) == (len(weights) if moving else 0)
+        options = dict(zip(("gate", "momentum"), doubled(extra), strict=True)) | {"mini_batch": size, "scale": 0.8}
+        exacts.append(ops.memory_step(*doubled(token), norm=exact_norm, state=exact_state, **options))
+    exact, plain = (torch.stack(exacts), exact_state), (torch.stack(plains), plain_state)
+    op = f"{memory_op(weights, gate, momentum, norm and norm.weight)}_step"
+    for isa in each_isa():
+        before, held, outs = calls[op, "cpu", ""], own(state), []
+        for token, extra in given:
+            options = dict(zip(("gate", "momentum"), extra, strict=True)) | {"mini_batch": size, "scale": 0.8}
+            copies = [x.clone() for x in token]
+            outs.append(ops.memory_step(*token, norm=norm, state=held, **options))
+            assert all(map(torch.equal, token, copies)), isa
+        assert calls[op, "cpu", ""] == before + 8, isa
+        compare((torch.stack(outs), held), exact, plain, isa)
+        assert len(held.velocity) == (len(weights) if moving else 0)
 
 
 @pytest.mark.parametrize(("gated", "moving", "normed"), list(itertools.product([False, True], repeat=3)))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 5, 16, 40])
 @pytest.mark.parametrize("widths", [(3,), (20,), (64,), (20, 33), (9, 6, 17)])
-def test_texts_with_gates_and_momenta(isa, gated, moving, normed, dtype, size, widths):
+def test_texts_with_gates_and_momenta(each_isa, gated, moving, normed, dtype, size, widths):
     """In three pieces, of which one is empty and the first ends within a mini-batch."""
     tensors, weights, norm = memory_case(2, 37, 2, dtype, *widths)
     shape = tensors[3].shape
@@ -117,14 +123,15 @@ def test_texts_with_gates_and_momenta(isa, gated, moving, normed, dtype, size, w
         return torch.cat(outs, 1), state
 
     op = memory_op(weights, extra.get("gate"), extra.get("momentum"), norm and norm.weight)
-    before = calls[op, "cpu", ""]
     copies = [t.clone() for t in (*tensors, *weights, *extra.values())]
-    found = read(tensors, weights, extra, norm, "auto")
-    assert calls[op, "cpu", ""] == before + 3
     wide = {name: t.double() for name, t in extra.items()}
     exact = read(doubled(tensors), doubled(weights), wide, wide_norm(norm) if normed else None, "reference")
-    compare(found, exact, read(tensors, weights, extra, norm, "chunk"))
-    assert all(map(torch.equal, (*tensors, *weights, *extra.values()), copies))
+    plain = read(tensors, weights, extra, norm, "chunk")
+    for isa in each_isa():
+        before = calls[op, "cpu", ""]
+        compare(read(tensors, weights, extra, norm, "auto"), exact, plain, isa)
+        assert calls[op, "cpu", ""] == before + 3, isa
+        assert all(map(torch.equal, (*tensors, *weights, *extra.values()), copies)), isa
 
 
 def test_packed_texts_of_titans_are_single_ones(isa):
@@ -173,7 +180,7 @@ def test_calls_are_counted_by_the_name_of_the_layer():
 @pytest.mark.parametrize("widths", [(12,), (12, 30)])
 @pytest.mark.parametrize("tokens", [0, 1, 7, 8, 9, 17])
 @pytest.mark.parametrize("position", [0, 1, 7])
-def test_texts_of_any_length_from_any_position(isa, widths, tokens, position):
+def test_texts_of_any_length_from_any_position(each_isa, widths, tokens, position):
     """Mini-batches of 8; the state too, also where nothing is read."""
     tensors, weights, norm = memory_case(3, position + tokens, 2, torch.float32, *widths)
     options = {"norm": norm, "mini_batch": 8, "output_final_state": True}
@@ -181,14 +188,16 @@ def test_texts_of_any_length_from_any_position(isa, widths, tokens, position):
     first, rest = [t[:, :position] for t in tensors], [t[:, position:] for t in tensors]
     _, state = ops.memory(*first, weights, form="chunk", **options)
     copies = [t.clone() for t in tensors_of(state)]
-    found = ops.memory(*rest, weights, initial_state=state, **options)
-    assert found[0].shape == rest[2].shape
-    assert found[1].position.tolist() == [(position + tokens) % 8] * 3
     _, exact_state = ops.memory(*doubled(first), doubled(weights), form="reference", **wide)
     exact = ops.memory(*doubled(rest), doubled(weights), initial_state=exact_state, form="reference", **wide)
-    compare(found, exact, ops.memory(*rest, weights, initial_state=state, form="chunk", **options))
-    for t, copy in zip(tensors_of(state), copies, strict=True):
-        assert torch.equal(t, copy)
+    plain = ops.memory(*rest, weights, initial_state=state, form="chunk", **options)
+    for isa in each_isa():
+        found = ops.memory(*rest, weights, initial_state=state, **options)
+        assert found[0].shape == rest[2].shape
+        assert found[1].position.tolist() == [(position + tokens) % 8] * 3
+        compare(found, exact, plain, isa)
+        for t, copy in zip(tensors_of(state), copies, strict=True):
+            assert torch.equal(t, copy), isa
 
 
 @pytest.mark.parametrize("widths", [(12,), (12, 30)])

@@ -32,10 +32,10 @@ def gradients(run, tensors, weights):
     return [*(o.detach() for o in outs), *found]
 
 
-def compare_all(found, exact, plain):
+def compare_all(found, exact, plain, isa):
     for n, (a, b, c) in enumerate(zip(found, exact, plain, strict=True)):
         assert a.dtype == c.dtype
-        assert_close(a, b, c, f"tensor {n}")
+        assert_close(a, b, c, f"tensor {n} of {isa}")
 
 
 def delta_runs(bounds=None):
@@ -55,19 +55,20 @@ def delta_runs(bounds=None):
     ((1, 1, 4, 3, 5), True), ((2, 33, 3, 5, 7), False), ((1, 70, 2, 64, 64), True), ((2, 32, 1, 19, 130), True),
     ((1, 300, 1, 40, 24), True), ((1, 31, 1, 64, 16), False), ((2, 0, 2, 8, 8), True),
 ])  # fmt: skip
-def test_gradients_of_the_delta_rule(isa, dtype, shape, gated):
+def test_gradients_of_the_delta_rule(each_isa, dtype, shape, gated):
     q, k, v, beta, g = inputs(*shape, dtype)
     tensors = (q, k, v, beta, g if gated else None, torch.randn(shape[0], shape[2], *shape[3:]))
     weights = weight_of(v), torch.randn(tensors[-1].shape).double()
-    before = calls["gated_delta_rule_backward", "cpu", ""]
     run = delta_runs()
-    found = gradients(run("auto"), tensors, weights)
-    assert calls["gated_delta_rule_backward", "cpu", ""] == before + 1
     exact = gradients(run("reference"), doubled(tensors), weights)
-    compare_all(found, exact, gradients(run("chunk"), tensors, weights))
+    plain = gradients(run("chunk"), tensors, weights)
+    for isa in each_isa():
+        before = calls["gated_delta_rule_backward", "cpu", ""]
+        compare_all(gradients(run("auto"), tensors, weights), exact, plain, isa)
+        assert calls["gated_delta_rule_backward", "cpu", ""] == before + 1, isa
 
 
-def test_gradients_of_packed_texts_of_the_delta_rule(isa):
+def test_gradients_of_packed_texts_of_the_delta_rule(each_isa):
     lengths = [5, 0, 1, 300, 256, 31]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     q, k, v, beta, g = inputs(1, int(bounds[-1]), 2, 9, 6, torch.float32)
@@ -75,7 +76,9 @@ def test_gradients_of_packed_texts_of_the_delta_rule(isa):
     weights = weight_of(v), torch.randn(tensors[-1].shape).double()
     run = delta_runs(bounds)
     exact = gradients(run("reference"), doubled(tensors), weights)
-    compare_all(gradients(run("auto"), tensors, weights), exact, gradients(run("chunk"), tensors, weights))
+    plain = gradients(run("chunk"), tensors, weights)
+    for isa in each_isa():
+        compare_all(gradients(run("auto"), tensors, weights), exact, plain, isa)
 
 
 def test_a_gate_that_is_closed(isa):
@@ -151,14 +154,15 @@ def memory_weights(tensors, case, rows):
     return [weight_of(tensors[0]), *(torch.randn(shape).double() for shape in shapes * parts)]
 
 
-def check_memory(op, tensors, case, rows, bounds=None):
+def check_memory(each_isa, op, tensors, case, rows, bounds=None):
     """The kernels' outputs, final states and gradients, of one call each, against the reference in float64."""
     weights, run = memory_weights(tensors, case, rows), memory_runs(case, bounds)
-    before = [calls[name, "cpu", ""] for name in (op, f"{op}_backward")]
-    found = gradients(run("auto"), tensors, weights)
-    assert [calls[name, "cpu", ""] for name in (op, f"{op}_backward")] == [n + 1 for n in before]
     exact = gradients(run("reference"), doubled(tensors), weights)
-    compare_all(found, exact, gradients(run("chunk"), tensors, weights))
+    plain = gradients(run("chunk"), tensors, weights)
+    for isa in each_isa():
+        before = [calls[name, "cpu", ""] for name in (op, f"{op}_backward")]
+        compare_all(gradients(run("auto"), tensors, weights), exact, plain, isa)
+        assert [calls[name, "cpu", ""] for name in (op, f"{op}_backward")] == [n + 1 for n in before], isa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -166,8 +170,8 @@ def check_memory(op, tensors, case, rows, bounds=None):
     ((1, 1, 2, 5), 4), ((2, 33, 2, 20), 7), ((1, 64, 1, 64), 16), ((1, 63, 1, 32), 16), ((1, 65, 2, 24), 16),
     ((1, 40, 1, 16), 1), ((1, 100, 1, 64), 64), ((2, 0, 2, 20), 4), ((1, 15, 1, 20), 16),
 ])  # fmt: skip
-def test_gradients_of_ttt_linear(isa, dtype, shape, mini_batch):
-    check_memory("ttt_linear", *memory_tensors(shape, mini_batch, dtype), shape[0])
+def test_gradients_of_ttt_linear(each_isa, dtype, shape, mini_batch):
+    check_memory(each_isa, "ttt_linear", *memory_tensors(shape, mini_batch, dtype), shape[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -176,18 +180,18 @@ def test_gradients_of_ttt_linear(isa, dtype, shape, mini_batch):
     ((1, 65, 2, 24), 33, 16), ((1, 40, 1, 16), 20, 1), ((1, 100, 1, 64), 128, 64), ((2, 0, 2, 20), 24, 4),
     ((1, 300, 1, 20), 24, 16),
 ])  # fmt: skip
-def test_gradients_of_ttt_mlp(isa, dtype, shape, middle, mini_batch):
+def test_gradients_of_ttt_mlp(each_isa, dtype, shape, middle, mini_batch):
     """Texts that end before, at and after the ends of mini-batches and of the pieces that are read again."""
-    check_memory("ttt_mlp", *memory_tensors(shape, mini_batch, dtype, (middle,)), shape[0])
+    check_memory(each_isa, "ttt_mlp", *memory_tensors(shape, mini_batch, dtype, (middle,)), shape[0])
 
 
-def test_gradients_of_a_memory_of_three_layers(isa):
-    check_memory("memory", *memory_tensors((1, 37, 2, 20), 8, torch.float32, (24, 17)), 1)
+def test_gradients_of_a_memory_of_three_layers(each_isa):
+    check_memory(each_isa, "memory", *memory_tensors((1, 37, 2, 20), 8, torch.float32, (24, 17)), 1)
 
 
 @pytest.mark.parametrize("middles", [(), (33,)])
-def test_gradients_of_a_memory_without_a_norm(isa, middles):
-    check_memory("memory", *memory_tensors((2, 37, 2, 20), 8, torch.float32, middles, normed=False), 2)
+def test_gradients_of_a_memory_without_a_norm(each_isa, middles):
+    check_memory(each_isa, "memory", *memory_tensors((2, 37, 2, 20), 8, torch.float32, middles, normed=False), 2)
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
@@ -220,34 +224,34 @@ KINDS = [("ttt_linear", (), {}), ("ttt_mlp", (24,), {}), ("titans", (), TITANS),
     ((1, 65, 2, 24), (33,), 16), ((1, 40, 1, 16), (), 1), ((1, 100, 1, 64), (), 64), ((2, 0, 2, 20), (24,), 4),
     ((1, 300, 1, 20), (), 16), ((2, 33, 2, 20), (24, 17), 7),
 ])  # fmt: skip
-def test_gradients_of_titans(isa, dtype, shape, middles, mini_batch):
-    check_memory("titans", *memory_tensors(shape, mini_batch, dtype, middles, **TITANS), shape[0])
+def test_gradients_of_titans(each_isa, dtype, shape, middles, mini_batch):
+    check_memory(each_isa, "titans", *memory_tensors(shape, mini_batch, dtype, middles, **TITANS), shape[0])
 
 
 @pytest.mark.parametrize("middles", [(), (24,)])
 @pytest.mark.parametrize(("normed", "gated", "moving"), [
     (True, True, False), (True, False, True), (True, True, True), (False, True, False), (False, False, True),
 ])  # fmt: skip
-def test_gradients_with_a_gate_or_a_momentum(isa, middles, normed, gated, moving):
+def test_gradients_with_a_gate_or_a_momentum(each_isa, middles, normed, gated, moving):
     options = {"normed": normed, "gated": gated, "moving": moving}
-    check_memory("memory", *memory_tensors((1, 37, 2, 20), 8, torch.float32, middles, **options), 1)
+    check_memory(each_isa, "memory", *memory_tensors((1, 37, 2, 20), 8, torch.float32, middles, **options), 1)
 
 
-def test_gates_and_momenta_that_are_zero(isa):
+def test_gates_and_momenta_that_are_zero(each_isa):
     """What lies before a closed gate gets no gradient from what comes later, and no factor is divided by another."""
     tensors, case = memory_tensors((1, 37, 2, 20), 8, torch.float32, **TITANS)
     for factor in tensors[4:6]:
         factor[:, 11] = 0.0
         factor[:, 20, 0] = 0.0
-    check_memory("titans", tensors, case, 1)
+    check_memory(each_isa, "titans", tensors, case, 1)
 
 
 @pytest.mark.parametrize(("op", "middles", "options"), KINDS)
-def test_gradients_of_packed_texts_of_memories(isa, op, middles, options):
+def test_gradients_of_packed_texts_of_memories(each_isa, op, middles, options):
     lengths = [5, 0, 1, 70, 64, 3]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     tensors, case = memory_tensors((1, int(bounds[-1]), 2, 20), 4, torch.float32, middles, len(lengths), **options)
-    check_memory(op, tensors, case, len(lengths), bounds)
+    check_memory(each_isa, op, tensors, case, len(lengths), bounds)
 
 
 @pytest.mark.parametrize(("middles", "options"), [kind[1:] for kind in KINDS])
@@ -264,10 +268,10 @@ def test_a_packed_text_gets_the_gradients_of_a_single_one(middles, options):
 
 
 @pytest.mark.parametrize(("op", "middles", "options"), KINDS)
-def test_gradients_of_the_first_weights(isa, op, middles, options):
+def test_gradients_of_the_first_weights(each_isa, op, middles, options):
     """Those of new sequences, of which all begin with them."""
     tensors, case = memory_tensors((3, 37, 2, 20), 8, torch.float32, middles, begun=False, **options)
-    check_memory(op, tensors, case, 3)
+    check_memory(each_isa, op, tensors, case, 3)
 
 
 def test_second_derivatives_are_those_of_the_torch_form():
