@@ -55,6 +55,10 @@ def pytest_collection_finish():
     gc.enable()
 
 
+def pytest_unconfigure():
+    gc.unfreeze()  # at the end Python frees it, or extension modules report leaks
+
+
 @pytest.fixture(autouse=True)
 def _seeded(request):
     """Seed torch differently for every test. ``TTT_TEST_SEED=random`` draws new inputs; the header shows the seed."""
