@@ -46,10 +46,10 @@ ttt.info(file=None)
 
 @pytest.fixture(scope="module")
 def imports():
-    """What three processes find that import torch and then ttt: the CPU seconds of ttt, and the modules before and after.
+    """What three processes find that import torch and then ttt: the CPU seconds of ttt, and modules before and after.
 
-    Without garbage collection: a full one looks at all of torch's objects, which takes 0.1 s, and falls into this import
-    or into a later moment.
+    Without garbage collection: a full one looks at all of torch's objects, which takes 0.1 s, and may fall into this
+    import or not.
     """
     code = """
 import gc, json, sys, time
