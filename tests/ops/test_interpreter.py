@@ -47,6 +47,10 @@ def as_triton_does(monkeypatch):
         monkeypatch.setattr(triton_interpreter.GridExecutor, "__call__", interpreter.triton_launch)
         monkeypatch.setattr(triton_interpreter.InterpretedFunction, "__call__", interpreter.triton_call)
         monkeypatch.setattr(triton_interpreter, "_patch_lang", interpreter.triton_replace)
+        monkeypatch.setattr(triton_interpreter, "_get_np_dtype", interpreter.triton_numpy_type)
+        monkeypatch.setattr(tl.block_type, "__init__", interpreter.triton_block_type)
+        monkeypatch.setattr(tl.tensor, "__init__", interpreter.triton_tensor)
+        monkeypatch.setattr(tl.dtype, "__eq__", interpreter.triton_equal)
 
     return set_back
 
@@ -104,3 +108,36 @@ def test_a_launch_that_fails_sets_the_language_back():
     assert tl.arange is arange
     assert not interpreter.replaced
     assert int(launched(programs=1)[0, 0]) == int(launched(programs=2)[1, 0])
+
+
+def described(element, shape):
+    """What a type and a tensor of it say of themselves, as text; a ``shape`` of None is that of a scalar."""
+    kind = element if shape is None else tl.block_type(element, shape)
+    tensor = tl.tensor(None, kind)
+    of_type = (kind.name, kind.primitive_bitwidth if shape is None else (kind.shape, kind.numel, kind.scalar))
+    return str((of_type, tensor.shape, tensor.numel, tensor.dtype, tensor.type, triton_interpreter._get_np_dtype(kind)))
+
+
+def test_types_and_tensors_are_those_that_triton_makes(as_triton_does):
+    elements = [
+        tl.int1,
+        tl.int32,
+        tl.uint32,
+        tl.int64,
+        tl.float16,
+        tl.bfloat16,
+        tl.float32,
+        tl.pointer_type(tl.float32),
+    ]
+    shapes = [[1], [16], [tl.constexpr(4), 8], tl.tuple([tl.constexpr(2), tl.constexpr(2), tl.constexpr(32)])]
+    cases = [(element, shape) for element in elements for shape in (*shapes, *([] if element.is_ptr() else [None]))]
+    first, again = ([described(*case) for case in cases] for _ in range(2))
+    kinds = [tl.block_type(element, [size]) for element in elements for size in (2, 4)]
+    same = [[a == b for b in (*kinds, *elements)] for a in (*kinds, *elements)]
+    for shape in ([3], []):
+        with pytest.raises((ValueError, TypeError), match=r"power of 2|0d block_type"):
+            tl.block_type(tl.float32, shape)
+    as_triton_does()
+    assert first == again == [described(*case) for case in cases]
+    assert same == [[a == b for b in (*kinds, *elements)] for a in (*kinds, *elements)]
+    assert sum(map(sum, same)) == len(same)  # each is equal to itself alone
