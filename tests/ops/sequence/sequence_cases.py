@@ -162,8 +162,8 @@ def memory_case(batch, tokens, heads, dtype, width, *middles):
     for a, b in itertools.pairwise((width, *middles, width)):
         weights += [draw(heads, a, b, dtype=torch.float32), 0.1 * draw(heads, b, dtype=torch.float32)]
         weights[-2] *= 0.3 if not middles else 1 if a == width else a**-0.5
-    # A norm of 3 numbers divides by deviations that are near 0 now and then: rounding errors would grow by each step.
-    eps, most = (1e-6, 0.3) if width > 16 else (1.0, 0.1)
+    # A norm of few numbers divides by deviations that are near 0 now and then: rounding errors would grow by each step.
+    eps, most = (1e-6, 0.3) if width > 20 else (1.0, 0.1)
     most /= 1 + 4 * len(middles)
     rate = between(0, most, batch, tokens, heads, dtype=torch.float32)
     norm = ops.Norm(*(c + 0.1 * draw(heads, width, dtype=torch.float32) for c in (1, 0)), eps)
