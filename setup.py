@@ -38,6 +38,7 @@ COMMON += [
     "-Wno-maybe-uninitialized",
     "-Wno-uninitialized",
 ]
+KERNELS = ("kernels", "head")  # the files that are compiled once for each of these:
 VARIANTS = {"portable": []}
 if X86:
     VARIANTS["avx2"] = ["-mavx2", "-mfma", "-DTTT_ISA_AVX2"]
@@ -87,7 +88,7 @@ class BuildKernels(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(self.build_temp).resolve()
         work.mkdir(parents=True, exist_ok=True)
-        objects = {f"kernels_{name}.o": ("kernels.cpp", flags) for name, flags in VARIANTS.items()}
+        objects = {f"{of}_{name}.o": (f"{of}.cpp", flags) for of in KERNELS for name, flags in VARIANTS.items()}
         objects |= {f"{name}.o": (f"{name}.cpp", []) for name in ("bindings", "tiles")}
         lines = [
             f"cflags = {' '.join(cflags)}",

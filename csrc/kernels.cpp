@@ -1,28 +1,10 @@
-// Chooses the namespace and vector length by instruction set; the bodies are in the headers that are included below.
+// Most kernels; their bodies are in the headers that are included below.
 // Compiled once for each instruction set with that set's flags (setup.py), never for the whole library.
 #include "api.h"
-
-#if defined(TTT_ISA_AVX512BF16)
-#define TTT_VL 16
-#define TTT_TABLE kernels_avx512bf16
-#define TTT_NAME "avx512bf16"
-#elif defined(TTT_ISA_AVX512)
-#define TTT_VL 16
-#define TTT_TABLE kernels_avx512
-#define TTT_NAME "avx512"
-#elif defined(TTT_ISA_AVX2)
-#define TTT_VL 8
-#define TTT_TABLE kernels_avx2
-#define TTT_NAME "avx2"
-#else
-#define TTT_VL 4
-#define TTT_TABLE kernels_portable
-#define TTT_NAME "portable"
-#endif
-
 #include "commit.h"
 #include "delta_rule.h"
 #include "delta_rule_backward.h"
+#include "isa.h"
 #include "large_chunk.h"
 #include "large_chunk_text.h"
 #include "low_rank.h"
@@ -37,7 +19,7 @@
 
 namespace ttt {
 
-const Kernels& TTT_TABLE() {
+const Kernels& TTT_FOR_ISA(kernels)() {
   static const Kernels table = {TTT_NAME,
                                 run_window_linear,
                                 run_transposed_product,

@@ -14,12 +14,14 @@ namespace {
 // What a layer learns from one step, and where in its window that goes: rows `at` to `at` + `rows`.
 struct LearntRows {
   address x, delta, eta, trace_delta;  // rows x n, rows x m, rows, rows x m; the last one only where there is win_trace
+  address applied_x, applied_delta;    // like x and delta, with the directions taken out; null: that is done here
   address weight;                      // rows: of the feedback; null for zeros
   address moments, agreement;          // 3, 1: what is added to and what replaces the layer's own; may be null
   int64_t at, rows;
 
   // In the order in which Python gives them.
-  using Given = std::tuple<address, address, address, address, address, address, address, int64_t, int64_t>;
+  using Given =
+      std::tuple<address, address, address, address, address, address, address, address, address, int64_t, int64_t>;
   static LearntRows of(const Given& given) {
     return std::apply([](auto... values) { return LearntRows{values...}; }, given);
   }
@@ -86,18 +88,30 @@ struct Layer {
     if (recent) insert_rows(out<char>(recent), out<int64_t>(recent_seen), in<char>(x), capacity, rows, x_bytes, seed);
   }
 
+  // Writes inputs and gradients to `to_x` and `to_delta` with the directions taken out.
+  void apply(const LearntRows& learnt, address to_x, address to_delta, int threads) const {
+    const int64_t rows = learnt.rows;
+    if (learnt.applied_x)
+      std::memcpy(out<char>(to_x), in<char>(learnt.applied_x), rows * n * element());
+    else
+      project_out(learnt.x, basis, to_x, rows, directions, n, dtype, threads);
+    if (learnt.applied_delta)
+      std::memcpy(out<char>(to_delta), in<char>(learnt.applied_delta), rows * m * element());
+    else
+      project_out(learnt.delta, output_basis, to_delta, rows, output_directions, m, dtype, threads);
+  }
+
   // Writes rows `at` to `at` + rows of the window, with the directions taken out of inputs and gradients. Inputs and
   // gradients themselves also enter the samples of recent ones. Throws, and writes nothing, if the rows or a counter
   // are out of range.
-  void append(address x, address delta, address eta, address trace_delta, int64_t at, int64_t rows, int threads) const {
+  void append(const LearntRows& learnt, int threads) const {
+    const int64_t at = learnt.at, rows = learnt.rows, x_bytes = n * element(), d_bytes = m * element();
     ttt::check_rows("rows to append", rows, at, window);
     check_counters(at, rows);
-    sample(x, delta, rows);
-    const int64_t x_bytes = n * element(), d_bytes = m * element();
-    project_out(x, basis, win_x + at * x_bytes, rows, directions, n, dtype, threads);
-    project_out(delta, output_basis, win_delta + at * d_bytes, rows, output_directions, m, dtype, threads);
-    if (win_trace) std::memcpy(out<char>(win_trace) + at * d_bytes, in<char>(trace_delta), rows * d_bytes);
-    std::memcpy(out<float>(win_eta) + at, in<float>(eta), rows * sizeof(float));
+    sample(learnt.x, learnt.delta, rows);
+    apply(learnt, win_x + at * x_bytes, win_delta + at * d_bytes, threads);
+    if (win_trace) std::memcpy(out<char>(win_trace) + at * d_bytes, in<char>(learnt.trace_delta), rows * d_bytes);
+    std::memcpy(out<float>(win_eta) + at, in<float>(learnt.eta), rows * sizeof(float));
   }
 
   // Sets the arguments of `commit_window` other than the rows of the window.
@@ -138,8 +152,7 @@ struct Layer {
     sample(learnt.x, learnt.delta, rows);
     std::memcpy(x.data(), in<char>(win_x), at * x_bytes);
     std::memcpy(delta.data(), in<char>(win_delta), at * d_bytes);
-    project_out(learnt.x, basis, begin(x) + at * x_bytes, rows, directions, n, dtype, threads);
-    project_out(learnt.delta, output_basis, begin(delta) + at * d_bytes, rows, output_directions, m, dtype, threads);
+    apply(learnt, begin(x) + at * x_bytes, begin(delta) + at * d_bytes, threads);
     join(eta, win_eta, learnt.eta, sizeof(float));
     if (win_trace) join(traced, win_trace, learnt.trace_delta, d_bytes);
     commit_rows(begin(x), begin(delta), begin(eta), win_trace ? begin(traced) : begin(delta), total, threads);
@@ -158,7 +171,7 @@ struct Layer {
     if (at + rows > window) {
       commit_beyond(learnt, threads);
     } else {
-      append(learnt.x, learnt.delta, learnt.eta, learnt.trace_delta, at, rows, threads);
+      append(learnt, threads);
       if (win_weight && learnt.weight)
         std::memcpy(out<float>(win_weight) + at, in<float>(learnt.weight), rows * sizeof(float));
       else if (win_weight)
@@ -191,7 +204,11 @@ inline void bind_layer(py::module_& m) {
            named("m"), named("n"), named("window"), named("capacity"), named("directions"), named("output_directions"),
            named("seed"), named("dtype"))
       .def("forward", &Layer::forward, released)
-      .def("append", &Layer::append, released)
+      .def(
+          "append",
+          [](const Layer& layer, address x, address delta, address eta, address trace_delta, int64_t at, int64_t rows,
+             int threads) { layer.append({x, delta, eta, trace_delta, 0, 0, 0, 0, 0, at, rows}, threads); },
+          released)
       .def("prepare", &Layer::prepare)
       .def("commit_window", &Layer::commit_window, released)
       .def("learn", [](const Layer& layer, const LearntRows::Given& given, int threads) {

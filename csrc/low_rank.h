@@ -98,19 +98,6 @@ inline void add_all_rows(float* acc, int64_t width, const float* factor, int64_t
   add_rows_by<tokens, 1>(r, acc, width, factor, held, b, m, count, next);
 }
 
-// Rounds `count` columns in the order of strips to T, in the order of columns.
-template <class T>
-inline void store_strips(const float* acc, int64_t count, T* y) {
-  for (int64_t j = 0; j < count; j += STRIP) {
-    float strip[STRIP];
-    T rounded[STRIP];
-    store2<splits<T>>(strip, {load(acc + j), load(acc + j + VL)});
-    store_nearest(rounded, load(strip));
-    store_nearest(rounded + VL, load(strip + VL));
-    std::memcpy(y + j, rounded, std::min<int64_t>(STRIP, count - j) * sizeof(T));
-  }
-}
-
 template <class T>
 void low_rank_linear(const ttt::LowRankLinear& a) {
   const int64_t m = a.m, n = a.n;

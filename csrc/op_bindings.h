@@ -1,7 +1,10 @@
 // The bindings of the ops of `ttt.nn.Linear`; included by bindings.cpp only. They touch no Python object: whoever binds
 // them releases the GIL.
 #pragma once
+#include <algorithm>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "counter_checks.h"
@@ -39,6 +42,74 @@ void project_out(address x, address basis, address y, int64_t tokens, int64_t k,
       in<void>(x), nullptr, nullptr, in<void>(basis), in<void>(basis), ones.data(), out<void>(y), tokens,
       n,           n,       k,       dtype,           threads,         true};
   active->window_linear(a);
+}
+
+// out[t, s] = x_t . y_s for rows x (rows x n) and y (others x n): the products of pairs with a window of one number, 1.
+void row_products(address x, address y, address result, int64_t rows, int64_t others, int64_t n, int dtype,
+                  int threads) {
+  const int64_t most = std::max(rows, others);
+  const std::vector<float> ones(most, 1.0f);
+  const std::vector<uint16_t> half_ones(most, 0x3f80);
+  const void* one = dtype == ttt::kF32 ? static_cast<const void*>(ones.data()) : half_ones.data();
+  active->window_pairs(
+      {in<void>(x), one, in<void>(y), one, ones.data(), out<float>(result), rows, 1, n, others, dtype, threads});
+}
+
+inline float number_at(const float* p) { return *p; }
+inline float number_at(const uint16_t* p) {
+  const uint32_t bits = static_cast<uint32_t>(*p) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// out[t] = x_t . y_t for rows x and y (rows x n). The lanes' sums are what compilers need to make vectors of the loop.
+template <class T>
+void dots_of(const T* x, const T* y, float* result, int64_t rows, int64_t n) {
+  constexpr int lanes = 16;
+  for (int64_t t = 0; t < rows; t++, x += n, y += n) {
+    float sums[lanes] = {};
+    int64_t j = 0;
+    for (; j + lanes <= n; j += lanes)
+      for (int l = 0; l < lanes; l++) sums[l] += number_at(x + j + l) * number_at(y + j + l);
+    for (; j < n; j++) sums[0] += number_at(x + j) * number_at(y + j);
+    for (int half = lanes / 2; half > 0; half /= 2)
+      for (int l = 0; l < half; l++) sums[l] += sums[l + half];
+    result[t] = sums[0];
+  }
+}
+
+void row_dots(address x, address y, address result, int64_t rows, int64_t n, int dtype) {
+  if (dtype == ttt::kF32)
+    dots_of(in<float>(x), in<float>(y), out<float>(result), rows, n);
+  else
+    dots_of(in<uint16_t>(x), in<uint16_t>(y), out<float>(result), rows, n);
+}
+
+// Throws if a target is not the number of a word.
+void check_targets(const int64_t* targets, int64_t tokens, int64_t words) {
+  for (int64_t t = 0; t < tokens; t++)
+    if (targets[t] < 0 || targets[t] >= words)
+      throw std::out_of_range("targets must be in [0, " + std::to_string(words) + "), got " +
+                              std::to_string(targets[t]));
+}
+
+void head_scores(address logits, address targets, address nll, address highest, address total, int64_t tokens,
+                 int64_t words, int dtype, int threads) {
+  check_targets(in<int64_t>(targets), tokens, words);
+  active_head->scores({in<void>(logits), in<int64_t>(targets), out<float>(nll), out<float>(highest), out<float>(total),
+                       tokens, words, dtype, threads});
+}
+
+// The number of rows of the weight that the gradients were made of; -1 if that is more than `most`, and nothing is
+// made.
+int64_t head_gradient(address logits, address weight, address targets, address wanted, address highest, address total,
+                      address gradient, int64_t tokens, int64_t words, int64_t width, int64_t most, float mass,
+                      int dtype, int weight_dtype, int threads) {
+  check_targets(in<int64_t>(targets), tokens, words);
+  return active_head->gradient({in<void>(logits), in<void>(weight), in<int64_t>(targets), in<bool>(wanted),
+                                in<float>(highest), in<float>(total), out<void>(gradient), tokens, words, width, most,
+                                mass, dtype, weight_dtype, threads});
 }
 
 // Every argument is given by name: see `_bound_commit` in ttt/ops/cpu.py.
@@ -131,6 +202,10 @@ inline void bind_ops(py::module_& m) {
   const py::call_guard<py::gil_scoped_release> released;
   m.def("window_linear", &window_linear, released);
   m.def("project_out", &project_out, released);
+  m.def("row_products", &row_products, released);
+  m.def("row_dots", &row_dots, released);
+  m.def("head_scores", &head_scores, released);
+  m.def("head_gradient", &head_gradient, released);
   py::class_<ttt::Commit>(m, "Commit")
       .def(py::init(&commit_of), py::kw_only(), named("weight"), named("anchor"), named("importance"), named("trace"),
            named("x"), named("delta"), named("eta"), named("trace_delta"), named("memory"), named("seen"),

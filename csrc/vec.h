@@ -16,6 +16,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "isa.h"
+
 namespace {
 
 constexpr int VL = TTT_VL;
@@ -241,6 +243,19 @@ inline void store_nearest(float* p, vf v) { store(p, v); }
 inline void store_nearest(bf16* p, vf v) {
   const vh h = __builtin_convertvector(nearest(v) >> 16, vh);
   std::memcpy(p, &h, sizeof h);
+}
+
+// Rounds `count` columns in the order of strips to T, in the order of columns.
+template <class T>
+inline void store_strips(const float* acc, int64_t count, T* y) {
+  for (int64_t j = 0; j < count; j += STRIP) {
+    float strip[STRIP];
+    T rounded[STRIP];
+    store2<splits<T>>(strip, {load(acc + j), load(acc + j + VL)});
+    store_nearest(rounded, load(strip));
+    store_nearest(rounded + VL, load(strip + VL));
+    std::memcpy(y + j, rounded, (count - j < STRIP ? count - j : STRIP) * sizeof(T));
+  }
 }
 
 inline vf abs(vf v) { return (vf)((vu)v & 0x7fffffffu); }

@@ -12,7 +12,14 @@ import ttt
 from ttt.adapt.convert import learning_layers
 from ttt.adapt.training import other_hooks
 from ttt.learn.head import _places, input_gradient, score
-from ttt.ops import backends
+from ttt.ops import backends, cpu
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def way(request, monkeypatch):
+    """Scores and gradients by the C++ kernels, and as where these do not apply."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpu, "takes", lambda *tensors: False)
 
 
 def exact_gradient(logits, targets, weight, wanted=None):
@@ -39,6 +46,7 @@ def taken(before):
 
 
 @pytest.mark.parametrize(("count", "vocabulary"), [(1, 1), (1, 61), (7, 33), (16, 127), (33, 1000), (70, 64)])
+@pytest.mark.usefixtures("way")
 def test_scores_and_exact_gradient(count, vocabulary):
     logits, weight = 20 * torch.randn(count, vocabulary) + 100, torch.randn(vocabulary, 9)
     targets = torch.randint(0, vocabulary, (count,))
@@ -60,6 +68,7 @@ def test_scores_and_exact_gradient(count, vocabulary):
             assert float(ours[~mask].abs().sum()) == 0
 
 
+@pytest.mark.usefixtures("way")
 def test_scoring_leaves_16_bit_logits_alone_and_the_target_is_not_lost_in_rounding():
     logits = torch.zeros(3, 50, dtype=torch.bfloat16)
     logits[:, 4] = 16.0  # p = 1 - 5e-6: in bfloat16, 1
@@ -84,6 +93,7 @@ def test_places_are_those_of_nonzero_in_the_same_order(count, vocabulary, share)
 @pytest.mark.parametrize("count", [1, 5, 40])
 @pytest.mark.parametrize("mass", [0.001, 0.02, 0.2])
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.usefixtures("way")
 def test_left_out_rows_obey_the_bound(count, mass, masked):
     vocabulary = 6000
     logits, weight = peaked(count, vocabulary), torch.randn(vocabulary, 5) * torch.rand(vocabulary, 1)
@@ -103,6 +113,7 @@ def test_left_out_rows_obey_the_bound(count, mass, masked):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.usefixtures("way")
 def test_left_out_rows_obey_the_bound_in_other_dtypes(dtype):
     logits, weight = peaked(9, 6000).to(dtype), torch.randn(6000, 7).to(dtype)
     targets = logits.argmax(1)
@@ -119,6 +130,7 @@ def test_left_out_rows_obey_the_bound_in_other_dtypes(dtype):
     assert float((ours.double() - exact).norm(dim=1).max()) <= 1e-3 * largest + rounding
 
 
+@pytest.mark.usefixtures("way")
 def test_the_targets_row_is_never_left_out():
     logits, weight = torch.full((1, 5000), -30.0), torch.zeros(5000, 2)
     logits[0, 10] = 0.0
@@ -128,6 +140,7 @@ def test_the_targets_row_is_never_left_out():
 
 
 @pytest.mark.parametrize("vocabulary", [300, 5000])
+@pytest.mark.usefixtures("way")
 def test_flat_or_small_vocabularies_take_the_exact_product(vocabulary):
     logits, weight = 0.1 * torch.randn(20, vocabulary), torch.randn(vocabulary, 6)
     targets = torch.randint(0, vocabulary, (20,))
@@ -137,6 +150,7 @@ def test_flat_or_small_vocabularies_take_the_exact_product(vocabulary):
     assert torch.equal(approximate, input_gradient(score(logits.clone(), targets), weight))
 
 
+@pytest.mark.usefixtures("way")
 def test_a_sample_that_misleads_is_noticed():
     """All of the probability that matters sits on words that the search for a threshold does not look at."""
     vocabulary = 3 * 2048
@@ -167,6 +181,7 @@ def changes(model, ids, **options):
     return [(layer.weight - layer.anchor).double() for _, layer in learning_layers(model)], output.nll
 
 
+@pytest.mark.usefixtures("way")
 def test_learning_with_rows_left_out_is_near_the_exact_way():
     torch.manual_seed(3)
     first = wide_model()

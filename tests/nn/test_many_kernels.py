@@ -242,7 +242,7 @@ def test_counts_that_would_lead_out_of_range_are_refused(counts, message):
     with pytest.raises(ValueError, match="layers must not be None"):
         cpu._C.pairs_many(kernels, y.data_ptr(), y.data_ptr(), y.data_ptr(), [1, 1, 1], 1, 1)
     with pytest.raises(ValueError, match="layers must not be None"):
-        cpu._C.learn_many(kernels, [(0,) * 9] * 3, 1)
+        cpu._C.learn_many(kernels, [(0,) * 11] * 3, 1)
     assert not y.any()
 
 
@@ -250,7 +250,7 @@ def test_kernels_refuse_a_layer_that_is_there_twice_before_anything_is_written()
     layers = layers_of(5, 8, torch.float32)[:2]
     kernels = [cpu.bind_layer(layers[at], None) for at in (0, 1)]
     update, before = update_of(layers[0], 1), [copy.deepcopy(layer.state()) for layer in layers]
-    given = (update.x.data_ptr(), update.delta.data_ptr(), update.eta.data_ptr(), 0, 0, 0, 0, 0, 1)
+    given = (update.x.data_ptr(), update.delta.data_ptr(), update.eta.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 1)
     with pytest.raises(ValueError, match="layers must not be there twice"):
         cpu._C.learn_many([kernels[0], kernels[1], kernels[0]], [given] * 3, 1)
     for layer, state in zip(layers, before, strict=True):
@@ -262,7 +262,7 @@ def test_kernels_without_a_commit_refuse_rows_that_fill_the_window(at, rows):
     """As those of layers whose replay has several sources, which commit through ops."""
     layer = layers_of(5, 8, torch.float32, generated_rows=2)[0]
     kernels, update, before = cpu.bind_layer(layer, None), update_of(layer, 9), copy.deepcopy(layer.state())
-    given = (update.x.data_ptr(), update.delta.data_ptr(), update.eta.data_ptr(), 0, 0, 0, 0, at, rows)
+    given = (update.x.data_ptr(), update.delta.data_ptr(), update.eta.data_ptr(), 0, 0, 0, 0, 0, 0, at, rows)
     message = "prepare must be called before rows are learnt that fill the window"
     with pytest.raises(ValueError, match=message):
         kernels.learn(given, 1)

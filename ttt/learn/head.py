@@ -22,10 +22,14 @@ from torch.nn.modules import module as _module
 
 from ttt.adapt.training import other_hooks
 from ttt.nn.row_blocks import is_subclass
+from ttt.ops import cpu
 from ttt.ops.backends import record
 
 _SAMPLE = 2048  # columns of the logits in which thresholds are searched
 _SMALL = 4096  # size of a vocabulary below which picking rows costs more than it saves
+# The kernels take about as long for this many times the vocabulary's rows, each counted once for each token, as the
+# exact product (49152 x 576 on Zen 5: 5 and 13 times for 64 tokens in bfloat16 and float32, 10 and 11 for 16).
+_WORTH = 8
 
 
 @dataclasses.dataclass
@@ -34,31 +38,48 @@ class Scores:
 
     Attributes:
         nll: (N,) nats.
-        exp: (N, V), exp(logits - the row's maximum).
+        highest: (N,), the largest logit of each.
         total: (N,), the row sums of ``exp``.
         targets: (N,) int64.
+        logits: (N, V), unchanged, where kernels made the scores; else None.
     """
 
     nll: Tensor
-    exp: Tensor
+    highest: Tensor
     total: Tensor
     targets: Tensor
+    logits: Tensor | None = None
+    _exp: Tensor | None = None
+
+    @property
+    def exp(self) -> Tensor:
+        """(N, V), exp(logits - ``highest``)."""
+        if self._exp is None:
+            assert self.logits is not None
+            self._exp = (self.logits.float() - self.highest.unsqueeze(1)).exp_()
+        return self._exp
 
 
 @torch.no_grad()
 def score(logits: Tensor, targets: Tensor) -> Scores:
-    """Score ``targets`` (N,) int64 under ``logits`` (N, V), which are overwritten if they are float32 or float64."""
+    """Score ``targets`` (N,) int64 under ``logits`` (N, V), which may be overwritten if they are float32 or float64."""
+    logits = logits.detach()
+    if cpu.takes(logits):
+        nll, highest, total = cpu.head_scores(logits, targets)
+        return Scores(nll, highest, total, targets, logits)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     at = targets.unsqueeze(1)
     highest = logits.amax(1, keepdim=True)
     wanted = logits.gather(1, at) - highest
     exp = logits.sub_(highest).exp_()
     total = exp.sum(1)
-    return Scores(total.log() - wanted[:, 0], exp, total, targets)
+    return Scores(total.log() - wanted[:, 0], highest[:, 0], total, targets, None, exp)
 
 
 @torch.no_grad()
-def input_gradient(scores: Scores, weight: Tensor, wanted: Tensor | None = None, mass: float = 0.0) -> Tensor:
+def input_gradient(
+    scores: Scores, weight: Tensor, wanted: Tensor | None = None, mass: float = 0.0, apart: bool = False
+) -> Tensor:
     """The gradient of the summed loss at the head's input. ``scores`` is overwritten.
 
     Args:
@@ -67,22 +88,64 @@ def input_gradient(scores: Scores, weight: Tensor, wanted: Tensor | None = None,
         mass: bound on the total probability of the words that are left out, for each token; 0 leaves out none.
             Row t of the result differs from the exact one by at most ``mass`` times the largest norm of a row of
             ``weight``. Where many rows are needed, and on a GPU, the exact product is faster, and is computed instead.
+        apart: which words are left out for a token must not depend on the other tokens. Only kernels choose them like
+            that, however many they are; where these do not apply, none are left out.
 
     Returns:
         (N, d), of the dtype of ``weight``.
     """
     small = weight.shape[0] < _SMALL
     # On a GPU the exact product takes a quarter of the time that picking the rows does.
-    found = None if small or mass == 0 or weight.is_cuda else _matter(scores, mass)
-    scale = 1 / scores.total if wanted is None else torch.where(wanted, 1 / scores.total, 0.0)
+    if not small and mass != 0 and not weight.is_cuda:
+        gradient = _from_rows(scores, weight.detach(), wanted, mass, apart)
+        if gradient is not None:
+            record("head_gradient", "rows")
+            return gradient
+    why = "few words" if small else "no kernel" if apart else "more rows matter than are worth picking"
+    record("head_gradient", "dense", "" if mass == 0 or weight.is_cuda else why)
+    scale = _scale(scores, wanted)
     # The target is subtracted in float32: 1 - p would be lost in a product with 16-bit p.
+    scores.exp.scatter_add_(1, scores.targets.unsqueeze(1), -scores.total.unsqueeze(1))
+    return _product(scores.exp.mul_(scale.unsqueeze(1)).to(weight.dtype), weight)
+
+
+def _scale(scores: Scores, wanted: Tensor | None) -> Tensor:
+    return 1 / scores.total if wanted is None else torch.where(wanted, 1 / scores.total, 0.0)
+
+
+def rows_read(scores: Scores, weight: Tensor, mass: float) -> int | None:
+    """How many rows of ``weight`` `input_gradient` reads, counted for each token; None for the exact product."""
+    if _by_kernels(scores, weight):
+        return _kernel_gradient(scores, weight, None, mass, False)[1]
+    found = _matter(scores, mass)
+    return None if found is None else len(found[0])
+
+
+def _by_kernels(scores: Scores, weight: Tensor) -> bool:
+    return scores.logits is not None and cpu.takes(scores.logits, weight)
+
+
+def _kernel_gradient(
+    scores: Scores, weight: Tensor, wanted: Tensor | None, mass: float, apart: bool
+) -> tuple[Tensor | None, int | None]:
+    """`input_gradient` by kernels, and the number of rows it is made of; None and None for the exact product."""
+    assert scores.logits is not None
+    tokens, words = scores.logits.shape
+    most = words * (tokens if apart else min(tokens, _WORTH))
+    gradient, rows = cpu.head_gradient(
+        scores.logits, weight, scores.targets, wanted, scores.highest, scores.total, mass, most
+    )
+    return (None, None) if rows < 0 else (gradient, rows)
+
+
+def _from_rows(scores: Scores, weight: Tensor, wanted: Tensor | None, mass: float, apart: bool) -> Tensor | None:
+    """`input_gradient` from the rows of ``weight`` that matter; None where the exact product is to be computed."""
+    if _by_kernels(scores, weight):
+        return _kernel_gradient(scores, weight, wanted, mass, apart)[0]
+    found = None if apart else _matter(scores, mass)
     if found is None:
-        why = "few words" if small else "more rows matter than are worth picking"
-        why = "" if mass == 0 or weight.is_cuda else why
-        record("head_gradient", "dense", why)
-        scores.exp.scatter_add_(1, scores.targets.unsqueeze(1), -scores.total.unsqueeze(1))
-        return _product(scores.exp.mul_(scale.unsqueeze(1)).to(weight.dtype), weight)
-    record("head_gradient", "rows")
+        return None
+    scale = _scale(scores, wanted)
     tokens, words, values = found if wanted is None else (each[wanted[found[0]]] for each in found)
     values = torch.where(words == scores.targets[tokens], values - scores.total[tokens], values) * scale[tokens]
     starts = torch.searchsorted(tokens, torch.arange(len(scale), device=tokens.device))
@@ -252,18 +315,23 @@ class FusedScores:
         self.nll = self._scores.nll.view(targets.shape)
 
     def backward(
-        self, wanted: Tensor | None, mass: float, retain_graph: bool = False, logits_gradient: Tensor | None = None
+        self,
+        wanted: Tensor | None,
+        mass: float,
+        retain_graph: bool = False,
+        logits_gradient: Tensor | None = None,
+        apart: bool = False,
     ) -> None:
         """Propagate the gradient of the summed loss back through the model. Call it once.
 
         Args:
             wanted: (B, T) bool, the tokens whose loss counts; None for all.
-            mass: as in `input_gradient`.
+            mass, apart: as in `input_gradient`.
             retain_graph: as in `torch.Tensor.backward`.
             logits_gradient: (B, T, V), the gradient at the logits of further terms of the loss.
         """
         wanted = None if wanted is None else wanted.flatten()
-        gradient = input_gradient(self._scores, self._weight, wanted, mass).view(self._hidden.shape)
+        gradient = input_gradient(self._scores, self._weight, wanted, mass, apart).view(self._hidden.shape)
         if logits_gradient is not None:
             gradient = gradient + logits_gradient.to(self._weight.dtype) @ self._weight
         self._hidden.backward(gradient.to(self._hidden.dtype), retain_graph=retain_graph)
@@ -295,7 +363,12 @@ class AutogradScores:
         self.nll = self._losses.detach()
 
     def backward(
-        self, wanted: Tensor | None, mass: float, retain_graph: bool = False, logits_gradient: Tensor | None = None
+        self,
+        wanted: Tensor | None,
+        mass: float,
+        retain_graph: bool = False,
+        logits_gradient: Tensor | None = None,
+        apart: bool = False,
     ) -> None:
         """See `FusedScores.backward`."""
         record("head_gradient", "autograd", self._why)

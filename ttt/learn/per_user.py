@@ -48,9 +48,9 @@ class LayerUpdate(NamedTuple):
 class PerUserWeights:
     """The strategy of a `ttt.Learner` whose users have weights of their own (`ttt.learn.loop.Strategy`).
 
-    What a user gets and learns depends on their own sequences only. So the gradient of the loss is exact (words that
-    `ttt.learn.head.input_gradient` left out would be chosen for the whole batch), and each user's chunk is rejected or
-    learnt by itself. A rejected user goes on with a cache of zeros, and nobody's context begins anew.
+    What a user gets and learns depends on their own sequences only. So the words that the gradient of the loss leaves
+    out are chosen for each token by itself (``apart`` of `ttt.learn.head.input_gradient`), and each user's chunk is
+    rejected or learnt by itself. A rejected user goes on with a cache of zeros, and nobody's context begins anew.
 
     Args:
         learner: whose model reads.
@@ -84,11 +84,6 @@ class PerUserWeights:
         self.rejected = dict.fromkeys(self.users, 0)
         self.rolled_back: Counter[str] = Counter()
 
-    @property
-    def head_mass(self) -> float:
-        """``mass`` of `ttt.learn.head.input_gradient`."""
-        return 0.0
-
     def read(self, span: Span) -> tuple[Tensor, bool]:
         """See `ttt.learn.loop.Strategy`."""
         model, text, columns = self.learner.model, self.text, span.columns
@@ -99,7 +94,7 @@ class PerUserWeights:
             out, scores = head.run(inputs, span.targets)
             if learns:
                 assert text.wanted is not None
-                scores.backward(text.wanted[:, columns], self.head_mass)
+                scores.backward(text.wanted[:, columns], self.learner.config.head_mass, apart=True)
                 captured = capturing.renew()
         self.cache = detached(cache_of(out))
         if learns:

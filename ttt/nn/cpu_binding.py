@@ -87,7 +87,7 @@ class Binding(_Direct):
         if given is None:
             return None
         self.kernels.learn(given, torch.get_num_threads())
-        return self.learnt(at + len(update.x))
+        return self.learnt(at + len(update.x), update)
 
     def given(self, update, at: int) -> tuple[int, ...] | None:
         """What the kernels are given to do what `learn` does; None where they cannot."""
@@ -110,8 +110,15 @@ class Binding(_Direct):
             if trace_delta.shape != delta.shape or not self._plain(trace_delta):
                 return None
             traced = trace_delta.data_ptr()
+        applied_x = applied_delta = 0
+        if update.applied is not None:
+            one, other = update.applied
+            if one.shape != x.shape or other.shape != delta.shape or not (self._plain(one) and self._plain(other)):
+                return None
+            applied_x, applied_delta = one.data_ptr(), other.data_ptr()
         followed = address(weight), address(moments), address(agreement)
-        return x.data_ptr(), delta.data_ptr(), eta.data_ptr(), traced, *followed, at, rows
+        rows_of = x.data_ptr(), delta.data_ptr(), eta.data_ptr(), traced, applied_x, applied_delta
+        return *rows_of, *followed, at, rows
 
     def why_not_given(self, full: int) -> str:
         """Why `given` returned None for rows of which the window and the update have ``full`` together."""
@@ -121,12 +128,16 @@ class Binding(_Direct):
             return "a commit that replays rows of several sources"
         return "an update that is not what kernels read"
 
-    def learnt(self, full: int) -> int:
-        """Count what the kernels did that left ``full`` rows in the window, or committed them: how many there are."""
+    def learnt(self, full: int, update) -> int:
+        """Count what the kernels did that left ``full`` rows in the window with those of ``update``, or committed them.
+
+        Returns:
+            The number of rows in the window.
+        """
         torch.autograd.graph.increment_version(self.appended)
         if self.inserts:
             record("reservoir_insert", "cpu")
-        if self.projects:
+        if self.projects and update.applied is None:
             record("project_out", "cpu")
         if full < self.window:
             return full

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ttt.nn.parallel import UNSHARDED, Sharding
+from ttt.ops import cpu
 
 BUFFERS = ("agreement", "win_weight")
 """Buffers of `ttt.nn.Linear` that hold the feedback."""
@@ -51,6 +52,10 @@ class Latest(NamedTuple):
 
     def pairs(self, x: Tensor, delta: Tensor, wide: torch.dtype, sharding: Sharding = UNSHARDED) -> Tensor:
         """(T, C): (delta_i . delta'_j) (x_i . x'_j) for ``x`` (T, n) and ``delta`` (T, m)."""
+        parts = (x, self.x), (delta, self.delta)
+        if x.ndim == 2 and wide == torch.float32 and not sharding and all(cpu.takes(*part) for part in parts):
+            inputs, outputs = (cpu.row_products(*part) for part in parts)
+            return inputs * outputs
         inputs = sharding.input.sum((x @ self.x.mT).to(wide))
         return inputs * sharding.output.sum((delta @ self.delta.mT).to(wide))
 

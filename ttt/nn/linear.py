@@ -179,15 +179,22 @@ class Linear(CommittingLinear):
         x, delta, trace_delta = self.rows_of(captured, trace_captured, rows)
         x, delta = x.to(self.weight.dtype).contiguous(), delta.to(self.weight.dtype).contiguous()
         sum_dtype = self.win_eta.dtype
+        made: list[tuple[Tensor, Tensor]] = []  # by `rates`, if it needs them
+
+        def applied(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+            made.append(self.applied(x, delta))
+            return made[0]
+
         found = rates(
             x, delta, self.config, sum_dtype,
             before=None if self.moments is None else self.moments.sum(0),
-            applied=self.applied if self.damps else None, share=self.share, limit=self.largest_step(),
+            applied=applied if self.damps else None, share=self.share, limit=self.largest_step(),
             latest=self.latest, sharding=self.sharding, gains=gains,
         )  # fmt: skip
         update = Update(
-            x, delta, found.eta, None, found.finite.all(), found.grown, found.weight, found.agreement, found.gain
-        )
+            x, delta, found.eta, None, found.finite.all(), found.grown, found.weight, found.agreement, found.gain,
+            made[0] if made else None,
+        )  # fmt: skip
         if trace_delta is not None:
             update.trace_delta = trace_delta.to(self.weight.dtype).contiguous()
             length = self.sharding.output.sum(torch.linalg.vector_norm(update.trace_delta, dtype=sum_dtype))
@@ -292,6 +299,10 @@ class Linear(CommittingLinear):
             return None
         return update.delta if update.trace_delta is None else update.trace_delta
 
+    def _applied_rows(self, update: Update) -> tuple[Tensor, Tensor]:
+        """The rows that ``update`` is made with."""
+        return self.applied(update.x, update.delta) if update.applied is None else update.applied
+
     def _sample(self, update: Update, gate: Tensor | None = None) -> None:
         """Offer the rows of ``update`` to the samples of recent inputs and gradients, if there are any."""
         if self.recent is not None and self.recent_delta is not None:  # the same tokens are kept of both
@@ -307,7 +318,7 @@ class Linear(CommittingLinear):
         p, c = self._pending, self.config.window
         traced = self._trace_gradients(update)
         self._sample(update)
-        (x, delta), eta = self.applied(update.x, update.delta), update.eta
+        (x, delta), eta = self._applied_rows(update), update.eta
         if p + count <= c:
             ops.window_append(
                 self.win_x, self.win_delta, self.win_eta, self.win_trace, x, delta, eta, trace_delta=traced, at=p
@@ -334,7 +345,7 @@ class Linear(CommittingLinear):
     def _learn_step(self, update: Update, gate: Tensor | None, counter: WindowCounter) -> None:
         """`learn` of a capturable layer: the host neither knows nor waits for the number of rows in the window."""
         self._sample(update, gate)
-        x, delta = self.applied(update.x, update.delta)
+        x, delta = self._applied_rows(update)
         if not counter.capacity:
             self._commit(x, delta, update.eta, self._trace_gradients(update), gate)
             advance(self.tokens, counter.rows, gate)

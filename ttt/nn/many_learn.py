@@ -80,4 +80,4 @@ def learn_together(found: Sequence[Together]) -> None:
         return
     cpu._C.learn_many([one.binding.kernels for one in found], [one.given for one in found], torch.get_num_threads())
     for one in found:
-        one.layer.set_learnt(one.binding.learnt(one.rows))
+        one.layer.set_learnt(one.binding.learnt(one.rows, one.update))

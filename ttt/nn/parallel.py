@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ttt.ops import cpu
+
 
 def is_sharded(t: Any) -> bool:
     """Whether ``t`` is a DTensor, of which this process holds a part."""
@@ -56,6 +58,8 @@ class Side:
 
     def norms(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """The lengths (T,) of ``rows`` (T, part), or (L, T) of (L, T, part), computed in ``dtype``."""
+        if dtype == torch.float32 and cpu.takes(rows):
+            return cpu.row_dots(rows, rows).sqrt_()
         return torch.linalg.vector_norm(rows, dim=-1, dtype=dtype)
 
 

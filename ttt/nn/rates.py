@@ -57,6 +57,7 @@ from torch import Tensor
 from ttt.config import TTTConfig
 from ttt.nn.feedback import Followed, bilinear, factor, next_agreement
 from ttt.nn.parallel import UNSHARDED, Sharding
+from ttt.ops import cpu
 
 CALIBRATED, STREAM = 0, 1
 """Rows of a layer's ``moments``: sums over the tokens of calibration, and over those learnt since."""
@@ -126,11 +127,18 @@ def token_sizes(
     sizes = []
     for rows, others, side in zip((x, delta), applied, (sharding.input, sharding.output), strict=True):
         if rate == "decrease" and others is not rows:
-            sizes.append(side.sum((rows.to(wide) * others.to(wide)).sum(-1)).clamp_min(0.0).sqrt())
+            sizes.append(side.sum(_dots(rows, others, wide)).clamp_min(0.0).sqrt())
         else:
             sizes.append(side.norms(others, wide))
     norm = sizes[0] * sizes[1]
     return Sizes(sizes[0], sizes[1], norm, torch.stack([sizes[0], norm]).double().square_())
+
+
+def _dots(rows: Tensor, others: Tensor, wide: torch.dtype) -> Tensor:
+    """The products of each of ``rows`` (..., n) with that of ``others`` in its place: (...)."""
+    if wide == torch.float32 and rows.dtype == others.dtype and cpu.takes(rows, others):
+        return cpu.row_dots(rows, others)
+    return (rows.to(wide) * others.to(wide)).sum(-1)
 
 
 def rates(
@@ -315,29 +323,41 @@ def _compare(
     """
     if weight is None and not gains:
         return None, None
-    norm = x_size * delta_size
-    tiny = torch.finfo(norm.dtype).tiny
+    norm, wide = x_size * delta_size, x_size.dtype
+    tiny = torch.finfo(wide).tiny
     # A row that the update leaves nothing of is orthogonal to what it leaves of the others.
     scales = [torch.where(size >= tiny, size, torch.inf).unsqueeze(-1) for size in (x_size, delta_size)]
-
-    def scaled(pair: Rows) -> list[Tensor]:
-        return [part.to(norm.dtype) / scale for part, scale in zip(pair, scales, strict=True)]
-
-    x, delta = scaled(rows)
-    x2, delta2 = (x, delta) if applied is rows else scaled(applied)
     weight = None if weight is None else weight * norm
     # Processes that hold parts of different sizes must go the same way.
-    count, n, m = norm.shape[-1], sharding.input.size(x.shape[-1]), sharding.output.size(delta.shape[-1])
-    if weight is not None and not gains and count * (m + n) > m * n:
-        # The matrix of the sum is less work than the products of all pairs of rows.
-        total = (delta * weight.unsqueeze(-1)).mT @ x
-        if applied is rows:
-            return sharding.norm(total, total.dtype).unsqueeze(-1), None
-        both = total * ((delta2 * weight.unsqueeze(-1)).mT @ x2)
-        return sharding.sum(both.sum((-2, -1))).clamp_min(0.0).sqrt().unsqueeze(-1), None
-    pairs = sharding.input.sum(x @ x2.mT) * sharding.output.sum(delta @ delta2.mT)
+    count = norm.shape[-1]
+    n, m = (side.size(part.shape[-1]) for side, part in zip((sharding.input, sharding.output), rows, strict=True))
+    whole = weight is not None and not gains and count * (m + n) > m * n
+    if not whole and norm.ndim == 1 and wide == torch.float32 and not sharding and cpu.takes(*rows, *applied):
+        # Where the norms of both rows of a product are finite in float32, so is the product.
+        x_pairs, delta_pairs = (
+            cpu.row_products(one, other) / scale / scale.T
+            for one, other, scale in zip(rows, applied, scales, strict=True)
+        )
+        pairs = x_pairs * delta_pairs
+    else:
+        x, delta = _scaled(rows, scales)
+        x2, delta2 = (x, delta) if applied is rows else _scaled(applied, scales)
+        if whole:
+            # The matrix of the sum is less work than the products of all pairs of rows.
+            assert weight is not None
+            total = (delta * weight.unsqueeze(-1)).mT @ x
+            if applied is rows:
+                return sharding.norm(total, total.dtype).unsqueeze(-1), None
+            both = total * ((delta2 * weight.unsqueeze(-1)).mT @ x2)
+            return sharding.sum(both.sum((-2, -1))).clamp_min(0.0).sqrt().unsqueeze(-1), None
+        pairs = sharding.input.sum(x @ x2.mT) * sharding.output.sum(delta @ delta2.mT)
     gain = norm * (norm.unsqueeze(-2) @ pairs).squeeze(-2) if gains else None
     return None if weight is None else bilinear(weight, pairs, weight).clamp_min(0.0).sqrt(), gain
+
+
+def _scaled(rows: Rows, scales: list[Tensor]) -> list[Tensor]:
+    """``rows``, divided by ``scales`` in their dtype."""
+    return [part.to(scale.dtype) / scale for part, scale in zip(rows, scales, strict=True)]
 
 
 def count_(stream: Tensor, grown: Tensor, counts: Tensor | None) -> None:

@@ -25,6 +25,8 @@ class Update:
         agreement: (1,) float64, the layer's ``agreement`` once the rows are learnt; likewise.
         gain: (T,), of the dtype of ``eta``: of the `ttt.nn.rates.Rates`; None unless the steps are bounded by the loss
             (`ttt.nn.own_loss`). `ttt.nn.Linear.learn` does not use it.
+        applied: x' (T, n) and delta' (T, m), like ``x`` and ``delta``: the rows that the update is made with
+            (`ttt.nn.Linear.applied`). None: they are made of ``x`` and ``delta`` when they are learnt.
     """
 
     x: Tensor
@@ -36,6 +38,7 @@ class Update:
     weight: Tensor | None = None
     agreement: Tensor | None = None
     gain: Tensor | None = None
+    applied: tuple[Tensor, Tensor] | None = None
 
     def check_fits(self, weight: Tensor, sum_dtype: torch.dtype) -> None:
         """Check shapes, dtypes, devices and strides against a layer's ``weight`` (m, n) and the dtype of its steps.
@@ -47,6 +50,9 @@ class Update:
         need("eta", self.eta, (rows,), (sum_dtype,), weight)
         need("x", self.x, (rows, n), dtype, weight)
         need("delta", self.delta, (rows, m), dtype, weight)
+        if self.applied is not None:
+            need("applied[0]", self.applied[0], (rows, n), dtype, weight)
+            need("applied[1]", self.applied[1], (rows, m), dtype, weight)
         if self.trace_delta is not None:
             need("trace_delta", self.trace_delta, (rows, m), dtype, weight)
         if self.moments is not None:

@@ -12,6 +12,7 @@ from ttt.ops.arguments import CommitArguments
 from ttt.ops.backends import record, unavailable
 from ttt.ops.build_report import why_not_built
 from ttt.ops.gate import closed
+from ttt.ops.modes import must_call_ops
 
 # torch comes first: it brings the OpenMP runtime that the extension then shares.
 try:
@@ -96,6 +97,82 @@ def project_out(x, basis):
         torch.get_num_threads(),
     )  # fmt: skip
     return y
+
+
+def takes(*tensors: torch.Tensor) -> bool:
+    """Whether `row_products`, `row_dots`, `head_scores` and `head_gradient` take these tensors; no dtype is checked
+    against another's."""
+    return _C is not None and not must_call_ops() and all(
+        type(t) is torch.Tensor and t.is_cpu and t.is_contiguous() and t.dtype in (torch.float32, torch.bfloat16)
+        for t in tensors
+    )  # fmt: skip
+
+
+def row_products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """(T, S) float32: the products x_t . y_s of rows ``x`` (T, n) and ``y`` (S, n) of one dtype that `takes` takes."""
+    found = x.new_empty((len(x), len(y)), dtype=torch.float32)
+    _C.row_products(
+        x.data_ptr(), y.data_ptr(), found.data_ptr(), len(x), len(y), x.shape[1], DTYPE_CODES[x.dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return found
+
+
+def row_dots(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """(...) float32: the products x_t . y_t of rows ``x`` and ``y`` (..., n) of one dtype, which `takes` takes."""
+    found = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    _C.row_dots(x.data_ptr(), y.data_ptr(), found.data_ptr(), found.numel(), x.shape[-1], DTYPE_CODES[x.dtype])
+    return found
+
+
+def head_scores(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The losses of ``targets`` (N,) int64 under ``logits`` (N, V), which `takes` takes.
+
+    Returns:
+        Three of (N,) float32: nats, the largest logit, and the sum of exp(logit - the largest).
+
+    Raises:
+        IndexError: for a target that is not in [0, V).
+    """
+    count, words = logits.shape
+    targets = targets.contiguous()
+    nll, highest, total = logits.new_empty((3, count), dtype=torch.float32)
+    _C.head_scores(
+        logits.data_ptr(), targets.data_ptr(), nll.data_ptr(), highest.data_ptr(), total.data_ptr(), count, words,
+        DTYPE_CODES[logits.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return nll, highest, total
+
+
+def head_gradient(
+    logits: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    wanted: torch.Tensor | None,
+    highest: torch.Tensor,
+    total: torch.Tensor,
+    mass: float,
+    most: int,
+) -> tuple[torch.Tensor, int]:
+    """The gradient of `ttt.learn.head.input_gradient` from the words that matter, with what `head_scores` found.
+
+    Args:
+        most: rows of ``weight`` (V, d) that may matter, each counted once for each token.
+
+    Returns:
+        (N, d) of the weight's dtype, and how many rows it was made of; -1 where more than ``most`` matter: the first is
+        not written then.
+    """
+    (count, words), width = logits.shape, weight.shape[1]
+    targets = targets.contiguous()
+    wanted = None if wanted is None else wanted.contiguous()
+    gradient = weight.new_empty((count, width))
+    rows = _C.head_gradient(
+        logits.data_ptr(), weight.data_ptr(), targets.data_ptr(), address(wanted), highest.data_ptr(),
+        total.data_ptr(), gradient.data_ptr(), count, words, width, most, mass, DTYPE_CODES[logits.dtype],
+        DTYPE_CODES[weight.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return gradient, rows
 
 
 def window_append(

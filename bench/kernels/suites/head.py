@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.kernels.case import Case, shared
 from bench.kernels.contender import Contender
 from bench.kernels.state import size_of
-from ttt.learn.head import _matter, input_gradient, score
+from ttt.learn.head import input_gradient, rows_read, score
 
 MASS = 0.01
 BITS = 3.0  # entropy of a token's distribution
@@ -110,7 +110,7 @@ class Head(Case):
             fields: dict[str, object] = {"relative_error": float(off.norm() / exact.norm())}
             if mass:
                 fields["error_of_bound"] = float(off.max()) / (mass * largest)
-                fields["share_of_rows"] = picked(forward(weights[0]), mass)
+                fields["share_of_rows"] = picked(forward(weights[0]), weights[0], mass)
             return over_weights(run, check, **fields)
 
         return {
@@ -120,10 +120,10 @@ class Head(Case):
         }
 
 
-def picked(scores, mass: float) -> float | None:
+def picked(scores, weight: Tensor, mass: float) -> float | None:
     """Share of the rows of the head that a token reads, on average; None where the exact product is computed."""
-    found = _matter(scores, mass)
-    return None if found is None else len(found[0]) / scores.exp.numel()
+    rows = rows_read(scores, weight, mass)
+    return None if rows is None else rows / (len(scores.nll) * len(weight))
 
 
 def exact_gradient(weight: Tensor, h: Tensor, targets: Tensor) -> Tensor:
