@@ -114,6 +114,29 @@ def test_other_dtypes_differ_by_rounding(dtype):
     assert_as_alone(layers, given_of(layers), rtol=1e-5 if dtype == torch.float32 else 2**-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kronecker", [0, 2])
+@pytest.mark.parametrize("rate", ["constant", "rms", "decrease"])
+def test_layers_that_are_no_experts_are_computed_together_on_the_cpu(monkeypatch, dtype, kronecker, rate):
+    """Those of one shape: of the second shape there is one, and one layer gets so many rows that it goes alone."""
+    options = {"dtype": dtype, "kronecker": kronecker, "rate": rate, "feedback": 30.0, "burst": 0.5, "clip": 1.0}
+    layers = layers_of(4, m=33, n=40, **options)
+    layers += layers_of(1, m=30, n=40, config=layers[0].config, dtype=dtype)
+    for layer in layers:
+        layer.routed = False
+    given, together = given_of(layers, [17, 12, 18, 20, 5]), []
+    made = many_updates._together
+    monkeypatch.setattr(many_updates, "_together", lambda tasks, gains: together.append(tasks) or made(tasks, gains))
+    found = assert_as_alone(layers, given, rtol=1e-5 if dtype == torch.float32 else 2**-7)
+    # 12 rows are padded to 16, and 17 and more, of which up to 18 are fewer than those of a matrix, to 32.
+    assert [[task.at for task in tasks] for tasks in together] == [[0, 2]]
+    for layer, update in zip(layers, found, strict=True):
+        assert (update.applied is None) == (not layer.damps or rate == "constant")
+        if update.applied is not None:
+            for one, other in zip(update.applied, layer.applied(update.x, update.delta), strict=True):
+                assert torch.equal(one, other)
+
+
 def test_many_rows_are_summed_as_matrices():
     layers = layers_of(3, m=3, n=4, burst=0.5)
     assert_as_alone(layers, given_of(layers, [40, 33, 64]))

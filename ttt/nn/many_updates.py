@@ -1,8 +1,9 @@
-"""The updates of many layers, of which those that get few rows each are made together.
+"""The updates of many layers, of which those of one shape are made together.
 
-A router sends each expert of a mixture a few tokens of a chunk. To compute the steps of one expert takes about as long
-as of many, as it is some fifty small operations. So the rows of layers of one shape are padded with zeros to one
-length, and `ttt.nn.rates` computes the steps of all of them at once.
+To compute the steps of one layer is some hundred small operations, which take about as long for many layers. So
+`ttt.nn.rates` computes the steps of all experts of one shape at once, to each of which a router sends a few tokens of a
+chunk: their rows are padded with zeros to one length. On the CPU it does so for other layers, too, except where they
+get so many rows that sums over these are made as matrices.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ttt.nn.autocast import without_autocast
 from ttt.nn.cpu_binding import Binding, binding_of
+from ttt.nn.directions import project_rows
 from ttt.nn.feedback import Followed, Latest
 from ttt.nn.linear import Linear
-from ttt.nn.many_bindings import bindings_of
+from ttt.nn.many_bindings import all_bound, bindings_of
 from ttt.nn.own_loss import applies
 from ttt.nn.parallel import UNSHARDED, Sharding
 from ttt.nn.rates import Rows, rates
@@ -49,7 +51,8 @@ def updates_from(layers: Sequence[Linear], given: Sequence[Any], emphasis: float
 
     They get a ``gain`` where steps that are multiplied by ``emphasis`` are bounded by the loss (`ttt.nn.own_loss`).
 
-    Those of experts are made together. They have the same values but for rounding. Nothing is written.
+    Those of layers of one shape are made together if they are experts, and on the CPU usually if they are not. They
+    have the same values but for rounding. Nothing is written.
 
     Raises:
         ValueError: as `Linear.update_from`.
@@ -62,7 +65,7 @@ def updates_from(layers: Sequence[Linear], given: Sequence[Any], emphasis: float
         if not captured:
             found.append(None)
             continue
-        if not layer.routed or layer.sharding or traced:
+        if layer.sharding or traced or not (layer.routed or _is_on_cpu(layer)):
             found.append(layer.update_from(*own, gains=gains))
             continue
         x, delta, _ = layer.rows_of(captured, None, rows)
@@ -70,15 +73,22 @@ def updates_from(layers: Sequence[Linear], given: Sequence[Any], emphasis: float
         if not count or type(x) is not Tensor or type(delta) is not Tensor:  # kernels could not read others' rows
             found.append(layer.update_from([(x, delta)], gains=gains))
             continue
-        found.append(None)
         weight = layer.weight
         x, delta = x.to(weight.dtype).contiguous(), delta.to(weight.dtype).contiguous()
+        if not layer.routed and (count * sum(weight.shape) > weight.numel() or not cpu.takes(x, delta)):
+            found.append(layer.update_from([(x, delta)], gains=gains))
+            continue
+        found.append(None)
         # Of many rows at most half are padding if the next power of two of their number is the same.
         length = (max(count, FEW) - 1).bit_length()
-        alike[id(layer.config), layer.share, weight.shape, weight.dtype, weight.device, length].append(
+        alike[id(layer.config), layer.share, layer.routed, weight.shape, weight.dtype, weight.device, length].append(
             _Task(at, layer, x, delta)
         )
     for tasks in alike.values():
+        if len(tasks) == 1 and not tasks[0].layer.routed:
+            at, layer, x, delta = tasks[0]
+            found[at] = layer.update_from([(x, delta)], gains=applies(layer.config, emphasis))
+            continue
         most = MOST if tasks[0].layer.damps or binding_of(tasks[0].layer) is None else 4 * MOST
         for start in range(0, len(tasks), most):
             part = tasks[start : start + most]
@@ -107,8 +117,14 @@ def _together(tasks: Sequence[_Task], gains: bool) -> list[Update]:
         limit = torch.tensor(wide, dtype=torch.float64, device=device).unsqueeze(1)
     moments = None if first.moments is None else _stacked(layers, "moments").sum(1)
 
+    rows_applied: list[Rows] = []
+
     def applied(x: Tensor, delta: Tensor) -> Rows:
-        return _project(x, [layer.basis for layer in layers]), _project(delta, [la.output_basis for la in layers])
+        project = _project if first.routed else _project_each
+        changed = project(x, [layer.basis for layer in layers]), project(delta, [la.output_basis for la in layers])
+        if not first.routed:
+            rows_applied.append(changed)
+        return changed
 
     made = rates(
         x, delta, first.config, first.win_eta.dtype, before=moments, applied=applied if first.damps else None,
@@ -117,7 +133,8 @@ def _together(tasks: Sequence[_Task], gains: bool) -> list[Update]:
     )  # fmt: skip
     several = (made.grown, made.weight, made.agreement, made.gain)
     each = [[None] * len(tasks) if t is None else t.unbind() for t in several]
-    parts = zip(tasks, made.eta.unbind(), made.finite.all(1).unbind(), *each, strict=True)
+    kept = list(zip(*rows_applied[0], strict=True)) if rows_applied else [None] * len(tasks)
+    parts = zip(tasks, made.eta.unbind(), made.finite.all(1).unbind(), *each, kept, strict=True)
     return [
         Update(
             x=task.x,
@@ -129,8 +146,9 @@ def _together(tasks: Sequence[_Task], gains: bool) -> list[Update]:
             weight=None if weight is None else weight[: len(task.x)],
             agreement=agreement,
             gain=None if gain is None else gain[: len(task.x)],
+            applied=None if rows is None else (rows[0][: len(task.x)], rows[1][: len(task.x)]),
         )
-        for task, eta, finite, grown, weight, agreement, gain in parts
+        for task, eta, finite, grown, weight, agreement, gain, rows in parts
     ]
 
 
@@ -162,13 +180,24 @@ class _BoundLatest(NamedTuple):
 
 def _latest_of(layers: Sequence[Linear], counts: list[int]) -> Followed:
     """The latest updates of L ``layers``, which are to get ``counts`` rows."""
-    if bindings := bindings_of("experts_update", layers):
+    # Only those of experts are counted.
+    bindings = bindings_of("experts_update", layers) if layers[0].routed else all_bound(layers)
+    if bindings and None not in bindings:
         return _BoundLatest(_stacked(layers, "win_weight"), _stacked(layers, "agreement"), bindings, counts)
     return Latest(*(torch.stack(parts) for parts in zip(*(layer.latest for layer in layers), strict=True)))
 
 
 def _stacked(layers: Sequence[Linear], buffer: str) -> Tensor:
     return torch.stack([layer._buffers[buffer] for layer in layers])  # type: ignore[misc]
+
+
+def _project_each(rows: Tensor, bases: Sequence[Tensor | None]) -> Tensor:
+    """As `_project`, layer by layer, which takes less time where each has many rows."""
+    return torch.stack([project_rows(own, basis) for own, basis in zip(rows, bases, strict=True)])
+
+
+def _is_on_cpu(layer: Linear) -> bool:
+    return layer.weight.is_cpu and layer._counter is None
 
 
 def _project(rows: Tensor, bases: Sequence[Tensor | None]) -> Tensor:

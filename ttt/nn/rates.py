@@ -63,6 +63,8 @@ CALIBRATED, STREAM = 0, 1
 """Rows of a layer's ``moments``: sums over the tokens of calibration, and over those learnt since."""
 
 
+_SEVERAL = 16  # rows of each of several layers from which on their products are made layer by layer
+
 Rows = tuple[Tensor, Tensor]
 """Inputs (T, n) and gradients (T, m)."""
 
@@ -332,10 +334,12 @@ def _compare(
     count = norm.shape[-1]
     n, m = (side.size(part.shape[-1]) for side, part in zip((sharding.input, sharding.output), rows, strict=True))
     whole = weight is not None and not gains and count * (m + n) > m * n
-    if not whole and norm.ndim == 1 and wide == torch.float32 and not sharding and cpu.takes(*rows, *applied):
+    # The rows of many layers that have a few each are multiplied at once instead.
+    several = norm.ndim == 1 or count >= _SEVERAL
+    if not whole and several and wide == torch.float32 and not sharding and cpu.takes(*rows, *applied):
         # Where the norms of both rows of a product are finite in float32, so is the product.
         x_pairs, delta_pairs = (
-            cpu.row_products(one, other) / scale / scale.T
+            cpu.row_products(one, other) / scale / scale.mT
             for one, other, scale in zip(rows, applied, scales, strict=True)
         )
         pairs = x_pairs * delta_pairs

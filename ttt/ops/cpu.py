@@ -109,13 +109,24 @@ def takes(*tensors: torch.Tensor) -> bool:
 
 
 def row_products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """(T, S) float32: the products x_t . y_s of rows ``x`` (T, n) and ``y`` (S, n) of one dtype that `takes` takes."""
-    found = x.new_empty((len(x), len(y)), dtype=torch.float32)
+    """(T, S) float32: the products x_t . y_s of rows ``x`` (T, n) and ``y`` (S, n) of one dtype that `takes` takes.
+
+    Of ``x`` (L, T, n) and ``y`` (L, S, n) they are (L, T, S).
+    """
+    found = x.new_empty((*x.shape[:-1], y.shape[-2]), dtype=torch.float32)
+    if x.ndim == 3:
+        for one, other, products in zip(x, y, found, strict=True):
+            _row_products(one, other, products)
+    else:
+        _row_products(x, y, found)
+    return found
+
+
+def _row_products(x: torch.Tensor, y: torch.Tensor, found: torch.Tensor) -> None:
     _C.row_products(
         x.data_ptr(), y.data_ptr(), found.data_ptr(), len(x), len(y), x.shape[1], DTYPE_CODES[x.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
-    return found
 
 
 def row_dots(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
