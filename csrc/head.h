@@ -157,17 +157,16 @@ void matter(const T* logits, int64_t words, int64_t target, float highest, float
 // Strips of columns that are summed at a time, in registers.
 constexpr int HEAD_STRIPS = VL == 16 ? 8 : 5;
 
-// Bytes of W that all tokens meet before the next ones.
-constexpr int64_t HEAD_BLOCK = 384 << 10;
+// Bytes of W that all tokens meet before the next ones, and the most words: the fewer are summed one after the other,
+// the less is lost to rounding.
+constexpr int64_t HEAD_BLOCK = 384 << 10, HEAD_BLOCK_WORDS = 512;
 
 // acc (columns in the order of strips) += the sum over `count` words of factor W_word, for some strips of the columns
 // from W on; d: the length of a row of W. Of the last strip `columns` columns are left, if that is fewer than a strip.
 template <int strips, class W>
 inline void add_words(float* acc, const W* weight, int64_t d, const int32_t* word, const float* factor, int64_t count,
                       int64_t columns) {
-  Two value[strips];
-#pragma GCC unroll 8
-  for (int s = 0; s < strips; s++) value[s] = {load(acc + s * STRIP), load(acc + s * STRIP + VL)};
+  Two value[strips] = {};
   const bool whole = columns >= strips * STRIP;
   for (int64_t i = 0; i < count; i++) {
     const W* row = weight + word[i] * d;
@@ -183,8 +182,8 @@ inline void add_words(float* acc, const W* weight, int64_t d, const int32_t* wor
   }
 #pragma GCC unroll 8
   for (int s = 0; s < strips; s++) {
-    store(acc + s * STRIP, value[s].a);
-    store(acc + s * STRIP + VL, value[s].b);
+    store(acc + s * STRIP, load(acc + s * STRIP) + value[s].a);
+    store(acc + s * STRIP + VL, load(acc + s * STRIP + VL) + value[s].b);
   }
 }
 
@@ -207,7 +206,8 @@ void add_rows_of_head(const ttt::HeadGradient& a, const std::vector<HeadWords>& 
     const int64_t j0 = first * STRIP, columns = std::min(own * STRIP, a.width - j0), wide = own * STRIP;
     const int64_t pieces = (own + HEAD_STRIPS - 1) / HEAD_STRIPS;
     // All tokens meet a block of words, whose part of W stays in the second-level cache, before the next one.
-    const int64_t block = std::max<int64_t>(HEAD_BLOCK / (columns * static_cast<int64_t>(sizeof(W))), 16);
+    const int64_t fit = HEAD_BLOCK / (columns * static_cast<int64_t>(sizeof(W)));
+    const int64_t block = std::min(std::max<int64_t>(fit, 16), HEAD_BLOCK_WORDS);
     Scratch sums(a.tokens * wide);
     std::fill(sums.get(), sums.get() + a.tokens * wide, 0.0f);
     std::vector<size_t> at(a.tokens, 0);

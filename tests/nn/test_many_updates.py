@@ -131,7 +131,7 @@ def test_layers_that_are_no_experts_are_computed_together_on_the_cpu(monkeypatch
     # 12 rows are padded to 16, and 17 and more, of which up to 18 are fewer than those of a matrix, to 32.
     assert [[task.at for task in tasks] for tasks in together] == [[0, 2]]
     for layer, update in zip(layers, found, strict=True):
-        assert (update.applied is None) == (not layer.damps or rate == "constant")
+        assert (update.applied is None) == (not layer.damps)
         if update.applied is not None:
             for one, other in zip(update.applied, layer.applied(update.x, update.delta), strict=True):
                 assert torch.equal(one, other)
