@@ -162,6 +162,22 @@ def test_a_sample_that_misleads_is_noticed():
     assert float(off.max()) <= 0.01 * float(weight.norm(dim=1).max())
 
 
+def test_words_that_are_chosen_apart_do_not_depend_on_other_tokens(monkeypatch):
+    """Neither where so many words matter that the exact product would take less time."""
+    logits, weight = torch.cat([peaked(3, 5000), 0.1 * torch.randn(20, 5000)]), torch.randn(5000, 6)
+    targets = torch.randint(0, 5000, (23,))
+    before = ways()
+    together = input_gradient(score(logits, targets), weight, None, 0.01, apart=True)
+    alone = [input_gradient(score(logits[t : t + 1], targets[t : t + 1]), weight, None, 0.01) for t in range(23)]
+    assert taken(before) == {("rows", "")}
+    assert torch.equal(together, torch.cat(alone))
+    monkeypatch.setattr(cpu, "takes", lambda *tensors: False)
+    before = ways()
+    without = input_gradient(score(logits.clone(), targets), weight, None, 0.01, apart=True)
+    assert taken(before) == {("dense", "no kernel")}
+    assert torch.equal(without, input_gradient(score(logits.clone(), targets), weight))
+
+
 def wide_model(vocabulary=5000):
     config = LlamaConfig(vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                          num_attention_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=None,
