@@ -4,7 +4,8 @@
 // A token with the logits z has the loss log(total) - (z_target - highest), where highest is its largest logit and
 // total the sum of e_j = exp(z_j - highest). The gradient at the head's input is the sum over the words of
 // (e_j / total - [j = target]) W_j. For each token those words are left out whose e_j is at most a threshold, which is
-// chosen so that they sum to no more than `mass` times the total. What a token gets does not depend on other tokens.
+// chosen so that they sum to no more than `mass` times the total. The mean row of W stands for each of them: what is
+// left out of many tokens has the same direction, and would add up. What a token gets does not depend on other tokens.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -90,6 +91,7 @@ void head_scores(const ttt::HeadScores& a) {
 struct HeadWords {
   std::vector<int32_t> word;
   std::vector<float> factor;
+  float left = 0;  // the probability of all others
 };
 
 // The largest of some thresholds, from `low` on, for which the numbers at e that are at most as large sum to no more
@@ -152,6 +154,9 @@ void matter(const T* logits, int64_t words, int64_t target, float highest, float
       if (!(e[l] <= threshold)) put(l);
 #endif
   }
+  double kept = 1;  // the target's factor is its probability less 1
+  for (const float factor : to.factor) kept += factor;
+  to.left = std::max(0.0f, static_cast<float>(1 - kept));
 }
 
 // Strips of columns that are summed at a time, in registers.
@@ -223,8 +228,16 @@ void add_rows_of_head(const ttt::HeadGradient& a, const std::vector<HeadWords>& 
                                     words.word.data() + begin, words.factor.data() + begin, count, columns - j);
         }
       }
-    for (int64_t t = 0; t < a.tokens; t++)
+    const int32_t first_word = 0;
+    for (int64_t t = 0; t < a.tokens; t++) {
+      for (int64_t piece = 0; piece < pieces && kept[t].left > 0; piece++) {
+        const int64_t from = piece * own / pieces, some = (piece + 1) * own / pieces - from, j = from * STRIP;
+        add_words_of<HEAD_STRIPS>(static_cast<int>(some), sums.get() + t * wide + j,
+                                  static_cast<const W*>(a.mean) + j0 + j, a.width, &first_word, &kept[t].left, 1,
+                                  columns - j);
+      }
       store_strips(sums.get() + t * wide, columns, static_cast<W*>(a.out) + t * a.width + j0);
+    }
   }
 }
 

@@ -15,6 +15,7 @@ struct HeadScores {
 
 struct HeadGradient {
   const void *logits, *weight;   // tokens x words, dtype; words x width, weight_dtype
+  const void* mean;              // width, weight_dtype: the row that stands for the words that are left out
   const int64_t* targets;        // tokens
   const bool* wanted;            // tokens: whose loss counts; null for all
   const float *highest, *total;  // tokens, of HeadScores

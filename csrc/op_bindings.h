@@ -103,13 +103,13 @@ void head_scores(address logits, address targets, address nll, address highest, 
 
 // The number of rows of the weight that the gradients were made of; -1 if that is more than `most`, and nothing is
 // made.
-int64_t head_gradient(address logits, address weight, address targets, address wanted, address highest, address total,
-                      address gradient, int64_t tokens, int64_t words, int64_t width, int64_t most, float mass,
-                      int dtype, int weight_dtype, int threads) {
+int64_t head_gradient(address logits, address weight, address mean, address targets, address wanted, address highest,
+                      address total, address gradient, int64_t tokens, int64_t words, int64_t width, int64_t most,
+                      float mass, int dtype, int weight_dtype, int threads) {
   check_targets(in<int64_t>(targets), tokens, words);
-  return active_head->gradient({in<void>(logits), in<void>(weight), in<int64_t>(targets), in<bool>(wanted),
-                                in<float>(highest), in<float>(total), out<void>(gradient), tokens, words, width, most,
-                                mass, dtype, weight_dtype, threads});
+  return active_head->gradient({in<void>(logits), in<void>(weight), in<void>(mean), in<int64_t>(targets),
+                                in<bool>(wanted), in<float>(highest), in<float>(total), out<void>(gradient), tokens,
+                                words, width, most, mass, dtype, weight_dtype, threads});
 }
 
 // Every argument is given by name: see `_bound_commit` in ttt/ops/cpu.py.

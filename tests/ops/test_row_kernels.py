@@ -63,9 +63,11 @@ def exact_gradient(logits, targets, weight, chosen=None):
     return (p if chosen is None else p * chosen) @ weight.double()
 
 
-def gradient_of(logits, targets, weight, mass, wanted=None, most=2**40):
+def gradient_of(logits, targets, weight, mass, wanted=None, most=2**40, mean=None):
+    """With a mean row of zeros, where none is given, the words that are left out have no part in it."""
     _, highest, total = cpu.head_scores(logits, targets)
-    return cpu.head_gradient(logits, weight, targets, wanted, highest, total, mass, most)
+    mean = torch.zeros_like(weight[0]) if mean is None else mean
+    return cpu.head_gradient(logits, weight, mean, targets, wanted, highest, total, mass, most)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -124,6 +126,26 @@ def test_the_words_that_are_left_out(isa, dtype, threads):
     torch.testing.assert_close(found.double(), exact_gradient(logits, targets, weight, chosen), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("weight_dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 33, 130, 576])
+def test_the_mean_row_stands_for_what_is_left_out(isa, weight_dtype, width):
+    count, words, mass = 7, 3001, 0.05
+    logits, weight = 4 * torch.randn(count, words), torch.randn(words, width).to(weight_dtype)
+    targets, mean = torch.randint(0, words, (count,)), torch.randn(width).to(weight_dtype)
+    wanted = torch.rand(count) < 0.7
+    chosen = gradient_of(logits, targets, torch.eye(words), mass)[0] != 0
+    left = torch.where(chosen, 0.0, logits.double().softmax(1)).sum(1, keepdim=True)
+    assert float(left.min()) > 0.2 * mass
+    found, _ = gradient_of(logits, targets, weight, mass, wanted, mean=mean)
+    exact = exact_gradient(logits, targets, weight, chosen) + left * mean.double()
+    exact[~wanted] = 0
+    within = 2**-7 if weight_dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found.double(), exact, rtol=within, atol=within)
+    if wanted.any():  # without it, the gradient is further away
+        without = gradient_of(logits, targets, weight, mass, wanted)[0].double()
+        assert float((without - exact).norm()) > 0.3 * float((left * mean.double())[wanted].norm())
+
+
 def test_a_token_does_not_depend_on_the_others(isa):
     logits, weight = 4 * torch.randn(6, 4001), torch.randn(4001, 70)
     targets = torch.randint(0, 4001, (6,))
@@ -161,4 +183,4 @@ def test_targets_that_are_no_words_are_refused(target):
         cpu.head_scores(logits, targets)
     one = torch.ones(2)
     with pytest.raises(IndexError, match=rf"targets must be in \[0, 50\), got {target}"):
-        cpu.head_gradient(logits, weight, targets, None, one, one, 0.1, 100)
+        cpu.head_gradient(logits, weight, weight[0], targets, None, one, one, 0.1, 100)

@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ttt.adapt.training import other_hooks
 from ttt.nn.row_blocks import is_subclass
 from ttt.ops import cpu
 from ttt.ops.backends import record
+from ttt.ops.dtypes import accumulation
 
 _SAMPLE = 2048  # columns of the logits in which thresholds are searched
 _SMALL = 4096  # size of a vocabulary below which picking rows costs more than it saves
@@ -85,9 +87,10 @@ def input_gradient(
     Args:
         weight: (V, d), the head's.
         wanted: (N,) bool: the tokens whose loss counts; None for all.
-        mass: bound on the total probability of the words that are left out, for each token; 0 leaves out none.
-            Row t of the result differs from the exact one by at most ``mass`` times the largest norm of a row of
-            ``weight``. Where many rows are needed, and on a GPU, the exact product is faster, and is computed instead.
+        mass: bound on the total probability of the words that are left out, for each token; 0 leaves out none. The
+            mean row of ``weight`` stands for them, so row t of the result differs from the exact one by at most
+            ``mass`` times the largest distance of a row from it. Where many rows are needed, and on a GPU, the exact
+            product is faster, and is computed instead.
         apart: which words are left out for a token must not depend on the other tokens. Only kernels choose them like
             that, however many they are; where these do not apply, none are left out.
 
@@ -97,7 +100,7 @@ def input_gradient(
     small = weight.shape[0] < _SMALL
     # On a GPU the exact product takes a quarter of the time that picking the rows does.
     if not small and mass != 0 and not weight.is_cuda:
-        gradient = _from_rows(scores, weight.detach(), wanted, mass, apart)
+        gradient = _from_rows(scores, weight, wanted, mass, apart)
         if gradient is not None:
             record("head_gradient", "rows")
             return gradient
@@ -133,7 +136,7 @@ def _kernel_gradient(
     tokens, words = scores.logits.shape
     most = words * (tokens if apart else min(tokens, _WORTH))
     gradient, rows = cpu.head_gradient(
-        scores.logits, weight, scores.targets, wanted, scores.highest, scores.total, mass, most
+        scores.logits, weight, mean_row(weight), scores.targets, wanted, scores.highest, scores.total, mass, most
     )
     return (None, None) if rows < 0 else (gradient, rows)
 
@@ -149,7 +152,22 @@ def _from_rows(scores: Scores, weight: Tensor, wanted: Tensor | None, mass: floa
     tokens, words, values = found if wanted is None else (each[wanted[found[0]]] for each in found)
     values = torch.where(words == scores.targets[tokens], values - scores.total[tokens], values) * scale[tokens]
     starts = torch.searchsorted(tokens, torch.arange(len(scale), device=tokens.device))
-    return nn.functional.embedding_bag(words, weight, starts, mode="sum", per_sample_weights=values.to(weight.dtype))
+    rows = nn.functional.embedding_bag(words, weight, starts, mode="sum", per_sample_weights=values.to(weight.dtype))
+    left = -torch.zeros_like(scale).index_add_(0, tokens, values)  # the target's value is its probability less 1
+    return rows + left.clamp_min_(0.0).to(rows.dtype).unsqueeze(1) * mean_row(weight)
+
+
+_MEANS = WeakIdKeyDictionary()  # of `mean_row`, with the version of the weight
+
+
+def mean_row(weight: Tensor) -> Tensor:
+    """The mean of the rows of ``weight`` (V, d): (d,) of its dtype. It is computed anew when the weight was written."""
+    version = 0 if weight.is_inference() else weight._version
+    found = _MEANS.get(weight)
+    if found is None or found[0] != version:
+        found = version, weight.detach().mean(0, dtype=accumulation(weight.dtype)).to(weight.dtype)
+        _MEANS[weight] = found
+    return found[1]
 
 
 def _product(p: Tensor, weight: Tensor) -> Tensor:

@@ -158,6 +158,7 @@ def head_scores(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tens
 def head_gradient(
     logits: torch.Tensor,
     weight: torch.Tensor,
+    mean: torch.Tensor,
     targets: torch.Tensor,
     wanted: torch.Tensor | None,
     highest: torch.Tensor,
@@ -168,6 +169,7 @@ def head_gradient(
     """The gradient of `ttt.learn.head.input_gradient` from the words that matter, with what `head_scores` found.
 
     Args:
+        mean: (d,) of the weight's dtype, the row that stands for the words that are left out.
         most: rows of ``weight`` (V, d) that may matter, each counted once for each token.
 
     Returns:
@@ -179,7 +181,7 @@ def head_gradient(
     wanted = None if wanted is None else wanted.contiguous()
     gradient = weight.new_empty((count, width))
     rows = _C.head_gradient(
-        logits.data_ptr(), weight.data_ptr(), targets.data_ptr(), address(wanted), highest.data_ptr(),
+        logits.data_ptr(), weight.data_ptr(), mean.data_ptr(), targets.data_ptr(), address(wanted), highest.data_ptr(),
         total.data_ptr(), gradient.data_ptr(), count, words, width, most, mass, DTYPE_CODES[logits.dtype],
         DTYPE_CODES[weight.dtype], torch.get_num_threads(),
     )  # fmt: skip
