@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <exception>
 #include <limits>
 #include <vector>
 
@@ -87,7 +88,7 @@ void head_scores(const ttt::HeadScores& a) {
   }
 }
 
-// The words of a token that matter, in the order of their numbers, each with what its row of W is multiplied with.
+// The words of a token that matter, strip by strip, each with what its row of W is multiplied with.
 struct HeadWords {
   std::vector<int32_t> word;
   std::vector<float> factor;
@@ -159,6 +160,25 @@ void matter(const T* logits, int64_t words, int64_t target, float highest, float
   to.left = std::max(0.0f, static_cast<float>(1 - kept));
 }
 
+// The first exception of a parallel region, which none may leave.
+class Failure {
+  std::exception_ptr first;
+
+ public:
+  template <class F>
+  void of(const F& f) {
+    try {
+      f();
+    } catch (...) {
+#pragma omp critical(ttt_head)
+      if (!first) first = std::current_exception();
+    }
+  }
+  void rethrow() {
+    if (first) std::rethrow_exception(first);
+  }
+};
+
 // Strips of columns that are summed at a time, in registers.
 constexpr int HEAD_STRIPS = VL == 16 ? 8 : 5;
 
@@ -205,8 +225,7 @@ template <class W>
 void add_rows_of_head(const ttt::HeadGradient& a, const std::vector<HeadWords>& kept) {
   const W* weight = static_cast<const W*>(a.weight);
   const int64_t strips = (a.width + STRIP - 1) / STRIP, parts = std::min<int64_t>(strips, a.threads);
-#pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
-  for (int64_t part = 0; part < parts; part++) {
+  const auto columns_of = [&](int64_t part) {
     const int64_t first = part * strips / parts, own = (part + 1) * strips / parts - first;
     const int64_t j0 = first * STRIP, columns = std::min(own * STRIP, a.width - j0), wide = own * STRIP;
     const int64_t pieces = (own + HEAD_STRIPS - 1) / HEAD_STRIPS;
@@ -238,7 +257,11 @@ void add_rows_of_head(const ttt::HeadGradient& a, const std::vector<HeadWords>& 
       }
       store_strips(sums.get() + t * wide, columns, static_cast<W*>(a.out) + t * a.width + j0);
     }
-  }
+  };
+  Failure failure;
+#pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
+  for (int64_t part = 0; part < parts; part++) failure.of([&] { columns_of(part); });
+  failure.rethrow();
 }
 
 // The number of rows of W that the gradients were made of, each counted once for each token; -1 if that is more than
@@ -248,17 +271,20 @@ int64_t head_gradient(const ttt::HeadGradient& a) {
   std::vector<HeadWords> kept(a.tokens);
   std::atomic<int64_t> count{0};
   const int64_t wide = (a.words + STRIP - 1) / STRIP * STRIP;
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
-  {
-    Scratch e(wide);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t t = 0; t < a.tokens; t++) {
-      if ((a.wanted != nullptr && !a.wanted[t]) || count > a.most) continue;
-      matter(static_cast<const T*>(a.logits) + t * a.words, a.words, a.targets[t], a.highest[t], a.total[t], a.mass,
-             e.get(), kept[t]);
-      count += static_cast<int64_t>(kept[t].word.size());
-    }
-  }
+  const int64_t parts = std::min<int64_t>(a.tokens, a.threads);
+  Failure failure;
+#pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
+  for (int64_t part = 0; part < parts; part++)
+    failure.of([&] {
+      Scratch e(wide);
+      for (int64_t t = part; t < a.tokens; t += parts) {
+        if ((a.wanted != nullptr && !a.wanted[t]) || count > a.most) continue;
+        matter(static_cast<const T*>(a.logits) + t * a.words, a.words, a.targets[t], a.highest[t], a.total[t], a.mass,
+               e.get(), kept[t]);
+        count += static_cast<int64_t>(kept[t].word.size());
+      }
+    });
+  failure.rethrow();
   if (count > a.most) return -1;
   if (a.weight_dtype == ttt::kF32)
     add_rows_of_head<float>(a, kept);

@@ -332,3 +332,20 @@ def test_the_mean_row_follows_the_weight():
     with torch.inference_mode():
         made = torch.randn(4, 3)
         assert torch.equal(mean_row(made), made.mean(0))
+
+
+@pytest.mark.skipif(cpu._C is None, reason="needs the C++ kernels")
+def test_kernels_take_the_heads_parameter():
+    """A head's weight is a Parameter, which tests with plain tensors would not notice."""
+    head = torch.nn.Linear(8, 5000, bias=False)
+    logits, targets = 4 * torch.randn(3, 5000), torch.tensor([1, 2, 3])
+    scores = score(logits, targets)
+    assert scores.logits is not None
+    exact = exact_gradient(logits, targets, head.weight.detach())
+    found = input_gradient(scores, head.weight, None, 0.01, apart=True)  # without kernels all words would be taken
+    assert not torch.allclose(found.double(), exact, rtol=1e-6, atol=1e-7)
+    assert torch.equal(found, input_gradient(score(logits, targets), head.weight.detach(), None, 0.01, apart=True))
+    before = mean_row(head.weight)
+    head.to(torch.bfloat16)
+    assert mean_row(head.weight).dtype == torch.bfloat16
+    assert before.dtype == torch.float32

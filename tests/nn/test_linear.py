@@ -1,11 +1,14 @@
 """`ttt.nn.Linear` against per-token SGD and plain `nn.Linear`."""
 
+import dataclasses
+
 import pytest
 import torch
 from helpers import plain_config
 
 import ttt
 from ttt.nn import Linear
+from ttt.nn.many_updates import updates_from
 
 PLAIN = {"ewc_lambda": 0.0, "replay_rows": 0}
 
@@ -192,3 +195,39 @@ def test_digits_classifier_learns_with_any_loss():
     with torch.no_grad():
         accuracy = float((model(images[test]).argmax(1) == labels[test]).float().mean())
     assert accuracy > 0.9
+
+
+@pytest.mark.parametrize("sizes", [(5, 4), (9, 4), (8, 3), (10000, 4)])
+def test_rows_of_another_layer_are_refused_by_name(sizes):
+    """Kernels would read past their ends."""
+    layer = Linear(8, 4, config=ttt.TTTConfig(protect=[], chunk=4))
+    layer.learn(layer.update_from([(torch.randn(3, 8), torch.randn(3, 4))]))
+    before = {name: value.clone() for name, value in layer.named_buffers()}
+    wrong = [(torch.ones(2, sizes[0]), torch.ones(2, sizes[1]))]
+    with pytest.raises(ValueError, match=r"must be \(2, [84]\), got \(2, "):
+        layer.update_from(wrong)
+    with pytest.raises(ValueError, match=r"must be \(2, [84]\), got \(2, "):
+        updates_from([layer, layer], [(wrong, None, None)] * 2)
+    assert all(torch.equal(value, before[name]) for name, value in layer.named_buffers())
+
+
+@pytest.mark.parametrize("changed", ["x", "delta", "basis", "nothing"])
+def test_rows_of_an_update_are_made_anew_where_what_they_were_made_of_has_changed(changed):
+    layers = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        layers.append(layer := Linear(24, 12, config=ttt.TTTConfig(protect=[ttt.KroneckerFisher(4)])))
+        for basis in (layer.basis, layer.output_basis):
+            basis.copy_(torch.linalg.qr(torch.randn(basis.shape[1], basis.shape[0])).Q.T * 0.9)
+    rows = torch.randn(5, 24), torch.randn(5, 12)
+    updates = [layer.update_from([tuple(part.clone() for part in rows)]) for layer in layers]
+    updates[1] = dataclasses.replace(updates[1], applied=None)  # always made when it is learnt
+    assert updates[0].applied is not None
+    for layer, update in zip(layers, updates, strict=True):
+        if changed == "basis":
+            layer.basis.copy_(torch.eye(24)[:4])
+        elif changed != "nothing":
+            getattr(update, changed).mul_(torch.tensor([1.0, 0.0, 2.0, 1.0, -1.0]).unsqueeze(1))
+        layer.learn(update)
+    for name, value in layers[0].named_buffers():
+        torch.testing.assert_close(value, layers[1]._buffers[name], rtol=1e-6, atol=1e-6, msg=name)

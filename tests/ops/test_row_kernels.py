@@ -184,3 +184,24 @@ def test_targets_that_are_no_words_are_refused(target):
     one = torch.ones(2)
     with pytest.raises(IndexError, match=rf"targets must be in \[0, 50\), got {target}"):
         cpu.head_gradient(logits, weight, weight[0], targets, None, one, one, 0.1, 100)
+
+
+def test_tensors_that_do_not_fit_are_refused_by_name():
+    x = torch.zeros(3, 4)
+    for y in (torch.zeros(3, 5), torch.zeros(3, 4, dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match="y must be rows like x"):
+            cpu.row_products(x, y)
+        with pytest.raises(ValueError, match="y must be like x"):
+            cpu.row_dots(x, y)
+    logits, weight, targets, one = torch.zeros(2, 50), torch.zeros(50, 3), torch.tensor([0, 1]), torch.ones(2)
+    for bad in (targets.int(), targets[:1]):
+        with pytest.raises(ValueError, match=r"targets must be torch\.int64"):
+            cpu.head_scores(logits, bad)
+    right = {"weight": weight, "mean": weight[0], "targets": targets, "wanted": None, "highest": one, "total": one}
+    wrong = {
+        "weight": weight[:40], "mean": weight[0].bfloat16(), "targets": targets.int(), "wanted": torch.ones(2),
+        "highest": one[:1], "total": one.double(),
+    }  # fmt: skip
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=f"^{name} must be torch"):
+            cpu.head_gradient(logits, mass=0.1, most=100, **(right | {name: value}))

@@ -66,7 +66,7 @@ class Scores:
 def score(logits: Tensor, targets: Tensor) -> Scores:
     """Score ``targets`` (N,) int64 under ``logits`` (N, V), which may be overwritten if they are float32 or float64."""
     logits = logits.detach()
-    if cpu.takes(logits):
+    if cpu.takes(logits) and targets.dtype == torch.int64 and targets.shape == logits.shape[:1]:
         nll, highest, total = cpu.head_scores(logits, targets)
         return Scores(nll, highest, total, targets, logits)
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -92,7 +92,8 @@ def input_gradient(
             ``mass`` times the largest distance of a row from it. Where many rows are needed, and on a GPU, the exact
             product is faster, and is computed instead.
         apart: which words are left out for a token must not depend on the other tokens. Only kernels choose them like
-            that, however many they are; where these do not apply, none are left out.
+            that, however many they are (of a flat distribution nearly all, which takes longer than the exact product);
+            where these do not apply, none are left out.
 
     Returns:
         (N, d), of the dtype of ``weight``.
@@ -125,7 +126,7 @@ def rows_read(scores: Scores, weight: Tensor, mass: float) -> int | None:
 
 
 def _by_kernels(scores: Scores, weight: Tensor) -> bool:
-    return scores.logits is not None and cpu.takes(scores.logits, weight)
+    return scores.logits is not None and cpu.takes(scores.logits, weight.detach())
 
 
 def _kernel_gradient(
@@ -136,7 +137,15 @@ def _kernel_gradient(
     tokens, words = scores.logits.shape
     most = words * (tokens if apart else min(tokens, _WORTH))
     gradient, rows = cpu.head_gradient(
-        scores.logits, weight, mean_row(weight), scores.targets, wanted, scores.highest, scores.total, mass, most
+        scores.logits,
+        weight.detach(),
+        mean_row(weight),
+        scores.targets,
+        wanted,
+        scores.highest,
+        scores.total,
+        mass,
+        most,
     )
     return (None, None) if rows < 0 else (gradient, rows)
 
@@ -157,16 +166,26 @@ def _from_rows(scores: Scores, weight: Tensor, wanted: Tensor | None, mass: floa
     return rows + left.clamp_min_(0.0).to(rows.dtype).unsqueeze(1) * mean_row(weight)
 
 
-_MEANS = WeakIdKeyDictionary()  # of `mean_row`, with the version of the weight
+def _mean(rows: Tensor) -> Tensor:
+    return rows.mean(0, dtype=accumulation(rows.dtype)).to(rows.dtype)
+
+
+_MEANS = WeakIdKeyDictionary()  # of `mean_row`, with what tells that the weight is another one
 
 
 def mean_row(weight: Tensor) -> Tensor:
-    """The mean of the rows of ``weight`` (V, d): (d,) of its dtype. It is computed anew when the weight was written."""
-    version = 0 if weight.is_inference() else weight._version
+    """The mean of the rows of ``weight`` (V, d): (d,) of its dtype.
+
+    It is kept until the weight is written or converted. What is written through ``weight.data`` is not seen: the mean
+    is that of before then, which stands for the words that are left out less well.
+    """
+    plain = weight.detach()
+    if weight.is_inference():
+        return _mean(plain)
+    kind = weight._version, weight.data_ptr(), weight.dtype, weight.shape
     found = _MEANS.get(weight)
-    if found is None or found[0] != version:
-        found = version, weight.detach().mean(0, dtype=accumulation(weight.dtype)).to(weight.dtype)
-        _MEANS[weight] = found
+    if found is None or found[0] != kind:
+        found = _MEANS[weight] = kind, _mean(plain)
     return found[1]
 
 

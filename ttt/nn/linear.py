@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from ttt.nn.cpu_binding import Binding, binding_of
 from ttt.nn.feedback import Latest
 from ttt.nn.graph_steps import WindowCounter
 from ttt.nn.rates import STREAM, count_, rates
-from ttt.nn.update import Update
+from ttt.nn.update import Update, versions
 from ttt.ops.gate import advance, gated
 
 
@@ -193,7 +195,7 @@ class Linear(CommittingLinear):
         )  # fmt: skip
         update = Update(
             x, delta, found.eta, None, found.finite.all(), found.grown, found.weight, found.agreement, found.gain,
-            made[0] if made else None,
+            made[0] if made else None, versions(x, delta, self.basis, self.output_basis),
         )  # fmt: skip
         if trace_delta is not None:
             update.trace_delta = trace_delta.to(self.weight.dtype).contiguous()
@@ -231,6 +233,11 @@ class Linear(CommittingLinear):
                 )
             x, delta = x[rows], delta[rows]
             trace_delta = None if trace_delta is None else trace_delta[rows]
+        for name, part, size in (("x", x, self.in_features), ("delta", delta, self.out_features)):
+            if part.ndim != 2 or part.shape != (len(x), size):
+                raise ValueError(
+                    f"{name} of {self.name or 'the layer'} must be ({len(x)}, {size}), got {tuple(part.shape)}"
+                )
         return x, delta, trace_delta
 
     @full_precision
@@ -243,6 +250,10 @@ class Linear(CommittingLinear):
         Raises:
             ValueError, TypeError, RuntimeError: as `check_update`. Nothing has changed then.
         """
+        if update.applied is not None and update.made_of != versions(
+            update.x, update.delta, self.basis, self.output_basis
+        ):
+            update = dataclasses.replace(update, applied=None)
         counter, count = self._counter, update.x.shape[0]
         learns = count > 0 and self.config.lr != 0
         if (

@@ -25,7 +25,7 @@ from ttt.nn.many_bindings import all_bound, bindings_of
 from ttt.nn.own_loss import applies
 from ttt.nn.parallel import UNSHARDED, Sharding
 from ttt.nn.rates import Rows, rates
-from ttt.nn.update import Update
+from ttt.nn.update import Update, versions
 from ttt.ops import cpu
 from ttt.ops.dtypes import accumulation
 
@@ -147,6 +147,7 @@ def _together(tasks: Sequence[_Task], gains: bool) -> list[Update]:
             agreement=agreement,
             gain=None if gain is None else gain[: len(task.x)],
             applied=None if rows is None else (rows[0][: len(task.x)], rows[1][: len(task.x)]),
+            made_of=versions(task.x, task.delta, task.layer.basis, task.layer.output_basis),
         )
         for task, eta, finite, grown, weight, agreement, gain, rows in parts
     ]

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ttt.ops.schema import need
+
+
+def versions(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Changes when one of ``tensors`` is written or replaced; of tensors of inference mode, when it is replaced."""
+    return tuple(None if t is None else (id(t), 0 if t.is_inference() else t._version) for t in tensors)
 
 
 @dataclasses.dataclass
@@ -26,7 +32,9 @@ class Update:
         gain: (T,), of the dtype of ``eta``: of the `ttt.nn.rates.Rates`; None unless the steps are bounded by the loss
             (`ttt.nn.own_loss`). `ttt.nn.Linear.learn` does not use it.
         applied: x' (T, n) and delta' (T, m), like ``x`` and ``delta``: the rows that the update is made with
-            (`ttt.nn.Linear.applied`). None: they are made of ``x`` and ``delta`` when they are learnt.
+            (`ttt.nn.Linear.applied`). None, or where ``made_of`` has changed since: they are made of ``x`` and
+            ``delta`` when they are learnt.
+        made_of: `versions` of ``x``, ``delta`` and the layer's directions that ``applied`` was made of.
     """
 
     x: Tensor
@@ -39,6 +47,7 @@ class Update:
     agreement: Tensor | None = None
     gain: Tensor | None = None
     applied: tuple[Tensor, Tensor] | None = None
+    made_of: tuple[Any, ...] = ()
 
     def check_fits(self, weight: Tensor, sum_dtype: torch.dtype) -> None:
         """Check shapes, dtypes, devices and strides against a layer's ``weight`` (m, n) and the dtype of its steps.

@@ -112,7 +112,12 @@ def row_products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """(T, S) float32: the products x_t . y_s of rows ``x`` (T, n) and ``y`` (S, n) of one dtype that `takes` takes.
 
     Of ``x`` (L, T, n) and ``y`` (L, S, n) they are (L, T, S).
+
+    Raises:
+        ValueError: for rows of other lengths, dtypes or layers.
     """
+    if x.ndim != y.ndim or x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-1] or x.dtype != y.dtype:
+        raise ValueError(f"y must be rows like x, {x.dtype} {tuple(x.shape)}, got {y.dtype} {tuple(y.shape)}")
     found = x.new_empty((*x.shape[:-1], y.shape[-2]), dtype=torch.float32)
     if x.ndim == 3:
         for one, other, products in zip(x, y, found, strict=True):
@@ -130,10 +135,22 @@ def _row_products(x: torch.Tensor, y: torch.Tensor, found: torch.Tensor) -> None
 
 
 def row_dots(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """(...) float32: the products x_t . y_t of rows ``x`` and ``y`` (..., n) of one dtype, which `takes` takes."""
+    """(...) float32: the products x_t . y_t of rows ``x`` and ``y`` (..., n) of one dtype, which `takes` takes.
+
+    Raises:
+        ValueError: if ``y`` has another shape or dtype.
+    """
+    if x.shape != y.shape or x.dtype != y.dtype:
+        raise ValueError(f"y must be like x, {x.dtype} {tuple(x.shape)}, got {y.dtype} {tuple(y.shape)}")
     found = x.new_empty(x.shape[:-1], dtype=torch.float32)
     _C.row_dots(x.data_ptr(), y.data_ptr(), found.data_ptr(), found.numel(), x.shape[-1], DTYPE_CODES[x.dtype])
     return found
+
+
+def _check_like(name: str, t: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise ValueError unless ``t`` is a tensor of ``shape`` and ``dtype`` on the CPU."""
+    if tuple(t.shape) != shape or t.dtype != dtype or not t.is_cpu:
+        raise ValueError(f"{name} must be {dtype} {shape} on the CPU, got {t.dtype} {tuple(t.shape)} on {t.device}")
 
 
 def head_scores(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -144,8 +161,10 @@ def head_scores(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tens
 
     Raises:
         IndexError: for a target that is not in [0, V).
+        ValueError: for targets of another shape or dtype.
     """
     count, words = logits.shape
+    _check_like("targets", targets, (count,), torch.int64)
     targets = targets.contiguous()
     nll, highest, total = logits.new_empty((3, count), dtype=torch.float32)
     _C.head_scores(
@@ -175,9 +194,20 @@ def head_gradient(
     Returns:
         (N, d) of the weight's dtype, and how many rows it was made of; -1 where more than ``most`` matter: the first is
         not written then.
+
+    Raises:
+        IndexError: for a target that is not in [0, V).
+        ValueError: for a tensor of another shape or dtype.
     """
     (count, words), width = logits.shape, weight.shape[1]
-    targets = targets.contiguous()
+    _check_like("weight", weight, (words, width), weight.dtype)
+    _check_like("mean", mean, (width,), weight.dtype)
+    _check_like("targets", targets, (count,), torch.int64)
+    for name, t in (("highest", highest), ("total", total)):
+        _check_like(name, t, (count,), torch.float32)
+    if wanted is not None:
+        _check_like("wanted", wanted, (count,), torch.bool)
+    targets, mean, highest, total = (t.contiguous() for t in (targets, mean, highest, total))
     wanted = None if wanted is None else wanted.contiguous()
     gradient = weight.new_empty((count, width))
     rows = _C.head_gradient(
