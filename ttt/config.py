@@ -192,7 +192,8 @@ class TTTConfig(FlatSettings):
         replay_capacity: K, inputs in the replay memory of each layer, for `ttt.LayerReplay` and
             `ttt.OrthogonalUpdates`.
         head_mass: probability that words left out of the gradient at the output head may have in sum, per token
-            (`ttt.learn.head.input_gradient`); 0 for the exact gradient, which is always computed on a GPU.
+            (`ttt.learn.head.input_gradient`). 0 for the exact gradient, which is always computed on a GPU, and with
+            users where no C++ kernel applies.
         state_dtype: ``"float32"``, ``"bfloat16"`` or ``"8bit"`` (`ttt.ops.log8`; not with `ttt.SI`) for
             importance and trace. None: bfloat16 for 16-bit weights, float32 for others. 8 bits save memory; on CPUs
             they save no time, because encoding takes longer than moving the bytes that are saved.
