@@ -125,6 +125,10 @@ def decoding(model: torch.nn.Module) -> dict[str, float]:
     return {"prompt": prompt, "bytes_per_second": round(tokens / best, 1), "state_bytes": size}
 
 
+def _kind(config: dict[str, Any]) -> tuple[Any, Any]:
+    return config["model_type"], config.get("mixers")
+
+
 def _cache_bytes(cache: Any) -> int:
     if hasattr(cache, "nbytes"):
         return int(cache.nbytes)
@@ -154,6 +158,10 @@ def main(
         row: dict[str, Any] = {"layer": layer, "parameters": sum(p.numel() for p in model.parameters())}
         row |= train(model, steps, batch, minutes, seed)
     elif layer in rows:
+        wanted: Any = model.config
+        kind, held = _kind(wanted.to_dict()), _kind(json.loads((saved / "config.json").read_text()))
+        if kind != held:
+            raise typer.BadParameter(f"saved must hold a model of layer {layer!r}, {kind}, it holds {held}")
         model, row = type(model).from_pretrained(saved), dict(rows[layer])  # type: ignore[attr-defined]
         row.setdefault("trained", row["machine"])
     else:

@@ -59,6 +59,12 @@ def test_a_saved_model_is_measured_anew(layer, tmp_path, short):
         rows = json.loads(file.read_text())["rows"]
         if "--out" in more:
             first = rows[0]
+    other = {"hybrid": "llama", "llama": "hybrid"}[layer]
+    found = json.loads(file.read_text())
+    file.write_text(json.dumps(found | {"rows": [found["rows"][0] | {"layer": other}]}))
+    done = CliRunner().invoke(pretrain.app, ["--layer", other, "--json", str(file), "--saved", str(folder)])
+    assert done.exit_code == 2
+    assert f"saved must hold a model of layer {other!r}" in " ".join(done.output.replace("│", " ").split())
     (again,) = rows
     assert again["held_out_bpb"] == pytest.approx(first["held_out_bpb"], abs=1e-3)  # of weights that training changed
     assert again["trained"] == first["machine"]
