@@ -10,11 +10,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <exception>
 #include <limits>
 #include <vector>
 
 #include "api.h"
+#include "failure.h"
 #include "head_api.h"
 #include "scratch.h"
 #include "vec.h"
@@ -160,25 +160,6 @@ void matter(const T* logits, int64_t words, int64_t target, float highest, float
   to.left = std::max(0.0f, static_cast<float>(1 - kept));
 }
 
-// The first exception of a parallel region, which none may leave.
-class Failure {
-  std::exception_ptr first;
-
- public:
-  template <class F>
-  void of(const F& f) {
-    try {
-      f();
-    } catch (...) {
-#pragma omp critical(ttt_head)
-      if (!first) first = std::current_exception();
-    }
-  }
-  void rethrow() {
-    if (first) std::rethrow_exception(first);
-  }
-};
-
 // Strips of columns that are summed at a time, in registers.
 constexpr int HEAD_STRIPS = VL == 16 ? 8 : 5;
 
@@ -234,6 +215,14 @@ void add_rows_of_head(const ttt::HeadGradient& a, const std::vector<HeadWords>& 
     const int64_t block = std::min(std::max<int64_t>(fit, 16), HEAD_BLOCK_WORDS);
     Scratch sums(a.tokens * wide);
     std::fill(sums.get(), sums.get() + a.tokens * wide, 0.0f);
+    // To the sums of token t, `count` of the rows of W that begin at `rows`.
+    const auto add = [&](int64_t t, const W* rows, const int32_t* word, const float* factor, int64_t count) {
+      for (int64_t piece = 0; piece < pieces; piece++) {
+        const int64_t from = piece * own / pieces, some = (piece + 1) * own / pieces - from, j = from * STRIP;
+        add_words_of<HEAD_STRIPS>(static_cast<int>(some), sums.get() + t * wide + j, rows + j0 + j, a.width, word,
+                                  factor, count, columns - j);
+      }
+    };
     std::vector<size_t> at(a.tokens, 0);
     for (int64_t end = block; end < a.words + block; end += block)
       for (int64_t t = 0; t < a.tokens; t++) {
@@ -241,20 +230,11 @@ void add_rows_of_head(const ttt::HeadGradient& a, const std::vector<HeadWords>& 
         const size_t begin = at[t];
         while (at[t] < words.word.size() && words.word[at[t]] < end) at[t]++;
         const int64_t count = static_cast<int64_t>(at[t] - begin);
-        for (int64_t piece = 0; piece < pieces && count > 0; piece++) {
-          const int64_t from = piece * own / pieces, some = (piece + 1) * own / pieces - from, j = from * STRIP;
-          add_words_of<HEAD_STRIPS>(static_cast<int>(some), sums.get() + t * wide + j, weight + j0 + j, a.width,
-                                    words.word.data() + begin, words.factor.data() + begin, count, columns - j);
-        }
+        if (count > 0) add(t, weight, words.word.data() + begin, words.factor.data() + begin, count);
       }
     const int32_t first_word = 0;
     for (int64_t t = 0; t < a.tokens; t++) {
-      for (int64_t piece = 0; piece < pieces && kept[t].left > 0; piece++) {
-        const int64_t from = piece * own / pieces, some = (piece + 1) * own / pieces - from, j = from * STRIP;
-        add_words_of<HEAD_STRIPS>(static_cast<int>(some), sums.get() + t * wide + j,
-                                  static_cast<const W*>(a.mean) + j0 + j, a.width, &first_word, &kept[t].left, 1,
-                                  columns - j);
-      }
+      if (kept[t].left > 0) add(t, static_cast<const W*>(a.mean), &first_word, &kept[t].left, 1);
       store_strips(sums.get() + t * wide, columns, static_cast<W*>(a.out) + t * a.width + j0);
     }
   };

@@ -6,10 +6,10 @@
 // only.
 #pragma once
 #include <algorithm>
-#include <exception>
 #include <stdexcept>
 #include <vector>
 
+#include "failure.h"
 #include "layer_bindings.h"
 
 namespace {
@@ -24,17 +24,10 @@ void for_each_layer(int64_t count, int threads, const F& f) {
     for (int64_t i = 0; i < count; i++) f(i, threads);
     return;
   }
-  std::exception_ptr error;  // none may leave a parallel region
+  Failure failure;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t i = 0; i < count; i++) {
-    try {
-      f(i, 1);
-    } catch (...) {
-#pragma omp critical(ttt_many_layers)
-      error = std::current_exception();
-    }
-  }
-  if (error) std::rethrow_exception(error);
+  for (int64_t i = 0; i < count; i++) failure.of([&] { f(i, 1); });
+  failure.rethrow();
 }
 
 // Throws if one of the layers is None in Python.

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers import ISAS, plain_config
+from helpers import plain_config
 from test_append import count, rows_of, window_of
 
-from ttt import _C, ops
+from ttt import ops
 from ttt.nn import Linear, Update
 from ttt.ops import cpu
 from ttt.ops.triton.append import window_append
@@ -15,14 +15,6 @@ from ttt.ops.triton.window_linear import window_linear
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 MOST = 2**31
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = _C.active_isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
 
 
 @pytest.fixture(params=[True, False], ids=["kernels", "reference"])

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from helpers import (
-    ISAS,
     ORDER,
     as_double,
     assert_close,
@@ -17,15 +16,6 @@ from ttt.ops import log8, reference
 from ttt.ops.arguments import CommitArguments
 
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = _C.active_isa()
-    _C.set_isa(request.param)
-    assert _C.active_isa() == request.param
-    yield request.param
-    _C.set_isa(before)
 
 
 def wide(tensors):

@@ -4,20 +4,11 @@ import math
 
 import pytest
 import torch
-from helpers import ISAS, assert_close
+from helpers import assert_close
 
-from ttt import _C
 from ttt.ops import cpu
 
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = _C.active_isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

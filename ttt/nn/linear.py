@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -195,7 +196,7 @@ class Linear(CommittingLinear):
         )  # fmt: skip
         update = Update(
             x, delta, found.eta, None, found.finite.all(), found.grown, found.weight, found.agreement, found.gain,
-            made[0] if made else None, versions(x, delta, self.basis, self.output_basis),
+            made[0] if made else None, self.made_of(x, delta),
         )  # fmt: skip
         if trace_delta is not None:
             update.trace_delta = trace_delta.to(self.weight.dtype).contiguous()
@@ -250,9 +251,7 @@ class Linear(CommittingLinear):
         Raises:
             ValueError, TypeError, RuntimeError: as `check_update`. Nothing has changed then.
         """
-        if update.applied is not None and update.made_of != versions(
-            update.x, update.delta, self.basis, self.output_basis
-        ):
+        if update.applied is not None and update.made_of != self.made_of(update.x, update.delta):
             update = dataclasses.replace(update, applied=None)
         counter, count = self._counter, update.x.shape[0]
         learns = count > 0 and self.config.lr != 0
@@ -309,6 +308,10 @@ class Linear(CommittingLinear):
         if self.win_trace is None:
             return None
         return update.delta if update.trace_delta is None else update.trace_delta
+
+    def made_of(self, x: Tensor, delta: Tensor) -> tuple[Any, ...]:
+        """``made_of`` of an `Update` with the rows ``x`` and ``delta``."""
+        return versions(x, delta, self.basis, self.output_basis)
 
     def _applied_rows(self, update: Update) -> tuple[Tensor, Tensor]:
         """The rows that ``update`` is made with."""

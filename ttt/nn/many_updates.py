@@ -18,14 +18,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ttt.nn.autocast import without_autocast
 from ttt.nn.cpu_binding import Binding, binding_of
-from ttt.nn.directions import project_rows
 from ttt.nn.feedback import Followed, Latest
 from ttt.nn.linear import Linear
 from ttt.nn.many_bindings import all_bound, bindings_of
 from ttt.nn.own_loss import applies
 from ttt.nn.parallel import UNSHARDED, Sharding
 from ttt.nn.rates import Rows, rates
-from ttt.nn.update import Update, versions
+from ttt.nn.update import Update
 from ttt.ops import cpu
 from ttt.ops.dtypes import accumulation
 
@@ -117,14 +116,15 @@ def _together(tasks: Sequence[_Task], gains: bool) -> list[Update]:
         limit = torch.tensor(wide, dtype=torch.float64, device=device).unsqueeze(1)
     moments = None if first.moments is None else _stacked(layers, "moments").sum(1)
 
-    rows_applied: list[Rows] = []
+    rows_applied: list[Rows] = []  # of each layer, where they are kept
 
     def applied(x: Tensor, delta: Tensor) -> Rows:
-        project = _project if first.routed else _project_each
-        changed = project(x, [layer.basis for layer in layers]), project(delta, [la.output_basis for la in layers])
-        if not first.routed:
-            rows_applied.append(changed)
-        return changed
+        if first.routed:
+            return _project(x, [layer.basis for layer in layers]), _project(delta, [la.output_basis for la in layers])
+        # Where layers have many rows each, this takes less time.
+        rows_applied.extend(layer.applied(*own) for layer, *own in zip(layers, x, delta, strict=True))
+        inputs, gradients = zip(*rows_applied, strict=True)
+        return torch.stack(inputs), torch.stack(gradients)
 
     made = rates(
         x, delta, first.config, first.win_eta.dtype, before=moments, applied=applied if first.damps else None,
@@ -133,7 +133,7 @@ def _together(tasks: Sequence[_Task], gains: bool) -> list[Update]:
     )  # fmt: skip
     several = (made.grown, made.weight, made.agreement, made.gain)
     each = [[None] * len(tasks) if t is None else t.unbind() for t in several]
-    kept = list(zip(*rows_applied[0], strict=True)) if rows_applied else [None] * len(tasks)
+    kept: Sequence[Rows | None] = rows_applied or [None] * len(tasks)
     parts = zip(tasks, made.eta.unbind(), made.finite.all(1).unbind(), *each, kept, strict=True)
     return [
         Update(
@@ -147,7 +147,7 @@ def _together(tasks: Sequence[_Task], gains: bool) -> list[Update]:
             agreement=agreement,
             gain=None if gain is None else gain[: len(task.x)],
             applied=None if rows is None else (rows[0][: len(task.x)], rows[1][: len(task.x)]),
-            made_of=versions(task.x, task.delta, task.layer.basis, task.layer.output_basis),
+            made_of=task.layer.made_of(task.x, task.delta),
         )
         for task, eta, finite, grown, weight, agreement, gain, rows in parts
     ]
@@ -190,11 +190,6 @@ def _latest_of(layers: Sequence[Linear], counts: list[int]) -> Followed:
 
 def _stacked(layers: Sequence[Linear], buffer: str) -> Tensor:
     return torch.stack([layer._buffers[buffer] for layer in layers])  # type: ignore[misc]
-
-
-def _project_each(rows: Tensor, bases: Sequence[Tensor | None]) -> Tensor:
-    """As `_project`, layer by layer, which takes less time where each has many rows."""
-    return torch.stack([project_rows(own, basis) for own, basis in zip(rows, bases, strict=True)])
 
 
 def _is_on_cpu(layer: Linear) -> bool:
