@@ -179,7 +179,7 @@ def test_who_waits_for_a_version_that_alone_is_not_taken_hears_of_it_and_the_sto
     monkeypatch.setattr(jobs_module, "LONGEST_WAIT", 60.0)
     waiting = service.stored("ada", service.learn("ada", lesson_of()).result(60).stored)
     assert service.stored("bob", service.learn("bob", lesson_of()).result(60).stored).result(60) == 1
-    until(lambda: service.sessions.get("ada").put_failed)
+    until(lambda: service.sessions.not_stored("ada", 60.0))
     assert service.stalled is None
     assert service.sessions.not_stored("bob", 60.0) is None
     error = service.sessions.not_stored("ada", 60.0)
@@ -192,6 +192,19 @@ def test_who_waits_for_a_version_that_alone_is_not_taken_hears_of_it_and_the_sto
     assert service.drain() == []
 
 
+def test_a_store_that_takes_nothing_yet_is_not_said_to_refuse_one_user_alone(model, tmp_path, monkeypatch):
+    service = service_of(model, tmp_path)
+    monkeypatch.setattr(jobs_module, "LONGEST_WAIT", 60.0)
+    assert service.learn("bob", lesson_of()).result(60).stored.result(60) == 1  # before it broke
+    store = BrokenStore(monkeypatch, service.store)
+    hers = service.learn("ada", lesson_of()).result(60).stored
+    until(lambda: service.sessions.get("ada").put_failed_since is not None)
+    assert service.sessions.not_stored("ada", 60.0) is None
+    assert "(StorageFailure)" in service.sessions.not_stored("ada", 0.0).message
+    store.repair()
+    assert hers.result(60) == 1
+
+
 def test_a_user_who_alone_cannot_be_written_stops_nobody_else(model, tmp_path):
     service = service_of(model, tmp_path / "store")
     service.learn("ada", lesson_of()).result(60).stored.result(60)
@@ -202,7 +215,7 @@ def test_a_user_who_alone_cannot_be_written_stops_nobody_else(model, tmp_path):
     lessons = [lesson_of(), lesson_of()]
     with served(service) as url:
         hers = service.learn("ada", lesson_of()).result(60).stored
-        until(lambda: service.sessions.get("ada").put_failed)
+        until(lambda: service.sessions.get("ada").put_failed_since is not None)
         assert learn(url).json()["error"]["code"] == "not_stored"  # after the time of all that waits for a store
         for lesson in lessons:
             assert service.stalled is None

@@ -31,7 +31,7 @@ class Session:
         stored: value of ``updates`` in the newest version that the store has acknowledged.
         version: the number of that version; None if there is none.
         owed_since: where updates wait to be stored, since when the store has acknowledged none, by `time.monotonic`.
-        put_failed: whether the last attempt to store it has failed.
+        put_failed_since: since when attempts to store it fail, by `time.monotonic`; None if the last one did not.
         opened: when, by `time.monotonic`.
         writes: one for each update that is to be stored.
         dropped: whether nothing more of it is to be stored.
@@ -50,7 +50,7 @@ class Session:
     stored: int = 0
     version: int | None = None
     owed_since: float = 0.0
-    put_failed: bool = False
+    put_failed_since: float | None = None
     opened: float = dataclasses.field(default_factory=time.monotonic)
     writes: list[concurrent.futures.Future[int]] = dataclasses.field(default_factory=list)
     dropped: bool = False

@@ -185,7 +185,8 @@ class Sessions:
         if (stalled := self.health.stalled(seconds)) is not None:
             return stalled.not_stored()
         session = self._sessions.get(user)
-        if session is not None and session.put_failed:  # that of other users it takes
+        since = session.put_failed_since if session is not None else None
+        if since is not None and self.health.took_since(since):  # what other users have learnt
             return Stalled(seconds, "a version of this user cannot be written", False).not_stored()
         return None
 

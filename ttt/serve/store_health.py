@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -58,23 +59,24 @@ class StoreHealth:
         self._lock = threading.Lock()
         self._failing: dict[str, tuple[float, str, bool]] = {}  # by kind: since when, why, and whether it was replaced
         self._going: dict[object, float] = {}  # calls that have not ended, since when
+        self._took = -math.inf  # when the last call that wrote a version began
 
     @contextlib.contextmanager
     def watched(self, kind: str) -> Iterator[None]:
         """Around a call that writes a version (``kind`` "version"), or to the index only ("index")."""
-        call = object()
+        call, began = object(), time.monotonic()
         with self._lock:
-            self._going[call] = time.monotonic()
+            self._going[call] = began
         try:
             yield
         except (StorageFailure, CommitUncertain, OSError) as error:
             self.failed(kind, error)
             raise
         except Exception:  # the index has answered: the lease is another's, or there is no such user
-            self._worked("index")
+            self._worked("index", began)
             raise
         else:
-            self._worked(kind)
+            self._worked(kind, began)
         finally:
             with self._lock:
                 del self._going[call]
@@ -88,6 +90,10 @@ class StoreHealth:
             seconds = now - min(since, *self._going.values(), now)
         return Stalled(seconds, why, replaced) if replaced or seconds >= after else None
 
+    def took_since(self, moment: float) -> bool:
+        """Whether a version has been written by a call that began after ``moment``, by `time.monotonic`."""
+        return self._took > moment
+
     @property
     def failing(self) -> bool:
         """Whether the last call of a kind has failed."""
@@ -99,10 +105,11 @@ class StoreHealth:
             since = self._failing[kind][0] if kind in self._failing else time.monotonic()
             self._failing[kind] = since, kinds(error), was_replaced(error)
 
-    def _worked(self, kind: str) -> None:
+    def _worked(self, kind: str, began: float) -> None:
         with self._lock:
             if kind == "version":
                 self._failing.clear()
+                self._took = max(self._took, began)
             else:
                 self._failing.pop(kind, None)
 

@@ -210,12 +210,13 @@ class Writer:
             session.lose()
             work.fail(Conflict(f"what was learnt was not stored: {session.read_only}", code="read_only"))
         except Exception as error:
-            session.put_failed = True
+            if session.put_failed_since is None:
+                session.put_failed_since = time.monotonic()
             self._size = sum(each.nbytes for each in work.state.values())
             self._not_stored.note(f"a version could not be stored; trying again: {kinds(error)}")
             self._put_back(work)
         else:
-            session.version, session.put_failed = version, False
+            session.version, session.put_failed_since = version, None
             session.stored = max(session.stored, int(work.meta["updates"]))
             session.owed_since = time.monotonic()
             seconds = time.perf_counter() - began
