@@ -7,7 +7,7 @@ from tiny_models import assert_same, ids_of, state_of, tiny
 import ttt
 from ttt.conversation import CONVERSATION
 from ttt.learn.protection import consolidate
-from ttt.nn.budget import low_rank_square
+from ttt.nn.budget import bound_, low_rank_square
 
 TURNS = 40
 
@@ -128,6 +128,42 @@ def test_capturable_layers_keep_to_it(capturable):
         square = float((layer.weight - layer.anchor).double().square().sum())
         assert square <= float(layer._largest_drift()) * 1.0001
         assert square == pytest.approx(float(layer.drift), rel=1e-3)
+
+
+def lowered(values, total):
+    """min(values, c) whose squares sum to ``total``, by bisection."""
+    low, high = 0.0, float(values.max())
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(values.clamp_max(middle).square().sum()) < total else (low, middle)
+    return values.clamp_max(low)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("rank", "n", "m"), [(1, 3, 5), (4, 7, 4), (6, 9, 11), (12, 30, 17)])
+@pytest.mark.parametrize("part", [1e-3, 0.3, 0.9, 1.1])
+def test_of_a_users_change_the_largest_singular_values_are_lowered(dtype, rank, n, m, part):
+    values = torch.rand(rank, dtype=torch.float64).sort(descending=True).values
+    values[: rank // 2] = values[0]  # some are equal
+    left, right = (torch.linalg.qr(torch.randn(size, rank, dtype=torch.float64))[0].T for size in (n, m))
+    a, b = ((values.sqrt().unsqueeze(1) * side).to(dtype) for side in (left, right))
+    before, total = {"a": a.clone(), "b": b.clone()}, part * float(values.square().sum())
+    bound_(a, b, torch.tensor(total, dtype=torch.float64))
+    if part > 1:
+        return assert_same(before, {"a": a, "b": b})
+    found, wanted = (b.T @ a).double(), right.T @ (lowered(values, total).unsqueeze(1) * left)
+    allowed = 2 * rank * torch.finfo(dtype).eps * float(values.max())
+    assert torch.allclose(found, wanted, rtol=0, atol=max(allowed, 1e-9))
+
+
+@pytest.mark.parametrize("part", [0.01, 0.5, 0.99])
+def test_rows_that_are_not_orthogonal_are_brought_into_the_budget_too(part):
+    for rows in (2, 5):
+        a, b = torch.randn(rows, 6).abs(), torch.randn(rows, 4).abs()
+        largest = part * (b.T.double() @ a.double()).square().sum()
+        bound_(a, b, largest)
+        square = float((b.T.double() @ a.double()).square().sum())
+        assert 0 < square <= float(largest) * 1.0001
 
 
 def test_low_rank_square_is_that_of_the_product():

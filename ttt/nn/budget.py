@@ -11,7 +11,10 @@ Each layer has the same part of the budget, the ``share`` 1 / (number of layers)
 q = 1/2 f |D|^2 / (share nats), measured when rows were last written into the weights:
 
 - Steps are multiplied by min(1, max(slowest, 2 (1 - q))): up to half of the budget nothing changes.
-- After each commit, and for users after each compression, D is multiplied by 1 / sqrt(q) if q is above 1.
+- If q is above 1 after a commit, D is multiplied by 1 / sqrt(q).
+- If it is above 1 after a compression of a user's weights, whose rows belong to the singular values of D, the largest
+  singular values are lowered to one value, with which q is 1: sum over i of min(s_i, c)^2 = |D|^2 / q. They belong to
+  what all texts have in common, as the tokens of a chat's template; what one sentence has taught is in the others.
 
 So a layer's weights never stay outside of their part of the budget; rows that are in effect but not yet written come on
 top of that, at most one window. Steps that went on at their full size at the bound would soon replace all of what was
@@ -53,6 +56,39 @@ def pace(config: TTTConfig, square: Tensor, largest: Tensor) -> Tensor:
 def scale(square: Tensor, largest: Tensor) -> Tensor:
     """What multiplies D, at most 1; arguments as for `pace`."""
     return torch.where(square > largest, (largest / square).sqrt(), 1.0)
+
+
+def capped(values: Tensor, total: Tensor) -> Tensor:
+    """The c with sum over i of min(values_i, c)^2 = ``total``: () float64.
+
+    Args:
+        values: (R,) float64, not negative, whose squares sum to more than ``total``.
+        total: () float64, not negative.
+    """
+    squares = values.sort(descending=True).values.square()
+    after = torch.cat([squares.flip(0).cumsum(0).flip(0)[1:], squares.new_zeros(1)])  # the sum of all smaller ones
+    found = (total - after) / torch.arange(1, len(squares) + 1, device=values.device)  # c^2 if i + 1 values are lowered
+    fits = found >= torch.cat([squares[1:], squares.new_zeros(1)])
+    return found[fits.to(torch.uint8).argmax()].clamp_min(0.0).sqrt()
+
+
+def bound_(a: Tensor, b: Tensor, largest: Tensor) -> None:
+    """Lower the largest singular values of D = b^T a, in place, to those with which |D|^2 is at most ``largest``.
+
+    Args:
+        a, b: (R, n) and (R, m), rows that a compression made: those of ``a`` are orthogonal to one another, and those
+            of ``b``, so that the singular values are the products of their lengths. Where a protection of the
+            compression has made them not quite orthogonal, all are then scaled by what is still missing.
+        largest: () float64.
+    """
+    if not bool(low_rank_square(a, b) > largest):
+        return
+    values = a.double().norm(dim=1) * b.double().norm(dim=1)
+    if bool(values.square().sum() > largest):
+        factors = (capped(values, largest) / values).clamp_max(1.0).sqrt().unsqueeze(1)
+        a.copy_(a * factors)
+        b.copy_(b * factors)
+    b.copy_(b * scale(low_rank_square(a, b), largest))
 
 
 def low_rank_square(a: Tensor, b: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from ttt.config import TTTConfig
 from ttt.defences import LowRank
 from ttt.nn.autocast import autocast_dtype, full_precision, without_autocast
 from ttt.nn.base import Adapted, Layout, captures
-from ttt.nn.budget import largest_square, low_rank_square, pace, scale
+from ttt.nn.budget import bound_, largest_square, low_rank_square, pace
 from ttt.nn.cpu_binding import LowRankBinding, binding_of
 from ttt.nn.directions import count_directions
 from ttt.nn.rates import Rates, count_, places, rates
@@ -329,12 +329,15 @@ class LowRankLinear(Adapted):
         return slice(0, min(self.low_rank.rank, int(self.rows[slot])))
 
     def _fillings(self, slots: list[int]) -> tuple[Tensor, Tensor]:
-        """Of each of ``slots``, |D|^2 of its compressed rows, and the one at which its budget is full."""
+        """Of each of ``slots``, |D|^2 of its compressed rows, and the one at which its budget is full: float64."""
         held = [(slot, self._compressed(slot)) for slot in slots]
         square = [low_rank_square(self.a[slot, rows], self.b[slot, rows]) for slot, rows in held]
+        return torch.stack(square), self._largest(slots)
+
+    def _largest(self, slots: list[int]) -> Tensor:
+        """|D|^2 at which the budget of each of ``slots`` is full: float64."""
         size = self.out_features * self.in_features
-        largest = largest_square(self.config, self.share, size, self.calibrated, self.moments[slots])
-        return torch.stack(square), largest
+        return largest_square(self.config, self.share, size, self.calibrated, self.moments[slots])
 
     def _pace(self, users: Tensor) -> Tensor:
         """What multiplies the steps of tokens of ``users`` (T,): (T,) float64. It depends on each user's rows alone."""
@@ -347,10 +350,9 @@ class LowRankLinear(Adapted):
         """Bring what the users in ``slots`` learnt back into the budget, after a compression."""
         if not slots:
             return
-        factors = scale(*self._fillings(slots)).tolist()
-        for slot, factor in zip(slots, factors, strict=True):
-            if factor < 1.0:
-                self.b[slot, self._compressed(slot)] *= factor
+        for slot, largest in zip(slots, self._largest(slots), strict=True):
+            rows = self._compressed(slot)
+            bound_(self.a[slot, rows], self.b[slot, rows], largest)
 
     # -- a user's state -----------------------------------------------------------------------------------------
 
