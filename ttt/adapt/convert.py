@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from ttt.adapt.fast_path import switch_off_fast_paths, switch_on_fast_paths
 from ttt.adapt.fit import is_conv1d, is_linear, refuse_parallel
+from ttt.adapt.hooks import move_hooks
 from ttt.adapt.names import canonical, unwrapped
 from ttt.adapt.plan import FilterFn, active_matrices, make_plan
-from ttt.adapt.sharding import local, processes_of, sharding_of, shards_fully, take_hooks
+from ttt.adapt.sharding import local, processes_of, sharding_of, shards_fully
 from ttt.adapt.training import refuse_no_more, refuse_when_frozen
 from ttt.atomic import whole_write
 from ttt.checks import check_bool, check_model, check_type
@@ -91,6 +92,7 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
             for layer in getattr(layers[name], "layers", [layers[name]]):  # of experts, each of their matrices
                 layer.share, layer.placed = share, number
             placed.append((name, module))
+            move_hooks(module, layers[name])
             _set_module(model, name, layers[name])
         for p in model.parameters():
             p.requires_grad_(False)
@@ -106,6 +108,7 @@ def adapt_(model: nn.Module, config: TTTConfig | None = None, filter_fn: FilterF
         refuse_when_frozen(model)
     except BaseException:
         for name, module in placed:
+            move_hooks(layers[name], module)
             _set_module(model, name, module)
         for p, requires_grad in frozen:  # the layers share the parameters and have switched it off
             p.requires_grad_(requires_grad)
@@ -203,6 +206,7 @@ def _take_out(model: nn.Module, layers: Mapping[str, Any], originals: dict[str, 
     """Replace ``layers`` in ``model`` by the modules ``originals``, and let parameters require grad as before."""
     for name, layer in layers.items():
         originals[name].train(layer.training)
+        move_hooks(layer, originals[name])
         _set_module(model, name, originals[name])
         for each in getattr(layer, "layers", [layer]):
             each.released = True
@@ -336,9 +340,7 @@ def _learning_layer(module: Any, config: TTTConfig, name: str) -> Linear | Learn
     if is_stack(module):
         return LearningExperts(module, config, name)
     if sharding := sharding_of(name, module):
-        layer = ShardedLinear.from_weight(local(module.weight), local(module.bias), config, name, sharding)
-        take_hooks(layer, module)
-        return layer
+        return ShardedLinear.from_weight(local(module.weight), local(module.bias), config, name, sharding)
     if not is_conv1d(module):
         return Linear.from_weight(module.weight, module.bias, config, name)
     # A Conv1D keeps (n, m). The learning layer gets a transposed copy, and the original stays as it is.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttt.adapt.hooks import own_forward
 from ttt.adapt.sharding import HOW_TO_IGNORE, is_replicated, local, sharding_of, shards_fully
 from ttt.nn.base import DTYPES, Adapted, absent
 from ttt.nn.experts import STACKS, is_stack, why_not_gated
@@ -82,6 +83,8 @@ def unfit_type(name: str, module: Any) -> str:
 
 def unfit(name: str, module: Any, per_user: bool) -> str:
     """Why ``module`` cannot be replaced, by its type or because it is quantized; empty if it can."""
+    if why := own_forward(module):
+        return f"{name} {why}"
     if not (by := quantized(module)):
         return unfit_type(name, module)
     if why := why_not(module):

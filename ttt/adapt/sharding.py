@@ -13,10 +13,6 @@ from ttt.nn.base import Adapted
 from ttt.nn.low_rank import LowRankLinear
 from ttt.nn.parallel import UNSHARDED, Sharding, SharedSide, groups_of, is_sharded
 
-_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
-          "_forward_hooks_always_called")  # fmt: skip
-
-
 HOW_TO_IGNORE = "fully_shard(module, ignored_params={parameters of the layers that learn})"
 """The call, for error messages, that leaves the layers that learn out of sharding by FSDP2."""
 
@@ -173,9 +169,3 @@ def refuse_config(name: str, config: TTTConfig) -> None:
         raise ValueError(
             f"state_dtype must be 'float32' or 'bfloat16' for {name}, which is sharded over processes, got '8bit'"
         )
-
-
-def take_hooks(layer: nn.Module, module: nn.Module) -> None:
-    """Give ``layer`` the hooks of the ``module`` that it replaces: they turn inputs into DTensors, and outputs back."""
-    for hooks in _HOOKS:
-        getattr(layer, hooks).update(getattr(module, hooks))
