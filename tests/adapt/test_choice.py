@@ -120,6 +120,24 @@ def test_all_linear_leaves_out_loras_own_layers_and_names_are_as_without_peft(tm
     assert sorted({key.rpartition(".")[0] for key in one}) == [f"model.layers.{i}.mlp.down_proj" for i in (2, 3)]
 
 
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_models_of_peft_are_read_chunk_by_chunk_whatever_their_task(task_type, compiled):
+    import peft
+
+    base, ids = tiny(), ids_of(2, 24)
+    config = ttt.TTTConfig(target_modules=["down_proj"], layers="last:2", protect=[], lr=0.05, chunk=7)
+    lora = peft.LoraConfig(target_modules=["q_proj"], r=3, task_type=task_type)
+    wrapped = peft.get_peft_model(copy.deepcopy(base), lora).eval()  # LoRA begins as zeros
+    wrapped = torch.compile(wrapped, backend="eager") if compiled else wrapped
+    ttt.adapt_(wrapped, config)
+    plain = ttt.adapt_(copy.deepcopy(base), config)
+    for _ in range(2):
+        found, wanted = (ttt.Learner(model).observe(ids) for model in (wrapped, plain))
+        assert (found.learned, found.rejected) == (wanted.learned, 0)
+        torch.testing.assert_close(found.nll, wanted.nll)
+
+
 def test_files_of_compiled_models_load_into_plain_ones_and_the_other_way_round(tmp_path):
     base = tiny()
     config = ttt.TTTConfig(target_modules=["down_proj"], layers="last:2", protect=[], lr=0.05)

@@ -271,3 +271,27 @@ def test_what_calibrate_refuses_changes_no_bit():
         new().calibrate(tokens(1))
     with pytest.raises(ValueError, match="protect must be a whole number of at least 0, got -1"):
         config(protect=-1)
+
+
+@pytest.mark.parametrize("users", [None, ["ann", None]])
+@pytest.mark.parametrize("mixers", HYBRIDS)
+def test_a_learner_reads_and_teaches_them_chunk_by_chunk(mixers, users):
+    per_user = None if users is None else ttt.LowRank(slots=1, rank=4, window=4)
+    model, ids = new(mixers), tokens()
+    with torch.no_grad():
+        logits = model(ids[:, :-1]).logits
+    whole = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    targets = ["down_proj", "out_proj"]
+    ttt.adapt_(model, ttt.TTTConfig(target_modules=targets, protect=[], chunk=5, per_user=per_user))
+    learner = ttt.Learner(model)
+    found = learner.observe(ids, users=users, learn=False)
+    close(found.nll, whole)
+    first = learner.observe(ids, users=users)
+    assert first.rejected == 0
+    close(first.nll[:, :5], whole[:, :5])  # each chunk is scored before it is learnt
+    again = learner.observe(ids, users=users, learn=False)
+    assert float(again.nll[0].mean()) < float(whole[0].mean())
+    if users is not None:
+        assert torch.equal(again.nll[1], found.nll[1])
+        return
+    assert learner.generate(ids, max_new_tokens=4, learn_output=True, learn_every=2).sequences.shape == (2, 27)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttt.adapt.names import unwrapped
+
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
@@ -40,13 +42,19 @@ def cached(model: nn.Module, cache: Any) -> dict[str, Any]:
     Raises:
         ValueError: if the model takes no cache.
     """
-    name = _cache_name(type(model).forward)
+    name = _cache_name(type(_called(model)).forward)
     if not name:
         raise ValueError(
             f"model ({type(model).__name__}) takes no cache, so it cannot be read chunk by chunk; ttt.learning(model) "
             "learns from any loss"
         )
     return {name: cache, "use_cache": True}
+
+
+def _called(model: Any) -> Any:
+    """The model that takes the arguments of ``model``: what `torch.compile` or PEFT has wrapped, if it has."""
+    model = unwrapped(model)
+    return unwrapped(model.get_base_model()) if hasattr(model, "get_base_model") else model
 
 
 @functools.cache
@@ -72,7 +80,7 @@ def detached(cache):
     """``cache`` itself, its tensors cut from their autograd graph, so that gradients never cross chunks.
 
     It works on all tensors that the layers of a transformers cache hold: keys, values, and the states of recurrent
-    blocks, some of which are in dictionaries.
+    blocks, some of which are in dictionaries or named tuples.
     """
     return changed(cache, lambda t: t.detach() if t.requires_grad else t)
 
@@ -83,11 +91,22 @@ def changed(cache: Any, change: Callable[[Tensor], Tensor]) -> Any:
         for name, value in vars(layer).items():
             if isinstance(value, Tensor):
                 setattr(layer, name, change(value))
+            elif isinstance(value, tuple):
+                setattr(layer, name, _changed_tuple(value, change))
             elif isinstance(value, list) and any(isinstance(t, Tensor) for t in value):
                 value[:] = [change(t) if isinstance(t, Tensor) else t for t in value]
             elif isinstance(value, dict) and any(isinstance(t, Tensor) for t in value.values()):
                 setattr(layer, name, _States({k: change(t) if isinstance(t, Tensor) else t for k, t in value.items()}))
     return cache
+
+
+def _changed_tuple(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A tuple of the kind of ``value``, each tensor in it replaced by what ``change`` makes of it."""
+    parts = [
+        change(each) if isinstance(each, Tensor) else _changed_tuple(each, change) if isinstance(each, tuple) else each
+        for each in value
+    ]
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
 
 
 class _States(dict[Any, Any]):
