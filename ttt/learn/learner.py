@@ -145,7 +145,7 @@ class Learner(Keeping):
             self._try_model(text, learn)
             if learn and not self._looked_for_protection:
                 self._looked_for_protection = True
-                protection.warn_if_none(self.config, self.access.layers[0])
+                protection.warn_if_none(self.config, self.access.layers)
             output = observe(self, text, users, learn, passes)
             warn_if_nothing_was_learnt(self.model, output)
             return output

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from ttt.learn.huggingface import swapped
 from ttt.learn.not_finite import require_finite
 from ttt.learn.text import check_tokens
 from ttt.nn import Capturing, Linear, LowRankLinear, Update
+from ttt.nn.capture import refuse_or_warn_of_unreached
 from ttt.nn.kronecker import MOMENTS, SIDES, Calibration, second_moment, set_directions, with_rows
 from ttt.nn.many_updates import updates_from
 from ttt.nn.rates import CALIBRATED
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
     from ttt.config import TTTConfig
 
 
-def warn_if_none(config: TTTConfig, layer: Linear | LowRankLinear) -> None:
-    """Warn if ``config`` protects, but ``layer`` holds nothing yet to protect with. To be called by a public method."""
-    held = (getattr(layer, name, None) for name in ("importance", "importance_m", "seen", "basis"))
+def warn_if_none(config: TTTConfig, layers: Sequence[Linear | LowRankLinear]) -> None:
+    """Warn if ``config`` protects, but no layer holds anything to protect with yet. To be called by a public method."""
+    names = ("importance", "importance_m", "seen", "basis")
+    held = (getattr(layer, name, None) for layer in layers for name in names)
     protects = config.ewc_lambda or config.replay_rows or config.orthogonal or config.kronecker
     if protects and not any(t is not None and bool(t.any()) for t in held):
         warnings.warn(
@@ -110,8 +112,11 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
         kind: "mas" or "fisher", how gradients are summed up (`ttt.ops.commit`).
 
     Raises:
-        ValueError: if a layer has learnt already, a gradient is not finite, or there is no loss. Layers are written at
-            the end: an error leaves them as they were.
+        ValueError: if a layer has learnt already, a gradient is not finite, or there is no loss or none with a gradient
+            at a layer. Layers are written at the end: an error leaves them as they were.
+
+    Warns:
+        UserWarning: if there is no gradient at some layers.
     """
     if any(int(layer.step) or layer.pending or layer.base for layer in layers):
         raise ValueError("calibrate before learning: the model has already learnt; call reset() first")
@@ -123,19 +128,20 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
     moments = [None if la.moments is None or kind == "mas" else torch.zeros_like(la.moments[0]) for la in layers]
     softs = [Calibration(la) if la.config.kronecker else None for la in layers]
     step = torch.zeros((1,), dtype=torch.int64, device=layers[0].weight.device)
-    tokens = 0
+    drawn, rows = 0, [0] * len(layers)
     with Capturing(layers) as capturing, torch.enable_grad():
         for loss in losses:
             check_loss(loss)
             loss.backward()
+            drawn += 1
             updates = updates_from(layers, [(pairs, None, None) for pairs in capturing.renew()])
             found = zip(layers, updates, sums, memories, moments, strict=True)
             for at, (layer, update, total, memory, moment) in enumerate(found):
-                if update is None and layer.routed:
+                if update is None:
                     continue
-                if update is None or not bool(update.finite):
-                    raise ValueError(f"calibration gave no finite gradient at {layer.name or layer}")
-                tokens += update.x.shape[0]
+                if not bool(update.finite):
+                    raise ValueError(f"calibration got a gradient that is not finite at {layer.name or layer}")
+                rows[at] += update.x.shape[0]
                 if (soft := softs[at]) is not None:
                     soft.add(update.x, update.delta)
                 if total is not None:
@@ -147,8 +153,10 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
                 if memory is not None:
                     with torch.no_grad():
                         ops.reservoir_insert(*memory, update.x, seed=layer.seed)
-    if tokens == 0:
+    if not drawn:
         raise ValueError("batches must hold at least one batch of tokens, got none")
+    refuse_or_warn_of_unreached(layers, rows)
+    tokens = sum(rows)
     with _unchanged_on_error(layers):
         protected = [(layer, total) for layer, total in zip(layers, sums, strict=True) if total is not None]
         mean = mean_of(protected)
@@ -158,7 +166,7 @@ def calibrate(layers: list[Linear], losses: Iterator[Tensor], kind: str) -> None
             layer.importance_scale.fill_(mean / (tokens / len(layers)))
         for layer, memory, past, moment, soft in zip(layers, memories, pasts, moments, softs, strict=True):
             layer.set_past_inputs(past)
-            if soft is not None and int(soft.seen):  # an expert may have seen no token
+            if soft is not None and int(soft.seen):  # a layer may have got no token
                 moment = soft.write()
             if moment is not None:  # for MAS it is None: its gradients are not those of the loss
                 layer.moments[CALIBRATED].copy_(moment)

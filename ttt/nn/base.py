@@ -82,6 +82,14 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() and dispatch_modes() > 0
 
 
+def refuse_written(layer: Adapted) -> None:
+    """Raise RuntimeError in the backward pass of outputs that ``layer`` made with other weights than it has now."""
+    raise RuntimeError(
+        f"{layer.name or 'a layer'} has learnt, or was reset or loaded, since the forward pass of this backward pass: "
+        "its gradients would be those of other weights. Run the backward pass first, or the forward pass again"
+    )
+
+
 def in_backward() -> bool:
     """Whether autograd runs a backward pass in this thread."""
     return torch._C._current_graph_task_id() != -1

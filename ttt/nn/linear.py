@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ttt import ops
 from ttt.nn.autocast import autocast_dtype, full_precision, without_autocast
-from ttt.nn.base import captures
+from ttt.nn.base import captures, is_traced, refuse_written
 from ttt.nn.budget import pace
 from ttt.nn.committing import CommittingLinear
 from ttt.nn.cpu_binding import Binding, binding_of
@@ -32,6 +32,7 @@ class _Capture(torch.autograd.Function):
     def forward(ctx, x, root, layer):
         ctx.save_for_backward(x)
         ctx.layer, ctx.captures, ctx.places = layer, captures(layer), layer.places
+        ctx.written = None if is_traced() else layer.written()
         return layer._apply_window(x)
 
     @staticmethod
@@ -39,6 +40,8 @@ class _Capture(torch.autograd.Function):
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
         layer = ctx.layer
+        if ctx.written is not None and layer.written() != ctx.written:
+            refuse_written(layer)
         delta = grad.reshape(-1, layer.out_features)
         if layer.sink is not None and ctx.captures:
             layer.sink.append((x.detach().reshape(-1, layer.in_features), delta.detach()))
@@ -126,6 +129,10 @@ class Linear(CommittingLinear):
             if x.requires_grad or captures(self):
                 return _Capture.apply(x, self._root, self)
         return self._apply_window(x)
+
+    def written(self) -> tuple[Any, ...]:
+        """Changes when something is written that outputs depend on, except by a CUDA graph."""
+        return versions(self.weight, self.win_x, self.win_delta, self.win_eta)
 
     def _apply_window(self, x: Tensor) -> Tensor:
         binding = binding_of(self)

@@ -12,12 +12,13 @@ from ttt.checks import check_dense
 from ttt.config import TTTConfig
 from ttt.defences import LowRank
 from ttt.nn.autocast import autocast_dtype, full_precision, without_autocast
-from ttt.nn.base import Adapted, Layout, captures
+from ttt.nn.base import Adapted, Layout, captures, is_traced, refuse_written
 from ttt.nn.budget import bound_, largest_square, low_rank_square, pace
 from ttt.nn.cpu_binding import LowRankBinding, binding_of
 from ttt.nn.directions import count_directions
 from ttt.nn.rates import Rates, count_, places, rates
 from ttt.nn.routing import Routing
+from ttt.nn.update import versions
 from ttt.ops.dtypes import accumulation
 
 PER_ROW = ("a", "b")
@@ -35,6 +36,7 @@ class _Capture(torch.autograd.Function):
     def forward(ctx, x, root, layer, users):
         ctx.save_for_backward(x, users)
         ctx.layer, ctx.captures = layer, captures(layer)
+        ctx.written = None if is_traced() else layer.written()
         return layer._product(x, users)
 
     @staticmethod
@@ -42,6 +44,8 @@ class _Capture(torch.autograd.Function):
     def backward(ctx, grad):
         x, users = ctx.saved_tensors
         layer = ctx.layer
+        if ctx.written is not None and layer.was_written(ctx.written, users):
+            refuse_written(layer)
         if layer.sink is not None and ctx.captures:
             delta = grad.detach().reshape(-1, layer.out_features)
             layer.sink.append((x.detach().reshape(-1, layer.in_features), delta))
@@ -190,6 +194,24 @@ class LowRankLinear(Adapted):
         wide = self.eta_sum.dtype
         change = self.b[slot, held].to(wide).T @ self.a[slot, held].to(wide)
         return (self.base_weight.to(wide) + change).to(self.weight.dtype)
+
+    def written(self) -> Any:
+        """What tells `was_written` whether anything is written that outputs depend on, except by a CUDA graph."""
+        counters = tuple(getattr(self, name).clone() for name in ("rows", *PER_SLOT))
+        return versions(self.weight), versions(self.a, self.b), counters
+
+    def was_written(self, before: Any, users: Tensor) -> bool:
+        """Whether weights of ``users`` (T,) have changed since `written` returned ``before``."""
+        weight, rows, counters = before
+        if versions(self.weight) != weight:
+            return True
+        if versions(self.a, self.b) == rows:
+            return False
+        slots = users[users >= 0].unique().long()  # others may have learnt
+        return not all(
+            torch.equal(getattr(self, name)[slots], counter[slots])
+            for name, counter in zip(("rows", *PER_SLOT), counters, strict=True)
+        )
 
     # -- learning ---------------------------------------------------------------------------------------------
 

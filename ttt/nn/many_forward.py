@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ttt.nn.autocast import autocast_dtype, without_autocast
-from ttt.nn.base import captures, is_traced
+from ttt.nn.base import captures, is_traced, refuse_written
 from ttt.nn.cpu_binding import Binding
 from ttt.nn.linear import Linear
 from ttt.nn.many_bindings import bindings_of, by_triton
@@ -23,12 +23,16 @@ class _CaptureMany(torch.autograd.Function):
     def forward(ctx, x, root, layers, counts, places):
         ctx.save_for_backward(x, places)
         ctx.layers, ctx.counts, ctx.captures = layers, counts, [captures(layer) for layer in layers]
+        ctx.written = None if is_traced() else [layer.written() for layer in layers]
         return _outputs(layers, x, counts)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, places = ctx.saved_tensors
+        for layer, written in zip(ctx.layers, ctx.written or [], strict=False):  # none if this is traced
+            if layer.written() != written:
+                refuse_written(layer)
         deltas = grad.detach().split(ctx.counts)
         parts = zip(
             ctx.layers, ctx.captures, x.detach().split(ctx.counts), deltas, places.split(ctx.counts), strict=True

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ttt import ops
 from ttt.nn import Capturing, LowRankLinear
+from ttt.nn.capture import refuse_or_warn_of_unreached
 from ttt.nn.kronecker import Calibration
 from ttt.signals import SignalsDeferred
 
@@ -26,9 +27,12 @@ def calibrate(layers: Sequence[LowRankLinear], losses: Iterator[Tensor], kind: s
         kind: "fisher" or "mas".
 
     Raises:
-        ValueError: if there is no loss, or a gradient is not finite.
+        ValueError: if there is no loss, or none with a gradient at a layer, or a gradient is not finite.
+
+    Warns:
+        UserWarning: if there is no gradient at some layers.
     """
-    tokens = 0
+    drawn, rows = 0, [0] * len(layers)
     wide = layers[0].eta_sum.dtype
     sums = [
         tuple(torch.zeros(k, dtype=wide, device=la.weight.device) for k in (la.out_features, la.in_features))
@@ -41,14 +45,15 @@ def calibrate(layers: Sequence[LowRankLinear], losses: Iterator[Tensor], kind: s
     with Capturing(layers) as capturing, torch.enable_grad():
         for loss in losses:
             loss.backward()
+            drawn += 1
             captured = zip(layers, capturing.renew(), sums, memories, moments, softs, strict=True)
-            for layer, pairs, (by_row, by_column), memory, moment, soft in captured:
+            for at, (layer, pairs, (by_row, by_column), memory, moment, soft) in enumerate(captured):
                 for x, delta in pairs:
                     x, delta = x.to(layer.weight.dtype).contiguous(), delta.to(layer.weight.dtype)
                     *_, steps = layer.steps(x, delta, None)
                     if not bool(steps.finite.all()):
-                        raise ValueError(f"calibration gave no finite gradient at {layer.name or layer}")
-                    tokens += len(x)
+                        raise ValueError(f"calibration got a gradient that is not finite at {layer.name or layer}")
+                    rows[at] += len(x)
                     if moment is not None and steps.grown is not None:
                         moment += steps.grown
                     xs, ds = (t.to(wide).abs() if kind == "mas" else t.to(wide).square() for t in (x, delta))
@@ -59,8 +64,9 @@ def calibrate(layers: Sequence[LowRankLinear], losses: Iterator[Tensor], kind: s
                     if memory is not None:
                         with torch.no_grad():
                             ops.reservoir_insert(memory[0], memory[1], x, seed=layer.seed)
-    if tokens == 0:
+    if not drawn:
         raise ValueError("batches must hold at least one batch of tokens, got none")
+    refuse_or_warn_of_unreached(layers, rows)
     weights = sum(layer.weight.numel() for layer in layers)
     mean = sum(float(rows.mean()) * layer.weight.numel() for layer, (rows, _) in zip(layers, sums, strict=True))
     with SignalsDeferred():
@@ -74,7 +80,7 @@ def calibrate(layers: Sequence[LowRankLinear], losses: Iterator[Tensor], kind: s
                 layer.memory.copy_(memory[0])
                 layer.seen.copy_(memory[1])
                 layer.refresh_basis()
-            if soft is not None:
+            if soft is not None and int(soft.seen):
                 moment = soft.write()
             if moment is not None:
                 layer.calibrated.copy_(moment)
