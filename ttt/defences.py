@@ -314,7 +314,7 @@ class DriftBudget(Defence):
     flat: ClassVar[Mapping[str, str]] = {"nats": "budget", "slowest": "budget_slowest"}
     switch = "budget"
 
-    nats: float = 0.0012
+    nats: float = 0.0009
     slowest: float = 0.25
 
     def __post_init__(self) -> None:
