@@ -31,6 +31,7 @@ from ttt.ops.dtypes import accumulation
 from ttt.ops.low_rank import cpu
 
 HALF = 0.5  # the filling up to which steps keep their size
+_ORTHOGONAL = 1e-4  # how far |D|^2 is from the sum of the squares of its rows' lengths where these are orthogonal
 
 
 def largest_square(config: TTTConfig, share: float, size: int, calibrated: Tensor, learnt: Tensor) -> Tensor:
@@ -81,14 +82,18 @@ def bound_(a: Tensor, b: Tensor, largest: Tensor) -> None:
             compression has made them not quite orthogonal, all are then scaled by what is still missing.
         largest: () float64.
     """
-    if not bool(low_rank_square(a, b) > largest):
+    square = low_rank_square(a, b)
+    if not bool(square > largest):
         return
-    values = a.double().norm(dim=1) * b.double().norm(dim=1)
-    if bool(values.square().sum() > largest):
+    lengths = [torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in (a, b)]
+    values = lengths[0] * lengths[1]
+    total = values.square().sum()
+    if bool(total > largest):
         factors = (capped(values, largest) / values).clamp_max(1.0).sqrt().unsqueeze(1)
         a.copy_(a * factors)
         b.copy_(b * factors)
-    b.copy_(b * scale(low_rank_square(a, b), largest))
+    if bool((total - square).abs() > _ORTHOGONAL * square):
+        b.copy_(b * scale(low_rank_square(a, b), largest))
 
 
 def low_rank_square(a: Tensor, b: Tensor) -> Tensor:
