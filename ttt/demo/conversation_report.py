@@ -34,6 +34,8 @@ before it was told anything, {rights(ways["frozen"], questions)}. Each answer is
 <h2>What it cost, and what it forgot</h2>
 <table><tr><th>way<th>right of {count}<th>before asking, s<th>{count} questions, s<th>general knowledge, nats
 </tr>{_costs(questions, ways, general)}</table>
+<p>"In context" reads all sentences before each question, "retrieval" the nearest ones; "LoRA" was fine-tuned on them,
+and "ttt" read them as a chat. Only the first two see them again.</p>
 <p>General knowledge: nats of the ends of 30 sentences such as "The capital of Japan is Tokyo"; less is better.
 Measuring what must not be forgotten took {found["calibrate"]:.1f} s more, once for a model. Each sentence was read
 {telling["passes"]} times, with steps {telling["emphasis"]:g} times as large as in a stream of text.</p>

