@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -60,6 +61,21 @@ def task_loss(logits: Tensor, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(masked(logits, batch.allowed), batch.y, reduction="sum")
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run ``model`` in eval mode inside of the block: without dropout, and without new statistics of its batches.
+
+    Afterwards every module is in the mode that it was in, also one whose mode is not that of ``model``.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 class Rule:
     """A rule against forgetting. Rules compose: a `Trainer` takes any number of them.
 
@@ -97,7 +113,10 @@ class Rule:
         """After a step: what the model said about ``batch`` before it learnt from it."""
 
     def measure(self, batches: Sequence[Batch]) -> None:
-        """After the last step of a task, before anchors move: ``batches`` holds each of its samples once."""
+        """After the last step of a task, before anchors move: ``batches`` holds each of its samples once.
+
+        The model is in eval mode while this runs.
+        """
 
     def end_task(self, batches: Sequence[Batch]) -> None:
         """After anchors and importance have moved."""

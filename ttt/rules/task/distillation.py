@@ -110,8 +110,9 @@ class LwF(Rule):
 
         loss += weight T^2 KL(softmax(f*(x) / T) || softmax(f(x) / T))
 
-    f* is the model at the end of the last task. The softmax runs over the outputs that earlier tasks taught, head by
-    head where there are heads. The rule keeps a fork of the model, which shares all that learning does not write.
+    f* is the model at the end of the last task, in eval mode. The softmax runs over the outputs that earlier tasks
+    taught, head by head where there are heads. The rule keeps a fork of the model, which shares all that learning does
+    not write.
 
     Args:
         weight: of the distillation against the loss, both summed over samples; >= 0.
@@ -136,7 +137,7 @@ class LwF(Rule):
 
     def end_task(self, batches: Sequence[Batch]) -> None:
         self.seen.add(batches)
-        self.teacher = fork(self.model)
+        self.teacher = fork(self.model).eval()
 
     def tensors(self) -> Iterable[Tensor]:
         return () if self.teacher is None else [p.detach() for p in self.teacher.parameters()]

@@ -125,7 +125,7 @@ class GenerativeReplay(Rule):
     """Generative replay: every step also learns from inputs drawn from a mixture fitted to earlier tasks.
 
     Shin et al., 2017, with soft targets as in van de Ven & Tolias, 2018. On drawn inputs x_g the targets are the
-    outputs f* of the model at the end of the last task:
+    outputs f* of the model at the end of the last task, in eval mode:
 
         loss += weight T^2 sum_g KL(softmax(f*(x_g) / T) || softmax(f(x_g) / T))
 
@@ -195,7 +195,7 @@ class GenerativeReplay(Rule):
     def end_task(self, batches: Sequence[Batch]) -> None:
         self.seen.add(batches)
         self.generator.fit(torch.cat([batch.x for batch in batches]))
-        self.teacher = fork(self.model)
+        self.teacher = fork(self.model).eval()
 
     def tensors(self) -> Iterable[Tensor]:
         held = [] if self.teacher is None else [p.detach() for p in self.teacher.parameters()]

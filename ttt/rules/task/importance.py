@@ -22,7 +22,7 @@ from ttt.learn.draw import draw_tokens
 from ttt.learn.protection import accumulate, mean_of, new_importance
 from ttt.nn import Capturing, Linear
 from ttt.nn.state_access import read_matrix, write_matrix
-from ttt.rules.task.base import Batch, Rule, masked, task_loss
+from ttt.rules.task.base import Batch, Rule, evaluating, masked, task_loss
 
 FISHER = ("true", "exact", "empirical", "stream")
 
@@ -36,7 +36,8 @@ def measure_importance(model: nn.Module, losses: Iterator[Tensor], kind: str = "
         fisher   F = sum (delta*delta)^T (x*x)           squares of per-row gradients, not of their sum
         mas      F = sum |delta|^T |x|
 
-    The next consolidation takes F / rows divided by its mean over all weights of the model.
+    The next consolidation takes F / rows divided by its mean over all weights of the model. The model is in eval mode
+    while the losses are drawn.
 
     Args:
         model: its learning layers' (m, n) traces are written; its windows are committed first.
@@ -54,7 +55,7 @@ def measure_importance(model: nn.Module, losses: Iterator[Tensor], kind: str = "
     step = torch.zeros((1,), dtype=torch.int64, device=layers[0].weight.device)
     sums = [torch.zeros_like(layer.weight, dtype=layer.win_eta.dtype) for layer in layers]
     rows = [0] * len(layers)
-    with Capturing(layers) as capturing, torch.enable_grad():
+    with evaluating(model), Capturing(layers) as capturing, torch.enable_grad():
         for loss in losses:
             loss.backward()
             for k, (layer, pairs) in enumerate(zip(layers, capturing.renew(), strict=True)):

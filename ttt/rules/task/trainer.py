@@ -11,7 +11,7 @@ from ttt.adapt.convert import learning_layers, refuse_sharded, require_layers
 from ttt.defences import Defence
 from ttt.learn import protection
 from ttt.learn.any_loss import learning
-from ttt.rules.task.base import Batch, Forward, Rule, as_rules, forward_inputs, masked, task_loss
+from ttt.rules.task.base import Batch, Forward, Rule, as_rules, evaluating, forward_inputs, masked, task_loss
 
 
 class Trainer:
@@ -85,12 +85,15 @@ class Trainer:
     def end_task(self, batches: Iterable[Batch]) -> None:
         """End a task: measure importance and move the anchors, so that what was learnt is protected from then on.
 
+        Importance is measured with the model in eval mode.
+
         Args:
             batches: each sample of the task once.
         """
         batches = list(batches)
-        for rule in self.rules:
-            rule.measure(batches)
+        with evaluating(self.model):
+            for rule in self.rules:
+                rule.measure(batches)
         protection.consolidate(require_layers(self.model))
         for rule in self.rules:
             rule.end_task(batches)
@@ -107,8 +110,9 @@ class Trainer:
 
     @torch.no_grad()
     def accuracy(self, samples: Batch) -> float:
-        """Share of ``samples`` whose largest allowed logit is the label's."""
-        chosen = masked(self.forward(self.model, samples), samples.allowed).argmax(-1)
+        """Share of ``samples`` whose largest allowed logit is the label's, with the model in eval mode."""
+        with evaluating(self.model):
+            chosen = masked(self.forward(self.model, samples), samples.allowed).argmax(-1)
         return float((chosen == samples.y).double().mean())
 
     def state_bytes(self) -> int:
