@@ -9,46 +9,65 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ttt.adapt.factors import padded
 from ttt.adapt.peft_config import by_pattern, read_config
 from ttt.adapt.peft_export import CONFIG, PREFIX, WEIGHTS
 from ttt.adapt.validate import check_header_size
 from ttt.checks import check_path, check_whole
+from ttt.nn import LowRankLinear
+from ttt.per_user.pool import pool_of
 
 _KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
 _HEADER_BYTES = 1 << 24
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
-def import_peft(folder: str | os.PathLike, *, rows: int | None = None) -> dict[str, Tensor]:
+def import_peft(
+    folder: str | os.PathLike, *, rows: int | None = None, model: nn.Module | None = None
+) -> dict[str, Tensor]:
     """Read a LoRA adapter of PEFT as the low-rank state of a user.
 
     The scaling (``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` for rsLoRA; Kalajdzievski, arXiv 2312.03732) is
     multiplied into b. ``rank_pattern`` and ``alpha_pattern`` are followed. Importing what `export_peft` wrote gives the
     exported state, to the bit, and the zero rows that the export added.
 
+    With ``model`` the state is whole, and ``ttt.pool_of(model).load`` and the store take it:
+
+        ttt.pool_of(model).load("alice", ttt.import_peft("alice-lora", model=model))
+
+    The rows then count as made by a compression that dropped nothing: the user's next tokens are added to them, and all
+    rows together are truncated to the model's rank when the slot is full.
+
     Args:
         folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
         rows: number of rows of every layer: zero rows are added, or unused ones dropped from the end. Default: the
             ranks in the file.
+        model: adapted with ``per_user``; None for the factors alone. Unused rows are dropped from the end of each
+            layer, so ``rows`` must be None. Layers that the adapter does not have get no rows.
 
     Returns:
         ``{layer}.a`` (rows, n) and ``{layer}.b`` (rows, m), with delta = b^T a, (m, n), in float32 (float64 if either
-        factor in the file is). m is the size of the output, of a ``Conv1D`` layer, too.
+        factor in the file is). m is the size of the output, of a ``Conv1D`` layer, too. With ``model`` the factors are
+        in the dtype of its layers, and ``{layer}.eta_sum``, ``lost`` and ``step`` (1,) are beside them.
 
     Raises:
-        TypeError: if ``folder`` is no path.
+        TypeError: if ``folder`` is no path, or ``model`` no module.
         ValueError: if the adapter asks for what cannot be expressed so (DoRA, bias, modules to save, embeddings,
             initial values that change the base weights, ...), which is named; if ``rows`` is too few; if a field or a
             tensor has a wrong type or is out of range, values that are not finite included; if a pattern is no regular
-            expression of the subset in `ttt.adapt.patterns`; or if a file is damaged.
+            expression of the subset in `ttt.adapt.patterns`; if a file is damaged; if ``model`` was not adapted for
+            users or ``rows`` is given beside it; or if a layer of the adapter is none in which users of ``model``
+            learn, has other sizes, is not finite in the layer's dtype, or is of larger rank than a slot has rows.
         OSError: if a file cannot be read.
     """
     folder = check_path("folder", folder)
     if rows is not None:
         check_whole("rows", rows, 1)
+    layers = None if model is None else pool_of(model).layers
+    if layers is not None and rows is not None:
+        raise ValueError(f"rows must be None where model says how many rows its layers have, got {rows}")
     if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
         raise ValueError(f"{folder} holds adapter_model.bin, a pickle that may run code; convert it to safetensors")
     path = folder / CONFIG
@@ -68,6 +87,33 @@ def import_peft(folder: str | os.PathLike, *, rows: int | None = None) -> dict[s
             if not bool(torch.isfinite(t).all()):
                 raise ValueError(f"{folder / WEIGHTS}: {name}: {factor} must be finite in {wide}")
         state[f"{name}.a"], state[f"{name}.b"] = (a, b) if rows is None else _with_rows(name, a, b, rows)
+    return state if layers is None else _whole(folder, state, layers)
+
+
+def _whole(folder: Path, factors: dict[str, Tensor], layers: dict[str, LowRankLinear]) -> dict[str, Tensor]:
+    """``factors`` as a state that slots of ``layers`` hold after a compression."""
+    found = {key.rpartition(".")[0] for key in factors}
+    if other := sorted(found - set(layers)):
+        raise ValueError(f"{folder}: users of model do not learn in {other[0]}; they learn in {sorted(layers)}")
+    state: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        a, b = (factors.get(f"{name}.{key}", getattr(layer, key).new_empty(0, getattr(layer, key).shape[2]))
+                for key in ("a", "b"))  # fmt: skip
+        in_use = (a.any(1) & b.any(1)).nonzero()  # a row that is zero in either factor adds nothing
+        used = int(in_use.max()) + 1 if len(in_use) else 0
+        if used > layer.low_rank.capacity:
+            raise ValueError(
+                f"{folder}: {name} must be of rank {layer.low_rank.capacity} at most (LowRank's rank + window), "
+                f"got {used} rows"
+            )
+        part = {"a": a[:used].to(layer.a), "b": b[:used].to(layer.b)}
+        for key, value in (("eta_sum", 0), ("lost", 0), ("step", 1)):
+            part[key] = torch.full_like(getattr(layer, key)[:1], value)
+        try:
+            layer.check_slot_state(part)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+        state |= {f"{name}.{key}": t for key, t in part.items()}
     return state
 
 

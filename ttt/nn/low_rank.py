@@ -402,7 +402,8 @@ class LowRankLinear(Adapted):
         allowed = {*PER_ROW, *self._per_slot}
         if not {*PER_ROW, *PER_SLOT} <= set(state) <= allowed:
             why = f" (rate is {self.config.rate!r})" if "moments" in state and self.moments is None else ""
-            raise ValueError(f"{self.name} needs the tensors {sorted(allowed)}{why}, got {sorted(state)}")
+            more = "; ttt.import_peft(folder, model=model) makes them all" if set(state) == set(PER_ROW) else ""
+            raise ValueError(f"{self.name} needs the tensors {sorted(allowed)}{why}, got {sorted(state)}{more}")
         for name, value in state.items():
             check_dense(f"{self.name}.{name}", value)
         held = state["a"].shape[0] if state["a"].ndim else 0
