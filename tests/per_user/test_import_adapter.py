@@ -103,9 +103,7 @@ def test_adapters_that_do_not_fit_are_refused_by_name(tmp_path):
     base = llama()
     adapter(base, tmp_path / "lora", rank=13)
     model = for_users(base)
-    with pytest.raises(
-        ValueError, match=r"q_proj must be of rank 12 at most \(.*\), got 13 rows"
-    ):
+    with pytest.raises(ValueError, match=r"q_proj must be of rank 12 at most \(.*\), got 13 rows"):
         ttt.import_peft(tmp_path / "lora", model=model)
     ttt.import_peft(tmp_path / "lora", model=for_users(base, rank=5))
     with pytest.raises(ValueError, match=r"users of model do not learn in model\.layers\.0\.self_attn\.q_proj; they"):

@@ -146,6 +146,9 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     configuration, which must give tensors of the same shapes. If the model is sharded over processes, all of them must
     call it, and see the same file. What fails in one process is an error in all.
 
+    A file has no log of episodes: a learner's `ttt.EpisodeLog` stays as it is. A learner's `ttt.Guard` begins anew with
+    the loaded state.
+
     Returns:
         ``model``.
 
@@ -334,6 +337,7 @@ def _write(layers: Mapping[str, Linear], states: Mapping[str, tuple[State, State
         for name, (state, _) in states.items():
             layers[name].base = before[name]
             layers[name].load_state(state)
+            layers[name].loads += 1
 
 
 def _bytes_of(t: Tensor):

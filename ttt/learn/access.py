@@ -43,11 +43,13 @@ class Access:
         replicas: the same as ``processes`` if FSDP2 shards the model or ``joins``, and otherwise empty. Then each
             process holds the whole of every learning layer, so that all must learn from the same rows, and all users'
             slots.
+        guard: of the learner, whose strength the layers have inside of `enter`; None for a strength of 1.
         joins: whether these rows are those of all processes, each of which reads a text of its own.
     """
 
     def __init__(self, model: nn.Module, data_parallel: bool = False) -> None:
         self.model, self.joins = model, check_bool("data_parallel", data_parallel)
+        self.guard: Any = None
         self.pool: Pool | None = pool_of(model) if has_pool(check_model(model)) else None
         refuse_parallel(model, fsdp=True)
         self.single_layers: list[Linear] = require_layers(model, sharded=True) if self.pool is None else []
@@ -86,6 +88,11 @@ class Access:
             self._require_usable(what)
             if not repairs:
                 refuse_torn(self.layers, what)
+            for layer in self.single_layers:
+                if self.guard is not None and layer.strength != self.guard.strength:
+                    layer.strength, layer.guarded = self.guard.strength, True
+                elif self.guard is None and layer.guarded:  # by another learner's guard
+                    layer.strength, layer.guarded = 1.0, False
             yield
 
     @contextlib.contextmanager

@@ -38,7 +38,8 @@ class EpisodeLog:
 
     With weights for each user the log is part of the user's state: `ttt.Pool.export` and `load` keep it, eviction hands
     it on, and `forget` erases it. With one set of weights everything is kept under the user None: a snapshot has it,
-    the files of `ttt.save` do not; ``export(None)`` and ``load(None, ...)`` move it.
+    the files of `ttt.save` do not, and `ttt.load` leaves the log as it is; ``export(None)`` and ``load(None, ...)``
+    move it, and ``forget(None)`` empties it.
 
     Args:
         tokens: largest number of tokens that are kept of a user. The oldest episodes are dropped first.

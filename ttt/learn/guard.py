@@ -67,6 +67,12 @@ class Guard(GuardSettings):
     attached. This reference never changes, as otherwise the drift could grow by up to ``bound`` with every
     consolidation. `Learner.consolidate` begins with a check, so that no state beyond the bound is consolidated.
 
+    **Another state.** After `ttt.load`, and after a rollback or a reset by another learner, the guard begins anew at
+    the learner's next call: the state that was put in is the last good one; if its drift is above ``bound``, the state
+    with its anchor's weights is. Strength and level are as in the beginning. After `load_state_dict`, which gives the
+    model other base weights, the reference is measured anew, too. The strength is that of the methods of this learner;
+    `ttt.learning` computes with that of the learner that was used last.
+
     The guard holds one copy of the tensors that learning writes (weight, trace, window, recent inputs), and of the log.
 
     Args:
@@ -117,6 +123,7 @@ class Guard(GuardSettings):
         self._good_log: dict[str, Tensor] = {}
         self._good_era: object = None  # of the log
         self._good_at = 0  # value of tokens then
+        self._seen = (0, 0)  # `_put_in` of the state that the guard watches
         self._slows = False  # whether the strength divides the rate, as there is no protection to strengthen
 
     def settings(self) -> dict[str, Any]:
@@ -149,15 +156,24 @@ class Guard(GuardSettings):
         self.check_fits(learner.model, learner.context)
         self._learner = learner
         try:
-            with stand_in(learner.layers, [None] * len(learner.layers)):
-                self.reference = self.loss()
-                self._keep()  # in case the model is above the bound already
+            self._begin(new_base=True)
         except BaseException:
             self._learner = None
             raise
         config = learner.config
         self._slows = config.ewc_lambda == 0 and config.replay_rows == 0
         self.restart()
+
+    def _begin(self, *, new_base: bool) -> None:
+        """Keep the state with the anchor's weights, in case the model is above the bound already.
+
+        With ``new_base`` the loss with these weights becomes the reference.
+        """
+        layers = self._learner.layers
+        with stand_in(layers, [None] * len(layers)):
+            if new_base:
+                self.reference = self.loss()
+            self._keep()
 
     @torch.no_grad()
     def loss(self) -> float:
@@ -200,6 +216,7 @@ class Guard(GuardSettings):
             RuntimeError: as `ttt.Learner.observe`.
         """
         with self._learner.access.enter_together("Guard.check"):
+            self.renew_if_replaced()
             self.settle(None, self.loss() / self.reference - 1)
 
     def require_within(self, user: None = None) -> float:
@@ -234,12 +251,29 @@ class Guard(GuardSettings):
         if self.loss() / self.reference - 1 <= self.bound:
             self._keep()
         self._since = 0
+        self._seen = self._put_in()
+
+    def renew_if_replaced(self) -> None:
+        """Begin anew, as after `attach`, if another state was put into the layers since, other than by this learner.
+
+        The reference is measured anew only for other base weights. The caller has entered the learner.
+        """
+        found = self._put_in()
+        if found == self._seen:
+            return
+        self._begin(new_base=found[1] != self._seen[1])
+        self.restart()
+
+    def _put_in(self) -> tuple[int, int]:
+        """How often another state, and another base weight, were put into the layers."""
+        layers = self._learner.layers
+        return sum(layer.loads for layer in layers), sum(layer.rebases for layer in layers)
 
     def _set(self, strength: float) -> None:
         with SignalsDeferred():
             self.strength = clipped(strength, self.cap)
             for layer in self._learner.layers:
-                layer.strength = self.strength
+                layer.strength, layer.guarded = self.strength, True
 
     # -- state ------------------------------------------------------------------------------------------------
 

@@ -98,6 +98,7 @@ class Keeping(Prepared):
         """
         self.require_single("consolidate", "the anchor is shared by all users")
         with self.access.enter_together("Learner.consolidate"):
+            self.renew_guard()
             if self.guard is not None:
                 self.guard.check()
             with whole_write(self.layers, "Learner.consolidate"):
@@ -141,6 +142,7 @@ class Keeping(Prepared):
             with whole_write(self.layers, "Learner.reset"):
                 for layer in self.layers:
                     layer.reset()
+                    layer.loads += 1
             for rule in self.rules:
                 rule.reset()
             if self.episodes is not None:

@@ -146,6 +146,7 @@ class Learner(Keeping):
             if learn and not self._looked_for_protection:
                 self._looked_for_protection = True
                 protection.warn_if_none(self.config, self.access.layers)
+            self.renew_guard()
             output = observe(self, text, users, learn, passes)
             warn_if_nothing_was_learnt(self.model, output)
             return output
@@ -255,6 +256,7 @@ class Learner(Keeping):
             given = (max_new_tokens, learn_prompt, learn_output, learn_every, do_sample, eos_token_id, cache is None)
             self.access.require_same("input_ids, attention_mask and options", text.ids, text.attend, *given)
             self._try_model(text, learn_prompt or learn_output)
+            self.renew_guard()
             return generate(self, text, options)
 
     def study(

@@ -91,7 +91,7 @@ class Prepared:
                     self.user_guards = UserGuards(model, guard.batches, **guard.settings())
                 elif guard is not None:
                     guard.attach(self)
-                    self.guard = guard
+                    self.guard = self.access.guard = guard
                 if episodes is not None and self.pool is not None:
                     self.pool.episodes = episodes
                 undo.pop_all()
@@ -105,6 +105,11 @@ class Prepared:
         if not trials <= self._tried:
             refuse_unreadable(self.model, trials, self.config.chunk, self.context)
             self._tried |= trials
+
+    def renew_guard(self) -> None:
+        """Let the guard, if there is one, begin anew where the layers were given another state. Called before use."""
+        if self.guard is not None:
+            self.guard.renew_if_replaced()
 
     def require_single(self, what: str, instead: str) -> None:
         """Raise ValueError if users have weights of their own, where ``what`` needs one set.

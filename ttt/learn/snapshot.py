@@ -69,6 +69,7 @@ def put_back(snapshot: Snapshot, layers: Sequence[Linear], rules: Sequence[Strea
         for layer, state, base in zip(layers, snapshot.layers, snapshot.bases, strict=True):
             layer.load_state(state)
             layer.base = dict(base)
+            layer.loads += 1
         for rule, (_, held) in zip(rules, snapshot.rules, strict=True):
             rule.load_state(held)
         if log is not None and snapshot.episodes is not None:

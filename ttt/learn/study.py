@@ -187,6 +187,7 @@ class _Study:
             self._check_episodes(new)
             if not new:
                 return StudyOutput(0, [])
+            learner.renew_guard()
             layers = learner.access.layers
             self.blocks = KnownBlocks(learner.model, layers, learner.head.head)
             with self._reading(user, 1):

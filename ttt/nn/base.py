@@ -169,6 +169,7 @@ class Adapted(torch.nn.Linear):
         self.name = name
         self.lock = LayerLock()
         self.seed = ((config.seed << 32) ^ zlib.crc32(name.encode())) & _SEED_MASK
+        self.loads = self.rebases = 0  # how often another state, and another base weight, was put in
         self.sink: Sink | None = None  # where backward passes leave (x, delta)
         self.weight.requires_grad_(False)
         if self.bias is not None:
@@ -285,6 +286,7 @@ class Adapted(torch.nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if key in state_dict and state_dict[key].shape == self.weight.shape:
             self._largest_step = None
+            self.rebases += 1
             self.rebase()
 
     def rebase(self) -> None:

@@ -212,5 +212,6 @@ class QuantizedLowRankLinear(LowRankLinear):
             self.weight.frozen.module._load_from_state_dict(state_dict, prefix, local_metadata, *args)
             torch.autograd.graph.increment_version(self.weight)  # the module was written, for `ttt.version`
             self._largest_step = None
+            self.rebases += 1
         else:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)

@@ -69,6 +69,7 @@ class StatefulLinear(Adapted):
     shared: set[str]  # names of buffers that other models may hold, too (`ttt.fork`); see `unshare`
     base: dict[str, Tensor]  # BASE buffers from before the first consolidation; empty until then
     strength: float  # of the protection: multiplies ewc_lambda and replay_beta (`ttt.Guard`)
+    guarded: bool  # whether a guard has set the strength
     _pending: int
     _counter: WindowCounter | None  # of a capturable layer
 
@@ -123,7 +124,7 @@ class StatefulLinear(Adapted):
         self.anchor.copy_(self.weight.detach())
         self._counter = None
         self._pending = 0
-        self.strength = 1.0
+        self.strength, self.guarded = 1.0, False
         self.shared = set()
         self.base = {}
 

@@ -125,7 +125,7 @@ class UserGuards(GuardSettings):
         self._scales_steps = config.ewc_lambda == 0 and config.replay_rows == 0
         self.history: list[UserGuardCheck] = []
         self._users: dict[str, _Guarded] = {}
-        self.reference = self._loss(None)
+        self.reference, self._measured = self._loss(None), self._bases()
         self.pool.companion = self
 
     def close(self) -> None:
@@ -145,6 +145,7 @@ class UserGuards(GuardSettings):
 
     def drift(self, user: str | None) -> float:
         """Loss on the held-back inputs with the weights of ``user`` (None: the base model's) / reference - 1."""
+        self._renew_reference()
         return self._loss(user) / self.reference - 1
 
     # -- called while learning --------------------------------------------------------------------------------
@@ -200,6 +201,7 @@ class UserGuards(GuardSettings):
 
         The user's weights must not be changed in between.
         """
+        self._renew_reference()
         loss = yield from self._loss_in_steps(user)
         return self.settle(user, loss / self.reference - 1)
 
@@ -319,6 +321,15 @@ class UserGuards(GuardSettings):
                 layer.strengths.pop(guarded.slot, None)
             else:
                 layer.strengths[guarded.slot] = guarded.strength
+
+    def _bases(self) -> int:
+        """How often other base weights were put into the layers."""
+        return sum(layer.rebases for layer in self.pool.layers.values())
+
+    def _renew_reference(self) -> None:
+        """Measure the reference anew if the model was given other base weights, as by `load_state_dict`."""
+        if (found := self._bases()) != self._measured:
+            self.reference, self._measured = self._loss(None), found
 
     def _loss(self, user: str | None) -> float:
         """Mean nats per token on the held-back inputs, with the weights of ``user``; None: of the base model."""
