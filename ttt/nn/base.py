@@ -16,7 +16,7 @@ from ttt.nn.directions import principal_directions, project_rows
 from ttt.nn.parallel import UNSHARDED, Sharding, is_sharded
 from ttt.ops import log8
 from ttt.ops.dtypes import accumulation
-from ttt.ops.modes import dispatch_modes
+from ttt.ops.modes import dispatch_modes, transforms_active
 from ttt.ops.schema import FLOATS
 
 DTYPES = FLOATS
@@ -88,6 +88,24 @@ def refuse_written(layer: Adapted) -> None:
         f"{layer.name or 'a layer'} has learnt, or was reset or loaded, since the forward pass of this backward pass: "
         "its gradients would be those of other weights. Run the backward pass first, or the forward pass again"
     )
+
+
+def is_transformed(layer: Adapted) -> bool:
+    """Whether ``layer`` must compute in plain torch, which transforms of torch.func and forward-mode autograd need.
+
+    They cannot see into ops that have no derivative of theirs, and would take their tangents for zero.
+
+    Raises:
+        RuntimeError: if the layer is to learn from what it computes: nothing would be captured.
+    """
+    if torch.compiler.is_dynamo_compiling() or not transforms_active():
+        return False
+    if torch.is_grad_enabled() and captures(layer):
+        raise RuntimeError(
+            f"{layer.name or 'a layer'} cannot learn from what a transform of torch.func or forward-mode autograd "
+            "computes; leave ttt.learning(model) first, or learn from a backward pass"
+        )
+    return True
 
 
 def in_backward() -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ttt import ops
 from ttt.nn.autocast import autocast_dtype, full_precision, without_autocast
-from ttt.nn.base import captures, is_traced, refuse_written
+from ttt.nn.base import captures, is_traced, is_transformed, refuse_written
 from ttt.nn.budget import pace
 from ttt.nn.committing import CommittingLinear
 from ttt.nn.cpu_binding import Binding, binding_of
@@ -124,6 +124,8 @@ class Linear(CommittingLinear):
         if (dtype := autocast_dtype(x)) is not None:
             with without_autocast(x.device):
                 return self.forward(x.to(self.weight.dtype)).to(dtype)
+        if is_transformed(self):
+            return self._plain_window(x)
         if torch.is_grad_enabled():
             self._require_frozen()
             if x.requires_grad or captures(self):
@@ -143,12 +145,24 @@ class Linear(CommittingLinear):
             window = window[0][:0], window[1][:0], window[2][:0]
         return ops.window_linear(x.contiguous(), self.weight, self.bias, *window)
 
+    def _plain_window(self, x: Tensor) -> Tensor:
+        """`_apply_window` in plain torch, which every transform can differentiate and batch."""
+        y = torch.nn.functional.linear(x, self.weight, self.bias)
+        if used := self._rows_in_effect():
+            rows = slice(0, used)
+            coef = (x @ self.win_x[rows].T) * self.win_eta[rows].to(x.dtype)
+            y = y - coef @ self.win_delta[rows]
+        return y
+
+    def _rows_in_effect(self) -> int:
+        """How many rows of the window may be in use; those that are not have eta = 0."""
+        # The host does not know how many rows a capturable layer has pending.
+        return self.pending if self._counter is None else self._counter.capacity
+
     def _transposed_window(self, delta: Tensor) -> Tensor:
         """dL/dx = delta W_t, (T, m) -> (T, n)."""
         grad = delta @ self.weight
-        # The host does not know how many rows a capturable layer has pending. Rows that are not in use have eta = 0.
-        used = self.pending if self._counter is None else self._counter.capacity
-        if used:
+        if used := self._rows_in_effect():
             rows = slice(0, used)
             coef = (delta @ self.win_delta[rows].T) * self.win_eta[rows].to(delta.dtype)
             grad = grad - coef @ self.win_x[rows]

@@ -12,7 +12,7 @@ from ttt.checks import check_dense
 from ttt.config import TTTConfig
 from ttt.defences import LowRank
 from ttt.nn.autocast import autocast_dtype, full_precision, without_autocast
-from ttt.nn.base import Adapted, Layout, captures, is_traced, refuse_written
+from ttt.nn.base import Adapted, Layout, captures, is_traced, is_transformed, refuse_written
 from ttt.nn.budget import bound_, largest_square, low_rank_square, pace
 from ttt.nn.cpu_binding import LowRankBinding, binding_of
 from ttt.nn.directions import count_directions
@@ -159,6 +159,8 @@ class LowRankLinear(Adapted):
             with without_autocast(x.device):
                 return self.forward(x.to(self.weight.dtype)).to(dtype)
         users = self.routing.tokens(x, self.flat, self.name)
+        if is_transformed(self):
+            return self._plain_product(x, users)
         if torch.is_grad_enabled():
             self._require_frozen()
             if x.requires_grad or captures(self):
@@ -172,6 +174,23 @@ class LowRankLinear(Adapted):
         if binding is not None and (y := binding.forward(x, users)) is not None:
             return y
         return ops.low_rank_linear(x.contiguous(), self.weight, self.bias, self.a, self.b, self.rows, users)
+
+    def _base(self, x: Tensor) -> Tensor:
+        """W x + bias for each row of ``x``."""
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+    def _plain_product(self, x: Tensor, users: Tensor | None) -> Tensor:
+        """`_product` in plain torch, which every transform can differentiate and batch."""
+        if users is None:
+            return self._base(x)
+        finite = torch.isfinite(x).all(-1, keepdim=True)  # see `isolated_linear`
+        known = torch.where(finite, x, 0.0)
+        y, whose = self._base(known), users.view(*x.shape[:-1], 1)
+        for slot in range(self.low_rank.slots):  # whose values transforms that trace do not know; unused rows are 0
+            mine = whose == slot
+            own = torch.where(mine, known, 0.0)  # so that no user's factors reach another's gradient
+            y = torch.where(mine, y + own @ self.a[slot].T @ self.b[slot], y)
+        return torch.where(finite, y, torch.nan)
 
     def transposed_product(self, delta: Tensor, users: Tensor | None) -> Tensor:
         """The gradient at the input, delta_t W + (delta_t B_u^T) A_u, from ``delta`` (..., m) at the output.

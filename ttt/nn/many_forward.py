@@ -14,6 +14,7 @@ from ttt.nn.linear import Linear
 from ttt.nn.many_bindings import bindings_of, by_triton
 from ttt.ops import cpu
 from ttt.ops.backends import ONE_BY_ONE, record
+from ttt.ops.modes import transforms_active
 
 
 class _CaptureMany(torch.autograd.Function):
@@ -111,7 +112,7 @@ def outputs_of(layers: Sequence[Linear], x: Tensor, counts: list[int], places: T
     Returns:
         (R, m).
     """
-    if is_traced() or any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
+    if is_traced() or transforms_active() or any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
         parts = zip(layers, x.split(counts), places.split(counts), strict=True)
         return torch.cat([_called(layer, rows, own) for layer, rows, own in parts])
     if (dtype := autocast_dtype(x)) is not None:

@@ -25,6 +25,7 @@ from ttt.nn.low_rank import LowRankLinear
 from ttt.nn.module_weight import ModuleWeight
 from ttt.nn.own_gradient import give_own_gradient
 from ttt.nn.row_blocks import Blocks, can_be_cut, dequantized_blocks, dequantized_rows, transposed_product
+from ttt.ops.modes import has_tangents
 
 _ROUNDING = 0.03  # of the output of a layer that computes in 8 bits, relative to its size
 _ACTIVATIONS = ("act_quant_kwargs", "activation_quantization")  # where torchao's tensors say that inputs are rounded
@@ -169,7 +170,16 @@ class QuantizedLowRankLinear(LowRankLinear):
         return super().forward(x)
 
     def _base(self, x: Tensor) -> Tensor:
-        """W x + bias for each row of ``x``."""
+        """W x + bias for each row of ``x``.
+
+        Raises:
+            RuntimeError: in forward-mode autograd, as the libraries that quantize pass no tangents.
+        """
+        if has_tangents():
+            raise RuntimeError(
+                f"{self.name or 'a layer'} is quantized, and passes no tangents of forward-mode autograd "
+                "(torch.func.jvp, torch.autograd.forward_ad); take gradients by a backward pass"
+            )
         if isinstance(self.weight, ModuleWeight):
             return self.weight.frozen.product(x)
         return nn.functional.linear(x, self.weight, self.bias)

@@ -12,12 +12,25 @@ dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _transforms_of_func = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
+_jit_state = getattr(torch._C, "_get_tracing_state", lambda: None)
+
+
 def transforms_active() -> bool:
     """Whether a transform of torch.func (vmap, jvp, grad, functionalize, ...) or forward-mode autograd is active.
 
     Transforms cannot see into a kernel: it would lose their tangents, or find no numbers in the tensors that they wrap.
     """
-    return _transforms_of_func() or getattr(forward_ad, "_current_level", -1) >= 0
+    return _transforms_of_func() or has_tangents()
+
+
+def has_tangents() -> bool:
+    """Whether forward-mode autograd is active, as in `torch.func.jvp` and `torch.autograd.forward_ad.dual_level`."""
+    return getattr(forward_ad, "_current_level", -1) >= 0
+
+
+def is_scripted() -> bool:
+    """Whether `torch.jit.trace` records what this thread computes: what does not go through ops is not recorded."""
+    return _jit_state() is not None
 
 
 def gradients_batched() -> bool:
@@ -34,5 +47,5 @@ def gradients_batched() -> bool:
 
 
 def must_call_ops() -> bool:
-    """Whether this thread must call ops rather than kernels: dispatch modes and transforms must see every op."""
-    return torch.compiler.is_dynamo_compiling() or dispatch_modes() > 0 or transforms_active()
+    """Whether this thread must call ops rather than kernels: modes, transforms and tracers must see every op."""
+    return torch.compiler.is_dynamo_compiling() or dispatch_modes() > 0 or transforms_active() or is_scripted()
