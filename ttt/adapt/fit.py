@@ -82,7 +82,14 @@ def unfit_type(name: str, module: Any) -> str:
 
 
 def unfit(name: str, module: Any, per_user: bool) -> str:
-    """Why ``module`` cannot be replaced, by its type or because it is quantized; empty if it can."""
+    """Why ``module`` cannot be replaced, by its type or because of what its weight is; empty if it can."""
+    for key in ("weight", "bias"):
+        if isinstance(module.__dict__.get(key), Tensor):
+            return (
+                f"{name}.{key} is computed from other parameters before each forward pass, as by weight_norm, "
+                f"spectral_norm or prune of torch.nn.utils: {name} cannot be adapted. Make it a parameter again "
+                "(remove_weight_norm, remove_spectral_norm, prune.remove), or leave the layer out"
+            )
     if why := own_forward(module):
         return f"{name} {why}"
     if not (by := quantized(module)):

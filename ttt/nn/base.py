@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 import zlib
 from typing import Any
 
@@ -27,6 +28,8 @@ Layout = dict[str, "tuple[tuple[int, ...], torch.dtype] | None"]
 
 _LARGEST_STEP = 0.01  # in units of the norm of the weight
 _SEED_MASK = (1 << 63) - 1
+# Parameters that torch.nn.utils (weight_norm, spectral_norm, prune) registers in place of one of a layer's own.
+_COMPUTED = {f"{name}_{end}": name for name in ("weight", "bias") for end in ("orig", "g", "v")}
 _OFTEN = ("sink", "_pending")  # They change at every step, and torch's way of setting attributes takes 3 us.
 _BOUND = ("config", "strength", "seed")  # Attributes that are no tensors, but whose values a binding holds.
 
@@ -211,7 +214,45 @@ class Adapted(torch.nn.Linear):
         super().__setattr__(name, value)
 
     def __getstate__(self):
-        return {**self.__dict__, "_binding": None}  # A copy has other addresses.
+        return {**self.__dict__, "_binding": None, "_own": {}}  # A copy has other addresses.
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._remember_own()
+
+    def _remember_own(self) -> None:
+        """Note the parameters, without keeping them, for `register_parameter`."""
+        self.__dict__["_own"] = {key: weakref.ref(p) for key, p in self._parameters.items() if p is not None}
+
+    def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
+        """As of any module.
+
+        Raises:
+            RuntimeError: for one from which a weight is to be computed before each forward pass, as by weight_norm,
+                spectral_norm and prune of torch.nn.utils. The layer is as it was then.
+        """
+        if (replaced := _COMPUTED.get(name)) is not None:
+            own = self.__dict__.get("_own", {}).get(replaced)
+            if replaced not in self._parameters and own is not None and (parameter := own()) is not None:
+                held = {replaced: parameter, **self._parameters}  # weight_norm has removed it
+                self._parameters.clear()
+                self._parameters.update({key: held.pop(key) for key in ("weight", "bias") if key in held} | held)
+            raise RuntimeError(self._refuses_removal(replaced))
+        super().register_parameter(name, param)
+        if param is not None:
+            self.__dict__.setdefault("_own", {})[name] = weakref.ref(param)
+
+    def __delattr__(self, name: str) -> None:
+        if name in ("weight", "bias") and name in self._parameters:
+            raise RuntimeError(self._refuses_removal(name))
+        super().__delattr__(name)
+
+    def _refuses_removal(self, key: str) -> str:
+        return (
+            f"{self.name or 'the layer'}.{key} cannot be removed or computed from other parameters (weight_norm, "
+            "spectral_norm, prune or a parametrization of torch.nn.utils): the layer learns in it. Call ttt.restore_ "
+            "first, and leave the layer out of target_modules afterwards"
+        )
 
     def unshare(self, *names: str, copy: bool = True) -> None:
         """Make buffers ready to be written, which other models may hold, too. Here no buffer is ever shared."""
@@ -272,6 +313,7 @@ class Adapted(torch.nn.Linear):
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         self._binding = self._largest_step = None
+        self._remember_own()
         for name, buffer in before.items():
             if buffer is not None:
                 self._buffers[name] = self._converted(name, buffer, getattr(self, name))
