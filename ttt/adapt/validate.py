@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt.checks import MOST_ROWS, check_layers, check_names
+from ttt.checks import check_layers, check_names
 from ttt.config import TTTConfig
 from ttt.nn import Linear
 from ttt.nn.gaussian import PAST, PRESENT
 from ttt.nn.state import BASE
 from ttt.ops import log8
-from ttt.ops.reference import MOST_ROWS_SEEN
+from ttt.ops.reference import LARGEST_SEEN
 
 Kind = tuple[tuple[int, ...], str]
 """Shape and dtype of a tensor; the dtype by the name that safetensors gives it."""
@@ -34,7 +34,6 @@ Products of two stay finite in float32, sums of thousands of them included."""
 LARGEST_SQUARE = 2.0**80  # of sums of squared gradients (trace)
 LARGEST_SUM = 2.0**200  # of sums kept in float64
 LARGEST_COUNT = 2**62  # a counter must not overflow int64 when it goes on counting
-LARGEST_SEEN = MOST_ROWS_SEEN - MOST_ROWS  # of rows that a reservoir has counted: there must be room for more
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",

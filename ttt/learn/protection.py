@@ -23,6 +23,7 @@ from ttt.nn.many_updates import updates_from
 from ttt.nn.rates import CALIBRATED
 from ttt.nn.state import BASE
 from ttt.nn.state_access import read_matrix, write_matrix
+from ttt.ops.reference import LARGEST_SEEN
 from ttt.signals import SignalsDeferred
 
 if TYPE_CHECKING:
@@ -302,7 +303,7 @@ def _merge_recent(layer: Linear) -> None:
         count = min(len(rest), round(capacity * (new - room) / (old + new)))
         slots = torch.randperm(capacity, generator=generator, device=rest.device)[:count]
         layer.memory[slots] = rest[:count]
-        layer.seen += new
+        layer.seen.add_(new).clamp_(max=LARGEST_SEEN)
 
 
 def _merge_moments(layer: Linear) -> None:

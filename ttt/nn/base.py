@@ -30,7 +30,8 @@ _LARGEST_STEP = 0.01  # in units of the norm of the weight
 _SEED_MASK = (1 << 63) - 1
 # Parameters that torch.nn.utils (weight_norm, spectral_norm, prune) registers in place of one of a layer's own.
 _COMPUTED = {f"{name}_{end}": name for name in ("weight", "bias") for end in ("orig", "g", "v")}
-_OFTEN = ("sink", "_pending")  # They change at every step, and torch's way of setting attributes takes 3 us.
+# They change at every step, and torch's way of setting attributes takes 3 us.
+_OFTEN = ("sink", "_pending", "unsampled")
 _BOUND = ("config", "strength", "seed")  # Attributes that are no tensors, but whose values a binding holds.
 
 

@@ -18,6 +18,7 @@ from ttt.ops.backends import record
 from ttt.ops.cpu import address
 from ttt.ops.low_rank.cpu import REFUSED, bind_low_rank, isolated_linear, refuse
 from ttt.ops.modes import must_call_ops
+from ttt.ops.reference import LARGEST_SEEN
 
 
 class _Direct:
@@ -50,6 +51,7 @@ class Binding(_Direct):
         self.few = cpu.few_tokens(weight.dtype) if self.kernels is not None else 0
         self.window, self.room = layer.config.window, self._room(layer)
         self.inserts, self.traces = layer.recent is not None, layer.win_trace is not None
+        self.unsampled, self.recent_seen = 0, layer.recent_seen  # rows before the counter has to be looked at
         self.projects = layer.damps
         self.appended = _present(
             layer, "win_x", "win_delta", "win_eta", "win_trace", "recent", "recent_delta", "recent_seen",
@@ -98,6 +100,12 @@ class Binding(_Direct):
             return None
         if not (self._plain(x) and self._plain(delta) and self._plain(eta, torch.float32)):
             return None
+        if self.inserts:
+            if rows > self.unsampled:
+                self.unsampled = LARGEST_SEEN - int(self.recent_seen)
+                if rows > self.unsampled:
+                    return None  # the layer makes room in the counter
+            self.unsampled -= rows
         weight, moments, agreement = update.weight, update.moments, update.agreement
         if weight is not None and not (weight.shape == (rows,) and self._plain(weight, torch.float32)):
             return None
@@ -124,6 +132,8 @@ class Binding(_Direct):
         """Why `given` returned None for rows of which the window and the update have ``full`` together."""
         if self.room < 0:
             return "tensors that were made in inference mode"
+        if self.inserts and LARGEST_SEEN - int(self.recent_seen) <= full:
+            return "a sample that has counted as many rows as it can"
         if full > self.room:
             return "a commit that replays rows of several sources"
         return "an update that is not what kernels read"

@@ -19,6 +19,7 @@ from ttt.nn.graph_steps import WindowCounter
 from ttt.nn.rates import STREAM, count_, rates
 from ttt.nn.update import Update, versions
 from ttt.ops.gate import advance, gated
+from ttt.ops.reference import LARGEST_SEEN
 
 
 class _Capture(torch.autograd.Function):
@@ -340,12 +341,26 @@ class Linear(CommittingLinear):
 
     def _sample(self, update: Update, gate: Tensor | None = None) -> None:
         """Offer the rows of ``update`` to the samples of recent inputs and gradients, if there are any."""
+        if self.recent is not None and self._counter is None:
+            self._make_room(len(update.x))
         if self.recent is not None and self.recent_delta is not None:  # the same tokens are kept of both
             torch.ops.ttt.reservoir_insert_pair(
                 self.recent, self.recent_seen, update.x, self.seed, gate, self.recent_delta, update.delta
             )
         elif self.recent is not None:
             ops.reservoir_insert(self.recent, self.recent_seen, update.x, seed=self.seed, gate=gate)
+
+    def _make_room(self, rows: int) -> None:
+        """Let the counter of sampled rows be one to which ``rows`` can be added.
+
+        At its largest it goes on from half of it: each row is sampled as one of so many then. The host looks at it
+        again when as many rows as were left have been sampled.
+        """
+        if rows > self.unsampled:
+            if int(self.recent_seen) > LARGEST_SEEN - rows:
+                self.recent_seen.fill_(LARGEST_SEEN // 2)
+            self.unsampled = LARGEST_SEEN - int(self.recent_seen)
+        self.unsampled -= rows
 
     @torch.no_grad()
     def _learn(self, update: Update, count: int) -> None:

@@ -125,6 +125,7 @@ class StatefulLinear(Adapted):
         self._counter = None
         self._pending = 0
         self.strength, self.guarded = 1.0, False
+        self.unsampled = 0  # rows that may be sampled before the counter has to be looked at
         self.shared = set()
         self.base = {}
 
@@ -197,6 +198,7 @@ class StatefulLinear(Adapted):
         """
         self.check_state(state)
         self.require_writable()
+        self.unsampled, self._binding = 0, None  # both know the counter of sampled rows
         for name, value in state.items():
             if name == "pending":
                 self.pending = int(value)

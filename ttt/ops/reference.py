@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from ttt.checks import MOST_ROWS
 from ttt.ops import log8
 from ttt.ops.arguments import CommitArguments
 from ttt.ops.dtypes import accumulation
@@ -20,6 +21,8 @@ from ttt.ops.rounding import momentum_rounding_bits, rounding_bits, stochastic_r
 
 MOST_ROWS_SEEN = 1 << 31
 """Rows that a reservoir can count: the product of a random word of 32 bits and the count fits into 63."""
+LARGEST_SEEN = MOST_ROWS_SEEN - MOST_ROWS
+"""Rows that the samples of a layer count at most between two steps, so that there is room for those of one."""
 
 
 def count_of(name: str, counter: torch.Tensor, more: int = 0) -> int:

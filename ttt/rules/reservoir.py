@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ttt.checks import check_whole
 from ttt.ops.philox import INSERT, philox
+from ttt.ops.reference import MOST_ROWS_SEEN
 
 
 class SampleReservoir:
@@ -60,7 +61,8 @@ class SampleReservoir:
                 not called if none stays.
         """
         s = self.seen + torch.arange(count)
-        slots = torch.where(s < self.capacity, s, (philox(s, 0, 0, INSERT, self.seed)[0] * (s + 1)) >> 32)
+        last = s.clamp_max(MOST_ROWS_SEEN - 1)  # rows beyond are sampled as the last of so many
+        slots = torch.where(s < self.capacity, s, (philox(s, 0, 0, INSERT, self.seed)[0] * (last + 1)) >> 32)
         kept = dict(zip(slots.tolist(), range(count), strict=True))  # in order: the last of two samples stays
         pairs = [(slot, row) for slot, row in kept.items() if slot < self.capacity]
         if pairs:
