@@ -215,7 +215,8 @@ class Adapted(torch.nn.Linear):
         super().__setattr__(name, value)
 
     def __getstate__(self):
-        return {**self.__dict__, "_binding": None, "_own": {}}  # A copy has other addresses.
+        # A copy has other addresses, and does not learn in the block that the layer learns in.
+        return {**self.__dict__, "_binding": None, "_own": {}, "sink": None}
 
     def __setstate__(self, state):
         super().__setstate__(state)
