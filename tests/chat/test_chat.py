@@ -2,12 +2,12 @@
 
 import copy
 import io
-import types
 
 import pytest
 import torch
+from chats import Letters, chat_of
 from rich.console import Console
-from tiny_models import VOCAB, assert_same, tiny
+from tiny_models import assert_same
 from typer.testing import CliRunner
 
 import ttt
@@ -17,42 +17,6 @@ from ttt.cli import app
 from ttt.per_user.calibration_file import default_file
 from ttt.serve.main import adapted
 from ttt.terminal import doing
-
-
-class Letters:
-    """A tokenizer with a chat template: a token for each letter; some letters share one."""
-
-    chat_template, eos_token_id = "{{ messages }}", 0
-
-    def apply_chat_template(self, messages, add_generation_prompt, tokenize):
-        text = "".join(f"<{m['role']}>{m['content']}</>" for m in messages)
-        return text + "<assistant>" * add_generation_prompt
-
-    def __call__(self, text, add_special_tokens=True, return_offsets_mapping=False):
-        ids = [1 + ord(letter) % (VOCAB - 1) for letter in text]
-        if return_offsets_mapping:
-            return {"input_ids": ids, "offset_mapping": [(at, at + 1) for at in range(len(text))]}
-        return types.SimpleNamespace(input_ids=ids)
-
-    def decode(self, ids, skip_special_tokens=False):
-        return "".join(chr(97 + int(i) % 26) for i in ids)
-
-
-@pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path):
-    """The folder of this test's calibrations."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "ttt"
-
-
-@pytest.fixture
-def base(monkeypatch):
-    monkeypatch.setattr("ttt.learn.own_text.LENGTH", 48)
-    return tiny()
-
-
-def chat_of(base, folder, user="ada", **options):
-    return Chat(copy.deepcopy(base), Letters(), ttt.Store(folder), user, max_new_tokens=5, **options)
 
 
 def test_only_the_users_words_of_the_last_turn_teach(base, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from ttt.chat.session import Chat
+from ttt.chat.session import Chat, why
 from ttt.demo.language_model import load
 from ttt.store import Store, StoreError
 from ttt.terminal import doing, progress
@@ -28,7 +28,7 @@ def run(model: Path | None, store: str, user: str, max_new_tokens: int, learn: b
         loaded, tokenizer = load(model)
         chat = Chat(
             loaded, tokenizer, Store(store), user, max_new_tokens=max_new_tokens, learn=learn,
-            progress=functools.partial(progress, console),
+            progress=functools.partial(progress, console), notice=functools.partial(_say, console, style="yellow"),
         )  # fmt: skip
     except (ImportError, OSError, ValueError) as error:
         typer.echo(error, err=True)
@@ -58,8 +58,10 @@ def talk(chat: Chat, tokenizer: Any, console: Console) -> None:
                 if turn.version is not None:
                     found = f"learnt {turn.tokens} tokens ({turn.nll:.2f} nats each): version {turn.version}"
                     _say(console, found, "dim")
+                elif turn.refused:
+                    _say(console, f"nothing was learnt: {turn.refused}", "red")
         except (ValueError, FloatingPointError, StoreError) as error:
-            _say(console, str(error), "red")
+            _say(console, why(error), "red")
 
 
 def _confirmed(chat: Chat, console: Console) -> bool:
