@@ -30,3 +30,9 @@ class Letters:
 
 def chat_of(base, folder, user="ada", **options):
     return Chat(copy.deepcopy(base), Letters(), ttt.Store(folder), user, max_new_tokens=5, **options)
+
+
+def file_of(folder, version):
+    """The file of a version of a store in ``folder``."""
+    (file,) = [each for each in (folder / "blobs").rglob("*") if version.key.endswith(each.name) and each.is_file()]
+    return file

@@ -4,7 +4,7 @@ import threading
 import time
 
 import pytest
-from chats import chat_of
+from chats import chat_of, file_of
 from tiny_models import assert_same
 
 import ttt
@@ -201,9 +201,7 @@ def test_damage_is_said_and_the_last_sound_version_is_taken(base, tmp_path, told
     chat.say("hello")
     one = chat.pool.export("ada")
     chat.say("my dog is called Biscuit")
-    newest = chat.versions()[0]
-    (file,) = [each for each in (tmp_path / "blobs").rglob("*") if newest.key.endswith(each.name) and each.is_file()]
-    file.write_bytes(b"torn")
+    file_of(tmp_path, chat.versions()[0]).write_bytes(b"torn")
     later = chat_of(base, tmp_path, notice=told.append)
     (text,) = told
     assert text.startswith("version 2 is damaged (")

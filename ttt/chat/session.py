@@ -146,12 +146,16 @@ class Chat:
             streamer: prints the answer as it is written (`transformers.TextStreamer`).
 
         Raises:
-            ValueError: if ``text`` is empty, or so long that it leaves no room for an answer.
+            ValueError: if ``text`` is empty, no valid Unicode, or so long that it leaves no room for an answer.
         """
         check_type("text", text, str, "a string")
         text = text.strip()
         if not text:
             raise ValueError("text must not be empty")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text must be valid Unicode, got a lone surrogate at character {error.start}") from None
         refused = ""
         try:
             self._follow()

