@@ -25,17 +25,21 @@ def base(monkeypatch):
 
 @pytest.fixture
 def talked(monkeypatch):
-    """A function that talks with a chat in lines, and returns what the terminal showed."""
+    """A function that talks with a chat in lines, and returns what the terminal showed.
 
-    def talk(chat, *lines, **options):
+    An exception in the place of a line is raised where that line is awaited.
+    """
+
+    def talk(chat, *lines, streamer=None, **options):
         out, rest = io.StringIO(), iter(lines)
+        monkeypatch.setattr("transformers.TextStreamer", lambda *_, **__: streamer)
         console = Console(file=out, width=200)
 
-        def read(_):
-            try:
-                return next(rest)
-            except StopIteration:
-                raise EOFError from None
+        def read(*_, **__):
+            line = next(rest, EOFError())
+            if isinstance(line, BaseException):
+                raise line
+            return line
 
         monkeypatch.setattr(console, "input", read)
         terminal.talk(chat, Letters(), console, **options)

@@ -89,7 +89,7 @@ class Chat:
     Attributes:
         messages: the conversation, as chat templates take it. It begins anew where the weights went back to an earlier
             version, or were forgotten, here or by another process.
-        stored: number of versions that this chat has stored.
+        stored: how many versions this chat has stored.
 
     Raises:
         TypeError, ValueError: for a wrong argument, a tokenizer without a chat template, or a user in the store whose
@@ -134,6 +134,11 @@ class Chat:
             return self.store.history(self.user)
         except UnknownUser:
             return []
+
+    @property
+    def version(self) -> int | None:
+        """The number of the version that the chat's weights are; None for a user without a version."""
+        return None if self._version is None else self._version.number
 
     def say(self, text: str, streamer: Any = None) -> Turn:
         """Answer ``text``, then learn from it and store what was learnt.

@@ -52,7 +52,11 @@ def run(model: Path | None, store: str, user: str, max_new_tokens: int, learn: b
 
 
 def talk(chat: Chat, tokenizer: Any, console: Console) -> None:
-    """Read lines and answer them until the input ends or ``/quit``."""
+    """Read lines and answer them until the input ends or ``/quit``.
+
+    Ctrl-C stops an answer or a command, which then has taught nothing. Where a line is awaited it raises
+    KeyboardInterrupt.
+    """
     from transformers import TextStreamer
 
     while True:
@@ -62,6 +66,7 @@ def talk(chat: Chat, tokenizer: Any, console: Console) -> None:
             return
         if line == "/quit":
             return
+        stored = chat.stored
         try:
             _check_decoded(line)
             if line.startswith("/"):
@@ -76,6 +81,20 @@ def talk(chat: Chat, tokenizer: Any, console: Console) -> None:
                     _say(console, f"nothing was learnt: {turn.refused}", "red")
         except (ValueError, FloatingPointError, StoreError) as error:
             _say(console, why(error), "red")
+        except KeyboardInterrupt:
+            _say(console, _stopped(chat, line, chat.stored > stored), "yellow")
+
+
+def _stopped(chat: Chat, line: str, stored: bool) -> str:
+    """What Ctrl-C has stopped; ``stored``: whether a version was stored before that."""
+    if stored:
+        return f"\nstopped; version {chat.version} was stored before"
+    if not line.startswith("/"):
+        return "\nstopped: what you said is not part of the conversation, and nothing was learnt from it"
+    name = line.split()[0]
+    if name in ("/forget", SURE):
+        return f"\nstopped: something may be left; {SURE} completes it"
+    return f"\nstopped: {name} has changed nothing"
 
 
 def _check_readable(store: Store, user: str) -> None:
@@ -104,7 +123,7 @@ def _confirmed(chat: Chat, console: Console) -> bool:
     question = f"Remove {count} version(s) of {chat.user}, all that was learnt, for good? (yes/no) "
     try:
         return console.input(question, markup=False).strip().lower() in ("y", "yes")
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
         return False
 
 
