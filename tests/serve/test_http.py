@@ -23,6 +23,13 @@ def greedy(model, ids, count):
     return ids[-count:] if count else []
 
 
+def byte_of_each_token(tokenizer):
+    """The byte that each token of a ``tokenizer`` of bytes stands for, of those that UTF-8 has."""
+    characters = map(chr, [*range(0x800), *range(0x800, 0xD800, 0x40), *range(0x10000, 0x110000, 0x1000)])
+    each = [(tokenizer(character).input_ids, character.encode()) for character in characters]
+    return {token: byte for ids, raw in each for token, byte in zip(ids, raw, strict=True)}
+
+
 def test_a_chat_as_openai_answers_it(url, model, tokenizer):
     client = client_of(url, learn="off")
     assert [each.id for each in client.models.list().data] == [NAME]
@@ -38,7 +45,9 @@ def test_a_chat_as_openai_answers_it(url, model, tokenizer):
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(prompt), 12)
     assert answer.usage.total_tokens == len(prompt) + 12
     content = answer.choices[0].logprobs.content
-    assert [bytes(each.bytes).decode() for each in content] == [tokenizer.decode([token]) for token in wanted]
+    of_bytes = byte_of_each_token(tokenizer)
+    assert [bytes(each.bytes) for each in content] == [bytes([of_bytes[token]]) for token in wanted]
+    assert b"".join(bytes(each.bytes) for each in content).decode(errors="replace") == tokenizer.decode(wanted)
     assert all(len(each.top_logprobs) == 3 for each in content)
     assert all(each.top_logprobs[0].logprob == each.logprob for each in content)
     chunks = list(client.chat.completions.create(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import json
 import secrets
 import time
@@ -22,6 +21,7 @@ from ttt.serve.keys import Identity
 from ttt.serve.request import Outcome, Piece
 from ttt.serve.sampling import Sampling, TokenScore
 from ttt.serve.teaching import Lesson, Teaching, check_learn_header
+from ttt.serve.token_text import Offsets, TokenText
 
 router = APIRouter()
 
@@ -129,7 +129,7 @@ async def completions(http: Request, body: CompletionRequest) -> dict[str, Any] 
                     found = [first, *running.prompt_scores, *found] if body.logprobs is not None else []
                 choices.append({
                     "index": len(choices), "text": text, "finish_reason": reasons[at],
-                    "logprobs": None if body.logprobs is None else _text_logprobs(server, found),
+                    "logprobs": None if body.logprobs is None else _text_logprobs(server, found, Offsets()),
                 })  # fmt: skip
     except BaseException:
         for running in runnings:
@@ -329,13 +329,10 @@ async def _chat_chunks(
 async def _text_chunks(
     server: Server, running: Running, shape: _Shape, n: int, options: StreamOptions | None, logprobs: int | None
 ) -> AsyncIterator[dict[str, Any] | str]:
-    lengths = [0] * n  # of the tokens' texts so far
+    offsets = [Offsets() for _ in range(n)]
 
     def choice(piece: Piece) -> dict[str, Any]:
-        scores = None
-        if logprobs is not None:
-            scores = _text_logprobs(server, piece.tokens, lengths[piece.index])
-            lengths[piece.index] += sum(map(len, scores["tokens"]))
+        scores = None if logprobs is None else _text_logprobs(server, piece.tokens, offsets[piece.index])
         return {"index": piece.index, "text": piece.text, "finish_reason": piece.finish, "logprobs": scores}
 
     async for chunk in _chunks(running, shape, shape.kind, options, choice):
@@ -344,24 +341,31 @@ async def _text_chunks(
 
 def _chat_logprobs(server: Server, scores: Sequence[TokenScore]) -> dict[str, Any]:
     def one(token: int, logprob: float) -> dict[str, Any]:
-        text = server.text([token])
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+        text = TokenText.of(server.tokenizer, token)
+        return {"token": text.shown, "logprob": max(logprob, -9999.0), "bytes": list(text.raw)}
 
     content = [one(s.token, s.logprob) | {"top_logprobs": [one(*each) for each in s.top]} for s in scores]
     return {"content": content, "refusal": None}
 
 
-def _text_logprobs(server: Server, scores: Sequence[TokenScore], offset: int = 0) -> dict[str, Any]:
-    """``nan`` stands for the first token of a text, which has no probability; the first one stands at ``offset``."""
-    tokens = [server.text([score.token]) for score in scores]
-    offsets = list(itertools.accumulate(map(len, tokens[:-1]), initial=offset)) if tokens else []
+def _text_logprobs(server: Server, scores: Sequence[TokenScore], offsets: Offsets) -> dict[str, Any]:
+    """``nan`` stands for the first token of a text, which has no probability; ``offsets`` are those of the text."""
+    tokens = [TokenText.of(server.tokenizer, score.token) for score in scores]
     known = [score.logprob == score.logprob for score in scores]
-    tops = [{server.text([token]): max(value, -9999.0) for token, value in score.top} for score in scores]
     return {
-        "tokens": tokens,
+        "tokens": [token.shown_apart for token in tokens],
         "token_logprobs": [
             max(s.logprob, -9999.0) if is_known else None for s, is_known in zip(scores, known, strict=True)
         ],
-        "top_logprobs": [top if is_known else None for top, is_known in zip(tops, known, strict=True)],
-        "text_offset": offsets,
+        "top_logprobs": [_top(server, s) if is_known else None for s, is_known in zip(scores, known, strict=True)],
+        "text_offset": [offsets.add(token) for token in tokens],
     }
+
+
+def _top(server: Server, score: TokenScore) -> dict[str, float]:
+    """The likeliest tokens by their texts; of several with one text, as a special token and the same letters, the
+    likeliest."""
+    found: dict[str, float] = {}
+    for token, value in score.top:
+        found.setdefault(TokenText.of(server.tokenizer, token).shown_apart, max(value, -9999.0))
+    return found
