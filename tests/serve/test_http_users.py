@@ -9,13 +9,13 @@ import httpx
 import peft
 import pytest
 import torch
-from tiny_chat_model import learner_of
+from tiny_chat_model import learner_of, service_of
 from tiny_models import assert_same
-from web import CHAT, FIXED, client_of
+from web import CHAT, FIXED, client_of, served
 
 import ttt
 from ttt.conversation import Telling
-from ttt.serve.teaching import Teaching
+from ttt.serve.teaching import Lesson, Teaching
 
 
 def relative_change(model, state):
@@ -55,6 +55,24 @@ def test_a_user_is_shown_goes_back_and_is_forgotten(url, model, tmp_path):
     assert httpx.get(f"{url}/v1/users/ada").status_code == 404
     assert httpx.get(f"{url}/v1/users/ada/taught").status_code == 404
     assert httpx.get(f"{url}/v1/status").json()["users"] == []
+
+
+def test_what_is_shown_as_stored_is_among_the_versions(model, tmp_path, monkeypatch):
+    """The drift is measured once the user's last lesson is learnt: meanwhile it may be stored, too."""
+    service = service_of(model, tmp_path / "store")
+    measure = service.drift
+
+    def learn_first(user):
+        lesson = Lesson.of(list(range(40)), [True] * 40, 512)
+        service.learn(user, lesson).result(60).stored.result(60)
+        return measure(user)
+
+    monkeypatch.setattr(service, "drift", learn_first)
+    with served(service) as url:
+        client_of(url, user="ada", learn="off").chat.completions.create(messages=CHAT, max_tokens=2, **FIXED)
+        found = httpx.get(f"{url}/v1/users/ada", timeout=60).json()
+    assert (found["updates"], found["unsaved"]) == (1, 0)
+    assert [each["number"] for each in found["versions"]] == [1]
 
 
 def test_texts_and_chats_are_learnt_by_request(url, tmp_path, model, tokenizer):

@@ -53,20 +53,22 @@ async def show(http: Request, user: str) -> dict[str, Any]:
     """A user's versions, newest first, and what is known of those that are in use."""
     server = server_of(http)
     user = _allowed(server, http, user)
-    versions = await _history(server, http, user)
-    session, missed = server.service.sessions.get(user), server.service.missed.of(user)
-    if session is None and not versions and missed is None:
-        raise NotFound(f"there is no user {user!r}", param="user")
     reads = server.service.reads
-    drift = None if session is None or reads else await _result(server, http, server.service.drift(user))
-    return {
+    online = server.service.sessions.get(user) is not None
+    drift = await _result(server, http, server.service.drift(user)) if online and not reads else None
+    # The versions are read last: what counts as stored by now is among them.
+    session, missed = server.service.sessions.get(user), server.service.missed.of(user)
+    shown = {
         "id": user, "keeps": "state" if reads else "weights", "online": session is not None,
         "updates": None if session is None else session.updates, "tokens": None if session is None else session.tokens,
         "unsaved": 0 if session is None else session.updates - session.stored,
         "read_only": session.read_only if session is not None else "", "drift": drift,
         "guard": _guard(server, session), "missed": None if missed is None else dataclasses.asdict(missed),
-        "versions": versions,
     }  # fmt: skip
+    versions = await _history(server, http, user)
+    if session is None and not versions and missed is None:
+        raise NotFound(f"there is no user {user!r}", param="user")
+    return shown | {"versions": versions}
 
 
 @router.delete("/users/{user}")
