@@ -176,10 +176,12 @@ def test_two_servers_only_one_learns_and_the_other_reads_on(model, tmp_path):
     assert there.end.learning.startswith("refused")
     here = Answer(first, "ada", prompt, logprobs=0).wait()
     assert there.tokens() == here.tokens()  # it reads the newest version
-    with pytest.raises(Conflict, match="another server"):
+    with pytest.raises(Conflict, match="nothing was learnt: another server"):
         second.learn("ada", lessons[1]).result(60)
-    with pytest.raises(Conflict, match="another server"):
+    with pytest.raises(Conflict, match="nothing was rolled back: another server"):
         second.rollback("ada", 1).result(60)
+    with pytest.raises(Conflict, match="nothing was studied: another server"):
+        second.study("ada").result(60)
     first.drain()
     assert_same(learned(learner_of(model), lessons[:1]), stored(tmp_path, "ada"))
     second.drain()

@@ -116,7 +116,7 @@ def test_a_lesson_whose_wait_was_given_up_is_learnt_and_stored_once(model, tmp_p
         service.learn("ada", lesson_of())
     with pytest.raises(Unavailable, match="nothing was rolled back: the store has taken nothing"):
         service.rollback("ada", 1)
-    with pytest.raises(Unavailable, match="nothing was learnt: the store has taken nothing"):
+    with pytest.raises(Unavailable, match="nothing was studied: the store has taken nothing"):
         service.study("ada")
     store.repair()
     until(lambda: service.stalled is None)
@@ -302,7 +302,7 @@ def test_a_store_that_was_replaced_is_never_used_and_all_that_needs_it_is_refuse
         refused(learn(url), "nothing was learnt")
         refused(wait(url), "nothing was learnt")
         refused(httpx.post(f"{url}/v1/chat/completions", json=ASK, headers=ADA), "nothing was learnt")
-        refused(httpx.post(f"{url}/v1/users/ada/study"), "nothing was learnt")
+        refused(httpx.post(f"{url}/v1/users/ada/study"), "nothing was studied")
         refused(httpx.post(f"{url}/v1/users/ada/rollback", json={"version": 1}), "nothing was rolled back")
         if damage != "blobs removed":
             refused(httpx.get(f"{url}/v1/users/ada"), "the store is out of reach")

@@ -23,7 +23,7 @@ from ttt.per_user.pacing import GuardTripped
 from ttt.serve.daemon_threads import DaemonThreads
 from ttt.serve.errors import Conflict, ServerFailure, Tripped, Unavailable
 from ttt.serve.session import State, settle
-from ttt.serve.sessions import Sessions
+from ttt.serve.sessions import LEARNT, ROLLED_BACK, STUDIED, Sessions
 from ttt.serve.state_reader import StateReader
 from ttt.serve.teaching import Lesson
 
@@ -202,8 +202,8 @@ def read(reader: StateReader, sessions: Sessions, user: str, lesson: Lesson) -> 
 
 def study(learner: Learner, sessions: Sessions, user: str, **options: Any) -> Steps:
     """Study what the user said since the last study; returns (`StudyOutput`, future of the version or None)."""
-    yield from _room(sessions, user)
-    sessions.require_writable(user)
+    yield from _room(sessions, user, STUDIED)
+    sessions.require_writable(user, STUDIED)
     with _all_or_nothing(sessions, user):
         try:
             output: StudyOutput = yield from learner.study_in_steps(user, **options)
@@ -211,6 +211,7 @@ def study(learner: Learner, sessions: Sessions, user: str, **options: Any) -> St
             raise Conflict(str(error), code="study_failed") from error
         except GuardTripped as error:
             raise Tripped(f"the study was refused: {error}") from error
+        sessions.require_writable(user, STUDIED)  # the lease may have been lost meanwhile
         stored = sessions.learnt(user, 0) if output.episodes else None
         if output.episodes and learner.user_guards is not None:
             sessions.use(user).drift = learner.user_guards.history[-1].drift
@@ -219,8 +220,8 @@ def study(learner: Learner, sessions: Sessions, user: str, **options: Any) -> St
 
 def rollback(sessions: Sessions, io: DaemonThreads, user: str, version: int) -> Steps:
     """Go back to ``version``, which becomes the newest one; returns the `Session`."""
-    yield from _stored(sessions, user)
-    session = sessions.require_writable(user)
+    yield from _until(sessions, user, sessions.saved, ROLLED_BACK)
+    session = sessions.require_writable(user, ROLLED_BACK)
     target = yield from _done(io.submit(sessions.read_version, session, version))
     try:
         fetched = yield from _done(io.submit(sessions.rolled_back, session, target))
@@ -282,20 +283,16 @@ def _done(future: concurrent.futures.Future[Any]) -> Steps:
     return future.result()
 
 
-def _room(sessions: Sessions, user: str) -> Steps:
-    """Wait until the store has acknowledged enough of what the user has learnt."""
-    return _until(sessions, user, sessions.has_room)
+def _room(sessions: Sessions, user: str, what: str = LEARNT) -> Steps:
+    """Wait until the store has acknowledged enough of what the user has learnt; ``what`` says what is not done else."""
+    return _until(sessions, user, sessions.has_room, what)
 
 
-def _stored(sessions: Sessions, user: str) -> Steps:
-    """Wait until the store has acknowledged all that the user has learnt."""
-    return _until(sessions, user, sessions.saved)
-
-
-def _until(sessions: Sessions, user: str, condition: Callable[[str], bool]) -> Steps:
+def _until(sessions: Sessions, user: str, condition: Callable[[str], bool], what: str) -> Steps:
+    """Wait until the store has acknowledged so much of what the user has learnt that ``condition`` holds."""
     began = time.monotonic()
     while not condition(user):
-        sessions.require_writable(user)
+        sessions.require_writable(user, what)
         if time.monotonic() - began > LONGEST_WAIT:
-            raise Unavailable("the store does not take what was learnt before", retry_after=10)
+            raise Unavailable(f"{what}: the store does not take what was learnt before", retry_after=10)
         yield sessions.oldest_write(user)

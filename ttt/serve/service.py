@@ -31,7 +31,7 @@ from ttt.serve.places import Places
 from ttt.serve.prefixes import Prefixes
 from ttt.serve.request import Outcome, Request
 from ttt.serve.row_cache import RowCache
-from ttt.serve.sessions import Sessions
+from ttt.serve.sessions import LEARNT, ROLLED_BACK, STUDIED, Sessions
 from ttt.serve.state_reader import StatePool, StateReader
 from ttt.serve.state_rows import StateRows
 from ttt.serve.store_health import Stalled
@@ -172,12 +172,12 @@ class Service:
             BadRequest: if users have states, as for `export`, `drift` and `taught`.
         """
         job = self._work.study(user, **options)
-        self._require_store()
+        self._require_store(STUDIED)
         return self._enter(job)
 
     def rollback(self, user: str, version: int) -> concurrent.futures.Future[Any]:
         """See `ttt.serve.jobs.rollback`."""
-        self._require_store("nothing was rolled back")
+        self._require_store(ROLLED_BACK)
         return self._enter(Job(user, "rollback", lambda: jobs.rollback(self.sessions, self._io, user, version)))
 
     def forget(self, user: str) -> concurrent.futures.Future[None]:
@@ -248,7 +248,7 @@ class Service:
         if self._draining or not self._thread.is_alive():
             raise Unavailable("the server is stopping", retry_after=10)
 
-    def _require_store(self, what: str = "nothing was learnt", *, wait: bool = True) -> None:
+    def _require_store(self, what: str = LEARNT, *, wait: bool = True) -> None:
         """Raise Unavailable if the store takes nothing.
 
         Args:

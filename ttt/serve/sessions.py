@@ -25,6 +25,8 @@ from ttt.store import State as StoredState
 from ttt.store.lease import Lease
 
 log = logging.getLogger("ttt.serve")
+LEARNT, STUDIED, ROLLED_BACK = "nothing was learnt", "nothing was studied", "nothing was rolled back"
+"""What errors say of work that was not done."""
 _LEAVE = 5.0  # seconds that `Sessions.erase` waits for a write to end
 
 
@@ -158,11 +160,15 @@ class Sessions:
 
     # -- learning ---------------------------------------------------------------------------------------------------
 
-    def require_writable(self, user: str) -> Session:
-        """The session of ``user``. Raises Conflict if nothing can be learnt from this user here."""
+    def require_writable(self, user: str, what: str = LEARNT) -> Session:
+        """The session of ``user``. Raises Conflict if nothing can be written for this user here.
+
+        Args:
+            what: says what was not done.
+        """
         session = self._sessions[user]
         if session.lease is None:
-            raise Conflict(f"nothing was learnt: {session.read_only}", code="read_only")
+            raise Conflict(f"{what}: {session.read_only}", code="read_only")
         return session
 
     def has_room(self, user: str, promised: int = 0) -> bool:
@@ -241,16 +247,16 @@ class Sessions:
                 the version is damaged or of another model.
         """
         if session.lease is None:
-            raise Conflict(f"nothing was rolled back: {session.read_only}", code="read_only")
+            raise Conflict(f"{ROLLED_BACK}: {session.read_only}", code="read_only")
         try:
             found = self.store.get(session.user, version, strict=True)
         except (UnknownUser, UnknownVersion):
             raise NotFound(f"user {session.user!r} has no version {version}", param="version") from None
         except DamagedState as error:
             log.warning("a version is damaged: %s", kinds(error))
-            raise Conflict(f"nothing was rolled back: version {version} is damaged", code="damaged") from error
+            raise Conflict(f"{ROLLED_BACK}: version {version} is damaged", code="damaged") from error
         except StoreError as error:
-            raise unavailable("nothing was rolled back: the store cannot serve this user", error) from error
+            raise unavailable(f"{ROLLED_BACK}: the store cannot serve this user", error) from error
         self._check_model(found)
         return found
 
@@ -270,7 +276,7 @@ class Sessions:
                 number = self.store.rollback(session.user, target.version, lease=lease)
         except StaleLease as error:
             session.lose()
-            raise Conflict(f"nothing was rolled back: {session.read_only}", code="read_only") from error
+            raise Conflict(f"{ROLLED_BACK}: {session.read_only}", code="read_only") from error
         except StoreError as error:
             raise unavailable("it is not known whether the user was rolled back", error) from error
         return _fetched(target, Session(session.user, lease), number)

@@ -25,7 +25,7 @@ from ttt.serve import jobs
 from ttt.serve.daemon_threads import DaemonThreads
 from ttt.serve.errors import Conflict, RequestError, ServerFailure, TooBusy
 from ttt.serve.session import Session
-from ttt.serve.sessions import Sessions
+from ttt.serve.sessions import ROLLED_BACK, Sessions
 from ttt.serve.vllm import calibration
 from ttt.serve.vllm.adapters import Adapters
 from ttt.serve.vllm.blocks import TopBlocks
@@ -210,7 +210,7 @@ class Users:
         Raises:
             NotStored: if the store takes nothing for `ttt.serve.jobs.LONGEST_WAIT` seconds.
         """
-        session = self.sessions.require_writable(user)
+        session = self.sessions.require_writable(user, "what was learnt was not stored")
         wanted, began = session.updates, time.monotonic()
         while session.stored < wanted:
             if session.lease is None:
@@ -236,7 +236,7 @@ class Users:
 
     def rollback(self, user: str, version: int) -> Steps[dict[str, Any]]:
         """Put ``version`` of ``user`` into effect, as the newest."""
-        session = self.sessions.require_writable(user)
+        session = self.sessions.require_writable(user, ROLLED_BACK)
         yield from self.stored(user)
         target = yield from self._in_thread(self.sessions.read_version, session, version)
         try:
