@@ -12,6 +12,7 @@ import zlib
 import pytest
 import selection
 import torch
+from forked import Forks
 
 collect_ignore_glob = []
 if not torch.cuda.is_available():
@@ -55,6 +56,19 @@ def pytest_collection_finish():
     gc.enable()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    """After each file, what its tests left in this process is set aside, too.
+
+    They import modules and fill caches, which come to millions of objects: a collection would take seconds.
+    """
+    found = yield
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+    return found
+
+
 def pytest_unconfigure():
     gc.unfreeze()  # at the end Python frees it, or extension modules report leaks
 
@@ -63,3 +77,11 @@ def pytest_unconfigure():
 def _seeded(request):
     """Seed torch differently for every test. ``TTT_TEST_SEED=random`` draws new inputs; the header shows the seed."""
     torch.manual_seed(SEED ^ zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Runs programs in processes that need not import anything: see `forked`."""
+    started = Forks()
+    yield started
+    started.close()

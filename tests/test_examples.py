@@ -2,22 +2,27 @@
 
 import os
 import re
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 ROOT = Path(__file__).parents[1]
 
 
-def printed(name, *arguments, launcher=()):
-    """What the script prints to stdout; ``launcher`` are arguments of Python before it."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, *launcher, str(ROOT / "examples" / name), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def printed(forks):
+    """What a script prints to stdout."""
+
+    def run(name, *arguments, **environment):
+        done = forks.run(
+            [ROOT / "examples" / name, *arguments], env=os.environ | {"PYTHONPATH": str(ROOT), **environment}
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 def figures(text):
@@ -25,7 +30,7 @@ def figures(text):
     return {label.strip(): float(number) for label, number in re.findall(r"^(.+?):.*?(\d+\.\d+)", text, re.M)}
 
 
-def test_learn_from_text_learns_saves_and_loads(tmp_path):
+def test_learn_from_text_learns_saves_and_loads(printed, tmp_path):
     (tmp_path / "text.txt").write_text("What is learnt from this line, which repeats, is used at once.\n" * 60)
     found = figures(printed("learn_from_text.py", "--text", str(tmp_path / "text.txt")))
     assert found["learning"] < found["frozen"]
@@ -33,7 +38,7 @@ def test_learn_from_text_learns_saves_and_loads(tmp_path):
     assert found["loaded"] == found["learnt"]
 
 
-def test_learn_from_text_takes_a_model_folder(tmp_path):
+def test_learn_from_text_takes_a_model_folder(printed, tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -52,7 +57,7 @@ def test_learn_from_text_takes_a_model_folder(tmp_path):
     assert found["loaded"] == found["learnt"] < found["frozen"]
 
 
-def test_many_users_learn_apart_from_each_other():
+def test_many_users_learn_apart_from_each_other(printed):
     text = printed("many_users.py")
     rows = re.findall(r"weights of (\w+) +([\d.]+), ([\d.]+)", text)
     bits = {user: (float(ann), float(ben)) for user, ann, ben in rows}
@@ -63,7 +68,7 @@ def test_many_users_learn_apart_from_each_other():
     assert float(re.search(r"weights of a new user: ([\d.]+)", text)[1]) == bits["nobody"][0]
 
 
-def test_any_loss_learns_and_protection_reduces_forgetting():
+def test_any_loss_learns_and_protection_reduces_forgetting(printed):
     rows = re.findall(r"^(.+?) +squared error ([\d.]+) .*?, ([\d.]+)", printed("any_loss.py"), re.M)
     errors = {name: (float(known), float(new)) for name, known, new in rows}
     before, free, protected = (errors[n] for n in ("before the stream", "learnt, unprotected", "learnt, protected"))
@@ -73,9 +78,16 @@ def test_any_loss_learns_and_protection_reduces_forgetting():
 
 
 @pytest.mark.parametrize("options", [[], ["--users"]], ids=["texts of their own", "users"])
-def test_processes_that_share_a_model_learn(options):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    text = printed("several_processes.py", *options, launcher=command)
+def test_processes_that_share_a_model_learn(printed, options):
+    # What torchrun does: a store in which the processes find each other, and variables that say who is who.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{store.port}", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with ThreadPoolExecutor(2) as both:
+        done = [
+            both.submit(printed, "several_processes.py", *options, WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, **meet)
+            for rank in "01"
+        ]
+        text = "".join(each.result() for each in done)
     found = re.findall(r"process (\d): ([\d.]+) bits per byte before, ([\d.]+) after", text)
     assert sorted(rank for rank, _, _ in found) == ["0", "1"]
     assert all(float(after) < float(before) / 2 for _, before, after in found)

@@ -7,9 +7,9 @@ CHECKS = ["own_texts", "own_texts_guarded", "own_texts_on_two_dimensions", "own_
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(forks, tmp_path_factory):
     """What each of two processes found."""
-    return run_in_two("data_parallel.py", tmp_path_factory.mktemp("data_parallel"))
+    return run_in_two(forks, "data_parallel.py", tmp_path_factory.mktemp("data_parallel"))
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -14,9 +14,9 @@ REFUSED = {
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(forks, tmp_path_factory):
     """What each of two processes found."""
-    return run_in_two("distributed_checkpoint.py", tmp_path_factory.mktemp("distributed_checkpoint"))
+    return run_in_two(forks, "distributed_checkpoint.py", tmp_path_factory.mktemp("distributed_checkpoint"))
 
 
 @pytest.mark.parametrize("name", ["state", "weights", "nothing_to_save"])

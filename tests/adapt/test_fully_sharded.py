@@ -24,9 +24,9 @@ TOO_LATE = ["FSDP2 too late", "FSDP2 too late, reset", "tensor parallel too late
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(forks, tmp_path_factory):
     """What each of two processes found."""
-    return run_in_two("fully_sharded.py", tmp_path_factory.mktemp("fully_sharded"))
+    return run_in_two(forks, "fully_sharded.py", tmp_path_factory.mktemp("fully_sharded"))
 
 
 @pytest.mark.parametrize("name", RIGHT)

@@ -5,9 +5,9 @@ from two_processes import run_in_two
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(forks, tmp_path_factory):
     """What each of two processes found."""
-    return run_in_two("fully_sharded_users.py", tmp_path_factory.mktemp("fully_sharded_users"))
+    return run_in_two(forks, "fully_sharded_users.py", tmp_path_factory.mktemp("fully_sharded_users"))
 
 
 @pytest.mark.parametrize("name", ["users", "users_guarded", "users_refused"])

@@ -65,9 +65,9 @@ KINDS = ["tensor parallel", "fsdp"]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(forks, tmp_path_factory):
     """What each of two processes found."""
-    return run_in_two("one_fails.py", tmp_path_factory.mktemp("one_fails"))
+    return run_in_two(forks, "one_fails.py", tmp_path_factory.mktemp("one_fails"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,9 +5,9 @@ from two_processes import run_in_two
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(forks, tmp_path_factory):
     """What each of two processes found."""
-    return run_in_two("sharded.py", tmp_path_factory.mktemp("sharded"))
+    return run_in_two(forks, "sharded.py", tmp_path_factory.mktemp("sharded"))
 
 
 @pytest.mark.parametrize("users", ["one", "users"])

@@ -25,9 +25,9 @@ REFUSED = {
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(forks, tmp_path_factory):
     """What each of two processes found."""
-    return run_in_two("tensor_parallel.py", tmp_path_factory.mktemp("tensor_parallel"), timeout=900)
+    return run_in_two(forks, "tensor_parallel.py", tmp_path_factory.mktemp("tensor_parallel"), timeout=900)
 
 
 def test_nothing_else_was_looked_for(found):

@@ -10,9 +10,9 @@ CHECKS = ["own_texts", "own_texts_of_experts", "beside_an_optimizer", "refused"]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(forks, tmp_path_factory):
     """What each of two processes found."""
-    return run_in_two("replicas.py", tmp_path_factory.mktemp("replicas"))
+    return run_in_two(forks, "replicas.py", tmp_path_factory.mktemp("replicas"))
 
 
 @pytest.mark.parametrize("name", CHECKS)

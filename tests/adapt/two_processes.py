@@ -1,11 +1,9 @@
 """Running a script in two processes that find each other with gloo, and comparing what they learn with one process."""
 
-import contextlib
 import datetime
 import json
 import os
 import signal
-import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -22,28 +20,19 @@ from ttt.adapt.convert import learning_layers
 TESTS = Path(__file__).parents[1]
 
 
-def run_in_two(script, folder, timeout=300):
+def run_in_two(forks, script, folder, timeout=300):
     """What each of the two processes that SCRIPT becomes has written to FOLDER/found<rank>.json."""
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen(
-        [sys.executable, str(TESTS / "adapt" / script), str(folder)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, cwd=folder, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    try:
-        output = process.communicate(timeout=timeout)[0]
-        assert process.returncode == 0, output[-3000:]
-    finally:
-        with contextlib.suppress(ProcessLookupError):  # all of them have ended
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = forks.run([TESTS / "adapt" / script, folder], timeout, env=environment, cwd=folder)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return [json.loads((folder / f"found{rank}.json").read_text()) for rank in (0, 1)]
 
 
 def meet(find, seconds=1800, torchrun=False):
     """The script's part: becomes two processes that meet, and write what ``find(mesh, folder, names)`` returns.
 
-    Imports take seconds, so the script makes them once, before it forks. It fails as soon as one of the two does.
+    The script imports what both need once, before it forks. It fails as soon as one of the two does.
 
     Args:
         find: ``names`` is what the script was called with beside the folder. Or a dict of functions of (mesh, folder),

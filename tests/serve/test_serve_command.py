@@ -47,18 +47,21 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def start(folder, tmp_path):
-    """Starts servers; those that are still running at the end are killed."""
+def start(folder, tmp_path, forks):
+    """Starts servers; those that are still running at the end are killed. ``new``: in a new interpreter."""
     started = []
 
-    def begin(*options, program=("-m", "ttt")):
+    def begin(*options, program=("-m", "ttt"), new=False):
         port = 18000 + os.getpid() % 10000 + len(started)
-        command = [sys.executable, *program, "serve", str(folder), "--port", str(port), "--study-after", "0",
+        command = [*program, "serve", str(folder), "--port", str(port), "--study-after", "0",
                    "--store", str(tmp_path / "store"), "--calibration", str(tmp_path / "calibration"),
                    *options]  # fmt: skip
-        process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if new:
+            command = [sys.executable, *command]
+            process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        else:
+            process = forks.start(command, stderr=subprocess.PIPE, env=environment)
         started.append(process)
         url, began = f"http://127.0.0.1:{port}", time.monotonic()
         while True:
@@ -78,7 +81,7 @@ def start(folder, tmp_path):
 
 
 def test_what_was_learnt_is_there_after_a_restart(start, tmp_path):
-    process, url = start()
+    process, url = start(new=True)
     client = client_of(url, user="ada")
     ask = {"model": "tiny-chat", "messages": CHAT, "max_tokens": 3, "temperature": 0}
     for _ in range(3):

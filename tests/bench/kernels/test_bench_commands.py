@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -43,19 +44,26 @@ def test_merge_replaces_cases_that_were_measured_again():
     assert found["parts"] == [{"command": c, "commit": c, "date": c} for c in "xy"]
 
 
-@pytest.fixture
-def results(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def first_results(tmp_path_factory):
     """(file with the results of a run of tiny cases, what the run printed)."""
-    monkeypatch.setitem(
-        suites.SUITES,
-        "commit",
-        lambda device: [tiny_commit(), tiny_commit("bfloat16", 0), dataclasses.replace(tiny_commit(), tokens=64)],
-    )
-    file = tmp_path / "results" / "tiny.json"
+    cases = [tiny_commit(), tiny_commit("bfloat16", 0), dataclasses.replace(tiny_commit(), tokens=64)]
+    file = tmp_path_factory.mktemp("run") / "results" / "tiny.json"
     arguments = ["--suite", "commit", "--rounds", "3", "--json", str(file), "--only", "24x40"]
-    done = CliRunner().invoke(run.app, arguments)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(suites.SUITES, "commit", lambda device: cases)
+        done = CliRunner().invoke(run.app, arguments)
     assert done.exit_code == 0, done.output
     return file, done.output
+
+
+@pytest.fixture
+def results(first_results, tmp_path):
+    """`first_results` in a folder of their own."""
+    file, printed = first_results
+    folder = tmp_path / "results"
+    folder.mkdir()
+    return shutil.copy(file, folder / file.name), printed
 
 
 def test_run_writes_rows_and_prints_a_table(results):
