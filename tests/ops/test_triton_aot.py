@@ -22,24 +22,28 @@ COMMITTED = Path(__file__).parents[2] / "bench" / "kernels" / "results" / "aot.j
 FOREMOST = ("commit._commit", "window_linear._decode_one", "window_linear._decode_few")
 NOT_LAUNCHED = {target: {"memory_learn.learn_two", "memory_read.read_two"} for target in ("sm_80", "gfx942")}
 """Kernels that `ttt.ops.triton.memory.why_not` keeps from a target."""
-RUNS = (["sm_80"], ["sm_90"], ["sm_100", "gfx942", "--kernel", *FOREMOST])
+RUNS = (["sm_80", "sm_90"], ["sm_100", "gfx942", "--kernel", *FOREMOST])
+CODE = """
+import json, sys
+from ttt.ops.triton.aot import main
+for command in json.loads(sys.argv[1]):
+    sys.argv[1:] = command
+    if main():
+        sys.exit(1)
+"""
+"""Commands of ``python -m ttt.ops.triton.aot``, in one process: its imports take seconds."""
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    files = [tmp_path_factory.mktemp("aot") / f"{run[0]}.json" for run in RUNS]
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-m", "ttt.ops.triton.aot", "--json", file, "--target", *run],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for file, run in zip(files, RUNS, strict=True)
-    ]  # fmt: skip
-    for process in running:
-        out, err = process.communicate()
-        assert process.returncode == 0, out + err
-    return [row for file in files for row in json.loads(file.read_text())["rows"]]
+    files = [str(tmp_path_factory.mktemp("aot") / f"{run[0]}.json") for run in RUNS]
+    commands = [["--json", file, "--target", *run] for file, run in zip(files, RUNS, strict=True)]
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, json.dumps(commands)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [row for file in files for row in json.loads(Path(file).read_text())["rows"]]
 
 
 def kernels():

@@ -1,6 +1,7 @@
 """The suite "facts": people and questions, scores against plain forward passes, and every method on a tiny model."""
 
 import copy
+import functools
 import math
 import types
 from collections import Counter
@@ -8,6 +9,7 @@ from collections import Counter
 import pytest
 import torch
 
+import bench.learning.facts.run
 import ttt
 from bench.learning.experiments import telling as hundreds
 from bench.learning.facts import contenders, memit, tables
@@ -19,7 +21,7 @@ from bench.learning.facts.suite import FactsSuite
 from bench.learning.language.base import Base
 from ttt.demo import knowledge
 from ttt.demo.knowledge import GENERAL_KNOWLEDGE
-from ttt.demo.questions import Template, session, telling
+from ttt.demo.questions import Template, session, telling, written
 from ttt.demo.retrieval import nearest
 
 
@@ -36,6 +38,14 @@ class Bytes:
 
     def decode(self, ids, skip_special_tokens):
         return bytes(ids).decode(errors="replace")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_answers():
+    """Answers of 5 tokens: the tiny model, whose tokens are bytes, ends none of them by itself."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(bench.learning.facts.run, "written", functools.partial(written, tokens=5))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -171,15 +181,20 @@ def test_nearest_is_the_cosine_of_tf_idf():
 # -- methods ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def frozen(base):
+    """What a run of the model that learns nothing finds."""
+    return run(base, METHODS["frozen"], "ten facts", 0, {})
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_answers_and_does_not_change_the_base_model(base, name):
+def test_every_method_answers_and_does_not_change_the_base_model(base, frozen, name):
     before = copy.deepcopy(base.model.state_dict())
     options = options_of(name)
     out = run(base, METHODS[name], "ten facts", 0, options)
     assert all(torch.equal(value, before[key]) for key, value in base.model.state_dict().items())
     assert len(out["ranks"]) == 30
     assert all(1 <= rank <= 10 for rank in out["ranks"])
-    frozen = run(base, METHODS["frozen"], "ten facts", 0, {})
     learns = name.startswith(("online", "LoRA", "MEMIT", "study"))
     assert (out["kl"] > 0) == learns
     assert (out["general"] != frozen["general"]) == learns
