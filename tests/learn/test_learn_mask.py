@@ -106,3 +106,33 @@ def state_of(learner):
         return {name: t.clone() for name, t in learner.pool.export("ada").items()}
     layers = learner.layers
     return {f"{i}.{name}": t.clone() for i, layer in enumerate(layers) for name, t in layer.state().items()}
+
+
+def test_other_tokens_have_gradients_that_are_not_written_where_later_tokens_read_them():
+    """As docs/guide.md says: the top block's q, o and MLP get all of the masked loss's gradient, k and v a part."""
+    base = tiny().double()
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = tiny().double()
+    model.load_state_dict(base.state_dict())
+    config = plain_config(
+        target_modules=targets,
+        layers="last:2",
+        lr=LR,
+        chunk=64,
+        window=64,
+        ewc_lambda=0.0,
+        replay_rows=0,
+        head_mass=0.0,
+    )
+    ids, mask = ids_of(1, LENGTH), torch.zeros(1, LENGTH)
+    mask[0, 9:14] = 1
+    ttt.Learner(ttt.adapt_(model, config)).observe(ids, learn_mask=mask)
+    logp = base(ids).logits.log_softmax(-1)[0, :-1]
+    (-logp[torch.arange(LENGTH - 1), ids[0, 1:]] * mask[0, 1:]).sum().backward()
+    layers = ttt.learning_layers(model)
+    top = max(int(name.split(".")[2]) for name, _ in layers)
+    for name, layer in layers:
+        full = -LR * base.get_submodule(name).weight.grad
+        missing = float((layer.effective_weight() - layer.anchor - full).norm() / full.norm())
+        whole = f".{top}." in name and name.rpartition(".")[2] not in ("k_proj", "v_proj")
+        assert missing < 1e-10 if whole else missing > 0.01, name

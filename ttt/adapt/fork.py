@@ -35,6 +35,10 @@ def fork(model: nn.Module) -> nn.Module:
     does (learn, calibrate, consolidate, reset, load, roll back, restore) changes no bit of the other: a shared tensor
     is copied before it is first written, and is no longer shared then.
 
+    Forward passes are not learning: a buffer of another module that they write, as those of ``spectral_norm`` and of
+    modules that count or keep statistics of their own in training mode, is written for both models. Only batch
+    normalisation (torch's) has its own in each.
+
     Fork a model before anyone has taught it; a later fork starts with everything that ``model`` has learnt.
 
     The copy of a shared tensor has another address. So a CUDA graph captured over a layer of a fork, or of a model that

@@ -93,7 +93,8 @@ class Learner(Keeping):
                 tokens, as where texts were joined; the token after it is read, but not scored.
             learn_mask: (B, T) bool or 0/1: tokens with 0 are read and scored, but no loss is taken on them, as with
                 the label -100 in transformers. A token is predicted, and so learnt, at the one before it: the rows of
-                those are written, whatever their own entry. Where all are 0, no bit of a weight changes.
+                those are written, whatever their own entry, and no others, though these have gradients, too, where a
+                token that teaches reads them through attention. Where all are 0, no bit of a weight changes.
             learn: False scores only.
             users: for a model adapted with ``TTTConfig(per_user=...)``: the user of each of the B sequences; None for
                 sequences that the base model scores and nobody learns from. One user's tokens change no bit of what
