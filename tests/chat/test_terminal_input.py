@@ -1,14 +1,20 @@
 """What is typed into ``ttt chat``, and what it says where it cannot begin."""
 
 import copy
+import importlib.util
+import os
+import select
 import shlex
+import subprocess
+import sys
+import time
 
 import pytest
 from chats import Letters, chat_of, file_of
 from typer.testing import CliRunner
 
 import ttt
-from ttt.chat import terminal
+from ttt.chat import session, terminal
 from ttt.cli import app
 
 
@@ -90,3 +96,85 @@ def test_a_damaged_version_is_said_in_the_chat(command, base, tmp_path):
     assert "version 1 is loaded in its place" in done.output
     assert "DamagedStateWarning" not in done.output
     assert ttt.Store(store).history("ada")[0].number == 3
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [("a\0b\x1b[A c\x9bd\te\x7f", ["ab cd\te"]), ("\x1b[1;5Dword\x1b[3~", ["word"]), ("\x1bOAone\x1bOK", ["oneOK"]),
+     ("two\nlines", ["two\nlines"]), ("caf\u00e9 \U0001f468\u200d\U0001f469", ["caf\u00e9 \U0001f468\u200d\U0001f469"]),
+     ("\x1b[A", []), ("\x07/versions\x1b", [])],
+)  # fmt: skip
+def test_control_characters_are_dropped(base, tmp_path, talked, monkeypatch, typed, said):
+    chat, heard = chat_of(base, tmp_path), []
+    monkeypatch.setattr(chat, "say", lambda text, streamer: (heard.append(text), session.Turn("", None, 0, 0.0))[1])
+    text = talked(chat, typed)
+    assert heard == said
+    assert ("there is no version yet" in text) == ("/versions" in typed)
+
+
+TALK = """
+import sys, types
+from rich.console import Console
+from ttt.chat import Turn, terminal
+
+class Chat:
+    user, stored, version = "[b]ada", 0, None
+
+    def versions(self):
+        return []
+
+    def say(self, text, streamer):
+        print("said", ascii(text))
+        return Turn("", None, 0, 0.0)
+
+transformers = types.ModuleType("transformers")
+transformers.TextStreamer = lambda *_, **__: None
+sys.modules["transformers"] = transformers
+terminal.talk(Chat(), None, Console(highlight=False))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("readline") is None, reason="this Python has no readline")
+def test_lines_can_be_edited_at_a_terminal():
+    import pty
+
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "INPUTRC": os.devnull, "COLUMNS": "120"}
+    talking = subprocess.Popen(
+        [sys.executable, "-c", TALK], stdin=theirs, stdout=theirs, stderr=theirs, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
+    os.close(theirs)
+    shown, ends = b"", time.monotonic() + 240
+
+    def until(text):
+        nonlocal shown
+        while text not in shown:
+            assert select.select([ours], [], [], ends - time.monotonic())[0], shown
+            shown += os.read(ours, 4096)
+        before, _, shown = shown.partition(text)
+        return before.decode()
+
+    question = b"Remove 0 version(s) of [b]ada, all that was learnt, for good? (yes/no) "
+    try:
+        prompt = until(b"you>")
+        assert "\033[1m" in prompt
+        assert "\001" not in prompt
+        for keys, found in (
+            (b"hallo wrld" + 3 * b"\x1b[D" + b"o\n", b"said 'hallo world'"),
+            (b"\x1b[A\x01oh, \n", b"said 'oh, hallo world'"),  # the line before, with words at its beginning
+            (b"/forget\n", question),
+            (b"nono\x7f\x7f\n", b"nothing was removed"),
+            (b"\x1b[A\n", question),  # the answer is not among the lines before
+            (b"\n", b"nothing was removed"),
+        ):
+            os.write(ours, keys)
+            until(found)
+            if found != question:
+                until(b"you>")
+        os.write(ours, b"\x04")
+        assert talking.wait(60) == 0
+    finally:
+        talking.kill()
+        talking.wait()
+        os.close(ours)

@@ -6,14 +6,17 @@ import contextlib
 import datetime
 import functools
 import io
+import re
 import shlex
 import sys
+import types
 import warnings
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from ttt.chat.session import Chat, why
 from ttt.demo.language_model import check_present, load
@@ -24,6 +27,9 @@ HELP = "/study  /versions  /rollback NUMBER  /forget  /quit; anything else is sa
 SURE = "/forget!"
 """As ``/forget``, without the question."""
 FORGETTING = "ttt users forget --store {store} {user} removes this user, who can then begin anew"
+
+_CONTROL = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O[A-DFHP-S])|(?![\t\n])[\x00-\x1f\x7f-\x9f]")
+"""Control characters other than tabs and line ends, and what terminals send for keys that have no character."""
 
 
 def run(model: Path | None, store: str, user: str, max_new_tokens: int, learn: bool) -> None:
@@ -61,7 +67,7 @@ def talk(chat: Chat, tokenizer: Any, console: Console) -> None:
 
     while True:
         try:
-            line = console.input("[bold]you>[/bold] ").strip()
+            line = _CONTROL.sub("", _typed(console, "you>")).strip()
         except EOFError:
             return
         if line == "/quit":
@@ -97,6 +103,35 @@ def _stopped(chat: Chat, line: str, stored: bool) -> str:
     return f"\nstopped: {name} has changed nothing"
 
 
+def _typed(console: Console, prompt: str, *, bold: bool = True, remember: bool = True) -> str:
+    """The line that is typed after ``prompt``; at a terminal it can be edited, where Python has readline.
+
+    Args:
+        remember: whether the arrow keys bring it back later.
+
+    Raises:
+        EOFError: at the end of the input.
+    """
+    readline = _readline(console)
+    if readline is None:
+        return console.input(Text.assemble((prompt, "bold" if bold else ""), " "))
+    if bold and not console.is_dumb_terminal and "libedit" not in (readline.__doc__ or ""):
+        prompt = f"\001\033[1m\002{prompt}\001\033[0m\002"  # between 1 and 2: what takes no room on the screen
+    readline.set_auto_history(remember)
+    return input(f"{prompt} ")
+
+
+def _readline(console: Console) -> types.ModuleType | None:
+    """Python's readline, by which `input` reads lines once it is imported; None without it, or without a terminal."""
+    if not (console.is_terminal and sys.stdin.isatty() and sys.stdout.isatty()):
+        return None
+    try:
+        import readline
+    except ImportError:
+        return None
+    return readline
+
+
 def _check_readable(store: Store, user: str) -> None:
     """Raise StoreError if the store cannot be read, or no sound version is left of ``user``."""
     with warnings.catch_warnings(), contextlib.suppress(UnknownUser):
@@ -120,10 +155,11 @@ def _confirmed(chat: Chat, console: Console) -> bool:
     if not sys.stdin.isatty():
         return True
     count = len(chat.versions())
-    question = f"Remove {count} version(s) of {chat.user}, all that was learnt, for good? (yes/no) "
+    question = f"Remove {count} version(s) of {chat.user}, all that was learnt, for good? (yes/no)"
     try:
-        return console.input(question, markup=False).strip().lower() in ("y", "yes")
+        return _typed(console, question, bold=False, remember=False).strip().lower() in ("y", "yes")
     except (EOFError, KeyboardInterrupt):
+        console.print()  # the cursor is still behind the question
         return False
 
 
