@@ -4,8 +4,6 @@ import errno
 import fcntl
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -23,9 +21,9 @@ files.write_atomically(Path(sys.argv[1]), b"half of it")
 """
 
 
-def test_the_next_save_sweeps_what_a_killed_one_left(tmp_path):
+def test_the_next_save_sweeps_what_a_killed_one_left(forks, tmp_path):
     path = tmp_path / "s.safetensors"
-    done = subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
+    done = forks.run(["-c", KILLED, path])
     assert done.returncode == -signal.SIGKILL
     (stray,) = tmp_path.iterdir()
     others = [tmp_path / name for name in (".s.safetensors.settings", "s.safetensors.ttt-x", ".s.safetensor.ttt-abcd")]

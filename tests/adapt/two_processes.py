@@ -124,11 +124,12 @@ def differences(one, two, bound=1e-9):
     found = []
     for alone, layer in zip(one, two, strict=True):
         state = layer.state()
-        spread = {name for name, t in layer.gathered(state).items() if t is not state[name]}
+        gathered = layer.gathered(state)
+        spread = {name for name, t in gathered.items() if t is not state[name]}
         if not same_everywhere({name: t for name, t in state.items() if name not in spread}):
             found.append(f"{layer.name}: bits differ between processes")
         for name, wanted in alone.state().items():
-            got = layer.gathered(state)[name]
+            got = gathered[name]
             assert got.shape == wanted.shape, (layer.name, name, got.shape, wanted.shape)
             if name.endswith(("basis", "factor")):  # directions have no sign
                 got, wanted = got.T @ got, wanted.T @ wanted

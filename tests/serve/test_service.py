@@ -1,7 +1,6 @@
 """The service: what is learnt from requests, in which order, and what survives."""
 
 import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -126,7 +125,7 @@ def test_a_user_who_comes_back_while_the_lease_is_being_given_up_is_learnt_from(
     assert ttt.Store(tmp_path).get("ada").meta["updates"] == 2
 
 
-def test_what_was_acknowledged_survives_a_kill(model, tmp_path):
+def test_what_was_acknowledged_survives_a_kill(forks, model, tmp_path):
     script = """
         import sys, torch
         sys.path[:0] = [{tests!r}, {serve!r}]
@@ -141,7 +140,7 @@ def test_what_was_acknowledged_survives_a_kill(model, tmp_path):
     """
     here = Path(__file__).parent
     code = textwrap.dedent(script).format(tests=str(here.parent), serve=str(here), store=str(tmp_path))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    process = forks.start(["-c", code], stdout=subprocess.PIPE)
     lines = [process.stdout.readline() for _ in range(4)]
     process.kill()
     process.wait()

@@ -1,7 +1,6 @@
 """`ttt serve` with a model of sequence layers: users' states read what users say, and are kept as weights are."""
 
 import subprocess
-import sys
 import textwrap
 import threading
 from pathlib import Path
@@ -165,7 +164,7 @@ def test_many_users_at_once_each_end_as_if_alone(model, tmp_path):
         assert [version.number for version in ttt.Store(tmp_path).history(user)] == [3, 2, 1]
 
 
-def test_what_was_acknowledged_survives_a_kill(model, tmp_path):
+def test_what_was_acknowledged_survives_a_kill(forks, model, tmp_path):
     script = """
         import sys, torch
         sys.path[:0] = [{tests!r}, {serve!r}]
@@ -182,7 +181,7 @@ def test_what_was_acknowledged_survives_a_kill(model, tmp_path):
     """
     here = Path(__file__).parent
     code = textwrap.dedent(script).format(tests=str(here.parent), serve=str(here), store=str(tmp_path))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    process = forks.start(["-c", code], stdout=subprocess.PIPE)
     lines = [process.stdout.readline().split() for _ in range(4)]
     process.kill()
     process.wait()

@@ -4,8 +4,6 @@ import errno
 import hashlib
 import os
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -81,7 +79,7 @@ def test_a_failed_write_that_cannot_be_removed_is_garbage(three, monkeypatch):
 
 
 @pytest.mark.parametrize(("blobs_fail", "kibibytes"), [(True, 64), (False, 256)])
-def test_writes_that_a_file_size_limit_stops_change_nothing(local, blobs_fail, kibibytes):
+def test_writes_that_a_file_size_limit_stops_change_nothing(forks, local, blobs_fail, kibibytes):
     """RLIMIT_FSIZE, in a process of its own: first the blob does not fit, then the index's log does not."""
     code = """
 import resource, signal, sys, torch, ttt
@@ -101,8 +99,8 @@ except ttt.store.StoreError as error:
     store.history("ada")  # the index can still be read
 """
     size = 2 * kibibytes * 1024 if blobs_fail else 8
-    command = [sys.executable, "-c", code, str(local.blobs.root.parent), str(size), str(kibibytes)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    command = ["-c", code, str(local.blobs.root.parent), str(size), str(kibibytes)]
+    done = forks.run(command, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     *versions, error = done.stdout.split()
     if blobs_fail:

@@ -1,8 +1,6 @@
 """Forks: a child has neither its parent's leases nor its parent's connection. Each test is a process of its own."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -34,11 +32,14 @@ def in_child(function):
 """
 
 
-def run_script(script, url):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent.parent)])}
-    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", BEGIN + script, url]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def run_script(forks):
+    def run(script, url):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent.parent)])}
+        done = forks.run(["-c", BEGIN + script, url], env=environment, timeout=120)
+        assert done.returncode == 0, done.stderr
+
+    return run
 
 
 @pytest.fixture(params=["folder", "postgres"])
@@ -48,7 +49,7 @@ def url(request, tmp_path):
     return f"{request.getfixturevalue('postgres_server')()}&blobs={tmp_path}/blobs"
 
 
-def test_a_child_cannot_write_under_its_parents_lease_nor_end_it(url):
+def test_a_child_cannot_write_under_its_parents_lease_nor_end_it(run_script, url):
     script = """
 lease = store.lease("ada", seconds=100)
 store.put(lease, small_state(1))
@@ -83,7 +84,7 @@ assert store.verify().sound and store.verify().orphans == []
     run_script(script, url)
 
 
-def test_a_child_forked_during_a_transaction_does_not_hang(url):
+def test_a_child_forked_during_a_transaction_does_not_hang(run_script, url):
     script = """
 put(store, "ada", 1)
 begun, done = threading.Event(), threading.Event()
@@ -113,7 +114,7 @@ assert_same_state(store.get("ada", 3).tensors, small_state(3))
     run_script(script, url)
 
 
-def test_a_child_cannot_go_on_with_its_parents_transaction(url):
+def test_a_child_cannot_go_on_with_its_parents_transaction(run_script, url):
     script = """
 put(store, "ada", 1)
 
