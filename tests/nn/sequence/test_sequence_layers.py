@@ -36,7 +36,7 @@ def close(a, b, within=2e-4):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_pieces_and_steps_are_the_whole(name):
-    """q and k are normalised in float32, as in training, so equality is that of float32."""
+    """Within the rounding of float32, in which lower precisions compute norms and rates; float64 is tested below."""
     layer, x = new(name), torch.randn(2, 23, C, dtype=torch.float64)
     with torch.no_grad():
         whole = layer(x)
@@ -45,6 +45,19 @@ def test_pieces_and_steps_are_the_whole(name):
             out, state = layer(x[:, begin:end], state)
             outs.append(out)
     close((torch.cat(outs, 1), state), whole)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_in_float64_compute_in_float64(name):
+    """Pieces are the whole, and gradients are the quotients of small differences, up to the rounding of float64."""
+    layer, x = new(name), torch.randn(1, 13, C, dtype=torch.float64)
+    with torch.no_grad():
+        whole, outs, state = layer(x), [], None
+        for begin, end in ((0, 5), (5, 6), (6, 13)):
+            out, state = layer(x[:, begin:end], state)
+            outs.append(out)
+    close((torch.cat(outs, 1), state), whole, 1e-10)
+    assert torch.autograd.gradcheck(lambda x: layer(x)[0], (x.requires_grad_(),), eps=1e-6, atol=1e-6, fast_mode=True)
 
 
 @pytest.mark.parametrize("name", LAYERS)

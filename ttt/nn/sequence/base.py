@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ttt.ops.dtypes import accumulation
 from ttt.ops.sequence.checks import bounds_of, check_count, sequences
 from ttt.ops.sequence.states import over_sequences
 
@@ -138,6 +139,11 @@ class ShortConvolution(nn.Module):
         return nn.functional.silu(y), whole[:, tokens:]
 
 
+def widened(t: Tensor) -> Tensor:
+    """``t`` in the dtype in which rates and norms are computed: float64 as it is, all others in float32."""
+    return t.to(accumulation(t.dtype))
+
+
 class Heads(nn.Module):
     """Queries, keys and values (B, T, H, D) of a convolved projection, and a projection of outputs with a gate.
 
@@ -165,7 +171,7 @@ class Heads(nn.Module):
         mixed, recent = self.convolution(self.qkv_proj(x), recent, cu_seqlens)
         q, k, v = mixed.view(*x.shape[:2], 3, self.heads, self.head_width).unbind(2)
         if self.unit:
-            q, k = (nn.functional.normalize(t.float(), dim=-1).to(x.dtype) for t in (q, k))
+            q, k = (nn.functional.normalize(widened(t), dim=-1).to(x.dtype) for t in (q, k))
         return (q, k, v), recent
 
     def write(self, o: Tensor, x: Tensor) -> Tensor:

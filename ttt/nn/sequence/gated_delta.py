@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ttt.nn.sequence.base import Heads, LayerState, SequenceLayer, checked_head_width, checked_input
+from ttt.nn.sequence.base import Heads, LayerState, SequenceLayer, checked_head_width, checked_input, widened
 from ttt.nn.sequence.protected_state import ProtectedState
 from ttt.ops.sequence import gated_delta_rule, gated_delta_rule_step
 from ttt.ops.sequence.checks import check_count
@@ -89,6 +89,8 @@ class GatedDeltaNet(SequenceLayer):
 
     def _tensors(self, x, recent, cu_seqlens):
         (q, k, v), recent = self.parts.read(x, recent, cu_seqlens)
-        beta = self.beta_proj(x).float().sigmoid()
-        g = -self.log_decay.float().exp() * nn.functional.softplus(self.decay_proj(x).float()) if self.gated else None
+        beta = widened(self.beta_proj(x)).sigmoid()
+        g = None
+        if self.gated:
+            g = -widened(self.log_decay).exp() * nn.functional.softplus(widened(self.decay_proj(x)))
         return {"q": q, "k": k, "v": v, "beta": beta, "g": g}, recent

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt.checks import check_number
-from ttt.nn.sequence.base import Heads, LayerState, SequenceLayer, checked_head_width, checked_input
+from ttt.nn.sequence.base import Heads, LayerState, SequenceLayer, checked_head_width, checked_input, widened
 from ttt.nn.sequence.window_attention import WindowAttention
 from ttt.ops.sequence import lact, lact_step
 from ttt.ops.sequence.checks import check_count
@@ -62,8 +62,8 @@ class LaCT(SequenceLayer):
         recent, (held, near) = state or LayerState(None, (None, None))
         attended, near = self.attention(x, near, cu_seqlens=cu_seqlens)
         (q, k, v), recent = self.parts.read(x, recent, cu_seqlens)
-        rates = self.base_rate * nn.functional.softplus(self.rates_proj(x).float()).unflatten(-1, (-1, 3))
-        momentum = self.momentum_proj(x).float().sigmoid()
+        rates = self.base_rate * nn.functional.softplus(widened(self.rates_proj(x))).unflatten(-1, (-1, 3))
+        momentum = widened(self.momentum_proj(x)).sigmoid()
         tensors = {"q": q, "k": k, "v": v, "rates": rates, "momentum": momentum}
         first = {"weights": list(self.first)}
         o, held = self._run(lact, lact_step, tensors, held, cu_seqlens, first, chunk_size=self.chunk)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt.checks import check_number
-from ttt.nn.sequence.base import Heads, LayerState, SequenceLayer, checked_head_width, checked_input
+from ttt.nn.sequence.base import Heads, LayerState, SequenceLayer, checked_head_width, checked_input, widened
 from ttt.ops.sequence import memory, memory_step
 from ttt.ops.sequence.checks import check_count
 
@@ -64,7 +64,7 @@ class TitansMemory(SequenceLayer):
         checked_input(x, self.hidden, state, LayerState)
         recent, held = state or LayerState(None, None)
         (q, k, v), recent = self.parts.read(x, recent, cu_seqlens)
-        rate, momentum, forget = self.rates_proj(x).float().sigmoid().chunk(3, -1)
+        rate, momentum, forget = widened(self.rates_proj(x)).sigmoid().chunk(3, -1)
         rate, momentum, gate = self.base_rate * rate, 0.9 * momentum, 1 - self.most_forgotten * forget
         tensors = {"q": q, "k": k, "v": v, "rate": rate, "gate": gate, "momentum": momentum}
         first = {"weights": list(self.first)}

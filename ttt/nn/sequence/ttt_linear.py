@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt.checks import check_number
-from ttt.nn.sequence.base import Heads, LayerState, SequenceLayer, checked_head_width, checked_input
+from ttt.nn.sequence.base import Heads, LayerState, SequenceLayer, checked_head_width, checked_input, widened
 from ttt.ops.sequence import Norm, memory, memory_step
 from ttt.ops.sequence.checks import check_count
 
@@ -57,7 +57,7 @@ class TTTLinear(SequenceLayer):
         checked_input(x, self.hidden, state, LayerState)
         recent, held = state or LayerState(None, None)
         (q, k, v), recent = self.parts.read(x, recent, cu_seqlens)
-        rate = self.base_rate * self.rate_proj(x).float().sigmoid()
+        rate = self.base_rate * widened(self.rate_proj(x)).sigmoid()
         norm = Norm(self.norm_weight, self.norm_bias)
         o, held = self._run(
             memory, memory_step, {"q": q, "k": k, "v": v, "rate": rate}, held, cu_seqlens,

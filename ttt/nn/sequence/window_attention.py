@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt.nn.sequence.base import SequenceLayer, checked_head_width, checked_input
+from ttt.ops.dtypes import accumulation
 from ttt.ops.sequence.checks import bounds_of, check_count, sequences
 from ttt.ops.sequence.states import over_sequences
 
@@ -96,8 +97,8 @@ class WindowAttention(SequenceLayer):
 def rotated(x: Tensor, position: Tensor, theta: float) -> Tensor:
     """``x`` (B, H, T, D), its pairs (j, j + D / 2) turned by ``position`` (B, T) times theta^(-2 j / D)."""
     half = x.shape[-1] // 2
-    speed = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = position[:, None, :, None].float() * speed
+    speed = theta ** (-torch.arange(half, device=x.device, dtype=accumulation(x.dtype)) / half)
+    angle = position[:, None, :, None].to(speed.dtype) * speed
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
