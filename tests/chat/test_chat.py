@@ -1,7 +1,10 @@
 """A chat with a tiny model: what teaches, what is stored, and what comes back in a new process's place."""
 
 import copy
+import errno
 import io
+import shlex
+import sqlite3
 
 import pytest
 import torch
@@ -190,6 +193,52 @@ def test_commands_in_the_terminal(base, tmp_path, monkeypatch):
     assert chat.versions() == []
 
 
+def test_what_commands_say(base, tmp_path, talked):
+    chat = chat_of(base, tmp_path)
+    text = talked(chat, "hello", "/study", "/rollback 01", "/rollback ٣", "/rollback " + 5000 * "9", "/help", "/forget")
+    for part in (
+        "nats per token): version 2\n", "version 3 is as 1 was; the conversation begins anew\n",
+        "/rollback needs the number of a version, got '٣'", "/rollback needs the number of a version, got '999",
+        f"\n{terminal.HELP}\n", "the conversation begins anew, and everything that was learnt is removed",
+    ):  # fmt: skip
+        assert part in text
+
+
+def test_a_line_that_begins_with_a_slash_can_be_said(base, tmp_path, talked):
+    chat = chat_of(base, tmp_path)
+    text = talked(chat, "/etc/hosts is a file", "//etc/hosts is a file")
+    assert "/etc/hosts is no command; " in text
+    assert "//WORDS as /WORDS" in text
+    assert chat.messages[0]["content"] == "/etc/hosts is a file"
+    assert len(chat.versions()) == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, None])
+def test_a_full_disk_is_said_with_what_frees_it(base, tmp_path, talked, monkeypatch, number):
+    store = tmp_path / "my store"
+    chat = chat_of(base, store)
+    for words in ("hello", "good morning", "good evening"):
+        chat.say(words)
+
+    def fails(*_):
+        raise sqlite3.OperationalError("database or disk is full") if number is None else OSError(number, "no")
+
+    with monkeypatch.context() as patch:
+        if number is None:
+            patch.setattr(chat.store.index, "begin", fails)
+        else:
+            patch.setattr(chat.store.blobs, "write", fails)
+        text = talked(chat, "good night", "/study", store=str(store))
+    assert text.count("nothing was learnt: ") == 1
+    advice = [line for line in text.splitlines() if line.startswith("the disk is full; ttt gc")]
+    assert len(advice) == (0 if number == errno.EIO else 2)
+    if advice:
+        words = advice[0].removeprefix("the disk is full; ").partition(" removes all versions of each user but ")[0]
+        done = CliRunner().invoke(app, shlex.split(words)[1:])
+        assert "removed 2 versions, 2 blobs" in done.output
+    assert chat.say("good night").version == 4
+
+
 class AtTerminal(io.StringIO):
     def isatty(self):
         return True
@@ -229,7 +278,7 @@ def test_scripts_are_not_asked(base, tmp_path, monkeypatch, command, at_terminal
     assert chat.versions() == []
 
 
-@pytest.mark.parametrize("name", ["/study", "/versions", "/forget", "/forget!", "/quit"])
+@pytest.mark.parametrize("name", ["/study", "/versions", "/forget", "/forget!", "/help", "/quit"])
 def test_a_command_without_arguments_refuses_one_and_does_nothing(base, tmp_path, name):
     chat = chat_of(base, tmp_path)
     chat.say("hello")

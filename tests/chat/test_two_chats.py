@@ -8,8 +8,8 @@ from chats import chat_of, file_of
 from tiny_models import assert_same
 
 import ttt
-from ttt.chat import session, terminal
-from ttt.store import CommitUncertain, LeaseHeld, StorageFailure
+from ttt.chat import session
+from ttt.store import CommitUncertain, LeaseHeld, StaleLease, StorageFailure
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_what_was_forgotten_while_a_turn_was_answered_or_learnt_does_not_come_ba
     monkeypatch.setattr(two.store, "put", lambda *args: (one.forget(), put(*args))[1])
     turn = two.say("good morning")
     assert turn.version is None
-    assert "another chat or server has taken this user over, or removed them" in turn.refused
+    assert isinstance(turn.refused, StaleLease)
     assert_same(before, two.pool.export("ada"))
     assert one.versions() == []
     monkeypatch.setattr(two.store, "put", put)
@@ -111,7 +111,7 @@ def test_a_turn_that_the_store_refuses_is_answered_and_teaches_nothing(base, tmp
             chat.rollback(1)
     assert turn.answer
     assert (turn.version, turn.tokens) == (None, 0)
-    assert "another chat or server has the right to write what this user is learning ('ada' is leased" in turn.refused
+    assert isinstance(turn.refused, LeaseHeld)
     assert observed == []  # it was asked before
     assert_same(before, chat.pool.export("ada"))
     assert chat.say("my dog is called Biscuit").version == 2
@@ -137,7 +137,7 @@ def test_what_could_not_be_stored_is_not_kept_in_memory(base, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(chat.store, "put", fails)
         if act == "say" and isinstance(error, ttt.store.StoreError):
-            assert chat.say("my dog is called Biscuit").refused == str(error)
+            assert chat.say("my dog is called Biscuit").refused is error
         else:
             with pytest.raises(type(error)):
                 chat.say("my dog is called Biscuit") if act == "say" else chat.study()
@@ -148,8 +148,10 @@ def test_what_could_not_be_stored_is_not_kept_in_memory(base, tmp_path, monkeypa
 
 
 def test_a_store_that_cannot_be_read_is_said_and_the_answer_comes_all_the_same(base, tmp_path, monkeypatch, told):
+    error = StorageFailure("the index failed")
+
     def fails(user):
-        raise StorageFailure("the index failed")
+        raise error
 
     for learn in (True, False):
         chat = chat_of(base, tmp_path, learn=learn, notice=told.append)
@@ -157,7 +159,7 @@ def test_a_store_that_cannot_be_read_is_said_and_the_answer_comes_all_the_same(b
             patch.setattr(chat.store, "history", fails)
             turn = chat.say("hello")
         assert turn.answer
-        assert turn.refused == ("the index failed" if learn else "")
+        assert turn.refused is (error if learn else None)
     assert told == ["the store cannot be read: the index failed"]
     assert chat.versions() == []
 
@@ -187,13 +189,17 @@ def test_the_lease_is_renewed_for_as_long_as_a_study_takes(base, tmp_path, monke
         time.sleep(0.01)
 
 
-def test_the_terminal_says_what_was_refused_and_what_was_loaded(base, tmp_path, talked):
+def test_the_terminal_says_why_nothing_was_learnt(base, tmp_path, talked, monkeypatch):
     one = chat_of(base, tmp_path)
     one.say("hello")
     with ttt.Store(tmp_path).lease("ada"):
         text = talked(one, "good morning")
-    assert "nothing was learnt: another chat or server has the right to write what this user is learning" in text
-    assert terminal.why(ValueError("as it is")) == "as it is"
+    refused = "nothing was learnt: another chat or server has the right to write what this user is learning"
+    assert f"{refused} ('ada' is leased for another " in text
+    put = one.store.put
+    monkeypatch.setattr(one.store, "put", lambda *args: (ttt.Store(tmp_path).forget("ada"), put(*args))[1])
+    text = talked(one, "good morning")
+    assert "nothing was learnt: another chat or server has taken this user over, or removed them (the lease" in text
 
 
 def test_damage_is_said_and_the_last_sound_version_is_taken(base, tmp_path, told):

@@ -33,8 +33,6 @@ from ttt.signals import SignalsDeferred
 from ttt.store import (
     DamagedStateWarning,
     Lease,
-    LeaseHeld,
-    StaleLease,
     Store,
     StoreError,
     UnknownUser,
@@ -53,14 +51,14 @@ class Turn:
         version: of the user's weights in the store, from this turn; None if nothing was learnt.
         tokens: number of the user's tokens that were learnt, with those that end the turn.
         nll: their mean loss in nats, before they were learnt.
-        refused: why nothing was learnt, where the store refused it or failed; else empty.
+        refused: the store's error, where nothing was learnt because of it; else None.
     """
 
     answer: str
     version: int | None
     tokens: int
     nll: float
-    refused: str = ""
+    refused: StoreError | None = None
 
 
 def _warn(text: str) -> None:
@@ -144,8 +142,8 @@ class Chat:
         """Answer ``text``, then learn from it and store what was learnt.
 
         If the store refuses, as where another process holds the user's lease, the answer is returned, nothing is
-        learnt, and `Turn.refused` says why. Interrupted, as by Ctrl-C, it learns nothing, and the conversation is as
-        before; an interrupt that comes while a version is written waits until it is.
+        learnt, and `Turn.refused` is its error. Interrupted, as by Ctrl-C, it learns nothing, and the conversation is
+        as before; an interrupt that comes while a version is written waits until it is.
 
         Args:
             streamer: prints the answer as it is written (`transformers.TextStreamer`).
@@ -161,13 +159,13 @@ class Chat:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"text must be valid Unicode, got a lone surrogate at character {error.start}") from None
-        refused = ""
+        refused: StoreError | None = None
         try:
             self._follow()
         except StoreError as error:
-            refused = why(error)
             if not self.learn:
-                self.notice(f"the store cannot be read: {refused}")
+                self.notice(f"the store cannot be read: {error}")
+            refused = error
         before = self.messages
         asked, ids = self._fitting([*before, {"role": "user", "content": text}])
         with torch.no_grad(), ttt.users(self.model, [self.user]):
@@ -176,14 +174,14 @@ class Chat:
                 streamer=streamer, pad_token_id=self.tokenizer.eos_token_id,
             )  # fmt: skip
         answer = self.tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True).strip()
-        turn = Turn(answer, None, 0, float("nan"), refused if self.learn else "")
-        if self.learn and not refused:
+        turn = Turn(answer, None, 0, float("nan"), refused if self.learn else None)
+        if self.learn and refused is None:
             try:
                 with self._writing() as lease:
                     # Where the conversation began anew meanwhile, what was said before is forgotten.
                     turn = self._learn(asked if self.messages is before else asked[-1:], answer, lease)
             except StoreError as error:
-                turn = dataclasses.replace(turn, refused=why(error))
+                turn = dataclasses.replace(turn, refused=error)
         if self.messages is before:
             self.messages = [*asked, {"role": "assistant", "content": answer}]
         return turn
@@ -358,15 +356,6 @@ class Chat:
         ids, _, teaches = turn_tokens(self.tokenizer, messages, [len(messages) - 1], answer=prompt)
         device = next(self.model.parameters()).device
         return torch.tensor([ids], device=device), torch.tensor([teaches], device=device)
-
-
-def why(error: Exception) -> str:
-    """What to tell who talks of an ``error`` in a chat: of leases, what another process does."""
-    if isinstance(error, LeaseHeld):
-        return f"another chat or server has the right to write what this user is learning ({error})"
-    if isinstance(error, StaleLease):
-        return f"another chat or server has taken this user over, or removed them ({error})"
-    return str(error)
 
 
 def _renew(lease: Lease, ended: threading.Event) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import functools
 import io
 import re
 import shlex
+import sqlite3
 import sys
 import types
 import warnings
@@ -18,14 +20,21 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ttt.chat.session import Chat, why
+from ttt.chat.session import Chat
 from ttt.demo.language_model import check_present, load
-from ttt.store import DamagedState, DamagedStateWarning, Store, StoreError, UnknownUser
+from ttt.store import DamagedState, DamagedStateWarning, LeaseHeld, StaleLease, Store, StoreError, UnknownUser
 from ttt.terminal import doing, progress
 
-HELP = "/study  /versions  /rollback NUMBER  /forget  /quit; anything else is said to the model"
+HELP = (
+    "/study  /versions  /rollback NUMBER  /forget  /help  /quit; anything else is said to the model, "
+    "and //WORDS as /WORDS"
+)
 SURE = "/forget!"
 """As ``/forget``, without the question."""
+FREEING = (
+    "the disk is full; ttt gc --store {store} --keep-last 1 --keep-days 0 --grace 0 removes all versions of each user "
+    "but the newest"
+)
 FORGETTING = "ttt users forget --store {store} {user} removes this user, who can then begin anew"
 
 _CONTROL = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O[A-DFHP-S])|(?![\t\n])[\x00-\x1f\x7f-\x9f]")
@@ -48,20 +57,23 @@ def run(model: Path | None, store: str, user: str, max_new_tokens: int, learn: b
         hint = ""
         if isinstance(error, DamagedState):
             hint = f"\n{FORGETTING.format(store=shlex.quote(store), user=shlex.quote(user))}"
-        typer.echo(f"{error}{hint}", err=True)
+        typer.echo(f"{_why(error, store)}{hint}", err=True)
         raise typer.Exit(1) from None
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that cannot be decoded is refused, and the next read
     known = chat.versions()
     _say(console, f"{user} has {len(known)} version(s) in {store}. {HELP}", "dim")
-    talk(chat, tokenizer, console)
+    talk(chat, tokenizer, console, store)
 
 
-def talk(chat: Chat, tokenizer: Any, console: Console) -> None:
+def talk(chat: Chat, tokenizer: Any, console: Console, store: str = "STORE") -> None:
     """Read lines and answer them until the input ends or ``/quit``.
 
     Ctrl-C stops an answer or a command, which then has taught nothing. Where a line is awaited it raises
     KeyboardInterrupt.
+
+    Args:
+        store: what advice names as the URL of the chat's store.
     """
     from transformers import TextStreamer
 
@@ -75,27 +87,50 @@ def talk(chat: Chat, tokenizer: Any, console: Console) -> None:
         stored = chat.stored
         try:
             _check_decoded(line)
-            if line.startswith("/"):
+            if _is_command(line):
                 command(chat, line, console)
             elif line:
                 streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-                turn = chat.say(line, streamer)
+                turn = chat.say(line[1:] if line.startswith("//") else line, streamer)
                 if turn.version is not None:
                     found = f"learnt {turn.tokens} tokens ({turn.nll:.2f} nats each): version {turn.version}"
                     _say(console, found, "dim")
-                elif turn.refused:
-                    _say(console, f"nothing was learnt: {turn.refused}", "red")
+                elif turn.refused is not None:
+                    _say(console, f"nothing was learnt: {_why(turn.refused, store)}", "red")
         except (ValueError, FloatingPointError, StoreError) as error:
-            _say(console, why(error), "red")
+            _say(console, _why(error, store), "red")
         except KeyboardInterrupt:
             _say(console, _stopped(chat, line, chat.stored > stored), "yellow")
+
+
+def _is_command(line: str) -> bool:
+    return line.startswith("/") and not line.startswith("//")
+
+
+def _why(error: Exception, store: str) -> str:
+    """What to tell who talks of an ``error``: of leases, what another process does; of a full disk, what frees it."""
+    if isinstance(error, LeaseHeld):
+        return f"another chat or server has the right to write what this user is learning ({error})"
+    if isinstance(error, StaleLease):
+        return f"another chat or server has taken this user over, or removed them ({error})"
+    return f"{error}\n{FREEING.format(store=shlex.quote(store))}" if _is_disk_full(error) else str(error)
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+            return True
+        if isinstance(error, sqlite3.Error) and "is full" in str(error):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _stopped(chat: Chat, line: str, stored: bool) -> str:
     """What Ctrl-C has stopped; ``stored``: whether a version was stored before that."""
     if stored:
         return f"\nstopped; version {chat.version} was stored before"
-    if not line.startswith("/"):
+    if not _is_command(line):
         return "\nstopped: what you said is not part of the conversation, and nothing was learnt from it"
     name = line.split()[0]
     if name in ("/forget", SURE):
@@ -164,8 +199,8 @@ def _confirmed(chat: Chat, console: Console) -> bool:
 
 
 def _say(console: Console, text: str, style: str) -> None:
-    """Print ``text`` as it is: brackets in names, and in what was typed, are no markup of rich's."""
-    console.print(text, style=style, markup=False)
+    """Print ``text`` as it is: brackets in it are no markup of rich's, and only the terminal breaks lines."""
+    console.print(text, style=style, markup=False, soft_wrap=True)
 
 
 def command(chat: Chat, line: str, console: Console) -> None:
@@ -175,7 +210,7 @@ def command(chat: Chat, line: str, console: Console) -> None:
         ValueError: if there is no such command, or its argument is wrong.
     """
     name, _, argument = line.partition(" ")
-    if argument and name in ("/study", "/versions", "/forget", SURE, "/quit"):
+    if argument and name in ("/study", "/versions", "/forget", SURE, "/help", "/quit"):
         raise ValueError(f"{name} takes no argument, got {argument!r}")
     if name == "/versions":
         versions = chat.versions()
@@ -185,9 +220,10 @@ def command(chat: Chat, line: str, console: Console) -> None:
             when = datetime.datetime.fromtimestamp(found.created).isoformat(" ", "seconds")
             console.print(f"{found.number:>5}  {when}" + (f"  as {found.source}" if found.source else ""))
     elif name == "/rollback":
-        if not argument.strip().isdecimal():
+        digits = argument.strip()
+        if not (digits.isascii() and digits.isdecimal() and len(digits) <= 18):
             raise ValueError(f"/rollback needs the number of a version, got {argument!r}")
-        console.print(f"version {chat.rollback(int(argument))} is as {argument.strip()} was")
+        console.print(f"version {chat.rollback(int(digits))} is as {int(digits)} was; the conversation begins anew")
     elif name == "/study":
         with doing(console, "The model reads again what you said ..."):
             output, version = chat.study()
@@ -197,13 +233,15 @@ def command(chat: Chat, line: str, console: Console) -> None:
             first, last = output.losses[0], output.losses[-1]
             console.print(
                 f"studied {output.episodes} piece(s) {len(output.losses)} times ({first:.2f} to {last:.2f} nats per "
-                f"token): {version}"
+                f"token): version {version}"
             )
     elif name in ("/forget", SURE):
         if name == SURE or _confirmed(chat, console):
             chat.forget()
-            console.print("everything that was learnt is removed")
+            console.print("the conversation begins anew, and everything that was learnt is removed")
         else:
             console.print("nothing was removed")
+    elif name == "/help":
+        _say(console, HELP, "")
     else:
         raise ValueError(f"{name} is no command; {HELP}")
