@@ -75,6 +75,30 @@ def test_what_is_shown_as_stored_is_among_the_versions(model, tmp_path, monkeypa
     assert [each["number"] for each in found["versions"]] == [1]
 
 
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_of_a_user_whose_lease_was_lost_what_the_store_has_is_shown(model, tmp_path, forgotten):
+    service = service_of(model, tmp_path / "store")
+    store = ttt.Store(tmp_path / "store")
+    with served(service) as url:
+        client_of(url, user="ada", learn="wait").chat.completions.create(messages=CHAT, max_tokens=2, **FIXED)
+        if forgotten:
+            store.forget("ada")
+        else:
+            stolen = store.lease("ada", steal=True)
+        service.sessions.get("ada").lose()  # as the next renewal finds
+        answer = client_of(url, user="ada").chat.completions.create(messages=CHAT, max_tokens=2, **FIXED)
+        assert answer.ttt["learning"].startswith("refused: another server")
+        assert (answer.ttt["updates"], answer.ttt["version"]) == (None, None)
+        found = httpx.get(f"{url}/v1/users/ada")
+        if forgotten:
+            assert found.status_code == 404
+            assert not store.index.knows("ada")
+        else:
+            assert found.json()["updates"] in (None, 1)  # once it was opened anew
+            assert [each["number"] for each in found.json()["versions"]] == [1]
+            stolen.release()
+
+
 def test_texts_and_chats_are_learnt_by_request(url, tmp_path, model, tokenizer):
     text = "Ada lives in York. Bob does not."
     first = httpx.post(f"{url}/v1/users/ada/learn", json={"text": text}).json()

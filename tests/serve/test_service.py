@@ -210,6 +210,26 @@ def test_a_server_whose_lease_was_taken_over_loses_nothing_that_was_stored(model
     assert_same(learned(learner_of(model), [lesson]), stored(tmp_path, "ada"))
 
 
+def test_of_a_user_who_was_forgotten_at_another_server_nothing_is_named_and_nothing_left(model, tmp_path):
+    first, second = (service_of(model, tmp_path) for _ in range(2))
+    first.learn("ada", lesson_of()).result(60).stored.result(60)
+    second.forget("ada").result(60)
+    end = Answer(first, "ada", words(9), lesson_of(), wait=True).wait().end
+    assert end.learning.startswith("refused: what was learnt was not stored: another server has taken over")
+    assert (end.updates, end.version) == (None, None)
+    began = time.monotonic()
+    while first.sessions.get("ada") is not None:
+        assert time.monotonic() - began < 20
+        time.sleep(0.01)
+    assert not first.store.index.knows("ada")
+    off = Answer(first, "ada", words(9)).wait().end  # opened anew
+    assert (off.updates, off.version) == (0, None)
+    assert first.store.index.knows("ada")  # while the lease is held
+    first.drain()
+    assert not second.store.index.knows("ada")
+    second.drain()
+
+
 def test_going_back_and_forgetting(model, tmp_path):
     service = service_of(model, tmp_path)
     lessons = [lesson_of() for _ in range(3)]

@@ -490,14 +490,16 @@ class Service:
         if (error := done.exception()) is not None:
             return request.deliver(self._outcome(request, f"refused: {error}"))
         learnt = done.result()
+        # By then the user may be another session's, or nobody's.
+        counts = len(request.prompt), request.generated
 
         def tell(stored: concurrent.futures.Future[int]) -> None:
             if (error := stored.exception()) is not None:
                 if isinstance(error, NotStored):
                     return request.deliver(error)
-                return request.deliver(self._outcome(request, f"refused: {error}"))
-            outcome = self._outcome(request, "stored")  # by now the user may be another session's, or nobody's
-            request.deliver(dataclasses.replace(outcome, updates=learnt.updates, version=stored.result()))
+                # The store has refused it: another server may have written, or removed, whatever the user had.
+                return request.deliver(Outcome(*counts, learning=f"refused: {error}"))
+            request.deliver(Outcome(*counts, learnt.updates, stored.result(), "stored"))
 
         assert request.user is not None
         self.stored(request.user, learnt.stored).add_done_callback(tell)
@@ -505,6 +507,6 @@ class Service:
     def _outcome(self, request: Request, learning: str) -> Outcome:
         session = None if request.user is None else self.sessions.get(request.user)
         outcome = Outcome(len(request.prompt), request.generated, learning=learning)
-        return outcome if session is None else dataclasses.replace(
+        return outcome if session is None or session.taken_over else dataclasses.replace(
             outcome, updates=session.updates, version=session.version
         )  # fmt: skip

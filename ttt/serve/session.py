@@ -60,6 +60,11 @@ class Session:
     drift: float | None = None
     study_failed: bool = False
 
+    @property
+    def taken_over(self) -> bool:
+        """Whether the lease was lost. What the store has of the user now is not known here: it may be nothing."""
+        return self.read_only == TAKEN_OVER
+
     def lose(self) -> None:
         """Note that another server holds the lease now."""
         self.lease, self.read_only = None, TAKEN_OVER

@@ -54,19 +54,22 @@ async def show(http: Request, user: str) -> dict[str, Any]:
     server = server_of(http)
     user = _allowed(server, http, user)
     reads = server.service.reads
-    online = server.service.sessions.get(user) is not None
-    drift = await _result(server, http, server.service.drift(user)) if online and not reads else None
+    session, drift = server.service.sessions.get(user), None
+    # Of a user who was taken over the store may have nothing any more: then nobody is to be given a slot.
+    if session is not None and not reads and (not session.taken_over or await _history(server, http, user)):
+        drift = await _result(server, http, server.service.drift(user))
     # The versions are read last: what counts as stored by now is among them.
     session, missed = server.service.sessions.get(user), server.service.missed.of(user)
+    known = None if session is None or session.taken_over else session
     shown = {
         "id": user, "keeps": "state" if reads else "weights", "online": session is not None,
-        "updates": None if session is None else session.updates, "tokens": None if session is None else session.tokens,
-        "unsaved": 0 if session is None else session.updates - session.stored,
+        "updates": None if known is None else known.updates, "tokens": None if known is None else known.tokens,
+        "unsaved": 0 if known is None else known.updates - known.stored,
         "read_only": session.read_only if session is not None else "", "drift": drift,
-        "guard": _guard(server, session), "missed": None if missed is None else dataclasses.asdict(missed),
+        "guard": _guard(server, known), "missed": None if missed is None else dataclasses.asdict(missed),
     }  # fmt: skip
     versions = await _history(server, http, user)
-    if session is None and not versions and missed is None:
+    if known is None and not versions and missed is None:
         raise NotFound(f"there is no user {user!r}", param="user")
     return shown | {"versions": versions}
 
