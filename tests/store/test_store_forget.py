@@ -42,7 +42,8 @@ def test_no_byte_of_a_forgotten_user_remains(tmp_path):
     store = ttt.Store(tmp_path)
     states = [secret_state() for _ in range(4)]
     for number in range(300):  # enough rows for pages to split and be rewritten
-        store.lease(f"other{number}", seconds=1e-6)  # ends without being released
+        with store.lease(f"other{number}"):
+            pass
     for number, state in enumerate(states):
         with store.lease(USER) as lease:
             store.put(lease, state, {"note": f"{USER} said {number}"})
@@ -100,7 +101,8 @@ def test_gc_completes_an_interrupted_forget(tmp_path, monkeypatch, step):
     """Down to the free pages and the log of the index."""
     store = ttt.Store(tmp_path)
     for number in range(300):  # enough rows for pages to split
-        store.lease(f"other{number}", seconds=1e-6)  # ends without being released
+        with store.lease(f"other{number}"):
+            pass
     put(store, USER, 1)
     with monkeypatch.context() as patch:
         patch.setattr(store.blobs if step == "remove_folder" else store.index, step, lambda *args: 1 / 0)

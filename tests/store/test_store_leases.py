@@ -2,7 +2,6 @@
 
 import multiprocessing
 import shutil
-import threading
 import time
 
 import pytest
@@ -11,7 +10,6 @@ from states import assert_same_state, small_state
 
 import ttt
 from ttt.store import LeaseHeld, StaleLease, UnknownUser
-from ttt.store.blobs import new_key
 
 
 def test_a_lease_excludes_others_until_it_ends(store, url):
@@ -27,43 +25,6 @@ def test_a_lease_excludes_others_until_it_ends(store, url):
             with pytest.raises(StaleLease, match="was released"):
                 store.put(lease, small_state(2))
         assert store.get("ada").version == 1
-
-
-def test_a_user_of_whom_nothing_was_written_is_gone_with_the_lease(store, url):
-    lease = store.lease("ada")
-    key = new_key(lease.grant.folder)  # of a write that was cut off, which is being removed
-    store.blobs.write(key, b"cut off")
-    store.index.mark_for_deletion([(lease.grant.row, key)])
-    assert store.index.knows("ada")
-    lease.release()
-    assert not store.index.knows("ada")
-    with pytest.raises(StaleLease, match="was released"):
-        store.put(lease, small_state(1))
-    store.gc()
-    assert not store.verify().orphans
-    with ttt.Store(url) as other:
-        first = store.lease("ada", seconds=0.01)
-        with other.lease("ada", wait=10) as second:
-            first.release()  # must not remove what is the second's
-            assert other.put(second, small_state(1)) == 1
-    assert store.index.knows("ada")
-
-
-def _take_and_release(url, count, failed):
-    with ttt.Store(url) as store:
-        for _ in range(count):
-            try:
-                store.lease("ada", wait=30).release()
-            except Exception as error:
-                return failed.append(error)
-
-
-def test_a_lease_can_be_taken_at_the_moment_when_the_user_is_removed(url):
-    failed = []
-    threads = [threading.Thread(target=_take_and_release, args=(url, 60, failed)) for _ in range(4)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    assert failed == []
 
 
 def test_a_stale_holder_cannot_write_and_loses_nothing(store, url):

@@ -75,7 +75,7 @@ class Index(Database):
     # -- leases -----------------------------------------------------------------------------------------------
 
     def acquire(self, user: str, seconds: float, steal: bool) -> Grant:
-        """A grant with a new token; the user's row is made if it does not exist, until `release` if nothing is written.
+        """A grant with a new token; the user's row is made if it does not exist.
 
         Raises:
             LeaseHeld: if another's lease has not expired, unless ``steal``. A lease that would last longer than it
@@ -83,12 +83,9 @@ class Index(Database):
         """
         with self.transaction() as run:
             insert = "INSERT INTO ttt_users (name, folder) VALUES (?, ?) ON CONFLICT (name) DO NOTHING"
+            run(insert, user, new_folder_name())
             columns = "SELECT id, folder, sweeps, expires, seconds FROM ttt_users WHERE name = ?"
-            found = None
-            while found is None:  # the row that is there may be removed before it is locked
-                run(insert, user, new_folder_name())
-                found = run(columns + self.row_lock, user).fetchone()
-            row, folder, sweeps, held_until, length = found
+            row, folder, sweeps, held_until, length = run(columns + self.row_lock, user).fetchone()
             now = self.now(run)
             too_long = held_until > now + length + CLOCK_TOLERANCE
             if too_long:
@@ -108,26 +105,12 @@ class Index(Database):
         return Grant(user, row, folder, token, sweeps, expires)
 
     def extend(self, grant: Grant, seconds: float) -> Grant:
-        """``grant`` until ``seconds`` from now. Raises `StaleLease`."""
+        """``grant`` until ``seconds`` from now; 0 ends it. Raises `StaleLease`."""
         with self.transaction() as run:
             self._require_latest(run, grant)
             expires = self.now(run) + seconds
             run("UPDATE ttt_users SET expires = ?, seconds = ? WHERE id = ?", expires, seconds, grant.row)
         return grant._replace(expires=expires)
-
-    def release(self, grant: Grant) -> None:
-        """End a lease. The row of a user without a version goes with it: files of an interrupted write are garbage.
-
-        Raises:
-            StaleLease: if the token is not the latest.
-        """
-        with self.transaction() as run:
-            head, _ = self._require_latest(run, grant)
-            if head:
-                run("UPDATE ttt_users SET expires = ?, seconds = 0 WHERE id = ?", self.now(run), grant.row)
-            else:
-                run("DELETE FROM ttt_deletions WHERE user_row = ?", grant.row)
-                run("DELETE FROM ttt_users WHERE id = ?", grant.row)
 
     def commit(
         self, grant: Grant, seconds: float, blob: tuple[str, int, str], source: int | None = None

@@ -72,14 +72,11 @@ class Lease:
             self._grant = self._index.extend(self.grant, seconds)
 
     def release(self) -> None:
-        """End the lease; nothing is kept of a user who has no version.
-
-        Does nothing if it was released before, another has taken over, or this is a fork.
-        """
+        """End the lease. Does nothing if it was released before, another has taken over, or this is a fork."""
         with self._lock:
             if self._grant is not None and self._pid == os.getpid():
                 with contextlib.suppress(StaleLease):
-                    self._index.release(self._grant)
+                    self._index.extend(self._grant, 0)
             self._grant = None
 
     def __enter__(self) -> Lease:
