@@ -21,6 +21,7 @@ SLOW = (
     "adapt/test_sharded.py",
     "adapt/test_tensor_parallel.py",
     "bench",
+    "chat/test_terminal_input.py::test_lines_can_be_edited_at_a_terminal",
     "demo/test_conversation.py::test_a_process_that_fails_is_shown",
     "demo/test_conversation.py::test_the_demo_asks_in_a_new_process_and_reports",
     "demo/test_demo.py::test_the_demo_writes_its_report",

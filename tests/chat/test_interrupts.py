@@ -105,6 +105,17 @@ def test_a_study_is_stopped_and_changes_nothing(base, tmp_path, talked, nth):
 
 
 @pytest.mark.parametrize("line", ["hello", "/study"])
+def test_a_lease_that_is_being_taken_is_released(base, tmp_path, talked, monkeypatch, line):
+    chat, other = chats(base, tmp_path)
+    acquire, at = chat.store.index.acquire, InterruptAt(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(chat.store.index, "acquire", lambda *args: (acquire(*args), at())[0])
+        assert "stopped: " in talked(chat, line)
+    ttt.Store(tmp_path / "one").lease("ada").release()
+    same_as(chat, other)
+
+
+@pytest.mark.parametrize("line", ["hello", "/study"])
 def test_a_version_that_is_being_written_is_written_first(base, tmp_path, talked, monkeypatch, line):
     chat = chats(base, tmp_path)[0]
     put = chat.store.put

@@ -293,9 +293,10 @@ class Chat:
 
         Unless the block stores a version, the weights are afterwards what they were before it.
         """
-        lease = self.store.lease(self.user, _LEASE)
-        ended = threading.Event()
+        lease, ended = None, threading.Event()
         try:
+            with SignalsDeferred():  # an interrupt must not leave a lease that nobody releases
+                lease = self.store.lease(self.user, _LEASE)
             threading.Thread(target=_renew, args=(lease, ended), name="ttt-chat-lease", daemon=True).start()
             self._follow()
             before = self.pool.export(self.user) if self.user in self.pool.users else None
@@ -313,8 +314,9 @@ class Chat:
                         self._unsure = False
         finally:
             ended.set()
-            with contextlib.suppress(StoreError):  # it expires by itself
-                lease.release()
+            if lease is not None:
+                with contextlib.suppress(StoreError):  # it expires by itself
+                    lease.release()
 
     def _put(self, lease: Lease) -> int:
         """Store the user's weights: the number of the version."""

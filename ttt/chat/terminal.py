@@ -53,6 +53,7 @@ def run(model: Path | None, store: str, user: str, max_new_tokens: int, learn: b
             loaded, tokenizer, opened, user, max_new_tokens=max_new_tokens, learn=learn,
             progress=functools.partial(progress, console), notice=functools.partial(_say, console, style="yellow"),
         )  # fmt: skip
+        known = len(chat.versions())
     except (ImportError, OSError, ValueError, StoreError) as error:
         hint = ""
         if isinstance(error, DamagedState):
@@ -61,8 +62,7 @@ def run(model: Path | None, store: str, user: str, max_new_tokens: int, learn: b
         raise typer.Exit(1) from None
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that cannot be decoded is refused, and the next read
-    known = chat.versions()
-    _say(console, f"{user} has {len(known)} version(s) in {store}. {HELP}", "dim")
+    _say(console, f"{user} has {known} version(s) in {store}. {HELP}", "dim")
     talk(chat, tokenizer, console, store)
 
 
