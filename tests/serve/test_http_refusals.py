@@ -234,3 +234,53 @@ def test_a_body_without_its_content_type_is_named(model, tmp_path):
             found = httpx.post(f"{url}{route}", content=b'{"text": "a"}')
             assert found.status_code == 400
             assert "content-type: application/json" in found.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("roles", "contents", "param", "message"),
+    [
+        (["tool"], "ab", "roles", "roles must have one of the messages' roles, system, user, got tool"),
+        (["tool", "assistant"], "ab", "roles", "roles must have one of the messages' roles, system, user, got tool, "),
+        (["system"], ["", "b"], "messages", "no token teaches"),
+    ],
+)
+def test_roles_of_no_message_are_called_that(url, roles, contents, param, message):
+    chat = [{"role": role, "content": text} for role, text in zip(("system", "user"), contents, strict=True)]
+    found = httpx.post(f"{url}/v1/users/ada/learn", json={"messages": chat, "roles": roles})
+    error = found.json()["error"]
+    assert (found.status_code, error["param"]) == (400, param)
+    assert error["message"].startswith("there is nothing to learn: ")
+    assert message in error["message"]
+    assert httpx.get(f"{url}/v1/users/ada").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "param", "message"),
+    [
+        ("chat/completions", r'{"\ud83d": 1}', r"\ud83d", r"a parameter's name must be text that UTF-8 can hold, got "),
+        ("completions", r'{"a \udc00": 1}', r"a \udc00", r"a parameter's name must be text that UTF-8 can hold, got "),
+        ("users/ada/learn", r'{"\ud83d": 1}', r"\ud83d", r"a parameter's name must be text that UTF-8 can hold, got "),
+        ("users/ada/learn", r'{"messages": [{"role": "user", "\ud83d": 1}]}', "messages[0]", "messages[0]: Input"),
+        ("users/ada/learn", r'{"text": "abc", "a b": 1}', "a b", "a b: Extra inputs are not permitted, got 1"),
+        ("users/ada/learn", r'{"text": "abc", "é": 1}', "é", "é: Extra inputs are not permitted, got 1"),
+    ],
+)  # fmt: skip
+def test_parameters_of_any_name_are_named(url, route, body, param, message):
+    found = httpx.post(f"{url}/v1/{route}", content=body.encode(), headers=JSON)
+    error = found.json()["error"]
+    assert (found.status_code, error["param"]) == (400, param)
+    assert error["message"].startswith(message)
+    assert r"\u" not in body or r"\u" in error["message"]
+
+
+def test_the_page_can_be_asked_for_by_its_head_and_a_slash_too_much_is_an_error_as_any_other(url):
+    for path in ("/", "/page/page.js", "/health"):
+        head, whole = httpx.head(f"{url}{path}"), httpx.get(f"{url}{path}")
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-length"] == whole.headers["content-length"]
+    for method, path in (("POST", "/v1/chat/completions/"), ("GET", "/v1/users/ada/"), ("GET", "/health/")):
+        found = httpx.request(method, f"{url}{path}", json={})
+        assert found.status_code == 404
+        error = found.json()["error"]
+        assert error["message"] == f"{method} {path} is not served here; leave out the slash at the end"
+        assert error["code"] == "not_found"

@@ -37,7 +37,8 @@ class RequestError(Exception):
 
     def body(self) -> dict[str, Any]:
         """The error in OpenAI's form."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        param = None if self.param is None else _encodable(self.param)
+        return {"error": {"message": _encodable(self.message), "type": self.type, "param": param, "code": self.code}}
 
     def event(self) -> str:
         """The error as the last of the server-sent events of an answer that has begun."""
@@ -123,6 +124,11 @@ class TimedOut(RequestError):
     """The request took longer than allowed."""
 
     status, type, code = 504, "server_error", "timeout"
+
+
+def _encodable(text: str) -> str:
+    r"""``text``, with halves of characters, which UTF-8 cannot hold and names in JSON can, written as in "\ud83d"."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def kinds(error: BaseException | None) -> str:

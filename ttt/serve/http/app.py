@@ -37,7 +37,7 @@ def create_app(server: Server, *, largest_body: int = 1 << 20, hosts: Sequence[s
         largest_body: bytes of a request, at most.
         hosts: see `ttt.serve.http.middleware.Guarded`.
     """
-    app = FastAPI(title="ttt serve", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="ttt serve", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.server = server
     app.include_router(completions.router)
     app.include_router(users.router)
@@ -72,12 +72,12 @@ def create_app(server: Server, *, largest_body: int = 1 << 20, hosts: Sequence[s
         server_of(http).identify(http)
         return JSONResponse(app.openapi())
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> FileResponse:
         headers = _FILE_HEADERS | {"content-security-policy": _CONTENT_SECURITY}
         return FileResponse(PAGE / "index.html", media_type="text/html", headers=headers)
 
-    @app.get("/page/{name}", include_in_schema=False)
+    @app.api_route("/page/{name}", methods=["GET", "HEAD"], include_in_schema=False)
     async def file(name: str) -> FileResponse:
         if name not in _FILES:
             raise NotFound(f"there is no page {name!r:.80}")
@@ -102,7 +102,9 @@ def _add_errors(app: FastAPI) -> None:
             if (wrong := _wrong_user(http)) is not None:
                 return _response(wrong)
             code = None if error.status_code == 404 else "method_not_allowed"
-            known: RequestError = NotFound(f"{http.method} {http.url.path:.80} is not served here", code=code)
+            path = http.url.path
+            hint = "; leave out the slash at the end" if path.endswith("/") and path != "/" else ""
+            known: RequestError = NotFound(f"{http.method} {path:.80} is not served here{hint}", code=code)
         else:  # a body that is no JSON, in no encoding of text, or nested too deeply
             known = BadRequest(f"the body must be JSON: {error.detail!s:.200}")
         known.status = error.status_code
@@ -132,9 +134,14 @@ def _bad_request(errors: Sequence[Any]) -> BadRequest:
         return BadRequest(f"the body must be JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     path = [part for part in first["loc"] if part != "body"]
     # Of a union, pydantic names the part that it tried, as in "prompt.list[int]": the parameter stands before it.
-    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path if _is_name(part)).lstrip(".")
+    parts = [part for part in path if _is_name(part)]
+    if first["type"] == "extra_forbidden" and not _is_name(path[-1]):  # what is not known may have any name
+        parts.append(f"{path[-1]:.80}")
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
     got = first.get("input")
     shown = f", got {got!r:.100}" if first["type"] != "missing" and not isinstance(got, (dict, list)) else ""
+    if first["type"] == "string_unicode" and not name:  # of no value: of a name itself
+        return BadRequest(f"a parameter's name must be text that UTF-8 can hold, got {got!r:.100}", param=f"{got:.80}")
     if isinstance(got, bytes) and not name:
         return BadRequest("the body must be JSON, named by the header content-type: application/json")
     if not name:

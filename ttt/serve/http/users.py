@@ -101,7 +101,8 @@ async def learn(http: Request, user: str, body: LearnRequest) -> dict[str, Any]:
     lesson = await server.apart(_lesson, server, body)
     if lesson is None:
         why = "no token teaches; the first one of a text has none before it that it could be learnt at"
-        raise BadRequest(f"there is nothing to learn: {why}", param="text" if body.spans is None else "spans")
+        param = "messages" if body.messages is not None else "text" if body.spans is None else "spans"
+        raise BadRequest(f"there is nothing to learn: {why}", param=param)
     telling = _telling(server, body, lesson)
     server.limits.take(identity.key, tokens=len(lesson.ids) * telling.passes)
     learnt: Learnt = await _result(server, http, server.service.learn(user, lesson, telling))
@@ -249,6 +250,13 @@ def _lesson(server: Server, body: LearnRequest) -> Lesson | None:
         if body.spans is not None:
             raise BadRequest("spans go with text only", param="spans")
         messages = [message.plain(at) for at, message in enumerate(body.messages)]
+        found = list(dict.fromkeys(message["role"] for message in messages))
+        if not set(found) & set(body.roles):
+            raise BadRequest(
+                f"there is nothing to learn: roles must have one of the messages' roles, {', '.join(found)}, got "
+                f"{', '.join(body.roles)}",
+                param="roles",
+            )
         return Teaching(tuple(body.roles), all_turns=True, read=read).lesson(server.tokenizer, messages, context)
     assert body.text is not None
     if "roles" in body.model_fields_set:
