@@ -183,6 +183,7 @@ def _become(base, arguments, env, cwd):
     os.environ.clear()
     os.environ.update(env)
     random.seed()
+    sys.stdout.reconfigure(line_buffering=False, write_through=bool(env.get("PYTHONUNBUFFERED")))
     kind, *rest = arguments
     first = {"-c": "", "-m": cwd}.get(kind, os.path.dirname(os.path.abspath(kind)))
     sys.path[:] = [first, *filter(None, env.get("PYTHONPATH", "").split(os.pathsep)), *base]
