@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ def ids(path):
 def test_code_blocks_of_a_page_run_in_order_and_print_what_it_says(page, tmp_path, monkeypatch):
     """A block of text after one of code is what that prints; numbers may differ by 5 % between machines."""
     monkeypatch.chdir(tmp_path)
+    if page.name == "users.md":  # which has an example of how to calibrate
+        warnings.filterwarnings("error", "learning is unprotected")  # pytest puts the filters back
     namespace: dict = {}
     printed = None
     for number, (kind, code) in enumerate(blocks(page)):
