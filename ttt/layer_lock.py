@@ -29,6 +29,11 @@ class LayerLock:
         self._depth += 1
         return True
 
+    @property
+    def depth(self) -> int:
+        """How many blocks of the thread that holds it are inside of one another; for this thread only."""
+        return self._depth
+
     def release(self) -> None:
         self._depth -= 1
         self._lock.release()
@@ -60,13 +65,15 @@ def exclusive(layers: Sequence[Any], what: str, *, repairs: bool = False) -> Ite
     taken: list[LayerLock] = []
     try:
         with SignalsDeferred():
-            for lock in locks:
+            for layer, lock in zip(layers, locks, strict=True):
                 if not lock.acquire(what):
                     raise RuntimeError(
                         f"{what} was called while another thread is in {lock.holder} of the same layers: one thread at "
                         "a time learns; wait for it, or give each thread a model of its own (ttt.fork)"
                     )
                 taken.append(lock)
+                if lock.depth == 1:
+                    layer.sink = None  # what a block has left there that a signal's handler ended half-way
         if not repairs:
             refuse_torn(layers, what)
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():

@@ -7,6 +7,7 @@ from tiny_models import adapted, assert_same, ids_of, state_of, tiny
 from torch import nn
 
 import ttt
+from ttt.nn import Capturing
 
 
 def net(window=4):
@@ -112,6 +113,20 @@ def test_learning_inside_of_learning_is_refused_and_the_outer_block_goes_on():
         rows.append(state_of(model))
         assert model[0].pending == 5
     assert_same(*rows)
+
+
+def test_after_a_block_that_was_interrupted_half_way_others_learn(monkeypatch):
+    """As by the handler of a signal: the block has left a sink behind."""
+    model, x = net(window=16), torch.randn(3, 8)
+    ended = Capturing.__exit__
+    monkeypatch.setattr(Capturing, "__exit__", lambda *args: None)
+    with ttt.learning(model):
+        model(x).sum().backward()
+    monkeypatch.setattr(Capturing, "__exit__", ended)
+    assert model[0].sink is not None
+    with ttt.learning(model):
+        model(x).sum().backward()
+    assert (model[0].pending, model[0].sink) == (6, None)
 
 
 def test_a_learner_inside_of_learning_is_refused():

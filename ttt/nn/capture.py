@@ -36,7 +36,7 @@ class Capturing:
                     "Keep whole weights in memory, or compute without learning"
                 )
         for layer in self.layers:
-            if layer.sink is not None:
+            if layer.sink is not None and layer.lock.depth:  # without the lock it may be left from an interrupted block
                 raise RuntimeError(
                     f"{layer.name or 'a layer'} learns already in this thread, in ttt.learning or in a method of a "
                     "ttt.Learner that has not ended, whose rows would be lost: leave it first. Tasks of one event loop "
