@@ -61,11 +61,11 @@ def exclusive(layers: Sequence[Any], what: str, *, repairs: bool = False) -> Ite
     Raises:
         RuntimeError: if another thread is inside, or a write to one of the layers ended half-way (`ttt.atomic`).
     """
-    locks = [layer.lock for layer in layers]
     taken: list[LayerLock] = []
     try:
         with SignalsDeferred():
-            for layer, lock in zip(layers, locks, strict=True):
+            for layer in layers:
+                lock = layer.lock
                 if not lock.acquire(what):
                     raise RuntimeError(
                         f"{what} was called while another thread is in {lock.holder} of the same layers: one thread at "

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ttt.adapt.hooks import own_forward
+from ttt.adapt.hooks import accelerate_hooks, own_forward
 from ttt.adapt.sharding import HOW_TO_IGNORE, is_replicated, local, sharding_of, shards_fully
 from ttt.nn.base import DTYPES, Adapted, absent
 from ttt.nn.experts import STACKS, is_stack, why_not_gated
@@ -197,9 +196,7 @@ class Weights:
 
 def offloads(module: Any) -> bool:
     """Whether a hook of accelerate keeps the weights of ``module`` elsewhere and puts them in place for each call."""
-    hook = getattr(module, "_hf_hook", None)
-    hooks: Sequence[Any] = getattr(hook, "hooks", [hook])
-    return any(getattr(each, "offload", False) for each in hooks)
+    return any(getattr(each, "offload", False) for each in accelerate_hooks(module))
 
 
 def count_not_finite(weight: Tensor) -> int:

@@ -26,6 +26,13 @@ def move_hooks(module: nn.Module, to: nn.Module) -> None:
     module.__dict__["_is_full_backward_hook"] = None
 
 
+def accelerate_hooks(module: Any) -> Sequence[Any]:
+    """The hooks of accelerate in the forward pass of ``module``; None stands for none."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks: Sequence[Any] = getattr(hook, "hooks", [hook])
+    return hooks
+
+
 def own_forward(module: Any) -> str:
     """Why the forward pass of ``module`` is not its class's, so that a layer in its place would not have it; or "".
 
@@ -33,9 +40,7 @@ def own_forward(module: Any) -> str:
     """
     if "forward" not in vars(module) or is_sharded(module.weight):
         return ""
-    hook = getattr(module, "_hf_hook", None)
-    hooks: Sequence[Any] = getattr(hook, "hooks", [hook])
-    if all(type(each).__name__ == "AlignDevicesHook" for each in hooks):
+    if all(type(each).__name__ == "AlignDevicesHook" for each in accelerate_hooks(module)):
         return ""
     return (
         "has a forward pass that was set on this module, and not by its class, so it cannot be adapted: a learning "

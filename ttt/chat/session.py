@@ -124,7 +124,7 @@ class Chat:
         self.messages: list[dict[str, str]] = []
         self._version: Version | None = None  # whose weights the pool has; None for a user without a version
         self._unsure = False  # whether the pool may have others than that
-        self._load(next(iter(self.versions()), None))
+        self._load(self._newest())
 
     def versions(self) -> list[Version]:
         """The user's versions, newest first; empty for a user who is not in the store."""

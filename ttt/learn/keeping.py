@@ -98,7 +98,6 @@ class Keeping(Prepared):
         """
         self.require_single("consolidate", "the anchor is shared by all users")
         with self.access.enter_together("Learner.consolidate"):
-            self.renew_guard()
             if self.guard is not None:
                 self.guard.check()
             with whole_write(self.layers, "Learner.consolidate"):

@@ -70,8 +70,7 @@ def refuse_or_warn_of_unreached(layers: Sequence[Linear | LowRankLinear], rows: 
     Raises:
         ValueError: if there are none of any layer.
     """
-    missing = [layer.name or "a layer" for layer, count in zip(layers, rows, strict=True) if not count]
-    if len(missing) == len(layers):
+    if not any(rows):
         raise ValueError(
             "calibration got no gradient at any layer that learns: the loss does not depend on their outputs"
         )

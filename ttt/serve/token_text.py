@@ -68,13 +68,13 @@ class TokenText:
 
 
 class Offsets:
-    """Where tokens begin in their text, in characters, one after the other from the character ``start`` on.
+    """Where tokens begin in their text, in characters, one after the other.
 
     A token that begins inside of a character stands where the character does.
     """
 
-    def __init__(self, start: int = 0) -> None:
-        self._next = start
+    def __init__(self) -> None:
+        self._next = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: TokenText) -> int:

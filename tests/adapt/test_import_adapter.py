@@ -5,23 +5,12 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from peft_models import gpt2, llama
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import ttt
 
 IDS = torch.arange(24).view(1, 24) % 23
-
-
-def llama():
-    config = LlamaConfig(
-        vocab_size=40, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-def gpt2():
-    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=64, n_embd=24, n_layer=2, n_head=4)).eval()
 
 
 def adapter(base, folder, targets=("q_proj", "down_proj"), rank=4):
