@@ -124,7 +124,8 @@ void low_rank_linear(const ttt::LowRankLinear& a) {
   const int threads = work < 65536 ? 1 : a.threads;
   // A thread gets several consecutive units at a time, because the next unit's rows are prefetched.
   const auto run = [&](const std::vector<Unit>& units) {
-    return std::clamp(static_cast<int>(units.size()) / (8 * threads), 2, 16);
+    const int count = static_cast<int>(units.size());
+    return threads == 1 ? std::max(count, 1) : std::clamp(count / (8 * threads), 2, 16);
   };
   const int dots_run = run(dots), sums_run = run(sums);
   const auto row_a = [&](const Unit& u) {

@@ -3,6 +3,8 @@
 #pragma once
 #include <omp.h>
 
+#include <algorithm>
+
 #include "product.h"
 #include "scratch.h"
 #include "vec.h"
@@ -47,14 +49,15 @@ inline vf add_strip(vf acc, const T* row, const float* x) {
   return acc + w.a * load(x) + w.b * load(x + VL);
 }
 
-// out[r * 4 + t] = row r . token t, with the first token at x. `later` is the distance in elements from these rows to
-// the ones that are read next, or 0 if it is unknown. Several rows are read at once, because four streams from memory
-// are faster than one, and each strip of the tokens is loaded once for all of them.
-template <int rows, int tokens, class T>
-inline void dot_products(const T* const* row, const float* x, int64_t stride, int64_t n, float* out, int64_t later) {
+// out[r * 4 + t] = row r . token t, with the first token at x. The rows are prefetched `ahead` bytes before they are
+// read, into the cache of `level`. Several rows are read at once, because four streams from memory are faster than one,
+// and each strip of the tokens is loaded once for all of them. All loops over the sums are unrolled, so that GCC 12
+// keeps them out of memory, which it would clear with an instruction (rep stos) during which nothing is read ahead.
+// This, and no test of the level in the loop, take 0.04 of 0.94 ms away (4096 x 4096 in bfloat16, one token, Zen 5).
+template <int level, int rows, int tokens, class T>
+inline void dot_products(const T* const* row, const float* x, int64_t stride, int64_t n, float* out, int64_t ahead) {
   constexpr int unroll = rows * tokens >= 8 ? 1 : 8 / (rows * tokens);
   constexpr int step = dots<T> ? STRIP / 2 : STRIP;  // floats of a packed strip of a token
-  const bool near = streams_fit_first_level();
   vf acc[rows][tokens][unroll] = {};
   int64_t j = 0;
   for (; j + unroll * STRIP <= n; j += unroll * STRIP, x += unroll * step) {
@@ -68,55 +71,63 @@ inline void dot_products(const T* const* row, const float* x, int64_t stride, in
 #pragma GCC unroll 8
     for (int u = 0; u < unroll; u++)
 #pragma GCC unroll 4
-      for (int r = 0; r < rows; r++) {
-        const T* strip = row[r] + j + u * STRIP;
-        if (later == 0 && near)
-          prefetch_strip<1>(strip);
-        else if (later == 0)
-          prefetch_strip(strip);
-        else
-          prefetch_strip(strip + later, 0);
-      }
+      for (int r = 0; r < rows; r++) prefetch_strip<level>(row[r] + j + u * STRIP, ahead);
   }
   for (; j < n; j += STRIP, x += step)
+#pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
       T part[STRIP] = {};
       std::memcpy(part, row[r] + j, (n - j < STRIP ? n - j : STRIP) * sizeof(T));
+#pragma GCC unroll 4
       for (int t = 0; t < tokens; t++) acc[r][t][0] = add_strip(acc[r][t][0], part, x + t * stride);
     }
+#pragma GCC unroll 4
   for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
     for (int t = 0; t < tokens; t++) {
       vf total = acc[r][t][0];
+#pragma GCC unroll 8
       for (int u = 1; u < unroll; u++) total += acc[r][t][u];
       out[r * 4 + t] = sum(total);
     }
 }
 
-template <int tokens, class T>
+template <int level, int tokens, class T>
 inline void dot_products_of(const T* const* row, int rows, const float* x, int64_t stride, int64_t n, float* out,
-                            int64_t later) {
+                            int64_t ahead) {
   if (rows == 4) {
-    dot_products<4, tokens>(row, x, stride, n, out, later);
+    dot_products<level, 4, tokens>(row, x, stride, n, out, ahead);
     return;
   }
-  for (int r = 0; r < rows; r++) dot_products<1, tokens>(row + r, x, stride, n, out + r * 4, later);
+  for (int r = 0; r < rows; r++) dot_products<level, 1, tokens>(row + r, x, stride, n, out + r * 4, ahead);
 }
 
-// out[r * by_row + t * by_token] = row r . token t for at most four rows and any number of tokens that are `stride`
-// floats apart.
-template <class T>
-inline void dot_products_any(const T* const* row, int rows, const float* x, int64_t stride, int64_t n, int64_t tokens,
-                             float* out, int64_t by_row, int64_t by_token, int64_t later = 0) {
+template <int level, class T>
+inline void dot_products_from(const T* const* row, int rows, const float* x, int64_t stride, int64_t n, int64_t tokens,
+                              float* out, int64_t by_row, int64_t by_token, int64_t ahead) {
   for (int64_t t = 0; t < tokens; t += 4) {
     const int some = tokens - t < 4 ? static_cast<int>(tokens - t) : 4;
     float part[16];
-    if (some == 1) dot_products_of<1>(row, rows, x + t * stride, stride, n, part, later);
-    if (some == 2) dot_products_of<2>(row, rows, x + t * stride, stride, n, part, later);
-    if (some == 3) dot_products_of<3>(row, rows, x + t * stride, stride, n, part, later);
-    if (some == 4) dot_products_of<4>(row, rows, x + t * stride, stride, n, part, later);
+    if (some == 1) dot_products_of<level, 1>(row, rows, x + t * stride, stride, n, part, ahead);
+    if (some == 2) dot_products_of<level, 2>(row, rows, x + t * stride, stride, n, part, ahead);
+    if (some == 3) dot_products_of<level, 3>(row, rows, x + t * stride, stride, n, part, ahead);
+    if (some == 4) dot_products_of<level, 4>(row, rows, x + t * stride, stride, n, part, ahead);
     for (int r = 0; r < rows; r++)
       for (int q = 0; q < some; q++) out[r * by_row + (t + q) * by_token] = part[r * 4 + q];
   }
+}
+
+// out[r * by_row + t * by_token] = row r . token t for at most four rows and any number of tokens that are `stride`
+// floats apart. `later` is the distance in elements from these rows to the ones that are read next, or 0 if it is
+// unknown.
+template <class T>
+inline void dot_products_any(const T* const* row, int rows, const float* x, int64_t stride, int64_t n, int64_t tokens,
+                             float* out, int64_t by_row, int64_t by_token, int64_t later = 0) {
+  if (later == 0 && streams_fit_first_level())
+    dot_products_from<1>(row, rows, x, stride, n, tokens, out, by_row, by_token, AHEAD);
+  else
+    dot_products_from<2>(row, rows, x, stride, n, tokens, out, by_row, by_token,
+                         later == 0 ? AHEAD : later * static_cast<int64_t>(sizeof(T)));
 }
 
 template <class T>
@@ -147,6 +158,8 @@ void window_linear(const ttt::WindowLinear& a) {
   const double work =
       static_cast<double>(m) * n * (a.product_done ? 0 : 1) + static_cast<double>(rows) * tokens * (m + n);
   const int threads = work < 65536 ? 1 : a.threads;
+  // Whenever a thread asks for its next groups, an atomic operation waits for everything that is being read.
+  const int64_t run = threads == 1 ? groups : std::max<int64_t>(2, groups / (8 * threads));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(static)
@@ -160,7 +173,7 @@ void window_linear(const ttt::WindowLinear& a) {
     }
     // A group is four blocks of VL outputs; each block reads a stretch of consecutive rows of W. Scheduling is dynamic,
     // because on shared machines a core can be taken away at any time.
-#pragma omp for schedule(dynamic, 2)
+#pragma omp for schedule(dynamic, run)
     for (int64_t group = 0; group < groups; group++) {
       const int64_t i0 = group * 4 * VL;
       float* out = part + i0 * tokens;
