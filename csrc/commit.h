@@ -45,11 +45,10 @@ __attribute__((always_inline)) inline void take_sums(vf (&to)[MR][NV], const flo
     for (int v = 0; v < NV; v++) to[r][v] = load(sums + r * NC + v * VL) * scale;
 }
 
-// Tiles are FLAT for up to HANDFUL tokens and MID for fewer than MANY_TOKENS. With pairs of bfloat16, FLAT is faster up
-// to 16 tokens (4096 x 4096, T = 16, Zen 4: 5.8 ms, MID 6.1). TALL is 2 % faster at 1024 tokens and up to 12 % slower
-// at 64.
-template <bool dot>
-constexpr int64_t HANDFUL = dot ? 16 : 4;
+// Tiles are FLAT for up to HANDFUL tokens and MID for fewer than MANY_TOKENS. (4096 x 4096 in bfloat16, T = 16:
+// FLAT 8.6 ms and MID 7.5 on one thread of Zen 5, but 5.8 and 6.1 on two of Zen 4; T = 1, Zen 5: 6.0 and 6.3.) TALL is
+// 2 % faster at 1024 tokens and up to 12 % slower at 64.
+constexpr int64_t HANDFUL = 4;
 constexpr int64_t MANY_TOKENS = 512;
 // With replay and at most this many tokens, blocks are so small that rows of W stay in the cache between drift and
 // update.
@@ -250,7 +249,7 @@ template <bool dot, class W, class S>
 void commit_by_size(const ttt::Commit& a) {
   if (a.momentum != nullptr && a.tokens > 0)  // one height of tiles for all token counts keeps the code small
     commit<MID, dot, true, W, S>(a);
-  else if (FLAT != TALL && a.tokens <= HANDFUL<dot>)
+  else if (FLAT != TALL && a.tokens <= HANDFUL)
     commit<FLAT, dot, false, W, S>(a);
   else if (MID != TALL && a.tokens < MANY_TOKENS)
     commit<MID, dot, false, W, S>(a);
@@ -262,7 +261,7 @@ template <class W, class S>
 void commit_by_rate(const ttt::Commit& a) {
   // A float32 momentum needs float32 products: eta delta as a sum of two bfloat16 would be off by 5e-7.
   const bool precise = a.momentum != nullptr && a.momentum_dtype == ttt::kF32;
-  if (dots<W> && !precise && (!a.slow_dots || a.tokens <= HANDFUL<false> || tiles_fit(true, a)))
+  if (dots<W> && !precise && (!a.slow_dots || a.tokens <= HANDFUL || tiles_fit(true, a)))
     commit_by_size<dots<W>, W, S>(a);
   else
     commit_by_size<false, W, S>(a);
