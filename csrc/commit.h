@@ -9,6 +9,7 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -47,9 +48,9 @@ __attribute__((always_inline)) inline void take_sums(vf (&to)[MR][NV], const flo
 
 // Tiles are FLAT for up to HANDFUL tokens and MID for fewer than MANY_TOKENS. (4096 x 4096 in bfloat16, T = 16:
 // FLAT 8.6 ms and MID 7.5 on one thread of Zen 5, but 5.8 and 6.1 on two of Zen 4; T = 1, Zen 5: 6.0 and 6.3.) TALL is
-// 2 % faster at 1024 tokens and up to 12 % slower at 64.
+// 6 % faster at 256 tokens and up to 12 % slower at 64.
 constexpr int64_t HANDFUL = 4;
-constexpr int64_t MANY_TOKENS = 512;
+constexpr int64_t MANY_TOKENS = 256;
 // With replay and at most this many tokens, blocks are so small that rows of W stay in the cache between drift and
 // update.
 constexpr int64_t FEW_TOKENS = 32;
@@ -119,9 +120,11 @@ void commit(const ttt::Commit& a) {
   int64_t block = replay.rows && tokens <= FEW_TOKENS ? (384 << 10) / bytes_per_row : BLOCK_ROWS;
   block = block < 2 * TALL ? 2 * TALL : (block > BLOCK_ROWS ? BLOCK_ROWS : block);
   block = block / MR * MR;
-  // Panels in one group stay in the L2 cache while the block's rows go over them; a small X is one group.
-  const int64_t panel_bytes = u.right() * 4;
-  int64_t group = panel_bytes * panels <= (512 << 10) ? panels : (256 << 10) / (panel_bytes ? panel_bytes : 1);
+  // Panels in one group stay in the L2 cache while the block's rows go over them, with as much left for these rows.
+  // (4096 x 4096 in bfloat16, T = 64, Zen 5 with 1 MB: 16.6 ms with panels of 256 KB, 15.2 with 512, 16.5 with 768.)
+  const int64_t panel_bytes = u.right() * 4,
+                half_cache = std::clamp<int64_t>(second_level_bytes() / 2, 256 << 10, 1 << 20);
+  int64_t group = panel_bytes * panels <= half_cache ? panels : half_cache / panel_bytes;
   if (group < 1 || tiled) group = 1;
 
   const double work = static_cast<double>(m) * n * (4 + tokens + replay.rows);

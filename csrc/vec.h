@@ -151,16 +151,27 @@ inline void prefetch_strip(const T* p, int64_t ahead = AHEAD) {
     __builtin_prefetch(reinterpret_cast<const char*>(p) + ahead + byte, 0, 4 - level);
 }
 
-// Whether streams are prefetched into the first-level cache instead, in whose 48 KB with 12 ways they do not evict each
-// other. False where its size is unknown.
-inline bool streams_fit_first_level() {
+// The sizes of a core's data caches in bytes; 0 where they are unknown.
+inline int64_t first_level_bytes() {
 #if defined(_SC_LEVEL1_DCACHE_SIZE)
-  static const bool large = sysconf(_SC_LEVEL1_DCACHE_SIZE) >= 48 << 10;
-  return large;
+  static const int64_t size = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+  return size;
 #else
-  return false;
+  return 0;
 #endif
 }
+inline int64_t second_level_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  return size;
+#else
+  return 0;
+#endif
+}
+
+// Whether streams are prefetched into the first-level cache instead, in whose 48 KB with 12 ways they do not evict each
+// other.
+inline bool streams_fit_first_level() { return first_level_bytes() >= 48 << 10; }
 
 // Lanes that are not finite have an exponent of ones: isfinite has no vector form.
 inline vu finite_mask(vu u) { return (vu)((u & 0x7f800000u) != 0x7f800000u); }
