@@ -126,11 +126,11 @@ def test_commit_without_optional_state(isa, missing):
     check_commit(case, options)
 
 
-@pytest.mark.parametrize("tokens", [300, 530])
+@pytest.mark.parametrize(("tokens", "n"), [(150, 2060), (300, 1030), (530, 1030)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_commit_over_several_cache_groups(isa, dtype, tokens):
+def test_commit_over_several_cache_groups(isa, dtype, tokens, n):
     # X is larger than 1 MB, so panels are processed in groups, and rows in several blocks.
-    case = commit_case(100, 1030, tokens, dtype, torch.float32)
+    case = commit_case(100, n, tokens, dtype, torch.float32)
     check_commit(case, {**OPTIONS, "replay_rows": 5, "lam": 0.5})
 
 
