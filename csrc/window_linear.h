@@ -130,14 +130,69 @@ inline void dot_products_any(const T* const* row, int rows, const float* x, int6
                          later == 0 ? AHEAD : later * static_cast<int64_t>(sizeof(T)));
 }
 
+// How many tokens meet a block of the window's rows at once. AVX-512 has 32 registers, SSE and AVX2 have 16.
+constexpr int AT_ONCE = VL == 16 ? 4 : 2;
+
+// y - coef D of `some` tokens from t on, for the 4 VL outputs from i0 on. Unless the product is in y already, `part`
+// holds it: block of VL outputs, token, lane.
+template <int some, class T>
+inline void subtract_window(const ttt::WindowLinear& a, int64_t t, int64_t i0, const float* part, const float* coef,
+                            const int* live, int64_t rows) {
+  const int64_t m = a.m;
+  const T *win_delta = static_cast<const T*>(a.win_delta) + i0, *bias = static_cast<const T*>(a.bias);
+  T* y = static_cast<T*>(a.y) + t * m + i0;
+  int64_t count[4];
+  for (int b = 0; b < 4; b++) count[b] = std::max<int64_t>(std::min<int64_t>(m - i0 - b * VL, VL), 0);
+  vf value[some][4] = {};
+#pragma GCC unroll 4
+  for (int q = 0; q < some; q++)
+#pragma GCC unroll 4
+    for (int b = 0; b < 4; b++) {
+      value[q][b] = a.product_done ? load_upto(y + q * m + b * VL, count[b]) : load(part + (b * a.tokens + t + q) * VL);
+      if (!a.product_done && bias != nullptr) value[q][b] += load_upto(bias + i0 + b * VL, count[b]);
+    }
+  const auto subtract = [&](auto row_at) {
+    for (int64_t c = 0; c < rows; c++) {
+      const T* row = win_delta + live[c] * m;
+      vf delta[4];
+#pragma GCC unroll 4
+      for (int b = 0; b < 4; b++) delta[b] = row_at(row, b);
+#pragma GCC unroll 4
+      for (int q = 0; q < some; q++) {
+        const vf factor = splat(coef[(t + q) * rows + c]);
+#pragma GCC unroll 4
+        for (int b = 0; b < 4; b++) value[q][b] -= factor * delta[b];
+      }
+    }
+  };
+  if (count[3] == VL)
+    subtract([](const T* row, int b) { return load(row + b * VL); });
+  else
+    subtract([&](const T* row, int b) { return load_upto(row + b * VL, count[b]); });
+#pragma GCC unroll 4
+  for (int q = 0; q < some; q++)
+#pragma GCC unroll 4
+    for (int b = 0; b < 4; b++) {
+      T rounded[VL];
+      store_nearest(rounded, value[q][b]);
+      std::memcpy(y + q * m + b * VL, rounded, count[b] * sizeof(T));
+    }
+}
+
+template <int most, class T>
+inline void subtract_window_of(int some, const ttt::WindowLinear& a, int64_t t, int64_t i0, const float* part,
+                               const float* coef, const int* live, int64_t rows) {
+  if constexpr (most > 1)
+    if (some < most) return subtract_window_of<most - 1, T>(some, a, t, i0, part, coef, live, rows);
+  subtract_window<most, T>(a, t, i0, part, coef, live, rows);
+}
+
 template <class T>
 void window_linear(const ttt::WindowLinear& a) {
   const int64_t m = a.m, n = a.n, tokens = a.tokens;
   const T* weight = static_cast<const T*>(a.weight);
   const T* bias = static_cast<const T*>(a.bias);
   const T* win_x = static_cast<const T*>(a.win_x);
-  const T* win_delta = static_cast<const T*>(a.win_delta);
-  T* y = static_cast<T*>(a.y);
 
   // The rows in use; a row with eta = 0 is empty and is never read.
   Scratch live_scratch(a.window + 1);
@@ -183,23 +238,9 @@ void window_linear(const ttt::WindowLinear& a) {
         for (; some < 4 && i0 + some * VL + i < m; some++) row[some] = weight + (i0 + some * VL + i) * n;
         if (some > 0) dot_products_any(row, some, x.row(0), stride, n, tokens, out + i, VL * tokens, VL);
       }
-      for (int64_t t = 0; t < tokens; t++) {
-        vf value[4] = {};
-        int64_t count[4];
-        for (int b = 0; b < 4; b++) {
-          const int64_t i = i0 + b * VL;
-          count[b] = m - i < VL ? (m > i ? m - i : 0) : VL;
-          value[b] = a.product_done ? load_upto(y + t * m + i, count[b]) : load(out + (b * tokens + t) * VL);
-          if (!a.product_done && bias != nullptr) value[b] += load_upto(bias + i, count[b]);
-        }
-        for (int64_t c = 0; c < rows; c++)
-          for (int b = 0; b < 4; b++)
-            value[b] -= coef[t * rows + c] * load_upto(win_delta + live[c] * m + i0 + b * VL, count[b]);
-        for (int b = 0; b < 4; b++) {
-          T rounded[VL];
-          store_nearest(rounded, value[b]);
-          std::memcpy(y + t * m + i0 + b * VL, rounded, count[b] * sizeof(T));
-        }
+      for (int64_t t = 0; t < tokens; t += AT_ONCE) {
+        const int some = tokens - t < AT_ONCE ? static_cast<int>(tokens - t) : AT_ONCE;
+        subtract_window_of<AT_ONCE, T>(some, a, t, i0, out, coef, live, rows);
       }
     }
   }
