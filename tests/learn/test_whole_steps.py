@@ -121,9 +121,14 @@ def test_a_handler_that_raises_at_any_moment_leaves_the_layers_in_step():
     """An alarm clock rings at a random moment of a reading, again and again."""
     learner, _ = learners(window=5, rate="rms")
     ids = ids_of(2, 33)
-    start = time.perf_counter()
-    learner.observe(ids)
-    duration = time.perf_counter() - start
+
+    def duration_of_a_reading():
+        start = time.perf_counter()
+        learner.observe(ids)
+        return time.perf_counter() - start
+
+    # The first reading of a process may take much longer, so that an alarm would ring after most of the later ones.
+    duration = min(duration_of_a_reading() for _ in range(4))
 
     class Alarm(Exception):
         pass
