@@ -8,6 +8,7 @@ one is worse than in the file of ``--against``.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import triton
+from triton._C.libtriton import get_cache_invalidating_env_vars, ir
 from triton.backends.compiler import BaseBackend, GPUTarget
 from triton.compiler import ASTSource, CompilationError, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -67,8 +69,8 @@ def variant(launch: Launch, target: GPUTarget = CUDA) -> tuple:
     return name_of(launch.kernel), tuple(specialization), tuple(sorted(options.items()))
 
 
-def compiled(launch: Launch, target: GPUTarget) -> Any:
-    """The kernel that the launch would run on ``target``, compiled."""
+def _source(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict, BaseBackend]:
+    """What the launch would compile on ``target``, with which options."""
     values, specialization, options, backend = _bound(launch, target)
     signature, constants, attrs = {}, {}, {}
     for at, (name, (kind, special)) in enumerate(zip(values, specialization, strict=True)):
@@ -77,7 +79,31 @@ def compiled(launch: Launch, target: GPUTarget) -> Any:
             constants[at,] = values[name]
         elif isinstance(special, str):
             attrs[at,] = backend.parse_attr(special)
-    return triton.compile(ASTSource(launch.kernel, signature, constants, attrs), target=target, options=options)
+    return ASTSource(launch.kernel, signature, constants, attrs), options, backend
+
+
+def compiled(launch: Launch, target: GPUTarget) -> Any:
+    """The kernel that the launch would run on ``target``, compiled."""
+    source, options, _ = _source(launch, target)
+    return triton.compile(source, target=target, options=options)
+
+
+def fingerprint(launch: Launch, target: GPUTarget) -> str:
+    """A hash of all that the machine code of a launch on ``target`` follows from.
+
+    That is the kernel in Triton's first representation, without the lines of the files that it was written in, the
+    options, the versions of Triton and of its assembler, and the environment variables that Triton asks for.
+    """
+    source, options, backend = _source(launch, target)
+    chosen = backend.parse_options(dict(options, **source.parse_options()))
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    implementation = backend.get_codegen_implementation(chosen)
+    module = source.make_ir(target, chosen, implementation, backend.get_module_map(), context)
+    environment = sorted(get_cache_invalidating_env_vars().items())
+    parts = (module.str_nodebug(), triton.__version__, backend.hash(), chosen.hash(), str(environment))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
 def name_of(kernel: JITFunction) -> str:
@@ -86,9 +112,12 @@ def name_of(kernel: JITFunction) -> str:
 
 
 def compile_all(
-    everything: bool = False, targets: Sequence[str] = ("sm_80", "sm_90"), kernels: Sequence[str] = ()
+    everything: bool = False,
+    targets: Sequence[str] = ("sm_80", "sm_90"),
+    kernels: Sequence[str] = (),
+    known: Sequence[dict[str, Any]] = (),
 ) -> Iterator[dict[str, Any]]:
-    """A row for each distinct launch and target: its kernel and variant, and the result of `inspect`.
+    """A row for each distinct launch and target: its kernel, variant and `fingerprint`, and the result of `inspect`.
 
     A kernel that Triton cannot compile for an AMD GPU has a row that says why, in ``failed``.
 
@@ -96,8 +125,11 @@ def compile_all(
         everything: every variant of every kernel.
         targets: names in `TARGETS`.
         kernels: names as `name_of` gives them; all if there is none.
+        known: rows of an earlier run. Where the fingerprint is that of one of them, nothing is compiled: the row is
+            that one, under the name of this variant.
     """
     done = set()
+    found = {(row["kernel"], row["target"], row["fingerprint"]): row for row in known if "fingerprint" in row}
     for label, call in calls(everything):
         for target, launch in ((t, launch) for t in targets for launch in launches(call, TARGETS[t])):
             key, kernel = (target, *variant(launch)), name_of(launch.kernel)
@@ -106,7 +138,9 @@ def compile_all(
             done.add(key)
             row = {"kernel": kernel, "target": target, "variant": label}
             try:
-                yield {**row, **inspect(compiled(launch, TARGETS[target]))}
+                row["fingerprint"] = fingerprint(launch, TARGETS[target])
+                before = found.get((kernel, target, row["fingerprint"]))
+                yield {**before, **row} if before else {**row, **inspect(compiled(launch, TARGETS[target]))}
             except CompilationError as error:
                 if TARGETS[target].backend == "cuda":
                     raise
@@ -131,13 +165,15 @@ def main() -> int:
     parser.add_argument("--target", nargs="+", default=["sm_80", "sm_90"], choices=TARGETS)
     parser.add_argument("--kernel", nargs="+", default=[], help="of these kernels only, such as commit._commit")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--known", type=Path, help="compile nothing that this file of --json has, unchanged")
     parser.add_argument("--against", type=Path, help="fail where a kernel is worse than in this file")
     options = parser.parse_args()
     if not isinstance(commit._commit, JITFunction):
         parser.error("TRITON_INTERPRET is set: the kernels cannot be compiled")
     print(f"{'kernel':28} {'target':6} " + " ".join(f"{name:>9}" for name in _NUMBERS) + "  loads, by bits")
+    known = json.loads(options.known.read_text())["rows"] if options.known else []
     rows, faults = [], []
-    for row in compile_all(options.all, options.target, options.kernel):
+    for row in compile_all(options.all, options.target, options.kernel, known):
         rows.append(row)
         bad = row["target"].startswith("sm_") and (row["stack"] > 0 or row["spills"] > 0)
         if bad:
