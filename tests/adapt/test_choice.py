@@ -125,8 +125,8 @@ def test_all_linear_leaves_out_loras_own_layers_and_names_are_as_without_peft(tm
 def test_models_of_peft_are_read_chunk_by_chunk_whatever_their_task(task_type, compiled):
     import peft
 
-    base, ids = tiny(), ids_of(2, 24)
-    config = ttt.TTTConfig(target_modules=["down_proj"], layers="last:2", protect=[], lr=0.05, chunk=7)
+    base, ids = tiny(layers=2), ids_of(2, 24)
+    config = ttt.TTTConfig(target_modules=["down_proj"], layers="last:1", protect=[], lr=0.05, chunk=7)
     lora = peft.LoraConfig(target_modules=["q_proj"], r=3, task_type=task_type)
     wrapped = peft.get_peft_model(copy.deepcopy(base), lora).eval()  # LoRA begins as zeros
     wrapped = torch.compile(wrapped, backend="eager") if compiled else wrapped

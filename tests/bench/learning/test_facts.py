@@ -42,9 +42,9 @@ class Bytes:
 
 @pytest.fixture(scope="module", autouse=True)
 def short_answers():
-    """Answers of 5 tokens: the tiny model, whose tokens are bytes, ends none of them by itself."""
+    """Answers of 2 tokens: the tiny model, whose tokens are bytes, ends none of them by itself."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(bench.learning.facts.run, "written", functools.partial(written, tokens=5))
+        patched.setattr(bench.learning.facts.run, "written", functools.partial(written, tokens=2))
         yield
 
 
