@@ -89,8 +89,9 @@ class Learner(Keeping):
         Args:
             input_ids: (B, T) int64.
             attention_mask: (B, T) bool or 0/1: 0 marks padding, which is neither scored nor learnt, and which no other
-                token sees. It may be on either side. If all blocks of the model have attention it may also be between
-                tokens, as where texts were joined; the token after it is read, but not scored.
+                token sees. It may be on either side; chunks are counted from the first column, so padding on the left
+                moves the borders between a sequence's chunks. If all blocks of the model have attention it may also be
+                between tokens, as where texts were joined; the token after it is read, but not scored.
             learn_mask: (B, T) bool or 0/1: tokens with 0 are read and scored, but no loss is taken on them, as with
                 the label -100 in transformers. A token is predicted, and so learnt, at the one before it: the rows of
                 those are written, whatever their own entry, and no others, though these have gradients, too, where a
