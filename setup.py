@@ -38,7 +38,7 @@ COMMON += [
     "-Wno-maybe-uninitialized",
     "-Wno-uninitialized",
 ]
-KERNELS = ("kernels", "head")  # the files that are compiled once for each of these:
+KERNELS = ("kernels", "head", "attention")  # the files that are compiled once for each of these:
 VARIANTS = {"portable": []}
 if X86:
     VARIANTS["avx2"] = ["-mavx2", "-mfma", "-DTTT_ISA_AVX2"]

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "api.h"
+#include "attention_api.h"
 #include "head_api.h"
 
 namespace py = pybind11;
@@ -55,6 +56,15 @@ const ttt::HeadKernels* head_table_of(const std::string& isa) {
   return &ttt::head_portable();
 }
 
+const ttt::AttentionKernels* attention_table_of(const std::string& isa) {
+#ifdef TTT_X86
+  if (isa == "avx512bf16" || isa.rfind("amx", 0) == 0) return &ttt::attention_avx512bf16();
+  if (isa == "avx512") return &ttt::attention_avx512();
+  if (isa == "avx2") return &ttt::attention_avx2();
+#endif
+  return &ttt::attention_portable();
+}
+
 // Intel's processors multiply pairs of bfloat16 at half the rate of float32 (a commit of 4096 x 4096, T = 256, on
 // Emerald Rapids takes 111 ms with pairs, 71 ms with factors widened to float32), AMD's at twice that rate. With few
 // tokens, pairs are faster on both.
@@ -70,6 +80,7 @@ const bool slow_dots = [] {
 std::string active_isa = available_isas().back();
 const ttt::Kernels* active = table_of(active_isa);
 const ttt::HeadKernels* active_head = head_table_of(active_isa);
+const ttt::AttentionKernels* active_attention = attention_table_of(active_isa);
 
 const ttt::Tiles* tiles_of(const std::string& isa) {
   if (isa == "amx, emulated") return ttt::emulated_tiles();  // for tests
@@ -86,6 +97,7 @@ void set_isa(const std::string& isa) {
   active_isa = isa;
   active = table_of(isa);
   active_head = head_table_of(isa);
+  active_attention = attention_table_of(isa);
   active_tiles = tiles_of(isa);
 }
 

@@ -2,6 +2,7 @@
 // them releases the GIL.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -112,6 +113,43 @@ int64_t head_gradient(address logits, address weight, address mean, address targ
                                 words, width, most, mass, dtype, weight_dtype, threads});
 }
 
+// tensors: the addresses of q, k, v, the gradient of the outputs, and the mask, or 0; then those of the gradients that
+// are written. steps: of the same tensors in the same order, three each.
+void attention_backward(const std::array<address, 8>& tensors, const std::array<std::array<int64_t, 3>, 8>& steps,
+                        const std::array<int64_t, 8>& sizes, float scale, bool causal, int dtype, int threads) {
+  const auto steps_of = [&](int n) { return ttt::HeadSteps{steps[n][0], steps[n][1], steps[n][2]}; };
+  ttt::AttentionBackward a = {};
+  a.q = in<void>(tensors[0]);
+  a.k = in<void>(tensors[1]);
+  a.v = in<void>(tensors[2]);
+  a.out = in<void>(tensors[3]);
+  a.mask = in<bool>(tensors[4]);
+  a.dq = out<void>(tensors[5]);
+  a.dk = out<void>(tensors[6]);
+  a.dv = out<void>(tensors[7]);
+  a.q_steps = steps_of(0);
+  a.k_steps = steps_of(1);
+  a.v_steps = steps_of(2);
+  a.out_steps = steps_of(3);
+  a.mask_steps = steps_of(4);
+  a.dq_steps = steps_of(5);
+  a.dk_steps = steps_of(6);
+  a.dv_steps = steps_of(7);
+  a.batch = sizes[0];
+  a.heads = sizes[1];
+  a.key_heads = sizes[2];
+  a.queries = sizes[3];
+  a.keys = sizes[4];
+  a.first = sizes[5];
+  a.width = sizes[6];
+  a.value_width = sizes[7];
+  a.scale = scale;
+  a.causal = causal;
+  a.dtype = dtype;
+  a.threads = threads;
+  active_attention->backward(a);
+}
+
 // Every argument is given by name: see `_bound_commit` in ttt/ops/cpu.py.
 ttt::Commit commit_of(address weight, address anchor, address importance, address trace, address x, address delta,
                       address eta, address trace_delta, address memory, address seen, address step, int64_t m,
@@ -206,6 +244,7 @@ inline void bind_ops(py::module_& m) {
   m.def("row_dots", &row_dots, released);
   m.def("head_scores", &head_scores, released);
   m.def("head_gradient", &head_gradient, released);
+  m.def("attention_backward", &attention_backward, released);
   py::class_<ttt::Commit>(m, "Commit")
       .def(py::init(&commit_of), py::kw_only(), named("weight"), named("anchor"), named("importance"), named("trace"),
            named("x"), named("delta"), named("eta"), named("trace_delta"), named("memory"), named("seen"),

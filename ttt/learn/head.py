@@ -11,6 +11,7 @@ verified.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import threading
@@ -22,6 +23,7 @@ from torch.nn.modules import module as _module
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ttt.adapt.training import other_hooks
+from ttt.learn.attention import kernel_attention
 from ttt.nn.row_blocks import is_subclass
 from ttt.ops import cpu
 from ttt.ops.backends import record
@@ -314,7 +316,8 @@ class HeadSplit:
     def forward(self, inputs: dict[str, Any]) -> tuple[Any, Tensor | None, Tensor | None]:
         """Run the model: (its output, the hidden states at the head with their graph, the leaf that replaced them)."""
         self._seen, self._output = [], None
-        out = self.model(**inputs)
+        with kernel_attention() if torch.is_grad_enabled() else contextlib.nullcontext():
+            out = self.model(**inputs)
         if not self.why and (len(self._seen) != 1 or out.logits is not self._output):
             self.why = self.changed = "the model changes the logits that its output head makes"
         hidden, leaf = self._seen[0] if len(self._seen) == 1 else (None, None)

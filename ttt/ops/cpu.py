@@ -218,6 +218,66 @@ def head_gradient(
     return gradient, rows
 
 
+def attention_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grad: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    causal: bool,
+    scale: float,
+    first: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of softmax attention at its queries, keys and values, computed in float32.
+
+    They are those of ``softmax(scale * q @ k.mT, where mask) @ v`` of every head; a query that sees no key has the
+    output 0. Heads of queries that follow each other share a head of keys. Rows of the batch are computed apart.
+
+    Args:
+        q: (B, H, Q, D); ``k``: (B, G, K, D) and ``v``: (B, G, K, E), where G divides H and no size is 0; ``grad``: (B,
+            H, Q, E), the gradient of the outputs. All are of one dtype, float32 or bfloat16, on the CPU, and of no
+            subclass. In each the numbers of a row follow each other in memory.
+        mask: (B or 1, H or 1, Q, K) bool, which keys each query sees; None: all.
+        causal: let query i see keys 0 to i only.
+        scale: of the scores, more than 0.
+        first: the gradients of the keys and values before this one are not computed, and are 0.
+
+    Returns:
+        dq, dk and dv, like ``q``, ``k`` and ``v``; in memory, the heads of a token follow each other.
+
+    Raises:
+        ValueError: for a tensor of another shape or dtype, for ``scale`` <= 0, or for ``first`` outside [0, K].
+    """
+    (batch, heads, queries, width), (_, key_heads, keys, _), value_width = q.shape, k.shape, v.shape[-1]
+    if not scale > 0 or not 0 <= first <= keys or not q.numel() or not k.numel() or not v.numel() or heads % key_heads:
+        raise ValueError(
+            f"attention_backward takes scale > 0, first in [0, {keys}] and heads that are a multiple of those of the "
+            f"keys, got scale={scale}, first={first}, q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        )
+    if q.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"q must be float32 or bfloat16, got {q.dtype}")
+    _check_like("k", k, (batch, key_heads, keys, width), q.dtype)
+    _check_like("v", v, (batch, key_heads, keys, value_width), q.dtype)
+    _check_like("grad", grad, (batch, heads, queries, value_width), q.dtype)
+    if mask is not None:
+        wanted = tuple(1 if size == 1 else full for size, full in zip(mask.shape, (batch, heads), strict=False))
+        _check_like("mask", mask, (*wanted, queries, keys), torch.bool)
+        mask = (mask if mask.stride(3) == 1 else mask.contiguous()).expand(batch, heads, queries, keys)
+    q, k, v, grad = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v, grad))
+    dq, dk, dv = (t.new_empty((batch, t.shape[2], t.shape[1], t.shape[3])).transpose(1, 2) for t in (q, k, v))
+    if first:
+        dk[:, :, :first] = 0
+        dv[:, :, :first] = 0
+    given = [q, k, v, grad, mask, dq, dk, dv]
+    _C.attention_backward(
+        [address(t) for t in given], [(0, 0, 0) if t is None else t.stride()[:3] for t in given],
+        (batch, heads, key_heads, queries, keys, first, width, value_width), scale, causal, DTYPE_CODES[q.dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return dq, dk, dv
+
+
 def window_append(
     win_x, win_delta, win_eta, win_trace, x, delta, eta, trace_delta, at=0, counters=None, tokens=None, gate=None
 ) -> None:
