@@ -9,6 +9,7 @@ transformers' own "sdpa" on plain tensors; everywhere else torch's is used, and 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import threading
 from collections.abc import Iterator
@@ -69,12 +70,17 @@ def _found() -> tuple[Any, Any, str]:
     except ImportError:
         return None, None, "this release of transformers has no table of attention functions"
     held = getattr(table, "_local_mapping", None)
-    parameters = inspect.signature(own).parameters.values()
-    if held is None or not {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} <= _READ:
+    if held is None or not _reads(own) <= _READ:
         return None, None, "this release of transformers has another attention function"
     if held.get(_NAME, own) not in (own, _attention) or (_NAME not in held and table.get(_NAME) is not own):
         return None, None, "another function has replaced transformers' attention"
     return table, own, ""
+
+
+@functools.cache
+def _reads(function: Any) -> set[str]:
+    """The names of the arguments that ``function`` reads."""
+    return {p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD}
 
 
 def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args, **kwargs) -> Any:
