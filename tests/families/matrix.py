@@ -362,7 +362,7 @@ The page is written by `python tests/families/matrix.py`
 | restores | the weights are bit-equal after `restore_`, and `generate` writes the same |
 | saves | `save` and `load` give the same state, bit for bit |
 | users | two users learn side by side as alone |
-| padded | left and right padding change no score of a text of one chunk (in longer ones, padding on the left moves the borders between chunks) |
+| padded | padding changes no score, on the right, or on the left of a text of one chunk |
 | bfloat16 | chunks are learnt in bfloat16 |
 | experts | stacks of experts that `target_modules` names learn; - where there are none |
 
