@@ -42,9 +42,10 @@ demo-byte: $(VENV)/.demo
 serve: $(VENV)/.serve
 	$(SHARED) $(BIN)/python -m ttt serve
 
-# In two processes of one thread each: most tests are too small for a second thread. tests/selection.py orders the files.
+# In three processes of one thread each, for two cores: most tests are too small for a second thread, and those of servers and
+# stores wait for a quarter of the time. tests/selection.py orders the files.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # About 4 minutes to install and 6 to run. TTT_TEST_MODEL names a folder with the model that is served.
 test-vllm: $(VLLM_VENV)/.ready $(VLLM_VENV)/smollm2/model.safetensors
