@@ -1,5 +1,7 @@
 """Names to slots: who is evicted, what callbacks get, and what an error leaves behind."""
 
+import warnings
+
 import pytest
 import torch
 from helpers import plain_config
@@ -54,6 +56,33 @@ def test_the_user_not_named_for_the_longest_time_makes_room():
     assert pool.users == ("a", "d", "b")
     assert same(pool.export("b"), before["b"])
     assert same(pool.export("a"), before["a"])
+
+
+def test_the_first_loss_of_learnt_weights_is_warned_of():
+    _, pool = model_of()
+    for user in "abc":
+        pool.open(user)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pool.open("d")  # "a" learnt nothing
+        teach(pool, "b")
+        pool.evict("c")  # asked for
+        pool.open("c")
+        pool.open("d")
+    assert pool.users == ("b", "c", "d")
+    with pytest.warns(UserWarning, match="'b' is evicted, and what they learnt is lost"):
+        pool.open("e")
+    teach(pool, "c")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pool.open("f")  # said once
+    _, pool = model_of()
+    pool.on_evict = lambda *kept: None
+    for user in "abc":
+        teach(pool, user)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pool.open("d")
 
 
 def test_state_is_plain_tensors_by_layer():

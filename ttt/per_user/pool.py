@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -39,7 +40,7 @@ class Pool:
 
     Attributes:
         on_evict: called with (user, state) before a slot is given to another user; if it raises, nothing changes.
-            None: what an evicted user learnt is lost.
+            None: what an evicted user learnt is lost, and the first time a UserWarning says so.
         on_miss: called with a user who has no slot; returns a state, or None for a user who starts from the base model.
         companion: keeps further state for every user in a slot and takes part in learning; None for nothing.
         episodes: keeps what was learnt from (`ttt.EpisodeLog`); None for nothing.
@@ -56,6 +57,7 @@ class Pool:
         self.on_miss: Callable[[str], State | None] | None = None
         self.companion: Companion | None = None
         self.episodes: Log | None = None
+        self._warned = False  # of learnt weights that were lost
         self.routing = Routing()
         for layer in self.layers.values():
             layer.routing = self.routing
@@ -309,8 +311,23 @@ class Pool:
         if len(self._slot) == self.slots:
             if self._computed().issuperset(self._slot):
                 raise RuntimeError(f"all {self.slots} slots belong to users of the present batch")
+            self._warn_of_loss()
             self.evict()
         return min(set(range(self.slots)) - set(self._slot.values()))
+
+    def _warn_of_loss(self) -> None:
+        """Warn, once, if the user who is evicted next loses what they learnt."""
+        if self.on_evict is not None or self._warned:
+            return
+        busy = self._computed()
+        user = next(u for u in self._slot if u not in busy)
+        if any(bool(layer.rows[self._slot[user]]) for layer in self.layers.values()):
+            self._warned = True
+            warnings.warn(
+                f"all {self.slots} slots are taken: user {user!r} is evicted, and what they learnt is lost. Set "
+                "pool.on_evict and pool.on_miss, or take more slots (ttt.LowRank(slots=...))",
+                stacklevel=2,
+            )
 
     def _place(self, user: str, slot: int, state: State | None) -> None:
         with SignalsDeferred():
