@@ -287,9 +287,48 @@ def test_second_derivatives_are_those_of_the_torch_form():
             by = [t for t in leaf if t is not None]
             first = torch.autograd.grad(run(form)(*leaf)[0].square().sum(), by, create_graph=True, allow_unused=True)
             used = [t for t in first if t is not None]
-            found.append(torch.autograd.grad(sum(t.square().sum() for t in used), leaf[:4]))
+            found.append(torch.autograd.grad(sum(t.square().sum() for t in used), by, materialize_grads=True))
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("made", ["q", "v", "beta"])
+def test_inputs_that_are_made_from_one_another_have_the_derivatives_of_their_own_shares(made):
+    """Also where they can be differentiated again; compared with the torch form in float64."""
+    drawn = *inputs(1, 40, 2, 8, 8, torch.float32), torch.randn(1, 40, 2, 8), torch.randn(1, 2, 8, 8)
+    found = []
+    for form, dtype in (("chunk", torch.float64), ("auto", torch.float32)):
+        q, k, v, beta, g, weight, state = (t.to(dtype) for t in drawn)
+        leaf = k.clone().requires_grad_()
+        q, v = (leaf if made == "q" else q), (2 * leaf + v if made == "v" else v)
+        beta = leaf.sum(-1).sigmoid() if made == "beta" else beta
+        out, _ = delta_runs()(form)(q, leaf, v, beta, g, state)
+        (first,) = torch.autograd.grad((out * weight).sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), leaf)
+        found.append([first.detach().double(), second.double()])
+    for a, b in zip(*found, strict=True):
+        assert_near(b, a)
+
+
+@pytest.mark.parametrize(("op", "middles", "options"), KINDS[:3])
+def test_layers_have_one_first_derivative(op, middles, options):
+    """By the weights that memories begin with and are compared with: the state has them twice."""
+    tensors, case = memory_tensors((2, 37, 2, 20), 8, torch.float32, middles, begun=False, **options)
+    weights = None
+    found = []
+    for again in (False, True):
+        given = leaves(tensors)
+        outs = memory_runs(case)("auto")(*given)
+        weights = weights or [torch.randn_like(out) for out in outs]
+        total = sum((out * weight).sum() for out, weight in zip(outs, weights, strict=True))
+        by = [t for t in given if t is not None]
+        found.append(torch.autograd.grad(total, by, create_graph=again, materialize_grads=True))
+    for a, b in zip(*found, strict=True):
+        assert_near(b.detach(), a)
+
+
+def assert_near(found, exact):
+    torch.testing.assert_close(found.double(), exact.double(), rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
 
 
 def all_runs():

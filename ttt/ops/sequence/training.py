@@ -156,6 +156,8 @@ def _again(given, run, d_outs):
     again = torch.is_grad_enabled()
     wanted = [n for n, t in enumerate(given) if t is not None and t.requires_grad]
     with torch.enable_grad():
+        # Views: where an input was computed from another one, the derivative by the latter would have both shares.
+        given = [t.view_as(t) if n in wanted else t for n, t in enumerate(given)]
         outs = [(out, d) for out, d in zip(run(given), d_outs, strict=True) if out.requires_grad]
     grads = torch.autograd.grad(
         *([out for out, _ in outs], [given[n] for n in wanted], [d for _, d in outs]),
