@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ class SequenceCache(Cache):
     def __init__(self, blocks: int):
         super().__init__(layers=[StateLayer() for _ in range(blocks)])  # type: ignore[misc, arg-type]
         self.seen = 0
+        self.torn = False  # whether some blocks have taken a token up that others have not
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The tokens that were read so far, with padding."""
@@ -96,8 +97,24 @@ class SequenceCache(Cache):
         """The bytes of all states."""
         return sum(int(state_bytes(layer.state)) for layer in self.layers)
 
+    def check_whole(self) -> None:
+        """Raise RuntimeError if an error left the states between two tokens."""
+        if self.torn:
+            raise RuntimeError(
+                "the cache cannot be used any more: an error ended a decoding step after some blocks had taken the "
+                "token up. Go on from a copy (SequenceCache.copy) of before, or read the text again"
+            )
+
+    def take(self, states: Sequence[Any], tokens: int) -> None:
+        """Hold the ``states`` of the blocks after ``tokens`` more tokens."""
+        for layer, state in zip(self.layers, states, strict=True):
+            layer.state = state
+        self.seen += tokens
+        self.torn = False
+
     def copy(self) -> SequenceCache:
         """A cache with copies of the states."""
+        self.check_whole()
         made = SequenceCache(len(self.layers))
         for layer, other in zip(made.layers, self.layers, strict=True):
             layer.state = own(other.state)
@@ -108,7 +125,7 @@ class SequenceCache(Cache):
         """Begin a new text."""
         for layer in self.layers:
             layer.state = None
-        self.seen = 0
+        self.seen, self.torn = 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes row ``beam_idx[i]``."""
@@ -131,9 +148,13 @@ class SequenceCache(Cache):
     def tensors(self) -> dict[str, Tensor]:
         """All states by name, and the tokens read, for ``store.put``; `load` takes them back.
 
+        They are the states themselves, which the next token changes: take those of a `copy` to keep them.
+
         Raises:
             ValueError: if no token was read.
+            RuntimeError: if an error left the states between two tokens.
         """
+        self.check_whole()
         if not self.is_initialized:
             raise ValueError("the cache must have read tokens before it is stored, got an empty one")
         found = {"seen": torch.tensor([self.seen])}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,6 +26,26 @@ class TTTSequencePreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012
     _is_stateful = True  # assisted generation would have to take tokens back
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As of all models of transformers; what the file lacks begins as in a new model."""
+        model, found = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model._begin(found["missing_keys"])
+        return (model, found) if output_loading_info else model
+
+    @torch.no_grad()
+    def _begin(self, names: Iterable[str]) -> None:
+        """Give the tensors ``names`` the numbers of a new model, but for the matrices that `_init_weights` draws.
+
+        transformers makes a model without memory, and its own initial values exist for single layers of torch only.
+        """
+        kinds = {f"{name}.weight" for name, m in self.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))}
+        own = self.state_dict()
+        if left := [name for name in names if name in own and name not in kinds]:
+            new = type(self)(self.config).state_dict()
+            for name in left:
+                own[name].copy_(new[name])
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -76,22 +97,27 @@ class TTTSequenceModel(TTTSequencePreTrainedModel):
         if keep and cache is None:
             cache = SequenceCache(len(self.layers))
         batch, tokens = x.shape[:2]
-        if cache is not None and cache.batch_size not in (-1, batch):
-            raise ValueError(f"cache must be of {batch} sequences, as the tokens are, got {cache.batch_size}")
+        if cache is not None:
+            if cache.batch_size not in (-1, batch):
+                raise ValueError(f"cache must be of {batch} sequences, as the tokens are, got {cache.batch_size}")
+            cache.check_whole()
+        in_place = cache is not None and tokens == 1 and not torch.is_grad_enabled()
+        if cache is not None and not keep:
+            cache = cache.copy()
         mask, bounds = _padding(attention_mask, batch, tokens), None
         if mask is not None:
             x, bounds = packed(x, mask)
+        states = []
+        if keep and cache is not None and in_place:
+            cache.torn = True  # until all blocks have taken the token up
         for number, block in enumerate(self.layers):
-            held: Any = None if cache is None else cache.layers[number]
-            state = None if held is None else held.state
-            x, state = block(x, state, bounds, keep)
-            if keep:
-                held.state = state
+            x, state = block(x, None if cache is None else cache.layers[number].state, bounds, keep)
+            states.append(state)
         x = self.norm(x)
         if mask is not None:
             x = x.new_zeros(batch, tokens, x.shape[-1]).masked_scatter(mask.unsqueeze(-1), x)
         if keep and cache is not None:
-            cache.seen += tokens
+            cache.take(states, tokens)
         return _output(BaseModelOutputWithPast, cache if keep else None, last_hidden_state=x)
 
 
@@ -191,14 +217,24 @@ class TTTSequenceForCausalLM(TTTSequencePreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, T), or ``inputs_embeds`` (B, T, C) instead.
             attention_mask: (B, L) with L >= T, of which the last T columns count: 0 for padding.
-            cache: of the tokens before, which changes in place. ``past_key_values`` is its older name.
+            cache: of the tokens before, which changes in place, unless ``use_cache`` is False. If an error ends a
+                step in between, the cache is refused from then on. ``past_key_values`` is its older name.
             labels: (B, T), the tokens themselves; -100 where no loss is wanted.
             use_cache: whether to return a cache; by default unless the model is being trained.
             logits_to_keep: only the logits of this many last tokens, or of these positions; 0 for all.
 
         Raises:
-            TypeError, ValueError: for a wrong argument.
+            TypeError, ValueError: for a wrong argument. No cache has changed then.
+            RuntimeError: for a cache that an error left between two tokens.
         """
+        if labels is not None:
+            read = inputs_embeds if input_ids is None else input_ids
+            if read is not None and labels.shape != read.shape[:2]:
+                raise ValueError(
+                    f"labels must be {tuple(read.shape[:2])}, as the tokens are, got {tuple(labels.shape)}"
+                )
+            if isinstance(logits_to_keep, Tensor) or logits_to_keep:
+                raise ValueError("labels need the logits of all tokens: logits_to_keep must be 0")
         out = self.model(
             input_ids, attention_mask=attention_mask, cache=cache, past_key_values=past_key_values,
             inputs_embeds=inputs_embeds, use_cache=use_cache,

@@ -136,7 +136,14 @@ class ShortConvolution(nn.Module):
         y = whole[:, last:] * self.weight[0]
         for j in range(1, self.width):
             y = y + whole[:, last - j : last - j + tokens] * self.weight[j]
-        return nn.functional.silu(y), whole[:, tokens:]
+        return nn.functional.silu(y), last_rows(whole, last)
+
+
+def last_rows(t: Tensor, count: int, dim: int = 1) -> Tensor:
+    """The last ``count`` rows of ``t``, copied if there are many others, whose memory a view would keep."""
+    size = t.shape[dim]
+    rows = t.narrow(dim, size - count, count)
+    return rows.clone() if size > 2 * count else rows
 
 
 def widened(t: Tensor) -> Tensor:

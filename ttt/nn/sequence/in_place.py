@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt.checks import check_number
-from ttt.nn.sequence.base import LayerState, SequenceLayer, checked_input, checked_recent
+from ttt.nn.sequence.base import LayerState, SequenceLayer, checked_input, checked_recent, last_rows
 from ttt.ops.sequence import in_place_ttt, in_place_ttt_step
 from ttt.ops.sequence.checks import bounds_of, check_count
 from ttt.ops.sequence.states import over_sequences
@@ -68,7 +68,7 @@ class InPlaceMLP(SequenceLayer):
 
         def shift(tensors, last):
             whole = torch.cat([last, tensors[0]], 1)
-            return whole[:, :-1], whole[:, -1:]
+            return whole[:, :-1], last_rows(whole, 1)
 
         before, recent = over_sequences(shift, (z,), recent, bounds)
         rate = self.log_rate.exp().expand(x.shape[0], x.shape[1], 1)

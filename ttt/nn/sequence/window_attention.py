@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ttt.nn.sequence.base import SequenceLayer, checked_head_width, checked_input
+from ttt.nn.sequence.base import SequenceLayer, checked_head_width, checked_input, last_rows
 from ttt.ops.dtypes import accumulation
 from ttt.ops.sequence.checks import bounds_of, check_count, sequences
 from ttt.ops.sequence.states import over_sequences
@@ -90,7 +90,7 @@ class WindowAttention(SequenceLayer):
                     attn_mask=(seen & written).unsqueeze(1),
                 )
             )
-        new = WindowState(keys[:, :, tokens:], values[:, :, tokens:], state.position + tokens)
+        new = WindowState(last_rows(keys, before, 2), last_rows(values, before, 2), state.position + tokens)
         return torch.cat(outs, 2).transpose(1, 2), new
 
 
