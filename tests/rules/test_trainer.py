@@ -60,6 +60,29 @@ def test_a_model_adapted_for_other_rules_is_refused():
         Trainer(model, [MAS(0.1)])
 
 
+@pytest.mark.parametrize("make", [lambda: EWC(0.1), LwF, lambda: ExperienceReplay(20)])
+def test_a_rule_that_serves_another_model_is_refused(make):
+    rule = make()
+    trainer, _ = trainer_of([rule])
+    with pytest.raises(ValueError, match=f"{rule.name} serves another model already"):
+        trainer_of([make(), rule] if rule.options() == {} else [rule])
+    assert rule.model is trainer.model
+    assert Trainer(trainer.model, [rule]).rules == [rule]
+
+
+def test_a_rule_that_was_refused_may_serve_another_model():
+    rule, model = LwF(), ttt.adapt_(plain_mlp(), configure(plain_config(target_modules="all-linear"), [EWC(0.1)]))
+    with pytest.raises(ValueError, match="MAS needs importance"):
+        Trainer(model, [rule, MAS(0.1)])
+    assert trainer_of([rule])[0].rules == [rule]
+
+
+def test_one_rule_given_twice_is_refused():
+    rule = LwF()
+    with pytest.raises(ValueError, match=r"rules must be different objects, got \['LwF', 'LwF'\]"):
+        trainer_of([rule, rule])
+
+
 def test_a_step_before_the_first_task_and_bad_gradients_are_refused():
     trainer, start = trainer_of([])
     with pytest.raises(RuntimeError, match="begin_task"):

@@ -98,8 +98,18 @@ class Rule:
         """Settings that this rule needs: fields of `TTTConfig`, or flat names of its defences (`ttt.defences`)."""
         return {}
 
+    def check_model(self, model: nn.Module) -> None:
+        """Called before any rule is attached to ``model``.
+
+        Raises:
+            ValueError: if the rule serves another model.
+        """
+        if getattr(self, "model", model) is not model:
+            raise ValueError(f"{self.name} serves another model already; models must have rules of their own")
+
     def attach(self, model: nn.Module, forward: Forward) -> None:
-        """Called once, by the `Trainer`."""
+        """Called by the `Trainer`, after `check_model`."""
+        self.check_model(model)
         self.model, self.forward = model, forward
 
     def begin_task(self, task: int) -> None:

@@ -138,15 +138,15 @@ class Progressive(Rule):
     """Gives a `ProgressiveNet` a column for each task.
 
     Raises:
-        TypeError: at `attach`, for another model.
+        TypeError: at `check_model`, for a model of another class.
     """
 
     architecture: ClassVar[bool] = True
 
-    def attach(self, model: nn.Module, forward) -> None:
+    def check_model(self, model: nn.Module) -> None:
         if not isinstance(model, ProgressiveNet):
             raise TypeError(f"model must be a ProgressiveNet, got {type(model).__name__}")
-        super().attach(model, forward)
+        super().check_model(model)
 
     def begin_task(self, task: int) -> None:
         assert isinstance(self.model, ProgressiveNet)

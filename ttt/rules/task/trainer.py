@@ -31,7 +31,8 @@ class Trainer:
         forward: (model, batch) -> (N, K) logits. Default: ``model(batch.x)``.
 
     Raises:
-        ValueError: if the model's configuration is not what the rules need.
+        ValueError: if the model's configuration is not what the rules need, if a rule serves another model already, or
+            if ``rules`` name one object twice.
     """
 
     def __init__(
@@ -40,8 +41,10 @@ class Trainer:
         refuse_sharded(model, "a Trainer of tasks")
         self.model, self.rules, self.forward = model, as_rules(rules), forward
         self.task = -1
+        if len({id(rule) for rule in self.rules}) < len(self.rules):
+            raise ValueError(f"rules must be different objects, got {[rule.name for rule in self.rules]}")
         for rule in self.rules:
-            rule.attach(model, forward)
+            rule.check_model(model)
             for _, layer in learning_layers(model):
                 for name, value in rule.options().items():
                     held = getattr(layer.config, name)
@@ -50,6 +53,8 @@ class Trainer:
                             f"{rule.name} needs {name} = {value!r}, but the model was adapted with {held!r}; "
                             "adapt it under ttt.rules.configure(config, rules)"
                         )
+        for rule in self.rules:
+            rule.attach(model, forward)
 
     def begin_task(self) -> None:
         """To be called before a task's first step."""
