@@ -46,6 +46,11 @@ def test_reservoir_refuses_other_fields():
         reservoir.insert(x=torch.zeros(2, 3))
     with pytest.raises(ValueError, match="fields must have one length"):
         reservoir.insert(x=torch.zeros(2, 3), y=torch.zeros(1))
+    for shape in [(2, 1), (2, 5), (2,), (2, 3, 1)]:
+        with pytest.raises(ValueError, match=r"x must have shape \(N, 3\) as before, got \(2"):
+            reservoir.insert(x=torch.ones(shape), y=torch.ones(2))
+    assert reservoir.seen == 2
+    assert not reservoir.fields["y"].any()
     with pytest.raises(ValueError, match="capacity must be a whole number of at least 1, got 0"):
         SampleReservoir(0)
 

@@ -35,11 +35,11 @@ class SampleReservoir:
     def __len__(self) -> int:
         return min(self.seen, self.capacity)
 
-    def insert(self, **fields: Tensor | None) -> None:
-        """Add N samples. Each field is (N, ...), or None in every call.
+    def check(self, **fields: Tensor | None) -> int:
+        """N, if `insert` takes ``fields``. Nothing is changed.
 
         Raises:
-            ValueError: for fields of different lengths, or others than before.
+            ValueError: for fields of different lengths, or other ones or other shapes than before.
         """
         given = {name: t.detach() for name, t in fields.items() if t is not None}
         lengths = {name: len(t) for name, t in given.items()}
@@ -47,8 +47,21 @@ class SampleReservoir:
             raise ValueError(f"fields must have one length, got {lengths}")
         if self.fields and {n for n, t in self.fields.items() if t is not None} != set(given):
             raise ValueError(f"fields must be {sorted(self.fields)} as before, got {sorted(given)}")
+        for name, t in given.items():
+            held = self.fields.get(name)
+            if held is not None and held.shape[1:] != t.shape[1:]:
+                shape = ", ".join(["N", *map(str, held.shape[1:])])
+                raise ValueError(f"{name} must have shape ({shape}) as before, got {tuple(t.shape)}")
+        return next(iter(lengths.values()))
+
+    def insert(self, **fields: Tensor | None) -> None:
+        """Add N samples. Each field is (N, ...), or None in every call.
+
+        Raises:
+            ValueError: as `check`; nothing has changed then.
+        """
         self.admit(
-            next(iter(lengths.values())),
+            self.check(**fields),
             lambda rows: {n: None if t is None else t.detach()[rows] for n, t in fields.items()},
         )
 
