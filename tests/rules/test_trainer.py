@@ -8,7 +8,19 @@ from helpers import plain_config
 from tiny_tasks import layers_of, plain_mlp, samples, trainer_of
 
 import ttt
-from ttt.rules import EWC, MAS, ExperienceReplay, LayerReplay, LwF, SynapticIntelligence, Trainer, configure
+from ttt.rules import (
+    EWC,
+    MAS,
+    Batch,
+    DarkExperienceReplay,
+    ExperienceReplay,
+    GenerativeReplay,
+    LayerReplay,
+    LwF,
+    SynapticIntelligence,
+    Trainer,
+    configure,
+)
 
 
 def test_without_rules_a_step_is_sgd_on_the_summed_loss():
@@ -94,6 +106,113 @@ def test_a_step_before_the_first_task_and_bad_gradients_are_refused():
         trainer.step(bad)
     for layer, w in zip(layers_of(trainer), start, strict=True):
         assert torch.equal(layer.weight, w)
+
+
+def state_of(trainer):
+    """All that learning has written: weights, buffers of the layers, and what the rules keep."""
+    state = {name: t.detach().clone() for name, t in trainer.model.state_dict().items()}
+    kept = [t.clone() for rule in trainer.rules for t in rule.tensors()]
+    return trainer.task, state, kept
+
+
+def assert_unchanged(trainer, before):
+    task, state, kept = state_of(trainer)
+    assert task == before[0]
+    assert [name for name, t in state.items() if not torch.equal(t, before[1][name])] == []
+    assert len(kept) == len(before[2])
+    assert all(map(torch.equal, kept, before[2]))
+
+
+@pytest.mark.parametrize("kind", ["true", "empirical", "stream"])
+def test_a_task_that_cannot_end_has_changed_nothing(kind):
+    trainer, _ = trainer_of([EWC(0.1, fisher=kind), GenerativeReplay()])
+    trainer.learn_task(samples(40))
+    trainer.begin_task()
+    few = samples(3)
+    trainer.step(few)
+    before, groups = state_of(trainer), len(trainer.rules[1].seen.groups)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"x must be at least 4 inputs of shape \(5,\), got \(3, 5\)"):
+            trainer.end_task([few])
+        with pytest.raises(ValueError, match="batches must hold at least one sample, got none"):
+            trainer.end_task([])
+        with pytest.raises(ValueError, match="x must be finite"):
+            trainer.end_task([Batch(torch.full((4, 5), torch.nan).double(), torch.zeros(4, dtype=torch.int64))])
+    assert_unchanged(trainer, before)
+    assert len(trainer.rules[1].seen.groups) == groups
+    trainer.end_task([samples(12)])
+    before = state_of(trainer)
+    with pytest.raises(ValueError, match="x must be at least 4 inputs"):
+        trainer.learn_task(few)
+    assert_unchanged(trainer, before)
+
+
+@pytest.mark.parametrize("rules", [lambda: [], lambda: [EWC(0.1)], lambda: [LwF(), ExperienceReplay(9, fill="task")]])
+def test_a_task_ends_once_after_it_has_begun(rules):
+    trainer, _ = trainer_of(rules())
+    data, before = samples(8), state_of(trainer)
+    with pytest.raises(RuntimeError, match=r"call begin_task\(\) before end_task\(\)"):
+        trainer.end_task([data])
+    assert_unchanged(trainer, before)
+    trainer.begin_task()
+    for nothing in ([], [data[:0]]):
+        with pytest.raises(ValueError, match="batches must hold at least one sample, got none"):
+            trainer.end_task(nothing)
+    trainer.end_task([data])
+    before = state_of(trainer)
+    with pytest.raises(RuntimeError, match="once for each task"):
+        trainer.end_task([data])
+    assert_unchanged(trainer, before)
+
+
+def test_what_learn_task_refuses_has_changed_nothing():
+    trainer, _ = trainer_of([EWC(0.1)])
+    data, before = samples(8), state_of(trainer)
+    for name, value in [("epochs", 0), ("epochs", -1), ("epochs", "2"), ("batch_size", 0), ("batch_size", 1.5)]:
+        with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got {value!r}"):
+            trainer.learn_task(data, **{name: value})
+    with pytest.raises(ValueError, match="samples must hold at least one sample"):
+        trainer.learn_task(data[:0])
+    assert_unchanged(trainer, before)
+
+
+def test_a_label_that_is_not_allowed_is_refused():
+    trainer, _ = trainer_of([ExperienceReplay(9)])
+    trainer.begin_task()
+    data = samples(6, (1, 2), heads=(1, 2))
+    trainer.step(data)
+    data.y[3], before = 0, state_of(trainer)
+    message = r"y must be labels that allowed permits: y\[3\] is 0, and allowed has \[1, 2\]"
+    with pytest.raises(ValueError, match=message):
+        trainer.step(data)
+    with pytest.raises(ValueError, match=message):
+        trainer.end_task([data])
+    with pytest.raises(ValueError, match=message):
+        trainer.learn_task(data)
+    assert_unchanged(trainer, before)
+
+
+@pytest.mark.parametrize("rule", [lambda: ExperienceReplay(9), lambda: DarkExperienceReplay(9)])
+def test_a_batch_that_a_reservoir_cannot_keep_is_not_learnt(rule):
+    trainer, _ = trainer_of([rule()])
+    trainer.begin_task()
+    trainer.step(samples(6))
+    before = state_of(trainer)
+    with pytest.raises(ValueError, match=r"fields must be .* as before"):
+        trainer.step(samples(6, heads=(0, 1, 2, 3)))
+    assert_unchanged(trainer, before)
+
+
+@pytest.mark.parametrize("rule", [lambda: ExperienceReplay(9), lambda: DarkExperienceReplay(9), GenerativeReplay])
+def test_gradients_that_are_not_finite_change_no_weight_and_no_memory(rule):
+    trainer, _ = trainer_of([rule()])
+    trainer.learn_task(samples(8))
+    trainer.begin_task()
+    before, bad = state_of(trainer), samples(4)
+    bad.x[1] = torch.nan
+    with pytest.raises(FloatingPointError, match="nothing was learnt"):
+        trainer.step(bad)
+    assert_unchanged(trainer, before)
 
 
 def test_accuracy_counts_only_open_outputs():

@@ -56,6 +56,24 @@ def masked(logits: Tensor, allowed: Tensor | None) -> Tensor:
     return logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)
 
 
+def check_labels(batch: Batch) -> Batch:
+    """``batch``, if each of its labels is among the outputs that its sample is allowed.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if batch.allowed is None or not len(batch):
+        return batch
+    y = batch.y
+    known = (y >= 0) & (y < batch.allowed.shape[1])  # cross entropy refuses others, or leaves them out (-100)
+    allowed = batch.allowed.gather(1, torch.where(known, y, 0)[:, None])[:, 0]
+    if bool((known & ~allowed).any()):
+        row = int((known & ~allowed).nonzero()[0])
+        outputs = batch.allowed[row].nonzero().flatten().tolist()
+        raise ValueError(f"y must be labels that allowed permits: y[{row}] is {int(y[row])}, and allowed has {outputs}")
+    return batch
+
+
 def task_loss(logits: Tensor, batch: Batch) -> Tensor:
     """Cross entropy of (N, K) logits, summed over the samples, among the outputs each sample is allowed."""
     return nn.functional.cross_entropy(masked(logits, batch.allowed), batch.y, reduction="sum")
@@ -121,6 +139,13 @@ class Rule:
 
     def end_step(self, batch: Batch, logits: Tensor) -> None:
         """After a step: what the model said about ``batch`` before it learnt from it."""
+
+    def check_end(self, batches: Sequence[Batch]) -> None:
+        """Before a task that ends with ``batches`` changes anything.
+
+        Raises:
+            ValueError: if the task cannot end with them.
+        """
 
     def measure(self, batches: Sequence[Batch]) -> None:
         """After the last step of a task, before anchors move: ``batches`` holds each of its samples once.

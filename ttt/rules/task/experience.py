@@ -41,6 +41,8 @@ class ExperienceReplay(Rule):
         self.reservoir = SampleReservoir(capacity, seed)
 
     def term(self, batch: Batch, logits: Tensor) -> Tensor | None:
+        if self.fill == "step":
+            self.reservoir.check(**batch.tensors())
         held = self.draw()
         return None if held is None else self.weight * task_loss(self.forward(self.model, held), held)
 
@@ -52,6 +54,11 @@ class ExperienceReplay(Rule):
     def end_step(self, batch: Batch, logits: Tensor) -> None:
         if self.fill == "step":
             self.reservoir.insert(**batch.tensors())
+
+    def check_end(self, batches: Sequence[Batch]) -> None:
+        if self.fill == "task":
+            for batch in batches:
+                self.reservoir.check(**batch.tensors())
 
     def end_task(self, batches: Sequence[Batch]) -> None:
         if self.fill == "task":
@@ -90,6 +97,7 @@ class DarkExperienceReplay(Rule):
         self.reservoir = SampleReservoir(capacity, seed)
 
     def term(self, batch: Batch, logits: Tensor) -> Tensor | None:
+        self.reservoir.check(**batch.tensors(), logits=logits)
         if not len(self.reservoir):
             return None
         total = None

@@ -45,16 +45,28 @@ class GaussianMixture:
     def __len__(self) -> int:
         return len(self.means)
 
+    def check(self, x: Tensor) -> None:
+        """Raise unless `fit` takes ``x`` (N, ...).
+
+        Raises:
+            ValueError: for inputs of another shape than before, fewer than ``least``, of whole numbers, or not finite.
+        """
+        if len(x) < self.least or (self.shape is not None and x.shape[1:] != self.shape):
+            shape = "" if self.shape is None else f" of shape {tuple(self.shape)}"
+            raise ValueError(f"x must be at least {self.least} inputs{shape}, got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"x must be of a floating-point type, got {x.dtype}")
+        if not bool(x.isfinite().all()):
+            raise ValueError("x must be finite, got inputs with infinity or NaN")
+
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
         """Add components for ``x`` (N, ...).
 
         Raises:
-            ValueError: for inputs of another shape than before, or fewer than ``least``.
+            ValueError: as `check`; nothing has changed then.
         """
-        if len(x) < self.least or (self.shape is not None and x.shape[1:] != self.shape):
-            shape = "" if self.shape is None else f" of shape {tuple(self.shape)}"
-            raise ValueError(f"x must be at least {self.least} inputs{shape}, got {tuple(x.shape)}")
+        self.check(x)
         self.shape = x.shape[1:]
         rows = x.detach().flatten(1)
         nearest = self._k_means(rows, min(self.components, len(rows) // self.least))
@@ -191,6 +203,9 @@ class GenerativeReplay(Rule):
             target = target.masked_fill(later, -torch.inf)
             groups = [torch.arange(target.shape[-1], device=target.device)]
         return self.weight * distillation(said, target, self.temperature, groups)
+
+    def check_end(self, batches: Sequence[Batch]) -> None:
+        self.generator.check(torch.cat([batch.x for batch in batches]))
 
     def end_task(self, batches: Sequence[Batch]) -> None:
         self.seen.add(batches)

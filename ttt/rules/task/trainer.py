@@ -8,10 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from ttt.adapt.convert import learning_layers, refuse_sharded, require_layers
+from ttt.checks import check_whole
 from ttt.defences import Defence
 from ttt.learn import protection
 from ttt.learn.any_loss import learning
-from ttt.rules.task.base import Batch, Forward, Rule, as_rules, evaluating, forward_inputs, masked, task_loss
+from ttt.rules.task.base import (
+    Batch,
+    Forward,
+    Rule,
+    as_rules,
+    check_labels,
+    evaluating,
+    forward_inputs,
+    masked,
+    task_loss,
+)
 
 
 class Trainer:
@@ -41,6 +52,7 @@ class Trainer:
         refuse_sharded(model, "a Trainer of tasks")
         self.model, self.rules, self.forward = model, as_rules(rules), forward
         self.task = -1
+        self._begun = False
         if len({id(rule) for rule in self.rules}) < len(self.rules):
             raise ValueError(f"rules must be different objects, got {[rule.name for rule in self.rules]}")
         for rule in self.rules:
@@ -59,6 +71,7 @@ class Trainer:
     def begin_task(self) -> None:
         """To be called before a task's first step."""
         self.task += 1
+        self._begun = True
         for rule in self.rules:
             rule.begin_task(self.task)
 
@@ -67,11 +80,15 @@ class Trainer:
 
         Raises:
             RuntimeError: before the first `begin_task`.
-            ValueError: if nothing may learn from ``batch``.
-            FloatingPointError: if a gradient is not finite; nothing has changed then.
+            ValueError: if nothing may learn from ``batch``, if a rule cannot keep it, or if ``batch.allowed`` forbids a
+                label. No weight and no memory has changed then.
+            FloatingPointError: if a gradient is not finite; no weight and no memory has changed then. Random draws of
+                the rules, as of what they replay, have gone on: otherwise samples that cause the error would be drawn
+                again. So have statistics that a forward pass in training mode collects, as those of BatchNorm.
         """
         if self.task < 0:
             raise RuntimeError("call begin_task() before the first step")
+        check_labels(batch)
         with learning(self.model):
             logits = self.forward(self.model, batch)
             own = loss = task_loss(logits, batch)
@@ -94,24 +111,53 @@ class Trainer:
 
         Args:
             batches: each sample of the task once.
+
+        Raises:
+            RuntimeError: without a `begin_task` since the last task ended.
+            ValueError: if ``batches`` hold no sample, or a rule cannot end a task with them. No anchor, importance or
+                memory of a rule has changed in either case.
         """
+        if not self._begun:
+            raise RuntimeError("call begin_task() before end_task(), once for each task")
         batches = list(batches)
+        self._check_end(batches)
         with evaluating(self.model):
             for rule in self.rules:
                 rule.measure(batches)
         protection.consolidate(require_layers(self.model))
         for rule in self.rules:
             rule.end_task(batches)
+        self._begun = False
+
+    def _check_end(self, batches: Sequence[Batch]) -> None:
+        """Raise ValueError if a task cannot end with ``batches``. Nothing is changed."""
+        if not sum(map(len, batches)):
+            raise ValueError("batches must hold at least one sample, got none")
+        for batch in batches:
+            check_labels(batch)
+        for rule in self.rules:
+            rule.check_end(batches)
 
     def learn_task(
         self, samples: Batch, *, epochs: int = 1, batch_size: int = 32, generator: torch.Generator | None = None
     ) -> None:
-        """A whole task: ``epochs`` passes over ``samples`` in random order, then its end."""
+        """A whole task: ``epochs`` passes over ``samples`` in random order, then its end.
+
+        Raises:
+            ValueError: for ``epochs`` or ``batch_size`` below 1, or ``samples`` with which a task cannot end. Nothing
+                has changed then. Otherwise as `step`.
+        """
+        check_whole("epochs", epochs, 1)
+        check_whole("batch_size", batch_size, 1)
+        if not len(samples):
+            raise ValueError("samples must hold at least one sample, got none")
+        batches = [samples[rows] for rows in torch.arange(len(samples)).split(256)]
+        self._check_end(batches)
         self.begin_task()
         for _ in range(epochs):
             for rows in torch.randperm(len(samples), generator=generator).split(batch_size):
                 self.step(samples[rows])
-        self.end_task([samples[rows] for rows in torch.arange(len(samples)).split(256)])
+        self.end_task(batches)
 
     @torch.no_grad()
     def accuracy(self, samples: Batch) -> float:
