@@ -1,5 +1,7 @@
 """`ttt.GrowingLearner` on a tiny random Llama that reads domains of different alphabets."""
 
+import copy
+import gc
 import math
 import signal
 
@@ -270,6 +272,37 @@ def test_columns_are_saved_and_loaded_to_the_bit(tmp_path):
         learner.load(path)
     assert_same(before, state_of(model))
     assert len(learner.columns) == 2
+
+
+def test_one_learner_serves_one_growing_learner_whose_anchor_stays():
+    model, learner = growing()
+    plain = learner.learner
+    learner.observe(text("a", 100))
+    before = state_of(model)
+    with pytest.raises(ValueError, match="learner serves a GrowingLearner already"):
+        ttt.GrowingLearner(plain)
+    with pytest.raises(RuntimeError, match=r"Learner\.consolidate would move the anchor, and the columns of a Growing"):
+        plain.consolidate()
+    assert_same(before, state_of(model))
+    copied = copy.deepcopy(plain)
+    copied.consolidate()  # no columns are relative to the anchor of the copy
+    del learner
+    gc.collect()
+    ttt.GrowingLearner(plain).observe(text("a", 20))
+    gc.collect()
+    plain.consolidate()
+    assert all(torch.equal(layer.weight, layer.anchor) for layer in plain.layers)
+
+
+def test_the_history_is_bounded(monkeypatch):
+    made, switch = [], experts.Switch
+    monkeypatch.setattr(experts, "HISTORY", 2)
+    monkeypatch.setattr(experts, "Switch", lambda *given: made.append(switch(*given)) or made[-1])
+    _, learner = growing()
+    for domain in "abcab":
+        learner.observe(text(domain, 400))
+    assert len(made) > 2
+    assert learner.history == made[-2:]
 
 
 def test_reset_forgets_everything():

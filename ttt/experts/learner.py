@@ -28,6 +28,9 @@ from ttt.signals import SignalsDeferred
 
 _LN2 = math.log(2)
 
+HISTORY = 1000
+"""The number of decisions that `GrowingLearner.history` holds."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Switch:
@@ -80,8 +83,9 @@ class GrowingLearner:
     signatures are merged: their mean weighted by tokens, truncated to ``rank``.
 
     The penalty and the replay protect the anchor, for all columns alike; the trace and the sample of recent inputs go
-    on through all of them. As the anchor stays available, columns need less protection than one set of weights does. Do
-    not call `Learner.consolidate`, which would move the anchor that the stored columns are relative to.
+    on through all of them. As the anchor stays available, columns need less protection than one set of weights does.
+    `Learner.consolidate` would move the anchor that the stored columns are relative to: it is refused for as long as
+    the `GrowingLearner` lives.
 
     Args:
         learner: whose layers learn; without a guard or a log of episodes, of a model with one set of weights.
@@ -93,13 +97,14 @@ class GrowingLearner:
             left for a new one.
 
     Raises:
-        ValueError: for a value out of range, or a learner with a guard or a log of episodes, or of a model with
-            weights for each user or with experts of a mixture that learn.
+        ValueError: for a value out of range, or a learner that has a guard or a log of episodes, that serves another
+            `GrowingLearner` which has not been deleted, or whose model has weights for each user or experts of a
+            mixture that learn.
 
     Attributes:
         columns: the stored `Column`s; replaced, never written.
         read: number of tokens read.
-        history: list of `Switch`.
+        history: list of `Switch`, the latest 1000.
     """
 
     def __init__(
@@ -133,6 +138,7 @@ class GrowingLearner:
         self.read = 0
         self.history: list[Switch] = []
         self._begin(None, self._empty_signature(), 0)
+        learner.read_through(self)
 
     @property
     def active(self) -> int | None:
@@ -297,7 +303,7 @@ class GrowingLearner:
             named, scores = self._compare(ids, nll, asked, since)
             best = min(asked, key=lambda i: scores[i])
             back = scores[best] < named["anchor"] and scores[best] + self.margin <= named["active"]
-            self.history.append(Switch(self.read, "reopen" if back else "stay", best if back else None, named))
+            self._note(Switch(self.read, "reopen" if back else "stay", best if back else None, named))
             if back:
                 self._open(best, since)
                 return True
@@ -306,10 +312,14 @@ class GrowingLearner:
         if active.novel.sum > 2 * self.evidence:
             since = active.novel.since
             named, _ = self._compare(ids, nll, [], since)
-            self.history.append(Switch(self.read, "new", None, named))
+            self._note(Switch(self.read, "new", None, named))
             self._open(None, since, keep=named["active"] < named["anchor"])
             return True
         return False
+
+    def _note(self, switch: Switch) -> None:
+        self.history.append(switch)
+        del self.history[:-HISTORY]
 
     def _compare(
         self, ids: Tensor, nll: Tensor, asked: list[int], since: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -20,6 +21,9 @@ from ttt.per_user.protection import calibrate as calibrate_users
 from ttt.signals import SignalsDeferred
 
 _END: Any = object()
+
+# What reads through a learner and needs its anchor in place; not in the learner, which can be copied and pickled.
+_READERS: weakref.WeakKeyDictionary[Keeping, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
 
 class Keeping(Prepared):
@@ -95,9 +99,18 @@ class Keeping(Prepared):
             W* <- W;  F <- 0
 
         in units of the first calibration's mean importance. The sample of recent inputs joins the replay memory.
+
+        Raises:
+            RuntimeError: while a `ttt.GrowingLearner` reads through this learner: its columns are relative to the
+                anchor.
         """
         self.require_single("consolidate", "the anchor is shared by all users")
         with self.access.enter_together("Learner.consolidate"):
+            if (reader := self.reader) is not None:
+                raise RuntimeError(
+                    f"Learner.consolidate would move the anchor, and the columns of a {type(reader).__name__} that "
+                    "reads through this learner are relative to it; delete that one first"
+                )
             if self.guard is not None:
                 self.guard.check()
             with whole_write(self.layers, "Learner.consolidate"):
@@ -106,6 +119,25 @@ class Keeping(Prepared):
                 rule.consolidated()
             if self.guard is not None:
                 self.guard.resume()
+
+    @property
+    def reader(self) -> Any:
+        """What reads through this learner and needs its anchor in place (`read_through`); None for nothing."""
+        found = _READERS.get(self)
+        return None if found is None else found()
+
+    def read_through(self, reader: Any) -> None:
+        """Let ``reader`` read through this learner: for as long as it lives, `consolidate` is refused.
+
+        Raises:
+            ValueError: if another one does.
+        """
+        if (other := self.reader) is not None:
+            raise ValueError(
+                f"learner serves a {type(other).__name__} already, and two would change each other's active column; "
+                "delete that one first, or make another learner of a model of its own"
+            )
+        _READERS[self] = weakref.ref(reader)
 
     # -- go back --------------------------------------------------------------------------------------------------
 
