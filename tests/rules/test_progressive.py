@@ -6,7 +6,7 @@ from helpers import plain_config
 from tiny_tasks import plain_mlp
 
 import ttt
-from ttt.rules import Batch, Progressive, ProgressiveNet, Trainer, configure, forward_task
+from ttt.rules import EWC, Batch, Progressive, ProgressiveNet, Trainer, configure, forward_task
 
 SIZES = (5, 7, 6, 4)
 
@@ -111,5 +111,9 @@ def test_what_it_refuses():
         ProgressiveNet((5, 4), plain_config())
     with pytest.raises(ValueError, match="adapter must be a whole number of at least 1, got 0"):
         ProgressiveNet(SIZES, plain_config(), adapter=0)
+    net = ProgressiveNet(SIZES, plain_config())
+    with pytest.raises(ValueError, match=r"EWC needs ewc_lambda = 0\.5, but the model was adapted with 0\.0"):
+        Trainer(net, [Progressive(), EWC(0.5)], forward=forward_task)
+    assert len(net.columns) == 0
     with pytest.raises(TypeError, match="model must be a ProgressiveNet, got Sequential"):
         Trainer(ttt.adapt_(plain_mlp(), configure(plain_config(target_modules="all-linear"), [])), [Progressive()])

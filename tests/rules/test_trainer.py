@@ -215,6 +215,26 @@ def test_gradients_that_are_not_finite_change_no_weight_and_no_memory(rule):
     assert_unchanged(trainer, before)
 
 
+def test_an_optimizer_trains_what_was_not_adapted_and_nothing_else_does():
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7), torch.nn.Linear(7, 4)).double()
+    trainer, start = trainer_of([EWC(0.1)], model=model)
+    norm, data = model[1], samples(16)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer.learn_task(data, epochs=3)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed <= {"0.weight", "2.weight"}
+    assert not any(map(torch.equal, (la.weight for la in layers_of(trainer)), start))
+    norm.requires_grad_(True)
+    optimizer = torch.optim.SGD(norm.parameters(), lr=0.1)
+    scale = norm.weight.detach().clone()
+    trainer.begin_task()
+    trainer.step(data)
+    gradient = norm.weight.grad.clone()
+    optimizer.step()
+    torch.testing.assert_close(norm.weight.detach(), scale - 0.1 * gradient)
+    assert bool(gradient.any())
+
+
 def test_accuracy_counts_only_open_outputs():
     trainer, _ = trainer_of([])
     data = samples(50, (1, 3), heads=(1, 3))

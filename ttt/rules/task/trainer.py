@@ -23,12 +23,18 @@ from ttt.rules.task.base import (
     masked,
     task_loss,
 )
+from ttt.rules.task.progressive import ProgressiveNet
 
 
 class Trainer:
     """Steps through tasks; every step is one `ttt.learning` block, so weights change by the fused commit alone.
 
     Each step minimises cross entropy plus the rules' terms, all summed over samples: ``lr`` is a step per sample.
+
+    Only the weights of layers that `ttt.adapt_` converts, or of `ttt.nn.Linear`, learn. Biases, the parameters of
+    BatchNorm and LayerNorm, weights of convolutions and all others keep their values. An optimizer can train
+    parameters of modules that were not adapted: make them require grad after `ttt.adapt_`, and call its ``zero_grad()``
+    before each `step` and its ``step()`` after it. No rule protects what it writes.
 
         rules = [EWC(lam=0.1), ExperienceReplay(200)]
         ttt.adapt_(model, ttt.rules.configure(config, rules))
@@ -55,11 +61,14 @@ class Trainer:
         self._begun = False
         if len({id(rule) for rule in self.rules}) < len(self.rules):
             raise ValueError(f"rules must be different objects, got {[rule.name for rule in self.rules]}")
+        configs = [layer.config for _, layer in learning_layers(model)]
+        if isinstance(model, ProgressiveNet):
+            configs.append(model.config)  # of columns to come
         for rule in self.rules:
             rule.check_model(model)
-            for _, layer in learning_layers(model):
+            for config in configs:
                 for name, value in rule.options().items():
-                    held = getattr(layer.config, name)
+                    held = getattr(config, name)
                     if held != value:
                         raise ValueError(
                             f"{rule.name} needs {name} = {value!r}, but the model was adapted with {held!r}; "
