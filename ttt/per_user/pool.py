@@ -39,7 +39,8 @@ class Pool:
         layers: the model's learning layers, by name, all with the same `ttt.LowRank`.
 
     Attributes:
-        on_evict: called with (user, state) before a slot is given to another user; if it raises, nothing changes.
+        on_evict: called with (user, state) before a slot is given to another user; if it raises, nothing changes. It
+            must not evict users, nor open one for whom a slot would have to become free.
             None: what an evicted user learnt is lost, and the first time a UserWarning says so.
         on_miss: called with a user who has no slot; returns a state, or None for a user who starts from the base model.
         companion: keeps further state for every user in a slot and takes part in learning; None for nothing.
@@ -64,6 +65,7 @@ class Pool:
         self._slot: OrderedDict[str, int] = OrderedDict()  # in the order in which users were last named
         self._in_use: Counter[tuple[str, int]] = Counter()  # (user, thread) of batches that are being computed
         self._turn = Turn()
+        self._evicted: str | None = None  # while `on_evict` has this user
 
     # -- slots ----------------------------------------------------------------------------------------------------
 
@@ -109,9 +111,15 @@ class Pool:
 
         Raises:
             KeyError: if ``user`` has no slot, or nobody has.
-            RuntimeError: while the user's rows are being computed, or if another thread learns.
+            RuntimeError: while the user's rows are being computed, if another thread learns, or inside of
+                ``on_evict``.
         """
         with self.one_thread():
+            if self._evicted is not None:
+                raise RuntimeError(
+                    f"on_evict, which was called with user {self._evicted!r}, must not evict a user or open one who "
+                    "needs the slot of another"
+                )
             if user is None:
                 busy = self._computed()
                 user = next((u for u in self._slot if u not in busy), None)
@@ -121,7 +129,11 @@ class Pool:
             if self.companion is not None:
                 self.companion.before_evict(user)
             if self.on_evict is not None:
-                self.on_evict(user, self.export(user))
+                self._evicted = user
+                try:
+                    self.on_evict(user, self.export(user))
+                finally:
+                    self._evicted = None
             self.forget(user)
             return user
 
@@ -351,7 +363,7 @@ class Pool:
                 if not any(name.startswith("episodes.") for name in other)
                 else ("; what the user said is loaded by a ttt.Learner(model, episodes=ttt.EpisodeLog())")
             )
-            found, own = _few({name.rpartition(".")[0] for name in other}), _few(self.layers)
+            found, own = _few({name.rpartition(".")[0] or repr(name) for name in other}), _few(self.layers)
             raise ValueError(
                 f"the state of user {user!r} has tensors of other layers: {found}; "
                 f"users of this model learn in {own}{hint}"
