@@ -113,12 +113,19 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make ``folder`` and its parents, accessible to this user only, and flush each new name to the disk."""
+    """Make ``folder`` and its parents, accessible to this user only, and flush each new name to the disk.
+
+    Raises:
+        NotADirectoryError: if there is a file of this name.
+    """
     if folder.is_dir():
         return
     make_folder(folder.parent)
-    with contextlib.suppress(FileExistsError):
+    try:
         folder.mkdir(mode=0o700)
+    except FileExistsError:  # another process may have made it
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "a file is there, and no folder", str(folder)) from None
     sync_folder(folder.parent)
 
 

@@ -137,6 +137,20 @@ def test_a_connection_is_not_opened_again_on_other_files(tmp_path, damage):
         assert len(list(folder.glob("blobs/??/*/*"))) == 1
 
 
+def test_a_path_at_which_no_store_can_be_is_named(tmp_path):
+    file, folder = tmp_path / "notes.txt", tmp_path / "store"
+    file.write_text("mine")
+    (folder / "index.db").mkdir(parents=True)
+    for url in (file, file / "below"):
+        with pytest.raises(
+            StorageFailure, match=f"^{url} cannot be opened: .*a file is there, and no folder: '{file}'"
+        ):
+            ttt.Store(url)
+    with pytest.raises(StorageFailure, match=f"{folder / 'index.db'}: unable to open database file"):
+        ttt.Store(folder)
+    assert file.read_text() == "mine"
+
+
 def test_a_relative_path_means_the_folder_of_the_moment_it_was_opened(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)

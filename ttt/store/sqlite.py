@@ -126,7 +126,10 @@ class SqliteIndex(Index):
         # Once it was open, a file that is missing must not be made anew: its blobs would all be garbage.
         mode = "rwc" if self._create and self._id is None else "rw"
         uri = f"{self.path.as_uri()}?mode={mode}"
-        connection = sqlite3.connect(uri, self.timeout, isolation_level=None, check_same_thread=False, uri=True)
+        try:
+            connection = sqlite3.connect(uri, self.timeout, isolation_level=None, check_same_thread=False, uri=True)
+        except sqlite3.OperationalError as error:
+            raise sqlite3.OperationalError(f"{self.path}: {error}") from error
         try:
             self._prepare(connection)
         except BaseException:
