@@ -230,3 +230,22 @@ def test_rows_on_import(tmp_path):
     for rows in (0, 2.0, True):
         with pytest.raises(ValueError, match="rows must be a whole number"):
             ttt.import_peft(folder, rows=rows)
+
+
+def test_an_adapter_is_merged_after_restore_and_survives_a_reset(tmp_path):
+    _, model, _ = peft_folder(tmp_path)
+    config, ids = ttt.TTTConfig(target_modules=["down_proj"], lr=0.1), torch.randint(0, 40, (2, 40))
+    ttt.adapt_(model, config)
+    learner = ttt.Learner(model)
+    learner.calibrate([ids])
+    learner.observe(ids)
+    learnt = logits(model, ids)
+    merged = ttt.restore_(model, keep_learned=True).merge_and_unload()
+    torch.testing.assert_close(logits(merged, ids), learnt, rtol=0, atol=1e-5)
+    learner = ttt.Learner(ttt.adapt_(merged, config))
+    learner.calibrate([ids])
+    start = logits(merged, ids)
+    learner.observe(ids)
+    assert not torch.equal(logits(merged, ids), start)
+    learner.reset()
+    assert torch.equal(logits(merged, ids), start)
