@@ -32,7 +32,9 @@ def demo(
     ] = None,
     model: Annotated[
         Path | None,
-        typer.Option(exists=True, file_okay=False, help="Folder of a transformers model; by default SmolLM2-135M."),
+        typer.Option(
+            exists=True, file_okay=False, help="Folder of a transformers model; by default SmolLM2-135M-Instruct."
+        ),
     ] = None,
     report: Annotated[Path, typer.Option(file_okay=False, help="Folder to write index.html and the plots to.")] = Path(
         "report"
@@ -73,7 +75,9 @@ def demo(
 def chat(
     model: Annotated[
         Path | None,
-        typer.Option(exists=True, file_okay=False, help="Folder of a transformers model; by default SmolLM2-135M."),
+        typer.Option(
+            exists=True, file_okay=False, help="Folder of a transformers model; by default SmolLM2-135M-Instruct."
+        ),
     ] = None,
     store: Annotated[str, typer.Option(help="URL of the store that keeps what is learnt; a path names a folder.")] = (
         "chat-store"
@@ -92,7 +96,9 @@ def chat(
 def serve(
     model: Annotated[
         Path | None,
-        typer.Argument(exists=True, file_okay=False, help="Folder of a transformers model; by default SmolLM2-135M."),
+        typer.Argument(
+            exists=True, file_okay=False, help="Folder of a transformers model; by default SmolLM2-135M-Instruct."
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the model in requests; by default the folder's.")] = None,
     store: Annotated[str, typer.Option(help="URL of the store that keeps what is learnt; a path names a folder.")] = (
