@@ -47,6 +47,26 @@ def test_without_use_cache_the_cache_is_read_and_not_changed(tokens):
         assert torch.equal(found, model(ids, cache=cache).logits)
 
 
+def test_gradients_go_through_a_cache_that_is_only_read():
+    model = model_of(in_place=[0]).train()
+    first, rest = ids_of(2, 9), ids_of(2, 12)
+    found = []
+    for keep in (False, True):
+        cache = model(first, use_cache=True).past_key_values
+        model.zero_grad()
+        model(rest, cache=cache, labels=rest, use_cache=keep).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, grad in found[0].items():
+        torch.testing.assert_close(grad, found[1][name])
+    own = {name: p for name, p in model.named_parameters() if name in found[0]}
+    with torch.no_grad():
+        cache = model(first, use_cache=True).past_key_values
+    model.zero_grad()
+    model(rest, cache=cache, labels=rest, use_cache=False).loss.backward()
+    assert any(not torch.allclose(found[0][name], p.grad) for name, p in own.items())
+
+
 def test_an_error_between_two_blocks_is_not_lost():
     model = model_of()
     cache, before = read(model)

@@ -102,7 +102,7 @@ class SequenceCache(Cache):
         if self.torn:
             raise RuntimeError(
                 "the cache cannot be used any more: an error ended a decoding step after some blocks had taken the "
-                "token up. Go on from a copy (SequenceCache.copy) of before, or read the text again"
+                "token up. Go on from a copy (SequenceCache.copy) of before, or reset() it and read the text again"
             )
 
     def take(self, states: Sequence[Any], tokens: int) -> None:

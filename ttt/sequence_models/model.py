@@ -101,12 +101,12 @@ class TTTSequenceModel(TTTSequencePreTrainedModel):
             if cache.batch_size not in (-1, batch):
                 raise ValueError(f"cache must be of {batch} sequences, as the tokens are, got {cache.batch_size}")
             cache.check_whole()
-        in_place = cache is not None and tokens == 1 and not torch.is_grad_enabled()
-        if cache is not None and not keep:
-            cache = cache.copy()
         mask, bounds = _padding(attention_mask, batch, tokens), None
         if mask is not None:
             x, bounds = packed(x, mask)
+        in_place = mask is None and tokens == 1 and not torch.is_grad_enabled()
+        if cache is not None and in_place and not keep:
+            cache = cache.copy()
         states = []
         if keep and cache is not None and in_place:
             cache.torn = True  # until all blocks have taken the token up
