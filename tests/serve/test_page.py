@@ -76,7 +76,7 @@ def test_the_page_cannot_be_framed_nor_outlive_the_server_in_a_cache(browser, ad
 
 def say(page, text):
     page.get_by_label("Your message").fill(text)
-    page.keyboard.press("Enter")
+    page.get_by_label("Your message").press("Enter")
 
 
 def learnt(page, updates):
@@ -231,7 +231,8 @@ def test_errors_are_told_in_words_and_the_message_is_not_lost(browser, model, tm
         status = {"model": "tiny", "user": "ada", "online": 0, "users": []}  # which the limit refused, too
         page.route("**/v1/status", lambda route: route.fulfill(json=status))
         answer_with(page, chunk("half"), json.dumps({"error": {"message": "the server failed: E", "code": None}}))
-        page.keyboard.press("Enter")
+        expect(page.get_by_role("button", name="Send")).to_be_visible()
+        page.get_by_label("Your message").press("Enter")
         expect(page.locator("#turns .error")).to_contain_text("the server failed: E")
         expect(page.locator(".turn.assistant .words")).to_have_text("half")
 
