@@ -30,7 +30,8 @@ class TTTSequencePreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As of all models of transformers; what the file lacks begins as in a new model."""
-        model, found = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, found = loaded
         model._begin(found["missing_keys"])
         return (model, found) if output_loading_info else model
 
