@@ -87,17 +87,16 @@ def check_present(folder: str | os.PathLike | None = None) -> None:
     """
     if folder is None:
         model_file()
-    needed = ("transformers", "gguf", "accelerate") if folder is None else ("transformers",)
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        install = INSTALL if folder is None else "pip install transformers"
-        raise ImportError(f"the language model needs {' and '.join(missing)}, which is not installed: {install}")
-    if folder is None:
-        return
-    if not (Path(folder) / "config.json").is_file():
+        needed, install = ["transformers", "gguf", "accelerate"], INSTALL
+    elif (Path(folder) / "config.json").is_file():
+        needed, install = ["transformers"], "pip install transformers"
+    else:
         raise FileNotFoundError(
             f"{folder} must hold a model, as save_pretrained of transformers writes it, but it has no config.json"
         )
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"the language model needs {' and '.join(missing)}, which is not installed: {install}")
 
 
 def load(folder: str | os.PathLike | None = None) -> tuple[nn.Module, Any]:

@@ -121,8 +121,7 @@ class Pool:
                     "needs the slot of another"
                 )
             if user is None:
-                busy = self._computed()
-                user = next((u for u in self._slot if u not in busy), None)
+                user = self._least_recent()
                 if user is None:
                     raise KeyError("no user can be evicted: none has a slot, or all are in use")
             self._idle(user)
@@ -321,18 +320,22 @@ class Pool:
     def _free(self) -> int:
         """A free slot, after an eviction if necessary."""
         if len(self._slot) == self.slots:
-            if self._computed().issuperset(self._slot):
+            user = self._least_recent()
+            if user is None:
                 raise RuntimeError(f"all {self.slots} slots belong to users of the present batch")
-            self._warn_of_loss()
-            self.evict()
+            self._warn_of_loss(user)
+            self.evict(user)
         return min(set(range(self.slots)) - set(self._slot.values()))
 
-    def _warn_of_loss(self) -> None:
-        """Warn, once, if the user who is evicted next loses what they learnt."""
+    def _least_recent(self) -> str | None:
+        """Of the users whose rows are not being computed, the one who was not named for the longest time, or None."""
+        busy = self._computed()
+        return next((user for user in self._slot if user not in busy), None)
+
+    def _warn_of_loss(self, user: str) -> None:
+        """Warn, once, if ``user``, who is evicted now, loses what they learnt."""
         if self.on_evict is not None or self._warned:
             return
-        busy = self._computed()
-        user = next(u for u in self._slot if u not in busy)
         if any(bool(layer.rows[self._slot[user]]) for layer in self.layers.values()):
             self._warned = True
             warnings.warn(
