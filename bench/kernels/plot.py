@@ -21,9 +21,15 @@ DTYPES = {"float32": "#1f77b4", "bfloat16": "#d62728"}
 PARTS = ("weight", "anchor", "importance", "trace", "replay memory", "window")
 
 
-def gather(paths: list[Path], kind: str) -> tuple[dict[str, Any], dict[str, float], list[Row]] | None:
-    """(machine, ceilings, rows) of the most recently measured machine of ``kind`` ("cpu" or "cuda"), or None."""
+def gather(
+    paths: list[Path], kind: str, suite: str | None = None
+) -> tuple[dict[str, Any], dict[str, float], list[Row]] | None:
+    """(machine, ceilings, rows) of the most recently measured machine of ``kind`` ("cpu" or "cuda"), or None.
+
+    With ``suite``, only of files that have rows of it: the machine's date is then that of these rows.
+    """
     found = [r for p in paths if (r := load(p)) is not None and r["machine"].get("kind", "cpu") == kind and r["rows"]]
+    found = [r for r in found if suite is None or any(row["suite"] == suite for row in r["rows"])]
     if not found:
         return None
     found.sort(key=lambda r: r["machine"]["date"])
@@ -229,10 +235,11 @@ def main(
             print(f"no results on {kind} in {results}")
             continue
         machine, ceilings, rows = found
-        drawn = {
-            f"roofline_{kind}.png": roofline(machine, ceilings, rows, folder / f"roofline_{kind}.png"),
-            f"growth_{kind}.png": growth(machine, rows, folder / f"growth_{kind}.png"),
-        }
+        path = folder / f"roofline_{kind}.png"
+        drawn = {path.name: roofline(machine, ceilings, rows, path)}
+        path = folder / f"growth_{kind}.png"
+        grown = gather(files, kind, "growth")
+        drawn[path.name] = grown is not None and growth(grown[0], grown[2], path)
         if (found := gather(sequence, kind)) is not None:
             machine, _, rows = found
             path = folder / f"sequence_{kind}.png"

@@ -151,6 +151,23 @@ def test_check_fails_if_ours_was_not_timed(results):
     assert CliRunner().invoke(check.app, [str(new), "--against", str(file)]).exit_code == 1
 
 
+def test_a_picture_has_the_date_of_what_it_shows(results):
+    file, _ = results
+
+    def dated(found, date, suite):
+        found["machine"]["date"] = date
+        for row in found["rows"]:
+            row["suite"] = suite
+
+    older = changed(file, "older.json", lambda found: dated(found, "2026-01-01", "growth"))
+    newer = changed(file, "newer.json", lambda found: dated(found, "2026-02-02", "commit"))
+    assert plot.gather([older, newer], "cpu")[0]["date"] == "2026-02-02"
+    machine, _, rows = plot.gather([older, newer], "cpu", "growth")
+    assert machine["date"] == "2026-01-01"
+    assert {row["suite"] for row in rows} == {"growth"}
+    assert plot.gather([newer], "cpu", "growth") is None
+
+
 def test_plot_draws_roofline_and_growth(results, monkeypatch):
     file, _ = results
     growth = [
